@@ -1,0 +1,30 @@
+"""Fine-tune GPT and Llama models with LoRA on a 4-bit base.
+
+The names below are imported on first use, so that `import lit_qlora.cli` stays quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GPT": "model",
+    "KVCache": "model",
+    "LoRAConfig": "settings",
+    "ModelConfig": "config",
+    "Tokenizer": "tokenizer",
+    "UserError": "errors",
+    "add_lora": "lora",
+    "load_adapter": "adapter",
+    "load_model": "checkpoint",
+    "merge": "merge",
+    "quantize_linears": "quantize",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lit_qlora' has no attribute {name!r}")
+    return getattr(import_module(f"lit_qlora.{_HOMES[name]}"), name)

@@ -1,0 +1,176 @@
+"""How every entry point turns argv into a typed config, and a user's mistake into one readable line."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
+
+Config = TypeVar("Config")
+
+
+def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequence[str] | None = None) -> None:
+    """Parse argv (and any --config file) into `config_type`, then call `main` with it.
+
+    The docstring of `config_type` and those of its fields become the --help texts. A UserError ends the program with
+    its status and its message alone, as do a full disk and exhausted memory; anything else is our bug and keeps its
+    traceback. LIT_QLORA_DEBUG=1 shows the traceback of every error.
+    """
+    try:
+        main(parse(config_type, argv))
+        sys.stdout.flush()
+    except UserError as error:
+        _end(str(error), error.status)
+    except BrokenPipeError:  # `... | head -1`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        _end("stopped by Ctrl-C", 130)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _end(f"{error.filename or 'the system'}: {error.strerror}.", ResourceError.status)
+    except (MemoryError, RuntimeError) as error:
+        kind, reason = type(error).__name__, str(error).partition("\n")[0]
+        if kind not in ("MemoryError", "OutOfMemoryError") and "can't allocate memory" not in reason:
+            raise
+        _end(f"Out of memory. {reason}\n{_advice(config_type)}".strip(), ResourceError.status)
+
+
+def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """The config that argv describes. Raises UsageError; --help and --print_config print and exit."""
+    parser = _parser(config_type)
+    argv = _complete_switches(parser, list(sys.argv[1:] if argv is None else argv))
+    parser.argv = argv
+    namespace = parser.parse_args(argv)
+    values = parser.instantiate(namespace)
+    return config_type(**{key: value for key, value in vars(values).items() if key != "config"})
+
+
+def to_yaml(config: Any) -> str:
+    """The YAML of a parsed config; giving it back with --config makes the same one."""
+    import yaml
+
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+class _Parser(ArgumentParser):
+    """Messages without the nine lines of usage, with the flag's name and a guess at what was meant."""
+
+    argv: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        cause = ex if isinstance(ex, UserError) else getattr(ex, "__cause__", None)
+        if isinstance(cause, UserError):
+            raise cause
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            flag = found[1].split("=")[0]
+            raise UsageError(f"{flag} is not a flag of this command.{did_you_mean(flag, flags)} --help lists them all.")
+        if found := re.search(r"(?:Group '([\w.]+)' does not|does not) accept (?:option|key) '([\w.]+)'", message):
+            key = ".".join(part for part in found.groups() if part)
+            raise UsageError(f"{self._place(key)}{key} is not a setting.{did_you_mean('--' + key, flags)}")
+        if found := re.search(r'key "([\w.]+)":(.*)', message, re.DOTALL):
+            raise UsageError(self._wrong_value(found[1], found[2]))
+        if found := re.search(r"arguments are required: (.*)", message):
+            raise UsageError(f"--{found[1].replace(', ', ', --')} must be given.")
+        if message.startswith("Problems parsing config:"):
+            raise UsageError(f"{self._config_file()}: not valid YAML: {' '.join(message.split()[3:])}.")
+        if message.startswith("Unexpected config:"):
+            raise UsageError(f"{self._config_file()} holds no settings. One is a line such as 'seed: 1'.")
+        raise UsageError(" ".join(message.split()))
+
+    def _wrong_value(self, key: str, detail: str) -> str:
+        given = re.search(r"(?:Given|Got) value: (?!.*Given value)(.*)", detail, re.DOTALL)
+        if not given:
+            return f"--{key}: {' '.join(detail.split())}."
+        value = given[1].strip()
+        choices = list(dict.fromkeys(re.findall(r"'([\w.-]+)'", "".join(re.findall(r"Literal\[.*?\]", detail)))))
+        kinds = [
+            kind for kind in re.findall(r"<class '(?:[\w.]*\.)?(\w+)'>", detail) if kind not in ("NoneType", "str")
+        ]
+        if value.startswith("[") and choices:
+            value = next((word for word in re.findall(r"[\w.-]+", value) if word not in choices), value)
+        value = value.strip("'\"")
+        expected = " or ".join([*dict.fromkeys(kinds), *([f"one of {', '.join(choices)}"] if choices else [])])
+        return f"{self._place(key, value)}--{key}: expected {expected}, got {value!r}.{did_you_mean(value, choices)}"
+
+    def _config_file(self) -> str:
+        """What --config names, or ''."""
+        for here, following in pairwise([*self.argv, ""]):
+            if here == "--config" or here.startswith("--config="):
+                return here.removeprefix("--config").removeprefix("=") or following
+        return ""
+
+    def _place(self, key: str, value: str | None = None) -> str:
+        """'run.yaml:7: ' where the --config file sets `key` (to `value`, or to a list with it), else ''."""
+        import yaml
+
+        file = Path(self._config_file())
+        if not file.is_file():
+            return ""
+        line, node = 0, yaml.compose(file.read_text())
+        for part in key.split("."):
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            line, node = next(
+                ((name.start_mark.line + 1, item) for name, item in pairs if name.value == part), (0, None)
+            )
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not line or (value is not None and value not in [getattr(item, "value", None) for item in items]):
+            return ""
+        return f"{file}:{line}: "
+
+
+def _parser(config_type: type[Any]) -> _Parser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(description=(config_type.__doc__ or "").strip())
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags win.")
+    parser.add_class_arguments(config_type, as_group=False)
+    return parser
+
+
+def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:
+    """Let `--dry_run` alone mean `--dry_run true`."""
+    switches = {
+        flag
+        for action in parser._actions
+        if getattr(action, "_typehint", None) is bool
+        for flag in action.option_strings
+    }
+    complete = []
+    for here, following in zip(argv, [*argv[1:], "--"], strict=False):
+        complete.append(f"{here}=true" if here in switches and following.startswith("--") else here)
+    return complete
+
+
+def _advice(config_type: type[Any]) -> str:
+    """What to try when memory is exhausted, of what this command has flags for."""
+    advice = {
+        "train": "lower --train.micro_batch_size or --data.max_length, or set --train.recompute full",
+        "batch_size": "lower --batch_size",
+        "quantize": "set --quantize bnb.nf4",
+    }
+    tips = [tip for name, tip in advice.items() if name in {field.name for field in fields(config_type)}]
+    return f"To need less, {', or '.join(tips)}." if tips else ""
+
+
+def _plain(value: Any) -> Any:
+    """`value` with paths as strings and tuples as lists, as YAML wants it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _end(message: str, status: int) -> NoReturn:
+    if os.environ.get("LIT_QLORA_DEBUG"):
+        raise  # the exception that is being handled
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status) from None

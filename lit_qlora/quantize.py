@@ -1,0 +1,192 @@
+"""4- and 8-bit storage for frozen weights. The only file that imports bitsandbytes' kernels.
+
+The weight is dequantised to the dtype of the input wherever it is used: in training, evaluation and merging alike.
+bitsandbytes' fused small-batch product is not used, because it rounds the scales differently (with bitsandbytes
+0.50, 27 % of the weights differ by 0.27 %), and neither is its Linear4bit, because on CPUs with AVX512-BF16 its
+first evaluation repacks the weights, after which gradients through them are lost.
+"""
+
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_qlora.errors import UsageError
+from lit_qlora.settings import SCHEMES, Scheme
+
+BLOCK = 64  # weights that share one scale in the 4-bit formats; Dettmers et al. 2023, sec. 3
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer whose weight is stored in 4 or 8 bits.
+
+    Gradients flow to the input; the weight is dequantised once in the forward and once in the backward pass and
+    never kept in between.
+
+    Args:
+        weight: (out, in) in the dtype that it should be read back in, on the device that should quantise it.
+        bias: (out,), kept as it is.
+        scheme: any of SCHEMES but none.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.scheme, self.dtype = scheme, weight.dtype
+        quantize = _int8 if scheme == "bnb.int8" else _four_bit
+        for name, tensor in quantize(weight, scheme).items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (out, in) as the model sees it, in the dtype it was quantised from or in `dtype`."""
+        dtype = dtype or self.dtype
+        if self.scheme == "bnb.int8":
+            return (self.packed.float() * self.absmax[:, None] / 127).to(dtype)
+        weight: Tensor = _bnb().functional.dequantize_4bit(self.packed, self._state(dtype))
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = _FrozenLinear.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, for print(model)."""
+        return f"{self.in_features}, {self.out_features}, {self.scheme}"
+
+    def _state(self, dtype: torch.dtype) -> Any:
+        functional = _bnb().functional
+        outer = None
+        if hasattr(self, "absmax_scale"):
+            outer = functional.QuantState(
+                absmax=self.absmax_scale, blocksize=256, code=self.absmax_code, dtype=torch.float32
+            )
+        return functional.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=BLOCK,
+            quant_type=_quant_type(self.scheme),
+            dtype=dtype,
+            offset=getattr(self, "absmax_offset", None),
+            state2=outer,
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        """Follow a move to another device, but not a change of dtype: scales rounded to 16 bit are other scales."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T for a frozen, quantised W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor, None]:
+        (d_y,) = d_out
+        return d_y @ ctx.layer.dequantize(d_y.dtype), None
+
+
+def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> None:
+    """Replace every nn.Linear below `model` by a QuantizedLinear, in place.
+
+    Call it after the weights are loaded (they must hold real values) and before add_lora (adapters must stay
+    trainable). load_model does it tensor by tensor for models that do not fit in 16 bit.
+
+    Args:
+        head: quantise the output head too. By default it stays in 16 bit, as in Dettmers et al. 2023.
+
+    Raises:
+        UsageError: for a scheme that does not exist.
+    """
+    if scheme not in SCHEMES:
+        raise UsageError(f"quantize {scheme!r} is not known. Known: {', '.join(SCHEMES)}.")
+    if scheme == "none":
+        return
+    for path, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and is_quantized(path, scheme, head):
+            bias = None if linear.bias is None else linear.bias.data
+            model.set_submodule(path, QuantizedLinear(linear.weight.data, bias, scheme))
+
+
+def is_quantized(path: str, scheme: Scheme, head: bool) -> bool:
+    """Whether the linear layer at `path` is stored in 4 or 8 bits under these settings."""
+    return scheme != "none" and (head or path != "head")
+
+
+def storage_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes that the weights occupy, by dtype; packed 4-bit weights count as uint8. A shared tensor counts once."""
+    sizes: dict[str, int] = {}
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def bits_per_weight(scheme: Scheme, dtype: torch.dtype) -> float:
+    """Storage of one weight in bits, scales included. Dettmers et al. 2023, sec. 3: double quantisation costs 0.127."""
+    if scheme == "none":
+        return torch.finfo(dtype).bits
+    if scheme == "bnb.int8":
+        return 8.0
+    return 4 + (8 / BLOCK + 32 / (BLOCK * 256) if scheme.endswith("-dq") else 32 / BLOCK)
+
+
+def _quant_type(scheme: Scheme) -> str:
+    return scheme.removeprefix("bnb.").removesuffix("-dq")
+
+
+def _four_bit(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    packed, state = _bnb().functional.quantize_4bit(
+        weight.contiguous(),
+        blocksize=BLOCK,
+        compress_statistics=scheme.endswith("-dq"),
+        quant_type=_quant_type(scheme),
+    )
+    parts = {"packed": packed, "absmax": state.absmax, "code": state.code}
+    if state.nested:
+        parts |= {
+            "absmax_offset": state.offset,
+            "absmax_code": state.state2.code,
+            "absmax_scale": state.state2.absmax,
+        }
+    return parts
+
+
+def _int8(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """Rows scaled so that their largest magnitude is 127. Dettmers et al. 2022, without the outlier part."""
+    absmax = weight.float().abs().amax(dim=1)
+    packed = torch.round(weight.float() * (127 / absmax.clamp(min=1e-30))[:, None]).to(torch.int8)
+    return {"packed": packed, "absmax": absmax}
+
+
+def _bnb() -> ModuleType:
+    """bitsandbytes, imported on first use (it takes seconds) and told to keep quiet."""
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    # On import it offers to fetch a CPU kernel from a hub, for a path that this file does not take.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes
+    import bitsandbytes.functional
+
+    return bitsandbytes

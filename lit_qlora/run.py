@@ -1,0 +1,302 @@
+"""A run around its loop: the data it reads, the folder it owns, the plan it prints, what it leaves behind."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from lit_qlora import __version__, cli
+from lit_qlora.adapter import save_adapter
+from lit_qlora.checkpoint import content_hash, count_parameters, hash_file
+from lit_qlora.config import ModelConfig
+from lit_qlora.data import Batch, Sample, count_steps, encode_examples, find_files, read_examples, validation_batches
+from lit_qlora.data.batches import order
+from lit_qlora.errors import CheckpointError, DataError, ResourceError, UsageError
+from lit_qlora.lora import count_trainable
+from lit_qlora.model import GPT
+from lit_qlora.optim import warmup_steps
+from lit_qlora.plan import GIB, make_plan
+from lit_qlora.precision import pick_device, weights_dtype
+from lit_qlora.prompts import find_style, read_style
+from lit_qlora.report import RunLog, duration, plot_losses, tell, write_report
+from lit_qlora.settings import FinetuneConfig
+from lit_qlora.tokenizer import Tokenizer
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The data of a run, encoded."""
+
+    train: list[Sample]
+    val_batches: list[Batch]
+    val_samples: int
+    style: str
+    max_length: int
+    tokenizer: Tokenizer
+    report: str
+    files: dict[str, str]
+    """File -> sha256."""
+
+
+def default_out_dir(checkpoint_dir: Path) -> Path:
+    """Where a run on this checkpoint goes when nobody says."""
+    return Path("out/lora") / checkpoint_dir.resolve().name
+
+
+def read_data(config: FinetuneConfig) -> RunData:
+    """Read, encode and split the data.
+
+    Raises:
+        UsageError, DataError, CheckpointError: for everything that can be known before a weight is loaded.
+    """
+    model = ModelConfig.load(config.checkpoint_dir)
+    data = config.data
+    style = data.prompt if data.prompt != "auto" else read_style(config.checkpoint_dir) or "alpaca"
+    find_style(style)
+    max_length = data.max_length or min(model.block_size, DEFAULT_MAX_LENGTH)
+    if max_length > model.block_size:
+        raise UsageError(
+            f"data.max_length {max_length} exceeds the {model.block_size} tokens of {model.name}'s context."
+        )
+    tokenizer = Tokenizer(config.checkpoint_dir)
+    if tokenizer.size > model.vocab_size:
+        raise CheckpointError(
+            f"{config.checkpoint_dir}: the tokenizer knows {tokenizer.size} tokens, the model only {model.vocab_size}."
+        )
+
+    train_file, val_file = find_files(data.path, data.val_path)
+    train, report = encode_examples(
+        read_examples(train_file), tokenizer, find_style(style), max_length, data.mask_prompt
+    )
+    if val_file:
+        val, _ = encode_examples(read_examples(val_file), tokenizer, find_style(style), max_length, data.mask_prompt)
+    else:
+        wanted = max(1, round(data.val_fraction * len(train))) if data.val_fraction else 0
+        held_out = min(wanted, len(train) - 1)
+        # Epoch -1 of the order, so that the split depends on the seed alone.
+        shuffled = [train[i] for i in order(len(train), config.seed, epoch=-1)]
+        val, train = shuffled[:held_out], shuffled[held_out:]
+    if not any(sample.labelled for sample in train):
+        raise DataError(f"{train_file}: no token would be learnt; every answer is cut away or masked.")
+    val = val[: config.eval.max_samples]
+    files = {str(file): hash_file(file) for file in (train_file, val_file) if file}
+    return RunData(
+        train=train,
+        val_batches=validation_batches(val, config.train.micro_batch_size),
+        val_samples=len(val),
+        style=style,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        report=report.describe(),
+        files=files,
+    )
+
+
+def total_steps(config: FinetuneConfig, data: RunData) -> int:
+    """Optimizer steps of the run.
+
+    Raises:
+        UsageError: if the warm-up is longer than that, so that the learning rate would never reach its peak.
+    """
+    train = config.train
+    total = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
+    warmup = warmup_steps(train, total)
+    if warmup > total:
+        raise UsageError(f"train.warmup is {warmup} steps, but the run has only {total}. A share such as 0.03 adapts.")
+    return total
+
+
+def eval_every(config: FinetuneConfig, total: int) -> int:
+    """Optimizer steps between validations."""
+    return config.eval.every or max(1, total // 10)
+
+
+def print_plan(config: FinetuneConfig, data: RunData, total: int) -> None:
+    """Say what is going to happen, and whether it fits."""
+    model = ModelConfig.load(config.checkpoint_dir)
+    train = config.train
+    longest = max(len(sample.tokens) for sample in data.train)
+    plan = make_plan(
+        model,
+        config.lora,
+        config.quantize,
+        config.quantize_head,
+        weights_dtype(config.precision),
+        train.micro_batch_size * longest,
+        train.recompute == "full",
+    )
+    device = pick_device()
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    room = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f}" if cuda else ""
+    base = "LoRA" if config.quantize == "none" else f"{config.quantize} + LoRA"
+    words = ",".join(config.lora.targets)
+    learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
+    tell(
+        f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
+        f"  data    {config.data.path}   {len(data.train):,} train / {data.val_samples:,} val   style {data.style}   "
+        f"{data.report}\n"
+        f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
+        f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
+        f"  plan    {total:,} steps x {train.batch_size} samples, {train.micro_batch_size} at a time   {learn}\n"
+        f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
+        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}\n"
+        f"  sample  {_show(data.train[0], data.tokenizer)}"
+    )
+
+
+def _show(sample: Sample, tokenizer: Tokenizer, most: int = 400) -> str:
+    """A sample as the model sees it, what is not trained dimmed on a terminal and in brackets elsewhere."""
+    given = tokenizer.decode(sample.tokens[: sample.prompt_length])
+    learnt = tokenizer.decode(sample.tokens[sample.prompt_length :])
+    given, learnt = (text if len(text) < most else f"{text[:most]}..." for text in (given, learnt))
+    dim = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    given = given.replace("\n", "\\n")
+    return (f"\x1b[2m{given}\x1b[0m" if dim else f"[{given}]") + " -> " + learnt.replace("\n", "\\n") + "<end>"
+
+
+@contextmanager
+def claim(config: FinetuneConfig, fabric: Fabric) -> Iterator[Path]:
+    """The run's folder, held until the run ends, with config.yaml in it.
+
+    An earlier run in the same place is moved aside, never overwritten.
+
+    Raises:
+        ResourceError: if the folder cannot be written or another run is using it.
+    """
+    assert config.out_dir is not None
+    out_dir = config.out_dir
+    if not fabric.is_global_zero:
+        fabric.barrier()
+        yield out_dir
+        return
+    lock = None
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(out_dir)
+        if (out_dir / "log.jsonl").exists():
+            aside = next(p for n in range(1, 10_000) if not (p := out_dir.with_name(f"{out_dir.name}.{n}")).exists())
+            out_dir.rename(aside)
+            tell(f"The earlier run in {out_dir} is now {aside}.")
+            lock.close()
+            out_dir.mkdir()
+            lock = _lock(out_dir)
+        (out_dir / "config.yaml").write_text(cli.to_yaml(config))
+    except OSError as error:
+        raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror}.") from None
+    fabric.barrier()
+    try:
+        yield out_dir
+    finally:
+        lock.close()
+
+
+def _lock(out_dir: Path) -> Any:
+    handle = open(out_dir / ".lock", "a+")  # noqa: SIM115 - held until the run ends
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with handle:
+            handle.seek(0)
+            owner = handle.read().strip()
+        raise ResourceError(
+            f"out_dir {out_dir} is in use by the run with process id {owner}.\nWait for it, or take another --out_dir."
+        ) from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def saver(config: FinetuneConfig, model: GPT, data: RunData, total: int, fabric: Fabric) -> Callable[[int], None]:
+    """The function that saves the adapter after `step` steps, and removes the checkpoints that are too many."""
+    assert config.out_dir is not None
+    out_dir = config.out_dir
+    base = {"name": model.config.name, "path": str(config.checkpoint_dir)}
+    if fabric.is_global_zero:
+        base["sha256"] = content_hash(config.checkpoint_dir)
+    facts = {
+        "base": base,
+        "data": data.files,
+        "quantize": config.quantize,
+        "quantize_head": config.quantize_head,
+        "precision": config.precision,
+        "versions": versions(),
+    }
+
+    def save(step: int) -> None:
+        if fabric.is_global_zero:
+            folder = out_dir / ("final" if step == total else f"step-{step:06d}")
+            save_adapter(folder, model, config.lora, data.style, {**facts, "step": step})
+            for old in sorted(out_dir.glob("step-*"))[: -config.train.keep_last]:
+                shutil.rmtree(old)
+        fabric.barrier()
+
+    return save
+
+
+def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog) -> None:
+    """Write summary.json, loss.png and report.md, and say what came out and what to type next."""
+    assert config.out_dir is not None
+    out_dir = config.out_dir
+    log.close()
+    train = [record for record in log.records if "loss" in record]
+    val = [record["val_loss"] for record in log.records if "val_loss" in record]
+    tokens, seconds = sum(record["tokens"] for record in train), train[-1]["seconds"]
+    cuda = torch.cuda.is_available()
+    summary = {
+        "base": model.config.name,
+        "quantize": config.quantize,
+        "precision": config.precision,
+        "gpu": torch.cuda.get_device_name() if cuda else "none",
+        "trainable_parameters": count_trainable(model),
+        "frozen_parameters": count_parameters(model.config),
+        "steps": len(train),
+        "tokens": tokens,
+        "samples": sum(record["samples"] for record in train),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_gib": train[-1]["peak_gib"],
+        "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]),
+        "val_loss_before": val[0] if val else None,
+        "val_loss": val[-1] if val else None,
+        "versions": versions(),
+    }
+    (out_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    following = (
+        f"python scripts/merge_lora.py --lora_path {out_dir}/final --checkpoint_dir {config.checkpoint_dir}\n"
+        f"python scripts/chat.py --checkpoint_dir {config.checkpoint_dir} --lora_path {out_dir}/final"
+    )
+    plot_losses(log.records, out_dir / "loss.png")
+    write_report(out_dir / "report.md", f"LoRA on {model.config.name}", summary, log.records, following)
+    before_after = f"val_loss {val[0]:.4f} -> {val[-1]:.4f}   " if val else ""
+    tell(
+        f"done    {before_after}{tokens / seconds:,.0f} tokens/s   peak {summary['peak_gib']:.2f} GiB   "
+        f"{duration(seconds)}\n"
+        f"adapter {out_dir}/final   log, loss.png, report.md in {out_dir}\n"
+        f"next    {following.splitlines()[0]}"
+    )
+
+
+def silent(record: dict[str, Any]) -> None:
+    """The log of the ranks that write nothing."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    names = ("torch", "lightning", "bitsandbytes", "safetensors")
+    return {"lit_qlora": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}

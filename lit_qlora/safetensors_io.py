@@ -1,0 +1,121 @@
+"""Safetensors files a tensor at a time, so that a model never has to fit into host memory.
+
+Reading goes through the safetensors library, one open per tensor: a file that stays mapped keeps every page it
+has touched. Writing is our own, because the library wants all tensors at once. The format: 8 bytes of
+little-endian header length, a JSON header of name -> dtype, shape, offsets, then the tensors.
+https://huggingface.co/docs/safetensors
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_qlora.errors import CheckpointError, ResourceError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_specs(path: Path) -> dict[str, Tensor]:
+    """Name -> an empty tensor on the meta device with the dtype and shape of the one in the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            specs = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}.") from None
+    unknown = sorted({dtype for dtype, _ in specs.values()} - set(DTYPES))
+    if unknown:
+        raise CheckpointError(f"{path} holds tensors of type {', '.join(unknown)}, which cannot be read here.")
+    return {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, (dtype, shape) in specs.items()}
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of the file, on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot read {name}: {error}.") from None
+
+
+def read_all(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a small file, such as an adapter."""
+    return {name: read_tensor(path, name) for name in read_specs(path)}
+
+
+def write(path: Path, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Write a safetensors file, each tensor as it comes.
+
+    Args:
+        specs: name -> a tensor (a meta one will do) of the dtype and shape to be written.
+        tensors: all of them, in any order; each is written and forgotten.
+
+    Returns:
+        The sha256 of the file, in hex.
+
+    Raises:
+        CheckpointError: if the tensors are not those of `specs`. The unfinished file is removed.
+        ResourceError: if the disk is full or may not be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for name, spec in specs.items():
+        offsets[name], size = end, spec.numel() * spec.element_size()
+        header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    missing = set(specs)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb+") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for name, tensor in tensors:
+                if name not in missing:
+                    raise CheckpointError(f"{path.name}: {name} is not expected, or comes twice.")
+                spec = specs[name]
+                if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+                    raise CheckpointError(
+                        f"{path.name}: {name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                        f"expected {tuple(spec.shape)} {spec.dtype}."
+                    )
+                missing.remove(name)
+                file.seek(8 + len(head) + offsets[name])
+                file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            if missing:
+                raise CheckpointError(f"{path.name}: {len(missing)} tensors are missing:\n  {name_some(missing)}")
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ResourceError(f"Cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def name_some(names: Iterable[str], most: int = 10) -> str:
+    """The first few of many names, a line each, for a message."""
+    ordered = sorted(names)
+    more = [f"... and {len(ordered) - most} more"] if len(ordered) > most else []
+    return "\n  ".join(ordered[:most] + more)

@@ -1,0 +1,38 @@
+"""Convert a Hugging Face model folder (config.json and safetensors) into a checkpoint.
+
+python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lit_qlora import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Convert a Hugging Face model folder into a checkpoint. Memory holds one tensor at a time."""
+
+    checkpoint_dir: Path
+    """The Hugging Face folder: config.json, safetensors (sharded or not) and the tokenizer's files."""
+    out_dir: Path | None = None
+    """Where the checkpoint goes; by default into the same folder."""
+    dtype: Literal["keep", "bf16", "fp32"] = "keep"
+    """Dtype of the converted weights; 'keep' leaves each tensor as it is."""
+    name: str | None = None
+    """What the model is called; by default the last two parts of the folder, ORG/NAME."""
+
+
+def main(config: ConvertConfig) -> None:
+    """Convert and say what came out."""
+    from lit_qlora.checkpoint import count_parameters
+    from lit_qlora.convert import convert_hf_checkpoint
+
+    out_dir = config.out_dir or config.checkpoint_dir
+    model = convert_hf_checkpoint(config.checkpoint_dir, out_dir, config.dtype, config.name)
+    print(f"converted {model.name} ({model.family}, {count_parameters(model):,} parameters): {out_dir}")
+
+
+if __name__ == "__main__":
+    cli.run(main, ConvertConfig)

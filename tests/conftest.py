@@ -1,0 +1,120 @@
+"""What several tests share: small random models and checkpoints, made on the spot."""
+
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lit_qlora.checkpoint import save_weights
+from lit_qlora.config import ModelConfig
+from lit_qlora.model import GPT
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    """A Llama of two blocks with grouped queries; `changes` override its fields."""
+    fields: dict = {
+        "name": "test/tiny",
+        "n_layer": 2,
+        "n_embd": 64,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "head_size": 16,
+        "ffn_size": 128,
+        "vocab_size": 320,
+        "block_size": 96,
+    }
+    return ModelConfig(**fields | changes)
+
+
+def tiny_model(seed: int = 0, std: float = 0.1, **changes: object) -> GPT:
+    """A random model of tiny_config, with norms that are not all one and weights that matter."""
+    torch.manual_seed(seed)
+    model = GPT(tiny_config(**changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=std)
+    return model.eval()
+
+
+def load_script(path: str | Path) -> ModuleType:
+    """Import a script such as "scripts/merge_lora.py" as a module, without running it."""
+    path = ROOT / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A SentencePiece tokenizer of 300 pieces, bytes included."""
+    from sentencepiece import SentencePieceTrainer
+
+    text = [f"Q: What is {a} plus {b}?\nA: {a + b}" for a in range(30) for b in range(30)]
+    buffer = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=buffer,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
+    (directory / "tokenizer.model").write_bytes(buffer.getvalue())
+
+
+def write_checkpoint(directory: Path, model: GPT) -> Path:
+    """Save `model` as a checkpoint without a tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_weights(directory, model.config, weights, weights.items())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete checkpoint: random weights and a tokenizer. Read only."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", tiny_model())
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def examples_file(tmp_path: Path) -> Path:
+    """Forty small sums as JSON lines in Alpaca columns."""
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"instruction": f"What is {a} plus {b}?", "input": "", "output": f"{a + b}"} for a in range(8) for b in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may connect to another machine."""
+    import socket
+
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: object) -> None:
+        if self.family == socket.AF_INET and isinstance(address, tuple) and address[0].startswith("127."):
+            connect(self, address)
+            return
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise OSError(f"a test tried to reach {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -1,0 +1,159 @@
+"""model.py means what transformers means, whole and token by token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.checkpoint import load_model
+from lit_qlora.convert import convert_hf_checkpoint
+from lit_qlora.model import GPT, IGNORE, KVCache, linear_cross_entropy
+from tests.conftest import tiny_config, tiny_model
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 112,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Each row switches on something that its family uses.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-gqa": ("llama", {"num_key_value_heads": 2}),
+    "llama-mqa-head_dim": ("llama", {"num_key_value_heads": 1, "head_dim": 32}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen2-tied": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-sequential-tanh": ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_fast"}),
+    "gpt_neox-no-bias": ("gpt_neox", {"attention_bias": False}),
+}
+
+
+def hugging_face_model(directory: Path, case: str, shards: str = "5GB") -> Any:
+    """A random transformers model of `case`, saved to `directory`."""
+    torch.manual_seed(0)
+    family, changes = CASES[case]
+    config = transformers.AutoConfig.for_model(family, **SMALL | changes)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    model.tie_weights()
+    model.save_pretrained(directory, max_shard_size=shards)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_logits_as_hugging_face(case: str, tmp_path: Path) -> None:
+    theirs = hugging_face_model(tmp_path, case)
+    convert_hf_checkpoint(tmp_path, tmp_path / "ours")
+    ours = load_model(tmp_path / "ours").eval()
+    tokens = torch.randint(0, 96, (2, 23))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+        torch.testing.assert_close(token_by_token(ours, tokens), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def token_by_token(model: GPT, tokens: Tensor, first: int = 5) -> Tensor:
+    """Logits of `tokens`, the first few at once and the rest one by one through a KV cache."""
+    cache = KVCache(model.config, tokens.size(0), tokens.size(1), torch.float32)
+    parts = [model(tokens[:, :first], cache)]
+    parts += [model(tokens[:, i : i + 1], cache) for i in range(first, tokens.size(1))]
+    return torch.cat(parts, dim=1)
+
+
+def test_the_settings_of_old_config_files_are_read_too(tmp_path: Path) -> None:
+    theirs = hugging_face_model(tmp_path, "gpt_neox")
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    convert_hf_checkpoint(tmp_path, tmp_path / "ours")
+    tokens = torch.randint(0, 96, (1, 9))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        actual = load_model(tmp_path / "ours")(tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def test_left_padding_changes_nothing() -> None:
+    model = tiny_model()
+    long, short = torch.randint(0, 320, (1, 9)), torch.randint(0, 320, (1, 4))
+    batch = torch.cat([long, torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)])
+    cache = KVCache(model.config, 2, 12, torch.float32, left_pad=torch.tensor([0, 5]))
+    following = torch.randint(0, 320, (2, 3))
+    with torch.no_grad():
+        together = torch.cat([model(batch, cache), model(following, cache)], dim=1)
+        alone = model(torch.cat([short, following[1:]], dim=1))
+    torch.testing.assert_close(together[1:, 5:], alone)
+
+
+def test_a_full_cache_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="holds 4 tokens; 0 \\+ 5 do not fit"):
+        model(torch.zeros(1, 5, dtype=torch.long), KVCache(model.config, 1, 4, torch.float32))
+
+
+@pytest.mark.parametrize("at_once", [1, 320 * 3, 320 * 7, 2**26])
+def test_loss_is_the_cross_entropy_however_it_is_sliced(at_once: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 7, 16, requires_grad=True)
+    head = torch.nn.Linear(16, 320)
+    labels = torch.randint(0, 320, (2, 7))
+    labels[0, :3] = IGNORE
+    expected = torch.nn.functional.cross_entropy(
+        head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    actual = linear_cross_entropy(hidden, head, labels, at_once)
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, [hidden, head.weight]),
+        torch.autograd.grad(expected, [hidden, head.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loss_without_labels_is_zero() -> None:
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    assert tiny_model().loss(tokens, torch.full_like(tokens, IGNORE)) == 0
+
+
+def test_recomputing_activations_leaves_the_gradients_bit_equal() -> None:
+    model, tokens = tiny_model().train(), torch.randint(0, 320, (2, 9))
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        model.zero_grad()
+        model.recompute = recompute
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_a_tied_head_is_one_tensor() -> None:
+    untied, tied = GPT(tiny_config()), GPT(tiny_config(tied_head=True))
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 320 * 64

@@ -17,10 +17,9 @@ def main(config: FinetuneConfig) -> None:
     from lit_qlora import run
     from lit_qlora.checkpoint import load_model
     from lit_qlora.data import steps
+    from lit_qlora.device import pick_device, resolve_precision, weights_dtype
     from lit_qlora.lora import add_lora
     from lit_qlora.optim import make_optimizer
-    from lit_qlora.precision import pick_device, resolve_precision, weights_dtype
-    from lit_qlora.report import RunLog
     from lit_qlora.train import train
 
     # What can be refused is refused before a weight is loaded.
@@ -41,7 +40,7 @@ def main(config: FinetuneConfig) -> None:
     )
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
-    with run.claim(config, fabric) as out_dir:
+    with run.claim(config, fabric) as out_dir, run.open_log(out_dir, total, fabric) as log:
         if fabric.is_global_zero:
             run.print_plan(config, data, total)
 
@@ -55,7 +54,6 @@ def main(config: FinetuneConfig) -> None:
         fabric_model, optimizer = fabric.setup(model, optimizer)
         fabric_model.mark_forward_method("loss")
 
-        log = RunLog(out_dir / "log.jsonl", total) if fabric.is_global_zero else run.silent
         train_steps = steps(
             data.train,
             config.train.batch_size,

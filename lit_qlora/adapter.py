@@ -16,11 +16,11 @@ from torch import Tensor
 from lit_qlora import safetensors_io
 from lit_qlora.checkpoint import content_hash, load_model, read_manifest, save_directory
 from lit_qlora.config import ModelConfig
+from lit_qlora.device import pick_device, resolve_precision, weights_dtype
 from lit_qlora.errors import CheckpointError
 from lit_qlora.families import find_family, their_module
 from lit_qlora.lora import add_lora, lora_state
 from lit_qlora.model import GPT
-from lit_qlora.precision import pick_device, resolve_precision, weights_dtype
 from lit_qlora.prompts import FILE_NAME as STYLE_FILE
 from lit_qlora.prompts import STYLES, Style, read_style, style_json
 from lit_qlora.settings import LoRAConfig, Precision, Scheme
@@ -276,14 +276,14 @@ def load_for_use(
     Raises:
         CheckpointError: if anything is missing or damaged, or base and adapter do not belong together.
     """
+    ModelConfig.load(checkpoint_dir)  # says best what is wrong with a directory that is no checkpoint
     adapter = read_adapter(lora_path) if lora_path else None
-    tokenizer = Tokenizer(checkpoint_dir) if checkpoint_dir.is_dir() else None
+    tokenizer = Tokenizer(checkpoint_dir)
     if adapter:
         check_base(adapter, checkpoint_dir)
     device = pick_device()
     dtype = weights_dtype(resolve_precision(precision, device))
     model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
-    assert tokenizer is not None  # load_model has refused a directory that does not exist
     if adapter:
         add_lora(model, adapter.config)
         fill_adapter(model, adapter)

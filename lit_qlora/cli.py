@@ -25,7 +25,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
     """
     try:
         main(parse(config_type, argv))
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         _end(str(error), error.status)
     except BrokenPipeError:  # `... | head -1`: the reader has seen enough
@@ -57,7 +57,11 @@ def to_yaml(config: Any) -> str:
     """The YAML of a parsed config; giving it back with --config makes the same one."""
     import yaml
 
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    class Dumper(yaml.SafeDumper):
+        """Puts a path such as 1e3, a number to jsonargparse but not to PyYAML, in quotation marks."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), None)
+    return yaml.dump(_plain(asdict(config)), Dumper=Dumper, sort_keys=False)
 
 
 class _Parser(ArgumentParser):
@@ -73,7 +77,7 @@ class _Parser(ArgumentParser):
         if found := re.match(r"unrecognized arguments: (\S+)", message):
             flag = found[1].split("=")[0]
             raise UsageError(f"{flag} is not a flag of this command.{did_you_mean(flag, flags)} --help lists them all.")
-        if found := re.search(r"(?:Group '([\w.]+)' does not|does not) accept (?:option|key) '([\w.]+)'", message):
+        if found := re.search(r"(?:Group '([\w.]+)' does not accept \w+|Option) '([\w.]+)'", message):
             key = ".".join(part for part in found.groups() if part)
             raise UsageError(f"{self._place(key)}{key} is not a setting.{did_you_mean('--' + key, flags)}")
         if found := re.search(r'key "([\w.]+)":(.*)', message, re.DOTALL):

@@ -85,12 +85,12 @@ def read_style(directory: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        name = json.loads(path.read_text())["style"]
+        name = str(json.loads(path.read_text())["style"])
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f'{path} is not of the form {{"style": "alpaca"}}.') from None
     if name not in STYLES:
         raise CheckpointError(f"{path}: {name!r} is not a prompt style. Known: {', '.join(STYLES)}.")
-    return str(name)
+    return name
 
 
 def style_json(name: str) -> str:

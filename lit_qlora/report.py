@@ -26,7 +26,7 @@ class RunLog:
     def __init__(self, path: Path, total: int, screen: TextIO | None = None) -> None:
         self.records: list[Record] = []
         self.total = total
-        self.screen = screen or sys.stdout  # None where the process has no stdout
+        self.screen = screen or sys.stdout
         self.smooth: float | None = None
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
         self.every = max(1, total // 20)
@@ -52,9 +52,7 @@ class RunLog:
     @property
     def live(self) -> bool:
         """Whether a line can be rewritten."""
-        with suppress(ValueError, AttributeError):  # it is closed, or there is none
-            return self.screen.isatty() and os.environ.get("TERM") != "dumb"
-        return False
+        return is_terminal(self.screen) and os.environ.get("TERM") != "dumb"
 
     def close(self) -> None:
         """End the rewritten line and close the file."""
@@ -75,6 +73,11 @@ class RunLog:
         if self.live:
             line = "\r\x1b[2K" + line
         tell(line, self.screen, end="" if self.live and not stays else "\n")
+
+
+def is_terminal(screen: TextIO | None) -> bool:
+    """Whether somebody looks at `screen`; a process can be without one, and it can be closed."""
+    return screen is not None and not screen.closed and screen.isatty()
 
 
 def tell(text: str, screen: TextIO | None = None, end: str = "\n") -> None:

@@ -21,14 +21,14 @@ from lit_qlora.checkpoint import content_hash, count_parameters, hash_file
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import Batch, Sample, count_steps, encode_examples, find_files, read_examples, validation_batches
 from lit_qlora.data.batches import order
+from lit_qlora.device import pick_device, weights_dtype
 from lit_qlora.errors import CheckpointError, DataError, ResourceError, UsageError
 from lit_qlora.lora import count_trainable
 from lit_qlora.model import GPT
 from lit_qlora.optim import warmup_steps
 from lit_qlora.plan import GIB, make_plan
-from lit_qlora.precision import pick_device, weights_dtype
 from lit_qlora.prompts import find_style, read_style
-from lit_qlora.report import RunLog, duration, plot_losses, tell, write_report
+from lit_qlora.report import RunLog, duration, is_terminal, plot_losses, tell, write_report
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.tokenizer import Tokenizer
 
@@ -162,7 +162,7 @@ def _show(sample: Sample, tokenizer: Tokenizer, most: int = 400) -> str:
     given = tokenizer.decode(sample.tokens[: sample.prompt_length])
     learnt = tokenizer.decode(sample.tokens[sample.prompt_length :])
     given, learnt = (text if len(text) < most else f"{text[:most]}..." for text in (given, learnt))
-    dim = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    dim = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     given = given.replace("\n", "\\n")
     return (f"\x1b[2m{given}\x1b[0m" if dim else f"[{given}]") + " -> " + learnt.replace("\n", "\\n") + "<end>"
 
@@ -187,8 +187,9 @@ def claim(config: FinetuneConfig, fabric: Fabric) -> Iterator[Path]:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(out_dir)
         if (out_dir / "log.jsonl").exists():
-            aside = next(p for n in range(1, 10_000) if not (p := out_dir.with_name(f"{out_dir.name}.{n}")).exists())
-            out_dir.rename(aside)
+            here = out_dir.resolve()  # "." has no name of its own
+            aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
+            here.rename(aside)
             tell(f"The earlier run in {out_dir} is now {aside}.")
             lock.close()
             out_dir.mkdir()
@@ -218,6 +219,18 @@ def _lock(out_dir: Path) -> Any:
     handle.write(str(os.getpid()))
     handle.flush()
     return handle
+
+
+@contextmanager
+def open_log(out_dir: Path, total: int, fabric: Fabric) -> Iterator[RunLog]:
+    """The run's log, closed whatever happens, so that an error message gets a line of its own; mute on other ranks."""
+    first = fabric.is_global_zero
+    with open(os.devnull, "w") as nobody:
+        log = RunLog(out_dir / "log.jsonl" if first else Path(os.devnull), total, None if first else nobody)
+        try:
+            yield log
+        finally:
+            log.close()
 
 
 def saver(config: FinetuneConfig, model: GPT, data: RunData, total: int, fabric: Fabric) -> Callable[[int], None]:
@@ -288,10 +301,6 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog) -> No
         f"adapter {out_dir}/final   log, loss.png, report.md in {out_dir}\n"
         f"next    {following.splitlines()[0]}"
     )
-
-
-def silent(record: dict[str, Any]) -> None:
-    """The log of the ranks that write nothing."""
 
 
 def versions() -> dict[str, str]:

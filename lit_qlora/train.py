@@ -1,8 +1,6 @@
 """The training loop: steps in, an updated adapter out. It knows nothing of LoRA, quantisation or files."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,6 +11,7 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor
 
 from lit_qlora.data import Batch, Step
+from lit_qlora.device import peak_gib
 from lit_qlora.errors import NumericalError
 from lit_qlora.optim import learning_rate
 from lit_qlora.settings import TrainConfig
@@ -89,10 +88,10 @@ def train(
             }
         )
         before, paused = now, 0.0
+        if done == total or (config.save_every and done % config.save_every == 0):
+            save(done)  # before the validation, which may fail
         if val_batches and (done % eval_every == 0 or done == total):
             log({"step": done, **evaluate(fabric, model, val_batches)})
-        if done == total or (config.save_every and done % config.save_every == 0):
-            save(done)
         paused = time.monotonic() - before
 
 
@@ -130,11 +129,3 @@ def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
     total = fabric.all_reduce(value, reduce_op="sum")
     assert isinstance(total, Tensor)
     return total
-
-
-def peak_gib(device: torch.device) -> float:
-    """Largest memory use so far in GiB: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux

@@ -1,0 +1,1 @@
+"""Tests mirror the package: lit_qlora/x.py is tested by tests/test_x.py."""

@@ -15,6 +15,7 @@ from lit_qlora.config import ModelConfig
 from lit_qlora.model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # for models as small as these, more threads only wait for each other
 
 
 def tiny_config(**changes: object) -> ModelConfig:

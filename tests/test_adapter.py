@@ -81,9 +81,7 @@ def test_we_compute_the_same_logits_with_an_adapter_of_peft(family: str, tmp_pat
     load_adapter(model, tmp_path / "adapter")
     with torch.no_grad():
         expected = theirs.eval()(TOKENS).logits
-        torch.testing.assert_close(
-            model.eval()(TOKENS), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
-        )
+        torch.testing.assert_close(model.eval()(TOKENS), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -64,7 +64,9 @@ def test_a_missing_and_a_misshapen_weight_are_both_named(folder: Path, tmp_path:
     del weights["model.norm.weight"]
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"blocks.1.mlp.up.weight has shape \(3, 3\)(.|\n)*norm.weight is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"blocks.1.mlp.up.weight has shape \(3, 3\)(.|\n)*norm.weight is missing"
+    ):
         convert_hf_checkpoint(folder, tmp_path / "out")
 
 
@@ -79,7 +81,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(folder: Path, target
 def test_absent_shards_are_named(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="names 1 files that are absent: model-00002.safetensors"):
+    with pytest.raises(CheckpointError, match=r"names 1 files that are absent: model-00002.safetensors"):
         convert_hf_checkpoint(folder, folder)
 
 

@@ -85,7 +85,7 @@ def test_small_updates_are_added_in_float32() -> None:
 
 def test_an_adapter_for_another_model_is_refused() -> None:
     adapter = {"blocks.9.attn.query.lora_a": torch.ones(1, 4), "blocks.9.attn.query.lora_b": torch.ones(4, 1)}
-    with pytest.raises(CheckpointError, match="base model has no blocks.9.attn.query.weight"):
+    with pytest.raises(CheckpointError, match=r"base model has no blocks.9.attn.query.weight"):
         merge({}, adapter, 1.0)
     with pytest.raises(CheckpointError, match=r"fits a weight of shape \(4, 4\), the base has \(2, 2\)"):
         merge({"blocks.9.attn.query.weight": torch.ones(2, 2)}, adapter, 1.0)

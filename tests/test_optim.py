@@ -1,5 +1,7 @@
 """Learning rates are pure functions of the step and right at their ends."""
 
+from itertools import pairwise
+
 import pytest
 
 from lit_qlora.optim import learning_rate
@@ -32,7 +34,7 @@ def test_without_warm_up_the_first_step_has_the_peak() -> None:
 def test_after_the_warm_up_it_never_rises() -> None:
     for schedule in ("constant", "linear", "cosine"):
         after = rates(50, warmup=5, schedule=schedule)[4:]
-        assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+        assert all(a >= b for a, b in pairwise(after))
 
 
 def test_cosine_is_at_half_the_peak_half_way() -> None:

@@ -26,7 +26,8 @@ def random_samples(count: int) -> list[Sample]:
         return int(torch.randint(low, high, (), generator=generator))
 
     return [
-        Sample(torch.randint(1, 320, (number(6, 20),), generator=generator).tolist(), number(1, 5)) for _ in range(count)
+        Sample(torch.randint(1, 320, (number(6, 20),), generator=generator).tolist(), number(1, 5))
+        for _ in range(count)
     ]
 
 

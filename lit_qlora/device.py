@@ -1,4 +1,7 @@
-"""Which device there is, and which dtype the weights and the arithmetic get on it."""
+"""Which device there is, which dtype the weights and the arithmetic get on it, and how much memory was used."""
+
+import resource
+import sys
 
 import torch
 
@@ -29,3 +32,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 def weights_dtype(precision: Precision) -> torch.dtype:
     """Dtype of the frozen weights: 16 bit only for the -true precisions, float32 where arithmetic alone is 16 bit."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+def peak_gib(device: torch.device) -> float:
+    """Largest memory use so far in GiB: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux

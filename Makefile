@@ -1,0 +1,37 @@
+# One command each: `make demo` shows what this is, `make test` shows that it works.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-all test-gpu lint check clean
+
+# Everything is installed into .venv, in the versions of constraints.txt, which are those that are tested.
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+# Without the tests marked slow.
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+# On a machine with a CUDA device.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf .venv out .pytest_cache .mypy_cache .ruff_cache *.egg-info

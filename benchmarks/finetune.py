@@ -1,0 +1,150 @@
+"""Time finetune/lora.py itself on a model of a real shape with random weights, and append a row to results.csv.
+
+python benchmarks/finetune.py --shape llama-2-7b --flags "--quantize bnb.nf4-dq --lora.targets all --lora.r 16"
+
+The weights are random because speed and memory do not depend on them; they are made on the spot, a tensor at a time.
+Every sample fills --tokens tokens exactly, so nothing that is counted is padding.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results.csv"
+TOKENIZER = ROOT / "checkpoints/lit-qlora/tiny-world/tokenizer.model"
+LLAMA: dict[str, Any] = {"norm_eps": 1e-5, "block_size": 8192}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": LLAMA
+    | {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 32, "head_size": 128, "ffn_size": 11008}
+    | {"vocab_size": 32000},
+    "llama-3-8b": LLAMA
+    | {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "head_size": 128, "ffn_size": 14336}
+    | {"vocab_size": 128256, "rope_theta": 500_000.0},
+    "tiny": LLAMA
+    | {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_kv_head": 2, "head_size": 32, "ffn_size": 256, "vocab_size": 2048},
+}
+COLUMNS = (
+    *("date", "commit", "gpu", "torch", "bitsandbytes", "program", "shape", "micro_batch", "tokens", "flags"),
+    *("tokens_per_second", "slowest", "fastest", "peak_gib", "startup_s"),
+)
+
+
+def make_checkpoint(shape: str, directory: Path) -> None:
+    """Write a random bf16 checkpoint of `shape`, unless it is there already."""
+    import torch
+
+    from lit_qlora.checkpoint import save_weights
+    from lit_qlora.config import ModelConfig
+    from lit_qlora.model import GPT
+
+    config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
+    if (directory / "model_config.json").is_file():
+        return
+    with torch.device("meta"):
+        specs = {name: p.to(torch.bfloat16) for name, p in GPT(config).named_parameters()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, spec in specs.items():
+            norm = spec.ndim == 1
+            weight = torch.ones(spec.shape) if norm else 0.02 * torch.randn(spec.shape, device=device)
+            yield name, weight.bfloat16()
+
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(TOKENIZER, directory / "tokenizer.model")
+    save_weights(directory, config, specs, tensors())
+
+
+def make_data(path: Path, samples: int, tokens: int) -> None:
+    """Samples that are longer than `tokens`, in their prompts, which are cut to fit exactly."""
+    with path.open("w") as file:
+        for i in range(samples):
+            text = " ".join(str((i * 7919 + j * 104729) % 9973) for j in range(tokens))
+            file.write(json.dumps({"instruction": text, "output": "The end."}) + "\n")
+
+
+def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Run the command and read what it logged; the first three steps warm up and do not count."""
+    checkpoint, data, out = work / arguments.shape, work / "data.jsonl", work / "out"
+    make_checkpoint(arguments.shape, checkpoint)
+    make_data(data, arguments.steps * arguments.micro_batch, arguments.tokens)
+    shutil.rmtree(out, ignore_errors=True)
+    settings = {
+        "checkpoint_dir": checkpoint,
+        "out_dir": out,
+        "data.path": data,
+        "data.prompt": "plain",
+        "data.mask_prompt": "false",
+        "data.max_length": arguments.tokens + 1,
+        "data.val_fraction": 0,
+        "train.batch_size": arguments.micro_batch,
+        "train.micro_batch_size": arguments.micro_batch,
+        "train.epochs": 1,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    start = time.monotonic()
+    subprocess.run([sys.executable, str(ROOT / "finetune/lora.py"), *flags, *shlex.split(arguments.flags)], check=True)
+    total = time.monotonic() - start
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())
+    rates = sorted(record["tokens_per_second"] for record in log[3:])
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": arguments.commit,
+        "gpu": summary["gpu"],
+        "torch": summary["versions"]["torch"],
+        "bitsandbytes": summary["versions"]["bitsandbytes"],
+        "program": "finetune/lora.py",
+        "shape": arguments.shape,
+        "micro_batch": arguments.micro_batch,
+        "tokens": arguments.tokens,
+        "flags": arguments.flags,
+        "tokens_per_second": round(statistics.median(rates)),
+        "slowest": round(rates[0]),
+        "fastest": round(rates[-1]),
+        "peak_gib": round(summary["peak_gib"], 2),
+        "startup_s": round(total - summary["seconds"], 1),
+    }
+
+
+def main() -> None:
+    """Measure once and append the row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="sizes of the model")
+    parser.add_argument("--micro_batch", type=int, default=2, help="samples of a step")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a sample")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--flags", default="--quantize bnb.nf4-dq", help="further flags of finetune/lora.py")
+    parser.add_argument("--work_dir", type=Path, default=Path("/tmp/lit_qlora_bench"), help="where the weights go")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the row")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT") or _commit(), help="what was measured")
+    arguments = parser.parse_args()
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    row = measure(arguments, arguments.work_dir)
+    new = not arguments.results.is_file()
+    with arguments.results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(json.dumps(row))
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Evaluate a checkpoint, a quantised checkpoint or a base with its adapter on tasks of lm-eval.
+
+python eval/lm_eval_harness.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --eval_tasks "[arithmetic_2ds]"
+"""
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_folders
+
+from lit_qlora import cli
+from lit_qlora.config import FILE_NAME as MODEL_CONFIG
+from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.settings import DEMO_CHECKPOINT, check
+from lit_qlora.use import UseConfig, peak_memory
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval_model import GPTModel
+
+DEMO_TASKS = Path(__file__).resolve().parent / "demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(UseConfig):
+    """Evaluate a model on tasks of lm-eval, and write results.json in lm-eval's own schema."""
+
+    checkpoint_dir: Path | None = None
+    """The model; by default the newest out/lora/*/merged, else the demo checkpoint."""
+    eval_tasks: tuple[str, ...] | str = ("tiny_world_qa",)
+    """Names of tasks, groups or tags, e.g. [arithmetic_2ds,truthfulqa_mc1]."""
+    include_path: Path | None = None
+    """Directory with tasks of your own (YAML files); a data file that they name is looked for beside them. By default
+    the demo's."""
+    num_fewshot: int | None = None
+    """Examples before each question; by default what the task says."""
+    limit: float | None = None
+    """Ask the first so many questions of each task only; below 1, this share of them."""
+    batch_size: int = 16
+    """Sequences per forward pass; changes memory and speed, not the result."""
+    save_filepath: Path | None = None
+    """Where the results go; by default results.json in the run's folder (for OUT/merged and for adapters in OUT), else
+    out/eval/<checkpoint name>/results.json."""
+    seed: int = 1234
+    """Seed of the choice of few-shot examples and of sampled answers; 1234 is lm-eval's own."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        if isinstance(self.eval_tasks, str):
+            object.__setattr__(self, "eval_tasks", (self.eval_tasks,))
+        check(bool(self.eval_tasks), "eval_tasks is empty. Name at least one task, e.g. [tiny_world_qa].")
+        check(self.num_fewshot is None or self.num_fewshot >= 0, f"num_fewshot is {self.num_fewshot}, below 0.")
+        check(self.limit is None or self.limit > 0, f"limit must be above 0, got {self.limit}.")
+        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
+
+
+def main(config: Config) -> None:
+    """Check, load, evaluate, write and print."""
+    checkpoint_dir = config.checkpoint_dir or (DEMO_CHECKPOINT if config.lora_path else newest_merged())
+    include_path = config.include_path or DEMO_TASKS
+    tasks = resolve(config.eval_tasks, include_path)
+    save_filepath = config.save_filepath or default_save_filepath(checkpoint_dir, config.lora_path)
+    check_replaceable(save_filepath)
+    if set(tasks) <= set(task_files(include_path)):  # everything is here, so nothing has to be asked for elsewhere
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file has no use for progress bars
+    note(f"Evaluating {config.lora_path or checkpoint_dir} on {', '.join(tasks)}")
+
+    from lm_eval_model import GPTModel
+
+    loaded = config.load(checkpoint_dir)
+    lm = GPTModel(loaded.model, loaded.tokenizer, config.batch_size, config.seed)
+    results = evaluate(lm, tasks, include_path, config.num_fewshot, config.limit, config.seed)
+    results["config"]["model_args"] = {
+        "checkpoint_dir": str(checkpoint_dir),
+        "lora_path": config.lora_path and str(config.lora_path),
+        "quantize": config.quantize,
+        "quantize_head": config.quantize_head,
+        "precision": config.precision,
+    }
+    save(results, save_filepath)
+    print(table(results))
+    for line in remarks(results):
+        print(line)
+    note(f"{results['total_evaluation_time_seconds']} s, {peak_memory()}. Results: {save_filepath}")
+
+
+def evaluate(
+    lm: "GPTModel",
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    seed: int = 1234,
+) -> dict[str, Any]:
+    """Results of `lm` on `tasks`, in lm-eval's schema, without anything about the machine.
+
+    Two keys are ours: "chance" has, for each multiple-choice task, its accuracy and what guessing would give (see
+    against_chance), and "config" counts the requests that did not fit into the model's context.
+
+    Args:
+        tasks: names of tasks, groups or tags, in `include_path` or in lm-eval's own list.
+        include_path: directory with tasks of one's own; data files are relative to the YAML file that names them.
+        num_fewshot: examples before each question; None is what the task says.
+        limit: questions of each task; below 1 a share of them.
+        seed: of the choice of few-shot examples.
+
+    Raises:
+        UsageError: for a task that does not exist.
+        DataError: if a task's data cannot be had.
+    """
+    import numpy as np
+    from lm_eval import __version__, evaluator
+    from lm_eval.utils import handle_non_serializable
+
+    start = time.time()
+    random.seed(seed)  # some tasks shuffle their choices
+    np.random.seed(seed)
+    with overlay(include_path) as folder:
+        loaded = load_tasks(resolve(tasks, include_path), folder)
+        for name, task in loaded["tasks"].items():
+            set_fewshot(name, task, num_fewshot, seed)
+        # 1000: enough for the few metrics whose error is bootstrapped; that of an accuracy is computed.
+        results: dict[str, Any] = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+        chance = {name: against_chance(task, results["results"][name]) for name, task in loaded["tasks"].items()}
+    folders = [folder, *([include_path.resolve()] if include_path else [])]
+    results["configs"] = without_folders(results["configs"], folders)
+    results["chance"] = {name: figures for name, figures in chance.items() if figures}
+    results["config"] = {**lm.get_model_info(), "limit": limit, "num_fewshot": num_fewshot, "seed": seed}
+    results["lm_eval_version"] = __version__
+    results["date"] = start
+    results["total_evaluation_time_seconds"] = f"{time.time() - start:.1f}"
+    plain: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
+    return plain
+
+
+def set_fewshot(name: str, task: "Task", num_fewshot: int | None, seed: int) -> None:
+    """Give `task` its number of examples; one that fixes it at 0, as lm-eval has it, keeps its 0."""
+    fixed = task.get_config("num_fewshot")
+    if num_fewshot is None:
+        task.set_config("num_fewshot", fixed or 0)
+    elif fixed == 0 and num_fewshot:
+        note(f"{name} is made for no examples, so num_fewshot is left out.")
+    else:
+        task.set_config("num_fewshot", num_fewshot)
+    task.set_fewshot_seed(seed)
+
+
+def against_chance(task: "Task", metrics: Mapping[str, Any]) -> dict[str, float] | None:
+    """What guessing gives in a multiple-choice task, or None where accuracy is not a share of right choices.
+
+    Returns:
+        accuracy; chance, the mean of 1 / number of choices; noise, two standard deviations of the accuracy of someone
+        who guesses; questions, how many there were.
+    """
+    accuracy = next((value for key, value in metrics.items() if key.startswith("acc,")), None)
+    own_rule = task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results or task.multiple_target
+    if accuracy is None or own_rule:
+        return None
+    docs = {instance.doc_id: instance.doc for instance in task.instances}.values()
+    odds = [1 / len(task.doc_to_choice(doc)) for doc in docs]
+    chance = sum(odds) / len(odds)
+    noise = 2 * math.sqrt(sum(p * (1 - p) for p in odds)) / len(odds)
+    return {"accuracy": float(accuracy), "chance": chance, "noise": noise, "questions": len(odds)}
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What someone who reads the figures has to know besides."""
+    lines = []
+    for name, x in results["chance"].items():
+        if abs(x["accuracy"] - x["chance"]) <= x["noise"]:
+            lines.append(
+                f"{name}: an accuracy of {x['accuracy']:.3f} is within noise of chance, {x['chance']:.3f} +- "
+                f"{x['noise']:.3f} (two standard deviations, {x['questions']} questions)."
+            )
+    if truncated := results["config"]["truncated_requests"]:
+        lines.append(f"{truncated} requests did not fit into the model's context and lost their beginning.")
+    if shortened := results["config"]["shortened_answers"]:
+        lines.append(f"{shortened} answers had less room than their task allows; the model's context is not longer.")
+    return lines
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as markdown, tasks first, then groups."""
+    from lm_eval.utils import make_table
+
+    return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column)).rstrip()
+
+
+def newest_merged() -> Path:
+    """What finetune/lora.py and scripts/merge_lora.py left last at their default place, else the demo checkpoint."""
+    merged = [path.parent for path in Path("out/lora").glob(f"*/merged/{MODEL_CONFIG}")]
+    return max(merged, key=lambda path: path.stat().st_mtime, default=DEMO_CHECKPOINT)
+
+
+def default_save_filepath(checkpoint_dir: Path, lora_path: Path | None) -> Path:
+    """results.json in the run's folder, or under out/eval for a model that no run has made."""
+    if lora_path:
+        return lora_path.parent / "results.json"
+    if checkpoint_dir.name == "merged":
+        return checkpoint_dir.parent / "results.json"
+    return Path("out/eval") / checkpoint_dir.name / "results.json"
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UsageError if writing results to `path` would destroy anything but results."""
+    if not path.exists():
+        return
+    try:
+        if "results" in json.loads(path.read_text()):
+            note(f"{path} holds earlier results, which will be replaced.")
+            return
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UsageError(f"save_filepath: {path} exists and holds no results. Name another file.")
+
+
+def save(results: Mapping[str, Any], path: Path) -> None:
+    """Write `results` as JSON; whoever reads `path` sees all of it or what was there before.
+
+    Raises:
+        ResourceError: if the disk is full or may not be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ResourceError(f"Cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def note(text: str) -> None:
+    """Say what is going on on stderr; stdout is for the figures."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

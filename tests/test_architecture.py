@@ -1,0 +1,117 @@
+"""Who may import whom: a module imports from layers below its own, and each outside library has one home."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LAYERS = [
+    {"errors"},
+    {"settings", "config", "prompts", "tokenizer", "safetensors_io", "report", "cli"},
+    {"families", "model", "quantize", "lora", "optim", "device"},
+    {"checkpoint", "data", "generate", "plan"},
+    {"convert", "adapter", "train"},
+    {"merge", "use", "run"},
+]
+"""The modules of the package from the bottom up; those of one layer do not know each other."""
+
+HOMES = {
+    "bitsandbytes": {"quantize"},
+    "lightning": {"train", "run"},
+    "sentencepiece": {"tokenizer"},
+    "tokenizers": {"tokenizer"},
+    "jsonargparse": {"cli"},
+    "yaml": {"cli"},
+    "matplotlib": {"report"},
+    "safetensors": {"safetensors_io"},
+    "transformers": set(),
+    "peft": set(),
+    "lm_eval": set(),
+}
+"""Outside libraries and the only modules of the package that may import them."""
+
+LIBRARIES = set(packages_distributions())
+PACKAGE = ROOT / "lit_qlora"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+SCRIPTS = sorted(path for folder in ("finetune", "scripts", "eval") for path in (ROOT / folder).glob("*.py"))
+
+
+def unit(path: Path) -> str:
+    """What LAYERS calls the file: data/samples.py is part of "data"."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of what a file imports, wherever it does so, but for types alone."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text()))
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    source = "import a.b\nif TYPE_CHECKING:\n    import c\ndef f():\n    from d import e\n"
+    (tmp_path / "x.py").write_text(source)
+    assert list(imported(tmp_path / "x.py")) == ["a.b", "d.e"]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert sorted(name for layer in LAYERS for name in layer) == sorted({unit(path) for path in MODULES})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_lower_layers(path: Path) -> None:
+    own = next(i for i, layer in enumerate(LAYERS) if unit(path) in layer)
+    below = set().union(*LAYERS[:own]) | {"__version__"}
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("lit_qlora.")} - {unit(path)}
+    assert used <= below
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_an_outside_library_has_one_home(library: str) -> None:
+    assert {unit(path) for path in MODULES if library in {name.split(".")[0] for name in imported(path)}} == HOMES[
+        library
+    ]
+
+
+def test_every_outside_library_has_a_home() -> None:
+    used = {name.split(".")[0] for path in MODULES for name in imported(path)}
+    assert used - sys.stdlib_module_names - {"lit_qlora", "torch"} <= set(HOMES)
+
+
+def test_the_loop_knows_neither_lora_nor_quantisation_nor_files() -> None:
+    used = {name.split(".")[1] for name in imported(PACKAGE / "train.py") if name.startswith("lit_qlora.")}
+    assert not used & {"lora", "quantize", "checkpoint", "adapter"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_package_does_not_know_the_scripts(path: Path) -> None:
+    scripts = {"finetune", "scripts", "eval", "tests"} | {script.stem for script in SCRIPTS}
+    assert not {name.split(".")[0] for name in imported(path)} & scripts
+
+
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_touches_the_path_of_imports(path: Path) -> None:
+    assert not any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+        for node in ast.walk(ast.parse(path.read_text()))
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_script_hides_a_library(path: Path) -> None:
+    assert path.stem not in LIBRARIES

@@ -1,0 +1,332 @@
+"""The command line: settings in, one readable line for every mistake, and a quick --help that explains every flag."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_qlora import cli
+from lit_qlora.errors import (
+    CheckpointError,
+    DataError,
+    NumericalError,
+    ResourceError,
+    UsageError,
+    UserError,
+    did_you_mean,
+)
+from lit_qlora.settings import FinetuneConfig
+from tests.conftest import ROOT
+
+ENTRY_POINTS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("finetune", "scripts", "eval")
+    for path in (ROOT / folder).glob("*.py")
+    if "cli.run(" in path.read_text()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A small command."""
+
+    number: int = 1
+    """A number."""
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        cli.parse(FinetuneConfig, argv)
+    return str(caught.value)
+
+
+def end(main: Callable[[Config], None], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    """Exit status and stderr of a command that does `main`."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main, Config, [])
+    return caught.value.code, capsys.readouterr().err
+
+
+def raising(error: BaseException) -> Callable[[Config], None]:
+    def main(config: Config) -> None:
+        raise error
+
+    return main
+
+
+# What is typed wrongly.
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--train.lerning_rate", "1"],
+            "--train.lerning_rate is not a flag of this command. Did you mean --train.learn",
+        ),
+        (["--quantise=none"], "--quantise is not a flag of this command. Did you mean --quantize?"),
+        (["word"], "word is not a flag of this command. --help lists them all."),
+        (
+            ["--quantize", "bnb.nf5"],
+            "--quantize: expected one of none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.i",
+        ),
+        (["--quantize", "bnb.nf5"], "got 'bnb.nf5'. Did you mean bnb.nf4?"),
+        (["--train.schedule", "cosin"], "expected one of cosine, linear, constant, got 'cosin'. Did you mean cosine?"),
+        (["--lora.targets", "[query,valu]"], "got 'valu'. Did you mean value?"),
+        (["--lora.targets", "valu"], "got 'valu'. Did you mean value?"),
+        (["--lora.r", "x"], "--lora.r: expected int, got 'x'."),
+        (["--lora.r", "2.5"], "--lora.r: expected int, got '2.5'."),
+        (["--lora.r"], "--lora.r: expected one argument"),
+        (["--lora.r", "0"], "lora.r must be at least 1, got 0."),
+        (["--lora.dropout", "1"], "lora.dropout must be in [0, 1), got 1.0."),
+        (["--train.learning_rate", "fast"], "--train.learning_rate: expected float, got 'fast'."),
+        (["--train.max_steps", "many"], "--train.max_steps: expected int, got 'many'."),
+        (["--data.mask_prompt", "maybe"], "--data.mask_prompt: expected bool, got 'maybe'."),
+        (["--devices", "two"], "--devices: expected int or one of auto, got 'two'."),
+        (["--config", "absent.yaml"], "--config: File does not exist: "),
+        (["--config", "."], "--config: Path is not a file: "),
+    ],
+)
+def test_a_mistyped_flag_is_answered_in_one_line_with_what_was_meant(argv: list[str], message: str) -> None:
+    answer = refusal(*argv)
+    assert message in answer
+    assert "\n" not in answer
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["--config FILE", "--config=FILE"])
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        (
+            "seed: 1\ntrain:\n  # lerning_rate: 2\n  lerning_rate: 1\n",
+            ":4: train.lerning_rate is not a setting. Did you",
+        ),
+        ("quantise: none\n", ":1: quantise is not a setting. Did you mean --quantize?"),
+        (
+            "eval:\n  every: 1\ntrain:\n  learning_rate: fast\n",
+            ":4: --train.learning_rate: expected float, got 'fast'.",
+        ),
+        (
+            "data:\n  max_length: 9\nlora: {r: 4,\n  targets: [query, valu]}\n",
+            ":4: --lora.targets: expected list or one",
+        ),
+        ("train: [\n  x: : 1\n", ": not valid YAML: while parsing"),
+        ("seed: 'x\n", ": not valid YAML: while scanning a quoted scalar"),
+        ("- 1\n", " holds no settings."),
+        ("hello\n", " holds no settings."),
+        ("", " holds no settings."),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_placed(tmp_path: Path, yaml: str, message: str, joined: bool) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml)
+    answer = refusal(*([f"--config={file}"] if joined else ["--config", str(file)]))
+    assert answer.startswith(f"{file}{message}")
+    assert "\n" not in answer
+
+
+def test_a_mistyped_flag_is_not_blamed_on_the_config_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lora:\n  r: 4\n")
+    assert refusal("--config", str(tmp_path / "run.yaml"), "--lora.r", "x") == "--lora.r: expected int, got 'x'."
+
+
+def test_a_config_file_cannot_run_code(tmp_path: Path) -> None:
+    marker, file = tmp_path / "marker", tmp_path / "run.yaml"
+    file.write_text(f'seed: !!python/object/apply:os.system ["touch {marker}"]\n')
+    assert "could not determine a constructor for the tag" in refusal("--config", str(file))
+    assert not marker.exists()
+
+
+def test_near_words_are_found_and_far_ones_are_not() -> None:
+    assert did_you_mean("quere", ["query", "key"]) == " Did you mean query?"
+    assert did_you_mean("zzzz", ["query", "key"]) == ""
+
+
+def test_a_missing_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Needy:
+        """A command that needs to know something."""
+
+        checkpoint_dir: Path
+        """A directory."""
+
+    with pytest.raises(UsageError, match=r"^--checkpoint_dir must be given\.$"):
+        cli.parse(Needy, [])
+
+
+# What is typed rightly.
+
+
+def test_flags_win_over_the_config_file_and_that_over_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 5\nlora:\n  r: 4\n  alpha: 2\n")
+    config = cli.parse(FinetuneConfig, ["--config", str(tmp_path / "run.yaml"), "--lora.r", "16"])
+    assert (config.seed, config.lora.r, config.lora.alpha, config.lora.dropout) == (5, 16, 2.0, 0.05)
+
+
+def test_a_config_file_may_set_nothing_but_one_nested_value(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("train:\n  batch_size: 8\n")
+    train = cli.parse(FinetuneConfig, ["--config", str(tmp_path / "run.yaml")]).train
+    assert (train.batch_size, train.micro_batch_size) == (8, FinetuneConfig().train.micro_batch_size)
+
+
+def test_what_print_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--lora.targets", "[key,mlp]", "--train.learning_rate", "1e-5", "--data.path", "a b.json", "--dry_run"]
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(FinetuneConfig, [*argv, "--print_config"])
+    assert caught.value.code == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    config = cli.parse(FinetuneConfig, ["--config", str(tmp_path / "run.yaml")])
+    assert config == cli.parse(FinetuneConfig, argv)
+    assert config.dry_run
+
+
+@pytest.mark.parametrize(
+    "argv", [["--dry_run"], ["--dry_run", "--seed", "1"], ["--dry_run", "true"], ["--dry_run=true"]]
+)
+def test_a_switch_alone_means_yes(argv: list[str]) -> None:
+    assert cli.parse(FinetuneConfig, argv).dry_run is True
+    assert cli.parse(FinetuneConfig, ["--dry_run", "false"]).dry_run is False
+
+
+# How a command ends.
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(UserError, 2), (UsageError, 2), (DataError, 3), (CheckpointError, 4), (NumericalError, 5), (ResourceError, 6)],
+)
+def test_each_kind_of_mistake_has_its_exit_status(
+    kind: type[UserError], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end(raising(kind("place: what.\nDo this.")), capsys) == (status, "error: place: what.\nDo this.\n")
+
+
+def test_what_the_system_refuses_is_one_line_with_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/data/x")
+    assert end(raising(error), capsys) == (6, "error: /data/x: No space left on device.\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.\nmore\nmore"),
+        MemoryError(),
+    ],
+)
+def test_exhausted_memory_is_no_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = end(raising(error), capsys)
+    assert status == 6
+    assert message.startswith("error: Out of memory.")
+    assert "--train" not in message  # this command has no such flag
+
+
+def test_advice_against_exhausted_memory_names_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(config: FinetuneConfig) -> None:
+        raise MemoryError
+
+    with pytest.raises(SystemExit):
+        cli.run(main, FinetuneConfig, [])
+    flags = re.findall(r"--([\w.]+) (\S+)", capsys.readouterr().err.replace(" or ", " ").replace(",", ""))
+    assert {name for name, _ in flags} >= {"train.micro_batch_size", "train.recompute", "quantize"}
+    for name, _ in flags:
+        cli.parse(FinetuneConfig, [f"--{name}", {"train.recompute": "full", "quantize": "bnb.nf4"}.get(name, "8")])
+
+
+def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(raising(KeyboardInterrupt()), capsys) == (130, "error: stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), ValueError("bug"), OSError("no number, so no system's")])
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        cli.run(raising(error), Config, [])
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [UsageError("x"), OSError(errno.EIO, "x"), MemoryError()])
+def test_every_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setenv("LIT_QLORA_DEBUG", "1")
+    with pytest.raises(type(error)) as caught:
+        cli.run(raising(error), Config, [])
+    assert caught.value is error
+
+
+def test_a_reader_who_goes_away_is_no_error() -> None:
+    code = (
+        "from dataclasses import dataclass\nfrom lit_qlora import cli\n"
+        "@dataclass\nclass C:\n    '''A.'''\n    n: int = 1\n    '''B.'''\n"
+        "cli.run(lambda c: [print(i) for i in range(99999)], C, [])"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Every entry point.
+
+PROBE = """
+import runpy, sys, time
+start = time.perf_counter()
+sys.argv = [sys.argv[1], "--help"]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    heavy = sorted({"torch", "lightning", "bitsandbytes", "transformers", "lm_eval", "numpy"} & set(sys.modules))
+    print(end.code, heavy, file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def help_of() -> Callable[[Path], subprocess.CompletedProcess[str]]:
+    done: dict[Path, subprocess.CompletedProcess[str]] = {}
+
+    def ask(script: Path) -> subprocess.CompletedProcess[str]:
+        if script not in done:
+            command = [sys.executable, "-c", PROBE, str(ROOT / script)]
+            done[script] = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done[script]
+
+    return ask
+
+
+def test_there_are_entry_points() -> None:
+    assert {Path("finetune/lora.py"), Path("scripts/merge_lora.py"), Path("eval/lm_eval_harness.py")} <= {*ENTRY_POINTS}
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
+def test_help_ends_well_and_imports_nothing_heavy(script: Path, help_of: Callable) -> None:
+    assert help_of(script).stderr == "0 []\n"
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
+def test_help_explains_every_flag(script: Path, help_of: Callable) -> None:
+    text = help_of(script).stdout.partition("\noptions:\n")[2]
+    entries = re.findall(r"^  (?:-h, )?(--[\w.]+)\b(.*(?:\n {10,}.*)*)", text, re.MULTILINE)
+    assert len(entries) > 3
+    for flag, entry in entries:
+        prose = re.sub(r"\(type: .*", "", " ".join(entry.split()))  # what jsonargparse adds of its own
+        assert re.search(r"\w+ \w+ \w+", re.sub(r"\{.*?\}|\b[A-Z_]+\b", "", prose)), f"{flag} is not explained: {entry}"
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
+def test_help_takes_less_than_a_second(script: Path) -> None:
+    quickest = float("inf")
+    for _ in range(4):  # other work on this machine can slow down one attempt
+        start = time.perf_counter()
+        subprocess.run([sys.executable, str(ROOT / script), "--help"], stdout=subprocess.DEVNULL, check=True)
+        quickest = min(quickest, time.perf_counter() - start)
+        if quickest < 1:
+            return
+    pytest.fail(f"{quickest:.1f} s")

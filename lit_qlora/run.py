@@ -19,7 +19,16 @@ from lit_qlora import __version__, cli
 from lit_qlora.adapter import save_adapter
 from lit_qlora.checkpoint import content_hash, count_parameters, hash_file
 from lit_qlora.config import ModelConfig
-from lit_qlora.data import Batch, Sample, count_steps, encode_examples, find_files, read_examples, validation_batches
+from lit_qlora.data import (
+    Batch,
+    DataReport,
+    Sample,
+    count_steps,
+    encode_examples,
+    find_files,
+    read_examples,
+    validation_batches,
+)
 from lit_qlora.data.batches import order
 from lit_qlora.device import pick_device, weights_dtype
 from lit_qlora.errors import CheckpointError, DataError, ResourceError, UsageError
@@ -77,11 +86,15 @@ def read_data(config: FinetuneConfig) -> RunData:
         )
 
     train_file, val_file = find_files(data.path, data.val_path)
-    train, report = encode_examples(
-        read_examples(train_file), tokenizer, find_style(style), max_length, data.mask_prompt
-    )
+
+    def encode(file: Path) -> tuple[list[Sample], DataReport]:
+        examples = read_examples(file)
+        chosen = find_style(style)
+        return encode_examples(examples, tokenizer, chosen, max_length, data.mask_prompt, data.allow_cut_answers)
+
+    train, report = encode(train_file)
     if val_file:
-        val, _ = encode_examples(read_examples(val_file), tokenizer, find_style(style), max_length, data.mask_prompt)
+        val, _ = encode(val_file)
     else:
         wanted = max(1, round(data.val_fraction * len(train))) if data.val_fraction else 0
         held_out = min(wanted, len(train) - 1)

@@ -67,6 +67,8 @@ class DataConfig:
     What is too long loses the beginning of its prompt, then the end of its answer, never the end-of-text token."""
     mask_prompt: bool = True
     """Learn the answers only, not the prompts."""
+    allow_cut_answers: bool = False
+    """Go on even if most answers are cut, which teaches half-sentences."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

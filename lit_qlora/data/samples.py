@@ -49,7 +49,12 @@ class DataReport:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: Tokenizer, style: Style, max_length: int, mask_prompt: bool = True
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    style: Style,
+    max_length: int,
+    mask_prompt: bool = True,
+    allow_cut_answers: bool = False,
 ) -> tuple[list[Sample], DataReport]:
     """Encode each example and cut it to `max_length` tokens.
 
@@ -57,7 +62,7 @@ def encode_examples(
     least one token of the answer survive every cut, or the model would never learn to stop.
 
     Raises:
-        DataError: if most answers are cut: such a run would teach half-sentences.
+        DataError: if most answers are cut, which would teach half-sentences, unless `allow_cut_answers`.
     """
     samples: list[Sample] = []
     report = DataReport()
@@ -75,9 +80,9 @@ def encode_examples(
                 report.cut_answers += 1
                 answer = [*answer[: max_length - len(prompt) - 1], answer[-1]]
         samples.append(Sample(prompt + answer, max(1, len(prompt)) if mask_prompt else 1))
-    if report.cut_answers > len(samples) / 2:
+    if report.cut_answers > len(samples) / 2 and not allow_cut_answers:
         raise DataError(
             f"{report.cut_answers} of {len(samples)} answers do not fit into {max_length} tokens, "
-            f"counting their prompts. Raise data.max_length."
+            "counting their prompts.\nRaise data.max_length, or go on with --data.allow_cut_answers."
         )
     return samples, report

@@ -89,6 +89,13 @@ def test_a_run_that_would_teach_half_sentences_is_refused(tokenizer: Tokenizer) 
         encode_examples(examples, tokenizer, STYLES["qa"], 16)
 
 
+def test_it_can_be_allowed_by_name(tokenizer: Tokenizer) -> None:
+    examples = [example("1", "3 " * 40)] * 3
+    samples, report = encode_examples(examples, tokenizer, STYLES["qa"], 16, allow_cut_answers=True)
+    assert report.cut_answers == 3
+    assert all(len(sample.tokens) == 16 for sample in samples)
+
+
 def test_a_sample_whose_prompt_vanishes_still_has_a_first_token_that_nothing_predicts() -> None:
     class Blank:
         use_bos = False

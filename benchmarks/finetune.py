@@ -132,13 +132,18 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     row = measure(arguments, arguments.work_dir)
-    new = not arguments.results.is_file()
-    with arguments.results.open("a", newline="") as file:
+    append_row(arguments.results, row)
+    print(json.dumps(row))
+
+
+def append_row(results: Path, row: dict[str, Any]) -> None:
+    """Add a row to the table; what is not known stays empty."""
+    new = not results.is_file()
+    with results.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
-    print(json.dumps(row))
 
 
 def _commit() -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm  # disable=None shows a bar on a terminal only
 from lit_qlora.errors import DataError
 from lit_qlora.generate import generate
 from lit_qlora.model import GPT, LOGITS_AT_ONCE
-from lit_qlora.settings import SamplingConfig
+from lit_qlora.settings import GenerationConfig
 from lit_qlora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -178,16 +178,16 @@ class GPTModel(TemplateLM):
         rows = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         log_probs, greedy = [], []
         for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-            scores = self.model.head(some).float().log_softmax(dim=-1)
+            scores = self.model.logits(some).float().log_softmax(dim=-1)
             log_probs.append(scores.gather(-1, wanted[:, None])[:, 0])
             greedy.append(scores.argmax(dim=-1) == wanted)
         return torch.cat(log_probs).cpu(), torch.cat(greedy).cpu()
 
-    def _generation_settings(self, gen_kwargs: dict[str, Any]) -> tuple[list[str], SamplingConfig]:
+    def _generation_settings(self, gen_kwargs: dict[str, Any]) -> tuple[list[str], GenerationConfig]:
         """A task's generation_kwargs as stop strings and sampling; what has no meaning here is named on stderr."""
         settings: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs))
         until = [text for text in settings.pop("until") if text]
-        sampling = SamplingConfig(
+        sampling = GenerationConfig(
             max_new_tokens=settings.pop("max_gen_toks"),
             temperature=settings.pop("temperature", 0.0) if settings.pop("do_sample") else 0.0,
             top_k=settings.pop("top_k", None) or None,
@@ -198,7 +198,7 @@ class GPTModel(TemplateLM):
             print(f"Not understood, so left out of the generation: {', '.join(sorted(settings))}.", file=sys.stderr)
         return until, sampling
 
-    def _answer(self, prompts: list[list[int]], sampling: SamplingConfig, until: list[str]) -> list[list[int]]:
+    def _answer(self, prompts: list[list[int]], sampling: GenerationConfig, until: list[str]) -> list[list[int]]:
         # A character is at most four tokens, so these last tokens hold any stop string that has just been completed.
         tail = 4 * max(map(len, until), default=0) + 1
 

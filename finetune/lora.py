@@ -16,7 +16,7 @@ def main(config: FinetuneConfig) -> None:
 
     from lit_qlora import run
     from lit_qlora.checkpoint import load_model
-    from lit_qlora.data import steps
+    from lit_qlora.data import read_data, steps
     from lit_qlora.device import pick_device, resolve_precision, weights_dtype
     from lit_qlora.lora import add_lora
     from lit_qlora.optim import make_optimizer
@@ -25,7 +25,7 @@ def main(config: FinetuneConfig) -> None:
     # What can be refused is refused before a weight is loaded.
     precision = resolve_precision(config.precision, pick_device())
     config = replace(config, precision=precision, out_dir=config.out_dir or run.default_out_dir(config.checkpoint_dir))
-    data = run.read_data(config)
+    data = read_data(config)
     total = run.total_steps(config, data)
     if config.dry_run:
         run.print_plan(config, data, total)
@@ -41,28 +41,18 @@ def main(config: FinetuneConfig) -> None:
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     with run.claim(config, fabric) as out_dir, run.open_log(out_dir, total, fabric) as log:
-        if fabric.is_global_zero:
-            run.print_plan(config, data, total)
-
+        plan = run.print_plan(config, data, total, silent=not fabric.is_global_zero)
         model = load_model(
             config.checkpoint_dir, weights_dtype(precision), fabric.device, config.quantize, config.quantize_head
         )
-        model.recompute = config.train.recompute == "full"
         add_lora(model, config.lora)
+        run.take_path(model, plan)
         learners = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(learners, config.optimizer, config.train)
         fabric_model, optimizer = fabric.setup(model, optimizer)
         fabric_model.mark_forward_method("loss")
 
-        train_steps = steps(
-            data.train,
-            config.train.batch_size,
-            config.train.micro_batch_size,
-            total,
-            config.seed,
-            fabric.global_rank,
-            fabric.world_size,
-        )
+        train_steps = steps(data.train, data.batching, total, fabric.global_rank, fabric.world_size)
         train(
             fabric,
             fabric_model,

@@ -1,20 +1,26 @@
-"""Checkpoints on disk: a directory with model_config.json, lit_model.safetensors and a tokenizer."""
+"""Checkpoints on disk: a directory with model_config.json, lit_model.safetensors and a tokenizer.
+
+Weights of more than shards.SHARD_BYTES lie in several files with an index. model_config.json is what makes a
+directory a checkpoint: it is written when everything else is complete.
+"""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_qlora import safetensors_io
+from lit_qlora import safetensors_io, shards
 from lit_qlora.config import FILE_NAME as CONFIG
 from lit_qlora.config import ModelConfig, missing_checkpoint
 from lit_qlora.errors import CheckpointError, ResourceError
+from lit_qlora.mlp import CORRECTION
 from lit_qlora.model import GPT
 from lit_qlora.quantize import QuantizedLinear, is_quantized
 from lit_qlora.settings import Scheme
@@ -44,15 +50,13 @@ def load_model(
     """
     directory = Path(checkpoint_dir)
     config = ModelConfig.load(directory)
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(missing_weights(directory))
-    check_weights(safetensors_io.read_specs(path), config, place=str(path))
+    weights = open_weights(directory)
+    check_weights(weights.specs, config, place=str(weights.place))
     with torch.device("meta"):
         model = GPT(config)
 
     def read(name: str) -> Tensor:
-        return safetensors_io.read_tensor(path, name).to(device=device, dtype=dtype)
+        return weights.read(name).to(device=device, dtype=torch.float32 if name.endswith(CORRECTION) else dtype)
 
     for module_path, module in list(model.named_modules()):
         names = [f"{module_path}.{key}" for key, _ in module.named_parameters(recurse=False)]
@@ -67,6 +71,18 @@ def load_model(
             for name in names:
                 setattr(module, name.rpartition(".")[2], nn.Parameter(read(name)))
     return model
+
+
+def open_weights(directory: Path) -> shards.Weights:
+    """The weights of a checkpoint, in one file or several, of which only the headers are read.
+
+    Raises:
+        CheckpointError: if there are none, or they are damaged.
+    """
+    place = shards.find(directory, WEIGHTS)
+    if not place:
+        raise CheckpointError(missing_weights(directory))
+    return shards.open_weights(place)
 
 
 def missing_weights(directory: Path) -> str:
@@ -101,13 +117,43 @@ def check_weights(specs: Mapping[str, Tensor], config: ModelConfig, place: str) 
 
 
 def save_weights(
-    directory: Path, config: ModelConfig, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]
+    directory: Path,
+    config: ModelConfig,
+    specs: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    limit: int = shards.SHARD_BYTES,
 ) -> str:
-    """Write the weights as they come and then the configuration; returns the sha256 of the weights."""
-    digest = safetensors_io.write(directory / WEIGHTS, specs, tensors)
-    config.save(directory)
-    _remember_hash(directory / WEIGHTS, digest)
-    return digest
+    """Make `directory` the checkpoint of these weights, whole or not at all, whatever stops the program.
+
+    The weights are written to a temporary directory inside it, where they stay until they are complete; what was there
+    before loses its configuration first and the new one gets its own last, so old and new files are never mixed.
+
+    Args:
+        tensors: those of `specs`, in their order.
+        limit: most bytes of weights in a file.
+
+    Returns:
+        content_hash of the weights.
+
+    Raises:
+        ResourceError: if the disk is full or may not be written.
+    """
+    with writing(directory), temporary_directory(directory / "weights") as staged:
+        hashes = shards.write(staged, WEIGHTS, specs, tensors, limit)
+        config.save(staged)
+        for path in staged.iterdir():
+            flush(path)
+        (directory / CONFIG).unlink(missing_ok=True)
+        flush(directory)
+        for path in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
+            path.unlink()
+        for path in set(staged.iterdir()) - {staged / CONFIG}:
+            path.rename(directory / path.name)
+        _remember_hashes(directory, hashes)
+        flush(directory)
+        (staged / CONFIG).rename(directory / CONFIG)
+        flush(directory)
+    return _combine(hashes)
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -119,22 +165,26 @@ def count_parameters(config: ModelConfig) -> int:
 def content_hash(checkpoint_dir: Path) -> str:
     """sha256 of the weights: what an adapter remembers of its base.
 
-    Hashing runs at about 2 GB/s, so the result is kept beside the weights for as long as their size and time stand.
+    That of the file if there is one. Of several, what `sha256sum lit_model-*.safetensors | sha256sum` prints.
+    Hashing runs at about 2 GB/s, so each file's is kept beside the weights for as long as its size and time stand.
+
+    Raises:
+        CheckpointError: if there are no weights, or a file of theirs is absent.
     """
-    path = checkpoint_dir / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(missing_weights(checkpoint_dir))
-    stat = path.stat()
-    kept = checkpoint_dir / _HASHES
-    try:
-        known = json.loads(kept.read_text())
-        if (known["bytes"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-            return str(known["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        known = None  # not kept yet, or unreadable: hash again
-    digest = hash_file(path)
-    _remember_hash(path, digest)
-    return digest
+    known = _kept_hashes(checkpoint_dir)
+    hashes = {}
+    for path in open_weights(checkpoint_dir).paths:
+        kept = known.get(path.name)
+        hashes[path.name] = kept["sha256"] if kept and _stamp(path).items() <= kept.items() else hash_file(path)
+    if any(name not in known or known[name]["sha256"] != digest for name, digest in hashes.items()):
+        _remember_hashes(checkpoint_dir, hashes)
+    return _combine(hashes)
+
+
+def _combine(hashes: Mapping[str, str]) -> str:
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -143,13 +193,62 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remember_hash(path: Path, digest: str) -> None:
-    stat = path.stat()
-    record = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+def _kept_hashes(directory: Path) -> dict[str, dict[str, Any]]:
     try:
-        (path.parent / _HASHES).write_text(json.dumps(record) + "\n")
+        kept: Any = json.loads((directory / _HASHES).read_text())
+        return {name: row for name, row in kept.items() if row.keys() == {"bytes", "mtime_ns", "sha256"}}
+    except (OSError, ValueError, AttributeError):
+        return {}  # not kept yet, or unreadable: hash again
+
+
+def _remember_hashes(directory: Path, hashes: Mapping[str, str]) -> None:
+    record = {name: {**_stamp(directory / name), "sha256": digest} for name, digest in hashes.items()}
+    with suppress(OSError):  # a read-only checkpoint is hashed each time
+        (directory / _HASHES).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the system says about a full disk or a missing permission into a ResourceError about `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot write {place}: {error.strerror or error}.\nWhat was there before is untouched."
+        ) from None
+
+
+@contextmanager
+def temporary_directory(final: Path) -> Iterator[Path]:
+    """A new directory beside `final`, on the same file system; removed with what is left in it.
+
+    What programs that were killed left beside `final` is removed too.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f"{final.name}.tmp-*"):
+        if not _is_running(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
+    path = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    try:
+        path.mkdir()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
     except OSError:
-        return  # a read-only checkpoint is hashed each time
+        return True  # somebody else's
+    return int(process) != os.getpid()  # ours are gone when they end: an earlier program had the same number
 
 
 def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]) -> None:
@@ -164,30 +263,25 @@ def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], fact
     Raises:
         ResourceError: if the disk is full or may not be written; `final` is then as it was.
     """
-    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with writing(final), temporary_directory(final) as temporary:
         files = {}
         for name, write_to in write.items():
             path = temporary / name
             write_to(path)
-            _flush(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps({"format": 1, "files": files, **facts}, indent=2) + "\n")
-        _flush(manifest)
-        _flush(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _flush(final.parent)
-    except OSError as error:
-        raise ResourceError(
-            f"Cannot save {final}: {error.strerror or error}.\nWhat was saved before is untouched."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files, **facts}, indent=2) + "\n")
+        publish(temporary, final)
+
+
+def publish(complete: Path, final: Path) -> None:
+    """Give the directory `complete` its final name, after everything in it is on the disk."""
+    for path in complete.iterdir():
+        flush(path)
+    flush(complete)
+    if final.exists():
+        shutil.rmtree(final)
+    complete.rename(final)
+    flush(final.parent)
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -213,7 +307,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never shown
 
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
 
@@ -140,11 +141,11 @@ def _parser(config_type: type[Any]) -> _Parser:
 
 
 def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """Let `--dry_run` alone mean `--dry_run true`."""
+    """Let `--dry_run` alone mean `--dry_run true`, and so for flags that take true or a word."""
     switches = {
         flag
         for action in parser._actions
-        if getattr(action, "_typehint", None) is bool
+        if getattr(action, "_typehint", None) in (bool, bool | str)
         for flag in action.option_strings
     }
     complete = []

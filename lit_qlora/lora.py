@@ -8,9 +8,6 @@ from torch import Tensor, nn
 from lit_qlora.errors import UsageError
 from lit_qlora.settings import LoRAConfig
 
-ALL_TARGETS = {"query", "key", "value", "projection", "mlp"}
-"""What the word 'all' stands for: every linear layer but the output head."""
-
 
 class LoRALinear(nn.Module):
     """A frozen linear layer (plain or quantised) plus a trainable low-rank update, which is float32.
@@ -44,17 +41,20 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
     Raises:
         UsageError: for a target word that matches no layer of this model.
     """
-    words = set(config.targets)
-    if "all" in words:
-        words = words - {"all"} | ALL_TARGETS
     linears = {path: module for path, module in model.named_modules() if is_linear(module)}
-    missing = [word for word in sorted(words) if not any(word in path.split(".") for path in linears)]
+    found = {path: words_of(path).intersection(config.targets) for path in linears}
+    missing = sorted(set(config.targets).difference(*found.values()))
     if missing:
         raise UsageError(f"lora.targets {missing} match no layer of this model, so they would learn nothing.")
     model.requires_grad_(False)
     for path, module in linears.items():
-        if words.intersection(path.split(".")):
+        if found[path]:
             model.set_submodule(path, LoRALinear(module, config))
+
+
+def words_of(path: str) -> set[str]:
+    """The target words that a layer answers to: the parts of its path and, unless it is the output head, 'all'."""
+    return {*path.split("."), *(() if path == "head" else ("all",))}
 
 
 def is_linear(module: nn.Module) -> bool:

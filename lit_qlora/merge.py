@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_qlora import checkpoint, safetensors_io, tokenizer
-from lit_qlora.adapter import Adapter, check_base, from_peft
+from lit_qlora import checkpoint, tokenizer
+from lit_qlora.adapter import Adapter, check_base, our_tensors
 from lit_qlora.config import ModelConfig
 from lit_qlora.errors import CheckpointError
+from lit_qlora.hub import SOURCE
 from lit_qlora.prompts import FILE_NAME as STYLE_FILE
 
 Base = Literal["original", "quantized"]
@@ -65,11 +66,11 @@ def merge_checkpoint(adapter: Adapter, checkpoint_dir: Path, out_dir: Path, base
     """
     check_base(adapter, checkpoint_dir)
     config = ModelConfig.load(checkpoint_dir)
-    state = from_peft(adapter, config)
+    state = our_tensors(adapter, config)
     if not any(bool(t.any()) for name, t in state.items() if name.endswith(".lora_b")):
         raise CheckpointError(f"{adapter.path} is a fresh adapter: it learnt nothing, so merging it changes nothing.")
-    source = checkpoint_dir / checkpoint.WEIGHTS
-    specs = safetensors_io.read_specs(source)
+    source = checkpoint.open_weights(checkpoint_dir)
+    specs = dict(source.specs)
     scale = adapter.config.alpha / adapter.config.r
     # An adapter on a tied head belongs to the head alone: the merged model has a head of its own.
     untie = config.tied_head and "head.lora_a" in state
@@ -80,7 +81,7 @@ def merge_checkpoint(adapter: Adapter, checkpoint_dir: Path, out_dir: Path, base
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, spec in specs.items():
-            weight = safetensors_io.read_tensor(source, "embed.weight" if untie and name == "head.weight" else name)
+            weight = source.read("embed.weight" if untie and name == "head.weight" else name)
             layer = name.removesuffix(".weight")
             if f"{layer}.lora_a" in state:
                 original = weight
@@ -95,7 +96,7 @@ def merge_checkpoint(adapter: Adapter, checkpoint_dir: Path, out_dir: Path, base
             yield name, weight
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    for file in (*tokenizer.FILES, "config.json", STYLE_FILE):
+    for file in (*tokenizer.FILES, "config.json", SOURCE, STYLE_FILE):
         for directory in (checkpoint_dir, adapter.path):  # the adapter's prompt style wins
             if (directory / file).is_file():
                 shutil.copy(directory / file, out_dir / file)

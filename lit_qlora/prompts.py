@@ -1,98 +1,359 @@
-"""Prompt styles: how an instruction becomes the text that the model reads. A style is a row in STYLES.
+"""How a conversation becomes ids: each turn a prompt, which is given, and an answer, which the model learns to say.
 
-The style that an adapter was trained with travels with it, and with the merged checkpoint, in prompt_style.json;
-generation, chat and evaluation read it from there.
+A style writes a conversation as pieces, text and control tokens, and knows from its own structure which of them are
+the answer. Training, generation, chat and evaluation all encode through it, so their ids are the same. The style that
+an adapter was trained with travels with it, and with the merged checkpoint, in prompt_style.json.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple
 
-from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
+from lit_qlora import styles
+from lit_qlora.chat_template import Guard, find_chat_template, render
+from lit_qlora.errors import CheckpointError, DataError, UsageError, did_you_mean
+from lit_qlora.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, encode_pieces
+from lit_qlora.settings import PromptKnobs
+from lit_qlora.styles import Wording
 
 FILE_NAME = "prompt_style.json"
+TEMPLATE = "template"
+"""The name of the style that is the tokenizer's own chat template."""
+KNOBS = "knobs"
+"""The name of the style that PromptKnobs describe."""
 
 
-class _Encodes(Protocol):
-    def encode(self, text: str, bos: bool | None = None, eos: bool = False, continuation: bool = False) -> list[int]:
-        """As lit_qlora.tokenizer.Tokenizer.encode."""
-        ...
+class Turn(NamedTuple):
+    """A prompt and its answer."""
+
+    prompt: str
+    answer: str = ""
+    trained: bool = True
+    """Whether the answer is learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One turn or several."""
+
+    turns: tuple[Turn, ...]
+    input: str = ""
+    """What the first turn is about, for styles that keep the two apart."""
+    system: str = ""
+    """What the model is told before all."""
+
+    @property
+    def instruction(self) -> str:
+        """The first prompt."""
+        return self.turns[0].prompt
+
+    @property
+    def output(self) -> str:
+        """The last answer."""
+        return self.turns[-1].answer
+
+
+Written = list[tuple[list[Piece], list[Piece]]]
+"""(prompt, answer) of each turn, in pieces."""
+EncodedTurn = tuple[list[int], list[int]]
+"""Ids of a prompt and of its answer."""
+
+
+class Style(ABC):
+    """A way to write conversations.
+
+    Attributes:
+        name: as in --data.prompt.
+        gap, tail: text that an answer has around it, such as a space, and that is not part of what was said.
+    """
+
+    name: str
+    gap: str
+    tail: str
+
+    @abstractmethod
+    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
+        """Each conversation in pieces; an answer ends with what ends it."""
+
+    @abstractmethod
+    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
+        """All that the model answers the last prompt to; the last answer is not looked at."""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The style as a text, of which any change is a change of the style."""
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What prompt_style.json holds."""
+        return {"style": self.name, "text": self.text, "sha256": self.digest}
+
+    def encode_many(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
+        """Ids of each turn of each conversation."""
+        written = self.write(tokenizer, conversations)
+        encoded = encode_pieces(tokenizer, [[part for turn in turns for part in turn] for turns in written])
+        return [list(zip(parts[::2], parts[1::2], strict=True)) for parts in encoded]
+
+    def encode_prompt(
+        self,
+        tokenizer: Vocabulary,
+        instruction: str,
+        input: str = "",
+        system: str = "",
+        history: Sequence[Turn] = (),
+    ) -> list[int]:
+        """Ids of all that the model answers to, with BOS where the model uses it."""
+        conversation = Conversation((*history, Turn(instruction)), input, system)
+        return encode_pieces(tokenizer, [[self.write_prompt(tokenizer, conversation)]])[0][0]
+
+    def encode_answer(self, tokenizer: Vocabulary, answer: str) -> list[int]:
+        """Ids of the answer with the token that ends it; what the model learns to say."""
+        return self.encode_many(tokenizer, [Conversation((Turn("a", answer),))])[0][0][1]
+
+    def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:
+        """Ids that end an answer in this style."""
+        last = self.encode_answer(tokenizer, "a")[-1]
+        return frozenset({last} & {tokenizer.eos_id, *tokenizer.control_tokens.values()})
+
+    def render(self, instruction: str, input: str = "", system: str = "") -> str:
+        """The prompt as a person reads it, control tokens by their names."""
+        pieces = self.write_prompt(Nameless(), Conversation((Turn(instruction),), input, system))
+        return "".join(piece if isinstance(piece, str) else "" if piece == BOS else piece.name for piece in pieces)
+
+    def said(self, text: str) -> str:
+        """What was said in a decoded answer: `text` without gap and tail."""
+        return text.removeprefix(self.gap).removesuffix(self.tail)
 
 
 @dataclass(frozen=True)
-class Style:
-    """A prompt style; training, generation, chat and evaluation all encode through it, so their ids are the same."""
+class WordedStyle(Style):
+    """A style whose words stand in lit_qlora.styles."""
 
-    render: Callable[[str, str], str]
-    """(instruction, input) -> the prompt."""
+    name: str
+    wording: Wording = field(repr=False, compare=False)
+    knobs: PromptKnobs | None = None
+
+    @property
+    def gap(self) -> str:  # type: ignore[override]
+        """See Style."""
+        return self.wording.gap
+
+    @property
+    def tail(self) -> str:  # type: ignore[override]
+        """See Style."""
+        return self.wording.tail
+
+    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
+        """See Style."""
+        return [
+            [(self._prompt(conversation, i), self._answer(turn.answer)) for i, turn in enumerate(conversation.turns)]
+            for conversation in conversations
+        ]
+
+    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
+        """See Style."""
+        last = len(conversation.turns) - 1
+        before = [
+            piece
+            for i, turn in enumerate(conversation.turns[:-1])
+            for piece in (*self._prompt(conversation, i), *self._answer(turn.answer))
+        ]
+        return [*before, *self._prompt(conversation, last)]
+
+    @property
+    def text(self) -> str:
+        """See Style."""
+        two = (Turn("{instruction}", "{answer}"), Turn("{instruction}", "{answer}"))
+        whole, bare = Conversation(two, "{input}", "{system}"), Conversation(two[:1])
+        lines = []
+        for written in self.write(Nameless(), [whole, bare]):
+            pieces = [piece for turn in written for part in turn for piece in part]
+            lines.append("".join(piece if isinstance(piece, str) else piece.name for piece in pieces))
+        return "\n\n\n".join(lines)
+
+    def facts(self) -> dict[str, Any]:
+        """See Style."""
+        return super().facts() | ({"knobs": asdict(self.knobs)} if self.knobs else {})
+
+    def _prompt(self, conversation: Conversation, i: int) -> list[Piece]:
+        first = i == 0
+        ask, input, system = conversation.turns[i].prompt, conversation.input, conversation.system
+        return list(self.wording.prompt(ask, input if first else "", system if first else "", first))
+
+    def _answer(self, answer: str) -> list[Piece]:
+        return [self.gap + answer + self.tail, *([self.wording.end] if self.wording.end else [])]
+
+
+@dataclass(frozen=True)
+class TemplateStyle(Style):
+    """The chat template of a tokenizer."""
+
+    source: str = field(repr=False)
+    name: str = TEMPLATE
     gap: str = ""
-    """Text between prompt and answer that the answer begins with, such as a space."""
+    tail: str = ""
 
-    def encode_prompt(self, tokenizer: _Encodes, instruction: str, input: str = "") -> list[int]:
-        """Ids of the prompt, with BOS where the model uses it; what the model answers to."""
-        return tokenizer.encode(self.render(instruction, input))
+    @property
+    def text(self) -> str:
+        """See Style."""
+        return self.source
 
-    def encode_answer(self, tokenizer: _Encodes, answer: str) -> list[int]:
-        """Ids of the answer with its end-of-text token; what the model learns to say."""
-        return tokenizer.encode(self.gap + answer, continuation=True, eos=True)
+    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
+        """See Style.
+
+        Each turn is rendered with and without its answer; the answer is what the second text has more, up to the last
+        control token, which ends it.
+
+        Raises:
+            DataError: if the template writes the beginning of a conversation differently once it goes on.
+        """
+        guard = Guard(tokenizer.control_tokens, _texts(conversations))
+        requests: list[tuple[list[dict[str, str]], bool]] = []
+        for conversation in conversations:
+            messages, first = _messages(conversation, guard)
+            for end in range(first, len(messages), 2):
+                requests += [(messages[:end], True), (messages[: end + 1], False)]
+        texts = iter(render(self.source, _variables(tokenizer), requests))
+        return [
+            self._turns(guard, [(next(texts), next(texts)) for _ in conversation.turns], number)
+            for number, conversation in enumerate(conversations, start=1)
+        ]
+
+    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
+        """See Style."""
+        # The last prompt is written as training writes it, with some answer behind it, which is then left out.
+        *history, last = conversation.turns
+        answered = replace(conversation, turns=(*history, last._replace(answer="a")))
+        *before, (prompt, _) = self.write(tokenizer, [answered])[0]
+        return [*(piece for turn in before for part in turn for piece in part), *prompt]
+
+    def _turns(self, guard: Guard, texts: Sequence[tuple[str, str]], number: int) -> Written:
+        """Prompt and answer of each turn.
+
+        Args:
+            texts: the conversation up to each prompt, and up to its answer.
+            number: of the conversation, for the message.
+        """
+        turns: Written = []
+        before, rest = "", ""
+        for i, (asked, answered) in enumerate(texts, start=1):
+            if not asked.startswith(before) or not answered.startswith(asked):
+                raise DataError(
+                    f"Conversation {number}, turn {i}: the chat template writes what came before differently once the "
+                    "conversation goes on,\nso what is prompt and what is answer cannot be told. "
+                    "Give another --data.prompt, such as chatml or alpaca."
+                )
+            prompt = _pieces(guard, rest + asked[len(before) :])
+            answer = _pieces(guard, answered[len(asked) :])
+            rest = answer.pop() if answer and isinstance(answer[-1], str) and not answer[-1].strip() else ""  # type: ignore[assignment]
+            if not answer or isinstance(answer[-1], str):  # nothing ends it, so the model would never learn to stop
+                answer.append(EOS)
+            turns.append((prompt, answer))
+            before = answered
+        return turns
 
 
-def alpaca(instruction: str, input: str = "") -> str:
-    """The prompt of Stanford Alpaca. Taori et al. 2023."""
-    if input:
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-        )
-    return (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n### Response:\n"
-    )
+STYLES: dict[str, WordedStyle] = {name: WordedStyle(name, wording) for name, wording in styles.WORDINGS.items()}
 
 
-def plain(instruction: str, input: str = "") -> str:
-    """The instruction and the input as they are, a line each."""
-    return f"{instruction}\n{input}\n" if input else f"{instruction}\n"
+def find_style(name: str, knobs: PromptKnobs | None = None, directory: Path | None = None) -> Style:
+    """The style of this name.
 
+    Args:
+        knobs: of the style "knobs".
+        directory: whose chat template the style "template" is.
 
-def qa(instruction: str, input: str = "") -> str:
-    """Question and answer, as in most few-shot evaluations."""
-    return f"Q: {instruction}\n{input}\nA:" if input else f"Q: {instruction}\nA:"
-
-
-STYLES: dict[str, Style] = {
-    "alpaca": Style(alpaca),
-    "plain": Style(plain),
-    "qa": Style(qa, gap=" "),
-}
-
-
-def find_style(name: str) -> Style:
-    """The style of this name. Raises UsageError with the nearest name for one that does not exist."""
+    Raises:
+        UsageError: with the nearest name, for a name that does not exist.
+        CheckpointError: if there is no chat template.
+    """
+    if name == TEMPLATE:
+        source = find_chat_template(directory) if directory else None
+        if source is None:
+            raise CheckpointError(f"{directory} has no chat template. Take one of {', '.join(STYLES)}.")
+        return TemplateStyle(source)
+    if name == KNOBS:
+        return knobs_style(knobs or PromptKnobs())
     if name not in STYLES:
-        hint = did_you_mean(name, list(STYLES))
-        raise UsageError(f"data.prompt {name!r} is not a prompt style.{hint} Known: {', '.join(STYLES)}.")
+        known = [*STYLES, KNOBS, TEMPLATE]
+        hint = did_you_mean(name, known)
+        raise UsageError(f"data.prompt {name!r} is not a prompt style.{hint} Known: {', '.join(known)}.")
     return STYLES[name]
 
 
-def read_style(directory: Path) -> str | None:
-    """The name of the style that the checkpoint or adapter in `directory` was made with, if it says so."""
+def knobs_style(knobs: PromptKnobs) -> Style:
+    """The style that text and EOS around prompt and answer make."""
+    return WordedStyle(KNOBS, styles.knobs(**asdict(knobs)), knobs)
+
+
+def read_style(directory: Path) -> Style | None:
+    """The style that the checkpoint or adapter in `directory` was made with, else its chat template, if it has one.
+
+    Raises:
+        CheckpointError: if prompt_style.json is damaged, or names a style that has changed since.
+    """
     path = directory / FILE_NAME
     if not path.is_file():
-        return None
+        source = find_chat_template(directory)
+        return TemplateStyle(source) if source is not None else None
     try:
-        name = str(json.loads(path.read_text())["style"])
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        name = str(facts["style"])
+        knobs = PromptKnobs(**facts["knobs"]) if "knobs" in facts else None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f'{path} is not of the form {{"style": "alpaca"}}.') from None
-    if name not in STYLES:
+    if name == TEMPLATE and isinstance(facts.get("text"), str):
+        style: Style = TemplateStyle(facts["text"])
+    elif name in (*STYLES, KNOBS):
+        style = find_style(name, knobs)
+    else:
         raise CheckpointError(f"{path}: {name!r} is not a prompt style. Known: {', '.join(STYLES)}.")
-    return name
+    if facts.get("sha256", style.digest) != style.digest:
+        raise CheckpointError(
+            f"{path}: the style {name!r} that this was trained with differs from today's (sha256 "
+            f"{str(facts['sha256'])[:12]}..., now {style.digest[:12]}...). Its text is in that file."
+        )
+    return style
 
 
-def style_json(name: str) -> str:
+def style_json(style: Style) -> str:
     """What prompt_style.json holds."""
-    return json.dumps({"style": name}) + "\n"
+    return json.dumps(style.facts(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _pieces(guard: Guard, text: str) -> list[Piece]:
+    return [Control(part) if is_control else part for part, is_control in guard.split(text)]
+
+
+def _messages(conversation: Conversation, guard: Guard) -> tuple[list[dict[str, str]], int]:
+    """The conversation as a template wants it, and how many messages the first prompt takes."""
+    messages = [{"role": "system", "content": guard.guard(conversation.system)}] if conversation.system else []
+    first = len(messages) + 1
+    for i, turn in enumerate(conversation.turns):
+        asked = styles.with_input(turn.prompt, conversation.input if i == 0 else "")
+        messages.append({"role": "user", "content": guard.guard(asked)})
+        messages.append({"role": "assistant", "content": guard.guard(turn.answer)})
+    return messages, first
+
+
+def _texts(conversations: Iterable[Conversation]) -> Iterable[str]:
+    for conversation in conversations:
+        yield conversation.input
+        yield conversation.system
+        for turn in conversation.turns:
+            yield turn.prompt
+            yield turn.answer
+
+
+def _variables(tokenizer: Vocabulary) -> dict[str, Any]:
+    bos, eos = tokenizer.content(tokenizer.bos_id), tokenizer.content(tokenizer.eos_id)
+    return {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}

@@ -8,6 +8,7 @@ first evaluation repacks the weights, after which gradients through them are los
 
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
+from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit
 from lit_qlora.settings import SCHEMES, Scheme
-
-BLOCK = 64  # weights that share one scale in the 4-bit formats; Dettmers et al. 2023, sec. 3
 
 
 class QuantizedLinear(nn.Module):
@@ -35,6 +35,10 @@ class QuantizedLinear(nn.Module):
 
     packed: Tensor
     absmax: Tensor
+    code: Tensor
+    absmax_code: Tensor
+    absmax_scale: Tensor
+    absmax_offset: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> None:
         super().__init__()
@@ -49,7 +53,7 @@ class QuantizedLinear(nn.Module):
         """The weight (out, in) as the model sees it, in the dtype it was quantised from or in `dtype`."""
         dtype = dtype or self.dtype
         if self.scheme == "bnb.int8":
-            return (self.packed.float() * self.absmax[:, None] / 127).to(dtype)
+            return (self.packed.float() * self.absmax[:, None] * PER_STEP).to(dtype)
         weight: Tensor = _bnb().functional.dequantize_4bit(self.packed, self._state(dtype))
         return weight
 
@@ -130,8 +134,48 @@ def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> No
 
 
 def is_quantized(path: str, scheme: Scheme, head: bool) -> bool:
-    """Whether the linear layer at `path` is stored in 4 or 8 bits under these settings."""
-    return scheme != "none" and (head or path != "head")
+    """Whether the matrix of the layer at `path` is stored in 4 or 8 bits under these settings.
+
+    Embeddings and the routers of experts never are: the one is looked up, the other decides too much with too little.
+    """
+    if scheme == "none" or path.rpartition(".")[2] in ("embed", "positions", "router"):
+        return False
+    return head or path != "head"
+
+
+def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | None:
+    """The weights of layers that share an input, stacked along their rows; the layers keep views of them.
+
+    Returns:
+        None where they cannot be stacked: different schemes, or with double quantisation a layer whose scales do not
+        fill whole blocks of 256.
+    """
+    first = layers[0]
+    if any((layer.scheme, layer.in_features) != (first.scheme, first.in_features) for layer in layers):
+        return None
+    nested = first.scheme.endswith("-dq")
+    if first.scheme != "bnb.int8":
+        counts = [layer.absmax.numel() for layer in layers]
+        if first.in_features % BLOCK or (nested and any(count % 256 for count in counts[:-1])):
+            return None
+
+    def joined(name: str) -> Tensor:
+        """The layers' buffers end to end, each layer's own now a view into them, so nothing is held twice."""
+        parts = [getattr(layer, name) for layer in layers]
+        if len(parts) == 1:
+            return parts[0].flatten() if first.scheme != "bnb.int8" else parts[0]
+        whole = torch.cat([part.view(-1, *part.shape[1:]) for part in parts])
+        for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+            setattr(layer, name, part)
+        return whole
+
+    if first.scheme == "bnb.int8":
+        return EightBit(joined("packed"), joined("absmax"))
+    packed, absmax = joined("packed").flatten(), joined("absmax")
+    if not nested:
+        return FourBit(packed, absmax, first.code, None)
+    offsets = torch.stack([layer.absmax_offset for layer in layers]).flatten().float()
+    return FourBit(packed, absmax, first.code, (first.absmax_code, joined("absmax_scale"), offsets))
 
 
 def storage_bytes(model: nn.Module) -> dict[str, int]:

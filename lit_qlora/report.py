@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -124,6 +124,25 @@ def plot_losses(records: list[Record], path: Path) -> None:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_lengths(lengths: Sequence[int], limit: int, path: Path) -> None:
+    """How many samples have how many tokens, with the limit that they may not exceed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color="tab:blue")
+    if max(lengths) > limit:
+        axes.axvline(limit, color="tab:red", label=f"limit, {limit} tokens")
+        axes.legend(frameon=False)
+    axes.set_xlabel("tokens of a sample, prompt and answer")
+    axes.set_ylabel("samples")
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

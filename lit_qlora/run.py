@@ -5,10 +5,9 @@ import json
 import os
 import platform
 import shutil
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,104 +16,23 @@ from lightning.fabric import Fabric
 
 from lit_qlora import __version__, cli
 from lit_qlora.adapter import save_adapter
-from lit_qlora.checkpoint import content_hash, count_parameters, hash_file
+from lit_qlora.checkpoint import content_hash, count_parameters
 from lit_qlora.config import ModelConfig
-from lit_qlora.data import (
-    Batch,
-    DataReport,
-    Sample,
-    count_steps,
-    encode_examples,
-    find_files,
-    read_examples,
-    validation_batches,
-)
-from lit_qlora.data.batches import order
-from lit_qlora.device import pick_device, weights_dtype
-from lit_qlora.errors import CheckpointError, DataError, ResourceError, UsageError
+from lit_qlora.data import RunData, boundary, count_steps, show
+from lit_qlora.device import gpu_bytes, pick_device, weights_dtype
+from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.lora import count_trainable
 from lit_qlora.model import GPT
 from lit_qlora.optim import warmup_steps
-from lit_qlora.plan import GIB, make_plan
-from lit_qlora.prompts import find_style, read_style
-from lit_qlora.report import RunLog, duration, is_terminal, plot_losses, tell, write_report
+from lit_qlora.peft_layout import check_layers
+from lit_qlora.plan import GIB, Plan, make_plan
+from lit_qlora.report import RunLog, duration, plot_losses, tell, write_report
 from lit_qlora.settings import FinetuneConfig
-from lit_qlora.tokenizer import Tokenizer
-
-DEFAULT_MAX_LENGTH = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunData:
-    """The data of a run, encoded."""
-
-    train: list[Sample]
-    val_batches: list[Batch]
-    val_samples: int
-    style: str
-    max_length: int
-    tokenizer: Tokenizer
-    report: str
-    files: dict[str, str]
-    """File -> sha256."""
 
 
 def default_out_dir(checkpoint_dir: Path) -> Path:
     """Where a run on this checkpoint goes when nobody says."""
     return Path("out/lora") / checkpoint_dir.resolve().name
-
-
-def read_data(config: FinetuneConfig) -> RunData:
-    """Read, encode and split the data.
-
-    Raises:
-        UsageError, DataError, CheckpointError: for everything that can be known before a weight is loaded.
-    """
-    model = ModelConfig.load(config.checkpoint_dir)
-    data = config.data
-    style = data.prompt if data.prompt != "auto" else read_style(config.checkpoint_dir) or "alpaca"
-    find_style(style)
-    max_length = data.max_length or min(model.block_size, DEFAULT_MAX_LENGTH)
-    if max_length > model.block_size:
-        raise UsageError(
-            f"data.max_length {max_length} exceeds the {model.block_size} tokens of {model.name}'s context."
-        )
-    tokenizer = Tokenizer(config.checkpoint_dir)
-    if tokenizer.size > model.vocab_size:
-        raise CheckpointError(
-            f"{config.checkpoint_dir}: the tokenizer knows {tokenizer.size} tokens, the model only {model.vocab_size}."
-        )
-
-    train_file, val_file = find_files(data.path, data.val_path)
-
-    def encode(file: Path) -> tuple[list[Sample], DataReport]:
-        examples = read_examples(file)
-        chosen = find_style(style)
-        return encode_examples(examples, tokenizer, chosen, max_length, data.mask_prompt, data.allow_cut_answers)
-
-    train, report = encode(train_file)
-    if val_file:
-        val, _ = encode(val_file)
-    else:
-        wanted = max(1, round(data.val_fraction * len(train))) if data.val_fraction else 0
-        held_out = min(wanted, len(train) - 1)
-        # Epoch -1 of the order, so that the split depends on the seed alone.
-        shuffled = [train[i] for i in order(len(train), config.seed, epoch=-1)]
-        val, train = shuffled[:held_out], shuffled[held_out:]
-    if not any(sample.labelled for sample in train):
-        raise DataError(f"{train_file}: no token would be learnt; every answer is cut away or masked.")
-    val = val[: config.eval.max_samples]
-    files = {str(file): hash_file(file) for file in (train_file, val_file) if file}
-    return RunData(
-        train=train,
-        val_batches=validation_batches(val, config.train.micro_batch_size),
-        val_samples=len(val),
-        style=style,
-        max_length=max_length,
-        tokenizer=tokenizer,
-        report=report.describe(),
-        files=files,
-    )
 
 
 def total_steps(config: FinetuneConfig, data: RunData) -> int:
@@ -124,7 +42,7 @@ def total_steps(config: FinetuneConfig, data: RunData) -> int:
         UsageError: if the warm-up is longer than that, so that the learning rate would never reach its peak.
     """
     train = config.train
-    total = count_steps(len(data.train), train.batch_size, train.epochs, train.max_steps)
+    total = count_steps(len(data.train), data.batching, train.epochs, train.max_steps)
     warmup = warmup_steps(train, total)
     if warmup > total:
         raise UsageError(f"train.warmup is {warmup} steps, but the run has only {total}. A share such as 0.03 adapts.")
@@ -136,11 +54,12 @@ def eval_every(config: FinetuneConfig, total: int) -> int:
     return config.eval.every or max(1, total // 10)
 
 
-def print_plan(config: FinetuneConfig, data: RunData, total: int) -> None:
+def print_plan(config: FinetuneConfig, data: RunData, total: int, silent: bool = False) -> Plan:
     """Say what is going to happen, and whether it fits."""
     model = ModelConfig.load(config.checkpoint_dir)
     train = config.train
-    longest = max(len(sample.tokens) for sample in data.train)
+    check_layers(model, config.lora)  # an adapter that cannot be saved is refused before it is trained
+    longest = data.batching.row_length or int(data.train.lengths.max())
     plan = make_plan(
         model,
         config.lora,
@@ -148,36 +67,70 @@ def print_plan(config: FinetuneConfig, data: RunData, total: int) -> None:
         config.quantize_head,
         weights_dtype(config.precision),
         train.micro_batch_size * longest,
-        train.recompute == "full",
+        train,
+        gpu_bytes() if (config.devices, config.num_nodes) == (1, 1) else None,
     )
+    if silent:
+        return plan
     device = pick_device()
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    room = f" of {torch.cuda.get_device_properties(device).total_memory / GIB:.1f}" if cuda else ""
+    memory = gpu_bytes()
+    room = f" of {memory / GIB:.1f}" if memory else ""
     base = "LoRA" if config.quantize == "none" else f"{config.quantize} + LoRA"
     words = ",".join(config.lora.targets)
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
         f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
-        f"  data    {config.data.path}   {len(data.train):,} train / {data.val_samples:,} val   style {data.style}   "
-        f"{data.report}\n"
+        f"{_data_lines(data)}\n"
         f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
         f"  plan    {total:,} steps x {train.batch_size} samples, {train.micro_batch_size} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}\n"
-        f"  sample  {_show(data.train[0], data.tokenizer)}"
+        f"  path    {_path(plan)}\n"
+        f"{_samples(data)}"
     )
+    return plan
 
 
-def _show(sample: Sample, tokenizer: Tokenizer, most: int = 400) -> str:
-    """A sample as the model sees it, what is not trained dimmed on a terminal and in brackets elsewhere."""
-    given = tokenizer.decode(sample.tokens[: sample.prompt_length])
-    learnt = tokenizer.decode(sample.tokens[sample.prompt_length :])
-    given, learnt = (text if len(text) < most else f"{text[:most]}..." for text in (given, learnt))
-    dim = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
-    given = given.replace("\n", "\\n")
-    return (f"\x1b[2m{given}\x1b[0m" if dim else f"[{given}]") + " -> " + learnt.replace("\n", "\\n") + "<end>"
+def _path(plan: Plan) -> str:
+    """Which path the training takes, and what it computes again."""
+    counts = Counter(plan.recompute)
+    again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
+    taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
+    return f"{taken}   recompute: {again}"
+
+
+def take_path(model: GPT, plan: Plan) -> None:
+    """Let the model compute its loss as the plan says; call it before the optimizer is made."""
+    if plan.slow_because:
+        model.recompute = plan.recompute[0] == "full"
+        return
+    from lit_qlora.fused import fuse, why_not
+
+    if reason := why_not(model):  # only the loaded model shows it
+        tell(f"  path    plain after all ({reason})")
+        model.recompute = "none" not in plan.recompute
+        return
+    fuse(model).set_recompute(plan.recompute)
+
+
+def _data_lines(data: RunData) -> str:
+    """What the audit found, in a few lines."""
+    audit = data.audit
+    lines = [
+        f"  data    {audit.describe()}   style {data.style.name}   lengths {audit.spark()}",
+        *(f"          {source}" for source in audit.sources),
+        *(f"  note    {note}" for note in audit.notes()),
+    ]
+    return "\n".join(lines)
+
+
+def _samples(data: RunData) -> str:
+    """Some samples as the model sees them, and where the answer of the first begins."""
+    lines = [f"  sample  {show(sample, data.tokenizer, most=300)}" for sample in data.audit.shown]
+    return "\n".join([*lines, f"  answer  begins behind: {boundary(data.audit.shown[0], data.tokenizer)}"])
 
 
 @contextmanager

@@ -33,8 +33,9 @@ def train(
 ) -> None:
     """Take one optimizer step for each of `steps`, of which there are `total`.
 
-    The loss of a step is the mean over all its labelled tokens, however they are split into micro-batches and
-    devices, so train.micro_batch_size changes memory and speed but not the result.
+    The loss of a step is the mean over all its labelled tokens, or as data.weighting weighs them, however they are
+    split into rows, micro-batches and devices, so packing and train.micro_batch_size change memory and speed but not
+    the result.
 
     Args:
         model: as fabric.setup returns it, with "loss" marked as a forward method.
@@ -54,7 +55,7 @@ def train(
         loss = torch.zeros((), device=fabric.device)
         for i, batch in enumerate(step.batches, start=1):
             with fabric.no_backward_sync(model, enabled=i < len(step.batches)):
-                part = model.loss(*to_device(batch, fabric.device)) / step.labelled
+                part = model.loss(*to_device(batch, fabric.device)) / step.weight
                 fabric.backward(part * fabric.world_size)  # DDP averages gradients over ranks; we want their sum
             loss += part.detach()
         loss = sum_over_ranks(fabric, loss)
@@ -106,8 +107,8 @@ def evaluate(fabric: Fabric, model: _FabricModule, batches: Sequence[Batch]) -> 
     try:
         total = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # sum of losses, labelled tokens
         for batch in batches[fabric.global_rank :: fabric.world_size]:
-            tokens, labels = to_device(batch, fabric.device)
-            total += torch.stack((model.loss(tokens, labels).double(), (batch.labels >= 0).sum().to(total)))
+            loss = model.loss(*to_device(batch, fabric.device))
+            total += torch.stack((loss.double(), (batch.labels >= 0).sum().to(total)))
     finally:
         model.train(training)
     loss, labelled = sum_over_ranks(fabric, total).tolist()
@@ -119,7 +120,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`, copied while the host goes on where that is possible."""
     if device.type == "cpu":
         return batch
-    return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
+    moved = (None if t is None else t.pin_memory().to(device, non_blocking=True) for t in batch)
+    return Batch(*moved)  # type: ignore[arg-type]
 
 
 def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:

@@ -1,46 +1,71 @@
-"""Talk to a model.
+"""Talk to a model, and compare what its adapters say.
 
 python scripts/chat.py --lora_path out/lora/tiny-world/final
 """
 
+import json
+import shutil
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 from lit_qlora import cli
-from lit_qlora.errors import UsageError
-from lit_qlora.settings import SamplingConfig
-from lit_qlora.use import UseConfig, check_style, choose_style, encode_prompt
+from lit_qlora.errors import DataError, UsageError, did_you_mean
+from lit_qlora.prompts import Turn
+from lit_qlora.settings import GenerationConfig, check
+from lit_qlora.use import DraftConfig, Roster, UseConfig, check_style, encode_prompt, load_roster, stop_ids
 
-if TYPE_CHECKING:
-    from lit_qlora.adapter import Loaded
-    from lit_qlora.prompts import Style
-
-HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
+HELP = """\
+/compare QUESTION    what the base and every adapter answer, side by side; it is not remembered
+/adapter NAME        who answers from now on: an adapter's name, on, or off for the base
+/system TEXT         what the model is told before all; without a text it is forgotten
+/reset               forget the conversation
+/quit or Ctrl-D      leave; Ctrl-C stops an answer"""
+COMMANDS = ["/compare", "/adapter", "/system", "/reset", "/help", "/quit"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplingConfig, UseConfig):
+class Config(GenerationConfig, DraftConfig, UseConfig):
     """Talk to a model; it remembers the conversation as far as its context reaches."""
 
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """More adapters of the same base to talk to, by a name, e.g. --adapters.legal out/legal/final"""
+    system: str = ""
+    """What the model is told before all."""
+    history: Path | None = None
+    """A .jsonl file that the conversation is written to as it goes on, and resumed from."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, e.g. ["Q:"]; they are no part of it."""
     style: str = "auto"
-    """Prompt style: alpaca, plain or qa; 'none' gives the model what is typed as it is; 'auto' is the style that
-    checkpoint or adapter were trained with, else none."""
+    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'none' gives the model
+    what is typed as it is; 'auto' is the style that checkpoint or adapter were trained with, else the chat template,
+    else none."""
 
     def __post_init__(self) -> None:
         """Check what can be checked before the model is loaded."""
         super().__post_init__()
         check_style(self.style)
+        self.check_draft(self.num_beams)
+        check(all(self.stop), "stop holds an empty text, which would end every answer at once.")
+        check(self.num_beams == 1, "A chat shows answers as they come, so it cannot search with beams.")
+        check(self.num_return_sequences == 1, "A chat gives one answer at a time: num_return_sequences must be 1.")
 
 
 def main(config: Config) -> None:
     """Load the model, then answer line after line."""
-    loaded = config.load()
-    conversation = Conversation(loaded, choose_style(config.style, loaded.style), config)
+    past = read_history(config.history)
+    conversation = Conversation(load_roster(config, config.adapters, config.style), config)
+    conversation.resume(past)
     terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401 - gives input() its editing and its memory of lines
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a stray byte from a pipe is no reason to end the conversation
-    note(HELP)
+    note(f"{conversation.who} answers. /help lists what else there is.")
     while True:
         try:
             line = input("> " if terminal else "").strip()
@@ -49,36 +74,70 @@ def main(config: Config) -> None:
         except KeyboardInterrupt:
             note(f"\n{HELP}")
             continue
-        if line == "/quit":
-            break
-        if line == "/reset":
-            conversation.turns.clear()
-            note("The conversation is forgotten.")
-        elif line.startswith("/") and " " not in line:
-            note(f"{line} is not a command. {HELP}")
-        elif line:
-            try:
-                conversation.answer(line)
-            except UsageError as error:
-                note(str(error))
-            except KeyboardInterrupt:  # came just before or after the answer
-                note("")
+        try:
+            if line == "/quit":
+                break
+            if line:
+                conversation.hear(line)
+        except UsageError as error:
+            note(str(error))
+        except KeyboardInterrupt:  # came just before or after the answer
+            note("")
 
 
 class Conversation:
-    """What was said, and how it goes on.
-
-    Each turn is the ids of one training sample, prompt, answer and end-of-text token, because a style has no words
-    for a second turn; the next prompt follows behind them.
+    """What was said, who answers, and how it goes on.
 
     Attributes:
-        turns: ids of each turn that is still remembered, oldest first.
+        turns: what is still remembered, oldest first.
+        who: the name of the one who answers.
     """
 
-    def __init__(self, loaded: "Loaded", style: "Style | None", sampling: SamplingConfig) -> None:
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.style, self.sampling = style, sampling
-        self.turns: list[list[int]] = []
+    def __init__(self, roster: Roster, config: Config) -> None:
+        self.roster, self.config = roster, config
+        self.model, self.tokenizer = roster.model, roster.tokenizer
+        self.draft = config.load_draft(roster.tokenizer, config.precision)
+        self.who = roster.names[-1]
+        self.system, self.turns = config.system, list[Turn]()
+
+    def hear(self, line: str) -> None:
+        """Do what a line that was typed asks for.
+
+        Raises:
+            UsageError: if it is no command, or does not fit into the model's context.
+        """
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if not line.startswith("/"):
+            self.answer(line)
+        elif command == "/help":
+            note(HELP)
+        elif command == "/reset":
+            self.turns.clear()
+            self.remember({"role": "reset"})
+            note("The conversation is forgotten.")
+        elif command == "/system":
+            self.system = rest
+            self.remember({"role": "system", "content": rest})
+            note("The model is told this before all." if rest else "The model is told nothing before all.")
+        elif command == "/adapter":
+            self.who = self.choose(rest)
+            note(f"{self.who} answers from now on.")
+        elif command == "/compare":
+            self.compare(rest)
+        else:
+            raise UsageError(f"{command} is not a command.{did_you_mean(command, COMMANDS)} /help lists them all.")
+
+    def choose(self, word: str) -> str:
+        """The name of the one that /adapter `word` stands for."""
+        base, *adapters = self.roster.names
+        if word == "off":
+            return base
+        if word == "on" and adapters:
+            return adapters[-1]
+        if word in self.roster.names:
+            return word
+        raise UsageError(f"{word or '/adapter'} names nobody. There are: off ({base}){', '.join(['', *adapters])}.")
 
     def answer(self, line: str) -> None:
         """Write the answer to `line` to stdout as it comes, and remember both. Ctrl-C ends the answer early.
@@ -86,41 +145,131 @@ class Conversation:
         Raises:
             UsageError: if `line` alone does not fit into the model's context.
         """
-        from lit_qlora.generate import room_for_answer, stream, stream_text
-
-        prompt = encode_prompt(self.tokenizer, self.style, line)
-        room_for_answer(self.model, len(prompt), wanted=1)  # before anything is forgotten for its sake
-        context = self.recall(len(prompt)) + prompt
-        said: list[int] = []
-
-        def remembered():
-            for token in stream(self.model, context, self.sampling, self.tokenizer.stop_ids, self.tokenizer.size):
-                said.append(token)
-                yield token
-
+        prompt = self.prompt(self.who, line)
+        said = ""
         try:
-            for piece in stream_text(self.tokenizer, remembered(), self.style.gap if self.style else ""):
+            for piece in self.pieces(self.who, prompt):
                 print(piece, end="", flush=True)
+                said += piece
         except KeyboardInterrupt:
             pass
         print(flush=True)
-        self.turns.append([*prompt, *said, self.tokenizer.eos_id])
-        if len(context) + len(said) == self.model.config.block_size:
+        self.turns.append(Turn(line, said))
+        self.remember({"role": "user", "content": line}, {"role": "assistant", "content": said, "model": self.who})
+
+    def compare(self, line: str) -> None:
+        """Write what each answers to `line`, side by side where the terminal is wide enough."""
+        check(bool(line), "/compare needs a question.")
+        answers = {
+            name: "".join(self.pieces(name, self.prompt(name, line, forget=False))) for name in self.roster.names
+        }
+        print(side_by_side(answers, shutil.get_terminal_size((100, 24)).columns), flush=True)
+
+    def pieces(self, name: str, prompt: list[int]) -> Iterator[str]:
+        """The text of an answer as it comes."""
+        from lit_qlora.generate import stream, stream_text
+
+        style = self.roster.styles[name]
+        gap, tail = (style.gap, style.tail) if style else ("", "")
+        room = self.model.config.block_size - len(prompt)
+        count = 0
+
+        def counted() -> Iterator[int]:
+            nonlocal count
+            stops = stop_ids(self.tokenizer, style)
+            for token in stream(self.model, prompt, self.config, stops, self.tokenizer.size, self.draft):
+                count += 1
+                yield token
+
+        with self.roster.answering(name):
+            yield from stream_text(self.tokenizer, counted(), gap, tail, self.config.stop)
+        if count == room:
             note(f"The answer ends where the model's context of {self.model.config.block_size} tokens is full.")
 
-    def recall(self, prompt_length: int) -> list[int]:
-        """Ids of all remembered turns, after forgetting the oldest until prompt and answer fit behind the rest."""
+    def prompt(self, name: str, line: str, forget: bool = True) -> list[int]:
+        """Ids of the conversation with `line` at its end, without the oldest turns if they leave too little room.
+
+        Args:
+            forget: the turns that are left out stay forgotten.
+        """
+        from lit_qlora.generate import room_for_answer
+
         block_size = self.model.config.block_size
         # At most half of the context is kept free, or a large max_new_tokens would leave no memory at all.
-        needed = prompt_length + min(self.sampling.max_new_tokens, block_size // 2)
-        forgotten = 0
-        while self.turns and sum(map(len, self.turns)) + needed > block_size:
-            self.turns.pop(0)
-            forgotten += 1
-        if forgotten:
-            turns = "oldest turn is" if forgotten == 1 else f"{forgotten} oldest turns are"
+        free = min(self.config.max_new_tokens, block_size // 2)
+        for first in range(len(self.turns) + 1):
+            style = self.roster.styles[name]
+            ids = encode_prompt(self.tokenizer, style, line, system=self.system, history=self.turns[first:])
+            if len(ids) + free <= block_size or first == len(self.turns):
+                break
+        room_for_answer(self.model, len(ids), wanted=1)  # before anything is forgotten for its sake
+        if first and forget:
+            del self.turns[:first]
+            turns = "oldest turn is" if first == 1 else f"{first} oldest turns are"
             note(f"The {turns} forgotten: the model's context holds {block_size} tokens.")
-        return [token for turn in self.turns for token in turn]
+        return ids
+
+    def remember(self, *messages: dict[str, str]) -> None:
+        """Write messages to the history file, if there is one."""
+        if self.config.history:
+            self.config.history.parent.mkdir(parents=True, exist_ok=True)
+            with self.config.history.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(message, ensure_ascii=False) + "\n" for message in messages)
+
+    def resume(self, messages: list[dict[str, str]]) -> None:
+        """Go on where an earlier conversation ended."""
+        asked = ""
+        for message in messages:
+            if message["role"] == "reset":
+                self.turns.clear()
+            elif message["role"] == "system":
+                self.system = message["content"]
+            elif message["role"] == "user":
+                asked = message["content"]
+            else:
+                self.turns.append(Turn(asked, message["content"]))
+        if self.turns:
+            turns = "turn is" if len(self.turns) == 1 else f"{len(self.turns)} turns are"
+            note(f"The last {turns} remembered from {self.config.history}.")
+
+
+def read_history(path: Path | None) -> list[dict[str, str]]:
+    """The messages of a history file; none if there is no such file.
+
+    Raises:
+        DataError: if it holds something else.
+    """
+    if path is None or not path.exists():
+        return []
+    messages: list[dict[str, str]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            message: Any = json.loads(line)
+            known = message["role"] in ("user", "assistant", "system") and isinstance(message["content"], str)
+            if not known and message["role"] != "reset":
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}:{number}: not a message of a conversation. Give --history another file.") from None
+        messages.append(message)
+    return messages
+
+
+def side_by_side(texts: dict[str, str], width: int) -> str:
+    """Each text under its name in a column of its own; one below the other where columns would be too narrow."""
+    column = (width - 3 * (len(texts) - 1)) // len(texts)
+    if column < 24:
+        return "\n\n".join(f"{name}:\n{text}" for name, text in texts.items())
+    columns = [
+        [
+            name[:column],
+            "-" * column,
+            *(part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]),
+        ]
+        for name, text in texts.items()
+    ]
+    return "\n".join(
+        " | ".join(part.ljust(column) for part in parts).rstrip() for parts in zip_longest(*columns, fillvalue="")
+    )
 
 
 def note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face model folder (config.json and safetensors) into a checkpoint.
+"""Convert a Hugging Face model folder (config.json and weights) into a checkpoint.
 
 python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf
 """
@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import Literal
 
 from lit_qlora import cli
+from lit_qlora.settings import check
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Convert a Hugging Face model folder into a checkpoint. Memory holds one tensor at a time."""
+    """Convert a Hugging Face model folder into a checkpoint. Memory holds a few tensors at a time."""
 
     checkpoint_dir: Path
-    """The Hugging Face folder: config.json, safetensors (sharded or not) and the tokenizer's files."""
+    """The Hugging Face folder: config.json, safetensors or PyTorch .bin files (sharded or not) and the tokenizer's."""
     out_dir: Path | None = None
     """Where the checkpoint goes; by default into the same folder."""
     dtype: Literal["keep", "bf16", "fp32"] = "keep"
     """Dtype of the converted weights; 'keep' leaves each tensor as it is."""
     name: str | None = None
     """What the model is called; by default the last two parts of the folder, ORG/NAME."""
+    shard_gb: float = 5.0
+    """Most gigabytes (10^9 bytes) of weights in a file."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        check(self.shard_gb > 0, f"shard_gb must be above 0, got {self.shard_gb}.")
 
 
 def main(config: ConvertConfig) -> None:
@@ -30,7 +37,7 @@ def main(config: ConvertConfig) -> None:
     from lit_qlora.convert import convert_hf_checkpoint
 
     out_dir = config.out_dir or config.checkpoint_dir
-    model = convert_hf_checkpoint(config.checkpoint_dir, out_dir, config.dtype, config.name)
+    model = convert_hf_checkpoint(config.checkpoint_dir, out_dir, config.dtype, config.name, int(config.shard_gb * 1e9))
     print(f"converted {model.name} ({model.family}, {count_parameters(model):,} parameters): {out_dir}")
 
 

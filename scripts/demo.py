@@ -109,11 +109,11 @@ def ask(loaded: "Loaded", name: str) -> None:
     """Print the answers to QUESTIONS, the likeliest token each time."""
     from lit_qlora.generate import generate
     from lit_qlora.prompts import STYLES
-    from lit_qlora.settings import SamplingConfig
+    from lit_qlora.settings import GenerationConfig
 
     style, tokenizer = loaded.style or STYLES["qa"], loaded.tokenizer
     prompts = [style.encode_prompt(tokenizer, question) for question in QUESTIONS]
-    answers = generate(loaded.model, prompts, SamplingConfig(max_new_tokens=16), tokenizer.stop_ids, tokenizer.size)
+    answers = generate(loaded.model, prompts, GenerationConfig(max_new_tokens=16), tokenizer.stop_ids, tokenizer.size)
     for question, answer in zip(QUESTIONS, answers, strict=True):
         print(f"  {name}: {question}  ->  {tokenizer.decode(answer).strip()}")
 
@@ -133,7 +133,7 @@ def agree(exact: "Loaded", trained: "Loaded", merged: "Loaded") -> str:
     style = merged.style or STYLES["qa"]
     apart = {"16-bit base + adapter": 0.0, "4-bit base + adapter": 0.0}
     same = dict.fromkeys(apart, 0)
-    examples = read_examples(Path("finetune/demo/val.jsonl"))
+    examples = read_examples("finetune/demo/val.jsonl").examples
     for example in examples:
         prompt = style.encode_prompt(merged.tokenizer, example.instruction, example.input)
         tokens = torch.tensor([prompt], device=merged.model.embed.weight.device)

@@ -1,58 +1,161 @@
-"""Answer one prompt.
+"""Answer a prompt, or a file of them.
 
 python scripts/generate.py --prompt "What does the fox eat?" --lora_path out/lora/tiny-world/final
+python scripts/generate.py --prompts questions.jsonl --out answers.jsonl --batch_size 16
 """
 
+import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lit_qlora import cli
-from lit_qlora.settings import SamplingConfig
-from lit_qlora.use import UseConfig, check_style, choose_style, encode_prompt, peak_memory
+from lit_qlora.errors import DataError, UsageError
+from lit_qlora.settings import GenerationConfig, check
+from lit_qlora.use import DraftConfig, UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+
+BETWEEN = "-" * 20  # on a line of its own between several answers to one prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplingConfig, UseConfig):
-    """Answer one prompt. The answer goes to stdout, its speed and the memory used to stderr."""
+class Config(GenerationConfig, DraftConfig, UseConfig):
+    """Answer a prompt, or a file of them. Answers go to stdout or --out, speed and memory used to stderr."""
 
     prompt: str = "What does the fox eat?"
     """What is asked, or the text to go on with."""
     input: str = ""
     """What the prompt is about, for styles that keep the two apart."""
+    system: str = ""
+    """What the model is told before all."""
+    prompts: Path | None = None
+    """Instead of one prompt a file of them: .txt with a prompt a line, or .jsonl, .json, .csv, .tsv or .parquet with
+    the column instruction (or prompt), and input and system where there is something to say. The answers are JSON
+    lines: the row with answer, tokens and finish_reason added, a line an answer."""
+    out: Path | None = None
+    """Where the JSON lines go; by default stdout. A file that exists is not overwritten."""
+    batch_size: int = 8
+    """Prompts of a file that are answered together."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, e.g. ["Q:"]; they are no part of it."""
     style: str = "auto"
-    """Prompt style: alpaca, plain or qa; 'none' gives the model the prompt as it is; 'auto' is the style that
-    checkpoint or adapter were trained with, else none."""
+    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'none' gives the model
+    the prompt as it is; 'auto' is the style that checkpoint or adapter were trained with, else the chat template, else
+    none."""
 
     def __post_init__(self) -> None:
         """Check what can be checked before the model is loaded."""
         super().__post_init__()
         check_style(self.style)
+        self.check_draft(self.num_beams)
+        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
+        check(all(self.stop), "stop holds an empty text, which would end every answer at once.")
+        check(self.prompts is None or self.prompts.is_file(), f"prompts {self.prompts} is not a file.")
+        check(self.out is None or self.prompts is not None, "out needs prompts, a file of prompts to answer.")
+        check(self.out is None or not self.out.exists(), f"out {self.out} exists already. Give another name.")
 
 
 def main(config: Config) -> None:
     """Load, answer, report."""
-    from lit_qlora.generate import generate, room_for_answer
+    from lit_qlora.generate import ends_with, generate, room_for_answer, text_of
 
+    rows = list(read_rows(config))
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
-    style = choose_style(config.style, loaded.style)
-    prompt = encode_prompt(tokenizer, style, config.prompt, config.input)
-    room = room_for_answer(model, len(prompt), config.max_new_tokens)
+    style = choose_style(config.style, loaded.style, config.checkpoint_dir)
+    gap, tail = (style.gap, style.tail) if style else ("", "")
+    stops, stop = stop_ids(tokenizer, style), ends_with(tokenizer, config.stop)
+    draft = config.load_draft(tokenizer, config.precision)
+    prompts = [encode_prompt(tokenizer, style, row["instruction"], row["input"], row["system"]) for _, row, _ in rows]
+    rooms = []
+    for (place, _, _), prompt in zip(rows, prompts, strict=True):
+        try:
+            rooms.append(room_for_answer(model, len(prompt), config.max_new_tokens))
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}" if config.prompts else str(error)) from None
 
-    start = time.perf_counter()
-    (answer,) = generate(model, [prompt], config, tokenizer.stop_ids, tokenizer.size)
+    start, tokens = time.perf_counter(), 0
+    answered: dict[int, list[tuple[str, int, str]]] = {}
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # so that batches need little padding
+    for at in range(0, len(order), config.batch_size):
+        batch = order[at : at + config.batch_size]
+        answers = generate(model, [prompts[i] for i in batch], config, stops, tokenizer.size, stop, draft=draft)
+        tokens += sum(map(len, answers))
+        for place, ids in enumerate(answers):
+            i = batch[place // config.num_return_sequences]
+            full = len(ids) == rooms[i] and not (stop and stop(ids))
+            text = text_of(tokenizer, ids, gap, tail, config.stop)
+            answered.setdefault(i, []).append((text, len(ids), "length" if full else "stop"))
     seconds = time.perf_counter() - start
 
-    print(tokenizer.decode(answer).removeprefix(style.gap if style else ""))
-    speed = f"{len(answer) / seconds:.1f} tokens/s"
-    print(f"{len(answer)} tokens in {seconds:.2f} s: {speed}, {peak_memory()}", file=sys.stderr)
-    if len(answer) == room < config.max_new_tokens:
+    if config.prompts:
+        write_lines(config.out, [(original, answered[i]) for i, (_, _, original) in enumerate(rows)])
+    else:
+        print(f"\n{BETWEEN}\n".join(text for text, _, _ in answered[0]))
+    print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, {peak_memory()}", file=sys.stderr)
+    cut = [i for i in answered if rooms[i] < config.max_new_tokens and any(end == "length" for *_, end in answered[i])]
+    if cut:
+        of = f" of {len(cut)} prompts" if len(rows) > 1 else ""
         print(
-            f"The answer ends where the model's context of {model.config.block_size} tokens is full: "
-            f"{len(prompt)} of prompt and {room} of answer, not {config.max_new_tokens}.",
+            f"The answers{of} end where the model's context of {model.config.block_size} tokens is full, for example: "
+            f"{len(prompts[cut[0]])} of prompt and {rooms[cut[0]]} of answer, not {config.max_new_tokens}.",
             file=sys.stderr,
         )
+
+
+def read_rows(config: Config) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """Place, texts and original row of each prompt.
+
+    Raises:
+        DataError: if the file cannot be read, holds no prompt, or a row has none.
+    """
+    if config.prompts is None:
+        yield "prompt", {"instruction": config.prompt, "input": config.input, "system": config.system}, {}
+        return
+    from lit_qlora.data.sources import Source, find_sources, read_records
+
+    (source,), _ = find_sources([str(config.prompts)], None)
+    records = read_lines(source) if config.prompts.suffix == ".txt" else read_records(Source(source.path))
+    found = False
+    for place, row in records:
+        if isinstance(row, DataError):
+            raise DataError(f"{place}: {row}")
+        ask = next((row[name] for name in ("instruction", "prompt") if row.get(name)), None)
+        if not isinstance(ask, str):
+            raise DataError(f"{place}: no instruction and no prompt (has: {', '.join(map(str, row)) or 'nothing'}).")
+        texts = {name: str(row.get(name) or default) for name, default in (("input", ""), ("system", config.system))}
+        found = True
+        yield place, {"instruction": ask, **texts}, row
+    if not found:
+        raise DataError(f"{config.prompts} holds no prompt.")
+
+
+def read_lines(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A prompt for each line of a text file that is not blank."""
+    from lit_qlora.data.sources import read_records
+
+    for place, row in read_records(source):
+        for number, line in enumerate(row["text"].split("\n"), start=1):
+            if line.strip():
+                yield f"{place}:{number}", {"prompt": line.strip()}
+
+
+def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[tuple[str, int, str]]]]) -> None:
+    """A JSON line an answer, to `out` or stdout."""
+    lines = [
+        json.dumps({**row, "answer": text, "tokens": tokens, "finish_reason": end}, ensure_ascii=False)
+        for row, answers in rows
+        for text, tokens, end in answers
+    ]
+    text = "".join(f"{line}\n" for line in lines)
+    if out is None:
+        print(text, end="")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(f"{len(lines)} answers are in {out}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

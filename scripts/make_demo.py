@@ -120,7 +120,13 @@ def make_tokenizer(world: list[demo_world.Subject], checkpoint: Path) -> None:
     )
     (checkpoint / "tokenizer.model").write_bytes(model.getvalue())
     for name, content in {
-        "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True},
+        "tokenizer_config.json": {
+            "tokenizer_class": "LlamaTokenizer",  # for transformers: what reads tokenizer.model as we do
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "add_bos_token": True,
+        },
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
         "prompt_style.json": {"style": "qa"},
     }.items():

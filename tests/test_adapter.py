@@ -11,17 +11,24 @@ from torch import Tensor
 
 from lit_qlora.adapter import check_base, load_adapter, load_for_use, read_adapter, save_adapter
 from lit_qlora.checkpoint import content_hash, load_model
+from lit_qlora.config import ModelConfig
 from lit_qlora.convert import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora import add_lora, lora_state
 from lit_qlora.model import GPT
+from lit_qlora.peft_layout import check_layers
+from lit_qlora.prompts import STYLES
 from lit_qlora.settings import LoRAConfig, Target
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
-from tests.test_model import hugging_face_model
+from tests.reference import CASES, hugging_face_model
 
 peft = pytest.importorskip("peft")
 TOKENS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(0))
 FAMILIES = ["llama-gqa", "llama-biases", "mistral", "qwen2", "gpt_neox"]
+EVERY_FAMILY = list({family: case for case, (family, _) in reversed(CASES.items())}.values())
+"""A case of each."""
+NO_LAYER_OF_ITS_OWN = {"gpt_oss"}
+"""Families whose experts are slices of one parameter."""
 TARGETS: list[tuple[Target, ...]] = [
     ("query",),
     ("key",),
@@ -47,41 +54,140 @@ def save(folder: Path, model: GPT, config: LoRAConfig, base: Path, **facts: Any)
     save_adapter(folder, model, config, None, {"base": {"name": "x", "sha256": content_hash(base)}, **facts})
 
 
+def ours_in_peft(case: str, targets: tuple[Target, ...], place: Path) -> None:
+    """Train `targets` of a small model here and compare with PEFT on the same base."""
+    theirs = hugging_face_model(place / "base", case)
+    convert_hf_checkpoint(place / "base", place / "base")
+    config = LoRAConfig(r=4, alpha=12, targets=targets)
+    ours = trained(load_model(place / "base"), config)
+    save(place / "adapter", ours, config, place / "base")
+    with torch.no_grad():
+        expected = ours(TOKENS)
+        base = theirs(TOKENS).logits
+        actual = peft.PeftModel.from_pretrained(theirs, place / "adapter").eval()(TOKENS).logits
+    assert (expected - base).abs().max() > 1e-2  # the adapter does something
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("targets", TARGETS, ids=",".join)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_computes_the_same_logits_with_our_adapter(
     family: str, targets: tuple[Target, ...], tmp_path: Path
 ) -> None:
-    theirs = hugging_face_model(tmp_path / "base", family)
-    convert_hf_checkpoint(tmp_path / "base", tmp_path / "base")
-    config = LoRAConfig(r=4, alpha=12, targets=targets)
-    ours = trained(load_model(tmp_path / "base"), config)
-    save(tmp_path / "adapter", ours, config, tmp_path / "base")
+    ours_in_peft(family, targets, tmp_path)
+
+
+# What PEFT 0.21 says about heads that are tied, GPT-2's two kinds of layers, and its own patterns for experts:
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to True but the target module is `torch.nn.Linear`:UserWarning"
+)
+@pytest.mark.filterwarnings("ignore:The following (alpha|rank)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following (alpha|rank)_pattern keys did not match:UserWarning")
+@pytest.mark.parametrize("case", EVERY_FAMILY)
+def test_every_family_has_a_place_in_pefts_layout(case: str, tmp_path: Path) -> None:
+    experts = CASES[case][0] in NO_LAYER_OF_ITS_OWN
+    ours_in_peft(case, ("query", "key", "value", "projection", "head") if experts else ("all", "head"), tmp_path)
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY_FAMILY if CASES[case][0] in NO_LAYER_OF_ITS_OWN])
+def test_experts_that_are_slices_of_one_parameter_are_refused_before_they_are_trained(
+    case: str, tmp_path: Path
+) -> None:
+    hugging_face_model(tmp_path, case)
+    convert_hf_checkpoint(tmp_path, tmp_path)
+    with pytest.raises(CheckpointError, match=r"blocks.0.mlp.experts.0.gate is no layer of its own"):
+        check_layers(ModelConfig.load(tmp_path), LoRAConfig(targets=("mlp",)))
+
+
+def theirs_in_ours(case: str, config: Any, place: Path) -> tuple[Any, GPT]:
+    """A random adapter of PEFT on a small model, and ours with it; they have to compute the same."""
+    base = hugging_face_model(place / "base", case)
+    convert_hf_checkpoint(place / "base", place / "base")
     with torch.no_grad():
-        expected = ours(TOKENS)
-        base = theirs(TOKENS).logits
-        actual = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()(TOKENS).logits
-    assert (expected - base).abs().max() > 1e-2  # the adapter does something
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_we_compute_the_same_logits_with_an_adapter_of_peft(family: str, tmp_path: Path) -> None:
-    theirs = hugging_face_model(tmp_path / "base", family)
-    convert_hf_checkpoint(tmp_path / "base", tmp_path / "base")
-    names = ["query_key_value", "dense_4h_to_h"] if family == "gpt_neox" else ["q_proj", "v_proj", "down_proj"]
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=12, target_modules=names))
+        plain = base(TOKENS).logits
+    theirs = peft.get_peft_model(base, config)
+    torch.manual_seed(2)
     for name, parameter in theirs.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    theirs.save_pretrained(tmp_path / "adapter")
-    adapter = read_adapter(tmp_path / "adapter")
-    model = load_model(tmp_path / "base")
-    add_lora(model, adapter.config)
-    load_adapter(model, tmp_path / "adapter")
+    theirs.save_pretrained(place / "adapter")
+    model = load_model(place / "base")
+    add_lora(model, read_adapter(place / "adapter").config)
+    load_adapter(model, place / "adapter")
     with torch.no_grad():
         expected = theirs.eval()(TOKENS).logits
+        assert (expected - plain).abs().max() > 1e-3
         torch.testing.assert_close(model.eval()(TOKENS), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    return theirs, model
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@pytest.mark.parametrize("case", [case for case in EVERY_FAMILY if "moe" not in case and case != "mixtral"])
+def test_we_compute_the_same_logits_with_an_adapter_of_peft(case: str, tmp_path: Path) -> None:
+    # PEFT's all-linear leaves out the head; gpt-oss's experts are no linear layers to it.
+    theirs_in_ours(case, peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"), tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_scale_of_rslora_is_alpha_over_the_root_of_the_rank(family: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules="all-linear")
+    _, model = theirs_in_ours(family, config, tmp_path)
+    assert {m.scale for m in model.modules() if hasattr(m, "lora_a")} == {12 / 2}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt_neox", "phi3"])
+def test_layers_of_different_ranks_and_scales_are_understood(family: str, rslora: bool, tmp_path: Path) -> None:
+    down = {"gpt_neox": "dense_4h_to_h"}.get(family, "down_proj")
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        use_rslora=rslora,
+        target_modules="all-linear",
+        rank_pattern={down: 7, "layers.1.*": 2},
+        alpha_pattern={rf".*\.0\..*{down}": 5},
+    )
+    theirs_in_ours(family, config, tmp_path)
+
+
+def test_an_adapter_on_some_of_the_layers_is_understood(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])
+    theirs_in_ours("llama-gqa", config, tmp_path)
+
+
+def test_an_adapter_in_the_file_format_of_2023_is_read(saved: tuple[Path, Path]) -> None:
+    base, folder = saved
+    expected = read_adapter(folder).peft_tensors
+    torch.save(expected, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "manifest.json").unlink()
+    actual = read_adapter(folder).peft_tensors
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    load_for_use(base, folder, precision="32-true")
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_an_adapter_on_the_head_of_gpt_neox_fits_both_names_that_transformers_gave_it(
+    version: int, tmp_path: Path
+) -> None:
+    """In transformers before 5 the head was embed_out; a model with that name stands for it."""
+    theirs = hugging_face_model(tmp_path / "base", "gpt_neox")
+    convert_hf_checkpoint(tmp_path / "base", tmp_path / "base")
+    config = LoRAConfig(r=4, alpha=12, targets=("head",))
+    ours = trained(load_model(tmp_path / "base"), config)
+    save(tmp_path / "adapter", ours, config, tmp_path / "base")
+    names = {name.split(".lora_")[0] for name in load_file(tmp_path / "adapter/adapter_model.safetensors")}
+    assert names == {"base_model.model.embed_out", "base_model.model.lm_head"}
+    if version == 4:
+        theirs.embed_out = theirs.lm_head
+        del theirs.lm_head
+        theirs.lm_head = lambda hidden: theirs.embed_out(hidden)
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        logits = adapted(TOKENS).logits
+        torch.testing.assert_close(logits, ours(TOKENS), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +210,8 @@ def saved(tmp_path: Path) -> tuple[Path, Path]:
     base = write_checkpoint(tmp_path / "base", tiny_model())
     write_tokenizer(base)
     model = trained(load_model(base), LoRAConfig())
-    save_adapter(tmp_path / "final", model, LoRAConfig(), "qa", {"base": {"name": "x", "sha256": content_hash(base)}})
+    facts = {"base": {"name": "x", "sha256": content_hash(base)}}
+    save_adapter(tmp_path / "final", model, LoRAConfig(), STYLES["qa"], facts)
     return base, tmp_path / "final"
 
 
@@ -148,7 +255,7 @@ def with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (with_nan, "NaN or infinite values in"),
         (lambda tensors: {}, "is empty"),
-        (lambda tensors: {**tensors, "base_model.model.vision.q_proj.lora_A.weight": torch.ones(1)}, "no layer of"),
+        (lambda tensors: {**tensors, "base_model.model.vision.q_proj.lora_A.weight": torch.ones(8, 1)}, "no layer of"),
     ],
 )
 def test_damaged_adapters_are_refused(change: Any, message: str, saved: tuple[Path, Path]) -> None:
@@ -162,11 +269,18 @@ def test_damaged_adapters_are_refused(change: Any, message: str, saved: tuple[Pa
     ("key", "value"),
     [
         ("use_dora", True),
-        ("use_rslora", True),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("peft_type", "IA3"),
-        ("fan_in_fan_out", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("layer_replication", [[0, 2]]),
+        ("lora_bias", True),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["experts.w"]),
+        ("alora_invocation_tokens", [1]),
+        ("use_qalora", True),
+        ("a_setting_of_tomorrow", 1),
     ],
 )
 def test_what_peft_can_and_we_cannot_is_refused_by_name(key: str, value: Any, saved: tuple[Path, Path]) -> None:
@@ -175,6 +289,31 @@ def test_what_peft_can_and_we_cannot_is_refused_by_name(key: str, value: Any, sa
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=str(value if key == "peft_type" else key)):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 3}, r"has rank 8, but adapter_config.json says 3"),
+        ({"rank_pattern": {"q_proj": 5}}, r"q_proj.*has rank 8, but adapter_config.json says 5"),
+        ({"r": 0}, "a rank below 1"),
+        ({"r": "x"}, "not a PEFT configuration"),
+        ({"lora_alpha": None}, "not a PEFT configuration"),
+        ({"lora_alpha": float("inf")}, "an alpha that is not above 0"),
+        ({"lora_dropout": 2}, r"a dropout outside \[0, 1\)"),
+        ({"rank_pattern": 5}, "not a PEFT configuration"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_not_that_of_the_tensors_is_refused(
+    change: dict[str, Any], message: str, saved: tuple[Path, Path]
+) -> None:
+    _, folder = saved
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=message):
         read_adapter(folder)
 
 

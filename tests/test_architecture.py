@@ -11,17 +11,24 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors"},
-    {"settings", "config", "prompts", "tokenizer", "safetensors_io", "report", "cli"},
-    {"families", "model", "quantize", "lora", "optim", "device"},
-    {"checkpoint", "data", "generate", "plan"},
-    {"convert", "adapter", "train"},
-    {"merge", "use", "run"},
+    {"errors", "kernels", "known_models", "template_worker"},
+    {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings", "tokenizer"},
+    {"activations", "device", "families", "gguf_vocabulary", "hub", "lora", "optim", "quantize", "shards", "styles"},
+    {"mlp", "norm", "rope"},
+    {"attention", "prompts"},
+    {"latent_attention"},
+    {"model"},
+    {"checkpoint", "data", "fused", "generate", "peft_layout"},
+    {"adapter", "convert", "gguf_export", "plan", "train"},
+    {"export", "merge", "multi_lora", "run"},
+    {"use"},
+    {"serve"},
 ]
 """The modules of the package from the bottom up; those of one layer do not know each other."""
 
 HOMES = {
     "bitsandbytes": {"quantize"},
+    "triton": {"kernels"},
     "lightning": {"train", "run"},
     "sentencepiece": {"tokenizer"},
     "tokenizers": {"tokenizer"},
@@ -29,6 +36,15 @@ HOMES = {
     "yaml": {"cli"},
     "matplotlib": {"report"},
     "safetensors": {"safetensors_io"},
+    "huggingface_hub": {"hub"},
+    "tqdm": {"shards"},
+    "gguf": {"gguf_export"},
+    "fastapi": {"serve"},
+    "uvicorn": {"serve"},
+    "jinja2": {"template_worker"},
+    "numpy": {"data", "gguf_export"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
     "transformers": set(),
     "peft": set(),
     "lm_eval": set(),

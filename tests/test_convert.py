@@ -14,7 +14,7 @@ from lit_qlora.config import ModelConfig
 from lit_qlora.convert import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError
 from tests.conftest import load_script
-from tests.test_model import hugging_face_model
+from tests.reference import hugging_face_model
 
 
 @pytest.fixture

@@ -12,56 +12,9 @@ from lit_qlora.checkpoint import load_model
 from lit_qlora.convert import convert_hf_checkpoint
 from lit_qlora.model import GPT, IGNORE, KVCache, linear_cross_entropy
 from tests.conftest import tiny_config, tiny_model
+from tests.reference import CASES, GROWING, hugging_face_model
 
 transformers = pytest.importorskip("transformers")
-
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 112,
-    "max_position_embeddings": 64,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-# Each row switches on something that its family uses.
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-gqa": ("llama", {"num_key_value_heads": 2}),
-    "llama-mqa-head_dim": ("llama", {"num_key_value_heads": 1, "head_dim": 32}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
-    "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
-    "qwen2-tied": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "gpt_neox": ("gpt_neox", {}),
-    "gpt_neox-sequential-tanh": ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_fast"}),
-    "gpt_neox-no-bias": ("gpt_neox", {"attention_bias": False}),
-}
-
-
-def hugging_face_model(directory: Path, case: str, shards: str = "5GB") -> Any:
-    """A random transformers model of `case`, saved to `directory`."""
-    torch.manual_seed(0)
-    family, changes = CASES[case]
-    config = transformers.AutoConfig.for_model(family, **SMALL | changes)
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    model.tie_weights()
-    model.save_pretrained(directory, max_shard_size=shards)
-    return model
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,7 +26,17 @@ def test_same_logits_as_hugging_face(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(tokens).logits
         torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+        if ours.config.rope_scaling in GROWING:
+            expected = theirs_token_by_token(theirs, tokens)
         torch.testing.assert_close(token_by_token(ours, tokens), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def theirs_token_by_token(model: Any, tokens: Tensor, first: int = 5) -> Tensor:
+    """token_by_token in transformers, where the rotations of a longer text must be those of a longer text."""
+    cache, parts = transformers.DynamicCache(), []
+    for start, end in [(0, first), *((i, i + 1) for i in range(first, tokens.size(1)))]:
+        parts.append(model(tokens[:, start:end], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(parts, dim=1)
 
 
 def token_by_token(model: GPT, tokens: Tensor, first: int = 5) -> Tensor:
@@ -126,7 +89,7 @@ def test_loss_is_the_cross_entropy_however_it_is_sliced(at_once: int) -> None:
     expected = torch.nn.functional.cross_entropy(
         head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-    actual = linear_cross_entropy(hidden, head, labels, at_once)
+    actual = linear_cross_entropy(hidden, head, labels, at_once=at_once)
     torch.testing.assert_close(actual, expected)
     for ours, theirs in zip(
         torch.autograd.grad(actual, [hidden, head.weight]),

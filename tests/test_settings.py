@@ -1,5 +1,6 @@
 """Settings: their ranges, and that every one of them survives the way through YAML."""
 
+import json
 import math
 import random
 from dataclasses import fields, is_dataclass
@@ -16,9 +17,9 @@ from lit_qlora.settings import (
     DataConfig,
     EvalConfig,
     FinetuneConfig,
+    GenerationConfig,
     LoRAConfig,
     OptimizerConfig,
-    SamplingConfig,
     TrainConfig,
 )
 
@@ -27,8 +28,16 @@ WRONG: list[tuple[type, str, list[Any]]] = [
     (LoRAConfig, "alpha", [0, -1.0, math.nan, math.inf]),
     (LoRAConfig, "dropout", [-0.1, 1, math.nan]),
     (LoRAConfig, "targets", [(), ("query", "qerry")]),
-    (DataConfig, "val_fraction", [-0.1, 1, math.nan]),
+    (DataConfig, "path", [()]),
+    (DataConfig, "val_fraction", [-0.1, math.nan, math.inf]),
     (DataConfig, "max_length", [0, 7]),
+    (DataConfig, "max_length_prompt", [1]),
+    (DataConfig, "max_length_answer", [1]),
+    (DataConfig, "max_samples", [0]),
+    (DataConfig, "pack_length", [0, 64]),
+    (DataConfig, "pad_to_multiple_of", [0]),
+    (DataConfig, "seed", [-1, 2**32]),
+    (DataConfig, "validation_strategy", ["custom"]),
     (TrainConfig, "epochs", [0, -1, math.nan, math.inf]),
     (TrainConfig, "max_steps", [0, -1]),
     (TrainConfig, "batch_size", [0]),
@@ -41,10 +50,21 @@ WRONG: list[tuple[type, str, list[Any]]] = [
     (TrainConfig, "keep_last", [0]),
     (EvalConfig, "every", [-1]),
     (EvalConfig, "max_samples", [0]),
-    (SamplingConfig, "max_new_tokens", [0]),
-    (SamplingConfig, "temperature", [-0.1, math.nan]),
-    (SamplingConfig, "top_k", [0]),
-    (SamplingConfig, "top_p", [0, 1.1, math.nan]),
+    (GenerationConfig, "max_new_tokens", [0]),
+    (GenerationConfig, "temperature", [-0.1, math.nan]),
+    (GenerationConfig, "top_k", [0]),
+    (GenerationConfig, "top_p", [0, 1.1, math.nan]),
+    (GenerationConfig, "min_p", [-0.1, 1.1, math.nan]),
+    (GenerationConfig, "typical_p", [0, 1.1, math.nan]),
+    (GenerationConfig, "min_new_tokens", [-1, 129]),
+    (GenerationConfig, "repetition_penalty", [0, -1, math.nan, math.inf]),
+    (GenerationConfig, "no_repeat_ngram_size", [-1]),
+    (GenerationConfig, "num_return_sequences", [0]),
+    (GenerationConfig, "num_beams", [0]),
+    (GenerationConfig, "num_beam_groups", [0, 2]),
+    (GenerationConfig, "diversity_penalty", [-1.0, math.nan, math.inf]),
+    (GenerationConfig, "length_penalty", [math.nan, math.inf]),
+    (GenerationConfig, "seed", [-1, 2**32]),
     (FinetuneConfig, "seed", [-1, 2**32]),
     (FinetuneConfig, "num_nodes", [0]),
     (FinetuneConfig, "devices", [0]),
@@ -62,6 +82,41 @@ def test_a_value_out_of_range_is_refused_by_the_name_that_was_typed(kind: type, 
 @pytest.mark.parametrize("kind", [LoRAConfig, DataConfig, TrainConfig, OptimizerConfig, EvalConfig, FinetuneConfig])
 def test_the_defaults_are_in_range(kind: type) -> None:
     assert kind() == kind()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation_strategy": "automatic", "val_path": "v.json"}, "val_path would have no effect"),
+        ({"packing": True, "pad_to_multiple_of": 8}, "pad_to_multiple_of has no effect"),
+        ({"group_by_length": True, "shuffle": False}, "needs data.shuffle"),
+        ({"text_prompt_start": "Q"}, "need --data.prompt knobs"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.5, "seed": 3},
+        {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.5, "length_penalty": -1.0},
+        {"num_beams": 2, "early_stopping": True},
+        {"num_beams": 2, "num_return_sequences": 2, "early_stopping": "never", "min_new_tokens": 3},
+        {"do_sample": False, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "max_new_tokens": 9},
+    ],
+    ids=str,
+)
+def test_flags_of_generation_mean_what_they_say(settings: dict[str, Any]) -> None:
+    argv = [part for name, value in settings.items() for part in (f"--{name}", str(value).lower())]
+    assert parse(GenerationConfig, argv) == GenerationConfig(**settings)
+
+
+def test_one_path_may_be_given_as_a_word() -> None:
+    assert DataConfig(path="a.jsonl").path == ("a.jsonl",)
+    assert DataConfig(allow="masked").allow == ("masked",)
 
 
 def test_one_target_may_be_given_as_a_word() -> None:
@@ -88,12 +143,35 @@ def random_settings(rng: random.Random) -> FinetuneConfig:
             targets=tuple(rng.sample(TARGETS, rng.randint(1, len(TARGETS)))),
         ),
         data=DataConfig(
-            path=Path(rng.choice(["d.jsonl", "0x10", "a: b"])),
-            val_path=rng.choice([None, Path("v.json")]),
+            path=rng.choice([("d.jsonl",), ("0x10",), ("a: b", "c.csv*0.5"), "hf:org/name:config"]),
+            val_path=rng.choice([None, "v.json"]),
+            format=rng.choice(["alpaca", "sharegpt"]),
+            columns=rng.choice(["", "a:instruction,b:output"]),
+            on_error="skip",
+            max_samples=rng.choice([None, 10]),
             val_fraction=rng.random(),
-            prompt=rng.choice(["qa", "plain"]),
+            prompt="knobs",
+            text_system_start="<|system|>",
+            text_prompt_start=rng.choice(["<|prompt|>", "1e3"]),
+            text_answer_separator="\n",
+            add_eos_token_to_system=rng.random() < 0.5,
+            add_eos_token_to_prompt=rng.random() < 0.5,
+            add_eos_token_to_answer=rng.random() < 0.5,
+            system="Be: brief.",
             max_length=rng.choice([None, 8, 4096]),
+            max_length_prompt=rng.choice([None, 128]),
+            max_length_answer=rng.choice([None, 128]),
+            overlong=rng.choice(["truncate_right", "drop", "error"]),
             mask_prompt=rng.random() < 0.5,
+            only_last_answer=rng.random() < 0.5,
+            packing=True,
+            pack_length=rng.choice([None, 8192]),
+            weighting="samples",
+            group_by_length=rng.random() < 0.5,
+            drop_last=rng.random() < 0.5,
+            seed=rng.choice([None, 0, 7]),
+            cache_dir=rng.choice(["none", "some/where"]),
+            allow=rng.choice([(), ("cut_answers", "masked")]),
         ),
         train=TrainConfig(
             epochs=rng.uniform(1e-9, 1e9),
@@ -132,7 +210,7 @@ def test_every_setting_has_a_flag_of_its_name(seed: int) -> None:
             if is_dataclass(value):
                 found += flags(value, f"{prefix}{field.name}.")
             else:
-                text = f"[{','.join(value)}]" if isinstance(value, tuple) else "null" if value is None else str(value)
+                text = json.dumps(value) if isinstance(value, tuple) else "null" if value is None else str(value)
                 found.append(f"--{prefix}{field.name}={text}")
         return found
 

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lit_qlora.data import Batch, Sample, Step, count_steps, steps, validation_batches
+from lit_qlora.data import Batch, Batching, Sample, Samples, Step, count_steps, steps, validation_batches
 from lit_qlora.errors import NumericalError
 from lit_qlora.lora import add_lora, lora_state
 from lit_qlora.model import GPT, IGNORE
@@ -19,19 +19,20 @@ from lit_qlora.train import train
 from tests.conftest import tiny_model
 
 
-def random_samples(count: int) -> list[Sample]:
+def random_samples(count: int) -> Samples:
     generator = torch.Generator().manual_seed(1)
 
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    return [
-        Sample(torch.randint(1, 320, (number(6, 20),), generator=generator).tolist(), number(1, 5))
+    return Samples.of(
+        Sample.of(torch.randint(1, 320, (number(6, 20),), generator=generator).tolist(), number(1, 5))
         for _ in range(count)
-    ]
+    )
 
 
 SAMPLES = random_samples(11)
+FEW = Samples.of(SAMPLES[:3])
 
 
 def run(
@@ -39,7 +40,8 @@ def run(
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Two epochs of SGD on eleven samples, four a step; returns the adapter and the log."""
     config = TrainConfig(**{"batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.1, "epochs": 2.0} | settings)
-    total = count_steps(len(SAMPLES), config.batch_size, config.epochs, config.max_steps)
+    batching = Batching(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, seed=3)
+    total = count_steps(len(SAMPLES), batching, config.epochs, config.max_steps)
     quantize_linears(model, scheme)
     torch.manual_seed(0)
     add_lora(model, LoRAConfig(dropout=0.0, targets=("all", "head")))
@@ -48,8 +50,8 @@ def run(
     wrapped, optimizer = fabric.setup(model, optimizer)
     wrapped.mark_forward_method("loss")
     log: list[dict[str, Any]] = []
-    train_steps = train_steps or steps(SAMPLES, config.batch_size, config.micro_batch_size, total, seed=3)
-    validation = validation_batches(SAMPLES[:3], 2)
+    train_steps = train_steps or steps(SAMPLES, batching, total)
+    validation = validation_batches(FEW, 2)
     train(fabric, wrapped, optimizer, train_steps, total, validation, config, 2, log.append, save=lambda step: None)
     return lora_state(model), log
 
@@ -69,7 +71,7 @@ def test_micro_batch_size_does_not_change_the_result(micro: int, scheme: Scheme)
 def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens() -> None:
     model = tiny_model()
     _, log = run(tiny_model(), micro_batch_size=1)
-    step = next(steps(SAMPLES, 4, 4, 1, seed=3))
+    step = next(steps(SAMPLES, Batching(batch_size=4, micro_batch_size=4, seed=3), total=1))
     with torch.no_grad():
         expected = model.loss(*step.batches[0]) / (step.batches[0].labels != IGNORE).sum()
     assert log[1]["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -80,7 +82,7 @@ def test_validation_comes_before_during_and_after_and_weighs_tokens() -> None:
     _, log = run(tiny_model())
     validations = [record for record in log if "val_loss" in record]
     assert [record["step"] for record in validations] == [0, 2, 4, 6]
-    batch = validation_batches(SAMPLES[:3], 3)[0]
+    batch = validation_batches(FEW, 3)[0]
     with torch.no_grad():
         expected = float(model.loss(*batch) / (batch.labels != IGNORE).sum())
     assert validations[0]["val_loss"] == pytest.approx(expected, rel=1e-5)
@@ -111,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update() -> None:
     with torch.no_grad():
         model.embed.weight[7] = float("nan")
     tokens = torch.full((1, 3), 7)
-    poisoned = Step([Batch(tokens, tokens)], labelled=3, tokens=3, samples=1, epoch=0.1)
+    poisoned = Step([Batch(tokens, tokens)], weight=3, labelled=3, tokens=3, samples=1, epoch=0.1)
     with pytest.raises(NumericalError, match="loss is nan at step 1; the step was not taken"):
         run(model, iter([poisoned]))
     assert not any(bool(t.any()) for name, t in lora_state(model).items() if name.endswith("lora_b"))

@@ -1,20 +1,33 @@
-"""From a file of examples to batches of token ids: sources, then samples, then batches."""
+"""From files of examples to batches of token ids.
 
-from lit_qlora.data.batches import Batch, Step, collate, count_steps, steps, validation_batches
-from lit_qlora.data.samples import DataReport, Sample, encode_examples
-from lit_qlora.data.sources import Example, find_files, read_examples
+sources (places) -> formats, examples (what was said) -> encode (ids, masks, cuts) -> cache -> audit, load (a run's
+data) -> packing, batches (what a step reads).
+"""
+
+from lit_qlora.data.audit import Audit, boundary, show
+from lit_qlora.data.batches import Batch, Batching, Step, collate, count_steps, steps, validation_batches
+from lit_qlora.data.encode import Encoder, Encoding
+from lit_qlora.data.examples import Example, read_examples
+from lit_qlora.data.load import RunData, read_data
+from lit_qlora.data.samples import Sample, Samples
 
 __all__ = [
+    "Audit",
     "Batch",
-    "DataReport",
+    "Batching",
+    "Encoder",
+    "Encoding",
     "Example",
+    "RunData",
     "Sample",
+    "Samples",
     "Step",
+    "boundary",
     "collate",
     "count_steps",
-    "encode_examples",
-    "find_files",
+    "read_data",
     "read_examples",
+    "show",
     "steps",
     "validation_batches",
 ]

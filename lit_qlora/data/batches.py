@@ -2,24 +2,34 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lit_qlora.data.samples import Sample
+from lit_qlora.data.packing import pack
+from lit_qlora.data.samples import Sample, Samples
 from lit_qlora.model import IGNORE
 
 PAD = 0  # any id will do: padding follows the text, so nothing before it sees it, and its labels are IGNORE
+SORTED_AT_ONCE = 50  # batches whose samples are sorted together by group_by_length; transformers' own figure
 
 
 class Batch(NamedTuple):
-    """Samples side by side, padded on the right."""
+    """Rows of samples, padded on the right. The fields are the arguments of GPT.loss."""
 
     tokens: Tensor
     """(B, T) int64."""
     labels: Tensor
     """(B, T) int64; labels[b, t] is the token that should follow tokens[b, t], or IGNORE."""
+    weights: Tensor | None = None
+    """(B, T) float32, what the loss of each label is multiplied by; None is 1 everywhere."""
+    positions: Tensor | None = None
+    """(B, T) int64, the place of each token in its sample; 0 begins a sample, and padding too. None if not packed."""
+    segments: Tensor | None = None
+    """(B, T) int32, the number of each token's sample in its row, -1 for padding. None if not packed."""
 
 
 class Step(NamedTuple):
@@ -27,6 +37,8 @@ class Step(NamedTuple):
 
     batches: list[Batch]
     """The micro-batches of this rank; every rank has the same number of them."""
+    weight: float
+    """Sum of the weights of all labels of the whole step, over all ranks; the loss is divided by it."""
     labelled: int
     """Labelled tokens of the whole step, over all ranks."""
     tokens: int
@@ -36,65 +48,167 @@ class Step(NamedTuple):
     """Passes over the data when the step is done."""
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Shift, mask and pad. The only place where labels are shifted; padding is masked by position, never by id."""
-    width = max(len(sample.tokens) for sample in samples) - 1
-    tokens = torch.full((len(samples), width), PAD)
-    labels = torch.full((len(samples), width), IGNORE)
-    for row, (ids, prompt_length) in enumerate(samples):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        labels[row, prompt_length - 1 : len(ids) - 1] = torch.tensor(ids[prompt_length:])
-    return Batch(tokens, labels)
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How samples become steps. Nothing here but batch_size, weighting and the order changes the gradient of a step."""
+
+    batch_size: int
+    """Samples of an optimizer step, over all devices."""
+    micro_batch_size: int
+    """Rows of a forward pass on one device; a row is a sample, or several if they are packed."""
+    seed: int
+    shuffle: bool = True
+    drop_last: bool = False
+    """Leave out the last step of an epoch where it would be smaller."""
+    group_by_length: bool = False
+    """Make steps of samples of similar length."""
+    weighting: Literal["tokens", "samples"] = "tokens"
+    """The loss of a step is the mean over its labelled tokens, or the mean over its samples of such means."""
+    row_length: int | None = None
+    """Lay samples end to end in rows of so many tokens; None gives each a row of its own."""
+    multiple: int = 1
+    """Rows that are not packed are padded to a multiple of this."""
+    shares: tuple[tuple[int, float], ...] = ()
+    """(samples, times) of each source, in their order: how often an epoch sees it, 1 by default, 0.5 for another half
+    of it in each epoch."""
+
+
+def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None) -> Batch:
+    """Shift, mask and pad. The only place where labels are shifted; padding is masked by position, never by id.
+
+    The last token of a sample is a label only, so a sample of T tokens takes T - 1 places of its row.
+    """
+    packed = batching is not None and batching.row_length is not None
+    multiple = batching.multiple if batching else 1
+    longest = max(sum(len(sample.tokens) - 1 for sample in row) for row in rows)
+    width = (batching.row_length if batching else None) or -(-longest // multiple) * multiple
+    tokens = np.full((len(rows), width), PAD, np.int64)
+    labels = np.full((len(rows), width), IGNORE, np.int64)
+    weights = np.zeros((len(rows), width), np.float32)
+    positions = np.zeros((len(rows), width), np.int64)
+    segments = np.full((len(rows), width), -1, np.int32)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, (ids, trained) in enumerate(row):
+            here = slice(start, start + len(ids) - 1)
+            tokens[b, here] = ids[:-1]
+            labels[b, here] = np.where(trained[1:], ids[1:], IGNORE)
+            weights[b, here] = 1 / max(1, int(np.count_nonzero(trained)))
+            positions[b, here] = np.arange(len(ids) - 1)
+            segments[b, here] = number
+            start = here.stop
+        positions[b, start:] = np.arange(width - start)
+    by_sample = batching is not None and batching.weighting == "samples"
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(weights) if by_sample else None,
+        torch.from_numpy(positions) if packed else None,
+        torch.from_numpy(segments) if packed else None,
+    )
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of the samples in one epoch."""
+    """The numbers below `count`, in a random order."""
     permutation: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
     return permutation
 
 
-def count_steps(count: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
+def epoch_length(count: int, batching: Batching) -> int:
+    """Samples that one epoch sees, counting those that it sees twice; `count` is how many there are."""
+    return sum(round(size * times) for size, times in batching.shares) if batching.shares else count
+
+
+def epoch_order(lengths: Sequence[int], batching: Batching, epoch: int) -> list[int]:
+    """Which samples one epoch sees, in which order; a pure function of the arguments.
+
+    Args:
+        lengths: tokens of each sample.
+    """
+    seed = batching.seed
+    chosen: list[int] = []
+    start = 0
+    for size, times in batching.shares or ((len(lengths), 1.0),):
+        whole, part = divmod(round(size * times), max(1, size))
+        some = order(size, seed + start, epoch)[:part] if batching.shuffle else range(part)
+        chosen += [*(start + i for _ in range(whole) for i in range(size)), *(start + i for i in some)]
+        start += size
+    if batching.shuffle:
+        chosen = [chosen[i] for i in order(len(chosen), seed, epoch)]
+    if not batching.group_by_length:
+        return chosen
+    batch, together = batching.batch_size, batching.batch_size * SORTED_AT_ONCE
+    groups = [chosen[i : i + together] for i in range(0, len(chosen), together)]
+    chosen = [sample for group in groups for sample in sorted(group, key=lambda i: -lengths[i])]
+    full = len(chosen) // batch
+    batches = [chosen[i * batch : (i + 1) * batch] for i in order(full, seed, epoch)]
+    # The longest comes first, so that a run that does not fit into memory fails at once.
+    longest = max(range(full), key=lambda number: max(lengths[i] for i in batches[number]), default=0)
+    batches.insert(0, batches.pop(longest)) if batches else None
+    return [sample for members in batches for sample in members] + chosen[full * batch :]
+
+
+def steps_of_an_epoch(count: int, batching: Batching) -> int:
+    """Optimizer steps of one pass over `count` samples."""
+    length = epoch_length(count, batching)
+    whole, rest = divmod(length, batching.batch_size)
+    return max(1, whole) if batching.drop_last else whole + bool(rest)
+
+
+def count_steps(count: int, batching: Batching, epochs: float, max_steps: int | None = None) -> int:
     """Optimizer steps of a run; an epoch that does not divide evenly ends with a smaller step."""
     whole, part = divmod(epochs, 1)
-    total = int(whole) * math.ceil(count / batch_size) + math.ceil(round(part * count) / batch_size)
+    rest = math.ceil(round(part * epoch_length(count, batching)) / batching.batch_size)
+    per_epoch = steps_of_an_epoch(count, batching)
+    total = int(whole) * per_epoch + min(rest, per_epoch)
     return max(1, total if max_steps is None else min(total, max_steps))
 
 
 def steps(
-    samples: Sequence[Sample],
-    batch_size: int,
-    micro_batch_size: int,
-    total: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
+    samples: Samples, batching: Batching, total: int, rank: int = 0, world_size: int = 1, start: int = 0
 ) -> Iterator[Step]:
-    """The first `total` optimizer steps, each with the micro-batches of `rank`."""
-    per_epoch = math.ceil(len(samples) / batch_size)
-    for number in range(total):
+    """The optimizer steps from number `start` up to `total`, each with the micro-batches of `rank`.
+
+    The samples of a step depend on neither ranks nor packing; both only decide which row they are in.
+    """
+    lengths = samples.lengths.tolist()
+    length, per_epoch = epoch_length(len(samples), batching), steps_of_an_epoch(len(samples), batching)
+    in_order: tuple[int, list[int]] = (-1, [])
+    for number in range(start, total):
         epoch, place = divmod(number, per_epoch)
-        if place == 0:
-            shuffled = order(len(samples), seed, epoch)
-        chosen = [samples[i] for i in shuffled[place * batch_size : (place + 1) * batch_size]]
-        micro = [chosen[i : i + micro_batch_size] for i in range(0, len(chosen), micro_batch_size)]
-        mine = [collate(group) for group in micro[rank::world_size]]
+        if in_order[0] != epoch:
+            in_order = (epoch, epoch_order(lengths, batching, epoch))
+        end = min((place + 1) * batching.batch_size, length)
+        chosen = in_order[1][place * batching.batch_size : end]
+        rows = [[samples[i] for i in row] for row in rows_of(chosen, lengths, batching.row_length)]
+        size = batching.micro_batch_size
+        micro = [rows[i : i + size] for i in range(0, len(rows), size)]
+        mine = [collate(group, batching) for group in micro[rank::world_size]]
         for _ in range(math.ceil(len(micro) / world_size) - len(mine)):
-            mine.append(_unlabelled(chosen[:1]))  # ranks meet in every backward pass, so none may be missing
+            mine.append(_unlabelled(collate(rows[-1:], batching)))  # ranks meet in every backward pass
+        labelled = samples.labelled[chosen]
         yield Step(
             batches=mine,
-            labelled=sum(sample.labelled for sample in chosen),
-            tokens=sum(len(sample.tokens) for sample in chosen),
+            weight=float(labelled.sum() if batching.weighting == "tokens" else np.count_nonzero(labelled)),
+            labelled=int(labelled.sum()),
+            tokens=sum(lengths[i] for i in chosen),
             samples=len(chosen),
-            epoch=epoch + min(1.0, (place + 1) * batch_size / len(samples)),
+            epoch=epoch + (1.0 if place + 1 == per_epoch else end / length),
         )
 
 
-def validation_batches(samples: Sequence[Sample], micro_batch_size: int) -> list[Batch]:
+def rows_of(chosen: Sequence[int], lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
+    """The rows that `chosen` samples are laid into, the longest first, so that little is padding."""
+    if row_length is None:
+        return [[i] for i in sorted(chosen, key=lambda i: (-lengths[i], i))]
+    return [[chosen[i] for i in row] for row in pack([lengths[i] - 1 for i in chosen], row_length)]
+
+
+def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:
     """All samples once, sorted by length so that little is padding."""
-    ordered = sorted(samples, key=lambda sample: len(sample.tokens))
+    ordered = [[samples[i]] for i in np.argsort(samples.lengths, kind="stable")]
     return [collate(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]
 
 
-def _unlabelled(samples: Sequence[Sample]) -> Batch:
-    batch = collate(samples)
-    return Batch(batch.tokens, torch.full_like(batch.labels, IGNORE))
+def _unlabelled(batch: Batch) -> Batch:
+    return batch._replace(labels=torch.full_like(batch.labels, IGNORE))

@@ -1,88 +1,92 @@
-"""From examples to token ids, with what is trained marked by position."""
+"""Samples: token ids, and which of them are learnt, in flat arrays that can stay on disk."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, overload
 
-from lit_qlora.data.sources import Example
-from lit_qlora.errors import DataError
-from lit_qlora.prompts import Style
-from lit_qlora.tokenizer import Tokenizer
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int64]
 
 
 class Sample(NamedTuple):
-    """Prompt and answer as one row of token ids."""
+    """One document: prompt and answer, or a conversation, or a piece of text."""
 
-    tokens: list[int]
-    prompt_length: int
-    """How many of the first tokens are given, not learnt; at least 1, since nothing predicts the first token."""
+    tokens: Ids
+    """(T,) token ids."""
+    trained: Flags
+    """(T,) which tokens are learnt; never the first, which nothing predicts."""
 
     @property
     def labelled(self) -> int:
         """Number of tokens that are learnt."""
-        return len(self.tokens) - self.prompt_length
+        return int(np.count_nonzero(self.trained))
+
+    @staticmethod
+    def of(tokens: Sequence[int], prompt_length: int) -> "Sample":
+        """A sample whose first `prompt_length` tokens, at least one, are given and whose others are learnt."""
+        return Sample(np.asarray(tokens, np.int32), np.arange(len(tokens)) >= max(1, prompt_length))
 
 
-@dataclass
-class DataReport:
-    """What became of the examples of a file."""
+class Samples(Sequence[Sample]):
+    """Many samples in flat arrays, which may be memory-mapped: a million samples cost no more memory than one.
 
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each sample before anything was cut."""
-    cut_prompts: int = 0
-    cut_answers: int = 0
-
-    def describe(self) -> str:
-        """One line for the start of a run."""
-        lengths = sorted(self.lengths)
-        cuts = [f"{self.cut_prompts} prompts cut" if self.cut_prompts else ""]
-        if self.cut_answers:
-            cuts.append(f"{self.cut_answers} answers cut ({100 * self.cut_answers / len(lengths):.2g} %)")
-        return ", ".join(
-            [
-                f"median {lengths[len(lengths) // 2]} tokens",
-                f"p99 {lengths[int(0.99 * (len(lengths) - 1))]}",
-                f"longest {lengths[-1]}",
-                *(text for text in cuts if text),
-            ]
-        )
-
-
-def encode_examples(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    style: Style,
-    max_length: int,
-    mask_prompt: bool = True,
-    allow_cut_answers: bool = False,
-) -> tuple[list[Sample], DataReport]:
-    """Encode each example and cut it to `max_length` tokens.
-
-    The beginning of the prompt goes first (its BOS stays), then the end of the answer; the end-of-text token and at
-    least one token of the answer survive every cut, or the model would never learn to stop.
-
-    Raises:
-        DataError: if most answers are cut, which would teach half-sentences, unless `allow_cut_answers`.
+    Attributes:
+        tokens: (N,) ids of all samples.
+        trained: (N,) which of them are learnt.
+        starts, ends: (S,) int64; sample i is tokens[starts[i] : ends[i]].
+        labelled: (S,) number of tokens that are learnt of each sample.
     """
-    samples: list[Sample] = []
-    report = DataReport()
-    for example in examples:
-        prompt = style.encode_prompt(tokenizer, example.instruction, example.input)
-        answer = style.encode_answer(tokenizer, example.output)
-        report.lengths.append(len(prompt) + len(answer))
-        if len(prompt) + len(answer) > max_length:
-            keep = max(max_length - len(answer), 1 + int(tokenizer.use_bos))
-            if keep < len(prompt):
-                report.cut_prompts += 1
-                bos = prompt[: int(tokenizer.use_bos)]
-                prompt = bos + prompt[len(prompt) - keep + len(bos) :]
-            if len(prompt) + len(answer) > max_length:
-                report.cut_answers += 1
-                answer = [*answer[: max_length - len(prompt) - 1], answer[-1]]
-        samples.append(Sample(prompt + answer, max(1, len(prompt)) if mask_prompt else 1))
-    if report.cut_answers > len(samples) / 2 and not allow_cut_answers:
-        raise DataError(
-            f"{report.cut_answers} of {len(samples)} answers do not fit into {max_length} tokens, "
-            "counting their prompts.\nRaise data.max_length, or go on with --data.allow_cut_answers."
+
+    def __init__(self, tokens: Ids, trained: Flags, starts: Counts, ends: Counts, labelled: Counts) -> None:
+        self.tokens, self.trained = tokens, trained
+        self.starts, self.ends, self.labelled = starts, ends, labelled
+
+    @staticmethod
+    def of(samples: Iterable[Sample]) -> "Samples":
+        """The same samples, copied into arrays."""
+        samples = list(samples)
+        bounds = np.cumsum([0, *(len(sample.tokens) for sample in samples)], dtype=np.int64)
+        tokens = np.concatenate([np.zeros(0, np.int32), *(np.asarray(s.tokens, np.int32) for s in samples)])
+        trained = np.concatenate([np.zeros(0, np.bool_), *(sample.trained for sample in samples)])
+        labelled = np.array([sample.labelled for sample in samples], np.int64)
+        return Samples(tokens, trained, bounds[:-1], bounds[1:], labelled)
+
+    @staticmethod
+    def joined(parts: Sequence["Samples"]) -> "Samples":
+        """The samples of all parts, one part after the other; copied if there are several."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        return Samples(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.trained for part in parts]),
+            np.concatenate([part.starts + offset for part, offset in zip(parts, offsets, strict=False)]),
+            np.concatenate([part.ends + offset for part, offset in zip(parts, offsets, strict=False)]),
+            np.concatenate([part.labelled for part in parts]),
         )
-    return samples, report
+
+    def take(self, indices: Sequence[int]) -> "Samples":
+        """These samples, in this order; the arrays are shared."""
+        at = np.asarray(indices, np.int64)
+        return Samples(self.tokens, self.trained, self.starts[at], self.ends[at], self.labelled[at])
+
+    @property
+    def lengths(self) -> Counts:
+        """(S,) tokens of each sample."""
+        return self.ends - self.starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, end = self.starts[index], self.ends[index]
+        return Sample(self.tokens[start:end], self.trained[start:end])

@@ -1,88 +1,139 @@
-"""Reading files of examples. Every complaint names its place, and all of them come at once."""
+"""Where records come from: files of several kinds, directories, and data sets of the Hugging Face hub."""
 
 import csv
+import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import DataError, did_you_mean
 
-COLUMNS = ("instruction", "input", "output")
-SUFFIXES = (".json", ".jsonl", ".csv")
-SHOWN = 10  # complaints that a message shows; the rest are counted
+HUB = "hf:"
+VAL_SPLITS = ("validation", "val", "valid", "dev")  # what hub data sets call the part that is held out
+
+Record = tuple[str, Any]
+"""(place, content); the content of a record that cannot be read is a DataError that says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One instruction and the answer that is wanted."""
+@dataclass(frozen=True)
+class Source:
+    """A file, or a split of a hub data set."""
 
-    instruction: str
-    input: str
-    output: str
-    place: str
-    """Where it stands, e.g. train.jsonl:17, for messages."""
+    path: str
+    """As it was given, without a number of times; for a directory, the file in it."""
+    split: str = ""
+    """Of a hub data set."""
+    times: float = 1.0
+    """How often an epoch sees each sample."""
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.split})" if self.split else self.path
 
 
-def find_files(path: Path, val_path: Path | None) -> tuple[Path, Path | None]:
-    """The training and validation file that data.path and data.val_path name.
+def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Source], Source | None]:
+    """What data.path and data.val_path name: training sources, and the source to validate on.
+
+    A directory or hub data set has a validation part of its own; the first such part is taken unless val_path is given.
 
     Raises:
         DataError: if a file is absent, or a directory holds no training file or more than one.
     """
-    if not path.exists():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"data.path {path} does not exist.{did_you_mean(path.name, beside)}")
-    if path.is_dir():
-        train, own_val = _only_one(path, "train"), _only_one(path, "val")
-        if train is None:
-            raise DataError(f"{path} holds no train.json, train.jsonl or train.csv.")
-        path, val_path = train, val_path or own_val
-    for file in (path, val_path):
-        if file is None:
+    train: list[Source] = []
+    val: list[Source] = []
+    for text in paths:
+        path, times = _times(text)
+        if path.startswith(HUB):
+            splits = _hub_splits(path)
+            train.append(Source(path, "train" if "train" in splits else splits[0], times))
+            val += [Source(path, name) for name in VAL_SPLITS if name in splits]
             continue
-        if not file.is_file():
-            raise DataError(f"data.val_path {file} is not a file.")
-        if file.suffix not in SUFFIXES:
-            raise DataError(f"{file}: files of type {file.suffix!r} cannot be read. Known: {', '.join(SUFFIXES)}.")
-    return path, val_path
+        if not Path(path).exists():
+            near = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
+            raise DataError(f"data.path {path} does not exist.{did_you_mean(Path(path).name, near)}")
+        if Path(path).is_dir():
+            own_train, own_val = _only_one(Path(path), "train"), _only_one(Path(path), "val")
+            if own_train is None:
+                names = ", ".join(f"train{suffix}" for suffix in READERS)
+                raise DataError(f"{path} holds no training file: none of {names}.")
+            path = own_train
+            val += [Source(own_val)] if own_val else []
+        train.append(Source(_readable(path), times=times))
+    if val_path is not None and val_path.startswith(HUB):
+        return train, Source(val_path, _hub_splits(val_path)[0])
+    if val_path is not None:
+        if not Path(val_path).is_file():
+            raise DataError(f"data.val_path {val_path} is not a file.")
+        return train, Source(_readable(val_path))
+    return train, val[0] if val else None
 
 
-def read_examples(path: Path) -> list[Example]:
-    """All examples of a .json, .jsonl or .csv file with the columns instruction, input (may be absent) and output.
-
-    Blank lines and a byte-order mark are no errors.
+def find_file(path: Path) -> Source:
+    """A file as a source.
 
     Raises:
-        DataError: listing the first few things that are wrong, with their places, and counting all.
+        DataError: if it is absent or of a type that cannot be read.
     """
-    text = _read_text(path)
-    records = {".json": _from_json, ".jsonl": _from_jsonl, ".csv": _from_csv}[path.suffix](path, text)
-    examples: list[Example] = []
-    complaints: list[str] = []
-    for place, record in records:
-        complaint = str(record) if isinstance(record, DataError) else _complaint(record)
-        if complaint:
-            complaints.append(f"{place}: {complaint}")
-        else:
-            instruction, input, output = (str(record.get(column) or "") for column in COLUMNS)
-            examples.append(Example(instruction, input, output, place))
-    if complaints:
-        more = [f"... and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
-        raise DataError("\n       ".join(complaints[:SHOWN] + more))
-    if not examples:
-        raise DataError(f"{path} holds no samples.")
-    return examples
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path} does not exist.{did_you_mean(path.name, beside)}")
+    return Source(_readable(str(path)))
 
 
-def _only_one(directory: Path, stem: str) -> Path | None:
-    found = [directory / f"{stem}{suffix}" for suffix in SUFFIXES if (directory / f"{stem}{suffix}").is_file()]
+def fingerprint(source: Source) -> str:
+    """Sha256 of the source's content."""
+    if source.split:
+        digest = hashlib.sha256()
+        for file in _hub_split(source).cache_files:
+            with open(file["filename"], "rb") as arrow:
+                digest.update(hashlib.file_digest(arrow, "sha256").digest())
+        return digest.hexdigest()
+    with open(source.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_records(source: Source) -> Iterable[Record]:
+    """All records of a source, with their places; blank lines and a byte-order mark are no errors.
+
+    Raises:
+        DataError: if the source as a whole cannot be read.
+    """
+    if source.split:
+        return ((f"{source}: row {i}", row) for i, row in enumerate(_hub_split(source), start=1))
+    return READERS[Path(source.path).suffix](Path(source.path))
+
+
+def _times(text: str) -> tuple[str, float]:
+    """'a.jsonl*0.5' -> ('a.jsonl', 0.5)."""
+    path, mark, number = text.rpartition("*")
+    if not mark:
+        return text, 1.0
+    try:
+        times = float(number)
+    except ValueError:
+        times = 0.0
+    if not 0 < times < 1e6:
+        raise DataError(f"data.path {text}: {number!r} is not how often; write e.g. {path or 'a.jsonl'}*0.5.")
+    return path, times
+
+
+def _readable(path: str) -> str:
+    suffix = Path(path).suffix
+    if suffix not in READERS:
+        hint = " Decompress it first." if suffix in (".gz", ".zip", ".bz2", ".xz", ".zst") else ""
+        raise DataError(f"{path}: files of type {suffix!r} cannot be read.{hint} Known: {', '.join(READERS)}.")
+    return path
+
+
+def _only_one(directory: Path, stem: str) -> str | None:
+    found = [directory / f"{stem}{suffix}" for suffix in READERS if (directory / f"{stem}{suffix}").is_file()]
     if len(found) > 1:
         raise DataError(f"{directory} holds several {stem} files: {', '.join(p.name for p in found)}. Name one.")
-    return found[0] if found else None
+    return str(found[0]) if found else None
 
 
 def _read_text(path: Path) -> str:
@@ -101,78 +152,186 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-Records = Iterable[tuple[str, Any]]
-"""(place, record), where a record that could not be read is a DataError that says why."""
+# JSON. What the format allows and no data set means is refused: NaN and Infinity, and a key that stands twice.
 
 
-def _from_json(path: Path, text: str) -> Records:
-    if not text.strip():
-        return []
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if not isinstance(error, json.JSONDecodeError):
-            raise DataError(f"{path}: not valid JSON: {error}.") from None
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _from_jsonl(path, text)  # JSON lines under the name .json
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}.") from None
+def _pairs(pairs: list[tuple[str, Any]]) -> Any:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        return DataError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return record
+
+
+def _constant(name: str) -> DataError:
+    return DataError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _from_json(path: Path) -> Iterator[Record]:
+    text = _read_text(path)
+    at = _after_space(text, 0)
+    if at == len(text):
+        return
+    if text[at] != "[":
+        yield from _from_object(path, text, at)
+        return
+    at = _after_space(text, at + 1)
+    line, counted, number = 1, 0, 1
+    while text[at : at + 1] != "]":
+        record, end = _decode(path, text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        yield f"{path}:{line}: sample {number}", record
+        at, number = _after_space(text, end), number + 1
+        if text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise _not_json(path, text, at, "Expecting ',' delimiter" if at < len(text) else "the list has no end")
+    if _after_space(text, at + 1) != len(text):
+        raise _not_json(path, text, _after_space(text, at + 1), "Extra data")
+
+
+def _from_object(path: Path, text: str, at: int) -> Iterator[Record]:
+    """A .json file that holds no list: one sample, or JSON lines under a name that does not say so."""
+    content, end = _decode(path, text, at)
+    if _after_space(text, end) != len(text):
+        if text[at] != "{":
+            raise _not_json(path, text, _after_space(text, end), "Extra data")
+        yield from _lines(path, text)
+        return
     if isinstance(content, dict):
         lists = [key for key, value in content.items() if isinstance(value, list)]
-        if "instruction" in content:
-            content = [content]
-        else:
-            hint = f" Did you mean the list under {lists[0]!r}? Save that alone." if lists else ""
-            raise DataError(f"{path}: expected a list of samples, found an object.{hint}")
-    if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of samples, found {type(content).__name__}.")
-    return [(f"{path}: sample {number}", record) for number, record in enumerate(content, start=1)]
+        if not lists or any(isinstance(value, str) for value in content.values()) or "messages" in lists:
+            yield f"{path}:1: sample 1", content
+            return
+        raise DataError(
+            f"{path}: expected a list of samples, found an object. "
+            f"Did you mean the list under {lists[0]!r}? Save that alone."
+        )
+    raise (
+        content
+        if isinstance(content, DataError)
+        else DataError(f"{path}: expected a list of samples, found {type(content).__name__}.")
+    )
 
 
-def _from_jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _decode(path: Path, text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise _not_json(path, text, error.pos, error.msg) from None
+    except (ValueError, RecursionError) as error:
+        raise _not_json(path, text, at, str(error)) from None
+
+
+def _not_json(path: Path, text: str, at: int, reason: str) -> DataError:
+    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+    return DataError(f"{path}:{line}: not valid JSON: {reason} at column {column}.")
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found
+    return found.end()
+
+
+def _from_jsonl(path: Path) -> Iterator[Record]:
+    return _lines(path, _read_text(path))
+
+
+def _lines(path: Path, text: str) -> Iterator[Record]:
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):  # other separators are text
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
+            record: Any = _DECODER.decode(line)
         except json.JSONDecodeError as error:
-            yield f"{path}:{number}", DataError(f"not valid JSON: {error.msg} at column {error.colno}")
+            record = DataError(f"not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            yield f"{path}:{number}", DataError(f"not valid JSON: {error}")
+            record = DataError(f"not valid JSON: {error}")
+        yield f"{path}:{number}", record
 
 
-def _from_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+# Tables and text.
+
+
+def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     line = 1  # where the record begins, which can be several lines before its end
     try:
         header = next((row for row in reader if "".join(row).strip()), [])
-        if header and "instruction" not in header:
-            delimiters = [mark for mark in ";\t|" if mark in header[0]]
-            hint = f" Is it delimited by {delimiters[0]!r}? Save it with commas." if delimiters else ""
-            raise DataError(f"{path}:{reader.line_num}: no column 'instruction' (found: {', '.join(header)}).{hint}")
+        if len(header) == 1:
+            others = [mark for mark in ",;\t|" if mark in header[0]]
+            if others:
+                hint = f"Is it delimited by {others[0]!r}? Save it with {'commas' if delimiter == ',' else 'tabs'}."
+                raise DataError(f"{path}:{reader.line_num}: there is one column only ({header[0]}). {hint}")
         line = reader.line_num + 1
         for row in reader:
             if "".join(row).strip():  # else it is blank
-                record = dict(zip(header, row, strict=False))
                 wrong = DataError(f"has {len(row)} columns, the header {len(header)}")
-                yield f"{path}:{line}", record if len(row) == len(header) else wrong
+                yield f"{path}:{line}", dict(zip(header, row, strict=False)) if len(row) == len(header) else wrong
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not valid CSV: {error}. Is a quotation mark unclosed?") from None
 
 
-def _complaint(record: Any) -> str:
-    """What is wrong with a record, or ''."""
-    if not isinstance(record, dict):
-        return f"expected an object with {', '.join(COLUMNS)}, found {type(record).__name__}"
-    for column in ("instruction", "output"):
-        if column not in record:
-            return f"no {column!r} (has: {', '.join(map(str, record)) or 'nothing'})"
-    for column in COLUMNS:
-        value = record.get(column)
-        if not isinstance(value, str) and not (column == "input" and value is None):
-            return f"{column!r} is {'null' if value is None else type(value).__name__}, not text"
-        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            return f"{column!r} holds half of a surrogate pair, which is no character"
-    if not record["output"].strip():
-        return "the answer in 'output' is empty"
-    return ""
+def _from_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _from_text(path: Path) -> Iterator[Record]:
+    text = _read_text(path)
+    if text.strip():
+        yield str(path), {"text": text}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".json": _from_json,
+    ".jsonl": _from_jsonl,
+    ".csv": partial(_from_table, delimiter=","),
+    ".tsv": partial(_from_table, delimiter="\t"),
+    ".parquet": _from_parquet,
+    ".txt": _from_text,
+}
+
+
+# The hub, through the library datasets, which keeps what it has downloaded and obeys HF_HUB_OFFLINE.
+
+
+def _hub_splits(path: str) -> list[str]:
+    return list(_hub(path))
+
+
+def _hub_split(source: Source) -> Any:
+    return _hub(source.path)[source.split]
+
+
+def _hub(path: str) -> Any:
+    """All splits of hf:ORG/NAME or hf:ORG/NAME:CONFIG."""
+    name, _, config = path.removeprefix(HUB).partition(":")
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{path} needs the library datasets: pip install datasets.") from None
+    try:
+        return datasets.load_dataset(name, config or None)
+    except Exception as error:  # the library raises some twenty kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{path} cannot be loaded: {reason}\nIf this machine is offline, load it once where there is a network "
+            "and copy the cache (HF_HOME), or give a file."
+        ) from None

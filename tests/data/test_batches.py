@@ -5,31 +5,46 @@ from itertools import chain
 import pytest
 import torch
 
-from lit_qlora.data import Sample, collate, count_steps, steps, validation_batches
-from lit_qlora.data.batches import PAD, order
+from lit_qlora.data import Batching, Sample, Samples, collate, count_steps, steps, validation_batches
+from lit_qlora.data.batches import PAD, epoch_order, order
 from lit_qlora.model import IGNORE
 
 
-def samples(count: int) -> list[Sample]:
+def samples(count: int) -> Samples:
     """`count` samples of various lengths, told apart by their first token."""
-    return [Sample([100 + i, *range(1, 3 + i % 5)], prompt_length=1 + i % 2) for i in range(count)]
+    return Samples.of(Sample.of([100 + i, *range(1, 3 + i % 5)], prompt_length=1 + i % 2) for i in range(count))
+
+
+def batching(batch_size: int, micro_batch_size: int = 2, seed: int = 0, **others: object) -> Batching:
+    return Batching(batch_size=batch_size, micro_batch_size=micro_batch_size, seed=seed, **others)  # type: ignore[arg-type]
 
 
 def firsts(batches: list) -> list[int]:
-    """The first tokens of the rows that are learnt from."""
-    rows = [(t, row) for batch in batches for t, row in zip(batch.tokens[:, 0].tolist(), batch.labels, strict=True)]
-    return [token for token, row in rows if bool((row != IGNORE).any())]
+    """The first tokens of the samples that are learnt from."""
+    found = []
+    for batch in batches:
+        for tokens, labels in zip(batch.tokens.tolist(), batch.labels, strict=True):
+            if bool((labels != IGNORE).any()):
+                found += [token for token in tokens if token >= 100]
+    return found
 
 
 def test_labels_follow_tokens() -> None:
-    batch = collate([Sample([5, 6, 7, 8], prompt_length=2), Sample([9, 3], prompt_length=1)])
+    batch = collate([[Sample.of([5, 6, 7, 8], prompt_length=2)], [Sample.of([9, 3], prompt_length=1)]])
     assert batch.tokens.tolist() == [[5, 6, 7], [9, PAD, PAD]]
     assert batch.labels.tolist() == [[IGNORE, 7, 8], [3, IGNORE, IGNORE]]
+    assert (batch.weights, batch.positions, batch.segments) == (None, None, None)
 
 
 def test_padding_is_masked_by_place_never_by_id() -> None:
-    batch = collate([Sample([5, PAD, PAD, PAD], prompt_length=1), Sample([9, PAD], prompt_length=1)])
+    batch = collate([[Sample.of([5, PAD, PAD, PAD], prompt_length=1)], [Sample.of([9, PAD], prompt_length=1)]])
     assert batch.labels.tolist() == [[PAD, PAD, PAD], [PAD, IGNORE, IGNORE]]
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(1, 3), (2, 4), (3, 3), (64, 64)])
+def test_rows_are_padded_to_a_multiple(multiple: int, width: int) -> None:
+    batch = collate([[Sample.of([5, 6, 7, 8], prompt_length=2)]], batching(1, multiple=multiple))
+    assert batch.tokens.shape == batch.labels.shape == (1, width)
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
@@ -40,23 +55,82 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
     assert sorted(order(50, seed=3, epoch=1)) == list(range(50))
 
 
+def test_without_shuffling_every_epoch_is_the_file() -> None:
+    assert epoch_order([5] * 7, batching(2, shuffle=False), epoch=3) == list(range(7))
+
+
+def test_grouping_by_length_loses_nothing_and_begins_with_the_longest() -> None:
+    lengths = [3 + (7 * i) % 50 for i in range(203)]
+    for epoch in range(3):
+        chosen = epoch_order(lengths, batching(8, group_by_length=True), epoch)
+        assert sorted(chosen) == list(range(203))
+        assert max(lengths) in [lengths[i] for i in chosen[:8]]
+        spread = [max(part) - min(part) for part in ([lengths[i] for i in chosen[at : at + 8]] for at in (0, 40, 80))]
+        assert max(spread) <= 4
+    assert epoch_order(lengths, batching(8, group_by_length=True), 0) != chosen
+
+
+def test_sources_come_as_often_as_their_weights_say() -> None:
+    mixed = batching(4, shares=((10, 1.0), (6, 0.5), (3, 2.0)))
+    halves = set()
+    for epoch in range(4):
+        chosen = epoch_order([5] * 19, mixed, epoch)
+        assert [chosen.count(i) for i in range(10)] == [1] * 10
+        assert sum(chosen.count(i) for i in range(10, 16)) == 3
+        assert [chosen.count(i) for i in range(16, 19)] == [2] * 3
+        halves.add(tuple(sorted(i for i in chosen if 10 <= i < 16)))
+    assert len(halves) > 1  # another half in each epoch
+    assert count_steps(19, mixed, epochs=2) == 2 * 5
+
+
 def test_each_epoch_sees_every_sample_once() -> None:
-    taken = list(steps(samples(10), batch_size=4, micro_batch_size=2, total=6, seed=0))
+    taken = list(steps(samples(10), batching(4), total=6))
     for epoch in (taken[:3], taken[3:]):
         assert sorted(chain(*(firsts(step.batches) for step in epoch))) == list(range(100, 110))
     assert firsts(taken[0].batches) != firsts(taken[3].batches)
 
 
+@pytest.mark.parametrize("start", [0, 1, 3, 5, 7])
+@pytest.mark.parametrize("row_length", [None, 16])
+def test_a_counter_is_all_that_resuming_needs(start: int, row_length: int | None) -> None:
+    whole = list(steps(samples(10), batching(4, row_length=row_length), total=8))
+    rest = list(steps(samples(10), batching(4, row_length=row_length), total=8, start=start))
+    assert len(rest) == 8 - start
+    for one, other in zip(whole[start:], rest, strict=True):
+        assert one[1:] == other[1:]
+        for mine, theirs in zip(one.batches, other.batches, strict=True):
+            assert torch.equal(mine.tokens, theirs.tokens)
+            assert torch.equal(mine.labels, theirs.labels)
+
+
 def test_the_last_incomplete_step_of_an_epoch_is_smaller() -> None:
-    taken = list(steps(samples(10), batch_size=4, micro_batch_size=3, total=4, seed=0))
+    taken = list(steps(samples(10), batching(4, 3), total=4))
     assert [step.samples for step in taken] == [4, 4, 2, 4]
     assert [[len(batch.tokens) for batch in step.batches] for step in taken] == [[3, 1], [3, 1], [2], [3, 1]]
     assert [step.epoch for step in taken] == [0.4, 0.8, 1.0, 1.4]
 
 
+def test_the_last_incomplete_step_can_be_left_out() -> None:
+    taken = list(steps(samples(10), batching(4, drop_last=True), total=4))
+    assert [(step.samples, step.epoch) for step in taken] == [(4, 0.4), (4, 1.0), (4, 1.4), (4, 2.0)]
+    assert count_steps(10, batching(4, drop_last=True), epochs=2) == 4
+    few = batching(40, drop_last=True)  # what is fewer than one step is not left out
+    assert [step.samples for step in steps(samples(10), few, count_steps(10, few, epochs=2))] == [10, 10]
+
+
+def test_the_longest_samples_of_a_step_come_first() -> None:
+    (step,) = steps(samples(10), batching(10, 3), total=1)
+    widths = [batch.tokens.size(1) for batch in step.batches]
+    assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("row_length", [None, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_share_a_step_without_overlap_in_equally_many_micro_batches(world_size: int) -> None:
-    ranks = [list(steps(samples(11), 6, 2, 4, 0, rank, world_size)) for rank in range(world_size)]
+def test_ranks_share_a_step_without_overlap_in_equally_many_micro_batches(
+    world_size: int, row_length: int | None
+) -> None:
+    settings = batching(6, row_length=row_length)
+    ranks = [list(steps(samples(11), settings, 4, rank, world_size)) for rank in range(world_size)]
     for together in zip(*ranks, strict=True):
         seen = list(chain(*(firsts(step.batches) for step in together)))
         assert len(seen) == len(set(seen)) == together[0].samples
@@ -67,8 +141,8 @@ def test_ranks_share_a_step_without_overlap_in_equally_many_micro_batches(world_
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_counts_of_a_step_are_those_of_its_batches(world_size: int) -> None:
     data = samples(11)
-    length = {sample.tokens[0]: len(sample.tokens) for sample in data}
-    ranks = [list(steps(data, 6, 2, 4, 0, rank, world_size)) for rank in range(world_size)]
+    length = {int(sample.tokens[0]): len(sample.tokens) for sample in data}
+    ranks = [list(steps(data, batching(6), 4, rank, world_size)) for rank in range(world_size)]
     for together in zip(*ranks, strict=True):
         batches = [batch for step in together for batch in step.batches]
         assert sum(int((batch.labels != IGNORE).sum()) for batch in batches) == together[0].labelled
@@ -81,17 +155,17 @@ def test_the_counts_of_a_step_are_those_of_its_batches(world_size: int) -> None:
 def test_the_steps_that_are_counted_make_the_epochs_that_were_asked_for(
     count: int, batch_size: int, epochs: float
 ) -> None:
-    total = count_steps(count, batch_size, epochs)
-    taken = list(steps(samples(count), batch_size, 4, total, seed=0))
+    total = count_steps(count, batching(batch_size), epochs)
+    taken = list(steps(samples(count), batching(batch_size), total))
     assert len(taken) == total
     assert taken[-1].epoch >= epochs - 0.5 / count  # not a sample less than asked for, but for rounding
     assert total == 1 or taken[-2].epoch < epochs  # and not a step more than needed
 
 
 def test_max_steps_shortens_a_run_and_never_lengthens_it() -> None:
-    assert count_steps(10, 4, epochs=3, max_steps=5) == 5
-    assert count_steps(10, 4, epochs=3, max_steps=500) == 9
-    assert count_steps(1, 32, epochs=0.01) == 1
+    assert count_steps(10, batching(4), epochs=3, max_steps=5) == 5
+    assert count_steps(10, batching(4), epochs=3, max_steps=500) == 9
+    assert count_steps(1, batching(32), epochs=0.01) == 1
 
 
 def test_validation_batches_hold_every_sample_once_sorted_by_length() -> None:
@@ -100,4 +174,4 @@ def test_validation_batches_hold_every_sample_once_sorted_by_length() -> None:
     assert [len(batch.tokens) for batch in batches] == [4, 4, 3]
     widths = [batch.tokens.size(1) for batch in batches]
     assert widths == sorted(widths)
-    assert validation_batches([], micro_batch_size=4) == []
+    assert validation_batches(Samples.of([]), micro_batch_size=4) == []

@@ -1,15 +1,16 @@
-"""Reading examples: three formats, and a complaint with a place for everything that is wrong."""
+"""Where records come from: files of several kinds, directories, hub data sets, and several of them together."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
-from lit_qlora.data import find_files, read_examples
+from lit_qlora.data.examples import read_examples
+from lit_qlora.data.sources import Source, find_file, find_sources, fingerprint, read_records
 from lit_qlora.errors import DataError
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+OTHER = {"instruction": "Add.", "input": "1, 2\n3", "output": 'Six, "really".'}
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -21,57 +22,65 @@ def lines(*rows: object) -> str:
     return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(DataError) as caught:
-        read_examples(path)
-    return str(caught.value)
+def parquet(path: Path, *rows: dict) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    return path
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
-def test_three_formats_hold_the_same_examples(tmp_path: Path, name: str) -> None:
-    content = {
-        "a.json": json.dumps([GOOD, GOOD | {"input": 'Not red, "green"\nor blue.'}], indent=1),
-        "a.jsonl": lines(GOOD, GOOD | {"input": 'Not red, "green"\nor blue.'}),
-        "a.csv": "instruction,input,output\nName a colour.,,Blue.\n"
-        'Name a colour.,"Not red, ""green""\nor blue.",Blue.\n',
-    }[name]
-    first, second = read_examples(write(tmp_path / name, content))
-    assert (first.instruction, first.input, first.output) == tuple(GOOD.values())
-    assert second.input == 'Not red, "green"\nor blue.'
+CSV = 'instruction,input,output\nName a colour.,,Blue.\nAdd.,"1, 2\n3","Six, ""really""."\n'
+TSV = 'instruction\tinput\toutput\nName a colour.\t\tBlue.\nAdd.\t"1, 2\n3"\t"Six, ""really""."\n'
+KINDS = {
+    "a.json": json.dumps([GOOD, OTHER], indent=1),
+    "b.json": json.dumps([GOOD, OTHER]),
+    "c.json": lines(GOOD, OTHER),  # JSON lines under a name that does not say so
+    "a.jsonl": lines(GOOD, OTHER),
+    "a.csv": CSV,
+    "a.tsv": TSV,
+}
 
 
-def test_json_lines_under_the_name_json_are_read(tmp_path: Path) -> None:
-    assert len(read_examples(write(tmp_path / "a.json", lines(GOOD, GOOD)))) == 2
+@pytest.mark.parametrize("name", [*KINDS, "a.parquet"])
+def test_the_same_samples_come_out_of_every_kind_of_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write(path, KINDS[name]) if name in KINDS else parquet(path, GOOD, OTHER)
+    read = read_examples(path)
+    assert [(e.instruction, e.input, e.output) for e in read.examples] == [tuple(GOOD.values()), tuple(OTHER.values())]
+    assert read.format == "alpaca"
+    assert all(example.place.startswith(str(path)) for example in read.examples)
 
 
-def test_a_lone_object_is_one_sample(tmp_path: Path) -> None:
-    assert len(read_examples(write(tmp_path / "a.json", json.dumps(GOOD)))) == 1
-
-
-def test_an_absent_or_null_input_is_an_empty_one(tmp_path: Path) -> None:
-    rows = ({"instruction": "a", "output": "b"}, GOOD | {"input": None})
-    assert [example.input for example in read_examples(write(tmp_path / "a.jsonl", lines(*rows)))] == ["", ""]
-
-
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
-    "content",
+    "change",
     [
-        "\n\n" + lines(GOOD) + "\n  \n" + lines(GOOD) + "\n\n\n",
-        "\ufeff" + lines(GOOD, GOOD),
-        lines(GOOD, GOOD).replace("\n", "\r\n"),
-        lines(GOOD, GOOD).rstrip("\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\n\n" + text + "\n \n",
     ],
-    ids=["blank lines", "byte-order mark", "CRLF", "no newline at the end"],
+    ids=["byte-order mark", "carriage returns", "blank lines"],
 )
-def test_harmless_oddities_of_text_files_are_no_errors(tmp_path: Path, content: str) -> None:
-    examples = read_examples(write(tmp_path / "a.jsonl", content))
-    assert [(e.instruction, e.output) for e in examples] == [("Name a colour.", "Blue.")] * 2
+def test_what_editors_do_to_files_does_no_harm(tmp_path: Path, name: str, change) -> None:
+    if name == "a.tsv" and change(" ") != "\ufeff ":
+        change = str  # a blank in a table of tabs is a row
+    read = read_examples(write(tmp_path / name, change(KINDS[name])))
+    assert [(e.instruction, e.output) for e in read.examples] == [
+        ("Name a colour.", "Blue."),
+        ("Add.", OTHER["output"]),
+    ]
 
 
-def test_a_csv_file_may_have_crlf_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
-    content = '\ufeffinstruction,input,output\r\n\r\na,"b\r\nc",d\r\n\r\n'
-    (example,) = read_examples(write(tmp_path / "a.csv", content))
-    assert (example.instruction, example.input, example.output) == ("a", "b\r\nc", "d")
+def test_places_are_lines_and_numbers(tmp_path: Path) -> None:
+    listed = write(
+        tmp_path / "a.json", '[\n {"instruction": "a",\n  "output": "b"},\n\n {"instruction": "c", "output": "d"}]'
+    )
+    assert [e.place for e in read_examples(listed).examples] == [f"{listed}:2: sample 1", f"{listed}:5: sample 2"]
+    table = write(tmp_path / "a.csv", 'instruction,output\na,"b\nb"\n\nc,d\n')
+    assert [e.place for e in read_examples(table).examples] == [f"{table}:2", f"{table}:5"]
+    rows = parquet(tmp_path / "a.parquet", GOOD, GOOD)
+    assert [e.place for e in read_examples(rows).examples] == [f"{rows}: row 1", f"{rows}: row 2"]
 
 
 def test_rare_line_separators_are_text_not_ends_of_lines(tmp_path: Path) -> None:
@@ -81,164 +90,100 @@ def test_rare_line_separators_are_text_not_ends_of_lines(tmp_path: Path) -> None
         write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False)),
         write(tmp_path / "a.csv", f"instruction,input,output\na,,{text}\n"),
     ):
-        assert read_examples(path)[0].output == text
+        assert read_examples(path).examples[0].output == text
 
 
-@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
-def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
-    path = write(tmp_path / name, content)
-    assert refusal(path) == f"{path} holds no samples."
+def test_a_text_file_is_one_document_without_a_prompt(tmp_path: Path) -> None:
+    read = read_examples(write(tmp_path / "a.txt", "Once upon a time.\n\nThe end.\n"))
+    ((turn,),) = [example.turns for example in read.examples]
+    assert (read.format, turn.prompt, turn.answer) == ("text", "", "Once upon a time.\n\nThe end.\n")
 
 
-def test_an_empty_list_and_a_lone_header_are_refused(tmp_path: Path) -> None:
-    assert "holds no samples" in refusal(write(tmp_path / "a.json", "[]"))
-    assert "holds no samples" in refusal(write(tmp_path / "a.csv", "instruction,input,output\n"))
-
-
-def test_malformed_json_is_placed_by_line_and_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", lines(*[GOOD] * 16, '{"instruction": "x", "output": }', GOOD))
-    assert refusal(path) == f"{path}:17: not valid JSON: Expecting value at column 32"
-    path = write(tmp_path / "a.json", '[\n {"instruction": "x",\n  "output": }]')
-    assert refusal(path) == f"{path}:3: not valid JSON: Expecting value at column 13."
-
-
-def test_every_complaint_comes_at_once_ten_shown_and_all_counted(tmp_path: Path) -> None:
-    rows = [{"instruction": "x", "output": 5}, "{", {"output": "x"}] * 5
-    message = refusal(write(tmp_path / "a.jsonl", lines(GOOD, *rows))).splitlines()
-    assert len(message) == 11
-    assert [line.split(":")[1] for line in message[:10]] == [str(number) for number in range(2, 12)]
-    assert message[-1].strip() == "... and 5 more"
-
-
-def test_a_byte_that_is_not_utf8_is_placed(tmp_path: Path) -> None:
-    bad = b'{"instruction": "caf\xe9", "output": "x"}\n'
-    path = write(tmp_path / "a.jsonl", lines(*[GOOD] * 60).encode() + bad)
-    assert refusal(path).startswith(f"{path}:61: byte 0xe9 is not UTF-8 (column 21).")
-
-
-def test_utf16_and_gzip_are_called_by_their_names(tmp_path: Path) -> None:
-    assert "looks like UTF-16" in refusal(write(tmp_path / "a.json", json.dumps([GOOD]).encode("utf-16")))
-    assert "Decompress it" in refusal(write(tmp_path / "b.json", b"\x1f\x8b\x08\x00rest"))
-
-
-def test_a_list_inside_an_object_is_pointed_at(tmp_path: Path) -> None:
-    message = refusal(write(tmp_path / "a.json", json.dumps({"version": 1, "data": [GOOD]})))
-    assert "expected a list of samples, found an object" in message
-    assert "'data'" in message
-
-
-def test_a_missing_column_is_named_with_the_sample_and_what_it_has(tmp_path: Path) -> None:
-    rows = [*[GOOD] * 6, {"instruction": "a", "input": "b", "answer": "c"}]
-    path = write(tmp_path / "a.json", json.dumps(rows))
-    assert refusal(path) == f"{path}: sample 7: no 'output' (has: instruction, input, answer)"
-
-
-@pytest.mark.parametrize(
-    ("value", "name"),
-    [
-        (None, "null"),
-        (5, "int"),
-        (1.5, "float"),
-        (float("nan"), "float"),
-        (["a"], "list"),
-        ({}, "dict"),
-        (True, "bool"),
-    ],
-)
-def test_a_value_that_is_not_text_is_named_by_its_type(tmp_path: Path, value: object, name: str) -> None:
-    path = write(tmp_path / "a.jsonl", lines(GOOD, GOOD | {"output": value}))
-    assert refusal(path) == f"{path}:2: 'output' is {name}, not text"
-
-
-@pytest.mark.parametrize("record", ["hello", "", 5, None, [], [GOOD], True])
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_a_record_that_is_no_object_is_refused(tmp_path: Path, name: str, record: object) -> None:
-    content = json.dumps([GOOD, record]) if name == "a.json" else lines(GOOD, json.dumps(record))
-    message = refusal(write(tmp_path / name, content))
-    assert "expected an object with instruction, input, output, found " + type(record).__name__ in message
-
-
-@pytest.mark.parametrize("answer", ["", "  \n\t"])
-def test_an_empty_answer_is_refused(tmp_path: Path, answer: str) -> None:
-    path = write(tmp_path / "a.jsonl", lines(GOOD, GOOD | {"output": answer}))
-    assert refusal(path) == f"{path}:2: the answer in 'output' is empty"
-
-
-def test_half_a_surrogate_pair_is_refused_because_no_tokenizer_can_encode_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", '{"instruction": "a", "output": "\\ud83d"}\n')
-    assert refusal(path) == f"{path}:1: 'output' holds half of a surrogate pair, which is no character"
-    whole = write(tmp_path / "b.jsonl", '{"instruction": "a", "output": "\\ud83d\\ude42"}\n')
-    assert read_examples(whole)[0].output == "🙂"
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-@pytest.mark.parametrize("bomb", ["[" * 100_000, "9" * 5000], ids=["too deep", "too many digits"])
-def test_json_bombs_are_refused(tmp_path: Path, name: str, bomb: str) -> None:
-    assert "not valid JSON" in refusal(write(tmp_path / name, bomb))
-
-
-def test_a_line_of_five_megabytes_is_read(tmp_path: Path) -> None:
-    (example,) = read_examples(write(tmp_path / "a.jsonl", lines(GOOD | {"output": "x" * 5_000_000})))
-    assert len(example.output) == 5_000_000
-
-
-def test_another_csv_delimiter_is_recognised(tmp_path: Path) -> None:
-    message = refusal(write(tmp_path / "a.csv", "instruction;input;output\na;b;c\n"))
-    assert "no column 'instruction'" in message
-    assert "delimited by ';'" in message
-
-
-def test_an_unclosed_quotation_mark_is_placed_where_its_record_begins(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", 'instruction,input,output\na,b,c\n\n"d,e,f\ng,h,i\n')
-    message = refusal(path)
-    assert message.startswith(f"{path}:4: ")
-    assert "Is a quotation mark unclosed?" in message
-
-
-def test_a_csv_row_of_another_length_is_placed_where_it_begins(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", 'instruction,input,output\na,"b\nb",c\nd,"e\ne"\nf,g,h,i\n')
-    assert refusal(path).splitlines() == [
-        f"{path}:4: has 2 columns, the header 3",
-        f"       {path}:6: has 4 columns, the header 3",
-    ]
-
-
-def test_fifty_thousand_examples_with_one_bad_line_are_refused_within_two_seconds(tmp_path: Path) -> None:
-    good = lines(GOOD)
-    path = write(tmp_path / "a.jsonl", good * 49_999 + "{\n" + good)
-    start = time.process_time()
-    assert refusal(path).startswith(f"{path}:50000: ")
-    assert time.process_time() - start < 2
+# Which sources data.path and data.val_path name.
 
 
 def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
     write(tmp_path / "alpaca.json", "[]")
     with pytest.raises(DataError, match=r"data\.path .*alpaka\.json does not exist\. Did you mean alpaca\.json\?"):
-        find_files(tmp_path / "alpaka.json", None)
-
-
-def test_an_unknown_type_of_file_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'\.parquet' cannot be read\. Known: \.json, \.jsonl, \.csv"):
-        find_files(write(tmp_path / "a.parquet", ""), None)
+        find_sources([str(tmp_path / "alpaka.json")], None)
+    with pytest.raises(DataError, match=r"alpaka\.json does not exist\. Did you mean alpaca\.json\?"):
+        find_file(tmp_path / "alpaka.json")
 
 
 def test_a_directory_stands_for_its_train_and_val_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no train\.json, train\.jsonl or train\.csv"):
-        find_files(tmp_path, None)
     train = write(tmp_path / "train.csv", "")
-    assert find_files(tmp_path, None) == (train, None)
-    val = write(tmp_path / "val.json", "")
-    assert find_files(tmp_path, None) == (train, val)
+    assert find_sources([str(tmp_path)], None) == ([Source(str(train))], None)
+    val = write(tmp_path / "val.parquet", "")
+    assert find_sources([str(tmp_path)], None) == ([Source(str(train))], Source(str(val)))
     other = write(tmp_path / "other.json", "")
-    assert find_files(tmp_path, other) == (train, other)
+    assert find_sources([str(tmp_path)], str(other)) == ([Source(str(train))], Source(str(other)))
     write(tmp_path / "train.json", "")
     with pytest.raises(DataError, match=r"several train files: train\.json, train\.csv"):
-        find_files(tmp_path, None)
+        find_sources([str(tmp_path)], None)
+
+
+def test_several_sources_say_how_often_they_come(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.json", ""), write(tmp_path / "b.csv", "")
+    train, _ = find_sources([str(first), f"{second}*0.5"], None)
+    assert train == [Source(str(first)), Source(str(second), times=0.5)]
+
+
+@pytest.mark.parametrize("times", ["", "0", "-1", "nan", "many", "1e9"])
+def test_a_number_of_times_that_is_none_is_refused(tmp_path: Path, times: str) -> None:
+    with pytest.raises(DataError, match=r"is not how often; write e\.g\. .*a\.json\*0\.5"):
+        find_sources([f"{tmp_path / 'a.json'}*{times}"], None)
 
 
 def test_a_validation_file_that_is_none_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "a.json", "")
     for missing in (tmp_path / "b.json", tmp_path):
         with pytest.raises(DataError, match=r"data\.val_path .* is not a file"):
-            find_files(train, missing)
+            find_sources([str(train)], str(missing))
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a.json", "[1]"), write(tmp_path / "b.json", "[1]")
+    assert fingerprint(Source(str(one))) == fingerprint(Source(str(other)))
+    write(other, "[2]")
+    assert fingerprint(Source(str(one))) != fingerprint(Source(str(other)))
+
+
+# The hub, without a network.
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the library datasets that holds org/foxes, as it lies there after a download."""
+    import datasets
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "foxes"
+    folder.mkdir()
+    write(folder / "train.jsonl", lines(GOOD, OTHER))
+    write(folder / "validation.jsonl", lines(GOOD))
+    datasets.load_dataset(str(folder), cache_dir=str(cache))
+    (cache / "foxes").rename(cache / "org___foxes")
+    return folder
+
+
+def test_a_hub_data_set_comes_from_the_cache_when_there_is_no_network(hub: Path) -> None:
+    train, val = find_sources(["hf:org/foxes*2"], None)
+    assert train == [Source("hf:org/foxes", "train", 2.0)]
+    assert val == Source("hf:org/foxes", "validation")
+    read = read_examples(train[0])
+    assert [e.output for e in read.examples] == ["Blue.", OTHER["output"]]
+    assert read.examples[1].place == "hf:org/foxes (train): row 2"
+    assert fingerprint(train[0]) != fingerprint(val)
+
+
+def test_a_folder_may_stand_for_a_hub_data_set(hub: Path) -> None:
+    train, val = find_sources([f"hf:{hub}"], None)
+    assert len(list(read_records(train[0]))) == 2
+    assert val is not None
+
+
+def test_a_hub_data_set_that_cannot_be_had_says_what_to_do(hub: Path) -> None:
+    with pytest.raises(DataError, match=r"hf:org/wolves cannot be loaded: .*\n.*HF_HOME"):
+        find_sources(["hf:org/wolves"], None)

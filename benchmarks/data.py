@@ -1,0 +1,82 @@
+"""How long the data of a run takes: reading, encoding, packing, and starting again from the cache.
+
+python benchmarks/data.py --tokenizer_dir checkpoints/meta-llama/Llama-2-7b-hf --source alpaca.json --samples 50000
+"""
+
+import json
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_qlora import cli
+from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure the data part of a run on this machine."""
+
+    source: Path = Path("finetune/demo/train.jsonl")
+    """A .json or .jsonl file; its samples are repeated, each with a number of its own, until there are enough."""
+    samples: int = 50_000
+    """Samples to measure with."""
+    tokenizer_dir: Path = DEMO_CHECKPOINT
+    """A directory with the tokenizer."""
+    prompt: str = "alpaca"
+    """Prompt style."""
+    pack_length: int = 2048
+    """Tokens of a packed row."""
+
+
+def main(config: Config) -> None:
+    """Make the file, then measure."""
+    from lit_qlora.data.examples import read_examples
+    from lit_qlora.data.load import encode_source
+    from lit_qlora.data.packing import pack
+    from lit_qlora.data.sources import Source
+    from lit_qlora.prompts import find_style
+    from lit_qlora.tokenizer import Tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples.jsonl"
+        _write(file, config)
+        print(f"{config.samples:,} samples, {file.stat().st_size / 2**20:.1f} MiB, {config.tokenizer_dir}")
+        data = DataConfig(path=str(file), prompt=config.prompt, cache_dir=str(Path(folder) / "cache"))
+        tokenizer, style = Tokenizer(config.tokenizer_dir), find_style(config.prompt, directory=config.tokenizer_dir)
+
+        def encode():
+            return encode_source(Source(str(file)), data, config.tokenizer_dir, tokenizer, style, max_length=2048)
+
+        timed("read and check", lambda: read_examples(file))
+        timed("read, encode and keep", encode)
+        encoded = timed("from the cache", encode)
+        assert encoded.cached
+        lengths = (encoded.samples.lengths - 1).tolist()
+        rows = timed("pack", lambda: pack(lengths, config.pack_length))
+        print(
+            f"{sum(lengths):,} tokens in {len(rows):,} rows: {sum(lengths) / len(rows) / config.pack_length:.2%} full"
+        )
+        print(f"most memory ever held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def timed(what, function):
+    """Run it and say how long it took, by the clock and by the processors."""
+    clock, processors = time.perf_counter(), time.process_time()
+    result = function()
+    print(f"{what:<22} {time.perf_counter() - clock:6.2f} s   {time.process_time() - processors:6.2f} s of processor")
+    return result
+
+
+def _write(file: Path, config: Config) -> None:
+    text = config.source.read_text(encoding="utf-8")
+    rows = json.loads(text) if config.source.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    with file.open("w", encoding="utf-8") as out:
+        for number in range(config.samples):
+            row = rows[number % len(rows)]
+            out.write(json.dumps(row | {"instruction": f"{row['instruction']} ({number})"}) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

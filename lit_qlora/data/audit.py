@@ -1,0 +1,198 @@
+"""What the data of a run is like, and the reasons not to start it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_qlora.data.cache import Encoded
+from lit_qlora.data.encode import Counts
+from lit_qlora.data.samples import Sample
+from lit_qlora.errors import DataError
+from lit_qlora.report import is_terminal
+from lit_qlora.settings import DataConfig, Finding
+from lit_qlora.tokenizer import Tokenizer
+
+MOST = 0.5  # share of the samples from which a loss of them stops a run
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found."""
+
+    sources: list[str]
+    """A line for each source: its format and by what it was recognised."""
+    train: int
+    val: int
+    counts: Counts
+    """Of the training sources and the source to validate on, together."""
+    lengths: npt.NDArray[np.int64]
+    """Tokens of each training sample before anything was cut."""
+    max_length: int
+    tokens: int
+    """Tokens of the training samples."""
+    learnt: int
+    """Those of them that are learnt."""
+    duplicates: int
+    """Training samples that say what an earlier one says."""
+    overlap: int
+    """Validation samples that are also learnt from."""
+    shown: list[Sample]
+    """The first, the middle and the last training sample."""
+    red: list[str]
+    """Reasons not to start, but for those that data.allow names."""
+
+    def notes(self) -> list[str]:
+        """What somebody should know before the run."""
+        counts = self.counts
+        told = {
+            "{} records could not be read and were left out": counts.skipped,
+            "{} samples are too long for their prompt's style, or for the limits, and were left out": counts.dropped,
+            "{} prompts were cut": counts.cut_prompts,
+            "{} turns of conversations were left out": counts.cut_turns,
+            f"{{}} answers were cut ({_percent(counts.cut_answers, counts.examples)})": counts.cut_answers,
+            "nothing is learnt of {} samples, which were left out": counts.masked,
+            "{} prompts are empty": counts.empty_prompts,
+            "{} answers are empty": counts.empty_answers,
+            f"{{}} of {counts.turns} answers do not end": counts.turns - counts.ended,
+            "{} samples say what an earlier one says": self.duplicates,
+            "{} validation samples are also learnt from": self.overlap,
+            "{} samples hold NUL or other control characters": counts.control_characters,
+            "{} samples name a control token, which is encoded as text": counts.control_tokens,
+        }
+        notes = [text.format(f"{count:,}") for text, count in told.items() if count]
+        return notes if self.val else [*notes, "there is no sample to validate on"]
+
+    def describe(self) -> str:
+        """One line: counts, lengths, what is learnt."""
+        lengths = np.sort(self.lengths)
+        at = [int(lengths[int(share * (len(lengths) - 1))]) for share in (0.5, 0.99, 1)]
+        return (
+            f"{self.train:,} train / {self.val:,} val   median {at[0]} tokens, p99 {at[1]}, longest {at[2]}   "
+            f"{self.learnt:,} of {self.tokens:,} tokens learnt"
+        )
+
+    def histogram(self, rows: int = 12, width: int = 50) -> str:
+        """The lengths as text, a line for each bin."""
+        counts, edges = np.histogram(self.lengths, bins=min(rows, max(1, int(np.ptp(self.lengths)))))
+        most = max(1, int(counts.max()))
+        return "\n".join(
+            f"{int(edge):>7,} {'█' * round(width * int(count) / most):<{width}} {int(count):,}"
+            for edge, count in zip(edges, counts, strict=False)
+        )
+
+    def spark(self) -> str:
+        """The lengths as one word."""
+        counts, edges = np.histogram(self.lengths, bins=min(16, max(1, int(np.ptp(self.lengths)))))
+        most = max(1, int(counts.max()))
+        bars = "".join(BARS[-(-int(count) * (len(BARS) - 1) // most)] for count in counts)
+        return f"{int(edges[0])} {bars} {int(edges[-1])}"
+
+
+def audit(
+    train: Sequence[Encoded],
+    val: Encoded | None,
+    chosen: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    data: DataConfig,
+    max_length: int,
+) -> Audit:
+    """Look at everything that a run would learn from.
+
+    Args:
+        chosen, held_out: for each training source, the samples that are learnt from, and those to validate on.
+
+    Raises:
+        DataError: if nothing is left.
+    """
+    counts = sum((source.facts.counts for source in [*train, *([val] if val else [])]), Counts())
+    if not sum(map(len, chosen)):
+        raise DataError(
+            f"{', '.join(data.path)}: no token would be learnt; of {counts.examples} samples {counts.dropped} are too "
+            f"long for {max_length} tokens, {counts.masked} hold nothing to learn."
+        )
+
+    def gathered(name: str, which: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
+        return np.concatenate([getattr(source, name)[list(some)] for source, some in zip(train, which, strict=True)])
+
+    digests = gathered("digests", chosen)
+    val_digests = val.digests if val else gathered("digests", held_out)
+    parts = [source.samples.take(some) for source, some in zip(train, chosen, strict=True)]
+    samples = [part[i] for part in parts for i in sorted({0, len(part) // 2, len(part) - 1} & set(range(len(part))))]
+    return Audit(
+        sources=[_source(source) for source in [*train, *([val] if val else [])]],
+        train=len(digests),
+        val=len(val_digests),
+        counts=counts,
+        lengths=gathered("lengths", chosen),
+        max_length=max_length,
+        tokens=sum(int(part.lengths.sum()) for part in parts),
+        learnt=sum(int(part.labelled.sum()) for part in parts),
+        duplicates=len(digests) - len(np.unique(digests)),
+        overlap=int(np.isin(val_digests, digests).sum()),
+        shown=samples[:3],
+        red=_red(counts, data, max_length),
+    )
+
+
+def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
+    """What would make the run useless."""
+    longer = f"do not fit into {max_length} tokens, counting their prompts. Raise data.max_length"
+    findings: dict[Finding, tuple[int, int, str]] = {
+        "cut_answers": (counts.cut_answers, counts.examples, f"answers {longer}"),
+        "dropped": (counts.dropped, counts.examples, f"samples {longer}"),
+        "masked": (counts.masked, counts.examples, "samples hold nothing to learn"),
+        "no_eos": (
+            counts.turns - counts.ended,
+            counts.turns,
+            "answers do not end with an end-of-text token, so the model would not learn to stop",
+        ),
+    }
+    return [
+        f"{count:,} of {whole:,} {text}, or go on with --data.allow {name}."
+        for name, (count, whole, text) in findings.items()
+        if count > MOST * whole and name not in data.allow
+    ]
+
+
+def _source(source: Encoded) -> str:
+    facts = source.facts
+    kept = f"{len(source.samples):,} of {facts.counts.examples + facts.counts.skipped:,}"
+    return f"{facts.source}   format {facts.format} ({facts.saw})   {kept} kept{'   from the cache' * source.cached}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(1, whole):.2g} %"
+
+
+def show(sample: Sample, tokenizer: Tokenizer, most: int = 400, dim: bool | None = None) -> str:
+    """A sample as the model sees it, on one line, what is not learnt dimmed, or in brackets where nothing can be.
+
+    Args:
+        most: characters of each part that are shown.
+        dim: whether dimming works; by default where stdout is a terminal and NO_COLOR is not set.
+    """
+    dim = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") if dim is None else dim
+    edges = np.flatnonzero(np.diff(sample.trained)) + 1
+    words = []
+    for start, end in zip([0, *edges], [*edges, len(sample.tokens)], strict=True):
+        text = tokenizer.decode(sample.tokens[start:end].tolist())
+        text = (text if len(text) < most else f"{text[: most // 2]} ... {text[-most // 2 :]}").replace("\n", "\\n")
+        learnt = bool(sample.trained[start])
+        words.append(f"{text}<end>" if learnt else f"\x1b[2m{text}\x1b[0m" if dim else f"[{text}]")
+    return " -> ".join(words)
+
+
+def boundary(sample: Sample, tokenizer: Tokenizer, around: int = 4) -> str:
+    r"""The last tokens of the first prompt and the first of its answer, one by one: 'Response | : | \n || It | is'."""
+    at = int(np.argmax(sample.trained))
+
+    def spell(ids: npt.NDArray[np.int32]) -> str:
+        return " | ".join(repr(tokenizer.decode([int(i)]))[1:-1] or f"<{int(i)}>" for i in ids)
+
+    return f"{spell(sample.tokens[max(0, at - around) : at])} || {spell(sample.tokens[at : at + around])}"

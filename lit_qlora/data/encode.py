@@ -1,0 +1,243 @@
+"""From examples to token ids, with what is learnt marked by the structure of the style, and what is too long cut."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+
+import numpy as np
+
+from lit_qlora.data.examples import Example
+from lit_qlora.data.samples import Sample
+from lit_qlora.errors import DataError
+from lit_qlora.prompts import Conversation, EncodedTurn, Style
+from lit_qlora.settings import Overlong
+from lit_qlora.tokenizer import Tokenizer
+
+AT_ONCE = 4096  # examples that are encoded together; more is no faster and takes more memory
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How examples become ids. The names are those of DataConfig."""
+
+    max_length: int
+    max_length_prompt: int | None = None
+    max_length_answer: int | None = None
+    overlong: Overlong = "truncate_left"
+    mask_prompt: bool = True
+    only_last_answer: bool = False
+    system: str = ""
+
+
+@dataclass
+class Counts:
+    """What became of the examples of a source."""
+
+    examples: int = 0
+    skipped: int = 0
+    """Records that could not be read."""
+    turns: int = 0
+    ended: int = 0
+    """Turns whose answer ends with a token that ends answers."""
+    cut_prompts: int = 0
+    cut_turns: int = 0
+    """Turns of conversations that were left out because the whole was too long."""
+    cut_answers: int = 0
+    dropped: int = 0
+    """Samples that were left out because they were too long."""
+    masked: int = 0
+    """Samples that were left out because nothing of them would be learnt."""
+    empty_prompts: int = 0
+    empty_answers: int = 0
+    control_characters: int = 0
+    """Samples with NUL or another character that no text should hold."""
+    control_tokens: int = 0
+    """Samples whose text holds the name of a control token; it is encoded as text."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Both together."""
+        mine, theirs = asdict(self), asdict(other)
+        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample, with what the audit wants to know of it."""
+
+    sample: Sample
+    length: int
+    """Tokens before anything was cut."""
+    digest: int
+    """64 bits of a hash of all that was said."""
+
+
+class Encoder:
+    """Encodes examples in one style, under one set of limits; counts as it goes."""
+
+    def __init__(self, tokenizer: Tokenizer, style: Style, encoding: Encoding) -> None:
+        self.tokenizer, self.style, self.encoding = tokenizer, style, encoding
+        self.counts = Counts()
+        self.stops = style.stop_ids(tokenizer) | {tokenizer.eos_id}
+        names = "|".join(re.escape(name) for name in tokenizer.control_tokens if name)
+        self.names = re.compile(names or "(?!)")
+
+    def encode(self, examples: Sequence[Example]) -> Iterator[EncodedSample]:
+        """The samples of these examples, in their order; some examples make none, a long raw text several.
+
+        Raises:
+            DataError: if an example is too long and data.overlong is "error".
+        """
+        for start in range(0, len(examples), AT_ONCE):
+            some: list[Conversation] = [self._with_system(example) for example in examples[start : start + AT_ONCE]]
+            encoded = self.style.encode_many(self.tokenizer, some)
+            for said, turns, example in zip(some, encoded, examples[start:], strict=False):
+                self._count(said)
+                samples = self._samples(said, turns, example.place)
+                for sample in samples:
+                    content = _said(said) if len(samples) == 1 else sample.tokens.tobytes()
+                    if sample.labelled:
+                        yield EncodedSample(
+                            sample, _length(turns) if len(samples) == 1 else len(sample.tokens), _hash(content)
+                        )
+                    else:
+                        self.counts.masked += 1
+
+    def _with_system(self, example: Example) -> Conversation:
+        return replace(example, system=self.encoding.system) if self.encoding.system and not example.system else example
+
+    def _count(self, said: Conversation) -> None:
+        counts = self.counts
+        counts.examples += 1
+        texts = [said.input, said.system, *(text for turn in said.turns for text in (turn.prompt, turn.answer))]
+        counts.empty_prompts += (
+            not is_raw(said) and not said.input.strip() and not all(t.prompt.strip() for t in said.turns)
+        )
+        counts.empty_answers += not all(turn.answer.strip() for turn in said.turns)
+        counts.control_characters += any(map(CONTROL.search, texts))
+        counts.control_tokens += any(map(self.names.search, texts))
+
+    def _samples(self, said: Conversation, turns: list[EncodedTurn], place: str) -> list[Sample]:
+        limits = self.encoding
+        if is_raw(said) and _length(turns) > limits.max_length:
+            return self._pieces(turns[0])
+        too_long = _length(turns) > limits.max_length or any(self._exceeds(turn) for turn in turns)
+        if too_long:
+            if limits.overlong == "error":
+                raise DataError(
+                    f"{place}: {_length(turns)} tokens do not fit into the limits (data.max_length "
+                    f"{limits.max_length}).\nRaise them, or let --data.overlong cut or drop what is too long."
+                )
+            fitted = None if limits.overlong == "drop" else self._fit(said, turns)
+            if fitted is None:
+                self.counts.dropped += 1
+                return []
+            said, turns = fitted
+        tokens: list[int] = []
+        trained: list[bool] = []
+        for i, (turn, (prompt, answer)) in enumerate(zip(said.turns, turns, strict=True)):
+            learn = turn.trained and (i == len(turns) - 1 or not limits.only_last_answer)
+            tokens += [*prompt, *answer]
+            trained += [not limits.mask_prompt] * len(prompt) + [learn] * len(answer)
+            self.counts.turns += 1
+            self.counts.ended += answer[-1] in self.stops if answer else 0
+        trained[0] = False  # nothing predicts the first token
+        return [Sample(np.array(tokens, np.int32), np.array(trained, np.bool_))]
+
+    def _exceeds(self, turn: EncodedTurn) -> bool:
+        return any(limit is not None and len(ids) > limit for ids, limit in zip(turn, self._limits(), strict=True))
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        return self.encoding.max_length_prompt, self.encoding.max_length_answer
+
+    def _pieces(self, turn: EncodedTurn) -> list[Sample]:
+        """Raw text in pieces; each begins with the last token of the one before, so that every token is learnt."""
+        ids, size = turn[0] + turn[1], self.encoding.max_length
+        parts = [ids[at : at + size] for at in range(0, len(ids) - 1, size - 1)]
+        self.counts.turns += 1
+        self.counts.ended += ids[-1] in self.stops
+        return [Sample.of(part, 1) for part in parts]
+
+    # What is too long. First whole turns of a conversation go, then words of the prompt, then the end of the answer.
+
+    def _fit(self, said: Conversation, turns: list[EncodedTurn]) -> tuple[Conversation, list[EncodedTurn]] | None:
+        """The conversation within the limits, or None where nothing of its prompt would be left."""
+        limits = self.encoding
+        left = limits.overlong == "truncate_left"
+        while len(turns) > 1 and _length(turns) > limits.max_length:
+            self.counts.cut_turns += 1
+            kept = said.turns[1:] if left else said.turns[:-1]
+            said = replace(said, turns=kept, input="" if left else said.input)
+            (turns,) = self.style.encode_many(self.tokenizer, [said])
+        cut = False
+        for i in range(len(turns)):
+            room = self._room(turns, i)
+            while len(turns[i][0]) > room:
+                shorter = self._shorten(said, i, len(turns[i][0]) - room, left)
+                if shorter is None:
+                    return None
+                said, cut = shorter, True
+                (turns,) = self.style.encode_many(self.tokenizer, [said])
+        self.counts.cut_prompts += cut
+        fitted = [
+            (prompt, self._cut_answer(answer, self._answer_room(turns, i))) for i, (prompt, answer) in enumerate(turns)
+        ]
+        self.counts.cut_answers += any(len(new[1]) < len(old[1]) for new, old in zip(fitted, turns, strict=True))
+        return said, fitted
+
+    def _room(self, turns: list[EncodedTurn], i: int) -> int:
+        """How long prompt `i` may be. It gives way to the answer, but only down to half of the whole."""
+        limit, answer_limit = self._limits()
+        room = limit or self.encoding.max_length
+        if len(turns) == 1:
+            answer = min(len(turns[0][1]), answer_limit or len(turns[0][1]))
+            room = min(room, max(self.encoding.max_length - answer, self.encoding.max_length // 2))
+        return room
+
+    def _answer_room(self, turns: list[EncodedTurn], i: int) -> int:
+        limit = self.encoding.max_length_answer or self.encoding.max_length
+        return limit if len(turns) > 1 else min(limit, self.encoding.max_length - len(turns[0][0]))
+
+    def _cut_answer(self, answer: list[int], room: int) -> list[int]:
+        """The answer without its end, but with the token that ends it."""
+        if len(answer) <= room:
+            return answer
+        return [*answer[: room - 1], answer[-1]] if answer[-1] in self.stops else answer[:room]
+
+    def _shorten(self, said: Conversation, i: int, excess: int, left: bool) -> Conversation | None:
+        """The conversation with at least one token less of what the longer of prompt `i` and its input says."""
+        turn, of_input = said.turns[i], i == 0 and len(said.input) > len(said.turns[i].prompt)
+        text = said.input if of_input else turn.prompt
+        ids = self.tokenizer.encode(text, bos=False)
+        while ids and (keep := len(ids) - excess) > 0:
+            shorter = self.tokenizer.decode(ids[-keep:] if left else ids[:keep]).strip("\ufffd")
+            if not shorter.strip():
+                break
+            if len(shorter) < len(text):
+                if of_input:
+                    return replace(said, input=shorter)
+                turns = (*said.turns[:i], turn._replace(prompt=shorter), *said.turns[i + 1 :])
+                return replace(said, turns=turns)
+            excess += 1
+        if of_input and turn.prompt.strip():
+            return replace(said, input="")
+        return None
+
+
+def is_raw(said: Conversation) -> bool:
+    """Whether this is a text without a prompt."""
+    return len(said.turns) == 1 and not said.turns[0].prompt and not said.input
+
+
+def _length(turns: Sequence[EncodedTurn]) -> int:
+    return sum(len(prompt) + len(answer) for prompt, answer in turns)
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
+def _said(said: Conversation) -> bytes:
+    texts = [said.system, said.input, *(text for turn in said.turns for text in (turn.prompt, turn.answer))]
+    return "\0".join(texts).encode("utf-8", "surrogatepass")

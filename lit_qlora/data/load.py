@@ -1,0 +1,207 @@
+"""The data of a run: read, encoded or found in the cache, split, and audited."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from lit_qlora.config import ModelConfig
+from lit_qlora.data import cache
+from lit_qlora.data.audit import Audit, audit
+from lit_qlora.data.batches import Batch, Batching, order, validation_batches
+from lit_qlora.data.cache import Encoded
+from lit_qlora.data.encode import Encoder, Encoding
+from lit_qlora.data.examples import read_examples
+from lit_qlora.data.samples import Samples
+from lit_qlora.data.sources import Source, find_sources, fingerprint
+from lit_qlora.errors import CheckpointError, DataError, UsageError
+from lit_qlora.prompts import STYLES, Style, find_style, read_style
+from lit_qlora.settings import DataConfig, FinetuneConfig
+from lit_qlora.tokenizer import FILES, Tokenizer
+
+DEFAULT_MAX_LENGTH = 2048
+VERSION = 1  # of what the cache holds; whoever changes how examples are encoded changes this
+SPLIT, CHOICE = -1, -2  # epochs of the order that no training has, so that these depend on the seed alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Data, encoded and split."""
+
+    train: Samples
+    val: Samples
+    shares: tuple[tuple[int, float], ...]
+    """See Batching."""
+    style: Style
+    audit: Audit
+    files: dict[str, str]
+    """Source -> sha256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The data of a run."""
+
+    train: Samples
+    val_batches: list[Batch]
+    val_samples: int
+    batching: Batching
+    style: Style
+    max_length: int
+    tokenizer: Tokenizer
+    audit: Audit
+    files: dict[str, str]
+    """Source -> sha256."""
+
+
+def read_data(config: FinetuneConfig) -> RunData:
+    """Read, encode, split and audit the data.
+
+    Raises:
+        UsageError, DataError, CheckpointError: for everything that can be known before a weight is loaded.
+    """
+    model, data = ModelConfig.load(config.checkpoint_dir), config.data
+    max_length = data.max_length or min(model.block_size, DEFAULT_MAX_LENGTH)
+    if max_length > model.block_size:
+        raise UsageError(
+            f"data.max_length {max_length} exceeds the {model.block_size} tokens of {model.name}'s context."
+        )
+    if data.pack_length is not None and data.pack_length < max_length - 1:
+        raise UsageError(f"data.pack_length {data.pack_length} has no room for a sample of {max_length} tokens.")
+    tokenizer = Tokenizer(config.checkpoint_dir)
+    if tokenizer.size > model.vocab_size:
+        raise CheckpointError(
+            f"{config.checkpoint_dir}: the tokenizer knows {tokenizer.size} tokens, the model only {model.vocab_size}."
+        )
+    seed = config.seed if data.seed is None else data.seed
+    loaded = load(data, config.checkpoint_dir, tokenizer, max_length, seed)
+    if loaded.audit.red:
+        raise DataError("\n       ".join(loaded.audit.red))
+    val = loaded.val.take(range(len(loaded.val))[: config.eval.max_samples])
+    return RunData(
+        train=loaded.train,
+        val_batches=validation_batches(val, config.train.micro_batch_size),
+        val_samples=len(val),
+        batching=Batching(
+            batch_size=config.train.batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            seed=seed,
+            shuffle=data.shuffle,
+            drop_last=data.drop_last,
+            group_by_length=data.group_by_length,
+            weighting=data.weighting,
+            row_length=(data.pack_length or max_length) if data.packing else None,
+            multiple=data.pad_to_multiple_of,
+            shares=loaded.shares,
+        ),
+        style=loaded.style,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        audit=loaded.audit,
+        files=loaded.files,
+    )
+
+
+def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_length: int, seed: int) -> Loaded:
+    """As read_data, for what concerns the data alone; red findings are in the audit.
+
+    Raises:
+        UsageError, DataError, CheckpointError: if the data cannot be read, or nothing of it is left.
+    """
+    style = choose_style(data, checkpoint_dir)
+    sources, val_source = find_sources(data.path, data.val_path)
+    if data.validation_strategy == "automatic":
+        val_source = None
+    encoded = [encode_source(source, data, checkpoint_dir, tokenizer, style, max_length) for source in sources]
+    val = encode_source(val_source, data, checkpoint_dir, tokenizer, style, max_length) if val_source else None
+    if all(source.facts.format == "text" for source in encoded):
+        style = STYLES["text"]
+    chosen, held_out = split(encoded, val, data, seed)
+    parts = [source.samples.take(some) for source, some in zip(encoded, chosen, strict=True)]
+    kept = [source.samples.take(some) for source, some in zip(encoded, held_out, strict=True)]
+    mixed = any(source.times != 1 for source in sources)
+    return Loaded(
+        train=Samples.joined(parts),
+        val=val.samples if val else Samples.joined(kept),
+        shares=tuple((len(p), s.times) for p, s in zip(parts, sources, strict=True)) if mixed else (),
+        style=style,
+        audit=audit(encoded, val, chosen, held_out, data, max_length),
+        files={source.facts.source: source.facts.sha256 for source in [*encoded, *([val] if val else [])]},
+    )
+
+
+def choose_style(data: DataConfig, checkpoint_dir: Path) -> Style:
+    """The style that data.prompt names; for "auto", that of the checkpoint, else alpaca."""
+    if data.prompt == "auto":
+        return read_style(checkpoint_dir) or STYLES["alpaca"]
+    return find_style(data.prompt, data.knobs, checkpoint_dir)
+
+
+def encode_source(
+    source: Source, data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, style: Style, max_length: int
+) -> Encoded:
+    """The samples of a source, from the cache if they are there. Raw text is encoded as it is, whatever the style."""
+    encoding = Encoding(
+        max_length=max_length,
+        max_length_prompt=data.max_length_prompt,
+        max_length_answer=data.max_length_answer,
+        overlong=data.overlong,
+        mask_prompt=data.mask_prompt,
+        only_last_answer=data.only_last_answer,
+        system=data.system,
+    )
+    sha256 = fingerprint(source)
+    everything_that_matters = {
+        "version": VERSION,
+        "source": [sha256, str(source)],
+        "tokenizer": [_sha256(checkpoint_dir / name) for name in FILES if (checkpoint_dir / name).is_file()],
+        "style": style.facts(),
+        "today": str(date.today()) if "strftime_now" in style.text else "",
+        "encoding": asdict(encoding),
+        "reading": [data.format, data.columns, data.on_error, "empty_answers" in data.allow],
+    }
+    key = hashlib.sha256(json.dumps(everything_that_matters, sort_keys=True).encode()).hexdigest()
+    directory = cache.directory(data.cache_dir)
+    if directory and (found := cache.load(directory, key)):
+        return found
+    reading = read_examples(
+        source, format=data.format, columns=data.columns, skip=data.on_error == "skip", allow=data.allow
+    )
+    encoder = Encoder(tokenizer, STYLES["text"] if reading.format == "text" else style, encoding)
+    encoder.counts.skipped = reading.skipped
+    arrays = cache.collect(encoder.encode(reading.examples))
+    facts = cache.Facts(str(source), sha256, reading.format, reading.saw, encoder.counts)
+    if directory and len(arrays["tokens"]) >= cache.WORTH_KEEPING:
+        cache.save(directory, key, arrays, facts)
+    return cache.Encoded.of(arrays, facts)
+
+
+def split(
+    train: Sequence[Encoded], val: Encoded | None, data: DataConfig, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Which samples of each training source are learnt from, and which are held out to validate on."""
+    owners = np.repeat(np.arange(len(train)), [len(source.samples) for source in train])
+    places = np.concatenate([np.arange(len(source.samples)) for source in train])
+    held_out = 0
+    if val is None and data.val_fraction:
+        wanted = round(data.val_fraction * len(owners)) if data.val_fraction < 1 else int(data.val_fraction)
+        held_out = min(max(1, wanted), len(owners) - 1)
+    shuffled = order(len(owners), seed, SPLIT)
+    kept = sorted(shuffled[held_out:])
+    if data.max_samples is not None and data.max_samples < len(kept):
+        kept = sorted(kept[i] for i in order(len(kept), seed, CHOICE)[: data.max_samples])
+
+    def by_source(some: Sequence[int]) -> list[list[int]]:
+        at = np.asarray(some, np.int64)
+        return [places[at][owners[at] == number].tolist() for number in range(len(train))]
+
+    return by_source(kept), by_source(sorted(shuffled[:held_out]))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

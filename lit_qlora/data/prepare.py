@@ -1,0 +1,80 @@
+"""Splitting a data set once and for all, into files that training reads as they are."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_qlora.data.examples import Example, Reading
+from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
+from lit_qlora.errors import ResourceError
+from lit_qlora.settings import DataConfig, PrepareConfig
+from lit_qlora.tokenizer import Tokenizer
+
+
+def prepare(reading: Reading, config: PrepareConfig) -> str:
+    """Write train.jsonl, val.jsonl and report.md.
+
+    The split is that of torch.utils.data.random_split, as in Lit-GPT's script of the same name, so that the same seed
+    holds out the same samples.
+
+    Returns:
+        The report.
+
+    Raises:
+        ResourceError: if they cannot be written.
+    """
+    examples = reading.examples
+    held_out = int(config.test_split_fraction * len(examples))
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    parts = {"train": order[: len(examples) - held_out], "val": order[len(examples) - held_out :]}
+    lines = [
+        f"format    {reading.format} ({reading.saw})",
+        f"samples   {len(parts['train']):,} train / {len(parts['val']):,} val, {reading.skipped:,} left out",
+        f"split     share {config.test_split_fraction:g}, seed {config.seed}",
+    ]
+    try:
+        config.out_dir.mkdir(parents=True, exist_ok=True)
+        for name, places in parts.items():
+            _write(config.out_dir / f"{name}.jsonl", [examples[i] for i in places])
+        if config.checkpoint_dir:
+            lines += _lengths(config.out_dir, config.checkpoint_dir, config)
+        report = "\n".join(lines)
+        (config.out_dir / "report.md").write_text(f"# Data\n\n```\n{report}\n```\n", encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"out_dir {config.out_dir} cannot be written: {error.strerror}.") from None
+    return report
+
+
+def _lengths(folder: Path, checkpoint_dir: Path, config: PrepareConfig) -> list[str]:
+    limit = config.max_seq_length or DEFAULT_MAX_LENGTH
+    data = DataConfig(path=str(folder / "train.jsonl"), val_fraction=0.0, prompt=config.prompt, cache_dir="none")
+    found = load(data, checkpoint_dir, Tokenizer(checkpoint_dir), limit, config.seed).audit
+    notes = [f"note      {note}" for note in found.notes() if "validate" not in note]
+    return [f"train     {found.describe()}", *notes, "", found.histogram()]
+
+
+def _write(path: Path, examples: Sequence[Example]) -> None:
+    if not examples:  # an empty file would be refused by whoever reads it
+        path.unlink(missing_ok=True)
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for example in examples:
+            file.write(json.dumps(_record(example), ensure_ascii=False) + "\n")
+
+
+def _record(example: Example) -> dict[str, Any]:
+    """The example in Alpaca's columns, or as messages if it has several turns."""
+    if len(example.turns) == 1:
+        system = {"system": example.system} if example.system else {}
+        return {"instruction": example.instruction, "input": example.input, "output": example.output, **system}
+    messages = [{"role": "system", "content": example.system}] if example.system else []
+    for turn in example.turns:
+        weight = {} if turn.trained else {"weight": 0}
+        messages += [
+            {"role": "user", "content": turn.prompt},
+            {"role": "assistant", "content": turn.answer, **weight},  # type: ignore[dict-item]
+        ]
+    return {"messages": messages}

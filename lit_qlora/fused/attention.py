@@ -1,0 +1,116 @@
+"""Causal attention over the stacked qkv, forward and backward, by the fastest implementation for its shape.
+
+cuDNN for rows of one length that is worth a plan of its own, flash attention else and for documents laid end to end
+(variable lengths); plain torch on a CPU. Strided views of qkv go into each without a copy.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+CUDNN_MULTIPLE = 256  # cuDNN builds a plan for each new length, which takes longer than it saves for odd ones
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the T tokens of a micro-batch make up texts.
+
+    Attributes:
+        rows, length: T = rows * length, the shape of the batch.
+        ends: (documents + 1,) int32, where each document begins and the last one ends; None if each row is one.
+        longest: tokens of the longest document.
+    """
+
+    rows: int
+    length: int
+    ends: Tensor | None = None
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of the attention: query heads, key and value heads, features of each, and the scale of the scores."""
+
+    query: int
+    key: int
+    size: int
+    scale: float | None = None
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, (H + 2 K) D) -> views (T, H, D), (T, K, D), (T, K, D)."""
+        parts = qkv.view(qkv.size(0), self.query + 2 * self.key, self.size)
+        q, k, v = parts.split((self.query, self.key, self.key), dim=1)
+        return q, k, v
+
+
+def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
+    """The attention's output (T, H D), and what its backward pass needs besides."""
+    q, k, v = heads.split(qkv)
+    tokens = qkv.size(0)
+    if not qkv.is_cuda:
+        return _plain(q, k, v, heads, layout), None
+    if _takes_cudnn(heads, layout):
+        rows = [_by_row(x, layout) for x in (q, k, v)]
+        out = _aten._scaled_dot_product_cudnn_attention(*rows, None, True, 0.0, True, False, scale=heads.scale)
+        return out[0].transpose(1, 2).reshape(tokens, -1), (out[1], out[6], out[7])
+    if layout.ends is None:
+        q, k, v = (x.unflatten(0, (layout.rows, layout.length)) for x in (q, k, v))
+    ends, longest = layout.ends, layout.longest if layout.ends is not None else layout.length
+    out = _aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=heads.scale)
+    return out[0].reshape(tokens, -1), (out[1], out[2], out[3])
+
+
+def attention_backward(
+    d_out: Tensor, qkv: Tensor, out: Tensor, kept: Any, heads: Heads, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
+    q, k, v = heads.split(qkv)
+    if not qkv.is_cuda:
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            dq, dk, dv = torch.autograd.grad(_plain(q, k, v, heads, layout), (q, k, v), d_out)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    tokens = qkv.size(0)
+    d_out, out = (x.view(tokens, heads.query, heads.size) for x in (d_out, out))
+    if _takes_cudnn(heads, layout):
+        log_sum, seed, offset = kept
+        rows = [_by_row(x, layout) for x in (d_out, q, k, v, out)]
+        gradients = _aten._scaled_dot_product_cudnn_attention_backward(
+            *rows, log_sum, seed, offset, None, None, None, layout.length, layout.length, 0.0, True, scale=heads.scale
+        )
+        dq, dk, dv = (x.transpose(1, 2).reshape(tokens, -1, heads.size) for x in gradients)
+        return dq, dk, dv
+    log_sum, seed, unused = kept
+    if layout.ends is None:
+        d_out, q, k, v, out = (x.unflatten(0, (layout.rows, layout.length)) for x in (d_out, q, k, v, out))
+    ends, longest = layout.ends, layout.longest if layout.ends is not None else layout.length
+    gradients = _aten._flash_attention_backward(
+        d_out, q, k, v, out, log_sum, ends, ends, longest, longest, 0.0, True, seed, unused, scale=heads.scale
+    )
+    dq, dk, dv = (x.view(tokens, -1, heads.size) for x in gradients[:3])
+    return dq, dk, dv
+
+
+def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
+    return layout.ends is None and layout.length % CUDNN_MULTIPLE == 0 and heads.size % 8 == 0 and heads.size <= 128
+
+
+def _by_row(x: Tensor, layout: Layout) -> Tensor:
+    """(T, H, D) -> (B, H, S, D), a view."""
+    return x.unflatten(0, (layout.rows, layout.length)).transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> Tensor:
+    bounds = range(0, q.size(0) + 1, layout.length) if layout.ends is None else layout.ends.tolist()
+    outs = []
+    for first, end in pairwise(bounds):
+        q_, k_, v_ = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
+        grouped = heads.query != heads.key
+        out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=grouped, scale=heads.scale)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs).reshape(q.size(0), -1)

@@ -1,0 +1,56 @@
+"""Activations on pinned host memory between the forward and the backward pass, copied beside the computation."""
+
+import torch
+from torch import Tensor
+
+
+class Offload:
+    """Numbers what it is given; copies go on a stream of their own, and come back on request or ahead of it.
+
+    The pinned buffers are kept from step to step, because pinning costs more than copying.
+    """
+
+    def __init__(self) -> None:
+        self.pinned: list[Tensor] = []
+        self.count = 0
+        self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self.stream: torch.cuda.Stream | None = None
+
+    def reset(self) -> None:
+        """Forget what a forward pass without a backward pass has left."""
+        self.count = 0
+        self.coming.clear()
+
+    def put(self, x: Tensor) -> int:
+        """Start copying `x` to the host; returns its number."""
+        number, self.count = self.count, self.count + 1
+        self.stream = self.stream or torch.cuda.Stream()
+        if len(self.pinned) <= number or self.pinned[number].shape != x.shape:
+            self.pinned[number : number + 1] = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True)]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.pinned[number].copy_(x, non_blocking=True)
+        x.record_stream(self.stream)
+        return number
+
+    def fetch(self, number: int) -> None:
+        """Start copying number `number` back, if it is not on its way already."""
+        if number < 0 or number in self.coming:
+            return
+        assert self.stream is not None
+        x = torch.empty_like(self.pinned[number], device="cuda")
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            x.copy_(self.pinned[number], non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self.stream)
+        self.coming[number] = (x, arrived)
+
+    def get(self, number: int) -> Tensor:
+        """What was put under `number`."""
+        self.fetch(number)
+        x, arrived = self.coming.pop(number)
+        torch.cuda.current_stream().wait_event(arrived)
+        assert self.stream is not None
+        x.record_stream(self.stream)
+        return x

@@ -1,0 +1,161 @@
+"""Continuous batching: requests join a running batch between any two of its steps, and leave it when they are answered.
+
+Each request has a slot of the cache, a generator and settings of its own, so its answer does not depend on who else is
+in the batch.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_qlora.attention import KVCache
+from lit_qlora.generate.sampling import choose, constrain
+from lit_qlora.generate.slots import SlotCache
+from lit_qlora.generate.state import check_finite
+from lit_qlora.model import GPT
+from lit_qlora.settings import GenerationConfig
+
+COLUMNS = 64
+"""The columns of the cache that a step looks at are a multiple of this."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt that is being answered.
+
+    Attributes:
+        room: most tokens of the answer; prompt and answer fit into the context.
+        adapter: the name of the adapter that answers; None is the base.
+        answer: its tokens so far, a stop id at its end included.
+    """
+
+    prompt: Sequence[int]
+    config: GenerationConfig
+    stop_ids: Collection[int]
+    room: int
+    adapter: str | None = None
+    answer: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """'stop' after a stop id, 'length' where there is no room for more, None while it is unfinished."""
+        if self.answer and self.answer[-1] in self.stop_ids:
+            return "stop"
+        return "length" if len(self.answer) == self.room else None
+
+
+class Batcher:
+    """The running batch of a model.
+
+    Args:
+        slots: most requests in the batch.
+        select: told before each forward pass which adapter each of its rows uses.
+        vocab_size: ids from here on are never chosen.
+
+    Attributes:
+        active: the requests in the batch; request i is in slot i.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        slots: int,
+        select: Callable[[Sequence[str | None]], None],
+        vocab_size: int | None = None,
+    ) -> None:
+        self.model, self.slots, self.select, self.vocab_size = model, slots, select, vocab_size
+        weight = model.embed.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.cache = SlotCache(model.config, slots, model.config.block_size, self.dtype, self.device)
+        self.active: list[Request] = []
+        self.logits = torch.empty(0)
+
+    @torch.no_grad()
+    def join(self, request: Request) -> None:
+        """Read a request's prompt, and let it take part in the following steps.
+
+        Raises:
+            NumericalError: if a logit is not a number; the batch is as it was.
+        """
+        assert len(self.active) < self.slots
+        assert len(request.prompt) + request.room <= self.model.config.block_size
+        self.select([request.adapter])
+        own = KVCache(self.model.config, 1, len(request.prompt), self.dtype, self.device)
+        hidden = self.model.hidden(torch.tensor([request.prompt], device=self.device), own)
+        logits = self._scores(hidden)
+        request.generator = torch.Generator(self.device).manual_seed(request.config.seed)
+        self.cache.put(len(self.active), own, 0)
+        self.logits = torch.cat((self.logits, logits)) if self.active else logits
+        self.active.append(request)
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        """Put a token behind each answer; requests that are finished then leave.
+
+        Returns:
+            All that took part, each with a new token.
+
+        Raises:
+            NumericalError: if a logit is not a number.
+        """
+        took_part = list(self.active)
+        for request, token in zip(took_part, self._choose(), strict=True):
+            request.answer.append(token)
+        for request in took_part:
+            if request.finish_reason:
+                self.leave(request)
+        return took_part
+
+    @torch.no_grad()
+    def look_ahead(self) -> None:
+        """Read the newest token of each answer, for the next step.
+
+        Raises:
+            NumericalError: if a logit is not a number.
+        """
+        if not self.active:
+            return
+        self.select([request.adapter for request in self.active])
+        self.cache.rows = len(self.active)
+        longest = max(len(request.prompt) + len(request.answer) for request in self.active)
+        self.cache.limit = min(-(-longest // COLUMNS) * COLUMNS, self.model.config.block_size)
+        newest = torch.tensor([[request.answer[-1]] for request in self.active], device=self.device)
+        self.logits = self._scores(self.model.hidden(newest, self.cache))
+
+    def leave(self, request: Request) -> None:
+        """Take a request out, finished or not; the last one moves into its slot."""
+        slot, last = self.active.index(request), len(self.active) - 1
+        if slot != last:
+            self.cache.move(last, slot)
+            self.active[slot] = self.active[last]
+            self.logits[slot] = self.logits[last]
+        self.active.pop()
+        self.logits = self.logits[:last]
+
+    def _choose(self) -> list[int]:
+        likeliest = self.logits.argmax(dim=-1).tolist()
+        return [
+            token if _is_plain(request) else self._choose_for(request, self.logits[i : i + 1])
+            for i, (request, token) in enumerate(zip(self.active, likeliest, strict=True))
+        ]
+
+    def _choose_for(self, request: Request, logits: Tensor) -> int:
+        history = torch.tensor([[*request.prompt, *request.answer]], device=self.device)
+        scores = constrain(logits, history, request.config, request.stop_ids, len(request.answer))
+        return int(choose(scores, request.config, request.generator))
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        return check_finite(self.model.logits(hidden[:, -1])[:, : self.vocab_size].float())
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether the likeliest token is chosen, whatever came before."""
+    config = request.config
+    return not config.samples and (
+        config.repetition_penalty,
+        config.no_repeat_ngram_size,
+        config.min_new_tokens > len(request.answer),
+    ) == (1, 0, False)

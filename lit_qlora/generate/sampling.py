@@ -1,0 +1,112 @@
+"""The choice of the next token: what is forbidden or made less likely, which tokens are left, and the draw.
+
+Everything is a pure function of the logits and of the tokens so far, so that rows can be copied, dropped and reordered
+freely. The order of the steps, and what each of them means, is that of transformers' `generate`.
+"""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from lit_qlora.settings import GenerationConfig
+
+NO_TOKEN = -1
+"""What fills a history where there is no token: before the beginning of the shorter prompts."""
+
+
+def constrain(
+    scores: Tensor, history: Tensor, config: GenerationConfig, stop_ids: Collection[int], answered: int
+) -> Tensor:
+    """`scores` after repetition_penalty, no_repeat_ngram_size and min_new_tokens; what is forbidden has -inf.
+
+    Args:
+        scores: (B, V) float32, logits or log-probabilities.
+        history: (B, T) the tokens of prompt and answer so far, NO_TOKEN where there is none.
+        stop_ids: ids that end an answer; others than V of them do not matter.
+        answered: tokens that the answers have so far.
+    """
+    if config.repetition_penalty != 1:
+        seen = _marked(history, scores.size(-1))
+        # Keskar et al. 2019: whatever its sign, the score moves towards the less likely.
+        scores = torch.where(
+            seen,
+            torch.where(scores < 0, scores * config.repetition_penalty, scores / config.repetition_penalty),
+            scores,
+        )
+    if 0 < config.no_repeat_ngram_size <= history.size(1):
+        scores = scores.masked_fill(
+            _completes_a_repeat(history, config.no_repeat_ngram_size, scores.size(-1)), -math.inf
+        )
+    if answered < config.min_new_tokens:
+        ends = torch.tensor([i for i in stop_ids if i < scores.size(-1)], dtype=torch.long, device=scores.device)
+        scores = scores.index_fill(-1, ends, -math.inf)
+    return scores
+
+
+def _marked(ids: Tensor, vocab_size: int) -> Tensor:
+    """(B, T) ids -> (B, V), True for the ids that occur in the row."""
+    ids = torch.where((ids < 0) | (ids > vocab_size), vocab_size, ids)
+    marked = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
+    return marked.scatter_(1, ids, True)[:, :vocab_size]
+
+
+def _completes_a_repeat(history: Tensor, n: int, vocab_size: int) -> Tensor:
+    """(B, V), True for the tokens that would make the last n tokens of a row ones that it has had before."""
+    runs = history.unfold(1, n, 1)  # (B, T - n + 1, n)
+    beginning = history[:, history.size(1) - n + 1 :]  # (B, n - 1)
+    again = ((runs[..., :-1] == beginning[:, None]) & (runs[..., :-1] >= 0)).all(dim=-1)
+    return _marked(torch.where(again, runs[..., -1], NO_TOKEN), vocab_size)
+
+
+def narrow(scores: Tensor, config: GenerationConfig) -> Tensor:
+    """`scores` divided by the temperature, -inf for the tokens that top_k, top_p, min_p and typical_p leave out.
+
+    Each looks at what the one before it has left, by that rest's own probabilities; at least one token stays.
+
+    Args:
+        scores: (B, V) float32, finite or -inf.
+    """
+    if config.temperature not in (None, 1):
+        # Relative to the largest, a logit divided by a tiny temperature is -inf at worst, never inf or nan.
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / config.temperature
+    if config.top_k is not None and config.top_k < scores.size(-1):
+        scores = scores.masked_fill(scores < scores.topk(config.top_k).values[:, -1:], -math.inf)
+    if config.top_p < 1:
+        # Holtzman et al. 2020: the smallest set of the likeliest tokens whose probability reaches top_p.
+        descending, ids = scores.sort(dim=-1, descending=True)
+        probabilities = descending.softmax(dim=-1)
+        outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p
+        outside[:, 0] = False
+        scores = scores.masked_fill(outside.scatter(1, ids, outside), -math.inf)
+    if config.min_p > 0:
+        probabilities = scores.softmax(dim=-1)
+        scores = scores.masked_fill(probabilities < config.min_p * probabilities.amax(dim=-1, keepdim=True), -math.inf)
+    if config.typical_p < 1:
+        # Meister et al. 2023: as top_p, but the tokens come in the order of how far their surprise is from the mean.
+        log_probabilities = scores.log_softmax(dim=-1)
+        probabilities = log_probabilities.exp()
+        entropy = -(probabilities * log_probabilities).nansum(dim=-1, keepdim=True)
+        distance, ids = (-log_probabilities - entropy).abs().sort(dim=-1)
+        mass = probabilities.gather(-1, ids).cumsum(dim=-1)
+        last = (mass < config.typical_p).sum(dim=-1, keepdim=True).clamp(max=scores.size(-1) - 1)
+        outside = distance > distance.gather(-1, last)
+        scores = scores.masked_fill(outside.scatter(1, ids, outside), -math.inf)
+    return scores
+
+
+def choose(scores: Tensor, config: GenerationConfig, generator: torch.Generator | None = None) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        scores: (B, V), any float dtype.
+        generator: on the device of `scores`; torch's own by default.
+
+    Returns:
+        (B,) int64.
+    """
+    if not config.samples:
+        return scores.argmax(dim=-1)
+    probabilities = narrow(scores.float(), config).softmax(dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

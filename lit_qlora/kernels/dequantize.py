@@ -1,0 +1,161 @@
+"""[W | B]: a group's weights dequantised into a workspace, with LoRA's B beside them, in one launch.
+
+The stacked matrix has K + R columns, so that one product Y = [X | Z] [W | B]^T is base and adapters together, with one
+rounding. 4-bit weights are what bitsandbytes makes of them, bit for bit: each block of 64 weights has a scale; with
+double quantisation the scale is itself an 8-bit code times a float32 for each 256 blocks, plus an offset for each
+matrix. Dettmers et al. 2023, sec. 3. One pass reads half a byte and writes two bytes a weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.kernels.launch import power_of_2, tl, triton
+from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack
+
+
+def dequantize_reference(weight: FourBit | EightBit, b: Tensor | None, out: Tensor, stack: Stack) -> None:
+    """What dequantize means; the kernel is right when it agrees to the last bit."""
+    n, k = stack.n, out.size(1) - stack.rank
+    if isinstance(weight, EightBit):
+        out[:, :k] = weight.packed.float() * weight.absmax[:, None] * PER_STEP
+    else:
+        scale = weight.absmax
+        if weight.nested:
+            code, outer, offset = weight.nested
+            blocks = torch.tensor([rows * k // BLOCK for rows in stack.rows], device=out.device)
+            scale = code[weight.absmax.long()] * outer.repeat_interleave(256)[: len(weight.absmax)]
+            scale = scale + offset.repeat_interleave(blocks)
+        nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).view(-1, BLOCK)
+        out[:, :k] = (weight.code[nibbles.long()] * scale[:, None]).view(n, k)
+    write_b(b, out, stack)
+
+
+def write_b(b: Tensor | None, out: Tensor, stack: Stack) -> None:
+    """The last R columns of `out`: each adapter's B in its own rows and columns, zero elsewhere."""
+    if not stack.rank:
+        return
+    assert b is not None
+    columns = out[:, out.size(1) - stack.rank :]
+    columns.zero_()
+    for first, slot, first_b in stack.table("cpu").tolist():
+        if slot >= 0:
+            rows = stack.rows[[row[0] for row in stack.table("cpu").tolist()].index(first)]
+            columns[first : first + rows, slot * stack.r : (slot + 1) * stack.r] = b[first_b : first_b + rows]
+
+
+def dequantize(
+    weight: FourBit | EightBit | None, b: Tensor | None, out: Tensor, stack: Stack, table: Tensor, b_only: bool = False
+) -> Tensor:
+    """Write [W | B] into `out`.
+
+    Args:
+        weight: None only with `b_only`.
+        b: stacked B, (adapted rows, r), in the dtype of `out`; None where no layer has an adapter.
+        out: (N, K + R), rows contiguous.
+        table: stack.table, on the device.
+        b_only: leave the first K columns as they are.
+
+    Returns:
+        `out`.
+    """
+    n, k = stack.n, out.size(1) - stack.rank
+    beside = out if b is None else b
+    first_part, layers = 0, len(stack.rows)
+    b_programs = triton.cdiv(n, ROWS) if stack.rank else 0
+    rank = {"R": stack.rank, "r": max(stack.r, 1), "RP": power_of_2(stack.rank), "LAYERS": layers, "ROWS": ROWS}
+    if b_only or isinstance(weight, EightBit):
+        if isinstance(weight, EightBit) and not b_only:
+            _eight_bit[(n, triton.cdiv(k, 1024))](
+                weight.packed, weight.absmax, out, out.stride(0), k, PER_STEP=PER_STEP, BLOCK=1024
+            )
+        if b_programs:
+            _four_bit[(b_programs,)](
+                *(out,) * 6, beside, table, out, out.stride(0), n, k, 0, first_part, NESTED=False, G=GROUPS, **rank
+            )
+        return out
+    assert weight is not None
+    blocks = n * k // BLOCK
+    nested: Any = weight.nested or (weight.code,) * 3
+    programs = triton.cdiv(blocks, GROUPS)
+    _four_bit[(programs + b_programs,)](
+        weight.packed,
+        weight.absmax,
+        weight.code,
+        *nested,
+        beside,
+        table,
+        out,
+        out.stride(0),
+        n,
+        k,
+        blocks,
+        programs,
+        NESTED=weight.nested is not None,
+        G=GROUPS,
+        **rank,
+        num_warps=4,
+        enable_fp_fusion=False,  # bitsandbytes rounds after the product and after the sum
+    )
+    return out
+
+
+GROUPS = 64  # blocks of 64 weights a program
+ROWS = 128  # rows of B a program
+
+if triton is not None:
+
+    @triton.jit
+    def _layer_of(n, TABLE, LAYERS: tl.constexpr):
+        """Number of the layer that row n of a stack belongs to."""
+        layer = tl.zeros_like(n)
+        for p in tl.static_range(1, LAYERS):
+            layer += (n >= tl.load(TABLE + 3 * p)).to(tl.int32)
+        return layer
+
+    @triton.jit
+    def _four_bit(
+        PACKED, ABSMAX, CODE, CODE2, OUTER, OFFSET, B, TABLE, OUT, ld, N, K, blocks, programs,
+        NESTED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr,
+        LAYERS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        pid = tl.program_id(0)
+        if pid < programs:
+            block = pid * G + tl.arange(0, G)
+            inside = block < blocks
+            row = block // (K // 64)
+            column = (block - row * (K // 64)) * 64
+            if NESTED:
+                scale = tl.load(CODE2 + tl.load(ABSMAX + block, inside, 0).to(tl.int32))
+                scale = scale * tl.load(OUTER + block // 256, inside, 0.0)
+                scale = scale + tl.load(OFFSET + _layer_of(row, TABLE, LAYERS), inside, 0.0)
+            else:
+                scale = tl.load(ABSMAX + block, inside, 0.0)
+            at = block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
+            two = tl.load(PACKED + at, inside[:, None], 0).to(tl.int32)
+            high = tl.load(CODE + (two >> 4)) * scale[:, None]
+            low = tl.load(CODE + (two & 15)) * scale[:, None]
+            w = tl.interleave(high.to(OUT.dtype.element_ty), low.to(OUT.dtype.element_ty))
+            to = (row.to(tl.int64) * ld + column)[:, None] + tl.arange(0, 64)[None, :]
+            tl.store(OUT + to, w, inside[:, None])
+        else:
+            n = (pid - programs) * ROWS + tl.arange(0, ROWS)
+            in_n = n < N
+            j = tl.arange(0, RP)
+            layer = _layer_of(n, TABLE, LAYERS)
+            slot = tl.load(TABLE + 3 * layer + 1, in_n, -1)
+            row_b = n - tl.load(TABLE + 3 * layer, in_n, 0) + tl.load(TABLE + 3 * layer + 2, in_n, 0)
+            column_b = j[None, :] - slot[:, None] * r
+            own = (column_b >= 0) & (column_b < r) & (slot >= 0)[:, None] & in_n[:, None]
+            b = tl.load(B + row_b.to(tl.int64)[:, None] * r + column_b, own, 0.0)
+            to_b = n.to(tl.int64)[:, None] * ld + K + j[None, :]
+            tl.store(OUT + to_b, b.to(OUT.dtype.element_ty), in_n[:, None] & (j < R)[None, :])
+
+    @triton.jit
+    def _eight_bit(PACKED, ABSMAX, OUT, ld, K, PER_STEP: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = k < K
+        w = tl.load(PACKED + row * K + k, inside, 0).to(tl.float32) * tl.load(ABSMAX + row)
+        tl.store(OUT + row * ld + k, (w * PER_STEP).to(OUT.dtype.element_ty), inside)

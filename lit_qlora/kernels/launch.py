@@ -1,0 +1,23 @@
+"""Triton, where there is any, and the sizes of its blocks."""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: there is no fast path
+    triton = None
+    tl = None
+
+__all__ = ["AVAILABLE", "power_of_2", "stages", "tl", "triton"]
+
+AVAILABLE = triton is not None
+
+
+def power_of_2(n: int, least: int = 16) -> int:
+    """The power of two that a block needs to hold n; the matrix units take no less than 16."""
+    size: int = triton.next_power_of_2(n)
+    return max(least, size)
+
+
+def stages(elements: int, itemsize: int, most: int) -> int:
+    """How many iterations of a loop that loads `elements` numbers may be in flight, for the shared memory they take."""
+    return max(1, min(most, 160 * 2**10 // (elements * itemsize)))

@@ -1,0 +1,79 @@
+"""Where the layers of a group and their adapters lie when they are stacked, and what quantised stacks consist of.
+
+Layers that read the same input (query, key and value; gate and up) become one matrix product. Their weights are
+stacked along the rows; the adapters among them are numbered, and layer p with adapter number slot[p] owns columns
+slot[p] * r to slot[p] * r + r of the stacked Z = s X A^T, (T, R), and rows of the stacked B, which has no rows for the
+layers without an adapter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # 4-bit weights that share a scale
+PER_STEP = 1 / 127  # of a row's largest magnitude; multiplied with, because dividing rounds differently on CPU and GPU
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layout of a group of layers with one input.
+
+    Attributes:
+        rows: output features of each layer.
+        slots: number of each layer's adapter, -1 for one without.
+        r: rank of each adapter.
+    """
+
+    rows: tuple[int, ...]
+    slots: tuple[int, ...]
+    r: int
+
+    @property
+    def n(self) -> int:
+        """Output features of all layers."""
+        return sum(self.rows)
+
+    @property
+    def rank(self) -> int:
+        """Columns of Z: r for each adapter."""
+        return self.r * sum(slot >= 0 for slot in self.slots)
+
+    @property
+    def adapted_rows(self) -> int:
+        """Rows of the stacked B."""
+        return sum(rows for rows, slot in zip(self.rows, self.slots, strict=True) if slot >= 0)
+
+    def table(self, device: torch.device | str) -> Tensor:
+        """What the kernels look up for each layer: (layers, 3) int32, its first row, its slot, its first row in B."""
+        table, first, first_b = [], 0, 0
+        for rows, slot in zip(self.rows, self.slots, strict=True):
+            table.append((first, slot, first_b if slot >= 0 else 0))
+            first, first_b = first + rows, first_b + (rows if slot >= 0 else 0)
+        return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+@dataclass
+class FourBit:
+    """The stacked 4-bit weights of a group.
+
+    Attributes:
+        packed: (N * K / 2,) uint8, the first of two weights in the high nibble.
+        absmax: (N * K / 64,) float32 scales, or uint8 codes of them with double quantisation.
+        code: (16,) float32, the values of a nibble.
+        nested: with double quantisation (codes of absmax (256,), its scales (N * K / 64 / 256,), offset of each
+            layer (layers,)), all float32; else None.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested: tuple[Tensor, Tensor, Tensor] | None
+
+
+@dataclass
+class EightBit:
+    """The stacked int8 weights of a group: packed (N, K) int8, absmax (N,) float32."""
+
+    packed: Tensor
+    absmax: Tensor

@@ -1,0 +1,147 @@
+"""The backward pass of down(silu(gate) * up) between the two products with frozen weights, in one read.
+
+From dH = [dH_base | dZ] and [gate | up] come [d_gate | d_up], written in their place, and the partial sums of the
+gradients of down's A and of gate's and up's B, which need the same numbers. A program takes a stripe of columns and a
+part of the rows. Shazeer 2020, "GLU variants improve transformer".
+"""
+
+import torch
+from torch import Tensor
+
+from lit_qlora.kernels.dropout import NONE, Dropout
+from lit_qlora.kernels.launch import power_of_2, tl, triton
+from lit_qlora.kernels.stack import Stack
+from lit_qlora.kernels.thin import Pending
+
+if triton is not None:
+    from lit_qlora.kernels.dropout import factor
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """silu(gate) * up for gate_up (T, 2 F), into the first F columns of `out`."""
+    rows, width = gate_up.size(0), gate_up.size(1) // 2
+    _forward[(rows, triton.cdiv(width, 2048))](
+        gate_up, gate_up.stride(0), out, out.stride(0), width, BLOCK=2048, num_warps=8
+    )
+
+
+def swiglu_backward(
+    gate_up: Tensor,
+    dh: Tensor,
+    a: Tensor | None,
+    grad_a: Tensor | None,
+    z: Tensor | None,
+    grad_b: Tensor | None,
+    stack: Stack,
+    scale: float,
+    pending: Pending,
+    dropout: Dropout = NONE,
+) -> None:
+    """Turn gate_up into its gradient, in place, and add to the gradients of the adapters.
+
+    Args:
+        gate_up: (T, 2 F), contiguous.
+        dh: (T, F + R), gradients of h through down's base and of its Z.
+        a, grad_a: down's scaled A (R, F) and its float32 gradient; None without an adapter.
+        z, grad_b: Z of gate and up (T, R'), and the float32 gradient of their stacked B; None without an adapter.
+        stack: of gate and up.
+        scale: alpha / r, for grad_a.
+        dropout: of the input of down's adapter.
+    """
+    rows, width = gate_up.size(0), gate_up.size(1) // 2
+    rank = 0 if a is None else a.size(0)
+    r = 0 if z is None else stack.r
+    splits = min(4, triton.cdiv(rows, 64))
+    each = triton.cdiv(triton.cdiv(rows, splits), 64) * 64
+    splits = triton.cdiv(rows, each)
+    device = gate_up.device
+    parts_a = torch.empty(splits, rank, width, device=device, dtype=torch.float32)
+    adapted = 0 if z is None else stack.adapted_rows
+    parts_b = torch.empty(splits, adapted, r, device=device, dtype=torch.float32)
+    slot_gate, slot_up = stack.slots if z is not None else (-1, -1)
+    _backward[(triton.cdiv(width, 64), splits)](
+        gate_up, gate_up.stride(0), dh, dh.stride(0), gate_up if a is None else a, gate_up if z is None else z,
+        0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted, dropout.seed, dropout.threshold,
+        dropout.scale, R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), GATE=slot_gate, UP=slot_up,
+        DROP=dropout.p > 0, BT=64, BN=64, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if grad_a is not None:
+        pending.add(parts_a, grad_a, scale)
+    if grad_b is not None:
+        pending.add(parts_b, grad_b, 1.0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _forward(GU, ldg, H, ldh, F, BLOCK: tl.constexpr):
+        t = tl.program_id(0).to(tl.int64)
+        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < F
+        gate = tl.load(GU + t * ldg + n, inside, 0.0).to(tl.float32)
+        up = tl.load(GU + t * ldg + F + n, inside, 0.0).to(tl.float32)
+        tl.store(H + t * ldh + n, (gate * tl.sigmoid(gate) * up).to(H.dtype.element_ty), inside)
+
+    @triton.jit
+    def _backward(
+        GU, ldg, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, seed, threshold, scale,
+        R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
+        DROP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        split = tl.program_id(1)
+        in_n = n < F
+        i = tl.arange(0, RP)
+        j = tl.arange(0, rP)
+        if R > 0:
+            a = tl.load(A + i[:, None] * F + n[None, :], (i < R)[:, None] & in_n[None, :], 0.0)
+        sum_a = tl.zeros((RP, BN), tl.float32)
+        sum_gate = tl.zeros((rP, BN), tl.float32)
+        sum_up = tl.zeros((rP, BN), tl.float32)
+        end = min(T, (split + 1) * each)
+        for t0 in range(split * each, end, BT):
+            t = (t0 + tl.arange(0, BT)).to(tl.int64)
+            in_t = t < end
+            inside = in_t[:, None] & in_n[None, :]
+            dh = tl.load(DH + t[:, None] * ldh + n[None, :], inside, 0.0).to(tl.float32)
+            if DROP:
+                kept = factor(t[:, None] * F + n[None, :], seed, threshold, scale)
+            if R > 0:
+                dz = tl.load(DH + t[:, None] * ldh + F + i[None, :], in_t[:, None] & (i < R)[None, :], 0.0)
+                update = tl.dot(dz, a)
+                if DROP:
+                    update *= kept
+                dh += update
+            at = GU + t[:, None] * ldg + n[None, :]
+            gate = tl.load(at, inside, 0.0).to(tl.float32)
+            up = tl.load(at + F, inside, 0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            d_gate = (dh * up * (sigmoid + silu * (1 - sigmoid))).to(GU.dtype.element_ty)
+            d_up = (dh * silu).to(GU.dtype.element_ty)
+            tl.store(at, d_gate, inside)
+            tl.store(at + F, d_up, inside)
+            if R > 0:
+                h = silu * up
+                if DROP:
+                    h *= kept
+                sum_a = tl.dot(tl.trans(dz), h.to(GU.dtype.element_ty), sum_a)
+            if r > 0:
+                own = in_t[:, None] & (j < r)[None, :]
+                if GATE >= 0:
+                    z = tl.load(Z + t[:, None] * ldz + GATE * r + j[None, :], own, 0.0)
+                    sum_gate = tl.dot(tl.trans(z), d_gate, sum_gate)
+                if UP >= 0:
+                    z = tl.load(Z + t[:, None] * ldz + UP * r + j[None, :], own, 0.0)
+                    sum_up = tl.dot(tl.trans(z), d_up, sum_up)
+        if R > 0:
+            to = (split.to(tl.int64) * R + i)[:, None] * F + n[None, :]
+            tl.store(PARTS_A + to, sum_a, (i < R)[:, None] & in_n[None, :])
+        if r > 0:
+            own = (j < r)[:, None] & in_n[None, :]
+            base = PARTS_B + split.to(tl.int64) * adapted * r
+            if GATE >= 0:
+                tl.store(base + n[None, :] * r + j[:, None], sum_gate, own)
+            if UP >= 0:
+                first = F if GATE >= 0 else 0
+                tl.store(base + (first + n)[None, :] * r + j[:, None], sum_up, own)

@@ -1,0 +1,306 @@
+"""PEFT's layout of a LoRA adapter: its names, its settings, and the matrices of layers that hold several of ours.
+
+Where Hugging Face stacks several of our layers into one, the A matrices are stacked along the rank and B is
+block-diagonal, which is the same function exactly. https://huggingface.co/docs/peft
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.config import ModelConfig
+from lit_qlora.errors import CheckpointError
+from lit_qlora.families import FAMILIES, Family, fill, find_family, template
+from lit_qlora.families.rules import DROP, Fused, Transposed, parts_of
+from lit_qlora.lora import add_lora, lora_state
+from lit_qlora.model import GPT
+from lit_qlora.safetensors_io import name_some
+from lit_qlora.settings import TARGETS, LoRAConfig
+
+_PREFIX = "base_model.model."
+_UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    "init_lora_weights",
+}
+_HARMLESS = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors' names say it
+    *("fan_in_fan_out", "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+"""Settings that do not change what the tensors of a saved adapter compute. Any other must be off."""
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it is; pissa, olora and others train on a base of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """What adapter_config.json says about ranks and scales."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    """B A is multiplied by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Pattern -> the rank of modules whose path ends so."""
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], place: str) -> "PeftConfig":
+        """Read adapter_config.json. Raises CheckpointError for what is not understood, by name."""
+        if content.get("peft_type", "LORA") != "LORA":
+            raise CheckpointError(f"{place} holds a {content['peft_type']} adapter; only LORA is understood.")
+        if (start := content.get("init_lora_weights")) not in _KEEPS_BASE:
+            raise CheckpointError(
+                f"{place} was trained with init_lora_weights = {start!r}, so on another base than the published one.\n"
+                "Save it with PEFT's path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
+            )
+        for key, value in content.items():
+            if key not in _UNDERSTOOD | _HARMLESS and value not in (None, False, "none", [], {}):
+                raise CheckpointError(f"{place} uses {key} = {value!r}, which is not understood here.")
+        try:
+            config = cls(
+                r=int(content["r"]),
+                alpha=float(content["lora_alpha"]),
+                dropout=float(content.get("lora_dropout") or 0),
+                rank_stabilized=bool(content.get("use_rslora")),
+                ranks={key: int(value) for key, value in (content.get("rank_pattern") or {}).items()},
+                alphas={key: float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{place}: not a PEFT configuration: {error}.") from None
+        if min([config.r, *config.ranks.values()]) < 1 or not 0 <= config.dropout < 1:
+            raise CheckpointError(f"{place}: a rank below 1, or a dropout outside [0, 1).")
+        if not all(0 < alpha < math.inf for alpha in (config.alpha, *config.alphas.values())):
+            raise CheckpointError(f"{place}: an alpha that is not above 0 and finite.")
+        return config
+
+    def rank(self, module: str) -> int:
+        """Rows of A of the module with this path."""
+        return int(_first_match(self.ranks, module, self.r))
+
+    def scale(self, module: str) -> float:
+        """What B A of the module is multiplied by."""
+        return _first_match(self.alphas, module, self.alpha) / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
+
+
+def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tuple[dict[str, Tensor], LoRAConfig]:
+    """The tensors of an adapter that PEFT made, of one scale, and our settings for it.
+
+    Our settings have one rank, the highest, which from_peft fills up with zeros; the ratio of two scales goes into B.
+
+    Raises:
+        CheckpointError: if a rank is not what the configuration says, or a layer has no counterpart in any family.
+    """
+    modules = list(dict.fromkeys(map(_module_of, tensors)))
+    rank, scale = max(map(config.rank, modules)), config.scale(modules[0])
+    scaled = dict(tensors)
+    for name, tensor in tensors.items():
+        module = _module_of(name)
+        if ".lora_A." in name and len(tensor) != config.rank(module):
+            raise CheckpointError(
+                f"{place}: {name} has rank {len(tensor)}, but adapter_config.json says {config.rank(module)}."
+            )
+        if ".lora_B." in name and config.scale(module) != scale:
+            scaled[name] = tensor.float() * (config.scale(module) / scale)
+    lora = LoRAConfig(r=rank, alpha=scale * rank, dropout=config.dropout, targets=_words(modules, place))
+    return scaled, lora
+
+
+def to_peft(
+    state: Mapping[str, Tensor], model: ModelConfig, config: LoRAConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our adapter tensors under PEFT's names, and PEFT's configuration.
+
+    Raises:
+        CheckpointError: for a layer that PEFT cannot adapt, such as gpt-oss's experts, which are slices of one tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    leaves, ranks, alphas = set(), {}, {}
+    layers = [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]
+    with torch.device("meta"):
+        rows = {name: len(weight) for name, weight in GPT(model).named_parameters()}
+    groups = _group(layers, model)
+    for home, members in groups:
+        a = torch.cat([state[f"{layer}.lora_a"] for layer in members])
+        b = state[f"{members[0]}.lora_b"]
+        if home.fused:
+            blocks = {}
+            for i, layer in enumerate(members):
+                block = torch.zeros(len(state[f"{layer}.lora_b"]), len(a))
+                block[:, i * config.r : (i + 1) * config.r] = state[f"{layer}.lora_b"]
+                blocks[home.part(layer)] = block
+            numbers = template(members[0])[1]
+            for part in home.fused.parts:
+                blocks.setdefault(part, torch.zeros(rows[fill(part, numbers)], len(a)))
+            b = home.fused.join(blocks, model)
+        # transformers 5 renamed GPT-NeoX's head. Under both names the adapter fits either: PEFT skips what it lacks.
+        aliases = [other.module for other in _homes(members[0], find_family(model.family))]
+        for module in dict.fromkeys([home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]):
+            leaves.add(_leaf(module))
+            if home.fused:
+                ranks[_leaf(module)], alphas[_leaf(module)] = len(a), config.alpha * len(members)
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.contiguous().cpu()
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.contiguous().cpu()
+    return tensors, {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        # PEFT takes the experts' layers together into one of its own, which refuses dropout; it is for training anyway.
+        "lora_dropout": 0.0 if model.n_expert else config.dropout,
+        "target_modules": sorted(leaves),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "bias": "none",
+        "fan_in_fan_out": any(home.transposed for home, _ in groups),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def check_layers(model: ModelConfig, config: LoRAConfig) -> None:
+    """Raise CheckpointError if PEFT's layout has no place for an adapter of these settings, naming a layer."""
+    with torch.device("meta"):
+        skeleton = GPT(model)
+        add_lora(skeleton, config)
+    _group([name.removesuffix(".lora_a") for name in lora_state(skeleton) if name.endswith(".lora_a")], model)
+
+
+def from_peft(
+    tensors: Mapping[str, Tensor], config: LoRAConfig, model: ModelConfig, *, stacked: bool, place: str
+) -> dict[str, Tensor]:
+    """Our adapter tensors; the inverse of to_peft.
+
+    Args:
+        stacked: the rank of a layer that holds several of ours is divided among them, as to_peft does; otherwise
+            PEFT trained it as one, and each of ours gets the whole of A and its own rows of B.
+
+    Raises:
+        CheckpointError: for a tensor that belongs to no layer of this model, or one of ours that is missing.
+    """
+    with torch.device("meta"):
+        skeleton = GPT(model)
+        add_lora(skeleton, config)
+    shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
+    left = dict(tensors)
+    state: dict[str, Tensor] = {}
+    layers = [name.removesuffix(".lora_a") for name in shapes if name.endswith(".lora_a")]
+    for home, members in _group(layers, model, known={_module_of(name) for name in tensors}):
+        a = left.pop(f"{_PREFIX}{home.module}.lora_A.weight", None)
+        b = left.pop(f"{_PREFIX}{home.module}.lora_B.weight", None)
+        if a is None or b is None:
+            if stacked:
+                raise CheckpointError(f"{place}: the adapter of {home.module} is missing.")
+            for name in (f"{layer}.lora_{matrix}" for layer in members for matrix in "ab"):
+                state[name] = torch.zeros(shapes[name])  # PEFT can adapt some layers of a kind and leave others
+            continue
+        for alias in _homes(members[0], find_family(model.family)):
+            for matrix, tensor in (("A", a), ("B", b)):
+                name = f"{_PREFIX}{alias.module}.lora_{matrix}.weight"
+                if name in left and torch.equal(left[name], tensor):
+                    del left[name]
+        rows = home.fused.split(b, model) if home.fused else {}
+        for i, layer in enumerate(members):
+            part = slice(i * config.r, (i + 1) * config.r) if stacked and home.fused else slice(None)
+            own = rows[home.part(layer)] if home.fused else b
+            state[f"{layer}.lora_a"] = _widen(a[part], config.r, dim=0)
+            state[f"{layer}.lora_b"] = _widen(own[:, part], config.r, dim=1)
+    if left:
+        raise CheckpointError(f"{place}: {len(left)} tensors belong to no layer of {model.name}:\n  {name_some(left)}")
+    return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Home:
+    """Their layer that one of ours is, or is part of."""
+
+    module: str
+    fused: Fused | None
+    transposed: bool
+    """A Conv1D, whose A and B are those of a Linear."""
+
+    @staticmethod
+    def part(layer: str) -> str:
+        """What `fused` calls the weight of our layer."""
+        return f"{template(layer)[0]}.weight"
+
+
+def _homes(layer: str, family: Family) -> list[_Home]:
+    """Their names for one of our linear layers, what transformers calls it in memory first."""
+    ours, numbers = template(layer)
+    found = []
+    for theirs, rule in reversed(list(family.weights.items())):
+        transposed = isinstance(rule, Transposed)
+        rule = rule.rule if isinstance(rule, Transposed) else rule
+        if isinstance(rule, str | Fused) and f"{ours}.weight" in parts_of(rule):
+            module = fill(theirs.removesuffix(".weight"), numbers)
+            fused = rule if isinstance(rule, Fused) else None
+            found.append(_Home(module=module, fused=fused, transposed=transposed))
+    if not found:
+        raise CheckpointError(
+            f"{layer} is no layer of its own in Hugging Face's model, so PEFT's layout has no place for its adapter."
+        )
+    return found
+
+
+def _group(layers: Iterable[str], model: ModelConfig, known: Iterable[str] = ()) -> list[tuple[_Home, list[str]]]:
+    """Their layers, each with those of ours in it, by the name that is in `known`, else the one transformers uses."""
+    family = find_family(model.family)
+    groups: dict[str, tuple[_Home, list[str]]] = {}
+    for layer in layers:
+        options = _homes(layer, family)
+        home = next((option for option in options if option.module in known), options[0])
+        groups.setdefault(home.module, (home, []))[1].append(layer)
+    return list(groups.values())
+
+
+def _widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    """Zeros up to the rank, which change nothing."""
+    if tensor.shape[dim] >= rank:
+        return tensor.contiguous()
+    shape = list(tensor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def _words(modules: Iterable[str], place: str) -> tuple[Any, ...]:
+    """Our target words for modules of any family."""
+    known: dict[str, dict[str, None]] = {}
+    for family in FAMILIES.values():
+        for theirs, rule in family.weights.items():
+            for part in parts_of(rule):
+                if part != DROP and theirs.endswith(".weight"):
+                    words = [word for word in part.split(".") if word in TARGETS]
+                    known.setdefault(_tail(theirs.removesuffix(".weight")), {}).update(dict.fromkeys(words))
+    if unknown := sorted({_leaf(module) for module in modules if not known.get(_tail(module))}):
+        raise CheckpointError(f"{place} adapts layers that have no counterpart here: {', '.join(unknown)}.")
+    return tuple(dict.fromkeys(word for module in sorted(modules, key=_leaf) for word in known[_tail(module)]))
+
+
+def _tail(module: str) -> str:
+    """What tells the layers of a block apart in any family: "self_attn.q_proj"; c_proj alone could be two."""
+    return ".".join(module.rsplit(".", 2)[-2:])
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _module_of(name: str) -> str:
+    """The module that one of PEFT's tensors adapts."""
+    return name.removeprefix(_PREFIX).split(".lora_")[0]
+
+
+def _first_match(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's rule: a pattern is a regular expression for the end of the path, from a dot on."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

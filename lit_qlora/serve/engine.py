@@ -1,0 +1,144 @@
+"""The one thread that uses the model: takes jobs from a queue, keeps the batch running, tells each job its text."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lit_qlora.errors import NumericalError
+from lit_qlora.generate.batching import Batcher, Request
+from lit_qlora.generate.text import TextStream
+from lit_qlora.use import Roster
+
+
+class QueueFullError(Exception):
+    """As many jobs wait as may wait."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request, the text that comes of it, and who is told.
+
+    Attributes:
+        tell: called in the engine's thread with a piece of text and, with the last one, why it is the last: 'stop',
+            'length', 'timeout' or 'error'.
+        deadline: the time.monotonic() at which it is given up.
+    """
+
+    request: Request
+    text: TextStream
+    tell: Callable[[str, str | None], None]
+    deadline: float
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Engine:
+    """Answers jobs in the order in which they come, several at a time.
+
+    Args:
+        slots: jobs that are answered at a time.
+        queue: jobs that may wait.
+    """
+
+    def __init__(self, roster: Roster, slots: int, queue: int) -> None:
+        self.queue = queue
+        self._batcher = Batcher(roster.model, slots, roster.switch.select, roster.tokenizer.size)
+        self._running: dict[Request, Job] = {}
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up all jobs and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Number of jobs that are being answered, and that wait."""
+        return len(self._running), len(self._waiting)
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Let jobs wait for their turn: all of them or none.
+
+        Raises:
+            QueueFullError: if there is no room for all of them to wait.
+        """
+        with self._changed:
+            free = self._batcher.slots - len(self._running)
+            if len(self._waiting) + len(jobs) > self.queue + free:
+                raise QueueFullError
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._stopping):
+                    self._changed.wait()
+                if self._stopping:
+                    break
+            self._give_up()
+            self._admit()
+            self._step()
+        for job in [*self._running.values(), *self._waiting]:
+            job.tell("", "error")
+
+    def _give_up(self) -> None:
+        """Free the slots of those who have gone or waited too long."""
+        now = time.monotonic()
+        for job in list(self._running.values()):
+            if job.cancelled.is_set() or now > job.deadline:
+                self._batcher.leave(job.request)
+                self._end(job, "timeout")
+        with self._changed:
+            over = [job for job in self._waiting if job.cancelled.is_set() or now > job.deadline]
+            self._waiting = deque(job for job in self._waiting if job not in over)
+        for job in over:
+            job.tell("", "timeout")
+
+    def _admit(self) -> None:
+        """Let one job join, so that those that are running wait for one prompt at most between two tokens."""
+        with self._changed:
+            if not self._waiting or len(self._running) == self._batcher.slots:
+                return
+            job = self._waiting.popleft()
+            self._running[job.request] = job
+        try:
+            self._batcher.join(job.request)
+        except (NumericalError, RuntimeError):  # the batch is as it was, so the others can go on
+            self._end(job, "error")
+
+    def _step(self) -> None:
+        if not self._running:
+            return
+        for request in self._batcher.step():
+            job, reason = self._running[request], request.finish_reason
+            piece = "" if reason == "stop" else job.text.push(request.answer[-1])
+            if job.text.stopped:
+                if reason is None:
+                    self._batcher.leave(request)
+                reason = "stop"
+            if reason:
+                self._end(job, reason, piece + job.text.end())
+            elif piece:
+                job.tell(piece, None)
+        try:
+            self._batcher.look_ahead()
+        except (NumericalError, RuntimeError):
+            for job in list(self._running.values()):
+                self._batcher.leave(job.request)
+                self._end(job, "error")
+
+    def _end(self, job: Job, reason: str, piece: str = "") -> None:
+        with self._changed:
+            del self._running[job.request]
+        job.tell(piece, reason)

@@ -1,0 +1,32 @@
+"""What one client may cost, and who is let in. Nothing here imports torch or the server's libraries."""
+
+from dataclasses import dataclass
+
+from lit_qlora.settings import check
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine by which no other machine can reach it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one client may cost."""
+
+    slots: int = 8
+    """Answers that are made at a time; each needs room for a context of keys and values."""
+    queue: int = 32
+    """Answers that may wait for their turn; who comes later is told to try again (429)."""
+    body_bytes: int = 2**20
+    """Largest request in bytes."""
+    read_seconds: float = 10.0
+    """Seconds that a client may take to send a request."""
+    answer_seconds: float = 600.0
+    """Seconds that an answer may take, waiting included."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(self.slots >= 1, f"slots must be at least 1, got {self.slots}.")
+        check(self.queue >= 0, f"queue must not be negative, got {self.queue}.")
+        check(self.body_bytes >= 1024, f"body_bytes must be at least 1024, got {self.body_bytes}.")
+        check(self.read_seconds > 0, f"read_seconds must be above 0, got {self.read_seconds}.")
+        check(self.answer_seconds > 0, f"answer_seconds must be above 0, got {self.answer_seconds}.")

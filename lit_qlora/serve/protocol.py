@@ -1,0 +1,303 @@
+"""What a client may ask for, in OpenAI's words: every field is honoured or refused by name, none is ignored."""
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from lit_qlora.errors import UserError
+from lit_qlora.prompts import Turn
+from lit_qlora.settings import GenerationConfig
+
+MOST_CHOICES = 8
+MOST_STOPS = 4
+
+
+class ApiError(Exception):
+    """An answer that says what is wrong.
+
+    Args:
+        param: the field of the request that is wrong.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            status, "invalid_request_error" if status < 500 else "server_error"
+        )
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request that has been understood.
+
+    Attributes:
+        texts: prompts of a completion; empty for a chat.
+        max_tokens: None for as many as there is room for.
+        settings: what GenerationConfig is made of; the choices count seeds up from its own.
+    """
+
+    model: str
+    texts: tuple[str, ...]
+    system: str
+    history: tuple[Turn, ...]
+    question: str
+    max_tokens: int | None
+    min_tokens: int
+    choices: int
+    stop: tuple[str, ...]
+    stream: bool
+    stream_usage: bool
+    settings: dict[str, Any]
+
+    def config(self, room: int, choice: int) -> GenerationConfig:
+        """How a choice is made.
+
+        Raises:
+            ApiError: if the settings contradict each other.
+        """
+        settings = {**self.settings, "seed": (self.settings["seed"] + choice) % 2**32}
+        try:
+            return GenerationConfig(max_new_tokens=room, min_new_tokens=min(self.min_tokens, room), **settings)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The object that a body holds.
+
+    Raises:
+        ApiError: if it is no JSON object; NaN and Infinity are no JSON.
+    """
+    try:
+        content: Any = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, f"The body must be a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def read_order(body: dict[str, Any], *, chat: bool) -> Order:
+    """Understand a request to /v1/chat/completions, or to /v1/completions.
+
+    Raises:
+        ApiError: 400, with the field that is wrong.
+    """
+    fields = _Fields(body)
+    model = fields.text("model")
+    system, question = "", ""
+    history: tuple[Turn, ...] = ()
+    texts: tuple[str, ...] = ()
+    if chat:
+        system, history, question = _messages(fields.take("messages"))
+    else:
+        texts = _prompts(fields.take("prompt"))
+    most = fields.whole("max_completion_tokens", 1) if chat else None
+    plain_most = fields.whole("max_tokens", 1)
+    if most is not None and plain_most is not None:
+        raise ApiError(400, "Give max_completion_tokens or max_tokens, not both.", "max_tokens")
+    seed = fields.whole("seed", -(2**63))
+    settings = {
+        "temperature": fields.number("temperature", 0, 2, 1.0),
+        "top_p": fields.number("top_p", 0, 1, 1.0),
+        "top_k": fields.whole("top_k", 1),
+        "min_p": fields.number("min_p", 0, 1, 0.0),
+        "typical_p": fields.number("typical_p", 0, 1, 1.0),
+        "repetition_penalty": fields.number("repetition_penalty", 0, 10, 1.0),
+        "no_repeat_ngram_size": fields.whole("no_repeat_ngram_size", 0) or 0,
+        "seed": secrets.randbits(32) if seed is None else seed % 2**32,
+    }
+    order = Order(
+        model=model,
+        texts=texts,
+        system=system,
+        history=history,
+        question=question,
+        max_tokens=plain_most if most is None else most,
+        min_tokens=fields.whole("min_tokens", 0) or 0,
+        choices=fields.whole("n", 1, MOST_CHOICES) or 1,
+        stop=_stops(fields.take("stop", None)),
+        stream=fields.truth("stream"),
+        stream_usage=_usage_wanted(fields.take("stream_options", None)),
+        settings=settings,
+    )
+    fields.finish()
+    return order
+
+
+class _Fields:
+    """The fields of a request, each of which must be asked for."""
+
+    without_effect = {"user": str, "store": bool, "metadata": dict}  # noqa: RUF012 - never changed
+    """What clients send along for logs of theirs; no answer depends on it anywhere."""
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "echo": False}  # noqa: RUF012
+    """What is not offered here, with the value that asks for nothing."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.left = dict(body)
+
+    def take(self, name: str, *default: Any) -> Any:
+        if self.left.get(name) is None:
+            self.left.pop(name, None)
+            if not default:
+                raise ApiError(400, f"{name} is missing.", name)
+            return default[0]
+        return self.left.pop(name)
+
+    def text(self, name: str) -> str:
+        value = self.take(name)
+        return value if isinstance(value, str) else _wrong(name, "a text", value)
+
+    def truth(self, name: str) -> bool:
+        value = self.take(name, False)
+        return value if isinstance(value, bool) else _wrong(name, "true or false", value)
+
+    def whole(self, name: str, least: int, most: int = 2**63 - 1) -> int | None:
+        value = self.take(name, None)
+        if value is None:
+            return None
+        if type(value) is not int or not least <= value <= most:
+            _wrong(
+                name, f"a whole number of at least {least}" + (f" and at most {most}" if most < 2**32 else ""), value
+            )
+        return int(value)
+
+    def number(self, name: str, least: float, most: float, default: float) -> float:
+        value = self.take(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+            _wrong(name, f"a number from {least} to {most}", value)
+        return float(value)
+
+    def finish(self) -> None:
+        """Refuse what nobody asked for."""
+        for name, value in self.left.items():
+            if isinstance(value, self.without_effect.get(name, ())) or value is None:
+                continue
+            if name in self.neutral and value == self.neutral[name]:
+                continue
+            raise ApiError(400, f"{name} is not offered by this server.", name)
+
+
+def _messages(messages: Any) -> tuple[str, tuple[Turn, ...], str]:
+    """The system message, the turns that are past, and the question."""
+    if not isinstance(messages, list) or not messages:
+        _wrong("messages", "a list of messages", messages)
+    said = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    system = said.pop(0)[1] if said[0][0] in ("system", "developer") else ""
+    for i, (role, _) in enumerate(said):
+        expected = "assistant" if i % 2 else "user"
+        if role != expected:
+            raise ApiError(
+                400,
+                f"messages: user and assistant must take turns, and only the first message may be of the system; "
+                f"after {i} of them expected {expected}, got {role}.",
+                "messages",
+            )
+    if len(said) % 2 == 0:
+        raise ApiError(400, "messages must end with one of the user, which is answered.", "messages")
+    texts = [text for _, text in said]
+    return system, tuple(Turn(ask, reply) for ask, reply in zip(texts[:-1:2], texts[1:-1:2], strict=True)), texts[-1]
+
+
+def _message(message: Any, place: str) -> tuple[str, str]:
+    """Role and text; nothing is ever fetched."""
+    if not isinstance(message, dict):
+        _wrong(place, "an object", message)
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        _wrong(f"{place}.role", "system, user or assistant", role)
+    extra = [name for name in message if name not in ("role", "content", "name") and message[name] is not None]
+    if extra:
+        raise ApiError(400, f"{place}.{extra[0]} is not offered by this server.", "messages")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ApiError(
+                    400, f"{place}: content of type {kind!r} is not offered; this model reads text.", "messages"
+                )
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        _wrong(f"{place}.content", "a text", content)
+    return role, content
+
+
+def _prompts(prompt: Any) -> tuple[str, ...]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) and text for text in prompts):
+        _wrong("prompt", "a text, or a list of texts, none of them empty", prompt)
+    if len(prompts) > MOST_CHOICES:
+        _wrong("prompt", f"at most {MOST_CHOICES} texts", len(prompts))
+    return tuple(prompts)
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+        _wrong("stop", f"a text, or up to {MOST_STOPS} texts, none of them empty", stop)
+    return tuple(stops)
+
+
+def _usage_wanted(options: Any) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
+        _wrong("stream_options", '{"include_usage": true}', options)
+    return bool(options.get("include_usage"))
+
+
+def _wrong(name: str, expected: str, value: Any) -> NoReturn:
+    shown = json.dumps(value, default=str)
+    raise ApiError(400, f"{name} must be {expected}, got {shown[:80]}.", name.split("[")[0].split(".")[0])
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def completion(order: Order, texts: Sequence[str], reasons: Sequence[str], usage: dict[str, int], *, chat: bool) -> Any:
+    """The whole answer to a request."""
+    choices = [
+        {"index": i, "finish_reason": reason, "logprobs": None}
+        | ({"message": {"role": "assistant", "content": text}} if chat else {"text": text})
+        for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+    ]
+    return envelope(order, "chat.completion" if chat else "text_completion") | {"choices": choices, "usage": usage}
+
+
+def chunk(head: dict[str, Any], index: int, piece: str, reason: str | None, *, chat: bool, first: bool = False) -> Any:
+    """A piece of a choice, as it is streamed."""
+    if not chat:
+        return head | {"choices": [{"index": index, "text": piece, "finish_reason": reason, "logprobs": None}]}
+    delta = {"role": "assistant"} if first else {}
+    if piece or first:
+        delta["content"] = piece
+    return head | {"choices": [{"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}]}
+
+
+def envelope(order: Order, kind: str) -> dict[str, Any]:
+    """What every answer begins with."""
+    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": order.model,
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """What was read and written, in tokens."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

@@ -1,0 +1,61 @@
+"""Renders chat templates, in a process of its own that may use little memory: a template is a program by a stranger.
+
+lit_qlora.chat_template runs this file; it knows nothing but the standard library and jinja2.
+"""
+
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY = 2**30  # bytes of address space; rendering a conversation takes some 50 MB
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, with which templates mark answers, stands for what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own way
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements between the two tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def refuse(message: str) -> NoReturn:
+    """What a template calls when it does not like the conversation."""
+    raise TemplateError(message)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """JSON as Hugging Face's templates expect it: without HTML's escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def main() -> None:
+    """Read a request from stdin; answer with a JSON list of {"text": ...} or {"error": ...}."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    request = json.load(sys.stdin)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    answers: list[dict[str, str]] = []
+    try:
+        template = environment.from_string(request["template"])
+        for variables in request["conversations"]:
+            answers.append({"text": template.render(request["variables"] | variables)})
+    except Exception as error:  # whatever the stranger's program does
+        answers.append({"error": f"{type(error).__name__}: {error}"})
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Convert a checkpoint into one GGUF file, for llama.cpp and what is built on it.
+
+python scripts/convert_gguf.py --checkpoint_dir out/lora/Llama-2-7b-hf/merged --out_file my-model.gguf
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lit_qlora import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufConfig:
+    """Convert a checkpoint of the families llama, mistral or qwen2 into one GGUF file for llama.cpp."""
+
+    checkpoint_dir: Path
+    """The checkpoint: a converted or merged model."""
+    out_file: Path
+    """The new file."""
+    dtype: Literal["f16", "q8_0", "bf16", "f32"] = "q8_0"
+    """Storage of the matrices: 16 bits, 32 bits, or blocks of 32 weights of 8 bits that share a 16-bit scale."""
+
+
+def main(config: GgufConfig) -> None:
+    """Convert and say what came out."""
+    from lit_qlora.gguf_export import export_gguf
+
+    model = export_gguf(config.checkpoint_dir, config.out_file, config.dtype)
+    size = config.out_file.stat().st_size
+    print(f"exported {model.name} as {config.dtype}, {size / 1e9:.2f} GB: {config.out_file}")
+
+
+if __name__ == "__main__":
+    cli.run(main, GgufConfig)

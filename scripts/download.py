@@ -1,0 +1,61 @@
+"""Download a model from the Hugging Face hub and convert it.
+
+python scripts/download.py --repo_id Qwen/Qwen2.5-0.5B
+python scripts/download.py --list "llama 8b"
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lit_qlora import cli
+from lit_qlora.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """Download a model from the Hugging Face hub and convert it into a checkpoint. The only command that needs the net.
+
+    A download that was cut short goes on when the command is given again.
+    """
+
+    repo_id: str | None = None
+    """The model, ORG/NAME as the hub writes it."""
+    revision: str = "main"
+    """A branch, a tag or a commit."""
+    access_token: cli.SecretStr | None = None
+    """Token of the hub for models that ask for one. Better given as HF_TOKEN, which other users of the machine cannot
+    see. It is neither printed nor stored."""
+    checkpoints_dir: Path = Path("checkpoints")
+    """The model goes to ORG/NAME in here."""
+    convert: bool = True
+    """Convert it; with false the files stay as the hub has them, for scripts/convert_hf_checkpoint.py."""
+    dtype: Literal["keep", "bf16", "fp32"] = "keep"
+    """Dtype of the converted weights; 'keep' leaves each tensor as it is."""
+    list: bool | str = False
+    """Show well-known models, or those with all of these words in their name or family, and download nothing."""
+
+
+def main(config: DownloadConfig) -> None:
+    """Download, convert, and say what came out."""
+    from lit_qlora.hub import download, list_models
+
+    if config.list:
+        words = config.list if isinstance(config.list, str) else ""
+        print(list_models(words) or f"No known model has {words!r} in its name. The hub has many more.")
+        return
+    if not config.repo_id:
+        raise UsageError("Give --repo_id ORG/NAME, or --list WORDS to look for a name.")
+    token = config.access_token.get_secret_value() if config.access_token else None
+    folder = download(config.repo_id, config.checkpoints_dir, config.revision, token)
+    print(f"downloaded {config.repo_id}: {folder}")
+    if config.convert:
+        from lit_qlora.checkpoint import count_parameters
+        from lit_qlora.convert import convert_hf_checkpoint
+
+        model = convert_hf_checkpoint(folder, folder, config.dtype, name=config.repo_id)
+        print(f"converted {model.name} ({model.family}, {count_parameters(model):,} parameters): {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main, DownloadConfig)

@@ -1,0 +1,69 @@
+"""Look at data as a run would see it, before the run.
+
+python scripts/inspect_data.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --data.path alpaca.json
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lit_qlora import cli
+from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Look at data as a run would see it. Ends with status 3 if a run would refuse it."""
+
+    checkpoint_dir: Path = DEMO_CHECKPOINT
+    """The checkpoint that would learn from it; a directory with nothing but a tokenizer is enough."""
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 1337
+    """The seed that the run would have."""
+    png: Path | None = None
+    """Draw the lengths into this file."""
+
+
+def main(config: Config) -> None:
+    """Read, encode, tell."""
+    from lit_qlora.config import ModelConfig
+    from lit_qlora.data import boundary, show
+    from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
+    from lit_qlora.errors import DataError
+    from lit_qlora.report import plot_lengths
+    from lit_qlora.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(config.checkpoint_dir)
+    limit = config.data.max_length or DEFAULT_MAX_LENGTH
+    if (config.checkpoint_dir / "model_config.json").is_file():
+        limit = min(limit, ModelConfig.load(config.checkpoint_dir).block_size)
+    seed = config.seed if config.data.seed is None else config.data.seed
+    loaded = load(config.data, config.checkpoint_dir, tokenizer, limit, seed)
+    audit, counts = loaded.audit, loaded.audit.counts
+
+    for source in audit.sources:
+        print(f"source    {source}")
+    print(f"style     {loaded.style.name} (sha256 {loaded.style.digest[:12]})")
+    print(f"samples   {audit.describe()}")
+    print(f"limits    {limit} tokens: {counts.cut_prompts:,} prompts, {counts.cut_turns:,} turns and "
+          f"{counts.cut_answers:,} answers cut, {counts.dropped:,} samples dropped")  # fmt: skip
+    print(
+        f"empty     {counts.empty_prompts:,} prompts, {counts.empty_answers:,} answers, {counts.masked:,} masked whole"
+    )
+    print(f"twice     {audit.duplicates:,} in training, {audit.overlap:,} in both training and validation")
+    print(f"ends      {counts.ended:,} of {counts.turns:,} answers end with an end-of-text token")
+    print(f"learnt    {audit.learnt:,} of {audit.tokens:,} tokens ({audit.learnt / audit.tokens:.1%})")
+    for note in audit.notes():
+        print(f"note      {note}")
+    print(f"\ntokens of a sample, and how many samples\n{audit.histogram()}\n")
+    for sample in audit.shown:
+        print(f"sample    {show(sample, tokenizer, most=600)}")
+        print(f"          prompt || answer: {boundary(sample, tokenizer)}")
+    if config.png:
+        plot_lengths(audit.lengths.tolist(), limit, config.png)
+        print(f"picture   {config.png}")
+    if audit.red:
+        raise DataError("\n       ".join(audit.red))
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,96 @@
+"""Serve a model and its adapters to clients of the OpenAI API, and a page to talk to them at /.
+
+python scripts/serve.py --lora_path out/lora/tiny-world/final --quantize bnb.nf4
+"""
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse.typing import SecretStr
+
+from lit_qlora import cli
+from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.serve.limits import LOOPBACK, Limits
+from lit_qlora.settings import check
+from lit_qlora.use import UseConfig, check_style, load_roster, peak_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Limits, UseConfig):
+    """Serve a model and its adapters: /v1/chat/completions, /v1/completions, /v1/models, and a page at /.
+
+    The base answers to the name of its directory, each adapter to its own; all share the weights of the base.
+    """
+
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """More adapters of the same base, by the names that clients call them, e.g. --adapters.legal out/legal/final"""
+    host: str = "127.0.0.1"
+    """Address to listen at. Another than the loopback lets other machines in, and needs an api_key."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    api_key: SecretStr | None = None
+    """What clients must send as 'Authorization: Bearer KEY'."""
+    api_key_file: Path | None = None
+    """A file that holds the api_key, which then stands in no list of processes."""
+    style: str = "auto"
+    """Prompt style of chats, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'auto' is the
+    style that checkpoint or adapter were trained with, else the chat template, else none."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the model is loaded."""
+        check_style(self.style)
+        super().__post_init__()
+        check(0 <= self.port < 2**16, f"port must be in [0, 65535], got {self.port}.")
+        check(self.api_key is None or self.api_key_file is None, "Give api_key or api_key_file, not both.")
+        check(
+            self.host in LOOPBACK or bool(self.api_key or self.api_key_file),
+            f"host {self.host} lets other machines in. Give --api_key_file a file with a key that they must send.",
+        )
+
+    def key(self) -> str | None:
+        """What clients must send, if anything.
+
+        Raises:
+            UsageError: if the file cannot be read, or the key is one that can be guessed.
+        """
+        key = self.api_key.get_secret_value() if self.api_key else None
+        if self.api_key_file:
+            try:
+                key = self.api_key_file.read_text().strip()
+            except (OSError, ValueError) as error:
+                raise UsageError(f"api_key_file {self.api_key_file} cannot be read: {error}.") from None
+        check(key is None or len(key) >= 8, "The API key must have at least 8 characters.")
+        return key
+
+
+def main(config: Config) -> None:
+    """Load everything, then serve until Ctrl-C."""
+    key = config.key()
+    try:
+        from lit_qlora.serve.app import make_app
+        from lit_qlora.serve.listen import make_server, open_socket
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed. pip install 'lit_qlora[serve]' installs it.") from None
+
+    listener = open_socket(config.host, config.port)  # before the weights, so that a port in use is known at once
+    roster = load_roster(config, config.adapters, config.style)
+    if len(roster.names) > 1 and not roster.switch.by_row:
+        raise UsageError("An adapter of a mixture of experts cannot share a batch. Merge it, and serve what comes out.")
+    app = make_app(roster, config, key, hosts=LOOPBACK if config.host in LOOPBACK else ())
+    server = make_server(app, config.read_seconds)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"Serving {', '.join(roster.names)} at http://{shown}:{port}   {peak_memory()}   Ctrl-C ends it.",
+        file=sys.stderr,
+    )
+    with suppress(KeyboardInterrupt):  # raised again by uvicorn when all is closed
+        server.run([listener])
+    if not server.started:
+        raise ResourceError(f"The server could not start at {shown}:{port}.")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

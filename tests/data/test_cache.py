@@ -1,0 +1,201 @@
+"""The cache of encoded sources: found again, never believed when it is not whole, never in the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lit_qlora.data import cache
+from lit_qlora.data.cache import Encoded
+from lit_qlora.data.load import encode_source
+from lit_qlora.data.sources import Source
+from lit_qlora.prompts import STYLES, TemplateStyle
+from lit_qlora.settings import DataConfig
+from lit_qlora.tokenizer import Tokenizer
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "WORTH_KEEPING", 1)
+
+
+@pytest.fixture
+def encode(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path):
+    """Encodes the examples with the cache in tmp_path/cache."""
+
+    def run(
+        style: Any = STYLES["qa"], checkpoint: Path = tiny_checkpoint, max_length: int = 96, **settings: Any
+    ) -> Encoded:
+        data = DataConfig(**{"path": str(examples_file), "cache_dir": str(tmp_path / "cache")} | settings)
+        return encode_source(Source(str(examples_file)), data, checkpoint, Tokenizer(checkpoint), style, max_length)
+
+    return run
+
+
+def same(one: Encoded, other: Encoded) -> bool:
+    arrays = [
+        (getattr(one.samples, n), getattr(other.samples, n))
+        for n in ("tokens", "trained", "starts", "ends", "labelled")
+    ]
+    arrays += [(one.lengths, other.lengths), (one.digests, other.digests)]
+    return all(np.array_equal(a, b) for a, b in arrays) and one.facts == other.facts
+
+
+def test_what_was_encoded_is_found_again_and_is_the_same(encode) -> None:
+    first, second = encode(), encode()
+    assert (first.cached, second.cached) == (False, True)
+    assert same(first, second)
+    assert isinstance(second.samples.tokens, np.memmap)
+
+
+def test_a_change_of_anything_that_matters_is_another_entry(
+    encode, examples_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    encode()
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    (other / "tokenizer_config.json").write_text("{}")
+    for change in (
+        {"style": STYLES["plain"]},
+        {"checkpoint": other},
+        {"max_length": 95},
+        {"max_length_prompt": 90},
+        {"max_length_answer": 90},
+        {"overlong": "drop"},
+        {"mask_prompt": False},
+        {"only_last_answer": True},
+        {"system": "Be kind."},
+        {"format": "alpaca"},
+        {"columns": "instruction:instruction,output:output"},
+        {"on_error": "skip"},
+        {"allow": "empty_answers"},
+    ):
+        assert not encode(**change).cached, change
+        assert encode(**change).cached, change
+    examples_file.write_text(examples_file.read_text().replace("plus", "and"))
+    assert not encode().cached
+
+
+def test_what_does_not_matter_is_the_same_entry(encode) -> None:
+    encode()
+    assert encode(seed=5, packing=True, weighting="samples", val_fraction=0.5, max_samples=3).cached
+
+
+def test_a_template_that_says_the_date_is_encoded_again_on_another_day(encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    style = TemplateStyle("{{ strftime_now('') }}{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    assert not encode(style).cached
+    assert encode(style).cached
+
+    class Tomorrow:
+        @staticmethod
+        def today() -> str:
+            return "tomorrow"
+
+    monkeypatch.setattr("lit_qlora.data.load.date", Tomorrow)
+    assert not encode(style).cached
+
+
+@pytest.mark.parametrize("name", [*(f"{array}.bin" for array in cache.ARRAYS), "facts.json"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "empty"])
+def test_an_entry_that_is_not_whole_is_not_believed_and_made_anew(
+    encode, tmp_path: Path, name: str, damage: str
+) -> None:
+    whole = encode()
+    (folder,) = (tmp_path / "cache").iterdir()
+    file = folder / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 2] if damage == "shorter" else b"")
+    again = encode()
+    assert not again.cached
+    assert same(again, whole)
+    assert encode().cached
+
+
+def test_the_cache_may_be_deleted_while_it_is_used(encode, tmp_path: Path) -> None:
+    first = encode()
+    second = encode()
+    shutil.rmtree(tmp_path / "cache")
+    assert same(first, second)
+    assert not encode().cached
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(encode, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert not encode().cached
+    assert not encode().cached
+
+
+def test_the_cache_can_be_done_without(encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert not encode(cache_dir="none").cached
+    assert not (tmp_path / "home").exists()
+    encode(cache_dir="auto")
+    assert encode(cache_dir="auto").cached
+    assert (tmp_path / "home/lit_qlora/data").is_dir()
+
+
+def test_few_samples_are_not_kept(encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "WORTH_KEEPING", 10**6)
+    encode()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_a_killed_run_left_is_removed_after_a_day(encode, tmp_path: Path) -> None:
+    left = [tmp_path / "cache" / f"{name}.1.unfinished" for name in ("old", "new")]
+    for folder in left:
+        folder.mkdir(parents=True)
+    os.utime(left[0], (0, 0))
+    encode()
+    assert [folder.exists() for folder in left] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_an_entry_whole_or_none(
+    tiny_checkpoint: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    rows = examples_file.read_text() * 400
+    examples_file.write_text(rows)
+    code = f"""
+import sys
+from pathlib import Path
+from lit_qlora.data import cache
+cache.WORTH_KEEPING = 1
+from lit_qlora.data.load import encode_source
+from lit_qlora.data.sources import Source
+from lit_qlora.prompts import STYLES
+from lit_qlora.settings import DataConfig
+from lit_qlora.tokenizer import Tokenizer
+base = Path({str(tiny_checkpoint)!r})
+print("begin", flush=True)
+found = encode_source(Source({str(examples_file)!r}), DataConfig(cache_dir={str(tmp_path / "cache")!r}), base,
+                      Tokenizer(base), STYLES["qa"], 96)
+print(found.cached, len(found.samples), int(found.samples.tokens.sum()), flush=True)
+"""
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    expected = start().communicate()[0].split()[2:]
+    shutil.rmtree(tmp_path / "cache")
+    for delay in (0.05, 0.3, 0.6, 0.9, 1.1, 1.3):
+        run = start()
+        assert run.stdout
+        run.stdout.readline()
+        time.sleep(delay)
+        os.kill(run.pid, signal.SIGKILL)
+        run.communicate()
+        entries = [folder for folder in (tmp_path / "cache").glob("*") if not folder.name.endswith(".unfinished")]
+        for folder in entries:
+            assert json.loads((folder / "facts.json").read_text())["sizes"]["ends"] == 16_000
+        assert start().communicate()[0].split()[2:] == expected
+        shutil.rmtree(tmp_path / "cache")

@@ -1,0 +1,149 @@
+"""What records look like: every format in the table is recognised and read as it is meant."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_qlora.data.examples import Reading, read_examples
+from lit_qlora.data.formats import FORMATS
+from lit_qlora.errors import DataError, UsageError
+from lit_qlora.prompts import Turn
+
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+TREE = [
+    {"message_id": "1", "parent_id": None, "role": "prompter", "text": "Why?", "rank": None, "deleted": False},
+    {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "No idea.", "rank": 1, "deleted": False},
+    {"message_id": "3", "parent_id": "1", "role": "assistant", "text": "Because.", "rank": 0, "deleted": False},
+    {"message_id": "9", "parent_id": "1", "role": "assistant", "text": "Spam.", "rank": -1, "deleted": True},
+    {"message_id": "4", "parent_id": "3", "role": "prompter", "text": "Really?", "rank": None, "deleted": False},
+    {"message_id": "5", "parent_id": "4", "role": "assistant", "text": "Really.", "rank": None, "deleted": False},
+    {"message_id": "6", "parent_id": "5", "role": "prompter", "text": "Hm.", "rank": None, "deleted": False},
+    {"message_id": "7", "parent_id": None, "role": "prompter", "text": "Who?", "rank": None, "deleted": False},
+    {"message_id": "8", "parent_id": "7", "role": "assistant", "text": "Me.", "rank": 0, "deleted": False},
+]
+WHOLE_TREE = {
+    "message_tree_id": "1",
+    "prompt": {
+        "text": "Why?",
+        "role": "prompter",
+        "replies": [
+            {"text": "No idea.", "role": "assistant", "rank": 1, "replies": []},
+            {"text": "Because.", "role": "assistant", "rank": 0, "replies": []},
+        ],
+    },
+}
+BEST = (Turn("Why?", "Because."), Turn("Really?", "Really."))
+RED_DOT = {"product": "Beseye Pro", "category": "Camera", "description": "It sees.", "text": "..."}
+RED_DOT_PROMPT = "Create a detailed description for the following product: Beseye Pro, belonging to category: Camera"
+CASES: dict[str, tuple[list[dict[str, Any]], list[tuple[Any, str, str]]]] = {
+    "alpaca": (
+        [{"instruction": "Hi", "input": "in", "output": "Yo", "system": "Be kind."}],
+        [((Turn("Hi", "Yo"),), "in", "Be kind.")],
+    ),
+    "dolly": (
+        [{"instruction": "Hi", "context": "in", "response": "Yo", "category": "open_qa"}],
+        [((Turn("Hi", "Yo"),), "in", "")],
+    ),
+    "lima": (
+        [{"conversations": ["Hi", "Yo", "A", "B"], "source": "x"}],
+        [((Turn("Hi", "Yo"), Turn("A", "B")), "", "")],
+    ),
+    "longform": ([{"input": "Hi", "output": "Yo", "source": "x"}], [((Turn("Hi", "Yo"),), "", "")]),
+    "flan": ([{"inputs": "Hi", "targets": "Yo", "task": "x"}], [((Turn("Hi", "Yo"),), "", "")]),
+    "oasst1": (TREE, [(BEST, "", ""), ((Turn("Who?", "Me."),), "", "")]),
+    "oasst1-trees": ([WHOLE_TREE], [((Turn("Why?", "Because."),), "", "")]),
+    "self-instruct": ([{"prompt": "Hi", "completion": "Yo"}], [((Turn("Hi", "Yo"),), "", "")]),
+    "prompt-response": ([{"prompt": "Hi", "response": "Yo"}], [((Turn("Hi", "Yo"),), "", "")]),
+    "qa": ([{"question": "Hi", "answer": "Yo"}], [((Turn("Hi", "Yo"),), "", "")]),
+    "hh-rlhf": (
+        [{"chosen": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: A\n\nAssistant: B", "rejected": "x"}],
+        [((Turn("Hi", "Yo"), Turn("A", "B")), "", "")],
+    ),
+    "chip2": ([{"text": "<human>: Hi\n<bot>: Yo", "metadata": {}}], [((Turn("Hi", "Yo"),), "", "")]),
+    "sharegpt": ([{"conversations": SHAREGPT, "system": "Be kind."}], [((Turn("Hi", "Yo"),), "", "Be kind.")]),
+    "messages": (
+        [{"messages": [{"role": "system", "content": "Be kind."}, *MESSAGES]}],
+        [((Turn("Hi", "Yo"),), "", "Be kind.")],
+    ),
+    "red-dot": ([RED_DOT], [((Turn(RED_DOT_PROMPT, "It sees."),), "", "")]),
+    "text": ([{"text": "Once upon a time."}], [((Turn("", "Once upon a time."),), "", "")]),
+}
+
+
+def read(tmp_path: Path, rows: list[Any], **settings: Any) -> Reading:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_examples(path, **settings)
+
+
+def test_every_format_has_a_case() -> None:
+    assert set(CASES) == set(FORMATS) - {"alpaca-gpt4"}  # which has Alpaca's columns
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("how", ["auto", "named"])
+def test_a_format_is_recognised_and_read(tmp_path: Path, name: str, how: str) -> None:
+    rows, expected = CASES[name]
+    reading = read(tmp_path, rows, format="auto" if how == "auto" else name)
+    assert reading.format == name
+    assert [(e.turns, e.input, e.system) for e in reading.examples] == expected
+    assert reading.saw == f"columns {', '.join(rows[0])}"
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "lima", "messages", "oasst1"])
+def test_conversations_survive_a_parquet_file(tmp_path: Path, name: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows, expected = CASES[name]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    reading = read_examples(tmp_path / "a.parquet")
+    assert reading.format == name
+    assert [(e.turns, e.input, e.system) for e in reading.examples] == expected
+
+
+def test_an_answer_of_weight_zero_is_context_only(tmp_path: Path) -> None:
+    spoken = [*MESSAGES, MESSAGES[0], MESSAGES[1]]
+    spoken[1] = MESSAGES[1] | {"weight": 0}
+    (example,) = read(tmp_path, [{"messages": spoken}]).examples
+    assert [turn.trained for turn in example.turns] == [False, True]
+
+
+def test_any_columns_can_be_named(tmp_path: Path) -> None:
+    rows = [{"frage": "Hi", "text": "in", "antwort": "Yo", "rolle": "Be kind."}]
+    reading = read(tmp_path, rows, columns="frage:instruction, antwort:output,text:input,rolle:system")
+    assert [(e.turns, e.input, e.system) for e in reading.examples] == [((Turn("Hi", "Yo"),), "in", "Be kind.")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("a:instruction", "of no column that it is the output"),
+        ("a:output", "of no column that it is the instruction"),
+        ("a:instruction,b:outptu", "Did you mean output"),
+        ("instruction,output", "not of the form theirs:ours"),
+    ],
+)
+def test_columns_that_make_no_sense_are_refused(tmp_path: Path, columns: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, [{"a": "1", "b": "2"}], columns=columns)
+
+
+def test_an_unknown_format_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.format 'dolyl' is not known\. Did you mean dolly\?"):
+        read(tmp_path, [{"a": "1"}], format="dolyl")
+
+
+def test_a_message_that_replies_to_itself_is_named(tmp_path: Path) -> None:
+    circle = TREE[1] | {"message_id": "1"}
+    with pytest.raises(DataError, match=r":1: the message '1' replies to itself"):
+        read(tmp_path, [TREE[0], circle])
+
+
+def test_messages_that_reply_to_nobody_are_named(tmp_path: Path) -> None:
+    orphan = TREE[1] | {"message_id": "77", "parent_id": "66"}
+    with pytest.raises(DataError, match=r":10: its parent_id '66' is no message of this file"):
+        read(tmp_path, [*TREE, orphan])

@@ -1,0 +1,216 @@
+"""The fast path is the plain path: the same loss and gradients for every layout, adapter and recompute setting."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.fused import fuse, why_not
+from lit_qlora.kernels.dropout import Dropout, factor_reference
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.lora import LoRALinear, add_lora, lora_state
+from lit_qlora.model import GPT, IGNORE
+from lit_qlora.quantize import quantize_linears
+from lit_qlora.settings import LoRAConfig, Scheme, Target
+from tests.conftest import tiny_model
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POLICIES = ["none", "mlp", "attn", "full"]  # offload needs a GPU: tests/gpu
+SHAPE = {"n_embd": 64, "head_size": 16, "ffn_size": 128, "vocab_size": 160, "block_size": 64}
+
+
+def adapted_model(
+    scheme: Scheme = "none", targets: tuple[Target, ...] = ("all",), r: int = 4, dropout: float = 0.0, **changes: Any
+) -> GPT:
+    """A small model with adapters that do something."""
+    model = tiny_model(**SHAPE | changes)
+    quantize_linears(model, scheme)
+    torch.manual_seed(1)
+    add_lora(model, LoRAConfig(r=r, alpha=2 * r, targets=targets, dropout=dropout))
+    for tensor in lora_state(model).values():
+        nn.init.normal_(tensor, std=0.1)
+    return model.to(DEVICE).train()
+
+
+def batch(rows: int = 2, length: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 160, (rows, length + 1), generator=generator).to(DEVICE)
+    labels = tokens[:, 1:].clone()
+    labels[:, :3] = IGNORE
+    return tokens[:, :-1], labels
+
+
+def gradients(model: GPT, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model.loss(*arguments)
+    (loss / 7).backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-4)
+    assert one[1].keys() == other[1].keys()
+    for name in one[1]:
+        size = float(other[1][name].norm())
+        assert size > 0, name
+        assert float((one[1][name] - other[1][name]).norm()) < 2e-4 * size, name
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "multi-head": {"n_kv_head": 4},
+    "nf4": {"scheme": "bnb.nf4"},
+    "int8": {"scheme": "bnb.int8"},
+    "query and value": {"targets": ("query", "value")},
+    "mlp": {"targets": ("mlp",)},
+    "projection": {"targets": ("projection",), "scheme": "bnb.fp4"},
+    "rank 20": {"r": 20},
+    "biases": {"qkv_bias": True, "projection_bias": True, "mlp_bias": True},
+    "partial rope, tied head": {"rope_fraction": 0.5, "tied_head": True},
+    "llama3 rope": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_block_size": 16},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
+    model = adapted_model(**CASES[case])
+    expected = gradients(model, *batch())
+    assert why_not(model) == ""
+    fuse(model)
+    assert_equal(gradients(model, *batch()), expected)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_recomputing_changes_no_bit(policy: Any) -> None:
+    model = adapted_model(scheme="bnb.nf4", dropout=0.3)
+    fused = fuse(model)
+    results = []
+    for policies in (["none", "none"], [policy, "none"], [policy, policy]):
+        fused.set_recompute(policies)
+        torch.manual_seed(3)
+        results.append(gradients(model, *batch()))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(gradient[name], results[0][1][name]) for name in gradient)
+
+
+def test_weights_of_tokens_weigh_their_losses() -> None:
+    model = adapted_model()
+    tokens, labels = batch()
+    weights = torch.rand(labels.shape, device=DEVICE)
+    expected = gradients(model, tokens, labels, weights)
+    fuse(model)
+    assert_equal(gradients(model, tokens, labels, weights), expected)
+
+
+def test_documents_in_a_row_see_only_themselves() -> None:
+    model = adapted_model(scheme="bnb.nf4")
+    tokens, labels = batch(rows=2, length=16)
+    lengths = [[5, 7, 4], [9, 3, 4]]
+    segments = torch.tensor([[i for i, n in enumerate(row) for _ in range(n)] for row in lengths], device=DEVICE)
+    positions = torch.tensor([[j for n in row for j in range(n)] for row in lengths], device=DEVICE)
+    segments[1, 12:] = -1
+    labels[1, 12:] = IGNORE
+    expected = gradients(model, tokens, labels, None, positions, segments)
+    fuse(model)
+    assert_equal(gradients(model, tokens, labels, None, positions, segments), expected)
+
+
+class Masked(nn.Module):
+    """Dropout that drops what the fast path drops."""
+
+    def __init__(self, rows: int, width: int, dropout: "Dropout") -> None:
+        super().__init__()
+        self.factor = factor_reference(rows, width, dropout, DEVICE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        return (x.flatten(0, 1) * self.factor).view_as(x)
+
+
+def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped() -> None:
+    model, p = adapted_model(dropout=0.3), 0.3
+    torch.manual_seed(5)
+    seed = int(torch.randint(1, 2**31 - 1, ()))
+    groups = {"query": 0, "key": 0, "value": 0, "projection": 1, "gate": 2, "up": 2, "down": 3}
+    adapters = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    own = {path: module.dropout for path, module in adapters.items()}
+    for path, module in adapters.items():
+        block, name = int(path.split(".")[1]), path.split(".")[-1]
+        place = (seed + 4 * block + groups[name]) % 2**31
+        module.dropout = Masked(24, module.in_features, Dropout(p, place))  # type: ignore[assignment]
+    expected = gradients(model, *batch())
+    for path, module in adapters.items():
+        module.dropout = own[path]
+    fuse(model)
+    torch.manual_seed(5)
+    assert_equal(gradients(model, *batch()), expected)
+
+
+def test_gradients_add_up_over_micro_batches_and_start_at_zero_after_a_step() -> None:
+    model = adapted_model()
+    expected = gradients(model, *batch())[1]
+    model.zero_grad()
+    fuse(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for _ in range(2):
+        for _ in range(2):
+            (model.loss(*batch()) / 7).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, 2 * expected[name], rtol=1e-3, atol=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_gradients_that_are_there_already_are_added_to() -> None:
+    model = adapted_model()
+    expected = gradients(model, *batch())[1]
+    fuse(model)
+    (model.loss(*batch()) / 7).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, 2 * expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_of_the_optimizer_is_seen_by_the_next_pass_and_by_the_plain_path() -> None:
+    model = adapted_model(scheme="bnb.nf4")
+    fuse(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model.loss(*batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    with torch.no_grad():
+        fast = model.eval().loss(*batch())
+        model.fast = None
+        torch.testing.assert_close(fast, model.loss(*batch()), rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    model = adapted_model(dropout=0.5).eval()
+    with torch.no_grad():
+        expected = model.loss(*batch())
+        fuse(model)
+        torch.testing.assert_close(model.loss(*batch()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"norm": "layer"}, "norm 'layer'"),
+        ({"ffn": "gelu"}, "ffn 'gelu'"),
+        ({"parallel_residual": True}, "parallel_residual True"),
+        ({"sliding_window": 8}, "a sliding window of 8 tokens"),
+        ({"targets": ("head",)}, "an adapted or quantised output head"),
+        ({"scheme": "bnb.nf4-dq"}, "does not stack"),
+    ],
+)
+def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> None:
+    assert reason in why_not(adapted_model(**changes))

@@ -1,0 +1,149 @@
+"""On a GPU in bf16 the fast path is no farther from float64 than the plain one; every setting gives the same bits."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.lora import LoRALinear, add_lora, lora_state
+from lit_qlora.model import GPT
+from lit_qlora.quantize import QuantizedLinear, quantize_linears
+from lit_qlora.settings import LoRAConfig, Scheme, Target
+from tests.conftest import tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPE = {
+    "n_embd": 256,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "head_size": 64,
+    "ffn_size": 704,
+    "vocab_size": 1024,
+    "block_size": 512,
+}
+
+
+def adapted(
+    scheme: Scheme = "bnb.nf4",
+    targets: tuple[Target, ...] = ("all",),
+    r: int = 16,
+    dropout: float = 0.0,
+    **changes: Any,
+) -> GPT:
+    model = tiny_model(std=0.05, **SHAPE | changes).to("cuda", torch.bfloat16)
+    quantize_linears(model, scheme)
+    torch.manual_seed(1)
+    add_lora(model, LoRAConfig(r=r, alpha=2 * r, targets=targets, dropout=dropout))
+    for tensor in lora_state(model).values():
+        nn.init.normal_(tensor, std=0.05)
+    return model.train()
+
+
+def in_float64(model: GPT) -> GPT:
+    """The same model with its dequantised weights in float64."""
+    exact = copy.deepcopy(model)
+    for path, module in list(exact.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="cuda")
+            linear.weight.data = module.dequantize()
+            if module.bias is not None:
+                linear.bias.data = module.bias.data
+            exact.set_submodule(path, linear.requires_grad_(False))
+    return exact.double()
+
+
+def gradients(model: GPT, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model.loss(*arguments)
+    (loss / 100).backward()
+    return loss.detach(), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def errors(one: dict[str, Tensor], exact: dict[str, Tensor]) -> list[float]:
+    return [float((one[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
+
+
+def batch(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 1024, (rows, length + 1), device="cuda")
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def packed(rows: int, length: int) -> tuple[Tensor, ...]:
+    tokens, labels = batch(rows, length)
+    lengths = [length // 3, length // 5, length - length // 3 - length // 5]
+    segments = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device="cuda").expand(rows, -1)
+    positions = torch.tensor([j for n in lengths for j in range(n)], device="cuda").expand(rows, -1)
+    return tokens, labels, torch.rand(labels.shape, device="cuda"), positions, segments
+
+
+LAYOUTS = {
+    "cudnn": lambda: batch(2, 256),
+    "flash": lambda: batch(3, 100),
+    "one short sample": lambda: batch(1, 37),
+    "packed": lambda: packed(2, 256),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "nf4, query and value": {"targets": ("query", "value"), "r": 8},
+    "int8, rank 64": {"scheme": "bnb.int8", "r": 64},
+    "bf16": {"scheme": "none"},
+    "biases, all heads": {"scheme": "bnb.fp4", "qkv_bias": True, "n_kv_head": 4},
+    "one key head": {"n_kv_head": 1},
+    "nf4-dq": {"scheme": "bnb.nf4-dq", "n_embd": 512, "n_head": 8, "n_kv_head": 4, "ffn_size": 1024},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_errors_are_no_larger_than_those_of_the_plain_path(kind: str, layout: str) -> None:
+    from lit_qlora.fused import fuse, why_not
+
+    torch.manual_seed(0)
+    model, arguments = adapted(**MODELS[kind]), LAYOUTS[layout]()
+    assert why_not(model) == ""
+    exact_loss, exact = gradients(in_float64(model), *arguments)
+    plain_loss, plain = gradients(model, *arguments)
+    fuse(model)
+    fast_loss, fast = gradients(model, *arguments)
+    ours, theirs = errors(fast, exact), errors(plain, exact)
+    assert sum(ours) <= 1.05 * sum(theirs), (sum(ours) / len(ours), sum(theirs) / len(theirs))
+    assert max(ours) < 0.05
+    assert abs(fast_loss - exact_loss) < 2e-3 * exact_loss, (fast_loss, plain_loss, exact_loss)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("policy", ["mlp", "attn", "offload", "full"])
+def test_recomputing_and_offloading_change_no_bit(policy: Any, layout: str) -> None:
+    from lit_qlora.fused import fuse
+
+    model = adapted(dropout=0.1)
+    fused, arguments, results = fuse(model), LAYOUTS[layout](), []
+    for policies in (["none", "none"], [policy, "none"], [policy, policy]):
+        fused.set_recompute(policies)
+        torch.manual_seed(3)
+        results.append(gradients(model, *arguments)[1])
+    for name in results[0]:
+        assert torch.equal(results[1][name], results[0][name]), name
+        assert torch.equal(results[2][name], results[0][name]), name
+
+
+def test_dropout_keeps_the_mean_of_the_gradient() -> None:
+    from lit_qlora.fused import fuse
+
+    model = adapted(dropout=0.2)
+    arguments = batch(2, 256)
+    assert any(isinstance(module, LoRALinear) for module in model.modules())
+    without = gradients(model.eval(), *arguments)[1]
+    model.train()
+    fuse(model)
+    draws = [gradients(model, *arguments)[1] for _ in range(60)]
+    name = "blocks.0.attn.query.lora_b"
+    mean = torch.stack([draw[name] for draw in draws]).mean(0)
+    spread = torch.stack([draw[name] for draw in draws]).std(0).norm() / len(draws) ** 0.5
+    assert float((mean - without[name]).norm()) < 3 * float(spread) + 0.02 * float(without[name].norm())
+    assert not torch.equal(draws[0][name], draws[1][name])

@@ -1,0 +1,93 @@
+"""Decoding as CUDA graphs gives the text of the plain path, in every storage, for one text and for several."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lit_qlora.generate import fixed, generate, stream
+from lit_qlora.generate.fixed import FixedStep
+from lit_qlora.model import GPT
+from lit_qlora.quantize import quantize_linears
+from lit_qlora.settings import SCHEMES, GenerationConfig, Scheme
+from tests.conftest import tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = [[5, 9, 200], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8]]
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "window": {"sliding_window": 6},
+    "neox": {"norm": "layer", "ffn": "gelu", "parallel_residual": True, "rope_fraction": 0.25, "n_kv_head": 4},
+    "mqa": {"n_kv_head": 1},
+    "softcap": {"attention_softcap": 5.0, "logit_softcap": 3.0},
+    "experts": {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32},
+}
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The limits for which graphs were captured."""
+    limits: list[int] = []
+    capture: Callable[[FixedStep], Any] = FixedStep._capture
+
+    def counted(self: FixedStep) -> Any:
+        limits.append(self.cache.limit)
+        return capture(self)
+
+    monkeypatch.setattr(FixedStep, "_capture", counted)
+    monkeypatch.setattr(fixed, "SMALLEST", 16)
+    return limits
+
+
+def on_gpu(scheme: Scheme = "none", **changes: Any) -> GPT:
+    model = tiny_model(**changes).cuda()
+    quantize_linears(model, scheme)
+    return model
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "several"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_graph_gives_the_greedy_text_of_the_plain_path(
+    name: str, prompts: list[list[int]], captures: list[int]
+) -> None:
+    model = on_gpu(**MODELS[name])
+    config = GenerationConfig(max_new_tokens=50)
+    expected = generate(model, prompts, config, (17,), fixed_shapes=False)
+    assert captures == []
+    assert generate(model, prompts, config, (17,)) == expected
+    assert bool(captures) == (name != "experts")
+    assert len(captures) == len(set(captures))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_graph_gives_the_text_of_the_plain_path_in_every_storage(scheme: Scheme, captures: list[int]) -> None:
+    model = on_gpu(scheme)
+    config = GenerationConfig(max_new_tokens=50)
+    assert generate(model, PROMPTS, config, ()) == generate(model, PROMPTS, config, (), fixed_shapes=False)
+    assert captures == [16, 32, 60]
+
+
+def test_drawn_tokens_are_the_same_with_and_without_a_graph(captures: list[int]) -> None:
+    model = on_gpu()
+    config = GenerationConfig(max_new_tokens=40, temperature=0.9, top_k=50, num_return_sequences=3)
+    assert generate(model, PROMPTS, config, ()) == generate(model, PROMPTS, config, (), fixed_shapes=False)
+    assert captures
+
+
+def test_two_streams_that_are_read_in_turns_do_not_disturb_each_other(captures: list[int]) -> None:
+    model = on_gpu()
+    config = GenerationConfig(max_new_tokens=30)
+    expected = [generate(model, [prompt], config, (), fixed_shapes=False)[0] for prompt in PROMPTS[:2]]
+    streams = [stream(model, prompt, config, ()) for prompt in PROMPTS[:2]]
+    turns = list(zip(*streams, strict=True))
+    assert [list(answer) for answer in zip(*turns, strict=True)] == expected
+
+
+def test_bfloat16_graphs_agree_with_plain_steps(captures: list[int]) -> None:
+    model = on_gpu().bfloat16()
+    config = GenerationConfig(max_new_tokens=40)
+    assert generate(model, PROMPTS[:1], config, ()) == generate(model, PROMPTS[:1], config, (), fixed_shapes=False)

@@ -1,0 +1,95 @@
+"""A server of the tiny checkpoint and two adapters on a free port of the loopback."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_qlora.use import Roster, UseConfig, load_roster
+from tests.test_chat import write_adapter
+
+pytest.importorskip("fastapi", reason="the server is an extra: pip install 'lit_qlora[serve]'")
+pytest.importorskip("uvicorn", reason="the server is an extra: pip install 'lit_qlora[serve]'")
+
+from lit_qlora.serve.app import make_app
+from lit_qlora.serve.limits import Limits
+from lit_qlora.serve.listen import make_server, open_socket
+
+
+@dataclass
+class Running:
+    """A server that is up."""
+
+    port: int
+    app: Any
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Answers that are being made, and that wait."""
+        load: tuple[int, int] = self.app.state.engine.load
+        return load
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+        """Come back when `condition` holds."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"waited {seconds} s in vain; load {self.load}"
+            time.sleep(0.01)
+
+
+@contextmanager
+def serving(roster: Roster, api_key: str | None = None, pace: float = 0.0, **limits: Any) -> Iterator[Running]:
+    """A server with these limits.
+
+    Args:
+        pace: seconds that each step of the batch takes longer.
+    """
+    app = make_app(roster, Limits(**limits), api_key)
+    batcher = app.state.engine._batcher
+    look_ahead = batcher.look_ahead
+
+    def slowly() -> None:
+        time.sleep(pace)
+        look_ahead()
+
+    batcher.look_ahead = slowly
+    listener = open_socket("127.0.0.1", 0)
+    server = make_server(app, limits.get("read_seconds", 10.0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        running = Running(listener.getsockname()[1], app)
+        running.wait_for(lambda: server.started)
+        yield running
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def roster(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Roster:
+    """The tiny checkpoint as "tiny", and random adapters of it as "sums" and "other"."""
+    folder = tmp_path_factory.mktemp("served")
+    adapters = {
+        "sums": write_adapter(folder / "sums", tiny_checkpoint, 1),
+        "other": write_adapter(folder / "other", tiny_checkpoint, 2, targets="all"),
+    }
+    return load_roster(UseConfig(checkpoint_dir=tiny_checkpoint, quantize="bnb.nf4"), adapters)
+
+
+@pytest.fixture
+def server(roster: Roster) -> Iterator[Running]:
+    """A server with the limits that it has by itself."""
+    with serving(roster) as running:
+        yield running

@@ -1,0 +1,182 @@
+"""scripts/generate.py: one prompt or a file of them in, answers out."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lit_qlora.errors import CheckpointError, DataError, UsageError
+from lit_qlora.generate import generate
+from lit_qlora.prompts import STYLES
+from lit_qlora.settings import DEMO_CHECKPOINT, GenerationConfig
+from lit_qlora.tokenizer import Tokenizer
+from lit_qlora.use import check_style, choose_style, encode_prompt
+from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint
+
+
+def test_auto_is_the_recorded_style_and_none_is_the_bare_text(tiny_checkpoint):
+    tokenizer = Tokenizer(tiny_checkpoint)
+    recorded = choose_style("qa", None)
+    assert recorded is not None
+    assert choose_style("auto", recorded) is recorded
+    assert choose_style("none", recorded) is choose_style("auto", None) is None
+    assert encode_prompt(tokenizer, None, "a", "b") == tokenizer.encode("a\nb")
+    assert encode_prompt(tokenizer, recorded, "a", "b") == tokenizer.encode("Q: a\nb\nA:")
+    with pytest.raises(UsageError, match="Did you mean alpaca"):
+        check_style("alpca")
+
+
+def run_script(name: str, *flags: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"scripts/{name}.py", *map(str, flags)],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_help_needs_neither_torch_nor_a_model(name):
+    script = f"scripts/{name}.py"
+    code = f"import sys, runpy; sys.argv = [{script!r}, '--help']\ntry: runpy.run_path({script!r}, run_name='__main__')"
+    code += "\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert "--max_new_tokens" in done.stdout
+    assert "--top_p" in done.stdout
+
+
+def test_generate_prints_the_answer_alone_on_stdout(tiny_checkpoint):
+    flags = ("--checkpoint_dir", tiny_checkpoint, "--prompt", "What is 3 plus 4?", "--max_new_tokens", 12)
+    done = run_script("generate", *flags)
+    assert done.returncode == 0, done.stderr
+    tokenizer = Tokenizer(tiny_checkpoint)
+    (ids,) = generate(
+        tiny_model(),
+        [tokenizer.encode("What is 3 plus 4?")],
+        GenerationConfig(max_new_tokens=12),
+        tokenizer.stop_ids,
+        300,
+    )
+    assert done.stdout == tokenizer.decode(ids).replace("\r", "\n") + "\n"  # a text pipe knows one kind of newline
+    assert "tokens/s" in done.stderr
+    assert "GiB" in done.stderr
+
+
+def test_generate_explains_an_answer_that_the_context_cuts_off(tiny_checkpoint, capsys):
+    script = load_script("scripts/generate.py")
+    script.main(script.Config(checkpoint_dir=tiny_checkpoint, prompt="What is 3 plus 4?" * 5, max_new_tokens=500))
+    assert "context of 96 tokens is full" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="context holds 96"):
+        script.main(script.Config(checkpoint_dir=tiny_checkpoint, prompt="What is 3 plus 4?" * 30))
+
+
+def test_a_recorded_style_is_used_without_being_asked_for(tiny_checkpoint, tmp_path, capsys):
+    styled = tmp_path / "styled"
+    styled.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        (styled / file.name).symlink_to(file)
+    (styled / "prompt_style.json").write_text(json.dumps({"style": "qa"}))
+    script = load_script("scripts/generate.py")
+    outputs = []
+    for flags in ({"checkpoint_dir": styled}, {"checkpoint_dir": tiny_checkpoint, "style": "qa"}):
+        script.main(script.Config(prompt="What is 3 plus 4?", max_new_tokens=10, **flags))
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(tiny_checkpoint, tmp_path):
+    script = load_script("scripts/generate.py")
+    rows = [
+        {"instruction": "What is 3 plus 4?", "id": 7},
+        {"prompt": "A much longer question: what is 1 plus 2?", "input": "Numbers."},
+        {"instruction": "Hi"},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"checkpoint_dir": tiny_checkpoint, "max_new_tokens": 7, "style": "qa", "stop": ("Q",)}
+    script.main(script.Config(prompts=path, out=tmp_path / "out.jsonl", batch_size=2, **common))
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in row if key in given} for row, given in zip(written, rows, strict=True)] == rows
+    for row in written:
+        config = script.Config(prompt=row.get("instruction") or row["prompt"], input=row.get("input", ""), **common)
+        tokenizer = Tokenizer(tiny_checkpoint)
+        prompt = STYLES["qa"].encode_prompt(tokenizer, config.prompt, config.input)
+        (ids,) = generate(tiny_model(), [prompt], config, tokenizer.stop_ids, tokenizer.size)
+        text = tokenizer.decode(ids).removeprefix(" ")
+        assert row["answer"] == text.partition("Q")[0]
+        assert row["finish_reason"] == ("stop" if "Q" in text or len(ids) < 7 else "length")
+    with pytest.raises(UsageError, match="exists already"):
+        script.Config(prompts=path, out=tmp_path / "out.jsonl")
+
+
+def test_a_text_file_holds_a_prompt_a_line_and_each_gets_as_many_answers_as_asked_for(
+    tiny_checkpoint, tmp_path, capsys
+):
+    script = load_script("scripts/generate.py")
+    path = tmp_path / "in.txt"
+    path.write_text("What is 3 plus 4?\n\n  And 5?\n")
+    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    script.main(script.Config(checkpoint_dir=tiny_checkpoint, prompts=path, **settings))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["What is 3 plus 4?"] * 2 + ["And 5?"] * 2
+    assert rows[0]["answer"] != rows[1]["answer"]
+    script.main(script.Config(checkpoint_dir=tiny_checkpoint, **settings))
+    assert capsys.readouterr().out.count(script.BETWEEN) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no prompt"),
+        ('{"instruction": "x"}\n{"output": "y"}\n', r"in.jsonl:2: no instruction and no prompt \(has: output\)"),
+        ('{"instruction": "x"}\n{"inst\n', "in.jsonl:2: not valid JSON"),
+        ('{"instruction": 5}\n', "in.jsonl:1: no instruction"),
+    ],
+)
+def test_a_file_without_prompts_is_refused_with_the_line_before_anything_is_loaded(content, message, tmp_path):
+    script = load_script("scripts/generate.py")
+    path = tmp_path / "in.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        script.main(script.Config(checkpoint_dir=tmp_path / "absent", prompts=path))
+    with pytest.raises(UsageError, match="not a file"):
+        script.Config(prompts=tmp_path / "absent.jsonl")
+
+
+def test_a_prompt_of_a_file_that_does_not_fit_is_named(tiny_checkpoint, tmp_path):
+    script = load_script("scripts/generate.py")
+    path = tmp_path / "in.txt"
+    path.write_text("short\n" + "What is 3 plus 4?" * 30)
+    with pytest.raises(UsageError, match=r"in.txt:2: The prompt has \d+ tokens"):
+        script.main(script.Config(checkpoint_dir=tiny_checkpoint, prompts=path))
+
+
+def test_a_draft_model_gives_the_same_answer(tiny_checkpoint, tmp_path, capsys):
+    script = load_script("scripts/generate.py")
+    draft = write_checkpoint(tmp_path / "draft", tiny_model(seed=5, n_layer=1))
+    outputs = []
+    for flags in ({}, {"draft_checkpoint_dir": draft}):
+        if flags:
+            with pytest.raises(CheckpointError, match="tokenizer"):
+                script.main(script.Config(checkpoint_dir=tiny_checkpoint, **flags))
+            (draft / "tokenizer.model").write_bytes((tiny_checkpoint / "tokenizer.model").read_bytes())
+        script.main(
+            script.Config(checkpoint_dir=tiny_checkpoint, prompt="What is 3 plus 4?", max_new_tokens=20, **flags)
+        )
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    with pytest.raises(UsageError, match="cannot be assisted"):
+        script.Config(draft_checkpoint_dir=draft, num_beams=2)
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(tiny_checkpoint):
+    script = load_script("scripts/generate.py")
+    with pytest.raises(CheckpointError, match="has another tokenizer"):
+        script.main(script.Config(checkpoint_dir=tiny_checkpoint, draft_checkpoint_dir=DEMO_CHECKPOINT))

@@ -79,13 +79,14 @@ def print_plan(config: FinetuneConfig, data: RunData, total: int, silent: bool =
     room = f" of {memory / GIB:.1f}" if memory else ""
     base = "LoRA" if config.quantize == "none" else f"{config.quantize} + LoRA"
     words = ",".join(config.lora.targets)
+    rows = f"rows of {data.batching.row_length} tokens" if data.batching.row_length else "samples"
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
         f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
         f"{_data_lines(data)}\n"
         f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
-        f"  plan    {total:,} steps x {train.batch_size} samples, {train.micro_batch_size} at a time   {learn}\n"
+        f"  plan    {total:,} steps x {train.batch_size} samples, {train.micro_batch_size} {rows} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}\n"
         f"  path    {_path(plan)}\n"

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,7 +131,7 @@ class Tokenizer:
         """Encode a text that holds the names of control tokens as the characters that they are."""
         names = re.compile("|".join(map(re.escape, self.control_tokens)))
         cuts = [0, *(found.start() + 1 for found in names.finditer(text)), len(text)]
-        parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+        parts = [text[start:end] for start, end in pairwise(cuts)]
         return [i for n, part in enumerate(parts) for i in self.encode_many([part], continuation=n > 0)[0]]
 
     def _control(self, token: Any) -> int | None:

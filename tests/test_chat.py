@@ -72,6 +72,30 @@ def test_each_answer_goes_on_from_all_that_was_said(tiny_checkpoint: Path, capsy
     assert conversation.turns == []
 
 
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}"
+    "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def test_a_model_with_a_chat_template_of_its_own_is_talked_to_in_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        (own / file.name).symlink_to(file)
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    conversation = chat(own, "/system Hm.", "1 + 2", "And 4?", max_new_tokens=4)
+    tokenizer, (first, second) = conversation.tokenizer, conversation.turns
+    # This template writes no BOS, so there is none.
+    prompt = tokenizer.encode("s:Hm.\nu:1 + 2\na:", bos=False)
+    prompt += [*tokenizer.encode(first.answer, continuation=True), tokenizer.eos_id]
+    prompt += tokenizer.encode("u:And 4?\na:", continuation=True)
+    (answer,) = generate(
+        conversation.model, [prompt], GenerationConfig(max_new_tokens=4), tokenizer.stop_ids, tokenizer.size
+    )
+    assert second.answer == tokenizer.decode(answer)
+
+
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full_and_says_so(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,12 +42,8 @@ def with_vocabulary(directory: Path, size: int) -> None:
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": []}
     added = {"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
     steps = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    spec = {
-        "version": "1.0",
-        "added_tokens": [added[0] | {"normalized": False}],
-        "pre_tokenizer": steps,
-        "model": model,
-    }
+    added["normalized"] = False
+    spec = {"version": "1.0", "added_tokens": [added], "pre_tokenizer": steps, "model": model}
     model["vocab"]["ab"] = len(tokens)
     model["merges"] = [["a", "b"]]
     assert len(model["vocab"]) <= size

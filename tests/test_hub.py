@@ -278,6 +278,7 @@ def test_known_models_are_found_by_words() -> None:
     assert len(list_models().splitlines()) == len(names) + len(MODELS)
 
 
+@pytest.mark.slow
 def test_the_command_downloads_and_converts_and_shows_no_token(start: Any, their_folder: Path, tmp_path: Path) -> None:
     hub = start(of_folder(their_folder, gated_for=CANARY))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

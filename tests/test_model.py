@@ -79,17 +79,20 @@ def test_a_full_cache_is_refused() -> None:
         model(torch.zeros(1, 5, dtype=torch.long), KVCache(model.config, 1, 4, torch.float32))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("at_once", [1, 320 * 3, 320 * 7, 2**26])
-def test_loss_is_the_cross_entropy_however_it_is_sliced(at_once: int) -> None:
+def test_loss_is_the_cross_entropy_however_it_is_sliced(at_once: int, weighted: bool) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(2, 7, 16, requires_grad=True)
     head = torch.nn.Linear(16, 320)
     labels = torch.randint(0, 320, (2, 7))
     labels[0, :3] = IGNORE
-    expected = torch.nn.functional.cross_entropy(
-        head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    weights = torch.rand(2, 7) if weighted else None
+    each = torch.nn.functional.cross_entropy(
+        head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    actual = linear_cross_entropy(hidden, head, labels, at_once=at_once)
+    expected = (each if weights is None else each * weights.flatten()).sum()
+    actual = linear_cross_entropy(hidden, head, labels, weights, at_once=at_once)
     torch.testing.assert_close(actual, expected)
     for ours, theirs in zip(
         torch.autograd.grad(actual, [hidden, head.weight]),

@@ -146,7 +146,8 @@ class Encoder:
         return [Sample(np.array(tokens, np.int32), np.array(trained, np.bool_))]
 
     def _exceeds(self, turn: EncodedTurn) -> bool:
-        return any(limit is not None and len(ids) > limit for ids, limit in zip(turn, self._limits(), strict=True))
+        prompt, answer = self._limits()
+        return (prompt is not None and len(turn[0]) > prompt) or (answer is not None and len(turn[1]) > answer)
 
     def _limits(self) -> tuple[int | None, int | None]:
         return self.encoding.max_length_prompt, self.encoding.max_length_answer

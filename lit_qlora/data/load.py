@@ -1,8 +1,10 @@
 """The data of a run: read, encoded or found in the cache, split, and audited."""
 
+import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -168,12 +170,13 @@ def encode_source(
     directory = cache.directory(data.cache_dir)
     if directory and (found := cache.load(directory, key)):
         return found
-    reading = read_examples(
-        source, format=data.format, columns=data.columns, skip=data.on_error == "skip", allow=data.allow
-    )
-    encoder = Encoder(tokenizer, STYLES["text"] if reading.format == "text" else style, encoding)
-    encoder.counts.skipped = reading.skipped
-    arrays = cache.collect(encoder.encode(reading.examples))
+    with _no_garbage():
+        reading = read_examples(
+            source, format=data.format, columns=data.columns, skip=data.on_error == "skip", allow=data.allow
+        )
+        encoder = Encoder(tokenizer, STYLES["text"] if reading.format == "text" else style, encoding)
+        encoder.counts.skipped = reading.skipped
+        arrays = cache.collect(encoder.encode(reading.examples))
     facts = cache.Facts(str(source), sha256, reading.format, reading.saw, encoder.counts)
     if directory and len(arrays["tokens"]) >= cache.WORTH_KEEPING:
         cache.save(directory, key, arrays, facts)
@@ -200,6 +203,18 @@ def split(
         return [places[at][owners[at] == number].tolist() for number in range(len(train))]
 
     return by_source(kept), by_source(sorted(shuffled[:held_out]))
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Leave out the search for garbage: among a million samples it takes a third of the time and finds nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _sha256(path: Path) -> str:

@@ -54,6 +54,7 @@ class Batcher:
         slots: most requests in the batch.
         select: told before each forward pass which adapter each of its rows uses.
         vocab_size: ids from here on are never chosen.
+        context: most tokens of a prompt and its answer; by default the model's block_size.
 
     Attributes:
         active: the requests in the batch; request i is in slot i.
@@ -65,11 +66,13 @@ class Batcher:
         slots: int,
         select: Callable[[Sequence[str | None]], None],
         vocab_size: int | None = None,
+        context: int | None = None,
     ) -> None:
         self.model, self.slots, self.select, self.vocab_size = model, slots, select, vocab_size
         weight = model.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.cache = SlotCache(model.config, slots, model.config.block_size, self.dtype, self.device)
+        self.context = context or model.config.block_size
+        self.cache = SlotCache(model.config, slots, self.context, self.dtype, self.device)
         self.active: list[Request] = []
         self.logits = torch.empty(0)
 
@@ -81,7 +84,7 @@ class Batcher:
             NumericalError: if a logit is not a number; the batch is as it was.
         """
         assert len(self.active) < self.slots
-        assert len(request.prompt) + request.room <= self.model.config.block_size
+        assert len(request.prompt) + request.room <= self.context
         self.select([request.adapter])
         own = KVCache(self.model.config, 1, len(request.prompt), self.dtype, self.device)
         hidden = self.model.hidden(torch.tensor([request.prompt], device=self.device), own)
@@ -121,7 +124,7 @@ class Batcher:
         self.select([request.adapter for request in self.active])
         self.cache.rows = len(self.active)
         longest = max(len(request.prompt) + len(request.answer) for request in self.active)
-        self.cache.limit = min(-(-longest // COLUMNS) * COLUMNS, self.model.config.block_size)
+        self.cache.limit = min(-(-longest // COLUMNS) * COLUMNS, self.context)
         newest = torch.tensor([[request.answer[-1]] for request in self.active], device=self.device)
         self.logits = self._scores(self.model.hidden(newest, self.cache))
 

@@ -32,8 +32,9 @@ class FixedStep:
     def __init__(self, model: GPT, cache: SlotCache, longest: int, vocab_size: int | None) -> None:
         self.model, self.cache, self.longest, self.vocab_size = model, cache, longest, vocab_size
         self.tokens = torch.zeros(cache.rows, 1, dtype=torch.long, device=cache.lengths.device)
-        # A mixture of experts looks at its counts on the CPU, which no graph can.
-        self.graphed = self.tokens.is_cuda and not model.config.n_expert
+        # A graph cannot look at an expert's counts on the CPU, nor bring longrope's factors from there.
+        can = not model.config.n_expert and model.config.rope_scaling != "longrope"
+        self.graphed = self.tokens.is_cuda and can
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ def make_app(roster: Roster, limits: Limits, api_key: str | None = None, hosts: 
 class _Server:
     def __init__(self, roster: Roster, limits: Limits) -> None:
         self.roster, self.limits = roster, limits
-        self.engine = Engine(roster, limits.slots, limits.queue)
+        self.context = min(limits.context or roster.model.config.block_size, roster.model.config.block_size)
+        self.engine = Engine(roster, limits.slots, limits.queue, self.context)
         self.started = int(time.time())
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class _Server:
             "created": self.started,
             "owned_by": "lit_qlora",
             "parent": None if name == self.roster.base else self.roster.base,
-            "max_model_len": self.roster.model.config.block_size,
+            "max_model_len": self.context,
         }
 
     def check_model(self, name: str) -> None:
@@ -189,19 +190,18 @@ class _Server:
         return questions
 
     def _room(self, length: int, order: Order) -> int:
-        block_size = self.roster.model.config.block_size
         wanted = order.max_tokens or 1
         if length < 1:
             raise ApiError(400, "The prompt is empty, so there is nothing to continue.", "prompt")
-        if length + wanted > block_size:
+        if length + wanted > self.context:
             raise ApiError(
                 400,
                 f"The prompt has {length} tokens and the answer may have {wanted}, but the model's context holds "
-                f"{block_size}, so there is room for {max(block_size - length, 0)}.",
+                f"{self.context}, so there is room for {max(self.context - length, 0)}.",
                 "max_tokens" if order.max_tokens else "messages",
                 "context_length_exceeded",
             )
-        return order.max_tokens or block_size - length
+        return order.max_tokens or self.context - length
 
 
 async def _disconnected(request: Request) -> None:

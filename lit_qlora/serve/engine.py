@@ -39,11 +39,12 @@ class Engine:
     Args:
         slots: jobs that are answered at a time.
         queue: jobs that may wait.
+        context: most tokens of a prompt and its answer.
     """
 
-    def __init__(self, roster: Roster, slots: int, queue: int) -> None:
+    def __init__(self, roster: Roster, slots: int, queue: int, context: int) -> None:
         self.queue = queue
-        self._batcher = Batcher(roster.model, slots, roster.switch.select, roster.tokenizer.size)
+        self._batcher = Batcher(roster.model, slots, roster.switch.select, roster.tokenizer.size, context)
         self._running: dict[Request, Job] = {}
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()

@@ -13,7 +13,9 @@ class Limits:
     """What one client may cost."""
 
     slots: int = 8
-    """Answers that are made at a time; each needs room for a context of keys and values."""
+    """Answers that are made at a time; each needs room for the keys and values of a whole context."""
+    context: int | None = None
+    """Most tokens of prompt and answer together; by default, and at most, what the model's context holds."""
     queue: int = 32
     """Answers that may wait for their turn; who comes later is told to try again (429)."""
     body_bytes: int = 2**20
@@ -26,6 +28,7 @@ class Limits:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check(self.slots >= 1, f"slots must be at least 1, got {self.slots}.")
+        check(self.context is None or self.context >= 2, f"context must be at least 2 tokens, got {self.context}.")
         check(self.queue >= 0, f"queue must not be negative, got {self.queue}.")
         check(self.body_bytes >= 1024, f"body_bytes must be at least 1024, got {self.body_bytes}.")
         check(self.read_seconds > 0, f"read_seconds must be above 0, got {self.read_seconds}.")

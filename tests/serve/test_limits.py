@@ -82,6 +82,17 @@ def test_v04_more_tokens_than_there_is_room_for_are_refused_with_the_numbers(ser
     assert "there is room for 0" in message(answer)
 
 
+def test_a_smaller_context_than_the_models_is_kept_to(roster: Roster) -> None:
+    with serving(roster, context=20, slots=2) as server:
+        body = {"model": "tiny", "prompt": "What is 1 plus 1?", "temperature": 0}
+        status, reply, _ = post(server, body, path="/v1/completions")
+        assert (status, reply["choices"][0]["finish_reason"]) == (200, "length")
+        assert reply["usage"]["total_tokens"] == 20
+        answer = post(server, body | {"max_tokens": 20}, path="/v1/completions")
+        assert answer[0] == 400
+        assert "context holds 20" in message(answer)
+
+
 @pytest.mark.parametrize("temperature", ["-1", "NaN", '"x"', "2.1", "Infinity", "true", "[1]", "1e999"])
 def test_v05_a_temperature_out_of_range_is_refused_with_400(server: Running, temperature: str) -> None:
     body = json.dumps(chat()).replace('"temperature": 0', f'"temperature": {temperature}')

@@ -65,7 +65,7 @@ def test_the_key_is_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
         parse(script.Config, ["--api_key_file", "/absent/key"]).key()
 
 
-@pytest.mark.parametrize("flag", ["slots", "queue", "body_bytes", "read_seconds", "answer_seconds", "port"])
+@pytest.mark.parametrize("flag", ["slots", "context", "queue", "body_bytes", "read_seconds", "answer_seconds", "port"])
 def test_a_limit_out_of_range_is_refused_by_its_name(flag: str) -> None:
     with pytest.raises(UsageError, match=flag):
         parse(load_script("scripts/serve.py").Config, [f"--{flag}", "-1"])

@@ -3,12 +3,16 @@
 import importlib.util
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before the package is imported
 
 from lit_qlora.checkpoint import save_weights
 from lit_qlora.config import ModelConfig

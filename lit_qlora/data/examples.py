@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from lit_qlora.data.formats import pick_format
@@ -9,6 +10,7 @@ from lit_qlora.data.sources import Source, read_records
 from lit_qlora.errors import DataError
 from lit_qlora.prompts import Conversation
 
+LOOKED_AT = 1000  # records from which the format is recognised
 SHOWN = 10  # complaints that a message shows; the rest are counted
 
 
@@ -51,8 +53,10 @@ def read_examples(
         DataError: listing the first few things that are wrong, with their places, and counting all.
     """
     source = source if isinstance(source, Source) else Source(str(source))
-    records = list(read_records(source))
-    name, form, saw = pick_format(format, columns, records)
+    records = iter(read_records(source))
+    first = list(islice(records, LOOKED_AT))
+    name, form, saw = pick_format(format, columns, first)
+    records = chain(first, records)
     examples: list[Example] = []
     complaints: list[str] = []
     empty = 0

@@ -234,7 +234,7 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
     Args:
         name: as data.format.
         columns: as data.columns.
-        records: as they were read.
+        records: the first, as they were read.
 
     Returns:
         Its name, the format, and what was seen, for people.
@@ -256,7 +256,7 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
     for known, form in FORMATS.items():
         if first and _fits(first, form):
             return known, form, found
-    if not first or any(isinstance(r, dict) and _fits(r, ALPACA) for _, r in records[:1000]):
+    if not first or any(isinstance(r, dict) and _fits(r, ALPACA) for _, r in records):
         return "alpaca", ALPACA, found  # the first record is not like the others, or all are wrong; each says so itself
     place = next(place for place, record in records if record is first)
     raise DataError(

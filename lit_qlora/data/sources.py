@@ -1,8 +1,8 @@
 """Where records come from: files of several kinds, directories, and data sets of the Hugging Face hub."""
 
+import codecs
 import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -136,20 +136,50 @@ def _only_one(directory: Path, stem: str) -> str | None:
     return str(found[0]) if found else None
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+# Text is read a piece at a time: as one string, a gigabyte of it with a single emoji takes four.
+
+
+def _pieces(path: Path, size: int = 2**22) -> Iterator[str]:
+    """The text of a file, in pieces of some `size` bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with open(path, "rb") as file:
+        _refuse_by_beginning(path, file.peek(2)[:2])
+        try:
+            while content := file.read(size):
+                yield decoder.decode(content)
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file; only a newline ends one, other separators are text."""
+    with open(path, "rb") as file:
+        _refuse_by_beginning(path, file.peek(2)[:2])
+        try:
+            for number, line in enumerate(file):
+                yield line.decode("utf-8-sig" if number == 0 else "utf-8")
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _refuse_by_beginning(path: Path, beginning: bytes) -> None:
+    if beginning in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path} looks like UTF-16. Save it as UTF-8.")
-    if content[:2] == b"\x1f\x8b":
+    if beginning == b"\x1f\x8b":
         raise DataError(f"{path} is compressed with gzip. Decompress it first.")
+
+
+def _not_utf8(path: Path) -> DataError:
+    content = path.read_bytes()
     try:
-        return content.decode("utf-8-sig")
+        content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = content[: error.start]
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-        raise DataError(
-            f"{path}:{line}: byte 0x{content[error.start]:02x} is not UTF-8 (column {column}). Save the file as UTF-8."
-        ) from None
+        byte = f"byte 0x{content[error.start]:02x}"
+        return DataError(f"{path}:{line}: {byte} is not UTF-8 (column {column}). Save the file as UTF-8.")
+    return DataError(f"{path} changed while it was read.")
 
 
 # JSON. What the format allows and no data set means is refused: NaN and Infinity, and a key that stands twice.
@@ -171,79 +201,106 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+class _Json:
+    """JSON values one after the other, from the pieces of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.pieces = path, _pieces(path)
+        self.text, self.at, self.complete = "", 0, False
+        self.line, self.line_start = 1, 0  # of what was counted so far; the start can lie before the text that is kept
+        self.counted = 0
+
+    def peek(self) -> str:
+        """The next character that is no space, or '' at the end."""
+        while True:
+            found = _SPACE.match(self.text, self.at)
+            assert found
+            self.at = found.end()
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        """The next value."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or not self._more():  # else a number could go on
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    raise self.refusal(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise self.refusal(str(error)) from None
+
+    def place(self, at: int | None = None) -> tuple[int, int]:
+        """Line and column of a position, by default of the next character; positions may only grow."""
+        at = self.at if at is None else at
+        self.line += self.text.count("\n", self.counted, at)
+        last = self.text.rfind("\n", self.counted, at)
+        self.line_start = last + 1 if last >= 0 else self.line_start
+        self.counted = at
+        return self.line, at - self.line_start + 1
+
+    def refusal(self, reason: str, at: int | None = None) -> DataError:
+        """What to raise."""
+        line, column = self.place(at)
+        return DataError(f"{self.path}:{line}: not valid JSON: {reason} at column {column}.")
+
+    def _more(self) -> bool:
+        """Read on; False at the end of the file."""
+        if self.complete:
+            return False
+        self.place()
+        piece = next(self.pieces, None)
+        self.complete = piece is None
+        self.text = self.text[self.at :] + (piece or "")
+        self.line_start, self.counted, self.at = self.line_start - self.at, 0, 0
+        return not self.complete
+
+
 def _from_json(path: Path) -> Iterator[Record]:
-    text = _read_text(path)
-    at = _after_space(text, 0)
-    if at == len(text):
+    source = _Json(path)
+    if not source.peek():
         return
-    if text[at] != "[":
-        yield from _from_object(path, text, at)
+    if source.peek() != "[":
+        yield from _from_object(source)
         return
-    at = _after_space(text, at + 1)
-    line, counted, number = 1, 0, 1
-    while text[at : at + 1] != "]":
-        record, end = _decode(path, text, at)
-        line, counted = line + text.count("\n", counted, at), at
-        yield f"{path}:{line}: sample {number}", record
-        at, number = _after_space(text, end), number + 1
-        if text[at : at + 1] == ",":
-            at = _after_space(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise _not_json(path, text, at, "Expecting ',' delimiter" if at < len(text) else "the list has no end")
-    if _after_space(text, at + 1) != len(text):
-        raise _not_json(path, text, _after_space(text, at + 1), "Extra data")
+    source.at += 1
+    number = 0
+    ends_in_comma = False
+    while source.peek() != "]" or ends_in_comma:
+        line, number = source.place()[0], number + 1
+        yield f"{path}:{line}: sample {number}", source.value()
+        ends_in_comma = source.peek() == ","
+        source.at += ends_in_comma
+        if not ends_in_comma and source.peek() != "]":
+            raise source.refusal("Expecting ',' delimiter" if source.peek() else "the list has no end")
+    source.at += 1
+    if source.peek():
+        raise source.refusal("Extra data")
 
 
-def _from_object(path: Path, text: str, at: int) -> Iterator[Record]:
+def _from_object(source: _Json) -> Iterator[Record]:
     """A .json file that holds no list: one sample, or JSON lines under a name that does not say so."""
-    content, end = _decode(path, text, at)
-    if _after_space(text, end) != len(text):
-        if text[at] != "{":
-            raise _not_json(path, text, _after_space(text, end), "Extra data")
-        yield from _lines(path, text)
+    line, first = source.place()[0], source.peek()
+    content = source.value()
+    if source.peek():
+        if first != "{":
+            raise source.refusal("Extra data")
+        yield from _from_jsonl(source.path)
         return
-    if isinstance(content, dict):
-        lists = [key for key, value in content.items() if isinstance(value, list)]
-        if not lists or any(isinstance(value, str) for value in content.values()) or "messages" in lists:
-            yield f"{path}:1: sample 1", content
-            return
-        raise DataError(
-            f"{path}: expected a list of samples, found an object. "
-            f"Did you mean the list under {lists[0]!r}? Save that alone."
-        )
-    raise (
-        content
-        if isinstance(content, DataError)
-        else DataError(f"{path}: expected a list of samples, found {type(content).__name__}.")
-    )
-
-
-def _decode(path: Path, text: str, at: int) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _not_json(path, text, error.pos, error.msg) from None
-    except (ValueError, RecursionError) as error:
-        raise _not_json(path, text, at, str(error)) from None
-
-
-def _not_json(path: Path, text: str, at: int, reason: str) -> DataError:
-    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-    return DataError(f"{path}:{line}: not valid JSON: {reason} at column {column}.")
-
-
-def _after_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    assert found
-    return found.end()
+    lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+    if lists and "messages" not in lists and not any(isinstance(value, str) for value in content.values()):
+        hint = f"Did you mean the list under {lists[0]!r}? Save that alone."
+        raise DataError(f"{source.path}: expected a list of samples, found an object. {hint}")
+    if not isinstance(content, dict | DataError):
+        raise DataError(f"{source.path}: expected a list of samples, found {type(content).__name__}.")
+    yield f"{source.path}:{line}: sample 1", content
 
 
 def _from_jsonl(path: Path) -> Iterator[Record]:
-    return _lines(path, _read_text(path))
-
-
-def _lines(path: Path, text: str) -> Iterator[Record]:
-    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):  # other separators are text
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -259,7 +316,7 @@ def _lines(path: Path, text: str) -> Iterator[Record]:
 
 
 def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     line = 1  # where the record begins, which can be several lines before its end
     try:
         header = next((row for row in reader if "".join(row).strip()), [])
@@ -294,7 +351,7 @@ def _from_parquet(path: Path) -> Iterator[Record]:
 
 
 def _from_text(path: Path) -> Iterator[Record]:
-    text = _read_text(path)
+    text = "".join(_pieces(path))
     if text.strip():
         yield str(path), {"text": text}
 

@@ -50,8 +50,11 @@ def main(config: DemoConfig) -> None:
         "A toy model (2 million parameters) that can tell about its own small world learns to answer questions\n"
         "about it. The facts come from the base model; the training teaches the form of question and answer.\n"
     )
+    import torch
+
     from lit_qlora.adapter import load_for_use
 
+    torch.set_num_threads(1)  # as the commands below
     with chapter(1, "ask the base model"):
         base = load_for_use(DEMO_CHECKPOINT)
         ask(base, "base")

@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lit_qlora.data.encode import Counts, EncodedSample
 from lit_qlora.data.samples import Samples
 
 WORTH_KEEPING = 2**20  # tokens; fewer are encoded again in less than a second
+AT_ONCE = 4096  # samples that become arrays together
 FORGOTTEN = 86_400.0  # seconds after which an unfinished entry is nobody's any more
 Arrays = dict[str, npt.NDArray[Any]]
 ARRAYS: dict[str, Any] = {
@@ -75,33 +76,6 @@ def directory(setting: str) -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_qlora" / "data"
 
 
-def collect(samples: Iterable[EncodedSample]) -> Arrays:
-    """The arrays of a source, in chunks, so that no more than its ids are ever held."""
-    chunks: dict[str, list[npt.NDArray[Any]]] = {name: [np.zeros(0, kind)] for name, kind in ARRAYS.items()}
-    end = 0
-
-    def flush(pending: list[EncodedSample]) -> None:
-        nonlocal end
-        ends = end + np.cumsum([len(one.sample.tokens) for one in pending], dtype=np.int64)
-        end = int(ends[-1])
-        chunks["tokens"].append(np.concatenate([one.sample.tokens for one in pending]))
-        chunks["trained"].append(np.concatenate([one.sample.trained for one in pending]))
-        chunks["ends"].append(ends)
-        chunks["labelled"].append(np.array([one.sample.labelled for one in pending], np.int64))
-        chunks["lengths"].append(np.array([one.length for one in pending], np.int64))
-        chunks["digests"].append(np.array([one.digest for one in pending], np.uint64))
-
-    pending: list[EncodedSample] = []
-    for one in samples:
-        pending.append(one)
-        if len(pending) == 4096:
-            flush(pending)
-            pending = []
-    if pending:
-        flush(pending)
-    return {name: np.concatenate(chunks.pop(name)) for name in ARRAYS}
-
-
 def load(directory: Path, key: str) -> Encoded | None:
     """The entry `key`, if there is one that is whole."""
     folder = directory / key
@@ -120,31 +94,100 @@ def load(directory: Path, key: str) -> Encoded | None:
         return None
 
 
-def save(directory: Path, key: str, arrays: Arrays, facts: Facts) -> None:
-    """Keep an entry. Where that is impossible, as on a full or read-only disk, nothing is kept.
+class Store:
+    """Takes the samples of a source one by one: in memory while they are few, then in the cache, if there is one.
 
-    The folder is filled under another name and renamed, so that whoever is killed leaves nothing that looks whole.
+    The folder is filled under another name and renamed at the end, so that whoever is killed leaves nothing that looks
+    whole. Where it cannot be written, as on a full or read-only disk, everything stays in memory.
+
+    Args:
+        directory: of the cache; None if there is none.
+        key: of the entry.
     """
-    folder, unfinished = directory / key, directory / f"{key}.{os.getpid()}.unfinished"
-    sizes = {name: len(array) for name, array in arrays.items()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _forget(directory)
-        unfinished.mkdir()
-        for name, array in arrays.items():
-            with open(unfinished / f"{name}.bin", "wb") as file:
-                array.tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-        with open(unfinished / "facts.json", "w") as text:
-            json.dump({"facts": asdict(facts), "sizes": sizes}, text)
-            text.flush()
-            os.fsync(text.fileno())
-        if load(directory, key) is None:
+
+    def __init__(self, directory: Path | None, key: str) -> None:
+        self.directory, self.key = directory, key
+        self.unfinished = directory / f"{key}.{os.getpid()}.unfinished" if directory else None
+        self.pending: list[EncodedSample] = []
+        self.chunks: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ARRAYS}
+        self.sizes = dict.fromkeys(ARRAYS, 0)
+        self.written = dict.fromkeys(ARRAYS, 0)
+
+    def add(self, sample: EncodedSample) -> None:
+        """Take one."""
+        self.pending.append(sample)
+        if len(self.pending) == AT_ONCE:
+            self._flush()
+
+    def finish(self, facts: Facts) -> Encoded:
+        """All that was taken, and keep it where it is worth it."""
+        if self.pending:
+            self._flush()
+        if self.unfinished and self.unfinished.is_dir():
+            self._guarded(self._publish, facts)
+            if self.directory and (kept := load(self.directory, self.key)):
+                return replace(kept, cached=False)
+        arrays = {name: np.concatenate([np.zeros(0, kind), *self.chunks.pop(name)]) for name, kind in ARRAYS.items()}
+        return Encoded.of(arrays, facts)
+
+    def _flush(self) -> None:
+        """Make arrays of what is pending."""
+        some, self.pending = self.pending, []
+        lengths = [len(one.sample.tokens) for one in some]
+        self._append("ends", self.sizes["tokens"] + np.cumsum(lengths, dtype=np.int64))
+        self._append("tokens", np.concatenate([one.sample.tokens for one in some]))
+        self._append("trained", np.concatenate([one.sample.trained for one in some]))
+        self._append("labelled", np.array([one.sample.labelled for one in some], np.int64))
+        self._append("lengths", np.array([one.length for one in some], np.int64))
+        self._append("digests", np.array([one.digest for one in some], np.uint64))
+        if self.unfinished and self.sizes["tokens"] >= WORTH_KEEPING:
+            self._guarded(self._write)
+
+    def _append(self, name: str, array: npt.NDArray[Any]) -> None:
+        self.chunks[name].append(array)
+        self.sizes[name] += len(array)
+
+    def _write(self) -> None:
+        """Move the arrays from memory to disk."""
+        assert self.directory
+        assert self.unfinished
+        if not self.unfinished.is_dir():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _forget(self.directory)
+            self.unfinished.mkdir()
+        for name, chunks in self.chunks.items():
+            while chunks:
+                with open(self.unfinished / f"{name}.bin", "ab") as file:
+                    file.write(chunks[0].data)
+                self.written[name] += len(chunks.pop(0))
+
+    def _publish(self, facts: Facts) -> None:
+        """Make the entry appear."""
+        assert self.directory
+        assert self.unfinished
+        self._write()
+        (self.unfinished / "facts.json").write_text(json.dumps({"facts": asdict(facts), "sizes": self.sizes}))
+        for file in self.unfinished.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        folder = self.directory / self.key
+        if load(self.directory, self.key) is None:
             shutil.rmtree(folder, ignore_errors=True)  # if there is one, it is damaged
-        unfinished.rename(folder)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        self.unfinished.rename(folder)
+
+    def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something on disk; if that fails, go on in memory with what was written."""
+        assert self.unfinished
+        try:
+            action(*arguments)
+        except OSError:
+            for name, kind in ARRAYS.items():
+                if self.written[name]:
+                    file = self.unfinished / f"{name}.bin"
+                    self.chunks[name].insert(0, np.fromfile(file, kind, self.written[name]))
+                    self.written[name] = 0
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.unfinished = None
 
 
 def _forget(directory: Path) -> None:

@@ -170,17 +170,16 @@ def encode_source(
     directory = cache.directory(data.cache_dir)
     if directory and (found := cache.load(directory, key)):
         return found
+    store = cache.Store(directory, key)
     with _no_garbage():
         reading = read_examples(
             source, format=data.format, columns=data.columns, skip=data.on_error == "skip", allow=data.allow
         )
         encoder = Encoder(tokenizer, STYLES["text"] if reading.format == "text" else style, encoding)
         encoder.counts.skipped = reading.skipped
-        arrays = cache.collect(encoder.encode(reading.examples))
-    facts = cache.Facts(str(source), sha256, reading.format, reading.saw, encoder.counts)
-    if directory and len(arrays["tokens"]) >= cache.WORTH_KEEPING:
-        cache.save(directory, key, arrays, facts)
-    return cache.Encoded.of(arrays, facts)
+        for sample in encoder.encode(reading.examples):
+            store.add(sample)
+        return store.finish(cache.Facts(str(source), sha256, reading.format, reading.saw, encoder.counts))
 
 
 def split(

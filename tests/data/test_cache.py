@@ -1,5 +1,6 @@
 """The cache of encoded sources: found again, never believed when it is not whole, never in the way."""
 
+import errno
 import json
 import os
 import shutil
@@ -133,6 +134,27 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(encode, tmp_path: P
     (tmp_path / "cache").write_text("a file")
     assert not encode().cached
     assert not encode().cached
+
+
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_a_disk_that_fills_up_costs_the_entry_and_nothing_else(
+    encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    whole = encode(cache_dir="none")
+    monkeypatch.setattr(cache, "AT_ONCE", 16)
+    calls = []
+
+    def failing_open(*arguments: Any, **options: Any):
+        if str(arguments[0]).endswith(".bin") and "a" in str(arguments[1]):
+            calls.append(arguments[0])
+            if len(calls) == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return open(*arguments, **options)
+
+    monkeypatch.setattr(cache, "open", failing_open, raising=False)
+    assert same(encode(), whole)
+    assert len(calls) >= failing
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_the_cache_can_be_done_without(encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from lit_qlora.data.sources import Source, find_file, find_sources, fingerprint,
 from lit_qlora.errors import DataError
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
-OTHER = {"instruction": "Add.", "input": "1, 2\n3", "output": 'Six, "really".'}
+OTHER = {"instruction": "Add.", "input": "1, 2\n3", "output": 'Six, "really" 🦊.'}
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -30,8 +30,8 @@ def parquet(path: Path, *rows: dict) -> Path:
     return path
 
 
-CSV = 'instruction,input,output\nName a colour.,,Blue.\nAdd.,"1, 2\n3","Six, ""really""."\n'
-TSV = 'instruction\tinput\toutput\nName a colour.\t\tBlue.\nAdd.\t"1, 2\n3"\t"Six, ""really""."\n'
+CSV = 'instruction,input,output\nName a colour.,,Blue.\nAdd.,"1, 2\n3","Six, ""really"" 🦊."\n'
+TSV = 'instruction\tinput\toutput\nName a colour.\t\tBlue.\nAdd.\t"1, 2\n3"\t"Six, ""really"" 🦊."\n'
 KINDS = {
     "a.json": json.dumps([GOOD, OTHER], indent=1),
     "b.json": json.dumps([GOOD, OTHER]),
@@ -42,8 +42,12 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("piece", [1, 5, 2**22])
 @pytest.mark.parametrize("name", [*KINDS, "a.parquet"])
-def test_the_same_samples_come_out_of_every_kind_of_file(tmp_path: Path, name: str) -> None:
+def test_the_same_samples_come_out_of_every_kind_of_file(
+    tmp_path: Path, name: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.data.readers.PIECE", piece)
     path = tmp_path / name
     write(path, KINDS[name]) if name in KINDS else parquet(path, GOOD, OTHER)
     read = read_examples(path)
@@ -72,7 +76,9 @@ def test_what_editors_do_to_files_does_no_harm(tmp_path: Path, name: str, change
     ]
 
 
-def test_places_are_lines_and_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [1, 7, 2**22])
+def test_places_are_lines_and_numbers(tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_qlora.data.readers.PIECE", piece)
     listed = write(
         tmp_path / "a.json", '[\n {"instruction": "a",\n  "output": "b"},\n\n {"instruction": "c", "output": "d"}]'
     )
@@ -81,6 +87,19 @@ def test_places_are_lines_and_numbers(tmp_path: Path) -> None:
     assert [e.place for e in read_examples(table).examples] == [f"{table}:2", f"{table}:5"]
     rows = parquet(tmp_path / "a.parquet", GOOD, GOOD)
     assert [e.place for e in read_examples(rows).examples] == [f"{rows}: row 1", f"{rows}: row 2"]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**22])
+@pytest.mark.parametrize("place", [(3, 13), (1, 2)])
+def test_a_mistake_is_placed_however_the_file_is_read(
+    tmp_path: Path, place: tuple[int, int], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.data.readers.PIECE", piece)
+    text = '[\n {"instruction": "x",\n  "output": }]' if place[0] == 3 else "[x"
+    path = write(tmp_path / "a.json", text)
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value) == f"{path}:{place[0]}: not valid JSON: Expecting value at column {place[1]}."
 
 
 def test_rare_line_separators_are_text_not_ends_of_lines(tmp_path: Path) -> None:

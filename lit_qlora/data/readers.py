@@ -1,0 +1,246 @@
+"""Reading files of records: JSON, JSON lines, tables, Parquet, text. Every record has a place, for messages."""
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.errors import DataError
+
+Record = tuple[str, Any]
+"""(place, content); the content of a record that cannot be read is a DataError that says why."""
+PIECE = 2**22  # bytes that are read at a time
+
+# Text is read a piece at a time: as one string, a gigabyte of it with a single emoji takes four.
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text of a file, in pieces."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with open(path, "rb") as file:
+        _refuse_by_beginning(path, file.peek(2)[:2])
+        try:
+            while content := file.read(PIECE):
+                yield decoder.decode(content)
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file; only a newline ends one, other separators are text."""
+    with open(path, "rb") as file:
+        _refuse_by_beginning(path, file.peek(2)[:2])
+        try:
+            for number, line in enumerate(file):
+                yield line.decode("utf-8-sig" if number == 0 else "utf-8")
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _refuse_by_beginning(path: Path, beginning: bytes) -> None:
+    if beginning in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} looks like UTF-16. Save it as UTF-8.")
+    if beginning == b"\x1f\x8b":
+        raise DataError(f"{path} is compressed with gzip. Decompress it first.")
+
+
+def _not_utf8(path: Path) -> DataError:
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        byte = f"byte 0x{content[error.start]:02x}"
+        return DataError(f"{path}:{line}: {byte} is not UTF-8 (column {column}). Save the file as UTF-8.")
+    return DataError(f"{path} changed while it was read.")
+
+
+# JSON. What the format allows and no data set means is refused: NaN and Infinity, and a key that stands twice.
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> Any:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        return DataError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return record
+
+
+def _constant(name: str) -> DataError:
+    return DataError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class _Json:
+    """JSON values one after the other, from the pieces of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.pieces = path, _pieces(path)
+        self.text, self.at = "", 0
+        self.line, self.line_start, self.counted = 1, 0, 0  # lines up to `counted`; the start can lie before the text
+
+    def peek(self) -> str:
+        """The next character that is no space, or '' at the end."""
+        while True:
+            found = _SPACE.match(self.text, self.at)
+            assert found
+            self.at = found.end()
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        """The next value."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or not self._more():  # else a number could go on
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    raise self.refusal(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise self.refusal(str(error)) from None
+
+    def place(self, at: int | None = None) -> tuple[int, int]:
+        """Line and column of a position, by default of the next character; positions may only grow."""
+        at = self.at if at is None else at
+        self.line += self.text.count("\n", self.counted, at)
+        last = self.text.rfind("\n", self.counted, at)
+        self.line_start = last + 1 if last >= 0 else self.line_start
+        self.counted = at
+        return self.line, at - self.line_start + 1
+
+    def refusal(self, reason: str, at: int | None = None) -> DataError:
+        """What to raise."""
+        line, column = self.place(at)
+        return DataError(f"{self.path}:{line}: not valid JSON: {reason} at column {column}.")
+
+    def _more(self) -> bool:
+        """Read on, as much as there is already, so that a value of any length is tried a few times only."""
+        self.place()
+        kept = self.text[self.at :]
+        pieces: list[str] = []
+        while sum(map(len, pieces)) <= len(kept) and (piece := next(self.pieces, None)) is not None:
+            pieces.append(piece)
+        if not any(pieces):
+            return False
+        self.text = kept + "".join(pieces)
+        self.line_start, self.counted, self.at = self.line_start - self.at, 0, 0
+        return True
+
+
+def _from_json(path: Path) -> Iterator[Record]:
+    source = _Json(path)
+    if not source.peek():
+        return
+    if source.peek() != "[":
+        yield from _from_object(source)
+        return
+    source.at += 1
+    number = 0
+    ends_in_comma = False
+    while source.peek() != "]" or ends_in_comma:
+        line, number = source.place()[0], number + 1
+        yield f"{path}:{line}: sample {number}", source.value()
+        ends_in_comma = source.peek() == ","
+        source.at += ends_in_comma
+        if not ends_in_comma and source.peek() != "]":
+            raise source.refusal("Expecting ',' delimiter" if source.peek() else "the list has no end")
+    source.at += 1
+    if source.peek():
+        raise source.refusal("Extra data")
+
+
+def _from_object(source: _Json) -> Iterator[Record]:
+    """A .json file that holds no list: one sample, or JSON lines under a name that does not say so."""
+    line, first = source.place()[0], source.peek()
+    content = source.value()
+    if source.peek():
+        if first != "{":
+            raise source.refusal("Extra data")
+        yield from _from_jsonl(source.path)
+        return
+    lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+    if lists and "messages" not in lists and not any(isinstance(value, str) for value in content.values()):
+        hint = f"Did you mean the list under {lists[0]!r}? Save that alone."
+        raise DataError(f"{source.path}: expected a list of samples, found an object. {hint}")
+    if not isinstance(content, dict | DataError):
+        raise DataError(f"{source.path}: expected a list of samples, found {type(content).__name__}.")
+    yield f"{source.path}:{line}: sample 1", content
+
+
+def _from_jsonl(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record: Any = _DECODER.decode(line)
+        except json.JSONDecodeError as error:
+            record = DataError(f"not valid JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            record = DataError(f"not valid JSON: {error}")
+        yield f"{path}:{number}", record
+
+
+# Tables and text.
+
+
+def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    line = 1  # where the record begins, which can be several lines before its end
+    try:
+        header = next((row for row in reader if "".join(row).strip()), [])
+        if len(header) == 1:
+            others = [mark for mark in ",;\t|" if mark in header[0]]
+            if others:
+                hint = f"Is it delimited by {others[0]!r}? Save it with {'commas' if delimiter == ',' else 'tabs'}."
+                raise DataError(f"{path}:{reader.line_num}: there is one column only ({header[0]}). {hint}")
+        line = reader.line_num + 1
+        for row in reader:
+            if "".join(row).strip():  # else it is blank
+                wrong = DataError(f"has {len(row)} columns, the header {len(header)}")
+                yield f"{path}:{line}", dict(zip(header, row, strict=False)) if len(row) == len(header) else wrong
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not valid CSV: {error}. Is a quotation mark unclosed?") from None
+
+
+def _from_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _from_text(path: Path) -> Iterator[Record]:
+    text = "".join(_pieces(path))
+    if text.strip():
+        yield str(path), {"text": text}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".json": _from_json,
+    ".jsonl": _from_jsonl,
+    ".csv": partial(_from_table, delimiter=","),
+    ".tsv": partial(_from_table, delimiter="\t"),
+    ".parquet": _from_parquet,
+    ".txt": _from_text,
+}

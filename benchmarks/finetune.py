@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--flags", default="--quantize bnb.nf4-dq", help="further flags of finetune/lora.py")
     parser.add_argument("--work_dir", type=Path, default=Path("/tmp/lit_qlora_bench"), help="where the weights go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the row")
-    parser.add_argument("--commit", default=os.environ.get("COMMIT") or _commit(), help="what was measured")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT") or current_commit(), help="what was measured")
     arguments = parser.parse_args()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     row = measure(arguments, arguments.work_dir)
@@ -146,7 +146,8 @@ def append_row(results: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def _commit() -> str:
+def current_commit() -> str:
+    """The commit of this working tree, or "unknown"."""
     done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from finetune import RESULTS, SHAPES, append_row
 from lit_qlora.config import ModelConfig
+from lit_qlora.device import pick_device
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
@@ -26,13 +27,14 @@ from lit_qlora.settings import SCHEMES, LoRAConfig
 
 def random_model(shape: str, scheme: Any) -> GPT:
     """A bf16 model of `shape`, quantised layer by layer."""
+    device = pick_device()
     with torch.device("meta"):
         model = GPT(ModelConfig(name=f"random/{shape}", **SHAPES[shape]))
     for path, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             norm = parameter.ndim == 1
-            weight = torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, device="cuda")
-            weight = weight.to("cuda", torch.bfloat16)
+            weight = torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, device=device)
+            weight = weight.to(device, torch.bfloat16)
             if scheme != "none" and type(module) is nn.Linear and path != "head":
                 model.set_submodule(path, QuantizedLinear(weight, None, scheme))
             else:

@@ -10,56 +10,89 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_folders
 
 from lit_qlora import cli
 from lit_qlora.config import FILE_NAME as MODEL_CONFIG
 from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.prompts import read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, check
 from lit_qlora.use import UseConfig, peak_memory
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
     from lm_eval.api.task import Task
-    from lm_eval_model import GPTModel
+
+    from lit_qlora.adapter import Loaded
 
 DEMO_TASKS = Path(__file__).resolve().parent / "demo"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(UseConfig):
+class Asking:
+    """How the questions of a task are asked."""
+
+    num_fewshot: int | None = None
+    """Examples before each question; by default what the task says."""
+    limit: float | None = None
+    """Ask the first so many questions of each task only; below 1, this share of them."""
+    apply_chat_template: bool = False
+    """Ask in the prompt style that adapter or checkpoint were trained with, else in the checkpoint's chat template."""
+    fewshot_as_multiturn: bool = False
+    """In a chat template, make each example a turn of its own."""
+    system_instruction: str | None = None
+    """What the model is told before all."""
+    seed: int = 1234
+    """Seed of the choice of few-shot examples, of sampled answers and of intervals; 1234 is lm-eval's own."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        check(self.num_fewshot is None or self.num_fewshot >= 0, f"num_fewshot is {self.num_fewshot}, below 0.")
+        check(self.limit is None or self.limit > 0, f"limit must be above 0, got {self.limit}.")
+        check(
+            self.apply_chat_template or not self.fewshot_as_multiturn,
+            "fewshot_as_multiturn makes turns of a chat template, so it needs --apply_chat_template.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Asking, UseConfig):
     """Evaluate a model on tasks of lm-eval, and write results.json in lm-eval's own schema."""
 
     checkpoint_dir: Path | None = None
     """The model; by default the newest out/lora/*/merged, else the demo checkpoint."""
     eval_tasks: tuple[str, ...] | str = ("tiny_world_qa",)
     """Names of tasks, groups or tags, e.g. [arithmetic_2ds,truthfulqa_mc1]."""
+    compare: bool = False
+    """Evaluate five models and say what quantising cost, what training gained and what merging lost: the base, the base
+    quantised, with the adapter of lora_path, with the adapter merged, and that quantised again."""
     include_path: Path | None = None
     """Directory with tasks of your own (YAML files); a data file that they name is looked for beside them. By default
     the demo's."""
-    num_fewshot: int | None = None
-    """Examples before each question; by default what the task says."""
-    limit: float | None = None
-    """Ask the first so many questions of each task only; below 1, this share of them."""
-    batch_size: int = 16
-    """Sequences per forward pass; changes memory and speed, not the result."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Sequences per forward pass, or as many as suit the device; changes memory and speed, not the result."""
+    max_length: int | None = None
+    """Most tokens that the model reads at once; by default its whole context. What is longer loses its beginning."""
+    add_bos_token: bool | None = None
+    """Whether texts begin with BOS; by default where the tokenizer's own files say so."""
     save_filepath: Path | None = None
-    """Where the results go; by default results.json in the run's folder (for OUT/merged and for adapters in OUT), else
-    out/eval/<checkpoint name>/results.json."""
-    seed: int = 1234
-    """Seed of the choice of few-shot examples and of sampled answers; 1234 is lm-eval's own."""
+    """Where the results go; by default results.json (compare.json) in the run's folder, for OUT/merged and for adapters
+    in OUT, else in out/eval/<checkpoint name>."""
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""
+        super().__post_init__()
         if isinstance(self.eval_tasks, str):
             object.__setattr__(self, "eval_tasks", (self.eval_tasks,))
         check(bool(self.eval_tasks), "eval_tasks is empty. Name at least one task, e.g. [tiny_world_qa].")
-        check(self.num_fewshot is None or self.num_fewshot >= 0, f"num_fewshot is {self.num_fewshot}, below 0.")
-        check(self.limit is None or self.limit > 0, f"limit must be above 0, got {self.limit}.")
-        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
+        for name in ("batch_size", "max_length"):
+            value = getattr(self, name)
+            check(value in (None, "auto") or value >= 1, f"{name} must be at least 1, got {value}.")
+        check(not self.compare or self.lora_path is not None, "compare needs an adapter: --lora_path OUT/final.")
 
 
 def main(config: Config) -> None:
@@ -67,7 +100,8 @@ def main(config: Config) -> None:
     checkpoint_dir = config.checkpoint_dir or (DEMO_CHECKPOINT if config.lora_path else newest_merged())
     include_path = config.include_path or DEMO_TASKS
     tasks = resolve(config.eval_tasks, include_path)
-    save_filepath = config.save_filepath or default_save_filepath(checkpoint_dir, config.lora_path)
+    default = "compare.json" if config.compare else "results.json"
+    save_filepath = config.save_filepath or default_save_filepath(checkpoint_dir, config.lora_path, default)
     check_replaceable(save_filepath)
     if set(tasks) <= set(task_files(include_path)):  # everything is here, so nothing has to be asked for elsewhere
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -75,33 +109,53 @@ def main(config: Config) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file has no use for progress bars
     note(f"Evaluating {config.lora_path or checkpoint_dir} on {', '.join(tasks)}")
+    style = None
+    if config.apply_chat_template:
+        style = (read_style(config.lora_path) if config.lora_path else None) or read_style(checkpoint_dir)
+        if style is None:
+            raise UsageError(f"apply_chat_template: {checkpoint_dir} has neither a prompt style nor a chat template.")
 
     from lm_eval_model import GPTModel
 
-    loaded = config.load(checkpoint_dir)
-    lm = GPTModel(loaded.model, loaded.tokenizer, config.batch_size, config.seed)
-    results = evaluate(lm, tasks, include_path, config.num_fewshot, config.limit, config.seed)
-    results["config"]["model_args"] = {
-        "checkpoint_dir": str(checkpoint_dir),
-        "lora_path": config.lora_path and str(config.lora_path),
-        "quantize": config.quantize,
-        "quantize_head": config.quantize_head,
-        "precision": config.precision,
-    }
+    def measure(loaded: "Loaded", log_samples: bool = False) -> dict[str, Any]:
+        lm = GPTModel(
+            loaded.model,
+            loaded.tokenizer,
+            config.batch_size,
+            config.seed,
+            style,
+            config.add_bos_token,
+            config.max_length,
+        )
+        return evaluate(lm, tasks, include_path, config, log_samples)
+
+    if config.compare:
+        import five_ways
+
+        assert config.lora_path is not None
+        results = five_ways.compare(config, checkpoint_dir, config.lora_path, measure)
+        lines = [five_ways.table(results)]
+    else:
+        results = measure(config.load(checkpoint_dir))
+        results["config"]["model_args"] = {
+            "checkpoint_dir": str(checkpoint_dir),
+            "lora_path": config.lora_path and str(config.lora_path),
+            "quantize": config.quantize,
+            "quantize_head": config.quantize_head,
+            "precision": config.precision,
+        }
+        lines = [table(results), *remarks(results)]
     save(results, save_filepath)
-    print(table(results))
-    for line in remarks(results):
-        print(line)
+    print(*lines, sep="\n")
     note(f"{results['total_evaluation_time_seconds']} s, {peak_memory()}. Results: {save_filepath}")
 
 
 def evaluate(
-    lm: "GPTModel",
+    lm: "LM",
     tasks: Sequence[str],
     include_path: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    seed: int = 1234,
+    how: Asking = Asking(),
+    log_samples: bool = False,
 ) -> dict[str, Any]:
     """Results of `lm` on `tasks`, in lm-eval's schema, without anything about the machine.
 
@@ -109,11 +163,10 @@ def evaluate(
     against_chance), and "config" counts the requests that did not fit into the model's context.
 
     Args:
+        lm: ours, or any other model of lm-eval.
         tasks: names of tasks, groups or tags, in `include_path` or in lm-eval's own list.
         include_path: directory with tasks of one's own; data files are relative to the YAML file that names them.
-        num_fewshot: examples before each question; None is what the task says.
-        limit: questions of each task; below 1 a share of them.
-        seed: of the choice of few-shot examples.
+        log_samples: keep what was asked and answered, question by question, under "samples".
 
     Raises:
         UsageError: for a task that does not exist.
@@ -124,19 +177,30 @@ def evaluate(
     from lm_eval.utils import handle_non_serializable
 
     start = time.time()
-    random.seed(seed)  # some tasks shuffle their choices
-    np.random.seed(seed)
+    random.seed(how.seed)  # some tasks shuffle their choices
+    np.random.seed(how.seed)
     with overlay(include_path) as folder:
         loaded = load_tasks(resolve(tasks, include_path), folder)
         for name, task in loaded["tasks"].items():
-            set_fewshot(name, task, num_fewshot, seed)
-        # 1000: enough for the few metrics whose error is bootstrapped; that of an accuracy is computed.
-        results: dict[str, Any] = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+            set_fewshot(name, task, how.num_fewshot, how.seed)
+        results: dict[str, Any] = evaluator.evaluate(
+            lm,
+            loaded,
+            limit=how.limit,
+            bootstrap_iters=1000,  # enough for the few metrics whose error is bootstrapped; an accuracy's is computed
+            log_samples=log_samples,
+            system_instruction=how.system_instruction,
+            apply_chat_template=how.apply_chat_template,
+            fewshot_as_multiturn=how.fewshot_as_multiturn,
+        )
         chance = {name: against_chance(task, results["results"][name]) for name, task in loaded["tasks"].items()}
     folders = [folder, *([include_path.resolve()] if include_path else [])]
     results["configs"] = without_folders(results["configs"], folders)
     results["chance"] = {name: figures for name, figures in chance.items() if figures}
-    results["config"] = {**lm.get_model_info(), "limit": limit, "num_fewshot": num_fewshot, "seed": seed}
+    results["config"] = {
+        **lm.get_model_info(),
+        **{setting.name: getattr(how, setting.name) for setting in fields(Asking)},
+    }
     results["lm_eval_version"] = __version__
     results["date"] = start
     results["total_evaluation_time_seconds"] = f"{time.time() - start:.1f}"
@@ -174,11 +238,16 @@ def against_chance(task: "Task", metrics: Mapping[str, Any]) -> dict[str, float]
     return {"accuracy": float(accuracy), "chance": chance, "noise": noise, "questions": len(odds)}
 
 
+def like_chance(figures: Mapping[str, float]) -> bool:
+    """Whether someone who guesses often scores like this; for what against_chance returns."""
+    return abs(figures["accuracy"] - figures["chance"]) <= figures["noise"]
+
+
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """What someone who reads the figures has to know besides."""
     lines = []
     for name, x in results["chance"].items():
-        if abs(x["accuracy"] - x["chance"]) <= x["noise"]:
+        if like_chance(x):
             lines.append(
                 f"{name}: an accuracy of {x['accuracy']:.3f} is within noise of chance, {x['chance']:.3f} +- "
                 f"{x['noise']:.3f} (two standard deviations, {x['questions']} questions)."
@@ -203,13 +272,13 @@ def newest_merged() -> Path:
     return max(merged, key=lambda path: path.stat().st_mtime, default=DEMO_CHECKPOINT)
 
 
-def default_save_filepath(checkpoint_dir: Path, lora_path: Path | None) -> Path:
-    """results.json in the run's folder, or under out/eval for a model that no run has made."""
+def default_save_filepath(checkpoint_dir: Path, lora_path: Path | None, name: str = "results.json") -> Path:
+    """A file in the run's folder, or under out/eval for a model that no run has made."""
     if lora_path:
-        return lora_path.parent / "results.json"
+        return lora_path.parent / name
     if checkpoint_dir.name == "merged":
-        return checkpoint_dir.parent / "results.json"
-    return Path("out/eval") / checkpoint_dir.name / "results.json"
+        return checkpoint_dir.parent / name
+    return Path("out/eval") / checkpoint_dir.name / name
 
 
 def check_replaceable(path: Path) -> None:

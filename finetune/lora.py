@@ -12,25 +12,38 @@ def main(config: FinetuneConfig) -> None:
     # These take seconds, which --help and a mistyped flag should not.
     from dataclasses import replace
 
+    from lit_qlora.data import read_data
+    from lit_qlora.device import pick_device, resolve_precision, weights_dtype
+
+    # What can be refused is refused before a weight is loaded; data that is wrong, even before Lightning is imported.
+    precision = resolve_precision(config.precision, pick_device())
+    data = read_data(config)
+
     from lightning.fabric import Fabric
 
-    from lit_qlora import run
+    from lit_qlora import resume, run
+    from lit_qlora.banner import plan_run, tell_plan
     from lit_qlora.checkpoint import load_model
-    from lit_qlora.data import read_data, steps
-    from lit_qlora.device import pick_device, resolve_precision, weights_dtype
+    from lit_qlora.embeddings import add_noise
     from lit_qlora.lora import add_lora
-    from lit_qlora.optim import make_optimizer
-    from lit_qlora.train import train
+    from lit_qlora.start import settle, start_adapters
 
-    # What can be refused is refused before a weight is loaded.
-    precision = resolve_precision(config.precision, pick_device())
-    config = replace(config, precision=precision, out_dir=config.out_dir or run.default_out_dir(config.checkpoint_dir))
-    data = read_data(config)
+    config = replace(
+        config,
+        precision=precision,
+        out_dir=config.out_dir or run.default_out_dir(config.checkpoint_dir),
+        lora=settle(config.lora, config.checkpoint_dir),
+    )
     total = run.total_steps(config, data)
+    plan = plan_run(config, data)
+    checkpoint = resume.find(config, total, data.files, run.versions())
+    start = checkpoint.step if checkpoint else 0
     if config.dry_run:
-        run.print_plan(config, data, total)
+        tell_plan(config, data, total, plan, start)
         return
 
+    if config.deterministic:
+        run.set_deterministic()
     fabric = Fabric(
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -40,31 +53,17 @@ def main(config: FinetuneConfig) -> None:
     )
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
-    with run.claim(config, fabric) as out_dir, run.open_log(out_dir, total, fabric) as log:
-        plan = run.print_plan(config, data, total, silent=not fabric.is_global_zero)
+    with run.claim(config, fabric, checkpoint, plan) as out_dir, run.open_log(out_dir, total, fabric) as log:
+        if fabric.is_global_zero:
+            tell_plan(config, data, total, plan, start)
         model = load_model(
             config.checkpoint_dir, weights_dtype(precision), fabric.device, config.quantize, config.quantize_head
         )
         add_lora(model, config.lora)
+        start_adapters(model, config.lora, config.checkpoint_dir)
+        add_noise(model, config.train.neftune)
         run.take_path(model, plan)
-        learners = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_optimizer(learners, config.optimizer, config.train)
-        fabric_model, optimizer = fabric.setup(model, optimizer)
-        fabric_model.mark_forward_method("loss")
-
-        train_steps = steps(data.train, data.batching, total, fabric.global_rank, fabric.world_size)
-        train(
-            fabric,
-            fabric_model,
-            optimizer,
-            train_steps,
-            total,
-            data.val_batches,
-            config.train,
-            run.eval_every(config, total),
-            log,
-            save=run.saver(config, model, data, total, fabric),
-        )
+        run.learn(fabric, model, config, data, total, log, checkpoint)
         if fabric.is_global_zero:
             run.finish(config, model, data, log)
 

@@ -26,14 +26,15 @@ class FastSizes:
         """Bytes on the device that one block keeps for its backward pass."""
         c = self.model
         attended = c.n_head * c.head_size
-        qkv = attended + 2 * c.n_kv_head * c.head_size
         z = self.rank * self.adapted
+        middle = 0 if c.parallel_residual else c.n_embd
+        raw = 0 if c.norm_position == "before" else c.n_embd  # what a norm behind attention or MLP reads
         numbers = {
-            "none": 2 * c.n_embd + qkv + attended + 2 * c.ffn_size + z,
-            "mlp": 2 * c.n_embd + qkv + attended + z,
-            "attn": 2 * c.n_embd + attended + z,
+            "none": c.n_embd + middle + 2 * raw + self._qkv + attended + self._branches + z,
+            "mlp": c.n_embd + middle + 2 * raw + self._qkv + attended + z,
+            "attn": c.n_embd + middle + 2 * raw + attended + z,
             "offload": z,
-            "full": c.n_embd + z,
+            "full": c.n_embd + raw + z,
         }[policy]
         return tokens * (2.0 * numbers + 4 * c.n_head + 8)
 
@@ -41,17 +42,28 @@ class FastSizes:
         """Bytes that exist while one block, or the head, is computed, whatever is kept."""
         c = self.model
         attended = c.n_head * c.head_size
-        qkv = attended + 2 * c.n_kv_head * c.head_size
         again = policies != {"none"}
-        block = tokens * 2.0 * (2 * c.ffn_size * (2 if again else 1) + 5 * c.n_embd + (qkv if again else 0))
+        shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
+        block = 2.0 * (self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped)
+        block *= tokens
         head = min(tokens, HEAD_TOKENS) * 2.0 * c.vocab_size + tokens * 6.0 * c.n_embd
-        widest = max(2 * c.ffn_size * c.n_embd, qkv * c.n_embd)
+        widest = max(self._branches * c.n_embd, self._qkv * c.n_embd)
         space = 2.0 * widest if self.quantized else 0.0
         if "full" in policies and self.quantized:
-            space += 2.0 * (qkv + attended) * c.n_embd
+            space += 2.0 * (self._qkv + attended) * c.n_embd
         if "offload" in policies:
             block += 3 * tokens * 2.0 * c.n_embd
         return max(block, head) + space
+
+    @property
+    def _qkv(self) -> int:
+        """Features of queries, keys and values together."""
+        return (self.model.n_head + 2 * self.model.n_kv_head) * self.model.head_size
+
+    @property
+    def _branches(self) -> int:
+        """Features of gate and up together, or of up alone."""
+        return self.model.ffn_size * (2 if "glu" in self.model.ffn else 1)
 
 
 def choose(sizes: FastSizes, blocks: int, tokens: int, free: float) -> list[Recompute]:

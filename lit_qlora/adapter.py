@@ -5,7 +5,7 @@ the hash of the base, the settings in our words, the quantisation and the prompt
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lit_qlora.checkpoint import content_hash, load_model, read_manifest, save_d
 from lit_qlora.config import ModelConfig
 from lit_qlora.device import pick_device, resolve_precision, weights_dtype
 from lit_qlora.errors import CheckpointError
-from lit_qlora.lora import add_lora, lora_state
+from lit_qlora.lora import add_lora, lora_state, saved_state
 from lit_qlora.model import GPT
 from lit_qlora.peft_layout import PeftConfig, from_peft, to_ours, to_peft
 from lit_qlora.prompts import FILE_NAME as STYLE_FILE
@@ -37,23 +37,46 @@ class Adapter:
     path: Path
     config: LoRAConfig
     peft_tensors: dict[str, Tensor]
-    """By PEFT's names; all of them are to be scaled by config.alpha / config.r."""
+    """By PEFT's names; B A of each layer is to be scaled by config.scale."""
     manifest: dict[str, Any] | None
     """None for an adapter that PEFT wrote."""
 
 
-def save_adapter(folder: Path, model: GPT, config: LoRAConfig, style: Style | None, facts: Mapping[str, Any]) -> None:
+def save_adapter(
+    folder: Path,
+    model: GPT,
+    config: LoRAConfig,
+    style: Style | None,
+    facts: Mapping[str, Any],
+    also: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> None:
     """Write the adapter of `model` as a PEFT folder, atomically, and read it back.
 
     Args:
         style: the prompt style, which travels with the adapter.
         facts: what else to remember in manifest.json, such as {"base": {"name": ..., "sha256": ...}}.
+        also: other files of the folder, each with the function that writes it.
 
     Raises:
         ResourceError: if it cannot be written.
     """
-    tensors, peft_config = to_peft(lora_state(model), model.config, config)
+    state, config = saved_state(model, config)
+    save_state(folder, state, model.config, config, style, facts, also)
+
+
+def save_state(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    model: ModelConfig,
+    config: LoRAConfig,
+    style: Style | None,
+    facts: Mapping[str, Any],
+    also: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> None:
+    """As save_adapter, for tensors that are in no model; see our_tensors for their names."""
+    tensors, peft_config = to_peft(state, model, config)
     files: dict[str, Any] = {
+        **(also or {}),
         PEFT_WEIGHTS: lambda path: safetensors_io.write(path, tensors, tensors.items()),
         PEFT_CONFIG: lambda path: path.write_text(json.dumps(peft_config, indent=2) + "\n"),
     }
@@ -61,8 +84,8 @@ def save_adapter(folder: Path, model: GPT, config: LoRAConfig, style: Style | No
         files[STYLE_FILE] = lambda path: path.write_text(style_json(style))
     save_directory(folder, files, {"lora": asdict(config), **facts})
     back = read_adapter(folder)
-    for name, tensor in our_tensors(back, model.config).items():
-        if not torch.equal(tensor, lora_state(model)[name].cpu()):
+    for name, tensor in our_tensors(back, model).items():
+        if not torch.equal(tensor, state[name].cpu()):
             raise CheckpointError(f"{folder}: {name} reads back differently from what was saved. Is the disk sound?")
 
 
@@ -91,7 +114,7 @@ def read_adapter(folder: Path) -> Adapter:
     if broken:
         raise CheckpointError(f"{folder}: NaN or infinite values in\n  {safetensors_io.name_some(broken)}")
     if manifest:
-        config = LoRAConfig(**{**manifest["lora"], "targets": tuple(manifest["lora"]["targets"])})
+        config = LoRAConfig(**manifest["lora"])
     else:
         tensors, config = to_ours(tensors, peft, str(folder))
     return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest)
@@ -109,7 +132,9 @@ def load_adapter(model: GPT, folder: Path | str) -> None:
 def fill_adapter(model: GPT, adapter: Adapter) -> None:
     """As load_adapter, for an adapter that is already read."""
     state, tensors = lora_state(model), our_tensors(adapter, model.config)
-    complaints = [f"{name} is missing" for name in state if name not in tensors]
+    # PEFT can adapt some layers of a kind and leave others; with DoRA the lengths of their rows are those of the base.
+    absent = [name for name in state if name not in tensors]
+    complaints = [f"{name} is missing" for name in absent if adapter.manifest or not name.endswith(".magnitude")]
     complaints += [f"{name} has no place in the model" for name in tensors if name not in state]
     complaints += [
         f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(state[name].shape)}"
@@ -121,12 +146,12 @@ def fill_adapter(model: GPT, adapter: Adapter) -> None:
             f"The adapter in {adapter.path} does not fit this model:\n  {safetensors_io.name_some(complaints)}"
         )
     with torch.no_grad():
-        for name, target in state.items():
-            target.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
 
 
 def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
-    """The adapter's tensors under our names: "<layer>.lora_a" (r, in) and "<layer>.lora_b" (out, r).
+    """The adapter's tensors under our names, which are those of lora_state.
 
     Raises:
         CheckpointError: for a tensor that belongs to no layer of this model, or one that is missing.

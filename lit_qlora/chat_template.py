@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 from lit_qlora.errors import CheckpointError
@@ -41,43 +42,87 @@ def find_chat_template(directory: Path) -> str | None:
     return found
 
 
-def render(
-    template: str, variables: Mapping[str, Any], requests: Sequence[tuple[Sequence[Message], bool]]
-) -> list[str]:
+Request = tuple[Sequence[Message], bool]
+"""Messages, and whether the beginning of an answer follows."""
+
+
+def render(template: str, variables: Mapping[str, Any], requests: Sequence[Request]) -> list[str]:
     """Each conversation as the text that `template` makes of it.
 
     Args:
         variables: what else the template may use, such as bos_token.
-        requests: (messages, whether the beginning of an answer follows).
 
     Raises:
         CheckpointError: if the template is no jinja, refuses a conversation, reaches for what the sandbox forbids, or
             takes too long or too much memory.
     """
-    conversations = [{"messages": list(messages), "add_generation_prompt": begin} for messages, begin in requests]
-    question = json.dumps({"template": template, "variables": dict(variables), "conversations": conversations})
-    seconds = SECONDS + SECONDS_EACH * len(requests)
-    worker = Path(__file__).with_name("template_worker.py")
+    renderer = Renderer(template, variables)
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", str(worker)],
-            input=question,
-            capture_output=True,
+        return renderer.render(requests)
+    finally:
+        renderer.close()
+
+
+class Renderer:
+    """The process that renders a template, for conversations that come one after the other.
+
+    Args:
+        variables: see render.
+    """
+
+    def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
+        self.template, self.variables = template, dict(variables)
+        self._process: subprocess.Popen[str] | None = None
+
+    def render(self, requests: Sequence[Request]) -> list[str]:
+        """See the function of this name."""
+        conversations = [{"messages": list(messages), "add_generation_prompt": begin} for messages, begin in requests]
+        question = {"template": self.template, "variables": self.variables, "conversations": conversations}
+        answers = self._ask(json.dumps(question), SECONDS + SECONDS_EACH * len(requests))
+        if answers and "error" in answers[-1]:
+            raise CheckpointError(f"The chat template fails: {answers[-1]['error']}")
+        return [answer["text"] for answer in answers]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _ask(self, question: str, seconds: float) -> list[dict[str, str]]:
+        process = self._process = self._process or subprocess.Popen(
+            [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             encoding="ascii",
-            timeout=seconds,
             env={},
         )
-    except subprocess.TimeoutExpired:
-        raise CheckpointError(
-            f"The chat template took more than {seconds:.0f} s. Give another --data.prompt."
-        ) from None
-    try:
-        answers: list[dict[str, str]] = json.loads(done.stdout)
-    except ValueError:
-        raise CheckpointError("The chat template used too much memory. Give another --data.prompt.") from None
-    if answers and "error" in answers[-1]:
-        raise CheckpointError(f"The chat template fails: {answers[-1]['error']}")
-    return [answer["text"] for answer in answers]
+        assert process.stdin
+        assert process.stdout
+        late = Event()
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timer = Timer(seconds, give_up)
+        timer.start()
+        try:
+            process.stdin.write(f"{question}\n")
+            process.stdin.flush()
+            answers: list[dict[str, str]] = json.loads(process.stdout.readline())
+        except (ValueError, BrokenPipeError):
+            self.close()
+            reason = f"took more than {seconds:.0f} s" if late.is_set() else "used too much memory"
+            raise CheckpointError(f"The chat template {reason}. Give another --data.prompt.") from None
+        finally:
+            timer.cancel()
+        return answers
 
 
 class Guard:

@@ -24,6 +24,7 @@ from lit_qlora.mlp import CORRECTION
 from lit_qlora.model import GPT
 from lit_qlora.quantize import QuantizedLinear, is_quantized
 from lit_qlora.settings import Scheme
+from lit_qlora.streaming import stream
 
 WEIGHTS = "lit_model.safetensors"
 MANIFEST = "manifest.json"
@@ -48,29 +49,43 @@ def load_model(
     Raises:
         CheckpointError: listing the tensors that are missing, unexpected, or of the wrong shape.
     """
-    directory = Path(checkpoint_dir)
+    directory, device = Path(checkpoint_dir), torch.device(device)
     config = ModelConfig.load(directory)
     weights = open_weights(directory)
     check_weights(weights.specs, config, place=str(weights.place))
     with torch.device("meta"):
         model = GPT(config)
-
-    def read(name: str) -> Tensor:
-        return weights.read(name).to(device=device, dtype=torch.float32 if name.endswith(CORRECTION) else dtype)
-
-    for module_path, module in list(model.named_modules()):
-        names = [f"{module_path}.{key}" for key, _ in module.named_parameters(recurse=False)]
-        if module is model.head and config.tied_head:
-            names = []
+    names = {path: _names(path, module, model) for path, module in model.named_modules()}
+    tensors = _stream(weights, [name for own in names.values() for name in own], device)
+    for path, module in list(model.named_modules()):
+        own = {}
+        for name in names[path]:
+            own[name.rpartition(".")[2]] = next(tensors).to(torch.float32 if name.endswith(CORRECTION) else dtype)
+        tied = module is model.head and config.tied_head
+        if type(module) is nn.Linear and is_quantized(path, quantize, quantize_head):
+            weight = model.embed.weight.data if tied else own.pop("weight")
+            model.set_submodule(path, QuantizedLinear(weight, own.get("bias"), quantize))
+            del weight
+            continue
+        for key, tensor in own.items():
+            setattr(module, key, nn.Parameter(tensor))
+        if tied:
             model.head.weight = model.embed.weight  # loaded before: the embedding is the first module
-        if type(module) is nn.Linear and is_quantized(module_path, quantize, quantize_head):
-            weight = model.embed.weight.data if not names else read(names[0])
-            bias = read(f"{module_path}.bias") if module.bias is not None else None
-            model.set_submodule(module_path, QuantizedLinear(weight, bias, quantize))
-        else:
-            for name in names:
-                setattr(module, name.rpartition(".")[2], nn.Parameter(read(name)))
+    next(tensors, None)  # lets it end
     return model
+
+
+def _names(path: str, module: nn.Module, model: GPT) -> list[str]:
+    """The tensors that a module has of its own, in a checkpoint."""
+    tied = module is model.head and model.config.tied_head
+    return [f"{path}.{key}" for key, _ in module.named_parameters(recurse=False) if not (tied and key == "weight")]
+
+
+def _stream(weights: shards.Weights, names: list[str], device: torch.device) -> Iterator[Tensor]:
+    """The tensors in this order, on `device`."""
+    if device.type == "cuda":
+        return stream(((weights.files[name], name) for name in names), device)
+    return (weights.read(name).to(device) for name in names)
 
 
 def open_weights(directory: Path) -> shards.Weights:
@@ -231,7 +246,7 @@ def temporary_directory(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for left in final.parent.glob(f"{final.name}.tmp-*"):
-        if not _is_running(left.name.rpartition("-")[2]):
+        if is_left_over(left):
             shutil.rmtree(left, ignore_errors=True)
     path = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
@@ -241,14 +256,16 @@ def temporary_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_running(process: str) -> bool:
+def is_left_over(temporary: Path) -> bool:
+    """Whether the program that made `temporary`, whose name ends with its process id, has ended."""
+    process = temporary.name.rpartition("-")[2]
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError):
-        return False
+        return True
     except OSError:
-        return True  # somebody else's
-    return int(process) != os.getpid()  # ours are gone when they end: an earlier program had the same number
+        return False  # somebody else's
+    return int(process) == os.getpid()  # ours are gone when they end: an earlier program had the same number
 
 
 def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]) -> None:

@@ -4,7 +4,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,7 +30,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
         main(parse(config_type, argv))
         print(end="", flush=True)
     except UserError as error:
-        _end(str(error), error.status)
+        _end(str(error), error.status, error.prefix)
     except BrokenPipeError:  # `... | head -1`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -46,7 +48,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
 
 def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Config:
     """The config that argv describes. Raises UsageError; --help and --print_config print and exit."""
-    parser = _parser(config_type)
+    parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
     argv = _complete_switches(parser, list(sys.argv[1:] if argv is None else argv))
     parser.argv = argv
     namespace = parser.parse_args(argv)
@@ -62,7 +64,7 @@ def to_yaml(config: Any) -> str:
         """Puts a path such as 1e3, a number to jsonargparse but not to PyYAML, in quotation marks."""
 
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), None)
-    return yaml.dump(_plain(asdict(config)), Dumper=Dumper, sort_keys=False)
+    return yaml.dump(plain(asdict(config)), Dumper=Dumper, sort_keys=False)
 
 
 class _Parser(ArgumentParser):
@@ -132,6 +134,7 @@ class _Parser(ArgumentParser):
         return f"{file}:{line}: "
 
 
+@cache
 def _parser(config_type: type[Any]) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(description=(config_type.__doc__ or "").strip())
@@ -165,17 +168,18 @@ def _advice(config_type: type[Any]) -> str:
     return f"To need less, {', or '.join(tips)}." if tips else ""
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` with paths as strings and tuples as lists, as YAML wants it."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _end(message: str, status: int) -> NoReturn:
+def _end(message: str, status: int, prefix: str = "error: ") -> NoReturn:
     if os.environ.get("LIT_QLORA_DEBUG"):
         raise  # the exception that is being handled
-    print(f"error: {message}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody may be there any more to read it
+        print(f"{prefix}{message}", file=sys.stderr)
     raise SystemExit(status) from None

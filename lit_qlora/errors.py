@@ -9,6 +9,7 @@ class UserError(Exception):
     """
 
     status = 2
+    prefix = "error: "
 
 
 class UsageError(UserError):

@@ -60,7 +60,9 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy summed over the labelled tokens. The arguments are the fields of a data.Batch.
+        """Cross-entropy summed over the labelled tokens.
+
+        The arguments are the fields of a data.Batch and may lie on the host, where the fast path prefers them.
 
         Args:
             tokens: (B, T) int64.
@@ -73,8 +75,14 @@ class GPT(nn.Module):
         """
         if self.fast is not None:
             return self.fast(tokens, labels, weights, positions, segments)
+        tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
         hidden = self.hidden(tokens, positions=positions, segments=segments)
         return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap)
+
+    def _here(self, *batch: Any) -> Any:
+        """The tensors of a batch on the device of the weights."""
+        device = self.embed.weight.device
+        return (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch)
 
     def hidden(
         self,

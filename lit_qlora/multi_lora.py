@@ -7,12 +7,14 @@ the base computes where there is none.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_qlora.adapter import Adapter, our_tensors
 from lit_qlora.errors import UsageError
+from lit_qlora.lora import frozen_weight
 from lit_qlora.model import GPT
 
 BASE = None
@@ -31,7 +33,8 @@ class SwitchedLinear(nn.Module):
     """A frozen linear layer with a low-rank update for each adapter that has one for it.
 
     Attributes:
-        updates: A (r, in), B (out, r) and alpha / r, by the adapter's name.
+        updates: by the adapter's name, A (r, in), B (out, r), what their product is multiplied by, and what DoRA
+            multiplies the whole by, (out,) or None.
     """
 
     def __init__(self, base: nn.Module, selection: Selection) -> None:
@@ -39,7 +42,7 @@ class SwitchedLinear(nn.Module):
         self.base, self.selection = base, selection
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
-        self.updates: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self.updates: dict[str, tuple[Tensor, Tensor, float, Tensor | None]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out); the first dimension is that of the batch where rows differ."""
@@ -47,9 +50,13 @@ class SwitchedLinear(nn.Module):
         for name, rows in self.selection.groups:
             if name not in self.updates:
                 continue
-            a, b, scale = self.updates[name]
+            a, b, scale, gain = self.updates[name]
             some = x if rows is None else x[rows]
             update = scale * (some @ a.T.to(x.dtype) @ b.T.to(x.dtype))
+            if gain is not None:
+                bias: Any = self.base.bias
+                plain = (y if rows is None else y[rows]) - (0 if bias is None else bias)
+                update = gain * (plain + update) - plain
             y = y + update if rows is None else y.index_add(0, rows, update.to(y.dtype))
         return y
 
@@ -72,7 +79,13 @@ class AdapterSwitch:
 
         Raises:
             CheckpointError: if it does not fit the model.
+            UsageError: if it has embeddings, which cannot be switched.
         """
+        if adapter.config.train_tokens or adapter.config.train_embeddings:
+            raise UsageError(
+                f"{adapter.path} has embeddings of its own, so it cannot share a base with others.\n"
+                "Merge it (scripts/merge_lora.py) and serve the merged model."
+            )
         tensors = our_tensors(adapter, self.model.config)
         layers = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
@@ -82,7 +95,12 @@ class AdapterSwitch:
                 layer = SwitchedLinear(layer, self._selection)
                 self.model.set_submodule(path, layer)
             a, b = (tensors[f"{path}.{part}"].to(device, dtype) for part in ("lora_a", "lora_b"))
-            layer.updates[name] = (a, b, adapter.config.alpha / adapter.config.r)
+            scale, gain = adapter.config.scale(path), None
+            if f"{path}.magnitude" in tensors:
+                weight = frozen_weight(layer.base).float()
+                whole = weight + scale * (tensors[f"{path}.lora_b"] @ tensors[f"{path}.lora_a"]).to(weight.device)
+                gain = (tensors[f"{path}.magnitude"].to(weight.device) / whole.norm(dim=1)).to(dtype)
+            layer.updates[name] = (a, b, scale, gain)
             # Experts see tokens of all rows in an order of their own, so rows cannot be told apart there.
             self.by_row = self.by_row and ".mlp.experts." not in path and ".mlp.shared." not in path
         self.names.append(name)

@@ -1,47 +1,187 @@
-"""Optimizers as a table, learning rates as pure functions of the step."""
+"""Optimizers as a table of classes, learning rates as pure functions of the step."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lit_qlora.settings import OptimizerConfig, TrainConfig
+from lit_qlora.errors import UsageError
+from lit_qlora.quantize import bitsandbytes
+from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda parameters, lr, decay: torch.optim.AdamW(parameters, lr=lr, weight_decay=decay),
-    "sgd": lambda parameters, lr, decay: torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=0.9),
-}
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Classes with a single CUDA kernel for the whole update."""
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, train: TrainConfig
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, train: TrainConfig, *, scaled: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, over `parameters`."""
-    return OPTIMIZERS[config.name](list(parameters), train.learning_rate, train.weight_decay)
+    """The optimizer that the settings name.
+
+    A group of its parameters may have a "factor": what the learning rate is multiplied by there.
+
+    Args:
+        parameters: with their names; those that do not learn are left out.
+        scaled: the gradients come through a GradScaler, which fused optimizers would take off themselves, after Fabric
+            has clipped them.
+
+    Raises:
+        UsageError: for a class that does not exist, or a setting that it does not have.
+    """
+    learners = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    cuda = learners[0][1].is_cuda
+    kind = _find_class(OPTIMIZERS.get(config.name, config.name), cuda)
+    arguments = _arguments(kind, config, train)
+    if cuda and kind in FUSED and not scaled:
+        arguments["fused"] = True
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in learners:
+        factor, decays = config.lora_plus if name.endswith(".lora_b") else 1.0, parameter.ndim > 1
+        group = {"params": [], "factor": factor, **({} if decays or not train.weight_decay else {"weight_decay": 0.0})}
+        groups.setdefault((factor, decays), group)["params"].append(parameter)
+    return kind(list(groups.values()), lr=train.learning_rate, **arguments)
 
 
-def constant(progress: float) -> float:
+def _find_class(path: str, cuda: bool) -> Callable[..., torch.optim.Optimizer]:
+    module, _, name = path.rpartition(".")
+    home: ModuleType = torch.optim if module == "torch.optim" else bitsandbytes().optim
+    if not cuda and module == "bitsandbytes.optim":
+        name = name.removeprefix("Paged")  # what is paged lies in host memory there, and bitsandbytes says so each time
+    kind = getattr(home, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer):
+        raise UsageError(f"optimizer.name: there is no optimizer {path} in the installed version.")
+    return kind
+
+
+def _arguments(
+    kind: Callable[..., torch.optim.Optimizer], config: OptimizerConfig, train: TrainConfig
+) -> dict[str, Any]:
+    """What was set, as arguments of the class."""
+    arguments: dict[str, Any] = {**config.options}
+    for name in ("betas", "eps", "momentum"):
+        if getattr(config, name) is not None:
+            arguments[name] = getattr(config, name)
+    if config.nesterov:
+        arguments["nesterov"] = True
+    if kind is torch.optim.SGD:
+        arguments.setdefault("momentum", 0.9)
+    has = inspect.signature(kind).parameters
+    if "weight_decay" in has or train.weight_decay:
+        arguments["weight_decay"] = train.weight_decay
+    if unknown := sorted(set(arguments) - set(has)):
+        homes = {"weight_decay": "train.", **dict.fromkeys(config.options, "optimizer.options: ")}
+        names = ", ".join(f"{homes.get(name, 'optimizer.')}{name}" for name in unknown)
+        advice = "Set --train.weight_decay 0." if unknown == ["weight_decay"] else "Leave it out."
+        raise UsageError(f"{names} would have no effect: {config.name} has no such setting.\n{advice}")
+    return arguments
+
+
+def rehearse(config: OptimizerConfig, train: TrainConfig, device: torch.device, vectors: bool = False) -> float:
+    """Take two steps on a small adapter, so that an optimizer that cannot be used is refused before weights are loaded.
+
+    Args:
+        vectors: the adapter has some, as DoRA's.
+
+    Returns:
+        Bytes of state for each parameter.
+
+    Raises:
+        UsageError: with what the optimizer said.
+    """
+    shapes = {"layer.lora_a": (16, 4096), "layer.lora_b": (4096, 16), **({"layer.magnitude": (64,)} if vectors else {})}
+    adapter = [(name, nn.Parameter(torch.full(shape, 0.01, device=device))) for name, shape in shapes.items()]
+    try:
+        optimizer = make_optimizer(adapter, config, train)
+        for _ in range(2):
+            for _, parameter in adapter:
+                parameter.grad = torch.full_like(parameter, 0.01)
+            optimizer.step()
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a class of others may raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"optimizer.name: {config.name} with these settings fails on its first steps ({device.type}).\n"
+            f"{type(error).__name__}: {reason}\nThese work: {', '.join(OPTIMIZERS)}."
+        ) from None
+    return count_state_bytes(optimizer) / sum(parameter.numel() for _, parameter in adapter)
+
+
+def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that the optimizer keeps about its parameters; a tensor that several share counts once."""
+    tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def progress(step: int, total: int, config: TrainConfig) -> float:
+    """How much of the run behind the warm-up is done before `step`: 0 on its first step, below 1 on its last."""
+    rise = warmup_steps(config, total)
+    return (step - rise) / max(1, total - rise)
+
+
+def constant(step: int, total: int, config: TrainConfig) -> float:
     """Always the peak."""
     return 1.0
 
 
-def linear(progress: float) -> float:
+def linear(step: int, total: int, config: TrainConfig) -> float:
     """From the peak to zero along a line."""
-    return 1.0 - progress
+    return 1.0 - progress(step, total, config)
 
 
-def cosine(progress: float) -> float:
+def cosine(step: int, total: int, config: TrainConfig) -> float:
     """From the peak to zero along half a cosine. Loshchilov & Hutter 2017, without restarts."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress(step, total, config)))
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}
+def cosine_restarts(step: int, total: int, config: TrainConfig) -> float:
+    """As cosine, several times, each as long as the others. Loshchilov & Hutter 2017."""
+    cycles = config.cycles or 3
+    rise = warmup_steps(config, total)
+    span = max(1, total - rise)
+    return 0.5 * (1 + math.cos(math.pi * ((step - rise) * cycles % span) / span))  # in integers: exact at a restart
+
+
+def polynomial(step: int, total: int, config: TrainConfig) -> float:
+    """From the peak to zero as a power of what is left of the run."""
+    return (1.0 - progress(step, total, config)) ** (config.power or 2.0)
+
+
+def inverse_sqrt(step: int, total: int, config: TrainConfig) -> float:
+    """As the inverse root of the number of steps; it does not depend on the end of the run. Vaswani et al. 2017."""
+    return math.sqrt(max(1, warmup_steps(config, total)) / (step + 1))
+
+
+def wsd(step: int, total: int, config: TrainConfig) -> float:
+    """The peak, and at the end a line to zero: warm-up, stable, decay. Hu et al. 2024 (MiniCPM)."""
+    fall = steps_of(0.1 if config.decay is None else config.decay, total)
+    return min(1.0, (total - step) / max(1, fall))
+
+
+SCHEDULES: dict[str, Callable[[int, int, TrainConfig], float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "cosine-restarts": cosine_restarts,
+    "polynomial": polynomial,
+    "inverse-sqrt": inverse_sqrt,
+    "wsd": wsd,
+}
+"""(step, total, settings) -> share of the peak, for the steps behind the warm-up."""
+
+
+def steps_of(amount: float, total: int) -> int:
+    """A number of steps: a share of the run if below 1, else that number."""
+    return round(amount * total) if amount < 1 else round(amount)
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:
-    """Steps of the warm-up: a share of the run if train.warmup is below 1, else that number."""
-    return round(config.warmup * total) if config.warmup < 1 else round(config.warmup)
+    """Steps of the warm-up."""
+    return steps_of(config.warmup, total)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
@@ -56,4 +196,20 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     rise = warmup_steps(config, total)
     if step < rise:
         return config.learning_rate * (step + 1) / rise
-    return config.learning_rate * SCHEDULES[config.schedule]((step - rise) / max(1, total - rise))
+    share = SCHEDULES[config.schedule](step, total, config)
+    return config.learning_rate * (config.floor + (1 - config.floor) * share)
+
+
+def check_schedule(config: TrainConfig, total: int) -> None:
+    """Raise UsageError for a schedule that does not fit into a run of `total` steps."""
+    rise = warmup_steps(config, total)
+    if rise > total:
+        raise UsageError(f"train.warmup is {rise} steps, but the run has only {total}. A share such as 0.03 adapts.")
+    if config.schedule == "wsd" and (fall := steps_of(config.decay or 0.1, total)) > total - rise:
+        raise UsageError(
+            f"train.warmup ({rise} steps) and train.decay ({fall}) do not fit into a run of {total} steps."
+        )
+    if config.schedule == "cosine-restarts" and (config.cycles or 3) > max(1, total - rise):
+        raise UsageError(
+            f"train.cycles is {config.cycles or 3}, but behind the warm-up the run has only {total - rise} steps."
+        )

@@ -5,7 +5,6 @@ block-diagonal, which is the same function exactly. https://huggingface.co/docs/
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,19 +19,20 @@ from lit_qlora.families.rules import DROP, Fused, Transposed, parts_of
 from lit_qlora.lora import add_lora, lora_state
 from lit_qlora.model import GPT
 from lit_qlora.safetensors_io import name_some
-from lit_qlora.settings import TARGETS, LoRAConfig
+from lit_qlora.settings import TARGETS, LoRAConfig, first_match
 
 _PREFIX = "base_model.model."
 _UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-    "init_lora_weights",
+    *("init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 }
 _HARMLESS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors' names say it
-    *("fan_in_fan_out", "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("fan_in_fan_out", "eva_config", "megatron_core", "qalora_group_size"),
 }
 """Settings that do not change what the tensors of a saved adapter compute. Any other must be off."""
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base as it is; pissa, olora and others train on a base of their own."""
 
@@ -49,6 +49,11 @@ class PeftConfig:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Pattern -> the rank of modules whose path ends so."""
     alphas: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False
+    tokens: tuple[int, ...] = ()
+    """Those whose embeddings were trained."""
+    embeddings: bool = False
+    """All were."""
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], place: str) -> "PeftConfig":
@@ -71,6 +76,9 @@ class PeftConfig:
                 rank_stabilized=bool(content.get("use_rslora")),
                 ranks={key: int(value) for key, value in (content.get("rank_pattern") or {}).items()},
                 alphas={key: float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
+                dora=bool(content.get("use_dora")),
+                tokens=_tokens(content.get("trainable_token_indices"), place),
+                embeddings=bool(content.get("modules_to_save")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{place}: not a PEFT configuration: {error}.") from None
@@ -82,11 +90,11 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """Rows of A of the module with this path."""
-        return int(_first_match(self.ranks, module, self.r))
+        return int(first_match(self.ranks, module, self.r))
 
     def scale(self, module: str) -> float:
         """What B A of the module is multiplied by."""
-        return _first_match(self.alphas, module, self.alpha) / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
+        return first_match(self.alphas, module, self.alpha) / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
 
 
 def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tuple[dict[str, Tensor], LoRAConfig]:
@@ -97,7 +105,17 @@ def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tu
     Raises:
         CheckpointError: if a rank is not what the configuration says, or a layer has no counterpart in any family.
     """
-    modules = list(dict.fromkeys(map(_module_of, tensors)))
+    modules = list(dict.fromkeys(_module_of(name) for name in tensors if ".lora_" in name))
+    others = [name for name in tensors if ".lora_" not in name]
+    if not modules:
+        raise CheckpointError(f"{place} adapts no layer.")
+    for key, said, found in (
+        ("use_dora", config.dora, any(name.endswith("lora_magnitude_vector") for name in tensors)),
+        ("trainable_token_indices", bool(config.tokens), any(name.endswith(_TOKENS) for name in others)),
+        ("modules_to_save", config.embeddings, any(name.endswith(".weight") for name in others)),
+    ):
+        if said != found:
+            raise CheckpointError(f"{place}: {key} is {'on' if said else 'off'}, but its tensors say otherwise.")
     rank, scale = max(map(config.rank, modules)), config.scale(modules[0])
     scaled = dict(tensors)
     for name, tensor in tensors.items():
@@ -108,7 +126,15 @@ def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tu
             )
         if ".lora_B." in name and config.scale(module) != scale:
             scaled[name] = tensor.float() * (config.scale(module) / scale)
-    lora = LoRAConfig(r=rank, alpha=scale * rank, dropout=config.dropout, targets=_words(modules, place))
+    lora = LoRAConfig(
+        r=rank,
+        alpha=scale * rank,
+        dropout=config.dropout,
+        targets=_words(modules, place),
+        dora=config.dora,
+        train_tokens=config.tokens,
+        train_embeddings=config.embeddings,
+    )
     return scaled, lora
 
 
@@ -121,32 +147,44 @@ def to_peft(
         CheckpointError: for a layer that PEFT cannot adapt, such as gpt-oss's experts, which are slices of one tensor.
     """
     tensors: dict[str, Tensor] = {}
-    leaves, ranks, alphas = set(), {}, {}
-    layers = [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     with torch.device("meta"):
         rows = {name: len(weight) for name, weight in GPT(model).named_parameters()}
-    groups = _group(layers, model)
+    groups = _group(_layers(state), model)
     for home, members in groups:
+        rank, alpha = _size(home, members, config)
         a = torch.cat([state[f"{layer}.lora_a"] for layer in members])
-        b = state[f"{members[0]}.lora_b"]
+        parts = {"lora_A.weight": a, "lora_B.weight": state[f"{members[0]}.lora_b"]}
+        if config.dora:
+            parts["lora_magnitude_vector"] = state[f"{members[0]}.magnitude"]
         if home.fused:
-            blocks = {}
-            for i, layer in enumerate(members):
-                block = torch.zeros(len(state[f"{layer}.lora_b"]), len(a))
-                block[:, i * config.r : (i + 1) * config.r] = state[f"{layer}.lora_b"]
-                blocks[home.part(layer)] = block
+            blocks, first = {}, 0
+            for layer in members:
+                b = state[f"{layer}.lora_b"]
+                block = torch.zeros(len(b), len(a))
+                block[:, first : first + b.size(1)] = b
+                blocks[home.part(layer)], first = block, first + b.size(1)
             numbers = template(members[0])[1]
             for part in home.fused.parts:
                 blocks.setdefault(part, torch.zeros(rows[fill(part, numbers)], len(a)))
-            b = home.fused.join(blocks, model)
+            parts["lora_B.weight"] = home.fused.join(blocks, model)
+            if config.dora:
+                columns = {home.part(layer): state[f"{layer}.magnitude"][:, None] for layer in members}
+                parts["lora_magnitude_vector"] = home.fused.join(columns, model)[:, 0]
         # transformers 5 renamed GPT-NeoX's head. Under both names the adapter fits either: PEFT skips what it lacks.
         aliases = [other.module for other in _homes(members[0], find_family(model.family))]
         for module in dict.fromkeys([home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]):
-            leaves.add(_leaf(module))
-            if home.fused:
-                ranks[_leaf(module)], alphas[_leaf(module)] = len(a), config.alpha * len(members)
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.contiguous().cpu()
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.contiguous().cpu()
+            ranks[module], alphas[module] = rank, alpha
+            for part, tensor in parts.items():
+                tensors[f"{_PREFIX}{module}.{part}"] = tensor.contiguous().cpu()
+    embedding = _embedding(model)
+    if config.train_tokens:
+        tensors[f"{_PREFIX}{embedding}{_TOKENS}"] = state["embed.rows"].cpu()
+    if config.train_embeddings:
+        tied = [home.module for home in _homes("head", find_family(model.family))] if model.tied_head else []
+        tensors |= {f"{_PREFIX}{module}.weight": state["embed.rows"].cpu() for module in (embedding, *tied)}
+    everywhere = config.first_layers is None and config.last_layers is None
     return tensors, {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -155,16 +193,18 @@ def to_peft(
         "lora_alpha": config.alpha,
         # PEFT takes the experts' layers together into one of its own, which refuses dropout; it is for training anyway.
         "lora_dropout": 0.0 if model.n_expert else config.dropout,
-        "target_modules": sorted(leaves),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        "target_modules": sorted({_leaf(module) if everywhere else module for module in ranks}),
+        "rank_pattern": _patterns(ranks, config.r),
+        "alpha_pattern": _patterns(alphas, config.alpha),
         "bias": "none",
         "fan_in_fan_out": any(home.transposed for home, _ in groups),
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "modules_to_save": [_leaf(embedding)] if config.train_embeddings else None,
+        "trainable_token_indices": list(config.train_tokens) or None,  # type: ignore[arg-type]
+        "ensure_weight_tying": config.train_embeddings and model.tied_head,
     }
 
 
@@ -173,7 +213,18 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> None:
     with torch.device("meta"):
         skeleton = GPT(model)
         add_lora(skeleton, config)
-    _group([name.removesuffix(".lora_a") for name in lora_state(skeleton) if name.endswith(".lora_a")], model)
+    if config.train_embeddings and model.tied_head and _leaf(_embedding(model)) != "embed_tokens":
+        raise CheckpointError(
+            f"PEFT cannot train {_embedding(model)} and the head that is tied to it as one, so an adapter has no place for "
+            "lora.train_embeddings.\nlora.train_tokens can name the tokens that matter."
+        )
+    for home, members in _group(_layers(lora_state(skeleton)), model):
+        _size(home, members, config)
+        if config.dora and home.fused and len(members) < len(home.fused.parts):
+            raise CheckpointError(
+                f"{', '.join(members)} and others are one layer in Hugging Face's model ({home.module}).\n"
+                "PEFT knows DoRA of the whole of it only: name all of them in lora.targets."
+            )
 
 
 def from_peft(
@@ -194,30 +245,97 @@ def from_peft(
     shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
     left = dict(tensors)
     state: dict[str, Tensor] = {}
-    layers = [name.removesuffix(".lora_a") for name in shapes if name.endswith(".lora_a")]
-    for home, members in _group(layers, model, known={_module_of(name) for name in tensors}):
-        a = left.pop(f"{_PREFIX}{home.module}.lora_A.weight", None)
-        b = left.pop(f"{_PREFIX}{home.module}.lora_B.weight", None)
-        if a is None or b is None:
+    for home, members in _group(_layers(shapes), model, known={_module_of(name) for name in tensors}):
+        names = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.dora else ()))
+        found = {name: left.pop(f"{_PREFIX}{home.module}.{name}", None) for name in names}
+        a, b, magnitude = found["lora_A.weight"], found["lora_B.weight"], found.get("lora_magnitude_vector")
+        if a is None or b is None or (config.dora and magnitude is None):
             if stacked:
                 raise CheckpointError(f"{place}: the adapter of {home.module} is missing.")
             for name in (f"{layer}.lora_{matrix}" for layer in members for matrix in "ab"):
                 state[name] = torch.zeros(shapes[name])  # PEFT can adapt some layers of a kind and leave others
             continue
         for alias in _homes(members[0], find_family(model.family)):
-            for matrix, tensor in (("A", a), ("B", b)):
-                name = f"{_PREFIX}{alias.module}.lora_{matrix}.weight"
-                if name in left and torch.equal(left[name], tensor):
-                    del left[name]
+            for name, tensor in found.items():
+                twin = left.get(f"{_PREFIX}{alias.module}.{name}")
+                if twin is not None and torch.equal(twin, tensor):  # type: ignore[arg-type]
+                    del left[f"{_PREFIX}{alias.module}.{name}"]
         rows = home.fused.split(b, model) if home.fused else {}
-        for i, layer in enumerate(members):
-            part = slice(i * config.r, (i + 1) * config.r) if stacked and home.fused else slice(None)
+        lengths = home.fused.split(magnitude[:, None], model) if home.fused and magnitude is not None else {}
+        first = 0
+        for layer in members:
+            rank = shapes[f"{layer}.lora_a"][0]
+            part = slice(first, first + rank) if stacked and home.fused else slice(None)
             own = rows[home.part(layer)] if home.fused else b
-            state[f"{layer}.lora_a"] = _widen(a[part], config.r, dim=0)
-            state[f"{layer}.lora_b"] = _widen(own[:, part], config.r, dim=1)
+            state[f"{layer}.lora_a"] = _widen(a[part], rank, dim=0)
+            state[f"{layer}.lora_b"] = _widen(own[:, part], rank, dim=1)
+            if magnitude is not None:
+                state[f"{layer}.magnitude"] = lengths[home.part(layer)][:, 0] if home.fused else magnitude
+            first += rank
+    if "embed.rows" in shapes:
+        state["embed.rows"] = _take_embedding(left, config, model, place)
     if left:
         raise CheckpointError(f"{place}: {len(left)} tensors belong to no layer of {model.name}:\n  {name_some(left)}")
     return state
+
+
+def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelConfig, place: str) -> Tensor:
+    """The trained embeddings, taken out of `left` with their copies."""
+    name = f"{_PREFIX}{_embedding(model)}"
+    rows = left.pop(f"{name}{_TOKENS}" if config.train_tokens else f"{name}.weight", None)
+    if rows is None:
+        raise CheckpointError(f"{place}: modules_to_save is understood for the embeddings ({name}) alone.")
+    if config.train_embeddings and model.tied_head:
+        heads = [left.pop(f"{_PREFIX}{home.module}.weight", None) for home in _homes("head", find_family(model.family))]
+        if not any(head is not None and torch.equal(head, rows) for head in heads):
+            raise CheckpointError(
+                f"{place}: modules_to_save has parted embedding and head, which are one in {model.name}.\n"
+                "Only what was trained with ensure_weight_tying is understood."
+            )
+    return rows
+
+
+def _embedding(model: ModelConfig) -> str:
+    """Their name for our embedding."""
+    return _homes("embed", find_family(model.family))[0].module
+
+
+def _layers(names: Iterable[str]) -> list[str]:
+    """Our layers with adapters, given the names of an adapter's tensors."""
+    return [name.removesuffix(".lora_a") for name in names if name.endswith(".lora_a")]
+
+
+def _size(home: "_Home", members: list[str], config: LoRAConfig) -> tuple[int, float]:
+    """Rank and alpha of their layer that holds these of ours, such that the scale is that of each."""
+    if len({config.scale(layer) for layer in members}) > 1:
+        raise CheckpointError(
+            f"{', '.join(members)} are one layer in Hugging Face's model ({home.module}), with one scale.\n"
+            "Choose lora.rank_pattern and lora.alpha_pattern such that alpha / r is the same for them."
+        )
+    rank = sum(map(config.rank, members))
+    more = rank / config.rank(members[0])
+    return rank, first_match(config.alpha_pattern, members[0], config.alpha) * (more**0.5 if config.rslora else more)
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """PEFT's patterns for a value of each module: by the last part of the name where all of that name agree."""
+    leaves: dict[str, set[Any]] = {}
+    for module, value in values.items():
+        leaves.setdefault(_leaf(module), set()).add(value)
+    return {
+        _leaf(module) if len(leaves[_leaf(module)]) == 1 else module: value
+        for module, value in values.items()
+        if value != default
+    }
+
+
+def _tokens(value: Any, place: str) -> tuple[int, ...]:
+    """PEFT's trainable_token_indices, which may be of one module by its name."""
+    if isinstance(value, dict):
+        if len(value) > 1:
+            raise CheckpointError(f"{place} uses trainable_token_indices of several modules, which is not understood.")
+        value = next(iter(value.values()), None)
+    return tuple(int(token) for token in value or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,8 +417,3 @@ def _leaf(module: str) -> str:
 def _module_of(name: str) -> str:
     """The module that one of PEFT's tensors adapts."""
     return name.removeprefix(_PREFIX).split(".lora_")[0]
-
-
-def _first_match(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: a pattern is a regular expression for the end of the path, from a dot on."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -6,6 +6,7 @@ import torch
 
 from lit_qlora.activations import FastSizes, choose
 from lit_qlora.config import ModelConfig
+from lit_qlora.embeddings import add_noise
 from lit_qlora.lora import LoRALinear, add_lora, count_trainable
 from lit_qlora.model import GPT, LOGITS_AT_ONCE
 from lit_qlora.quantize import bits_per_weight, is_quantized
@@ -25,7 +26,7 @@ class Plan:
     weights: float
     """Bytes of the base as it is stored on the device."""
     learning: float
-    """Bytes of the adapter, its gradients and AdamW's two moments, all float32."""
+    """Bytes of the adapter, its gradients and, with lora.init, its start, all float32, and of the optimizer's state."""
     activations: float
     """Bytes that a micro-batch of the longest samples keeps for the backward pass; an estimate."""
     recompute: tuple[Recompute, ...]
@@ -48,11 +49,13 @@ def make_plan(
     tokens: int,
     train: TrainConfig,
     room: float | None,
+    state_bytes: float = 8.0,
 ) -> Plan:
     """The plan for micro-batches of `tokens` tokens, padding included.
 
     Args:
         room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
+        state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
 
     Raises:
         UsageError: if the LoRA settings do not fit the model.
@@ -67,16 +70,18 @@ def make_plan(
             scheme = quantize if packed and is_quantized(layer, quantize, quantize_head) else "none"
             bits += parameter.numel() * bits_per_weight(scheme, dtype)
         add_lora(gpt, lora)
+        add_noise(gpt, train.neftune)
     trainable = count_trainable(gpt)
     reason = _slow_because(gpt, dtype, train, room)
+    origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
     policies: list[Recompute]
     if reason or room is None:
         policies = [plain_recompute(train.recompute)] * model.n_layer
-        learning = 16 * trainable
+        learning = origin + (8 + state_bytes) * trainable
         activations = _activations(gpt, lora, dtype.itemsize, tokens, policies[0] == "full")
     else:
-        learning = 18 * trainable  # and a 16-bit copy
-        adapted = sum(isinstance(module, LoRALinear) for module in gpt.blocks[0].modules())
+        learning = origin + (10 + state_bytes) * trainable  # and a 16-bit copy
+        adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
         sizes = FastSizes(model, lora.r, adapted, quantize != "none")
         free = 0.97 * room - bits / 8 - learning
         if train.recompute == "auto":
@@ -93,6 +98,12 @@ def make_plan(
         recompute=tuple(policies),
         slow_because=reason,
     )
+
+
+def _low_rank(gpt: GPT) -> int:
+    """Numbers in all A and B."""
+    adapters = [module for module in gpt.modules() if isinstance(module, LoRALinear)]
+    return sum(adapter.lora_a.numel() + adapter.lora_b.numel() for adapter in adapters)
 
 
 def plain_recompute(setting: str) -> Recompute:
@@ -124,14 +135,19 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
         block += products * (config.n_expert_per_token * config.expert_size + config.shared_expert_size)
     else:
         block += products * config.ffn_size
-    inputs = sum(
-        module.in_features * (config.n_expert_per_token / config.n_expert if ".experts." in path else 1)
-        for path, module in gpt.blocks[-1].named_modules()
-        if isinstance(module, LoRALinear)
-    )
-    block += inputs
-    layer = tokens * (block * itemsize + (inputs if lora.dropout else 0))
-    kept = config.n_layer * tokens * config.n_embd * itemsize + layer if recompute else config.n_layer * layer
+    inputs, outputs = [0.0] * config.n_layer, [0.0] * config.n_layer
+    for i, layers in enumerate(gpt.blocks):
+        for path, module in layers.named_modules():
+            if isinstance(module, LoRALinear):
+                share = config.n_expert_per_token / config.n_expert if ".experts." in path else 1
+                inputs[i] += module.in_features * share
+                outputs[i] += module.out_features * share if lora.dora else 0  # what is scaled
+    each = [
+        tokens * ((block + taken + scaled) * itemsize + (taken if lora.dropout else 0))
+        for taken, scaled in zip(inputs, outputs, strict=True)
+    ]
+    kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)
     logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
-    widest = max(config.ffn_size, config.n_head * config.head_size) * config.n_embd * itemsize
+    largest = max(config.ffn_size, config.n_head * config.head_size) * config.n_embd
+    widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
     return kept + logits + widest

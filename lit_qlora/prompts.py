@@ -8,8 +8,9 @@ an adapter was trained with travels with it, and with the merged checkpoint, in 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ TEMPLATE = "template"
 """The name of the style that is the tokenizer's own chat template."""
 KNOBS = "knobs"
 """The name of the style that PromptKnobs describe."""
+RENDERED_AT_ONCE = 2**23  # characters; one may take twelve bytes in JSON, and several copies are made
 
 
 class Turn(NamedTuple):
@@ -129,6 +131,32 @@ class Style(ABC):
         pieces = self.write_prompt(Nameless(), Conversation((Turn(instruction),), input, system))
         return "".join(piece if isinstance(piece, str) else "" if piece == BOS else piece.name for piece in pieces)
 
+    def as_text(self, tokenizer: Vocabulary, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages as one text, behind which the model goes on; control tokens by their names.
+
+        For programs that know texts only, such as lm-eval: in it nothing tells control tokens from what users typed.
+
+        Args:
+            messages: {"role": ..., "content": ...} of a system, if there is one, then of user and assistant in turn; if
+                an assistant is the last, what it says goes on.
+
+        Raises:
+            UsageError: if they come in another order.
+        """
+        spoken = [message["content"] for message in messages]
+        roles = [message["role"] for message in messages]
+        system = spoken.pop(0) if roles[:1] == ["system"] else ""
+        if roles[bool(system) :] != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))] or not spoken:
+            raise UsageError(f"The style {self.name} has no words for messages of {', '.join(roles) or 'nobody'}.")
+        turns = tuple(Turn(*pair) for pair in zip_longest(spoken[::2], spoken[1::2], fillvalue=""))
+        begun = self.gap + spoken[-1] if len(spoken) % 2 == 0 else ""
+        names = {
+            BOS: tokenizer.content(tokenizer.bos_id) if tokenizer.use_bos else "",
+            EOS: tokenizer.content(tokenizer.eos_id),
+        }
+        pieces = self.write_prompt(tokenizer, Conversation(turns, system=system))
+        return "".join(piece if isinstance(piece, str) else names.get(piece, piece.name) for piece in pieces) + begun
+
     def said(self, text: str) -> str:
         """What was said in a decoded answer: `text` without gap and tail."""
         return text.removeprefix(self.gap).removesuffix(self.tail)
@@ -216,6 +244,9 @@ class TemplateStyle(Style):
         Raises:
             DataError: if the template writes the beginning of a conversation differently once it goes on.
         """
+        return [turns for some in _portions(conversations) for turns in self._write(tokenizer, some)]
+
+    def _write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
         guard = Guard(tokenizer.control_tokens, _texts(conversations))
         requests: list[tuple[list[dict[str, str]], bool]] = []
         for conversation in conversations:
@@ -224,8 +255,8 @@ class TemplateStyle(Style):
                 requests += [(messages[:end], True), (messages[: end + 1], False)]
         texts = iter(render(self.source, _variables(tokenizer), requests))
         return [
-            self._turns(guard, [(next(texts), next(texts)) for _ in conversation.turns], number)
-            for number, conversation in enumerate(conversations, start=1)
+            self._turns(guard, [(next(texts), next(texts)) for _ in conversation.turns])
+            for conversation in conversations
         ]
 
     def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
@@ -236,20 +267,19 @@ class TemplateStyle(Style):
         *before, (prompt, _) = self.write(tokenizer, [answered])[0]
         return [*(piece for turn in before for part in turn for piece in part), *prompt]
 
-    def _turns(self, guard: Guard, texts: Sequence[tuple[str, str]], number: int) -> Written:
+    def _turns(self, guard: Guard, texts: Sequence[tuple[str, str]]) -> Written:
         """Prompt and answer of each turn.
 
         Args:
             texts: the conversation up to each prompt, and up to its answer.
-            number: of the conversation, for the message.
         """
         turns: Written = []
         before, rest = "", ""
         for i, (asked, answered) in enumerate(texts, start=1):
             if not asked.startswith(before) or not answered.startswith(asked):
                 raise DataError(
-                    f"Conversation {number}, turn {i}: the chat template writes what came before differently once the "
-                    "conversation goes on,\nso what is prompt and what is answer cannot be told. "
+                    f"The chat template writes what comes before {'an answer' if i == 1 else f'turn {i}'} differently "
+                    "once the conversation goes on,\nso what is prompt and what is answer cannot be told. "
                     "Give another --data.prompt, such as chatml or alpaca."
                 )
             prompt = _pieces(guard, rest + asked[len(before) :])
@@ -343,6 +373,19 @@ def _messages(conversation: Conversation, guard: Guard) -> tuple[list[dict[str, 
         messages.append({"role": "user", "content": guard.guard(asked)})
         messages.append({"role": "assistant", "content": guard.guard(turn.answer)})
     return messages, first
+
+
+def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
+    """All of them, so many at a time that the process that renders their beginnings needs little memory."""
+    start, size = 0, 0
+    for end, conversation in enumerate(conversations):
+        own = sum(map(len, _texts([conversation]))) * (len(conversation.turns) + 1)
+        if size and size + own > RENDERED_AT_ONCE:
+            yield conversations[start:end]
+            start, size = end, 0
+        size += own
+    if conversations:
+        yield conversations[start:]
 
 
 def _texts(conversations: Iterable[Conversation]) -> Iterable[str]:

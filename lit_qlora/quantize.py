@@ -1,4 +1,4 @@
-"""4- and 8-bit storage for frozen weights. The only file that imports bitsandbytes' kernels.
+"""4- and 8-bit storage for frozen weights. The only file that imports bitsandbytes.
 
 The weight is dequantised to the dtype of the input wherever it is used: in training, evaluation and merging alike.
 bitsandbytes' fused small-batch product is not used, because it rounds the scales differently (with bitsandbytes
@@ -39,13 +39,30 @@ class QuantizedLinear(nn.Module):
     absmax_code: Tensor
     absmax_scale: Tensor
     absmax_offset: Tensor
+    PARTS = ("packed", "absmax", "code", "absmax_code", "absmax_scale", "absmax_offset")
+    """Names of the buffers; which of them there are depends on the scheme."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.scheme, self.dtype = scheme, weight.dtype
         quantize = _int8 if scheme == "bnb.int8" else _four_bit
-        for name, tensor in quantize(weight, scheme).items():
+        self._hold(quantize(weight, scheme), tuple(weight.shape), bias, scheme, weight.dtype)
+
+    @classmethod
+    def of(
+        cls, parts: dict[str, Tensor], shape: tuple[int, ...], bias: Tensor | None, scheme: Scheme, dtype: torch.dtype
+    ) -> "QuantizedLinear":
+        """The layer (out, in) whose buffers, under their names in PARTS, are these already."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._hold(parts, shape, bias, scheme, dtype)
+        return layer
+
+    def _hold(
+        self, parts: dict[str, Tensor], shape: tuple[int, ...], bias: Tensor | None, scheme: Scheme, dtype: torch.dtype
+    ) -> None:
+        self.out_features, self.in_features = shape
+        self.scheme, self.dtype = scheme, dtype
+        for name, tensor in parts.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -54,7 +71,7 @@ class QuantizedLinear(nn.Module):
         dtype = dtype or self.dtype
         if self.scheme == "bnb.int8":
             return (self.packed.float() * self.absmax[:, None] * PER_STEP).to(dtype)
-        weight: Tensor = _bnb().functional.dequantize_4bit(self.packed, self._state(dtype))
+        weight: Tensor = bitsandbytes().functional.dequantize_4bit(self.packed, self._state(dtype))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +86,7 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.scheme}"
 
     def _state(self, dtype: torch.dtype) -> Any:
-        functional = _bnb().functional
+        functional = bitsandbytes().functional
         outer = None
         if hasattr(self, "absmax_scale"):
             outer = functional.QuantState(
@@ -201,7 +218,7 @@ def _quant_type(scheme: Scheme) -> str:
 
 
 def _four_bit(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    packed, state = _bnb().functional.quantize_4bit(
+    packed, state = bitsandbytes().functional.quantize_4bit(
         weight.contiguous(),
         blocksize=BLOCK,
         compress_statistics=scheme.endswith("-dq"),
@@ -224,7 +241,7 @@ def _int8(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return {"packed": packed, "absmax": absmax}
 
 
-def _bnb() -> ModuleType:
+def bitsandbytes() -> ModuleType:
     """bitsandbytes, imported on first use (it takes seconds) and told to keep quiet."""
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     # On import it offers to fetch a CPU kernel from a hub, for a path that this file does not take.
@@ -232,5 +249,6 @@ def _bnb() -> ModuleType:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes
     import bitsandbytes.functional
+    import bitsandbytes.optim
 
     return bitsandbytes

@@ -20,34 +20,60 @@ class RunLog:
     On a terminal one line is rewritten; elsewhere (a file, Slurm, CI) a plain line is printed about twenty times.
 
     Args:
+        path: None for a log that is not written.
         total: optimizer steps of the run.
+
+    Attributes:
+        records: all of the run, those that the file held before included.
     """
 
-    def __init__(self, path: Path, total: int, screen: TextIO | None = None) -> None:
+    def __init__(self, path: Path | None, total: int, screen: TextIO | None = None) -> None:
         self.records: list[Record] = []
-        self.total = total
+        if path and path.is_file():  # not a pipe or device
+            self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.path, self.total = path, total
         self.screen = screen or sys.stdout
         self.smooth: float | None = None
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
+        self.file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
         self.every = max(1, total // 20)
-        self.val_loss: float | None = None
-        self.start = time.monotonic()
+        self.begin = time.monotonic()
+        self.first = max((record["step"] for record in self.records), default=0)
 
     def __call__(self, record: Record) -> None:
         """Take a record of a step or of a validation."""
         self.records.append(record)
         try:
+            self._stay_in_place()
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         except OSError as error:
             raise ResourceError(f"Cannot write {self.file.name}: {error.strerror}.") from None
         if "val_loss" in record:
-            self.val_loss = record["val_loss"]
-            self._print(f" step {record['step']:>5}/{self.total}  val_loss {self.val_loss:.4f}", stays=True)
-        else:
+            self._print(f" step {record['step']:>5}/{self.total}  val_loss {record['val_loss']:.4f}", stays=True)
+        elif "loss" in record:
             self.smooth = record["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * record["loss"]
             if self.live or record["step"] % self.every == 0 or record["step"] in (1, self.total):
                 self._print(self._progress(record), stays=not self.live)
+
+    def _stay_in_place(self) -> None:
+        """Where somebody removed or rotated the file, write all of it anew."""
+        if self.path and (
+            not self.path.exists() or not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        ):
+            tell(f"  note    {self.path} was moved away; it is written anew.", sys.stderr)
+            self.file.close()
+            self.file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+            self.file.writelines(json.dumps(record) + "\n" for record in self.records[:-1])
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    @property
+    def seconds(self) -> float:
+        """What the steps so far took, those before an interruption included."""
+        return next((float(record["seconds"]) for record in reversed(self.records) if "seconds" in record), 0.0)
 
     @property
     def live(self) -> bool:
@@ -61,7 +87,8 @@ class RunLog:
         self.file.close()
 
     def _progress(self, record: Record) -> str:
-        left = (time.monotonic() - self.start) / record["step"] * (self.total - record["step"])
+        rate = (time.monotonic() - self.begin) / max(1, record["step"] - self.first)
+        left = rate * (self.total - record["step"])
         return (
             f" step {record['step']:>5}/{self.total} {record['step'] / self.total:4.0%}"
             f"  loss {record['loss']:.3f} (avg {self.smooth:.3f})  lr {record['lr']:.1e}"

@@ -1,13 +1,13 @@
-"""A run around its loop: the data it reads, the folder it owns, the plan it prints, what it leaves behind."""
+"""A run around its loop: the folder it owns, the checkpoints in it, what it leaves behind."""
 
 import fcntl
 import json
 import os
 import platform
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,25 @@ from lightning.fabric import Fabric
 
 from lit_qlora import __version__, cli
 from lit_qlora.adapter import save_adapter
-from lit_qlora.checkpoint import content_hash, count_parameters
-from lit_qlora.config import ModelConfig
-from lit_qlora.data import RunData, boundary, count_steps, show
-from lit_qlora.device import gpu_bytes, pick_device, weights_dtype
-from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.banner import savings
+from lit_qlora.checkpoint import content_hash, count_parameters, flush, is_left_over
+from lit_qlora.data import RunData, count_steps, longest_step, steps
+from lit_qlora.errors import NumericalError, ResourceError
+from lit_qlora.guards import Guard
 from lit_qlora.lora import count_trainable
 from lit_qlora.model import GPT
-from lit_qlora.optim import warmup_steps
-from lit_qlora.peft_layout import check_layers
-from lit_qlora.plan import GIB, Plan, make_plan
+from lit_qlora.optim import check_schedule, make_optimizer
+from lit_qlora.plan import Plan
 from lit_qlora.report import RunLog, duration, plot_losses, tell, write_report
+from lit_qlora.resume import FINAL, LOG, SUMMARY, Checkpoint, plain, read_log, write_log, write_text
 from lit_qlora.settings import FinetuneConfig
+from lit_qlora.state import restore, state_files
+from lit_qlora.stopping import Stopped, StopRequest, stop_on_signals
+from lit_qlora.train import train
+from lit_qlora.validation import Validator, evaluate
+
+BEST = "best"
+BYTES_PER_PARAMETER = 16  # of a checkpoint: PEFT's copy, the parameter itself, two moments, all float32
 
 
 def default_out_dir(checkpoint_dir: Path) -> Path:
@@ -39,68 +46,20 @@ def total_steps(config: FinetuneConfig, data: RunData) -> int:
     """Optimizer steps of the run.
 
     Raises:
-        UsageError: if the warm-up is longer than that, so that the learning rate would never reach its peak.
+        UsageError: if the schedule does not fit into them.
     """
     train = config.train
     total = count_steps(len(data.train), data.batching, train.epochs, train.max_steps)
-    warmup = warmup_steps(train, total)
-    if warmup > total:
-        raise UsageError(f"train.warmup is {warmup} steps, but the run has only {total}. A share such as 0.03 adapts.")
+    check_schedule(train, total)
     return total
 
 
-def eval_every(config: FinetuneConfig, total: int) -> int:
+def eval_every(config: FinetuneConfig, data: RunData, total: int) -> int:
     """Optimizer steps between validations."""
-    return config.eval.every or max(1, total // 10)
-
-
-def print_plan(config: FinetuneConfig, data: RunData, total: int, silent: bool = False) -> Plan:
-    """Say what is going to happen, and whether it fits."""
-    model = ModelConfig.load(config.checkpoint_dir)
-    train = config.train
-    check_layers(model, config.lora)  # an adapter that cannot be saved is refused before it is trained
-    longest = data.batching.row_length or int(data.train.lengths.max())
-    plan = make_plan(
-        model,
-        config.lora,
-        config.quantize,
-        config.quantize_head,
-        weights_dtype(config.precision),
-        train.micro_batch_size * longest,
-        train,
-        gpu_bytes() if (config.devices, config.num_nodes) == (1, 1) else None,
-    )
-    if silent:
-        return plan
-    device = pick_device()
-    cuda = device.type == "cuda"
-    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    memory = gpu_bytes()
-    room = f" of {memory / GIB:.1f}" if memory else ""
-    base = "LoRA" if config.quantize == "none" else f"{config.quantize} + LoRA"
-    words = ",".join(config.lora.targets)
-    rows = f"rows of {data.batching.row_length} tokens" if data.batching.row_length else "samples"
-    learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
-    tell(
-        f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
-        f"{_data_lines(data)}\n"
-        f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
-        f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
-        f"  plan    {total:,} steps x {train.batch_size} samples, {train.micro_batch_size} {rows} at a time   {learn}\n"
-        f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
-        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}\n"
-        f"  path    {_path(plan)}\n"
-        f"{_samples(data)}"
-    )
-    return plan
-
-
-def _path(plan: Plan) -> str:
-    """Which path the training takes, and what it computes again."""
-    counts = Counter(plan.recompute)
-    again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
-    taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
-    return f"{taken}   recompute: {again}"
+    every = config.eval.every
+    if 0 < every < 1:
+        every *= count_steps(len(data.train), data.batching, epochs=1)
+    return max(1, round(every or total / 10))
 
 
 def take_path(model: GPT, plan: Plan) -> None:
@@ -117,31 +76,21 @@ def take_path(model: GPT, plan: Plan) -> None:
     fuse(model).set_recompute(plan.recompute)
 
 
-def _data_lines(data: RunData) -> str:
-    """What the audit found, in a few lines."""
-    audit = data.audit
-    lines = [
-        f"  data    {audit.describe()}   style {data.style.name}   lengths {audit.spark()}",
-        *(f"          {source}" for source in audit.sources),
-        *(f"  note    {note}" for note in audit.notes()),
-    ]
-    return "\n".join(lines)
-
-
-def _samples(data: RunData) -> str:
-    """Some samples as the model sees them, and where the answer of the first begins."""
-    lines = [f"  sample  {show(sample, data.tokenizer, most=300)}" for sample in data.audit.shown]
-    return "\n".join([*lines, f"  answer  begins behind: {boundary(data.audit.shown[0], data.tokenizer)}"])
+def set_deterministic() -> None:
+    """Let torch take only operations that give the same bits each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
 
 
 @contextmanager
-def claim(config: FinetuneConfig, fabric: Fabric) -> Iterator[Path]:
+def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None, plan: Plan) -> Iterator[Path]:
     """The run's folder, held until the run ends, with config.yaml in it.
 
-    An earlier run in the same place is moved aside, never overwritten.
+    A run that goes on from `checkpoint` finds its log up to there. Otherwise an earlier run in the same place is moved
+    aside, never overwritten.
 
     Raises:
-        ResourceError: if the folder cannot be written or another run is using it.
+        ResourceError: if the folder cannot be written, another run is using it, or the disk is too full.
     """
     assert config.out_dir is not None
     out_dir = config.out_dir
@@ -153,7 +102,7 @@ def claim(config: FinetuneConfig, fabric: Fabric) -> Iterator[Path]:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(out_dir)
-        if (out_dir / "log.jsonl").exists():
+        if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
             here = out_dir.resolve()  # "." has no name of its own
             aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
             here.rename(aside)
@@ -161,6 +110,15 @@ def claim(config: FinetuneConfig, fabric: Fabric) -> Iterator[Path]:
             lock.close()
             out_dir.mkdir()
             lock = _lock(out_dir)
+        if not config.skip_disk_check:
+            check_disk(config, plan)
+        _clean(out_dir)
+        if checkpoint:
+            write_log(out_dir / LOG, read_log(checkpoint.path.parent / LOG, checkpoint.step))
+            for later in out_dir.glob("step-??????"):
+                if int(later.name[5:]) > checkpoint.step:  # the user goes on from an earlier one, or it is damaged
+                    _set_aside(later)
+            (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
         (out_dir / "config.yaml").write_text(cli.to_yaml(config))
     except OSError as error:
         raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror}.") from None
@@ -169,6 +127,31 @@ def claim(config: FinetuneConfig, fabric: Fabric) -> Iterator[Path]:
         yield out_dir
     finally:
         lock.close()
+
+
+def check_disk(config: FinetuneConfig, plan: Plan) -> None:
+    """Raise ResourceError unless the disk has room for the checkpoints: the last ones, the best, the final, and one."""
+    assert config.out_dir is not None
+    needed = (config.train.keep_last + 3) * (BYTES_PER_PARAMETER * plan.trainable + 2**20)
+    free = shutil.disk_usage(config.out_dir).free
+    if needed > free:
+        raise ResourceError(
+            f"out_dir {config.out_dir}: the checkpoints need up to {needed / 1e6:,.1f} MB, "
+            f"and {free / 1e6:,.1f} MB are free.\n"
+            "Take another --out_dir or a smaller --train.keep_last; --skip_disk_check begins regardless."
+        )
+
+
+def _clean(out_dir: Path) -> None:
+    """Remove what programs that were killed left half done."""
+    for left in out_dir.glob("*.tmp-*"):
+        if is_left_over(left):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _set_aside(folder: Path) -> None:
+    aside = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"aside-{folder.name}.{n}")).exists())
+    folder.rename(aside)
 
 
 def _lock(out_dir: Path) -> Any:
@@ -193,38 +176,171 @@ def open_log(out_dir: Path, total: int, fabric: Fabric) -> Iterator[RunLog]:
     """The run's log, closed whatever happens, so that an error message gets a line of its own; mute on other ranks."""
     first = fabric.is_global_zero
     with open(os.devnull, "w") as nobody:
-        log = RunLog(out_dir / "log.jsonl" if first else Path(os.devnull), total, None if first else nobody)
+        log = RunLog(out_dir / LOG if first else None, total, None if first else nobody)
+        log.records = fabric.broadcast(log.records)
         try:
             yield log
         finally:
             log.close()
 
 
-def saver(config: FinetuneConfig, model: GPT, data: RunData, total: int, fabric: Fabric) -> Callable[[int], None]:
-    """The function that saves the adapter after `step` steps, and removes the checkpoints that are too many."""
-    assert config.out_dir is not None
-    out_dir = config.out_dir
-    base = {"name": model.config.name, "path": str(config.checkpoint_dir)}
-    if fabric.is_global_zero:
-        base["sha256"] = content_hash(config.checkpoint_dir)
-    facts = {
-        "base": base,
-        "data": data.files,
-        "quantize": config.quantize,
-        "quantize_head": config.quantize_head,
-        "precision": config.precision,
-        "versions": versions(),
-    }
+class Saver:
+    """Saves the checkpoints of a run, and removes those that are too many.
 
-    def save(step: int) -> None:
+    Attributes:
+        last: the newest one.
+        best: the one that OUT/best is.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        fabric: Fabric,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        data: RunData,
+        total: int,
+        log: RunLog,
+        last: Path | None = None,
+    ) -> None:
+        assert config.out_dir is not None
+        self.config, self.out_dir, self.fabric, self.data, self.log = config, config.out_dir, fabric, data, log
+        self.model, self.optimizer = model, optimizer
+        self.best = self._recall_best()
+        self.last = last
+        base = {"name": model.config.name, "path": str(config.checkpoint_dir)}
         if fabric.is_global_zero:
-            folder = out_dir / ("final" if step == total else f"step-{step:06d}")
-            save_adapter(folder, model, config.lora, data.style, {**facts, "step": step})
-            for old in sorted(out_dir.glob("step-*"))[: -config.train.keep_last]:
-                shutil.rmtree(old)
-        fabric.barrier()
+            base["sha256"] = content_hash(config.checkpoint_dir)
+        self.facts = {
+            "base": base,
+            "data": data.files,
+            "quantize": config.quantize,
+            "quantize_head": config.quantize_head,
+            "precision": config.precision,
+            "versions": versions(),
+        }
+        self.counters = {**self.facts, "config": plain(config), "total": total}
 
-    return save
+    def __call__(self, step: int, over: bool) -> None:
+        """Save the state after `step` steps, as OUT/final if the run is over."""
+        folder = self.out_dir / (FINAL if over else f"step-{step:06d}")
+        if folder != self.last and self.fabric.is_global_zero:
+            self.log.flush()  # a checkpoint must not be newer than the log
+            counters = {**self.counters, "step": step, "seconds": self.log.seconds}
+            state = state_files(self.fabric, self.model, self.optimizer, counters)
+            save_adapter(folder, self.model, self.config.lora, self.data.style, {**self.facts, "step": step}, state)
+            self._prune()
+        self.last = folder
+        self.fabric.barrier()
+
+    def keep(self, step: int) -> None:
+        """Let OUT/best be the state after `step` steps, which is the one that is now."""
+        if self.last is None or self.last.name not in (FINAL, f"step-{step:06d}"):
+            self(step, False)
+        assert self.last is not None
+        self.best = self.last
+        if self.fabric.is_global_zero:
+            link = self.out_dir / f"{BEST}.tmp-{os.getpid()}"
+            link.symlink_to(self.last.name)
+            link.replace(self.out_dir / BEST)
+            flush(self.out_dir)
+            self._prune()
+
+    def _recall_best(self) -> Path | None:
+        """What OUT/best is, in a run that goes on; what it was may have been set aside."""
+        link = self.out_dir / BEST
+        if not link.is_symlink():
+            return None
+        if link.exists():
+            return link.resolve()
+        if self.fabric.is_global_zero:
+            link.unlink()
+        return None
+
+    def _prune(self) -> None:
+        kept = {self.best.name} if self.best else set()
+        for old in sorted(self.out_dir.glob("step-??????"))[: -self.config.train.keep_last]:
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+
+def learn(
+    fabric: Fabric,
+    model: GPT,
+    config: FinetuneConfig,
+    data: RunData,
+    total: int,
+    log: RunLog,
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Train the adapters of `model`, from `checkpoint` on if there is one."""
+    scaled = config.precision == "16-mixed"
+    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
+    fabric_model, optimizer = fabric.setup(model, optimizer)
+    fabric_model.mark_forward_method("loss")
+    start, last = 0, None
+    if checkpoint:
+        restore(fabric, model, optimizer, checkpoint.path)
+        start, last = checkpoint.step, checkpoint.path
+    guard = Guard(config.guard, scaled=scaled)
+    for record in log.records:
+        if "loss" in record:
+            guard.see(record["loss"])
+    with stop_on_signals() as stop, explained(config, data):
+        alone = stop if fabric.world_size == 1 else StopRequest()  # other ranks would wait for what is cut short
+        saver = Saver(config, fabric, model, optimizer, data, total, log, last)
+        measures = [partial(evaluate, fabric, fabric_model, data.val_batches, alone)] if data.val_batches else []
+        every = eval_every(config, data, total)
+        validator = Validator(config.eval, every, total, measures, log, saver.keep, alone)
+        go_on = validator.catch_up(log.records, start)
+        if stop.signal and fabric.world_size == 1:
+            raise Stopped(stop.signal, start)
+        if not go_on or start == total:
+            saver(start, True)
+            return
+        train(
+            fabric,
+            fabric_model,
+            optimizer,
+            steps(data.train, data.batching, total, fabric.global_rank, fabric.world_size, start),
+            total,
+            config.train,
+            log=log,
+            save=saver,
+            validate=validator,
+            guard=guard,
+            stop=stop,
+            seed=config.seed,
+            start=start,
+            seconds=log.seconds,
+            probe=longest_step(data.train, data.batching) if fabric.device.type == "cuda" else None,
+        )
+
+
+@contextmanager
+def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
+    """Let whoever reads the error know what to look at, or what to change."""
+    assert config.out_dir is not None
+    try:
+        yield
+    except NumericalError as error:
+        step = getattr(error, "step", None)
+        if step is None:
+            raise
+        path = config.out_dir / "bad_batch.json"
+        rows = [
+            {"tokens": tokens, "labels": labels, "text": data.tokenizer.decode(tokens)}
+            for batch in step.batches
+            for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
+        ]
+        facts = {"error": str(error), "epoch": step.epoch, "samples": list(step.numbers), "rows": rows}
+        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        saved = [path.name for path in sorted(config.out_dir.glob("step-??????"))]
+        good = f"the newest checkpoint is {config.out_dir / saved[-1]}" if saved else "no checkpoint was due before it"
+        raise NumericalError(f"{error}\nIts samples are in {path}; {good}.") from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise ResourceError(f"Out of memory. {reason}\n{savings(config, data)}") from None
 
 
 def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog) -> None:
@@ -244,6 +360,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog) -> No
         "trainable_parameters": count_trainable(model),
         "frozen_parameters": count_parameters(model.config),
         "steps": len(train),
+        "skipped_steps": sum(record.get("skipped", False) for record in train),
         "tokens": tokens,
         "samples": sum(record["samples"] for record in train),
         "seconds": seconds,
@@ -254,13 +371,13 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog) -> No
         "val_loss": val[-1] if val else None,
         "versions": versions(),
     }
-    (out_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     following = (
         f"python scripts/merge_lora.py --lora_path {out_dir}/final --checkpoint_dir {config.checkpoint_dir}\n"
         f"python scripts/chat.py --checkpoint_dir {config.checkpoint_dir} --lora_path {out_dir}/final"
     )
     plot_losses(log.records, out_dir / "loss.png")
     write_report(out_dir / "report.md", f"LoRA on {model.config.name}", summary, log.records, following)
+    write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")  # the last: it says that the run is over
     before_after = f"val_loss {val[0]:.4f} -> {val[-1]:.4f}   " if val else ""
     tell(
         f"done    {before_after}{tokens / seconds:,.0f} tokens/s   peak {summary['peak_gib']:.2f} GiB   "

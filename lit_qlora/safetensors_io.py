@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,6 +58,26 @@ def read_tensor(path: Path, name: str) -> Tensor:
             return file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot read {name}: {error}.") from None
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a file: from byte `start` on."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_places(path: Path) -> dict[str, Place]:
+    """Name -> where the tensor lies, after read_specs has checked the file."""
+    specs = read_specs(path)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: Place(8 + size + header[name]["data_offsets"][0], tuple(spec.shape), spec.dtype)
+        for name, spec in specs.items()
+    }
 
 
 def read_all(path: Path) -> dict[str, Tensor]:

@@ -5,17 +5,22 @@ are answered at once.
 """
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from lit_qlora.errors import UsageError
+from lit_qlora.errors import UsageError, did_you_mean
 
 Scheme = Literal["none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 SCHEMES: tuple[Scheme, ...] = ("none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
 Recompute = Literal["none", "mlp", "attn", "offload", "full"]
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true"]
+Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial", "inverse-sqrt", "wsd"]
 Target = Literal["query", "key", "value", "latent", "projection", "mlp", "head", "all"]
+Mirror = Literal["tensorboard", "wandb", "mlflow"]
+MIRRORS: tuple[Mirror, ...] = ("tensorboard", "wandb", "mlflow")
 TARGETS: tuple[Target, ...] = ("query", "key", "value", "latent", "projection", "mlp", "head", "all")
 
 
@@ -23,6 +28,18 @@ def check(condition: bool, message: str) -> None:
     """Raise UsageError(message) unless `condition` holds."""
     if not condition:
         raise UsageError(message)
+
+
+def first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """PEFT's rule: a pattern is a regular expression for the end of the path, from a dot on; the first one counts."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +55,73 @@ class LoRAConfig:
     targets: tuple[Target, ...] | Target = ("query", "value")
     """Layers that learn, e.g. [query,value]; 'all' is every linear layer but the output head. Only DeepSeek's models
     have a latent."""
+    first_layers: int | None = None
+    """Adapt the first so many blocks only; with last_layers, those at both ends."""
+    last_layers: int | None = None
+    """Adapt the last so many blocks only."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some layers: a regular expression for the end of their path, as in PEFT, e.g. {mlp.down: 32} or
+    {'blocks.[01].attn.query': 4}."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some layers, in the same way."""
+    rslora: bool = False
+    """Scale updates by alpha / sqrt(r) instead, which keeps high ranks learning (rsLoRA, Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn the length of each row of the weight apart from its direction (DoRA, Liu et al. 2024)."""
+    init: Literal["default", "pissa", "olora", "loftq"] = "default"
+    """Where A and B start: 'default' is no update; 'pissa' the largest singular directions of the weight (Meng et al.
+    2024) and 'olora' its QR decomposition (Bueyuekakyuez 2024), taken out of the frozen base; 'loftq' what
+    quantisation lost of the weight (Li et al. 2023). Adapters are saved as changes of the base as it was, of twice the
+    rank."""
+    loftq_steps: int | None = None
+    """init loftq: how often base and adapter are fitted to each other; by default once."""
+    train_tokens: tuple[int, ...] | int = ()
+    """Ids of tokens whose embeddings learn too, such as new ones; a tied head shares them."""
+    train_embeddings: bool = False
+    """Let all embeddings learn too."""
+    start: Path | None = None
+    """An adapter folder, ours or PEFT's, to start from; the settings above are then its own, but for dropout."""
+
+    def rank(self, layer: str) -> int:
+        """Rank of the layer with this path."""
+        return int(first_match(self.rank_pattern, layer, self.r))
+
+    def scale(self, layer: str) -> float:
+        """What B A of the layer is multiplied by."""
+        return first_match(self.alpha_pattern, layer, self.alpha) / self.rank(layer) ** (0.5 if self.rslora else 1)
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        if isinstance(self.targets, str):
-            object.__setattr__(self, "targets", (self.targets,))
+        """Check the ranges, and that no setting would be without effect."""
+        for name, single in (("targets", str), ("train_tokens", int)):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, single) else tuple(value))
         check(self.r >= 1, f"lora.r must be at least 1, got {self.r}.")
+        for name in ("first_layers", "last_layers", "loftq_steps"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"lora.{name} must be at least 1, got {value}.")
+        for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+            for pattern, value in getattr(self, name).items():
+                check(_is_pattern(pattern), f"lora.{name}: {pattern!r} is not a regular expression.")
+                fine = least <= value < math.inf and value != 0
+                check(fine, f"lora.{name}: {pattern} must be above 0 and finite, got {value}.")
+        check(
+            self.loftq_steps is None or self.init == "loftq",
+            f"lora.loftq_steps has no effect with --lora.init {self.init}.",
+        )
+        check(
+            self.start is None or self.init == "default",
+            "lora.start and lora.init both say where the adapter starts. Leave one out.",
+        )
+        tokens = self.train_tokens
+        assert isinstance(tokens, tuple)
+        check(
+            min(tokens, default=0) >= 0 and len(set(tokens)) == len(tokens),
+            f"lora.train_tokens must be different ids, not negative, got {tokens}.",
+        )
+        check(
+            not (tokens and self.train_embeddings),
+            "lora.train_embeddings trains all tokens, so lora.train_tokens would have no effect. Leave one out.",
+        )
         check(0 < self.alpha < math.inf, f"lora.alpha must be above 0 and finite, got {self.alpha}.")
         check(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}.")
         check(bool(self.targets), "lora.targets is empty, so nothing would learn. Name at least one: [query,value].")
@@ -70,8 +148,7 @@ class PromptKnobs:
 
 
 Overlong = Literal["truncate_left", "truncate_right", "drop", "error"]
-Finding = Literal["cut_answers", "dropped", "masked", "no_eos", "empty_answers", "no_prompt"]
-FINDINGS: tuple[Finding, ...] = ("cut_answers", "dropped", "masked", "no_eos", "empty_answers", "no_prompt")
+Finding = Literal["cut_answers", "dropped", "masked", "no_eos", "empty_answers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +175,8 @@ class DataConfig(PromptKnobs):
     a file if there is one ('auto')."""
     val_fraction: float = 0.05
     """What is held out of the training data for validation: a share if below 1, else a number of samples."""
+    validation_size: float | None = None
+    """Another name of val_fraction, that of H2O LLM Studio."""
     prompt: str = "auto"
     """Prompt style: alpaca, alpaca-end, plain, qa, text, llama2, llama3, chatml, mistral, vicuna, zephyr, phi, phi3,
     gemma, guanaco, knobs (see text_prompt_start), or template, the tokenizer's own chat template; 'auto' is the style
@@ -151,6 +230,12 @@ class DataConfig(PromptKnobs):
             if isinstance(value := getattr(self, name), str | Path):
                 object.__setattr__(self, name, (str(value),))
         check(bool(self.path), "data.path names no file.")
+        if self.validation_size is not None:
+            standard = DataConfig.val_fraction
+            check(self.val_fraction == standard, "data.validation_size and data.val_fraction are the same. Give one.")
+            check(self.val_path is None, "data.val_path is what to validate on, so data.validation_size has no effect.")
+            object.__setattr__(self, "val_fraction", self.validation_size)
+            object.__setattr__(self, "validation_size", None)  # so that a config.yaml holds it once
         check(0 <= self.val_fraction < math.inf, f"data.val_fraction must not be negative, got {self.val_fraction}.")
         check(
             self.validation_strategy != "custom" or self.val_path is not None,
@@ -190,6 +275,11 @@ class PrepareConfig:
     """Share of the samples that is held out, in val.jsonl."""
     seed: int = 42
     """Seed of the split."""
+    format: str = "auto"
+    """What a record looks like: alpaca, dolly, sharegpt, messages, ...; 'auto' recognises it and says what it saw."""
+    columns: str = ""
+    """Which column is what, e.g. question:instruction,reply:output; known are instruction, input, output, system. By
+    default the columns have these names, or others that are recognised."""
     checkpoint_dir: Path | None = None
     """A directory with a tokenizer; then the report says how long the samples are in its tokens."""
     prompt: str = "alpaca"
@@ -224,18 +314,32 @@ class TrainConfig:
     """Samples per forward pass on one device; changes memory and speed, not the result."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    schedule: Schedule = "cosine"
+    """What the learning rate does after the warm-up; docs/schedules.png shows them. wsd is warm-up-stable-decay."""
     warmup: float = 0.03
     """Linear warm-up: a share of the steps if below 1, else a number of steps."""
+    floor: float = 0.0
+    """Share of the peak that the schedule falls to, instead of zero."""
+    cycles: int | None = None
+    """Schedule cosine-restarts: how often the rate falls; by default 3."""
+    power: float | None = None
+    """Schedule polynomial: the rate falls as this power of what is left of the run; by default 2."""
+    decay: float | None = None
+    """Schedule wsd: when the rate falls, a share of the steps if below 1, else a number of steps; by default 0.1."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of the optimizer."""
+    """Weight decay of matrices; vectors have none. adamw, lion and adafactor keep it apart from the gradient; adam,
+    sgd, rmsprop and adadelta add it."""
+    neftune: float = 0.0
+    """Uniform noise on the embeddings while training, of so much / sqrt(tokens x width), e.g. 5 (NEFTune, Jain et al.
+    2023)."""
     max_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     save_every: int = 0
-    """Optimizer steps between checkpoints of the adapter; 0 saves at the end only."""
+    """Optimizer steps between checkpoints; 0 leaves it to train.save_minutes."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints; 0 leaves it to train.save_every."""
     keep_last: int = 2
-    """Checkpoints that stay when newer ones are saved."""
+    """Checkpoints that stay when newer ones are saved; the best and the final one stay anyway."""
     recompute: Literal["auto"] | Recompute = "auto"
     """What each block computes again in the backward pass instead of keeping it, from most to least memory: none, mlp,
     attn, full; 'offload' is attn with the rest in host memory. 'auto' is the fastest mix that fits. Without the fast
@@ -254,39 +358,201 @@ class TrainConfig:
             f"train.learning_rate must be above 0 and finite, got {self.learning_rate}.",
         )
         check(0 <= self.warmup < math.inf, f"train.warmup must be finite and not negative, got {self.warmup}.")
+        check(0 <= self.floor <= 1, f"train.floor must be in [0, 1], got {self.floor}.")
+        check(self.cycles is None or self.cycles >= 1, f"train.cycles must be at least 1, got {self.cycles}.")
+        for name in ("power", "decay"):
+            value = getattr(self, name)
+            check(value is None or 0 < value < math.inf, f"train.{name} must be above 0 and finite, got {value}.")
+        for name, schedule in (("cycles", "cosine-restarts"), ("power", "polynomial"), ("decay", "wsd")):
+            check(
+                getattr(self, name) is None or self.schedule == schedule,
+                f"train.{name} has no effect with --train.schedule {self.schedule}; it belongs to {schedule}.",
+            )
+        check(self.schedule != "constant" or not self.floor, "train.floor has no effect on a constant rate.")
         check(
             0 <= self.weight_decay < math.inf,
             f"train.weight_decay must be finite and not negative, got {self.weight_decay}.",
         )
+        check(0 <= self.neftune < math.inf, f"train.neftune must be finite and not negative, got {self.neftune}.")
         check(self.max_norm >= 0, f"train.max_norm must not be negative, got {self.max_norm}.")
         check(self.save_every >= 0, f"train.save_every must not be negative, got {self.save_every}.")
+        check(
+            0 <= self.save_minutes < math.inf,
+            f"train.save_minutes must be finite and not negative, got {self.save_minutes}.",
+        )
         check(self.keep_last >= 1, f"train.keep_last must be at least 1, got {self.keep_last}.")
+
+
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adam": "torch.optim.Adam",
+    "sgd": "torch.optim.SGD",
+    "rmsprop": "torch.optim.RMSprop",
+    "adadelta": "torch.optim.Adadelta",
+    "adafactor": "torch.optim.Adafactor",
+    "lion": "bitsandbytes.optim.Lion",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged-adamw": "bitsandbytes.optim.PagedAdamW",
+    "paged-adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "paged-adamw32bit": "bitsandbytes.optim.PagedAdamW32bit",
+}
+"""Short names of optimizers, and the classes that they stand for."""
+CLASS_PATH = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Z]\w*")
+"""Classes that may be named themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Which rule updates the adapter."""
+    """Which rule updates the adapter; a setting that the optimizer does not have is refused."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with momentum 0.9."""
+    name: str = "adamw"
+    """adamw (fused on a GPU), adam, sgd, rmsprop, adadelta, adafactor or lion; adamw8bit and lion8bit, whose state has
+    8 bits; paged-adamw, paged-adamw8bit and paged-adamw32bit, whose state leaves a GPU that is full; or any class of
+    torch.optim or bitsandbytes.optim, e.g. torch.optim.NAdam."""
+    betas: tuple[float, ...] | None = None
+    """Decay rates of the running averages, e.g. [0.9,0.999]; by default, as what follows, the optimizer's own."""
+    eps: float | None = None
+    """Added to the denominator of the update."""
+    momentum: float | None = None
+    """Share of the last update that is kept; by default 0.9 for sgd."""
+    nesterov: bool = False
+    """Look ahead along the momentum."""
+    options: dict[str, bool | int | float] = field(default_factory=dict)
+    """Other arguments of the optimizer's class, e.g. {rho: 0.95} for adadelta."""
+    lora_plus: float = 1.0
+    """B of each adapter learns so many times as fast as A. LoRA+ (Hayou et al. 2024) takes 16."""
+
+    def __post_init__(self) -> None:
+        """Check name and ranges; whether the optimizer has a setting is seen when it is made."""
+        check(
+            self.name in OPTIMIZERS or CLASS_PATH.fullmatch(self.name) is not None,
+            f"optimizer.name {self.name!r} is not known.{did_you_mean(self.name, list(OPTIMIZERS))} "
+            f"Known: {', '.join(OPTIMIZERS)}; or torch.optim.NAME or bitsandbytes.optim.NAME.",
+        )
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(self.betas))
+            check(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must be in [0, 1), got {self.betas}.")
+        check(self.eps is None or 0 < self.eps < math.inf, f"optimizer.eps must be above 0 and finite, got {self.eps}.")
+        check(
+            self.momentum is None or 0 <= self.momentum < 1,
+            f"optimizer.momentum must be in [0, 1), got {self.momentum}.",
+        )
+        check(0 < self.lora_plus < math.inf, f"optimizer.lora_plus must be above 0 and finite, got {self.lora_plus}.")
+        taken = {"params", "lr", "weight_decay", "fused", *(setting.name for setting in fields(OptimizerConfig))}
+        twice = ", ".join(sorted(taken.intersection(self.options)))
+        check(not twice, f"optimizer.options: {twice} has a setting of its own and is not set there.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What ends a run whose numbers went wrong; a loss that is not finite always does."""
+
+    divergence: float = 3.0
+    """The loss diverged when it is more than so many times its best running average, and 1 more; 0 does not look."""
+    patience: int = 10
+    """Steps in a row for which it has to be."""
+    skips: int = 3
+    """Steps in a row that may have gradients that are not finite; the updates of the others are left out."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check(
+            self.divergence == 0 or 1 < self.divergence < math.inf,
+            f"guard.divergence must be 0 or above 1 and finite, got {self.divergence}.",
+        )
+        check(self.patience >= 1, f"guard.patience must be at least 1, got {self.patience}.")
+        check(self.skips >= 1, f"guard.skips must be at least 1, got {self.skips}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """When the validation loss is measured; before and after training it always is."""
+    """When the model is validated, which it always is before and after training, and what is measured then."""
 
-    every: int = 0
-    """Optimizer steps between validations; 0 validates ten times in the run."""
+    every: float = 0.0
+    """Optimizer steps between validations, or a share of an epoch if below 1; 0 validates ten times in the run."""
+    minutes: float = 0.0
+    """Validate also when so many minutes have gone by since the last validation; 0 does not look at the clock."""
     max_samples: int | None = None
     """Validate on the first so many validation samples only."""
+    best: str = "val_loss"
+    """The figure of a validation by which the best checkpoint is kept, as OUT/best, and the run may end early; 'none'
+    keeps none."""
+    patience: int = 0
+    """End the run when so many validations in a row were not better than the best; 0 does not."""
+    generate: int = 0
+    """Let the model answer so many of the validation samples and compare: exact match, BLEU, chrF, ROUGE-L."""
+    prompts: Path | None = None
+    """A file of prompts that are answered at each validation, a line each (.txt), or JSON lines with instruction, input
+    and system; the answers go to OUT/samples.jsonl."""
+    max_new_tokens: int | None = None
+    """Most tokens of an answer; by default 128."""
+    kl_text: Path | None = None
+    """A text file on which to measure how far the model has moved from its base, as kl_to_base; 'default' is a text
+    that comes with the package."""
+    tasks: tuple[str, ...] | str = ()
+    """Tasks of lm-eval that the model is asked during training, e.g. [mmlu]; their figures are called TASK/METRIC."""
+    tasks_every: int | None = None
+    """Ask them at each so many validations only; before and after training always."""
+    tasks_limit: float | None = None
+    """Ask the first so many questions of each task only; below 1, this share of them."""
+    tasks_num_fewshot: int | None = None
+    """Examples before each question; by default what the task says."""
+    tasks_include_path: Path | None = None
+    """Directory with tasks of your own (YAML files)."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        check(self.every >= 0, f"eval.every must not be negative, got {self.every}.")
+        """Check the ranges, and that no setting would be without effect."""
+        if isinstance(self.tasks, str):
+            object.__setattr__(self, "tasks", (self.tasks,))
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        check(0 <= self.every < math.inf, f"eval.every must be finite and not negative, got {self.every}.")
+        check(self.generate >= 0, f"eval.generate must not be negative, got {self.generate}.")
+        for name in ("max_new_tokens", "tasks_every", "tasks_num_fewshot"):
+            value, least = getattr(self, name), int(name != "tasks_num_fewshot")
+            check(value is None or value >= least, f"eval.{name} must be at least {least}, got {value}.")
+        check(
+            self.tasks_limit is None or 0 < self.tasks_limit < math.inf,
+            f"eval.tasks_limit must be above 0 and finite, got {self.tasks_limit}.",
+        )
+        check(
+            self.max_new_tokens is None or bool(self.generate or self.prompts),
+            "eval.max_new_tokens concerns answers, so it needs eval.generate or eval.prompts.",
+        )
+        for name in ("tasks_every", "tasks_limit", "tasks_num_fewshot", "tasks_include_path"):
+            check(getattr(self, name) is None or bool(self.tasks), f"eval.{name} has no effect without eval.tasks.")
+        check(
+            self.every < 1 or self.every == round(self.every),
+            f"eval.every must be a whole number of steps or a share of an epoch below 1, got {self.every}.",
+        )
+        check(0 <= self.minutes < math.inf, f"eval.minutes must be finite and not negative, got {self.minutes}.")
+        check(self.patience >= 0, f"eval.patience must not be negative, got {self.patience}.")
+        check(
+            not (self.patience and self.best == "none"),
+            "eval.patience needs to know what is better: name a figure such as val_loss with eval.best.",
+        )
         check(
             self.max_samples is None or self.max_samples > 0,
             f"eval.max_samples must be above 0, got {self.max_samples}.",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Who is told of the run besides OUT/log.jsonl."""
+
+    to: tuple[Mirror, ...] | Mirror = ()
+    """Programs that get the same figures, e.g. [tensorboard,wandb]: their files lie in OUT/tensorboard, OUT/wandb and
+    OUT/mlruns. wandb is offline unless WANDB_MODE says otherwise. If one fails, the run goes on without it."""
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        if isinstance(self.to, str):
+            object.__setattr__(self, "to", (self.to,))
+        object.__setattr__(self, "to", tuple(self.to))
+        for name in self.to:
+            check(name in MIRRORS, f"log.to: {name!r} is not known. Known: {', '.join(MIRRORS)}.")
+        check(len(set(self.to)) == len(self.to), f"log.to names one twice: {', '.join(self.to)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,17 +706,42 @@ class FinetuneConfig:
     """How several devices work together."""
     seed: int = 1337
     """Seed of everything random."""
+    deterministic: bool = False
+    """Take only operations that give the same bits each time, on a GPU too, where that is slower."""
+    resume: str = "auto"
+    """Where to go on: 'auto' is the newest whole checkpoint of an unfinished run in out_dir if there is one, 'never'
+    starts anew, and a run's or a checkpoint's directory goes on from there."""
+    extend: bool = False
+    """Go on with another train.epochs or train.max_steps, of a finished run too; the schedule is then that of the new
+    length."""
+    resume_changed_data: bool = False
+    """Go on although the data is not what the run began with."""
+    skip_disk_check: bool = False
+    """Begin although the disk has no room for the checkpoints."""
+    force: bool = False
+    """Begin although the plan needs more memory than the GPU has."""
     dry_run: bool = False
     """Check everything, print the plan and stop before any weight is loaded."""
+    quiet: bool = False
+    """Print nothing but warnings and errors."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         """Check what concerns several settings together."""
+        check(
+            self.lora.init != "loftq" or self.quantize != "none",
+            "lora.init loftq makes up for what quantisation loses, so it needs --quantize.",
+        )
         check(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), got {self.seed}.")
         check(self.num_nodes >= 1, f"num_nodes must be at least 1, got {self.num_nodes}.")
         if self.devices != "auto":
             check(self.devices >= 1, f"devices must be at least 1, got {self.devices}.")
+        check(
+            not (self.extend and self.resume == "never"), "extend goes on with a run, and --resume never starts anew."
+        )

@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -39,22 +40,24 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 
 def main() -> None:
-    """Read a request from stdin; answer with a JSON list of {"text": ...} or {"error": ...}."""
+    """Answer each line of stdin, a request, with a line: a JSON list of {"text": ...} or {"error": ...}."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    request = json.load(sys.stdin)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    answers: list[dict[str, str]] = []
-    try:
-        template = environment.from_string(request["template"])
-        for variables in request["conversations"]:
-            answers.append({"text": template.render(request["variables"] | variables)})
-    except Exception as error:  # whatever the stranger's program does
-        answers.append({"error": f"{type(error).__name__}: {error}"})
-    json.dump(answers, sys.stdout)
+    compiled = cache(environment.from_string)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answers: list[dict[str, str]] = []
+        try:
+            template = compiled(request["template"])
+            for variables in request["conversations"]:
+                answers.append({"text": template.render(request["variables"] | variables)})
+        except Exception as error:  # whatever the stranger's program does
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+        print(json.dumps(answers), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -108,6 +108,15 @@ class Tokenizer:
             for text, ids in zip(texts, encoded, strict=True)
         ]
 
+    def encode_marked(self, text: str, bos: bool | None = None) -> list[int]:
+        """As encode, but the name of a control token in `text` is that token, as Hugging Face's tokenizers have it.
+
+        Only for texts that a program has written, such as the rendering of a chat template: whoever types can then type
+        control tokens.
+        """
+        begin = [self.bos_id] if (self.use_bos if bos is None else bos) and self.bos_id is not None else []
+        return begin + self._backend.encode_marked(text, self.control_tokens)
+
     def content(self, control: int | None) -> str:
         """What a control token is called: "</s>" for eos_id; '' for none."""
         return next((content for content, i in self.control_tokens.items() if i == control), "")
@@ -159,6 +168,7 @@ class _Backend(Protocol):
     """Whether encode_many never makes a control token of a text by itself."""
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_marked(self, text: str, control: Mapping[str, int]) -> list[int]: ...
     def control_tokens(self) -> dict[str, int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
@@ -188,8 +198,7 @@ class _SentencePiece:
         self.added = {token.id: token for token in added if token.id >= pieces}
         self.size = max([pieces, *(i + 1 for i in self.added)])
         words = {token.content: i for i, token in self.added.items() if not token.control}
-        longest_first = sorted(words, key=len, reverse=True)
-        self.words = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if words else None
+        self.words = _any_of(words) if words else None
         self.word_ids = words
         self.bos_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         self.eos_id = self.processor.eos_id() if self.processor.eos_id() >= 0 else None
@@ -204,13 +213,20 @@ class _SentencePiece:
             ids = [self._encode_with_words(t) if self.words.search(t) else i for t, i in zip(texts, ids, strict=True)]
         return ids
 
+    def encode_marked(self, text: str, control: Mapping[str, int]) -> list[int]:
+        marks = {**control, **self.word_ids}
+        return self._encode_with(_any_of(marks), marks, text)
+
     def _encode_with_words(self, text: str) -> list[int]:
-        """Ids of a text with added tokens in it, which are cut out; what follows one is not a beginning."""
         assert self.words
+        return self._encode_with(self.words, self.word_ids, text)
+
+    def _encode_with(self, marks: re.Pattern[str], known: Mapping[str, int], text: str) -> list[int]:
+        """Ids of a text with tokens in it that are cut out; what follows one is not a beginning."""
         ids: list[int] = []
-        for part in filter(None, self.words.split(text)):
-            if part in self.word_ids:
-                ids.append(self.word_ids[part])
+        for part in filter(None, marks.split(text)):
+            if part in known:
+                ids.append(known[part])
             elif ids and self.prefixes:
                 behind = self.processor.encode(f"\n{part}")
                 ids += behind[len(self.processor.encode("\n")) :]
@@ -304,6 +320,14 @@ class _HuggingFace:
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_marked(self, text: str, control: Mapping[str, int]) -> list[int]:
+        self.backend.encode_special_tokens = False
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = True
+        return ids
+
     def control_tokens(self) -> dict[str, int]:
         return self.added
 
@@ -314,6 +338,11 @@ class _HuggingFace:
     def token_to_id(self, token: str) -> int | None:
         found: int | None = self.backend.token_to_id(token)
         return found
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of `names`, the longest where several begin at the same place."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The training loop: steps in, an updated adapter out. It knows nothing of LoRA, quantisation or files."""
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
@@ -13,10 +14,25 @@ from torch import Tensor
 from lit_qlora.data import Batch, Step
 from lit_qlora.device import peak_gib
 from lit_qlora.errors import NumericalError
+from lit_qlora.guards import Guard, check_first_gradients
 from lit_qlora.optim import learning_rate
+from lit_qlora.report import tell
 from lit_qlora.settings import TrainConfig
+from lit_qlora.stopping import Stopped, StopRequest
 
 Record = dict[str, Any]
+
+
+class Validation(Protocol):
+    """When and how the model is validated."""
+
+    def due(self, step: int) -> bool:
+        """Whether it is time after `step` steps; rank 0's word counts."""
+        ...
+
+    def __call__(self, step: int) -> bool:
+        """Validate; False ends the run early."""
+        ...
 
 
 def train(
@@ -25,103 +41,162 @@ def train(
     optimizer: torch.optim.Optimizer,
     steps: Iterable[Step],
     total: int,
-    val_batches: Sequence[Batch],
     config: TrainConfig,
-    eval_every: int,
+    *,
     log: Callable[[Record], None],
-    save: Callable[[int], None],
+    save: Callable[[int, bool], None],
+    validate: Validation,
+    guard: Guard,
+    stop: StopRequest | None = None,
+    seed: int = 0,
+    start: int = 0,
+    seconds: float = 0.0,
+    probe: Step | None = None,
 ) -> None:
-    """Take one optimizer step for each of `steps`, of which there are `total`.
+    """Take one optimizer step for each of `steps`, up to number `total`.
 
     The loss of a step is the mean over all its labelled tokens, or as data.weighting weighs them, however they are
     split into rows, micro-batches and devices, so packing and train.micro_batch_size change memory and speed but not
-    the result.
+    the result. What is random in a step depends on `seed` and its number alone, so a run can go on after any step.
 
     Args:
         model: as fabric.setup returns it, with "loss" marked as a forward method.
-        eval_every: optimizer steps between validations; before the first step and after the last there is always one.
-        log: gets a record for each step and each validation, on every rank.
-        save: is called with the number of steps done, whenever a checkpoint is due.
+        steps: those after `start`.
+        log: gets a record for each step, on every rank.
+        save: is called with the number of steps done whenever a checkpoint is due, and whether the run is over.
+        validate: is asked after each step.
+        start: steps that were done before.
+        seconds: how long they took.
+        probe: is computed and forgotten before the first step, so that what does not fit fails at once.
 
     Raises:
-        NumericalError: if the loss of a step is not finite; the step is not taken.
+        NumericalError: if the loss of a step is not finite; the step is not taken. Or as the guard decides.
+        Stopped: after saving, if `stop` has taken a signal.
+        torch.OutOfMemoryError: if not even single rows fit.
     """
-    start = before = time.monotonic()
+    stop = stop or StopRequest()
+    begin = before = saved = time.monotonic()
     paused = 0.0  # seconds since the last step that went to validating and saving
-    if val_batches:
-        log({"step": 0, **evaluate(fabric, model, val_batches)})
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    add_gradients = Gradients(fabric, model)
     model.train()
-    for number, step in enumerate(steps):
-        loss = torch.zeros((), device=fabric.device)
-        for i, batch in enumerate(step.batches, start=1):
-            with fabric.no_backward_sync(model, enabled=i < len(step.batches)):
-                part = model.loss(*to_device(batch, fabric.device)) / step.weight
-                fabric.backward(part * fabric.world_size)  # DDP averages gradients over ranks; we want their sum
-            loss += part.detach()
-        loss = sum_over_ranks(fabric, loss)
+    if probe:
+        add_gradients(probe)
+        optimizer.zero_grad()
+        tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
+    for done, step in enumerate(steps, start=start + 1):
+        torch.manual_seed(seed_of(seed, done, fabric.global_rank))
+        loss = sum_over_ranks(fabric, add_gradients(step))
         norm = fabric.clip_gradients(model, optimizer, max_norm=config.max_norm or math.inf, error_if_nonfinite=False)
         assert isinstance(norm, Tensor)
         loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
-        if not math.isfinite(loss_value):
-            raise NumericalError(
-                f"The loss is {loss_value} at step {number + 1}; the step was not taken.\n"
-                "Lower train.learning_rate, or take --precision bf16-true or 32-true."
-            )
-        rate = learning_rate(number, total, config)
+        try:
+            guard.check_loss(done, loss_value)
+            may_update = guard.may_update(done, norm_value)
+        except NumericalError as error:
+            error.step = step  # type: ignore[attr-defined] # whoever knows files keeps it for a look
+            raise
+        if done == 1 and may_update:
+            check_first_gradients((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        rate = learning_rate(done - 1, total, config)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+            group["lr"] = rate * group.get("factor", 1.0)
+        if may_update or scaler:  # a scaler leaves the update out by itself, and lowers its scale
+            optimizer.step()
         optimizer.zero_grad()
 
-        done, now = number + 1, time.monotonic()
-        log(
-            {
-                "step": done,
-                "epoch": round(step.epoch, 4),
-                "loss": loss_value,
-                "lr": rate,
-                "grad_norm": norm_value,
-                "tokens": step.tokens,
-                "samples": step.samples,
-                "tokens_per_second": round(step.tokens / max(now - before - paused, 1e-9), 1),
-                "peak_gib": round(peak_gib(fabric.device), 3),
-                "seconds": round(now - start, 3),
-            }
+        now = time.monotonic()
+        record = {
+            "step": done,
+            "epoch": round(step.epoch, 4),
+            "loss": loss_value,
+            "lr": rate,
+            "grad_norm": norm_value,
+            "tokens": step.tokens,
+            "samples": step.samples,
+            "tokens_per_second": round(step.tokens / max(now - before - paused, 1e-9), 1),
+            "peak_gib": round(peak_gib(fabric.device), 3),
+            "seconds": round(seconds + now - begin, 3),
+        }
+        log(record if may_update else {**record, "skipped": True})
+        before = now
+        by_step = config.save_every and done % config.save_every == 0
+        by_clock = config.save_minutes and now - saved >= 60 * config.save_minutes
+        stop_number, save_due, validation_due = agree(
+            fabric, stop.signal, bool(by_step or by_clock), validate.due(done)
         )
-        before, paused = now, 0.0
-        if done == total or (config.save_every and done % config.save_every == 0):
-            save(done)  # before the validation, which may fail
-        if val_batches and (done % eval_every == 0 or done == total):
-            log({"step": done, **evaluate(fabric, model, val_batches)})
-        paused = time.monotonic() - before
+        if save_due or stop_number or done == total:
+            save(done, done == total)  # before the validation, which may fail
+            saved = time.monotonic()
+        if validation_due and not stop_number:
+            go_on = validate(done)
+            (stop_number,) = agree(fabric, stop.signal)
+            if stop_number and done < total:
+                save(done, False)
+            elif not go_on and done < total:
+                save(done, True)
+                return
+        if stop_number and done < total:
+            raise Stopped(stop_number, done)
+        paused = time.monotonic() - now
 
 
-@torch.no_grad()
-def evaluate(fabric: Fabric, model: _FabricModule, batches: Sequence[Batch]) -> Record:
-    """Mean loss per labelled token over `batches`, and its perplexity; each rank takes its share.
+class Gradients:
+    """Forward and backward of a step, in smaller micro-batches once memory has run out.
 
-    The model is back in the mode it was in when this returns, whatever happens.
+    Attributes:
+        rows: most rows of a micro-batch; None leaves them as they come.
     """
-    training = model.training
-    model.eval()
-    try:
-        total = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # sum of losses, labelled tokens
-        for batch in batches[fabric.global_rank :: fabric.world_size]:
-            loss = model.loss(*to_device(batch, fabric.device))
-            total += torch.stack((loss.double(), (batch.labels >= 0).sum().to(total)))
-    finally:
-        model.train(training)
-    loss, labelled = sum_over_ranks(fabric, total).tolist()
-    mean = loss / labelled
-    return {"val_loss": mean, "val_ppl": math.exp(min(mean, 700.0))}  # beyond it a float64 overflows
+
+    def __init__(self, fabric: Fabric, model: _FabricModule) -> None:
+        self.fabric, self.model = fabric, model
+        self.rows: int | None = None
+
+    def __call__(self, step: Step) -> Tensor:
+        """Add the gradients of a step to those of the parameters, and return this rank's part of its loss."""
+        while True:
+            batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
+            try:
+                return self._take(batches, step.weight)
+            except torch.OutOfMemoryError:
+                widest = max(len(batch.tokens) for batch in batches)
+                if widest == 1 or self.fabric.world_size > 1:  # the other ranks count on as many backward passes
+                    raise
+            # Only here the exception is gone, and with it the tensors that it held.
+            self.model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.rows = (widest + 1) // 2
+            tell(f"  memory  {widest} rows at a time did not fit; the step is done again with {self.rows}")
+
+    def _take(self, batches: list[Batch], weight: float) -> Tensor:
+        loss = torch.zeros((), device=self.fabric.device)
+        for i, batch in enumerate(batches, start=1):
+            with self.fabric.no_backward_sync(self.model, enabled=i < len(batches)):
+                part = self.model.loss(*pinned(batch, self.fabric.device)) / weight
+                self.fabric.backward(part * self.fabric.world_size)  # DDP averages over ranks; we want the sum
+            loss += part.detach()
+        return loss
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`, copied while the host goes on where that is possible."""
+def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
+    """`batch` in parts of at most so many rows."""
+    if rows is None or len(batch.tokens) <= rows:
+        return [batch]
+    starts = range(0, len(batch.tokens), rows)
+    return [Batch(*(None if t is None else t[i : i + rows] for t in batch)) for i in starts]  # type: ignore[arg-type]
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """The seed of what is random in a step on a rank, such as dropout."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch where `device` can read it while the host goes on; the model moves it."""
     if device.type == "cpu":
         return batch
-    moved = (None if t is None else t.pin_memory().to(device, non_blocking=True) for t in batch)
-    return Batch(*moved)  # type: ignore[arg-type]
+    return Batch(*(None if t is None else t.pin_memory() for t in batch))  # type: ignore[arg-type]
 
 
 def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
@@ -131,3 +206,12 @@ def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
     total = fabric.all_reduce(value, reduce_op="sum")
     assert isinstance(total, Tensor)
     return total
+
+
+def agree(fabric: Fabric, *flags: int) -> tuple[int, ...]:
+    """The largest of each flag over all ranks: clocks and signals differ, and what follows must not."""
+    if fabric.world_size == 1:
+        return flags
+    agreed = fabric.all_reduce(torch.tensor(flags, device=fabric.device), reduce_op="max")
+    assert isinstance(agreed, Tensor)
+    return tuple(agreed.tolist())

@@ -1,44 +1,91 @@
 """Fold an adapter into its base model; the result is an ordinary checkpoint.
 
 python scripts/merge_lora.py --lora_path out/lora/Llama-2-7b-hf/final
+python scripts/merge_lora.py --lora_path out/lora/Llama-2-7b-hf/final --verify val.jsonl --tolerance 0.01
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lit_qlora import cli
 from lit_qlora.errors import CheckpointError
+from lit_qlora.settings import check
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Fold an adapter into its base model; the result is an ordinary checkpoint. Needs no GPU and no bitsandbytes."""
+    """Fold an adapter into its base model, or several; the result is an ordinary checkpoint. Needs no GPU."""
 
-    lora_path: Path | None = None
-    """The adapter, such as OUT/final of finetune/lora.py; by default that of the newest run under out/lora."""
+    lora_path: tuple[Path, ...] | Path | None = None
+    """The adapter, such as OUT/final of finetune/lora.py, or several that are added, e.g. [a/final,b/final]; by default
+    that of the newest run under out/lora."""
+    weights: tuple[float, ...] | float | None = None
+    """What each adapter's update is multiplied by, e.g. [0.7,0.3]; by default 1. With -1 and checkpoint_dir a merged
+    checkpoint, what was merged into it is taken out again, but for rounding."""
     checkpoint_dir: Path | None = None
     """The base that the adapter was trained on; by default where it was then."""
     out_dir: Path | None = None
     """Where the merged checkpoint goes; by default OUT/merged, beside the adapter."""
     base: Literal["original", "quantized"] = "original"
     """What the update is added to: the 16- or 32-bit weights, or the weights as 4- or 8-bit training saw them."""
+    verify: str | None = None
+    """A file of samples, such as data.val_path of finetune/lora.py, on which to measure what merging does to the
+    answers: quantised base + adapter against the merge onto the original and onto the quantised base."""
+    verify_samples: int | None = None
+    """Measure on the first so many of them only."""
+    verify_batch_size: int = 4
+    """Samples per forward pass while measuring; changes memory and speed, not the result."""
+    tolerance: float = 0.05
+    """Most nats per token by which merging may raise the loss on the file of --verify; above it nothing is written."""
+
+    def __post_init__(self) -> None:
+        """Check what can be seen before anything is read."""
+        if isinstance(self.lora_path, Path):
+            object.__setattr__(self, "lora_path", (self.lora_path,))
+        if isinstance(self.weights, int | float):
+            object.__setattr__(self, "weights", (self.weights,))
+        check(self.lora_path != (), "lora_path is empty. Name at least one adapter.")
+        if self.weights is not None:
+            wanted = len(self.lora_path) if self.lora_path else 1
+            check(len(self.weights) == wanted, f"weights has {len(self.weights)} numbers for {wanted} adapters.")
+            check(
+                all(w and math.isfinite(w) for w in self.weights), f"weights must be finite and not 0: {self.weights}."
+            )
+        check(self.verify_samples is None or self.verify_samples >= 1, "verify_samples must be at least 1.")
+        check(self.verify_batch_size >= 1, "verify_batch_size must be at least 1.")
+        check(0 <= self.tolerance < math.inf, f"tolerance must be finite and not negative, got {self.tolerance}.")
 
 
 def main(config: MergeConfig) -> None:
-    """Merge and say how large the update is."""
+    """Measure if asked, merge, and say how large the update is."""
     from lit_qlora.adapter import read_adapter
-    from lit_qlora.merge import merge_checkpoint
+    from lit_qlora.merge import Merge, check_replaceable
 
-    lora_path = config.lora_path or newest_adapter()
-    adapter = read_adapter(lora_path)
+    paths = config.lora_path or (newest_adapter(),)
+    adapters = [read_adapter(path) for path in paths]
     checkpoint_dir = config.checkpoint_dir
     if checkpoint_dir is None:
-        if adapter.manifest is None:
-            raise CheckpointError(f"{lora_path} does not say which base it was trained on. Give --checkpoint_dir.")
-        checkpoint_dir = Path(adapter.manifest["base"]["path"])
-    out_dir = config.out_dir or lora_path.resolve().parent / "merged"
-    report = merge_checkpoint(adapter, checkpoint_dir, out_dir, config.base)
+        if adapters[0].manifest is None:
+            raise CheckpointError(f"{paths[0]} does not say which base it was trained on. Give --checkpoint_dir.")
+        checkpoint_dir = Path(adapters[0].manifest["base"]["path"])
+    out_dir = config.out_dir or paths[0].resolve().parent / "merged"
+    check_replaceable(out_dir)
+    merge = Merge(adapters, checkpoint_dir, config.base, config.weights)
+    facts = {}
+    if config.verify:
+        from lit_qlora.verify import check_tolerance, read_batches, recommend, report_lines, verify
+
+        batches = read_batches(
+            config.verify, adapters[0], checkpoint_dir, config.verify_samples, config.verify_batch_size
+        )
+        bases = ["original"] if merge.scheme == "none" else ["original", "quantized"]
+        figures = verify([Merge(adapters, checkpoint_dir, base, config.weights) for base in bases], batches)
+        print(*report_lines(figures), sep="\n")
+        check_tolerance(config.base if config.base in figures else "original", figures, config.tolerance)
+        facts = {"verified_on": config.verify, "verified": figures, "recommended": recommend(figures)}
+    report = merge.write(out_dir, facts)
     print(
         f"merged {len(report['layers'])} layers of {report['base']['name']} (onto the {config.base} weights)\n"
         f"  the largest update is {report['largest_update']:.2%} of its weight; rounding to the base's dtype lost "

@@ -20,11 +20,9 @@ class Config(PrepareConfig):
 
 def main(config: Config) -> None:
     """Read, split, report."""
-    from lit_qlora.data import read_examples
-    from lit_qlora.data.prepare import prepare
-    from lit_qlora.data.sources import find_file
+    from lit_qlora.data.prepare import prepare, read
 
-    print(prepare(read_examples(find_file(config.data_path), skip=config.on_error == "skip"), config))
+    print(prepare(read(config.data_path, config), config))
 
 
 if __name__ == "__main__":

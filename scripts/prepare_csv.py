@@ -16,21 +16,15 @@ class Config(PrepareConfig):
 
     csv_path: Path
     """The table that is split, a .csv or .tsv file."""
-    columns: str = ""
-    """Which column is what, e.g. question:instruction,reply:output; known are instruction, input, output, system. By
-    default the columns have these names, or others that are recognised."""
     test_split_fraction: float = 0.1
     """Share of the samples that is held out, in val.jsonl."""
 
 
 def main(config: Config) -> None:
     """Read, split, report."""
-    from lit_qlora.data import read_examples
-    from lit_qlora.data.prepare import prepare
-    from lit_qlora.data.sources import find_file
+    from lit_qlora.data.prepare import prepare, read
 
-    source = find_file(config.csv_path)
-    print(prepare(read_examples(source, columns=config.columns, skip=config.on_error == "skip"), config))
+    print(prepare(read(config.csv_path, config), config))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,20 @@ if not torch.cuda.is_available():
 from lit_qlora.checkpoint import save_weights
 from lit_qlora.config import ModelConfig
 from lit_qlora.model import GPT
+from lit_qlora.pieces import BOS, EOS, Piece
+from lit_qlora.styles import WORDINGS
 
+
+def _is_text(piece: Piece) -> bool:
+    return isinstance(piece, str) or piece == BOS or not piece.required
+
+
+TEXT_STYLES = [
+    name
+    for name, wording in WORDINGS.items()
+    if wording.end == EOS and all(map(_is_text, wording.prompt("a", "b", "c", True)))
+]
+"""Prompt styles that every tokenizer can write, because nothing in them but BOS and the last EOS has to be a token."""
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # for models as small as these, more threads only wait for each other
 

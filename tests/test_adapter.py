@@ -15,6 +15,7 @@ from lit_qlora.config import ModelConfig
 from lit_qlora.convert import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora import add_lora, lora_state
+from lit_qlora.merge import merge_checkpoint
 from lit_qlora.model import GPT
 from lit_qlora.peft_layout import check_layers
 from lit_qlora.prompts import STYLES
@@ -56,17 +57,25 @@ def save(folder: Path, model: GPT, config: LoRAConfig, base: Path, **facts: Any)
     save_adapter(folder, model, config, None, {"base": {"name": "x", "sha256": content_hash(base)}, **facts})
 
 
-def ours_in_peft(case: str, targets: tuple[Target, ...], place: Path) -> None:
-    """Train `targets` of a small model here and compare with PEFT on the same base."""
+def ours_in_peft(case: str, targets: tuple[Target, ...], place: Path, **settings: Any) -> None:
+    """Train `targets` of a small model here and compare with PEFT on the same base, and with the merged model."""
     theirs = hugging_face_model(place / "base", case)
     convert_hf_checkpoint(place / "base", place / "base")
-    config = LoRAConfig(r=4, alpha=12, targets=targets)
+    config = LoRAConfig(**{"r": 4, "alpha": 12, "targets": targets} | settings)
     ours = trained(load_model(place / "base"), config)
     save(place / "adapter", ours, config, place / "base")
+    again = load_model(place / "base")
+    add_lora(again, read_adapter(place / "adapter").config)
+    load_adapter(again, place / "adapter")
     with torch.no_grad():
         expected = ours(TOKENS)
         base = theirs(TOKENS).logits
+        assert torch.equal(again.eval()(TOKENS), expected)
         actual = peft.PeftModel.from_pretrained(theirs, place / "adapter").eval()(TOKENS).logits
+        if settings:
+            merge_checkpoint(read_adapter(place / "adapter"), place / "base", place / "merged")
+            merged = load_model(place / "merged").eval()(TOKENS)
+            torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert (expected - base).abs().max() > 1e-2  # the adapter does something
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
@@ -77,6 +86,59 @@ def test_peft_computes_the_same_logits_with_our_adapter(
     family: str, targets: tuple[Target, ...], tmp_path: Path
 ) -> None:
     ours_in_peft(family, targets, tmp_path)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "dora, rslora": {"dora": True, "rslora": True},
+    "ranks": {"rank_pattern": {"mlp.down": 7, "blocks.0.attn.projection": 2}},
+    "ranks, rslora": {"rank_pattern": {"mlp.down": 7, "blocks.0.attn.projection": 2}, "rslora": True},
+    "alphas, dora": {"alpha_pattern": {"blocks.1.mlp.down": 3.0}, "dora": True},
+    "last block": {"last_layers": 1},
+    "first block, ranks, dora": {"first_layers": 1, "rank_pattern": {"mlp.down": 3}, "dora": True},
+    "tokens": {"train_tokens": (5, 90, 6)},
+    "embeddings": {"train_embeddings": True},
+    "tokens, dora": {"train_tokens": (5,), "dora": True},
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to True but the target module is `torch.nn.Linear`:UserWarning"
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", ["llama-gqa", "llama-tied", "llama-biases", "gpt_neox", "phi3", "gpt2"])
+def test_peft_computes_the_same_logits_with_every_variant(case: str, variant: str, tmp_path: Path) -> None:
+    settings = VARIANTS[variant]
+    tied = case in ("llama-tied", "gpt2")
+    if (case, variant) == ("gpt2", "embeddings"):  # PEFT ties no embedding but one called embed_tokens
+        hugging_face_model(tmp_path, case)
+        convert_hf_checkpoint(tmp_path, tmp_path)
+        with pytest.raises(CheckpointError, match="no place for lora.train_embeddings"):
+            check_layers(ModelConfig.load(tmp_path), LoRAConfig(**settings))
+        return
+    ours_in_peft(case, ("all",) if tied else ("all", "head"), tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dora": True, "targets": "query"}, r"PEFT knows DoRA of the whole of it only"),
+        ({"rank_pattern": {"query": 2}, "targets": "all"}, r"with one scale"),
+    ],
+)
+def test_variants_of_stacked_layers_that_peft_cannot_hold_are_refused_before_they_are_trained(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    hugging_face_model(tmp_path, "phi3")
+    convert_hf_checkpoint(tmp_path, tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        check_layers(ModelConfig.load(tmp_path), LoRAConfig(**settings))
+
+
+def test_stacked_layers_may_have_ranks_of_their_own_where_the_scale_is_one(tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"query": 2, "up": 6}, "alpha_pattern": {"query": 6.0, "up": 18.0}}
+    ours_in_peft("phi3", ("all",), tmp_path, **patterns)
 
 
 # What PEFT 0.21 says about heads that are tied, GPT-2's two kinds of layers, and its own patterns for experts:
@@ -111,8 +173,8 @@ def theirs_in_ours(case: str, config: Any, place: Path) -> tuple[Any, GPT]:
     theirs = peft.get_peft_model(base, config)
     torch.manual_seed(2)
     for name, parameter in theirs.named_parameters():
-        if "lora" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=float("magnitude" in name), std=0.05)
     theirs.save_pretrained(place / "adapter")
     model = load_model(place / "base")
     add_lora(model, read_adapter(place / "adapter").config)
@@ -164,9 +226,39 @@ def test_layers_of_different_ranks_and_scales_are_understood(family: str, rslora
     theirs_in_ours(family, config, tmp_path)
 
 
-def test_an_adapter_on_some_of_the_layers_is_understood(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_some_of_the_layers_is_understood(dora: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], use_dora=dora)
     theirs_in_ours("llama-gqa", config, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@pytest.mark.parametrize("case", ["llama-gqa", "llama-tied", "gpt_neox", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True},
+        {"trainable_token_indices": [5, 90, 6]},
+        {"modules_to_save": ["embed"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_variants_of_peft_are_understood(settings: dict[str, Any], case: str, tmp_path: Path) -> None:
+    name = {"gpt_neox": "embed_in", "gpt2": "wte"}.get(case, "embed_tokens")
+    if "modules_to_save" in settings:
+        if case == "gpt2":
+            pytest.skip("PEFT 0.21 cannot tie what is not called embed_tokens")
+        settings = {"modules_to_save": [name], "ensure_weight_tying": case == "llama-tied"}
+    if "trainable_token_indices" in settings and name != "embed_tokens":
+        settings = {"trainable_token_indices": {name: [5, 90, 6]}}
+    theirs_in_ours(case, peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **settings), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning")
+def test_embeddings_that_were_parted_from_their_head_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has parted embedding and head"):
+        theirs_in_ours("llama-tied", peft.LoraConfig(r=4, modules_to_save=["embed_tokens"]), tmp_path)
 
 
 def test_an_adapter_in_the_file_format_of_2023_is_read(saved: tuple[Path, Path]) -> None:

@@ -11,16 +11,18 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors", "kernels", "known_models", "template_worker"},
-    {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings", "tokenizer"},
-    {"activations", "device", "families", "gguf_vocabulary", "hub", "lora", "optim", "quantize", "shards", "styles"},
-    {"mlp", "norm", "rope"},
+    {"errors", "kernels", "known_models", "metrics", "template_worker"},
+    {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings"},
+    {"embeddings", "shrink", "stopping", "tokenizer"},
+    {"activations", "device", "families", "gguf_vocabulary", "guards", "hub", "lora", "quantize", "shards", "streaming", "styles"},
+    {"mlp", "norm", "optim", "rope", "state"},
     {"attention", "prompts"},
     {"latent_attention"},
     {"model"},
-    {"checkpoint", "data", "fused", "generate", "peft_layout"},
-    {"adapter", "convert", "gguf_export", "plan", "train"},
-    {"export", "merge", "multi_lora", "run"},
+    {"checkpoint", "data", "fused", "generate", "peft_layout", "score"},
+    {"adapter", "convert", "gguf_export", "plan", "resume", "train"},
+    {"banner", "export", "merge", "multi_lora", "start", "validation"},
+    {"run", "verify"},
     {"use"},
     {"serve"},
 ]
@@ -29,7 +31,7 @@ LAYERS = [
 HOMES = {
     "bitsandbytes": {"quantize"},
     "triton": {"kernels"},
-    "lightning": {"train", "run"},
+    "lightning": {"run", "state", "train", "validation"},
     "sentencepiece": {"tokenizer"},
     "tokenizers": {"tokenizer"},
     "jsonargparse": {"cli"},
@@ -42,6 +44,8 @@ HOMES = {
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
     "jinja2": {"template_worker"},
+    "torchmetrics": {"metrics"},
+    "sacrebleu": {"metrics"},
     "numpy": {"data", "gguf_export"},
     "datasets": {"data"},
     "pyarrow": {"data"},

@@ -19,10 +19,12 @@ from tests.conftest import load_script
 from tests.test_generate_script import run_script
 
 
-def write_adapter(folder: Path, checkpoint: Path, seed: int = 0, targets: Any = ("query", "value", "mlp")) -> Path:
+def write_adapter(
+    folder: Path, checkpoint: Path, seed: int = 0, targets: Any = ("query", "value", "mlp"), **settings: Any
+) -> Path:
     """A random adapter of the checkpoint that changes its answers."""
     model = load_model(checkpoint)
-    config = LoRAConfig(r=4, targets=targets)
+    config = LoRAConfig(r=4, targets=targets, **settings)
     add_lora(model, config)
     generator = torch.Generator().manual_seed(seed)
     for tensor in lora_state(model).values():

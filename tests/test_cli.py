@@ -79,7 +79,10 @@ def raising(error: BaseException) -> Callable[[Config], None]:
             "--quantize: expected one of none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.i",
         ),
         (["--quantize", "bnb.nf5"], "got 'bnb.nf5'. Did you mean bnb.nf4?"),
-        (["--train.schedule", "cosin"], "expected one of cosine, linear, constant, got 'cosin'. Did you mean cosine?"),
+        (
+            ["--train.schedule", "cosin"],
+            "expected one of constant, linear, cosine, cosine-restarts, polynomial, inverse-sqrt, wsd, got 'cosin'. Did you mean cosine?",
+        ),
         (["--lora.targets", "[query,valu]"], "got 'valu'. Did you mean value?"),
         (["--lora.targets", "valu"], "got 'valu'. Did you mean value?"),
         (["--lora.r", "x"], "--lora.r: expected int, got 'x'."),

@@ -127,6 +127,9 @@ def test_what_was_prepared_is_read_as_it_was(tmp_path: Path) -> None:
     ("flags", "status", "message"),
     [
         (["--data_path=absent.json"], 3, "absent.json does not exist."),
+        (["--data_path=faq.csv"], 3, "e.g. --columns frage:instruction,antwort:output, or name a --format: alpaca"),
+        (["--data_path=bad.jsonl"], 3, "leave them out with --on_error skip."),
+        (["--format=alpca"], 2, "'alpca' is not known. Did you mean alpaca?"),
         (["--test_split_fraction=1"], 2, "test_split_fraction must be in [0, 1), got 1.0."),
         (["--max_seq_length=9"], 2, "max_seq_length counts tokens, so --checkpoint_dir must name a tokenizer."),
         (["--out_dir=alpaca.json/x"], 6, "cannot be written: "),
@@ -142,6 +145,8 @@ def test_prepare_says_what_is_wrong(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("faq.csv").write_text("frage,antwort\na,b\n")
+    Path("bad.jsonl").write_text(json.dumps(ROWS[0]) + "\n{\n")
     given = {flag.split("=")[0] for flag in flags}
     defaults = [flag for flag in (f"--data_path={alpaca}", "--out_dir=out") if flag.split("=")[0] not in given]
     assert run("prepare_alpaca", *defaults, *flags) == status

@@ -1,13 +1,17 @@
 """What learns, how much of it there is, and what it computes."""
 
+import copy
+
 import pytest
 import torch
 
 from lit_qlora.config import ModelConfig
 from lit_qlora.errors import UsageError
-from lit_qlora.lora import LoRALinear, add_lora, count_trainable, lora_state
+from lit_qlora.lora import LoRALinear, add_lora, count_trainable, frozen_weight, lora_state
 from lit_qlora.model import GPT
-from lit_qlora.settings import LoRAConfig, Target
+from lit_qlora.plan import make_plan
+from lit_qlora.quantize import quantize_linears
+from lit_qlora.settings import LoRAConfig, Scheme, Target, TrainConfig
 from tests.conftest import tiny_model
 
 TOKENS = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -126,3 +130,131 @@ def test_every_adapter_gets_a_gradient_on_the_first_step() -> None:
     add_lora(model, LoRAConfig(targets=EVERYTHING, dropout=0.0))
     model.loss(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
     assert all(bool(p.grad.any()) for name, p in model.named_parameters() if name.endswith("lora_b"))
+
+
+# Variants.
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(12, 7), LoRAConfig(r=16, alpha=32, dropout=0.0, rslora=True))
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 12)
+    expected = x @ (layer.base.weight + 32 / 4 * layer.lora_b @ layer.lora_a).T + layer.base.bias
+    torch.testing.assert_close(layer(x), expected)
+
+
+def ranks(model: GPT) -> dict[str, int]:
+    return {name.removesuffix(".lora_a"): len(t) for name, t in lora_state(model).items() if name.endswith("lora_a")}
+
+
+def test_patterns_give_layers_ranks_and_scales_of_their_own() -> None:
+    model = tiny_model()
+    config = LoRAConfig(
+        r=4,
+        alpha=8,
+        targets="all",
+        rank_pattern={"blocks.0.mlp.down": 12, "down": 6},
+        alpha_pattern={r"attn\.(query|key)": 2},
+    )
+    add_lora(model, config)
+    assert {path: r for path, r in ranks(model).items() if r != 4} == {"blocks.0.mlp.down": 12, "blocks.1.mlp.down": 6}
+    scales = {path: module.scale for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert scales["blocks.0.mlp.down"] == 8 / 12
+    assert {path for path, scale in scales.items() if scale == 2 / 4} == {
+        f"blocks.{i}.attn.{word}" for i in (0, 1) for word in ("query", "key")
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks"),
+    [
+        ({"first_layers": 1}, {0}),
+        ({"last_layers": 2}, {3, 4}),
+        ({"first_layers": 2, "last_layers": 1}, {0, 1, 4}),
+        ({"first_layers": 5}, {0, 1, 2, 3, 4}),
+    ],
+    ids=str,
+)
+def test_only_the_first_or_last_blocks_learn(settings: dict, blocks: set[int]) -> None:
+    model = tiny_model(n_layer=5)
+    add_lora(model, LoRAConfig(targets=("query", "head"), **settings))
+    assert {int(path.split(".")[1]) for path in ranks(model) if path != "head"} == blocks
+    assert "head" in ranks(model)  # it is in no block
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"down": 3}}, "lora.rank_pattern: down matches no layer that learns"),
+        ({"rank_pattern": {"query": 3, "attn.query": 5}}, "lora.rank_pattern: attn.query matches no layer that learns"),
+        ({"alpha_pattern": {"blocks.7.*": 3.0}}, "lora.alpha_pattern: blocks.7"),
+        ({"first_layers": 3}, "lora.first_layers is 3, but the model has 2 blocks"),
+    ],
+)
+def test_a_variant_that_does_not_fit_the_model_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        add_lora(tiny_model(), LoRAConfig(**settings))
+
+
+def test_a_fresh_dora_changes_nothing() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        before = model(TOKENS)
+        add_lora(model, LoRAConfig(targets=EVERYTHING, dora=True))
+        torch.testing.assert_close(model.train()(TOKENS), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_learns_lengths_and_directions_apart(bias: bool, scheme: Scheme) -> None:
+    """Liu et al. 2024, eq. 5: m (W + B A) / ||W + B A||, row by row in our layout."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=bias))
+    quantize_linears(model, scheme)
+    layer = LoRALinear(model[0], LoRAConfig(r=4, alpha=8, dropout=0.0, dora=True))
+    for parameter in (layer.lora_b, layer.magnitude):
+        torch.nn.init.normal_(parameter)  # type: ignore[arg-type]
+    x = torch.randn(3, 64)
+    whole = frozen_weight(layer.base) + 2 * layer.lora_b @ layer.lora_a
+    expected = x @ (layer.magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True)).T  # type: ignore[index]
+    torch.testing.assert_close(layer(x), expected + (layer.base.bias if bias else 0), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_dora_are_those_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 7)
+    ours = LoRALinear(linear, LoRAConfig(r=4, alpha=8, dropout=0.0, dora=True))
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["0"])
+    theirs = peft.get_peft_model(torch.nn.Sequential(copy.deepcopy(linear)), config).base_model.model[0]
+    pairs = [
+        (ours.lora_a, theirs.lora_A["default"].weight),
+        (ours.lora_b, theirs.lora_B["default"].weight),
+        (ours.magnitude, theirs.lora_magnitude_vector["default"].weight),
+    ]
+    for mine, other in pairs:
+        torch.nn.init.normal_(mine)
+        other.data.copy_(mine.data)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_the_plan_counts_what_learns_in_every_variant() -> None:
+    for settings in (
+        {"dora": True},
+        {"rank_pattern": {"down": 3}, "targets": "all"},
+        {"last_layers": 1},
+        {"train_embeddings": True},
+        {"train_tokens": (1, 2)},
+        {"init": "pissa"},
+    ):
+        config = LoRAConfig(**settings)  # type: ignore[arg-type]
+        model = tiny_model()
+        add_lora(model, config)
+        plan = make_plan(model.config, config, "none", False, torch.float32, 64, TrainConfig(), None)
+        assert plan.trainable == count_trainable(model) == sum(t.numel() for t in lora_state(model).values())

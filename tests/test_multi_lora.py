@@ -60,3 +60,31 @@ def test_rows_of_a_mixture_of_experts_cannot_differ(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="mixture of experts"):
         switch.select(["mlp", None])
     switch.select(["mlp", "mlp"])
+
+
+@pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
+def test_variants_are_switched_too(scheme: Scheme, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", tiny_model(qkv_bias=True))
+    settings = {
+        "dora": {"dora": True, "targets": ("query", "mlp")},
+        "ranks": {"rank_pattern": {"value": 2}, "rslora": True, "last_layers": 1},
+    }
+    for name, changes in settings.items():
+        write_adapter(tmp_path / name, base, **changes)
+    switch = AdapterSwitch(load_model(base, quantize=scheme).eval())
+    for name in settings:
+        switch.add(name, read_adapter(tmp_path / name))
+    tokens = torch.randint(0, 320, (3, 7))
+    with torch.no_grad():
+        switch.select(["dora", None, "ranks"])
+        mixed = switch.model(tokens)
+        for i, name in enumerate(["dora", None, "ranks"]):
+            expected = alone(base, tmp_path / name if name else None, scheme)(tokens[i : i + 1])
+            torch.testing.assert_close(mixed[i : i + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_cannot_be_switched(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", tiny_model())
+    folder = write_adapter(tmp_path / "a", base, train_tokens=(3,))
+    with pytest.raises(UsageError, match="has embeddings of its own(.|\\n)*Merge it"):
+        AdapterSwitch(load_model(base)).add("a", read_adapter(folder))

@@ -86,13 +86,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_run_leaves_what_is_promised(finetune: Finetune, out: Path, scheme: str) -> None:
     assert finetune("--quantize", scheme) == 0
     assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == [
+        "best",
         "config.yaml",
         "final",
         "log.jsonl",
         "loss.png",
         "report.md",
+        "step-000001",  # the best until the next validation
         "summary.json",
     ]
+    assert (out / "best").readlink() == Path("final")
     train, val = log_of(out)
     assert [list(record) for record in train] == [STEP_KEYS] * 2
     assert [list(record) for record in val] == [["step", "val_loss", "val_ppl"]] * 3
@@ -177,7 +180,8 @@ def test_a_second_run_moves_the_first_aside_and_loses_nothing(finetune: Finetune
 def test_save_every_and_keep_last_decide_what_is_kept(
     finetune: Finetune, out: Path, every: int, keep: int, left: list[str]
 ) -> None:
-    assert finetune("--train.max_steps=5", f"--train.save_every={every}", f"--train.keep_last={keep}") == 0
+    flags = [f"--train.save_every={every}", f"--train.keep_last={keep}", "--eval.best=none"]
+    assert finetune("--train.max_steps=5", *flags) == 0
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["final", *left]
     for name, step in [("final", 5), *((name, int(name[-6:])) for name in left)]:
         manifest = read_adapter(out / name).manifest
@@ -298,7 +302,7 @@ def test_the_adapter_is_saved_before_the_last_validation(
             raise ResourceError("no memory for this")
         return {"val_loss": 1.0, "val_ppl": 1.0}
 
-    monkeypatch.setattr("lit_qlora.train.evaluate", evaluate)
+    monkeypatch.setattr("lit_qlora.run.evaluate", evaluate)
     assert finetune("--train.max_steps=1") == 6
     assert read_adapter(out / "final").manifest
 
@@ -336,7 +340,7 @@ def test_a_disk_that_fills_up_during_a_save_costs_only_that_save(
     message = capsys.readouterr().err
     assert "step-000002" in message
     assert "No space left on device" in message
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["step-000001"]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["best", "step-000001"]
     manifest = read_adapter(out / "step-000001").manifest
     assert manifest is not None
     assert manifest["step"] == 1

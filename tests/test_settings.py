@@ -44,6 +44,16 @@ WRONG: list[tuple[type, str, list[Any]]] = [
     (TrainConfig, "micro_batch_size", [0]),
     (TrainConfig, "learning_rate", [0, -1e-4, math.nan, math.inf]),
     (TrainConfig, "warmup", [-0.1, math.nan, math.inf]),
+    (TrainConfig, "floor", [-0.1, 1.1, math.nan]),
+    (TrainConfig, "cycles", [0]),
+    (TrainConfig, "power", [0, -1, math.nan]),
+    (TrainConfig, "decay", [0, -1, math.nan]),
+    (OptimizerConfig, "name", ["admw", "os.system", "torch.optim.lr_scheduler.StepLR", "torch.optim.", "lit_qlora.x"]),
+    (OptimizerConfig, "betas", [(0.9, 1.0), (-0.1,)]),
+    (OptimizerConfig, "eps", [0, -1, math.nan]),
+    (OptimizerConfig, "momentum", [-0.1, 1.0, math.nan]),
+    (OptimizerConfig, "lora_plus", [0, -1, math.inf]),
+    (OptimizerConfig, "options", [{"lr": 1.0}, {"fused": True}, {"betas": 0.5}]),
     (TrainConfig, "weight_decay", [-0.1, math.nan, math.inf]),
     (TrainConfig, "max_norm", [-1, math.nan]),
     (TrainConfig, "save_every", [-1]),
@@ -82,6 +92,14 @@ def test_a_value_out_of_range_is_refused_by_the_name_that_was_typed(kind: type, 
 @pytest.mark.parametrize("kind", [LoRAConfig, DataConfig, TrainConfig, OptimizerConfig, EvalConfig, FinetuneConfig])
 def test_the_defaults_are_in_range(kind: type) -> None:
     assert kind() == kind()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cycles": 2}, {"power": 2.0}, {"decay": 0.2}, {"floor": 0.1, "schedule": "constant"}], ids=str
+)
+def test_a_setting_of_another_schedule_is_refused(settings: dict) -> None:
+    with pytest.raises(UsageError, match=f"train.{next(iter(settings))} has no effect"):
+        TrainConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +197,9 @@ def random_settings(rng: random.Random) -> FinetuneConfig:
             batch_size=rng.randint(1, 999),
             micro_batch_size=rng.randint(1, 99),
             learning_rate=10 ** rng.uniform(-12, 1),
-            schedule=rng.choice(["linear", "constant"]),
+            schedule="wsd",
+            decay=rng.choice([0.3, 20]),
+            floor=rng.random(),
             warmup=rng.choice([0, 0.1, 100.0]),
             weight_decay=10 ** rng.uniform(-12, 1),
             max_norm=rng.choice([0, 1e-5, 1e16]),
@@ -187,7 +207,15 @@ def random_settings(rng: random.Random) -> FinetuneConfig:
             keep_last=rng.randint(1, 99),
             recompute="full",
         ),
-        optimizer=OptimizerConfig(name="sgd"),
+        optimizer=OptimizerConfig(
+            name=rng.choice(["sgd", "torch.optim.NAdam"]),
+            betas=rng.choice([None, (0.9, 0.95), (0.9, 0.99, 0.999)]),
+            eps=rng.choice([None, 1e-6]),
+            momentum=rng.choice([None, 0.5]),
+            nesterov=rng.random() < 0.5,
+            options=rng.choice([{"rho": 0.5}, {"amsgrad": True, "n": 3}]),
+            lora_plus=rng.choice([16.0, 1e-3]),
+        ),
         eval=EvalConfig(every=rng.randint(0, 99), max_samples=rng.choice([None, 7])),
     )
 

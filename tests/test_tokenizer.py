@@ -10,7 +10,7 @@ import pytest
 from lit_qlora.errors import CheckpointError
 from lit_qlora.prompts import STYLES
 from lit_qlora.tokenizer import Tokenizer
-from tests.conftest import write_tokenizer
+from tests.conftest import TEXT_STYLES, write_tokenizer
 
 NASTY = [
     "",
@@ -137,12 +137,12 @@ def test_prompt_and_continuation_are_the_whole_text(made: Path, prompt: str, tex
     assert tokenizer.decode(ids) == prompt + text
 
 
-@pytest.mark.parametrize("style", ["alpaca", "plain", "qa", "text", "guanaco", "vicuna", "phi"])
-def test_an_answer_is_encoded_as_a_model_would_go_on(made: Path, style: str) -> None:
-    tokenizer = Tokenizer(made)
-    prompt = STYLES[style].render("What is 1 plus 2?", "")
-    pieces = STYLES[style].encode_prompt(tokenizer, "What is 1 plus 2?") + STYLES[style].encode_answer(tokenizer, "3")
-    assert pieces == tokenizer.encode(prompt + STYLES[style].gap + "3", eos=True)
+@pytest.mark.parametrize("name", TEXT_STYLES)
+def test_an_answer_is_encoded_as_a_model_would_go_on(made: Path, name: str) -> None:
+    tokenizer, style = Tokenizer(made), STYLES[name]
+    prompt = style.render("What is 1 plus 2?", "4", "Be kind.")
+    pieces = style.encode_prompt(tokenizer, "What is 1 plus 2?", "4", "Be kind.") + style.encode_answer(tokenizer, "3")
+    assert pieces == tokenizer.encode(f"{prompt}{style.gap}3{style.tail}", eos=True)
 
 
 def test_bos_comes_once_where_the_files_want_it(made: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from lit_qlora.data import Batch, Batching, Sample, Samples, Step, count_steps, steps, validation_batches
 from lit_qlora.errors import NumericalError
+from lit_qlora.guards import Guard
 from lit_qlora.lora import add_lora, lora_state
 from lit_qlora.model import GPT, IGNORE
 from lit_qlora.quantize import quantize_linears
-from lit_qlora.settings import LoRAConfig, Scheme, TrainConfig
+from lit_qlora.settings import EvalConfig, GuardConfig, LoRAConfig, Scheme, TrainConfig
+from lit_qlora.stopping import StopRequest
 from lit_qlora.train import train
+from lit_qlora.validation import Validator, evaluate
 from tests.conftest import tiny_model
 
 
@@ -36,7 +40,7 @@ FEW = Samples.of(SAMPLES[:3])
 
 
 def run(
-    model: GPT, train_steps: Iterator[Step] | None = None, scheme: Scheme = "none", **settings: Any
+    model: GPT, train_steps: Iterator[Step] | None = None, scheme: Scheme = "none", start: int = 0, **settings: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Two epochs of SGD on eleven samples, four a step; returns the adapter and the log."""
     config = TrainConfig(**{"batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.1, "epochs": 2.0} | settings)
@@ -50,9 +54,26 @@ def run(
     wrapped, optimizer = fabric.setup(model, optimizer)
     wrapped.mark_forward_method("loss")
     log: list[dict[str, Any]] = []
-    train_steps = train_steps or steps(SAMPLES, batching, total)
-    validation = validation_batches(FEW, 2)
-    train(fabric, wrapped, optimizer, train_steps, total, validation, config, 2, log.append, save=lambda step: None)
+    train_steps = train_steps or steps(SAMPLES, batching, total, start=start)
+    stop = StopRequest()
+    measure = partial(evaluate, fabric, wrapped, validation_batches(FEW, 2))
+    validate = Validator(EvalConfig(), 2, total, [measure], log.append, lambda step: None, stop)
+    validate.catch_up([], start)
+    guard = Guard(GuardConfig())
+    train(
+        fabric,
+        wrapped,
+        optimizer,
+        train_steps,
+        total,
+        config,
+        log=log.append,
+        save=lambda step, over: None,
+        validate=validate,
+        guard=guard,
+        stop=stop,
+        start=start,
+    )
     return lora_state(model), log
 
 

@@ -5,7 +5,7 @@ data) -> packing, batches (what a step reads).
 """
 
 from lit_qlora.data.audit import Audit, boundary, show
-from lit_qlora.data.batches import Batch, Batching, Step, collate, count_steps, steps, validation_batches
+from lit_qlora.data.batches import Batch, Batching, Step, collate, count_steps, longest_step, steps, validation_batches
 from lit_qlora.data.encode import Encoder, Encoding
 from lit_qlora.data.examples import Example, read_examples
 from lit_qlora.data.load import RunData, read_data
@@ -25,6 +25,7 @@ __all__ = [
     "boundary",
     "collate",
     "count_steps",
+    "longest_step",
     "read_data",
     "read_examples",
     "show",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ class Step(NamedTuple):
     samples: int
     epoch: float
     """Passes over the data when the step is done."""
+    numbers: tuple[int, ...] = ()
+    """Which samples they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +196,17 @@ def steps(
             tokens=sum(lengths[i] for i in chosen),
             samples=len(chosen),
             epoch=epoch + (1.0 if place + 1 == per_epoch else end / length),
+            numbers=tuple(chosen),
         )
+
+
+def longest_step(samples: Samples, batching: Batching) -> Step:
+    """A step of one micro-batch, of the longest samples or of full rows: if it fits into memory, all do."""
+    if batching.row_length is not None:
+        step = next(steps(samples, batching, total=1))
+        return step._replace(batches=step.batches[:1])
+    longest = np.argsort(-samples.lengths, kind="stable")[: batching.micro_batch_size].tolist()
+    return next(steps(samples.take(longest), replace(batching, shares=(), shuffle=False), total=1))
 
 
 def rows_of(chosen: Sequence[int], lengths: Sequence[int], row_length: int | None) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Encoded sources, in memory or on disk, where the next run finds them again.
 
-An entry of the cache is a folder with flat arrays, which are memory-mapped, and facts.json. It appears whole or not at
-all, and may be deleted at any time.
+An entry of the cache is a folder with flat arrays, which are memory-mapped, and facts.json, which holds their sums. It
+appears whole or not at all, and may be deleted at any time.
 """
 
 import json
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from lit_qlora.data.encode import Counts, EncodedSample
 from lit_qlora.data.samples import Samples
+from lit_qlora.data.sources import sha256
 
 WORTH_KEEPING = 2**20  # tokens; fewer are encoded again in less than a second
 AT_ONCE = 4096  # samples that become arrays together
@@ -83,9 +84,9 @@ def load(directory: Path, key: str) -> Encoded | None:
         facts = json.loads((folder / "facts.json").read_text())
         arrays = {}
         for name, kind in ARRAYS.items():
-            size = facts["sizes"][name]
+            size, expected = facts["arrays"][name]
             file = folder / f"{name}.bin"
-            if file.stat().st_size != size * np.dtype(kind).itemsize:
+            if file.stat().st_size != size * np.dtype(kind).itemsize or sha256(file) != expected:
                 return None
             arrays[name] = np.memmap(file, kind, "r", shape=(size,)) if size else np.zeros(0, kind)
         said = facts["facts"]
@@ -166,7 +167,8 @@ class Store:
         assert self.directory
         assert self.unfinished
         self._write()
-        (self.unfinished / "facts.json").write_text(json.dumps({"facts": asdict(facts), "sizes": self.sizes}))
+        arrays = {name: (self.sizes[name], sha256(self.unfinished / f"{name}.bin")) for name in ARRAYS}
+        (self.unfinished / "facts.json").write_text(json.dumps({"facts": asdict(facts), "arrays": arrays}))
         for file in self.unfinished.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())

@@ -1,20 +1,24 @@
 """From examples to token ids, with what is learnt marked by the structure of the style, and what is too long cut."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
-from lit_qlora.data.examples import Example
+from lit_qlora.data.examples import Example, refusal
 from lit_qlora.data.samples import Sample
-from lit_qlora.errors import DataError
 from lit_qlora.prompts import Conversation, EncodedTurn, Style
 from lit_qlora.settings import Overlong
 from lit_qlora.tokenizer import Tokenizer
 
 AT_ONCE = 4096  # examples that are encoded together; more is no faster and takes more memory
+Fitted = tuple[Conversation, list[EncodedTurn]]
+"""A conversation within the limits, and its ids."""
+Fitting = Generator[Conversation, list[EncodedTurn], Fitted | None]
+"""Yields each shorter conversation that it wants to have encoded."""
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -87,22 +91,34 @@ class Encoder:
         """The samples of these examples, in their order; some examples make none, a long raw text several.
 
         Raises:
-            DataError: if an example is too long and data.overlong is "error".
+            DataError: if examples are too long and data.overlong is "error".
         """
+        complaints: list[str] = []
         for start in range(0, len(examples), AT_ONCE):
-            some: list[Conversation] = [self._with_system(example) for example in examples[start : start + AT_ONCE]]
-            encoded = self.style.encode_many(self.tokenizer, some)
-            for said, turns, example in zip(some, encoded, examples[start:], strict=False):
-                self._count(said)
-                samples = self._samples(said, turns, example.place)
-                for sample in samples:
-                    content = _said(said) if len(samples) == 1 else sample.tokens.tobytes()
-                    if sample.labelled:
-                        yield EncodedSample(
-                            sample, _length(turns) if len(samples) == 1 else len(sample.tokens), _hash(content)
-                        )
-                    else:
-                        self.counts.masked += 1
+            some = examples[start : start + AT_ONCE]
+            said: list[Conversation] = [self._with_system(example) for example in some]
+            encoded = self.style.encode_many(self.tokenizer, said)
+            long = {i for i, turns in enumerate(encoded) if self._too_long(said[i], turns)}
+            fitted: dict[int, Fitted | None] = {}
+            if self.encoding.overlong == "error":
+                complaints += [f"{some[i].place}: {_length(encoded[i]):,} tokens do not fit" for i in sorted(long)]
+            elif self.encoding.overlong != "drop":
+                fitted = self._side_by_side({i: self._fit(said[i], encoded[i]) for i in long})
+            for i, turns in enumerate(encoded if not complaints else ()):
+                self._count(said[i])
+                found = fitted.get(i) if i in long else (said[i], turns)
+                if found is None:
+                    self.counts.dropped += 1
+                elif is_raw(said[i]) and _length(turns) > self.encoding.max_length:
+                    for piece in self._pieces(turns[0]):
+                        yield EncodedSample(piece, len(piece.tokens), _hash(piece.tokens.tobytes()))
+                elif (sample := self._sample(*found)).labelled:
+                    yield EncodedSample(sample, _length(turns), _hash(_said(said[i])))
+                else:
+                    self.counts.masked += 1
+        if complaints:
+            advice = "Raise the limits, or let --data.overlong cut or drop what is too long."
+            raise refusal(complaints, f"data.max_length is {self.encoding.max_length}. {advice}")
 
     def _with_system(self, example: Example) -> Conversation:
         return replace(example, system=self.encoding.system) if self.encoding.system and not example.system else example
@@ -118,32 +134,22 @@ class Encoder:
         counts.control_characters += any(map(CONTROL.search, texts))
         counts.control_tokens += any(map(self.names.search, texts))
 
-    def _samples(self, said: Conversation, turns: list[EncodedTurn], place: str) -> list[Sample]:
-        limits = self.encoding
-        if is_raw(said) and _length(turns) > limits.max_length:
-            return self._pieces(turns[0])
-        too_long = _length(turns) > limits.max_length or any(self._exceeds(turn) for turn in turns)
-        if too_long:
-            if limits.overlong == "error":
-                raise DataError(
-                    f"{place}: {_length(turns)} tokens do not fit into the limits (data.max_length "
-                    f"{limits.max_length}).\nRaise them, or let --data.overlong cut or drop what is too long."
-                )
-            fitted = None if limits.overlong == "drop" else self._fit(said, turns)
-            if fitted is None:
-                self.counts.dropped += 1
-                return []
-            said, turns = fitted
+    def _sample(self, said: Conversation, turns: list[EncodedTurn]) -> Sample:
         tokens: list[int] = []
         trained: list[bool] = []
         for i, (turn, (prompt, answer)) in enumerate(zip(said.turns, turns, strict=True)):
-            learn = turn.trained and (i == len(turns) - 1 or not limits.only_last_answer)
+            learn = turn.trained and (i == len(turns) - 1 or not self.encoding.only_last_answer)
             tokens += [*prompt, *answer]
-            trained += [not limits.mask_prompt] * len(prompt) + [learn] * len(answer)
+            trained += [not self.encoding.mask_prompt] * len(prompt) + [learn] * len(answer)
             self.counts.turns += 1
             self.counts.ended += answer[-1] in self.stops if answer else 0
         trained[0] = False  # nothing predicts the first token
-        return [Sample(np.array(tokens, np.int32), np.array(trained, np.bool_))]
+        return Sample(np.array(tokens, np.int32), np.array(trained, np.bool_))
+
+    def _too_long(self, said: Conversation, turns: list[EncodedTurn]) -> bool:
+        """Whether something has to go; a raw text is taken to pieces instead."""
+        longer = _length(turns) > self.encoding.max_length
+        return not is_raw(said) if longer else any(map(self._exceeds, turns))
 
     def _exceeds(self, turn: EncodedTurn) -> bool:
         prompt, answer = self._limits()
@@ -162,7 +168,7 @@ class Encoder:
 
     # What is too long. First whole turns of a conversation go, then words of the prompt, then the end of the answer.
 
-    def _fit(self, said: Conversation, turns: list[EncodedTurn]) -> tuple[Conversation, list[EncodedTurn]] | None:
+    def _fit(self, said: Conversation, turns: list[EncodedTurn]) -> Fitting:
         """The conversation within the limits, or None where nothing of its prompt would be left."""
         limits = self.encoding
         left = limits.overlong == "truncate_left"
@@ -170,7 +176,7 @@ class Encoder:
             self.counts.cut_turns += 1
             kept = said.turns[1:] if left else said.turns[:-1]
             said = replace(said, turns=kept, input="" if left else said.input)
-            (turns,) = self.style.encode_many(self.tokenizer, [said])
+            turns = yield said
         cut = False
         for i in range(len(turns)):
             room = self._room(turns, i)
@@ -179,13 +185,28 @@ class Encoder:
                 if shorter is None:
                     return None
                 said, cut = shorter, True
-                (turns,) = self.style.encode_many(self.tokenizer, [said])
+                turns = yield said
         self.counts.cut_prompts += cut
         fitted = [
             (prompt, self._cut_answer(answer, self._answer_room(turns, i))) for i, (prompt, answer) in enumerate(turns)
         ]
         self.counts.cut_answers += any(len(new[1]) < len(old[1]) for new, old in zip(fitted, turns, strict=True))
         return said, fitted
+
+    def _side_by_side(self, fittings: Mapping[int, Fitting]) -> dict[int, Fitted | None]:
+        """Run all to their ends in rounds, in each of which all that they want encoded is encoded at once."""
+        results: dict[int, Fitted | None] = {}
+        answers: dict[int, Any] = dict.fromkeys(fittings)  # None begins
+        while answers:
+            wanted: dict[int, Conversation] = {}
+            for i, answer in answers.items():
+                try:
+                    wanted[i] = fittings[i].send(answer)
+                except StopIteration as end:
+                    results[i] = end.value
+            encoded = self.style.encode_many(self.tokenizer, list(wanted.values())) if wanted else []
+            answers = dict(zip(wanted, encoded, strict=True))
+        return results
 
     def _room(self, turns: list[EncodedTurn], i: int) -> int:
         """How long prompt `i` may be. It gives way to the answer, but only down to half of the whole."""

@@ -1,16 +1,18 @@
 """From records to examples. Every complaint names its place, and all of them come at once."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from lit_qlora.data.formats import pick_format
+from lit_qlora.data.formats import Format, pick_format
+from lit_qlora.data.readers import Record
 from lit_qlora.data.sources import Source, read_records
 from lit_qlora.errors import DataError
 from lit_qlora.prompts import Conversation
 
 LOOKED_AT = 1000  # records from which the format is recognised
+NOWHERE = ""  # the place of an error that names its own, and behind which nothing can be read
 SHOWN = 10  # complaints that a message shows; the rest are counted
 
 
@@ -53,21 +55,17 @@ def read_examples(
         DataError: listing the first few things that are wrong, with their places, and counting all.
     """
     source = source if isinstance(source, Source) else Source(str(source))
-    records = iter(read_records(source))
-    first = list(islice(records, LOOKED_AT))
+    rest = _to_the_end(read_records(source))
+    first = list(islice(rest, LOOKED_AT))
     name, form, saw = pick_format(format, columns, first)
-    records = chain(first, records)
+    records = chain(first, rest)
     examples: list[Example] = []
     complaints: list[str] = []
-    empty = 0
+    empty, unreadable = 0, False
     for place, record in form.gather(records) if form.gather else records:
+        unreadable |= place == NOWHERE
         try:
-            if isinstance(record, DataError):
-                raise record
-            if not isinstance(record, dict):
-                needs = ", ".join(form.columns or form.needs)
-                raise DataError(f"expected an object with {needs}, found {type(record).__name__}")
-            said = form.read(record)
+            said = _conversation(record, form)
             silent = next((i for i, turn in enumerate(said.turns, start=1) if not turn.answer.strip()), None)
             if silent and "empty_answers" not in allow:
                 empty += 1
@@ -75,13 +73,36 @@ def read_examples(
                 raise DataError(f"the answer {where} is empty")
             examples.append(Example(said.turns, said.input, said.system, place))
         except DataError as error:
-            complaints.append(f"{place}: {error}")
-    if complaints and not skip:
-        more = [f"... and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
+            complaints.append(f"{place}: {error}" if place else str(error))
+    if complaints and (unreadable or not skip):
+        advice = "" if unreadable else "Mend them, or leave them out with --data.on_error skip."
         if empty == len(complaints):
-            more.append("--data.on_error skip leaves them out, --data.allow empty_answers learns to say nothing.")
-        raise DataError("\n       ".join(complaints[:SHOWN] + more))
+            advice = "--data.on_error skip leaves them out, --data.allow empty_answers learns to say nothing."
+        raise refusal(complaints, advice)
     if not examples:
         what = f"no samples that can be read: {complaints[0]}" if complaints else "no samples."
         raise DataError(f"{source} holds {what}")
     return Reading(examples, name, saw, len(complaints))
+
+
+def _to_the_end(records: Iterable[Record]) -> Iterator[Record]:
+    """The records, and as the last of them the error behind which the source cannot be read on, if there is one."""
+    try:
+        yield from records
+    except DataError as error:
+        yield NOWHERE, error
+
+
+def refusal(complaints: Sequence[str], advice: str = "") -> DataError:
+    """An error that shows the first complaints, a line each, and counts all."""
+    more = [f"... and {len(complaints) - SHOWN:,} more"] if len(complaints) > SHOWN else []
+    return DataError("\n       ".join([*complaints[:SHOWN], *more, *([advice] if advice else [])]))
+
+
+def _conversation(record: object, form: Format) -> Conversation:
+    if isinstance(record, DataError):
+        raise record
+    if not isinstance(record, dict):
+        needs = ", ".join(form.columns or form.needs)
+        raise DataError(f"expected an object with {needs}, found {type(record).__name__}")
+    return form.read(record)

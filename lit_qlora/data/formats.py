@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from lit_qlora.errors import DataError, UsageError, did_you_mean
 from lit_qlora.prompts import Conversation, Turn
 
 Fields = Mapping[str, Any]
+NAMED = 20  # columns that a message names
 OURS = ("instruction", "input", "output", "system")
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -48,10 +50,15 @@ def text_of(record: Fields, column: str, optional: bool = False) -> str:
     if optional and value is None:
         return ""
     if column not in record:
-        raise DataError(f"no {column!r} (has: {', '.join(map(str, record)) or 'nothing'})")
+        raise DataError(f"no {column!r} (has: {_names(record)})")
     if isinstance(value, DataError):
         raise value
     raise DataError(f"{column!r} is {'null' if value is None else type(value).__name__}, not text")
+
+
+def _names(record: Fields) -> str:
+    """The names of its columns, the first few if there are many."""
+    return ", ".join([*map(str, islice(record, NAMED)), *(["..."] if len(record) > NAMED else [])]) or "nothing"
 
 
 def from_columns(columns: Mapping[str, str]) -> Format:
@@ -217,6 +224,7 @@ FORMATS: dict[str, Format] = {
     "oasst1-trees": Format(("message_tree_id", "prompt"), messages, begins="", gather=best_paths),
     "hh-rlhf": Format(("chosen",), marked("chosen", "\n\nHuman:", "\n\nAssistant:")),
     "chip2": Format(("text",), marked("text", "<human>:", "<bot>:"), begins="<human>:"),
+    "guanaco": Format(("text",), marked("text", "### Human:", "### Assistant:"), begins="### Human:"),
     "red-dot": Format(("product", "category", "description"), red_dot),
     "flan": from_columns({"inputs": "instruction", "targets": "output"}),
     "self-instruct": from_columns({"prompt": "instruction", "completion": "output"}),
@@ -234,7 +242,7 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
     Args:
         name: as data.format.
         columns: as data.columns.
-        records: the first, as they were read.
+        records: the first, as they were read; an error without a place ends what can be read.
 
     Returns:
         Its name, the format, and what was seen, for people.
@@ -244,7 +252,7 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
         DataError: if no format fits; it names the columns that were found.
     """
     first = next((record for _, record in records if isinstance(record, dict)), {})
-    found = f"columns {', '.join(map(str, first)) or 'none'}"
+    found = f"columns {_names(first)}"
     if columns:
         return "columns", from_columns(_parse_columns(columns)), f"{columns} of {found}"
     if name != "auto":
@@ -258,6 +266,9 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
             return known, form, found
     if not first or any(isinstance(r, dict) and _fits(r, ALPACA) for _, r in records):
         return "alpaca", ALPACA, found  # the first record is not like the others, or all are wrong; each says so itself
+    end, last = records[-1]
+    if isinstance(last, DataError) and not end:
+        raise last  # what makes the file unreadable comes before what its columns mean
     place = next(place for place, record in records if record is first)
     raise DataError(
         f"{place}: no format has the {found}.\n"

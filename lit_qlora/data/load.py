@@ -19,14 +19,14 @@ from lit_qlora.data.cache import Encoded
 from lit_qlora.data.encode import Encoder, Encoding
 from lit_qlora.data.examples import read_examples
 from lit_qlora.data.samples import Samples
-from lit_qlora.data.sources import Source, find_sources, fingerprint
+from lit_qlora.data.sources import Source, find_sources, fingerprint, sha256
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.prompts import STYLES, Style, find_style, read_style
 from lit_qlora.settings import DataConfig, FinetuneConfig
 from lit_qlora.tokenizer import FILES, Tokenizer
 
 DEFAULT_MAX_LENGTH = 2048
-VERSION = 1  # of what the cache holds; whoever changes how examples are encoded changes this
+VERSION = 2  # of what the cache holds; whoever changes how examples are encoded changes this
 SPLIT, CHOICE = -1, -2  # epochs of the order that no training has, so that these depend on the seed alone
 
 
@@ -156,11 +156,11 @@ def encode_source(
         only_last_answer=data.only_last_answer,
         system=data.system,
     )
-    sha256 = fingerprint(source)
+    content = fingerprint(source)
     everything_that_matters = {
         "version": VERSION,
-        "source": [sha256, str(source)],
-        "tokenizer": [_sha256(checkpoint_dir / name) for name in FILES if (checkpoint_dir / name).is_file()],
+        "source": [content, str(source)],
+        "tokenizer": [sha256(checkpoint_dir / name) for name in FILES if (checkpoint_dir / name).is_file()],
         "style": style.facts(),
         "today": str(date.today()) if "strftime_now" in style.text else "",
         "encoding": asdict(encoding),
@@ -179,7 +179,7 @@ def encode_source(
         encoder.counts.skipped = reading.skipped
         for sample in encoder.encode(reading.examples):
             store.add(sample)
-        return store.finish(cache.Facts(str(source), sha256, reading.format, reading.saw, encoder.counts))
+        return store.finish(cache.Facts(str(source), content, reading.format, reading.saw, encoder.counts))
 
 
 def split(
@@ -214,8 +214,3 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

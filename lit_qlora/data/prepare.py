@@ -1,17 +1,32 @@
 """Splitting a data set once and for all, into files that training reads as they are."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_qlora.data.examples import Example, Reading
+from lit_qlora.data.examples import Example, Reading, read_examples
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
-from lit_qlora.errors import ResourceError
+from lit_qlora.data.sources import find_file
+from lit_qlora.errors import DataError, ResourceError
 from lit_qlora.settings import DataConfig, PrepareConfig
 from lit_qlora.tokenizer import Tokenizer
+
+
+def read(path: Path, config: PrepareConfig) -> Reading:
+    """What a file holds.
+
+    Raises:
+        DataError: as read_examples, with the flags that there are here.
+    """
+    skip = config.on_error == "skip"
+    try:
+        return read_examples(find_file(path), format=config.format, columns=config.columns, skip=skip)
+    except DataError as error:
+        raise DataError(re.sub(r"--data\.(columns|format|on_error)", r"--\1", str(error))) from None
 
 
 def prepare(reading: Reading, config: PrepareConfig) -> str:

@@ -14,6 +14,7 @@ from lit_qlora.errors import DataError
 Record = tuple[str, Any]
 """(place, content); the content of a record that cannot be read is a DataError that says why."""
 PIECE = 2**22  # bytes that are read at a time
+LONGEST_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072, fewer than some documents have
 
 # Text is read a piece at a time: as one string, a gigabyte of it with a single emoji takes four.
 
@@ -28,18 +29,26 @@ def _pieces(path: Path) -> Iterator[str]:
                 yield decoder.decode(content)
             yield decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            raise _not_utf8(path) from None
+            for _ in _lines(path):  # which knows the place
+                pass
+            raise DataError(f"{path} is not UTF-8. Save it as UTF-8.") from None
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _byte_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file; only a newline ends one, other separators are text."""
     with open(path, "rb") as file:
         _refuse_by_beginning(path, file.peek(2)[:2])
+        if file.peek(3).startswith(codecs.BOM_UTF8):
+            file.read(3)
+        yield from file
+
+
+def _lines(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_byte_lines(path), start=1):
         try:
-            for number, line in enumerate(file):
-                yield line.decode("utf-8-sig" if number == 0 else "utf-8")
-        except UnicodeDecodeError:
-            raise _not_utf8(path) from None
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: {_not_utf8(error)}") from None
 
 
 def _refuse_by_beginning(path: Path, beginning: bytes) -> None:
@@ -49,16 +58,10 @@ def _refuse_by_beginning(path: Path, beginning: bytes) -> None:
         raise DataError(f"{path} is compressed with gzip. Decompress it first.")
 
 
-def _not_utf8(path: Path) -> DataError:
-    content = path.read_bytes()
-    try:
-        content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = content[: error.start]
-        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-        byte = f"byte 0x{content[error.start]:02x}"
-        return DataError(f"{path}:{line}: {byte} is not UTF-8 (column {column}). Save the file as UTF-8.")
-    return DataError(f"{path} changed while it was read.")
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with a line."""
+    byte = f"byte 0x{error.object[error.start]:02x}"
+    return f"{byte} is not UTF-8 (column {error.start + 1}). Save the file as UTF-8."
 
 
 # JSON. What the format allows and no data set means is refused: NaN and Infinity, and a key that stands twice.
@@ -180,11 +183,14 @@ def _from_object(source: _Json) -> Iterator[Record]:
 
 
 def _from_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
+    for number, content in enumerate(_byte_lines(path), start=1):
         try:
+            line = content.decode()
+            if not line.strip():
+                continue
             record: Any = _DECODER.decode(line)
+        except UnicodeDecodeError as error:
+            record = DataError(_not_utf8(error))
         except json.JSONDecodeError as error:
             record = DataError(f"not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -196,10 +202,13 @@ def _from_jsonl(path: Path) -> Iterator[Record]:
 
 
 def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     line = 1  # where the record begins, which can be several lines before its end
     try:
         header = next((row for row in reader if "".join(row).strip()), [])
+        if twice := next((name for name in header if name.strip() and header.count(name) > 1), None):
+            raise DataError(f"{path}:{reader.line_num}: the column {twice!r} stands twice in the header.")
         if len(header) == 1:
             others = [mark for mark in ",;\t|" if mark in header[0]]
             if others:

@@ -82,10 +82,14 @@ def fingerprint(source: Source) -> str:
     if source.split:
         digest = hashlib.sha256()
         for file in _hub_split(source).cache_files:
-            with open(file["filename"], "rb") as arrow:
-                digest.update(hashlib.file_digest(arrow, "sha256").digest())
+            digest.update(sha256(Path(file["filename"])).encode())
         return digest.hexdigest()
-    with open(source.path, "rb") as file:
+    return sha256(Path(source.path))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

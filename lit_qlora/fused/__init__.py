@@ -4,84 +4,76 @@ fuse(model) takes over GPT.loss where the model, its dtype and the device allow 
 adapters stay the parameters they were, so optimizers, checkpoints and merging do not notice.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_qlora.attention import query_scale
 from lit_qlora.config import ModelConfig
-from lit_qlora.fused.attention import Heads, Layout
-from lit_qlora.fused.block import FusedBlock, Kept, Pass
-from lit_qlora.fused.offload import Offload
-from lit_qlora.kernels.cross_entropy import cross_entropy_
+from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.block import ACTIVATIONS, FusedBlock, Kept, Pass
+from lit_qlora.fused.group import Group, norm_of
+from lit_qlora.fused.head import Head, Labelled
+from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.kernels.norm import add_norm, norm_backward
 from lit_qlora.kernels.thin import Pending
 from lit_qlora.lora import LoRALinear
-from lit_qlora.model import GPT
+from lit_qlora.model import GPT, times
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.rope import rope_table
 from lit_qlora.settings import Recompute
 
-HANDLED = {
-    *(
-        "name",
-        "family",
-        "n_layer",
-        "n_embd",
-        "n_head",
-        "n_kv_head",
-        "head_size",
-        "ffn_size",
-        "vocab_size",
-        "block_size",
-    ),
-    *("norm_eps", "qkv_bias", "projection_bias", "mlp_bias", "attention_scale", "tied_head", "sliding_window"),
-    *("rope_theta", "rope_fraction", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
-    *("rope_original_block_size", "rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor"),
-}
-"""Fields of ModelConfig that the fast path computes with; every other one must have its default value."""
-HEAD_TOKENS = 2048  # tokens whose logits exist at a time
-MOST_RANK = 64  # the thin products keep a whole row of Z in registers
+Ropes = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+ALONE = ("projection", "down", "head")  # layers that are stacked with no other
+UNHANDLED = ("n_expert", "kv_latent_size", "attention_sinks", "attention_softcap")
+"""Fields of ModelConfig that the fast path does not compute with, unless they have their default values."""
+GROWING = ("dynamic", "longrope")
+"""Kinds of RoPE whose angles depend on the length of the text."""
 
 
-def why_not(model: GPT, tokens: int | None = None) -> str:
-    """Why this model takes the plain path, or '' if the fast one can take it.
-
-    Args:
-        tokens: of the longest row, which a sliding window must not be shorter than.
-    """
-    config = model.config
-    first = next(iter(model.blocks))
-    weight = model.embed.weight
+def why_not(model: GPT) -> str:
+    """Why this model takes the plain path, or '' if the fast one can take it."""
+    config, weight = model.config, model.embed.weight
     if not AVAILABLE:
         return "Triton is not installed"
     if weight.is_cuda and weight.dtype != torch.bfloat16:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}, not bfloat16"
-    for field in dataclasses.fields(ModelConfig):
-        if field.name not in HANDLED and getattr(config, field.name) != field.default:
-            return f"{field.name} {getattr(config, field.name)!r}"
-    if config.rope_scaling in ("dynamic", "longrope"):
-        return f"rope_scaling {config.rope_scaling!r}"
-    if config.sliding_window is not None and (tokens or config.block_size) > config.sliding_window:
-        return f"a sliding window of {config.sliding_window} tokens"
-    ranks = {module.lora_a.size(0) for module in first.modules() if isinstance(module, LoRALinear)}
-    if max(ranks, default=0) > MOST_RANK:
-        return f"adapters of rank {max(ranks)}"
-    if type(model.head) is not nn.Linear:
-        return "an adapted or quantised output head"
-    for module in first.modules():
+    if reason := unhandled(config) or unhandled_variant(model):
+        return reason
+    for path, module in (*model.blocks[0].named_modules(), ("head", model.head)):
         base = module.base if isinstance(module, LoRALinear) else module
-        if isinstance(base, QuantizedLinear) and (
-            base.in_features % 64 or (base.absmax.numel() % 256 and "dq" in base.scheme)
-        ):
-            return f"a quantised layer of {base.in_features} x {base.out_features} does not stack"
-        if isinstance(base, nn.Linear | QuantizedLinear) and base.out_features % 16:
+        if isinstance(base, QuantizedLinear):
+            ragged = base.scheme.endswith("-dq") and base.absmax.numel() % 256 and path.split(".")[-1] not in ALONE
+            if base.in_features % 64 or ragged:
+                return f"a quantised layer of {base.in_features} x {base.out_features} does not stack"
+        learns_or_stacks = path != "head" or isinstance(module, LoRALinear)
+        if isinstance(base, nn.Linear | QuantizedLinear) and base.out_features % 16 and learns_or_stacks:
             return f"a layer with {base.out_features} outputs"
     return ""
+
+
+def unhandled_variant(model: GPT) -> str:
+    """What of the adapters and embeddings the fast path does not compute, or ''."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if any(adapter.magnitude is not None for adapter in adapters):
+        return "DoRA"
+    if len({(adapter.lora_a.size(0), adapter.scale) for adapter in adapters}) > 1:
+        return "adapters of different ranks or scales"
+    if type(model.embed) is not nn.Embedding:
+        return "embeddings that learn"
+    return "noise on the embeddings" if model.embed._forward_hooks else ""
+
+
+def unhandled(config: ModelConfig) -> str:
+    """What a model has that the fast path does not compute, or ''."""
+    for name in UNHANDLED:
+        if value := getattr(config, name):
+            return f"{name} {value!r}"
+    return "" if config.ffn in ACTIVATIONS else f"ffn {config.ffn!r}"
 
 
 class Fused:
@@ -93,21 +85,27 @@ class Fused:
 
     def __init__(self, model: GPT) -> None:
         config = model.config
-        self.model = model
+        self.model, self.config = model, config
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
-        heads = Heads(config.n_head, config.n_kv_head, config.head_size, config.attention_scale)
-        self.blocks = [FusedBlock(block, heads, config.norm_eps, self.dtype, i) for i, block in enumerate(model.blocks)]
-        norm: Any = model.norm
-        self.norm: Tensor = norm.weight.detach()
-        self.groups = [group for block in self.blocks for group in block.groups]
+        like = model.embed.weight.detach()[0]
+        self.blocks = [FusedBlock(block, config, self.dtype, i, like) for i, block in enumerate(model.blocks)]
+        self.head = Head(
+            norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype), config.logit_softcap
+        )
+        self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
         self.offload, self.pending = Offload(), Pending()
         self.workspaces: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         every = torch.arange(config.block_size, device=self.device)[None]
-        cos, sin = rope_table(config, every)
-        self.cos, self.sin = cos[0, 0].contiguous(), sin[0, 0].contiguous()
+        self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._lay_out_adapters()
         self.set_recompute(["none"] * len(self.blocks))
+
+    def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
+        """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""
+        both = [rope_table(self.config, positions, local, segments) for local in (False, True)]
+        (cos, sin), (local_cos, local_sin) = ([to_device(x.flatten(0, 2), self.device) for x in pair] for pair in both)
+        return (cos, sin), (local_cos, local_sin)
 
     def _lay_out_adapters(self) -> None:
         """Move the adapters into one float32 tensor, stacked as the groups want them, with a 16-bit copy beside it."""
@@ -151,9 +149,10 @@ class Fused:
             return torch.empty(max(g.n * g.width for g in groups), dtype=self.dtype, device=self.device)
 
         block = self.blocks[0]
+        quantized_head = [self.head.group] if self.head.group.dense is None else []
         self.workspaces = (None, None, None)  # freed before the new ones are taken
         self.workspaces = (
-            room(block.groups),
+            room([*block.groups, *quantized_head]),
             room([block.qkv]) if full else None,
             room([block.projection]) if full else None,
         )
@@ -171,29 +170,36 @@ class Fused:
         positions: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """As GPT.loss."""
-        rows, length = tokens.shape
+        """As GPT.loss. Of a batch on the host, nothing has to be asked of the device, which is not waited for."""
+        config, (rows, length) = self.config, tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(rows, length)
         learns = torch.is_grad_enabled() and bool(self.parameters)
         # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
         drops = self.model.training and any(group.p for group in self.groups)
         seed = int(torch.randint(1, 2**31 - 1, ())) if drops else 0
+        scale = query_scale(config, positions).flatten()[:, None, None] if config.query_scale_beta else None
+        places = positions.flatten().int()
         run = Pass(
-            layout=_layout(rows, length, positions, segments),
-            positions=positions.flatten().int(),
-            cos=self.cos,
-            sin=self.sin,
+            layout=Layout.of(rows, length, segments, self.device),
+            positions=to_device(places if self.ropes else torch.arange(len(places), dtype=torch.int32), self.device),
+            ropes=self.ropes or self._ropes(positions, segments),
+            query_scale=None if scale is None else to_device(scale, self.device),
             workspaces=self.workspaces,
             offload=self.offload,
             seed=seed,
             keep=learns,
         )
+        x = F.embedding(to_device(tokens.flatten(), self.device), self.model.embed.weight.detach())
+        x = times(x, config.embedding_multiplier)
+        if self.model.positions is not None:
+            x = x + F.embedding(to_device(places, self.device), self.model.positions.weight.detach())
+        labelled = Labelled.of(labels, weights, self.device)
         self.refresh()
         if not learns:
-            return self._forward(tokens, labels, weights, run)[0]
+            return self._forward(x, labelled, run)[0]
         self._attach_gradients()
-        total: Tensor = _Loss.apply(self.anchor, self, tokens, labels, weights, run)
+        total: Tensor = _Loss.apply(self.anchor, self, x, labelled, run)
         return total
 
     @torch.no_grad()
@@ -216,78 +222,64 @@ class Fused:
             parameter.grad = gradient
 
     @torch.no_grad()
-    def _forward(
-        self, tokens: Tensor, labels: Tensor, weights: Tensor | None, run: Pass
-    ) -> tuple[Tensor, Tensor | None, list[Kept | None]]:
-        """The loss, its gradient at the last stream if there will be a backward pass, and what the blocks kept."""
+    def _forward(self, x: Tensor, labelled: Labelled, run: Pass) -> tuple[Tensor, "Learnt"]:
+        """The loss, from the first stream (T, E), and what the backward pass needs."""
         self.offload.reset()
-        x: Tensor = F.embedding(tokens.flatten(), self.model.embed.weight)
         y: Tensor | None = None
         kept: list[Kept | None] = []
         for block in self.blocks:
             x, y, one = block.forward(x, y, run)
             kept.append(one)
-        loss, d_out = self._head(x, y, labels.flatten(), weights, run.keep)
-        return loss, d_out, kept
-
-    def _head(
-        self, x: Tensor, y: Tensor | None, labels: Tensor, weights: Tensor | None, keep: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Norm, head and loss, a slice of tokens at a time; the slices' logits become their own gradients."""
-        normed = torch.empty_like(x)
-        x, rstd = add_norm(x, y, self.norm, normed, self.model.config.norm_eps)
-        head = self.model.head.weight.detach()
-        count = x.size(0)
-        flat = torch.ones(count, device=x.device) if weights is None else weights.flatten()
-        loss = torch.empty(count, device=x.device)
-        room = torch.empty(min(HEAD_TOKENS, count), head.size(0), dtype=x.dtype, device=x.device)
-        for first in range(0, count, HEAD_TOKENS):
-            here = slice(first, min(first + HEAD_TOKENS, count))
-            logits = room[: here.stop - first]
-            torch.mm(normed[here], head.T, out=logits)
-            cross_entropy_(logits, labels[here], flat[here], loss[here])
-            if keep:
-                torch.mm(logits, head, out=normed[here])
-        return loss.sum(), norm_backward(normed, x, self.norm, rstd) if keep else None
+        group = self.head.group
+        dropout = group.dropout((run.seed + 4 * len(self.blocks)) % 2**31 if run.seed else 0)
+        loss, d_out, waiting = self.head.loss(x, y, labelled, self.workspaces[0], dropout, run.keep)
+        return loss, Learnt(d_out, kept, waiting)
 
     @torch.no_grad()
-    def backward(self, d_out: Tensor, kept: list[Kept | None], run: Pass) -> None:
-        """Add the adapters' gradients, given that of the last stream."""
-        d: Tensor | None = d_out
+    def backward(self, d_loss: Tensor, learnt: "Learnt", run: Pass) -> None:
+        """Add the adapters' gradients."""
+        for gradient, more in learnt.waiting:
+            gradient.add_(more.mul_(d_loss))
+        assert learnt.d_out is not None
+        d: Tensor | None = learnt.d_out.mul_(d_loss)
+        learnt.d_out = None
         for i in reversed(range(len(self.blocks))):
-            one = kept.pop()
+            one = learnt.kept.pop()
             assert one is not None
             assert d is not None
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0)
         self.pending.flush()
 
 
+@dataclass
+class Learnt:
+    """What a forward pass leaves for its backward pass.
+
+    Attributes:
+        d_out: gradient of the loss at the last stream, (T, E).
+        kept: of each block.
+        waiting: the head adapter's gradients, and what has to be added to them.
+    """
+
+    d_out: Tensor | None
+    kept: list[Kept | None]
+    waiting: list[tuple[Tensor, Tensor]]
+
+
 class _Loss(torch.autograd.Function):
     """The whole model as one function; the adapters' gradients go straight to where their .grad lies."""
 
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, fused: Fused, tokens: Tensor, labels: Tensor, weights: Tensor | None, run: Pass
-    ) -> Tensor:
-        loss, ctx.d_out, ctx.kept = fused._forward(tokens, labels, weights, run)
+    def forward(ctx: Any, anchor: Tensor, fused: Fused, x: Tensor, labelled: Labelled, run: Pass) -> Tensor:
+        loss, ctx.learnt = fused._forward(x, labelled, run)
         ctx.fused, ctx.run = fused, run
         return loss
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[None, ...]:
-        d_out, kept, ctx.d_out, ctx.kept = ctx.d_out, ctx.kept, None, None
-        ctx.fused.backward(d_out.mul_(d_loss[0]), kept, ctx.run)
-        return None, None, None, None, None, None
-
-
-def _layout(rows: int, length: int, positions: Tensor, segments: Tensor | None) -> Layout:
-    if segments is None:
-        return Layout(rows, length)
-    first = torch.ones_like(segments, dtype=torch.bool)  # a row begins a document, padding included
-    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = first.flatten().nonzero()[:, 0]
-    ends = torch.cat((starts, starts.new_tensor([rows * length]))).int()
-    return Layout(rows, length, ends, int((ends[1:] - ends[:-1]).max()))
+        learnt, ctx.learnt = ctx.learnt, None
+        ctx.fused.backward(d_loss[0], learnt, ctx.run)
+        return None, None, None, None, None
 
 
 def fuse(model: GPT) -> Fused:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.fused.offload import to_device
+
 _aten = torch.ops.aten
 CUDNN_MULTIPLE = 256  # cuDNN builds a plan for each new length, which takes longer than it saves for odd ones
 
@@ -22,24 +24,44 @@ class Layout:
 
     Attributes:
         rows, length: T = rows * length, the shape of the batch.
+        longest: tokens of the longest text.
         ends: (documents + 1,) int32, where each document begins and the last one ends; None if each row is one.
-        longest: tokens of the longest document.
     """
 
     rows: int
     length: int
+    longest: int
     ends: Tensor | None = None
-    longest: int = 0
+
+    @staticmethod
+    def of(rows: int, length: int, segments: Tensor | None, device: torch.device) -> "Layout":
+        """The layout of rows whose documents are numbered by `segments` (B, T), or are the rows if it is None.
+
+        The device is waited for only if segments lie there.
+        """
+        if segments is None:
+            return Layout(rows, length, length)
+        first = torch.ones_like(segments, dtype=torch.bool)  # a row begins a document, padding included
+        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        starts = first.flatten().nonzero()[:, 0]
+        ends = F.pad(starts, (0, 1), value=rows * length).int()
+        return Layout(rows, length, int(ends.diff().max()), to_device(ends, device))
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of the attention: query heads, key and value heads, features of each, and the scale of the scores."""
+    """Sizes of the attention: query heads, key and value heads, features of each.
+
+    Attributes:
+        scale: of the scores, None for 1 / sqrt(size).
+        window: how many tokens a token sees, itself included; None for all before it.
+    """
 
     query: int
     key: int
     size: int
     scale: float | None = None
+    window: int | None = None
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, (H + 2 K) D) -> views (T, H, D), (T, K, D), (T, K, D)."""
@@ -60,8 +82,8 @@ def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
         return out[0].transpose(1, 2).reshape(tokens, -1), (out[1], out[6], out[7])
     if layout.ends is None:
         q, k, v = (x.unflatten(0, (layout.rows, layout.length)) for x in (q, k, v))
-    ends, longest = layout.ends, layout.longest if layout.ends is not None else layout.length
-    out = _aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=heads.scale)
+    ends, longest, options = layout.ends, layout.longest, _options(heads, layout)
+    out = _aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False, **options)
     return out[0].reshape(tokens, -1), (out[1], out[2], out[3])
 
 
@@ -88,16 +110,29 @@ def attention_backward(
     log_sum, seed, unused = kept
     if layout.ends is None:
         d_out, q, k, v, out = (x.unflatten(0, (layout.rows, layout.length)) for x in (d_out, q, k, v, out))
-    ends, longest = layout.ends, layout.longest if layout.ends is not None else layout.length
+    ends, longest, options = layout.ends, layout.longest, _options(heads, layout)
     gradients = _aten._flash_attention_backward(
-        d_out, q, k, v, out, log_sum, ends, ends, longest, longest, 0.0, True, seed, unused, scale=heads.scale
+        d_out, q, k, v, out, log_sum, ends, ends, longest, longest, 0.0, True, seed, unused, **options
     )
     dq, dk, dv = (x.view(tokens, -1, heads.size) for x in gradients[:3])
     return dq, dk, dv
 
 
+def _window(heads: Heads, layout: Layout) -> int | None:
+    """The window, where a text is longer."""
+    return heads.window if heads.window is not None and layout.longest > heads.window else None
+
+
+def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
+    """Flash attention's: the scale, and how far a token looks to its left and right."""
+    window = _window(heads, layout)
+    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    return {"scale": heads.scale, **sides}
+
+
 def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
-    return layout.ends is None and layout.length % CUDNN_MULTIPLE == 0 and heads.size % 8 == 0 and heads.size <= 128
+    fits = heads.size % 8 == 0 and heads.size <= 128 and layout.length % CUDNN_MULTIPLE == 0
+    return fits and layout.ends is None and _window(heads, layout) is None
 
 
 def _by_row(x: Tensor, layout: Layout) -> Tensor:
@@ -110,7 +145,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> Ten
     outs = []
     for first, end in pairwise(bounds):
         q_, k_, v_ = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
+        mask = torch.ones(end - first, end - first, dtype=torch.bool, device=q.device).tril()
+        if heads.window is not None:
+            mask = mask.triu(1 - heads.window)
         grouped = heads.query != heads.key
-        out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=grouped, scale=heads.scale)
+        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, enable_gqa=grouped, scale=heads.scale)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs).reshape(q.size(0), -1)

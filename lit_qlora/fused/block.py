@@ -5,10 +5,12 @@ pass. Every quantised weight is dequantised once in the forward and once in the 
 is chosen by the block's `recompute`:
 
     none     everything that the backward pass reads
-    mlp      not gate and up
+    mlp      not the products of gate and up
     attn     the attention's output and the residual stream behind it; qkv, gate and up are computed again
     offload  as attn, with both and the block's input on the host
     full     the block's input only
+
+Norms behind attention and MLP, where a family has them, read what the products gave, which is kept too (`raw`).
 """
 
 from dataclasses import dataclass
@@ -17,14 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_qlora.config import ModelConfig
 from lit_qlora.fused.attention import Heads, Layout, attention, attention_backward
-from lit_qlora.fused.group import Group
+from lit_qlora.fused.group import Group, norm_of
 from lit_qlora.fused.offload import Offload
-from lit_qlora.kernels.norm import add_norm, norm_backward
+from lit_qlora.fused.shaping import Shaping, pull_back
+from lit_qlora.fused.wide import through_mlp
+from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
+from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
-from lit_qlora.kernels.swiglu import swiglu, swiglu_backward
-from lit_qlora.kernels.thin import Pending, grad_a, grad_b, project, rank_update
+from lit_qlora.kernels.thin import Pending
 from lit_qlora.settings import Recompute
+
+ACTIVATIONS = {
+    "swiglu": Activation("silu", gated=True),
+    "geglu": Activation("gelu", gated=True),
+    "geglu_tanh": Activation("gelu_tanh", gated=True),
+    "gelu": Activation("gelu", gated=False),
+    "gelu_tanh": Activation("gelu_tanh", gated=False),
+}
+"""What each kind of config.ffn is, of those that are handled."""
 
 
 @dataclass
@@ -32,15 +47,17 @@ class Pass:
     """What the blocks of a forward pass, and of its backward pass, have in common.
 
     Attributes:
-        positions: (T,) int32; cos, sin: (P, R / 2) float32.
+        positions: (T,) int32, rows of the rope tables.
+        ropes: cosines and sines, (P, R / 2) float32, of blocks without a sliding window and with one.
+        query_scale: (T, 1, 1) float32 or None.
         workspaces: for dequantised weights: any, qkv kept through a block's backward pass, projection likewise.
         seed: of the dropout, 0 for none.
     """
 
     layout: Layout
     positions: Tensor
-    cos: Tensor
-    sin: Tensor
+    ropes: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    query_scale: Tensor | None
     workspaces: tuple[Tensor | None, Tensor | None, Tensor | None]
     offload: Offload
     seed: int
@@ -50,63 +67,93 @@ class Pass:
 
 @dataclass
 class Kept:
-    """What a block keeps for its backward pass; a number stands for a tensor on the host."""
+    """What a block keeps for its backward pass; a number stands for a tensor on the host.
+
+    `numbers` are those of a norm's rows.
+    """
 
     x: Tensor | int
-    z_down: Tensor | None
-    rstd_1: Tensor | None = None
+    z_down: Tensor | None = None
+    numbers_1: Tensor | None = None
     z_qkv: Tensor | None = None
     qkv: Tensor | None = None
     attended: Tensor | int | None = None
     attention: Any = None
     z_projection: Tensor | None = None
+    raw_1: Tensor | int | None = None
     middle: Tensor | int | None = None
-    rstd_2: Tensor | None = None
+    numbers_2: Tensor | None = None
     z_gate_up: Tensor | None = None
     gate_up: Tensor | None = None
+    raw_2: Tensor | int | None = None
 
 
 class FusedBlock:
     """The weights of a block in groups, and its two passes."""
 
-    def __init__(self, block: Any, heads: Heads, eps: float, dtype: torch.dtype, number: int) -> None:
+    def __init__(self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor) -> None:
         attn, mlp = block.attn, block.mlp
+        self.activation = ACTIVATIONS[config.ffn]
         self.qkv = Group([attn.query, attn.key, attn.value], dtype)
         self.projection = Group([attn.projection], dtype)
-        self.gate_up = Group([mlp.gate, mlp.up], dtype)
+        self.gate_up = Group([mlp.gate, mlp.up] if self.activation.gated else [mlp.up], dtype)
         self.down = Group([mlp.down], dtype)
         self.groups = (self.qkv, self.projection, self.gate_up, self.down)
-        self.norm_1: Tensor = block.norm_1.weight.detach()
-        self.norm_2: Tensor = block.norm_2.weight.detach()
-        self.heads, self.eps, self.number = heads, eps, number
+        self.parallel, share = config.parallel_residual, config.residual_multiplier
+        self.norm_1 = norm_of(block.norm_1, like)
+        self.norm_2 = self.norm_1 if config.shared_norm else norm_of(block.norm_2, like)
+        self.post_1, self.post_2 = (norm_of(norm, like, share) for norm in (block.post_norm_1, block.post_norm_2))
+        windowed = config.windowed(number)
+        self.heads = Heads(
+            config.n_head,
+            config.n_kv_head,
+            config.head_size,
+            config.attention_scale,
+            config.sliding_window if windowed else None,
+        )
+        self.shaping = Shaping(attn, config, self.heads)
+        self.rotates, self.windowed, self.interleaved = config.rotates(number), windowed, config.rope_interleaved
+        self.number = number
         self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, Kept | None]:
         """(T, E) pair -> (T, E) pair, and what is kept."""
         keeps = self.recompute if run.keep else "full"
-        x, rstd_1, z_qkv, qkv, _ = self._qkv(x, y, run, 0)
-        attended, extra = attention(qkv, self.heads, run.layout)
-        out, z_projection, _ = self._project(attended, run, 0)
-        kept = Kept(x=run.offload.put(x) if run.keep and keeps == "offload" else x, z_down=None)
+
+        def keep(tensor: Tensor | None) -> Tensor | int | None:
+            return run.offload.put(tensor) if keeps == "offload" and tensor is not None else tensor
+
+        x, numbers_1, z_qkv, qkv, _ = self._qkv(x, y, run, 0)
+        attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
+        raw_1, z_projection, _ = self._project(attended, run, 0)
+        first = keep(x) if run.keep else x
+        assert first is not None
+        kept = Kept(first)
         if keeps in ("none", "mlp"):
-            kept.rstd_1, kept.z_qkv, kept.qkv = rstd_1, z_qkv, qkv
+            kept.numbers_1, kept.z_qkv, kept.qkv = numbers_1, z_qkv, qkv
         if keeps != "full":
-            kept.attended = run.offload.put(attended) if keeps == "offload" else attended
-            kept.attention, kept.z_projection = extra, z_projection
+            kept.attended, kept.attention, kept.z_projection = keep(attended), extra, z_projection
         del qkv, attended, extra
-        middle, rstd_2, z_gate_up, gate_up, _ = self._gate_up(x, out, run)
-        del out
-        if keeps != "full":
-            kept.middle = run.offload.put(middle) if keeps == "offload" else middle
+        out = self._post(self.post_1, raw_1)
+        if keeps != "full" and self.post_1.number:
+            kept.raw_1 = keep(raw_1)
+        del raw_1
+        middle, numbers_2, z_gate_up, gate_up, _ = self._gate_up(x, None if self.parallel else out, run)
+        if keeps != "full" and not self.parallel:
+            kept.middle = keep(middle)
         if keeps == "none":
-            kept.rstd_2, kept.z_gate_up, kept.gate_up = rstd_2, z_gate_up, gate_up
+            kept.numbers_2, kept.z_gate_up, kept.gate_up = numbers_2, z_gate_up, gate_up
         h = self.down.empty_input(x.size(0))
         if self.down.a is None:
-            swiglu(gate_up, h)
-        else:
-            kept.z_down = project(gate_up, self.down.a, h, swiglu=True, dropout=self._dropout(self.down, 3, run))
+            mlp_forward(gate_up, h, self.activation)
+        kept.z_down = self.down.project(gate_up, h, self._dropout(self.down, 3, run), self.activation)
         del gate_up
-        y = self.down.product(h, self.down.matrix(run.workspaces[0]))
+        raw_2 = self.down.product(h, self.down.matrix(run.workspaces[0]))
+        y = self._post(self.post_2, raw_2)
+        if run.keep and self.post_2.number:
+            kept.raw_2 = keep(raw_2)
+        if self.parallel:
+            y.add_(out)
         return middle, y, kept if run.keep else None
 
     def backward(self, d_out: Tensor, kept: Kept, run: Pass, pending: Pending, wants_dx: bool) -> Tensor | None:
@@ -116,106 +163,140 @@ class FusedBlock:
         """
         again = self.recompute
         off, any_space = run.offload, run.workspaces[0]
+
+        def get(value: Any) -> Any:
+            return off.get(value) if isinstance(value, int) else value
+
         x = kept.x
+        below = x - 1 if isinstance(x, int) else -1  # number of what the block below put last
         matrix_qkv = matrix_projection = matrix_gate_up = out = None
-        rstd_1, z_qkv, qkv = kept.rstd_1, kept.z_qkv, kept.qkv
+        numbers_1, z_qkv, qkv = kept.numbers_1, kept.z_qkv, kept.qkv
         attended, extra, z_projection = kept.attended, kept.attention, kept.z_projection
-        middle = off.get(kept.middle) if isinstance(kept.middle, int) else kept.middle
+        raw_1, raw_2, middle = kept.raw_1, get(kept.raw_2), get(kept.middle)
+        if self.parallel:
+            middle = x = get(x)
         if again == "full":
             assert isinstance(x, Tensor)
-            _, rstd_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, 1)
-            attended, extra = attention(qkv, self.heads, run.layout)
-            out, z_projection, matrix_projection = self._project(attended, run, 2)
+            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, 1)
+            attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
+            raw_1, z_projection, matrix_projection = self._project(attended, run, 2)
+            out = self._post(self.post_1, raw_1)
 
-        # down and SwiGLU
+        # down and the activation
         down, gate_up = self.down, self.gate_up
-        if kept.z_down is not None:
-            grad_b(d_out, kept.z_down, down.grad_b, down.stack, down.table, pending)
-        dh = torch.mm(d_out, down.matrix(any_space))
+        d_mlp = self._post_backward(self.post_2, raw_2, d_out)
+        down.learn_b(d_mlp, kept.z_down, pending)
+        dh = torch.mm(d_mlp, down.matrix(any_space))
+        del d_mlp, raw_2
         if again == "none":
-            rstd_2, z_gate_up, products = kept.rstd_2, kept.z_gate_up, kept.gate_up
+            numbers_2, z_gate_up, products = kept.numbers_2, kept.z_gate_up, kept.gate_up
             kept.gate_up = None
         else:
             stream = middle if middle is not None else x
             assert isinstance(stream, Tensor)
-            middle, rstd_2, z_gate_up, products, matrix_gate_up = self._gate_up(stream, out, run)
+            middle, numbers_2, z_gate_up, products, matrix_gate_up = self._gate_up(
+                stream, None if self.parallel else out, run
+            )
             del out, stream
-        assert isinstance(middle, Tensor)
         assert products is not None
-        assert rstd_2 is not None
-        swiglu_backward(
-            products, dh, down.a, down.grad_a if down.rank else None, z_gate_up,
+        assert numbers_2 is not None
+        through = through_mlp if down.wide or gate_up.wide else mlp_backward
+        through(
+            products, dh, self.activation, down.a, down.grad_a if down.rank else None, z_gate_up,
             gate_up.grad_b if gate_up.rank else None, gate_up.stack, down.scale, pending, self._dropout(down, 3, run),
         )  # fmt: skip
         del dh
-        for number in (attended, x):  # the product below hides the copies
+        for number in (attended, x, raw_1):  # the product below hides the copies
             if isinstance(number, int):
                 off.fetch(number)
         dn = torch.mm(products, matrix_gate_up if matrix_gate_up is not None else gate_up.matrix(any_space))
         del products
         dropout = self._dropout(gate_up, 2, run)
-        if gate_up.a is not None:
-            grad_a(middle, dn[:, gate_up.k :], gate_up.grad_a, gate_up.scale, pending, rstd_2, self.norm_2, dropout)
-        if isinstance(kept.middle, int):
-            off.fetch(kept.middle - 3)  # the block below; its large buffers are free now
-        d_middle = norm_backward(dn, middle, self.norm_2, rstd_2, z_gate_up, gate_up.a, d_out, dropout)
-        del dn, middle, d_out
+        gate_up.learn_a(middle, dn, pending, dropout, self.norm_2, numbers_2)
+        off.fetch(below)  # the large buffers are free now
+        d_middle = gate_up.d_stream(dn, middle, self.norm_2, numbers_2, z_gate_up, d_out, dropout)
+        del dn, middle
 
         # projection and attention
         group = self.projection
-        if z_projection is not None:
-            grad_b(d_middle, z_projection, group.grad_b, group.stack, group.table, pending)
-        da = torch.mm(d_middle, matrix_projection if matrix_projection is not None else group.matrix(any_space))
-        attended = off.get(attended) if isinstance(attended, int) else attended
-        x = off.get(x) if isinstance(x, int) else x
-        assert attended is not None
+        d_attention = self._post_backward(self.post_1, get(raw_1), d_out if self.parallel else d_middle)
+        del d_out, raw_1
+        group.learn_b(d_attention, z_projection, pending)
+        da = torch.mm(d_attention, matrix_projection if matrix_projection is not None else group.matrix(any_space))
+        del d_attention
+        attended, x = get(attended), get(x)
         dropout = self._dropout(group, 1, run)
-        if group.a is not None:
-            grad_a(attended, da[:, group.k :], group.grad_a, group.scale, pending, dropout=dropout)
-        d_attended = rank_update(da, group.a, group.k, dropout)
+        group.learn_a(attended, da, pending, dropout)
+        d_attended = group.d_input(da, dropout)
         del da
         if qkv is None:
-            _, rstd_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, 0)
-        assert rstd_1 is not None
-        gradients = attention_backward(d_attended, qkv, attended, extra, self.heads, run.layout)
-        del qkv, attended, d_attended
+            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, 0)
+        assert numbers_1 is not None
         kept.qkv = None
-        d_qkv = rotate_backward(*gradients, run.positions, run.cos, run.sin)
-        del gradients
+        d_qkv = self._attention_backward(d_attended, qkv, attended, extra, run)
+        del qkv, attended, d_attended
         group, dropout = self.qkv, self._dropout(self.qkv, 0, run)
-        if z_qkv is not None:
-            grad_b(d_qkv, z_qkv, group.grad_b, group.stack, group.table, pending)
+        group.learn_b(d_qkv, z_qkv, pending)
         if not wants_dx and not group.rank:
             pending.flush()
             return None
         dn = torch.mm(d_qkv, matrix_qkv if matrix_qkv is not None else group.matrix(any_space))
         del d_qkv
-        if group.a is not None:
-            grad_a(x, dn[:, group.k :], group.grad_a, group.scale, pending, rstd_1, self.norm_1, dropout)
+        group.learn_a(x, dn, pending, dropout, self.norm_1, numbers_1)
         pending.flush()
         if not wants_dx:
             return None
-        return norm_backward(dn, x, self.norm_1, rstd_1, z_qkv, group.a, d_middle, dropout)
+        return group.d_stream(dn, x, self.norm_1, numbers_1, z_qkv, d_middle, dropout)
 
     def _qkv(
         self, x: Tensor, y: Tensor | None, run: Pass, space: int
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """The stream, its rstd, Z, the rotated qkv, and [W | B] as it lies in workspace number `space`."""
+        """The stream, its rows' numbers, Z, qkv, and [W | B] as it lies in workspace number `space`.
+
+        Where there is nothing but rotation, qkv is rotated already.
+        """
         group = self.qkv
         normed = group.empty_input(x.size(0))
-        x, rstd = add_norm(x, y, self.norm_1, normed, self.eps)
-        z = None if group.a is None else project(normed, group.a, normed, dropout=self._dropout(group, 0, run))
+        x, numbers = add_norm(x, y, self.norm_1, normed)
+        z = group.project(normed, normed, self._dropout(group, 0, run))
         matrix = group.matrix(run.workspaces[space])
         qkv = group.product(normed, matrix)
-        heads = self.heads
-        rotate_(qkv, run.positions, run.cos, run.sin, heads.query + heads.key, heads.size)
-        return x, rstd, z, qkv, matrix
+        if self.shaping.does_nothing:
+            self._rotate(qkv, run)
+        return x, numbers, z, qkv, matrix
+
+    def _rotate(self, qkv: Tensor, run: Pass) -> None:
+        if self.rotates:
+            heads, (cos, sin) = self.heads, run.ropes[self.windowed]
+            rotate_(qkv, run.positions, cos, sin, heads.query + heads.key, heads.size, self.interleaved)
+
+    def _shaped(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values as attention takes them, from what _qkv returns; and as they were rotated."""
+        shaping = self.shaping
+        if shaping.does_nothing:
+            return qkv, qkv
+        rotated = shaping.before(qkv, run.query_scale) if shaping.before else qkv.clone()
+        self._rotate(rotated, run)
+        return shaping.after(rotated, None) if shaping.after else rotated, rotated
+
+    def _attention_backward(self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass) -> Tensor:
+        """The gradient of what the product with the stacked weights gave, (T, (H + 2 K) D)."""
+        shaped, rotated = self._shaped(qkv, run)
+        parts = attention_backward(d_out, shaped, attended, extra, self.heads, run.layout)
+        if self.shaping.after:
+            parts = self.heads.split(pull_back(self.shaping.after, rotated, None, torch.cat(parts, dim=1).flatten(1)))
+        del shaped, rotated
+        if self.rotates:
+            d_qkv = rotate_backward(*parts, run.positions, *run.ropes[self.windowed], self.interleaved)
+        else:
+            d_qkv = torch.cat(parts, dim=1).flatten(1)
+        return pull_back(self.shaping.before, qkv, run.query_scale, d_qkv) if self.shaping.before else d_qkv
 
     def _project(self, attended: Tensor, run: Pass, space: int) -> tuple[Tensor, Tensor | None, Tensor]:
         group, z = self.projection, None
         if group.a is not None:
             both = group.empty_input(attended.size(0))
-            z = project(attended, group.a, both, copy=True, dropout=self._dropout(group, 1, run))
+            z = group.project(attended, both, self._dropout(group, 1, run), copy=True)
             attended = both
         matrix = group.matrix(run.workspaces[space])
         return group.product(attended, matrix), z, matrix
@@ -223,10 +304,26 @@ class FusedBlock:
     def _gate_up(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         group = self.gate_up
         normed = group.empty_input(x.size(0))
-        x, rstd = add_norm(x, y, self.norm_2, normed, self.eps)
-        z = None if group.a is None else project(normed, group.a, normed, dropout=self._dropout(group, 2, run))
+        x, numbers = add_norm(x, y, self.norm_2, normed)
+        z = group.project(normed, normed, self._dropout(group, 2, run))
         matrix = group.matrix(run.workspaces[0])
-        return x, rstd, z, group.product(normed, matrix), matrix
+        return x, numbers, z, group.product(normed, matrix), matrix
+
+    @staticmethod
+    def _post(norm: Norm, raw: Tensor) -> Tensor:
+        """What attention or MLP add to the stream."""
+        if norm.changes_nothing:
+            return raw
+        out = torch.empty_like(raw)
+        add_norm(raw, None, norm, out)
+        return out
+
+    @staticmethod
+    def _post_backward(norm: Norm, raw: Tensor | None, d_out: Tensor) -> Tensor:
+        if norm.changes_nothing:
+            return d_out
+        raw = d_out if raw is None else raw  # not read by a norm that only multiplies
+        return norm_backward(d_out, raw, norm, add_norm(raw, None, norm, torch.empty_like(raw))[1])
 
     def _dropout(self, group: Group, which: int, run: Pass) -> Any:
         return group.dropout((run.seed + 4 * self.number + which) % 2**31 if run.seed else 0)

@@ -5,11 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_qlora.fused import wide
+from lit_qlora.kernels import thin
+from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
+from lit_qlora.kernels.norm import Norm, norm_backward
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
+from lit_qlora.kernels.thin import Pending
 from lit_qlora.lora import LoRALinear
+from lit_qlora.norm import RMSPlusOne
 from lit_qlora.quantize import QuantizedLinear, stack_weights
+
+MOST_RANK = 64  # the thin kernels hold a row of Z, and a stripe of the gradients, in registers
 
 
 class Group:
@@ -47,6 +55,8 @@ class Group:
         if isinstance(bases[0], QuantizedLinear):
             self.weight = stack_weights(bases)
             assert self.weight is not None, "can_fuse has refused layers that cannot be stacked"
+        elif len(bases) == 1 and not self.rank:
+            self.dense = bases[0].weight.detach()
         else:
             self.dense = torch.zeros(self.n, self.k + self.rank, dtype=dtype, device=device)
             for base, part in zip(bases, self.dense.split(rows), strict=True):
@@ -75,10 +85,100 @@ class Group:
         """Room for [X | Z], (T, K + R)."""
         return torch.empty(tokens, self.width, dtype=self.dtype, device=self.device)
 
-    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """Y = [X | Z] [W | B]^T + bias, (T, N)."""
-        return torch.mm(x, matrix.T) if self.bias is None else torch.addmm(self.bias, x, matrix.T)
+    def product(self, x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+        """Y = [X | Z] [W | B]^T + bias, (T, N), in `out` if there is one."""
+        if self.bias is None:
+            return torch.mm(x, matrix.T, out=out)
+        return torch.addmm(self.bias, x, matrix.T, out=out)
 
     def dropout(self, seed: int) -> Dropout:
         """Of the adapters' input in this forward pass; layers that share an input share what is dropped."""
         return Dropout(self.p, seed) if self.p and seed else NONE
+
+    @property
+    def wide(self) -> bool:
+        """Whether cuBLAS does what the thin kernels do for smaller ranks."""
+        return self.stack.r > MOST_RANK
+
+    def project(
+        self,
+        x: Tensor,
+        out: Tensor,
+        dropout: Dropout,
+        activation: Activation | None = None,
+        copy: bool = False,
+    ) -> Tensor | None:
+        """Z of x, also behind X in `out`; see kernels.thin.project. None without an adapter."""
+        if self.a is None:
+            return None
+        return (wide if self.wide else thin).project(x, self.a, out, activation, copy, dropout)
+
+    def learn_a(
+        self,
+        x: Tensor,
+        d_out: Tensor,
+        pending: Pending,
+        dropout: Dropout,
+        norm: Norm | None = None,
+        numbers: Tensor | None = None,
+        into: Tensor | None = None,
+    ) -> None:
+        """Add to the gradient of A, or `into` another, given [dX | dZ]; X is norm(x). Nothing without an adapter."""
+        if self.a is None:
+            return
+        gradient, dz = self.grad_a if into is None else into, d_out[:, self.k :]
+        if self.wide:
+            wide.grad_a(x, dz, gradient, self.scale, norm, dropout)
+        else:
+            thin.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), numbers, dropout)
+
+    def learn_b(self, dy: Tensor, z: Tensor | None, pending: Pending, into: Tensor | None = None) -> None:
+        """Add to the gradient of B, or `into` another, given dY and Z. Nothing without an adapter."""
+        if z is None:
+            return
+        gradient = self.grad_b if into is None else into
+        if self.wide:
+            wide.grad_b(dy, z, gradient, self.stack)
+        else:
+            thin.grad_b(dy, z, gradient, self.stack, self.table, pending)
+
+    def d_input(self, d_out: Tensor, dropout: Dropout) -> Tensor:
+        """The gradient of the group's input, (T, K), from [dX | dZ]."""
+        if self.a is None:
+            return d_out
+        return (wide if self.wide else thin).rank_update(d_out, self.a, self.k, dropout)
+
+    def d_stream(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        norm: Norm,
+        numbers: Tensor,
+        z: Tensor | None,
+        residual: Tensor | None,
+        dropout: Dropout,
+    ) -> Tensor:
+        """The gradient of x whose norm is the group's input, from [dX | dZ]; see kernels.norm.norm_backward."""
+        if self.wide:
+            return norm_backward(self.d_input(d_out, dropout), x, norm, numbers, residual=residual)
+        return norm_backward(d_out, x, norm, numbers, z, self.a, residual, dropout)
+
+
+def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:
+    """What a norm's module computes, or nothing for an Identity, times `factor`.
+
+    Args:
+        like: (E,), of the dtype that the factor is rounded to, and on the device.
+    """
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    weight, bias = (None if tensor is None else tensor.detach() for tensor in (weight, bias))
+    if isinstance(module, RMSPlusOne):
+        weight = 1 + module.weight.detach().float()
+    if factor != 1:
+        factors = torch.full_like(like, factor).float()
+        weight = factors if weight is None else factors * weight.float()
+        bias = None if bias is None else factors * bias.float()
+    if isinstance(module, nn.Identity):
+        return Norm("none", weight=weight)
+    eps: Any = module.eps
+    return Norm("layer" if isinstance(module, nn.LayerNorm) else "rms", eps, weight, bias)

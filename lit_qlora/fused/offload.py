@@ -1,4 +1,4 @@
-"""Activations on pinned host memory between the forward and the backward pass, copied beside the computation."""
+"""Copies that nobody waits for: batches to the device, and activations to pinned host memory and back."""
 
 import torch
 from torch import Tensor
@@ -54,3 +54,10 @@ class Offload:
         assert self.stream is not None
         x.record_stream(self.stream)
         return x
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, copied from pinned memory if it is not there yet."""
+    if x.device == device:
+        return x
+    return x.pin_memory().to(device, non_blocking=True)

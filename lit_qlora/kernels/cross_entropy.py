@@ -10,17 +10,21 @@ from torch import Tensor
 from lit_qlora.kernels.launch import power_of_2, tl, triton
 
 
-def cross_entropy_reference(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_reference(
+    logits: Tensor, labels: Tensor, weights: Tensor, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """What cross_entropy_ means: the weighted loss of each row, and the gradient of their sum."""
-    log_probs = logits.float().log_softmax(-1)
+    capped = logits.float() if cap is None else cap * torch.tanh(logits.float() / cap)
+    log_probs = capped.log_softmax(-1)
     kept = (labels >= 0).float() * weights
     target = labels.clamp(min=0)[:, None]
     loss = -log_probs.gather(1, target)[:, 0] * kept
     gradient = log_probs.exp().scatter_add(1, target, -torch.ones_like(target, dtype=torch.float32))
+    gradient = gradient if cap is None else gradient * (1 - (capped / cap).square())
     return loss, (gradient * kept[:, None]).to(logits.dtype)
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, loss: Tensor) -> None:
+def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, loss: Tensor, cap: float | None = None) -> None:
     """Turn logits into the gradient of the weighted sum of losses, in place.
 
     Args:
@@ -28,17 +32,29 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, loss: Tensor
         labels: (T,) int64; a negative one has no loss.
         weights: (T,) float32.
         loss: (T,) float32, written.
+        cap: logits x count as cap * tanh(x / cap).
     """
     rows, vocab = logits.shape
     _cross_entropy[(rows,)](
-        logits, logits.stride(0), labels, weights, loss, vocab, BLOCK=min(4096, power_of_2(vocab)), num_warps=8
-    )
+        logits, logits.stride(0), labels, weights, loss, vocab, cap or 0.0,
+        CAPPED=cap is not None, BLOCK=min(4096, power_of_2(vocab)), num_warps=8,
+    )  # fmt: skip
 
 
 if triton is not None:
 
     @triton.jit
-    def _cross_entropy(LOGITS, ld, LABELS, WEIGHTS, LOSS, V, BLOCK: tl.constexpr):
+    def _soft(x, cap, CAPPED: tl.constexpr):
+        """The logit that counts, and what its gradient is multiplied by."""
+        slope = tl.full(x.shape, 1.0, tl.float32)
+        if CAPPED:
+            share = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0  # tanh
+            slope = 1.0 - share * share
+            x = cap * share
+        return x, slope
+
+    @triton.jit
+    def _cross_entropy(LOGITS, ld, LABELS, WEIGHTS, LOSS, V, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         row = LOGITS + t * ld
         label = tl.load(LABELS + t)
@@ -48,17 +64,20 @@ if triton is not None:
         largest = tl.full((BLOCK,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for v0 in range(0, V, BLOCK):
-            x = tl.load(row + v0 + c, v0 + c < V, -float("inf")).to(tl.float32)
+            x, _ = _soft(tl.load(row + v0 + c, v0 + c < V, 0.0).to(tl.float32), cap, CAPPED)
+            x = tl.where(v0 + c < V, x, -float("inf"))
             new = tl.maximum(largest, x)
             new = tl.where(new == -float("inf"), 0.0, new)  # a column that has seen no logit yet
             total = total * tl.exp(largest - new) + tl.exp(x - new)
             largest = new
         most = tl.max(largest, 0)
         log_sum = most + tl.log(tl.sum(total * tl.exp(largest - most), 0))
-        tl.store(LOSS + t, (log_sum - tl.load(row + label).to(tl.float32)) * weight)
+        right = tl.load(row + label + tl.arange(0, 1)).to(tl.float32)
+        right, _ = _soft(right, cap, CAPPED)
+        tl.store(LOSS + t + tl.arange(0, 1), (log_sum - right) * weight)
         tl.debug_barrier()  # every thread has read the label's logit before it becomes a gradient
         for v0 in range(0, V, BLOCK):
             v = v0 + c
-            x = tl.load(row + v, v < V, 0.0).to(tl.float32)
-            g = (tl.exp(x - log_sum) - tl.where(v == label, 1.0, 0.0)) * weight
+            x, slope = _soft(tl.load(row + v, v < V, 0.0).to(tl.float32), cap, CAPPED)
+            g = (tl.exp(x - log_sum) - tl.where(v == label, 1.0, 0.0)) * weight * slope
             tl.store(row + v, g.to(LOGITS.dtype.element_ty), v < V)

@@ -42,6 +42,18 @@ def factor_reference(rows: int, columns: int, dropout: Dropout, device: torch.de
     return torch.where(h >= dropout.threshold, dropout.scale, 0.0).float()
 
 
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
+    """X (T, K), rows contiguous, with elements dropped; x itself if none are."""
+    if not dropout.p:
+        return x
+    rows, k = x.shape
+    out = torch.empty(rows, k, device=x.device, dtype=x.dtype)
+    _drop[(rows, triton.cdiv(k, 1024))](
+        x, x.stride(0), out, k, dropout.seed, dropout.threshold, dropout.scale, BLOCK=1024, num_warps=4
+    )
+    return out
+
+
 if triton is not None:
 
     @triton.jit
@@ -52,3 +64,11 @@ if triton is not None:
         h = (h ^ (h >> 13)) * 0xC2B2AE35
         h = h ^ (h >> 16)
         return tl.where(h >= threshold.to(tl.uint32), scale, 0.0)
+
+    @triton.jit
+    def _drop(X, ld, OUT, K, seed, threshold, scale, BLOCK: tl.constexpr):
+        t = tl.program_id(0).to(tl.int64)
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = k < K
+        x = tl.load(X + t * ld + k, inside, 0.0).to(tl.float32) * factor(t * K + k, seed, threshold, scale)
+        tl.store(OUT + t * K + k, x.to(OUT.dtype.element_ty), inside)

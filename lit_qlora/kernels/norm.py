@@ -1,9 +1,11 @@
-"""Residual add and RMSNorm in one pass, and its backward with the adapters' part of the gradient joined in.
+"""Residual add and norm in one pass, and its backward with the adapters' part of the gradient joined in.
 
-Forward: x' = x + y, out = x' / rms(x') * w: reads two, writes two, and keeps one number a row. Zhang & Sennrich 2019.
-Backward: the gradient of the normed input arrives as [dN | dZ], base and adapters; dN + dZ A is formed in registers, so
-it is never written. Neither is the normed input: sums over it follow from x and the row's scale.
+Forward: x' = x + y, out = norm(x'): reads two, writes two, and keeps a number or two a row. RMSNorm: Zhang & Sennrich
+2019; LayerNorm: Ba et al. 2016. Backward: the gradient of the normed input arrives as [dN | dZ], base and adapters; dN
++ dZ A is formed in registers, so it is never written. Neither is the normed input, which x and those numbers give.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,14 +17,46 @@ if triton is not None:
     from lit_qlora.kernels.dropout import factor
 
 
-def add_norm_reference(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What add_norm means: the sum, the normed sum, and 1 / rms of each row."""
-    total = x if y is None else x + y
-    rstd = torch.rsqrt(total.float().square().mean(-1) + eps)
-    return total, (total.float() * rstd[:, None] * weight.float()).to(x.dtype), rstd
+@dataclass(frozen=True)
+class Norm:
+    """A norm over rows of E features.
+
+    Attributes:
+        kind: rms, layer, or none, which only multiplies and adds.
+        weight, bias: (E,), None for one and zero.
+    """
+
+    kind: str
+    eps: float = 0.0
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether its output is its input."""
+        return self.kind == "none" and self.weight is None
+
+    @property
+    def number(self) -> int:
+        """How many numbers a row has: 1 / its size, and with a layer norm its mean."""
+        return KINDS[self.kind]
 
 
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+KINDS = {"none": 0, "rms": 1, "layer": 2}
+
+
+def norm_reference(x: Tensor, norm: Norm) -> Tensor:
+    """What a norm makes of x (T, E), float32."""
+    out = x.float()
+    if norm.kind == "layer":
+        out = out - out.mean(-1, keepdim=True)
+    if norm.kind != "none":
+        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + norm.eps)
+    out = out if norm.weight is None else out * norm.weight.float()
+    return out if norm.bias is None else out + norm.bias.float()
+
+
+def add_norm(x: Tensor, y: Tensor | None, norm: Norm, out: Tensor) -> tuple[Tensor, Tensor]:
     """Write norm(x + y) into the first E columns of `out`.
 
     Args:
@@ -30,37 +64,39 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, out: Tensor, eps: floa
         out: (T, at least E), rows contiguous.
 
     Returns:
-        x + y (x itself where y is None), and rstd (T,) float32.
+        x + y (x itself where y is None), and the numbers of the rows, (norm.number, T) float32.
     """
     rows, width = x.shape
     total = x if y is None else torch.empty_like(x)
-    rstd = torch.empty(rows, device=x.device, dtype=torch.float32)
+    numbers = torch.empty(norm.number, rows, device=x.device, dtype=torch.float32)
     _add_norm[(rows,)](
-        x, x if y is None else y, total, weight, out, out.stride(0), rstd, width, eps,
-        HAS_Y=y is not None, BLOCK=power_of_2(width), num_warps=8,
+        x, x if y is None else y, total, x if norm.weight is None else norm.weight,
+        x if norm.bias is None else norm.bias, out, out.stride(0), numbers, rows, width, norm.eps,
+        KIND=norm.number, HAS_Y=y is not None, HAS_W=norm.weight is not None, HAS_B=norm.bias is not None,
+        BLOCK=power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return total, rstd
+    return total, numbers
 
 
 def norm_backward_reference(
-    d_out: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, a: Tensor | None, residual: Tensor | None, dropout: Dropout
+    d_out: Tensor, x: Tensor, norm: Norm, a: Tensor | None, residual: Tensor | None, dropout: Dropout
 ) -> Tensor:
     """What norm_backward means."""
     width = x.size(1)
     d = d_out[:, :width].float()
     if a is not None:
         d = d + (d_out[:, width:].float() @ a.float()) * factor_reference(x.size(0), width, dropout, x.device)
-    d = d * weight.float()
-    normed = x.float() * rstd[:, None]
-    dx = rstd[:, None] * (d - normed * (d * normed).mean(-1, keepdim=True))
+    with torch.enable_grad():
+        leaf = x.float().requires_grad_()
+        (dx,) = torch.autograd.grad(norm_reference(leaf, norm) + 0 * leaf, leaf, d)
     return (dx if residual is None else dx + residual.float()).to(x.dtype)
 
 
 def norm_backward(
     d_out: Tensor,
     x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    norm: Norm,
+    numbers: Tensor,
     z: Tensor | None = None,
     a: Tensor | None = None,
     residual: Tensor | None = None,
@@ -70,6 +106,7 @@ def norm_backward(
 
     Args:
         d_out: (T, E + R), gradients of the normed input through the base and of Z; R may be 0.
+        numbers: of the rows, as add_norm returned them.
         z: (T, R), Z itself: its product with dZ is the adapters' part of a sum over the normed input.
         a: (R, E), stacked and scaled A.
         residual: (T, E), what is added to the result.
@@ -85,11 +122,11 @@ def norm_backward(
     block = 256 if padded <= 64 else 64
     in_flight = stages((3 * 16 + padded) * block, x.element_size(), most=4)
     _norm_backward[(triton.cdiv(rows, 16),)](
-        d_out, d_out.stride(0), x, weight, rstd, x if z is None else z, x if a is None else a,
-        x if residual is None else residual, dx, rows, width, dropout.seed, dropout.threshold, dropout.scale,
-        R=rank, RP=padded, HAS_RESIDUAL=residual is not None, DROP=dropout.p > 0, BM=16, BK=block,
-        STAGES=in_flight,
-        num_warps=4,
+        d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, numbers, x if z is None else z,
+        x if a is None else a, x if residual is None else residual, dx, rows, width,
+        dropout.seed, dropout.threshold, dropout.scale,
+        R=rank, RP=padded, KIND=norm.number, HAS_W=norm.weight is not None, HAS_RESIDUAL=residual is not None,
+        DROP=dropout.p > 0, BM=16, BK=block, STAGES=in_flight, num_warps=4,
     )  # fmt: skip
     return dx
 
@@ -97,7 +134,10 @@ def norm_backward(
 if triton is not None:
 
     @triton.jit
-    def _add_norm(X, Y, TOTAL, W, OUT, ld, RSTD, E, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+    def _add_norm(
+        X, Y, TOTAL, W, B, OUT, ld, NUMBERS, T, E, eps,
+        KIND: tl.constexpr, HAS_Y: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64)
         k = tl.arange(0, BLOCK)
         inside = k < E
@@ -106,37 +146,67 @@ if triton is not None:
             total = (x + tl.load(Y + t * E + k, inside, 0.0).to(tl.float32)).to(TOTAL.dtype.element_ty)
             tl.store(TOTAL + t * E + k, total, inside)
             x = total.to(tl.float32)
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps)
-        w = tl.load(W + k, inside, 0.0).to(tl.float32)
-        tl.store(OUT + t * ld + k, (x * rstd * w).to(OUT.dtype.element_ty), inside)
-        tl.store(RSTD + t, rstd)
+        if KIND == 2:
+            mean = tl.sum(x, 0) / E
+            x = tl.where(inside, x - mean, 0.0)
+            tl.store(NUMBERS + T + t, mean)
+        if KIND > 0:
+            rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps)
+            x = x * rstd
+            tl.store(NUMBERS + t, rstd)
+        if HAS_W:
+            x = x * tl.load(W + k, inside, 0.0).to(tl.float32)
+        if HAS_B:
+            x = x + tl.load(B + k, inside, 0.0).to(tl.float32)
+        tl.store(OUT + t * ld + k, x.to(OUT.dtype.element_ty), inside)
 
     @triton.jit
     def _norm_backward(
-        G, ld, X, W, RSTD, Z, A, RESIDUAL, DX, T, E, seed, threshold, scale,
-        R: tl.constexpr, RP: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DROP: tl.constexpr,
-        BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+        G, ld, X, W, NUMBERS, Z, A, RESIDUAL, DX, T, E, seed, threshold, scale,
+        R: tl.constexpr, RP: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+        DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
         in_t = t < T
         j = tl.arange(0, RP)
-        rstd = tl.load(RSTD + t, in_t, 1.0)
-        products = tl.zeros((BM, BK), tl.float32)
-        for k0 in tl.range(0, E, BK, num_stages=STAGES):
-            k = k0 + tl.arange(0, BK)
-            inside = in_t[:, None] & (k < E)[None, :]
-            g = tl.load(G + t[:, None] * ld + k[None, :], inside, 0.0).to(tl.float32)
-            w = tl.load(W + k, k < E, 0.0).to(tl.float32)
-            products += g * w[None, :] * tl.load(X + t[:, None] * E + k[None, :], inside, 0.0).to(tl.float32)
-        c = tl.sum(products, 1)
-        if (
-            R > 0
-        ):  # the sum over k of (dZ A)_k w_k x_k is dZ . Z / rstd, with the dropped elements left out on both sides
-            own = in_t[:, None] & (j < R)[None, :]
+        rstd = tl.full((BM,), 1.0, tl.float32)
+        mean = tl.zeros((BM,), tl.float32)
+        c = tl.zeros((BM,), tl.float32)
+        shift = tl.zeros((BM,), tl.float32)
+        own = in_t[:, None] & (j < R)[None, :]
+        if R > 0:
             dz = tl.load(G + t[:, None] * ld + E + j[None, :], own, 0.0)
-            z = tl.load(Z + t[:, None] * R + j[None, :], own, 0.0).to(tl.float32)
-            c += tl.sum(dz.to(tl.float32) * z, 1) / rstd
-        c = c * rstd * rstd * rstd / E
+        if KIND > 0:
+            rstd = tl.load(NUMBERS + t, in_t, 1.0)
+            if KIND == 2:
+                mean = tl.load(NUMBERS + T + t, in_t, 0.0)
+            products = tl.zeros((BM, BK), tl.float32)
+            sums = tl.zeros((BM, BK), tl.float32)
+            for k0 in tl.range(0, E, BK, num_stages=STAGES):
+                k = k0 + tl.arange(0, BK)
+                inside = in_t[:, None] & (k < E)[None, :]
+                g = tl.load(G + t[:, None] * ld + k[None, :], inside, 0.0).to(tl.float32)
+                x = tl.load(X + t[:, None] * E + k[None, :], inside, 0.0).to(tl.float32)
+                if KIND == 2 and R > 0:
+                    a = tl.load(A + j[:, None] * E + k[None, :], (j < R)[:, None] & (k < E)[None, :], 0.0)
+                    update = tl.dot(dz, a)
+                    if DROP:
+                        update *= factor(t[:, None] * E + k[None, :], seed, threshold, scale)
+                    g += update
+                if HAS_W:
+                    g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]
+                if KIND == 2:
+                    x = x - mean[:, None]
+                    sums += g
+                products += g * x
+            c = tl.sum(products, 1)
+            if KIND == 2:
+                shift = tl.sum(sums, 1) * rstd / E
+            if KIND == 1 and R > 0:
+                # The sum over k of (dZ A)_k w_k x_k is dZ . Z / rstd, the dropped elements left out on both sides.
+                z = tl.load(Z + t[:, None] * R + j[None, :], own, 0.0).to(tl.float32)
+                c += tl.sum(dz.to(tl.float32) * z, 1) / rstd
+            c = c * rstd * rstd * rstd / E
         for k0 in tl.range(0, E, BK, num_stages=STAGES):
             k = k0 + tl.arange(0, BK)
             inside = in_t[:, None] & (k < E)[None, :]
@@ -148,8 +218,15 @@ if triton is not None:
                 if DROP:
                     update *= factor(at, seed, threshold, scale)
                 g += update
-            w = tl.load(W + k, k < E, 0.0).to(tl.float32)
-            dx = g * w[None, :] * rstd[:, None] - tl.load(X + at, inside, 0.0).to(tl.float32) * c[:, None]
+            if HAS_W:
+                g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]
+            if KIND > 0:
+                x = tl.load(X + at, inside, 0.0).to(tl.float32)
+                if KIND == 2:
+                    x = x - mean[:, None]
+                g = g * rstd[:, None] - x * c[:, None]
+                if KIND == 2:
+                    g = g - shift[:, None]
             if HAS_RESIDUAL:
-                dx += tl.load(RESIDUAL + at, inside, 0.0).to(tl.float32)
-            tl.store(DX + at, dx.to(DX.dtype.element_ty), inside)
+                g += tl.load(RESIDUAL + at, inside, 0.0).to(tl.float32)
+            tl.store(DX + at, g.to(DX.dtype.element_ty), inside)

@@ -7,41 +7,53 @@ order, so results are the same on every run.
 import torch
 from torch import Tensor
 
+from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import power_of_2, stages, tl, triton
+from lit_qlora.kernels.norm import Norm
 from lit_qlora.kernels.stack import Stack
 
 if triton is not None:
+    from lit_qlora.kernels.activation import activate
     from lit_qlora.kernels.dropout import factor
+
+NO_NORM = Norm("none")
 
 
 def project(
-    x: Tensor, a: Tensor, out: Tensor, swiglu: bool = False, copy: bool = False, dropout: Dropout = NONE
+    x: Tensor,
+    a: Tensor,
+    out: Tensor,
+    activation: Activation | None = None,
+    copy: bool = False,
+    dropout: Dropout = NONE,
 ) -> Tensor:
     """Z = dropout(X) A^T, written behind the first K columns of `out` and returned on its own.
 
     Args:
-        x: (T, K), rows contiguous; with `swiglu` (T, 2 K), gate and up.
+        x: (T, K), rows contiguous; with a gated `activation` (T, 2 K), gate and up.
         a: (R, K), stacked and scaled A.
         out: (T, K + R), rows contiguous. Its first K columns are X already, unless:
-        swiglu: X is silu(gate) * up, and is written there.
+        activation: X is what it makes of x, and is written there.
         copy: x is copied there.
 
     Returns:
         (T, R), contiguous, in the dtype of x.
     """
     rows, (rank, k) = x.size(0), a.shape
-    block = 64 if swiglu else 128
+    active = activation is not None
+    block = 64 if active else 128
     splits = min(
-        16, max(2, triton.cdiv(512 if swiglu else 256, triton.cdiv(rows, 64)))
+        16, max(2, triton.cdiv(512 if active else 256, triton.cdiv(rows, 64)))
     )  # enough programs to fill a GPU
     each = triton.cdiv(triton.cdiv(k, splits), block) * block
     splits = triton.cdiv(k, each)
     parts = torch.empty(splits, rows, rank, device=x.device, dtype=torch.float32)
     _project[(triton.cdiv(rows, 64), splits)](
         x, x.stride(0), out, out.stride(0), a, parts, rows, k, each, dropout.seed, dropout.threshold, dropout.scale,
-        R=rank, RP=power_of_2(rank), SWIGLU=swiglu, WRITE=copy or swiglu, DROP=dropout.p > 0, BM=64, BK=block,
-        num_warps=4, num_stages=stages((64 + power_of_2(rank)) * block, x.element_size(), 2 if swiglu else 3),
+        R=rank, RP=power_of_2(rank), FUNCTION=activation.function if activation else "",
+        GATED=activation is not None and activation.gated, WRITE=copy or active, DROP=dropout.p > 0, BM=64, BK=block,
+        num_warps=4, num_stages=stages((64 + power_of_2(rank)) * block, x.element_size(), 2 if active else 3),
     )  # fmt: skip
     z = torch.empty(rows, rank, device=x.device, dtype=x.dtype)
     _finish[(triton.cdiv(rows * rank, 512),)](
@@ -93,23 +105,26 @@ def grad_a(
     gradient: Tensor,
     scale: float,
     pending: Pending,
-    rstd: Tensor | None = None,
-    weight: Tensor | None = None,
+    norm: Norm = NO_NORM,
+    numbers: Tensor | None = None,
     dropout: Dropout = NONE,
 ) -> None:
     """Add scale * dZ^T dropout(X) to the stacked gradient of A, (R, K) float32.
 
-    With `rstd` (T,) and `weight` (K,), X is norm(x) = x * rstd * weight, which is not formed: rstd goes to dZ.
+    With `norm` and the `numbers` of the rows, X is norm(x), which is not kept: of an RMSNorm the rows' sizes go to dZ
+    and the weight to the sum; of a layer norm it is formed again.
     """
     rows, (rank, k) = x.size(0), gradient.shape
-    wide = k > 4096
+    wide = k > 4096 and rank <= 128  # a program holds a stripe of the sum
     bn = 128 if wide else 64
     splits, each = _split(rows, triton.cdiv(k, bn))
     parts = torch.empty(splits, rank, k, device=x.device, dtype=torch.float32)
     _thin[(triton.cdiv(k, bn), splits)](
-        x, x.stride(0), dz, dz.stride(0), x if rstd is None else rstd, x if weight is None else weight, parts, 1, k, x,
+        x, x.stride(0), dz, dz.stride(0), x if numbers is None else numbers,
+        x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, parts, 1, k, x,
         rows, each, k, k, dropout.seed, dropout.threshold, dropout.scale,
-        R=rank, RP=power_of_2(rank), LAYERS=0, NORM=rstd is not None, DROP=dropout.p > 0, TALL=not wide, BT=64, BN=bn,
+        R=rank, RP=power_of_2(rank), LAYERS=0, KIND=norm.number, HAS_W=norm.weight is not None,
+        HAS_B=norm.bias is not None, DROP=dropout.p > 0, TALL=not wide, BT=64, BN=bn,
         num_warps=4, num_stages=stages(64 * (bn + power_of_2(rank)), x.element_size(), 4),
     )  # fmt: skip
     pending.add(parts, gradient, scale)
@@ -130,8 +145,9 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack, table: Tensor,
     splits, each = _split(rows, triton.cdiv(n, bn))
     parts = torch.empty(splits, adapted, r, device=dy.device, dtype=torch.float32)
     _thin[(triton.cdiv(n, bn), splits)](
-        dy, dy.stride(0), z, z.stride(0), dy, dy, parts, r, 1, table, rows, each, n, adapted, 0, 0, 1.0,
-        R=r, RP=power_of_2(r), LAYERS=len(stack.rows), NORM=False, DROP=False, TALL=bn >= 64 and not wide, BT=64, BN=bn,
+        dy, dy.stride(0), z, z.stride(0), dy, dy, dy, parts, r, 1, table, rows, each, n, adapted, 0, 0, 1.0,
+        R=r, RP=power_of_2(r), LAYERS=len(stack.rows), KIND=0, HAS_W=False, HAS_B=False, DROP=False,
+        TALL=bn >= 64 and not wide, BT=64, BN=bn,
         num_warps=4, num_stages=stages(64 * (bn + power_of_2(r)), dy.element_size(), 4),
     )  # fmt: skip
     pending.add(parts, gradient, 1.0)
@@ -154,8 +170,8 @@ if triton is not None:
     @triton.jit
     def _project(
         X, ldx, OUT, ldo, A, PARTS, T, K, each, seed, threshold, scale,
-        R: tl.constexpr, RP: tl.constexpr, SWIGLU: tl.constexpr, WRITE: tl.constexpr, DROP: tl.constexpr,
-        BM: tl.constexpr, BK: tl.constexpr,
+        R: tl.constexpr, RP: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, WRITE: tl.constexpr,
+        DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
         split = tl.program_id(1)
@@ -167,10 +183,11 @@ if triton is not None:
             k = k0 + tl.arange(0, BK)
             inside = in_t & (k < end)[None, :]
             x = tl.load(X + t[:, None] * ldx + k[None, :], inside, 0.0)
-            if SWIGLU:
-                gate = x.to(tl.float32)
-                up = tl.load(X + t[:, None] * ldx + (K + k)[None, :], inside, 0.0).to(tl.float32)
-                x = (gate * tl.sigmoid(gate) * up).to(OUT.dtype.element_ty)
+            if FUNCTION != "":
+                h, _ = activate(x.to(tl.float32), FUNCTION)
+                if GATED:
+                    h *= tl.load(X + t[:, None] * ldx + (K + k)[None, :], inside, 0.0).to(tl.float32)
+                x = h.to(OUT.dtype.element_ty)
             if WRITE:
                 tl.store(OUT + t[:, None] * ldo + k[None, :], x, inside)
             if DROP:
@@ -211,9 +228,9 @@ if triton is not None:
 
     @triton.jit
     def _thin(
-        P, ldp, Q, ldq, RSTD, W, PARTS, step_n, step_j, TABLE, T, each, N, rows_out, seed, threshold, scale,
-        R: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr, NORM: tl.constexpr, DROP: tl.constexpr,
-        TALL: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+        P, ldp, Q, ldq, NUMBERS, W, B, PARTS, step_n, step_j, TABLE, T, each, N, rows_out, seed, threshold, scale,
+        R: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr,
+        HAS_B: tl.constexpr, DROP: tl.constexpr, TALL: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         """For each column n of P: the sum over t of P[t, n] Q[t, j], a split of the rows t a program.
 
@@ -242,12 +259,20 @@ if triton is not None:
                 t = (t0 + tl.arange(0, BT)).to(tl.int64)
                 in_t = t < end
                 p = tl.load(P + t[:, None] * ldp + n[None, :], in_t[:, None] & in_n[None, :], 0.0)
+                if KIND == 2:
+                    mean = tl.load(NUMBERS + T + t, in_t, 0.0)
+                    x = (p.to(tl.float32) - mean[:, None]) * tl.load(NUMBERS + t, in_t, 0.0)[:, None]
+                    if HAS_W:
+                        x = x * tl.load(W + n, in_n, 0.0).to(tl.float32)[None, :]
+                    if HAS_B:
+                        x = x + tl.load(B + n, in_n, 0.0).to(tl.float32)[None, :]
+                    p = x.to(p.dtype)
                 if DROP:
                     at = t[:, None] * N + n[None, :]
                     p = (p.to(tl.float32) * factor(at, seed, threshold, scale)).to(p.dtype)
                 q = tl.load(Q + t[:, None] * ldq + one * R + j[None, :], in_t[:, None] & (j < R)[None, :], 0.0)
-                if NORM:
-                    q = (q.to(tl.float32) * tl.load(RSTD + t, in_t, 0.0)[:, None]).to(Q.dtype.element_ty)
+                if KIND == 1:
+                    q = (q.to(tl.float32) * tl.load(NUMBERS + t, in_t, 0.0)[:, None]).to(Q.dtype.element_ty)
                 if TALL:  # noqa: SIM108
                     acc = tl.dot(tl.trans(p), q, acc)
                 else:
@@ -255,11 +280,11 @@ if triton is not None:
         base = PARTS + split.to(tl.int64) * rows_out * R
         mine = in_n & (slot >= 0)
         if TALL:
-            if NORM:
+            if KIND == 1:
                 acc = acc * tl.load(W + n, in_n, 0.0).to(tl.float32)[:, None]
             tl.store(base + row[:, None] * step_n + j[None, :] * step_j, acc, mine[:, None] & (j < R)[None, :])
         else:
-            if NORM:
+            if KIND == 1:
                 acc = acc * tl.load(W + n, in_n, 0.0).to(tl.float32)[None, :]
             tl.store(base + row[None, :] * step_n + j[:, None] * step_j, acc, mine[None, :] & (j < R)[:, None])
 

@@ -30,10 +30,14 @@ def lines(*rows: object) -> str:
     return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
 
 
+ADVICE = "\n       Mend them, or leave them out with --data.on_error skip."
+
+
 def refusal(path: Path, **settings: Any) -> str:
+    """What is told, without what to do where that is the same for most."""
     with pytest.raises(DataError) as caught:
         read_examples(path, **settings)
-    return str(caught.value)
+    return str(caught.value).removesuffix(ADVICE)
 
 
 @pytest.fixture
@@ -80,6 +84,20 @@ def test_b03_a_byte_that_is_not_utf8_is_placed(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}:61: byte 0xe9 is not UTF-8 (column 21).")
 
 
+def test_b03_lines_that_are_not_utf8_can_be_skipped_one_by_one(tmp_path: Path) -> None:
+    bad = b'{"instruction": "caf\xe9", "output": "x"}\n'
+    path = write(tmp_path / "a.jsonl", bad + lines(GOOD).encode() + bad)
+    assert [line.split(":")[1] for line in refusal(path).splitlines()] == ["1", "3"]
+    reading = read_examples(path, skip=True)
+    assert (len(reading.examples), reading.skipped) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.txt"])
+def test_b03_every_kind_of_file_says_where_it_is_not_utf8(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, b"\xef\xbb\xbf[\n\n caf\xe9")
+    assert f"{path}:3: byte 0xe9 is not UTF-8 (column 5)." in refusal(path, columns="a:instruction,b:output")
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
 def test_b04_a_byte_order_mark_is_no_error(tmp_path: Path, name: str) -> None:
     text = {"a.json": json.dumps([GOOD]), "a.jsonl": lines(GOOD), "a.csv": ALPACA_HEADER + "a,,b\n"}[name]
@@ -117,6 +135,11 @@ def test_b10_a_missing_column_is_named_with_the_sample_and_what_it_has(tmp_path:
     rows = [*[GOOD] * 6, {"instruction": "a", "input": "b", "answer": "c"}]
     path = write(tmp_path / "a.json", json.dumps(rows, indent=0))
     assert refusal(path) == f"{path}:32: sample 7: no 'output' (has: instruction, input, answer)"
+
+
+def test_b10_of_many_columns_the_first_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(GOOD, {str(i): "a" for i in range(500)}))
+    assert refusal(path).endswith("(has: " + ", ".join(map(str, range(20))) + ", ...)")
 
 
 def test_b11_columns_that_no_format_has_are_listed_with_the_flag_that_names_them(tmp_path: Path) -> None:
@@ -239,6 +262,11 @@ def test_b22_a_row_of_another_length_is_placed_where_it_begins(tmp_path: Path) -
     ]
 
 
+def test_b22_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "\ninstruction,output,output\na,b,c\n")
+    assert refusal(path) == f"{path}:2: the column 'output' stands twice in the header."
+
+
 def test_b23_carriage_returns_are_no_errors(tmp_path: Path) -> None:
     jsonl = write(tmp_path / "a.jsonl", lines(GOOD, GOOD).replace("\n", "\r\n"))
     table = write(tmp_path / "a.csv", 'instruction,output\r\na,"b\r\nc"\r\n')
@@ -282,8 +310,11 @@ def test_b26_a_conversation_that_is_none_is_placed_by_sample_and_turn(tmp_path: 
     assert refusal(path).startswith(f"{path}:2: {reason}")
 
 
-def test_b27_a_line_of_five_megabytes_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", lines(GOOD | {"output": "x" * 5_000_000}))
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_b27_a_line_of_five_megabytes_is_read(tmp_path: Path, name: str) -> None:
+    text = "x" * 5_000_000
+    content = f"{ALPACA_HEADER}a,,{text}\n" if name == "a.csv" else json.dumps(GOOD | {"output": text})
+    path = write(tmp_path / name, content)
     assert len(read_examples(path).examples[0].output) == 5_000_000
 
 
@@ -324,12 +355,40 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
 # All of it together.
 
 
+def test_every_number_has_a_test() -> None:
+    numbers = {name[6:8] for name in globals() if name.startswith("test_b")}
+    assert numbers == {f"{number:02}" for number in range(1, 30)}
+
+
 def test_every_complaint_comes_at_once_ten_shown_and_all_counted(tmp_path: Path) -> None:
     rows = [{"instruction": "x", "output": 5}, "{", {"output": "x"}] * 5
     message = refusal(write(tmp_path / "a.jsonl", lines(GOOD, *rows))).splitlines()
     assert len(message) == 11
     assert [line.split(":")[1] for line in message[:10]] == [str(number) for number in range(2, 12)]
     assert message[-1].strip() == "... and 5 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "end"),
+    [
+        ("a.json", f"[{json.dumps(GOOD)},\n{{}},\n{json.dumps(GOOD)}", 2, "the list has no end"),
+        ("a.csv", ALPACA_HEADER + 'a,,b\nc\n"d,e,f\n', 3, "Is a quotation mark unclosed?"),
+    ],
+)
+def test_what_was_wrong_before_a_file_breaks_off_is_told_too_and_the_rest_is_never_skipped(
+    tmp_path: Path, name: str, content: str, line: int, end: str
+) -> None:
+    path = write(tmp_path / name, content)
+    for skip in (False, True):
+        first, second = refusal(path, skip=skip).splitlines()  # no advice to skip what cannot be counted
+        assert first.startswith(f"{path}:{line}: ")
+        assert end in second
+
+
+def test_the_advice_is_to_mend_or_to_skip(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(GOOD, "{"))
+    with pytest.raises(DataError, match=r"leave them out with --data\.on_error skip\.$"):
+        read_examples(path)
 
 
 def test_what_is_wrong_can_be_skipped_and_is_counted(tmp_path: Path, loaded) -> None:

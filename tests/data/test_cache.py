@@ -105,7 +105,7 @@ def test_a_template_that_says_the_date_is_encoded_again_on_another_day(encode, m
 
 
 @pytest.mark.parametrize("name", [*(f"{array}.bin" for array in cache.ARRAYS), "facts.json"])
-@pytest.mark.parametrize("damage", ["missing", "shorter", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "empty", "a byte"])
 def test_an_entry_that_is_not_whole_is_not_believed_and_made_anew(
     encode, tmp_path: Path, name: str, damage: str
 ) -> None:
@@ -114,8 +114,11 @@ def test_an_entry_that_is_not_whole_is_not_believed_and_made_anew(
     file = folder / name
     content = file.read_bytes()
     file.unlink()
+    if damage == "a byte":
+        at = content.index(b"sha256") if name == "facts.json" else len(content) // 2
+        content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
     if damage != "missing":
-        file.write_bytes(content[: len(content) // 2] if damage == "shorter" else b"")
+        file.write_bytes({"a byte": content, "shorter": content[: len(content) // 2], "empty": b""}[damage])
     again = encode()
     assert not again.cached
     assert same(again, whole)
@@ -218,6 +221,6 @@ print(found.cached, len(found.samples), int(found.samples.tokens.sum()), flush=T
         run.communicate()
         entries = [folder for folder in (tmp_path / "cache").glob("*") if not folder.name.endswith(".unfinished")]
         for folder in entries:
-            assert json.loads((folder / "facts.json").read_text())["sizes"]["ends"] == 16_000
+            assert json.loads((folder / "facts.json").read_text())["arrays"]["ends"][0] == 16_000
         assert start().communicate()[0].split()[2:] == expected
         shutil.rmtree(tmp_path / "cache")

@@ -1,17 +1,20 @@
 """From examples to ids: what is learnt, what is cut, and that the end of an answer survives."""
 
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lit_qlora.data import Encoder, Encoding, Example, Sample
 from lit_qlora.data.encode import Counts
 from lit_qlora.errors import DataError
-from lit_qlora.prompts import STYLES, Turn, knobs_style
+from lit_qlora.prompts import STYLES, Style, TemplateStyle, Turn, knobs_style
 from lit_qlora.settings import PromptKnobs
 from lit_qlora.tokenizer import Tokenizer
+from tests.conftest import TEXT_STYLES
 
 TALK = (Turn("Hi", "Yo."), Turn("1 plus 1?", "2"), Turn("And 2 plus 2?", "4, as ever"))
 
@@ -48,14 +51,14 @@ def given(tokenizer: Tokenizer, sample: Sample) -> str:
     return tokenizer.decode(sample.tokens[~sample.trained].tolist())
 
 
-@pytest.mark.parametrize("style", ["alpaca", "plain", "qa", "text", "guanaco", "vicuna", "mistral", "phi"])
+@pytest.mark.parametrize("style", TEXT_STYLES)
 def test_a_sample_is_bos_prompt_answer_eos(tokenizer: Tokenizer, style: str) -> None:
     (sample,), _ = encode(tokenizer, [example("1 plus 2?", "It is\n3.", "x")], style)
     at = int(sample.trained.argmax())
     prompt, answer = sample.tokens[:at].tolist(), sample.tokens[at:].tolist()
     assert prompt == tokenizer.encode(STYLES[style].render("1 plus 2?", "x"), bos=True)
     assert (prompt.count(tokenizer.bos_id), answer.count(tokenizer.eos_id), answer[-1]) == (1, 1, tokenizer.eos_id)
-    whole = STYLES[style].render("1 plus 2?", "x") + STYLES[style].gap + "It is\n3."
+    whole = STYLES[style].render("1 plus 2?", "x") + STYLES[style].gap + "It is\n3." + STYLES[style].tail
     assert tokenizer.decode(sample.tokens.tolist()) == whole
 
 
@@ -135,6 +138,40 @@ def test_every_cut_keeps_bos_the_style_some_prompt_some_answer_and_eos(
         assert sample.labelled >= 2
 
 
+@pytest.mark.parametrize("style", TEXT_STYLES)
+@pytest.mark.parametrize("overlong", ["truncate_left", "truncate_right"])
+def test_every_answer_that_is_left_of_anything_ends_and_is_not_empty(
+    tokenizer: Tokenizer, style: str, overlong: str
+) -> None:
+    source = random.Random(f"{style} {overlong}")
+
+    def text() -> str:
+        return " ".join(str(source.randint(0, 99)) for _ in range(source.randint(1, 40)))
+
+    given = [Example(tuple(Turn(text(), text()) for _ in range(source.randint(1, 4))), text()) for _ in range(20)]
+    left = 0
+    for _ in range(10):
+        limits = Encoding(
+            max_length=source.randint(60, 400),
+            max_length_prompt=source.choice([None, source.randint(2, 300)]),
+            max_length_answer=source.choice([None, source.randint(2, 60)]),
+            overlong=overlong,  # type: ignore[arg-type]
+        )
+        encoder = Encoder(tokenizer, STYLES[style], limits)
+        samples = [one.sample for one in encoder.encode(given)]
+        assert len(samples) + encoder.counts.dropped == 20
+        assert encoder.counts.turns == encoder.counts.ended >= len(samples)
+        left += len(samples)
+        for sample in samples:
+            assert len(sample.tokens) <= limits.max_length
+            ends = [i + 1 for i in range(len(sample.tokens)) if not sample.trained[i : i + 2].all()]
+            parts = [part for part in np.split(sample.trained, ends) if part.any()]
+            assert all(2 <= len(part) <= (limits.max_length_answer or 400) for part in parts)
+            answers = sample.tokens[sample.trained].tolist()
+            assert answers.count(tokenizer.eos_id) == len(parts)
+    assert left > 30
+
+
 def test_the_prompt_gives_way_first_at_its_beginning_or_its_end(tokenizer: Tokenizer) -> None:
     long = example("one two three four five six seven", "fine")
     full, _ = encode(tokenizer, [long])
@@ -187,10 +224,44 @@ def test_what_is_too_long_can_be_dropped_or_refused(tokenizer: Tokenizer) -> Non
     examples = [example("1", "2"), example("1", "3 " * 40)]
     samples, counts = encode(tokenizer, examples, max_length=32, overlong="drop")
     assert (len(samples), counts.dropped) == (1, 1)
-    with pytest.raises(DataError, match=r"a\.jsonl:1: \d+ tokens do not fit into the limits \(data\.max_length 32\)"):
+    with pytest.raises(DataError, match=r"^a\.jsonl:1: \d+ tokens do not fit\n +data\.max_length is 32\. Raise the"):
         encode(tokenizer, examples, max_length=32, overlong="error")
+    with pytest.raises(
+        DataError, match=r"(?s)^(a\.jsonl:1: \d+ tokens do not fit\s+){10}\.\.\. and 20 more\s+data\.max"
+    ):
+        encode(tokenizer, examples * 30, max_length=32, overlong="error")
     for limit in ({"max_length_prompt": 4}, {"max_length_answer": 2}):
         assert encode(tokenizer, examples[1:], overlong="drop", **limit)[1].dropped == 1
+
+
+@pytest.mark.parametrize("style", ["guanaco", "template"])
+@pytest.mark.parametrize("overlong", ["truncate_left", "truncate_right"])
+def test_what_is_too_long_is_cut_together_in_a_few_rounds_and_as_alone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, style: str, overlong: str
+) -> None:
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    chosen: Style = TemplateStyle(template) if style == "template" else STYLES[style]
+    examples = [Example(TALK[: 1 + i % 3] * (1 + i % 4)) for i in range(12)] + [example("4 plus 4 " * 9, "9 " * 40)] * 3
+    limits = Encoding(max_length=40, overlong=overlong, max_length_answer=12)  # type: ignore[arg-type]
+    asked = []
+    encode_many = type(chosen).encode_many
+
+    def counting(self: Style, tokenizer: Tokenizer, conversations: list) -> list:
+        asked.append(len(conversations))
+        return encode_many(self, tokenizer, conversations)
+
+    monkeypatch.setattr(type(chosen), "encode_many", counting)
+    encoder = Encoder(tokenizer, chosen, limits)
+    asked.clear()
+    together = [one.sample.tokens.tolist() for one in encoder.encode(examples)]
+    assert encoder.counts.cut_turns > 9
+    assert encoder.counts.cut_prompts >= encoder.counts.cut_answers == 3
+    assert asked[0] == 15
+    assert len(asked) < 15  # not one call for each cut
+    assert sum(asked) > 40
+    alone = [one.sample.tokens.tolist() for e in examples for one in Encoder(tokenizer, chosen, limits).encode([e])]
+    assert together == alone
 
 
 def test_what_has_no_room_for_its_prompt_is_dropped_and_counted(tokenizer: Tokenizer) -> None:

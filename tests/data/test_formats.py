@@ -63,6 +63,10 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[tuple[Any, str, str]]]] = {
         [((Turn("Hi", "Yo"), Turn("A", "B")), "", "")],
     ),
     "chip2": ([{"text": "<human>: Hi\n<bot>: Yo", "metadata": {}}], [((Turn("Hi", "Yo"),), "", "")]),
+    "guanaco": (
+        [{"text": "### Human: Hi### Assistant: Yo### Human: A\n### Assistant: B"}],
+        [((Turn("Hi", "Yo"), Turn("A", "B")), "", "")],
+    ),
     "sharegpt": ([{"conversations": SHAREGPT, "system": "Be kind."}], [((Turn("Hi", "Yo"),), "", "Be kind.")]),
     "messages": (
         [{"messages": [{"role": "system", "content": "Be kind."}, *MESSAGES]}],

@@ -1,6 +1,7 @@
 """The data of a run: its split, its subset, its mixture, and what is said of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def test_a_validation_file_is_taken_unless_a_split_is_asked_for(read, tmp_path: 
     assert sum(len(batch.tokens) for batch in read("a.jsonl", eval_samples=2, **custom).val_batches) == 2
 
 
+def test_h2o_calls_the_share_validation_size(read, tmp_path: Path) -> None:
+    assert read("a.jsonl", validation_strategy="automatic", validation_size=0.01).val_samples == 1
+    assert read("a.jsonl", validation_size=0.25).val_samples == 10
+    config = DataConfig(validation_size=0.25)
+    assert config == DataConfig(val_fraction=0.25)
+    assert replace(config, packing=True).val_fraction == 0.25
+    with pytest.raises(UsageError, match="Give one"):
+        DataConfig(validation_size=0.1, val_fraction=0.2)
+    with pytest.raises(UsageError, match=r"data\.validation_size has no effect"):
+        DataConfig(validation_size=0.1, val_path=str(tmp_path / "val.jsonl"))
+
+
 def test_a_subset_is_chosen_by_the_seed(read) -> None:
     some = numbers(read("a.jsonl", max_samples=8, val_fraction=0))
     assert len(set(some)) == 8
@@ -93,16 +106,10 @@ def test_a_subset_is_chosen_by_the_seed(read) -> None:
 def test_several_sources_are_mixed_as_often_as_they_should_come(read) -> None:
     data = read("a.jsonl", "b.jsonl*3", val_fraction=0)
     assert data.batching.shares == ((40, 1.0), (10, 3.0))
-    (step,) = steps(data.train, _with(data, batch_size=70), total=1)
+    (step,) = steps(data.train, replace(data.batching, batch_size=70), total=1)
     assert step.samples == 70
     assert list(data.files) == [source.split("   ")[0] for source in data.audit.sources]
     assert read("a.jsonl", "b.jsonl", val_fraction=0).batching.shares == ()
-
-
-def _with(data: RunData, **changes: Any):
-    from dataclasses import replace
-
-    return replace(data.batching, **changes)
 
 
 def test_sources_may_be_of_different_formats(read, tmp_path: Path) -> None:

@@ -90,6 +90,18 @@ def test_a_packed_step_has_the_loss_and_every_gradient_of_the_unpacked_one(
         torch.testing.assert_close(packed[name], expected[name], rtol=1e-4, atol=1e-8, msg=name)
 
 
+@pytest.mark.parametrize("weighting", ["tokens", "samples"])
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 11}, {"multiple": 16}], ids=str)
+def test_neither_rows_at_a_time_nor_padding_change_the_gradient(changes: dict, weighting: str) -> None:
+    model, samples = tiny_model(std=0.05).double(), random_samples()
+    settings: dict = {"batch_size": 11, "micro_batch_size": 2, "seed": 1, "weighting": weighting}
+    loss, expected = gradients(model, samples, Batching(**settings))
+    other_loss, other = gradients(model, samples, Batching(**settings | changes))
+    assert other_loss == pytest.approx(loss, rel=1e-6)  # the softmax is float32
+    for name in expected:
+        torch.testing.assert_close(other[name], expected[name], rtol=1e-4, atol=1e-8, msg=name)
+
+
 def test_the_two_weightings_are_the_means_that_they_are_called() -> None:
     model, samples = tiny_model(), random_samples(5)
     each = [model.loss(*collate([[sample]])).item() for sample in samples]  # sums over their labelled tokens

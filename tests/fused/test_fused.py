@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_qlora.embeddings import add_noise
 from lit_qlora.fused import fuse, why_not
+from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora import LoRALinear, add_lora, lora_state
@@ -22,13 +24,19 @@ SHAPE = {"n_embd": 64, "head_size": 16, "ffn_size": 128, "vocab_size": 160, "blo
 
 
 def adapted_model(
-    scheme: Scheme = "none", targets: tuple[Target, ...] = ("all",), r: int = 4, dropout: float = 0.0, **changes: Any
+    scheme: Scheme = "none",
+    targets: tuple[Target, ...] = ("all",),
+    r: int = 4,
+    dropout: float = 0.0,
+    lora: dict[str, Any] | None = None,
+    quantize_head: bool = False,
+    **changes: Any,
 ) -> GPT:
     """A small model with adapters that do something."""
     model = tiny_model(**SHAPE | changes)
-    quantize_linears(model, scheme)
+    quantize_linears(model, scheme, quantize_head)
     torch.manual_seed(1)
-    add_lora(model, LoRAConfig(r=r, alpha=2 * r, targets=targets, dropout=dropout))
+    add_lora(model, LoRAConfig(r=r, alpha=2 * r, targets=targets, dropout=dropout, **(lora or {})))
     for tensor in lora_state(model).values():
         nn.init.normal_(tensor, std=0.1)
     return model.to(DEVICE).train()
@@ -67,6 +75,16 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp": {"targets": ("mlp",)},
     "projection": {"targets": ("projection",), "scheme": "bnb.fp4"},
     "rank 20": {"r": 20},
+    "rank 80": {"r": 80, "scheme": "bnb.nf4"},
+    "rank 80, query and value": {"r": 80, "targets": ("query", "value")},
+    "adapted head": {"targets": ("all", "head")},
+    "adapted and quantised head": {"targets": ("head", "query"), "scheme": "bnb.nf4", "quantize_head": True},
+    "quantised head": {"scheme": "bnb.int8", "quantize_head": True},
+    "adapted tied head, capped": {"targets": ("head",), "tied_head": True, "logit_softcap": 3.0},
+    "head of rank 80": {"targets": ("head", "mlp"), "r": 80, "head_bias": True},
+    "rslora": {"lora": {"rslora": True}},
+    "first block": {"lora": {"first_layers": 1}, "scheme": "bnb.nf4"},
+    "last block": {"lora": {"last_layers": 1}},
     "biases": {"qkv_bias": True, "projection_bias": True, "mlp_bias": True},
     "partial rope, tied head": {"rope_fraction": 0.5, "tied_head": True},
     "llama3 rope": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_block_size": 16},
@@ -118,6 +136,25 @@ def test_documents_in_a_row_see_only_themselves() -> None:
     assert_equal(gradients(model, tokens, labels, None, positions, segments), expected)
 
 
+def test_only_labelled_tokens_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = adapted_model(), []
+    fuse(model)
+    monkeypatch.setattr("lit_qlora.fused.head.cross_entropy_", lambda *a: seen.append(len(a[0])) or cross_entropy_(*a))
+    tokens, labels = batch()
+    labels[0, :] = IGNORE
+    model.loss(tokens.cpu(), labels.cpu()).backward()
+    assert seen == [int((labels >= 0).sum())]
+
+
+def test_a_batch_without_labels_has_no_loss_and_no_gradient() -> None:
+    model = adapted_model()
+    fuse(model)
+    tokens, labels = batch()
+    loss, gradient = gradients(model, tokens.cpu(), torch.full_like(labels, IGNORE).cpu())
+    assert loss == 0
+    assert all((tensor == 0).all() for tensor in gradient.values())
+
+
 class Masked(nn.Module):
     """Dropout that drops what the fast path drops."""
 
@@ -127,26 +164,30 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
-        return (x.flatten(0, 1) * self.factor).view_as(x)
+        return (x.flatten(0, -2) * self.factor).view_as(x)
 
 
-def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped() -> None:
-    model, p = adapted_model(dropout=0.3), 0.3
+@pytest.mark.parametrize("r", [4, 80])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(norm: str, r: int) -> None:
+    p = 0.3
+    model = adapted_model(targets=("all", "head"), r=r, dropout=p, norm=norm)
     torch.manual_seed(5)
     seed = int(torch.randint(1, 2**31 - 1, ()))
-    groups = {"query": 0, "key": 0, "value": 0, "projection": 1, "gate": 2, "up": 2, "down": 3}
+    groups = {"query": 0, "key": 0, "value": 0, "projection": 1, "gate": 2, "up": 2, "down": 3, "head": 0}
     adapters = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
     own = {path: module.dropout for path, module in adapters.items()}
     for path, module in adapters.items():
-        block, name = int(path.split(".")[1]), path.split(".")[-1]
+        block, name = (2, "head") if path == "head" else (int(path.split(".")[1]), path.split(".")[-1])
         place = (seed + 4 * block + groups[name]) % 2**31
         module.dropout = Masked(24, module.in_features, Dropout(p, place))  # type: ignore[assignment]
-    expected = gradients(model, *batch())
+    tokens, _ = batch()  # all are labelled, so that the head sees them in their places
+    expected = gradients(model, tokens, tokens)
     for path, module in adapters.items():
         module.dropout = own[path]
     fuse(model)
     torch.manual_seed(5)
-    assert_equal(gradients(model, *batch()), expected)
+    assert_equal(gradients(model, tokens, tokens), expected)
 
 
 def test_gradients_add_up_over_micro_batches_and_start_at_zero_after_a_step() -> None:
@@ -204,13 +245,33 @@ def test_dropout_is_off_in_evaluation() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"norm": "layer"}, "norm 'layer'"),
-        ({"ffn": "gelu"}, "ffn 'gelu'"),
-        ({"parallel_residual": True}, "parallel_residual True"),
-        ({"sliding_window": 8}, "a sliding window of 8 tokens"),
-        ({"targets": ("head",)}, "an adapted or quantised output head"),
+        ({"attention_softcap": 5.0}, "attention_softcap 5.0"),
+        ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "n_expert 4"),
+        ({"ffn": "swiglu_clamped"}, "ffn 'swiglu_clamped'"),
+        ({"targets": ("head",), "vocab_size": 161}, "a layer with 161 outputs"),
         ({"scheme": "bnb.nf4-dq"}, "does not stack"),
     ],
 )
 def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> None:
     assert reason in why_not(adapted_model(**changes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"dora": True}, "DoRA"),
+        ({"rank_pattern": {"down": 2}}, "adapters of different ranks or scales"),
+        ({"alpha_pattern": {"down": 2.0}}, "adapters of different ranks or scales"),
+        ({"train_tokens": (1,)}, "embeddings that learn"),
+        ({"train_embeddings": True}, "embeddings that learn"),
+    ],
+    ids=str,
+)
+def test_variants_that_the_fast_path_does_not_compute_take_the_plain_one(settings: dict[str, Any], reason: str) -> None:
+    assert why_not(adapted_model(lora=settings)) == reason
+
+
+def test_noise_on_the_embeddings_takes_the_plain_path() -> None:
+    model = adapted_model()
+    add_noise(model, 5.0)
+    assert why_not(model) == "noise on the embeddings"

@@ -1,6 +1,7 @@
 """On a GPU in bf16 the fast path is no farther from float64 than the plain one; every setting gives the same bits."""
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.lora import LoRALinear, add_lora, lora_state
-from lit_qlora.model import GPT
+from lit_qlora.model import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear, quantize_linears
 from lit_qlora.settings import LoRAConfig, Scheme, Target
 from tests.conftest import tiny_model
@@ -101,19 +102,29 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_errors_are_no_larger_than_those_of_the_plain_path(kind: str, layout: str) -> None:
+    """Every tensor counts alike.
+
+    Gradients of queries and keys can be differences of numbers that are much larger (values with a bias do that), so
+    that one rounding decides about several tensors at once; a sum of errors would judge by these alone.
+    """
     from lit_qlora.fused import fuse, why_not
 
-    torch.manual_seed(0)
-    model, arguments = adapted(**MODELS[kind]), LAYOUTS[layout]()
+    model = adapted(**MODELS[kind])
     assert why_not(model) == ""
-    exact_loss, exact = gradients(in_float64(model), *arguments)
-    plain_loss, plain = gradients(model, *arguments)
+    exact_model, plain_model = in_float64(model), copy.deepcopy(model)
     fuse(model)
-    fast_loss, fast = gradients(model, *arguments)
-    ours, theirs = errors(fast, exact), errors(plain, exact)
-    assert sum(ours) <= 1.05 * sum(theirs), (sum(ours) / len(ours), sum(theirs) / len(theirs))
-    assert max(ours) < 0.05
-    assert abs(fast_loss - exact_loss) < 2e-3 * exact_loss, (fast_loss, plain_loss, exact_loss)
+    ratios: list[float] = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        arguments = LAYOUTS[layout]()
+        exact_loss, exact = gradients(exact_model, *arguments)
+        plain = gradients(plain_model, *arguments)[1]
+        loss, fast = gradients(model, *arguments)
+        ours, theirs = errors(fast, exact), errors(plain, exact)
+        assert max(ours) < 2 * max(theirs)
+        assert abs(loss - exact_loss) < 2e-3 * exact_loss
+        ratios += [one / other for one, other in zip(ours, theirs, strict=True)]
+    assert statistics.geometric_mean(ratios) < 1, statistics.geometric_mean(ratios)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -147,3 +158,45 @@ def test_dropout_keeps_the_mean_of_the_gradient() -> None:
     spread = torch.stack([draw[name] for draw in draws]).std(0).norm() / len(draws) ** 0.5
     assert float((mean - without[name]).norm()) < 3 * float(spread) + 0.02 * float(without[name].norm())
     assert not torch.equal(draws[0][name], draws[1][name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_step_on_batches_of_the_host_waits_for_nothing(policy: Any, layout: str) -> None:
+    from lit_qlora.fused import fuse
+
+    model = adapted("bnb.nf4", dropout=0.1)
+    fused = fuse(model)
+    fused.set_recompute([policy] * 2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    tokens, labels, *others = (tensor.cpu() for tensor in LAYOUTS[layout]())
+    labels[:, ::3] = IGNORE
+    arguments = [tensor.pin_memory() for tensor in (tokens, labels, *others)]
+
+    def step() -> None:
+        for _ in range(2):
+            (model.loss(*arguments) / 100).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # compiles, and pins what is kept
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_labels_that_are_skipped_on_the_host_change_nothing() -> None:
+    from lit_qlora.fused import fuse
+
+    model = adapted()
+    fuse(model)
+    tokens, labels = batch(2, 256)
+    labels[:, ::3] = IGNORE
+    loss, everywhere = gradients(model, tokens, labels)
+    again, chosen = gradients(model, tokens.cpu(), labels.cpu())
+    torch.testing.assert_close(loss, again)
+    assert max(errors(chosen, everywhere)) < 1e-2

@@ -1,4 +1,4 @@
-"""Norm, thin products, SwiGLU, RoPE and cross-entropy compute what their references compute."""
+"""Norm, thin products, activations, RoPE and cross-entropy compute what their references compute."""
 
 from collections.abc import Callable
 
@@ -7,19 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.fused.block import ACTIVATIONS
 from lit_qlora.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.kernels.norm import add_norm, add_norm_reference, norm_backward, norm_backward_reference
+from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
+from lit_qlora.kernels.norm import Norm, add_norm, norm_backward, norm_backward_reference, norm_reference
 from lit_qlora.kernels.rope import rotate_, rotate_backward, rotate_reference
 from lit_qlora.kernels.stack import Stack
-from lit_qlora.kernels.swiglu import swiglu, swiglu_backward
 from lit_qlora.kernels.thin import Pending, grad_a, grad_b, project, rank_update
+from lit_qlora.mlp import ACTIVATIONS as ACTIVATE
+from lit_qlora.mlp import GATES
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEAR = 1e-5 if DEVICE == "cpu" else 2e-3  # on a GPU, products of float32 are in tf32
 DROPOUTS = [NONE, Dropout(p=0.3, seed=12345)]
+
+
+def plain_activation(kind: str, x: Tensor) -> Tensor:
+    """What model.py computes of gate and up side by side, or of up alone."""
+    return ACTIVATE[kind](x) if kind in ACTIVATE else GATES[kind](*x.chunk(2, 1))
 
 
 def rand(*shape: int) -> Tensor:
@@ -36,48 +44,62 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def make_norm(kind: str, width: int) -> Norm:
+    """A norm with all that its kind can have; "bare" is a layer norm without weight."""
+    weight, bias = rand(width), rand(width) if kind == "layer" else None
+    return Norm("layer", 1e-5) if kind == "bare" else Norm(kind, 1e-5, weight, bias)
+
+
+NORMS = ["rms", "layer", "bare", "none"]
+
+
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("width", [64, 96, 1000])
 @pytest.mark.parametrize("with_y", [True, False])
-def test_norm_of_the_sum(width: int, with_y: bool) -> None:
-    x, weight = rand(5, width), rand(width)
+def test_norm_of_the_sum(width: int, with_y: bool, kind: str) -> None:
+    x, norm = rand(5, width), make_norm(kind, width)
     y = rand(5, width) if with_y else None
     out = torch.full((5, width + 3), 7.0, device=DEVICE)
-    total, rstd = add_norm(x, y, weight, out, 1e-5)
-    for actual, expected in zip((total, out[:, :width], rstd), add_norm_reference(x, y, weight, 1e-5), strict=True):
-        assert_near(actual, expected)
+    total, numbers = add_norm(x, y, norm, out)
+    assert_near(total, x if y is None else x + y)
+    assert_near(out[:, :width], norm_reference(total, norm))
+    assert numbers.shape == (norm.number, 5)
     assert (out[:, width:] == 7).all()
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
 @pytest.mark.parametrize("rank", [0, 3, 16])
-def test_backward_of_the_norm(rank: int, dropout: Dropout) -> None:
+def test_backward_of_the_norm(rank: int, dropout: Dropout, kind: str) -> None:
     width, rows = 96, 19
-    x, weight, residual, d_out = rand(rows, width), rand(width), rand(rows, width), rand(rows, width + rank)
-    _, normed, rstd = add_norm_reference(x, None, weight, 1e-5)
+    x, norm, residual, d_out = rand(rows, width), make_norm(kind, width), rand(rows, width), rand(rows, width + rank)
+    _, numbers = add_norm(x, None, norm, torch.empty_like(x))
     a = rand(rank, width) if rank else None
-    z = (normed * factor_reference(rows, width, dropout, DEVICE)) @ a.T if a is not None else None
-    actual = norm_backward(d_out, x, weight, rstd, z, a, residual, dropout)
-    torch.testing.assert_close(actual, norm_backward_reference(d_out, x, weight, rstd, a, residual, dropout))
+    kept = factor_reference(rows, width, dropout, DEVICE)
+    z = (norm_reference(x, norm) * kept) @ a.T if a is not None else None
+    actual = norm_backward(d_out, x, norm, numbers, z, a, residual, dropout)
+    assert_near(actual, norm_backward_reference(d_out, x, norm, a, residual, dropout))
     leaf = x.clone().requires_grad_()
-    normed = leaf * torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-5) * weight
+    normed = norm_reference(leaf, norm)
     loss = (normed * d_out[:, :width]).sum() + (leaf * residual).sum()
     if a is not None:
-        loss = loss + ((normed * factor_reference(rows, width, dropout, DEVICE)) @ a.T * d_out[:, width:]).sum()
+        loss = loss + ((normed * kept) @ a.T * d_out[:, width:]).sum()
     assert_near(actual, torch.autograd.grad(loss, leaf)[0])
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
-@pytest.mark.parametrize("kind", ["in place", "copy", "swiglu"])
+@pytest.mark.parametrize("kind", ["in place", "copy", *ACTIVATIONS])
 @pytest.mark.parametrize(("rows", "k", "rank"), [(1, 64, 8), (70, 200, 3), (65, 1030, 48)])
 def test_projection(rows: int, k: int, rank: int, kind: str, dropout: Dropout) -> None:
     a, out = rand(rank, k) / k**0.5, torch.full((rows, k + rank), 7.0, device=DEVICE)
-    x = rand(rows, 2 * k if kind == "swiglu" else k)
-    expected = F.silu(x[:, :k]) * x[:, k:] if kind == "swiglu" else x
+    activation = ACTIVATIONS.get(kind)
+    x = rand(rows, k * activation.branches if activation else k)
+    expected = plain_activation(kind, x) if activation else x
     if kind == "in place":
         out[:, :k] = x
         z = project(out, a, out, dropout=dropout)
     else:
-        z = project(x, a, out, swiglu=kind == "swiglu", copy=kind == "copy", dropout=dropout)
+        z = project(x, a, out, activation, copy=kind == "copy", dropout=dropout)
     assert_near(out[:, :k], expected)
     expected_z = (expected * factor_reference(rows, k, dropout, DEVICE)) @ a.T
     assert_near(z, expected_z)
@@ -92,15 +114,15 @@ def test_rank_update(dropout: Dropout) -> None:
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("kind", ["rms", "layer", "bare", ""])
 @pytest.mark.parametrize(("rows", "k", "rank"), [(70, 200, 3), (130, 4100, 20)])
-def test_gradient_of_a(rows: int, k: int, rank: int, norm: bool, dropout: Dropout) -> None:
+def test_gradient_of_a(rows: int, k: int, rank: int, kind: str, dropout: Dropout) -> None:
     x, dz, gradient = rand(rows, k), rand(rows, rank), rand(rank, k)
-    weight, rstd = rand(k), rand(rows).abs()
-    normed = x * rstd[:, None] * weight if norm else x
-    expected = gradient + 2 * dz.T @ (normed * factor_reference(rows, k, dropout, DEVICE))
+    norm = make_norm(kind, k) if kind else Norm("none")
+    _, numbers = add_norm(x, None, norm, torch.empty_like(x))
+    expected = gradient + 2 * dz.T @ (norm_reference(x, norm) * factor_reference(rows, k, dropout, DEVICE))
     pending = Pending()
-    grad_a(x, dz, gradient, 2.0, pending, rstd if norm else None, weight if norm else None, dropout)
+    grad_a(x, dz, gradient, 2.0, pending, norm, numbers, dropout)
     pending.flush()
     assert_near(gradient, expected)
 
@@ -132,41 +154,49 @@ def test_gradient_of_b(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
-@pytest.mark.parametrize("slots", [(0, 1), (-1, 0), (0, -1), (-1, -1)], ids=str)
+@pytest.mark.parametrize("slots", [(0, 1), (-1, 0), (0, -1), (-1, -1), (0,), (-1,)], ids=str)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("rank", [0, 5])
-def test_backward_of_swiglu(rank: int, slots: tuple[int, int], dropout: Dropout) -> None:
+def test_backward_of_the_mlp(rank: int, kind: str, slots: tuple[int, ...], dropout: Dropout) -> None:
+    activation = ACTIVATIONS[kind]
+    if activation.branches != len(slots):
+        pytest.skip("slots of another kind")
     rows, width, r = 70, 128, 3
-    stack = Stack((width, width), slots, r if max(slots) >= 0 else 0)
-    gate_up, dh = rand(rows, 2 * width), rand(rows, width + rank)
+    stack = Stack((width,) * len(slots), slots, r if max(slots) >= 0 else 0)
+    branches, dh = rand(rows, activation.branches * width), rand(rows, width + rank)
     a = rand(rank, width) if rank else None
     z = rand(rows, stack.rank) if stack.rank else None
-    leaf = gate_up.clone().requires_grad_()
-    h = F.silu(leaf[:, :width]) * leaf[:, width:]
+    leaf = branches.clone().requires_grad_()
+    h = plain_activation(kind, leaf)
     kept = factor_reference(rows, width, dropout, DEVICE)
     loss = (h * dh[:, :width]).sum() + (((h * kept) @ a.T * dh[:, width:]).sum() if a is not None else 0)
     expected = torch.autograd.grad(loss, leaf)[0]
     grads_a = torch.zeros(rank, width, device=DEVICE) if rank else None
     grads_b = torch.zeros(stack.adapted_rows, r, device=DEVICE) if z is not None else None
     pending = Pending()
-    swiglu_backward(gate_up, dh, a, grads_a, z, grads_b, stack, 2.0, pending, dropout)
+    mlp_backward(branches, dh, activation, a, grads_a, z, grads_b, stack, 2.0, pending, dropout)
     pending.flush()
-    assert_near(gate_up, expected)
+    assert_near(branches, expected)
     if grads_a is not None:
         assert_near(grads_a, 2 * dh[:, width:].T @ (h * kept).detach())
     if grads_b is not None and z is not None:
-        parts = [expected[:, :width], expected[:, width:]]
+        parts = expected.split(width, 1)
         wanted = [parts[p].T @ z[:, s * r : (s + 1) * r] for p, s in enumerate(slots) if s >= 0]
         assert_near(grads_b, torch.cat(wanted))
 
 
-def test_swiglu_alone() -> None:
-    gate_up, out = rand(3, 2 * 100), torch.full((3, 104), 7.0, device=DEVICE)
-    swiglu(gate_up, out)
-    torch.testing.assert_close(out[:, :100], F.silu(gate_up[:, :100]) * gate_up[:, 100:])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_the_activation_alone(kind: str) -> None:
+    activation = ACTIVATIONS[kind]
+    branches, out = rand(3, activation.branches * 100), torch.full((3, 104), 7.0, device=DEVICE)
+    mlp_forward(branches, out, activation)
+    assert_near(out[:, :100], plain_activation(kind, branches))
+    assert (out[:, 100:] == 7).all()
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotated", [32, 16, 8])
-def test_rotation_and_its_way_back(rotated: int) -> None:
+def test_rotation_and_its_way_back(rotated: int, interleaved: bool) -> None:
     rows, heads, groups, head_size = 7, 4, 2, 32
     angle = rand(20, rotated // 2)
     cos, sin, positions = angle.cos(), angle.sin(), torch.randint(0, 20, (rows,), device=DEVICE, dtype=torch.int32)
@@ -175,29 +205,34 @@ def test_rotation_and_its_way_back(rotated: int) -> None:
     def plain(x: Tensor) -> Tensor:
         split = x.view(rows, -1, head_size)
         turned = rotate_reference(
-            split[:, : heads + groups], cos[positions.long()][:, None], sin[positions.long()][:, None]
+            split[:, : heads + groups], cos[positions.long()][:, None], sin[positions.long()][:, None], interleaved
         )
         return torch.cat((turned, split[:, heads + groups :]), 1)
 
     leaf = qkv.clone().requires_grad_()
     expected = plain(leaf)
     actual = qkv.clone()
-    rotate_(actual, positions, cos, sin, heads + groups, head_size)
+    rotate_(actual, positions, cos, sin, heads + groups, head_size, interleaved)
     torch.testing.assert_close(actual.view(rows, -1, head_size), expected.detach())
     d = rand(rows, heads + 2 * groups, head_size)
     dq, dk, dv = d.split((heads, groups, groups), 1)
-    back = rotate_backward(dq, dk, dv, positions, cos, sin)
+    back = rotate_backward(dq, dk, dv, positions, cos, sin, interleaved)
     torch.testing.assert_close(back, torch.autograd.grad(expected, leaf, d)[0])
 
 
+@pytest.mark.parametrize("cap", [None, 2.5])
 @pytest.mark.parametrize("vocab", [17, 5000])
-def test_cross_entropy(vocab: int) -> None:
+def test_cross_entropy(vocab: int, cap: float | None) -> None:
     logits, weights = 3 * rand(9, vocab), rand(9).abs()
     labels = torch.randint(0, vocab, (9,), device=DEVICE)
     labels[2] = -100
-    expected_loss, expected = cross_entropy_reference(logits, labels, weights)
+    leaf = logits.clone().requires_grad_()
+    soft = leaf if cap is None else cap * torch.tanh(leaf / cap)
+    plain = (weights * F.cross_entropy(soft, labels, reduction="none")).sum()
+    expected_loss, expected = cross_entropy_reference(logits, labels, weights, cap)
+    torch.testing.assert_close(expected, torch.autograd.grad(plain, leaf)[0])
     loss = torch.full((9,), 7.0, device=DEVICE)
-    cross_entropy_(logits, labels, weights, loss)
+    cross_entropy_(logits, labels, weights, loss, cap)
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(logits, expected)
     assert loss[2] == 0

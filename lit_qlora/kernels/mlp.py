@@ -1,33 +1,37 @@
-"""The backward pass of down(silu(gate) * up) between the two products with frozen weights, in one read.
+"""The backward pass of down(activation(gate) * up) between the two products with frozen weights, in one read.
 
 From dH = [dH_base | dZ] and [gate | up] come [d_gate | d_up], written in their place, and the partial sums of the
 gradients of down's A and of gate's and up's B, which need the same numbers. A program takes a stripe of columns and a
-part of the rows. Shazeer 2020, "GLU variants improve transformer".
+part of the rows. An MLP without a gate has one branch, which is activated.
 """
 
 import torch
 from torch import Tensor
 
+from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import power_of_2, tl, triton
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.kernels.thin import Pending
 
 if triton is not None:
+    from lit_qlora.kernels.activation import activate
     from lit_qlora.kernels.dropout import factor
 
 
-def swiglu(gate_up: Tensor, out: Tensor) -> None:
-    """silu(gate) * up for gate_up (T, 2 F), into the first F columns of `out`."""
-    rows, width = gate_up.size(0), gate_up.size(1) // 2
+def mlp_forward(branches: Tensor, out: Tensor, activation: Activation) -> None:
+    """The activation of branches (T, 2 F), gate and up, or (T, F), into the first F columns of `out`."""
+    rows, width = branches.size(0), branches.size(1) // activation.branches
     _forward[(rows, triton.cdiv(width, 2048))](
-        gate_up, gate_up.stride(0), out, out.stride(0), width, BLOCK=2048, num_warps=8
-    )
+        branches, branches.stride(0), out, out.stride(0), width,
+        FUNCTION=activation.function, GATED=activation.gated, BLOCK=2048, num_warps=8,
+    )  # fmt: skip
 
 
-def swiglu_backward(
-    gate_up: Tensor,
+def mlp_backward(
+    branches: Tensor,
     dh: Tensor,
+    activation: Activation,
     a: Tensor | None,
     grad_a: Tensor | None,
     z: Tensor | None,
@@ -37,33 +41,34 @@ def swiglu_backward(
     pending: Pending,
     dropout: Dropout = NONE,
 ) -> None:
-    """Turn gate_up into its gradient, in place, and add to the gradients of the adapters.
+    """Turn the branches into their gradients, in place, and add to the gradients of the adapters.
 
     Args:
-        gate_up: (T, 2 F), contiguous.
+        branches: (T, 2 F) or (T, F), contiguous.
         dh: (T, F + R), gradients of h through down's base and of its Z.
         a, grad_a: down's scaled A (R, F) and its float32 gradient; None without an adapter.
-        z, grad_b: Z of gate and up (T, R'), and the float32 gradient of their stacked B; None without an adapter.
-        stack: of gate and up.
+        z, grad_b: Z of the branches (T, R'), and the float32 gradient of their stacked B; None without an adapter.
+        stack: of the branches.
         scale: alpha / r, for grad_a.
         dropout: of the input of down's adapter.
     """
-    rows, width = gate_up.size(0), gate_up.size(1) // 2
+    rows, width = branches.size(0), branches.size(1) // activation.branches
     rank = 0 if a is None else a.size(0)
     r = 0 if z is None else stack.r
     splits = min(4, triton.cdiv(rows, 64))
     each = triton.cdiv(triton.cdiv(rows, splits), 64) * 64
     splits = triton.cdiv(rows, each)
-    device = gate_up.device
+    device = branches.device
     parts_a = torch.empty(splits, rank, width, device=device, dtype=torch.float32)
     adapted = 0 if z is None else stack.adapted_rows
     parts_b = torch.empty(splits, adapted, r, device=device, dtype=torch.float32)
-    slot_gate, slot_up = stack.slots if z is not None else (-1, -1)
+    slot_first, slot_up = (*stack.slots, -1)[:2] if z is not None else (-1, -1)
     _backward[(triton.cdiv(width, 64), splits)](
-        gate_up, gate_up.stride(0), dh, dh.stride(0), gate_up if a is None else a, gate_up if z is None else z,
+        branches, branches.stride(0), dh, dh.stride(0), branches if a is None else a, branches if z is None else z,
         0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted, dropout.seed, dropout.threshold,
-        dropout.scale, R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), GATE=slot_gate, UP=slot_up,
-        DROP=dropout.p > 0, BT=64, BN=64, num_warps=4, num_stages=2,
+        dropout.scale, R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), FIRST=slot_first, UP=slot_up,
+        FUNCTION=activation.function, GATED=activation.gated, DROP=dropout.p > 0, BT=64, BN=64,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     if grad_a is not None:
         pending.add(parts_a, grad_a, scale)
@@ -74,19 +79,20 @@ def swiglu_backward(
 if triton is not None:
 
     @triton.jit
-    def _forward(GU, ldg, H, ldh, F, BLOCK: tl.constexpr):
+    def _forward(X, ldx, H, ldh, F, FUNCTION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = n < F
-        gate = tl.load(GU + t * ldg + n, inside, 0.0).to(tl.float32)
-        up = tl.load(GU + t * ldg + F + n, inside, 0.0).to(tl.float32)
-        tl.store(H + t * ldh + n, (gate * tl.sigmoid(gate) * up).to(H.dtype.element_ty), inside)
+        h, _ = activate(tl.load(X + t * ldx + n, inside, 0.0).to(tl.float32), FUNCTION)
+        if GATED:
+            h *= tl.load(X + t * ldx + F + n, inside, 0.0).to(tl.float32)
+        tl.store(H + t * ldh + n, h.to(H.dtype.element_ty), inside)
 
     @triton.jit
     def _backward(
-        GU, ldg, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, seed, threshold, scale,
-        R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
-        DROP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+        X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, seed, threshold, scale,
+        R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, FIRST: tl.constexpr, UP: tl.constexpr,
+        FUNCTION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         split = tl.program_id(1)
@@ -96,7 +102,7 @@ if triton is not None:
         if R > 0:
             a = tl.load(A + i[:, None] * F + n[None, :], (i < R)[:, None] & in_n[None, :], 0.0)
         sum_a = tl.zeros((RP, BN), tl.float32)
-        sum_gate = tl.zeros((rP, BN), tl.float32)
+        sum_first = tl.zeros((rP, BN), tl.float32)
         sum_up = tl.zeros((rP, BN), tl.float32)
         end = min(T, (split + 1) * each)
         for t0 in range(split * each, end, BT):
@@ -112,25 +118,25 @@ if triton is not None:
                 if DROP:
                     update *= kept
                 dh += update
-            at = GU + t[:, None] * ldg + n[None, :]
-            gate = tl.load(at, inside, 0.0).to(tl.float32)
-            up = tl.load(at + F, inside, 0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
-            d_gate = (dh * up * (sigmoid + silu * (1 - sigmoid))).to(GU.dtype.element_ty)
-            d_up = (dh * silu).to(GU.dtype.element_ty)
-            tl.store(at, d_gate, inside)
-            tl.store(at + F, d_up, inside)
+            at = X + t[:, None] * ldx + n[None, :]
+            h, slope = activate(tl.load(at, inside, 0.0).to(tl.float32), FUNCTION)
+            if GATED:
+                up = tl.load(at + F, inside, 0.0).to(tl.float32)
+                d_up = (dh * h).to(X.dtype.element_ty)
+                tl.store(at + F, d_up, inside)
+                dh *= up
+                h *= up
+            d_first = (dh * slope).to(X.dtype.element_ty)
+            tl.store(at, d_first, inside)
             if R > 0:
-                h = silu * up
                 if DROP:
                     h *= kept
-                sum_a = tl.dot(tl.trans(dz), h.to(GU.dtype.element_ty), sum_a)
+                sum_a = tl.dot(tl.trans(dz), h.to(X.dtype.element_ty), sum_a)
             if r > 0:
                 own = in_t[:, None] & (j < r)[None, :]
-                if GATE >= 0:
-                    z = tl.load(Z + t[:, None] * ldz + GATE * r + j[None, :], own, 0.0)
-                    sum_gate = tl.dot(tl.trans(z), d_gate, sum_gate)
+                if FIRST >= 0:
+                    z = tl.load(Z + t[:, None] * ldz + FIRST * r + j[None, :], own, 0.0)
+                    sum_first = tl.dot(tl.trans(z), d_first, sum_first)
                 if UP >= 0:
                     z = tl.load(Z + t[:, None] * ldz + UP * r + j[None, :], own, 0.0)
                     sum_up = tl.dot(tl.trans(z), d_up, sum_up)
@@ -140,8 +146,8 @@ if triton is not None:
         if r > 0:
             own = (j < r)[:, None] & in_n[None, :]
             base = PARTS_B + split.to(tl.int64) * adapted * r
-            if GATE >= 0:
-                tl.store(base + n[None, :] * r + j[:, None], sum_gate, own)
+            if FIRST >= 0:
+                tl.store(base + n[None, :] * r + j[:, None], sum_first, own)
             if UP >= 0:
-                first = F if GATE >= 0 else 0
+                first = F if FIRST >= 0 else 0
                 tl.store(base + (first + n)[None, :] * r + j[:, None], sum_up, own)

@@ -1,0 +1,153 @@
+"""Answer a data file and compare the answers with those in it: exact match, BLEU, chrF, ROUGE-L.
+
+python eval/answers.py --data val.jsonl --lora_path out/lora/tiny-world/final --out predictions.jsonl
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_qlora import cli
+from lit_qlora.errors import UsageError
+from lit_qlora.settings import GenerationConfig, check
+from lit_qlora.use import UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+
+SHOWN = 3  # best and worst answers that are printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(GenerationConfig, UseConfig):
+    """Answer a data file and compare the answers with those in it. Of a conversation the last answer is asked for."""
+
+    data: str
+    """A file of examples, of the kinds and columns that finetune/lora.py reads."""
+    format: str = "auto"
+    """See data.format of finetune/lora.py."""
+    columns: str = ""
+    """See data.columns of finetune/lora.py."""
+    max_samples: int | None = None
+    """Answer the first so many only."""
+    style: str = "auto"
+    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'none' gives the model
+    the prompt as it is; 'auto' is the style that checkpoint or adapter were trained with, else the chat template, else
+    none."""
+    batch_size: int = 16
+    """Examples that are answered together."""
+    out: Path | None = None
+    """Where the predictions go, as JSON lines with prompt, input, prediction, reference and chrf, in the order of the
+    file; by default predictions.jsonl in the run's folder for adapters in OUT, else in out/eval/<checkpoint name>."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the model is loaded."""
+        super().__post_init__()
+        check_style(self.style)
+        check(self.num_return_sequences == 1, "One answer to each example is compared, so num_return_sequences is 1.")
+        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
+        check(self.max_samples is None or self.max_samples >= 1, f"max_samples is {self.max_samples}, below 1.")
+
+
+def main(config: Config) -> None:
+    """Read, load, answer, compare, write and print."""
+    from lit_qlora.data import read_examples
+    from lit_qlora.data.sources import find_sources
+
+    out = config.out or default_out(config)
+    check_replaceable(out)
+    (source,), _ = find_sources([config.data], None)
+    examples = read_examples(source, format=config.format, columns=config.columns).examples[: config.max_samples]
+
+    from tqdm import tqdm
+
+    from lit_qlora.generate import generate, room_for_answer, text_of
+    from lit_qlora.metrics import chrf, text_metrics
+
+    loaded = config.load()
+    model, tokenizer = loaded.model, loaded.tokenizer
+    style = choose_style(config.style, loaded.style, config.checkpoint_dir)
+    gap, tail = (style.gap, style.tail) if style else ("", "")
+    stops = stop_ids(tokenizer, style)
+    prompts = []
+    for example in examples:
+        *history, last = example.turns
+        ids = encode_prompt(tokenizer, style, last.prompt, example.input, example.system, history)
+        # A prompt that fills the context loses its beginning, so that there is room for half an answer at least.
+        most = model.config.block_size - min(config.max_new_tokens, model.config.block_size // 2)
+        prompts.append(ids[-most:])
+        room_for_answer(model, len(prompts[-1]), 1)
+
+    start = time.perf_counter()
+    predictions = [""] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
+    for at in tqdm(range(0, len(order), config.batch_size), disable=None, desc="Answering"):
+        batch = order[at : at + config.batch_size]
+        made = generate(model, [prompts[i] for i in batch], config, stops, tokenizer.size)
+        for i, ids in zip(batch, made, strict=True):
+            predictions[i] = text_of(tokenizer, ids, gap, tail).strip()
+    seconds = time.perf_counter() - start
+
+    references = [example.turns[-1].answer.strip() for example in examples]
+    rows = [
+        {
+            "prompt": example.turns[-1].prompt,
+            "input": example.input,
+            "prediction": prediction,
+            "reference": reference,
+            "chrf": chrf(prediction, reference),
+        }
+        for example, prediction, reference in zip(examples, predictions, references, strict=True)
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(report(text_metrics(predictions, references), rows))
+    print(f"{len(rows)} answers in {seconds:.1f} s, {peak_memory()}. Predictions: {out}", file=sys.stderr)
+
+
+def default_out(config: Config) -> Path:
+    """predictions.jsonl in the run's folder, or under out/eval for a model without an adapter."""
+    folder = config.lora_path.parent if config.lora_path else Path("out/eval") / config.checkpoint_dir.resolve().name
+    return folder / "predictions.jsonl"
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise UsageError if writing predictions to `out` would destroy anything but predictions."""
+    if not out.exists():
+        return
+    try:
+        with out.open(encoding="utf-8") as file:
+            if "prediction" in json.loads(file.readline()):
+                return
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UsageError(f"out: {out} exists and holds no predictions. Name another file.")
+
+
+def report(scores: dict[str, float], rows: list[dict[str, Any]]) -> str:
+    """Scores as a markdown table, then the best and the worst answers by chrF, those in the middle left out."""
+    names = {"exact_match": "exact match", "bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
+    lines = [
+        f"| examples | {' | '.join(names.values())} |",
+        f"|---:|{'---:|' * len(names)}",
+        f"| {len(rows)} | {' | '.join(f'{scores[name]:.4f}' for name in names)} |",
+    ]
+    by_score = sorted(rows, key=lambda row: -row["chrf"])
+    best = by_score[: min(SHOWN, -(-len(rows) // 2))]
+    worst = by_score[len(best) :][-SHOWN:]
+    for title, some in (("best", best), ("worst", worst[::-1])):
+        for row in some:
+            prompt = shorten(f"{row['prompt']} {row['input']}")
+            prediction, reference = shorten(row["prediction"]), shorten(row["reference"])
+            lines.append(f"\n{title}, chrF {row['chrf']:.2f}: {prompt}\n  said   {prediction}\n  wanted {reference}")
+    return "\n".join(lines)
+
+
+def shorten(text: str, most: int = 200) -> str:
+    """`text` on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,184 @@
+"""One adapter, five models: what quantising the base cost, what training gained, what merging lost.
+
+The questions are the same for all five, so differences are taken question by question, and their intervals come from
+drawing questions again with replacement (Efron 1979), which is much narrower than what two scores apart would allow.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_qlora.errors import UsageError
+from lit_qlora.settings import Scheme
+from lit_qlora.use import UseConfig
+
+if TYPE_CHECKING:
+    from lm_eval_harness import Config
+
+    from lit_qlora.adapter import Adapter, Loaded
+
+BASE, QUANTIZED, ADAPTED, MERGED, REQUANTIZED = "base", "quantized", "adapted", "merged", "requantized"
+EFFECTS = {
+    "quantising cost": (QUANTIZED, BASE),
+    "training gained": (ADAPTED, QUANTIZED),
+    "merging lost": (MERGED, ADAPTED),
+    "merging and quantising again lost": (REQUANTIZED, ADAPTED),
+}
+"""What the difference between two models says: the first minus the second."""
+RESAMPLES = 10_000
+METRICS = ("acc", "exact_match", "mc2", "f1", "bleu", "rougeL")
+"""Which of a task's metrics is compared: the first of these that it has, else its first."""
+
+
+def compare(
+    config: "Config",
+    checkpoint_dir: Path,
+    lora_path: Path,
+    measure: Callable[["Loaded", bool], dict[str, Any]],
+) -> dict[str, Any]:
+    """Evaluate the five, one after the other, with one model in memory at a time.
+
+    Args:
+        measure: the results of a model in lm-eval's schema, with or without "samples".
+
+    Returns:
+        Results of lm-eval by model under "models", and under "comparison" a list for each task, see compare_task.
+
+    Raises:
+        UsageError: if neither the settings nor the adapter say how the base is quantised.
+    """
+    from lit_qlora.adapter import check_base, read_adapter
+
+    adapter = read_adapter(lora_path)
+    check_base(adapter, checkpoint_dir)
+    facts = adapter.manifest or {}
+    scheme: Scheme = config.quantize if config.quantize != "none" else facts.get("quantize", "none")
+    if scheme == "none":
+        raise UsageError("compare: the adapter was trained on a base in 16 or 32 bit. Say --quantize, e.g. bnb.nf4.")
+    head = config.quantize_head or facts.get("quantize_head", False)
+    results: dict[str, Any] = {}
+    for name, loaded in models(config, checkpoint_dir, adapter, scheme, head):
+        results[name] = measure(loaded, True)
+    samples = {name: result.pop("samples") for name, result in results.items()}
+    tasks = {
+        task: compare_task({name: by_task[task] for name, by_task in samples.items()}, config.seed)
+        for task in samples[BASE]
+    }
+    seconds = sum(float(result["total_evaluation_time_seconds"]) for result in results.values())
+    return {
+        "results": {f"{task} ({name})": row for name, r in results.items() for task, row in r["results"].items()},
+        "models": results,
+        "comparison": {task: found for task, found in tasks.items() if found},
+        "quantize": scheme,
+        "total_evaluation_time_seconds": f"{seconds:.1f}",
+    }
+
+
+def models(
+    config: "Config", checkpoint_dir: Path, adapter: "Adapter", scheme: Scheme, head: bool
+) -> Iterator[tuple[str, "Loaded"]]:
+    """Each of the five and its name; the one before is gone, or has become the next."""
+    from lit_qlora.merge import Merge
+    from lit_qlora.quantize import quantize_linears
+
+    merge = Merge([adapter], checkpoint_dir)
+    loaded = UseConfig(precision=config.precision).load(checkpoint_dir)
+    yield BASE, loaded
+    merge.put_into(loaded.model)
+    yield MERGED, loaded
+    quantize_linears(loaded.model, scheme, head)
+    yield REQUANTIZED, loaded
+    del loaded
+    loaded = UseConfig(precision=config.precision, quantize=scheme, quantize_head=head).load(checkpoint_dir)
+    yield QUANTIZED, loaded
+    merge.attach_to(loaded.model)
+    loaded.model.eval()
+    yield ADAPTED, loaded
+
+
+def compare_task(samples: Mapping[str, list[dict[str, Any]]], seed: int) -> dict[str, Any] | None:
+    """The scores of all models on a task, and the effects; None where no metric is a number for each question.
+
+    Args:
+        samples: by model, what lm-eval keeps of each question.
+
+    Returns:
+        metric; questions, how many there are; scores, by model; effects, by name: difference, low and high end of its
+        95 % interval.
+    """
+    import numpy as np
+
+    first = samples[BASE][0]
+    usable = [name for name in first["metrics"] if isinstance(first[name], int | float)]
+    if not usable:
+        return None
+    metric = next((name for name in METRICS if name in usable), usable[0])
+    values = {
+        name: np.array([float(sample[metric]) for sample in sorted(rows, key=lambda sample: sample["doc_id"])])
+        for name, rows in samples.items()
+    }
+    effects = {}
+    for effect, (ours, others) in EFFECTS.items():
+        difference = values[ours] - values[others]
+        low, high = interval(difference, seed)
+        effects[effect] = {"difference": float(difference.mean()), "low": low, "high": high}
+    return {
+        "metric": metric,
+        "questions": len(values[BASE]),
+        "scores": {name: float(scores.mean()) for name, scores in values.items()},
+        "effects": effects,
+    }
+
+
+def interval(differences: Any, seed: int, share: float = 0.95) -> tuple[float, float]:
+    """The bootstrap interval of the mean of paired differences (N,), by its percentiles."""
+    import numpy as np
+
+    # How often each value is drawn says all, and there are few values: a score is mostly 0 or 1.
+    values, counts = np.unique(differences, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=RESAMPLES)
+    means = drawn @ values / len(differences)
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The comparison as markdown."""
+    from lm_eval_harness import like_chance
+
+    scheme = results["quantize"].removeprefix("bnb.")
+    dtype = results["models"][BASE]["config"]["model_dtype"].removeprefix("torch.")
+    titles = {
+        BASE: f"base, {dtype}",
+        QUANTIZED: f"base, {scheme}",
+        ADAPTED: f"base, {scheme} + adapter",
+        MERGED: f"merged, {dtype}",
+        REQUANTIZED: f"merged, {scheme}",
+    }
+    effect_of = {ours: (effect, others) for effect, (ours, others) in EFFECTS.items()}
+    lines = ["| task | model | score | against | difference | 95 % interval |", "|---|---|---:|---|---:|---|"]
+    guessed = False
+    for task, found in results["comparison"].items():
+        label = f"{task} ({found['metric']}, {found['questions']})"
+        for name, title in titles.items():
+            chance = results["models"][name]["chance"].get(task)
+            mark = " ~" if chance and like_chance(chance) else ""
+            guessed = guessed or bool(mark)
+            cells = ["", "", ""]
+            if name in effect_of:
+                effect, others = effect_of[name]
+                x = found["effects"][effect]
+                sure = "" if x["low"] <= 0 <= x["high"] else " *"
+                cells = [
+                    titles[others],
+                    f"{x['difference']:+.3f}{sure}",
+                    f"{x['low']:+.3f} to {x['high']:+.3f}: {effect}",
+                ]
+            lines.append(f"| {label} | {title} | {found['scores'][name]:.3f}{mark} | {' | '.join(cells)} |")
+            label = ""
+    lines += ["", "* zero is not in the interval, which comes from drawing the same questions for both models"]
+    if guessed:
+        lines.append("~ within noise of chance: two standard deviations of someone who guesses")
+    if left_out := results["models"][BASE]["results"].keys() - results["comparison"].keys():
+        lines.append(f"not compared, because they have no score for each question: {', '.join(sorted(left_out))}")
+    return "\n".join(lines)

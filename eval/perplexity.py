@@ -1,0 +1,75 @@
+"""How well a model predicts a text file.
+
+python eval/perplexity.py --file wiki.test.txt --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --quantize bnb.nf4
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lit_qlora import cli
+from lit_qlora.errors import DataError
+from lit_qlora.settings import check
+from lit_qlora.use import UseConfig, peak_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(UseConfig):
+    """Measure the perplexity of a model on a text file, read as one text that begins with BOS where there is one."""
+
+    file: Path
+    """The text, in UTF-8."""
+    max_length: int | None = None
+    """Tokens that the model reads at once; by default its whole context, at most 2048."""
+    stride: int | None = None
+    """Tokens that are predicted at a time; fewer than max_length give each more to go by, and take longer. By default
+    max_length."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Windows per forward pass, or as many as suit the device; changes memory and speed, not the result."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        check(self.file.is_file(), f"file: {self.file} is not a file.")
+        for name in ("max_length", "stride", "batch_size"):
+            value = getattr(self, name)
+            check(value in (None, "auto") or value >= 1, f"{name} must be at least 1, got {value}.")
+
+
+def main(config: Config) -> None:
+    """Load, score, print."""
+    try:
+        text = config.file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{config.file} is not text in UTF-8: {error.reason} at byte {error.start}.") from None
+    if not text:
+        raise DataError(f"{config.file} is empty.")
+
+    from tqdm import tqdm
+
+    from lit_qlora.score import Scorer, windows
+
+    loaded = config.load()
+    tokenizer = loaded.tokenizer
+    most = config.max_length or min(loaded.model.config.block_size, 2048)
+    scorer = Scorer(loaded.model, config.batch_size, most)
+    stride = config.stride or scorer.max_length
+    check(stride <= scorer.max_length, f"stride is {stride}, above max_length, {scorer.max_length}.")
+    ids = tokenizer.encode(text, bos=False)
+    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    requests = list(windows(ids, begin, scorer.max_length, stride))
+    with tqdm(total=len(requests), disable=None, desc="Scoring") as progress:
+        nats = -sum(log_prob for log_prob, _ in scorer.score(requests, progress.update))
+    words, size = len(text.split()), len(text.encode())
+    print(
+        f"perplexity      {math.exp(nats / len(ids)):.4f}   per token; {len(ids):,} tokens\n"
+        f"word perplexity {math.exp(min(nats / max(1, words), 700.0)):.4f}   per word between spaces; {words:,} words\n"
+        f"bits per byte   {nats / size / math.log(2):.4f}   {size:,} bytes\n"
+        f"loss            {nats / len(ids):.4f}   nats per token"
+    )
+    print(f"windows of {scorer.max_length} tokens, {stride} predicted at a time; {peak_memory()}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,124 @@
+"""What is said before a run begins: data, model, plan, whether it fits, and what the model will see."""
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from lit_qlora import __version__
+from lit_qlora.config import ModelConfig
+from lit_qlora.data import RunData, boundary, show
+from lit_qlora.device import gpu_bytes, pick_device, weights_dtype
+from lit_qlora.errors import ResourceError
+from lit_qlora.optim import rehearse
+from lit_qlora.peft_layout import check_layers
+from lit_qlora.plan import GIB, Plan, make_plan
+from lit_qlora.report import tell
+from lit_qlora.settings import FinetuneConfig
+
+
+def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
+    """What the run needs.
+
+    Raises:
+        UsageError: if the LoRA settings do not fit the model, make an adapter that could not be saved, or the optimizer
+            cannot be used.
+        ResourceError: if the GPU has less, unless config.force.
+    """
+    check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)
+    plan = _plan(config, longest_row(data))
+    room = gpu_bytes()
+    if room and plan.total > room and not config.force:
+        raise ResourceError(
+            f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room / GIB:.1f}.\n"
+            f"{savings(config, data)} --force begins regardless."
+        )
+    return plan
+
+
+def longest_row(data: RunData) -> int:
+    """Tokens of the longest row of a micro-batch."""
+    return data.batching.row_length or int(data.train.lengths.max())
+
+
+def savings(config: FinetuneConfig, data: RunData) -> str:
+    """What to change in order to need less memory, and how much it saves."""
+    longest, train = longest_row(data), config.train
+    now = _plan(config, longest).total
+    others = {
+        f"--train.micro_batch_size {train.micro_batch_size // 2}": (
+            replace(config, train=replace(train, micro_batch_size=max(1, train.micro_batch_size // 2))),
+            longest,
+        ),
+        "--train.recompute full": (replace(config, train=replace(train, recompute="full")), longest),
+        f"--data.max_length {longest // 2}": (config, longest // 2),
+        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), longest),
+    }
+    saved = {words: now - _plan(other, tokens).total for words, (other, tokens) in others.items()}
+    tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
+    return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
+
+
+def _plan(config: FinetuneConfig, longest: int) -> Plan:
+    return make_plan(
+        ModelConfig.load(config.checkpoint_dir),
+        config.lora,
+        config.quantize,
+        config.quantize_head,
+        weights_dtype(config.precision),
+        config.train.micro_batch_size * longest,
+        config.train,
+        gpu_bytes() if (config.devices, config.num_nodes) == (1, 1) else None,
+        rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
+    )
+
+
+def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
+    """Say what is going to happen."""
+    name, train = ModelConfig.load(config.checkpoint_dir).name, config.train
+    device = pick_device()
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    memory = gpu_bytes()
+    room = f" of {memory / GIB:.1f}" if memory else ""
+    base = "LoRA" if config.quantize == "none" else f"{config.quantize} + LoRA"
+    words = ",".join(config.lora.targets)
+    rows = f"rows of {data.batching.row_length} tokens" if data.batching.row_length else "samples"
+    steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
+    learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
+    tell(
+        f"lit_qlora {__version__}   {name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
+        f"{_data_lines(data)}\n"
+        f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
+        f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
+        f"  plan    {steps} x {train.batch_size} samples, {train.micro_batch_size} {rows} at a time   {learn}\n"
+        f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
+        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}\n"
+        f"  path    {_path(plan)}\n"
+        f"{_samples(data)}"
+    )
+
+
+def _path(plan: Plan) -> str:
+    """Which path the training takes, and what it computes again."""
+    counts = Counter(plan.recompute)
+    again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
+    taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
+    return f"{taken}   recompute: {again}"
+
+
+def _data_lines(data: RunData) -> str:
+    """What the audit found, in a few lines."""
+    audit = data.audit
+    lines = [
+        f"  data    {audit.describe()}   style {data.style.name}   lengths {audit.spark()}",
+        *(f"          {source}" for source in audit.sources),
+        *(f"  note    {note}" for note in audit.notes()),
+    ]
+    return "\n".join(lines)
+
+
+def _samples(data: RunData) -> str:
+    """Some samples as the model sees them, and where the answer of the first begins."""
+    lines = [f"  sample  {show(sample, data.tokenizer, most=300)}" for sample in data.audit.shown]
+    return "\n".join([*lines, f"  answer  begins behind: {boundary(data.audit.shown[0], data.tokenizer)}"])

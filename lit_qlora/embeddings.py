@@ -1,0 +1,111 @@
+"""What a run may do to the embeddings: let some of them learn, and disturb them while it trains."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_qlora.errors import UsageError
+from lit_qlora.settings import LoRAConfig
+
+
+class TrainedEmbedding(nn.Module):
+    """A frozen embedding of which some rows, or all, are replaced by ones that learn and are float32.
+
+    Attributes:
+        tokens: (n,) int64, the ids of those rows.
+        rows: (n, E), at first what the embedding has.
+    """
+
+    tokens: Tensor
+    place: Tensor
+
+    def __init__(self, base: nn.Embedding, tokens: tuple[int, ...]) -> None:
+        super().__init__()
+        self.base = base
+        V, device = base.num_embeddings, base.weight.device
+        self.whole = not tokens
+        ids = torch.tensor(tokens or range(V), device=device)
+        place = torch.full((V,), -1, device=device)  # id -> row of ours, or -1
+        self.register_buffer("tokens", ids, persistent=False)
+        self.register_buffer("place", place.index_copy(0, ids, torch.arange(len(ids), device=device)), persistent=False)
+        self.rows = nn.Parameter(base.weight.detach()[self.tokens].float())
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, E), those of the frozen embedding."""
+        return self.base.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) int64 -> (..., E) in the dtype of the frozen embedding."""
+        place = self.place[tokens]
+        learnt = F.embedding(place.clamp(min=0), self.rows).to(self.weight.dtype)
+        return learnt if self.whole else torch.where((place >= 0)[..., None], learnt, self.base(tokens))
+
+
+class TiedHead(nn.Module):
+    """An output head that shares the rows of a TrainedEmbedding."""
+
+    def __init__(self, base: nn.Module, embedding: TrainedEmbedding) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features: int = base.in_features  # type: ignore[assignment]
+        self.out_features: int = base.out_features  # type: ignore[assignment]
+        self._embedding = (embedding,)  # in a tuple, so that its parameters are not ours as well
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, E), those of the frozen head."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., V)."""
+        (embedding,) = self._embedding
+        learnt = x @ embedding.rows.T.to(x.dtype)
+        bias: Any = self.base.bias
+        if bias is not None:
+            learnt = learnt + bias[embedding.tokens].to(x.dtype)
+        return learnt if embedding.whole else self.base(x).index_copy(-1, embedding.tokens, learnt)
+
+
+def train_embeddings(model: nn.Module, config: LoRAConfig) -> None:
+    """Let the embeddings learn that the settings name, in place; a tied head follows.
+
+    Raises:
+        UsageError: for a token that does not exist, or a tied head that has an adapter of its own.
+    """
+    tokens: Any = config.train_tokens
+    if not tokens and not config.train_embeddings:
+        return
+    embed: Any = model.embed
+    if max(tokens, default=0) >= embed.num_embeddings:
+        raise UsageError(f"lora.train_tokens: {max(tokens)} is no token; the model has {embed.num_embeddings}.")
+    tied = model.config.tied_head  # type: ignore[union-attr]
+    if tied and "head" in config.targets:
+        raise UsageError(
+            "The model's head is its embedding, so it cannot have an adapter and be trained as well.\n"
+            "Leave head out of lora.targets, or lora.train_embeddings and lora.train_tokens."
+        )
+    model.embed = TrainedEmbedding(embed, tokens)
+    if tied:
+        model.head = TiedHead(model.head, model.embed)  # type: ignore[arg-type]
+
+
+def add_noise(model: nn.Module, alpha: float) -> None:
+    """Disturb the embeddings of `model` while it trains. NEFTune, Jain et al. 2023.
+
+    Args:
+        alpha: the noise is uniform within alpha / sqrt(T * E) around zero, T being the length of the row.
+    """
+
+    def disturb(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if not module.training:
+            return None
+        most = alpha / (output.size(-2) * output.size(-1)) ** 0.5
+        return output + torch.empty_like(output).uniform_(-most, most)
+
+    if alpha:
+        embed: Any = model.embed
+        embed.register_forward_hook(disturb)

@@ -1,0 +1,103 @@
+"""The last norm, the output head and the loss together, forward and backward, a slice of tokens at a time.
+
+Only tokens with a label take part. The logits of a slice become their own gradients, so that nothing of size (T, V) is
+ever kept.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_qlora.fused.group import Group
+from lit_qlora.fused.offload import to_device
+from lit_qlora.kernels.cross_entropy import cross_entropy_
+from lit_qlora.kernels.dropout import Dropout
+from lit_qlora.kernels.norm import Norm, add_norm
+from lit_qlora.kernels.thin import Pending
+
+HEAD_TOKENS = 2048  # tokens whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The tokens that have a label.
+
+    Attributes:
+        places: (N,) int64, which of the T tokens they are; None stands for all, some of which may have none.
+        labels: (N,) int64, negative where there is none; weights: (N,) float32, None for 1 everywhere.
+    """
+
+    places: Tensor | None
+    labels: Tensor
+    weights: Tensor | None
+
+    @staticmethod
+    def of(labels: Tensor, weights: Tensor | None, device: torch.device) -> "Labelled":
+        """From labels and weights of any shape; those of a batch on the host are found without asking the device."""
+        labels, weights = labels.flatten(), None if weights is None else weights.flatten()
+        places: Tensor | None = None
+        if not labels.is_cuda and bool((labels < 0).any()):
+            places = (labels >= 0).nonzero()[:, 0]
+            labels, weights = labels[places], None if weights is None else weights[places]
+            places = to_device(places, device)
+        return Labelled(places, to_device(labels, device), None if weights is None else to_device(weights, device))
+
+
+class Head:
+    """Norm, head and loss.
+
+    Attributes:
+        group: the head, with or without an adapter.
+        cap: see kernels.cross_entropy.
+    """
+
+    def __init__(self, norm: Norm, group: Group, cap: float | None) -> None:
+        self.norm, self.group, self.cap = norm, group, cap
+
+    def loss(
+        self, x: Tensor, y: Tensor | None, labelled: Labelled, workspace: Tensor | None, dropout: Dropout, learns: bool
+    ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
+        """The sum of the losses; its gradient at the stream x + y and at the adapter, if it `learns`.
+
+        Args:
+            x, y: (T, E); y None stands for zero.
+            workspace: for the head's weights if they are quantised.
+
+        Returns:
+            float32 scalar; (T, E) or None; pairs of an adapter's gradient and what has to be added to it.
+        """
+        tokens, places, group = x.size(0), labelled.places, self.group
+        if places is not None:
+            x, y = x.index_select(0, places), None if y is None else y.index_select(0, places)
+        count = x.size(0)
+        if not count:
+            return torch.zeros((), device=x.device), x.new_zeros(tokens, x.size(1)) if learns else None, []
+        both = group.empty_input(count)
+        x, numbers = add_norm(x, y, self.norm, both)
+        z = group.project(both, both, dropout)
+        matrix = group.matrix(workspace)
+        weights = torch.ones(count, device=x.device) if labelled.weights is None else labelled.weights
+        loss = torch.empty(count, device=x.device)
+        room = torch.empty(min(HEAD_TOKENS, count), group.n, dtype=x.dtype, device=x.device)
+        # What the adapter will learn waits for the gradient of the loss, which the backward pass brings.
+        waiting = [(g, torch.zeros_like(g)) for g in (group.grad_a, group.grad_b)] if learns and group.rank else []
+        pending = Pending()
+        for first in range(0, count, HEAD_TOKENS):
+            here = slice(first, min(first + HEAD_TOKENS, count))
+            logits = group.product(both[here], matrix, room[: here.stop - first])
+            cross_entropy_(logits, labelled.labels[here], weights[here], loss[here], self.cap)
+            if z is not None and waiting:
+                group.learn_b(logits, z[here], pending, into=waiting[1][1])
+                pending.flush()
+            if learns:
+                torch.mm(logits, matrix, out=both[here])
+        if not learns:
+            return loss.sum(), None, []
+        if waiting:
+            group.learn_a(x, both, pending, dropout, self.norm, numbers, into=waiting[0][1])
+            pending.flush()
+        d_x = group.d_stream(both, x, self.norm, numbers, z, None, dropout)
+        if places is not None:
+            d_x = x.new_zeros(tokens, x.size(1)).index_copy_(0, places, d_x)
+        return loss.sum(), d_x, waiting

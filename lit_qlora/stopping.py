@@ -1,0 +1,59 @@
+"""Signals that end a run between two steps, after it has saved."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lit_qlora.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Of a batch system or `kill`, of Ctrl-C, of a terminal that closes, of Slurm's `--signal=B:USR1@120`."""
+TWICE = 5.0  # seconds within which a second Ctrl-C means "at once"
+
+
+class Stopped(UserError):  # noqa: N818 - no error, but it ends the run like one
+    """A signal ended the run; everything is saved."""
+
+    prefix = ""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto")
+        self.status = 128 + number
+
+
+class StopRequest:
+    """What a signal asked for.
+
+    Attributes:
+        signal: number of the first one that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._when = 0.0
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.signal == number and now - self._when < TWICE:
+            raise KeyboardInterrupt
+        self.signal, self._when = self.signal or number, now
+        # A signal comes while the program is anywhere, also inside a print: no buffered writing here.
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step ...\n".encode())
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Note signals instead of dying of them; one that the parent ignores, as nohup does SIGHUP, stays ignored."""
+    request = StopRequest()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, request._take)
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

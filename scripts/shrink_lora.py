@@ -1,0 +1,110 @@
+"""Cut an adapter to a smaller rank, with the least loss; without --rank, only say what each rank would lose.
+
+python scripts/shrink_lora.py --lora_path out/lora/Llama-2-7b-hf/final --verify val.jsonl
+python scripts/shrink_lora.py --lora_path out/lora/Llama-2-7b-hf/final --rank 4
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_qlora import cli
+from lit_qlora.errors import CheckpointError
+from lit_qlora.settings import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig:
+    """Cut an adapter to a smaller rank, with the least loss; the result is a PEFT folder again."""
+
+    lora_path: Path
+    """The adapter, such as OUT/final of finetune/lora.py."""
+    checkpoint_dir: Path | None = None
+    """The base that the adapter was trained on; by default where it was then."""
+    rank: int | None = None
+    """The new rank; without it and max_loss nothing is written."""
+    max_loss: float | None = None
+    """Instead of a rank, the share of the update's norm that may be lost; the smallest rank that does is taken."""
+    out_dir: Path | None = None
+    """Where the new adapter goes; by default beside the old one, final-r4 for final."""
+    verify: str | None = None
+    """A file of samples, such as data.val_path of finetune/lora.py, on which to measure the loss of each rank."""
+    verify_samples: int | None = None
+    """Measure on the first so many of them only."""
+    verify_batch_size: int = 4
+    """Samples per forward pass while measuring; changes memory and speed, not the result."""
+
+    def __post_init__(self) -> None:
+        """Check what can be seen before anything is read."""
+        check(self.rank is None or self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
+        check(self.rank is None or self.max_loss is None, "rank and max_loss both say how far to cut. Leave one out.")
+        check(self.max_loss is None or 0 <= self.max_loss < 1, f"max_loss must be in [0, 1), got {self.max_loss}.")
+        writes = self.rank is not None or self.max_loss is not None
+        check(writes or self.out_dir is None, "out_dir has no effect without rank or max_loss.")
+        check(self.verify_samples is None or self.verify_samples >= 1, "verify_samples must be at least 1.")
+        check(self.verify_batch_size >= 1, "verify_batch_size must be at least 1.")
+
+
+def main(config: ShrinkConfig) -> None:
+    """Decompose, print what each rank loses, and write the chosen one."""
+    from lit_qlora.adapter import check_base, our_tensors, read_adapter, save_state
+    from lit_qlora.config import ModelConfig
+    from lit_qlora.prompts import read_style
+    from lit_qlora.shrink import candidates, cut, loss_at, smallest_rank, spectra
+
+    adapter = read_adapter(config.lora_path)
+    facts = {k: v for k, v in (adapter.manifest or {}).items() if k not in ("format", "files", "lora")}
+    checkpoint_dir = config.checkpoint_dir or (Path(facts["base"]["path"]) if facts else None)
+    if checkpoint_dir is None:
+        raise CheckpointError(f"{config.lora_path} does not say which base it was trained on. Give --checkpoint_dir.")
+    check_base(adapter, checkpoint_dir)
+    model = ModelConfig.load(checkpoint_dir)
+    state = our_tensors(adapter, model)
+    found = spectra(state, adapter.config)
+    ranks = candidates(found)
+    check(
+        config.rank is None or config.rank < ranks[-1], f"rank is {config.rank}; the adapter has {ranks[-1]} already."
+    )
+    rank = config.rank if config.max_loss is None else smallest_rank(found, config.max_loss)
+    ranks = sorted({*ranks, *([rank] if rank else [])})
+    losses = {}
+    if config.verify:
+        from lit_qlora.verify import losses_of, read_batches
+
+        batches = read_batches(config.verify, adapter, checkpoint_dir, config.verify_samples, config.verify_batch_size)
+        losses = losses_of(adapter, checkpoint_dir, {r: cut(state, found, adapter.config, r) for r in ranks}, batches)
+    print(f"| rank | lost of the update | of the worst layer's | MB |{' val loss |' if losses else ''}")
+    print(f"|---:|---:|---:|---:|{'---:|' if losses else ''}")
+    per_rank = sum(spectrum.left.size(0) + spectrum.right.size(1) for spectrum in found.values()) * 4 / 1e6
+    for r in ranks:
+        whole, worst = loss_at(found, r)
+        chosen = " <" if r == rank else ""
+        loss = f" {losses[r]:.4f} |" if losses else ""
+        print(f"| {r}{chosen} | {whole:.2%} | {worst:.2%} | {r * per_rank:.2f} |{loss}")
+    if rank is None:
+        return
+    out_dir = config.out_dir or config.lora_path.with_name(f"{config.lora_path.name}-r{rank}")
+    check(not out_dir.exists(), f"out_dir: {out_dir} exists. Name another.")
+    cut_state, smaller = cut(state, found, adapter.config, rank)
+    origin = {"shrunk_from": {"path": str(config.lora_path), "r": adapter.config.r, "lost": loss_at(found, rank)[0]}}
+    save_state(
+        out_dir,
+        cut_state,
+        model,
+        smaller,
+        read_style(config.lora_path),
+        {**base_facts(checkpoint_dir), **facts, **origin},
+    )
+    print(f"rank {rank}: {out_dir}")
+
+
+def base_facts(checkpoint_dir: Path) -> dict[str, dict[str, str]]:
+    """What a manifest says of the base."""
+    from lit_qlora.checkpoint import content_hash
+    from lit_qlora.config import ModelConfig
+
+    name, digest = ModelConfig.load(checkpoint_dir).name, content_hash(checkpoint_dir)
+    return {"base": {"name": name, "path": str(checkpoint_dir), "sha256": digest}}
+
+
+if __name__ == "__main__":
+    cli.run(main, ShrinkConfig)

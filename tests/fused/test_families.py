@@ -1,0 +1,80 @@
+"""Every family either takes the fast path and learns what the plain path learns, or says why it does not."""
+
+import pytest
+import torch
+
+from lit_qlora.fused import fuse, why_not
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.lora import add_lora, lora_state
+from lit_qlora.model import IGNORE
+from lit_qlora.settings import LoRAConfig
+from tests.fused.test_fused import DEVICE, assert_equal, gradients
+from tests.reference import CASES
+from tests.test_switches import model_of
+
+pytestmark = [
+    pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
+    # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
+PLAIN = {
+    "deepseek_v2": "n_expert",
+    "deepseek_v3": "n_expert",
+    "gemma2": "attention_softcap",
+    "gpt_oss": "n_expert",
+    "mixtral": "n_expert",
+    "qwen3_moe": "n_expert",
+}
+"""The families that take the plain path, and the field of ModelConfig that is to blame."""
+FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN]
+REPRESENTATIVE = [
+    *("llama-biases", "qwen3", "gemma3_text", "olmo2", "granite", "glm", "gpt2", "phi-qk-norm", "stablelm", "cohere"),
+    *("hunyuan", "ministral3-window", "olmo", "smollm3-window", "falcon-40b", "phi3-longrope"),
+]
+"""Between them they have all that the fast path handles; `make test-all` goes through every case."""
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_the_others_name_what_it_lacks(family: str) -> None:
+    cases = [case for case, (name, _) in CASES.items() if name == family]
+    assert cases
+    assert all(why_not(model_of(case)).startswith(f"{PLAIN[family]} ") for case in cases)
+
+
+QUICK = [(case, "none") for case in REPRESENTATIVE] + [
+    ("olmo2", "attn"),
+    ("gemma3_text", "full"),
+    ("phi-qk-norm", "full"),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "policy"),
+    [
+        pytest.param(case, policy, marks=[] if (case, policy) in QUICK else pytest.mark.slow)
+        for case in FAST
+        for policy in ("none", "attn", "full")
+    ],
+)
+def test_the_loss_and_what_is_learnt_are_those_of_the_plain_path(case: str, policy: str) -> None:
+    model_of.cache_clear()  # adapters are added in place
+    model = model_of(case)
+    torch.manual_seed(1)
+    add_lora(model, LoRAConfig(r=4, alpha=8, targets="all", dropout=0.0))
+    for tensor in lora_state(model).values():
+        torch.nn.init.normal_(tensor, std=0.1)
+    model.to(DEVICE).train()
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 96, (1, 26), generator=generator)
+    lengths = torch.tensor([9, 13, 4])  # two documents, of which one outgrows the windows, and padding
+    positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
+    segments = torch.tensor([0, 1, -1]).repeat_interleave(lengths)[None]
+    labels = tokens.roll(-1, 1)
+    labels[:, -4:] = labels[:, 2:4] = IGNORE
+    arguments = [tensor.to(DEVICE) for tensor in (tokens, labels, torch.rand(1, 26), positions, segments)]
+    expected = gradients(model, *arguments)
+    assert why_not(model) == ""
+    fused = fuse(model)
+    fused.set_recompute([policy] * len(fused.blocks))  # type: ignore[list-item]
+    assert_equal(gradients(model, *arguments), expected)
+    model_of.cache_clear()

@@ -1,0 +1,1 @@
+"""Whole runs, interrupted in every way, in processes of their own."""

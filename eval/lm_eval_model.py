@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm  # disable=None shows a bar on a terminal only
@@ -25,7 +26,7 @@ from lit_qlora.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-ANSWERS_AT_ONCE = 64  # with batch size auto; more seldom end together
+ANSWERS_AT_ONCE = 64  # with batch size auto, unless memory is short; more seldom end together
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Settings that say how tokens are drawn, and that mean nothing where the likeliest is taken."""
 
@@ -65,6 +66,7 @@ class GPTModel(TemplateLM):
         self.batch_size, self.seed, self.add_bos = batch_size, seed, add_bos
         self.scorer = Scorer(model, batch_size, max_length)
         self.shortened = 0
+        self.answers_at_once = ANSWERS_AT_ONCE
         self._device = model.embed.weight.device
         bos, eos = tokenizer.content(tokenizer.bos_id), tokenizer.content(tokenizer.eos_id)
         known = {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}
@@ -197,19 +199,26 @@ class GPTModel(TemplateLM):
                     self.scorer.truncated += len(ids) > self.max_length - room
                     prompts[index] = ids[-(self.max_length - room) :]
                 ordered = sorted(members, key=lambda index: len(prompts[index]), reverse=True)
-                size = ANSWERS_AT_ONCE if self.batch_size == "auto" else self.batch_size
-                for batch in (ordered[i : i + size] for i in range(0, len(ordered), size)):
-                    made = generate(
-                        self.model,
-                        [prompts[index] for index in batch],
-                        config,
-                        self.tokenizer.stop_ids,
-                        stop=ends_with(self.tokenizer, until),
-                    )
-                    for index, ids in zip(batch, made[:: config.num_return_sequences], strict=True):
-                        answers[index] = text_of(self.tokenizer, ids, stop=until)
+                while ordered:
+                    size = self.answers_at_once if self.batch_size == "auto" else self.batch_size
+                    batch = ordered[:size]
+                    try:
+                        made = self._answer([prompts[index] for index in batch], until, config)
+                    except torch.OutOfMemoryError:
+                        if self.batch_size != "auto" or len(batch) == 1:
+                            raise
+                        self.answers_at_once = len(batch) // 2
+                        continue
+                    for index, answer in zip(batch, made, strict=True):
+                        answers[index] = answer
                     progress.update(len(batch))
+                    del ordered[:size]
         return answers
+
+    def _answer(self, prompts: list[list[int]], until: list[str], config: GenerationConfig) -> list[str]:
+        stop = ends_with(self.tokenizer, until)
+        made = generate(self.model, prompts, config, self.tokenizer.stop_ids, stop=stop)
+        return [text_of(self.tokenizer, ids, stop=until) for ids in made[:: config.num_return_sequences]]
 
     def _generation_settings(self, gen_kwargs: Mapping[str, Any]) -> tuple[list[str], GenerationConfig]:
         """A task's generation_kwargs as stop strings and settings of ours; what is not known is named on stderr."""

@@ -20,7 +20,7 @@ class Config(UseConfig):
     """Measure the perplexity of a model on a text file, read as one text that begins with BOS where there is one."""
 
     file: Path
-    """The text, in UTF-8."""
+    """A text file in UTF-8, such as the test part of WikiText."""
     max_length: int | None = None
     """Tokens that the model reads at once; by default its whole context, at most 2048."""
     stride: int | None = None

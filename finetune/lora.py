@@ -21,12 +21,11 @@ def main(config: FinetuneConfig) -> None:
 
     from lightning.fabric import Fabric
 
-    from lit_qlora import resume, run
+    from lit_qlora import quantized_cache, resume, run
+    from lit_qlora.adapter import settle, start_adapters
     from lit_qlora.banner import plan_run, tell_plan
-    from lit_qlora.checkpoint import load_model
     from lit_qlora.embeddings import add_noise
     from lit_qlora.lora import add_lora
-    from lit_qlora.start import settle, start_adapters
 
     config = replace(
         config,
@@ -56,8 +55,13 @@ def main(config: FinetuneConfig) -> None:
     with run.claim(config, fabric, checkpoint, plan) as out_dir, run.open_log(out_dir, total, fabric) as log:
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start)
-        model = load_model(
-            config.checkpoint_dir, weights_dtype(precision), fabric.device, config.quantize, config.quantize_head
+        model = quantized_cache.load(
+            config.checkpoint_dir,
+            weights_dtype(precision),
+            fabric.device,
+            config.quantize,
+            config.quantize_head,
+            config.quantize_cache,
         )
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)

@@ -6,7 +6,7 @@ the hash of the base, the settings in our words, the quantisation and the prompt
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from lit_qlora import safetensors_io, shards
-from lit_qlora.checkpoint import content_hash, load_model, read_manifest, save_directory
+from lit_qlora.checkpoint import content_hash, load_model, open_weights, read_manifest, save_directory
 from lit_qlora.config import ModelConfig
 from lit_qlora.device import pick_device, resolve_precision, weights_dtype
-from lit_qlora.errors import CheckpointError
+from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.init import initialize, restore_bases
 from lit_qlora.lora import add_lora, lora_state, saved_state
 from lit_qlora.model import GPT
-from lit_qlora.peft_layout import PeftConfig, from_peft, to_ours, to_peft
+from lit_qlora.peft_config import PeftConfig
+from lit_qlora.peft_layout import from_peft, to_ours, to_peft
 from lit_qlora.prompts import FILE_NAME as STYLE_FILE
 from lit_qlora.prompts import Style, read_style, style_json
+from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import LoRAConfig, Precision, Scheme
 from lit_qlora.tokenizer import Tokenizer
 
@@ -40,6 +43,12 @@ class Adapter:
     """By PEFT's names; B A of each layer is to be scaled by config.scale."""
     manifest: dict[str, Any] | None
     """None for an adapter that PEFT wrote."""
+
+    @property
+    def init(self) -> tuple[str, int] | None:
+        """How it started, and the steps of LoftQ, if it is the change B A - B0 A0 from that start."""
+        facts = self.manifest or {}
+        return (facts["init"], facts["loftq_steps"]) if "init" in facts else None
 
 
 def save_adapter(
@@ -60,6 +69,8 @@ def save_adapter(
     Raises:
         ResourceError: if it cannot be written.
     """
+    if config.init != "default":
+        facts = {**facts, "init": config.init, "loftq_steps": config.loftq_steps or 1}
     state, config = saved_state(model, config)
     save_state(folder, state, model.config, config, style, facts, also)
 
@@ -150,6 +161,50 @@ def fill_adapter(model: GPT, adapter: Adapter) -> None:
             state[name].copy_(tensor)
 
 
+def attach_adapter(model: GPT, adapter: Adapter, checkpoint_dir: Path) -> None:
+    """Put `adapter` on its base; one that is quantised as it was in training then computes what it did in training.
+
+    Raises:
+        CheckpointError: if it does not fit.
+    """
+    add_lora(model, adapter.config)
+    fill_adapter(model, adapter)
+    trained = (adapter.manifest or {}).get("quantize", "none")
+    schemes = {module.scheme for module in model.modules() if isinstance(module, QuantizedLinear)}
+    if adapter.init and schemes == {trained}:
+        restore_bases(model, *adapter.init, open_weights(checkpoint_dir).read)
+
+
+def settle(config: LoRAConfig, checkpoint_dir: Path) -> LoRAConfig:
+    """The settings of the adapter that config.start names, if it names one.
+
+    Raises:
+        CheckpointError: if it cannot be read, or was trained on another base.
+        UsageError: for a setting that was given and is not the adapter's.
+    """
+    if config.start is None:
+        return config
+    adapter = read_adapter(config.start)
+    check_base(adapter, checkpoint_dir)
+    default = LoRAConfig()
+    for setting in fields(LoRAConfig):
+        given, own = getattr(config, setting.name), getattr(adapter.config, setting.name)
+        if setting.name not in ("dropout", "start") and given not in (own, getattr(default, setting.name)):
+            raise UsageError(
+                f"lora.{setting.name} is {given}, but the adapter in {config.start} has {own}.\n"
+                "Leave it out; an adapter goes on as it is."
+            )
+    return replace(adapter.config, dropout=config.dropout, start=config.start)
+
+
+def start_adapters(model: GPT, config: LoRAConfig, checkpoint_dir: Path) -> None:
+    """Bring the adapters that add_lora put into `model` to where the settings let them start."""
+    if config.start is not None:
+        load_adapter(model, config.start)
+    if config.init != "default":
+        initialize(model, config.init, config.loftq_steps or 1, open_weights(checkpoint_dir).read)
+
+
 def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
     """The adapter's tensors under our names, which are those of lora_state.
 
@@ -208,7 +263,6 @@ def load_for_use(
     dtype = weights_dtype(resolve_precision(precision, device))
     model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
     if adapter:
-        add_lora(model, adapter.config)
-        fill_adapter(model, adapter)
+        attach_adapter(model, adapter, checkpoint_dir)
     style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
     return Loaded(model=model.eval(), tokenizer=tokenizer, style=style)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.embeddings import TrainedEmbedding, train_embeddings
+from lit_qlora.embeddings import TiedHead, TrainedEmbedding, train_embeddings
 from lit_qlora.errors import UsageError
 from lit_qlora.settings import LoRAConfig, first_match
 
@@ -18,7 +20,7 @@ class LoRALinear(nn.Module):
     Attributes:
         lora_a: (r, in), random as in the paper's code; lora_b: (out, r), zero, so that a fresh adapter changes nothing.
         magnitude: (out,), the lengths of the rows of the weight, which learn with DoRA; else None.
-        origin: A and B as they were when something was taken out of the base for them, see lit_qlora.start; else None.
+        origin: A and B as they were when something was taken out of the base for them, see lit_qlora.init; else None.
     """
 
     def __init__(self, base: nn.Module, config: LoRAConfig, path: str = "") -> None:
@@ -142,7 +144,7 @@ def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor]
         return state, config
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            assert module.origin is not None, "start_adapters was not called"
+            assert module.origin is not None, "the adapter was not initialised"
             a, b = module.origin
             state[f"{path}.lora_a"] = torch.cat((module.lora_a.detach(), a))
             state[f"{path}.lora_b"] = torch.cat((module.lora_b.detach(), -b), dim=1)
@@ -157,6 +159,35 @@ def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor]
         alpha_pattern={pattern: more * alpha for pattern, alpha in config.alpha_pattern.items()},
     )
     return state, doubled
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base as it was published, inside: nothing that was learnt, and nothing that was taken out of it for a start."""
+    learners = [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear | TrainedEmbedding | TiedHead)]
+    try:
+        for path, module in learners:
+            plain = module.base if getattr(module, "origin", None) is None else _WithOrigin(module)  # type: ignore[arg-type]
+            model.set_submodule(path, plain)
+        yield
+    finally:
+        for path, module in learners:
+            model.set_submodule(path, module)
+
+
+class _WithOrigin(nn.Module):
+    """A base out of which something was taken, with it."""
+
+    def __init__(self, adapter: LoRALinear) -> None:
+        super().__init__()
+        assert adapter.origin is not None
+        self.base, self.scale, (self.a, self.b) = adapter.base, adapter.scale, adapter.origin
+        self.in_features, self.out_features = adapter.in_features, adapter.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y: Tensor = self.base(x)
+        return y + self.scale * (x @ self.a.T.to(x.dtype) @ self.b.T.to(x.dtype))
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora import checkpoint, tokenizer
-from lit_qlora.adapter import Adapter, check_base, fill_adapter, our_tensors
+from lit_qlora.adapter import Adapter, attach_adapter, check_base, our_tensors
 from lit_qlora.config import ModelConfig
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.hub import SOURCE
+from lit_qlora.init import rest_of
 from lit_qlora.lora import LoRALinear, add_lora, lora_state
 from lit_qlora.model import GPT
 from lit_qlora.prompts import FILE_NAME as STYLE_FILE
@@ -138,6 +139,11 @@ class Merge:
                 raise CheckpointError(
                     f"{adapter.path} is a fresh adapter: it learnt nothing, so merging it changes nothing."
                 )
+            if base == "quantized" and adapter.init and self.weights != [1.0]:
+                raise CheckpointError(
+                    f"{adapter.path} was trained on a quantised base of its own ({adapter.init[0]}).\n"
+                    "Merge it alone and with weight 1, or take --base original."
+                )
         self.scheme, self.quantize_head, self.trained_dtype = _training(self.adapters, base)
         self.state, self.scales = _added(self.adapters, self.weights, states)
         self.source = checkpoint.open_weights(checkpoint_dir)
@@ -157,8 +163,8 @@ class Merge:
     def read(self, name: str) -> Tensor:
         """The merged weight of this name, in the dtype of the base's."""
         original = self.source.read("embed.weight" if self.untied and name == "head.weight" else name)
-        weight = self._as_trained(original) if self._is_requantized(name) else original
         layer = name.removesuffix(".weight")
+        weight = self._as_trained(original, layer) if self._is_requantized(name) else original
         if self._is_embedding(name):
             tokens: Any = self.adapters[0].config.train_tokens
             rows = self.state["embed.rows"]
@@ -189,8 +195,7 @@ class Merge:
     def attach_to(self, model: GPT) -> None:
         """Put the adapters on `model`, their base quantised or not: what training computed, for one of weight 1."""
         if len(self.adapters) == 1:
-            add_lora(model, self.adapters[0].config)
-            fill_adapter(model, self.adapters[0])
+            attach_adapter(model, self.adapters[0], self.checkpoint_dir)
         else:
             rank = max(tensor.size(0) for name, tensor in self.state.items() if name.endswith(".lora_a"))
             targets: Any = tuple(dict.fromkeys(word for adapter in self.adapters for word in adapter.config.targets))
@@ -264,9 +269,23 @@ class Merge:
         is_matrix = layer != name and self.specs.get(name, self.specs["embed.weight"]).ndim == 2
         return self.base == "quantized" and is_matrix and is_quantized(layer, self.scheme, self.quantize_head)
 
-    def _as_trained(self, weight: Tensor) -> Tensor:
-        """The weight as the quantised training saw it, in the dtype that it had there."""
-        return QuantizedLinear(weight.to(self.trained_dtype), None, self.scheme).dequantize()
+    def _as_trained(self, weight: Tensor, layer: str) -> Tensor:
+        """The weight as the quantised training saw it, in the dtype that it had there.
+
+        What was taken out of it for the start of the adapter, and is no part of the saved one, is in it again.
+        """
+
+        def stored(weight: Tensor) -> Tensor:
+            return QuantizedLinear(weight.to(self.trained_dtype), None, self.scheme).dequantize()
+
+        init = self.adapters[0].init
+        if init is None or f"{layer}.lora_a" not in self.state:
+            return stored(weight)
+        r, scale = len(self.state[f"{layer}.lora_a"]) // 2, self.scales[layer]
+        a, b = self.state[f"{layer}.lora_a"][r:], -self.state[f"{layer}.lora_b"][:, r:]
+        weight = weight.to(self.trained_dtype).float()
+        rest = rest_of(weight, a, b, scale, *init, lambda weight: stored(weight).float())
+        return stored(rest).float() + scale * b @ a
 
 
 def merge_checkpoint(adapter: Adapter, checkpoint_dir: Path, out_dir: Path, base: Base = "original") -> dict[str, Any]:

@@ -111,6 +111,18 @@ def rehearse(config: OptimizerConfig, train: TrainConfig, device: torch.device, 
     return count_state_bytes(optimizer) / sum(parameter.numel() for _, parameter in adapter)
 
 
+def repage(optimizer: torch.optim.Optimizer) -> None:
+    """Let the state of a paged optimizer leave a full GPU again, which load_state_dict of bitsandbytes 0.50 forgets."""
+    other: Any = optimizer
+    if not getattr(other, "is_paged", False):
+        return
+    for parameter, state in other.state.items():
+        for name in {"state1", "state2"}.intersection(state):
+            buffer = other.get_state_buffer(parameter, dtype=state[name].dtype)
+            buffer.copy_(state[name])
+            state[name] = buffer
+
+
 def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that the optimizer keeps about its parameters; a tensor that several share counts once."""
     tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)}

@@ -4,9 +4,8 @@ Where Hugging Face stacks several of our layers into one, the A matrices are sta
 block-diagonal, which is the same function exactly. https://huggingface.co/docs/peft
 """
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,83 +17,12 @@ from lit_qlora.families import FAMILIES, Family, fill, find_family, template
 from lit_qlora.families.rules import DROP, Fused, Transposed, parts_of
 from lit_qlora.lora import add_lora, lora_state
 from lit_qlora.model import GPT
+from lit_qlora.peft_config import PeftConfig
 from lit_qlora.safetensors_io import name_some
 from lit_qlora.settings import TARGETS, LoRAConfig, first_match
 
 _PREFIX = "base_model.model."
-_UNDERSTOOD = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
-}
-_HARMLESS = {
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors' names say it
-    *("fan_in_fan_out", "eva_config", "megatron_core", "qalora_group_size"),
-}
-"""Settings that do not change what the tensors of a saved adapter compute. Any other must be off."""
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base as it is; pissa, olora and others train on a base of their own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftConfig:
-    """What adapter_config.json says about ranks and scales."""
-
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-    """B A is multiplied by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    """Pattern -> the rank of modules whose path ends so."""
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    dora: bool = False
-    tokens: tuple[int, ...] = ()
-    """Those whose embeddings were trained."""
-    embeddings: bool = False
-    """All were."""
-
-    @classmethod
-    def parse(cls, content: Mapping[str, Any], place: str) -> "PeftConfig":
-        """Read adapter_config.json. Raises CheckpointError for what is not understood, by name."""
-        if content.get("peft_type", "LORA") != "LORA":
-            raise CheckpointError(f"{place} holds a {content['peft_type']} adapter; only LORA is understood.")
-        if (start := content.get("init_lora_weights")) not in _KEEPS_BASE:
-            raise CheckpointError(
-                f"{place} was trained with init_lora_weights = {start!r}, so on another base than the published one.\n"
-                "Save it with PEFT's path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
-            )
-        for key, value in content.items():
-            if key not in _UNDERSTOOD | _HARMLESS and value not in (None, False, "none", [], {}):
-                raise CheckpointError(f"{place} uses {key} = {value!r}, which is not understood here.")
-        try:
-            config = cls(
-                r=int(content["r"]),
-                alpha=float(content["lora_alpha"]),
-                dropout=float(content.get("lora_dropout") or 0),
-                rank_stabilized=bool(content.get("use_rslora")),
-                ranks={key: int(value) for key, value in (content.get("rank_pattern") or {}).items()},
-                alphas={key: float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
-                dora=bool(content.get("use_dora")),
-                tokens=_tokens(content.get("trainable_token_indices"), place),
-                embeddings=bool(content.get("modules_to_save")),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{place}: not a PEFT configuration: {error}.") from None
-        if min([config.r, *config.ranks.values()]) < 1 or not 0 <= config.dropout < 1:
-            raise CheckpointError(f"{place}: a rank below 1, or a dropout outside [0, 1).")
-        if not all(0 < alpha < math.inf for alpha in (config.alpha, *config.alphas.values())):
-            raise CheckpointError(f"{place}: an alpha that is not above 0 and finite.")
-        return config
-
-    def rank(self, module: str) -> int:
-        """Rows of A of the module with this path."""
-        return int(first_match(self.ranks, module, self.r))
-
-    def scale(self, module: str) -> float:
-        """What B A of the module is multiplied by."""
-        return first_match(self.alphas, module, self.alpha) / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
 
 
 def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tuple[dict[str, Tensor], LoRAConfig]:
@@ -327,15 +255,6 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         for module, value in values.items()
         if value != default
     }
-
-
-def _tokens(value: Any, place: str) -> tuple[int, ...]:
-    """PEFT's trainable_token_indices, which may be of one module by its name."""
-    if isinstance(value, dict):
-        if len(value) > 1:
-            raise CheckpointError(f"{place} uses trainable_token_indices of several modules, which is not understood.")
-        value = next(iter(value.values()), None)
-    return tuple(int(token) for token in value or ())
 
 
 @dataclass(frozen=True, kw_only=True)

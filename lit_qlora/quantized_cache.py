@@ -29,6 +29,7 @@ from lit_qlora.settings import Scheme
 from lit_qlora.streaming import stream
 
 WEIGHTS = "weights.safetensors"
+AT_ONCE = 2**22  # numbers that are multiplied together for a checksum
 SHARE_OF_DISK = 0.1  # "auto" keeps nothing that takes more of the free space
 
 
@@ -141,11 +142,14 @@ def read(entry: Path, config: ModelConfig, dtype: torch.dtype, device: torch.dev
 
 def checksums(tensors: Iterator[Tensor]) -> Tensor:
     """A sum over each tensor's bytes that depends on their order, (N,) int64, made on the device they lie on."""
-    sums = []
-    for tensor in tensors:
-        data = tensor.contiguous().flatten().view(torch.uint8)
-        whole = data[: len(data) // 8 * 8].view(torch.int64)
-        rest = data[len(whole) * 8 :].long()
-        places = torch.arange(1, 1 + len(whole), device=data.device)
-        sums.append((whole * (2 * places + 1)).sum() + (rest * (1 + torch.arange(len(rest), device=data.device))).sum())
-    return torch.stack(sums)
+    return torch.stack([_checksum(tensor) for tensor in tensors])
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    words, rest = data[: len(data) // 8 * 8].view(torch.int64), data[len(data) // 8 * 8 :].long()
+    odd = 2 * torch.arange(max(8, min(len(words), AT_ONCE)), device=data.device) + 1
+    total = (rest * odd[: len(rest)]).sum()
+    for part in words.split(AT_ONCE):
+        total = 31 * total + (part * odd[: len(part)]).sum()
+    return total

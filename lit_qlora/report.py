@@ -1,10 +1,10 @@
-"""What a run leaves for people: the log, the line on the terminal, the picture and the page."""
+"""What is told of a run while it goes on: the log, the line on the terminal, and whoever else listens."""
 
 import json
 import os
+import shutil
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,6 +12,13 @@ from typing import Any, TextIO
 from lit_qlora.errors import ResourceError
 
 Record = dict[str, Any]
+ESTIMATE_AFTER = 5
+"""Steps after which it can be said how long a run will take."""
+SMALLER_IS_BETTER = {
+    *("val_loss", "val_ppl", "kl_to_base", "perplexity", "word_perplexity", "byte_perplexity"),
+    *("bits_per_byte", "brier_score", "ter", "wer", "cer", "mse", "mae"),
+}
+"""Figures of validations that are errors; those of a task are called TASK/METRIC."""
 
 
 class RunLog:
@@ -25,6 +32,7 @@ class RunLog:
 
     Attributes:
         records: all of the run, those that the file held before included.
+        mirrors: get each record too.
     """
 
     def __init__(self, path: Path | None, total: int, screen: TextIO | None = None) -> None:
@@ -33,11 +41,16 @@ class RunLog:
             self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         self.path, self.total = path, total
         self.screen = screen or sys.stdout
+        self.mirrors: list[Callable[[Record], object]] = []
         self.smooth: float | None = None
         self.file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
         self.every = max(1, total // 20)
-        self.begin = time.monotonic()
-        self.first = max((record["step"] for record in self.records), default=0)
+        self.start = max((record["step"] for record in self.records), default=0)
+        self.before = self.seconds
+        self.first: tuple[int, float] | None = None  # number and end, in seconds, of the first step of this process
+        self.val: float | None = None
+        for record in self.records:
+            self._remember(record)
 
     def __call__(self, record: Record) -> None:
         """Take a record of a step or of a validation."""
@@ -48,12 +61,27 @@ class RunLog:
             self.file.flush()
         except OSError as error:
             raise ResourceError(f"Cannot write {self.file.name}: {error.strerror}.") from None
-        if "val_loss" in record:
-            self._print(f" step {record['step']:>5}/{self.total}  val_loss {record['val_loss']:.4f}", stays=True)
-        elif "loss" in record:
-            self.smooth = record["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * record["loss"]
+        self._remember(record)
+        if "loss" not in record:
+            named = "  ".join(f"{name} {short(value)}" for name, value in record.items() if name != "step")
+            self.say(f" step {record['step']:>5}/{self.total}  {named}")
+        else:
+            self.first = self.first or (record["step"], record["seconds"])
+            if record["step"] == self.start + ESTIMATE_AFTER and self.total > self.start + 4 * ESTIMATE_AFTER:
+                self.say(f"  time    about {duration(self._time_left(record))} to go")
             if self.live or record["step"] % self.every == 0 or record["step"] in (1, self.total):
                 self._print(self._progress(record), stays=not self.live)
+        for mirror in self.mirrors:
+            mirror(record)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._print(line, stays=True)
+
+    def _remember(self, record: Record) -> None:
+        self.val = record.get("val_loss", self.val)
+        if "loss" in record:
+            self.smooth = record["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * record["loss"]
 
     def _stay_in_place(self) -> None:
         """Where somebody removed or rotated the file, write all of it anew."""
@@ -86,19 +114,30 @@ class RunLog:
             self._print("", stays=False)
         self.file.close()
 
+    def _time_left(self, record: Record) -> float:
+        """Seconds until the end of the run, validations included, at the rate of this process so far."""
+        assert self.first
+        step, seconds = self.first
+        if record["step"] > step:  # the first one also waits for what is done once
+            rate = (record["seconds"] - seconds) / (record["step"] - step)
+        else:
+            rate = seconds - self.before
+        return float(rate * (self.total - record["step"]))
+
     def _progress(self, record: Record) -> str:
-        rate = (time.monotonic() - self.begin) / max(1, record["step"] - self.first)
-        left = rate * (self.total - record["step"])
+        val = "" if self.val is None else f"  val {self.val:.3f}"
         return (
             f" step {record['step']:>5}/{self.total} {record['step'] / self.total:4.0%}"
-            f"  loss {record['loss']:.3f} (avg {self.smooth:.3f})  lr {record['lr']:.1e}"
+            f"  loss {record['loss']:.3f} (ema {self.smooth:.3f}){val}  lr {record['lr']:.1e}"
             f"  |g| {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s"
-            f"  {record['peak_gib']:.1f} GiB  ETA {duration(left)}"
+            f"  {record['peak_gib']:.1f} GiB  ETA {duration(self._time_left(record))}"
         )
 
     def _print(self, line: str, stays: bool) -> None:
         if self.live:
-            line = "\r\x1b[2K" + line
+            # A line that is longer than the screen would break, and only its last part could be rewritten.
+            fits = line if stays else line[: shutil.get_terminal_size().columns - 1]
+            line = "\r\x1b[2K" + fits
         tell(line, self.screen, end="" if self.live and not stays else "\n")
 
 
@@ -123,71 +162,25 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
 
 
-def plot_losses(records: list[Record], path: Path) -> None:
-    """loss.png: the loss of each step, its running average, the validation losses, and the learning rate below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train = [r for r in records if "loss" in r]
-    val = [r for r in records if "val_loss" in r]
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=[4, 1], layout="constrained"
-    )
-    steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
-    average: list[float] = []
-    for loss in losses:
-        average.append(0.9 * average[-1] + 0.1 * loss if average else loss)
-    top.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss of a step")
-    top.plot(steps, average, color="tab:blue", label="running average")
-    if val:
-        top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation")
-    top.set_ylabel("loss per labelled token (nats)")
-    top.set_ylim(bottom=0)
-    top.grid(alpha=0.3)
-    top.legend(frameon=False)
-    bottom.plot(steps, [r["lr"] for r in train], color="tab:gray")
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("optimizer step")
-    bottom.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def short(value: Any) -> str:
+    """A figure as people read it: 0.4321, 12.34, 1,234,567, 1.2e-07."""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def plot_lengths(lengths: Sequence[int], limit: int, path: Path) -> None:
-    """How many samples have how many tokens, with the limit that they may not exceed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color="tab:blue")
-    if max(lengths) > limit:
-        axes.axvline(limit, color="tab:red", label=f"limit, {limit} tokens")
-        axes.legend(frameon=False)
-    axes.set_xlabel("tokens of a sample, prompt and answer")
-    axes.set_ylabel("samples")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def figures(records: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
+    """What the validations measured: name -> (step, value) of each."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, value in record.items() if "loss" not in record else ():
+            if name != "step":
+                found.setdefault(name, []).append((record["step"], value))
+    return found
 
 
-def write_report(path: Path, title: str, summary: Mapping[str, Any], records: list[Record], next_steps: str) -> None:
-    """report.md: what was trained, how the losses went, and what to type next."""
-    val = [r for r in records if "val_loss" in r]
-    rows = [(key, value) for key, value in summary.items() if not isinstance(value, dict)]
-    lines = [f"# {title}", "", "| | |", "|---|---|"]
-    lines += [f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in rows]
-    if val:
-        lines += ["", "| step | validation loss | perplexity |", "|---:|---:|---:|"]
-        lines += [f"| {r['step']} | {r['val_loss']:.4f} | {r['val_ppl']:.2f} |" for r in val]
-    lines += ["", "![losses](loss.png)", "", "## Next", "", "```", next_steps, "```", ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def smaller_is_better(figure: str) -> bool:
+    """Whether a figure of a validation is an error, by its name."""
+    return figure.rpartition("/")[2] in SMALLER_IS_BETTER

@@ -18,6 +18,7 @@ from lit_qlora.state import read_counters
 LOG = "log.jsonl"
 FINAL = "final"
 SUMMARY = "summary.json"
+SAMPLES = "samples.jsonl"
 HARMLESS = (
     *("checkpoint_dir", "data.path", "data.val_path", "data.cache_dir"),  # what they hold is compared, not where it is
     *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run", "quiet"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from lit_qlora import __version__, cli
 from lit_qlora.adapter import save_adapter
@@ -21,19 +22,22 @@ from lit_qlora.checkpoint import content_hash, count_parameters, flush, is_left_
 from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.guards import Guard
-from lit_qlora.lora import count_trainable
+from lit_qlora.measures import Ask, Losses, Probes, more_measures, tasks_measure
 from lit_qlora.model import GPT
-from lit_qlora.optim import check_schedule, make_optimizer
+from lit_qlora.optim import check_schedule, make_optimizer, repage
 from lit_qlora.plan import Plan
-from lit_qlora.report import RunLog, duration, plot_losses, tell, write_report
-from lit_qlora.resume import FINAL, LOG, SUMMARY, Checkpoint, plain, read_log, write_log, write_text
+from lit_qlora.mirrors import Mirrors
+from lit_qlora.pages import one_line
+from lit_qlora.report import Record, RunLog, tell
+from lit_qlora.resume import FINAL, LOG, SAMPLES, SUMMARY, Checkpoint, flat, plain, read_log, write_log
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.state import restore, state_files
 from lit_qlora.stopping import Stopped, StopRequest, stop_on_signals
 from lit_qlora.train import train
-from lit_qlora.validation import Validator, evaluate
+from lit_qlora.validation import Validator
 
 BEST = "best"
+SHOWN = 3  # answers that are shown at each validation
 BYTES_PER_PARAMETER = 16  # of a checkpoint: PEFT's copy, the parameter itself, two moments, all float32
 
 
@@ -172,16 +176,19 @@ def _lock(out_dir: Path) -> Any:
 
 
 @contextmanager
-def open_log(out_dir: Path, total: int, fabric: Fabric) -> Iterator[RunLog]:
+def open_log(config: FinetuneConfig, out_dir: Path, total: int, fabric: Fabric) -> Iterator[RunLog]:
     """The run's log, closed whatever happens, so that an error message gets a line of its own; mute on other ranks."""
     first = fabric.is_global_zero
     with open(os.devnull, "w") as nobody:
         log = RunLog(out_dir / LOG if first else None, total, None if first else nobody)
+        mirrors = Mirrors(config.log.to if first else (), out_dir, flat(plain(config)), log.start)
+        log.mirrors.append(mirrors)
         log.records = fabric.broadcast(log.records)
         try:
             yield log
         finally:
             log.close()
+            mirrors.close()
 
 
 class Saver:
@@ -272,8 +279,17 @@ def learn(
     total: int,
     log: RunLog,
     checkpoint: Checkpoint | None,
-) -> None:
-    """Train the adapters of `model`, from `checkpoint` on if there is one."""
+    probes: Probes,
+    ask: Ask | None = None,
+) -> Tensor | None:
+    """Train the adapters of `model`, from `checkpoint` on if there is one.
+
+    Args:
+        ask: asks the model the tasks of lm-eval.
+
+    Returns:
+        What measures.score_rows says of the validation samples at the last validation, if there was one.
+    """
     scaled = config.precision == "16-mixed"
     optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
     fabric_model, optimizer = fabric.setup(model, optimizer)
@@ -281,6 +297,7 @@ def learn(
     start, last = 0, None
     if checkpoint:
         restore(fabric, model, optimizer, checkpoint.path)
+        repage(optimizer)
         start, last = checkpoint.step, checkpoint.path
     guard = Guard(config.guard, scaled=scaled)
     for record in log.records:
@@ -289,15 +306,17 @@ def learn(
     with stop_on_signals() as stop, explained(config, data):
         alone = stop if fabric.world_size == 1 else StopRequest()  # other ranks would wait for what is cut short
         saver = Saver(config, fabric, model, optimizer, data, total, log, last)
-        measures = [partial(evaluate, fabric, fabric_model, data.val_batches, alone)] if data.val_batches else []
-        every = eval_every(config, data, total)
-        validator = Validator(config.eval, every, total, measures, log, saver.keep, alone)
+        losses = Losses(fabric, model, data.val_batches, alone)
+        tasks = tasks_measure(ask, model, config.eval.tasks_every, total, log.records) if ask else None
+        more = more_measures(fabric, model, config, data, probes, partial(keep_answers, saver.out_dir, log), tasks)
+        measures = [losses, *more] if data.val_batches else more
+        validator = Validator(config.eval, eval_every(config, data, total), total, measures, log, saver.keep, alone)
         go_on = validator.catch_up(log.records, start)
         if stop.signal and fabric.world_size == 1:
             raise Stopped(stop.signal, start)
         if not go_on or start == total:
             saver(start, True)
-            return
+            return losses.scores
         train(
             fabric,
             fabric_model,
@@ -315,6 +334,15 @@ def learn(
             seconds=log.seconds,
             probe=longest_step(data.train, data.batching) if fabric.device.type == "cuda" else None,
         )
+    return losses.scores
+
+
+def keep_answers(out_dir: Path, log: RunLog, step: int, records: list[Record]) -> None:
+    """Put the answers of a validation into OUT/samples.jsonl, and show a few; what a run that goes on repeats is there once."""
+    write_log(out_dir / SAMPLES, [*read_log(out_dir / SAMPLES, step - 1), *records])
+    free = [record for record in records if "wanted" not in record]
+    for record in (free or records)[:SHOWN]:
+        log.say(f"  says    {one_line(record['prompt'], 60)} -> {one_line(record['answer'], 100)}")
 
 
 @contextmanager
@@ -341,50 +369,6 @@ def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
         raise ResourceError(f"Out of memory. {reason}\n{savings(config, data)}") from None
-
-
-def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog) -> None:
-    """Write summary.json, loss.png and report.md, and say what came out and what to type next."""
-    assert config.out_dir is not None
-    out_dir = config.out_dir
-    log.close()
-    train = [record for record in log.records if "loss" in record]
-    val = [record["val_loss"] for record in log.records if "val_loss" in record]
-    tokens, seconds = sum(record["tokens"] for record in train), train[-1]["seconds"]
-    cuda = torch.cuda.is_available()
-    summary = {
-        "base": model.config.name,
-        "quantize": config.quantize,
-        "precision": config.precision,
-        "gpu": torch.cuda.get_device_name() if cuda else "none",
-        "trainable_parameters": count_trainable(model),
-        "frozen_parameters": count_parameters(model.config),
-        "steps": len(train),
-        "skipped_steps": sum(record.get("skipped", False) for record in train),
-        "tokens": tokens,
-        "samples": sum(record["samples"] for record in train),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_gib": train[-1]["peak_gib"],
-        "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]),
-        "val_loss_before": val[0] if val else None,
-        "val_loss": val[-1] if val else None,
-        "versions": versions(),
-    }
-    following = (
-        f"python scripts/merge_lora.py --lora_path {out_dir}/final --checkpoint_dir {config.checkpoint_dir}\n"
-        f"python scripts/chat.py --checkpoint_dir {config.checkpoint_dir} --lora_path {out_dir}/final"
-    )
-    plot_losses(log.records, out_dir / "loss.png")
-    write_report(out_dir / "report.md", f"LoRA on {model.config.name}", summary, log.records, following)
-    write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")  # the last: it says that the run is over
-    before_after = f"val_loss {val[0]:.4f} -> {val[-1]:.4f}   " if val else ""
-    tell(
-        f"done    {before_after}{tokens / seconds:,.0f} tokens/s   peak {summary['peak_gib']:.2f} GiB   "
-        f"{duration(seconds)}\n"
-        f"adapter {out_dir}/final   log, loss.png, report.md in {out_dir}\n"
-        f"next    {following.splitlines()[0]}"
-    )
 
 
 def versions() -> dict[str, str]:

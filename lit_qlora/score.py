@@ -1,7 +1,8 @@
 """Log-probabilities of given continuations: what multiple choice, perplexity and comparisons of models are made of.
 
 Requests are sorted by length and batched. Those that the model reads alike, such as choices that differ in their last
-token only, share a row; those that continue the same context read it once and go on from its keys and values.
+token only, share a row; those that begin alike, such as choices of several tokens or questions after the same examples,
+read their common beginning once and go on from its keys and values.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,30 +21,40 @@ Request = tuple[Sequence[int], Sequence[int]]
 BatchSize = int | Literal["auto"]
 
 TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
-"""Tokens of a forward pass with batch size auto. On a GPU enough that decoding 4-bit weights is a small part of it, and
-as many tokens of keys and values fit; on a CPU as many as its caches bear."""
+"""Tokens of a forward pass with batch size auto. On a GPU enough that decoding 4-bit weights is a small part of it, on a
+CPU as many as its caches bear."""
+KEPT_AT_ONCE = {"cuda": 2, "cpu": 8}
+"""Tokens whose keys and values are kept, as a multiple of those; half a megabyte each for 7B in 16 bit."""
 WORTH_SHARING = 0.2
-"""Share of a context's requests' tokens that reading it once must save; it costs a second, smaller forward pass."""
+"""Share of a row's tokens that joining those that begin alike must save: two forward passes cost more than one."""
+SHORTEST_SHARED = 16
+"""Tokens of a beginning that are worth a forward pass of their own."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One input of the model, and the requests that it answers."""
+    """One input of the model, and the requests that it answers.
+
+    Attributes:
+        free: its first tokens, behind which nothing is predicted.
+    """
 
     ids: Ids
+    free: int
     requests: list[int]
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Rows that are read together.
+class _Group:
+    """Rows whose first `shared` tokens are the same and are read once."""
 
-    Attributes:
-        groups: rows that begin with the same `shared` tokens; each row is a group of its own where nothing is shared.
-    """
+    rows: list[_Row]
+    shared: int = 0
 
-    groups: list[list[_Row]]
-    shared: list[int]
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.rows)
 
 
 class Scorer:
@@ -64,7 +75,8 @@ class Scorer:
         self.model, self.batch_size = model, batch_size
         self.max_length = min(max_length or model.config.block_size, model.config.block_size)
         self.device = model.embed.weight.device
-        self.tokens_at_once = TOKENS_AT_ONCE["cuda" if self.device.type == "cuda" else "cpu"]
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.tokens_at_once, self.kept = TOKENS_AT_ONCE[kind], KEPT_AT_ONCE[kind]
         self.truncated = 0
         # These rotate by the length that there is when a token is read, so reading in two steps is another function.
         self._can_share = model.config.rope_scaling not in ("dynamic", "longrope")
@@ -83,15 +95,14 @@ class Scorer:
         results = [(0.0, True)] * len(requests)
         waiting = self._groups(requests)
         while waiting:
-            batch, rest = self._take(waiting, requests)
+            batch, rest = self._take(waiting)
             try:
                 answered = self._answer(batch, requests)
             except torch.OutOfMemoryError:
-                rows = sum(map(len, batch.groups))
-                if self.batch_size != "auto" or rows == 1:
+                if self.batch_size != "auto" or sum(len(group.rows) for group in batch) == 1:
                     raise
-                # One group that is still too large is read row by row.
-                waiting = [[row] for row in waiting[0]] + waiting[1:] if len(batch.groups) == 1 else waiting
+                if len(batch) == 1:
+                    waiting = [_Group([row]) for row in batch[0].rows] + rest
                 self.tokens_at_once //= 2
                 continue
             for index, result in answered:
@@ -100,57 +111,74 @@ class Scorer:
             waiting = rest
         return results
 
-    def _groups(self, requests: Sequence[Request]) -> list[list[_Row]]:
-        """Rows, those that should share their context together, the longest first: memory peaks at once."""
-        by_context: dict[Ids, dict[Ids, _Row]] = {}
+    def _groups(self, requests: Sequence[Request]) -> list[_Group]:
+        """All rows, those that begin alike together where that pays, the longest first: memory peaks at once."""
+        answers: dict[Ids, list[int]] = {}
         for index, (context, continuation) in enumerate(requests):
-            ids, cut = self._input(context, continuation)
-            key = ids if cut else tuple(context)  # what is cut begins at places of its own
-            by_context.setdefault(key, {}).setdefault(ids, _Row(ids, [])).requests.append(index)
-        groups: list[list[_Row]] = []
-        for context, found in by_context.items():
-            rows = sorted(found.values(), key=lambda row: -len(row.ids))
-            saved = (len(rows) - 1) * (len(context) - 1)
-            share = self._can_share and saved > WORTH_SHARING * sum(len(row.ids) for row in rows)
-            together = self._most_rows(len(rows[0].ids)) if share else 1
-            groups += [rows[i : i + together] for i in range(0, len(rows), together)]
-        # Groups that share a context are kept apart from rows that do not: they take different paths.
-        return sorted(groups, key=lambda group: (len(group) == 1, -len(group[0].ids)))
+            answers.setdefault(self._input(context, continuation), []).append(index)
+        rows = [
+            _Row(ids, len(ids) - max(len(requests[index][1]) for index in indices), indices)
+            for ids, indices in answers.items()
+        ]
+        if not self._can_share:
+            groups = [_Group([row]) for row in rows]
+        else:
+            groups = []
+            for row in sorted(rows, key=lambda row: row.ids):  # those that begin alike stand side by side
+                joined = self._joined(groups[-1], row) if groups else None
+                if joined:
+                    groups[-1] = joined
+                else:
+                    groups.append(_Group([row], row.free))
+            groups = [group if len(group.rows) > 1 else _Group(group.rows) for group in groups]
+        # Groups that share a beginning are kept apart from rows that do not: they take different paths.
+        return sorted(groups, key=lambda group: (group.shared == 0, -group.longest))
 
-    def _take(self, waiting: list[list[_Row]], requests: Sequence[Request]) -> tuple[_Batch, list[list[_Row]]]:
+    def _joined(self, group: _Group, row: _Row) -> _Group | None:
+        """The group with one more row, whose beginning may be shorter then; None where that would not pay."""
+        last, count = group.rows[-1].ids, len(group.rows)
+        pairs = enumerate(zip(last, row.ids, strict=False))
+        alike = next((i for i, (a, b) in pairs if a != b), min(len(last), len(row.ids)))
+        joined = _Group([*group.rows, row], min(alike, row.free, group.shared))
+        saved = count * joined.shared - (count - 1) * group.shared
+        pays = joined.shared >= SHORTEST_SHARED and saved > WORTH_SHARING * len(row.ids)
+        return joined if pays and self._fits([joined]) else None
+
+    def _take(self, waiting: list[_Group]) -> tuple[list[_Group], list[_Group]]:
         """The first groups, as many as a forward pass takes, and the others."""
-        most, alone = self._most_rows(len(waiting[0][0].ids)), len(waiting[0]) == 1
-        groups: list[list[_Row]] = []
-        rows = 0
+        batch: list[_Group] = []
         for group in waiting:
-            if groups and (rows + len(group) > most or (len(group) == 1) != alone):
+            if batch and ((group.shared == 0) != (batch[0].shared == 0) or not self._fits([*batch, group])):
                 break
-            groups.append(group)
-            rows += len(group)
-        shared = [0 if alone else len(requests[group[0].requests[0]][0]) - 1 for group in groups]
-        return _Batch(groups, shared), waiting[len(groups) :]
+            batch.append(group)
+        return batch, waiting[len(batch) :]
 
-    def _most_rows(self, length: int) -> int:
-        """Rows of a forward pass whose longest has so many tokens."""
-        return max(1, self.tokens_at_once // max(1, length)) if self.batch_size == "auto" else self.batch_size
+    def _fits(self, batch: Sequence[_Group]) -> bool:
+        """Whether these rows can be read together."""
+        rows = sum(len(group.rows) for group in batch)
+        if self.batch_size != "auto":
+            return rows <= self.batch_size
+        longest = max(group.longest for group in batch)
+        read = max(group.longest - group.shared for group in batch)
+        kept = rows * longest if any(group.shared for group in batch) else 0
+        return rows * read <= self.tokens_at_once and kept <= self.kept * self.tokens_at_once
 
-    def _input(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Ids, bool]:
-        """What the model reads: all but the last token, at most max_length, and whether its beginning was cut."""
+    def _input(self, context: Sequence[int], continuation: Sequence[int]) -> Ids:
+        """What the model reads: all but the last token, at most max_length."""
         if len(continuation) > self.max_length:
             raise DataError(
                 f"A continuation of {len(continuation)} tokens is to be scored, "
                 f"and the model's context holds {self.max_length}. Leave this task out for this model."
             )
         ids = (*context, *continuation)
-        cut = len(ids) > self.max_length + 1
-        self.truncated += cut
-        return ids[-(self.max_length + 1) :][:-1], cut
+        self.truncated += len(ids) > self.max_length + 1
+        return ids[-(self.max_length + 1) :][:-1]
 
     @torch.no_grad()
-    def _answer(self, batch: _Batch, requests: Sequence[Request]) -> list[tuple[int, tuple[float, bool]]]:
+    def _answer(self, batch: Sequence[_Group], requests: Sequence[Request]) -> list[tuple[int, tuple[float, bool]]]:
         """(number, result) of every request of the batch."""
         hidden = self._hidden(batch)
-        rows = [(row, shared) for group, shared in zip(batch.groups, batch.shared, strict=True) for row in group]
+        rows = [(row, group.shared) for group in batch for row in group.rows]
         picked: list[Tensor] = []
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -165,23 +193,21 @@ class Scorer:
         parts = zip(spans, log_probs.split([n for _, n in spans]), greedy.split([n for _, n in spans]), strict=True)
         return [(index, (float(lp.double().sum()), bool(hits.all()))) for (index, _), lp, hits in parts]
 
-    def _hidden(self, batch: _Batch) -> Tensor:
+    def _hidden(self, batch: Sequence[_Group]) -> Tensor:
         """(rows, T, E) behind what each group shares, the shorter rows padded on the right."""
-        ends = [row.ids[n:] for group, n in zip(batch.groups, batch.shared, strict=True) for row in group]
-        if not any(batch.shared):
-            return self.model.hidden(self._padded(ends))
+        ends = self._padded([row.ids[group.shared :] for group in batch for row in group.rows])
+        widest = max(group.shared for group in batch)
+        if not widest:
+            return self.model.hidden(ends)
         config, weight = self.model.config, self.model.embed.weight
-        starts = [group[0].ids[:shared] for group, shared in zip(batch.groups, batch.shared, strict=True)]
-        widest = max(batch.shared)
-        padding = [widest - len(ids) for ids in starts]
+        padding = [widest - group.shared for group in batch]
         left_pad = torch.tensor(padding, device=self.device) if any(padding) else None
-        length = widest + max(map(len, ends))
-        cache = KVCache(config, len(starts), length, weight.dtype, self.device, left_pad)
-        tokens = [(*[0] * pad, *ids) for pad, ids in zip(padding, starts, strict=True)]
-        self.model.hidden(torch.tensor(tokens, device=self.device), cache)
-        members = [i for i, group in enumerate(batch.groups) for _ in group]
+        cache = KVCache(config, len(batch), widest + ends.size(1), weight.dtype, self.device, left_pad)
+        starts = [(*[0] * pad, *group.rows[0].ids[: group.shared]) for pad, group in zip(padding, batch, strict=True)]
+        self.model.hidden(torch.tensor(starts, device=self.device), cache)
+        members = [i for i, group in enumerate(batch) for _ in group.rows]
         cache.select(torch.tensor(members, device=self.device))
-        return self.model.hidden(self._padded(ends), cache)
+        return self.model.hidden(ends, cache)
 
     def _padded(self, rows: Sequence[Ids]) -> Tensor:
         """(rows, T), padded on the right, where nothing before the padding sees it."""

@@ -695,6 +695,9 @@ class FinetuneConfig:
     """Storage of the frozen base weights; bnb.nf4 needs about a quarter of the 16-bit memory."""
     quantize_head: bool = False
     """Quantise the output head too."""
+    quantize_cache: str = "auto"
+    """Where quantised weights are kept for the next run; by default ~/.cache/lit_qlora, on a GPU and if they take less
+    than a tenth of the free space. 'none' keeps nothing."""
     precision: Precision = "auto"
     """Dtype of weights and activations; adapters and optimizer are always float32. 'auto' is bf16-true on a GPU that
     has it, 16-mixed on another GPU, 32-true on a CPU."""

@@ -1,20 +1,13 @@
-"""How good the model is on samples that it does not learn from, when that is measured, and which step was best."""
+"""When a run is validated, which step was the best, and when it is no use to go on."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricModule
-
-from lit_qlora.data import Batch
 from lit_qlora.errors import UsageError
+from lit_qlora.measures import NEEDS, Measure
+from lit_qlora.report import Record, smaller_is_better
 from lit_qlora.settings import EvalConfig
 from lit_qlora.stopping import StopRequest
-from lit_qlora.train import Record, pinned, sum_over_ranks
-
-SMALLER_IS_BETTER = ("val_loss", "val_ppl", "kl_to_base")
 
 
 class Validator:
@@ -22,7 +15,7 @@ class Validator:
 
     Args:
         every: optimizer steps between validations.
-        measures: each gives figures for the record of a validation; validation loss is one of them.
+        measures: each gives figures for the record of a validation.
         log: gets a record for each validation.
         keep: is called with the step of a validation that was the best so far.
     """
@@ -32,7 +25,7 @@ class Validator:
         config: EvalConfig,
         every: int,
         total: int,
-        measures: Sequence[Callable[[], Record]],
+        measures: Sequence[Measure],
         log: Callable[[Record], None],
         keep: Callable[[int], None],
         stop: StopRequest,
@@ -70,7 +63,7 @@ class Validator:
         """Validate; False if the run should end because it no longer gets better. A signal cuts it short."""
         record: Record = {"step": step}
         for measure in self.measures:
-            record |= measure()
+            record |= measure(step)
             if self.stop.signal:
                 return True
         self.log(record)
@@ -85,34 +78,13 @@ class Validator:
         if name == "none":
             return False
         if name not in record:
+            if name in NEEDS or self.best is not None:
+                return False  # there is nothing to validate on, or the measure failed
             figures = ", ".join(key for key in record if key != "step")
             raise UsageError(f"eval.best {name!r} is not a figure of the validations. They have {figures}.")
-        figure = record[name] if name in SMALLER_IS_BETTER else -record[name]
+        figure = record[name] if smaller_is_better(name) else -record[name]
         if self.best is None or figure < self.best[0]:
             self.best, self.worse = (figure, record["step"]), 0
             return True
         self.worse += 1
         return False
-
-
-@torch.no_grad()
-def evaluate(fabric: Fabric, model: _FabricModule, batches: Sequence[Batch], stop: StopRequest | None = None) -> Record:
-    """Mean loss per labelled token over `batches`, and its perplexity; each rank takes its share.
-
-    The model is back in the mode it was in when this returns, whatever happens. Nothing comes back where a signal cut
-    it short.
-    """
-    training = model.training
-    model.eval()
-    try:
-        total = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # sum of losses, labelled tokens
-        for batch in batches[fabric.global_rank :: fabric.world_size]:
-            if stop and stop.signal and fabric.world_size == 1:  # other ranks would wait for the sum
-                return {}
-            loss = model.loss(*pinned(batch, fabric.device))
-            total += torch.stack((loss.double(), (batch.labels >= 0).sum().to(total)))
-    finally:
-        model.train(training)
-    loss, labelled = sum_over_ranks(fabric, total).tolist()
-    mean = loss / labelled
-    return {"val_loss": mean, "val_ppl": math.exp(min(mean, 700.0))}  # beyond it a float64 overflows

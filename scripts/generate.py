@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import cli
-from lit_qlora.errors import DataError, UsageError
+from lit_qlora.errors import UsageError
 from lit_qlora.settings import GenerationConfig, check
 from lit_qlora.use import DraftConfig, UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 
@@ -114,32 +114,9 @@ def read_rows(config: Config) -> Iterator[tuple[str, dict[str, str], dict[str, A
     if config.prompts is None:
         yield "prompt", {"instruction": config.prompt, "input": config.input, "system": config.system}, {}
         return
-    from lit_qlora.data.sources import Source, find_sources, read_records
+    from lit_qlora.data.prompt_files import read_prompts
 
-    (source,), _ = find_sources([str(config.prompts)], None)
-    records = read_lines(source) if config.prompts.suffix == ".txt" else read_records(Source(source.path))
-    found = False
-    for place, row in records:
-        if isinstance(row, DataError):
-            raise DataError(f"{place}: {row}")
-        ask = next((row[name] for name in ("instruction", "prompt") if row.get(name)), None)
-        if not isinstance(ask, str):
-            raise DataError(f"{place}: no instruction and no prompt (has: {', '.join(map(str, row)) or 'nothing'}).")
-        texts = {name: str(row.get(name) or default) for name, default in (("input", ""), ("system", config.system))}
-        found = True
-        yield place, {"instruction": ask, **texts}, row
-    if not found:
-        raise DataError(f"{config.prompts} holds no prompt.")
-
-
-def read_lines(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A prompt for each line of a text file that is not blank."""
-    from lit_qlora.data.sources import read_records
-
-    for place, row in read_records(source):
-        for number, line in enumerate(row["text"].split("\n"), start=1):
-            if line.strip():
-                yield f"{place}:{number}", {"prompt": line.strip()}
+    yield from read_prompts(config.prompts, config.system)
 
 
 def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[tuple[str, int, str]]]]) -> None:

@@ -29,7 +29,7 @@ def main(config: Config) -> None:
     from lit_qlora.data import boundary, show
     from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
     from lit_qlora.errors import DataError
-    from lit_qlora.report import plot_lengths
+    from lit_qlora.pages import plot_lengths
     from lit_qlora.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(config.checkpoint_dir)

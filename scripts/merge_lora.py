@@ -12,6 +12,7 @@ from typing import Literal
 from lit_qlora import cli
 from lit_qlora.errors import CheckpointError
 from lit_qlora.settings import check
+from lit_qlora.use import peak_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def main(config: MergeConfig) -> None:
         f"merged {len(report['layers'])} layers of {report['base']['name']} (onto the {config.base} weights)\n"
         f"  the largest update is {report['largest_update']:.2%} of its weight; rounding to the base's dtype lost "
         f"{report['largest_rounding']:.2%}\n"
-        f"  {out_dir}   details in merge_report.json"
+        f"  {out_dir}   details in merge_report.json   {peak_memory()} at most"
     )
 
 

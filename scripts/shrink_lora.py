@@ -11,6 +11,9 @@ from lit_qlora import cli
 from lit_qlora.errors import CheckpointError
 from lit_qlora.settings import check
 
+NOT_KEPT = ("format", "files", "lora", "init", "loftq_steps")
+"""What the manifest of the larger adapter says that is not true of the smaller one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShrinkConfig:
@@ -52,7 +55,7 @@ def main(config: ShrinkConfig) -> None:
     from lit_qlora.shrink import candidates, cut, loss_at, smallest_rank, spectra
 
     adapter = read_adapter(config.lora_path)
-    facts = {k: v for k, v in (adapter.manifest or {}).items() if k not in ("format", "files", "lora")}
+    facts = {k: v for k, v in (adapter.manifest or {}).items() if k not in NOT_KEPT}
     checkpoint_dir = config.checkpoint_dir or (Path(facts["base"]["path"]) if facts else None)
     if checkpoint_dir is None:
         raise CheckpointError(f"{config.lora_path} does not say which base it was trained on. Give --checkpoint_dir.")

@@ -220,6 +220,25 @@ def test_an_unknown_generation_setting_is_named(pair, capsys):
     assert capsys.readouterr().err == "Not understood, so left out of the generation: watermark.\n"
 
 
+def test_fewer_answers_are_made_at_once_where_memory_is_short(pair, monkeypatch):
+    asked = requests(*((f"The fox {i}", {"max_gen_toks": 4}) for i in range(7)))
+    expected = pair.ours.generate_until(asked, disable_tqdm=True)
+    generate, sizes = lm_eval_model.generate, []
+
+    def short(model, prompts, *args, **settings):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return generate(model, prompts, *args, **settings)
+
+    monkeypatch.setattr(lm_eval_model, "generate", short)
+    lm = lm_eval_model.GPTModel(pair.ours.model, pair.ours.tokenizer)
+    assert lm.generate_until(asked, disable_tqdm=True) == expected
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        lm_eval_model.GPTModel(pair.ours.model, pair.ours.tokenizer, 7).generate_until(asked, disable_tqdm=True)
+
+
 def test_sampled_answers_follow_the_seed(pair):
     asked = requests(("The fox", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0}))
 

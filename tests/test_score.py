@@ -31,6 +31,8 @@ def requests() -> list[tuple[list[int], list[int]]]:
     for i in range(12):
         context = ids(draw, draw.randint(1, 40))
         asked += [(context, ids(draw, draw.randint(1, 9))) for _ in range(i % 5 + 1)]
+    examples = ids(draw, 50)
+    asked += [(examples + ids(draw, draw.randint(1, 9)), ids(draw, 3)) for _ in range(7)]
     last = ids(draw, 30)
     asked += [(last, [token]) for token in range(4)] + asked[:3]
     asked += [(ids(draw, 94), ids(draw, 8)), ([1], [2]), ([1], [])]
@@ -73,6 +75,19 @@ def test_a_context_is_read_once(monkeypatch):
     assert read == [49, 4 * 5]
 
 
+def test_examples_before_several_questions_are_read_once(monkeypatch):
+    draw = random.Random(1)
+    examples, questions = ids(draw, 60), [ids(draw, 8) for _ in range(5)]
+    read = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, *args: read.append(args[0].numel()) or hidden(self, *args))
+    Scorer(tiny_model()).score([(examples + question, [letter]) for question in questions for letter in range(4)])
+    assert read == [60, 5 * 8]
+    read.clear()
+    Scorer(tiny_model()).score([(ids(draw, 20), ids(draw, 3)) for _ in range(4)])  # nothing in common
+    assert read == [4 * 22]
+
+
 def test_positions_that_depend_on_the_length_are_never_read_in_two_steps(monkeypatch):
     draw = random.Random(1)
     model = tiny_model(rope_scaling="dynamic", rope_factor=2.0, rope_original_block_size=16)
@@ -92,7 +107,7 @@ def test_batches_shrink_when_memory_is_short(monkeypatch):
             raise torch.OutOfMemoryError
         return hidden(self, tokens, *args)
 
-    fitting = [request for request in asked if len(request[0]) < 60]
+    fitting = [request for request in asked if len(request[0]) + len(request[1]) <= 60]
     expected = Scorer(model, 1).score(fitting)
     monkeypatch.setattr(GPT, "hidden", short)
     assert [x for x, _ in Scorer(model).score(fitting)] == pytest.approx([x for x, _ in expected], abs=1e-4)

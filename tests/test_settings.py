@@ -44,6 +44,12 @@ WRONG: list[tuple[type, str, list[Any]]] = [
     (TrainConfig, "micro_batch_size", [0]),
     (TrainConfig, "learning_rate", [0, -1e-4, math.nan, math.inf]),
     (TrainConfig, "warmup", [-0.1, math.nan, math.inf]),
+    (LoRAConfig, "rank_pattern", [{"query": 0}, {"(": 3}]),
+    (LoRAConfig, "alpha_pattern", [{"query": 0}, {"query": -1.0}, {"query": math.nan}, {"query": math.inf}]),
+    (LoRAConfig, "first_layers", [0, -1]),
+    (LoRAConfig, "last_layers", [0]),
+    (LoRAConfig, "loftq_steps", [0, 2]),
+    (TrainConfig, "neftune", [-1, math.nan, math.inf]),
     (TrainConfig, "floor", [-0.1, 1.1, math.nan]),
     (TrainConfig, "cycles", [0]),
     (TrainConfig, "power", [0, -1, math.nan]),
@@ -143,10 +149,11 @@ def test_one_target_may_be_given_as_a_word() -> None:
 
 def random_settings(rng: random.Random) -> FinetuneConfig:
     """Settings in which nothing is left at its default, but for what has one value only."""
+    variant = rng.choice(["start", "init"])
     return FinetuneConfig(
         checkpoint_dir=Path(rng.choice(["a/b", "with space/é", "/abs: olute", "null", "1e3", "~x", "#c"])),
         out_dir=rng.choice([None, Path("out"), Path("true")]),
-        quantize=rng.choice(SCHEMES),
+        quantize=rng.choice(SCHEMES[1:]),
         quantize_head=rng.random() < 0.5,
         precision=rng.choice(["bf16-true", "bf16-mixed", "16-mixed", "32-true"]),
         devices=rng.choice(["auto", 2, 8]),
@@ -159,6 +166,15 @@ def random_settings(rng: random.Random) -> FinetuneConfig:
             alpha=rng.uniform(1e-6, 1e6),
             dropout=rng.random(),
             targets=tuple(rng.sample(TARGETS, rng.randint(1, len(TARGETS)))),
+            first_layers=rng.choice([None, 3]),
+            last_layers=rng.choice([None, 1]),
+            rank_pattern=rng.choice([{"mlp.down": 3}, {r"blocks\.[01]\..*": 7, "key": 1}]),
+            alpha_pattern={"query|value": rng.uniform(1e-3, 99)},
+            rslora=rng.random() < 0.5,
+            dora=rng.random() < 0.5,
+            train_tokens=rng.choice([(), (5,), (7, 300)]),
+            start=Path("some/where") if variant == "start" else None,
+            **({"init": "loftq", "loftq_steps": 4} if variant == "init" else {}),  # type: ignore[arg-type]
         ),
         data=DataConfig(
             path=rng.choice([("d.jsonl",), ("0x10",), ("a: b", "c.csv*0.5"), "hf:org/name:config"]),
@@ -202,6 +218,7 @@ def random_settings(rng: random.Random) -> FinetuneConfig:
             floor=rng.random(),
             warmup=rng.choice([0, 0.1, 100.0]),
             weight_decay=10 ** rng.uniform(-12, 1),
+            neftune=rng.choice([0.5, 5]),
             max_norm=rng.choice([0, 1e-5, 1e16]),
             save_every=rng.randint(0, 99),
             keep_last=rng.randint(1, 99),
@@ -238,7 +255,7 @@ def test_every_setting_has_a_flag_of_its_name(seed: int) -> None:
             if is_dataclass(value):
                 found += flags(value, f"{prefix}{field.name}.")
             else:
-                text = json.dumps(value) if isinstance(value, tuple) else "null" if value is None else str(value)
+                text = json.dumps(value) if isinstance(value, tuple | dict) else "null" if value is None else str(value)
                 found.append(f"--{prefix}{field.name}={text}")
         return found
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.adapter import load_adapter, read_adapter
+from lit_qlora.adapter import attach_adapter, read_adapter, settle, start_adapters
 from lit_qlora.checkpoint import load_model
 from lit_qlora.convert import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.init import EXACT, pissa
 from lit_qlora.lora import LoRALinear, add_lora, frozen_weight, lora_state
 from lit_qlora.merge import merge_checkpoint
 from lit_qlora.model import GPT
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import FinetuneConfig, LoRAConfig, Scheme
-from lit_qlora.start import EXACT, pissa, settle, start_adapters
 from tests.conftest import tiny_model, write_checkpoint
 from tests.reference import hugging_face_model
 from tests.test_adapter import save
@@ -163,13 +163,13 @@ def test_a_start_is_the_same_every_time(init: Any, base: Path) -> None:
 def test_singular_values_of_a_large_matrix_are_found_by_iteration() -> None:
     torch.manual_seed(0)
     weight = trained_like((EXACT + 6, EXACT + 16))
-    layer = LoRALinear(nn.Linear(*reversed(weight.shape), bias=False), LoRAConfig(r=8, alpha=8))
     before = torch.get_rng_state()
-    a, b = pissa(layer, weight, LoRAConfig())
+    rest, a, b = pissa(weight, 8, 1.0)
     assert torch.equal(torch.get_rng_state(), before)
     u, s, vh = torch.linalg.svd(weight)
     best = (weight - u[:, :8] * s[:8] @ vh[:8]).norm()
-    assert (weight - b @ a).norm() < 1.0005 * best  # singular values this close have no sharp directions
+    assert torch.equal(rest, weight - b @ a)
+    assert rest.norm() < 1.0005 * best  # singular values this close have no sharp directions
 
 
 def test_a_rank_that_the_weight_does_not_have_is_refused() -> None:
@@ -197,8 +197,7 @@ def test_what_is_saved_is_a_change_of_the_published_base(
     adapter = read_adapter(tmp_path / "final")
     assert (adapter.config.r, adapter.config.rank("x.down"), adapter.config.init) == (8, 12, "default")
     other = load_model(base)
-    add_lora(other, adapter.config)
-    load_adapter(other, tmp_path / "final")
+    attach_adapter(other, adapter, base)
     merge_checkpoint(adapter, base, tmp_path / "merged")
     with torch.no_grad():
         expected = model(TOKENS)
@@ -222,6 +221,31 @@ def test_trained_on_a_quantised_base_it_is_a_change_of_the_published_one_too(
     for path, layer in adapters(model).items():
         moved = merged.get_parameter(f"{path}.weight") - original.get_parameter(f"{path}.weight")
         torch.testing.assert_close(moved.detach(), effective(layer) - before[path], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "settings",
+    [{"init": "pissa"}, {"init": "olora", "dora": True}, {"init": "loftq"}, {"init": "loftq", "loftq_steps": 3}],
+    ids=str,
+)
+def test_on_a_base_that_is_quantised_as_in_training_it_is_exactly_what_was_trained(
+    settings: dict, scheme: Scheme, base: Path, tmp_path: Path
+) -> None:
+    config = LoRAConfig(r=4, alpha=12, targets="all", rank_pattern={"key": 2}, **settings)
+    model = started(base, config, scheme)
+    disturb(model)
+    save(tmp_path / "final", model, config, base, quantize=scheme, quantize_head=False, precision="32-true")
+    adapter = read_adapter(tmp_path / "final")
+    again, other = (load_model(base, quantize=kind) for kind in (scheme, "bnb.fp4"))  # type: ignore[arg-type]
+    for one in (again, other):
+        attach_adapter(one, adapter, base)
+    merge_checkpoint(adapter, base, tmp_path / "merged", base="quantized")
+    with torch.no_grad():
+        expected = model(TOKENS)
+        torch.testing.assert_close(again.eval()(TOKENS), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load_model(tmp_path / "merged").eval()(TOKENS), expected, rtol=1e-4, atol=1e-4)
+        assert (other.eval()(TOKENS) - expected).abs().max() < 1  # a change of the published base, on any base
 
 
 # Another adapter to start from.

@@ -1,0 +1,335 @@
+"""What a validation measures: loss and accuracy of tokens, answers, how far the model has moved from its base."""
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from lit_qlora.data import Batch, RunData
+from lit_qlora.data.prompt_files import read_prompts
+from lit_qlora.errors import DataError, UsageError, did_you_mean
+from lit_qlora.generate import generate
+from lit_qlora.generate.state import evaluating
+from lit_qlora.lora import without_adapters
+from lit_qlora.metrics import chrf, text_metrics
+from lit_qlora.model import GPT, LOGITS_AT_ONCE
+from lit_qlora.report import Record, tell
+from lit_qlora.settings import EvalConfig, FinetuneConfig, GenerationConfig, check
+from lit_qlora.stopping import StopRequest
+from lit_qlora.train import pinned, sum_over_ranks
+
+Measure = Callable[[int], Record]
+"""Gives figures for the record of the validation after so many steps."""
+
+Ask = Callable[[GPT], Record]
+"""Gives a model's figures in the tasks of eval.tasks."""
+
+MAX_NEW_TOKENS = 128
+ANSWERS_AT_ONCE = 16
+PROBE_TOKENS = 512
+"""Most tokens of the text on which the distance to the base is measured."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the model is asked."""
+
+    ids: list[int]
+    prompt: str
+    wanted: str = ""
+    """'' where no answer is known."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What the model is asked at validations, besides the validation samples."""
+
+    questions: list[Question]
+    """Some of the validation samples, whose answers are compared."""
+    prompts: list[Question]
+    """Those of eval.prompts."""
+    text: list[int]
+    """Ids of a text on which model and base are compared."""
+
+
+NEEDS = {
+    **dict.fromkeys(("val_loss", "val_ppl", "val_accuracy"), "validation samples"),
+    **dict.fromkeys(("exact_match", "bleu", "chrf", "rouge_l"), "--eval.generate"),
+    "kl_to_base": "--eval.kl_text",
+}
+"""What each figure is made from; those of tasks are called TASK/METRIC."""
+
+
+def check_best(config: FinetuneConfig, data: RunData) -> None:
+    """Raise UsageError if eval.best names a figure that no validation of this run will have."""
+    given = {
+        "validation samples": data.val_batches,
+        "--eval.generate": config.eval.generate,
+        "--eval.kl_text": config.eval.kl_text,
+    }
+    best = config.eval.best
+    if best == "none" or (best == EvalConfig.best and not config.eval.patience):
+        return
+    if best not in NEEDS:
+        known = [*NEEDS, "none"]
+        check(
+            "/" in best and bool(config.eval.tasks),
+            f"eval.best {best!r} is not a figure of validations.{did_you_mean(best, known)} Known: {', '.join(known)}, "
+            "and TASK/METRIC with --eval.tasks.",
+        )
+        return
+    check(bool(given[NEEDS[best]]), f"eval.best {best} needs {NEEDS[best]}.")
+
+
+def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
+    """What eval.generate, eval.prompts and eval.kl_text ask for.
+
+    Raises:
+        UsageError, DataError: if a file cannot be read, the validation samples hold no answers, or eval.best is none of
+            the figures.
+    """
+    check_best(config, data)
+    questions: list[Question] = []
+    if config.eval.generate:
+        rows = [row for batch in data.val_batches for row in zip(batch.tokens, batch.labels, strict=True)]
+        if not rows or not config.data.mask_prompt:
+            reason = "data.mask_prompt is false, so nobody knows where they begin" if rows else "there is none"
+            raise UsageError(f"eval.generate compares answers of validation samples, and {reason}.")
+        count = min(config.eval.generate, len(rows))  # of all lengths, for the rows are sorted by them
+        questions = [question(data, *rows[i * len(rows) // count]) for i in range(count)]
+    prompts = []
+    if config.eval.prompts:
+        for _, texts, _ in read_prompts(config.eval.prompts, config.data.system):
+            shown = "\n".join(text for text in (texts["instruction"], texts["input"]) if text)
+            prompts.append(Question(data.style.encode_prompt(data.tokenizer, **texts), shown))
+    return Probes(questions, prompts, read_text(config.eval.kl_text, data) if config.eval.kl_text else [])
+
+
+def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question:
+    """The last answer of a sample, and all that comes before it.
+
+    Args:
+        tokens, labels: (T,) a row of a Batch.
+    """
+    learnt = (labels >= 0).tolist()
+    end = max(place for place, is_learnt in enumerate(learnt) if is_learnt) + 1
+    start = next(place for place in range(end - 1, -1, -1) if place == 0 or not learnt[place - 1])
+    if start == 0:
+        raise UsageError("eval.generate compares answers, and a validation sample is a text without a prompt.")
+    ids, answer = tokens[: start + 1].tolist(), labels[start:end].tolist()
+    stops = _stop_ids(data)
+    wanted = data.tokenizer.decode([token for token in answer if token not in stops])
+    return Question(ids, data.tokenizer.decode(ids).strip(), data.style.said(wanted).strip())
+
+
+def read_text(path: Path, data: RunData) -> list[int]:
+    """The first ids of a text file; 'default' is probe.txt of the package."""
+    try:
+        text = (files("lit_qlora") / "probe.txt" if path == Path("default") else path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"eval.kl_text {path} cannot be read: {error}.") from None
+    ids = data.tokenizer.encode(text)[:PROBE_TOKENS]
+    if len(ids) < 2:
+        raise DataError(f"eval.kl_text {path} has {len(ids)} tokens, so nothing in it can be predicted.")
+    return ids
+
+
+def more_measures(
+    fabric: Fabric,
+    model: GPT,
+    config: FinetuneConfig,
+    data: RunData,
+    probes: Probes,
+    write: Callable[[int, list[Record]], object],
+    tasks: Measure | None = None,
+) -> list[Measure]:
+    """What the validations of a run measure besides the losses.
+
+    Args:
+        write: is given the answers of each validation, with their prompts.
+        tasks: asks the tasks of lm-eval.
+    """
+    extras: dict[str, Measure] = {}
+    if probes.questions or probes.prompts:
+        most = config.eval.max_new_tokens or MAX_NEW_TOKENS
+        extras["the answers"] = lambda step: _answers(model, data, probes, most, step, write)
+    if probes.text:
+        extras["the distance to the base"] = lambda step: {
+            "kl_to_base": kl_to_base(fabric, model, probes.text[: model.config.block_size])
+        }
+    if tasks:
+        extras["eval.tasks"] = tasks
+    return [Optional(fabric, model, name, measure) for name, measure in extras.items()]
+
+
+def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: Sequence[Record]) -> Measure:
+    """Ask the tasks before the first step, after the last, and between them where `every` steps have gone by.
+
+    Args:
+        records: of the run so far; they are looked at again at each validation.
+    """
+
+    def measure(step: int) -> Record:
+        asked = [record["step"] for record in records if any("/" in name for name in record)]
+        return ask(model) if not asked or step == total or step - asked[-1] >= (every or 1) else {}
+
+    return measure
+
+
+class Losses:
+    """Loss per labelled token, perplexity, and the share of labelled tokens that are the likeliest; ranks share them.
+
+    Attributes:
+        scores: (S, 3) float64 of the last time, see score_rows; None before it.
+    """
+
+    def __init__(
+        self, fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest | None = None
+    ) -> None:
+        self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
+        self.scores: Tensor | None = None
+
+    def __call__(self, step: int) -> Record:
+        """See Measure. Nothing comes back where a signal cut it short."""
+        scores = score_rows(self.fabric, self.model, self.batches, self.stop)
+        if scores is None:
+            return {}
+        self.scores = scores
+        loss, right, labelled = scores.sum(dim=0).tolist()
+        ppl = math.exp(min(loss / labelled, 700.0))  # beyond it a float64 overflows
+        return {"val_loss": loss / labelled, "val_ppl": ppl, "val_accuracy": right / labelled}
+
+
+@torch.no_grad()
+def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest) -> Tensor | None:
+    """For each row of all batches: the sum of its losses, its labelled tokens that are the likeliest, its labelled tokens.
+
+    Only the logits of labelled tokens are computed, a slice of them at a time. The model's own mode is left as it was.
+
+    Returns:
+        (S, 3) float64 on the host, the same on every rank; None where a signal cut it short.
+    """
+    starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
+    scores = torch.zeros(starts[-1], 3, dtype=torch.float64, device=fabric.device)
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    with evaluating(model), fabric.autocast():
+        for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
+            if stop.signal and fabric.world_size == 1:  # other ranks would wait for the sum
+                return None
+            here = pinned(batch, fabric.device)
+            tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
+            rows, places = (labels >= 0).nonzero(as_tuple=True)
+            hidden, wanted = model.hidden(tokens)[rows, places], labels[rows, places]
+            for part, ids, row in zip(*(t.split(at_once) for t in (hidden, wanted, start + rows)), strict=True):
+                log_probs = model.logits(part).float().log_softmax(dim=-1)
+                found = log_probs.gather(-1, ids[:, None])[:, 0]
+                right = log_probs.argmax(dim=-1) == ids
+                each = torch.stack((-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)), 1)
+                scores.index_add_(0, row, each)
+    return sum_over_ranks(fabric, scores).cpu()
+
+
+class Optional:
+    """A measure that the run can do without, on rank 0 alone: where it fails, that is said and its figures are left out."""
+
+    def __init__(self, fabric: Fabric, model: GPT, name: str, measure: Measure) -> None:
+        self.fabric, self.model, self.name, self.measure = fabric, model, name, measure
+
+    def __call__(self, step: int) -> Record:
+        """See Measure."""
+        record: Record = {}
+        if self.fabric.is_global_zero:
+            try:
+                with undisturbed(self.model):
+                    record = self.measure(step)
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                tell(f"  note    {self.name} after step {step} failed: {type(error).__name__}: {reason}", sys.stderr)
+        shared: Record = self.fabric.broadcast(record)
+        return shared
+
+
+@contextmanager
+def undisturbed(model: GPT) -> Iterator[None]:
+    """The model is evaluated inside, and it and all that is random are as they were afterwards."""
+    state = random.getstate()
+    try:
+        with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _answers(
+    model: GPT, data: RunData, probes: Probes, most: int, step: int, write: Callable[[int, list[Record]], object]
+) -> Record:
+    """Let the model answer, greedily, and compare where it is known what was wanted."""
+    answers = answer(model, data, [*probes.questions, *probes.prompts], most)
+    known, free = answers[: len(probes.questions)], answers[len(probes.questions) :]
+    records: list[Record] = [
+        {"step": step, "prompt": q.prompt, "answer": said, "wanted": q.wanted, "chrf": chrf(said, q.wanted)}
+        for q, said in zip(probes.questions, known, strict=True)
+    ]
+    records += [
+        {"step": step, "prompt": q.prompt, "answer": said} for q, said in zip(probes.prompts, free, strict=True)
+    ]
+    write(step, records)
+    return text_metrics(known, [q.wanted for q in probes.questions]) if known else {}
+
+
+def answer(model: GPT, data: RunData, questions: Sequence[Question], most: int) -> list[str]:
+    """The likeliest answers, of at most so many tokens, in the order of the questions."""
+    config, stops, room = GenerationConfig(max_new_tokens=most), _stop_ids(data), model.config.block_size
+    # A prompt that fills the context loses its beginning, so that there is room for half an answer at least.
+    prompts = [question.ids[-(room - min(most, room // 2)) :] for question in questions]
+    answers = [""] * len(questions)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), ANSWERS_AT_ONCE):
+        some = order[start : start + ANSWERS_AT_ONCE]
+        made = generate(model, [prompts[i] for i in some], config, stops, data.tokenizer.size)
+        for i, ids in zip(some, made, strict=True):
+            answers[i] = data.style.said(data.tokenizer.decode(ids)).strip()
+    return answers
+
+
+@torch.no_grad()
+def kl_to_base(fabric: Fabric, model: GPT, ids: Sequence[int]) -> float:
+    """KL(base || model), the mean over the tokens of a text, in nats: how much of the base was forgotten there."""
+    tokens = torch.tensor([ids], device=fabric.device)
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    total = 0.0
+    with evaluating(model), fabric.autocast():
+        now = model.hidden(tokens)[0].split(at_once)
+        with without_adapters(model):
+            before = model.hidden(tokens)[0].split(at_once)
+        for mine, theirs in zip(now, before, strict=True):
+            adapted = model.logits(mine).float().log_softmax(dim=-1)
+            with without_adapters(model):
+                base = model.logits(theirs).float().log_softmax(dim=-1)
+            total += float((base.exp() * (base - adapted)).sum(dtype=torch.float64))
+    return total / len(ids)
+
+
+def _stop_ids(data: RunData) -> frozenset[int]:
+    return data.tokenizer.stop_ids | data.style.stop_ids(data.tokenizer)
+
+
+def best_and_worst(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
+    """Which rows have the smallest mean losses, and which the largest; none is in both.
+
+    Args:
+        scores: see score_rows.
+    """
+    order: Any = (scores[:, 0] / scores[:, 2]).argsort(stable=True).tolist()
+    best = order[: min(count, -(-len(order) // 2))]
+    return best, order[len(best) :][-count:][::-1]

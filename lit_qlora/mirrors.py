@@ -1,0 +1,154 @@
+"""Programs that show a run while it goes on: TensorBoard, Weights & Biases, MLflow. None of them can stop it."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lit_qlora.report import Record, tell
+from lit_qlora.settings import Mirror
+
+
+class Writer(Protocol):
+    """One of them."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the figures of a step, or of a validation after it."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left, and end."""
+        ...
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard."""
+
+    def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an interrupted run had shown after its last checkpoint comes again.
+        self.writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        if not start:
+            rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+            self.writer.add_text("settings", f"| | |\n|---|---|\n{rows}", 0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """See Writer."""
+        self.writer.close()
+
+
+class WandB:
+    """A run in OUT/wandb, offline unless WANDB_MODE says otherwise; one that goes on has the same id."""
+
+    def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        earlier = sorted((out_dir / "wandb").glob("*run-*-*"))
+        self.run = wandb.init(
+            project="lit_qlora",
+            name=out_dir.name,
+            dir=str(out_dir),
+            id=earlier[-1].name.rpartition("-")[2] if start and earlier else None,
+            resume="allow",
+            config=dict(settings),
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False),
+        )
+        self.run.define_metric("*", step_metric="step")  # the one that wandb counts itself would run ahead
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        self.run.log({**values, "step": step})
+
+    def close(self) -> None:
+        """See Writer."""
+        self.run.finish()
+
+
+class MLflow:
+    """A run in the file store OUT/mlruns; one that goes on is the same run."""
+
+    def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self.metric = Metric
+        self.client = MlflowClient((out_dir.resolve() / "mlruns").as_uri())
+        experiment = self.client.get_experiment_by_name("lit_qlora")
+        number = experiment.experiment_id if experiment else self.client.create_experiment("lit_qlora")
+        earlier = self.client.search_runs([number], max_results=1) if start else []
+        if earlier:
+            self.run_id = earlier[0].info.run_id
+            self.client.set_terminated(self.run_id, "RUNNING")
+        else:
+            self.run_id = self.client.create_run(number, run_name=out_dir.name).info.run_id
+            params = [Param(name, str(value)[:500]) for name, value in settings.items()]
+            self.client.log_batch(self.run_id, params=params)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, [self.metric(name, value, now, step) for name, value in values.items()])
+
+    def close(self) -> None:
+        """See Writer."""
+        self.client.set_terminated(self.run_id)
+
+
+WRITERS: dict[Mirror, Callable[[Path, Mapping[str, Any], int], Writer]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
+
+
+class Mirrors:
+    """Those that were asked for and still work; one that fails is named once, and left out from then on.
+
+    Args:
+        settings: those of the run, by their whole names.
+        start: steps that were done before.
+    """
+
+    def __init__(self, names: Sequence[Mirror], out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
+        self.writers: dict[Mirror, Writer] = {}
+        for name in names:
+            self._try(name, lambda name=name: self.writers.update({name: WRITERS[name](out_dir, settings, start)}))  # type: ignore[misc]
+
+    def __call__(self, record: Record) -> None:
+        """Take a record of the log."""
+        group = "train" if "loss" in record else "val"
+        values = {
+            f"{group}/{name.removeprefix('val_')}": float(value)
+            for name, value in record.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        for name, writer in list(self.writers.items()):
+            self._try(name, lambda writer=writer: writer.write(record["step"], values))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Let them write what is left."""
+        for name, writer in list(self.writers.items()):
+            self._try(name, writer.close)
+
+    def _try(self, name: Mirror, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except ImportError as error:
+            tell(f"  note    log.to {name} is not installed ({error}): pip install 'lit_qlora[{name}]'.", sys.stderr)
+        except Exception as error:  # whatever is wrong with them is no reason to lose a run
+            self.writers.pop(name, None)
+            reason = str(error).partition("\n")[0]
+            tell(f"  note    log.to {name} failed and is left out: {type(error).__name__}: {reason}", sys.stderr)

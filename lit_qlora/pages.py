@@ -1,0 +1,286 @@
+"""What a run leaves for people to look at: pictures, a page in Markdown and one in HTML that needs no other file."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.report import Record, duration, figures, short
+
+Row = Sequence[object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model makes of a sample that it did not learn from."""
+
+    prompt: str
+    wanted: str
+    said: str | None
+    """None where it was not asked to answer, and `score` is the loss of what was wanted."""
+    score: float
+    """chrF of the answer, or the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What there is to say of a run that is over."""
+
+    title: str
+    summary: Mapping[str, Any]
+    records: Sequence[Record]
+    lengths: Sequence[int]
+    """Tokens of each training sample before anything was cut."""
+    limit: int
+    """Most tokens that a sample may have."""
+    data: Sequence[str]
+    """Lines about the data."""
+    config: str
+    """The settings, as YAML."""
+    hashes: Mapping[str, str]
+    """What the run was made of -> sha256."""
+    following: str
+    """What to type next, a line each."""
+    best: Sequence[Answer] = field(default=())
+    """The best answers, the best first."""
+    worst: Sequence[Answer] = field(default=())
+    """The worst ones, the worst first."""
+    said: Sequence[Record] = field(default=())
+    """Answers to the prompts of eval.prompts, with their steps."""
+
+    @property
+    def facts(self) -> list[tuple[str, Any]]:
+        """The summary without what is a table of its own."""
+        return [(key.replace("_", " "), value) for key, value in self.summary.items() if not isinstance(value, dict)]
+
+
+# Pictures
+
+
+def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
+    """The loss of each step, its running average, the validation losses, and the learning rate below."""
+    from matplotlib.figure import Figure
+
+    train, val = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
+    figure = Figure(figsize=(width, 5.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
+    average: list[float] = []
+    for loss in losses:
+        average.append(0.9 * average[-1] + 0.1 * loss if average else loss)
+    top.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss of a step")
+    top.plot(steps, average, color="tab:blue", label="running average (EMA)")
+    if val:
+        top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation")
+    top.set_ylabel("loss per labelled token (nats)")
+    top.set_ylim(bottom=0)
+    top.grid(alpha=0.3)
+    top.legend(frameon=False)
+    bottom.plot(steps, [r["lr"] for r in train], color="tab:gray")
+    bottom.set_ylabel("learning rate")
+    bottom.set_ylim(bottom=0)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    bottom.set_xlabel("optimizer step")
+    bottom.grid(alpha=0.3)
+    return figure
+
+
+def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
+    """How many samples have how many tokens, with the limit that they may not exceed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4 if width == 8 else 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color="tab:blue")
+    if max(lengths) > limit:
+        axes.axvline(limit, color="tab:red", label=f"limit, {limit} tokens")
+        axes.legend(frameon=False)
+    axes.set_xlabel("tokens of a sample, prompt and answer")
+    axes.set_ylabel("samples")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_losses(records: Sequence[Record], path: Path) -> None:
+    """loss.png, see losses_figure."""
+    losses_figure(records).savefig(path, dpi=120)
+
+
+def plot_lengths(lengths: Sequence[int], limit: int, path: Path) -> None:
+    """See lengths_figure."""
+    lengths_figure(lengths, limit).savefig(path, dpi=120)
+
+
+def inline(figure: Any, name: str, says: str) -> str:
+    """The SVG of a figure, to stand in a page beside others; its letters are those of the page.
+
+    Args:
+        says: what it shows, for those who cannot see it.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])  # ids of two figures are alike
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(says)}"', svg, count=1)
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+
+
+# Pages
+
+
+def write_report(path: Path, outcome: Outcome) -> None:
+    """report.md: what was trained, how the figures went, and what to type next."""
+    lines = [f"# {outcome.title}", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {_cell(value)} |" for key, value in outcome.facts]
+    header, rows = _validations(outcome.records)
+    if rows:
+        lines += ["", f"| {' | '.join(map(str, header))} |", f"|{'---:|' * len(header)}"]
+        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    lines += ["", "![losses](loss.png)", ""]
+    for title, answers in (("Best", outcome.best), ("Worst", outcome.worst)):
+        for answer in answers:
+            said = "" if answer.said is None else f"\n* said: {one_line(answer.said)}"
+            lines += [f"**{title}, {_score(answer)}:** {one_line(answer.prompt)}", ""]
+            lines += [f"* wanted: {one_line(answer.wanted)}{said}", ""]
+    lines += ["## Next", "", "```", outcome.following, "```", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 0 auto; padding: 1rem;
+       max-width: 56rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 0; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d8dee4; padding-bottom: .2rem; }
+.sub, .note, dt { color: #57606a; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; margin: 1rem 0; }
+.tile { background: #f6f8fa; border-radius: 6px; padding: .6rem .8rem; }
+.tile b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #eaeef2; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { font-weight: 600; }
+.words td { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+svg { width: 100%; height: auto; display: block; }
+pre { background: #f6f8fa; border-radius: 6px; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; }
+.answer { border-left: 3px solid #bf8700; padding: .1rem 0 .1rem .8rem; margin: .9rem 0; overflow-wrap: anywhere; }
+.answer.good { border-color: #1a7f37; }
+.answer p { margin: .2rem 0; white-space: pre-wrap; }
+.answer span { color: #57606a; display: inline-block; min-width: 4.2rem; }
+summary { cursor: pointer; }
+"""
+
+
+def write_page(path: Path, outcome: Outcome) -> None:
+    """report.html: all there is to know of the run, in one file that loads nothing."""
+    summary = outcome.summary
+    names = figures(outcome.records)
+    tiles = [
+        *((name, f"{short(values[0][1])} → {short(values[-1][1])}") for name, values in list(names.items())[:3]),
+        ("time", duration(summary["seconds"])),
+        ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
+        ("peak memory", f"{summary['peak_gib']:.2f} GiB"),
+        ("trained", f"{summary['trainable_parameters']:,} of {summary['frozen_parameters']:,}"),
+    ]
+    header, rows = _validations(outcome.records)
+    kind = "chrF of the answer" if outcome.best and outcome.best[0].said is not None else "loss of the wanted answer"
+    sections = [
+        ("Loss", inline(losses_figure(outcome.records, 6), "loss", "Loss and learning rate of each step")),
+        ("Validations", _table(rows, header) if rows else ""),
+        (f"Best and worst answers, by {kind}", _answers(outcome)),
+        ("Answers to the prompts", _said(outcome.said)),
+        (
+            "Data",
+            _paragraphs(outcome.data)
+            + inline(lengths_figure(outcome.lengths, outcome.limit, 6), "lengths", "Lengths of the training samples"),
+        ),
+        ("Next", f"<pre>{escape(outcome.following)}</pre>"),
+        ("The run", _table([(key, _cell(value)) for key, value in outcome.facts], kind="words")),
+        ("Settings", f"<details><summary>config.yaml</summary><pre>{escape(outcome.config)}</pre></details>"),
+        ("Versions", _table(list(summary["versions"].items()), kind="words")),
+        ("Hashes (sha256)", _table(list(outcome.hashes.items()), kind="words")),
+    ]
+    body = "".join(f"<h2>{escape(title)}</h2>\n{content}\n" for title, content in sections if content)
+    shown = "".join(f'<div class="tile"><span class="sub">{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in tiles)
+    path.write_text(
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(outcome.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f'<h1>{escape(outcome.title)}</h1>\n<div class="sub">{escape(_subtitle(summary))}</div>\n'
+        f'<div class="tiles">{shown}</div>\n{body}</body>\n</html>\n',
+        encoding="utf-8",
+    )
+
+
+def _subtitle(summary: Mapping[str, Any]) -> str:
+    where = "CPU" if summary["gpu"] == "none" else summary["gpu"]
+    return f"{summary['adapter']} · {summary['precision']} · {where} · {summary['steps']:,} steps"
+
+
+def _validations(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Names and rows of the validations; a figure that one does not have is left empty."""
+    found = [record for record in records if "loss" not in record]
+    names = list(figures(records))
+    return ["step", *names], [
+        [f"{record['step']:,}", *(short(record[name]) if name in record else "" for name in names)] for record in found
+    ]
+
+
+def _answers(outcome: Outcome) -> str:
+    blocks = []
+    for kind, answers in (("good", outcome.best), ("bad", outcome.worst)):
+        for answer in answers:
+            said = "" if answer.said is None else f"<p><span>said</span>{escape(answer.said)}</p>"
+            blocks.append(
+                f'<div class="answer {kind}"><p class="note">{_score(answer)}</p>'
+                f"<p>{escape(answer.prompt)}</p>{said}<p><span>wanted</span>{escape(answer.wanted)}</p></div>"
+            )
+    return "\n".join(blocks)
+
+
+def _said(said: Sequence[Record]) -> str:
+    blocks = []
+    for prompt in dict.fromkeys(record["prompt"] for record in said):
+        lines = "".join(
+            f"<p><span>step {record['step']}</span> {escape(record['answer'])}</p>"
+            for record in said
+            if record["prompt"] == prompt
+        )
+        blocks.append(f'<div class="answer"><p>{escape(prompt)}</p>{lines}</div>')
+    return "\n".join(blocks)
+
+
+def _table(rows: Sequence[Row], header: Row = (), kind: str = "") -> str:
+    def line(cells: Row, tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+    head = line(header, "th") if header else ""
+    return f'<div class="wide"><table class="{kind}">{head}{"".join(line(row, "td") for row in rows)}</table></div>'
+
+
+def _paragraphs(lines: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _score(answer: Answer) -> str:
+    return f"loss {answer.score:.3f}" if answer.said is None else f"chrF {answer.score:.2f}"
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """`text` on one line, its middle left out where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -55,7 +55,7 @@ def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision
 
 
 def main() -> None:
-    """Make what is needed, merge through the command, and print what it says, its peak of memory among it, and its seconds."""
+    """Make what is needed, merge through the command, and print what it says, its peak included, and its seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=finetune.SHAPES, default="llama-2-7b", help="sizes of the model")
     parser.add_argument("--scheme", default="bnb.nf4", help="how the base was stored while the adapter was trained")

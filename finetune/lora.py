@@ -3,12 +3,24 @@
 python finetune/lora.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --quantize bnb.nf4 --data.path alpaca.json
 """
 
+import os
+from contextlib import redirect_stdout
+
 from lit_qlora import cli
 from lit_qlora.settings import FinetuneConfig
 
 
 def main(config: FinetuneConfig) -> None:
     """Train the adapter that `config` describes and leave it in OUT/final."""
+    if not config.quiet:
+        finetune(config)
+        return
+    with open(os.devnull, "w") as nobody, redirect_stdout(nobody):
+        finetune(config)
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """As main, and say what is going on."""
     # These take seconds, which --help and a mistyped flag should not.
     from dataclasses import replace
 
@@ -21,11 +33,12 @@ def main(config: FinetuneConfig) -> None:
 
     from lightning.fabric import Fabric
 
-    from lit_qlora import quantized_cache, resume, run
+    from lit_qlora import outcome, quantized_cache, resume, run
     from lit_qlora.adapter import settle, start_adapters
     from lit_qlora.banner import plan_run, tell_plan
     from lit_qlora.embeddings import add_noise
     from lit_qlora.lora import add_lora
+    from lit_qlora.measures import read_probes
 
     config = replace(
         config,
@@ -37,6 +50,11 @@ def main(config: FinetuneConfig) -> None:
     plan = plan_run(config, data)
     checkpoint = resume.find(config, total, data.files, run.versions())
     start = checkpoint.step if checkpoint else 0
+    probes, ask = read_probes(config, data), None
+    if config.eval.tasks:
+        from ask_tasks import make_ask
+
+        ask = make_ask(config.eval, data.tokenizer)
     if config.dry_run:
         tell_plan(config, data, total, plan, start)
         return
@@ -52,7 +70,7 @@ def main(config: FinetuneConfig) -> None:
     )
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
-    with run.claim(config, fabric, checkpoint, plan) as out_dir, run.open_log(out_dir, total, fabric) as log:
+    with run.claim(config, fabric, checkpoint, plan) as out_dir, run.open_log(config, out_dir, total, fabric) as log:
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start)
         model = quantized_cache.load(
@@ -67,9 +85,9 @@ def main(config: FinetuneConfig) -> None:
         start_adapters(model, config.lora, config.checkpoint_dir)
         add_noise(model, config.train.neftune)
         run.take_path(model, plan)
-        run.learn(fabric, model, config, data, total, log, checkpoint)
+        scores = run.learn(fabric, model, config, data, total, log, checkpoint, probes, ask)
         if fabric.is_global_zero:
-            run.finish(config, model, data, log)
+            outcome.finish(config, model, data, log, scores)
 
 
 if __name__ == "__main__":

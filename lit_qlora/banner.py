@@ -14,19 +14,20 @@ from lit_qlora.optim import rehearse
 from lit_qlora.peft_layout import check_layers
 from lit_qlora.plan import GIB, Plan, make_plan
 from lit_qlora.report import tell
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.settings import FinetuneConfig, check
 
 
 def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
     """What the run needs.
 
     Raises:
-        UsageError: if the LoRA settings do not fit the model, make an adapter that could not be saved, or the optimizer
-            cannot be used.
+        UsageError: if the LoRA settings do not fit the model, make an adapter that could not be saved or that has not as
+            many parameters as is expected, or the optimizer cannot be used.
         ResourceError: if the GPU has less, unless config.force.
     """
     check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)
     plan = _plan(config, longest_row(data))
+    check_trainable(config, ModelConfig.load(config.checkpoint_dir).name, plan.trainable)
     room = gpu_bytes()
     if room and plan.total > room and not config.force:
         raise ResourceError(
@@ -34,6 +35,16 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
             f"{savings(config, data)} --force begins regardless."
         )
     return plan
+
+
+def check_trainable(config: FinetuneConfig, base: str, trainable: int) -> None:
+    """Raise UsageError unless as many parameters learn as config.expect_trainable says of this base."""
+    expected = config.expect_trainable.get(base, trainable)
+    check(
+        trainable == expected,
+        f"expect_trainable says that {expected:,} parameters of {base} learn, and {trainable:,} would.\n"
+        "Mend lora.r or lora.targets, or leave expect_trainable out.",
+    )
 
 
 def longest_row(data: RunData) -> int:
@@ -81,7 +92,10 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     memory = gpu_bytes()
     room = f" of {memory / GIB:.1f}" if memory else ""
-    base = "LoRA" if config.quantize == "none" else f"{config.quantize} + LoRA"
+    kind = "DoRA" if config.lora.dora else "LoRA"
+    if config.lora.init != "default":
+        kind += f" from {config.lora.init}"
+    base = kind if config.quantize == "none" else f"{config.quantize} + {kind}"
     words = ",".join(config.lora.targets)
     rows = f"rows of {data.batching.row_length} tokens" if data.batching.row_length else "samples"
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"

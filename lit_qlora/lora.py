@@ -163,8 +163,10 @@ def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor]
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base as it was published, inside: nothing that was learnt, and nothing that was taken out of it for a start."""
-    learners = [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear | TrainedEmbedding | TiedHead)]
+    """The base as it was published, inside: without what was learnt, and with what was taken out of it for a start."""
+    learners = [
+        (path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear | TrainedEmbedding | TiedHead)
+    ]
     try:
         for path, module in learners:
             plain = module.base if getattr(module, "origin", None) is None else _WithOrigin(module)  # type: ignore[arg-type]

@@ -5,17 +5,18 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lit_qlora.data import Batch, RunData
+from lit_qlora.data import Batch, RunData, read_data
 from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import DataError, UsageError, did_you_mean
 from lit_qlora.generate import generate
@@ -36,6 +37,8 @@ Ask = Callable[[GPT], Record]
 
 MAX_NEW_TOKENS = 128
 ANSWERS_AT_ONCE = 16
+ROWS = 16
+"""Rows of a matrix product are a multiple of this: MKL's product of 5 or 6 rows, say, depends on the number of threads."""
 PROBE_TOKENS = 512
 """Most tokens of the text on which the distance to the base is measured."""
 
@@ -101,22 +104,31 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
     check_best(config, data)
     questions: list[Question] = []
     if config.eval.generate:
-        rows = [row for batch in data.val_batches for row in zip(batch.tokens, batch.labels, strict=True)]
-        if not rows or not config.data.mask_prompt:
-            reason = "data.mask_prompt is false, so nobody knows where they begin" if rows else "there is none"
-            raise UsageError(f"eval.generate compares answers of validation samples, and {reason}.")
+        # Where prompts are learnt too, only the same data with masks shows where answers begin.
+        masked = data if config.data.mask_prompt else read_data(_with_masks(config))
+        rows = [row for batch in masked.val_batches for row in zip(batch.tokens, batch.labels, strict=True)]
+        check(bool(rows), "eval.generate compares answers of validation samples, and there is none.")
         count = min(config.eval.generate, len(rows))  # of all lengths, for the rows are sorted by them
-        questions = [question(data, *rows[i * len(rows) // count]) for i in range(count)]
+        found = [question(data, *rows[i * len(rows) // count]) for i in range(count)]
+        questions = [asked for asked in found if asked]
+        check(
+            questions == found, "eval.generate compares answers, and the validation samples are texts without prompts."
+        )
     prompts = []
     if config.eval.prompts:
         for _, texts, _ in read_prompts(config.eval.prompts, config.data.system):
-            shown = "\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-            prompts.append(Question(data.style.encode_prompt(data.tokenizer, **texts), shown))
+            ask, about, system = texts["instruction"], texts["input"], texts["system"]
+            ids = data.style.encode_prompt(data.tokenizer, ask, about, system)
+            prompts.append(Question(ids, "\n".join(text for text in (ask, about) if text)))
     return Probes(questions, prompts, read_text(config.eval.kl_text, data) if config.eval.kl_text else [])
 
 
-def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question:
-    """The last answer of a sample, and all that comes before it.
+def _with_masks(config: FinetuneConfig) -> FinetuneConfig:
+    return replace(config, data=replace(config.data, mask_prompt=True))
+
+
+def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
+    """The last answer of a sample, and all that comes before it; None for a text that is learnt from its beginning.
 
     Args:
         tokens, labels: (T,) a row of a Batch.
@@ -125,7 +137,7 @@ def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question:
     end = max(place for place, is_learnt in enumerate(learnt) if is_learnt) + 1
     start = next(place for place in range(end - 1, -1, -1) if place == 0 or not learnt[place - 1])
     if start == 0:
-        raise UsageError("eval.generate compares answers, and a validation sample is a text without a prompt.")
+        return None
     ids, answer = tokens[: start + 1].tolist(), labels[start:end].tolist()
     stops = _stop_ids(data)
     wanted = data.tokenizer.decode([token for token in answer if token not in stops])
@@ -193,9 +205,7 @@ class Losses:
         scores: (S, 3) float64 of the last time, see score_rows; None before it.
     """
 
-    def __init__(
-        self, fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest | None = None
-    ) -> None:
+    def __init__(self, fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest | None = None) -> None:
         self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
         self.scores: Tensor | None = None
 
@@ -212,7 +222,7 @@ class Losses:
 
 @torch.no_grad()
 def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest) -> Tensor | None:
-    """For each row of all batches: the sum of its losses, its labelled tokens that are the likeliest, its labelled tokens.
+    """For each row: the sum of its losses, how many labelled tokens it has as the likeliest, and how many at all.
 
     Only the logits of labelled tokens are computed, a slice of them at a time. The model's own mode is left as it was.
 
@@ -221,7 +231,7 @@ def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopR
     """
     starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
     scores = torch.zeros(starts[-1], 3, dtype=torch.float64, device=fabric.device)
-    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
     with evaluating(model), fabric.autocast():
         for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
             if stop.signal and fabric.world_size == 1:  # other ranks would wait for the sum
@@ -231,7 +241,8 @@ def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopR
             rows, places = (labels >= 0).nonzero(as_tuple=True)
             hidden, wanted = model.hidden(tokens)[rows, places], labels[rows, places]
             for part, ids, row in zip(*(t.split(at_once) for t in (hidden, wanted, start + rows)), strict=True):
-                log_probs = model.logits(part).float().log_softmax(dim=-1)
+                padded = F.pad(part, (0, 0, 0, -len(part) % ROWS))
+                log_probs = model.logits(padded)[: len(part)].float().log_softmax(dim=-1)
                 found = log_probs.gather(-1, ids[:, None])[:, 0]
                 right = log_probs.argmax(dim=-1) == ids
                 each = torch.stack((-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)), 1)
@@ -240,7 +251,7 @@ def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopR
 
 
 class Optional:
-    """A measure that the run can do without, on rank 0 alone: where it fails, that is said and its figures are left out."""
+    """Measured on rank 0 alone, and dispensable: if it fails, that is said and its figures are left out."""
 
     def __init__(self, fabric: Fabric, model: GPT, name: str, measure: Measure) -> None:
         self.fabric, self.model, self.name, self.measure = fabric, model, name, measure

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lit_qlora import cli
-from lit_qlora.adapter import PEFT_WEIGHTS
 from lit_qlora.checkpoint import content_hash, count_parameters, read_manifest
 from lit_qlora.data import RunData
 from lit_qlora.lora import count_trainable
@@ -107,11 +106,10 @@ def hashes(config: FinetuneConfig, data: RunData) -> dict[str, str]:
     """What base, data and adapter are, to the bit."""
     assert config.out_dir is not None
     manifest = read_manifest(config.out_dir / FINAL) or {}
-    adapter = manifest.get("files", {}).get(PEFT_WEIGHTS)
     return {
         f"base {config.checkpoint_dir}": content_hash(config.checkpoint_dir),
         **{f"data {source}": digest for source, digest in data.files.items()},
-        **({"adapter": adapter["sha256"] if isinstance(adapter, dict) else adapter} if adapter else {}),
+        **{f"{FINAL}/{name}": facts["sha256"] for name, facts in manifest.get("files", {}).items()},
     }
 
 
@@ -130,16 +128,21 @@ def best_and_worst_answers(
         answers.sort(key=lambda answer: -answer.score)
         best = answers[: min(SHOWN, -(-len(answers) // 2))]
         return best, answers[len(best) :][-SHOWN:][::-1]
-    if scores is None or not data.audit.masked:
+    if scores is None:
         return [], []
     rows = [row for batch in data.val_batches for row in zip(batch.tokens, batch.labels, strict=True)]
 
-    def with_loss(number: int) -> Answer:
-        asked = question(data, *rows[number])
-        loss, _, labelled = scores[number].tolist()
-        return Answer(prompt=asked.prompt, wanted=asked.wanted, said=None, score=loss / labelled)
+    def with_losses(numbers: Sequence[int]) -> list[Answer]:
+        return [
+            Answer(
+                prompt=asked.prompt, wanted=asked.wanted, said=None, score=float(scores[number, 0] / scores[number, 2])
+            )
+            for number in numbers
+            if (asked := question(data, *rows[number]))
+        ]
 
-    return tuple([with_loss(number) for number in some] for some in best_and_worst(scores, SHOWN))  # type: ignore[return-value]
+    best_rows, worst_rows = best_and_worst(scores, SHOWN)
+    return with_losses(best_rows), with_losses(worst_rows)
 
 
 def write_pages(outcome: Outcome, out_dir: Path) -> None:
@@ -159,7 +162,8 @@ def table(records: Sequence[Record]) -> list[str]:
         return []
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
-        "  " + "   ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  "
+        + "   ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
 

@@ -94,6 +94,7 @@ def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
 
     figure = Figure(figsize=(width, 4 if width == 8 else 2.8), layout="constrained")
     axes = figure.subplots()
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color="tab:blue")
     if max(lengths) > limit:
         axes.axvline(limit, color="tab:red", label=f"limit, {limit} tokens")
@@ -165,11 +166,12 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d8dee4
 .tile b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #eaeef2; white-space: nowrap; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid #eaeef2; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; }
+.data { white-space: pre-wrap; margin: .3rem 0; font-size: .9rem; overflow-wrap: anywhere; }
 .words td { white-space: normal; overflow-wrap: anywhere; text-align: left; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; max-width: 44rem; height: auto; display: block; margin: 0 auto; }
 pre { background: #f6f8fa; border-radius: 6px; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; }
 .answer { border-left: 3px solid #bf8700; padding: .1rem 0 .1rem .8rem; margin: .9rem 0; overflow-wrap: anywhere; }
 .answer.good { border-color: #1a7f37; }
@@ -267,7 +269,7 @@ def _table(rows: Sequence[Row], header: Row = (), kind: str = "") -> str:
 
 
 def _paragraphs(lines: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return "".join(f'<p class="data">{escape(line)}</p>' for line in lines)
 
 
 def _score(answer: Answer) -> str:

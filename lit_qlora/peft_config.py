@@ -1,4 +1,4 @@
-"""What adapter_config.json of a PEFT adapter says, as far as it is understood. https://huggingface.co/docs/peft"""
+"""What adapter_config.json of a PEFT adapter says, as far as it is understood here."""
 
 import math
 from collections.abc import Mapping

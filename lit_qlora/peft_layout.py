@@ -143,7 +143,7 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> None:
         add_lora(skeleton, config)
     if config.train_embeddings and model.tied_head and _leaf(_embedding(model)) != "embed_tokens":
         raise CheckpointError(
-            f"PEFT cannot train {_embedding(model)} and the head that is tied to it as one, so an adapter has no place for "
+            f"PEFT cannot train {_embedding(model)} with the head that is tied to it, so an adapter has no place for "
             "lora.train_embeddings.\nlora.train_tokens can name the tokens that matter."
         )
     for home, members in _group(_layers(lora_state(skeleton)), model):

@@ -21,7 +21,8 @@ SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 HARMLESS = (
     *("checkpoint_dir", "data.path", "data.val_path", "data.cache_dir"),  # what they hold is compared, not where it is
-    *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run", "quiet"),
+    *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run"),
+    *("quiet", "expect_trainable"),
     *("devices", "num_nodes", "strategy", "deterministic", "train.micro_batch_size", "train.recompute", "train.fast"),
     *("train.save_every", "train.save_minutes", "train.keep_last", "eval", "guard", "log"),
 )

@@ -18,16 +18,16 @@ from torch import Tensor
 from lit_qlora import __version__, cli
 from lit_qlora.adapter import save_adapter
 from lit_qlora.banner import savings
-from lit_qlora.checkpoint import content_hash, count_parameters, flush, is_left_over
+from lit_qlora.checkpoint import content_hash, flush, is_left_over
 from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.guards import Guard
-from lit_qlora.measures import Ask, Losses, Probes, more_measures, tasks_measure
+from lit_qlora.measures import Ask, Losses, Measure, Probes, more_measures, tasks_measure
+from lit_qlora.mirrors import Mirrors
 from lit_qlora.model import GPT
 from lit_qlora.optim import check_schedule, make_optimizer, repage
-from lit_qlora.plan import Plan
-from lit_qlora.mirrors import Mirrors
 from lit_qlora.pages import one_line
+from lit_qlora.plan import Plan
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.resume import FINAL, LOG, SAMPLES, SUMMARY, Checkpoint, flat, plain, read_log, write_log
 from lit_qlora.settings import FinetuneConfig
@@ -181,7 +181,9 @@ def open_log(config: FinetuneConfig, out_dir: Path, total: int, fabric: Fabric) 
     first = fabric.is_global_zero
     with open(os.devnull, "w") as nobody:
         log = RunLog(out_dir / LOG if first else None, total, None if first else nobody)
-        mirrors = Mirrors(config.log.to if first else (), out_dir, flat(plain(config)), log.start)
+        names = config.log.to if first else ()
+        assert isinstance(names, tuple)
+        mirrors = Mirrors(names, out_dir, flat(plain(config)), log.start)
         log.mirrors.append(mirrors)
         log.records = fabric.broadcast(log.records)
         try:
@@ -309,7 +311,7 @@ def learn(
         losses = Losses(fabric, model, data.val_batches, alone)
         tasks = tasks_measure(ask, model, config.eval.tasks_every, total, log.records) if ask else None
         more = more_measures(fabric, model, config, data, probes, partial(keep_answers, saver.out_dir, log), tasks)
-        measures = [losses, *more] if data.val_batches else more
+        measures: list[Measure] = [losses, *more] if data.val_batches else more
         validator = Validator(config.eval, eval_every(config, data, total), total, measures, log, saver.keep, alone)
         go_on = validator.catch_up(log.records, start)
         if stop.signal and fabric.world_size == 1:
@@ -338,7 +340,7 @@ def learn(
 
 
 def keep_answers(out_dir: Path, log: RunLog, step: int, records: list[Record]) -> None:
-    """Put the answers of a validation into OUT/samples.jsonl, and show a few; what a run that goes on repeats is there once."""
+    """Put the answers of a validation into OUT/samples.jsonl, where each step stands once, and show a few."""
     write_log(out_dir / SAMPLES, [*read_log(out_dir / SAMPLES, step - 1), *records])
     free = [record for record in records if "wanted" not in record]
     for record in (free or records)[:SHOWN]:

@@ -21,8 +21,8 @@ Request = tuple[Sequence[int], Sequence[int]]
 BatchSize = int | Literal["auto"]
 
 TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
-"""Tokens of a forward pass with batch size auto. On a GPU enough that decoding 4-bit weights is a small part of it, on a
-CPU as many as its caches bear."""
+"""Tokens of a forward pass with batch size auto. On a GPU enough that decoding 4-bit weights is a small part of it, on
+a CPU as many as its caches bear."""
 KEPT_AT_ONCE = {"cuda": 2, "cpu": 8}
 """Tokens whose keys and values are kept, as a multiple of those; half a megabyte each for 7B in 16 bit."""
 WORTH_SHARING = 0.2

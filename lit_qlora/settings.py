@@ -727,6 +727,9 @@ class FinetuneConfig:
     """Check everything, print the plan and stop before any weight is loaded."""
     quiet: bool = False
     """Print nothing but warnings and errors."""
+    expect_trainable: dict[str, int] = field(default_factory=dict)
+    """How many parameters must learn where the base has one of these names, e.g. {meta-llama/Llama-2-7b-hf: 4194304};
+    the run is refused if others do. finetune/configs/ say it of published experiments."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 LAYERS = [
     {"errors", "kernels", "known_models", "metrics", "template_worker"},
     {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings"},
-    {"embeddings", "peft_config", "shrink", "stopping", "tokenizer"},
+    {"embeddings", "mirrors", "pages", "peft_config", "shrink", "stopping", "tokenizer"},
     {"activations", "device", "families", "gguf_vocabulary", "guards", "hub", "lora", "quantize", "shards"}
     | {"streaming", "styles"},
     {"mlp", "norm", "optim", "rope", "state"},
@@ -22,9 +22,10 @@ LAYERS = [
     {"model"},
     {"checkpoint", "data", "fused", "generate", "init", "peft_layout", "score"},
     {"adapter", "convert", "gguf_export", "plan", "quantized_cache", "resume", "train"},
-    {"banner", "export", "merge", "multi_lora", "validation"},
+    {"banner", "export", "measures", "merge", "multi_lora"},
+    {"validation"},
     {"run", "verify"},
-    {"use"},
+    {"outcome", "use"},
     {"serve"},
 ]
 """The modules of the package from the bottom up; those of one layer do not know each other."""
@@ -32,12 +33,14 @@ LAYERS = [
 HOMES = {
     "bitsandbytes": {"quantize"},
     "triton": {"kernels"},
-    "lightning": {"run", "state", "train", "validation"},
+    "lightning": {"measures", "run", "state", "train"},
     "sentencepiece": {"tokenizer"},
     "tokenizers": {"tokenizer"},
     "jsonargparse": {"cli"},
     "yaml": {"cli"},
-    "matplotlib": {"report"},
+    "matplotlib": {"pages"},
+    "wandb": {"mirrors"},
+    "mlflow": {"mirrors"},
     "safetensors": {"safetensors_io"},
     "huggingface_hub": {"hub"},
     "tqdm": {"shards"},

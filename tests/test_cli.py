@@ -81,7 +81,8 @@ def raising(error: BaseException) -> Callable[[Config], None]:
         (["--quantize", "bnb.nf5"], "got 'bnb.nf5'. Did you mean bnb.nf4?"),
         (
             ["--train.schedule", "cosin"],
-            "expected one of constant, linear, cosine, cosine-restarts, polynomial, inverse-sqrt, wsd, got 'cosin'. Did you mean cosine?",
+            "expected one of constant, linear, cosine, cosine-restarts, polynomial, inverse-sqrt, wsd, "
+            "got 'cosin'. Did you mean cosine?",
         ),
         (["--lora.targets", "[query,valu]"], "got 'valu'. Did you mean value?"),
         (["--lora.targets", "valu"], "got 'valu'. Did you mean value?"),

@@ -86,5 +86,5 @@ def test_variants_are_switched_too(scheme: Scheme, tmp_path: Path) -> None:
 def test_embeddings_cannot_be_switched(tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", tiny_model())
     folder = write_adapter(tmp_path / "a", base, train_tokens=(3,))
-    with pytest.raises(UsageError, match="has embeddings of its own(.|\\n)*Merge it"):
+    with pytest.raises(UsageError, match=r"has embeddings of its own(.|\n)*Merge it"):
         AdapterSwitch(load_model(base)).add("a", read_adapter(folder))

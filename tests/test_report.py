@@ -1,4 +1,4 @@
-"""What people see of a run: the line on the terminal, the log, the picture, the page."""
+"""What people see of a run while it goes on: the line on the terminal, and the log."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import ResourceError
-from lit_qlora.report import RunLog, duration, is_terminal, plot_losses, tell, write_report
+from lit_qlora.report import RunLog, duration, figures, is_terminal, short, smaller_is_better, tell
 
 
 class Terminal(io.StringIO):
@@ -80,7 +80,8 @@ def test_a_terminal_shows_one_line_that_changes_and_keeps_validations(tmp_path: 
     log.close()
     assert screen.getvalue().count("\r\x1b[2K") == 6
     assert screen.getvalue().count("\n") == 1
-    assert "step     3/4  val_loss 1.5000\n" in screen.getvalue()
+    assert "step     3/4  val_loss 1.5000  val_ppl 4.4800\n" in screen.getvalue()
+    assert "val 1.500" in screen.getvalue().rpartition("\n")[2]
 
 
 def test_a_file_gets_about_twenty_plain_lines_and_each_validation(tmp_path: Path) -> None:
@@ -93,8 +94,8 @@ def test_a_file_gets_about_twenty_plain_lines_and_each_validation(tmp_path: Path
     assert "\x1b" not in screen.getvalue()
     assert "\r" not in screen.getvalue()
     lines = screen.getvalue().splitlines()
-    assert 20 <= len(lines) - 1 <= 22
-    assert "step  1000/1000 100%  loss 2.000 (avg 2.000)  lr 3.0e-04  |g| 1.50  12,346 tok/s  1.2 GiB" in lines[-2]
+    assert 20 <= len(lines) - 1 <= 23
+    assert "step  1000/1000 100%  loss 2.000 (ema 2.000)  lr 3.0e-04  |g| 1.50  12,346 tok/s  1.2 GiB" in lines[-2]
     assert "val_loss 1.5000" in lines[-1]
 
 
@@ -154,21 +155,70 @@ def test_a_duration_is_told_in_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("records", [[step(1)], [step(n, 3 / n) for n in range(1, 50)] + [VAL]], ids=["one", "many"])
-def test_the_picture_is_a_png_of_sane_size(tmp_path: Path, records: list) -> None:
-    plot_losses(records, tmp_path / "loss.png")
-    content = (tmp_path / "loss.png").read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
-    assert (width, height) == (960, 660)
-    assert 5_000 < len(content) < 200_000
+def test_a_line_that_is_rewritten_never_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = Terminal()
+    log = RunLog(tmp_path / "log.jsonl", total=2, screen=screen)
+    log(step(1))
+    assert len(screen.getvalue().removeprefix("\r\x1b[2K")) == 39
+    log.close()
 
 
-def test_the_page_holds_the_summary_the_validations_and_what_to_type_next(tmp_path: Path) -> None:
-    summary = {"base": "a/b", "steps": 1234, "train_loss": 0.5, "val_loss": None, "versions": {"torch": "2"}}
-    write_report(tmp_path / "report.md", "A title", summary, [step(1), VAL], "python x.py")
-    page = (tmp_path / "report.md").read_text()
-    for line in ("# A title", "| base | a/b |", "| steps | 1,234 |", "| train loss | 0.5 |", "| 3 | 1.5000 | 4.48 |"):
-        assert line in page.splitlines()
-    assert "![losses](loss.png)" in page
-    assert "python x.py" in page
+def test_the_average_and_the_last_validation_are_known_after_an_interruption(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    records = [step(1, 4.0), step(2, 2.0), {"step": 2, "val_loss": 3.25}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    log = RunLog(tmp_path / "log.jsonl", total=3, screen=screen)
+    log(step(3, 1.0))
+    log.close()
+    assert "loss 1.000 (ema 3.520)  val 3.250" in screen.getvalue()  # 0.9 (0.9 4 + 0.1 2) + 0.1
+
+
+def test_what_is_left_is_estimated_from_the_steps_after_the_first(tmp_path: Path) -> None:
+    """The first step takes a minute and the others two seconds; the process began at step 10."""
+    screen = io.StringIO()
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(step(n)) + "\n" for n in range(1, 11)))
+    log = RunLog(tmp_path / "log.jsonl", total=110, screen=screen)
+    for number in range(11, 16):
+        log({**step(number), "seconds": 10.0 + 60 + 2 * (number - 11)})
+    log.close()
+    assert "  time    about 3 min 10 s to go\n" in screen.getvalue()
+    assert "ETA 3 min 10 s" in screen.getvalue()
+
+
+def test_mirrors_get_every_record(tmp_path: Path) -> None:
+    got: list[dict] = []
+    log = RunLog(tmp_path / "log.jsonl", total=2, screen=io.StringIO())
+    log.mirrors.append(got.append)
+    for record in (step(1), VAL, step(2)):
+        log(record)
+    log.close()
+    assert got == [step(1), VAL, step(2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.43214, "0.4321"),
+        (12.345, "12.35"),
+        (1234.5, "1,234"),
+        (1234567, "1,234,567"),
+        (1.5e-7, "1.50e-07"),
+        (0.0, "0.0000"),
+        (3.2e9, "3.20e+09"),
+        ("words", "words"),
+    ],
+)
+def test_figures_are_written_for_people(value: object, text: str) -> None:
+    assert short(value) == text
+
+
+def test_the_figures_of_validations_are_found_by_name() -> None:
+    records = [{"step": 0, "val_loss": 3.0}, step(1), {"step": 1, "val_loss": 2.0, "chrf": 0.5}]
+    assert figures(records) == {"val_loss": [(0, 3.0), (1, 2.0)], "chrf": [(1, 0.5)]}
+
+
+def test_errors_are_better_when_smaller() -> None:
+    errors = {"val_loss", "val_ppl", "kl_to_base", "wikitext/word_perplexity"}
+    others = {"val_accuracy", "chrf", "bleu", "tiny_world_qa/acc", "task/filter"}
+    assert {name for name in errors | others if smaller_is_better(name)} == errors

@@ -91,6 +91,7 @@ def test_a_run_leaves_what_is_promised(finetune: Finetune, out: Path, scheme: st
         "final",
         "log.jsonl",
         "loss.png",
+        "report.html",
         "report.md",
         "step-000001",  # the best until the next validation
         "summary.json",
@@ -98,7 +99,7 @@ def test_a_run_leaves_what_is_promised(finetune: Finetune, out: Path, scheme: st
     assert (out / "best").readlink() == Path("final")
     train, val = log_of(out)
     assert [list(record) for record in train] == [STEP_KEYS] * 2
-    assert [list(record) for record in val] == [["step", "val_loss", "val_ppl"]] * 3
+    assert [list(record) for record in val] == [["step", "val_loss", "val_ppl", "val_accuracy"]] * 3
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) >= SUMMARY_KEYS
     assert summary["quantize"] == scheme
@@ -297,12 +298,12 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(
 def test_the_adapter_is_saved_before_the_last_validation(
     finetune: Finetune, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluate(*args: object) -> dict:
+    def measure(*args: object) -> dict:
         if (out / "log.jsonl").stat().st_size:  # it is the second time
             raise ResourceError("no memory for this")
-        return {"val_loss": 1.0, "val_ppl": 1.0}
+        return {"val_loss": 1.0}
 
-    monkeypatch.setattr("lit_qlora.run.evaluate", evaluate)
+    monkeypatch.setattr("lit_qlora.measures.Losses.__call__", measure)
     assert finetune("--train.max_steps=1") == 6
     assert read_adapter(out / "final").manifest
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,12 +13,13 @@ from lit_qlora.data import Batch, Batching, Sample, Samples, Step, count_steps, 
 from lit_qlora.errors import NumericalError
 from lit_qlora.guards import Guard
 from lit_qlora.lora import add_lora, lora_state
+from lit_qlora.measures import Losses
 from lit_qlora.model import GPT, IGNORE
 from lit_qlora.quantize import quantize_linears
 from lit_qlora.settings import EvalConfig, GuardConfig, LoRAConfig, Scheme, TrainConfig
 from lit_qlora.stopping import StopRequest
 from lit_qlora.train import train
-from lit_qlora.validation import Validator, evaluate
+from lit_qlora.validation import Validator
 from tests.conftest import tiny_model
 
 
@@ -56,7 +56,7 @@ def run(
     log: list[dict[str, Any]] = []
     train_steps = train_steps or steps(SAMPLES, batching, total, start=start)
     stop = StopRequest()
-    measure = partial(evaluate, fabric, wrapped, validation_batches(FEW, 2))
+    measure = Losses(fabric, model, validation_batches(FEW, 2))
     validate = Validator(EvalConfig(), 2, total, [measure], log.append, lambda step: None, stop)
     validate.catch_up([], start)
     guard = Guard(GuardConfig())

@@ -139,6 +139,8 @@ class FusedBlock:
             kept.raw_1 = keep(raw_1)
         del raw_1
         middle, numbers_2, z_gate_up, gate_up, _ = self._gate_up(x, None if self.parallel else out, run)
+        beside = out if self.parallel else None
+        del out
         if keeps != "full" and not self.parallel:
             kept.middle = keep(middle)
         if keeps == "none":
@@ -152,8 +154,8 @@ class FusedBlock:
         y = self._post(self.post_2, raw_2)
         if run.keep and self.post_2.number:
             kept.raw_2 = keep(raw_2)
-        if self.parallel:
-            y.add_(out)
+        if beside is not None:
+            y.add_(beside)
         return middle, y, kept if run.keep else None
 
     def backward(self, d_out: Tensor, kept: Kept, run: Pass, pending: Pending, wants_dx: bool) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import tl, triton
+from lit_qlora.kernels.launch import VARYING, tl, triton
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ if triton is not None:
         h = h ^ (h >> 16)
         return tl.where(h >= threshold.to(tl.uint32), scale, 0.0)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=VARYING)
     def _drop(X, ld, OUT, K, seed, threshold, scale, BLOCK: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -7,9 +7,12 @@ except ImportError:  # no Triton on this platform: there is no fast path
     triton = None
     tl = None
 
-__all__ = ["AVAILABLE", "power_of_2", "stages", "tl", "triton"]
+__all__ = ["AVAILABLE", "VARYING", "power_of_2", "stages", "tl", "triton"]
 
 AVAILABLE = triton is not None
+VARYING = ["T", "seed"]
+"""Arguments that change from step to step. Triton would compile a kernel anew for those that 16 divides, which takes as
+long as many steps, in the middle of a run."""
 
 
 def power_of_2(n: int, least: int = 16) -> int:

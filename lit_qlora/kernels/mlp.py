@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
-from lit_qlora.kernels.launch import power_of_2, tl, triton
+from lit_qlora.kernels.launch import VARYING, power_of_2, tl, triton
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.kernels.thin import Pending
 
@@ -88,7 +88,7 @@ if triton is not None:
             h *= tl.load(X + t * ldx + F + n, inside, 0.0).to(tl.float32)
         tl.store(H + t * ldh + n, h.to(H.dtype.element_ty), inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=VARYING)
     def _backward(
         X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, seed, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, FIRST: tl.constexpr, UP: tl.constexpr,

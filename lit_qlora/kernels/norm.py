@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
-from lit_qlora.kernels.launch import power_of_2, stages, tl, triton
+from lit_qlora.kernels.launch import VARYING, power_of_2, stages, tl, triton
 
 if triton is not None:
     from lit_qlora.kernels.dropout import factor
@@ -133,7 +133,7 @@ def norm_backward(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=VARYING)
     def _add_norm(
         X, Y, TOTAL, W, B, OUT, ld, NUMBERS, T, E, eps,
         KIND: tl.constexpr, HAS_Y: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, BLOCK: tl.constexpr,
@@ -160,7 +160,7 @@ if triton is not None:
             x = x + tl.load(B + k, inside, 0.0).to(tl.float32)
         tl.store(OUT + t * ld + k, x.to(OUT.dtype.element_ty), inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=VARYING)
     def _norm_backward(
         G, ld, X, W, NUMBERS, Z, A, RESIDUAL, DX, T, E, seed, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr,

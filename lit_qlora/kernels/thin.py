@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
-from lit_qlora.kernels.launch import power_of_2, stages, tl, triton
+from lit_qlora.kernels.launch import VARYING, power_of_2, stages, tl, triton
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.kernels.stack import Stack
 
@@ -167,7 +167,7 @@ def _split(rows: int, stripes: int) -> tuple[int, int]:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=VARYING)
     def _project(
         X, ldx, OUT, ldo, A, PARTS, T, K, each, seed, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, WRITE: tl.constexpr,
@@ -208,7 +208,7 @@ if triton is not None:
         tl.store(Z + i, z, inside)
         tl.store(OUT + t * ld + (i - t * R), z, inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=VARYING)
     def _rank_update(
         G, ld, A, OUT, T, K, seed, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -226,7 +226,7 @@ if triton is not None:
         g = tl.load(G + t[:, None] * ld + k[None, :], inside, 0.0).to(tl.float32)
         tl.store(OUT + at, (g + update).to(OUT.dtype.element_ty), inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=VARYING)
     def _thin(
         P, ldp, Q, ldq, NUMBERS, W, B, PARTS, step_n, step_j, TABLE, T, each, N, rows_out, seed, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr,

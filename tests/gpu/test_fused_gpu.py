@@ -95,6 +95,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16": {"scheme": "none"},
     "biases, all heads": {"scheme": "bnb.fp4", "qkv_bias": True, "n_kv_head": 4},
     "one key head": {"n_kv_head": 1},
+    "windows": {"sliding_window": 48},
+    "layer norms, parallel, GELU": {
+        "norm": "layer",
+        "ffn": "gelu_tanh",
+        "parallel_residual": True,
+        "shared_norm": True,
+        "mlp_bias": True,
+    },
+    "norms around and on queries, GeGLU": {
+        "norm": "rms_plus_one",
+        "norm_position": "both",
+        "qk_norm": "head",
+        "ffn": "geglu_tanh",
+        "logit_softcap": 20.0,
+    },
+    "interleaved RoPE, heads of 128": {"rope_interleaved": True, "head_size": 128},
+    "rank 128": {"r": 128},
+    "adapted head": {"targets": ("all", "head")},
     "nf4-dq": {"scheme": "bnb.nf4-dq", "n_embd": 512, "n_head": 8, "n_kv_head": 4, "ffn_size": 1024},
 }
 
@@ -160,6 +178,7 @@ def test_dropout_keeps_the_mean_of_the_gradient() -> None:
     assert not torch.equal(draws[0][name], draws[1][name])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_step_on_batches_of_the_host_waits_for_nothing(policy: Any, layout: str) -> None:

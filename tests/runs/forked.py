@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lit_qlora import cli, run
+from lit_qlora import cli, outcome, run
 from lit_qlora.adapter import PEFT_WEIGHTS
 from lit_qlora.settings import FinetuneConfig
 from tests.conftest import load_script
@@ -38,7 +38,7 @@ class Child:
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-            run.plot_losses = lambda *given: None  # half of the time of such a short run
+            outcome.write_pages = lambda *given: None  # half of the time of such a short run
             if before:
                 before()
             cli.run(load_script("finetune/lora.py").main, FinetuneConfig, list(flags))

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_qlora import run, train
+from lit_qlora import outcome, run, train
 from lit_qlora.adapter import read_adapter
 from lit_qlora.checkpoint import load_model, read_manifest
+from lit_qlora.measures import Losses
 from lit_qlora.resume import newest, read_log
 from tests.runs.forked import STEPS, Start, at_save, ending, signals
 
@@ -103,15 +104,15 @@ def test_f09_a_signal_during_a_validation_ends_it(
     out = tmp_path / "out"
 
     def patch() -> None:
-        evaluate, seen = run.evaluate, [0]
+        evaluate, seen = Losses.__call__, [0]
 
-        def hooked(*given: object) -> object:
+        def hooked(self: Losses, step: int) -> object:
             seen[0] += 1
             if seen[0] == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return evaluate(*given)
+            return evaluate(self, step)
 
-        run.evaluate = hooked
+        Losses.__call__ = hooked
 
     child = start(out, "--train.save_every=0", before=patch)
     assert child.wait() == 143
@@ -446,7 +447,7 @@ def test_f34_a_clock_that_is_set_back_does_not_matter(
 
 def test_f36_a_report_that_fails_leaves_the_adapter(start: Start, tmp_path: Path) -> None:
     def patch() -> None:
-        run.plot_losses = lambda *given: 1 / 0
+        outcome.write_pages = lambda *given: 1 / 0
 
     child = start(tmp_path / "out", before=patch)
     assert child.wait() == 1

@@ -13,6 +13,7 @@ import pytest
 
 from lit_qlora import run
 from lit_qlora.checkpoint import read_manifest
+from lit_qlora.measures import Losses
 from lit_qlora.resume import newest, read_log
 from lit_qlora.settings import OPTIMIZERS, SCHEMES
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
@@ -399,7 +400,7 @@ def scripted(*values: float) -> Callable[[], None]:
 
     def patch() -> None:
         coming = list(values)
-        run.evaluate = lambda *given: {"val_loss": coming.pop(0) if len(coming) > 1 else coming[0], "val_ppl": 1.0}
+        Losses.__call__ = lambda *given: {"val_loss": coming.pop(0) if len(coming) > 1 else coming[0]}
 
     return patch
 
@@ -434,3 +435,31 @@ def test_minutes_decide_too(start: Start, tmp_path: Path) -> None:
     assert start(out, *flags, "--eval.best=none", "--train.keep_last=99").wait() == 0
     assert len(list(out.glob("step-??????"))) >= 3
     assert len([r for r in read_log(out / "log.jsonl", 99) if "val_loss" in r]) >= 3
+
+
+# What validations measure
+
+
+def test_every_figure_and_answer_of_validations_is_as_if_nothing_had_happened(start: Start, tmp_path: Path) -> None:
+    """Killed after the validation of step 3 had been answered, while that of step 6 had only begun to be."""
+    flags = ["--eval.generate=3", "--eval.max_new_tokens=6", "--eval.kl_text=default", "--train.save_every=2"]
+
+    def killer() -> None:
+        keep = run.keep_answers
+
+        def hooked(out_dir: Path, log: object, step: int, records: list[dict]) -> None:
+            keep(out_dir, log, step, records)
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run.keep_answers = hooked
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert start(whole, *flags).wait() == 0
+    assert start(out, *flags, before=killer).wait() == -signal.SIGKILL
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 9
+    assert start(out, *flags).wait() == 0
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    one, two = ([r for r in read_log(path / "log.jsonl", 99) if "loss" not in r] for path in (whole, out))
+    assert [r["step"] for r in one] == [0, 3, 6, 8]
+    assert one == two

@@ -1,0 +1,73 @@
+"""lm-eval's tasks for a model that is being trained (--eval.tasks), asked as eval/lm_eval_harness.py asks them."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lit_qlora.settings import EvalConfig
+
+if TYPE_CHECKING:
+    from lit_qlora.model import GPT
+    from lit_qlora.tokenizer import Tokenizer
+
+EVAL = Path(__file__).resolve().parents[1] / "eval"
+
+
+def make_ask(config: EvalConfig, tokenizer: "Tokenizer") -> "Callable[[GPT], dict[str, float]]":
+    """What gives a model's figures in the tasks of `config`, by TASK/METRIC.
+
+    Raises:
+        UsageError: for a task that does not exist, before anything is loaded.
+    """
+    finding, harness = _script("lm_eval_tasks"), _script("lm_eval_harness")
+    include_path = config.tasks_include_path or harness.DEMO_TASKS
+    tasks = finding.resolve(config.tasks, include_path)
+    if set(tasks) <= set(finding.task_files(include_path)):
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    how = harness.Asking(limit=config.tasks_limit, num_fewshot=config.tasks_num_fewshot)
+
+    def ask(model: "GPT") -> dict[str, float]:
+        import numpy as np
+
+        state = np.random.get_state()
+        try:
+            # Progress bars would stand in the middle of the run's own line.
+            with open(os.devnull, "w") as nobody, redirect_stderr(nobody):
+                lm = _script("lm_eval_model").GPTModel(model, tokenizer)
+                return figures(harness.evaluate(lm, tasks, include_path, how), tasks)
+        finally:
+            np.random.set_state(state)
+
+    return ask
+
+
+def figures(results: Mapping[str, Any], tasks: list[str]) -> dict[str, float]:
+    """The figures of each task or group that was asked for; of a tag, which has none, those of its tasks."""
+    found = {}
+    for task, metrics in results["results"].items():
+        if task not in tasks and set(tasks) <= set(results["results"]):
+            continue
+        for key, value in metrics.items():
+            metric = key.removesuffix(",none")
+            if isinstance(value, float) and "_stderr" not in key:
+                found[f"{task}/{metric}"] = value
+    return found
+
+
+def _script(name: str) -> ModuleType:
+    """A module of eval/, which is a folder of programs, not of a package."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = PathFinder.find_spec(name, [str(EVAL)])
+    assert spec
+    assert spec.loader
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

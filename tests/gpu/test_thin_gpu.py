@@ -1,0 +1,96 @@
+"""The thin products on the GPU in bf16, at every width of block, with rows that do not fill the last one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.stack import Stack
+from lit_qlora.kernels.thin import Pending, grad_a, grad_b, project, rank_update
+
+pytestmark = pytest.mark.gpu
+
+ROWS = [37, 100, 300, 512]
+RANKS = [16, 48, 96, 128, 192]
+K = 256
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def poison() -> None:
+    """Let what is allocated next be NaN, so that nothing that was never written goes unnoticed."""
+    for size in (2**16, 2**20, 2**24):
+        tensors = [torch.full((size // 4,), float("nan"), device="cuda") for _ in range(4)]
+        del tensors
+
+
+def assert_near(compute: Callable[[], Tensor], expected: Tensor) -> None:
+    for _ in range(3):
+        poison()
+        actual = compute().double()
+        assert float((actual - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_project(rows: int, rank: int) -> None:
+    x, a = rand(rows, K), rand(rank, K)
+
+    def compute() -> Tensor:
+        out = torch.empty(rows, K + rank, device="cuda", dtype=torch.bfloat16)
+        out[:, :K] = x
+        z = project(out[:, :K], a, out)
+        assert torch.equal(z, out[:, K:])
+        return z
+
+    assert_near(compute, x.double() @ a.double().T)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rank_update(rows: int, rank: int) -> None:
+    d, a = rand(rows, K + rank), rand(rank, K)
+    assert_near(lambda: rank_update(d, a, K), d[:, :K].double() + d[:, K:].double() @ a.double())
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients(rows: int, rank: int) -> None:
+    x, dz, pending = rand(rows, K), rand(rows, K + rank)[:, K:], Pending()
+
+    def of_a() -> Tensor:
+        gradient = torch.zeros(rank, K, device="cuda")
+        grad_a(x, dz, gradient, 1.0, pending)
+        pending.flush()
+        return gradient
+
+    assert_near(of_a, dz.double().T @ x.double())
+    stack = Stack((K,), (0,), rank)
+
+    def of_b() -> Tensor:
+        gradient = torch.zeros(K, rank, device="cuda")
+        grad_b(x, dz.contiguous(), gradient, stack, stack.table("cuda"), pending)
+        pending.flush()
+        return gradient
+
+    assert_near(of_b, x.double().T @ dz.double())
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_norm_backward(rows: int, rank: int) -> None:
+    x, a, weight = rand(rows, K), rand(rank, K) / 16, rand(K)
+    norm = Norm("rms", 1e-5, weight)
+    d_out = rand(rows, K + rank)
+    normed = torch.empty_like(x)
+    _, numbers = add_norm(x, None, norm, normed)
+    z = normed @ a.T
+    exact = x.double().requires_grad_()
+    y = exact * torch.rsqrt(exact.pow(2).mean(1, keepdim=True) + 1e-5) * weight.double()
+    y.backward(d_out[:, :K].double() + d_out[:, K:].double() @ a.double())
+    assert exact.grad is not None
+    assert_near(lambda: norm_backward(d_out, x, norm, numbers, z, a), exact.grad)

@@ -3,8 +3,8 @@
 python benchmarks/generate.py --quantize bnb.nf4-dq --rows 1 --profile
 python benchmarks/generate.py --library transformers --quantize bnb.nf4-dq
 
-Time is taken after the first tokens, in which kernels are compiled and a graph is captured; reading the prompt and those
-tokens is printed apart. The bandwidth is what the weights that a token needs, read once, make of that time.
+Time is taken after the first tokens, in which kernels are compiled and a graph is captured; reading the prompt and
+those tokens is printed apart. The bandwidth is what the weights that a token needs, read once, make of that time.
 """
 
 import argparse

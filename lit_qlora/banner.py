@@ -21,8 +21,8 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
     """What the run needs.
 
     Raises:
-        UsageError: if the LoRA settings do not fit the model, make an adapter that could not be saved or that has not as
-            many parameters as is expected, or the optimizer cannot be used.
+        UsageError: if the LoRA settings do not fit the model, or make an adapter that could not be saved or has not as
+            many parameters as is expected; or if the optimizer cannot be used.
         ResourceError: if the GPU has less, unless config.force.
     """
     check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_qlora.data import Batch, RunData, read_data
 from lit_qlora.data.prompt_files import read_prompts
-from lit_qlora.errors import DataError, UsageError, did_you_mean
+from lit_qlora.errors import DataError, did_you_mean
 from lit_qlora.generate import generate
 from lit_qlora.generate.state import evaluating
 from lit_qlora.lora import without_adapters
@@ -38,7 +38,7 @@ Ask = Callable[[GPT], Record]
 MAX_NEW_TOKENS = 128
 ANSWERS_AT_ONCE = 16
 ROWS = 16
-"""Rows of a matrix product are a multiple of this: MKL's product of 5 or 6 rows, say, depends on the number of threads."""
+"""Rows of a matrix product are a multiple of this; MKL's product of 5 or 6, say, depends on the number of threads."""
 PROBE_TOKENS = 512
 """Most tokens of the text on which the distance to the base is measured."""
 

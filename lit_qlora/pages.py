@@ -94,7 +94,7 @@ def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
 
     figure = Figure(figsize=(width, 4 if width == 8 else 2.8), layout="constrained")
     axes = figure.subplots()
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color="tab:blue")
     if max(lengths) > limit:
         axes.axvline(limit, color="tab:red", label=f"limit, {limit} tokens")

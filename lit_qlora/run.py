@@ -371,6 +371,19 @@ def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
         raise ResourceError(f"Out of memory. {reason}\n{savings(config, data)}") from None
+    except RuntimeError as error:
+        if not _is_about_another_process(error):
+            raise
+        raise ResourceError(
+            "another process of this run has ended, so this one ends too.\n"
+            f"{config.out_dir} holds the checkpoints: the same command goes on from the newest."
+        ) from None
+
+
+def _is_about_another_process(error: RuntimeError) -> bool:
+    """Whether a process that this one works with has gone; gloo has no exception of its own."""
+    distributed = getattr(torch.distributed, "DistError", ())
+    return isinstance(error, distributed) or "gloo" in str(error)
 
 
 def versions() -> dict[str, str]:

@@ -18,8 +18,18 @@ from lit_qlora.data import RunData, read_data
 from lit_qlora.errors import DataError, UsageError
 from lit_qlora.generate import generate
 from lit_qlora.lora import add_lora, without_adapters
-from lit_qlora.measures import Losses, Optional, Probes, answer, best_and_worst, kl_to_base, more_measures, question
-from lit_qlora.measures import read_probes, tasks_measure
+from lit_qlora.measures import (
+    Losses,
+    Optional,
+    Probes,
+    answer,
+    best_and_worst,
+    kl_to_base,
+    more_measures,
+    question,
+    read_probes,
+    tasks_measure,
+)
 from lit_qlora.metrics import text_metrics
 from lit_qlora.model import GPT, IGNORE
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig, GenerationConfig, LoRAConfig
@@ -73,7 +83,7 @@ def test_loss_and_accuracy_are_those_of_the_plain_model(
     record = Losses(fabric, model, data.val_batches)(0)
     assert record["val_loss"] == pytest.approx(loss / labelled, rel=1e-5)
     assert record["val_accuracy"] == right / labelled
-    assert 0 < labelled
+    assert labelled > 0
 
 
 def test_no_more_logits_than_allowed_exist_at_once(

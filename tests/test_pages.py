@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.pages import Answer, Outcome, inline, lengths_figure, losses_figure, one_line, plot_losses
-from lit_qlora.pages import write_page, write_report
+from lit_qlora.pages import (
+    Answer,
+    Outcome,
+    inline,
+    lengths_figure,
+    losses_figure,
+    one_line,
+    plot_losses,
+    write_page,
+    write_report,
+)
 from tests.test_report import VAL, step
 
 SUMMARY = {

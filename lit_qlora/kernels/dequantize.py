@@ -107,7 +107,7 @@ ROWS = 128  # rows of B a program
 if triton is not None:
 
     @triton.jit
-    def _layer_of(n, TABLE, LAYERS: tl.constexpr):
+    def layer_of(n, TABLE, LAYERS: tl.constexpr):
         """Number of the layer that row n of a stack belongs to."""
         layer = tl.zeros_like(n)
         for p in tl.static_range(1, LAYERS):
@@ -129,7 +129,7 @@ if triton is not None:
             if NESTED:
                 scale = tl.load(CODE2 + tl.load(ABSMAX + block, inside, 0).to(tl.int32))
                 scale = scale * tl.load(OUTER + block // 256, inside, 0.0)
-                scale = scale + tl.load(OFFSET + _layer_of(row, TABLE, LAYERS), inside, 0.0)
+                scale = scale + tl.load(OFFSET + layer_of(row, TABLE, LAYERS), inside, 0.0)
             else:
                 scale = tl.load(ABSMAX + block, inside, 0.0)
             at = block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -143,7 +143,7 @@ if triton is not None:
             n = (pid - programs) * ROWS + tl.arange(0, ROWS)
             in_n = n < N
             j = tl.arange(0, RP)
-            layer = _layer_of(n, TABLE, LAYERS)
+            layer = layer_of(n, TABLE, LAYERS)
             slot = tl.load(TABLE + 3 * layer + 1, in_n, -1)
             row_b = n - tl.load(TABLE + 3 * layer, in_n, 0) + tl.load(TABLE + 3 * layer + 2, in_n, 0)
             column_b = j[None, :] - slot[:, None] * r

@@ -14,6 +14,9 @@ from tests.test_switches import model_of
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="in float32, so for the interpreter; tests/gpu is for the GPU"
+    ),
     # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]

@@ -17,7 +17,12 @@ from lit_qlora.quantize import quantize_linears
 from lit_qlora.settings import LoRAConfig, Scheme, Target
 from tests.conftest import tiny_model
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+pytestmark = [
+    pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="in float32, so for the interpreter; tests/gpu is for the GPU"
+    ),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICIES = ["none", "mlp", "attn", "full"]  # offload needs a GPU: tests/gpu
 SHAPE = {"n_embd": 64, "head_size": 16, "ffn_size": 128, "vocab_size": 160, "block_size": 64}

@@ -4,8 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
+from lit_qlora.kernels.mlp import mlp_backward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.kernels.thin import Pending, grad_a, grad_b, project, rank_update
@@ -13,7 +17,7 @@ from lit_qlora.kernels.thin import Pending, grad_a, grad_b, project, rank_update
 pytestmark = pytest.mark.gpu
 
 ROWS = [37, 100, 300, 512]
-RANKS = [16, 48, 96, 128, 192]
+RANKS = [16, 48, 64, 96, 128, 192]
 K = 256
 
 
@@ -37,17 +41,51 @@ def assert_near(compute: Callable[[], Tensor], expected: Tensor) -> None:
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_project(rows: int, rank: int) -> None:
-    x, a = rand(rows, K), rand(rank, K)
+@pytest.mark.parametrize("how", ["in place", "copy", "dropout", "silu"])
+def test_project(rows: int, rank: int, how: str) -> None:
+    gated = how == "silu"
+    x, a = rand(rows, 2 * K if gated else K), rand(rank, K)
+    dropout = Dropout(p=0.3, seed=7) if how == "dropout" else NONE
+    expected = F.silu(x[:, :K]) * x[:, K:] if gated else x
 
     def compute() -> Tensor:
         out = torch.empty(rows, K + rank, device="cuda", dtype=torch.bfloat16)
-        out[:, :K] = x
-        z = project(out[:, :K], a, out)
+        if how == "in place":
+            out[:, :K] = x
+        source = out[:, :K] if how == "in place" else x
+        z = project(source, a, out, Activation("silu", True) if gated else None, how in ("copy", "dropout"), dropout)
         assert torch.equal(z, out[:, K:])
+        assert torch.allclose(out[:, :K], expected, rtol=3e-2, atol=1e-2)
         return z
 
-    assert_near(compute, x.double() @ a.double().T)
+    kept = factor_reference(rows, K, dropout, "cuda") if how == "dropout" else 1.0
+    assert_near(compute, (expected.double() * kept) @ a.double().T)
+
+
+@pytest.mark.parametrize("rank", [16, 64, 128])
+@pytest.mark.parametrize("rows", ROWS)
+def test_mlp_backward(rows: int, rank: int) -> None:
+    branches, a, z = rand(rows, 2 * K), rand(rank, K) / 16, rand(rows, 2 * rank)
+    dh = rand(rows, K + rank)
+    exact = branches.double().requires_grad_()
+    h = F.silu(exact[:, :K]) * exact[:, K:]
+    d = dh[:, :K].double() + dh[:, K:].double() @ a.double()
+    h.backward(d)
+    assert exact.grad is not None
+    stack, pending = Stack((K, K), (0, 1), rank), Pending()
+    grad_a, grad_b = torch.zeros(rank, K, device="cuda"), torch.zeros(2 * K, rank, device="cuda")
+
+    def compute() -> Tensor:
+        grad_a.zero_(), grad_b.zero_()
+        mine = branches.clone()
+        mlp_backward(mine, dh, Activation("silu", True), a, grad_a, z, grad_b, stack, 1.0, pending)
+        pending.flush()
+        return mine
+
+    assert_near(compute, exact.grad)
+    assert_near(lambda: (compute(), grad_a)[1], dh[:, K:].double().T @ h.detach())
+    of_z = torch.cat([exact.grad[:, :K].T @ z[:, :rank].double(), exact.grad[:, K:].T @ z[:, rank:].double()])
+    assert_near(lambda: (compute(), grad_b)[1], of_z)
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -1,0 +1,197 @@
+"""Products of a few rows with a weight that is read once, as it is stored: y = x W^T, and LoRA's update beside it.
+
+A token that is generated needs every weight once, so its time is that of reading them. 4- and 8-bit weights are decoded
+in registers to what kernels.dequantize writes, to the last bit, and never lie in memory; sums are float32. One row is
+multiplied without matrix units by programs of one warp, which wait for nothing but their own loads; more rows with them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.kernels.launch import power_of_2, tl, triton
+from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack
+
+MOST_ROWS = 16
+"""Rows up to which reading a weight takes longer than computing with it."""
+
+
+def product_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, b: Tensor | None, stack: Stack
+) -> Tensor:
+    """What product means, of a weight (N, K) in the dtype of x; float32."""
+    y = x.float() @ weight.float().T
+    if bias is not None:
+        y = y + bias.float()
+    if z is not None:
+        assert b is not None
+        first = first_b = 0
+        for rows, slot in zip(stack.rows, stack.slots, strict=True):
+            if slot >= 0:
+                own = z[:, slot * stack.r : (slot + 1) * stack.r].float()
+                y[:, first : first + rows] += own @ b[first_b : first_b + rows].float().T
+                first_b += rows
+            first += rows
+    return y
+
+
+def product(
+    x: Tensor,
+    weight: FourBit | EightBit | Tensor,
+    stack: Stack,
+    table: Tensor,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    b: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias, and in the rows of layers with an adapter z B^T.
+
+    Args:
+        x: (M, K), contiguous, M from 1 to MOST_ROWS; K a multiple of 64 for 4-bit weights.
+        weight: stacked; if it is a tensor (N, K), rows contiguous, in the dtype of x.
+        table: stack.table, on the device.
+        bias: (N,).
+        z: (M, R), contiguous, in the dtype of x; None where there is no adapter.
+        b: stacked B, (adapted rows, r), contiguous, in the dtype of x.
+
+    Returns:
+        (M, N).
+    """
+    rows, k = x.shape
+    n = stack.n
+    out = torch.empty(rows, n, device=x.device, dtype=x.dtype)
+    nested: Any = (x,) * 3
+    if isinstance(weight, FourBit):
+        kind, packed, scales, code, stride = 4, weight.packed, weight.absmax, weight.code, k // 2
+        nested = weight.nested or nested
+    elif isinstance(weight, EightBit):
+        kind, packed, scales, code, stride = 8, weight.packed, weight.absmax, x, k
+    else:
+        kind, packed, scales, code, stride = 16, weight, x, x, weight.stride(0)
+    is_nested = isinstance(weight, FourBit) and weight.nested is not None
+    arguments = (
+        x, packed, stride, scales, code, *nested, x if bias is None else bias, x if z is None else z,
+        x if b is None else b, table, out, rows, n, k,
+    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "KIND": kind, "NESTED": is_nested, "PER_STEP": PER_STEP, "PER_LANE": {4: 32, 8: 16, 16: 16 // x.element_size()}[kind],
+        "HAS_BIAS": bias is not None, "R": 0 if z is None else stack.rank, "r": max(stack.r, 1),
+        "RP": power_of_2(stack.rank), "LAYERS": len(stack.rows),
+        "enable_fp_fusion": not is_nested,  # bitsandbytes rounds a scale's scale after the product and after the sum
+    }  # fmt: skip
+    if rows == 1:
+        alone = 4 if n >= 2048 else 1
+        warps = 1 if n >= 2048 else 4
+        _one_row[(triton.cdiv(n, alone),)](*arguments, BN=alone, LANES=32 * warps, num_warps=warps, **settings)
+    else:
+        _few_rows[(triton.cdiv(n, 32),)](*arguments, BN=32, MP=16, LANES=256 // settings["PER_LANE"], num_warps=2, **settings)
+    return out
+
+
+if triton is not None:
+    from lit_qlora.kernels.dequantize import layer_of
+
+    @triton.jit
+    def _weights(
+        n, k0, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, offset, N, K, like,
+        KIND: tl.constexpr, NESTED: tl.constexpr, PER_STEP: tl.constexpr, PER_LANE: tl.constexpr, LANES: tl.constexpr,
+    ):  # fmt: skip
+        """Rows n (BN,) of W from column k0 on, (BN, LANES, PER_LANE), zero outside of W; a lane loads 16 bytes."""
+        lane = tl.arange(0, LANES)
+        k = k0 + lane * PER_LANE
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        row = n.to(tl.int64)
+        if KIND == 4:
+            block = row[:, None] * (K // 64) + (k // 64)[None, :]
+            if NESTED:
+                scale = tl.load(CODE2 + tl.load(SCALES + block, inside, 0).to(tl.int32))
+                scale = scale * tl.load(OUTER + block // 256, inside, 0.0)
+                scale = scale + offset[:, None]
+            else:
+                scale = tl.load(SCALES + block, inside, 0.0)
+            at = (row * stride)[:, None] + (k // 2)[None, :]
+            two = tl.load(PACKED + at[:, :, None] + tl.arange(0, 16)[None, None, :], inside[:, :, None], 0).to(tl.int32)
+            high = tl.load(CODE + (two >> 4)) * scale[:, :, None]
+            low = tl.load(CODE + (two & 15)) * scale[:, :, None]
+            # What lies outside is multiplied with zeros of x.
+            w = tl.interleave(high.to(like), low.to(like))
+        else:
+            at = (row * stride)[:, None] + k[None, :]
+            at = at[:, :, None] + tl.arange(0, PER_LANE)[None, None, :]
+            inner = inside[:, :, None] & (k[:, None] + tl.arange(0, PER_LANE)[None, :] < K)[None, :, :]
+            w = tl.load(PACKED + at, inner, 0)
+            if KIND == 8:
+                scale = tl.load(SCALES + n, n < N, 0.0)
+                w = (w.to(tl.float32) * scale[:, None, None] * PER_STEP).to(like)
+        return w
+
+    @triton.jit
+    def _own_b(n, B, TABLE, N, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr):
+        """Rows n of B, (BN, RP): each layer's in the columns of its own adapter, zero elsewhere."""
+        layer = layer_of(n, TABLE, LAYERS)
+        slot = tl.load(TABLE + 3 * layer + 1)
+        row_b = n - tl.load(TABLE + 3 * layer) + tl.load(TABLE + 3 * layer + 2)
+        column = tl.arange(0, RP)[None, :] - slot[:, None] * r
+        own = ((n < N) & (slot >= 0))[:, None] & (column >= 0) & (column < r)
+        return tl.load(B + row_b.to(tl.int64)[:, None] * r + column, own, 0.0)
+
+    @triton.jit
+    def _one_row(
+        X, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, BIAS, Z, B, TABLE, OUT, M, N, K,
+        KIND: tl.constexpr, NESTED: tl.constexpr, PER_STEP: tl.constexpr, PER_LANE: tl.constexpr,
+        HAS_BIAS: tl.constexpr, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr,
+        BN: tl.constexpr, LANES: tl.constexpr,
+    ):  # fmt: skip
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        within = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+        offset = tl.zeros((BN,), tl.float32)
+        if NESTED:
+            offset = tl.load(OFFSET + layer_of(n, TABLE, LAYERS))
+        total = tl.zeros((BN, LANES), tl.float32)
+        for k0 in range(0, K, LANES * PER_LANE):
+            x = tl.load(X + k0 + within, k0 + within < K, 0.0)
+            w = _weights(
+                n, k0, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, offset, N, K, x.dtype,
+                KIND, NESTED, PER_STEP, PER_LANE, LANES,
+            )  # fmt: skip
+            total += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :, :], 2)
+        y = tl.sum(total, 1)
+        if HAS_BIAS:
+            y += tl.load(BIAS + n, n < N, 0.0).to(tl.float32)
+        if R > 0:
+            j = tl.arange(0, RP)
+            z = tl.load(Z + j, j < R, 0.0).to(tl.float32)
+            y += tl.sum(_own_b(n, B, TABLE, N, R, r, RP, LAYERS).to(tl.float32) * z[None, :], 1)
+        tl.store(OUT + n, y.to(OUT.dtype.element_ty), n < N)
+
+    @triton.jit
+    def _few_rows(
+        X, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, BIAS, Z, B, TABLE, OUT, M, N, K,
+        KIND: tl.constexpr, NESTED: tl.constexpr, PER_STEP: tl.constexpr, PER_LANE: tl.constexpr,
+        HAS_BIAS: tl.constexpr, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr,
+        BN: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr,
+    ):  # fmt: skip
+        BK: tl.constexpr = LANES * PER_LANE
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        m = tl.arange(0, MP)
+        j = tl.arange(0, BK)
+        offset = tl.zeros((BN,), tl.float32)
+        if NESTED:
+            offset = tl.load(OFFSET + layer_of(n, TABLE, LAYERS))
+        y = tl.zeros((BN, MP), tl.float32)
+        for k0 in range(0, K, BK):
+            x = tl.load(X + m[None, :] * K + k0 + j[:, None], (m < M)[None, :] & (k0 + j < K)[:, None], 0.0)
+            w = _weights(
+                n, k0, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, offset, N, K, x.dtype,
+                KIND, NESTED, PER_STEP, PER_LANE, LANES,
+            )  # fmt: skip
+            y = tl.dot(tl.reshape(w, (BN, BK)), x, y, input_precision="ieee")
+        in_n = n < N
+        if HAS_BIAS:
+            y += tl.load(BIAS + n, in_n, 0.0).to(tl.float32)[:, None]
+        if R > 0:
+            c = tl.arange(0, RP)
+            z = tl.load(Z + m[None, :] * R + c[:, None], (m < M)[None, :] & (c < R)[:, None], 0.0)
+            y = tl.dot(_own_b(n, B, TABLE, N, R, r, RP, LAYERS), z, y, input_precision="ieee")
+        tl.store(OUT + m[None, :] * N + n[:, None], y.to(OUT.dtype.element_ty), in_n[:, None] & (m < M)[None, :])

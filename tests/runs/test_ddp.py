@@ -1,0 +1,117 @@
+"""Several processes learn what one learns."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.adapter import read_adapter
+from lit_qlora.resume import newest
+from tests.runs.forked import Child, Start, at_save, ending, signals
+
+
+@pytest.fixture
+def start_ranks(start: Start) -> Callable[..., list[Child]]:
+    """Begins a run in several processes, as torchrun does."""
+
+    def begin(
+        out: Path, *flags: str, ranks: int = 2, before: Callable[[int], Callable[[], object] | None] | None = None
+    ) -> list[Child]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def enter(rank: int) -> None:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "none",
+                "TORCHELASTIC_USE_AGENT_STORE": "False",
+            }
+            if before and (patch := before(rank)):
+                patch()
+
+        return [start(out, f"--devices={ranks}", *flags, before=lambda rank=rank: enter(rank)) for rank in range(ranks)]
+
+    return begin
+
+
+def relative_difference(one: Path, other: Path) -> tuple[float, float]:
+    """The largest of the losses, norms and validations, and of the adapters' tensors."""
+    records = zip(ending(one)[0], ending(other)[0], strict=True)
+    figures = [(a[key], b[key]) for a, b in records for key in ("loss", "grad_norm", "val_loss") if key in a]
+    mine, theirs = (read_adapter(path / "final").peft_tensors for path in (one, other))
+    return (
+        max(abs(a - b) / abs(b) for a, b in figures),
+        max(float((mine[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs),
+    )
+
+
+EQUAL = ["--lora.dropout=0", "--train.batch_size=6"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ranks"), [("none", 2), ("bnb.nf4", 2), pytest.param("bnb.int8", 3, marks=pytest.mark.slow)]
+)
+def test_several_processes_learn_what_one_does(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path, scheme: str, ranks: int
+) -> None:
+    flags = [*EQUAL, f"--quantize={scheme}"]
+    assert start(tmp_path / "one", *flags).wait() == 0
+    children = start_ranks(tmp_path / "out", *flags, ranks=ranks)
+    assert [child.wait() for child in children] == [0] * ranks, children[0].said.read_text()
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-5
+    assert tensors < 1e-3  # Adam turns a rounding of a tiny gradient into a step
+    assert children[0].said.read_text().count("next    python scripts/merge_lora.py") == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    assert start(tmp_path / "one", *EQUAL).wait() == 0
+    assert start(tmp_path / "out", *EQUAL, before=at_save(5, signals(signal.SIGKILL))).wait() == -signal.SIGKILL
+    assert [child.wait() for child in start_ranks(tmp_path / "out", *EQUAL)] == [0, 0]
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-5
+    assert tensors < 1e-3
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        return at_save(3, signals(signal.SIGTERM)) if rank == 1 else None
+
+    children = start_ranks(tmp_path / "out", *EQUAL, before=before)
+    assert [child.wait() for child in children] == [143, 143]
+    assert newest(tmp_path / "out").step in (3, 4)  # it comes while the others may be a step further
+    assert [child.wait() for child in start_ranks(tmp_path / "out", *EQUAL)] == [0, 0]
+    assert start(tmp_path / "one", *EQUAL).wait() == 0
+    assert relative_difference(tmp_path / "out", tmp_path / "one")[0] < 1e-5
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_dies_ends_the_run_with_a_message_and_without_a_hang(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path, dead: int
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        return at_save(3, signals(signal.SIGKILL)) if rank == dead else None
+
+    begin = time.monotonic()
+    children = start_ranks(tmp_path / "out", *EQUAL, before=before)
+    statuses = [child.wait() for child in children]
+    assert statuses[dead] == -signal.SIGKILL
+    assert statuses[1 - dead] == 6
+    assert "error: another process of this run has ended" in children[0].said.read_text()
+    assert time.monotonic() - begin < 60
+    assert newest(tmp_path / "out").step == 3

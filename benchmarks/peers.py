@@ -157,7 +157,8 @@ def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> list
         print(turns["ours"].line(f"ours, recompute {setting}"))
         print(turns[peer].line(peer))
         print(f"  ours / {peer}: {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})", flush=True)
-        described = {"ours": f"ours recompute {setting}, beside {peer}", peer: f"{peer} {other.facts['version']}"}
+        own = f"ours recompute {setting}{', no graphs' if arguments.no_graphs else ''}"
+        described = {"ours": f"{own}, beside {peer}", peer: f"{peer} {other.facts['version']}"}
         rows += [row(task, ours.facts, turns[who], described[who], arguments.commit) for who in turns]
     if ours.process.poll() is None:
         ours.end()
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
     parser.add_argument("--targets", choices=["all", "query,value"], default="all", help="layers that learn")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
+    parser.add_argument("--no_graphs", action="store_true", help="short: ours launches its kernels one by one")
     parser.add_argument("--bf16", action="store_true", help="leave the base in 16 bit")
     parser.add_argument("--ours", default="", help="our recompute; by default what suits the peer's checkpointing")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
@@ -218,6 +220,7 @@ def main() -> None:
         targets=arguments.targets,
         quantize=not arguments.bf16,
         dropout=arguments.dropout,
+        graphs=not arguments.no_graphs,
     )
     program = str(Path(__file__).with_name("contestant.py"))
     subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=True)

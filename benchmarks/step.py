@@ -19,10 +19,13 @@ from finetune import RESULTS, SHAPES, append_row
 from lit_qlora.config import ModelConfig
 from lit_qlora.device import pick_device
 from lit_qlora.fused import fuse, why_not
+from lit_qlora.fused.graphs import padded_length
 from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import SCHEMES, LoRAConfig
+
+WARM_UP = 6  # steps: kernels are compiled in the first, a graph is captured in the fifth
 
 
 def random_model(shape: str, scheme: Any) -> GPT:
@@ -44,7 +47,7 @@ def random_model(shape: str, scheme: Any) -> GPT:
 
 def measure(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], steps: int) -> dict[str, float]:
     """Milliseconds of the median, fastest and slowest step, and the peak in GiB; nothing waits inside a step."""
-    for _ in range(3):
+    for _ in range(WARM_UP):
         _step(model, optimizer, batch)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="samples of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sample")
     parser.add_argument("--recompute", nargs="+", default=["none"], help="settings to measure, or 'plain'")
+    parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs, if there are few tokens")
     parser.add_argument("--steps", type=int, default=16, help="timed steps")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the rows")
     parser.add_argument("--commit", default="unknown", help="what was measured")
@@ -98,7 +102,8 @@ def main() -> None:
     tokens = torch.randint(0, model.config.vocab_size, (arguments.rows, arguments.length + 1), device="cuda")
     batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     reason = why_not(model)
-    fused = None if reason else fuse(model)
+    small = arguments.rows * padded_length(arguments.length) if arguments.graphs else 0
+    fused = None if reason else fuse(model, graph_tokens=small)
     print(f"fast path: {reason or 'yes'}", flush=True)
     learners = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learners, lr=1e-4, fused=True)
@@ -116,7 +121,7 @@ def main() -> None:
             continue
         count = batch[0].numel()
         learns = f"r{arguments.r} {','.join(arguments.targets)} dropout {arguments.dropout:g}"
-        described = f"{arguments.quantize} {learns} recompute {setting}"
+        described = f"{arguments.quantize} {learns} recompute {setting}{' graphs' if arguments.graphs else ''}"
         row = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": arguments.commit,

@@ -38,7 +38,7 @@ def finetune(config: FinetuneConfig) -> None:
     from lit_qlora.banner import plan_run, tell_plan
     from lit_qlora.embeddings import add_noise
     from lit_qlora.lora import add_lora
-    from lit_qlora.measures import read_probes
+    from lit_qlora.probes import read_probes
 
     config = replace(
         config,

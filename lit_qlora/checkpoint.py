@@ -47,7 +47,7 @@ def load_model(
         dtype: of the weights, and what quantised weights are quantised from and read back in.
 
     Raises:
-        CheckpointError: listing the tensors that are missing, unexpected, or of the wrong shape.
+        CheckpointError: listing the tensors that are missing, unexpected, of the wrong shape, or not finite.
     """
     directory, device = Path(checkpoint_dir), torch.device(device)
     config = ModelConfig.load(directory)
@@ -57,10 +57,14 @@ def load_model(
         model = GPT(config)
     names = {path: _names(path, module, model) for path, module in model.named_modules()}
     tensors = _stream(weights, [name for own in names.values() for name in own], device)
+    sums: dict[str, Tensor] = {}
     for path, module in list(model.named_modules()):
         own = {}
         for name in names[path]:
-            own[name.rpartition(".")[2]] = next(tensors).to(torch.float32 if name.endswith(CORRECTION) else dtype)
+            tensor = next(tensors)
+            sums[name] = tensor.sum(dtype=torch.float64)  # looked at in the end: on a GPU each look waits
+            own[name.rpartition(".")[2]] = tensor.to(torch.float32 if name.endswith(CORRECTION) else dtype)
+            del tensor
         tied = module is model.head and config.tied_head
         if type(module) is nn.Linear and is_quantized(path, quantize, quantize_head):
             weight = model.embed.weight.data if tied else own.pop("weight")
@@ -72,7 +76,19 @@ def load_model(
         if tied:
             model.head.weight = model.embed.weight  # loaded before: the embedding is the first module
     next(tensors, None)  # lets it end
+    _check_finite(sums, weights)
     return model
+
+
+def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
+    """Raise CheckpointError, with the tensors and how many of their numbers are meant, if a sum is NaN or infinite."""
+    finite = torch.stack(list(sums.values())).isfinite().tolist()
+    if broken := [name for name, good in zip(sums, finite, strict=True) if not good]:
+        counts = [f"{name}: {int((~weights.read(name).isfinite()).sum()):,}" for name in broken]
+        raise CheckpointError(
+            f"{weights.place} holds numbers that are NaN or infinite:\n  {safetensors_io.name_some(counts)}\n"
+            "Get the checkpoint again; trained on, it would only give more of them."
+        )
 
 
 def _names(path: str, module: nn.Module, model: GPT) -> list[str]:

@@ -47,6 +47,16 @@ class LoRALinear(nn.Module):
         bias: Any = self.base.bias
         return gain * (y + update) if bias is None else gain * (y - bias + update) + bias
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and what their product is multiplied by: all that is added to what the base gives, without dropout.
+
+        Raises:
+            NotImplementedError: if there is more to it.
+        """
+        if self.magnitude is not None:
+            raise NotImplementedError("DoRA")
+        return self.lora_a.detach(), self.lora_b.detach(), self.scale
+
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """(out,), of W + scale B A; a constant to the gradient (DoRA, Liu et al. 2024, sec. 4.3)."""

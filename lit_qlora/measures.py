@@ -5,10 +5,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.resources import files
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +13,15 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lit_qlora.data import Batch, RunData, read_data
-from lit_qlora.data.prompt_files import read_prompts
-from lit_qlora.errors import DataError, did_you_mean
+from lit_qlora.data import Batch, RunData
 from lit_qlora.generate import generate
 from lit_qlora.generate.state import evaluating
 from lit_qlora.lora import without_adapters
 from lit_qlora.metrics import chrf, text_metrics
 from lit_qlora.model import GPT, LOGITS_AT_ONCE
+from lit_qlora.probes import Probes, Question, stop_ids
 from lit_qlora.report import Record, tell
-from lit_qlora.settings import EvalConfig, FinetuneConfig, GenerationConfig, check
+from lit_qlora.settings import FinetuneConfig, GenerationConfig
 from lit_qlora.stopping import StopRequest
 from lit_qlora.train import pinned, sum_over_ranks
 
@@ -39,121 +35,6 @@ MAX_NEW_TOKENS = 128
 ANSWERS_AT_ONCE = 16
 ROWS = 16
 """Rows of a matrix product are a multiple of this; MKL's product of 5 or 6, say, depends on the number of threads."""
-PROBE_TOKENS = 512
-"""Most tokens of the text on which the distance to the base is measured."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the model is asked."""
-
-    ids: list[int]
-    prompt: str
-    wanted: str = ""
-    """'' where no answer is known."""
-
-
-@dataclass(frozen=True)
-class Probes:
-    """What the model is asked at validations, besides the validation samples."""
-
-    questions: list[Question]
-    """Some of the validation samples, whose answers are compared."""
-    prompts: list[Question]
-    """Those of eval.prompts."""
-    text: list[int]
-    """Ids of a text on which model and base are compared."""
-
-
-NEEDS = {
-    **dict.fromkeys(("val_loss", "val_ppl", "val_accuracy"), "validation samples"),
-    **dict.fromkeys(("exact_match", "bleu", "chrf", "rouge_l"), "--eval.generate"),
-    "kl_to_base": "--eval.kl_text",
-}
-"""What each figure is made from; those of tasks are called TASK/METRIC."""
-
-
-def check_best(config: FinetuneConfig, data: RunData) -> None:
-    """Raise UsageError if eval.best names a figure that no validation of this run will have."""
-    given = {
-        "validation samples": data.val_batches,
-        "--eval.generate": config.eval.generate,
-        "--eval.kl_text": config.eval.kl_text,
-    }
-    best = config.eval.best
-    if best == "none" or (best == EvalConfig.best and not config.eval.patience):
-        return
-    if best not in NEEDS:
-        known = [*NEEDS, "none"]
-        check(
-            "/" in best and bool(config.eval.tasks),
-            f"eval.best {best!r} is not a figure of validations.{did_you_mean(best, known)} Known: {', '.join(known)}, "
-            "and TASK/METRIC with --eval.tasks.",
-        )
-        return
-    check(bool(given[NEEDS[best]]), f"eval.best {best} needs {NEEDS[best]}.")
-
-
-def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
-    """What eval.generate, eval.prompts and eval.kl_text ask for.
-
-    Raises:
-        UsageError, DataError: if a file cannot be read, the validation samples hold no answers, or eval.best is none of
-            the figures.
-    """
-    check_best(config, data)
-    questions: list[Question] = []
-    if config.eval.generate:
-        # Where prompts are learnt too, only the same data with masks shows where answers begin.
-        masked = data if config.data.mask_prompt else read_data(_with_masks(config))
-        rows = [row for batch in masked.val_batches for row in zip(batch.tokens, batch.labels, strict=True)]
-        check(bool(rows), "eval.generate compares answers of validation samples, and there is none.")
-        count = min(config.eval.generate, len(rows))  # of all lengths, for the rows are sorted by them
-        found = [question(data, *rows[i * len(rows) // count]) for i in range(count)]
-        questions = [asked for asked in found if asked]
-        check(
-            questions == found, "eval.generate compares answers, and the validation samples are texts without prompts."
-        )
-    prompts = []
-    if config.eval.prompts:
-        for _, texts, _ in read_prompts(config.eval.prompts, config.data.system):
-            ask, about, system = texts["instruction"], texts["input"], texts["system"]
-            ids = data.style.encode_prompt(data.tokenizer, ask, about, system)
-            prompts.append(Question(ids, "\n".join(text for text in (ask, about) if text)))
-    return Probes(questions, prompts, read_text(config.eval.kl_text, data) if config.eval.kl_text else [])
-
-
-def _with_masks(config: FinetuneConfig) -> FinetuneConfig:
-    return replace(config, data=replace(config.data, mask_prompt=True))
-
-
-def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
-    """The last answer of a sample, and all that comes before it; None for a text that is learnt from its beginning.
-
-    Args:
-        tokens, labels: (T,) a row of a Batch.
-    """
-    learnt = (labels >= 0).tolist()
-    end = max(place for place, is_learnt in enumerate(learnt) if is_learnt) + 1
-    start = next(place for place in range(end - 1, -1, -1) if place == 0 or not learnt[place - 1])
-    if start == 0:
-        return None
-    ids, answer = tokens[: start + 1].tolist(), labels[start:end].tolist()
-    stops = _stop_ids(data)
-    wanted = data.tokenizer.decode([token for token in answer if token not in stops])
-    return Question(ids, data.tokenizer.decode(ids).strip(), data.style.said(wanted).strip())
-
-
-def read_text(path: Path, data: RunData) -> list[int]:
-    """The first ids of a text file; 'default' is probe.txt of the package."""
-    try:
-        text = (files("lit_qlora") / "probe.txt" if path == Path("default") else path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"eval.kl_text {path} cannot be read: {error}.") from None
-    ids = data.tokenizer.encode(text)[:PROBE_TOKENS]
-    if len(ids) < 2:
-        raise DataError(f"eval.kl_text {path} has {len(ids)} tokens, so nothing in it can be predicted.")
-    return ids
 
 
 def more_measures(
@@ -181,7 +62,7 @@ def more_measures(
         }
     if tasks:
         extras["eval.tasks"] = tasks
-    return [Optional(fabric, model, name, measure) for name, measure in extras.items()]
+    return [Dispensable(fabric, model, name, measure) for name, measure in extras.items()]
 
 
 def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: Sequence[Record]) -> Measure:
@@ -250,8 +131,8 @@ def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopR
     return sum_over_ranks(fabric, scores).cpu()
 
 
-class Optional:
-    """Measured on rank 0 alone, and dispensable: if it fails, that is said and its figures are left out."""
+class Dispensable:
+    """A measure that runs on rank 0 alone; if it fails, that is said, and its figures are left out."""
 
     def __init__(self, fabric: Fabric, model: GPT, name: str, measure: Measure) -> None:
         self.fabric, self.model, self.name, self.measure = fabric, model, name, measure
@@ -300,7 +181,7 @@ def _answers(
 
 def answer(model: GPT, data: RunData, questions: Sequence[Question], most: int) -> list[str]:
     """The likeliest answers, of at most so many tokens, in the order of the questions."""
-    config, stops, room = GenerationConfig(max_new_tokens=most), _stop_ids(data), model.config.block_size
+    config, stops, room = GenerationConfig(max_new_tokens=most), stop_ids(data), model.config.block_size
     # A prompt that fills the context loses its beginning, so that there is room for half an answer at least.
     prompts = [question.ids[-(room - min(most, room // 2)) :] for question in questions]
     answers = [""] * len(questions)
@@ -329,10 +210,6 @@ def kl_to_base(fabric: Fabric, model: GPT, ids: Sequence[int]) -> float:
                 base = model.logits(theirs).float().log_softmax(dim=-1)
             total += float((base.exp() * (base - adapted)).sum(dtype=torch.float64))
     return total / len(ids)
-
-
-def _stop_ids(data: RunData) -> frozenset[int]:
-    return data.tokenizer.stop_ids | data.style.stop_ids(data.tokenizer)
 
 
 def best_and_worst(scores: Tensor, count: int) -> tuple[list[int], list[int]]:

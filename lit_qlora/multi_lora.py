@@ -60,6 +60,17 @@ class SwitchedLinear(nn.Module):
             y = y + update if rows is None else y.index_add(0, rows, update.to(y.dtype))
         return y
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """As that of LoRALinear, for the adapter that all rows use; None where it has nothing for this layer."""
+        groups = [(name, rows) for name, rows in self.selection.groups if name in self.updates]
+        if not groups:
+            return None
+        (name, rows), *others = groups
+        a, b, scale, gain = self.updates[name]
+        if others or rows is not None or gain is not None:
+            raise NotImplementedError("rows that use different adapters, or DoRA")
+        return a, b, scale
+
 
 class AdapterSwitch:
     """The adapters of a model. At first no row uses one.

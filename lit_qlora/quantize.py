@@ -1,6 +1,7 @@
 """4- and 8-bit storage for frozen weights. The only file that imports bitsandbytes.
 
-The weight is dequantised to the dtype of the input wherever it is used: in training, evaluation and merging alike.
+The weight is dequantised to the dtype of the input wherever it is used: in training, evaluation and merging alike; for
+a few rows on a GPU in registers (lit_qlora.kernels.skinny), to the same values.
 bitsandbytes' fused small-batch product is not used, because it rounds the scales differently (with bitsandbytes
 0.50, 27 % of the weights differ by 0.27 %), and neither is its Linear4bit, because on CPUs with AVX512-BF16 its
 first evaluation repacks the weights, after which gradients through them are lost.
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
-from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit
+from lit_qlora.kernels import skinny
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, end_to_end
 from lit_qlora.settings import SCHEMES, Scheme
 
 
@@ -78,8 +81,26 @@ class QuantizedLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _FrozenLinear.apply(x, self)
+        y: Tensor = self._few_rows(x) if self._takes_few(x) else _FrozenLinear.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _takes_few(self, x: Tensor) -> bool:
+        """Whether the product with x is faster with the weight as it is stored, as it is while text is generated."""
+        return (
+            AVAILABLE
+            and x.is_cuda
+            and x.dtype in skinny.DTYPES
+            and 0 < x.numel() <= skinny.MOST_ROWS * self.in_features
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and (self.scheme == "bnb.int8" or self.in_features % BLOCK == 0)
+        )
+
+    def _few_rows(self, x: Tensor) -> Tensor:
+        weight = stack_weights([self])
+        assert weight is not None
+        stack = Stack((self.out_features,), (-1,), 0)
+        y = skinny.product(x.reshape(-1, self.in_features).contiguous(), weight, stack, None)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shape and scheme, for print(model)."""
@@ -181,7 +202,7 @@ def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | Non
         parts = [getattr(layer, name) for layer in layers]
         if len(parts) == 1:
             return parts[0].flatten() if first.scheme != "bnb.int8" else parts[0]
-        whole = torch.cat([part.view(-1, *part.shape[1:]) for part in parts])
+        whole = end_to_end([part.view(-1, *part.shape[1:]) for part in parts])
         for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
             setattr(layer, name, part)
         return whole

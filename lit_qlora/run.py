@@ -22,12 +22,13 @@ from lit_qlora.checkpoint import content_hash, flush, is_left_over
 from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.guards import Guard
-from lit_qlora.measures import Ask, Losses, Measure, Probes, more_measures, tasks_measure
+from lit_qlora.measures import Ask, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.mirrors import Mirrors
 from lit_qlora.model import GPT
 from lit_qlora.optim import check_schedule, make_optimizer, repage
 from lit_qlora.pages import one_line
 from lit_qlora.plan import Plan
+from lit_qlora.probes import Probes
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.resume import FINAL, LOG, SAMPLES, SUMMARY, Checkpoint, flat, plain, read_log, write_log
 from lit_qlora.settings import FinetuneConfig
@@ -106,6 +107,7 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(out_dir)
+        _clean(out_dir)
         if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
             here = out_dir.resolve()  # "." has no name of its own
             aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
@@ -116,7 +118,6 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
             lock = _lock(out_dir)
         if not config.skip_disk_check:
             check_disk(config, plan)
-        _clean(out_dir)
         if checkpoint:
             write_log(out_dir / LOG, read_log(checkpoint.path.parent / LOG, checkpoint.step))
             for later in out_dir.glob("step-??????"):
@@ -125,7 +126,7 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
             (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
         (out_dir / "config.yaml").write_text(cli.to_yaml(config))
     except OSError as error:
-        raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror}.") from None
+        raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
     fabric.barrier()
     try:
         yield out_dir
@@ -150,7 +151,7 @@ def _clean(out_dir: Path) -> None:
     """Remove what programs that were killed left half done."""
     for left in out_dir.glob("*.tmp-*"):
         if is_left_over(left):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _set_aside(folder: Path) -> None:

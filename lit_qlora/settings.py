@@ -346,6 +346,9 @@ class TrainConfig:
     path, mlp, attn and offload are full."""
     fast: bool = True
     """Take the fast path where GPU, precision and model allow it; it computes the same."""
+    cuda_graphs: Literal["auto", "never"] = "auto"
+    """'auto' launches the passes of small micro-batches (up to 2,048 tokens) as CUDA graphs where they are usual, not
+    packed, and there is memory left; their rows are padded to a coarser grid. 'never' launches kernel by kernel."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -584,7 +587,8 @@ class GenerationConfig:
     num_return_sequences: int = 1
     """Answers to each prompt."""
     num_beams: int = 1
-    """Answers that are pursued at the same time, of which the likeliest is given; 1 does not search."""
+    """Answers that are pursued at the same time, of which the likeliest is given; 1 does not search. Where tokens are
+    drawn, so are those that go on, among all that the answers could go on with."""
     length_penalty: float = 1.0
     """Beams compare log-probability / tokens ** length_penalty, so above 0 favours longer answers, below 0 shorter."""
     early_stopping: bool | Literal["never"] = False
@@ -658,7 +662,10 @@ class GenerationConfig:
                 "num_return_sequences above 1 would give the same answer again; set do_sample true or num_beams.",
             )
         else:
-            check(not self.samples, "Beams search for the likeliest answer and draw nothing: num_beams or do_sample.")
+            check(
+                self.num_beam_groups == 1 or not self.samples,
+                "Groups of beams are kept apart by a penalty and draw nothing: num_beam_groups or do_sample.",
+            )
             check(
                 self.num_return_sequences <= self.num_beams,
                 f"num_return_sequences ({self.num_return_sequences}) must not exceed num_beams ({self.num_beams}).",

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from lit_qlora.errors import UsageError
-from lit_qlora.measures import NEEDS, Measure
+from lit_qlora.measures import Measure
+from lit_qlora.probes import NEEDS
 from lit_qlora.report import Record, smaller_is_better
 from lit_qlora.settings import EvalConfig
 from lit_qlora.stopping import StopRequest

@@ -1,6 +1,6 @@
 """What validations measure: tokens, answers, the distance to the base; and that measuring disturbs nothing."""
+# ruff: noqa: F811 - fixtures are arguments
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,37 +15,16 @@ from lit_qlora import measures
 from lit_qlora.adapter import start_adapters
 from lit_qlora.checkpoint import load_model
 from lit_qlora.data import RunData, read_data
-from lit_qlora.errors import DataError, UsageError
 from lit_qlora.generate import generate
 from lit_qlora.lora import add_lora, without_adapters
-from lit_qlora.measures import (
-    Losses,
-    Optional,
-    Probes,
-    answer,
-    best_and_worst,
-    kl_to_base,
-    more_measures,
-    question,
-    read_probes,
-    tasks_measure,
-)
+from lit_qlora.measures import Dispensable, Losses, answer, best_and_worst, kl_to_base, more_measures, tasks_measure
 from lit_qlora.metrics import text_metrics
 from lit_qlora.model import GPT, IGNORE
-from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig, GenerationConfig, LoRAConfig
+from lit_qlora.probes import Probes, Question, read_probes
+from lit_qlora.settings import EvalConfig, FinetuneConfig, GenerationConfig, LoRAConfig
 from lit_qlora.stopping import StopRequest
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
-
-
-@pytest.fixture
-def config(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path) -> FinetuneConfig:
-    data = DataConfig(path=str(examples_file), prompt="qa", val_fraction=0.2, cache_dir=str(tmp_path / "cache"))
-    return FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data)
-
-
-@pytest.fixture
-def data(config: FinetuneConfig) -> RunData:
-    return read_data(config)
+from tests.test_probes import config, data  # noqa: F401 - fixtures
 
 
 @pytest.fixture
@@ -120,87 +99,6 @@ def test_a_signal_cuts_a_validation_short(data: RunData, fabric: Fabric) -> None
     assert Losses(fabric, adapted(), data.val_batches, stop)(0) == {}
 
 
-# Questions
-
-
-def test_a_question_is_all_before_the_last_answer(data: RunData) -> None:
-    tokens, labels = data.val_batches[0].tokens[0], data.val_batches[0].labels[0]
-    asked = question(data, tokens, labels)
-    assert asked
-    assert asked.prompt.startswith("Q: What is")
-    assert asked.prompt.endswith("?\nA:")
-    a, b = (int(word) for word in asked.prompt[11:-4].split(" plus "))
-    assert asked.wanted == str(a + b)
-
-
-def test_of_a_conversation_the_last_answer_is_asked_for(config: FinetuneConfig, tmp_path: Path) -> None:
-    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    path = tmp_path / "talk.jsonl"
-    path.write_text((json.dumps(row) + "\n") * 4)
-    data = read_data(replace(config, data=replace(config.data, path=str(path))))
-    asked = question(data, data.val_batches[0].tokens[0], data.val_batches[0].labels[0])
-    assert asked
-    assert "A: two" in asked.prompt
-    assert asked.prompt.endswith("Q: three\nA:")
-    assert asked.wanted == "four"
-
-
-def test_a_text_that_is_learnt_from_its_beginning_asks_nothing(config: FinetuneConfig, tmp_path: Path) -> None:
-    path = tmp_path / "words.jsonl"
-    path.write_text('{"text": "What is 1 plus 2?"}\n' * 9)
-    text = replace(config, data=replace(config.data, path=str(path), prompt="auto"), eval=EvalConfig(generate=1))
-    data = read_data(text)
-    assert question(data, data.val_batches[0].tokens[0], data.val_batches[0].labels[0]) is None
-    with pytest.raises(UsageError, match=r"eval.generate compares answers.*texts without prompts"):
-        read_probes(text, data)
-
-
-def test_questions_are_of_all_lengths(config: FinetuneConfig, data: RunData) -> None:
-    probes = read_probes(replace(config, eval=EvalConfig(generate=4)), data)
-    every = read_probes(replace(config, eval=EvalConfig(generate=99)), data)
-    assert len(every.questions) == data.val_samples == 8
-    assert probes.questions == every.questions[::2]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"best": "chrf"}, "eval.best chrf needs --eval.generate."),
-        ({"best": "kl_to_base"}, "eval.best kl_to_base needs --eval.kl_text."),
-        ({"best": "val_acuracy"}, "eval.best 'val_acuracy' is not a figure of validations. Did you mean val_accuracy?"),
-        ({"best": "mmlu/acc"}, "eval.best 'mmlu/acc' is not a figure"),
-        ({"kl_text": Path("absent.txt")}, "eval.kl_text absent.txt cannot be read"),
-        ({"prompts": Path("absent.txt")}, "absent.txt"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(
-    config: FinetuneConfig, data: RunData, settings: dict, message: str
-) -> None:
-    with pytest.raises((UsageError, DataError)) as caught:
-        read_probes(replace(config, eval=EvalConfig(**settings)), data)
-    assert message in str(caught.value)
-
-
-def test_questions_are_the_same_where_prompts_are_learnt_too(config: FinetuneConfig, data: RunData) -> None:
-    config = replace(config, eval=EvalConfig(generate=5))
-    whole = replace(config, data=replace(config.data, mask_prompt=False))
-    assert read_probes(whole, read_data(whole)).questions == read_probes(config, data).questions
-
-
-def test_prompts_come_from_lines_or_records(config: FinetuneConfig, data: RunData, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("What is 1 plus 1?\n\nWhat is 2 plus 2?\n")
-    (tmp_path / "p.jsonl").write_text('{"instruction": "Add.", "input": "1, 2"}\n')
-    lines, records = (
-        read_probes(replace(config, eval=EvalConfig(prompts=tmp_path / name)), data).prompts
-        for name in ("p.txt", "p.jsonl")
-    )
-    assert [asked.prompt for asked in lines] == ["What is 1 plus 1?", "What is 2 plus 2?"]
-    assert lines[0].ids == data.style.encode_prompt(data.tokenizer, "What is 1 plus 1?")
-    assert records[0].prompt == "Add.\n1, 2"
-    assert records[0].ids == data.style.encode_prompt(data.tokenizer, "Add.", "1, 2")
-
-
 # Answers
 
 
@@ -221,7 +119,7 @@ def test_answers_are_the_likeliest_and_in_the_order_of_the_questions(
 
 
 def test_a_prompt_that_fills_the_context_loses_its_beginning(config: FinetuneConfig, data: RunData) -> None:
-    asked = measures.Question([5] * 200, "")
+    asked = Question([5] * 200, "")
     assert len(answer(adapted(), data, [asked], 500)) == 1
 
 
@@ -308,12 +206,6 @@ def test_a_fresh_adapter_is_at_its_base(fabric: Fabric) -> None:
     assert kl_to_base(fabric, model, list(range(1, 40))) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_text_that_comes_with_the_package_is_read(config: FinetuneConfig, data: RunData) -> None:
-    probes = read_probes(replace(config, eval=EvalConfig(kl_text=Path("default"))), data)
-    assert data.tokenizer.decode(probes.text).startswith("A bicycle is steered by its front wheel")
-    assert len(probes.text) == measures.PROBE_TOKENS
-
-
 # What fails, and what is disturbed
 
 
@@ -340,7 +232,7 @@ def test_a_measure_leaves_mode_and_randomness_as_they_were(
 ) -> None:
     model = adapted().train(training)
     states = torch.get_rng_state(), random.getstate()
-    record = Optional(fabric, model, "the test", noisy(model, fail))(5)
+    record = Dispensable(fabric, model, "the test", noisy(model, fail))(5)
     assert record == ({} if fail else {"figure": 1.0})
     assert model.training is training
     assert torch.equal(torch.get_rng_state(), states[0])

@@ -149,3 +149,12 @@ def test_a_task_that_does_not_exist_is_refused_before_the_model_is_loaded(
         load_script(name)
     assert finetune("--eval.tasks=tiny_world_q") == 2
     assert "tiny_world_q" in capsys.readouterr().err
+
+
+def test_the_figures_of_tasks_are_those_of_what_was_asked_for() -> None:
+    """Of a group its own figures, of a tag, which has none, those of its tasks."""
+    figures = load_script("finetune/ask_tasks.py").figures
+    part = {"alias": "part", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 0.25}
+    whole = {"alias": "whole", "acc,none": 0.75, "acc_stderr,none": "N/A"}
+    assert figures({"results": {"whole": whole, "part": part}}, ["whole"]) == {"whole/acc": 0.75}
+    assert figures({"results": {"part": part}}, ["tag"]) == {"part/acc": 0.5, "part/exact_match,strict": 0.25}

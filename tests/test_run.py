@@ -308,17 +308,22 @@ def test_the_adapter_is_saved_before_the_last_validation(
     assert read_adapter(out / "final").manifest
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(
-    finetune: Finetune, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
+def test_a_base_with_a_number_that_is_not_finite_is_refused(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, scheme: str
 ) -> None:
     broken = tmp_path / "broken"
     model = tiny_model()
-    model.head.weight.data[0, 0] = float("nan")
+    model.head.weight.data[0, 0] = value
+    model.blocks[1].attn.query.weight.data[:2, 3] = value
     write_checkpoint(broken, model)
     write_tokenizer(broken)
-    assert finetune(f"--checkpoint_dir={broken}", "--data.val_fraction=0") == 5
-    assert "The loss is nan at step 1" in capsys.readouterr().err
-    assert not (out / "final").exists()
+    assert finetune(f"--checkpoint_dir={broken}", f"--quantize={scheme}") == 4
+    message = capsys.readouterr().err
+    assert "lit_model.safetensors holds numbers that are NaN or infinite" in message
+    assert "blocks.1.attn.query.weight: 2" in message
+    assert "head.weight: 1" in message
 
 
 # A disk that fails.

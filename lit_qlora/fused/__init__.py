@@ -5,20 +5,22 @@ adapters stay the parameters they were, so optimizers, checkpoints and merging d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_qlora.activations import FastSizes
 from lit_qlora.attention import query_scale
 from lit_qlora.config import ModelConfig
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import ACTIVATIONS, FusedBlock, Kept, Pass
+from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Group, norm_of
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.offload import Offload, to_device
+from lit_qlora.fused.passes import Eager, Inputs, Learnt, Loss, Work
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.thin import Pending
 from lit_qlora.lora import LoRALinear
@@ -81,7 +83,10 @@ class Fused:
 
     Attributes:
         recompute: what each block computes again in the backward pass; see lit_qlora.fused.block.
+        graphs: CUDA graphs of micro-batches of few tokens, if there are any.
     """
+
+    graphs: Graphs | None = None
 
     def __init__(self, model: GPT) -> None:
         config = model.config
@@ -139,6 +144,8 @@ class Fused:
 
     def set_recompute(self, policies: Sequence[Recompute]) -> None:
         """What each block computes again in its backward pass."""
+        if self.graphs is not None:
+            self.graphs.clear()  # they know the workspaces' addresses
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
         if self.groups[0].weight is None:
@@ -171,13 +178,42 @@ class Fused:
         segments: Tensor | None = None,
     ) -> Tensor:
         """As GPT.loss. Of a batch on the host, nothing has to be asked of the device, which is not waited for."""
-        config, (rows, length) = self.config, tokens.shape
-        if positions is None:
-            positions = torch.arange(length, device=tokens.device).expand(rows, length)
         learns = torch.is_grad_enabled() and bool(self.parameters)
         # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
         drops = self.model.training and any(group.p for group in self.groups)
-        seed = int(torch.randint(1, 2**31 - 1, ())) if drops else 0
+        seed = int(torch.randint(1, 2**31 - 1, ())) if drops else None
+        if not learns:
+            labelled = Labelled.of(labels, weights, self.device)
+            return self.forward(self.inputs(tokens, labelled, seed, positions, segments, keep=False))[0]
+        self._attach_gradients()
+        work: Work | None = None
+        if self.graphs is not None and positions is None and segments is None:
+            work = self.graphs.work(tokens, labels, weights, seed)
+        if work is None:
+            labelled = Labelled.of(labels, weights, self.device)
+            work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
+        total: Tensor = Loss.apply(self.anchor, work)
+        return total
+
+    def inputs(
+        self,
+        tokens: Tensor,
+        labelled: Labelled,
+        seed: int | None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        keep: bool = True,
+    ) -> Inputs:
+        """A micro-batch on the device.
+
+        Args:
+            tokens, positions, segments: (B, T), see GPT.loss.
+            seed: of the dropout; None for none.
+            keep: whether there will be a backward pass.
+        """
+        config, (rows, length) = self.config, tokens.shape
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device).expand(rows, length)
         scale = query_scale(config, positions).flatten()[:, None, None] if config.query_scale_beta else None
         places = positions.flatten().int()
         run = Pass(
@@ -187,20 +223,11 @@ class Fused:
             query_scale=None if scale is None else to_device(scale, self.device),
             workspaces=self.workspaces,
             offload=self.offload,
-            seed=seed,
-            keep=learns,
+            seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=self.device),
+            keep=keep,
         )
-        x = F.embedding(to_device(tokens.flatten(), self.device), self.model.embed.weight.detach())
-        x = times(x, config.embedding_multiplier)
-        if self.model.positions is not None:
-            x = x + F.embedding(to_device(places, self.device), self.model.positions.weight.detach())
-        labelled = Labelled.of(labels, weights, self.device)
-        self.refresh()
-        if not learns:
-            return self._forward(x, labelled, run)[0]
-        self._attach_gradients()
-        total: Tensor = _Loss.apply(self.anchor, self, x, labelled, run)
-        return total
+        learned = None if self.model.positions is None else to_device(places, self.device)
+        return Inputs(to_device(tokens.flatten(), self.device), learned, labelled, run)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -222,8 +249,14 @@ class Fused:
             parameter.grad = gradient
 
     @torch.no_grad()
-    def _forward(self, x: Tensor, labelled: Labelled, run: Pass) -> tuple[Tensor, "Learnt"]:
-        """The loss, from the first stream (T, E), and what the backward pass needs."""
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Learnt]:
+        """The loss, and what the backward pass needs."""
+        self.refresh()
+        run = inputs.run
+        x = times(F.embedding(inputs.tokens, self.model.embed.weight.detach()), self.config.embedding_multiplier)
+        if self.model.positions is not None:
+            assert inputs.places is not None
+            x = x + F.embedding(inputs.places, self.model.positions.weight.detach())
         self.offload.reset()
         y: Tensor | None = None
         kept: list[Kept | None] = []
@@ -231,12 +264,12 @@ class Fused:
             x, y, one = block.forward(x, y, run)
             kept.append(one)
         group = self.head.group
-        dropout = group.dropout((run.seed + 4 * len(self.blocks)) % 2**31 if run.seed else 0)
-        loss, d_out, waiting = self.head.loss(x, y, labelled, self.workspaces[0], dropout, run.keep)
+        dropout = group.dropout(run.seed, 4 * len(self.blocks))
+        loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
         return loss, Learnt(d_out, kept, waiting)
 
     @torch.no_grad()
-    def backward(self, d_loss: Tensor, learnt: "Learnt", run: Pass) -> None:
+    def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
         """Add the adapters' gradients."""
         for gradient, more in learnt.waiting:
             gradient.add_(more.mul_(d_loss))
@@ -250,43 +283,25 @@ class Fused:
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0)
         self.pending.flush()
 
-
-@dataclass
-class Learnt:
-    """What a forward pass leaves for its backward pass.
-
-    Attributes:
-        d_out: gradient of the loss at the last stream, (T, E).
-        kept: of each block.
-        waiting: the head adapter's gradients, and what has to be added to them.
-    """
-
-    d_out: Tensor | None
-    kept: list[Kept | None]
-    waiting: list[tuple[Tensor, Tensor]]
+    def activation_bytes(self, tokens: int) -> int:
+        """Bytes that a micro-batch of so many tokens takes between its forward and its backward pass; an estimate."""
+        adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
+        rank = max(group.stack.r for group in self.groups)
+        sizes = FastSizes(self.config, rank, adapted, quantized=False)  # the workspaces are there already
+        kept = sum(sizes.kept(policy, tokens) for policy in self.recompute)
+        return int(kept + sizes.working(set(self.recompute), tokens))
 
 
-class _Loss(torch.autograd.Function):
-    """The whole model as one function; the adapters' gradients go straight to where their .grad lies."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, fused: Fused, x: Tensor, labelled: Labelled, run: Pass) -> Tensor:
-        loss, ctx.learnt = fused._forward(x, labelled, run)
-        ctx.fused, ctx.run = fused, run
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *d_loss: Tensor) -> tuple[None, ...]:
-        learnt, ctx.learnt = ctx.learnt, None
-        ctx.fused.backward(d_loss[0], learnt, ctx.run)
-        return None, None, None, None, None
-
-
-def fuse(model: GPT) -> Fused:
+def fuse(model: GPT, graph_tokens: int = 0) -> Fused:
     """Let the fast path take over model.loss; call it after the adapters are added and before the optimizer is made.
 
     why_not(model) must be ''.
+
+    Args:
+        graph_tokens: micro-batches of up to so many tokens get CUDA graphs; see lit_qlora.fused.graphs.
     """
     fused = Fused(model)
     model.fast = fused.loss
+    if graph_tokens:
+        fused.graphs = Graphs(fused, graph_tokens)
     return fused

@@ -51,7 +51,7 @@ class Pass:
         ropes: cosines and sines, (P, R / 2) float32, of blocks without a sliding window and with one.
         query_scale: (T, 1, 1) float32 or None.
         workspaces: for dequantised weights: any, qkv kept through a block's backward pass, projection likewise.
-        seed: of the dropout, 0 for none.
+        seed: of the dropout, see kernels.dropout; None for none.
     """
 
     layout: Layout
@@ -60,7 +60,7 @@ class Pass:
     query_scale: Tensor | None
     workspaces: tuple[Tensor | None, Tensor | None, Tensor | None]
     offload: Offload
-    seed: int
+    seed: Tensor | None
     keep: bool
     """Whether there will be a backward pass."""
 
@@ -328,4 +328,4 @@ class FusedBlock:
         return norm_backward(d_out, raw, norm, add_norm(raw, None, norm, torch.empty_like(raw))[1])
 
     def _dropout(self, group: Group, which: int, run: Pass) -> Any:
-        return group.dropout((run.seed + 4 * self.number + which) % 2**31 if run.seed else 0)
+        return group.dropout(run.seed, 4 * self.number + which)

@@ -91,9 +91,9 @@ class Group:
             return torch.mm(x, matrix.T, out=out)
         return torch.addmm(self.bias, x, matrix.T, out=out)
 
-    def dropout(self, seed: int) -> Dropout:
+    def dropout(self, seed: Tensor | None, place: int) -> Dropout:
         """Of the adapters' input in this forward pass; layers that share an input share what is dropped."""
-        return Dropout(self.p, seed) if self.p and seed else NONE
+        return NONE if seed is None or not self.p else Dropout(self.p, seed, place)
 
     @property
     def wide(self) -> bool:

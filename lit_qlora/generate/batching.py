@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_qlora.attention import KVCache
 from lit_qlora.generate.sampling import choose, constrain
 from lit_qlora.generate.slots import SlotCache
-from lit_qlora.generate.state import check_finite
+from lit_qlora.generate.state import PAD, check_finite
 from lit_qlora.model import GPT
 from lit_qlora.settings import GenerationConfig
 
@@ -77,22 +77,26 @@ class Batcher:
         self.logits = torch.empty(0)
 
     @torch.no_grad()
-    def join(self, request: Request) -> None:
-        """Read a request's prompt, and let it take part in the following steps.
+    def join(self, *requests: Request) -> None:
+        """Read the prompts of some requests, in one forward pass, and let them take part in the following steps.
 
         Raises:
             NumericalError: if a logit is not a number; the batch is as it was.
         """
-        assert len(self.active) < self.slots
-        assert len(request.prompt) + request.room <= self.context
-        self.select([request.adapter])
-        own = KVCache(self.model.config, 1, len(request.prompt), self.dtype, self.device)
-        hidden = self.model.hidden(torch.tensor([request.prompt], device=self.device), own)
-        logits = self._scores(hidden)
-        request.generator = torch.Generator(self.device).manual_seed(request.config.seed)
-        self.cache.put(len(self.active), own, 0)
+        assert len(self.active) + len(requests) <= self.slots
+        assert all(len(request.prompt) + request.room <= self.context for request in requests)
+        self.select([request.adapter for request in requests])
+        longest = max(len(request.prompt) for request in requests)
+        padding = [longest - len(request.prompt) for request in requests]
+        left_pad = torch.tensor(padding, device=self.device) if any(padding) else None
+        own = KVCache(self.model.config, len(requests), longest, self.dtype, self.device, left_pad)
+        ids = [[PAD] * pad + list(request.prompt) for pad, request in zip(padding, requests, strict=True)]
+        logits = self._scores(self.model.hidden(torch.tensor(ids, device=self.device), own))
+        for row, request in enumerate(requests):
+            request.generator = torch.Generator(self.device).manual_seed(request.config.seed)
+            self.cache.put(len(self.active) + row, own, row)
         self.logits = torch.cat((self.logits, logits)) if self.active else logits
-        self.active.append(request)
+        self.active.extend(requests)
 
     @torch.no_grad()
     def step(self) -> list[Request]:

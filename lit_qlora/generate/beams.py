@@ -1,5 +1,7 @@
 """Search with beams: several beginnings of an answer are kept, and each step goes on with the likeliest of all.
 
+Where tokens are drawn, those that go on are drawn among all, by the probability of the whole beginning.
+
 The rules are those of transformers' `generate`, so that the same weights give the same answers; those of groups are in
 Vijayakumar et al. 2018, "Diverse beam search".
 """
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lit_qlora.generate.sampling import constrain
+from lit_qlora.generate.sampling import constrain, leave_out
 from lit_qlora.generate.state import PAD, Decoding, evaluating
 from lit_qlora.model import GPT
 from lit_qlora.settings import GenerationConfig
@@ -43,6 +45,7 @@ def beam_search(
     with evaluating(model):
         rows = Decoding(model, prompts, max(room), vocab_size)
         rows.select([row for row in range(len(prompts)) for _ in range(config.num_beams)])
+        generator = torch.Generator(rows.logits.device).manual_seed(config.seed)
         for step in range(max(room)):
             if step:
                 rows.advance()
@@ -54,8 +57,13 @@ def beam_search(
             for group in range(groups):
                 here = (scores[:, group] - config.diversity_penalty * chosen[:, None]).flatten(0, 1)
                 here = constrain(here, history[:, group].flatten(0, 1), config, stop_ids, step)
+                if config.samples:
+                    # Not relative to the largest, as without beams: beams are compared with each other.
+                    here = here / (1 if config.temperature is None else config.temperature)
+                    here = leave_out(here, config, least=max(2, 1 + len(stop_ids)))
                 own = [search[group] for search in searches]
-                for i, candidates in enumerate(_best(here.unflatten(0, (-1, size)), own, count)):
+                drawn_with = generator if config.samples else None
+                for i, candidates in enumerate(_candidates(here.unflatten(0, (-1, size)), own, count, drawn_with)):
                     if not own[i].done:
                         own[i].advance(candidates, finishes)
                         newest = torch.tensor(own[i].newest, device=chosen.device)
@@ -99,7 +107,7 @@ class _Search:
         return [answer[-1] if answer else PAD for answer in self.answers]
 
     def advance(self, candidates: Sequence[Candidate], finishes: Callable[[list[int]], bool]) -> None:
-        """Go on from the best candidates, which are given best first."""
+        """Go on from the best candidates, which are given best first, or in the order in which they were drawn."""
         going_on: list[tuple[float, int, list[int]]] = []
         length = len(self.answers[0]) + 1
         for place, (score, parent, token) in enumerate(candidates):
@@ -110,6 +118,7 @@ class _Search:
             if (ended or length == self.room) and place < self.size and score > OUT_OF_THE_RUNNING / 2:
                 self.finished.append((score / length**self.config.length_penalty, answer))
         self.finished = sorted(self.finished, key=lambda end: -end[0])[: self.size]  # of equals the older stays
+        going_on.sort(key=lambda one: -one[0])
         if going_on:
             # Where stop strings leave too few, the last one fills up, without a chance.
             spare = (OUT_OF_THE_RUNNING, *going_on[-1][1:])
@@ -128,19 +137,24 @@ class _Search:
         return self.scores[0] / length**self.config.length_penalty > self.finished[-1][0]
 
 
-def _best(scores: Tensor, searches: Sequence[_Search], count: int) -> list[list[Candidate]]:
-    """The `count` likeliest continuations of each search, best first.
+def _candidates(
+    scores: Tensor, searches: Sequence[_Search], count: int, generator: torch.Generator | None
+) -> list[list[Candidate]]:
+    """`count` continuations of each search: the likeliest, best first, or with a generator different ones it draws.
 
     Args:
         scores: (searches, beams, V), log-probabilities of the next token.
     """
     so_far = torch.tensor([search.scores for search in searches], dtype=torch.float32).to(scores.device)
     total = (scores + so_far[:, :, None]).flatten(1)
-    best = total.topk(count)
+    if generator:
+        indices = torch.multinomial(total.softmax(dim=-1), count, generator=generator)
+    else:
+        indices = total.topk(count).indices
     vocab_size = scores.size(-1)
     return [
         [(score, at // vocab_size, at % vocab_size) for score, at in zip(*row, strict=True)]
-        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for row in zip(total.gather(1, indices).tolist(), indices.tolist(), strict=True)
     ]
 
 

@@ -1,16 +1,14 @@
 """A step of decoding whose shapes and memory never change, so that a GPU can replay it as one CUDA graph.
 
-At batch 1 a 7B model launches more than a thousand small kernels a token, and launching them takes several times as
-long as running them; a graph is launched at once. What is computed is the same.
-
-A 4-bit weight is still dequantised to 16 bit in full for each token, which moves 4.5 bytes a weight through memory
-where half a byte would do. To come near the memory's speed, this step needs a product of a packed weight and a single
-row: dequantise a block of 64 weights in registers, round them as dequantisation does, multiply, add up in float32.
+At batch 1 a 7B model launches more than two thousand small kernels a token, and launching them takes several times as
+long as running them; a graph is launched at once. Where it can, the step is also one of few kernels that read weights
+as they are stored, see lit_qlora.generate.fast; else it is the plain model's.
 """
 
 import torch
 from torch import Tensor
 
+from lit_qlora.generate.fast import FastStep
 from lit_qlora.generate.slots import SlotCache
 from lit_qlora.model import GPT
 
@@ -35,6 +33,7 @@ class FixedStep:
         # A graph cannot look at an expert's counts on the CPU, nor bring longrope's factors from there.
         can = not model.config.n_expert and model.config.rope_scaling != "longrope"
         self.graphed = self.tokens.is_cuda and can
+        self.fast = _fast_step(model, cache) if self.tokens.is_cuda else None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -52,8 +51,11 @@ class FixedStep:
 
     @torch.no_grad()
     def _compute(self) -> Tensor:
-        hidden = self.model.hidden(self.tokens, self.cache)
-        return self.model.logits(hidden[:, -1])[:, : self.vocab_size].float()
+        if self.fast:
+            logits = self.fast(self.tokens[:, 0])
+        else:
+            logits = self.model.logits(self.model.hidden(self.tokens, self.cache)[:, -1])
+        return logits[:, : self.vocab_size].float()
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         lengths = self.cache.lengths.clone()
@@ -77,3 +79,10 @@ def columns(length: int, most: int) -> int:
     while limit < length:
         limit *= 2
     return min(limit, most)
+
+
+def _fast_step(model: GPT, cache: SlotCache) -> FastStep | None:
+    try:
+        return FastStep(model, cache)
+    except NotImplementedError:
+        return None

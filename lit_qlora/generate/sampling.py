@@ -63,26 +63,37 @@ def _completes_a_repeat(history: Tensor, n: int, vocab_size: int) -> Tensor:
 def narrow(scores: Tensor, config: GenerationConfig) -> Tensor:
     """`scores` divided by the temperature, -inf for the tokens that top_k, top_p, min_p and typical_p leave out.
 
-    Each looks at what the one before it has left, by that rest's own probabilities; at least one token stays.
-
     Args:
         scores: (B, V) float32, finite or -inf.
     """
     if config.temperature not in (None, 1):
         # Relative to the largest, a logit divided by a tiny temperature is -inf at worst, never inf or nan.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / config.temperature
-    if config.top_k is not None and config.top_k < scores.size(-1):
-        scores = scores.masked_fill(scores < scores.topk(config.top_k).values[:, -1:], -math.inf)
+    return leave_out(scores, config)
+
+
+def leave_out(scores: Tensor, config: GenerationConfig, least: int = 1) -> Tensor:
+    """`scores`, -inf for the tokens that top_k, top_p, min_p and typical_p leave out.
+
+    Each looks at what the one before it has left, by that rest's own probabilities; so many as `least` stay.
+
+    Args:
+        scores: (B, V) float32, finite or -inf.
+    """
+    if config.top_k is not None and max(config.top_k, least) < scores.size(-1):
+        scores = scores.masked_fill(scores < scores.topk(max(config.top_k, least)).values[:, -1:], -math.inf)
     if config.top_p < 1:
         # Holtzman et al. 2020: the smallest set of the likeliest tokens whose probability reaches top_p.
         descending, ids = scores.sort(dim=-1, descending=True)
         probabilities = descending.softmax(dim=-1)
         outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p
-        outside[:, 0] = False
+        outside[:, :least] = False
         scores = scores.masked_fill(outside.scatter(1, ids, outside), -math.inf)
     if config.min_p > 0:
         probabilities = scores.softmax(dim=-1)
-        scores = scores.masked_fill(probabilities < config.min_p * probabilities.amax(dim=-1, keepdim=True), -math.inf)
+        unlikely = probabilities < config.min_p * probabilities.amax(dim=-1, keepdim=True)
+        unlikely.scatter_(1, probabilities.topk(min(least, scores.size(-1))).indices, False)
+        scores = scores.masked_fill(unlikely, -math.inf)
     if config.typical_p < 1:
         # Meister et al. 2023: as top_p, but the tokens come in the order of how far their surprise is from the mean.
         log_probabilities = scores.log_softmax(dim=-1)
@@ -92,6 +103,7 @@ def narrow(scores: Tensor, config: GenerationConfig) -> Tensor:
         mass = probabilities.gather(-1, ids).cumsum(dim=-1)
         last = (mass < config.typical_p).sum(dim=-1, keepdim=True).clamp(max=scores.size(-1) - 1)
         outside = distance > distance.gather(-1, last)
+        outside[:, :least] = False
         scores = scores.masked_fill(outside.scatter(1, ids, outside), -math.inf)
     return scores
 

@@ -13,10 +13,16 @@ from lit_qlora.kernels.launch import VARYING, tl, triton
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which elements of an adapter's input are dropped in this forward pass, and so in its backward pass."""
+    """Which elements of an adapter's input are dropped in this forward pass, and so in its backward pass.
+
+    Attributes:
+        seed: (1,) int64 on the device, below 2^31, so that a CUDA graph draws anew when it changes; None drops nothing.
+        place: what is added to the seed, another number for each input.
+    """
 
     p: float = 0.0
-    seed: int = 0
+    seed: Tensor | None = None
+    place: int = 0
 
     @property
     def threshold(self) -> int:
@@ -36,7 +42,8 @@ def factor_reference(rows: int, columns: int, dropout: Dropout, device: torch.de
     """What each element is multiplied by, (rows, columns) float32: 0 or 1 / (1 - p)."""
     mask = 2**32 - 1
     h = torch.arange(rows * columns, device=device, dtype=torch.int64).view(rows, columns)
-    h = (h * 0x9E3779B1 + dropout.seed) & mask
+    seed = 0 if dropout.seed is None else (dropout.seed + dropout.place) % 2**31
+    h = (h * 0x9E3779B1 + seed) & mask
     for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         h = ((h ^ (h >> shift)) * multiplier) & mask
     return torch.where(h >= dropout.threshold, dropout.scale, 0.0).float()
@@ -49,7 +56,7 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
     rows, k = x.shape
     out = torch.empty(rows, k, device=x.device, dtype=x.dtype)
     _drop[(rows, triton.cdiv(k, 1024))](
-        x, x.stride(0), out, k, dropout.seed, dropout.threshold, dropout.scale, BLOCK=1024, num_warps=4
+        x, x.stride(0), out, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale, BLOCK=1024, num_warps=4
     )
     return out
 
@@ -57,8 +64,9 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def factor(at, seed, threshold, scale):
+    def factor(at, SEED, place, threshold, scale):
         """What the elements at these places (row * columns + column) are multiplied by, float32."""
+        seed = (tl.load(SEED) + place) & 0x7FFFFFFF
         h = at.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
         h = (h ^ (h >> 16)) * 0x85EBCA6B
         h = (h ^ (h >> 13)) * 0xC2B2AE35
@@ -66,9 +74,9 @@ if triton is not None:
         return tl.where(h >= threshold.to(tl.uint32), scale, 0.0)
 
     @triton.jit(do_not_specialize=VARYING)
-    def _drop(X, ld, OUT, K, seed, threshold, scale, BLOCK: tl.constexpr):
+    def _drop(X, ld, OUT, K, SEED, place, threshold, scale, BLOCK: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = k < K
-        x = tl.load(X + t * ld + k, inside, 0.0).to(tl.float32) * factor(t * K + k, seed, threshold, scale)
+        x = tl.load(X + t * ld + k, inside, 0.0).to(tl.float32) * factor(t * K + k, SEED, place, threshold, scale)
         tl.store(OUT + t * K + k, x.to(OUT.dtype.element_ty), inside)

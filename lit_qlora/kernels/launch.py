@@ -1,5 +1,7 @@
 """Triton, where there is any, and the sizes of its blocks."""
 
+import os
+
 try:
     import triton
     import triton.language as tl
@@ -7,12 +9,14 @@ except ImportError:  # no Triton on this platform: there is no fast path
     triton = None
     tl = None
 
-__all__ = ["AVAILABLE", "VARYING", "power_of_2", "stages", "tl", "triton"]
+__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "power_of_2", "stages", "tl", "triton"]
 
 AVAILABLE = triton is not None
-VARYING = ["T", "seed"]
-"""Arguments that change from step to step. Triton would compile a kernel anew for those that 16 divides, which takes as
-long as many steps, in the middle of a run."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run on the CPU, slowly, where there are no instructions of a GPU."""
+VARYING = ["T", "place"]
+"""Arguments that differ between steps and blocks. Triton would compile a kernel anew for those that 16 divides, which
+takes as long as many steps, in the middle of a run."""
 
 
 def power_of_2(n: int, least: int = 16) -> int:

@@ -65,8 +65,9 @@ def mlp_backward(
     slot_first, slot_up = (*stack.slots, -1)[:2] if z is not None else (-1, -1)
     _backward[(triton.cdiv(width, 64), splits)](
         branches, branches.stride(0), dh, dh.stride(0), branches if a is None else a, branches if z is None else z,
-        0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted, dropout.seed, dropout.threshold,
-        dropout.scale, R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), FIRST=slot_first, UP=slot_up,
+        0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted,
+        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), FIRST=slot_first, UP=slot_up,
         FUNCTION=activation.function, GATED=activation.gated, DROP=dropout.p > 0, BT=64, BN=64,
         num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -90,7 +91,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _backward(
-        X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, seed, threshold, scale,
+        X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, SEED, place, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, FIRST: tl.constexpr, UP: tl.constexpr,
         FUNCTION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
@@ -111,7 +112,7 @@ if triton is not None:
             inside = in_t[:, None] & in_n[None, :]
             dh = tl.load(DH + t[:, None] * ldh + n[None, :], inside, 0.0).to(tl.float32)
             if DROP:
-                kept = factor(t[:, None] * F + n[None, :], seed, threshold, scale)
+                kept = factor(t[:, None] * F + n[None, :], SEED, place, threshold, scale)
             if R > 0:
                 dz = tl.load(DH + t[:, None] * ldh + F + i[None, :], in_t[:, None] & (i < R)[None, :], 0.0)
                 update = tl.dot(dz, a)

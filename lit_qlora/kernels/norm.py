@@ -124,7 +124,7 @@ def norm_backward(
     _norm_backward[(triton.cdiv(rows, 16),)](
         d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, numbers, x if z is None else z,
         x if a is None else a, x if residual is None else residual, dx, rows, width,
-        dropout.seed, dropout.threshold, dropout.scale,
+        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
         R=rank, RP=padded, KIND=norm.number, HAS_W=norm.weight is not None, HAS_RESIDUAL=residual is not None,
         DROP=dropout.p > 0, BM=16, BK=block, STAGES=in_flight, num_warps=4,
     )  # fmt: skip
@@ -162,7 +162,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _norm_backward(
-        G, ld, X, W, NUMBERS, Z, A, RESIDUAL, DX, T, E, seed, threshold, scale,
+        G, ld, X, W, NUMBERS, Z, A, RESIDUAL, DX, T, E, SEED, place, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
         DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
@@ -191,7 +191,7 @@ if triton is not None:
                     a = tl.load(A + j[:, None] * E + k[None, :], (j < R)[:, None] & (k < E)[None, :], 0.0)
                     update = tl.dot(dz, a)
                     if DROP:
-                        update *= factor(t[:, None] * E + k[None, :], seed, threshold, scale)
+                        update *= factor(t[:, None] * E + k[None, :], SEED, place, threshold, scale)
                     g += update
                 if HAS_W:
                     g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]
@@ -216,7 +216,7 @@ if triton is not None:
                 a = tl.load(A + j[:, None] * E + k[None, :], (j < R)[:, None] & (k < E)[None, :], 0.0)
                 update = tl.dot(dz, a)
                 if DROP:
-                    update *= factor(at, seed, threshold, scale)
+                    update *= factor(at, SEED, place, threshold, scale)
                 g += update
             if HAS_W:
                 g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]

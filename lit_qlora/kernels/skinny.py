@@ -1,8 +1,9 @@
 """Products of a few rows with a weight that is read once, as it is stored: y = x W^T, and LoRA's update beside it.
 
-A token that is generated needs every weight once, so its time is that of reading them. 4- and 8-bit weights are decoded
-in registers to what kernels.dequantize writes, to the last bit, and never lie in memory; sums are float32. One row is
-multiplied without matrix units by programs of one warp, which wait for nothing but their own loads; more rows with them.
+A token that is generated needs every weight once, so its time is that of reading them. 4- and 8-bit weights are
+decoded in registers to what kernels.dequantize writes, to the last bit, and never lie in memory; sums are float32. One
+row is multiplied without matrix units by programs of one warp, which wait for nothing but their own loads; more rows
+with them.
 """
 
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import power_of_2, tl, triton
-from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack
+from lit_qlora.kernels.launch import INTERPRETED, power_of_2, tl, triton
+from lit_qlora.kernels.stack import PER_STEP, EightBit, FourBit, Stack
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What x may be."""
 MOST_ROWS = 16
 """Rows up to which reading a weight takes longer than computing with it."""
 
@@ -40,17 +43,17 @@ def product(
     x: Tensor,
     weight: FourBit | EightBit | Tensor,
     stack: Stack,
-    table: Tensor,
+    table: Tensor | None,
     bias: Tensor | None = None,
     z: Tensor | None = None,
     b: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias, and in the rows of layers with an adapter z B^T.
+    """X W^T + bias, and in the rows of layers with an adapter z B^T.
 
     Args:
         x: (M, K), contiguous, M from 1 to MOST_ROWS; K a multiple of 64 for 4-bit weights.
         weight: stacked; if it is a tensor (N, K), rows contiguous, in the dtype of x.
-        table: stack.table, on the device.
+        table: stack.table, on the device; not needed for one layer without an adapter.
         bias: (N,).
         z: (M, R), contiguous, in the dtype of x; None where there is no adapter.
         b: stacked B, (adapted rows, r), contiguous, in the dtype of x.
@@ -72,20 +75,27 @@ def product(
     is_nested = isinstance(weight, FourBit) and weight.nested is not None
     arguments = (
         x, packed, stride, scales, code, *nested, x if bias is None else bias, x if z is None else z,
-        x if b is None else b, table, out, rows, n, k,
+        x if b is None else b, x if table is None else table, out, rows, n, k,
     )  # fmt: skip
     settings: dict[str, Any] = {
-        "KIND": kind, "NESTED": is_nested, "PER_STEP": PER_STEP, "PER_LANE": {4: 32, 8: 16, 16: 16 // x.element_size()}[kind],
-        "HAS_BIAS": bias is not None, "R": 0 if z is None else stack.rank, "r": max(stack.r, 1),
-        "RP": power_of_2(stack.rank), "LAYERS": len(stack.rows),
+        "KIND": kind,
+        "NESTED": is_nested,
+        "PER_STEP": PER_STEP,
+        "PER_LANE": {4: 32, 8: 16, 16: 16 // x.element_size()}[kind],
+        "HAS_BIAS": bias is not None,
+        "R": 0 if z is None else stack.rank,
+        "r": max(stack.r, 1),
+        "RP": power_of_2(stack.rank),
+        "LAYERS": len(stack.rows),
+        "PACK": x.dtype == torch.bfloat16 and not INTERPRETED,
         "enable_fp_fusion": not is_nested,  # bitsandbytes rounds a scale's scale after the product and after the sum
-    }  # fmt: skip
+    }
     if rows == 1:
-        alone = 4 if n >= 2048 else 1
-        warps = 1 if n >= 2048 else 4
+        alone, warps = (4, 1) if n >= 2048 else (1, 4)
         _one_row[(triton.cdiv(n, alone),)](*arguments, BN=alone, LANES=32 * warps, num_warps=warps, **settings)
     else:
-        _few_rows[(triton.cdiv(n, 32),)](*arguments, BN=32, MP=16, LANES=256 // settings["PER_LANE"], num_warps=2, **settings)
+        lanes = 256 // settings["PER_LANE"]
+        _few_rows[(triton.cdiv(n, 32),)](*arguments, BN=32, MP=MOST_ROWS, LANES=lanes, num_warps=2, **settings)
     return out
 
 
@@ -95,9 +105,10 @@ if triton is not None:
     @triton.jit
     def _weights(
         n, k0, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, offset, N, K, like,
-        KIND: tl.constexpr, NESTED: tl.constexpr, PER_STEP: tl.constexpr, PER_LANE: tl.constexpr, LANES: tl.constexpr,
+        KIND: tl.constexpr, NESTED: tl.constexpr, PER_STEP: tl.constexpr, PER_LANE: tl.constexpr,
+        BN: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr,
     ):  # fmt: skip
-        """Rows n (BN,) of W from column k0 on, (BN, LANES, PER_LANE), zero outside of W; a lane loads 16 bytes."""
+        """Rows n (BN,) of W from column k0 on, (BN, LANES, PER_LANE) float32 rounded to `like`; 16 bytes a lane."""
         lane = tl.arange(0, LANES)
         k = k0 + lane * PER_LANE
         inside = (n < N)[:, None] & (k < K)[None, :]
@@ -112,18 +123,30 @@ if triton is not None:
                 scale = tl.load(SCALES + block, inside, 0.0)
             at = (row * stride)[:, None] + (k // 2)[None, :]
             two = tl.load(PACKED + at[:, :, None] + tl.arange(0, 16)[None, None, :], inside[:, :, None], 0).to(tl.int32)
-            high = tl.load(CODE + (two >> 4)) * scale[:, :, None]
-            low = tl.load(CODE + (two & 15)) * scale[:, :, None]
-            # What lies outside is multiplied with zeros of x.
-            w = tl.interleave(high.to(like), low.to(like))
+            # Among the threads of a warp a code is found faster than in memory.
+            code = tl.load(CODE + tl.arange(0, 16))
+            flat = tl.reshape(two, (BN * LANES * 16,))
+            high = tl.reshape(tl.gather(code, flat >> 4, 0), two.shape) * scale[:, :, None]
+            low = tl.reshape(tl.gather(code, flat & 15, 0), two.shape) * scale[:, :, None]
+            if PACK:
+                high, low = tl.inline_asm_elementwise(
+                    """{ .reg .b32 two;
+                    cvt.rn.bf16x2.f32 two, $2, $3;
+                    and.b32 $0, two, 0xffff0000;
+                    shl.b32 $1, two, 16; }""",
+                    "=r,=r,r,r", [high, low], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                high, low = high.to(like).to(tl.float32), low.to(like).to(tl.float32)
+            w = tl.interleave(high, low)  # outside of W it is not zero, but x is
         else:
             at = (row * stride)[:, None] + k[None, :]
             at = at[:, :, None] + tl.arange(0, PER_LANE)[None, None, :]
             inner = inside[:, :, None] & (k[:, None] + tl.arange(0, PER_LANE)[None, :] < K)[None, :, :]
-            w = tl.load(PACKED + at, inner, 0)
+            w = tl.load(PACKED + at, inner, 0).to(tl.float32)
             if KIND == 8:
                 scale = tl.load(SCALES + n, n < N, 0.0)
-                w = (w.to(tl.float32) * scale[:, None, None] * PER_STEP).to(like)
+                w = (w * scale[:, None, None] * PER_STEP).to(like).to(tl.float32)
         return w
 
     @triton.jit
@@ -141,7 +164,7 @@ if triton is not None:
         X, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, BIAS, Z, B, TABLE, OUT, M, N, K,
         KIND: tl.constexpr, NESTED: tl.constexpr, PER_STEP: tl.constexpr, PER_LANE: tl.constexpr,
         HAS_BIAS: tl.constexpr, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr,
-        BN: tl.constexpr, LANES: tl.constexpr,
+        PACK: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         within = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
@@ -153,9 +176,9 @@ if triton is not None:
             x = tl.load(X + k0 + within, k0 + within < K, 0.0)
             w = _weights(
                 n, k0, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, offset, N, K, x.dtype,
-                KIND, NESTED, PER_STEP, PER_LANE, LANES,
+                KIND, NESTED, PER_STEP, PER_LANE, BN, LANES, PACK,
             )  # fmt: skip
-            total += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :, :], 2)
+            total += tl.sum(w * x.to(tl.float32)[None, :, :], 2)
         y = tl.sum(total, 1)
         if HAS_BIAS:
             y += tl.load(BIAS + n, n < N, 0.0).to(tl.float32)
@@ -170,7 +193,7 @@ if triton is not None:
         X, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, BIAS, Z, B, TABLE, OUT, M, N, K,
         KIND: tl.constexpr, NESTED: tl.constexpr, PER_STEP: tl.constexpr, PER_LANE: tl.constexpr,
         HAS_BIAS: tl.constexpr, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr,
-        BN: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr,
+        PACK: tl.constexpr, BN: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr,
     ):  # fmt: skip
         BK: tl.constexpr = LANES * PER_LANE
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -184,9 +207,9 @@ if triton is not None:
             x = tl.load(X + m[None, :] * K + k0 + j[:, None], (m < M)[None, :] & (k0 + j < K)[:, None], 0.0)
             w = _weights(
                 n, k0, PACKED, stride, SCALES, CODE, CODE2, OUTER, OFFSET, offset, N, K, x.dtype,
-                KIND, NESTED, PER_STEP, PER_LANE, LANES,
+                KIND, NESTED, PER_STEP, PER_LANE, BN, LANES, PACK,
             )  # fmt: skip
-            y = tl.dot(tl.reshape(w, (BN, BK)), x, y, input_precision="ieee")
+            y = tl.dot(tl.reshape(w.to(x.dtype), (BN, BK)), x, y, input_precision="ieee")
         in_n = n < N
         if HAS_BIAS:
             y += tl.load(BIAS + n, in_n, 0.0).to(tl.float32)[:, None]

@@ -6,6 +6,7 @@ slot[p] * r to slot[p] * r + r of the stacked Z = s X A^T, (T, R), and rows of t
 layers without an adapter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,3 +78,15 @@ class EightBit:
 
     packed: Tensor
     absmax: Tensor
+
+
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """The tensors joined along their first dimension: where they lie so already, a view of them, else a new one."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.storage_offset() != end:
+            return torch.cat(list(parts))
+        if part.stride() != first.stride() or part.shape[1:] != first.shape[1:]:
+            return torch.cat(list(parts))
+        end += len(part) * part.stride(0)
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

@@ -12,6 +12,10 @@ from lit_qlora.generate.text import TextStream
 from lit_qlora.use import Roster
 
 
+READ_AT_ONCE = 2048
+"""Tokens, padding included, of the prompts that are read together; a longer prompt is read alone."""
+
+
 class QueueFullError(Exception):
     """As many jobs wait as may wait."""
 
@@ -107,16 +111,27 @@ class Engine:
             job.tell("", "timeout")
 
     def _admit(self) -> None:
-        """Let one job join, so that those that are running wait for one prompt at most between two tokens."""
+        """Let jobs join whose prompts are read at once; those that are running wait for one such reading at most."""
+        jobs: list[Job] = []
         with self._changed:
-            if not self._waiting or len(self._running) == self._batcher.slots:
-                return
-            job = self._waiting.popleft()
-            self._running[job.request] = job
+            while self._waiting and len(self._running) < self._batcher.slots:
+                longest = max(len(job.request.prompt) for job in (*jobs, self._waiting[0]))
+                if jobs and longest * (len(jobs) + 1) > READ_AT_ONCE:
+                    break
+                jobs.append(self._waiting.popleft())
+                self._running[jobs[-1].request] = jobs[-1]
+        if jobs and not self._join(jobs):
+            for job in jobs:  # one of them may be to blame alone
+                if len(jobs) == 1 or not self._join([job]):
+                    self._end(job, "error")
+
+    def _join(self, jobs: list[Job]) -> bool:
+        """Whether these jobs could join the batch, which else is as it was, so that the others can go on."""
         try:
-            self._batcher.join(job.request)
-        except (NumericalError, RuntimeError):  # the batch is as it was, so the others can go on
-            self._end(job, "error")
+            self._batcher.join(*(job.request for job in jobs))
+        except (NumericalError, RuntimeError):
+            return False
+        return True
 
     def _step(self) -> None:
         if not self._running:

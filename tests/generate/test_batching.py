@@ -36,8 +36,9 @@ def test_requests_that_come_and_go_are_answered_as_each_alone(changes: dict[str,
     ]
     everyone, most = list(waiting), 0
     while waiting or batcher.active:
-        while waiting and len(batcher.active) < 3 and chance.random() < 0.6:
-            batcher.join(waiting.pop())
+        room = 3 - len(batcher.active)
+        if waiting and room and chance.random() < 0.8:
+            batcher.join(*(waiting.pop() for _ in range(min(len(waiting), chance.randint(1, room)))))
         most = max(most, len(batcher.active))
         if batcher.active:
             batcher.step()

@@ -104,7 +104,7 @@ def test_beams_respect_the_context_and_the_tokenizer() -> None:
         ({"diversity_penalty": 1.0}, "need each other"),
         ({"length_penalty": 2.0}, "need num_beams"),
         ({"early_stopping": True}, "need num_beams"),
-        ({"num_beams": 2, "temperature": 1.0}, "num_beams or do_sample"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "top_k": 5}, "num_beam_groups or do_sample"),
         ({"num_beams": 2, "num_return_sequences": 3}, "must not exceed num_beams"),
         ({"num_return_sequences": 3}, "same answer again"),
         ({"do_sample": False, "top_k": 3}, "top_k would have no effect"),

@@ -106,6 +106,11 @@ DRAWS: list[dict[str, Any]] = [
     {"do_sample": True},
     {"do_sample": True, "temperature": 0.8, "top_k": 10, "num_return_sequences": 3},
     {"do_sample": True, "top_p": 0.7, "min_p": 0.02, "typical_p": 0.95, "repetition_penalty": 1.1},
+    {"do_sample": True, "num_beams": 3},
+    {"do_sample": True, "num_beams": 4, "temperature": 0.6, "top_k": 2, "num_return_sequences": 2},
+    {"do_sample": True, "num_beams": 2, "temperature": 1.7, "top_p": 0.5, "length_penalty": 0.0, "min_new_tokens": 4},
+    {"do_sample": True, "num_beams": 3, "min_p": 0.3, "early_stopping": True, "repetition_penalty": 1.2},
+    {"do_sample": True, "num_beams": 3, "typical_p": 0.4, "early_stopping": "never"},
 ]
 
 

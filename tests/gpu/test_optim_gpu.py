@@ -6,6 +6,7 @@ from torch import nn
 
 from lit_qlora.optim import make_optimizer, rehearse, repage
 from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig
+from lit_qlora.state import pack, unpack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +47,8 @@ def test_six_steps_are_three_a_saved_state_and_three_more(name: str) -> None:
     torch.cuda.synchronize()
     other = nn.Parameter(whole.detach().clone())
     second = make_optimizer([("a", other)], config, train)
-    second.load_state_dict(optimizer.state_dict())
+    tensors: dict[str, torch.Tensor] = {}
+    second.load_state_dict(unpack(pack(optimizer.state_dict(), tensors, "optimizer"), tensors))
     repage(second)
     for one, parameter in ((optimizer, whole), (second, other)):
         step(one, parameter, 3)

@@ -1,0 +1,191 @@
+"""CUDA graphs for micro-batches of few tokens, whose kernels end before the host has launched the next.
+
+A micro-batch is padded to the next length of a coarse grid, so that a few shapes stand for all; padding lies behind the
+text, where nothing sees it, and has no label. A shape that comes again and again is captured: each of its two passes
+becomes a graph, one launch. The numbers are the same before and after, because padding and kernels are, so it does not
+matter when a shape is captured, and a run that is continued ends like one that was not stopped.
+
+No graphs are made for packed rows, which are made long, where the GPU is the slower one; for RoPE whose angles depend
+on the length of the text; and with activations on the host, whose copies run beside the kernels. There is one device,
+as everywhere on the fast path.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_qlora.fused.head import Labelled
+from lit_qlora.fused.offload import to_device
+from lit_qlora.fused.passes import Eager, Inputs, Learnt, Work
+from lit_qlora.model import IGNORE
+from lit_qlora.report import tell
+
+if TYPE_CHECKING:
+    from lit_qlora.fused import Fused
+
+MOST_TOKENS = 2048  # with more the GPU takes longer than the host
+MOST_SHAPES = 32  # the driver keeps some MiB for each
+SIGHTINGS = 4  # capturing takes as long as a few passes, which a rare shape would not pay back
+
+Shape = tuple[int, int, bool, bool]
+"""Rows, their length with padding, whether tokens have weights, and whether there is dropout."""
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+"""Captures what a function launches, and returns what launches it again."""
+
+
+def padded_length(length: int) -> int:
+    """The next length of the grid: multiples of 32, from 512 tokens on of a sixteenth of the next power of two."""
+    step = max(32, 2 ** (length - 1).bit_length() // 16)
+    return -(-length // step) * step
+
+
+def padded(tokens: Tensor, labels: Tensor, weights: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:
+    """Rows of `length` tokens: tokens above labels (2, B, length) int64, and weights (B, length)."""
+    more = (0, length - tokens.size(1))
+    ids = torch.stack((F.pad(tokens, more), F.pad(labels, more, value=IGNORE)))
+    return ids, None if weights is None else F.pad(weights, more)
+
+
+class Graphs:
+    """The shapes that were seen, and the graphs of those that were captured.
+
+    Attributes:
+        most: tokens of the largest micro-batch that gets a graph, padding included. All graphs share one pool of
+            memory, which holds what one such micro-batch needs.
+        off: why nothing is captured any more; '' as long as it is.
+    """
+
+    def __init__(self, fused: "Fused", most: int, record: Record | None = None) -> None:
+        self.fused, self.most = fused, min(most, MOST_TOKENS)
+        self.given = record
+        self.off = ""
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all graphs, and give back their memory."""
+        self.seen: Counter[Shape] = Counter()
+        self.captured: dict[Shape, Captured] = {}
+        self.latest: weakref.ref[Replay] | None = None
+        self.record: Record | None = self.given
+
+    def work(self, tokens: Tensor, labels: Tensor, weights: Tensor | None, seed: int | None) -> Work | None:
+        """The passes of a micro-batch (B, T) that is small enough, else None."""
+        rows, length = tokens.shape
+        limit = self.fused.config.block_size
+        width = min(padded_length(length), limit) if length <= limit else length
+        if rows * width > self.most or "offload" in self.fused.recompute or self.fused.ropes is None:
+            return None
+        shape = (rows, width, weights is not None, seed is not None)
+        ids, weights = padded(tokens, labels, weights, width)
+        self.seen[shape] += 1
+        if shape not in self.captured and self.seen[shape] > SIGHTINGS and len(self.captured) < MOST_SHAPES:
+            self._capture(shape, ids, weights, seed)
+        if shape in self.captured and self._is_free():
+            replay = Replay(self.captured[shape], ids, weights, seed)
+            self.latest = weakref.ref(replay)
+            return replay
+        return Eager(self.fused, self._inputs(*self._on_device(ids, weights), seed))
+
+    def _is_free(self) -> bool:
+        """Whether no loss is waiting for its backward pass, whose activations lie in the pool."""
+        return self.latest is None or self.latest() is None
+
+    def _on_device(self, ids: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        device = self.fused.device
+        return to_device(ids, device), None if weights is None else to_device(weights, device)
+
+    def _inputs(self, ids: Tensor, weights: Tensor | None, seed: int | None) -> Inputs:
+        """All tokens reach the head, those without a label too: how many have one differs."""
+        labelled = Labelled(None, ids[1].flatten(), None if weights is None else weights.flatten())
+        return self.fused.inputs(ids[0], labelled, seed)
+
+    def _capture(self, shape: Shape, ids: Tensor, weights: Tensor | None, seed: int | None) -> None:
+        if self.off:
+            return
+        self.record = self.record or Recorder(self.fused.activation_bytes(self.most))
+        ids, weights = self._on_device(ids.clone(), weights)
+        try:
+            inputs = self._inputs(ids, weights, seed)
+            self.captured[shape] = Captured(self.fused, ids, weights, inputs, self.record)
+        except RuntimeError as error:  # no memory left, or an operation that cannot be captured
+            self.off = str(error).partition("\n")[0]
+            self.fused.pending.waiting.clear()
+            tell(f"  graphs  no more CUDA graphs from here on, which costs speed alone: {self.off}")
+
+
+class Captured:
+    """The two graphs of a shape, and the tensors that they read and write, whose addresses are part of them."""
+
+    def __init__(self, fused: "Fused", ids: Tensor, weights: Tensor | None, inputs: Inputs, record: Record) -> None:
+        self.fused, self.ids, self.weights, self.inputs = fused, ids, weights, inputs
+        self.d_loss = torch.zeros((), device=fused.device)
+        self.loss = torch.zeros((), device=fused.device)
+        self.learnt: Learnt | None = None
+        # What is made on first use, such as plans and handles of this thread, has to be made before.
+        gradient = fused.gradient.clone()
+        try:
+            self._forward()
+            self._backward()
+        finally:
+            fused.gradient.copy_(gradient)
+            del gradient
+        self.forward = record(self._forward)
+        self.backward = record(self._backward)
+
+    def _forward(self) -> None:
+        loss, self.learnt = self.fused.forward(self.inputs)
+        self.loss.copy_(loss)
+
+    def _backward(self) -> None:
+        learnt, self.learnt = self.learnt, None
+        assert learnt is not None
+        self.fused.backward(self.d_loss, learnt, self.inputs.run)
+
+
+class Replay:
+    """Passes that are launched as graphs."""
+
+    def __init__(self, captured: Captured, ids: Tensor, weights: Tensor | None, seed: int | None) -> None:
+        self.captured, self.ids, self.weights, self.seed = captured, ids, weights, seed
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        captured = self.captured
+        for to, source in ((captured.ids, self.ids), (captured.weights, self.weights)):
+            if to is not None and source is not None:
+                pinned = source.pin_memory() if to.is_cuda and not source.is_cuda else source
+                to.copy_(pinned, non_blocking=True)
+        if self.seed is not None and captured.inputs.run.seed is not None:
+            captured.inputs.run.seed.fill_(self.seed)
+        captured.forward()
+        return captured.loss.clone()
+
+    def backward(self, d_loss: Tensor) -> None:
+        """Add the adapters' gradients."""
+        self.captured.d_loss.copy_(d_loss)
+        self.captured.backward()
+
+
+class Recorder:
+    """Captures into one pool of memory, of `room` bytes to begin with, so that every shape fits into the same place."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.pool = room, torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Capture what `function` launches; what launches it again."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                if self.room:
+                    torch.empty(self.room, dtype=torch.uint8, device="cuda")  # given back at once, to the pool
+                    self.room = 0
+                function()
+        finally:
+            torch.cuda.set_stream(stream)  # where a capture fails, it is left on its own
+        return graph.replay

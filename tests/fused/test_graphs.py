@@ -1,0 +1,265 @@
+"""Micro-batches that are padded, captured and replayed give the loss and the gradients of those that are not.
+
+On a CPU a function that runs again stands in for the graph that would launch its kernels again; the GPU's own are in
+tests/gpu.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.fused import Fused, fuse
+from lit_qlora.fused.graphs import MOST_TOKENS, SIGHTINGS, Graphs, padded_length
+from lit_qlora.fused.passes import Eager
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.model import GPT, IGNORE
+from tests.fused.test_fused import adapted_model, assert_equal, gradients
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+
+
+class Recording:
+    """Counts what is captured and what is replayed."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """`function`, to be run again."""
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            function()
+
+        return replay
+
+
+def with_graphs(model: GPT, most: int = 96) -> tuple[Fused, Recording]:
+    fused, recording = fuse(model), Recording()
+    fused.graphs = Graphs(fused, most, recording)
+    return fused, recording
+
+
+def batch(rows: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 160, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    labels = tokens[:, 1:].clone()
+    labels[:, :3] = IGNORE
+    return tokens[:, :-1], labels
+
+
+def seen_often(model: GPT, *arguments: Any) -> None:
+    for _ in range(SIGHTINGS):
+        gradients(model, *arguments)
+
+
+@pytest.mark.parametrize("length", range(1, MOST_TOKENS + 1, 37))
+def test_padding_is_short_and_lengths_are_few(length: int) -> None:
+    padded = padded_length(length)
+    assert padded >= length
+    assert padded - length < max(32, padded / 8)
+    assert padded % 32 == 0
+    assert padded_length(padded) == padded
+
+
+def test_the_grid_has_few_lengths() -> None:
+    assert len({padded_length(length) for length in range(1, MOST_TOKENS + 1)}) == 32
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "nf4": {"scheme": "bnb.nf4"},
+    "16 bit, adapted head": {"targets": ("all", "head")},
+    "windows": {"sliding_window": 5},
+    "learned positions": {"positions": "learned"},
+    "recomputed": {"scheme": "bnb.nf4"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_replay_computes_what_the_plain_path_does(case: str) -> None:
+    model = adapted_model(**CASES[case])
+    batches = [batch(2, 9 + i, seed=i) for i in range(2)]
+    expected = [gradients(model, *one) for one in batches]
+    fused, recording = with_graphs(model)
+    if case == "recomputed":
+        fused.set_recompute(["full", "mlp"])
+    seen_often(model, *batches[0])
+    assert recording.captured == 0
+    for one, other in zip(batches, expected, strict=True):
+        assert_equal(gradients(model, *one), other)
+    assert (recording.captured, recording.replayed) == (2, 4)
+
+
+def test_capturing_changes_no_bit() -> None:
+    model = adapted_model(dropout=0.3)
+    _, recording = with_graphs(model)
+    results = []
+    for _ in range(SIGHTINGS + 2):
+        torch.manual_seed(3)
+        results.append(gradients(model, *batch(1, 20)))
+    assert recording.replayed == 4
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(gradient[name], results[0][1][name]) for name in gradient)
+
+
+def test_padding_drops_the_same_elements_of_a_single_row() -> None:
+    model = adapted_model(dropout=0.3)
+    torch.manual_seed(3)
+    fused = fuse(model)
+    expected = gradients(model, *batch(1, 20))
+    fused.graphs = Graphs(fused, 96, Recording())
+    torch.manual_seed(3)
+    assert_equal(gradients(model, *batch(1, 20)), expected)
+
+
+def test_every_replay_drops_other_elements() -> None:
+    model = adapted_model(dropout=0.3)
+    with_graphs(model)
+    seen_often(model, *batch(1, 20))
+    assert gradients(model, *batch(1, 20))[0] != gradients(model, *batch(1, 20))[0]
+
+
+def test_evaluation_with_gradients_has_a_graph_of_its_own() -> None:
+    model = adapted_model(dropout=0.3)
+    _, recording = with_graphs(model)
+    seen_often(model, *batch(1, 20))
+    gradients(model, *batch(1, 20))
+    before = recording.replayed
+    gradients(model.eval(), *batch(1, 20))
+    assert recording.replayed == before
+
+
+def test_gradients_add_up_over_eager_and_replayed_micro_batches() -> None:
+    model = adapted_model(scheme="bnb.nf4")
+    expected = gradients(model, *batch(2, 12))[1]
+    model.zero_grad()
+    with_graphs(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    micro = SIGHTINGS + 2
+    for _ in range(2):
+        for _ in range(micro):
+            (model.loss(*batch(2, 12)) / 7).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, micro * expected[name], rtol=1e-3, atol=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_step_of_the_optimizer_is_seen_by_the_next_replay() -> None:
+    model = adapted_model()
+    with_graphs(model)
+    seen_often(model, *batch(1, 12))
+    before = gradients(model, *batch(1, 12))[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    after = gradients(model, *batch(1, 12))
+    model.fast = None
+    assert after[0] != before
+    assert_equal(after, gradients(model, *batch(1, 12)))
+
+
+def test_a_loss_that_waits_for_its_backward_pass_keeps_its_activations() -> None:
+    model = adapted_model()
+    one, other = batch(1, 12), batch(1, 12, seed=1)
+    expected = [gradients(model, *arguments) for arguments in (one, other)]
+    _, recording = with_graphs(model)
+    seen_often(model, *one)
+    model.zero_grad()
+    first = model.loss(*one)
+    second = model.loss(*other)
+    (first / 7).backward()
+    (second / 7).backward()
+    assert recording.replayed == 2
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            both = expected[0][1][name] + expected[1][1][name]
+            torch.testing.assert_close(parameter.grad, both, rtol=1e-3, atol=1e-4)
+    gradients(model, *one)
+    assert recording.replayed == 4
+
+
+def test_a_loss_that_is_thrown_away_does_not_hold_the_graphs() -> None:
+    model = adapted_model()
+    _, recording = with_graphs(model)
+    seen_often(model, *batch(1, 12))
+    model.loss(*batch(1, 12))
+    gradients(model, *batch(1, 12))
+    assert recording.replayed == 3
+
+
+def test_weights_of_tokens_are_those_of_the_replayed_batch() -> None:
+    model = adapted_model()
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.rand(1, 12, generator=generator) for _ in range(2)]
+    expected = [gradients(model, *batch(1, 12), one) for one in weights]
+    _, recording = with_graphs(model)
+    seen_often(model, *batch(1, 12), weights[0])
+    for one, other in zip(weights, expected, strict=True):
+        assert_equal(gradients(model, *batch(1, 12), one), other)
+    assert recording.replayed == 4
+
+
+def works(fused: Fused, *arguments: Any, times: int = SIGHTINGS + 1) -> Any:
+    assert fused.graphs is not None
+    for _ in range(times):
+        work = fused.graphs.work(*arguments, None, None)
+    return work
+
+
+def test_what_gets_no_graph() -> None:
+    fused, recording = with_graphs(adapted_model())
+    assert works(fused, *batch(4, 30)) is None  # too many tokens
+    assert works(fused, *batch(1, 65)) is None  # longer than the model's rows, where plain torch says so
+    fused.set_recompute(["none", "offload"])
+    assert works(fused, *batch(1, 12)) is None
+    fused.set_recompute(["none", "none"])
+    fused.ropes = None  # angles that depend on the length
+    assert works(fused, *batch(1, 12)) is None
+    assert recording.captured == 0
+
+
+def test_padding_ends_where_the_model_does() -> None:
+    fused, _ = with_graphs(adapted_model(block_size=40))
+    work = works(fused, *batch(1, 36), times=1)
+    assert isinstance(work, Eager)
+    assert work.inputs.run.layout.length == 40
+
+
+def test_packed_rows_get_no_graph() -> None:
+    model = adapted_model()
+    fused, recording = with_graphs(model)
+    segments = torch.zeros(1, 12, dtype=torch.int32)
+    for _ in range(SIGHTINGS + 1):
+        gradients(model, *batch(1, 12), None, torch.arange(12)[None], segments)
+    assert recording.captured == 0
+    assert fused.graphs is not None
+    assert not fused.graphs.seen
+
+
+def test_graphs_are_forgotten_when_workspaces_change() -> None:
+    fused, recording = with_graphs(adapted_model(scheme="bnb.nf4"))
+    works(fused, *batch(1, 12))
+    assert recording.captured == 2
+    fused.set_recompute(["full", "full"])
+    assert isinstance(works(fused, *batch(1, 12), times=1), Eager)
+
+
+def test_what_cannot_be_captured_goes_on_without_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(function: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("no room\nat all")
+
+    model = adapted_model()
+    expected = gradients(model, *batch(1, 12))
+    fused = fuse(model)
+    fused.graphs = Graphs(fused, 96, fails)
+    seen_often(model, *batch(1, 12))
+    for _ in range(2):
+        assert_equal(gradients(model, *batch(1, 12)), expected)
+    assert capsys.readouterr().out.count("no room") == 1

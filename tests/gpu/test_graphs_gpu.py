@@ -1,0 +1,124 @@
+"""On a GPU a micro-batch gives the same bits before and after its shape is captured, over many shapes and steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.model import GPT, IGNORE
+from tests.gpu.test_fused_gpu import MODELS, adapted, errors, gradients
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LENGTHS = (20, 61, 32, 90, 128, 97, 250, 256)
+"""Flash attention adds up the gradient of queries in any order where a text has more than one stripe of 128 keys, and
+cuDNN takes multiples of 256; what is padded to 288 could differ in a bit without graphs too."""
+KINDS = ["nf4", "nf4, query and value", "bf16", "rank 128", "adapted head", "nf4-dq", "biases, all heads"]
+KINDS += ["layer norms, parallel, GELU", "norms around and on queries, GeGLU", "windows"]
+
+
+def fused_model(kind: str, graphs: bool, dropout: float = 0.1, policy: Any = "none") -> tuple[GPT, Any]:
+    from lit_qlora.fused import fuse
+    from lit_qlora.fused.graphs import Graphs
+
+    model = adapted(**MODELS[kind] | {"dropout": dropout})
+    fused = fuse(model, graph_tokens=1024)
+    fused.set_recompute([policy] * 2)
+    if not graphs:
+        fused.graphs = Graphs(fused, 1024)
+        fused.graphs.off = "the same, but launched one by one"
+    return model, fused
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    """Micro-batches on the host, every length often enough to be captured."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(count):
+        rows, length = 1 + i // len(LENGTHS) % 2, LENGTHS[i % len(LENGTHS)]
+        tokens = torch.randint(0, 1024, (rows, length + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[:, : 1 + i % 7] = IGNORE
+        made.append((tokens[:, :-1].contiguous(), labels))
+    return made
+
+
+def train(model: GPT, count: int, each: int = 4) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of all micro-batches, and the adapter after a step for every `each` of them."""
+    torch.manual_seed(5)
+    learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learners.values(), lr=1e-3, fused=True)
+    losses = []
+    for i, (tokens, labels) in enumerate(batches(count), start=1):
+        loss = model.loss(tokens, labels)
+        (loss / 100).backward()
+        losses.append(loss.detach())
+        if i % each == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.stack(losses).tolist(), {name: p.detach().clone() for name, p in learners.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_with_graphs_is_training_without_to_the_last_bit(kind: str) -> None:
+    count = 16 * 8
+    model, fused = fused_model(kind, graphs=True)
+    losses, adapter = train(model, count)
+    assert not fused.graphs.off
+    assert len(fused.graphs.captured) >= 8
+    plain, _ = fused_model(kind, graphs=False)
+    eager_losses, eager = train(plain, count)
+    assert losses == eager_losses
+    assert [name for name in adapter if not torch.equal(adapter[name], eager[name])] == []
+
+
+@pytest.mark.parametrize("policy", ["mlp", "attn", "full"])
+def test_recomputing_in_a_graph_changes_no_bit(policy: Any) -> None:
+    adapters = [train(fused_model("nf4", graphs=True, policy=one)[0], 64)[1] for one in ("none", policy)]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16"])
+def test_padding_is_no_farther_from_the_unpadded_gradient_than_rounding(kind: str) -> None:
+    from lit_qlora.fused import fuse
+
+    model, _ = fused_model(kind, graphs=True, dropout=0.0)
+    plain = adapted(**MODELS[kind])
+    fuse(plain)
+    for _ in range(6):
+        for tokens, labels in batches(8):
+            loss, padded = gradients(model, tokens, labels)
+            other, exact = gradients(plain, tokens, labels)
+            torch.testing.assert_close(loss, other, rtol=2e-3, atol=1e-2)
+            assert max(errors(padded, exact)) < 3e-2
+
+
+def test_graphs_share_their_memory() -> None:
+    model, fused = fused_model("nf4", graphs=True)
+    train(model, 16 * 8)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    room = fused.activation_bytes(1024)
+    assert len(fused.graphs.captured) >= 8
+    assert held < 2 * room + 2**26, (held / 2**20, room / 2**20)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_a_replay_waits_for_nothing() -> None:
+    model, fused = fused_model("nf4", graphs=True)
+    micro = [tuple(tensor.pin_memory() for tensor in one) for one in batches(8)]
+    for _ in range(6):
+        for one in micro:
+            gradients(model, *one)
+    assert fused.graphs.captured
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for tokens, labels in micro:
+            (model.loss(tokens, labels) / 100).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,44 @@
+"""What is said before a run begins."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.banner import plan_run, tell_plan
+from lit_qlora.data import read_data
+from lit_qlora.settings import DataConfig, FinetuneConfig
+from tests.test_report import Terminal
+
+
+def said(checkpoint: Path, examples: Path, screen: Terminal, monkeypatch: pytest.MonkeyPatch) -> str:
+    config = FinetuneConfig(
+        checkpoint_dir=checkpoint,
+        precision="32-true",
+        data=DataConfig(path=str(examples), prompt="qa", cache_dir="none", val_fraction=0.1),
+    )
+    data = read_data(config)
+    plan = plan_run(config, data)
+    monkeypatch.setattr("sys.stdout", screen)
+    tell_plan(config, data, 12, plan)
+    return screen.getvalue()
+
+
+@pytest.mark.parametrize(("no_color", "first"), [("", "\x1b[2mQ: What is"), ("1", "[Q: What is")])
+def test_what_is_not_learnt_of_the_first_sample_is_dimmed_where_that_is_wanted(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch, no_color: str, first: str
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    text = said(tiny_checkpoint, examples_file, Terminal(), monkeypatch)
+    assert f"  sample  {first}" in text
+    assert ("\x1b" in text) is not bool(no_color)
+
+
+def test_the_banner_fits_a_screen_and_names_data_model_plan_and_memory(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = said(tiny_checkpoint, examples_file, Terminal(), monkeypatch)
+    assert len(text.splitlines()) <= 24
+    for word in ("data", "model", "plan", "memory", "path", "sample", "answer"):
+        assert f"\n  {word:<8}" in text
+    assert "36 train / 4 val" in text
+    assert "12 steps x 32 samples" in text

@@ -1,6 +1,7 @@
 """Memory of activations: what each path keeps, and which blocks should compute again so that it fits."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from lit_qlora.config import ModelConfig
 from lit_qlora.settings import Recompute
@@ -54,6 +55,14 @@ class FastSizes:
         if "offload" in policies:
             block += 3 * tokens * 2.0 * c.n_embd
         return max(block, head) + space
+
+    def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
+        """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.
+
+        It stands beside what passes without a graph need, but for the workspaces, which are the same.
+        """
+        kept = sum(self.kept(policy, tokens) for policy in policies)
+        return kept + replace(self, quantized=False).working(set(policies), tokens)
 
     @property
     def _qkv(self) -> int:

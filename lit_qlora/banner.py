@@ -26,7 +26,7 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         ResourceError: if the GPU has less, unless config.force.
     """
     check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)
-    plan = _plan(config, longest_row(data))
+    plan = _plan(config, longest_row(data), usual_row(data))
     check_trainable(config, ModelConfig.load(config.checkpoint_dir).name, plan.trainable)
     room = gpu_bytes()
     if room and plan.total > room and not config.force:
@@ -52,6 +52,11 @@ def longest_row(data: RunData) -> int:
     return data.batching.row_length or int(data.train.lengths.max())
 
 
+def usual_row(data: RunData) -> float | None:
+    """Mean number of tokens of a row; None if rows are packed."""
+    return None if data.batching.row_length else float(data.train.lengths.mean())
+
+
 def savings(config: FinetuneConfig, data: RunData) -> str:
     """What to change in order to need less memory, and how much it saves."""
     longest, train = longest_row(data), config.train
@@ -70,7 +75,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
 
 
-def _plan(config: FinetuneConfig, longest: int) -> Plan:
+def _plan(config: FinetuneConfig, longest: int, usual: float | None = None) -> Plan:
     return make_plan(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
@@ -81,6 +86,7 @@ def _plan(config: FinetuneConfig, longest: int) -> Plan:
         config.train,
         gpu_bytes() if (config.devices, config.num_nodes) == (1, 1) else None,
         rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
+        None if usual is None else config.train.micro_batch_size * usual,
     )
 
 
@@ -92,6 +98,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     memory = gpu_bytes()
     room = f" of {memory / GIB:.1f}" if memory else ""
+    graphs = f", graphs {plan.graphs / GIB:.2f}" if plan.graphs else ""
     kind = "DoRA" if config.lora.dora else "LoRA"
     if config.lora.init != "default":
         kind += f" from {config.lora.init}"
@@ -107,7 +114,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
         f"  plan    {steps} x {train.batch_size} samples, {train.micro_batch_size} {rows} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
-        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}\n"
+        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}\n"
         f"  path    {_path(plan)}\n"
         f"{_samples(data)}"
     )
@@ -118,6 +125,7 @@ def _path(plan: Plan) -> str:
     counts = Counter(plan.recompute)
     again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
     taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
+    taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graph_tokens else ""
     return f"{taken}   recompute: {again}"
 
 

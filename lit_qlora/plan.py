@@ -33,11 +33,15 @@ class Plan:
     """What each block computes again."""
     slow_because: str
     """Why the fast path is not taken; '' if it is."""
+    graph_tokens: int = 0
+    """Tokens of the largest micro-batch that gets CUDA graphs; 0 if none does."""
+    graphs: float = 0.0
+    """Bytes of what the graphs share; an estimate."""
 
     @property
     def total(self) -> float:
         """Bytes at the peak."""
-        return self.weights + self.learning + self.activations
+        return self.weights + self.learning + self.activations + self.graphs
 
 
 def make_plan(
@@ -50,10 +54,12 @@ def make_plan(
     train: TrainConfig,
     room: float | None,
     state_bytes: float = 8.0,
+    usual: float | None = None,
 ) -> Plan:
     """The plan for micro-batches of `tokens` tokens, padding included.
 
     Args:
+        usual: tokens of a usual micro-batch; None where rows are packed.
         room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
         state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
 
@@ -75,6 +81,7 @@ def make_plan(
     reason = _slow_because(gpt, dtype, train, room)
     origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
     policies: list[Recompute]
+    graph_tokens, graphs = 0, 0.0
     if reason or room is None:
         policies = [plain_recompute(train.recompute)] * model.n_layer
         learning = origin + (8 + state_bytes) * trainable
@@ -89,6 +96,10 @@ def make_plan(
         else:
             policies = [train.recompute] * model.n_layer
         activations = sum(sizes.kept(policy, tokens) for policy in policies) + sizes.working(set(policies), tokens)
+        graph_tokens = _graph_tokens(model, train, tokens, usual, policies)
+        graphs = sizes.graphs(policies, graph_tokens) if graph_tokens else 0.0
+        if activations + graphs > free:  # they cost nothing but what is left
+            graph_tokens, graphs = 0, 0.0
     return Plan(
         frozen=frozen,
         trainable=trainable,
@@ -97,7 +108,23 @@ def make_plan(
         activations=activations,
         recompute=tuple(policies),
         slow_because=reason,
+        graph_tokens=graph_tokens,
+        graphs=graphs,
     )
+
+
+def _graph_tokens(
+    model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None, policies: list[Recompute]
+) -> int:
+    """Tokens of the largest micro-batch that gets CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
+    from lit_qlora.fused import GROWING
+    from lit_qlora.fused.graphs import MOST_TOKENS, padded_length
+
+    wanted = train.cuda_graphs == "auto" and usual is not None and usual <= MOST_TOKENS
+    if not wanted or "offload" in policies or model.rope_scaling in GROWING:
+        return 0
+    rows = train.micro_batch_size
+    return min(MOST_TOKENS, rows * padded_length(-(-tokens // rows)))
 
 
 def _low_rank(gpt: GPT) -> int:

@@ -23,7 +23,8 @@ HARMLESS = (
     *("checkpoint_dir", "data.path", "data.val_path", "data.cache_dir"),  # what they hold is compared, not where it is
     *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run"),
     *("quiet", "expect_trainable"),
-    *("devices", "num_nodes", "strategy", "deterministic", "train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs"),
+    *("devices", "num_nodes", "strategy", "deterministic"),
+    *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs"),
     *("train.save_every", "train.save_minutes", "train.keep_last", "eval", "guard", "log"),
 )
 """Settings, or groups of them, that may change in the middle of a run: what is learnt does not depend on them."""

@@ -78,7 +78,7 @@ def take_path(model: GPT, plan: Plan) -> None:
         tell(f"  path    plain after all ({reason})")
         model.recompute = "none" not in plan.recompute
         return
-    fuse(model).set_recompute(plan.recompute)
+    fuse(model, plan.graph_tokens).set_recompute(plan.recompute)
 
 
 def set_deterministic() -> None:

@@ -283,13 +283,11 @@ class Fused:
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0)
         self.pending.flush()
 
-    def activation_bytes(self, tokens: int) -> int:
-        """Bytes that a micro-batch of so many tokens takes between its forward and its backward pass; an estimate."""
+    def graph_bytes(self, tokens: int) -> int:
+        """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""
         adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
         rank = max(group.stack.r for group in self.groups)
-        sizes = FastSizes(self.config, rank, adapted, quantized=False)  # the workspaces are there already
-        kept = sum(sizes.kept(policy, tokens) for policy in self.recompute)
-        return int(kept + sizes.working(set(self.recompute), tokens))
+        return int(FastSizes(self.config, rank, adapted, quantized=False).graphs(self.recompute, tokens))
 
 
 def fuse(model: GPT, graph_tokens: int = 0) -> Fused:

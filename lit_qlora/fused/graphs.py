@@ -77,8 +77,8 @@ class Graphs:
         """The passes of a micro-batch (B, T) that is small enough, else None."""
         rows, length = tokens.shape
         limit = self.fused.config.block_size
-        width = min(padded_length(length), limit) if length <= limit else length
-        if rows * width > self.most or "offload" in self.fused.recompute or self.fused.ropes is None:
+        width = min(padded_length(length), limit)
+        if not length <= width <= self.most // rows or "offload" in self.fused.recompute or self.fused.ropes is None:
             return None
         shape = (rows, width, weights is not None, seed is not None)
         ids, weights = padded(tokens, labels, weights, width)
@@ -107,8 +107,8 @@ class Graphs:
     def _capture(self, shape: Shape, ids: Tensor, weights: Tensor | None, seed: int | None) -> None:
         if self.off:
             return
-        self.record = self.record or Recorder(self.fused.activation_bytes(self.most))
-        ids, weights = self._on_device(ids.clone(), weights)
+        self.record = self.record or Recorder(self.fused.graph_bytes(self.most))
+        ids, weights = self._on_device(ids, weights)
         try:
             inputs = self._inputs(ids, weights, seed)
             self.captured[shape] = Captured(self.fused, ids, weights, inputs, self.record)

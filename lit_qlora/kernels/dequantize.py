@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import power_of_2, tl, triton
+from lit_qlora.kernels.launch import cdiv, power_of_2, tl, triton
 from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack
 
 
@@ -63,11 +63,11 @@ def dequantize(
     n, k = stack.n, out.size(1) - stack.rank
     beside = out if b is None else b
     first_part, layers = 0, len(stack.rows)
-    b_programs = triton.cdiv(n, ROWS) if stack.rank else 0
+    b_programs = cdiv(n, ROWS) if stack.rank else 0
     rank = {"R": stack.rank, "r": max(stack.r, 1), "RP": power_of_2(stack.rank), "LAYERS": layers, "ROWS": ROWS}
     if b_only or isinstance(weight, EightBit):
         if isinstance(weight, EightBit) and not b_only:
-            _eight_bit[(n, triton.cdiv(k, 1024))](
+            _eight_bit[(n, cdiv(k, 1024))](
                 weight.packed, weight.absmax, out, out.stride(0), k, PER_STEP=PER_STEP, BLOCK=1024
             )
         if b_programs:
@@ -78,7 +78,7 @@ def dequantize(
     assert weight is not None
     blocks = n * k // BLOCK
     nested: Any = weight.nested or (weight.code,) * 3
-    programs = triton.cdiv(blocks, GROUPS)
+    programs = cdiv(blocks, GROUPS)
     _four_bit[(programs + b_programs,)](
         weight.packed,
         weight.absmax,

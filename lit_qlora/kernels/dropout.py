@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import VARYING, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, tl, triton
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
         return x
     rows, k = x.shape
     out = torch.empty(rows, k, device=x.device, dtype=x.dtype)
-    _drop[(rows, triton.cdiv(k, 1024))](
+    _drop[(rows, cdiv(k, 1024))](
         x, x.stride(0), out, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale, BLOCK=1024, num_warps=4
     )
     return out

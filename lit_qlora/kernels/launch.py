@@ -9,7 +9,7 @@ except ImportError:  # no Triton on this platform: there is no fast path
     triton = None
     tl = None
 
-__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "power_of_2", "stages", "tl", "triton"]
+__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "cdiv", "power_of_2", "stages", "tl", "triton"]
 
 AVAILABLE = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,8 +21,12 @@ takes as long as many steps, in the middle of a run."""
 
 def power_of_2(n: int, least: int = 16) -> int:
     """The power of two that a block needs to hold n; the matrix units take no less than 16."""
-    size: int = triton.next_power_of_2(n)
-    return max(least, size)
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def cdiv(n: int, each: int) -> int:
+    """How many programs it takes, if one does `each` of n. Triton's own function takes 1.6 us, a tenth of a launch."""
+    return -(-n // each)
 
 
 def stages(elements: int, itemsize: int, most: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
-from lit_qlora.kernels.launch import VARYING, power_of_2, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tl, triton
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.kernels.thin import Pending
 
@@ -22,7 +22,7 @@ if triton is not None:
 def mlp_forward(branches: Tensor, out: Tensor, activation: Activation) -> None:
     """The activation of branches (T, 2 F), gate and up, or (T, F), into the first F columns of `out`."""
     rows, width = branches.size(0), branches.size(1) // activation.branches
-    _forward[(rows, triton.cdiv(width, 2048))](
+    _forward[(rows, cdiv(width, 2048))](
         branches, branches.stride(0), out, out.stride(0), width,
         FUNCTION=activation.function, GATED=activation.gated, BLOCK=2048, num_warps=8,
     )  # fmt: skip
@@ -55,15 +55,15 @@ def mlp_backward(
     rows, width = branches.size(0), branches.size(1) // activation.branches
     rank = 0 if a is None else a.size(0)
     r = 0 if z is None else stack.r
-    splits = min(4, triton.cdiv(rows, 64))
-    each = triton.cdiv(triton.cdiv(rows, splits), 64) * 64
-    splits = triton.cdiv(rows, each)
+    splits = min(4, cdiv(rows, 64))
+    each = cdiv(cdiv(rows, splits), 64) * 64
+    splits = cdiv(rows, each)
     device = branches.device
     parts_a = torch.empty(splits, rank, width, device=device, dtype=torch.float32)
     adapted = 0 if z is None else stack.adapted_rows
     parts_b = torch.empty(splits, adapted, r, device=device, dtype=torch.float32)
     slot_first, slot_up = (*stack.slots, -1)[:2] if z is not None else (-1, -1)
-    _backward[(triton.cdiv(width, 64), splits)](
+    _backward[(cdiv(width, 64), splits)](
         branches, branches.stride(0), dh, dh.stride(0), branches if a is None else a, branches if z is None else z,
         0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted,
         dropout.seed, dropout.place, dropout.threshold, dropout.scale,

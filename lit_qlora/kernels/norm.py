@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
-from lit_qlora.kernels.launch import VARYING, power_of_2, stages, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, stages, tl, triton
 
 if triton is not None:
     from lit_qlora.kernels.dropout import factor
@@ -121,7 +121,7 @@ def norm_backward(
     padded = power_of_2(rank)
     block = 256 if padded <= 64 else 64
     in_flight = stages((3 * 16 + padded) * block, x.element_size(), most=4)
-    _norm_backward[(triton.cdiv(rows, 16),)](
+    _norm_backward[(cdiv(rows, 16),)](
         d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, numbers, x if z is None else z,
         x if a is None else a, x if residual is None else residual, dx, rows, width,
         dropout.seed, dropout.place, dropout.threshold, dropout.scale,

@@ -7,7 +7,7 @@ i is paired with i + R/2, or with `interleaved` feature 2 i with 2 i + 1, as in 
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import power_of_2, tl, triton
+from lit_qlora.kernels.launch import cdiv, power_of_2, tl, triton
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -32,7 +32,7 @@ def rotate_(
         cos, sin: (P, R / 2) float32, a row a position.
     """
     half = cos.size(1)
-    _rotate[(qkv.size(0), triton.cdiv(heads, 32))](
+    _rotate[(qkv.size(0), cdiv(heads, 32))](
         qkv,
         qkv.stride(0),
         positions,

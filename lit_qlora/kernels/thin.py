@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
-from lit_qlora.kernels.launch import VARYING, power_of_2, stages, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, stages, tl, triton
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.kernels.stack import Stack
 
@@ -48,13 +48,11 @@ def project(
         out[:, :k].copy_(x)
         x = out
     block = 64 if active else 128
-    splits = min(
-        16, max(2, triton.cdiv(512 if active else 256, triton.cdiv(rows, 64)))
-    )  # enough programs to fill a GPU
-    each = triton.cdiv(triton.cdiv(k, splits), block) * block
-    splits = triton.cdiv(k, each)
+    splits = min(16, max(2, cdiv(512 if active else 256, cdiv(rows, 64))))  # enough programs to fill a GPU
+    each = cdiv(cdiv(k, splits), block) * block
+    splits = cdiv(k, each)
     parts = torch.empty(splits, rows, rank, device=x.device, dtype=torch.float32)
-    _project[(triton.cdiv(rows, 64), splits)](
+    _project[(cdiv(rows, 64), splits)](
         x, x.stride(0), out, out.stride(0), a, parts, rows, k, each,
         dropout.seed, dropout.place, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), FUNCTION=activation.function if activation else "",
@@ -62,7 +60,7 @@ def project(
         num_warps=4, num_stages=stages((64 + power_of_2(rank)) * block, x.element_size(), 2 if active else 3),
     )  # fmt: skip
     z = torch.empty(rows, rank, device=x.device, dtype=x.dtype)
-    _finish[(triton.cdiv(rows * rank, 512),)](
+    _finish[(cdiv(rows * rank, 512),)](
         parts, out[:, k:], out.stride(0), z, rows * rank, SPLITS=splits, R=rank, BLOCK=512, num_warps=4
     )
     return z
@@ -74,7 +72,7 @@ def rank_update(d_out: Tensor, a: Tensor | None, k: int, dropout: Dropout = NONE
         return d_out
     rows, rank = d_out.size(0), a.size(0)
     out = torch.empty(rows, k, device=d_out.device, dtype=d_out.dtype)
-    _rank_update[(triton.cdiv(k, 128), triton.cdiv(rows, 16))](
+    _rank_update[(cdiv(k, 128), cdiv(rows, 16))](
         d_out, d_out.stride(0), a, out, rows, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), DROP=dropout.p > 0, BM=16, BN=128, num_warps=4,
     )  # fmt: skip
@@ -98,7 +96,7 @@ class Pending:
         if not self.waiting:
             return
         (p, g, s), (q, h, t) = self.waiting[0], self.waiting[-1]
-        first, second = triton.cdiv(g.numel(), 1024), triton.cdiv(h.numel(), 1024) if len(self.waiting) == 2 else 0
+        first, second = cdiv(g.numel(), 1024), cdiv(h.numel(), 1024) if len(self.waiting) == 2 else 0
         _reduce[(first + second,)](
             p, g, p.size(0), g.numel(), s, first, q, h, q.size(0), h.numel(), t, BLOCK=1024, num_warps=4
         )
@@ -123,9 +121,9 @@ def grad_a(
     rows, (rank, k) = x.size(0), gradient.shape
     wide = k > 4096 and rank <= 128  # a program holds a stripe of the sum
     bn = 128 if wide else 64
-    splits, each = _split(rows, triton.cdiv(k, bn))
+    splits, each = _split(rows, cdiv(k, bn))
     parts = torch.empty(splits, rank, k, device=x.device, dtype=torch.float32)
-    _thin[(triton.cdiv(k, bn), splits)](
+    _thin[(cdiv(k, bn), splits)](
         x, x.stride(0), dz, dz.stride(0), x if numbers is None else numbers,
         x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, parts, 1, k, x,
         rows, each, k, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
@@ -148,9 +146,9 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack, table: Tensor,
     adapted, r = gradient.shape
     wide = n > 4096
     bn = stripe(stack, 128 if wide else 64)
-    splits, each = _split(rows, triton.cdiv(n, bn))
+    splits, each = _split(rows, cdiv(n, bn))
     parts = torch.empty(splits, adapted, r, device=dy.device, dtype=torch.float32)
-    _thin[(triton.cdiv(n, bn), splits)](
+    _thin[(cdiv(n, bn), splits)](
         dy, dy.stride(0), z, z.stride(0), dy, dy, dy, parts, r, 1, table, rows, each, n, adapted, None, 0, 0, 1.0,
         R=r, RP=power_of_2(r), LAYERS=len(stack.rows), KIND=0, HAS_W=False, HAS_B=False, DROP=False,
         TALL=bn >= 64 and not wide, BT=64, BN=bn,
@@ -166,9 +164,9 @@ def stripe(stack: Stack, most: int = 128) -> int:
 
 def _split(rows: int, stripes: int) -> tuple[int, int]:
     """Into how many parts a sum over `rows` is split, and the rows of each."""
-    splits = min(8, max(1, round(300 / stripes)), triton.cdiv(rows, 64))
-    each = triton.cdiv(triton.cdiv(rows, splits), 64) * 64
-    return triton.cdiv(rows, each), each
+    splits = min(8, max(1, round(300 / stripes)), cdiv(rows, 64))
+    each = cdiv(cdiv(rows, splits), 64) * 64
+    return cdiv(rows, each), each
 
 
 if triton is not None:

@@ -11,7 +11,6 @@ from lit_qlora.generate.batching import Batcher, Request
 from lit_qlora.generate.text import TextStream
 from lit_qlora.use import Roster
 
-
 READ_AT_ONCE = 2048
 """Tokens, padding included, of the prompts that are read together; a longer prompt is read alone."""
 

@@ -12,13 +12,30 @@ import torch
 from torch import Tensor
 
 from lit_qlora.fused import Fused, fuse
-from lit_qlora.fused.graphs import MOST_TOKENS, SIGHTINGS, Graphs, padded_length
+from lit_qlora.fused.graphs import MOST_TOKENS, Graphs, padded_length
 from lit_qlora.fused.passes import Eager
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model import GPT, IGNORE
-from tests.fused.test_fused import adapted_model, assert_equal, gradients
+from lit_qlora.plan import Plan, make_plan
+from lit_qlora.settings import LoRAConfig, TrainConfig
+from tests.conftest import tiny_config
+from tests.fused import test_fused
+from tests.fused.test_fused import assert_equal, gradients
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+
+
+SIGHTINGS = 1  # fewer than for graphs that cost something
+
+
+@pytest.fixture(autouse=True)
+def _few_sightings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_qlora.fused.graphs.SIGHTINGS", SIGHTINGS)
+
+
+def adapted_model(**changes: Any) -> GPT:
+    """One block is enough here."""
+    return test_fused.adapted_model(**{"n_layer": 1} | changes)
 
 
 class Recording:
@@ -56,17 +73,12 @@ def seen_often(model: GPT, *arguments: Any) -> None:
         gradients(model, *arguments)
 
 
-@pytest.mark.parametrize("length", range(1, MOST_TOKENS + 1, 37))
-def test_padding_is_short_and_lengths_are_few(length: int) -> None:
-    padded = padded_length(length)
-    assert padded >= length
-    assert padded - length < max(32, padded / 8)
-    assert padded % 32 == 0
-    assert padded_length(padded) == padded
-
-
-def test_the_grid_has_few_lengths() -> None:
-    assert len({padded_length(length) for length in range(1, MOST_TOKENS + 1)}) == 32
+def test_padding_is_short_and_lengths_are_few() -> None:
+    lengths = range(1, MOST_TOKENS + 1)
+    padded = [padded_length(length) for length in lengths]
+    assert all(0 <= more - length < max(32, length / 8) for length, more in zip(lengths, padded, strict=True))
+    assert all(padded_length(length) == length and length % 32 == 0 for length in padded)
+    assert len(set(padded)) == 32
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -74,7 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
     "16 bit, adapted head": {"targets": ("all", "head")},
     "windows": {"sliding_window": 5},
     "learned positions": {"positions": "learned"},
-    "recomputed": {"scheme": "bnb.nf4"},
+    "recomputed": {"scheme": "bnb.nf4", "n_layer": 2},
 }
 
 
@@ -139,7 +151,7 @@ def test_gradients_add_up_over_eager_and_replayed_micro_batches() -> None:
     model.zero_grad()
     with_graphs(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    micro = SIGHTINGS + 2
+    micro = SIGHTINGS + 1
     for _ in range(2):
         for _ in range(micro):
             (model.loss(*batch(2, 12)) / 7).backward()
@@ -217,9 +229,9 @@ def test_what_gets_no_graph() -> None:
     fused, recording = with_graphs(adapted_model())
     assert works(fused, *batch(4, 30)) is None  # too many tokens
     assert works(fused, *batch(1, 65)) is None  # longer than the model's rows, where plain torch says so
-    fused.set_recompute(["none", "offload"])
+    fused.set_recompute(["offload"])
     assert works(fused, *batch(1, 12)) is None
-    fused.set_recompute(["none", "none"])
+    fused.set_recompute(["none"])
     fused.ropes = None  # angles that depend on the length
     assert works(fused, *batch(1, 12)) is None
     assert recording.captured == 0
@@ -247,7 +259,7 @@ def test_graphs_are_forgotten_when_workspaces_change() -> None:
     fused, recording = with_graphs(adapted_model(scheme="bnb.nf4"))
     works(fused, *batch(1, 12))
     assert recording.captured == 2
-    fused.set_recompute(["full", "full"])
+    fused.set_recompute(["full"])
     assert isinstance(works(fused, *batch(1, 12), times=1), Eager)
 
 
@@ -263,3 +275,45 @@ def test_what_cannot_be_captured_goes_on_without_graphs(capsys: pytest.CaptureFi
     for _ in range(2):
         assert_equal(gradients(model, *batch(1, 12)), expected)
     assert capsys.readouterr().out.count("no room") == 1
+
+
+def planned(usual: float | None = 20.0, room: float = 2**30, tokens: int = 4 * 50, **train: Any) -> Plan:
+    settings = TrainConfig(micro_batch_size=4, **train)
+    model = tiny_config(block_size=4096)
+    return make_plan(model, LoRAConfig(), "none", False, torch.bfloat16, tokens, settings, room, usual=usual)
+
+
+def test_a_plan_has_graphs_for_the_longest_rows_and_counts_their_memory() -> None:
+    plan, without = planned(), planned(cuda_graphs="never")
+    assert plan.graph_tokens == 4 * 64
+    assert plan.graphs > 0
+    assert plan.total == without.total + plan.graphs
+    assert planned(tokens=4 * 3000).graph_tokens == MOST_TOKENS  # the longest run without
+
+
+def test_the_memory_of_graphs_is_that_of_a_micro_batch_but_for_the_workspaces() -> None:
+    plan = planned(tokens=4 * 64)
+    assert plan.graphs == plan.activations
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"usual": None},
+        {"usual": MOST_TOKENS + 1.0},
+        {"cuda_graphs": "never"},
+        {"fast": False},
+        {"recompute": "offload"},
+        {"room": None},
+    ],
+    ids=str,
+)
+def test_a_plan_without_graphs(changes: dict[str, Any]) -> None:
+    plan = planned(**changes)
+    assert (plan.graph_tokens, plan.graphs) == (0, 0)
+
+
+def test_graphs_take_only_memory_that_is_left() -> None:
+    plan = planned()
+    assert planned(room=(plan.total - plan.graphs / 2) / 0.97).graph_tokens == 0
+    assert planned(room=(plan.total + 2**16) / 0.97).graph_tokens == 4 * 64

@@ -1,16 +1,21 @@
 """Decoding as CUDA graphs gives the text of the plain path, in every storage, for one text and for several."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lit_qlora.generate import fixed, generate, stream
+from lit_qlora.generate.fast import FastStep
 from lit_qlora.generate.fixed import FixedStep
+from lit_qlora.generate.slots import SlotCache
+from lit_qlora.lora import LoRALinear, add_lora, frozen_weight
 from lit_qlora.model import GPT
 from lit_qlora.quantize import quantize_linears
-from lit_qlora.settings import SCHEMES, GenerationConfig, Scheme
+from lit_qlora.settings import SCHEMES, GenerationConfig, LoRAConfig, Scheme
 from tests.conftest import tiny_model
 
 pytestmark = [
@@ -43,6 +48,21 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return limits
 
 
+@pytest.fixture
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """For each text or batch of them: 'fast' where its steps are those of lit_qlora.generate.fast, else 'plain'."""
+    taken: list[str] = []
+    make = fixed._fast_step
+
+    def noted(model: GPT, cache: SlotCache) -> FastStep | None:
+        step = make(model, cache)
+        taken.append("fast" if step else "plain")
+        return step
+
+    monkeypatch.setattr(fixed, "_fast_step", noted)
+    return taken
+
+
 def on_gpu(scheme: Scheme = "none", **changes: Any) -> GPT:
     model = tiny_model(**changes).cuda()
     quantize_linears(model, scheme)
@@ -52,7 +72,7 @@ def on_gpu(scheme: Scheme = "none", **changes: Any) -> GPT:
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "several"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_graph_gives_the_greedy_text_of_the_plain_path(
-    name: str, prompts: list[list[int]], captures: list[int]
+    name: str, prompts: list[list[int]], captures: list[int], steps_taken: list[str]
 ) -> None:
     model = on_gpu(**MODELS[name])
     config = GenerationConfig(max_new_tokens=50)
@@ -60,6 +80,7 @@ def test_a_graph_gives_the_greedy_text_of_the_plain_path(
     assert captures == []
     assert generate(model, prompts, config, (17,)) == expected
     assert bool(captures) == (name != "experts")
+    assert set(steps_taken) == ({"plain"} if name in ("experts", "softcap") else {"fast"})
     assert len(captures) == len(set(captures))
 
 
@@ -91,3 +112,29 @@ def test_bfloat16_graphs_agree_with_plain_steps(captures: list[int]) -> None:
     model = on_gpu().bfloat16()
     config = GenerationConfig(max_new_tokens=40)
     assert generate(model, PROMPTS[:1], config, ()) == generate(model, PROMPTS[:1], config, (), fixed_shapes=False)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_fast_step_in_bfloat16_is_as_near_to_float32_as_a_plain_one(scheme: Scheme, count: int) -> None:
+    model = tiny_model(n_embd=256, ffn_size=256, n_kv_head=4).cuda().bfloat16()
+    quantize_linears(model, scheme)
+    add_lora(model, LoRAConfig(r=4, alpha=8, targets="all"))
+    exact = copy.deepcopy(model.eval())
+    for module in exact.modules():
+        if isinstance(module, LoRALinear):
+            weight = frozen_weight(module.base).float()
+            module.base = nn.Linear(module.in_features, module.out_features, bias=False)
+            module.base.weight = nn.Parameter(weight)
+    exact.float()
+    cache, exact_cache = (
+        SlotCache(model.config, count, 16, dtype, "cuda") for dtype in (torch.bfloat16, torch.float32)
+    )
+    plain_cache = SlotCache(model.config, count, 16, torch.bfloat16, "cuda")
+    step = FastStep(model, cache)
+    with torch.no_grad():
+        for token in range(10, 15):
+            tokens = torch.arange(token, token + count, device="cuda")
+            expected = exact(tokens[:, None], exact_cache)[:, 0]
+            plain = (model(tokens[:, None], plain_cache)[:, 0].float() - expected).norm()
+            assert (step(tokens).float() - expected).norm() < 2 * plain

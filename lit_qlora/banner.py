@@ -92,7 +92,8 @@ def _plan(config: FinetuneConfig, longest: int, usual: float | None = None) -> P
 
 def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
     """Say what is going to happen."""
-    name, train = ModelConfig.load(config.checkpoint_dir).name, config.train
+    model, train = ModelConfig.load(config.checkpoint_dir), config.train
+    caveat = check_layers(model, config.lora)
     device = pick_device()
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -108,7 +109,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
-        f"lit_qlora {__version__}   {name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
+        f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
         f"{_data_lines(data)}\n"
         f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
@@ -116,6 +117,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}\n"
         f"  path    {_path(plan)}\n"
+        f"{f'  note    {caveat}' + chr(10) if caveat else ''}"
         f"{_samples(data)}"
     )
 

@@ -136,8 +136,12 @@ def to_peft(
     }
 
 
-def check_layers(model: ModelConfig, config: LoRAConfig) -> None:
-    """Raise CheckpointError if PEFT's layout has no place for an adapter of these settings, naming a layer."""
+def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
+    """What PEFT will not do with an adapter of these settings, or ''.
+
+    Raises:
+        CheckpointError: if its layout has no place for one, naming a layer.
+    """
     with torch.device("meta"):
         skeleton = GPT(model)
         add_lora(skeleton, config)
@@ -153,6 +157,11 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> None:
                 f"{', '.join(members)} and others are one layer in Hugging Face's model ({home.module}).\n"
                 "PEFT knows DoRA of the whole of it only: name all of them in lora.targets."
             )
+    products = [path for path in _layers(lora_state(skeleton)) if ".mlp." in path]
+    experts = {path for path in products if ".experts." in path}
+    if experts and len(experts) < len(products):
+        return "PEFT 0.21 with transformers 5 drops this adapter's layers beside experts; here and merged they count."
+    return ""
 
 
 def from_peft(

@@ -128,6 +128,7 @@ def write(path: Path, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, 
                         f"expected {place}, {tuple(spec.shape)} {spec.dtype}."
                     )
                 put(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                del tensor  # before the next one is made
             if missing := [name for name, _ in expected]:
                 raise CheckpointError(f"{path.name}: {len(missing)} tensors are missing:\n  {name_some(missing)}")
             file.flush()

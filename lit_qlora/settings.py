@@ -347,8 +347,8 @@ class TrainConfig:
     fast: bool = True
     """Take the fast path where GPU, precision and model allow it; it computes the same."""
     cuda_graphs: Literal["auto", "never"] = "auto"
-    """'auto' launches small micro-batches (up to 2,048 tokens) as CUDA graphs where they are usual, not packed, and there
-    is memory left; rows are padded to one of 32 lengths. 'never' launches kernel by kernel."""
+    """'auto' launches small micro-batches (up to 2,048 tokens) as CUDA graphs where they are usual, not packed, and
+    there is memory left; rows are padded to one of 32 lengths. 'never' launches kernel by kernel."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -109,8 +109,10 @@ def write(
 
         def watched() -> Iterator[tuple[str, Tensor]]:
             for tensor_name, tensor in tensors:
+                size = safetensors_io.count_bytes(tensor)
                 yield tensor_name, tensor
-                bar.update(safetensors_io.count_bytes(tensor))
+                del tensor  # before the next one is made
+                bar.update(size)
 
         stream = watched()
         for i, (file, part) in enumerate(zip(names, parts, strict=True), start=1):

@@ -6,7 +6,9 @@ import pytest
 
 from lit_qlora.banner import plan_run, tell_plan
 from lit_qlora.data import read_data
-from lit_qlora.settings import DataConfig, FinetuneConfig
+from lit_qlora.peft_layout import check_layers
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig
+from tests.conftest import tiny_config
 from tests.test_report import Terminal
 
 
@@ -42,3 +44,12 @@ def test_the_banner_fits_a_screen_and_names_data_model_plan_and_memory(
         assert f"\n  {word:<8}" in text
     assert "36 train / 4 val" in text
     assert "12 steps x 32 samples" in text
+
+
+def test_what_peft_would_drop_is_said_before_the_run() -> None:
+    def caveat(**changes: object) -> str:
+        experts = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}
+        return check_layers(tiny_config(family="deepseek_v2", **experts | changes), LoRAConfig(targets=("mlp",)))
+
+    assert "drops this adapter's layers beside experts" in caveat(dense_layers=(0,))
+    assert caveat() == ""

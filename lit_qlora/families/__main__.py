@@ -1,5 +1,7 @@
 """Prints the families, what each of them uses, and what they were held against."""
 
+import signal
+
 from lit_qlora.families import FAMILIES, VERIFIED_WITH
 from lit_qlora.families.read import Family
 from lit_qlora.families.readers import COMMON
@@ -48,6 +50,7 @@ def features(family: Family) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head`: the reader has seen enough
     print(
         f"Each family computes what transformers {VERIFIED_WITH} computes, as tests/test_model.py holds.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"

@@ -296,10 +296,10 @@ def fuse(model: GPT, graph_tokens: int = 0) -> Fused:
     why_not(model) must be ''.
 
     Args:
-        graph_tokens: micro-batches of up to so many tokens get CUDA graphs; see lit_qlora.fused.graphs.
+        graph_tokens: micro-batches of up to so many tokens get CUDA graphs on a GPU; see lit_qlora.fused.graphs.
     """
     fused = Fused(model)
     model.fast = fused.loss
-    if graph_tokens:
+    if graph_tokens and fused.device.type == "cuda":
         fused.graphs = Graphs(fused, graph_tokens)
     return fused

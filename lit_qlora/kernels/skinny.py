@@ -16,6 +16,8 @@ from lit_qlora.kernels.stack import PER_STEP, EightBit, FourBit, Stack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What x may be."""
+MANY = 2048
+"""Rows of a weight from which on there are enough of them to keep a GPU busy with one warp for four."""
 MOST_ROWS = 16
 """Rows up to which reading a weight takes longer than computing with it."""
 
@@ -91,7 +93,7 @@ def product(
         "enable_fp_fusion": not is_nested,  # bitsandbytes rounds a scale's scale after the product and after the sum
     }
     if rows == 1:
-        alone, warps = (4, 1) if n >= 2048 else (1, 4)
+        alone, warps = (4, 1) if n >= MANY else (1, 4)
         _one_row[(triton.cdiv(n, alone),)](*arguments, BN=alone, LANES=32 * warps, num_warps=warps, **settings)
     else:
         lanes = 256 // settings["PER_LANE"]

@@ -90,7 +90,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if "16 bit" in case else [pytest.mark.slow]) for case in CASES]
+)
 def test_a_replay_computes_what_the_plain_path_does(case: str) -> None:
     model = adapted_model(**CASES[case])
     batches = [batch(2, 9 + i, seed=i) for i in range(2)]
@@ -242,6 +244,11 @@ def test_padding_ends_where_the_model_does() -> None:
     work = works(fused, *batch(1, 36), times=1)
     assert isinstance(work, Eager)
     assert work.inputs.run.layout.length == 40
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs")
+def test_there_are_no_graphs_without_a_gpu() -> None:
+    assert fuse(adapted_model(), graph_tokens=96).graphs is None
 
 
 def test_packed_rows_get_no_graph() -> None:

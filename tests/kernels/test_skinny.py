@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_qlora.kernels import skinny
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.skinny import MOST_ROWS, product, product_reference
-from lit_qlora.kernels.stack import Stack
+from lit_qlora.kernels.stack import Stack, end_to_end
 from lit_qlora.quantize import QuantizedLinear, stack_weights
 from lit_qlora.settings import SCHEMES
 
@@ -16,11 +17,10 @@ DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
 STACKS = [
     (Stack(rows=(33,), slots=(-1,), r=0), 64),
     (Stack(rows=(7,), slots=(0,), r=3), 192),
-    (Stack(rows=(256, 128, 128), slots=(0, -1, 1), r=8), 256),
-    (Stack(rows=(64, 64), slots=(0, 1), r=16), 1344),
-    (Stack(rows=(2050,), slots=(-1,), r=0), 64),
+    (Stack(rows=(32, 32, 10), slots=(0, -1, 1), r=8), 256),
+    (Stack(rows=(19, 19), slots=(0, 1), r=16), 1344),
 ]
-"""The last ones have a row of weights longer than a program reads at once, and as many rows as have large programs."""
+"""A row of the last one is longer than what a program of one warp reads at once."""
 
 
 def close(y: Tensor, expected: Tensor) -> bool:
@@ -29,12 +29,13 @@ def close(y: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, MOST_ROWS])
+@pytest.mark.parametrize(("rows", "many"), [(1, skinny.MANY), (1, 1), (MOST_ROWS - 3, skinny.MANY)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("stack", "k"), STACKS, ids=str)
 def test_a_product_with_a_packed_weight_is_that_with_the_dequantised_one(
-    stack: Stack, k: int, scheme: str, rows: int, dtype: torch.dtype
+    stack: Stack, k: int, scheme: str, rows: int, many: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(skinny, "MANY", many)
     torch.manual_seed(0)
     weights = [torch.randn(n, k, device=DEVICE, dtype=dtype) for n in stack.rows]
     if scheme == "none":
@@ -49,13 +50,24 @@ def test_a_product_with_a_packed_weight_is_that_with_the_dequantised_one(
     bias = torch.randn(stack.n, device=DEVICE, dtype=dtype)
     z = torch.randn(rows, stack.rank, device=DEVICE, dtype=dtype) if stack.rank else None
     b = torch.randn(stack.adapted_rows, stack.r, device=DEVICE, dtype=dtype) if stack.rank else None
-    for some_bias in (None, bias):
-        y = product(x, packed, stack, stack.table(DEVICE), some_bias, z, b)
-        assert y.dtype == dtype
-        assert close(y, product_reference(x, dense, some_bias, z, b, stack))
+    y = product(x, packed, stack, stack.table(DEVICE), bias, z, b)
+    assert y.dtype == dtype
+    assert close(y, product_reference(x, dense, bias, z, b, stack))
 
 
 def test_rows_of_a_weight_may_lie_apart() -> None:
     whole, x, stack = torch.randn(40, 80, device=DEVICE), torch.randn(1, 64, device=DEVICE), Stack((40,), (-1,), 0)
     y = product(x, whole[:, :64], stack, stack.table(DEVICE))
     assert close(y, product_reference(x, whole[:, :64], None, None, None, stack))
+
+
+def test_what_lies_end_to_end_is_joined_without_a_copy() -> None:
+    whole = torch.arange(60.0).view(10, 6)[:, :4]
+    parts = list(whole.split([3, 5, 2]))
+    joined = end_to_end(parts)
+    assert torch.equal(joined, whole)
+    assert joined.data_ptr() == whole.data_ptr()
+    for others in ([parts[1], parts[0]], [parts[0], parts[2]], [parts[0], parts[1].clone()]):
+        joined = end_to_end(others)
+        assert torch.equal(joined, torch.cat(others))
+        assert joined.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()

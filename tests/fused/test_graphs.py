@@ -285,7 +285,7 @@ def test_what_cannot_be_captured_goes_on_without_graphs(capsys: pytest.CaptureFi
 
 
 def planned(usual: float | None = 20.0, room: float = 2**30, tokens: int = 4 * 50, **train: Any) -> Plan:
-    settings = TrainConfig(micro_batch_size=4, **train)
+    settings = TrainConfig(**{"micro_batch_size": 4, "cuda_graphs": "auto"} | train)
     model = tiny_config(block_size=4096)
     return make_plan(model, LoRAConfig(), "none", False, torch.bfloat16, tokens, settings, room, usual=usual)
 

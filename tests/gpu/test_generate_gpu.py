@@ -108,12 +108,6 @@ def test_two_streams_that_are_read_in_turns_do_not_disturb_each_other(captures: 
     assert [list(answer) for answer in zip(*turns, strict=True)] == expected
 
 
-def test_bfloat16_graphs_agree_with_plain_steps(captures: list[int]) -> None:
-    model = on_gpu().bfloat16()
-    config = GenerationConfig(max_new_tokens=40)
-    assert generate(model, PROMPTS[:1], config, ()) == generate(model, PROMPTS[:1], config, (), fixed_shapes=False)
-
-
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_fast_step_in_bfloat16_is_as_near_to_float32_as_a_plain_one(scheme: Scheme, count: int) -> None:

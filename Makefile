@@ -17,9 +17,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python scripts/demo.py
 
-# Without the tests marked slow.
+# Without the tests marked slow, in two processes.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"

@@ -39,6 +39,8 @@ class Child:
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
             outcome.write_pages = lambda *given: None  # half of the time of such a short run
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)  # a worker of pytest-xdist has its own
             if before:
                 before()
             cli.run(load_script("finetune/lora.py").main, FinetuneConfig, list(flags))

@@ -33,7 +33,7 @@ def finetune(config: FinetuneConfig) -> None:
 
     from lightning.fabric import Fabric
 
-    from lit_qlora import outcome, quantized_cache, resume, run
+    from lit_qlora import outcome, quantized_cache, resume, run, saver
     from lit_qlora.adapter import settle, start_adapters
     from lit_qlora.banner import plan_run, tell_plan
     from lit_qlora.embeddings import add_noise
@@ -48,7 +48,7 @@ def finetune(config: FinetuneConfig) -> None:
     )
     total = run.total_steps(config, data)
     plan = plan_run(config, data)
-    checkpoint = resume.find(config, total, data.files, run.versions())
+    checkpoint = resume.find(config, total, data.files, saver.versions())
     start = checkpoint.step if checkpoint else 0
     probes, ask = read_probes(config, data), None
     if config.eval.tasks:

@@ -15,7 +15,7 @@ SCALER_TRIES = 20  # fp16 halves its scale from 65,536 until the gradients fit; 
 class Guard:
     """Watches loss and gradients of each step.
 
-    Its state is a function of the losses seen, so that a run that goes on has only to show them again.
+    Its state is a function of what the log holds of each step, so that a run that goes on has only to show it again.
 
     Args:
         scaled: whether the loss is scaled, so that gradients overflow now and then as a matter of course (fp16).
@@ -28,8 +28,12 @@ class Guard:
         self.best = math.inf
         self.seen = self.above = self.skipped = 0
 
-    def see(self, loss: float) -> None:
-        """Take the loss of a step into account."""
+    def recall(self, loss: float, skipped: bool) -> None:
+        """Take a step of the log into account."""
+        self._see(loss)
+        self.skipped = self.skipped + 1 if skipped else 0
+
+    def _see(self, loss: float) -> None:
         self.seen += 1
         self.average = loss if self.seen == 1 else 0.9 * self.average + 0.1 * loss
         if self.seen >= WARM:
@@ -45,7 +49,7 @@ class Guard:
                 f"The loss is {loss} at step {step}; the step was not taken.\n"
                 "Lower train.learning_rate, or take --precision bf16-true or 32-true."
             )
-        self.see(loss)
+        self._see(loss)
         if self.above >= self.config.patience:
             raise NumericalError(
                 f"The loss diverged: {loss:.4g} at step {step}, for {self.above} steps more than "

@@ -18,7 +18,7 @@ from lit_qlora.pages import Answer, Outcome, one_line, plot_losses, write_page, 
 from lit_qlora.probes import question
 from lit_qlora.report import Record, RunLog, duration, figures, short, smaller_is_better, tell
 from lit_qlora.resume import FINAL, SAMPLES, SUMMARY, read_log, write_text
-from lit_qlora.run import BEST, versions
+from lit_qlora.saver import BEST, versions
 from lit_qlora.settings import FinetuneConfig
 
 SHOWN = 3  # best and worst answers

@@ -118,15 +118,21 @@ def _run_of(place: Path) -> Path:
 
 def checkpoints(out_dir: Path) -> list[Path]:
     """Directories of checkpoints in a run, the newest first; of a run that was extended, final is not the newest."""
-    steps = sorted(out_dir.glob("step-??????"), reverse=True)
+    steps = numbered(out_dir)[::-1]
     final = out_dir / FINAL
     if not final.is_dir():
-        return steps
+        return [path for _, path in steps]
     try:
         end = int(read_counters(final)["step"])
     except (CheckpointError, ValueError, KeyError):
-        return [final, *steps]
-    return sorted([final, *steps], key=lambda path: end + 0.5 if path == final else int(path.name[5:]), reverse=True)
+        end = steps[0][0] if steps else 0  # damaged, which is said when it is read
+    newer = [path for step, path in steps if step > end]
+    return [*newer, final, *(path for step, path in steps if step <= end)]
+
+
+def numbered(out_dir: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run that are called after their steps, and these steps, the oldest first."""
+    return sorted((int(path.name[5:]), path) for path in out_dir.glob("step-*") if path.name[5:].isdigit())
 
 
 def check_same_run(config: FinetuneConfig, files: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,9 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lit_qlora import __version__, cli
-from lit_qlora.adapter import save_adapter
+from lit_qlora import cli
 from lit_qlora.banner import savings
-from lit_qlora.checkpoint import content_hash, flush, is_left_over
+from lit_qlora.checkpoint import is_left_over
 from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.guards import Guard
@@ -30,14 +28,14 @@ from lit_qlora.pages import one_line
 from lit_qlora.plan import Plan
 from lit_qlora.probes import Probes
 from lit_qlora.report import Record, RunLog, tell
-from lit_qlora.resume import FINAL, LOG, SAMPLES, SUMMARY, Checkpoint, flat, plain, read_log, write_log
+from lit_qlora.resume import LOG, SAMPLES, SUMMARY, Checkpoint, flat, numbered, plain, read_log, write_log
+from lit_qlora.saver import Saver
 from lit_qlora.settings import FinetuneConfig
-from lit_qlora.state import restore, state_files
+from lit_qlora.state import restore
 from lit_qlora.stopping import Stopped, StopRequest, stop_on_signals
-from lit_qlora.train import train
+from lit_qlora.train import BadStepError, train
 from lit_qlora.validation import Validator
 
-BEST = "best"
 SHOWN = 3  # answers that are shown at each validation
 BYTES_PER_PARAMETER = 16  # of a checkpoint: PEFT's copy, the parameter itself, two moments, all float32
 
@@ -120,8 +118,8 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
             check_disk(config, plan)
         if checkpoint:
             write_log(out_dir / LOG, read_log(checkpoint.path.parent / LOG, checkpoint.step))
-            for later in out_dir.glob("step-??????"):
-                if int(later.name[5:]) > checkpoint.step:  # the user goes on from an earlier one, or it is damaged
+            for step, later in numbered(out_dir):
+                if step > checkpoint.step:  # the user goes on from an earlier one, or it is damaged
                     _set_aside(later)
             (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
         (out_dir / "config.yaml").write_text(cli.to_yaml(config))
@@ -194,86 +192,6 @@ def open_log(config: FinetuneConfig, out_dir: Path, total: int, fabric: Fabric) 
             mirrors.close()
 
 
-class Saver:
-    """Saves the checkpoints of a run, and removes those that are too many.
-
-    Attributes:
-        last: the newest one.
-        best: the one that OUT/best is.
-    """
-
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        fabric: Fabric,
-        model: GPT,
-        optimizer: torch.optim.Optimizer,
-        data: RunData,
-        total: int,
-        log: RunLog,
-        last: Path | None = None,
-    ) -> None:
-        assert config.out_dir is not None
-        self.config, self.out_dir, self.fabric, self.data, self.log = config, config.out_dir, fabric, data, log
-        self.model, self.optimizer = model, optimizer
-        self.best = self._recall_best()
-        self.last = last
-        base = {"name": model.config.name, "path": str(config.checkpoint_dir)}
-        if fabric.is_global_zero:
-            base["sha256"] = content_hash(config.checkpoint_dir)
-        self.facts = {
-            "base": base,
-            "data": data.files,
-            "quantize": config.quantize,
-            "quantize_head": config.quantize_head,
-            "precision": config.precision,
-            "versions": versions(),
-        }
-        self.counters = {**self.facts, "config": plain(config), "total": total}
-
-    def __call__(self, step: int, over: bool) -> None:
-        """Save the state after `step` steps, as OUT/final if the run is over."""
-        folder = self.out_dir / (FINAL if over else f"step-{step:06d}")
-        if folder != self.last and self.fabric.is_global_zero:
-            self.log.flush()  # a checkpoint must not be newer than the log
-            counters = {**self.counters, "step": step, "seconds": self.log.seconds}
-            state = state_files(self.fabric, self.model, self.optimizer, counters)
-            save_adapter(folder, self.model, self.config.lora, self.data.style, {**self.facts, "step": step}, state)
-            self._prune()
-        self.last = folder
-        self.fabric.barrier()
-
-    def keep(self, step: int) -> None:
-        """Let OUT/best be the state after `step` steps, which is the one that is now."""
-        if self.last is None or self.last.name not in (FINAL, f"step-{step:06d}"):
-            self(step, False)
-        assert self.last is not None
-        self.best = self.last
-        if self.fabric.is_global_zero:
-            link = self.out_dir / f"{BEST}.tmp-{os.getpid()}"
-            link.symlink_to(self.last.name)
-            link.replace(self.out_dir / BEST)
-            flush(self.out_dir)
-            self._prune()
-
-    def _recall_best(self) -> Path | None:
-        """What OUT/best is, in a run that goes on; what it was may have been set aside."""
-        link = self.out_dir / BEST
-        if not link.is_symlink():
-            return None
-        if link.exists():
-            return link.resolve()
-        if self.fabric.is_global_zero:
-            link.unlink()
-        return None
-
-    def _prune(self) -> None:
-        kept = {self.best.name} if self.best else set()
-        for old in sorted(self.out_dir.glob("step-??????"))[: -self.config.train.keep_last]:
-            if old.name not in kept:
-                shutil.rmtree(old)
-
-
 def learn(
     fabric: Fabric,
     model: GPT,
@@ -301,11 +219,14 @@ def learn(
     if checkpoint:
         restore(fabric, model, optimizer, checkpoint.path)
         repage(optimizer)
-        start, last = checkpoint.step, checkpoint.path
+        start = checkpoint.step
+        assert config.out_dir is not None
+        if checkpoint.path.parent.samefile(config.out_dir):
+            last = (start, checkpoint.path)
     guard = Guard(config.guard, scaled=scaled)
     for record in log.records:
         if "loss" in record:
-            guard.see(record["loss"])
+            guard.recall(record["loss"], record.get("skipped", False))
     with stop_on_signals() as stop, explained(config, data):
         alone = stop if fabric.world_size == 1 else StopRequest()  # other ranks would wait for what is cut short
         saver = Saver(config, fabric, model, optimizer, data, total, log, last)
@@ -354,10 +275,8 @@ def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
     assert config.out_dir is not None
     try:
         yield
-    except NumericalError as error:
-        step = getattr(error, "step", None)
-        if step is None:
-            raise
+    except BadStepError as error:
+        step = error.step
         path = config.out_dir / "bad_batch.json"
         rows = [
             {"tokens": tokens, "labels": labels, "text": data.tokenizer.decode(tokens)}
@@ -366,8 +285,8 @@ def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
         ]
         facts = {"error": str(error), "epoch": step.epoch, "samples": list(step.numbers), "rows": rows}
         path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        saved = [path.name for path in sorted(config.out_dir.glob("step-??????"))]
-        good = f"the newest checkpoint is {config.out_dir / saved[-1]}" if saved else "no checkpoint was due before it"
+        saved = numbered(config.out_dir)
+        good = f"the newest checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due before it"
         raise NumericalError(f"{error}\nIts samples are in {path}; {good}.") from None
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
@@ -385,11 +304,3 @@ def _is_about_another_process(error: RuntimeError) -> bool:
     """Whether a process that this one works with has gone; gloo has no exception of its own."""
     distributed = getattr(torch.distributed, "DistError", ())
     return isinstance(error, distributed) or "gloo" in str(error)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import version
-
-    names = ("torch", "lightning", "bitsandbytes", "safetensors")
-    return {"lit_qlora": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}

@@ -23,6 +23,18 @@ from lit_qlora.stopping import Stopped, StopRequest
 Record = dict[str, Any]
 
 
+class BadStepError(NumericalError):
+    """The numbers of a step went wrong.
+
+    Attributes:
+        step: what was computed; whoever knows files keeps it for a look.
+    """
+
+    def __init__(self, message: str, step: Step) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class Validation(Protocol):
     """When and how the model is validated."""
 
@@ -70,7 +82,7 @@ def train(
         probe: is computed and forgotten before the first step, so that what does not fit fails at once.
 
     Raises:
-        NumericalError: if the loss of a step is not finite; the step is not taken. Or as the guard decides.
+        BadStepError: if the loss of a step is not finite; the step is not taken. Or as the guard decides.
         Stopped: after saving, if `stop` has taken a signal.
         torch.OutOfMemoryError: if not even single rows fit.
     """
@@ -94,8 +106,7 @@ def train(
             guard.check_loss(done, loss_value)
             may_update = guard.may_update(done, norm_value)
         except NumericalError as error:
-            error.step = step  # type: ignore[attr-defined] # whoever knows files keeps it for a look
-            raise
+            raise BadStepError(str(error), step) from None
         if done == 1 and may_update:
             check_first_gradients((name, p) for name, p in model.named_parameters() if p.requires_grad)
         rate = learning_rate(done - 1, total, config)

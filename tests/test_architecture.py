@@ -23,7 +23,7 @@ LAYERS = [
     {"checkpoint", "data", "fused", "init", "peft_layout", "score"},
     {"adapter", "convert", "generate", "gguf_export", "plan", "probes", "quantized_cache", "resume", "train"},
     {"banner", "export", "measures", "merge", "multi_lora"},
-    {"validation"},
+    {"saver", "validation"},
     {"run", "verify"},
     {"outcome", "use"},
     {"serve"},
@@ -33,7 +33,7 @@ LAYERS = [
 HOMES = {
     "bitsandbytes": {"quantize"},
     "triton": {"kernels"},
-    "lightning": {"measures", "run", "state", "train"},
+    "lightning": {"measures", "run", "saver", "state", "train"},
     "sentencepiece": {"tokenizer"},
     "tokenizers": {"tokenizer"},
     "jsonargparse": {"cli"},

@@ -48,12 +48,15 @@ def test_a_rough_beginning_passes() -> None:
     assert losses(1.0, 9.0, 9.0, 9.0, patience=2) == 4
 
 
-def test_a_guard_that_is_shown_the_losses_again_is_the_same() -> None:
+def test_a_guard_that_is_shown_the_steps_again_is_the_same() -> None:
     values = [3.0, 2.5, 2.2, 2.1, 2.0, 2.0, 9.0, 9.0]
+    norms = [1.0, math.inf, 1.0, 1.0, 1.0, 1.0, math.nan, math.inf]
     first, again = Guard(GuardConfig()), Guard(GuardConfig())
-    for value in values:
+    for value, norm in zip(values, norms, strict=True):
         first.check_loss(1, value)
-        again.see(value)
+        may_update = first.may_update(1, norm)
+        again.recall(value, skipped=not may_update)
+    assert first.skipped == 2
     assert vars(first) == vars(again)
 
 

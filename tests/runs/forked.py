@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lit_qlora import cli, outcome, run
+from lit_qlora import cli, outcome, saver
 from lit_qlora.adapter import PEFT_WEIGHTS
 from lit_qlora.settings import FinetuneConfig
 from tests.conftest import load_script
@@ -77,14 +77,14 @@ def at_save(step: int, what: Callable[[], object]) -> Callable[[], None]:
     """For `before`: do something as soon as the checkpoint after `step` steps is saved."""
 
     def patch() -> None:
-        save = run.Saver.__call__
+        save = saver.Saver.__call__
 
-        def hooked(self: run.Saver, now: int, over: bool) -> None:
+        def hooked(self: saver.Saver, now: int, over: bool) -> None:
             save(self, now, over)
             if now == step:
                 what()
 
-        run.Saver.__call__ = hooked  # type: ignore[method-assign]
+        saver.Saver.__call__ = hooked  # type: ignore[method-assign]
 
     return patch
 

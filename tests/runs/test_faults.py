@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_qlora import outcome, run, train
+from lit_qlora import outcome, saver, train
 from lit_qlora.adapter import read_adapter
 from lit_qlora.checkpoint import load_model, read_manifest
 from lit_qlora.measures import Losses
@@ -44,13 +44,13 @@ def slow_saves(seconds: float) -> Callable[[], None]:
     """For `before`: a disk that takes its time."""
 
     def patch() -> None:
-        write = run.state_files
+        write = saver.state_files
 
         def hooked(*given: object) -> object:
             time.sleep(seconds)
             return write(*given)
 
-        run.state_files = hooked
+        saver.state_files = hooked
 
     return patch
 
@@ -123,10 +123,10 @@ def test_f09_a_signal_during_a_validation_ends_it(
 
 
 def test_f09_a_signal_while_the_model_is_loaded_ends_at_once(start: Start, tmp_path: Path) -> None:
-    from lit_qlora import checkpoint
+    from lit_qlora import quantized_cache
 
     def patch() -> None:
-        checkpoint.load_model = lambda *given: os.kill(os.getpid(), signal.SIGTERM)
+        quantized_cache.load_model = lambda *given: os.kill(os.getpid(), signal.SIGTERM)
 
     assert start(tmp_path / "out", before=patch).wait() == -signal.SIGTERM
 

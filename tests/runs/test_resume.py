@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora import run
+from lit_qlora import run, saver
 from lit_qlora.checkpoint import read_manifest
 from lit_qlora.measures import Losses
-from lit_qlora.resume import newest, read_log
+from lit_qlora.resume import checkpoints, newest, read_log
 from lit_qlora.settings import OPTIMIZERS, SCHEMES
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.runs.forked import STEPS, Start, at_save, ending, signals
@@ -305,10 +305,8 @@ def test_f40_other_versions_are_named_and_the_run_goes_on(start: Start, tmp_path
     stopped(start, tmp_path / "out")
 
     def older() -> None:
-        from lit_qlora import run
-
-        real = run.versions
-        run.versions = lambda: {**real(), "bitsandbytes": "0.1"}
+        real = saver.versions
+        saver.versions = lambda: {**real(), "bitsandbytes": "0.1"}
 
     assert start(tmp_path / "out", before=older).wait() == 0
     assert "goes on with 0.1" in (tmp_path / "out.txt").read_text()
@@ -413,6 +411,34 @@ def test_the_best_checkpoint_stays_and_is_found_again(start: Start, tmp_path: Pa
     assert start(out, *flags, before=scripted(9, 8, 7, 8, 8, 8)).wait() == 0
     assert (out / "best").readlink() == Path("step-000002")
     assert read_manifest(out / "best")["step"] == 2
+
+
+def test_a_lengthened_run_keeps_its_best_and_finds_a_better_one(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert start(out, "--train.max_steps=4", before=scripted(9, 8, 7)).wait() == 0
+    assert (out / "best").readlink() == Path("final")
+    more = ["--extend", "--train.save_every=0"]
+    assert start(out, *more, before=scripted(8)).wait() == 0  # validated after 6 and 8 steps
+    assert read_manifest(out / "best")["step"] == 4
+    assert read_manifest(out / "final")["step"] == STEPS
+    assert start(out, *more, "--train.max_steps=11", before=scripted(5, 6)).wait() == 0  # after 9 and 11 steps
+    assert read_manifest(out / "best")["step"] == 9
+    assert read_manifest(out / "final")["step"] == 11
+
+
+def test_the_best_of_a_run_that_goes_on_elsewhere_is_there_too(start: Start, tmp_path: Path) -> None:
+    killer = at_save(3, signals(signal.SIGKILL))  # before the validation after three steps
+    assert start(tmp_path / "out", before=lambda: (scripted(9)(), killer())).wait() == -signal.SIGKILL
+    new = tmp_path / "new"
+    assert start(new, f"--resume={tmp_path / 'out/step-000003'}", before=scripted(7, 8)).wait() == 0
+    assert read_manifest(new / "best")["step"] == 3
+
+
+def test_more_than_a_million_steps_are_counted_too(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for step in (20, 999_999, 1_000_000):
+        (out / f"step-{step:06d}").mkdir(parents=True)
+    assert [path.name for path in checkpoints(out)] == ["step-1000000", "step-999999", "step-000020"]
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

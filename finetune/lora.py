@@ -33,7 +33,7 @@ def finetune(config: FinetuneConfig) -> None:
 
     from lightning.fabric import Fabric
 
-    from lit_qlora import outcome, quantized_cache, resume, run, saver
+    from lit_qlora import outcome, parallel, quantized_cache, resume, run, saver
     from lit_qlora.adapter import settle, start_adapters
     from lit_qlora.banner import plan_run, tell_plan
     from lit_qlora.embeddings import add_noise
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig) -> None:
     fabric = Fabric(
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        strategy=parallel.strategy(config.strategy, config.devices, config.num_nodes),
         # Pure bf16 is a matter of the weights' dtype, which load_model sees to; adapters stay in float32.
         precision="32-true" if precision == "bf16-true" else precision,
     )

@@ -84,7 +84,7 @@ def _plan(config: FinetuneConfig, longest: int, usual: float | None = None) -> P
         weights_dtype(config.precision),
         config.train.micro_batch_size * longest,
         config.train,
-        gpu_bytes() if (config.devices, config.num_nodes) == (1, 1) else None,
+        gpu_bytes(),
         rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         None if usual is None else config.train.micro_batch_size * usual,
     )

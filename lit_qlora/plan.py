@@ -142,7 +142,7 @@ def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: float 
     if not train.fast:
         return "train.fast is false"
     if room is None:
-        return "the fast one needs one CUDA device"
+        return "the fast one needs a CUDA device"
     if dtype != torch.bfloat16:
         return "the fast one needs bf16-true"
     from lit_qlora.fused import why_not  # imports Triton

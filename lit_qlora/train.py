@@ -16,6 +16,7 @@ from lit_qlora.device import peak_gib
 from lit_qlora.errors import NumericalError
 from lit_qlora.guards import Guard, check_first_gradients
 from lit_qlora.optim import learning_rate
+from lit_qlora.parallel import sum_gradients
 from lit_qlora.report import tell
 from lit_qlora.settings import TrainConfig
 from lit_qlora.stopping import Stopped, StopRequest
@@ -91,6 +92,7 @@ def train(
     paused = 0.0  # seconds since the last step that went to validating and saving
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     add_gradients = Gradients(fabric, model)
+    learners = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
     if probe:
         add_gradients(probe)
@@ -99,6 +101,7 @@ def train(
     for done, step in enumerate(steps, start=start + 1):
         torch.manual_seed(seed_of(seed, done, fabric.global_rank))
         loss = sum_over_ranks(fabric, add_gradients(step))
+        sum_gradients(fabric, learners)
         norm = fabric.clip_gradients(model, optimizer, max_norm=config.max_norm or math.inf, error_if_nonfinite=False)
         assert isinstance(norm, Tensor)
         loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
@@ -171,7 +174,7 @@ class Gradients:
                 return self._take(batches, step.weight)
             except torch.OutOfMemoryError:
                 widest = max(len(batch.tokens) for batch in batches)
-                if widest == 1 or self.fabric.world_size > 1:  # the other ranks count on as many backward passes
+                if widest == 1:
                     raise
             # Only here the exception is gone, and with it the tensors that it held.
             self.model.zero_grad()
@@ -182,10 +185,9 @@ class Gradients:
 
     def _take(self, batches: list[Batch], weight: float) -> Tensor:
         loss = torch.zeros((), device=self.fabric.device)
-        for i, batch in enumerate(batches, start=1):
-            with self.fabric.no_backward_sync(self.model, enabled=i < len(batches)):
-                part = self.model.loss(*pinned(batch, self.fabric.device)) / weight
-                self.fabric.backward(part * self.fabric.world_size)  # DDP averages over ranks; we want the sum
+        for batch in batches:
+            part = self.model.loss(*pinned(batch, self.fabric.device)) / weight
+            self.fabric.backward(part)
             loss += part.detach()
         return loss
 

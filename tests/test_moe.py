@@ -111,23 +111,6 @@ def test_a_quantised_checkpoint_keeps_its_routers(tmp_path: Path, scheme: str) -
         assert all(type(layer) is QuantizedLinear for layer in (other.mlp.experts[3].up, other.attn.query))
 
 
-def test_processes_that_train_together_need_not_use_the_same_experts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    model = tiny_model(**EXPERTS | {"n_expert": 16}).train()
-    add_lora(model, LoRAConfig(targets=("mlp",)))
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        for token in range(3):  # DDP says that a gradient was missing when the next forward pass begins
-            parallel(torch.full((1, 2), token)).sum().backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_only_the_correction_of_a_router_stays_float32(tmp_path: Path) -> None:
     model = tiny_model(**EXPERTS, router="sigmoid", router_correction=True)
     loaded = load_model(write_checkpoint(tmp_path / "base", model), dtype=torch.bfloat16)

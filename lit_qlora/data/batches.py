@@ -185,12 +185,9 @@ def steps(
         rows = [[samples[i] for i in row] for row in rows_of(chosen, lengths, batching.row_length)]
         size = batching.micro_batch_size
         micro = [rows[i : i + size] for i in range(0, len(rows), size)]
-        mine = [collate(group, batching) for group in micro[rank::world_size]]
-        for _ in range(math.ceil(len(micro) / world_size) - len(mine)):
-            mine.append(_unlabelled(collate(rows[-1:], batching)))  # ranks meet in every backward pass
         labelled = samples.labelled[chosen]
         yield Step(
-            batches=mine,
+            batches=[collate(group, batching) for group in micro[rank::world_size]],
             weight=float(labelled.sum() if batching.weighting == "tokens" else np.count_nonzero(labelled)),
             labelled=int(labelled.sum()),
             tokens=sum(lengths[i] for i in chosen),
@@ -220,7 +217,3 @@ def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:
     """All samples once, sorted by length so that little is padding."""
     ordered = [[samples[i]] for i in np.argsort(samples.lengths, kind="stable")]
     return [collate(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]
-
-
-def _unlabelled(batch: Batch) -> Batch:
-    return batch._replace(labels=torch.full_like(batch.labels, IGNORE))

@@ -6,15 +6,15 @@ becomes a graph, one launch. The numbers are the same before and after, because 
 matter when a shape is captured, and a run that is continued ends like one that was not stopped.
 
 No graphs are made for packed rows, which are made long, where the GPU is the slower one; for RoPE whose angles depend
-on the length of the text; and with activations on the host, whose copies run beside the kernels. There is one device,
-as everywhere on the fast path.
+on the length of the text; and with activations on the host, whose copies run beside the kernels.
 """
 
+import contextlib
 import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -177,20 +177,35 @@ class Recorder:
 
     def __init__(self, room: int) -> None:
         self.room, self.pool = room, torch.cuda.graph_pool_handle()
+        self.failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture what `function` launches; what launches it again."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         collects = gc.isenabled()
         gc.disable()  # a dead graph that is collected now would meddle with the random generator of this one
+        done = False
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 if self.room:
                     torch.empty(self.room, dtype=torch.uint8, device="cuda")  # given back at once, to the pool
                     self.room = 0
                 function()
+            done = True
         finally:
             torch.cuda.set_stream(stream)  # where a capture fails, it is left on its own
+            if not done:
+                self.failed.append(graph)
+                _end_capture(self.pool)
             if collects:
                 gc.enable()
         return graph.replay
+
+
+def _end_capture(pool: Any) -> None:
+    """Where a capture failed, tell torch's random generator and its allocator that it is over; torch 2.11 does not."""
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+    with contextlib.suppress(RuntimeError):  # it has ended: only what was captured was at fault
+        torch._C._cuda_endAllocateToPool(device, pool)

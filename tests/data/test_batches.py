@@ -126,15 +126,14 @@ def test_the_longest_samples_of_a_step_come_first() -> None:
 
 @pytest.mark.parametrize("row_length", [None, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_share_a_step_without_overlap_in_equally_many_micro_batches(
-    world_size: int, row_length: int | None
-) -> None:
+def test_ranks_share_the_micro_batches_of_a_step_without_overlap(world_size: int, row_length: int | None) -> None:
     settings = batching(6, row_length=row_length)
     ranks = [list(steps(samples(11), settings, 4, rank, world_size)) for rank in range(world_size)]
     for together in zip(*ranks, strict=True):
         seen = list(chain(*(firsts(step.batches) for step in together)))
         assert len(seen) == len(set(seen)) == together[0].samples
-        assert len({len(step.batches) for step in together}) == 1
+        counts = [len(step.batches) for step in together]
+        assert max(counts) - min(counts) <= 1
         assert len({step[1:] for step in together}) == 1
 
 

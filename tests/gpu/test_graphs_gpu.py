@@ -122,3 +122,27 @@ def test_a_replay_waits_for_nothing() -> None:
             (model.loss(tokens, labels) / 100).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("fault", ["synchronise", "raise"])
+def test_a_capture_that_fails_leaves_the_device_as_it_was(fault: str) -> None:
+    from lit_qlora.fused.graphs import Recorder
+
+    def cannot_be_captured() -> None:
+        torch.ones(2, device="cuda").mul_(2)
+        if fault == "synchronise":
+            torch.cuda.synchronize()
+        raise RuntimeError("no")
+
+    record, stream = Recorder(2**20), torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            record(cannot_be_captured)
+    assert torch.cuda.current_stream() == stream
+    assert float(torch.randn(1000, device="cuda").std()) > 0.5
+    ones = torch.zeros(3, device="cuda")
+    replay = Recorder(2**20)(lambda: ones.add_(1))
+    replay()
+    assert ones.tolist() == [1.0] * 3
+    torch.cuda.empty_cache()
+    assert torch.ones(2**26, device="cuda").sum().item() == 2**26

@@ -6,12 +6,15 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lit_qlora import plan
 from lit_qlora.adapter import read_adapter
 from lit_qlora.resume import newest
-from tests.runs.forked import Child, Start, at_save, ending, signals
+from tests.runs.forked import STEPS, Child, Start, at_save, ending, signals
 
 
 @pytest.fixture
@@ -73,6 +76,55 @@ def test_several_processes_learn_what_one_does(
     assert figures < 1e-5
     assert tensors < 1e-3  # Adam turns a rounding of a tiny gradient into a step
     assert children[0].said.read_text().count("next    python scripts/merge_lora.py") == 1
+
+
+def test_nothing_but_gradients_and_a_few_figures_travels(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    """Quantised weights are buffers, which torch's own DDP would send before every forward pass."""
+
+    def before(rank: int) -> Callable[[], object]:
+        def patch() -> None:
+            wrapper = torch.nn.parallel.DistributedDataParallel
+            wrapper.__init__ = lambda *given, **more: pytest.fail("this one sends buffers")
+            for name in ("all_reduce", "broadcast"):
+                real = getattr(torch.distributed, name)
+
+                def counted(tensor: torch.Tensor, *given: Any, real: Any = real, **more: Any) -> Any:
+                    with open(tmp_path / f"sent-{rank}", "a") as file:
+                        print(tensor.numel(), file=file)
+                    return real(tensor, *given, **more)
+
+                setattr(torch.distributed, name, counted)
+
+        return patch
+
+    children = start_ranks(tmp_path / "out", *EQUAL, "--quantize=bnb.nf4", "--eval.every=99", before=before)
+    assert [child.wait() for child in children] == [0, 0], children[0].said.read_text()
+    trainable = sum(tensor.numel() for tensor in read_adapter(tmp_path / "out/final").peft_tensors.values())
+    for rank in range(2):
+        sent = sum(int(line) for line in (tmp_path / f"sent-{rank}").read_text().split())
+        assert trainable * (STEPS + 1) <= sent < 1.05 * trainable * (STEPS + 1)
+
+
+def test_the_fast_path_learns_the_same_in_several_processes(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    def fast(rank: int = 0) -> Callable[[], object]:
+        def patch() -> None:
+            plan._slow_because = lambda *given: ""  # Triton's interpreter takes what a GPU would
+
+        return patch
+
+    assert start(tmp_path / "one", *EQUAL).wait() == 0
+    children = start_ranks(tmp_path / "out", *EQUAL, before=fast)
+    said = children[0].said
+    assert [child.wait() for child in children] == [0, 0], said.read_text()
+    assert "path    fast" in said.read_text()
+    assert "plain after all" not in said.read_text()
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-4
+    assert tensors < 1e-2
 
 
 def test_a_run_goes_on_with_another_number_of_processes(

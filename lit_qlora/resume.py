@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,11 @@ def checkpoints(out_dir: Path) -> list[Path]:
         end = steps[0][0] if steps else 0  # damaged, which is said when it is read
     newer = [path for step, path in steps if step > end]
     return [*newer, final, *(path for step, path in steps if step <= end)]
+
+
+def before(out_dir: Path, checkpoint: Checkpoint) -> list[Path]:
+    """The checkpoints in `out_dir` that would be gone on from rather than `checkpoint`; all, if it is another run's."""
+    return list(takewhile(lambda path: not path.samefile(checkpoint.path), checkpoints(out_dir)))
 
 
 def numbered(out_dir: Path) -> list[tuple[int, Path]]:

@@ -28,7 +28,7 @@ from lit_qlora.pages import one_line
 from lit_qlora.plan import Plan
 from lit_qlora.probes import Probes
 from lit_qlora.report import Record, RunLog, tell
-from lit_qlora.resume import LOG, SAMPLES, SUMMARY, Checkpoint, flat, numbered, plain, read_log, write_log
+from lit_qlora.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, flat, numbered, plain, read_log, write_log
 from lit_qlora.saver import Saver
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.state import restore
@@ -118,9 +118,8 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
             check_disk(config, plan)
         if checkpoint:
             write_log(out_dir / LOG, read_log(checkpoint.path.parent / LOG, checkpoint.step))
-            for step, later in numbered(out_dir):
-                if step > checkpoint.step:  # the user goes on from an earlier one, or it is damaged
-                    _set_aside(later)
+            for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
+                _set_aside(later)
             (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
         (out_dir / "config.yaml").write_text(cli.to_yaml(config))
     except OSError as error:

@@ -21,6 +21,7 @@ from lit_qlora.fused.group import Group, norm_of
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Eager, Inputs, Learnt, Loss, Work
+from lit_qlora.kernels.fp8 import MULTIPLE
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.thin import Pending
 from lit_qlora.lora import LoRALinear
@@ -37,8 +38,12 @@ GROWING = ("dynamic", "longrope")
 """Kinds of RoPE whose angles depend on the length of the text."""
 
 
-def why_not(model: GPT) -> str:
-    """Why this model takes the plain path, or '' if the fast one can take it."""
+def why_not(model: GPT, fp8: bool = False) -> str:
+    """Why this model takes the plain path, or '' if the fast one can take it.
+
+    Args:
+        fp8: whether the products of its frozen weights are to be in FP8.
+    """
     config, weight = model.config, model.embed.weight
     if not AVAILABLE:
         return "Triton is not installed"
@@ -55,6 +60,8 @@ def why_not(model: GPT) -> str:
         learns_or_stacks = path != "head" or isinstance(module, LoRALinear)
         if isinstance(base, nn.Linear | QuantizedLinear) and base.out_features % 16 and learns_or_stacks:
             return f"a layer with {base.out_features} outputs"
+        if fp8 and path != "head" and isinstance(base, nn.Linear | QuantizedLinear) and base.in_features % MULTIPLE:
+            return f"a layer with {base.in_features} inputs"
     return ""
 
 
@@ -88,17 +95,17 @@ class Fused:
 
     graphs: Graphs | None = None
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, fp8: bool = False) -> None:
         config = model.config
         self.model, self.config = model, config
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
         like = model.embed.weight.detach()[0]
-        self.blocks = [FusedBlock(block, config, self.dtype, i, like) for i, block in enumerate(model.blocks)]
+        self.blocks = [FusedBlock(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)]
         self.head = Head(
             norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype), config.logit_softcap
         )
         self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
-        self.offload, self.pending = Offload(), Pending()
+        self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
         self.workspaces: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         every = torch.arange(config.block_size, device=self.device)[None]
         self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
@@ -148,21 +155,19 @@ class Fused:
             self.graphs.clear()  # they know the workspaces' addresses
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
-        if self.groups[0].weight is None:
-            return
         full = "full" in policies
 
-        def room(groups: Sequence[Any]) -> Tensor:
-            return torch.empty(max(g.n * g.width for g in groups), dtype=self.dtype, device=self.device)
+        def space(groups: Sequence[Group]) -> Tensor | None:
+            most = max(group.room for group in groups)
+            return torch.empty(most, dtype=self.dtype, device=self.device) if most else None
 
-        block = self.blocks[0]
-        quantized_head = [self.head.group] if self.head.group.dense is None else []
         self.workspaces = (None, None, None)  # freed before the new ones are taken
-        self.workspaces = (
-            room([*block.groups, *quantized_head]),
-            room([block.qkv]) if full else None,
-            room([block.projection]) if full else None,
-        )
+        anything = space(self.groups)
+        if full and not self.fp8:
+            qkv, projection = (space([getattr(block, name) for block in self.blocks]) for name in ("qkv", "projection"))
+            self.workspaces = (anything, qkv, projection)
+        else:
+            self.workspaces = (anything,) * 3  # nothing is kept there
 
     @property
     def recompute(self) -> list[Recompute]:
@@ -287,18 +292,19 @@ class Fused:
         """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""
         adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
         rank = max(group.stack.r for group in self.groups)
-        return int(FastSizes(self.config, rank, adapted, quantized=False).graphs(self.recompute, tokens))
+        return int(FastSizes(self.config, rank, adapted, False, self.fp8).graphs(self.recompute, tokens))
 
 
-def fuse(model: GPT, graph_tokens: int = 0) -> Fused:
+def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False) -> Fused:
     """Let the fast path take over model.loss; call it after the adapters are added and before the optimizer is made.
 
-    why_not(model) must be ''.
+    why_not(model, fp8) must be ''.
 
     Args:
         graph_tokens: micro-batches of up to so many tokens get CUDA graphs on a GPU; see lit_qlora.fused.graphs.
+        fp8: multiply with the frozen weights of the blocks in FP8; see lit_qlora.fused.fp8. The head stays in 16 bit.
     """
-    fused = Fused(model)
+    fused = Fused(model, fp8)
     model.fast = fused.loss
     if graph_tokens and fused.device.type == "cuda":
         fused.graphs = Graphs(fused, graph_tokens)

@@ -91,13 +91,13 @@ class Kept:
 class FusedBlock:
     """The weights of a block in groups, and its two passes."""
 
-    def __init__(self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor) -> None:
+    def __init__(self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool) -> None:
         attn, mlp = block.attn, block.mlp
         self.activation = ACTIVATIONS[config.ffn]
-        self.qkv = Group([attn.query, attn.key, attn.value], dtype)
-        self.projection = Group([attn.projection], dtype)
-        self.gate_up = Group([mlp.gate, mlp.up] if self.activation.gated else [mlp.up], dtype)
-        self.down = Group([mlp.down], dtype)
+        self.qkv = Group([attn.query, attn.key, attn.value], dtype, fp8)
+        self.projection = Group([attn.projection], dtype, fp8)
+        self.gate_up = Group([mlp.gate, mlp.up] if self.activation.gated else [mlp.up], dtype, fp8)
+        self.down = Group([mlp.down], dtype, fp8)
         self.groups = (self.qkv, self.projection, self.gate_up, self.down)
         self.parallel, share = config.parallel_residual, config.residual_multiplier
         self.norm_1 = norm_of(block.norm_1, like)
@@ -188,7 +188,7 @@ class FusedBlock:
         down, gate_up = self.down, self.gate_up
         d_mlp = self._post_backward(self.post_2, raw_2, d_out)
         down.learn_b(d_mlp, kept.z_down, pending)
-        dh = torch.mm(d_mlp, down.matrix(any_space))
+        dh = down.product_back(d_mlp, any_space)
         del d_mlp, raw_2
         if again == "none":
             numbers_2, z_gate_up, products = kept.numbers_2, kept.z_gate_up, kept.gate_up
@@ -211,7 +211,7 @@ class FusedBlock:
         for number in (attended, x, raw_1):  # the product below hides the copies
             if isinstance(number, int):
                 off.fetch(number)
-        dn = torch.mm(products, matrix_gate_up if matrix_gate_up is not None else gate_up.matrix(any_space))
+        dn = gate_up.product_back(products, any_space, matrix_gate_up)
         del products
         dropout = self._dropout(gate_up, 2, run)
         gate_up.learn_a(middle, dn, pending, dropout, self.norm_2, numbers_2)
@@ -224,7 +224,7 @@ class FusedBlock:
         d_attention = self._post_backward(self.post_1, get(raw_1), d_out if self.parallel else d_middle)
         del d_out, raw_1
         group.learn_b(d_attention, z_projection, pending)
-        da = torch.mm(d_attention, matrix_projection if matrix_projection is not None else group.matrix(any_space))
+        da = group.product_back(d_attention, any_space, matrix_projection)
         del d_attention
         attended, x = get(attended), get(x)
         dropout = self._dropout(group, 1, run)
@@ -242,7 +242,7 @@ class FusedBlock:
         if not wants_dx and not group.rank:
             pending.flush()
             return None
-        dn = torch.mm(d_qkv, matrix_qkv if matrix_qkv is not None else group.matrix(any_space))
+        dn = group.product_back(d_qkv, any_space, matrix_qkv)
         del d_qkv
         group.learn_a(x, dn, pending, dropout, self.norm_1, numbers_1)
         pending.flush()

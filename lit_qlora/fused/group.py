@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.fused import wide
+from lit_qlora.fused.fp8 import Fp8
 from lit_qlora.kernels import thin
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
+from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.norm import Norm, norm_backward
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 from lit_qlora.kernels.thin import Pending
@@ -28,6 +30,7 @@ class Group:
         a: (R, K), stacked A times alpha / r; b: (adapted rows, r), stacked B. Both are filled by Fused.refresh.
         grad_a, grad_b: their float32 gradients, of A itself.
         bias: (N,) or None.
+        fp8: the weights in FP8, where their products are.
     """
 
     a: Tensor | None = None
@@ -35,7 +38,7 @@ class Group:
     grad_a: Tensor
     grad_b: Tensor
 
-    def __init__(self, layers: list[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype, fp8: bool = False) -> None:
         bases: list[Any] = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
         self.adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
         rows = tuple(base.out_features for base in bases)
@@ -62,14 +65,32 @@ class Group:
             for base, part in zip(bases, self.dense.split(rows), strict=True):
                 part[:, : self.k] = base.weight.detach()
                 base.weight.data = part[:, : self.k]  # the layer keeps a view, so that nothing is held twice
+        self.fp8: Fp8 | None = None
+        if fp8:
+            stored = self.weight if self.dense is None else self.dense[:, : self.k]
+            assert stored is not None
+            self.fp8 = Fp8(stored, self.stack, self.k, self.table)
 
     @property
     def width(self) -> int:
         """Columns of [W | B] and of [X | Z]."""
         return self.k + self.rank
 
+    @property
+    def room(self) -> int:
+        """Elements that `matrix` needs of a workspace."""
+        if self.fp8 is not None:
+            return cdiv(self.fp8.room, self.dtype.itemsize)
+        return self.n * self.width if self.dense is None else 0
+
     def matrix(self, workspace: Tensor | None) -> Tensor:
-        """[W | B], (N, K + R); a quantised one is written into `workspace`, which must not be in use."""
+        """[W | B], (N, K + R), as product takes it.
+
+        A quantised one, or one in FP8, is written into `workspace`, which must not be in use.
+        """
+        if self.fp8 is not None:
+            assert workspace is not None
+            return self.fp8.matrix(workspace)
         if self.dense is not None:
             return self.dense
         assert workspace is not None
@@ -87,9 +108,18 @@ class Group:
 
     def product(self, x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
         """Y = [X | Z] [W | B]^T + bias, (T, N), in `out` if there is one."""
+        if self.fp8 is not None:
+            return self.fp8.product(x, matrix, self.b, self.bias)
         if self.bias is None:
             return torch.mm(x, matrix.T, out=out)
         return torch.addmm(self.bias, x, matrix.T, out=out)
+
+    def product_back(self, dy: Tensor, workspace: Tensor | None, matrix: Tensor | None = None) -> Tensor:
+        """[dX | dZ] = dY [W | B], (T, K + R); `matrix` is [W | B] where it still lies in a workspace."""
+        if self.fp8 is not None:
+            assert workspace is not None
+            return self.fp8.product_back(dy, workspace, self.b)
+        return torch.mm(dy, self.matrix(workspace) if matrix is None else matrix)
 
     def dropout(self, seed: Tensor | None, place: int) -> Dropout:
         """Of the adapters' input in this forward pass; layers that share an input share what is dropped."""

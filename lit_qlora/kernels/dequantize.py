@@ -21,15 +21,19 @@ def dequantize_reference(weight: FourBit | EightBit, b: Tensor | None, out: Tens
     if isinstance(weight, EightBit):
         out[:, :k] = weight.packed.float() * weight.absmax[:, None] * PER_STEP
     else:
-        scale = weight.absmax
-        if weight.nested:
-            code, outer, offset = weight.nested
-            blocks = torch.tensor([rows * k // BLOCK for rows in stack.rows], device=out.device)
-            scale = code[weight.absmax.long()] * outer.repeat_interleave(256)[: len(weight.absmax)]
-            scale = scale + offset.repeat_interleave(blocks)
         nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).view(-1, BLOCK)
-        out[:, :k] = (weight.code[nibbles.long()] * scale[:, None]).view(n, k)
+        out[:, :k] = (weight.code[nibbles.long()] * block_scales(weight, stack)[:, None]).view(n, k)
     write_b(b, out, stack)
+
+
+def block_scales(weight: FourBit, stack: Stack) -> Tensor:
+    """The scale of each block of 64 weights, (N * K / 64,) float32."""
+    if not weight.nested:
+        return weight.absmax
+    code, outer, offset = weight.nested
+    blocks = torch.tensor(stack.rows, device=offset.device) * (len(weight.absmax) // stack.n)
+    scale = code[weight.absmax.long()] * outer.repeat_interleave(256)[: len(weight.absmax)]
+    return scale + offset.repeat_interleave(blocks)
 
 
 def write_b(b: Tensor | None, out: Tensor, stack: Stack) -> None:
@@ -39,10 +43,8 @@ def write_b(b: Tensor | None, out: Tensor, stack: Stack) -> None:
     assert b is not None
     columns = out[:, out.size(1) - stack.rank :]
     columns.zero_()
-    for first, slot, first_b in stack.table("cpu").tolist():
-        if slot >= 0:
-            rows = stack.rows[[row[0] for row in stack.table("cpu").tolist()].index(first)]
-            columns[first : first + rows, slot * stack.r : (slot + 1) * stack.r] = b[first_b : first_b + rows]
+    for rows, own, rows_b in stack.places:
+        columns[rows, own] = b[rows_b]
 
 
 def dequantize(
@@ -115,6 +117,19 @@ if triton is not None:
         return layer
 
     @triton.jit
+    def block_scale(
+        block, row, inside, ABSMAX, CODE2, OUTER, OFFSET, TABLE, NESTED: tl.constexpr, LAYERS: tl.constexpr
+    ):  # fmt: skip
+        """Scales of blocks of 64 weights, which lie in these rows."""
+        if NESTED:
+            scale = tl.load(CODE2 + tl.load(ABSMAX + block, inside, 0).to(tl.int32))
+            scale = scale * tl.load(OUTER + block // 256, inside, 0.0)
+            scale = scale + tl.load(OFFSET + layer_of(row, TABLE, LAYERS), inside, 0.0)
+        else:
+            scale = tl.load(ABSMAX + block, inside, 0.0)
+        return scale
+
+    @triton.jit
     def _four_bit(
         PACKED, ABSMAX, CODE, CODE2, OUTER, OFFSET, B, TABLE, OUT, ld, N, K, blocks, programs,
         NESTED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr,
@@ -126,12 +141,7 @@ if triton is not None:
             inside = block < blocks
             row = block // (K // 64)
             column = (block - row * (K // 64)) * 64
-            if NESTED:
-                scale = tl.load(CODE2 + tl.load(ABSMAX + block, inside, 0).to(tl.int32))
-                scale = scale * tl.load(OUTER + block // 256, inside, 0.0)
-                scale = scale + tl.load(OFFSET + layer_of(row, TABLE, LAYERS), inside, 0.0)
-            else:
-                scale = tl.load(ABSMAX + block, inside, 0.0)
+            scale = block_scale(block, row, inside, ABSMAX, CODE2, OUTER, OFFSET, TABLE, NESTED, LAYERS)
             at = block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
             two = tl.load(PACKED + at, inside[:, None], 0).to(tl.int32)
             high = tl.load(CODE + (two >> 4)) * scale[:, None]

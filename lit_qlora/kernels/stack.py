@@ -45,6 +45,18 @@ class Stack:
         """Rows of the stacked B."""
         return sum(rows for rows, slot in zip(self.rows, self.slots, strict=True) if slot >= 0)
 
+    @property
+    def places(self) -> list[tuple[slice, slice, slice]]:
+        """Of each layer with an adapter, its rows, its columns of Z, and its rows of the stacked B."""
+        found, first, first_b = [], 0, 0
+        for rows, slot in zip(self.rows, self.slots, strict=True):
+            if slot >= 0:
+                columns = slice(slot * self.r, (slot + 1) * self.r)
+                found.append((slice(first, first + rows), columns, slice(first_b, first_b + rows)))
+                first_b += rows
+            first += rows
+        return found
+
     def table(self, device: torch.device | str) -> Tensor:
         """What the kernels look up for each layer: (layers, 3) int32, its first row, its slot, its first row in B."""
         table, first, first_b = [], 0, 0

@@ -227,6 +227,19 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(
     assert (tmp_path / "out/aside-step-000005.1").is_dir()
 
 
+def test_a_run_that_is_over_can_be_done_again_from_a_checkpoint(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    out = tmp_path / "out"
+    assert start(out, "--train.keep_last=5").wait() == 0
+    killer = at_save(6, signals(signal.SIGKILL))
+    assert start(out, f"--resume={out / 'step-000004'}", before=killer).wait() == -signal.SIGKILL
+    assert (out / "aside-final.1").is_dir()  # it would be the newest
+    assert newest(out).step == 6
+    assert start(out).wait() == 0
+    assert ending(out) == whole
+
+
 def test_a_run_can_be_lengthened_also_when_it_is_over(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert start(out).wait() == 0

@@ -117,7 +117,9 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
         if not config.skip_disk_check:
             check_disk(config, plan)
         if checkpoint:
-            write_log(out_dir / LOG, read_log(checkpoint.path.parent / LOG, checkpoint.step))
+            for name in (LOG, SAMPLES):
+                if (earlier := checkpoint.path.parent / name).exists():
+                    write_log(out_dir / name, read_log(earlier, checkpoint.step))
             for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
                 _set_aside(later)
             (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over

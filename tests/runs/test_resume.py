@@ -499,6 +499,9 @@ def test_every_figure_and_answer_of_validations_is_as_if_nothing_had_happened(st
     assert start(whole, *flags).wait() == 0
     assert start(out, *flags, before=killer).wait() == -signal.SIGKILL
     assert len((out / "samples.jsonl").read_text().splitlines()) == 9
+    elsewhere = tmp_path / "elsewhere"
+    assert start(elsewhere, *flags, f"--resume={out / 'step-000006'}").wait() == 0
+    assert (elsewhere / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert start(out, *flags).wait() == 0
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     one, two = ([r for r in read_log(path / "log.jsonl", 99) if "loss" not in r] for path in (whole, out))

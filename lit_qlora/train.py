@@ -97,7 +97,8 @@ def train(
     if probe:
         add_gradients(probe)
         optimizer.zero_grad()
-        tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
+        if fabric.is_global_zero:
+            tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
     for done, step in enumerate(steps, start=start + 1):
         torch.manual_seed(seed_of(seed, done, fabric.global_rank))
         loss = sum_over_ranks(fabric, add_gradients(step))

@@ -56,7 +56,7 @@ def yield_ending(out: Path) -> None:
     out.rename(out.with_name(f"{out.name}-{time.monotonic_ns()}"))
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_f01_kill_9_at_any_moment_costs_nothing(start: Start, tmp_path: Path, kills: int) -> None:
     begin = time.monotonic()
     assert start(tmp_path / "whole").wait() == 0
@@ -70,6 +70,7 @@ def test_f01_kill_9_at_any_moment_costs_nothing(start: Start, tmp_path: Path, ki
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_f02_f03_kill_9_at_each_touch_of_a_file_costs_nothing(
     start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
 ) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lit_qlora import plan
+from lit_qlora import plan, train
 from lit_qlora.adapter import read_adapter
+from lit_qlora.data import Batch
 from lit_qlora.resume import newest
 from tests.runs.forked import STEPS, Child, Start, at_save, ending, signals
 
@@ -125,6 +126,31 @@ def test_the_fast_path_learns_the_same_in_several_processes(
     figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
     assert figures < 1e-4
     assert tensors < 1e-2
+
+
+def test_memory_may_run_out_in_one_process_alone(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        def patch() -> None:
+            take = train.Gradients._take
+
+            def small(self: train.Gradients, batches: list[Batch], weight: float) -> torch.Tensor:
+                if max(len(batch.tokens) for batch in batches) > 1:
+                    raise torch.OutOfMemoryError
+                return take(self, batches, weight)
+
+            train.Gradients._take = small  # type: ignore[method-assign]
+
+        return patch if rank == 1 else None
+
+    assert start(tmp_path / "one", *EQUAL).wait() == 0
+    children = start_ranks(tmp_path / "out", *EQUAL, before=before)
+    assert [child.wait() for child in children] == [0, 0], children[0].said.read_text()
+    assert "the step is done again with 1" in children[1].said.read_text()
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-5
+    assert tensors < 1e-3
 
 
 def test_a_run_goes_on_with_another_number_of_processes(

@@ -1,7 +1,8 @@
-"""Train the demo's model on the demo's data four times from the same start, and say how far the loss curves lie apart.
+"""Train the demo's model on the demo's data five times from the same start, and say how far the curves lie apart.
 
-The fast path, the plain path and PEFT on transformers, each on the same nf4 weights in bf16, with the same adapters to
-begin with and the same samples in the same order; and the plain path in float32, which is what the three of them round.
+The fast path, the fast path in FP8, the plain path and PEFT on transformers, each on the same nf4 weights in bf16, with
+the same adapters to begin with and the same samples in the same order; and the plain path in float32, which is what the
+others round.
 
 python benchmarks/curves.py
 """
@@ -103,16 +104,18 @@ def main() -> None:
     work = list(steps(data.train, data.batching, arguments.steps))
 
     exact = adapted(config, torch.float32)
-    plain, fast = adapted(config, dtype), adapted(config, dtype)
+    plain, fast, eight = (adapted(config, dtype) for _ in range(3))
     theirs = peft_model(config, fast, data.style, dtype)
     if reason := why_not(fast):
         raise SystemExit(f"the fast path is not taken: {reason}")
     fuse(fast)
+    fuse(eight, fp8=True)
     curves: dict[str, Tensor] = {}
     for name, model, loss in (
         ("plain, float32", exact, lambda batch: exact.loss(*batch)),
         ("plain", plain, lambda batch: plain.loss(*batch)),
         ("fast", fast, lambda batch: fast.loss(*batch)),
+        ("fast, fp8", eight, lambda batch: eight.loss(*batch)),
         ("peft", theirs, peft_loss(theirs, dtype)),
     ):
         curves[name] = curve(model, loss, work, arguments.rate)

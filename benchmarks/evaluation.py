@@ -9,6 +9,7 @@ sentences, and windows of a text.
 Of lm-eval nothing is called but HFLM's _loglikelihood_tokens, which needs the packages lm_eval, transformers and
 accelerate, with what they import: datasets, evaluate, pytablewriter, sacrebleu, rouge_score, sqlitedict, word2number,
 more_itertools, jsonlines, jinja2, typer, dill. --hf_batch_size lists the sizes that it is given; its fastest counts.
+Below the line of each kind stands what one more run spent in which part, each waited for on its own.
 """
 
 import argparse
@@ -19,18 +20,13 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import finetune
+import shapes
 
 Request = tuple[list[int], list[int]]
-
-finetune.SHAPES["llama-100m"] = (
-    finetune.LLAMA
-    | {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_kv_head": 12, "head_size": 64, "ffn_size": 2048}
-    | {"vocab_size": 32000}
-)
 
 
 def workloads(count: int, vocabulary: int, seed: int = 0) -> dict[str, list[Request]]:
@@ -57,24 +53,25 @@ def workloads(count: int, vocabulary: int, seed: int = 0) -> dict[str, list[Requ
 def main() -> None:
     """Print a line for each kind of request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=finetune.SHAPES, default="llama-2-7b", help="sizes of the model")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b", help="sizes of the model")
     parser.add_argument("--quantize", choices=["none", "bnb.nf4"], default="none", help="storage, here and there")
     parser.add_argument("--questions", type=int, default=128, help="questions of each kind")
     parser.add_argument("--repeats", type=int, default=3, help="times that each is done; the middle one counts")
     parser.add_argument("--hf_batch_size", type=int, nargs="+", default=[16, 64], help="sizes that hf is given")
+    parser.add_argument("--plain", action="store_true", help="read tokens by the plain model on a GPU too")
     parser.add_argument("--work_dir", type=Path, default=Path("/tmp/lit_qlora_bench"), help="where the weights go")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
 
     ours_dir, theirs_dir = arguments.work_dir / arguments.shape, arguments.work_dir / f"{arguments.shape}-hf"
-    finetune.make_checkpoint(arguments.shape, ours_dir)
+    shapes.make_checkpoint(arguments.shape, ours_dir)
     if not theirs_dir.is_dir():
         from lit_qlora.export import export_hf
 
         export_hf(ours_dir, theirs_dir)
         for file in theirs_dir.glob("tokenizer*"):
             file.unlink()  # a toy's, whose vocabulary is another; no text is encoded
-    requests = workloads(arguments.questions, finetune.SHAPES[arguments.shape]["vocab_size"])
+    requests = workloads(arguments.questions, shapes.SHAPES[arguments.shape]["vocab_size"])
     figures: dict[str, Any] = {
         kind: {"tokens": sum(len(context) + len(continuation) for context, continuation in asked)}
         for kind, asked in requests.items()
@@ -85,7 +82,7 @@ def main() -> None:
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     # One model at a time, so that neither has less memory than it would have alone.
     for name, load in (("ours", load_ours), ("hf", load_theirs)):
-        score = load(arguments, ours_dir if name == "ours" else theirs_dir)
+        score, parts = load(arguments, ours_dir if name == "ours" else theirs_dir)
         for kind, asked in requests.items():
             sizes: list[Any] = ["auto"] if name == "ours" else arguments.hf_batch_size
             score(asked[:16], sizes[0])  # warms up
@@ -99,7 +96,8 @@ def main() -> None:
                 timed[size] = statistics.median(seconds)
             best = min(timed, key=lambda size: timed[size])
             figures[kind][name] = {"seconds": timed[best], "batch_size": best, "scores": scores}
-        del score
+            figures[kind][name] |= breakdown(partial(score, asked, best), parts, clock)
+        del score, parts
         release()
     for kind, row in figures.items():
         mine, other = row["ours"].pop("scores"), row["hf"].pop("scores")
@@ -111,6 +109,10 @@ def main() -> None:
             f"log-likelihoods within {row['largest_difference']:.2g}",
             flush=True,
         )
+        for name in ("ours", "hf"):
+            x = row[name]
+            spent = ", ".join(f"{part} {seconds:.3f} s" for part, seconds in x["spent"].items())
+            print(f"    {name:4}  {x['tokens_read']:,} tokens read in {x['passes']} passes: {spent}", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
     if os.environ.get("CLEAN_UP"):
@@ -118,22 +120,70 @@ def main() -> None:
 
 
 Score = Callable[[Sequence[Request], Any], list[float]]
+Parts = tuple[Any, Sequence[str]]
+"""A model, and the names of its methods that are timed; the first one reads tokens."""
 
 
-def load_ours(arguments: argparse.Namespace, directory: Path) -> Score:
+def breakdown(run: Callable[[], object], parts: Parts, clock: Callable[[], float]) -> dict[str, Any]:
+    """How often a run reads tokens, how many (padding included), and the seconds in each part and outside of all."""
+    owner, names = parts
+    methods = {name: getattr(owner, name) for name in names}
+    spent, read = dict.fromkeys(names, 0.0), []
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            wait()
+            start = clock()
+            result = method(tokens, *args, **kwargs)
+            wait()
+            spent[name] += clock() - start
+            if name == names[0]:
+                read.append(tokens.numel())
+            return result
+
+        return call
+
+    for name, method in methods.items():
+        setattr(owner, name, watched(name, method))
+    start = clock()
+    run()
+    total = clock() - start
+    for name, method in methods.items():
+        setattr(owner, name, method)
+    spent["the rest"] = total - sum(spent.values())
+    return {"passes": len(read), "tokens_read": sum(read), "spent": spent}
+
+
+def wait() -> None:
+    """Until the GPU has done what it was given, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def load_ours(arguments: argparse.Namespace, directory: Path) -> tuple[Score, Parts]:
     """A function that scores requests with our model."""
     import torch
 
     from lit_qlora.checkpoint import load_model
+    from lit_qlora.fused import reader
     from lit_qlora.score import Scorer
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     model = load_model(directory, dtype, "cuda" if cuda else "cpu", arguments.quantize).eval()
-    return lambda requests, size: [score for score, _ in Scorer(model, size).score(requests)]
+    scorer = Scorer(model)
+    if not arguments.plain:
+        scorer.hidden = reader(model)
+
+    def score(requests: Sequence[Request], size: Any) -> list[float]:
+        return [value for value, _ in scorer.score(requests)]
+
+    return score, (scorer, ("hidden", "_look_up"))
 
 
-def load_theirs(arguments: argparse.Namespace, directory: Path) -> Score:
+def load_theirs(arguments: argparse.Namespace, directory: Path) -> tuple[Score, Parts]:
     """A function that scores requests with lm-eval's own model."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
@@ -156,7 +206,7 @@ def load_theirs(arguments: argparse.Namespace, directory: Path) -> Score:
         found = lm._loglikelihood_tokens([(("", ""), *request) for request in requests], disable_tqdm=True)
         return [value for value, _ in found]
 
-    return score
+    return score, (lm, ("_model_call",))
 
 
 def small_tokenizer() -> Any:

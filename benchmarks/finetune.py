@@ -7,63 +7,18 @@ Every sample fills --tokens tokens exactly, so nothing that is counted is paddin
 """
 
 import argparse
-import csv
 import json
-import os
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results.csv"
-TOKENIZER = ROOT / "checkpoints/lit-qlora/tiny-world/tokenizer.model"
-LLAMA: dict[str, Any] = {"norm_eps": 1e-5, "block_size": 8192}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": LLAMA
-    | {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 32, "head_size": 128, "ffn_size": 11008}
-    | {"vocab_size": 32000},
-    "llama-3-8b": LLAMA
-    | {"n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "head_size": 128, "ffn_size": 14336}
-    | {"vocab_size": 128256, "rope_theta": 500_000.0},
-    "tiny": LLAMA
-    | {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_kv_head": 2, "head_size": 32, "ffn_size": 256, "vocab_size": 2048},
-}
-COLUMNS = (
-    *("date", "commit", "gpu", "torch", "bitsandbytes", "program", "shape", "micro_batch", "tokens", "flags"),
-    *("tokens_per_second", "slowest", "fastest", "peak_gib", "startup_s"),
-)
-
-
-def make_checkpoint(shape: str, directory: Path) -> None:
-    """Write a random bf16 checkpoint of `shape`, unless it is there already."""
-    import torch
-
-    from lit_qlora.checkpoint import save_weights
-    from lit_qlora.config import ModelConfig
-    from lit_qlora.model import GPT
-
-    config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
-    if (directory / "model_config.json").is_file():
-        return
-    with torch.device("meta"):
-        specs = {name: p.to(torch.bfloat16) for name, p in GPT(config).named_parameters()}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, spec in specs.items():
-            norm = spec.ndim == 1
-            weight = torch.ones(spec.shape) if norm else 0.02 * torch.randn(spec.shape, device=device)
-            yield name, weight.bfloat16()
-
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.copy(TOKENIZER, directory / "tokenizer.model")
-    save_weights(directory, config, specs, tensors())
+from results import RESULTS, ROOT, append_row, current_commit
+from shapes import SHAPES, make_checkpoint
 
 
 def make_data(path: Path, samples: int, tokens: int) -> None:
@@ -128,28 +83,12 @@ def main() -> None:
     parser.add_argument("--flags", default="--quantize bnb.nf4-dq", help="further flags of finetune/lora.py")
     parser.add_argument("--work_dir", type=Path, default=Path("/tmp/lit_qlora_bench"), help="where the weights go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the row")
-    parser.add_argument("--commit", default=os.environ.get("COMMIT") or current_commit(), help="what was measured")
+    parser.add_argument("--commit", default=current_commit(), help="what was measured")
     arguments = parser.parse_args()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     row = measure(arguments, arguments.work_dir)
     append_row(arguments.results, row)
     print(json.dumps(row))
-
-
-def append_row(results: Path, row: dict[str, Any]) -> None:
-    """Add a row to the table; what is not known stays empty."""
-    new = not results.is_file()
-    with results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def current_commit() -> str:
-    """The commit of this working tree, or "unknown"."""
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import random_model
+from results import RESULTS, append_row, current_commit
+from shapes import SHAPES, random_model
 from torch import nn
 
-from finetune import RESULTS, SHAPES, append_row
 from lit_qlora.device import pick_device
 from lit_qlora.generate import generate
 from lit_qlora.generate.state import Decoding
@@ -153,7 +153,7 @@ def main() -> None:
         help="plain: without fixed shapes; static: transformers with a static cache, which it compiles for",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the row")
-    parser.add_argument("--commit", default="unknown", help="what was measured")
+    parser.add_argument("--commit", default=current_commit(), help="what was measured")
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes")
     arguments = parser.parse_args()
     if arguments.way != "default" and (arguments.way == "plain") != (arguments.library == "ours"):

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-import finetune
+import shapes
 
 
 def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision: str) -> None:
@@ -57,7 +57,7 @@ def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision
 def main() -> None:
     """Make what is needed, merge through the command, and print what it says, its peak included, and its seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=finetune.SHAPES, default="llama-2-7b", help="sizes of the model")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b", help="sizes of the model")
     parser.add_argument("--scheme", default="bnb.nf4", help="how the base was stored while the adapter was trained")
     parser.add_argument("--precision", default="bf16-true", help="dtype of that training")
     parser.add_argument("--update", type=float, default=0.02, help="norm of each update, relative to its weight")
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("/tmp/lit_qlora_bench"), help="where everything goes")
     arguments = parser.parse_args()
     base = arguments.work_dir / arguments.shape
-    finetune.make_checkpoint(arguments.shape, base)
+    shapes.make_checkpoint(arguments.shape, base)
     adapter = arguments.work_dir / f"{arguments.shape}-{arguments.scheme}-adapter"
     make_adapter(base, adapter, arguments.scheme, arguments.update, arguments.precision)
     samples = arguments.work_dir / "sums.jsonl"

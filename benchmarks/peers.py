@@ -11,20 +11,20 @@ python benchmarks/peers.py --workload packed --rows 1 --length 8192 --r 8 --targ
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contestant import Task
-
-from finetune import RESULTS, SHAPES, append_row, current_commit
+from contestants.task import Task
+from results import RESULTS, append_row, current_commit, look_at_card
+from shapes import SHAPES
 
 PEERS: dict[str, tuple[str, bool, str]] = {
     "unsloth": ("unsloth", False, "none"),
@@ -66,7 +66,7 @@ class Contestant:
         with suppress(BrokenPipeError):  # the answer says why it has stopped
             print(json.dumps({"steps": steps, "recompute": recompute}), file=self.process.stdin, flush=True)
         time.sleep(1.0)  # past the warm-up
-        card = look_at_card()
+        card = {name: float(value) for name, value in look_at_card().items() if value.replace(".", "", 1).isdigit()}
         return self._answer() | card
 
     def end(self) -> None:
@@ -93,17 +93,6 @@ class Contestant:
         raise MissingError(f"stopped with status {self.process.wait()}: {' '.join(last)[:300]}  (see {self.log})")
 
 
-def look_at_card() -> dict[str, float]:
-    """Clock in MHz, power in W and temperature of the first GPU, as nvidia-smi reads them; nothing without it."""
-    names = ("clocks.sm", "power.draw", "temperature.gpu")
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
-    try:
-        values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(",")
-        return dict(zip(names, map(float, values), strict=True))
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return {}
-
-
 @dataclass
 class Turns:
     """The rounds of one contestant."""
@@ -128,9 +117,12 @@ class Turns:
         return f"  {name:34} {rate:8,.0f} tok/s ({spread:17}) {each:8.2f} ms/row {peak:6.2f} GiB  {' '.join(card)}"
 
 
-def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Let ours and each of `peers` take turns; prints the tables and returns the rows."""
-    rows = []
+def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Let ours and each of `peers` take turns; prints the tables and gives two rows for each peer when it is done.
+
+    Raises:
+        MissingError: if ours cannot run here.
+    """
     logs = Path(task.dir).parent
     ours = Contestant(task, logs / "ours.log", arguments.patience)
     print(f"{ours.facts['gpu']}, torch {ours.facts['torch']}; ours was ready in {ours.facts['ready']} s", flush=True)
@@ -147,9 +139,9 @@ def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> list
                 turns[peer].rounds.append(other.round(arguments.steps, ""))
             other.end()
         except MissingError as error:
-            print(f"{peer}: missing. {error}", flush=True)
             if ours.process.poll() is not None:
-                break
+                raise
+            print(f"{peer}: missing. {error}", flush=True)
             continue
         ratios = [a / b for a, b in zip(turns["ours"].rates(), turns[peer].rates(), strict=True)]
         version = f"{other.facts['version']}, ready in {other.facts['ready']} s"
@@ -159,10 +151,9 @@ def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> list
         print(f"  ours / {peer}: {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})", flush=True)
         own = f"ours recompute {setting}{', no graphs' if arguments.no_graphs else ''}"
         described = {"ours": f"{own}, beside {peer}", peer: f"{peer} {other.facts['version']}"}
-        rows += [row(task, ours.facts, turns[who], described[who], arguments.commit) for who in turns]
-    if ours.process.poll() is None:
-        ours.end()
-    return rows
+        for who in turns:
+            yield row(task, ours.facts, turns[who], described[who], arguments.commit)
+    ours.end()
 
 
 def row(task: Task, facts: dict[str, Any], turns: Turns, who: str, commit: str) -> dict[str, Any]:
@@ -191,7 +182,9 @@ def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom ours is held against")
-    parser.add_argument("--workload", choices=["fixed", "short", "packed"], default="fixed", help="see contestant.Task")
+    parser.add_argument(
+        "--workload", choices=["fixed", "short", "packed"], default="fixed", help="see contestants.task.Task"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="sizes of the model")
     parser.add_argument("--rows", type=int, default=2, help="samples of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sample; packed: of a row, times --rows")
@@ -206,7 +199,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=240, help="seconds until a silent contestant is given up")
     parser.add_argument("--work_dir", type=Path, default=Path("/tmp/lit_qlora_bench"), help="where the weights go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the rows")
-    parser.add_argument("--commit", default=os.environ.get("COMMIT") or current_commit(), help="what was measured")
+    parser.add_argument("--commit", default=current_commit(), help="what was measured")
     arguments = parser.parse_args()
 
     task = Task(
@@ -224,8 +217,15 @@ def main() -> None:
     )
     program = str(Path(__file__).with_name("contestant.py"))
     subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=True)
-    for one in compare(task, arguments.peers, arguments):
-        append_row(arguments.results, one)
+    measured = False
+    try:
+        for one in compare(task, arguments.peers, arguments):
+            append_row(arguments.results, one)
+            measured = True
+    except MissingError as error:
+        raise SystemExit(f"ours: missing. {error}") from None
+    if not measured:
+        raise SystemExit("No peer could run.")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from step import random_model
+from shapes import SHAPES, random_model
 
-from finetune import SHAPES
 from lit_qlora.fused import fuse
 from lit_qlora.lora import add_lora
 from lit_qlora.settings import LoRAConfig

@@ -10,43 +10,31 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from floors import STATE_BYTES, beside
+from results import RESULTS, append_row, current_commit
+from shapes import SHAPES, random_model
+from torch import Tensor
 
-from finetune import RESULTS, SHAPES, append_row
-from lit_qlora.config import ModelConfig
-from lit_qlora.device import pick_device
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.fused.graphs import padded_length
 from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
-from lit_qlora.quantize import QuantizedLinear
-from lit_qlora.settings import SCHEMES, LoRAConfig
+from lit_qlora.optim import count_state_bytes, make_optimizer
+from lit_qlora.settings import SCHEMES, LoRAConfig, OptimizerConfig, TrainConfig
 
 WARM_UP = 6  # steps: kernels are compiled in the first, a graph is captured in the fifth
 
 
-def random_model(shape: str, scheme: Any) -> GPT:
-    """A bf16 model of `shape`, quantised layer by layer."""
-    device = pick_device()
-    with torch.device("meta"):
-        model = GPT(ModelConfig(name=f"random/{shape}", **SHAPES[shape]))
-    for path, module in list(model.named_modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            norm = parameter.ndim == 1
-            weight = torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, device=device)
-            weight = weight.to(device, torch.bfloat16)
-            if scheme != "none" and type(module) is nn.Linear and path != "head":
-                model.set_submodule(path, QuantizedLinear(weight, None, scheme))
-            else:
-                setattr(module, name, nn.Parameter(weight, requires_grad=False))
-    return model
+def measure(
+    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], steps: int, graphs: bool
+) -> dict[str, float]:
+    """Milliseconds of the median, fastest and slowest step, and the peak in bytes; nothing waits inside a step.
 
-
-def measure(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], steps: int) -> dict[str, float]:
-    """Milliseconds of the median, fastest and slowest step, and the peak in GiB; nothing waits inside a step."""
+    Args:
+        graphs: replays are not counted as allocations, so the peak is what was reserved.
+    """
     for _ in range(WARM_UP):
         _step(model, optimizer, batch)
     torch.cuda.synchronize()
@@ -60,12 +48,13 @@ def measure(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, .
     host = 1e3 * (time.perf_counter() - start) / steps
     torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
+    peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
     return {
         "median": statistics.median(times),
         "fastest": times[0],
         "slowest": times[-1],
         "host": host,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak": peak,
     }
 
 
@@ -73,6 +62,19 @@ def _step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...
     (model.loss(*batch) / batch[1].numel()).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def describe(arguments: argparse.Namespace, setting: str) -> str:
+    """The flags of a row, as floors.py and tables.py read them."""
+    learns = f"r{arguments.r} {','.join(arguments.targets)} dropout {arguments.dropout:g}"
+    described = f"{arguments.quantize} {learns} recompute {setting}{' graphs' if arguments.graphs else ''}"
+    if arguments.dequantized and setting != "plain":
+        described += f" dequantized {arguments.dequantized}"
+    if arguments.fp8 and setting != "plain":
+        described += " fp8"
+    if arguments.optimizer != "adamw":
+        described += f" {arguments.optimizer}"
+    return described
 
 
 def main() -> None:
@@ -87,41 +89,43 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sample")
     parser.add_argument("--recompute", nargs="+", default=["none"], help="settings to measure, or 'plain'")
     parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs, if there are few tokens")
+    parser.add_argument("--dequantized", type=int, default=0, help="blocks whose weights are kept in 16 bit as well")
+    parser.add_argument("--fp8", action="store_true", help="multiply with the frozen weights of the blocks in FP8")
+    parser.add_argument("--optimizer", choices=STATE_BYTES, default="adamw", help="of the adapters")
     parser.add_argument("--steps", type=int, default=16, help="timed steps")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the rows")
-    parser.add_argument("--commit", default="unknown", help="what was measured")
+    parser.add_argument("--commit", default=current_commit(), help="what was measured")
     parser.add_argument("--profile", action="store_true", help="say where the time of the last setting goes")
     arguments = parser.parse_args()
 
     model = random_model(arguments.shape, arguments.quantize)
-    add_lora(
-        model,
-        LoRAConfig(r=arguments.r, alpha=2 * arguments.r, targets=tuple(arguments.targets), dropout=arguments.dropout),
-    )
+    lora = LoRAConfig(r=arguments.r, alpha=2 * arguments.r, targets=tuple(arguments.targets), dropout=arguments.dropout)
+    add_lora(model, lora)
     model.train()
     tokens = torch.randint(0, model.config.vocab_size, (arguments.rows, arguments.length + 1), device="cuda")
     batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     reason = why_not(model)
+    if reason and set(arguments.recompute) != {"plain"}:
+        raise SystemExit(f"The fast path is not taken: {reason}.")
     small = arguments.rows * padded_length(arguments.length) if arguments.graphs else 0
-    fused = None if reason else fuse(model, graph_tokens=small)
-    print(f"fast path: {reason or 'yes'}", flush=True)
-    learners = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learners, lr=1e-4, fused=True)
+    if arguments.fp8 and (reason or arguments.dequantized):
+        parser.error(f"--fp8 needs the fast path: {reason}" if reason else "--dequantized has no effect with --fp8.")
+    fused = None if reason else fuse(model, small, arguments.fp8, arguments.dequantized)
+    chosen, train = OptimizerConfig(name=arguments.optimizer), TrainConfig(learning_rate=1e-4)
+    optimizer = make_optimizer(model.named_parameters(), chosen, train)
     for setting in arguments.recompute:
         if setting == "plain":
             model.fast = None
-        elif fused is not None:
+        elif fused:
             model.fast = fused.loss
             fused.set_recompute([setting] * len(fused.blocks))
         torch.cuda.empty_cache()
         try:
-            figures = measure(model, optimizer, batch, arguments.steps)
+            figures = measure(model, optimizer, batch, arguments.steps, arguments.graphs)
         except torch.OutOfMemoryError as error:
             print(f"{setting}: {error}", file=sys.stderr)
             continue
         count = batch[0].numel()
-        learns = f"r{arguments.r} {','.join(arguments.targets)} dropout {arguments.dropout:g}"
-        described = f"{arguments.quantize} {learns} recompute {setting}{' graphs' if arguments.graphs else ''}"
         row = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": arguments.commit,
@@ -131,11 +135,11 @@ def main() -> None:
             "shape": arguments.shape,
             "micro_batch": arguments.rows,
             "tokens": arguments.length,
-            "flags": described,
+            "flags": describe(arguments, setting),
             "tokens_per_second": round(1e3 * count / figures["median"]),
             "slowest": round(1e3 * count / figures["slowest"]),
             "fastest": round(1e3 * count / figures["fastest"]),
-            "peak_gib": round(figures["peak_gib"], 2),
+            "peak_gib": round(figures["peak"] / 2**30, 2),
         }
         append_row(arguments.results, row)
         print(
@@ -143,6 +147,8 @@ def main() -> None:
             flush=True,
         )
         print(f"  {figures['median']:.1f} ms, host {figures['host']:.1f} ms", flush=True)
+        pages = count_state_bytes(optimizer) if getattr(optimizer, "is_paged", False) else 0
+        print(f"  {beside(row)}{f', and {pages / 1e9:.2f} GB in pages' if pages else ''}", flush=True)
     if arguments.profile:
         _profile(model, optimizer, batch)
 

@@ -117,6 +117,8 @@ def main(config: Config) -> None:
 
     from lm_eval_model import GPTModel
 
+    from lit_qlora.fused import reader
+
     def measure(loaded: "Loaded", log_samples: bool = False) -> dict[str, Any]:
         lm = GPTModel(
             loaded.model,
@@ -127,6 +129,7 @@ def main(config: Config) -> None:
             config.add_bos_token,
             config.max_length,
         )
+        lm.scorer.hidden = reader(loaded.model)
         return evaluate(lm, tasks, include_path, config, log_samples)
 
     if config.compare:

@@ -48,12 +48,14 @@ def main(config: Config) -> None:
 
     from tqdm import tqdm
 
+    from lit_qlora.fused import reader
     from lit_qlora.score import Scorer, windows
 
     loaded = config.load()
     tokenizer = loaded.tokenizer
     most = config.max_length or min(loaded.model.config.block_size, 2048)
     scorer = Scorer(loaded.model, config.batch_size, most)
+    scorer.hidden = reader(loaded.model)
     stride = config.stride or scorer.max_length
     check(stride <= scorer.max_length, f"stride is {stride}, above max_length, {scorer.max_length}.")
     ids = tokenizer.encode(text, bos=False)

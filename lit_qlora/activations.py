@@ -1,7 +1,7 @@
 """Memory of activations: what each path keeps, and which blocks should compute again so that it fits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lit_qlora.config import ModelConfig
 from lit_qlora.settings import Recompute
@@ -22,6 +22,8 @@ class FastSizes:
     adapted: int
     """Adapters in a block."""
     quantized: bool
+    fp8: bool = False
+    """Whether frozen weights, and what they are multiplied with, are brought into FP8."""
 
     def kept(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block keeps for its backward pass."""
@@ -41,20 +43,35 @@ class FastSizes:
 
     def working(self, policies: set[Recompute], tokens: int) -> float:
         """Bytes that exist while one block, or the head, is computed, whatever is kept."""
+        return self._passing(policies, tokens) + self._workspaces(policies)
+
+    def _passing(self, policies: set[Recompute], tokens: int) -> float:
         c = self.model
-        attended = c.n_head * c.head_size
         again = policies != {"none"}
         shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
         block = 2.0 * (self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped)
-        block *= tokens
+        block = tokens * (block + (self._branches if self.fp8 else 0))
         head = min(tokens, HEAD_TOKENS) * 2.0 * c.vocab_size + tokens * 6.0 * c.n_embd
-        widest = max(self._branches * c.n_embd, self._qkv * c.n_embd)
-        space = 2.0 * widest if self.quantized else 0.0
-        if "full" in policies and self.quantized:
-            space += 2.0 * (self._qkv + attended) * c.n_embd
         if "offload" in policies:
             block += 3 * tokens * 2.0 * c.n_embd
-        return max(block, head) + space
+        return max(block, head)
+
+    def _workspaces(self, policies: set[Recompute]) -> float:
+        """Bytes of what weights are dequantised into, or brought into FP8."""
+        c = self.model
+        widest = max(self._branches, self._qkv)
+        if self.fp8:
+            return 1.0 * widest * c.n_embd
+        kept = self._qkv + c.n_head * c.head_size if "full" in policies else 0
+        return 2.0 * (widest + kept) * c.n_embd if self.quantized else 0.0
+
+    @property
+    def dequantized(self) -> float:
+        """Bytes of a block's weights in 16 bit with the adapters' B beside them, if all layers are adapted."""
+        c, r = self.model, self.rank
+        attended, gated = c.n_head * c.head_size, 2 if "glu" in c.ffn else 1
+        into = self._qkv * (c.n_embd + 3 * r) + self._branches * (c.n_embd + gated * r)
+        return 2.0 * (into + c.n_embd * (attended + c.ffn_size + 2 * r))
 
     def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.
@@ -62,7 +79,7 @@ class FastSizes:
         It stands beside what passes without a graph need, but for the workspaces, which are the same.
         """
         kept = sum(self.kept(policy, tokens) for policy in policies)
-        return kept + replace(self, quantized=False).working(set(policies), tokens)
+        return kept + self._passing(set(policies), tokens)
 
     @property
     def _qkv(self) -> int:

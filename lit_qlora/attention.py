@@ -85,20 +85,21 @@ def attend(
     Returns:
         (B, H, T, D).
     """
-    grouped = q.size(1) != k.size(1)
-    if cap is None and sinks is None:
-        if grouped and q.size(2) == 1:
-            # While decoding, the queries that share a key can stand as if they were tokens: with a mask and grouped
-            # queries torch 2.13 has only a path on GPUs that copies keys and values for each query.
-            y = F.scaled_dot_product_attention(
-                q.reshape(len(q), k.size(1), -1, q.size(3)), k, v, attn_mask=mask, scale=scale
-            )
-            return y.reshape(q.shape)
+    grouped, by_torch = q.size(1) != k.size(1), cap is None and sinks is None
+    if grouped and by_torch and q.size(2) == 1:
+        # While decoding, the queries that share a key can stand as if they were tokens, and nothing is copied.
+        y = F.scaled_dot_product_attention(
+            q.reshape(len(q), k.size(1), -1, q.size(3)), k, v, attn_mask=mask, scale=scale
+        )
+        return y.reshape(q.shape)
+    # With a mask and grouped queries torch 2.13 has only a path on GPUs that makes these copies and keeps all scores.
+    if grouped and not (by_torch and (mask is None or not q.is_cuda)):
+        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+        grouped = False
+    if by_torch:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
-    if grouped:
-        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.mT).float() * (q.size(-1) ** -0.5 if scale is None else scale)  # (B, H, T, past + T)
@@ -113,16 +114,27 @@ class Places:
     """The Place of each block; blocks of one kind share theirs."""
 
     def __init__(
-        self, config: ModelConfig, positions: Tensor, cache: "KVCache | None", segments: Tensor | None
+        self,
+        config: ModelConfig,
+        positions: Tensor,
+        cache: "KVCache | None",
+        segments: Tensor | None,
+        seen_until: Tensor | None = None,
     ) -> None:
         self.kinds = [(config.windowed(i), config.rotates(i)) for i in range(config.n_layer)]
         scale = query_scale(config, positions) if config.query_scale_beta else None
         new, device = positions.size(1), positions.device
+
+        def mask(window: int | None) -> Tensor | None:
+            if seen_until is not None:
+                return tree_mask(window, positions, seen_until)
+            return attention_mask(window, new, cache, device, segments)
+
         self.places = {
             (windowed, rotates): Place(
                 rope_table(config, positions, windowed, segments) if rotates else None,
                 scale,
-                attention_mask(config.sliding_window if windowed else None, new, cache, device, segments),
+                mask(config.sliding_window if windowed else None),
             )
             for windowed, rotates in set(self.kinds)
         }
@@ -164,6 +176,19 @@ def attention_mask(
         mask = mask & ((column >= left_pad[:, None, None, None]) | (column == place))
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    return mask
+
+
+def tree_mask(window: int | None, positions: Tensor, seen_until: Tensor) -> Tensor:
+    """As attention_mask, (B, 1, T, T), for documents that share their beginnings; see GPT.hidden.
+
+    Args:
+        positions, seen_until: (B, T).
+    """
+    column = torch.arange(positions.size(1), device=positions.device)
+    mask = (column <= column[:, None]) & (column[:, None] < seen_until[:, None, None])
+    if window is not None:
+        mask &= positions[:, None, None] > positions[:, None, :, None] - window
     return mask
 
 

@@ -8,7 +8,7 @@ import torch
 from lit_qlora import __version__
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import RunData, boundary, show
-from lit_qlora.device import gpu_bytes, pick_device, weights_dtype
+from lit_qlora.device import gpu_bytes, has_fp8, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.optim import rehearse
 from lit_qlora.peft_layout import check_layers
@@ -22,12 +22,16 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
 
     Raises:
         UsageError: if the LoRA settings do not fit the model, or make an adapter that could not be saved or has not as
-            many parameters as is expected; or if the optimizer cannot be used.
+            many parameters as is expected; or if the optimizer or FP8 cannot be used.
         ResourceError: if the GPU has less, unless config.force.
     """
     check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)
     plan = _plan(config, longest_row(data), usual_row(data))
     check_trainable(config, ModelConfig.load(config.checkpoint_dir).name, plan.trainable)
+    check(
+        not plan.fp8 or has_fp8(),
+        "train.fp8 needs a GPU that multiplies in FP8, of compute capability 8.9 or above.\nLeave out --train.fp8.",
+    )
     room = gpu_bytes()
     if room and plan.total > room and not config.force:
         raise ResourceError(
@@ -68,6 +72,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
         ),
         "--train.recompute full": (replace(config, train=replace(train, recompute="full")), longest),
         f"--data.max_length {longest // 2}": (config, longest // 2),
+        "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), longest),
         "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), longest),
     }
     saved = {words: now - _plan(other, tokens).total for words, (other, tokens) in others.items()}
@@ -99,6 +104,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     memory = gpu_bytes()
     room = f" of {memory / GIB:.1f}" if memory else ""
+    kept = f", {plan.kept_blocks} blocks dequantised {plan.kept / GIB:.2f}" if plan.kept_blocks else ""
     graphs = f", graphs {plan.graphs / GIB:.2f}" if plan.graphs else ""
     kind = "DoRA" if config.lora.dora else "LoRA"
     if config.lora.init != "default":
@@ -115,7 +121,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
         f"  plan    {steps} x {train.batch_size} samples, {train.micro_batch_size} {rows} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
-        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}\n"
+        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}\n"
         f"  path    {_path(plan)}\n"
         f"{f'  note    {caveat}' + chr(10) if caveat else ''}"
         f"{_samples(data)}"
@@ -127,6 +133,7 @@ def _path(plan: Plan) -> str:
     counts = Counter(plan.recompute)
     again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
     taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
+    taken += ", frozen weights in FP8" if plan.fp8 else ""
     taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graph_tokens else ""
     return f"{taken}   recompute: {again}"
 

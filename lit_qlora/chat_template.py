@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Lock, Timer
 from typing import Any
 
 from lit_qlora.errors import CheckpointError
@@ -27,23 +27,31 @@ def find_chat_template(directory: Path) -> str | None:
     Raises:
         CheckpointError: if the file that should hold it cannot be read.
     """
-    alone = directory / "chat_template.jinja"
-    if alone.is_file():
-        return alone.read_text(encoding="utf-8")
-    config = directory / "tokenizer_config.json"
-    if not config.is_file():
-        return None
+    alone, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     try:
+        if alone.is_file():
+            return alone.read_text(encoding="utf-8")
+        if not config.is_file():
+            return None
         found: Any = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{alone if alone.is_file() else config} is not UTF-8.") from None
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{config}: not a JSON object: {error}.") from None
-    if isinstance(found, list):  # several, by name
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{config}: chat_template is no list of names and templates.") from None
+    if not isinstance(found, str | None):
+        raise CheckpointError(f"{config}: chat_template is {type(found).__name__}, not text.")
     return found
 
 
 Request = tuple[Sequence[Message], bool]
 """Messages, and whether the beginning of an answer follows."""
+Stages = tuple[Sequence[Message], Sequence[tuple[int, bool]]]
+"""Messages, and how they are rendered one time after the other: so many of them, with the beginning of an answer or
+not."""
 
 
 def render(template: str, variables: Mapping[str, Any], requests: Sequence[Request]) -> list[str]:
@@ -73,15 +81,30 @@ class Renderer:
     def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
         self.template, self.variables = template, dict(variables)
         self._process: subprocess.Popen[str] | None = None
+        self._lock = Lock()
 
     def render(self, requests: Sequence[Request]) -> list[str]:
         """See the function of this name."""
-        conversations = [{"messages": list(messages), "add_generation_prompt": begin} for messages, begin in requests]
+        texts: list[str] = []
+        for found in self.render_stages([(messages, [(len(messages), begin)]) for messages, begin in requests]):
+            if isinstance(found, str):
+                raise CheckpointError(f"The chat template fails: {found}")
+            texts += found
+        return texts
+
+    def render_stages(self, conversations: Sequence[Stages]) -> list[list[str] | str]:
+        """What each stage of a conversation adds to the one before it, or why the template cannot write it.
+
+        Raises:
+            CheckpointError: if the template is no jinja, or takes too long or too much memory.
+        """
         question = {"template": self.template, "variables": self.variables, "conversations": conversations}
-        answers = self._ask(json.dumps(question), SECONDS + SECONDS_EACH * len(requests))
-        if answers and "error" in answers[-1]:
-            raise CheckpointError(f"The chat template fails: {answers[-1]['error']}")
-        return [answer["text"] for answer in answers]
+        number = sum(len(stages) for _, stages in conversations)
+        with self._lock:
+            answers = self._ask(json.dumps(question), SECONDS + SECONDS_EACH * number)
+        if isinstance(answers, str):
+            raise CheckpointError(f"The chat template fails: {answers}")
+        return answers
 
     def close(self) -> None:
         """End the process."""
@@ -93,7 +116,9 @@ class Renderer:
     def __del__(self) -> None:
         self.close()
 
-    def _ask(self, question: str, seconds: float) -> list[dict[str, str]]:
+    def _ask(self, question: str, seconds: float) -> list[list[str] | str] | str:
+        if self._process and self._process.poll() is not None:  # a signal to the whole group has ended it
+            self.close()
         process = self._process = self._process or subprocess.Popen(
             [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py"))],
             stdin=subprocess.PIPE,
@@ -115,10 +140,12 @@ class Renderer:
         try:
             process.stdin.write(f"{question}\n")
             process.stdin.flush()
-            answers: list[dict[str, str]] = json.loads(process.stdout.readline())
-        except (ValueError, BrokenPipeError):
+            answers: list[list[str] | str] | str = json.loads(process.stdout.readline())
+        except (ValueError, OSError):
             self.close()
-            reason = f"took more than {seconds:.0f} s" if late.is_set() else "used too much memory"
+            reason = (
+                f"took more than {seconds:.0f} s" if late.is_set() else "ended its process, or used too much memory"
+            )
             raise CheckpointError(f"The chat template {reason}. Give another --data.prompt.") from None
         finally:
             timer.cancel()
@@ -128,14 +155,16 @@ class Renderer:
 class Guard:
     """Keeps control tokens that users typed apart from those that the template writes.
 
-    A mark is put into what a user typed wherever it is the name of a control token, and taken out of the pieces.
+    A mark is put into what a user typed wherever it is the name of a control token, and taken out of the pieces. A name
+    of one character has no room for it, so it is always text.
     """
 
     def __init__(self, control_tokens: Iterable[str], texts: Iterable[str]) -> None:
-        names = sorted((name for name in control_tokens if name), key=len, reverse=True)
+        names = sorted((name for name in control_tokens if len(name) > 1), key=len, reverse=True)
         self.control = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("(?!)()")
-        used = set().union(*map(set, texts))
-        self.mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        texts = list(texts)
+        marks = map(chr, range(0xE000, 0xF900))
+        self.mark = next(mark for mark in marks if not any(mark in text for text in texts))
 
     def guard(self, text: str) -> str:
         """`text` without the name of any control token."""
@@ -143,6 +172,7 @@ class Guard:
 
     def split(self, rendered: str) -> list[tuple[str, bool]]:
         """(text, whether it is a control token) in order."""
-        parts = self.control.split(rendered)
-        pieces = [(part.replace(self.mark, ""), bool(i % 2)) for i, part in enumerate(parts)]
-        return [piece for piece in pieces if piece[0]]
+        pieces = [(part, bool(i % 2)) for i, part in enumerate(self.control.split(rendered)) if part]
+        if self.mark not in rendered:
+            return pieces
+        return [(text, is_control) for part, is_control in pieces if (text := part.replace(self.mark, ""))]

@@ -29,6 +29,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     return precision
 
 
+def has_fp8() -> bool:
+    """Whether the GPU multiplies in FP8."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def weights_dtype(precision: Precision) -> torch.dtype:
     """Dtype of the frozen weights: 16 bit only for the -true precisions, float32 where arithmetic alone is 16 bit."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32

@@ -90,6 +90,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
     ) -> Tensor:
         """(B, T) int64 -> (B, T, E), what the head reads.
 
@@ -99,6 +100,8 @@ class GPT(nn.Module):
             positions: (B, T) int64, the place of each token in its document; None counts along the row.
             segments: (B, T) integers, the document of each token, documents being laid end to end; a token sees its
                 own document alone. Padding is -1. None where a row is one document.
+            seen_until: (B, T) int64, for documents that begin alike and share that: the column from which on no token
+                sees this one. A shared beginning stands once, before all that goes on from it.
         """
         B, T = tokens.shape
         if cache:
@@ -108,7 +111,7 @@ class GPT(nn.Module):
         x = times(self.embed(tokens), self.config.embedding_multiplier)
         if self.positions is not None:
             x = x + self.positions(positions)
-        places = Places(self.config, positions, cache, segments)
+        places = Places(self.config, positions, cache, segments, seen_until)
         for i, block in enumerate(self.blocks):
             layer = cache.layer(i, T) if cache else None
             if self.recompute and self.training:

@@ -1,7 +1,8 @@
 """The pieces of which prompts and answers are made, text and control tokens, and the ids that they become."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from lit_qlora.errors import UsageError
@@ -43,12 +44,13 @@ def encode_pieces(tokenizer: Vocabulary, documents: Sequence[Sequence[Sequence[P
     begins: dict[str, list[int]] = {}  # texts at the beginning of a document, or after BOS
     follows: dict[str, list[int]] = {}  # all others
     plans: list[list[list[tuple[dict[str, list[int]] | None, Any]]]] = []
+    resolve = cache(lambda control: _resolve(tokenizer, control))
     for parts in documents:
         at_start = True
         plan = []
         for part in parts:
             steps: list[tuple[dict[str, list[int]] | None, Any]] = []
-            for piece in _joined(tokenizer, part):
+            for piece in _joined(resolve, part):
                 if isinstance(piece, str):
                     table = begins if at_start else follows
                     table.setdefault(piece, [])
@@ -62,17 +64,22 @@ def encode_pieces(tokenizer: Vocabulary, documents: Sequence[Sequence[Sequence[P
     for table, continuation in ((begins, False), (follows, True)):
         for text, ids in zip(table, tokenizer.encode_many(list(table), continuation), strict=True):
             table[text] = ids
-    return [
-        [[i for table, piece in steps for i in (table[piece] if table is not None else piece)] for steps in plan]
-        for plan in plans
-    ]
+    return [[_ids(steps) for steps in plan] for plan in plans]
 
 
-def _joined(tokenizer: Vocabulary, pieces: Iterable[Piece]) -> list[str | list[int]]:
+def _ids(steps: Iterable[tuple[dict[str, list[int]] | None, Any]]) -> list[int]:
+    """The ids of texts, which stand in their tables, and of control tokens, one after the other."""
+    ids: list[int] = []
+    for table, piece in steps:
+        ids += piece if table is None else table[piece]
+    return ids
+
+
+def _joined(resolve: Callable[[Control], str | list[int]], pieces: Iterable[Piece]) -> list[str | list[int]]:
     """Control tokens as ids, and the text between them in one piece."""
     joined: list[str | list[int]] = []
     for piece in pieces:
-        found = piece if isinstance(piece, str) else _resolve(tokenizer, piece)
+        found = piece if isinstance(piece, str) else resolve(piece)
         if isinstance(found, str) and joined and isinstance(joined[-1], str):
             joined[-1] += found
         elif found:

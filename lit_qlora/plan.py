@@ -10,9 +10,10 @@ from lit_qlora.embeddings import add_noise
 from lit_qlora.lora import LoRALinear, add_lora, count_trainable
 from lit_qlora.model import GPT, LOGITS_AT_ONCE
 from lit_qlora.quantize import bits_per_weight, is_quantized
-from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig
+from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
 
 GIB = 2**30
+SPARE = 0.05  # share of the GPU that blocks which need not be there leave free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,17 @@ class Plan:
     """Tokens of the largest micro-batch that gets CUDA graphs; 0 if none does."""
     graphs: float = 0.0
     """Bytes of what the graphs share; an estimate."""
+    kept_blocks: int = 0
+    """Blocks whose quantised weights are kept in 16 bit as well."""
+    kept: float = 0.0
+    """Bytes of them."""
+    fp8: bool = False
+    """Whether the products of the blocks' frozen weights are in FP8."""
 
     @property
     def total(self) -> float:
         """Bytes at the peak."""
-        return self.weights + self.learning + self.activations + self.graphs
+        return self.weights + self.learning + self.activations + self.graphs + self.kept
 
 
 def make_plan(
@@ -64,7 +71,7 @@ def make_plan(
         state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
 
     Raises:
-        UsageError: if the LoRA settings do not fit the model.
+        UsageError: if the LoRA settings do not fit the model, or train.fp8 is on and the fast path is not taken.
     """
     with torch.device("meta"):
         gpt = GPT(model)
@@ -79,9 +86,11 @@ def make_plan(
         add_noise(gpt, train.neftune)
     trainable = count_trainable(gpt)
     reason = _slow_because(gpt, dtype, train, room)
+    check_fp8(train.fp8, reason)
+    _check_kept(train, quantize, reason)
     origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
     policies: list[Recompute]
-    graph_tokens, graphs = 0, 0.0
+    graph_tokens, graphs, kept_blocks, kept = 0, 0.0, 0, 0.0
     if reason or room is None:
         policies = [plain_recompute(train.recompute)] * model.n_layer
         learning = origin + (8 + state_bytes) * trainable
@@ -89,7 +98,7 @@ def make_plan(
     else:
         learning = origin + (10 + state_bytes) * trainable  # and a 16-bit copy
         adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
-        sizes = FastSizes(model, lora.r, adapted, quantize != "none")
+        sizes = FastSizes(model, lora.r, adapted, quantize != "none", train.fp8)
         free = 0.97 * room - bits / 8 - learning
         if train.recompute == "auto":
             policies = choose(sizes, model.n_layer, tokens, free)
@@ -100,6 +109,12 @@ def make_plan(
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens else 0.0
         if activations + graphs > free:  # they cost nothing but what is left
             graph_tokens, graphs = 0, 0.0
+        if quantize != "none":
+            spare = free - SPARE * room - activations - graphs
+            fitting = max(0, int(spare / sizes.dequantized))
+            wanted = train.keep_dequantized
+            kept_blocks = min(model.n_layer, fitting if wanted == "auto" else wanted)
+            kept = kept_blocks * sizes.dequantized
     return Plan(
         frozen=frozen,
         trainable=trainable,
@@ -110,6 +125,18 @@ def make_plan(
         slow_because=reason,
         graph_tokens=graph_tokens,
         graphs=graphs,
+        kept_blocks=kept_blocks,
+        kept=kept,
+        fp8=train.fp8,
+    )
+
+
+def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None:
+    """Raise UsageError if blocks are to be kept dequantised where none are dequantised."""
+    reason = slow_because or ("the base is not quantised" if quantize == "none" else "")
+    check(
+        train.keep_dequantized in (0, "auto") or not reason,
+        f"train.keep_dequantized is for a quantised base on the fast path: {reason}. Leave it out.",
     )
 
 
@@ -148,6 +175,15 @@ def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: float 
     from lit_qlora.fused import why_not  # imports Triton
 
     return why_not(gpt)
+
+
+def check_fp8(wanted: bool, slow_because: str) -> None:
+    """Raise UsageError if FP8 is wanted and the fast path, the only one that has it, is not taken."""
+    check(
+        not (wanted and slow_because),
+        f"train.fp8 is for the fast path alone, which this run cannot take: {slow_because}.\n"
+        "Leave out --train.fp8; the run then computes in the precision of --precision.",
+    )
 
 
 def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompute: bool) -> float:

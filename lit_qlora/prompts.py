@@ -10,13 +10,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_qlora import styles
-from lit_qlora.chat_template import Guard, find_chat_template, render
-from lit_qlora.errors import CheckpointError, DataError, UsageError, did_you_mean
+from lit_qlora.chat_template import Guard, Renderer, Stages, find_chat_template
+from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, encode_pieces
 from lit_qlora.settings import PromptKnobs
 from lit_qlora.styles import Wording
@@ -63,6 +64,16 @@ Written = list[tuple[list[Piece], list[Piece]]]
 """(prompt, answer) of each turn, in pieces."""
 EncodedTurn = tuple[list[int], list[int]]
 """Ids of a prompt and of its answer."""
+
+
+class UnwritableError(CheckpointError):
+    """A style cannot write some of the conversations that it was given."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        self.reasons = reasons
+        """For each of them, by its number."""
+        reason = next(iter(reasons.values()))
+        super().__init__(f"The chat template fails: {reason}.\nGive another --data.prompt, such as chatml or alpaca.")
 
 
 class Style(ABC):
@@ -229,6 +240,8 @@ class TemplateStyle(Style):
     name: str = TEMPLATE
     gap: str = ""
     tail: str = ""
+    _renderer: list[Renderer] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The process that renders, once there was something to render."""
 
     @property
     def text(self) -> str:
@@ -242,22 +255,27 @@ class TemplateStyle(Style):
         control token, which ends it.
 
         Raises:
-            DataError: if the template writes the beginning of a conversation differently once it goes on.
+            CheckpointError: if the template cannot be run.
+            UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of a
+                conversation differently once it goes on, so that what is prompt and what is answer cannot be told.
         """
-        return [turns for some in _portions(conversations) for turns in self._write(tokenizer, some)]
-
-    def _write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
-        guard = Guard(tokenizer.control_tokens, _texts(conversations))
-        requests: list[tuple[list[dict[str, str]], bool]] = []
-        for conversation in conversations:
-            messages, first = _messages(conversation, guard)
-            for end in range(first, len(messages), 2):
-                requests += [(messages[:end], True), (messages[: end + 1], False)]
-        texts = iter(render(self.source, _variables(tokenizer), requests))
-        return [
-            self._turns(guard, [(next(texts), next(texts)) for _ in conversation.turns])
-            for conversation in conversations
-        ]
+        variables = _variables(tokenizer)
+        if not self._renderer or self._renderer[0].variables != variables:
+            self._renderer[:] = [Renderer(self.source, variables)]
+        written: list[Written] = []
+        reasons: dict[int, str] = {}
+        for some in _portions(conversations):
+            guard = Guard(tokenizer.control_tokens, _texts(some))
+            stages = self._renderer[0].render_stages([_stages(conversation, guard) for conversation in some])
+            for conversation, texts in zip(some, stages, strict=True):
+                turns = texts if isinstance(texts, str) else self._turns(guard, texts, conversation)
+                if isinstance(turns, str):
+                    reasons[len(written)] = turns
+                    turns = []
+                written.append(turns)
+        if reasons:
+            raise UnwritableError(reasons)
+        return written
 
     def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
         """See Style."""
@@ -267,28 +285,18 @@ class TemplateStyle(Style):
         *before, (prompt, _) = self.write(tokenizer, [answered])[0]
         return [*(piece for turn in before for part in turn for piece in part), *prompt]
 
-    def _turns(self, guard: Guard, texts: Sequence[tuple[str, str]]) -> Written:
-        """Prompt and answer of each turn.
-
-        Args:
-            texts: the conversation up to each prompt, and up to its answer.
-        """
+    def _turns(self, guard: Guard, texts: Sequence[str], conversation: Conversation) -> Written | str:
+        """Prompt and answer of each turn, or why that cannot be told; `texts` are both of each turn."""
         turns: Written = []
-        before, rest = "", ""
-        for i, (asked, answered) in enumerate(texts, start=1):
-            if not asked.startswith(before) or not answered.startswith(asked):
-                raise DataError(
-                    f"The chat template writes what comes before {'an answer' if i == 1 else f'turn {i}'} differently "
-                    "once the conversation goes on,\nso what is prompt and what is answer cannot be told. "
-                    "Give another --data.prompt, such as chatml or alpaca."
-                )
-            prompt = _pieces(guard, rest + asked[len(before) :])
-            answer = _pieces(guard, answered[len(asked) :])
+        rest = ""
+        for asked, answered, turn in zip(texts[::2], texts[1::2], conversation.turns, strict=True):
+            prompt, answer = _pieces(guard, rest + asked), _pieces(guard, answered)
             rest = answer.pop() if answer and isinstance(answer[-1], str) and not answer[-1].strip() else ""  # type: ignore[assignment]
+            if turn.answer.strip() and not any(isinstance(piece, str) and piece.strip() for piece in answer):
+                return f"it leaves out the answer of turn {len(turns) + 1}"
             if not answer or isinstance(answer[-1], str):  # nothing ends it, so the model would never learn to stop
                 answer.append(EOS)
             turns.append((prompt, answer))
-            before = answered
         return turns
 
 
@@ -339,6 +347,8 @@ def read_style(directory: Path) -> Style | None:
         facts = json.loads(path.read_text(encoding="utf-8"))
         name = str(facts["style"])
         knobs = PromptKnobs(**facts["knobs"]) if "knobs" in facts else None
+        if knobs and any(type(value) is not type(getattr(PromptKnobs, name)) for name, value in asdict(knobs).items()):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f'{path} is not of the form {{"style": "alpaca"}}.') from None
     if name == TEMPLATE and isinstance(facts.get("text"), str):
@@ -361,18 +371,23 @@ def style_json(style: Style) -> str:
 
 
 def _pieces(guard: Guard, text: str) -> list[Piece]:
-    return [Control(part) if is_control else part for part, is_control in guard.split(text)]
+    return [_control(part) if is_control else part for part, is_control in guard.split(text)]
 
 
-def _messages(conversation: Conversation, guard: Guard) -> tuple[list[dict[str, str]], int]:
-    """The conversation as a template wants it, and how many messages the first prompt takes."""
+_control = cache(Control)
+
+
+def _stages(conversation: Conversation, guard: Guard) -> Stages:
+    """The conversation as a template wants it, up to each prompt and up to its answer."""
     messages = [{"role": "system", "content": guard.guard(conversation.system)}] if conversation.system else []
-    first = len(messages) + 1
+    stages: list[tuple[int, bool]] = []
     for i, turn in enumerate(conversation.turns):
         asked = styles.with_input(turn.prompt, conversation.input if i == 0 else "")
         messages.append({"role": "user", "content": guard.guard(asked)})
+        stages.append((len(messages), True))
         messages.append({"role": "assistant", "content": guard.guard(turn.answer)})
-    return messages, first
+        stages.append((len(messages), False))
+    return messages, stages
 
 
 def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:

@@ -2,12 +2,11 @@
 
 An entry is a folder with all weights as they lie on the device and a manifest with a checksum of each, which is
 recomputed where they were loaded. Its name is a hash of everything that decides what is in it. It appears whole or not
-at all, whatever stops the program, and may be deleted at any time.
+at all, whatever stops the program, and may be deleted at any time; lit_qlora.cache_folder deletes what is not used.
 """
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lit_qlora import safetensors_io
+from lit_qlora import cache_folder, safetensors_io
 from lit_qlora.checkpoint import MANIFEST, content_hash, flush, load_model, publish, temporary_directory
 from lit_qlora.config import ModelConfig
 from lit_qlora.errors import CheckpointError, ResourceError
@@ -30,7 +29,6 @@ from lit_qlora.streaming import stream
 
 WEIGHTS = "weights.safetensors"
 AT_ONCE = 2**22  # numbers that are multiplied together for a checksum
-SHARE_OF_DISK = 0.1  # "auto" keeps nothing that takes more of the free space
 
 
 def load(
@@ -44,14 +42,15 @@ def load(
     """As checkpoint.load_model, from the cache if it is there, and else kept there.
 
     Args:
-        setting: of the cache, see directory.
+        setting: of the cache, see cache_folder.directory.
     """
     checkpoint_dir, device = Path(checkpoint_dir), torch.device(device)
-    folder = directory(setting)
+    folder = cache_folder.directory(setting, "quantized")
     if quantize == "none" or folder is None or (setting == "auto" and device.type != "cuda"):
         return load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
     config = ModelConfig.load(checkpoint_dir)
     entry = folder / key(checkpoint_dir, config, dtype, quantize, quantize_head)
+    cache_folder.use(entry)
     try:
         if model := read(entry, config, dtype, device):
             return model
@@ -61,19 +60,11 @@ def load(
     with suppress(OSError, ResourceError):  # a full or read-only disk is no reason not to train
         size = sum(safetensors_io.count_bytes(tensor) for tensor in contents(model).values())
         folder.mkdir(parents=True, exist_ok=True)
-        if setting != "auto" or size < SHARE_OF_DISK * shutil.disk_usage(folder).free:
+        if setting != "auto" or size < cache_folder.SHARE_OF_DISK * shutil.disk_usage(folder).free:
             write(entry, model)
+            cache_folder.prune(folder, keep=entry)
             tell(f"The quantised weights are kept in {entry} ({size / 1e9:.1f} GB), which may be deleted.")
     return model
-
-
-def directory(setting: str) -> Path | None:
-    """Where the cache is, for a quantize_cache; None if there is to be none."""
-    if setting == "none":
-        return None
-    if setting != "auto":
-        return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_qlora" / "quantized"
 
 
 def key(checkpoint_dir: Path, config: ModelConfig, dtype: torch.dtype, quantize: Scheme, quantize_head: bool) -> str:

@@ -25,7 +25,7 @@ HARMLESS = (
     *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run"),
     *("quiet", "expect_trainable"),
     *("devices", "num_nodes", "strategy", "deterministic"),
-    *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs"),
+    *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs", "train.keep_dequantized"),
     *("train.save_every", "train.save_minutes", "train.keep_last", "eval", "guard", "log"),
 )
 """Settings, or groups of them, that may change in the middle of a run: what is learnt does not depend on them."""

@@ -25,7 +25,7 @@ from lit_qlora.mirrors import Mirrors
 from lit_qlora.model import GPT
 from lit_qlora.optim import check_schedule, make_optimizer, repage
 from lit_qlora.pages import one_line
-from lit_qlora.plan import Plan
+from lit_qlora.plan import Plan, check_fp8
 from lit_qlora.probes import Probes
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, flat, numbered, plain, read_log, write_log
@@ -66,17 +66,22 @@ def eval_every(config: FinetuneConfig, data: RunData, total: int) -> int:
 
 
 def take_path(model: GPT, plan: Plan) -> None:
-    """Let the model compute its loss as the plan says; call it before the optimizer is made."""
+    """Let the model compute its loss as the plan says; call it before the optimizer is made.
+
+    Raises:
+        UsageError: if that is in FP8, and the model as it was loaded cannot.
+    """
     if plan.slow_because:
         model.recompute = plan.recompute[0] == "full"
         return
     from lit_qlora.fused import fuse, why_not
 
     if reason := why_not(model):  # only the loaded model shows it
+        check_fp8(plan.fp8, reason)
         tell(f"  path    plain after all ({reason})")
         model.recompute = "none" not in plan.recompute
         return
-    fuse(model, plan.graph_tokens).set_recompute(plan.recompute)
+    fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks).set_recompute(plan.recompute)
 
 
 def set_deterministic() -> None:

@@ -1,19 +1,21 @@
 """Log-probabilities of given continuations: what multiple choice, perplexity and comparisons of models are made of.
 
-Requests are sorted by length and batched. Those that the model reads alike, such as choices that differ in their last
-token only, share a row; those that begin alike, such as choices of several tokens or questions after the same examples,
-read their common beginning once and go on from its keys and values.
+Requests are sorted, so that those which begin alike stand side by side, and laid end to end in rows of the model: each
+without what the one before it has already, be it a context with four choices or examples before many questions. So
+every common beginning is read once, in one forward pass and without a cache, and next to nothing is padding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_qlora.errors import DataError
-from lit_qlora.model import GPT, LOGITS_AT_ONCE, KVCache
+from lit_qlora.model import GPT, LOGITS_AT_ONCE
 
 Ids = tuple[int, ...]
 Request = tuple[Sequence[int], Sequence[int]]
@@ -23,38 +25,24 @@ BatchSize = int | Literal["auto"]
 TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
 """Tokens of a forward pass with batch size auto. On a GPU enough that decoding 4-bit weights is a small part of it, on
 a CPU as many as its caches bear."""
-KEPT_AT_ONCE = {"cuda": 2, "cpu": 8}
-"""Tokens whose keys and values are kept, as a multiple of those; half a megabyte each for 7B in 16 bit."""
-WORTH_SHARING = 0.2
-"""Share of a row's tokens that joining those that begin alike must save: two forward passes cost more than one."""
-SHORTEST_SHARED = 16
-"""Tokens of a beginning that are worth a forward pass of their own."""
+SHORTEST_ROW = 256
+"""Tokens of a row of inputs that have little in common; more in models that are wide."""
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One input of the model, and the requests that it answers.
-
-    Attributes:
-        free: its first tokens, behind which nothing is predicted.
-    """
+class _Input:
+    """What the model reads for some requests."""
 
     ids: Ids
-    free: int
     requests: list[int]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Rows whose first `shared` tokens are the same and are read once."""
+@dataclass
+class _Row:
+    """Inputs that stand in one row of the model, sorted by their ids, and how many tokens they are together."""
 
-    rows: list[_Row]
-    shared: int = 0
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(row.ids) for row in self.rows)
+    inputs: list[_Input]
+    size: int
 
 
 class Scorer:
@@ -63,23 +51,27 @@ class Scorer:
     What is longer than the context loses its beginning.
 
     Args:
-        batch_size: rows of a forward pass; "auto" takes as many as make TOKENS_AT_ONCE, and fewer if memory is short.
+        batch_size: inputs of a forward pass; "auto" takes as many as make TOKENS_AT_ONCE, and fewer if memory is short.
             Changes memory and speed, not the result.
         max_length: most tokens that the model reads at once; by default its whole context.
 
     Attributes:
+        hidden: what reads tokens, as GPT.hidden does; lit_qlora.fused.reader gives one that is faster on a GPU.
         truncated: how many requests have lost their beginning so far.
     """
 
     def __init__(self, model: GPT, batch_size: BatchSize = "auto", max_length: int | None = None) -> None:
+        config = model.config
         self.model, self.batch_size = model, batch_size
-        self.max_length = min(max_length or model.config.block_size, model.config.block_size)
+        self.hidden: Callable[..., Tensor] = model.hidden
+        self.max_length = min(max_length or config.block_size, config.block_size)
         self.device = model.embed.weight.device
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
-        self.tokens_at_once, self.kept = TOKENS_AT_ONCE[kind], KEPT_AT_ONCE[kind]
+        self.tokens_at_once = TOKENS_AT_ONCE["cuda" if self.device.type == "cuda" else "cpu"]
+        # Every token of a row is compared with every other, which at this length is a small part of the work.
+        self.row_length = max(SHORTEST_ROW, config.n_embd // 8)
         self.truncated = 0
-        # These rotate by the length that there is when a token is read, so reading in two steps is another function.
-        self._can_share = model.config.rope_scaling not in ("dynamic", "longrope")
+        # These rotate the same beginning otherwise in a longer text.
+        self._shares = config.rope_scaling not in ("dynamic", "longrope")
 
     def score(
         self, requests: Sequence[Request], progress: Callable[[int], object] = lambda done: None
@@ -93,75 +85,27 @@ class Scorer:
             DataError: if a continuation alone is longer than the model's context.
         """
         results = [(0.0, True)] * len(requests)
-        waiting = self._groups(requests)
+        inputs: dict[Ids, list[int]] = {}
+        for index, (context, continuation) in enumerate(requests):
+            if continuation:
+                inputs.setdefault(self._input(context, continuation), []).append(index)
+        progress(len(requests) - sum(map(len, inputs.values())))
+        waiting = self._rows(_Input(ids, indices) for ids, indices in inputs.items())
         while waiting:
             batch, rest = self._take(waiting)
             try:
                 answered = self._answer(batch, requests)
             except torch.OutOfMemoryError:
-                if self.batch_size != "auto" or sum(len(group.rows) for group in batch) == 1:
+                if self.batch_size != "auto" or sum(len(row.inputs) for row in batch) == 1:
                     raise
-                if len(batch) == 1:
-                    waiting = [_Group([row]) for row in batch[0].rows] + rest
-                self.tokens_at_once //= 2
+                self.tokens_at_once = len(batch) * batch[0].size // 2
+                waiting = self._rows(one for row in waiting for one in row.inputs)
                 continue
             for index, result in answered:
                 results[index] = result
             progress(len(answered))
             waiting = rest
         return results
-
-    def _groups(self, requests: Sequence[Request]) -> list[_Group]:
-        """All rows, those that begin alike together where that pays, the longest first: memory peaks at once."""
-        answers: dict[Ids, list[int]] = {}
-        for index, (context, continuation) in enumerate(requests):
-            answers.setdefault(self._input(context, continuation), []).append(index)
-        rows = [
-            _Row(ids, len(ids) - max(len(requests[index][1]) for index in indices), indices)
-            for ids, indices in answers.items()
-        ]
-        if not self._can_share:
-            groups = [_Group([row]) for row in rows]
-        else:
-            groups = []
-            for row in sorted(rows, key=lambda row: row.ids):  # those that begin alike stand side by side
-                joined = self._joined(groups[-1], row) if groups else None
-                if joined:
-                    groups[-1] = joined
-                else:
-                    groups.append(_Group([row], row.free))
-            groups = [group if len(group.rows) > 1 else _Group(group.rows) for group in groups]
-        # Groups that share a beginning are kept apart from rows that do not: they take different paths.
-        return sorted(groups, key=lambda group: (group.shared == 0, -group.longest))
-
-    def _joined(self, group: _Group, row: _Row) -> _Group | None:
-        """The group with one more row, whose beginning may be shorter then; None where that would not pay."""
-        last, count = group.rows[-1].ids, len(group.rows)
-        pairs = enumerate(zip(last, row.ids, strict=False))
-        alike = next((i for i, (a, b) in pairs if a != b), min(len(last), len(row.ids)))
-        joined = _Group([*group.rows, row], min(alike, row.free, group.shared))
-        saved = count * joined.shared - (count - 1) * group.shared
-        pays = joined.shared >= SHORTEST_SHARED and saved > WORTH_SHARING * len(row.ids)
-        return joined if pays and self._fits([joined]) else None
-
-    def _take(self, waiting: list[_Group]) -> tuple[list[_Group], list[_Group]]:
-        """The first groups, as many as a forward pass takes, and the others."""
-        batch: list[_Group] = []
-        for group in waiting:
-            if batch and ((group.shared == 0) != (batch[0].shared == 0) or not self._fits([*batch, group])):
-                break
-            batch.append(group)
-        return batch, waiting[len(batch) :]
-
-    def _fits(self, batch: Sequence[_Group]) -> bool:
-        """Whether these rows can be read together."""
-        rows = sum(len(group.rows) for group in batch)
-        if self.batch_size != "auto":
-            return rows <= self.batch_size
-        longest = max(group.longest for group in batch)
-        read = max(group.longest - group.shared for group in batch)
-        kept = rows * longest if any(group.shared for group in batch) else 0
-        return rows * read <= self.tokens_at_once and kept <= self.kept * self.tokens_at_once
 
     def _input(self, context: Sequence[int], continuation: Sequence[int]) -> Ids:
         """What the model reads: all but the last token, at most max_length."""
@@ -174,45 +118,99 @@ class Scorer:
         self.truncated += len(ids) > self.max_length + 1
         return ids[-(self.max_length + 1) :][:-1]
 
+    def _rows(self, inputs: Iterable[_Input]) -> list[_Row]:
+        """All inputs in rows, the longest first: memory peaks at once, and rows of a length stand together."""
+        ordered = sorted(inputs, key=lambda one: one.ids)
+        known = [self._alike(one.ids, other.ids) for one, other in pairwise([_Input((), []), *ordered])]
+        total = sum(len(one.ids) - alike for one, alike in zip(ordered, known, strict=True))
+        length = math.ceil(total / max(1, round(total / self.row_length)))  # so that the last row is as long as others
+        rows: list[_Row] = []
+        for one, alike in zip(ordered, known, strict=True):
+            new = len(one.ids) - alike
+            if rows and self._joins(rows[-1], alike, new, length):
+                rows[-1].inputs.append(one)
+                rows[-1].size += new
+            else:
+                rows.append(_Row([one], len(one.ids)))
+        return sorted(rows, key=lambda row: -row.size)
+
+    def _alike(self, a: Ids, b: Ids) -> int:
+        """How many tokens the second need not read again."""
+        if not self._shares:
+            return 0
+        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+    def _joins(self, row: _Row, alike: int, new: int, length: int) -> bool:
+        """Whether an input of `new` tokens, behind `alike` that are there, is added to a row.
+
+        It is if the row is below `length`, and would not be much above it, or if reading again what is there would cost
+        more than comparing the new tokens with the row: 24 E^2 operations a token in the linear layers of a block,
+        against 4 E for each pair, both ways, at a quarter of the speed.
+        """
+        if self.batch_size != "auto" and len(row.inputs) == self.batch_size:
+            return False
+        size = row.size + new
+        short = row.size < length and size <= 1.25 * length
+        worth = short or 3 * self.model.config.n_embd * alike > 4 * row.size * new
+        return worth and (self.batch_size != "auto" or size <= self.tokens_at_once)
+
+    def _take(self, waiting: list[_Row]) -> tuple[list[_Row], list[_Row]]:
+        """The first rows, as many as a forward pass takes, and the others."""
+        count, inputs = 1, len(waiting[0].inputs)
+        for row in waiting[1:]:
+            inputs += len(row.inputs)
+            full = (count + 1) * waiting[0].size > self.tokens_at_once
+            if full if self.batch_size == "auto" else inputs > self.batch_size:
+                break
+            count += 1
+        return waiting[:count], waiting[count:]
+
     @torch.no_grad()
-    def _answer(self, batch: Sequence[_Group], requests: Sequence[Request]) -> list[tuple[int, tuple[float, bool]]]:
+    def _answer(self, batch: Sequence[_Row], requests: Sequence[Request]) -> list[tuple[int, tuple[float, bool]]]:
         """(number, result) of every request of the batch."""
-        hidden = self._hidden(batch)
-        rows = [(row, group.shared) for group in batch for row in group.rows]
-        picked: list[Tensor] = []
+        width = batch[0].size
+        tokens, positions, seen_until, segments = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(4))
+        seen_until += torch.arange(1, width + 1)  # padding sees itself
+        segments -= 1
+        picked: list[int] = []
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
-        for place, (row, shared) in enumerate(rows):
-            end = len(row.ids) - shared
-            for index in row.requests:
-                continuation = requests[index][1]
-                picked.append(hidden[place, end - len(continuation) : end])  # the positions that predict it
-                targets += continuation
-                spans.append((index, len(continuation)))
-        log_probs, greedy = self._look_up(torch.cat(picked), torch.tensor(targets, dtype=torch.long))
+        for number, row in enumerate(batch):
+            path: list[int] = []  # columns of the tokens of an input
+            ids: list[int] = []
+            depths: list[int] = []
+            ends: list[int] = []
+            owners: list[int] = []
+            last: Ids = ()
+            for place, one in enumerate(row.inputs):
+                alike, start = self._alike(last, one.ids), len(ids)
+                new = len(one.ids) - alike
+                for column in path[alike:]:
+                    ends[column] = start
+                path[alike:] = range(start, start + new)
+                ids += one.ids[alike:]
+                depths += range(alike, len(one.ids))
+                ends += [row.size] * new
+                owners += [place] * new
+                last = one.ids
+                for index in one.requests:
+                    continuation = requests[index][1]
+                    picked += [number * width + column for column in path[-len(continuation) :]]  # what predicts it
+                    targets += continuation
+                    spans.append((index, len(continuation)))
+            for whole, part in ((tokens, ids), (positions, depths), (seen_until, ends), (segments, owners)):
+                whole[number, : row.size] = torch.tensor(part)
+        apart = any(len(row.inputs) > 1 for row in batch)
+        hidden = self.hidden(
+            tokens.to(self.device),
+            positions=positions.to(self.device),
+            segments=None if self._shares else segments.to(self.device),
+            seen_until=seen_until.to(self.device) if self._shares and apart else None,
+        )
+        states = hidden.flatten(0, 1)[torch.tensor(picked, device=self.device)]
+        log_probs, greedy = self._look_up(states, torch.tensor(targets))
         parts = zip(spans, log_probs.split([n for _, n in spans]), greedy.split([n for _, n in spans]), strict=True)
         return [(index, (float(lp.double().sum()), bool(hits.all()))) for (index, _), lp, hits in parts]
-
-    def _hidden(self, batch: Sequence[_Group]) -> Tensor:
-        """(rows, T, E) behind what each group shares, the shorter rows padded on the right."""
-        ends = self._padded([row.ids[group.shared :] for group in batch for row in group.rows])
-        widest = max(group.shared for group in batch)
-        if not widest:
-            return self.model.hidden(ends)
-        config, weight = self.model.config, self.model.embed.weight
-        padding = [widest - group.shared for group in batch]
-        left_pad = torch.tensor(padding, device=self.device) if any(padding) else None
-        cache = KVCache(config, len(batch), widest + ends.size(1), weight.dtype, self.device, left_pad)
-        starts = [(*[0] * pad, *group.rows[0].ids[: group.shared]) for pad, group in zip(padding, batch, strict=True)]
-        self.model.hidden(torch.tensor(starts, device=self.device), cache)
-        members = [i for i, group in enumerate(batch) for _ in group.rows]
-        cache.select(torch.tensor(members, device=self.device))
-        return self.model.hidden(ends, cache)
-
-    def _padded(self, rows: Sequence[Ids]) -> Tensor:
-        """(rows, T), padded on the right, where nothing before the padding sees it."""
-        longest = max(1, *map(len, rows))
-        return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows], device=self.device)
 
     def _look_up(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """For (N, E) and (N,): the float32 log-probability of each target, and whether it is the likeliest token."""

@@ -215,7 +215,9 @@ class DataConfig(PromptKnobs):
     seed: int | None = None
     """Seed of the order, of the split and of what max_samples chooses; by default the run's."""
     cache_dir: str = "auto"
-    """Where encoded data is kept for the next run; by default ~/.cache/lit_qlora, and 'none' keeps nothing."""
+    """Where encoded data is kept for the next run; by default ~/.cache/lit_qlora, and 'none' keeps nothing.
+    What nobody has used for 30 days goes, and the longest unused if together they take more than a tenth of the free
+    space."""
     allow: tuple[Finding, ...] | Finding = ()
     """Go on in spite of these findings, which else stop the run."""
 
@@ -236,7 +238,15 @@ class DataConfig(PromptKnobs):
             check(self.val_path is None, "data.val_path is what to validate on, so data.validation_size has no effect.")
             object.__setattr__(self, "val_fraction", self.validation_size)
             object.__setattr__(self, "validation_size", None)  # so that a config.yaml holds it once
-        check(0 <= self.val_fraction < math.inf, f"data.val_fraction must not be negative, got {self.val_fraction}.")
+        share = self.val_fraction
+        check(
+            0 <= share < 1 or share % 1 == 0 <= share,
+            f"data.val_fraction must be a share below 1 or a whole number of samples, got {share}.",
+        )
+        check(
+            not self.columns or self.format == "auto",
+            "data.columns says what is what, so data.format would have no effect. Leave one out.",
+        )
         check(
             self.validation_strategy != "custom" or self.val_path is not None,
             "data.validation_strategy is custom, so data.val_path must name a file.",
@@ -298,6 +308,14 @@ class PrepareConfig:
             self.max_seq_length is None or self.checkpoint_dir is not None,
             "max_seq_length counts tokens, so --checkpoint_dir must name a tokenizer.",
         )
+        check(
+            self.prompt == PrepareConfig.prompt or self.checkpoint_dir is not None,
+            "prompt is the style in which tokens are counted, so --checkpoint_dir must name a tokenizer.",
+        )
+        check(
+            not self.columns or self.format == "auto",
+            "columns says what is what, so format would have no effect. Leave one out.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +364,14 @@ class TrainConfig:
     path, mlp, attn and offload are full."""
     fast: bool = True
     """Take the fast path where GPU, precision and model allow it; it computes the same."""
+    fp8: bool = False
+    """Multiply with the frozen weights of the blocks in FP8, which is faster and rounds what is learnt more coarsely,
+    as validation does; adapters and the head stay in 16 bit. Needs the fast path and a GPU that has FP8 (from Ada and
+    Hopper on)."""
+    keep_dequantized: int | Literal["auto"] = 0
+    """Blocks of a quantised base whose weights the fast path keeps dequantised as well, in memory that would be left
+    over (0.4 GB for each of a 7B), instead of dequantising them twice a micro-batch, which is half the time of a short
+    one; 'auto' is as many as fit. The numbers are the same bits."""
     cuda_graphs: Literal["auto", "never"] = "never"
     """'auto' launches small micro-batches (up to 2,048 tokens) as CUDA graphs where they are usual, not packed, and
     there is memory left, which is three times as fast for a sample of 135 tokens; rows are padded to one of 32 lengths.
@@ -356,6 +382,9 @@ class TrainConfig:
         check(0 < self.epochs < math.inf, f"train.epochs must be above 0 and finite, got {self.epochs}.")
         check(self.max_steps is None or self.max_steps > 0, f"train.max_steps must be above 0, got {self.max_steps}.")
         check(self.batch_size >= 1, f"train.batch_size must be at least 1, got {self.batch_size}.")
+        blocks = self.keep_dequantized
+        check(blocks == "auto" or blocks >= 0, f"train.keep_dequantized must not be negative, got {blocks}.")
+        check(not (blocks and self.fp8), "train.keep_dequantized has no effect with --train.fp8. Leave one out.")
         check(self.micro_batch_size >= 1, f"train.micro_batch_size must be at least 1, got {self.micro_batch_size}.")
         check(
             0 < self.learning_rate < math.inf,
@@ -705,7 +734,8 @@ class FinetuneConfig:
     """Quantise the output head too."""
     quantize_cache: str = "auto"
     """Where quantised weights are kept for the next run; by default ~/.cache/lit_qlora, on a GPU and if they take less
-    than a tenth of the free space. 'none' keeps nothing."""
+    than a tenth of the free space. 'none' keeps nothing. What nobody has used for 30 days goes, and the longest unused
+    if together they take more than that tenth."""
     precision: Precision = "auto"
     """Dtype of weights and activations; adapters and optimizer are always float32. 'auto' is bf16-true on a GPU that
     has it, 16-mixed on another GPU, 32-true on a CPU."""

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -39,8 +39,23 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
+def render_stages(template: Template, variables: dict[str, Any], messages: list[Any], stages: list[Any]) -> Any:
+    """What each stage adds to the one before it, or, as a text, why that cannot be told."""
+    before, added = "", []
+    try:
+        for count, begin in stages:
+            text = template.render(variables | {"messages": messages[:count], "add_generation_prompt": begin})
+            if not text.startswith(before):
+                return f"it writes what comes before message {count} differently once the conversation goes on"
+            added.append(text[len(before) :])
+            before = text
+    except Exception as error:  # whatever the stranger's program does
+        return f"{type(error).__name__}: {error}"
+    return added
+
+
 def main() -> None:
-    """Answer each line of stdin, a request, with a line: a JSON list of {"text": ...} or {"error": ...}."""
+    """Answer each line of stdin, a request, with a line: a JSON list with what render_stages says, or a text."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -50,14 +65,14 @@ def main() -> None:
     compiled = cache(environment.from_string)
     for line in sys.stdin:
         request = json.loads(line)
-        answers: list[dict[str, str]] = []
         try:
             template = compiled(request["template"])
-            for variables in request["conversations"]:
-                answers.append({"text": template.render(request["variables"] | variables)})
         except Exception as error:  # whatever the stranger's program does
-            answers.append({"error": f"{type(error).__name__}: {error}"})
-        print(json.dumps(answers), flush=True)
+            answer: Any = f"{type(error).__name__}: {error}"
+        else:
+            variables, conversations = request["variables"], request["conversations"]
+            answer = [render_stages(template, variables, messages, stages) for messages, stages in conversations]
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

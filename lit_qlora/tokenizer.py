@@ -41,7 +41,16 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path | str) -> None:
-        directory = Path(directory)
+        try:
+            self._read(Path(directory))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            beside = ", ".join(name for name in FILES if name.endswith(".json") and (Path(directory) / name).is_file())
+            raise CheckpointError(
+                f"{directory}: one of {beside} is not of the form in which transformers writes it "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})."
+            ) from error
+
+    def _read(self, directory: Path) -> None:
         settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
         generation = _read_json(directory / "generation_config.json")
         self._backend: _Backend
@@ -289,7 +298,7 @@ class _HuggingFace:
 
         try:
             self.backend = Backend.from_file(str(path))
-            spec = json.loads(path.read_text())
+            spec = json.loads(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises plain Exception
             raise CheckpointError(f"{path} is not a tokenizer.json: {error}.") from None
         self.backend.encode_special_tokens = True  # "</s>" in a text is text
@@ -349,7 +358,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}.") from None
     if not isinstance(content, dict):

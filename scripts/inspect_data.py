@@ -27,15 +27,14 @@ def main(config: Config) -> None:
     """Read, encode, tell."""
     from lit_qlora.config import ModelConfig
     from lit_qlora.data import boundary, show
-    from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
+    from lit_qlora.data.load import length_limit, load
     from lit_qlora.errors import DataError
     from lit_qlora.pages import plot_lengths
     from lit_qlora.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(config.checkpoint_dir)
-    limit = config.data.max_length or DEFAULT_MAX_LENGTH
-    if (config.checkpoint_dir / "model_config.json").is_file():
-        limit = min(limit, ModelConfig.load(config.checkpoint_dir).block_size)
+    known = (config.checkpoint_dir / "model_config.json").is_file()
+    limit = length_limit(config.data, ModelConfig.load(config.checkpoint_dir) if known else None)
     seed = config.seed if config.data.seed is None else config.data.seed
     loaded = load(config.data, config.checkpoint_dir, tokenizer, limit, seed)
     audit, counts = loaded.audit, loaded.audit.counts

@@ -1,6 +1,7 @@
 """Make what the demo needs: the base model of a small world, questions to fine-tune on, and a held-out task.
 
 python scripts/make_demo.py
+python scripts/make_demo.py --model tiny-neox --seed 11 --out_dir out/tiny-neox    # another model of another world
 """
 
 import json
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import demo_world
 
 from lit_qlora import cli
+from lit_qlora.settings import check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +25,15 @@ if TYPE_CHECKING:
     from lit_qlora.model import GPT
     from lit_qlora.tokenizer import Tokenizer
 
-NAME = "lit-qlora/tiny-world"
-WORLD_SEED, STORY_SEED, SPLIT_SEED, MODEL_SEED = 1, 2, 3, 4
 VOCAB_SIZE, BLOCK_SIZE = 1280, 256
+SIZES = {"n_layer": 4, "n_embd": 192, "n_head": 6, "head_size": 32, "block_size": BLOCK_SIZE}
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny-world": SIZES | {"n_kv_head": 2, "ffn_size": 512},
+    "tiny-neox": SIZES
+    | {"family": "gpt_neox", "n_kv_head": 6, "ffn_size": 768, "ffn": "gelu", "norm": "layer", "rope_fraction": 0.25}
+    | {"parallel_residual": True, "qkv_bias": True, "projection_bias": True, "mlp_bias": True},
+}
+"""Fields of ModelConfig: the demo's Llama, and a GPT-NeoX like those of Pythia."""
 TASK = """\
 task: tiny_world_qa
 dataset_path: json
@@ -53,39 +61,51 @@ class MakeDemoConfig:
 
     only: Literal["all", "data", "task", "tokenizer", "model"] = "all"
     """Make this part alone; the model needs the tokenizer."""
+    model: Literal["tiny-world", "tiny-neox"] = "tiny-world"
+    """Which model learns the world: a Llama, or a GPT-NeoX with layer norms, biases and a parallel residual."""
+    seed: int = 1
+    """Of all that is drawn: the world, its stories, which questions are held out, and the first weights."""
     out_dir: Path = Path()
     """The directory in which checkpoints/, finetune/ and eval/ are."""
     steps: int = 1800
     """Pre-training steps of 2048 tokens."""
 
+    def __post_init__(self) -> None:
+        """Keep another world's files from the demo's."""
+        check(
+            self.out_dir != Path() or (self.model, self.seed) == ("tiny-world", 1),
+            "Here is the demo of tiny-world and seed 1. Give another model or seed an --out_dir of its own.",
+        )
+
 
 def main(config: MakeDemoConfig) -> None:
     """Make the parts that are asked for, in the order in which they need each other."""
-    world = demo_world.make_world(WORLD_SEED)
-    checkpoint = config.out_dir / "checkpoints" / NAME
+    world_seed, story_seed, split_seed, model_seed = range(config.seed, config.seed + 4)
+    world = demo_world.make_world(world_seed)
+    checkpoint = config.out_dir / "checkpoints/lit-qlora" / config.model
     if config.only in ("all", "data"):
-        make_data(world, config.out_dir / "finetune" / "demo")
+        make_data(world, config.out_dir / "finetune" / "demo", split_seed)
     if config.only in ("all", "task"):
-        make_task(world, config.out_dir / "eval" / "demo")
+        make_task(world, config.out_dir / "eval" / "demo", split_seed)
     if config.only in ("all", "tokenizer"):
-        make_tokenizer(world, checkpoint)
+        make_tokenizer(demo_world.stories(world, story_seed), checkpoint)
     if config.only in ("all", "model"):
-        make_model(world, checkpoint, config.steps)
+        make_model(demo_world.stories(world, story_seed), checkpoint, config.steps, model_seed)
 
 
-def make_data(world: list[demo_world.Subject], directory: Path) -> None:
+def make_data(world: list[demo_world.Subject], directory: Path, seed: int) -> None:
     """Write train.jsonl and val.jsonl with the columns instruction, input and output."""
-    parts = demo_world.split(world, SPLIT_SEED)
+    parts = demo_world.split(world, seed)
     for part in ("train", "val"):
         rows = [{"instruction": q.instruction, "input": q.input, "output": q.answer} for q in parts[part]]
         write_rows(directory / f"{part}.jsonl", rows)
 
 
-def make_task(world: list[demo_world.Subject], directory: Path) -> None:
+def make_task(world: list[demo_world.Subject], directory: Path, seed: int) -> None:
     """Write the lm-eval task and its questions, the right answer equally often in each place."""
-    rng = random.Random(SPLIT_SEED)
+    rng = random.Random(seed)
     rows = []
-    for i, q in enumerate(demo_world.split(world, SPLIT_SEED)["test"]):
+    for i, q in enumerate(demo_world.split(world, seed)["test"]):
         choices = rng.sample(q.wrong, len(q.wrong))
         choices.insert(i % (len(q.wrong) + 1), q.answer)
         question = f"{q.instruction}\n{q.input}" if q.input else q.instruction
@@ -94,14 +114,14 @@ def make_task(world: list[demo_world.Subject], directory: Path) -> None:
     (directory / "tiny_world_qa.yaml").write_text(TASK)
 
 
-def make_tokenizer(world: list[demo_world.Subject], checkpoint: Path) -> None:
-    """Train tokenizer.model on the world's stories and write the small files that go with it."""
+def make_tokenizer(stories: Iterator[str], checkpoint: Path) -> None:
+    """Train tokenizer.model on the first stories and write the small files that go with it."""
     import io
 
     import sentencepiece
 
     checkpoint.mkdir(parents=True, exist_ok=True)
-    lines = (line for story in islice(demo_world.stories(world, STORY_SEED), 4000) for line in story.split("\n"))
+    lines = (line for story in islice(stories, 4000) for line in story.split("\n"))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines,
@@ -134,8 +154,8 @@ def make_tokenizer(world: list[demo_world.Subject], checkpoint: Path) -> None:
     print(f"{checkpoint / 'tokenizer.model'}: {len(model.getvalue())} bytes")
 
 
-def make_model(world: list[demo_world.Subject], checkpoint: Path, steps: int) -> None:
-    """Pre-train a Llama on the stories and write its weights (bf16) and config."""
+def make_model(stories: Iterator[str], checkpoint: Path, steps: int, seed: int) -> None:
+    """Pre-train the model that `checkpoint` is named after and write its weights (bf16) and config."""
     import torch
 
     from lit_qlora.checkpoint import save_weights
@@ -144,21 +164,12 @@ def make_model(world: list[demo_world.Subject], checkpoint: Path, steps: int) ->
     from lit_qlora.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(checkpoint)
-    config = ModelConfig(
-        name=NAME,
-        n_layer=4,
-        n_embd=192,
-        n_head=6,
-        n_kv_head=2,
-        head_size=32,
-        ffn_size=512,
-        vocab_size=tokenizer.size,
-        block_size=BLOCK_SIZE,
-    )
-    torch.manual_seed(MODEL_SEED)
+    fields = MODELS[checkpoint.name]
+    config = ModelConfig(name=f"lit-qlora/{checkpoint.name}", vocab_size=tokenizer.size, **fields)
+    torch.manual_seed(seed)
     model = GPT(config)
     initialise(model)
-    pretrain(model, batches(tokenizer, world), steps)
+    pretrain(model, batches(tokenizer, stories), steps)
 
     weights = {name: weight.detach().to(torch.bfloat16) for name, weight in model.state_dict().items()}
     save_weights(checkpoint, config, weights, weights.items())
@@ -173,11 +184,11 @@ def initialise(model: "GPT") -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             adds = path.endswith(("projection", "down"))
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * model.config.n_layer) if adds else 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
-def batches(
-    tokenizer: "Tokenizer", world: list[demo_world.Subject], rows: int = 8
-) -> Iterator[tuple["Tensor", "Tensor"]]:
+def batches(tokenizer: "Tokenizer", stories: Iterator[str], rows: int = 8) -> Iterator[tuple["Tensor", "Tensor"]]:
     """Stories end to end, each between BOS and EOS.
 
     Yields:
@@ -187,7 +198,7 @@ def batches(
 
     ids: list[int] = []
     size = rows * BLOCK_SIZE
-    for story in demo_world.stories(world, STORY_SEED):
+    for story in stories:
         ids += tokenizer.encode(story, bos=True, eos=True)
         if len(ids) > size:
             chunk = torch.tensor(ids[: size + 1])

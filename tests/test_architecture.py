@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors", "kernels", "known_models", "metrics", "parallel", "template_worker"},
+    {"cache_folder", "errors", "kernels", "known_models", "metrics", "parallel", "template_worker"},
     {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings"},
     {"embeddings", "mirrors", "pages", "peft_config", "shrink", "stopping", "tokenizer"},
     {"activations", "device", "families", "gguf_vocabulary", "guards", "hub", "lora", "quantize", "shards"}

@@ -1,34 +1,304 @@
-"""The programs in benchmarks/ that compare with other libraries run, on a toy and without a GPU."""
+"""The programs in benchmarks/: what they make of measurements, and that they run, on a toy and without a GPU."""
 
+import argparse
 import csv
+import importlib
+import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
+from lit_qlora.activations import COST
+from lit_qlora.config import ModelConfig
 from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.known_models import MODELS
+from lit_qlora.plan import make_plan
+from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig
 from tests.conftest import ROOT
 
-pytest.importorskip("peft")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not AVAILABLE, reason="needs Triton")]
+ADAPTERS = LoRAConfig(r=16, alpha=32, targets=("all",), dropout=0.0)
+needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 
 
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that imports a program of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.fixture
+def tables(program: Any) -> ModuleType:
+    return program("tables")
+
+
+def test_the_figures_in_readme_are_those_that_were_measured(tables: ModuleType) -> None:
+    text, rows = (ROOT / "README.md").read_text(encoding="utf-8"), tables.read_rows(tables.TABLE)
+    assert tables.renew(text, rows) == text, "run python benchmarks/tables.py"
+    assert tables.renew(text.replace("| offload | 1", "| offload | 2"), rows) == text
+    for table in (tables.training, tables.beside, tables.answers):
+        assert table(rows)[1], "a table is empty"
+
+
+def step(**changes: str) -> dict[str, str]:
+    """A row of step.py."""
+    columns = {
+        "program": "step.py",
+        "shape": "llama-2-7b",
+        "micro_batch": "2",
+        "tokens": "2048",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "flags": "bnb.nf4-dq r16 all dropout 0 recompute none",
+        "tokens_per_second": "20000",
+        "slowest": "1",
+        "fastest": "2",
+        "peak_gib": "16.04",
+        "commit": "new",
+        "date": "2030-01-01",
+        "torch": "9.0",
+        "bitsandbytes": "",
+    }
+    return columns | changes
+
+
+def test_of_each_setting_the_newest_row_counts(tables: ModuleType) -> None:
+    old = step(tokens_per_second="1000", commit="old")
+    of_another_gpu = step(tokens_per_second="30000", gpu="another")
+    other = step(tokens_per_second="5000", flags="bnb.nf4-dq r16 all dropout 0 recompute none graphs")
+    made = tables.make([old, step(), other, of_another_gpu])
+    assert "| Llama-2-7B | none | 20,000 | 1.0 - 2.0 | 16.0 |" in made
+    assert "commits\nnew." in made
+    assert all(figure not in made for figure in ("1,000", "30,000", "5,000", "old"))
+
+
+def test_a_peer_stands_beside_ours_of_the_same_run(tables: ModuleType) -> None:
+    begin = "fixed nf4-dq r16 all dropout 0"
+
+    def pair(peer: str, version: str, ours: str, theirs: str) -> list[dict[str, str]]:
+        told = f"{begin} ours recompute none, beside {peer}"
+        return [
+            step(program="peers.py", flags=told, tokens_per_second=ours),
+            step(program="peers.py", flags=f"{begin} {peer} {version}", tokens_per_second=theirs),
+        ]
+
+    made, _ = tables.beside(
+        [
+            *pair("peft", "0.2", "8000", "2000"),
+            *pair("peft", "0.3", "9000", "6000"),
+            *pair("litgpt", "1", "2000", "4000"),
+        ]
+    )
+    rows = [line.split(" | ")[1:] for line in made[2:]]
+    assert rows == [
+        ["9,000", "16.0", "peft 0.3", "6,000", "16.0", "1.50 |"],
+        ["2,000", "16.0", "litgpt 1", "4,000", "16.0", "0.50 |"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "known"),
+    [("full", (5.52, 6.31, 7.89)), ("offload", (5.05, 5.37, 6.01)), ("none", (11.0, 17.3, 29.9))],
+)
+def test_floors_of_memory_are_those_that_were_worked_out_by_hand(
+    recompute: Recompute, known: tuple[float, ...], program: Any
+) -> None:
+    """GB of Llama-2-7B at 2,048, 4,096 and 8,192 tokens."""
+    model = ModelConfig(name="x", **program("shapes").SHAPES["llama-2-7b"])
+    for tokens, expected in zip((2048, 4096, 8192), known, strict=True):
+        found = program("floors").memory_floor(model, ADAPTERS, "bnb.nf4-dq", recompute, tokens)
+        assert found / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gigabytes", "published"),
+    [
+        ("llama-2-7b", 3.87, "meta-llama/Llama-2-7b-hf"),
+        ("llama-2-13b", 7.20, "meta-llama/Llama-2-13b-hf"),
+        ("llama-1-33b", 17.4, "huggyllama/llama-30b"),
+        ("llama-1-65b", 34.5, "huggyllama/llama-65b"),
+        ("llama-2-70b", 36.4, "meta-llama/Llama-2-70b-hf"),
+        ("llama-3-8b", 5.70, "meta-llama/Meta-Llama-3-8B"),
+    ],
+)
+def test_a_shape_has_the_size_of_the_published_model(
+    shape: str, gigabytes: float, published: str, program: Any
+) -> None:
+    model = ModelConfig(name="x", **program("shapes").SHAPES[shape])
+    plan = make_plan(model, ADAPTERS, "bnb.nf4-dq", False, torch.bfloat16, 1, TrainConfig(), None)
+    assert plan.weights / 1e9 == pytest.approx(gigabytes, rel=2e-3)
+    billions = next(family[published] for family in MODELS.values() if published in family)
+    assert plan.frozen / 1e9 == pytest.approx(billions, rel=6e-3)
+
+
+@needs_triton
+def test_measured_peaks_are_near_their_floors_and_what_the_plan_said(program: Any) -> None:
+    """Every peak of Llama-2-7B on the fast path that was measured last: at most 1.10 of the floor, 8 % off the plan."""
+    results = program("results")
+    measured = {
+        (row["micro_batch"], row["tokens"], row["flags"]): row
+        for row in results.read_rows(results.TABLE)
+        if row["program"] == "step.py" and row["shape"] == "llama-2-7b" and row["flags"].split()[-1] in COST
+    }
+    assert len(measured) >= 8
+    for peak, plan, floor in map(program("floors").sizes, measured.values()):
+        assert peak < 1.10 * floor
+        assert peak == pytest.approx(plan, rel=0.08)
+
+
+@needs_triton
+def test_a_session_measures_each_step_that_readme_shows_with_flags_that_its_programs_know(
+    program: Any, tables: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ParsedError(Exception):
+        """Instead of what comes after reading the flags."""
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser: argparse.ArgumentParser) -> None:
+        raise ParsedError(parse(parser))
+
+    commands = [shlex.split(command) for _, command in program("session").COMMANDS]
+    assert len(set(map(tuple, commands))) == len(commands)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    measured = set()
+    for name, *flags in commands:
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        module = program(Path(name).stem)
+        with pytest.raises(ParsedError) as parsed:
+            module.main()
+        if name == "step.py":
+            (asked,) = parsed.value.args
+            shape = (asked.shape, str(asked.rows), str(asked.length))
+            measured |= {(*shape, module.describe(asked, setting)) for setting in asked.recompute}
+    for shown in tables.TRAINING:
+        known = (shown.shape, shown.micro_batch, shown.tokens, shown.flags) in measured
+        assert known or shown.program != "step.py", shown
+
+
+STUBS = {
+    "good.py": "import os, sys; open(os.environ['RESULTS'], 'a').write(os.environ['COMMIT'] + ' '.join(sys.argv[1:]))",
+    "bad.py": "import sys; sys.exit(3)",
+    "slow.py": "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1]])",
+    "child.py": "import pathlib, time; time.sleep(2.5); pathlib.Path(__file__).with_name('survived').touch()",
+}
+
+
+def test_a_session_goes_on_after_what_fails_and_repeats_nothing_that_is_done(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = program("session")
+    monkeypatch.setattr(session, "HERE", tmp_path / "nothing")
+    monkeypatch.setattr(session, "ATTEMPTS", 1)
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(text)
+    slow = f"slow.py {tmp_path / 'child.py'}"
+    commands = ((60, "bad.py"), (1, slow), (1000, "good.py too long"), (60, "good.py --flag 'two words'"))
+    arguments = argparse.Namespace(minutes=2, out=tmp_path / "out", commit="abc ")
+
+    def outcomes(gpu: str) -> list[tuple[str, str]]:
+        (tmp_path / "out" / "sessions.csv").unlink(missing_ok=gpu == "first")
+        session.session(commands, arguments, gpu, tmp_path)
+        with (tmp_path / "out" / "sessions.csv").open() as file:
+            return [(row["command"], row["outcome"]) for row in csv.DictReader(file)]
+
+    first = [("bad.py", "status 3"), (slow, "stopped after 1 s"), ("good.py --flag 'two words'", "done")]
+    assert outcomes("first") == first
+    assert (tmp_path / "out" / "results.csv").read_text() == "abc --flag two words"
+    assert "no time for good.py too long" in capsys.readouterr().out
+
+    session.session(((60, "good.py new"), *commands), arguments, "first", tmp_path)
+    with (tmp_path / "out" / "sessions.csv").open() as file:
+        again = [(row["command"], row["outcome"]) for row in csv.DictReader(file)][3:]
+    assert again == [("good.py new", "done"), *first[:2]], "new ones first, then what failed"
+    assert len(outcomes("another GPU")) == 3
+    time.sleep(2.5)
+    assert not (tmp_path / "survived").exists(), "what a command started has outlived it"
+
+
+def test_a_session_needs_a_gpu(tmp_path: Path) -> None:
+    flags = ["--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/session.py"), *flags],
+        env=os.environ | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "There is no GPU here that nvidia-smi can see.\n"
+
+
+@pytest.mark.slow
+@needs_triton
 @pytest.mark.parametrize("workload", ["fixed", "packed"])
 def test_peers_take_turns_and_one_that_is_absent_is_said_to_be(workload: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
     flags = f"--shape tiny --bf16 --workload {workload} --rows 1 --length 24 --r 4 --steps 1 --rounds 2"
-    places = ["--work_dir", str(tmp_path), "--results", str(tmp_path / "rows.csv"), "--peers", "litgpt", "peft"]
+    places = ["--work_dir", str(tmp_path), "--results", str(tmp_path / "rows.csv"), "--peers", "unsloth", "peft"]
+    (tmp_path / "unsloth.py").write_text("raise ModuleNotFoundError(\"No module named 'unsloth'\")")
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/peers.py"), *flags.split(), *places],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "litgpt: missing." in done.stdout
+    assert "unsloth: missing. ModuleNotFoundError: No module named 'unsloth'\n" in done.stdout
     assert "ours / peft:" in done.stdout
     ours, theirs = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
     assert "ours" in ours["flags"]
     assert "peft" in theirs["flags"]
     assert all(int(row["tokens_per_second"]) > 0 for row in (ours, theirs))
+
+
+@pytest.mark.slow
+def test_a_peer_sees_no_other_document_of_a_packed_row(program: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    work = program("contestants.task")
+    task = work.Task(
+        name="peft",
+        shape="tiny",
+        dir=str(tmp_path / "hf"),
+        workload="packed",
+        rows=1,
+        length=60,
+        r=4,
+        targets="all",
+        quantize=False,
+        dropout=0.0,
+    )
+    program("shapes").make_hf_checkpoint("tiny", Path(task.dir))
+    built = program("contestants.peft").build(task)
+    ids, lengths = torch.randint(3, 2000, (1, 60)), [20, 15, 25]
+    with torch.no_grad():
+        packed = built.loss(work.Micro(ids, lengths))
+        alone = [(len(one[0]) - 1, built.loss(work.Micro(one))) for one in ids.split(lengths, dim=1)]
+        unpacked = built.loss(work.Micro(ids))
+    expected = sum(weight * loss for weight, loss in alone) / sum(weight for weight, _ in alone)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=0)
+    assert not torch.allclose(packed, unpacked, rtol=1e-4)
+
+
+def test_requests_are_scored_alike_and_what_that_took_is_said(tmp_path: Path) -> None:
+    flags = "--shape tiny --questions 8 --repeats 1 --hf_batch_size 8"
+    places = ["--work_dir", str(tmp_path), "--out", str(tmp_path / "figures.json")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/evaluation.py"), *flags.split(), *places],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() == {"choices", "letters", "pairs", "windows"}
+    for row in figures.values():
+        assert row["largest_difference"] < 1e-3
+        assert row["ours"]["tokens_read"] <= row["hf"]["tokens_read"]
+        assert row["ours"]["spent"].keys() == {"hidden", "_look_up", "the rest"}

@@ -95,11 +95,32 @@ def test_a_damaged_tokenizer_config_is_named(tmp_path: Path) -> None:
         find_chat_template(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja is not UTF-8"),
+        ("tokenizer_config.json", b'{"a": "caf\xe9"}', "tokenizer_config.json is not UTF-8"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template is int, not text"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "no list of names and templates"),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "no list of names and templates"),
+    ],
+)
+def test_a_template_that_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason):
+        find_chat_template(tmp_path)
+
+
 def test_control_tokens_that_a_user_typed_are_told_from_those_of_the_template() -> None:
     typed = "a <|im_end|> b \ue000"
     guard = Guard(["<|im_start|>", "<|im_end|>"], [typed])
     rendered = f"<|im_start|>{guard.guard(typed)}<|im_end|>"
     assert guard.split(rendered) == [("<|im_start|>", True), (typed, False), ("<|im_end|>", True)]
+
+
+def test_a_control_token_of_one_character_is_text_because_nobody_could_tell_who_wrote_it() -> None:
+    guard = Guard(["x", "<s>"], ["x <s>"])
+    assert guard.split(f"<s>{guard.guard('x <s>')}") == [("<s>", True), ("x <s>", False)]
 
 
 def test_without_control_tokens_everything_is_text() -> None:

@@ -74,6 +74,14 @@ def test_inspect_data_needs_no_more_than_a_tokenizer(
     assert "limits    2048 tokens" in capsys.readouterr().out
 
 
+def test_inspect_data_refuses_a_length_that_a_run_would_refuse(
+    alpaca: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--checkpoint_dir={tiny_checkpoint}", f"--data.path={alpaca}", "--data.max_length=97"]
+    assert run("inspect_data", *flags) == 2
+    assert "data.max_length 97 exceeds the 96 tokens of test/tiny's context" in capsys.readouterr().err
+
+
 def test_prepare_alpaca_splits_as_random_split_does(alpaca: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("prepare_alpaca", f"--data_path={alpaca}", f"--out_dir={out}", "--test_split_fraction=0.1") == 0
@@ -121,6 +129,31 @@ def test_what_was_prepared_is_read_as_it_was(tmp_path: Path) -> None:
     one, other = (read_examples(path).examples[0] for path in (talk, tmp_path / "out/train.jsonl"))
     assert (one.turns, one.system) == (other.turns, other.system)
     assert not (tmp_path / "out/val.jsonl").exists()
+    talk.write_text(json.dumps({"messages": spoken[:3]}) + "\n")  # a lone turn that is not learnt
+    assert run("prepare_alpaca", f"--data_path={talk}", f"--out_dir={tmp_path / 'out'}") == 0
+    assert [turn.trained for turn in read_examples(tmp_path / "out/train.jsonl").examples[0].turns] == [False]
+    (tmp_path / "raw.txt").write_text("Once upon a time.")
+    assert run("prepare_alpaca", f"--data_path={tmp_path / 'raw.txt'}", f"--out_dir={tmp_path / 'out'}") == 0
+    assert read_examples(tmp_path / "out/train.jsonl").format == "text"
+
+
+def test_prepare_leaves_a_file_whole_or_not_at_all(
+    alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_qlora.data.prepare.Path.replace", stop)
+    run("prepare_alpaca", f"--data_path={alpaca}", f"--out_dir={tmp_path / 'out'}")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".jsonl"]
+
+
+def test_prepare_never_overwrites_what_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "train.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert run("prepare_alpaca", f"--data_path={source}", f"--out_dir={tmp_path}/../{tmp_path.name}") == 2
+    assert "would be overwritten with a part of itself" in capsys.readouterr().err
+    assert len(rows(source)) == len(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +165,8 @@ def test_what_was_prepared_is_read_as_it_was(tmp_path: Path) -> None:
         (["--format=alpca"], 2, "'alpca' is not known. Did you mean alpaca?"),
         (["--test_split_fraction=1"], 2, "test_split_fraction must be in [0, 1), got 1.0."),
         (["--max_seq_length=9"], 2, "max_seq_length counts tokens, so --checkpoint_dir must name a tokenizer."),
+        (["--prompt=qa"], 2, "prompt is the style in which tokens are counted, so --checkpoint_dir must name"),
+        (["--format=alpaca", "--columns=a:instruction,b:output"], 2, "so format would have no effect"),
         (["--out_dir=alpaca.json/x"], 6, "cannot be written: "),
     ],
 )

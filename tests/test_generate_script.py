@@ -138,6 +138,8 @@ def test_a_text_file_holds_a_prompt_a_line_and_each_gets_as_many_answers_as_aske
         ('{"instruction": "x"}\n{"output": "y"}\n', r"in.jsonl:2: no instruction and no prompt \(has: output\)"),
         ('{"instruction": "x"}\n{"inst\n', "in.jsonl:2: not valid JSON"),
         ('{"instruction": 5}\n', "in.jsonl:1: no instruction"),
+        ("5\n", "in.jsonl:1: expected an object with instruction or prompt, found int"),
+        ('{"instruction": "x", "input": NaN}\n', "in.jsonl:1: NaN is not JSON"),
     ],
 )
 def test_a_file_without_prompts_is_refused_with_the_line_before_anything_is_loaded(content, message, tmp_path):

@@ -186,12 +186,12 @@ def test_scores_do_not_depend_on_how_many_logits_exist_at_a_time(pair, monkeypat
     assert [x[0] for x in parts] == pytest.approx([x[0] for x in whole], abs=1e-5)
 
 
-def test_choices_that_differ_in_their_last_token_cost_one_row(pair, monkeypatch):
+def test_choices_that_differ_in_their_last_token_cost_one_input(pair, monkeypatch):
     rows = []
     hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, tokens: rows.append(len(tokens)) or hidden(self, tokens))
+    monkeypatch.setattr(GPT, "hidden", lambda self, x, **how: rows.append(x.shape) or hidden(self, x, **how))
     pair.ours.loglikelihood(requests(*(("The fox", letter) for letter in "ABCD")), disable_tqdm=True)
-    assert rows == [1]
+    assert rows == [(1, len(pair.ours.tok_encode("The fox")))]
 
 
 def test_what_does_not_fit_is_cut_from_the_left_and_counted(pair):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.chat_template import render
+from lit_qlora.chat_template import Renderer
 from lit_qlora.data import Encoder, Encoding, Example
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.pieces import Control
@@ -234,8 +234,51 @@ def test_the_knobs_of_h2o_put_texts_and_eos_around_prompt_and_answer(tokenizer: 
     ids=["history is rewritten", "the beginning of an answer is not in the answer"],
 )
 def test_a_template_that_is_not_stable_is_refused(tokenizer: Tokenizer, template: str) -> None:
-    with pytest.raises(DataError, match=r"The chat template writes what comes before (an answer|turn 2) differently"):
+    with pytest.raises(CheckpointError, match=r"writes what comes before message [23] differently once"):
         TemplateStyle(template).encode_many(tokenizer, [TALK])
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"])
+def test_a_template_that_leaves_answers_out_is_refused(tokenizer: Tokenizer, template: str) -> None:
+    with pytest.raises(CheckpointError, match="it leaves out the answer of turn 1"):
+        TemplateStyle(template).encode_many(tokenizer, [TALK])
+
+
+SYSTEMLESS = TEMPLATES["chatml"] + "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+def test_samples_that_a_template_refuses_are_named_or_skipped(tokenizer: Tokenizer) -> None:
+    said = [Example(TALK.turns, system="Be." * (i % 5 == 0), place=f"a:{i}") for i in range(60)]
+    encoder = Encoder(tokenizer, TemplateStyle(SYSTEMLESS), Encoding(max_length=4096))
+    with pytest.raises(DataError) as caught:
+        list(encoder.encode(said))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "a:0: the chat template fails: TemplateError: no system"
+    assert [line.split(":")[1] for line in lines[:10]] == [str(i) for i in range(0, 50, 5)]
+    assert lines[10].strip() == "... and 2 more"
+    assert "--data.on_error skip" in lines[11]
+    encoder = Encoder(tokenizer, TemplateStyle(SYSTEMLESS), Encoding(max_length=4096, on_error="skip"))
+    assert len(list(encoder.encode(said))) == 48
+    assert (encoder.counts.examples, encoder.counts.skipped) == (48, 12)
+
+
+def test_a_template_that_refuses_everything_is_not_the_fault_of_the_data(tokenizer: Tokenizer) -> None:
+    said = [Example(TALK.turns, system="Be.", place=f"a:{i}") for i in range(3)]
+    encoder = Encoder(tokenizer, TemplateStyle(SYSTEMLESS), Encoding(max_length=4096, on_error="skip"))
+    with pytest.raises(CheckpointError, match="The chat template fails: TemplateError: no system"):
+        list(encoder.encode(said))
+
+
+def test_a_template_is_rendered_by_one_process_that_is_replaced_when_it_has_ended(tokenizer: Tokenizer) -> None:
+    style = TemplateStyle(TEMPLATES["chatml"])
+    first = style.encode_many(tokenizer, [TALK])
+    process = style._renderer[0]._process
+    assert process
+    assert style.encode_many(tokenizer, [TALK]) == first
+    assert style._renderer[0]._process is process
+    process.kill()
+    process.wait()
+    assert style.encode_many(tokenizer, [TALK]) == first
 
 
 def test_a_template_that_ends_answers_with_nothing_gets_an_end(tokenizer: Tokenizer) -> None:
@@ -254,15 +297,16 @@ def test_many_long_conversations_are_rendered_in_portions(
     said = [Conversation((Turn("x" * size, "y"), *TALK.turns)) for size in (1, 9000, 2, 3, 5000, 5000)]
     at_once = style.write(tokenizer, said)
     asked = []
+    render_stages = Renderer.render_stages
 
-    def counting(source: str, variables: dict, requests: list) -> list[str]:
-        asked.append(len(requests))
-        return render(source, variables, requests)
+    def counting(self: Renderer, conversations: list) -> list:
+        asked.append(len(conversations))
+        return render_stages(self, conversations)
 
-    monkeypatch.setattr("lit_qlora.prompts.render", counting)
+    monkeypatch.setattr(Renderer, "render_stages", counting)
     monkeypatch.setattr("lit_qlora.prompts.RENDERED_AT_ONCE", 30_000)
     assert style.write(tokenizer, said) == at_once
-    assert asked == [6, 6, 18, 6]  # two texts a turn; what is too much alone goes alone
+    assert asked == [1, 1, 3, 1]  # what is too much alone goes alone
     assert style.write(tokenizer, []) == []
 
 
@@ -316,7 +360,13 @@ def test_a_wish_for_a_chat_template_that_is_not_there_is_refused(tmp_path: Path)
         find_style("template", directory=tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "5", "null", "{}", '{"style": "nope"}', '{"style": ["qa"]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "5", "null", "{}", '{"style": "nope"}', '{"style": ["qa"]}'),
+        '{"style": "knobs", "knobs": {"text_prompt_start": 5}}',
+    ],
+)
 def test_a_damaged_style_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE_NAME).write_text(content)
     with pytest.raises(CheckpointError, match=FILE_NAME):

@@ -106,13 +106,26 @@ def test_nothing_is_kept_of_weights_in_16_bit_or_when_it_is_off(base: Path, tmp_
     load(base, tmp_path / "cache", "none")
     quantized_cache.load(base, torch.bfloat16, "cpu", "bnb.nf4", False, "none")
     assert not (tmp_path / "cache").exists()
-    assert quantized_cache.directory("none") is None
 
 
 def test_an_entry_may_be_deleted(base: Path, tmp_path: Path) -> None:
     expected = load(base, tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
     assert_same(load(base, tmp_path / "cache"), expected)
+
+
+def test_an_entry_that_nobody_uses_goes_when_another_is_made(base: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    load(base, cache)
+    (first,) = cache.iterdir()
+    os.utime(first, (0, 0))
+    load(base, cache, "bnb.fp4")
+    assert not first.exists()
+    (second,) = cache.iterdir()
+    os.utime(second, (0, 0))
+    load(base, cache, "bnb.fp4")  # it is used
+    load(base, cache)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_streamed_tensors_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,6 +257,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(
         (["--train.warmup=50"], 2, "train.warmup is 50 steps, but the run has only 2."),
         (["--checkpoint_dir=absent"], 4, "absent does not exist."),
         (["--precision=16-mixed"], 2, "precision 16-mixed needs a GPU"),
+        (["--train.fp8=true"], 2, "train.fp8 is for the fast path alone, which this run cannot take: "),
+        (["--train.fp8=true", "--train.fast=false"], 2, "train.fp8 is for the fast path alone, which this run cannot"),
     ],
 )
 def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
@@ -268,7 +270,7 @@ def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
     status: int,
     message: str,
 ) -> None:
-    if "GPU" in message and torch.cuda.is_available():
+    if ("GPU" in message or "which this run cannot" in message) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert finetune(*flags) == status
     assert capsys.readouterr().err.startswith(f"error: {message}")

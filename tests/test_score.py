@@ -17,6 +17,11 @@ SWITCHES: dict[str, dict] = {
     "tied": {"tied_head": True},
     "experts": {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 2.0, "rope_original_block_size": 48},
+    "dynamic": {"rope_scaling": "dynamic", "rope_factor": 2.0, "rope_original_block_size": 16},
+    "soft cap": {"attention_softcap": 2.0, "sliding_window": 8, "full_attention_layers": (1,)},
+    "sinks": {"attention_sinks": True},
+    "louder queries": {"query_scale_beta": 0.3, "rope_original_block_size": 16},
+    "latent": {"kv_latent_size": 16, "latent_rope_size": 4, "latent_value_size": 8, "n_kv_head": 4},
 }
 
 
@@ -49,17 +54,20 @@ def one_by_one(model: GPT, context: list[int], continuation: list[int]) -> tuple
     return float(scores.gather(-1, wanted[:, None]).sum()), bool((scores.argmax(-1) == wanted).all())
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the tokens of all forward passes from now on."""
+    read: list[tuple[int, ...]] = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, x, **how: read.append(tuple(x.shape)) or hidden(self, x, **how))
+    return read
+
+
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 @pytest.mark.parametrize("batch_size", ["auto", 1, 3, 8])
-def test_scores_are_those_of_each_request_alone(switches: dict, batch_size, monkeypatch):
+def test_scores_are_those_of_each_request_alone(switches: dict, batch_size):
     model = tiny_model(std=0.2, **switches)
     asked = requests()
-    cached = []
-    hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, *args: cached.append(len(args) > 1) or hidden(self, *args))
     actual = Scorer(model, batch_size).score(asked)
-    assert any(cached) == (batch_size != 1)
-    monkeypatch.undo()
     expected = [one_by_one(model, *request) if request[1] else (0.0, True) for request in asked]
     assert [x for x, _ in actual] == pytest.approx([x for x, _ in expected], abs=1e-4)
     assert [x for _, x in actual] == [x for _, x in expected]
@@ -68,32 +76,52 @@ def test_scores_are_those_of_each_request_alone(switches: dict, batch_size, monk
 def test_a_context_is_read_once(monkeypatch):
     draw = random.Random(1)
     context = ids(draw, 50)
-    read = []
-    hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, *args: read.append(args[0].numel()) or hidden(self, *args))
+    read = watched(monkeypatch)
     Scorer(tiny_model()).score([(context, ids(draw, 5)) for _ in range(4)])
-    assert read == [49, 4 * 5]
+    assert read == [(1, 50 + 4 * 4)]
 
 
-def test_examples_before_several_questions_are_read_once(monkeypatch):
+def test_whatever_is_said_twice_is_read_once(monkeypatch):
     draw = random.Random(1)
     examples, questions = ids(draw, 60), [ids(draw, 8) for _ in range(5)]
-    read = []
-    hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, *args: read.append(args[0].numel()) or hidden(self, *args))
-    Scorer(tiny_model()).score([(examples + question, [letter]) for question in questions for letter in range(4)])
-    assert read == [60, 5 * 8]
-    read.clear()
-    Scorer(tiny_model()).score([(ids(draw, 20), ids(draw, 3)) for _ in range(4)])  # nothing in common
-    assert read == [4 * 22]
+    read = watched(monkeypatch)
+    # Letters are answers to one input, and "12 34" goes on where "12" ends.
+    asked = [(examples + question, [letter]) for question in questions for letter in range(4)]
+    Scorer(tiny_model()).score([*asked, (examples, [12]), (examples, [12, 34])])
+    assert read == [(1, 60 + 5 * 8 + 1)]
 
 
-def test_positions_that_depend_on_the_length_are_never_read_in_two_steps(monkeypatch):
+def test_inputs_that_have_nothing_in_common_fill_rows(monkeypatch):
     draw = random.Random(1)
-    model = tiny_model(rope_scaling="dynamic", rope_factor=2.0, rope_original_block_size=16)
+    asked = [([i, *ids(draw, draw.randint(5, 40))], ids(draw, 3)) for i in range(80)]
+    read = watched(monkeypatch)
+    Scorer(tiny_model()).score(asked)
+    assert {length for _, length in read} < set(range(250, 300))
+    tokens = sum(len(context) + 2 for context, _ in asked)
+    assert tokens <= sum(rows * length for rows, length in read) <= 1.1 * tokens
+
+
+def test_a_row_grows_only_while_that_costs_less_than_reading_again(monkeypatch):
+    draw = random.Random(1)
+    examples = ids(draw, 60)
+    read = watched(monkeypatch)
+    Scorer(tiny_model()).score([(examples + ids(draw, 2), [1]) for _ in range(200)])
+    assert max(length for _, length in read) > 256  # sixty for two
+    read.clear()
+    Scorer(tiny_model()).score([(examples[:4] + ids(draw, 30), [1]) for _ in range(30)])
+    assert max(length for _, length in read) < 300  # four for thirty
+
+
+@pytest.mark.parametrize("scaling", [{"rope_scaling": "dynamic", "rope_factor": 2.0}, {}])
+def test_positions_that_depend_on_the_length_are_those_of_each_request(scaling: dict, monkeypatch):
+    draw = random.Random(1)
+    model = tiny_model(rope_original_block_size=16, **scaling)
     context = ids(draw, 50)
-    asked = [(context, ids(draw, 5)) for _ in range(4)]
+    asked = [(context[: 5 * n], ids(draw, n)) for n in range(1, 9)]
+    read = watched(monkeypatch)
     scores = Scorer(model).score(asked)
+    assert read == [(1, sum(6 * n - 1 for n in range(1, 9)) if scaling else 40 + sum(range(8)))]
+    monkeypatch.undo()
     assert [x for x, _ in scores] == pytest.approx([one_by_one(model, *request)[0] for request in asked], abs=1e-4)
 
 
@@ -101,11 +129,11 @@ def test_batches_shrink_when_memory_is_short(monkeypatch):
     model, asked, hidden = tiny_model(), requests(), GPT.hidden
     failed = []
 
-    def short(self, tokens, *args):
+    def short(self, tokens, **how):
         if tokens.numel() > 60:
             failed.append(tokens.numel())
             raise torch.OutOfMemoryError
-        return hidden(self, tokens, *args)
+        return hidden(self, tokens, **how)
 
     fitting = [request for request in asked if len(request[0]) + len(request[1]) <= 60]
     expected = Scorer(model, 1).score(fitting)

@@ -187,8 +187,7 @@ def random_settings(rng: random.Random) -> FinetuneConfig:
         data=DataConfig(
             path=rng.choice([("d.jsonl",), ("0x10",), ("a: b", "c.csv*0.5"), "hf:org/name:config"]),
             val_path=rng.choice([None, "v.json"]),
-            format=rng.choice(["alpaca", "sharegpt"]),
-            columns=rng.choice(["", "a:instruction,b:output"]),
+            **rng.choice([{"format": "alpaca"}, {"format": "sharegpt"}, {"columns": "a:instruction,b:output"}]),
             on_error="skip",
             max_samples=rng.choice([None, 10]),
             val_fraction=rng.random(),

@@ -243,3 +243,24 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path).eos_id == 0
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 99_999})
     assert "names 99999 as end of text" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"bos_token": {"id": 1}}),
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": {"content": "x"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 5}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("added_tokens.json", {"x": None}),
+    ],
+    ids=str,
+)
+def test_a_file_beside_the_tokenizer_that_is_of_another_form_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, content: dict
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((tiny_checkpoint / "tokenizer.model").read_bytes())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"one of {name} is not of the form in which transformers writes it \("):
+        Tokenizer(tmp_path)

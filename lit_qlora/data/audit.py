@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lit_qlora.data.cache import Encoded
 from lit_qlora.data.encode import Counts
-from lit_qlora.data.samples import Sample
+from lit_qlora.data.samples import Sample, Samples
 from lit_qlora.errors import DataError
 from lit_qlora.report import is_terminal
 from lit_qlora.settings import DataConfig, Finding
@@ -95,6 +95,7 @@ class Audit:
 
 
 def audit(
+    samples: Samples,
     train: Sequence[Encoded],
     val: Encoded | None,
     chosen: Sequence[Sequence[int]],
@@ -105,13 +106,14 @@ def audit(
     """Look at everything that a run would learn from.
 
     Args:
+        samples: all that are learnt from.
         chosen, held_out: for each training source, the samples that are learnt from, and those to validate on.
 
     Raises:
         DataError: if nothing is left.
     """
     counts = sum((source.facts.counts for source in [*train, *([val] if val else [])]), Counts())
-    if not sum(map(len, chosen)):
+    if not len(samples):
         raise DataError(
             f"{', '.join(data.path)}: no token would be learnt; of {counts.examples} samples {counts.dropped} are too "
             f"long for {max_length} tokens, {counts.masked} hold nothing to learn."
@@ -122,8 +124,6 @@ def audit(
 
     digests = gathered("digests", chosen)
     val_digests = val.digests if val else gathered("digests", held_out)
-    parts = [source.samples.take(some) for source, some in zip(train, chosen, strict=True)]
-    samples = [part[i] for part in parts for i in sorted({0, len(part) // 2, len(part) - 1} & set(range(len(part))))]
     return Audit(
         sources=[_source(source) for source in [*train, *([val] if val else [])]],
         train=len(digests),
@@ -131,11 +131,11 @@ def audit(
         counts=counts,
         lengths=gathered("lengths", chosen),
         max_length=max_length,
-        tokens=sum(int(part.lengths.sum()) for part in parts),
-        learnt=sum(int(part.labelled.sum()) for part in parts),
+        tokens=int(samples.lengths.sum()),
+        learnt=int(samples.labelled.sum()),
         duplicates=len(digests) - len(np.unique(digests)),
         overlap=int(np.isin(val_digests, digests).sum()),
-        shown=samples[:3],
+        shown=[samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})],
         red=_red(counts, data, max_length),
     )
 
@@ -162,8 +162,9 @@ def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
 
 def _source(source: Encoded) -> str:
     facts = source.facts
-    kept = f"{len(source.samples):,} of {facts.counts.examples + facts.counts.skipped:,}"
-    return f"{facts.source}   format {facts.format} ({facts.saw})   {kept} kept{'   from the cache' * source.cached}"
+    samples, records = len(source.samples), facts.counts.examples + facts.counts.skipped
+    kept = f"{samples:,} of {records:,} kept" if samples <= records else f"{samples:,} pieces of {records:,}"
+    return f"{facts.source}   format {facts.format} ({facts.saw})   {kept}{'   from the cache' * source.cached}"
 
 
 def _percent(part: int, whole: int) -> str:

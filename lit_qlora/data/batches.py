@@ -199,11 +199,10 @@ def steps(
 
 def longest_step(samples: Samples, batching: Batching) -> Step:
     """A step of one micro-batch, of the longest samples or of full rows: if it fits into memory, all do."""
-    if batching.row_length is not None:
-        step = next(steps(samples, batching, total=1))
-        return step._replace(batches=step.batches[:1])
-    longest = np.argsort(-samples.lengths, kind="stable")[: batching.micro_batch_size].tolist()
-    return next(steps(samples.take(longest), replace(batching, shares=(), shuffle=False), total=1))
+    count = batching.micro_batch_size if batching.row_length is None else batching.batch_size
+    longest = np.argsort(-samples.lengths, kind="stable")[:count].tolist()
+    step = next(steps(samples.take(longest), replace(batching, shares=(), shuffle=False), total=1))
+    return step._replace(batches=step.batches[:1])
 
 
 def rows_of(chosen: Sequence[int], lengths: Sequence[int], row_length: int | None) -> list[list[int]]:

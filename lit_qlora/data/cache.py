@@ -1,28 +1,28 @@
 """Encoded sources, in memory or on disk, where the next run finds them again.
 
 An entry of the cache is a folder with flat arrays, which are memory-mapped, and facts.json, which holds their sums. It
-appears whole or not at all, and may be deleted at any time.
+appears whole or not at all, and may be deleted at any time; lit_qlora.cache_folder deletes what is not used.
 """
 
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lit_qlora.cache_folder import prune, use
 from lit_qlora.data.encode import Counts, EncodedSample
 from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import sha256
 
 WORTH_KEEPING = 2**20  # tokens; fewer are encoded again in less than a second
 AT_ONCE = 4096  # samples that become arrays together
-FORGOTTEN = 86_400.0  # seconds after which an unfinished entry is nobody's any more
 Arrays = dict[str, npt.NDArray[Any]]
 ARRAYS: dict[str, Any] = {
     "tokens": np.int32,
@@ -68,18 +68,10 @@ class Encoded:
         return Encoded(samples, arrays["lengths"], arrays["digests"], facts, cached)
 
 
-def directory(setting: str) -> Path | None:
-    """Where the cache is, for a data.cache_dir; None if there is to be none."""
-    if setting == "none":
-        return None
-    if setting != "auto":
-        return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_qlora" / "data"
-
-
 def load(directory: Path, key: str) -> Encoded | None:
     """The entry `key`, if there is one that is whole."""
     folder = directory / key
+    use(folder)
     try:
         facts = json.loads((folder / "facts.json").read_text())
         arrays = {}
@@ -99,7 +91,8 @@ class Store:
     """Takes the samples of a source one by one: in memory while they are few, then in the cache, if there is one.
 
     The folder is filled under another name and renamed at the end, so that whoever is killed leaves nothing that looks
-    whole. Where it cannot be written, as on a full or read-only disk, everything stays in memory.
+    whole. Its files stay open and are what finish returns, so it may be deleted at any moment. Where it cannot be
+    written, as on a full or read-only disk, everything stays in memory.
 
     Args:
         directory: of the cache; None if there is none.
@@ -113,6 +106,7 @@ class Store:
         self.chunks: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ARRAYS}
         self.sizes = dict.fromkeys(ARRAYS, 0)
         self.written = dict.fromkeys(ARRAYS, 0)
+        self.files: dict[str, FileIO] = {}
 
     def add(self, sample: EncodedSample) -> None:
         """Take one."""
@@ -124,11 +118,17 @@ class Store:
         """All that was taken, and keep it where it is worth it."""
         if self.pending:
             self._flush()
-        if self.unfinished and self.unfinished.is_dir():
+        if self.files:
             self._guarded(self._publish, facts)
-            if self.directory and (kept := load(self.directory, self.key)):
-                return replace(kept, cached=False)
-        arrays = {name: np.concatenate([np.zeros(0, kind), *self.chunks.pop(name)]) for name, kind in ARRAYS.items()}
+        if self.files:
+            arrays: Arrays = {
+                name: np.memmap(file, ARRAYS[name], "r", shape=(self.sizes[name],)) for name, file in self.files.items()
+            }
+            self._close()
+        else:
+            arrays = {
+                name: np.concatenate([np.zeros(0, kind), *self.chunks.pop(name)]) for name, kind in ARRAYS.items()
+            }
         return Encoded.of(arrays, facts)
 
     def _flush(self) -> None:
@@ -152,14 +152,15 @@ class Store:
         """Move the arrays from memory to disk."""
         assert self.directory
         assert self.unfinished
-        if not self.unfinished.is_dir():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _forget(self.directory)
-            self.unfinished.mkdir()
+        if not self.files:
+            self.unfinished.mkdir(parents=True)
+            for name in ARRAYS:  # unbuffered, so that what is counted as written is
+                self.files[name] = FileIO(self.unfinished / f"{name}.bin", "w+")
         for name, chunks in self.chunks.items():
             while chunks:
-                with open(self.unfinished / f"{name}.bin", "ab") as file:
-                    file.write(chunks[0].data)
+                rest = memoryview(chunks[0].tobytes())
+                while rest:
+                    rest = rest[self.files[name].write(rest) :]
                 self.written[name] += len(chunks.pop(0))
 
     def _publish(self, facts: Facts) -> None:
@@ -176,6 +177,7 @@ class Store:
         if load(self.directory, self.key) is None:
             shutil.rmtree(folder, ignore_errors=True)  # if there is one, it is damaged
         self.unfinished.rename(folder)
+        prune(self.directory, keep=folder)
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something on disk; if that fails, go on in memory with what was written."""
@@ -183,17 +185,16 @@ class Store:
         try:
             action(*arguments)
         except OSError:
-            for name, kind in ARRAYS.items():
+            for name, file in self.files.items():
                 if self.written[name]:
-                    file = self.unfinished / f"{name}.bin"
-                    self.chunks[name].insert(0, np.fromfile(file, kind, self.written[name]))
+                    file.seek(0)
+                    self.chunks[name].insert(0, np.fromfile(file, ARRAYS[name], self.written[name]))
                     self.written[name] = 0
+            self._close()
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished = None
 
-
-def _forget(directory: Path) -> None:
-    """Remove what runs that were killed have left."""
-    for folder in directory.glob("*.unfinished"):
-        if time.time() - folder.stat().st_mtime > FORGOTTEN:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        self.files.clear()

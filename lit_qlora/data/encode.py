@@ -4,13 +4,13 @@ import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lit_qlora.data.examples import Example, refusal
 from lit_qlora.data.samples import Sample
-from lit_qlora.prompts import Conversation, EncodedTurn, Style
+from lit_qlora.prompts import STYLES, Conversation, EncodedTurn, Style, UnwritableError
 from lit_qlora.settings import Overlong
 from lit_qlora.tokenizer import Tokenizer
 
@@ -33,6 +33,7 @@ class Encoding:
     mask_prompt: bool = True
     only_last_answer: bool = False
     system: str = ""
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Counts:
 
     examples: int = 0
     skipped: int = 0
-    """Records that could not be read."""
+    """Records that could not be read, or not be written in the style."""
     turns: int = 0
     ended: int = 0
     """Turns whose answer ends with a token that ends answers."""
@@ -91,17 +92,35 @@ class Encoder:
         """The samples of these examples, in their order; some examples make none, a long raw text several.
 
         Raises:
-            DataError: if examples are too long and data.overlong is "error".
+            DataError: if examples are too long and data.overlong is "error", or if the style cannot write some of them.
+            CheckpointError: if it cannot write any.
         """
         complaints: list[str] = []
+        advice: dict[str, None] = {}  # an ordered set
         for start in range(0, len(examples), AT_ONCE):
             some = examples[start : start + AT_ONCE]
             said: list[Conversation] = [self._with_system(example) for example in some]
-            encoded = self.style.encode_many(self.tokenizer, said)
+            try:
+                encoded = self.style.encode_many(self.tokenizer, said)
+            except UnwritableError as failure:
+                if len(failure.reasons) == len(some) and not start:
+                    raise  # it is not the data that is wrong
+                if self.encoding.on_error == "stop":
+                    complaints += [
+                        f"{some[i].place}: the chat template fails: {why}" for i, why in failure.reasons.items()
+                    ]
+                    advice["Give another --data.prompt, or leave these out with --data.on_error skip."] = None
+                self.counts.skipped += len(failure.reasons)
+                some = [example for i, example in enumerate(some) if i not in failure.reasons]
+                said = [one for i, one in enumerate(said) if i not in failure.reasons]
+                encoded = self.style.encode_many(self.tokenizer, said)
             long = {i for i, turns in enumerate(encoded) if self._too_long(said[i], turns)}
             fitted: dict[int, Fitted | None] = {}
             if self.encoding.overlong == "error":
                 complaints += [f"{some[i].place}: {_length(encoded[i]):,} tokens do not fit" for i in sorted(long)]
+                if long:
+                    raised = "Raise the limits, or let --data.overlong cut or drop what is too long."
+                    advice[f"data.max_length is {self.encoding.max_length}. {raised}"] = None
             elif self.encoding.overlong != "drop":
                 fitted = self._side_by_side({i: self._fit(said[i], encoded[i]) for i in long})
             for i, turns in enumerate(encoded if not complaints else ()):
@@ -109,7 +128,7 @@ class Encoder:
                 found = fitted.get(i) if i in long else (said[i], turns)
                 if found is None:
                     self.counts.dropped += 1
-                elif is_raw(said[i]) and _length(turns) > self.encoding.max_length:
+                elif self._is_raw(said[i]) and _length(turns) > self.encoding.max_length:
                     for piece in self._pieces(turns[0]):
                         yield EncodedSample(piece, len(piece.tokens), _hash(piece.tokens.tobytes()))
                 elif (sample := self._sample(*found)).labelled:
@@ -117,18 +136,22 @@ class Encoder:
                 else:
                     self.counts.masked += 1
         if complaints:
-            advice = "Raise the limits, or let --data.overlong cut or drop what is too long."
-            raise refusal(complaints, f"data.max_length is {self.encoding.max_length}. {advice}")
+            raise refusal(complaints, "\n       ".join(advice))
 
     def _with_system(self, example: Example) -> Conversation:
-        return replace(example, system=self.encoding.system) if self.encoding.system and not example.system else example
+        own = example.system or not self.encoding.system or self._is_raw(example)
+        return example if own else replace(example, system=self.encoding.system)
+
+    def _is_raw(self, said: Conversation) -> bool:
+        """Whether this is a text without a prompt, which is not the same as a prompt that is empty."""
+        return self.style == STYLES["text"] and len(said.turns) == 1 and not said.turns[0].prompt and not said.input
 
     def _count(self, said: Conversation) -> None:
         counts = self.counts
         counts.examples += 1
         texts = [said.input, said.system, *(text for turn in said.turns for text in (turn.prompt, turn.answer))]
         counts.empty_prompts += (
-            not is_raw(said) and not said.input.strip() and not all(t.prompt.strip() for t in said.turns)
+            not self._is_raw(said) and not said.input.strip() and not all(t.prompt.strip() for t in said.turns)
         )
         counts.empty_answers += not all(turn.answer.strip() for turn in said.turns)
         counts.control_characters += any(map(CONTROL.search, texts))
@@ -136,20 +159,20 @@ class Encoder:
 
     def _sample(self, said: Conversation, turns: list[EncodedTurn]) -> Sample:
         tokens: list[int] = []
-        trained: list[bool] = []
+        trained = np.full(_length(turns), not self.encoding.mask_prompt)
         for i, (turn, (prompt, answer)) in enumerate(zip(said.turns, turns, strict=True)):
             learn = turn.trained and (i == len(turns) - 1 or not self.encoding.only_last_answer)
             tokens += [*prompt, *answer]
-            trained += [not self.encoding.mask_prompt] * len(prompt) + [learn] * len(answer)
+            trained[len(tokens) - len(answer) : len(tokens)] = learn
             self.counts.turns += 1
             self.counts.ended += answer[-1] in self.stops if answer else 0
-        trained[0] = False  # nothing predicts the first token
-        return Sample(np.array(tokens, np.int32), np.array(trained, np.bool_))
+        trained[:1] = False  # nothing predicts the first token
+        return Sample(np.array(tokens, np.int32), trained)
 
     def _too_long(self, said: Conversation, turns: list[EncodedTurn]) -> bool:
         """Whether something has to go; a raw text is taken to pieces instead."""
         longer = _length(turns) > self.encoding.max_length
-        return not is_raw(said) if longer else any(map(self._exceeds, turns))
+        return not self._is_raw(said) if longer else any(map(self._exceeds, turns))
 
     def _exceeds(self, turn: EncodedTurn) -> bool:
         prompt, answer = self._limits()
@@ -245,11 +268,6 @@ class Encoder:
         if of_input and turn.prompt.strip():
             return replace(said, input="")
         return None
-
-
-def is_raw(said: Conversation) -> bool:
-    """Whether this is a text without a prompt."""
-    return len(said.turns) == 1 and not said.turns[0].prompt and not said.input
 
 
 def _length(turns: Sequence[EncodedTurn]) -> int:

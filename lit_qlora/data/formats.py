@@ -1,5 +1,6 @@
 """What records look like: a table of the formats in use, each with the columns by which it is recognised."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -134,8 +135,12 @@ def best_paths(records: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for place, record in records:
         whole = record.get("prompt") if isinstance(record, dict) else None
-        if isinstance(record, DataError) or not isinstance(record, dict):
+        if not isinstance(record, dict):
             yield place, record
+        elif no_id := next(
+            (c for c in ("message_id", "parent_id") if not isinstance(record.get(c), str | int | None)), ""
+        ):
+            yield place, DataError(f"{no_id!r} is {type(record[no_id]).__name__}, not text")
         elif isinstance(whole, dict):
             yield place, _best_path(whole, lambda message: message.get("replies") or [])
         else:
@@ -160,9 +165,12 @@ def _best_path(root: dict[str, Any], replies: Callable[[dict[str, Any]], list[di
             return DataError(f"the message {message.get('message_id')!r} replies to itself")
         seen.add(id(message))
         path.append({"role": message.get("role"), "content": message.get("text")})
-        left = [reply for reply in replies(message) if not reply.get("deleted")]
+        answers = replies(message)
+        if not isinstance(answers, list) or not all(isinstance(reply, dict) for reply in answers):
+            return DataError("'replies' is not a list of messages")
+        left = [reply for reply in answers if not reply.get("deleted")]
         # The best has rank 0; what nobody has ranked comes last, in the order of the file.
-        best = sorted(left, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
+        best = sorted(left, key=lambda reply: rank if isinstance(rank := reply.get("rank"), int | float) else math.inf)
     while path and ROLES.get(str(path[-1]["role"])) != "assistant":
         path.pop()  # nobody answered it
     return {"messages": path} if path else DataError("nobody answered")
@@ -221,7 +229,7 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), sharegpt, begins=r"\[\{"),
     "lima": Format(("conversations",), lima, begins=r"\['|\[\""),
     "oasst1": Format(("message_id", "parent_id", "text", "role"), messages, gather=best_paths),
-    "oasst1-trees": Format(("message_tree_id", "prompt"), messages, begins="", gather=best_paths),
+    "oasst1-trees": Format(("message_tree_id", "prompt"), messages, gather=best_paths),
     "hh-rlhf": Format(("chosen",), marked("chosen", "\n\nHuman:", "\n\nAssistant:")),
     "chip2": Format(("text",), marked("text", "<human>:", "<bot>:"), begins="<human>:"),
     "guanaco": Format(("text",), marked("text", "### Human:", "### Assistant:"), begins="### Human:"),
@@ -251,21 +259,30 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
         UsageError: if the settings name a format or a column that does not exist.
         DataError: if no format fits; it names the columns that were found.
     """
-    first = next((record for _, record in records if isinstance(record, dict)), {})
+    dicts = [record for _, record in records if isinstance(record, dict)]
+    first = dicts[0] if dicts else {}
     found = f"columns {_names(first)}"
     if columns:
-        return "columns", from_columns(_parse_columns(columns)), f"{columns} of {found}"
+        parsed = _parse_columns(columns)
+        for theirs in parsed:
+            if dicts and not any(theirs in record for record in dicts):
+                raise DataError(
+                    f"data.columns: no record has a column {theirs!r} (has: {_names(first)})."
+                    f"{did_you_mean(theirs, list(map(str, first)))}"
+                )
+        return "columns", from_columns(parsed), f"{columns} of {found}"
     if name != "auto":
         if name not in FORMATS:
             raise UsageError(
                 f"data.format {name!r} is not known.{did_you_mean(name, list(FORMATS))} Known: {', '.join(FORMATS)}."
             )
         return name, FORMATS[name], found
-    for known, form in FORMATS.items():
-        if first and _fits(first, form):
-            return known, form, found
-    if not first or any(isinstance(r, dict) and _fits(r, ALPACA) for _, r in records):
-        return "alpaca", ALPACA, found  # the first record is not like the others, or all are wrong; each says so itself
+    for record in dicts:  # the first may not be like the others, and then says so itself
+        for known, form in FORMATS.items():
+            if _fits(record, form):
+                return known, form, f"columns {_names(record)}"
+    if not first:
+        return "alpaca", ALPACA, found  # all are wrong, and each says so itself
     end, last = records[-1]
     if isinstance(last, DataError) and not end:
         raise last  # what makes the file unreadable comes before what its columns mean
@@ -291,6 +308,9 @@ def _parse_columns(text: str) -> dict[str, str]:
                 f"data.columns: {theirs}:{ours} is not of the form theirs:ours with one of {', '.join(OURS)}."
                 f"{did_you_mean(ours, OURS)}"
             )
+    for names in zip(*pairs, strict=True):
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"data.columns: {twice!r} stands twice.")
     for ours in ("instruction", "output"):
         if ours not in columns.values():
             raise UsageError(f"data.columns says of no column that it is the {ours}: theirs:{ours} is missing.")

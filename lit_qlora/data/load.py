@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_qlora import cache_folder
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import cache
 from lit_qlora.data.audit import Audit, audit
@@ -26,7 +27,7 @@ from lit_qlora.settings import DataConfig, FinetuneConfig
 from lit_qlora.tokenizer import FILES, Tokenizer
 
 DEFAULT_MAX_LENGTH = 2048
-VERSION = 2  # of what the cache holds; whoever changes how examples are encoded changes this
+VERSION = 3  # of what the cache holds; whoever changes how examples are encoded changes this
 SPLIT, CHOICE = -1, -2  # epochs of the order that no training has, so that these depend on the seed alone
 
 
@@ -67,13 +68,7 @@ def read_data(config: FinetuneConfig) -> RunData:
         UsageError, DataError, CheckpointError: for everything that can be known before a weight is loaded.
     """
     model, data = ModelConfig.load(config.checkpoint_dir), config.data
-    max_length = data.max_length or min(model.block_size, DEFAULT_MAX_LENGTH)
-    if max_length > model.block_size:
-        raise UsageError(
-            f"data.max_length {max_length} exceeds the {model.block_size} tokens of {model.name}'s context."
-        )
-    if data.pack_length is not None and data.pack_length < max_length - 1:
-        raise UsageError(f"data.pack_length {data.pack_length} has no room for a sample of {max_length} tokens.")
+    max_length = length_limit(data, model)
     tokenizer = Tokenizer(config.checkpoint_dir)
     if tokenizer.size > model.vocab_size:
         raise CheckpointError(
@@ -108,6 +103,22 @@ def read_data(config: FinetuneConfig) -> RunData:
     )
 
 
+def length_limit(data: DataConfig, model: ModelConfig | None) -> int:
+    """Most tokens of a sample, for a model if it is known.
+
+    Raises:
+        UsageError: if that is more than the model or a packed row has room for.
+    """
+    max_length = data.max_length or min(model.block_size if model else DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if model and max_length > model.block_size:
+        raise UsageError(
+            f"data.max_length {max_length} exceeds the {model.block_size} tokens of {model.name}'s context."
+        )
+    if data.pack_length is not None and data.pack_length < max_length - 1:
+        raise UsageError(f"data.pack_length {data.pack_length} has no room for a sample of {max_length} tokens.")
+    return max_length
+
+
 def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_length: int, seed: int) -> Loaded:
     """As read_data, for what concerns the data alone; red findings are in the audit.
 
@@ -125,13 +136,20 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
     chosen, held_out = split(encoded, val, data, seed)
     parts = [source.samples.take(some) for source, some in zip(encoded, chosen, strict=True)]
     kept = [source.samples.take(some) for source, some in zip(encoded, held_out, strict=True)]
+    for part, source in zip(parts, sources, strict=True):
+        if len(part) and not round(len(part) * source.times):
+            raise DataError(
+                f"data.path {source}*{source.times:g}: an epoch would see none of its {len(part)} samples. "
+                "Write a larger number."
+            )
+    train = Samples.joined(parts)
     mixed = any(source.times != 1 for source in sources)
     return Loaded(
-        train=Samples.joined(parts),
+        train=train,
         val=val.samples if val else Samples.joined(kept),
         shares=tuple((len(p), s.times) for p, s in zip(parts, sources, strict=True)) if mixed else (),
         style=style,
-        audit=audit(encoded, val, chosen, held_out, data, max_length),
+        audit=audit(train, encoded, val, chosen, held_out, data, max_length),
         files={source.facts.source: source.facts.sha256 for source in [*encoded, *([val] if val else [])]},
     )
 
@@ -155,6 +173,7 @@ def encode_source(
         mask_prompt=data.mask_prompt,
         only_last_answer=data.only_last_answer,
         system=data.system,
+        on_error=data.on_error,
     )
     content = fingerprint(source)
     everything_that_matters = {
@@ -164,10 +183,10 @@ def encode_source(
         "style": style.facts(),
         "today": str(date.today()) if "strftime_now" in style.text else "",
         "encoding": asdict(encoding),
-        "reading": [data.format, data.columns, data.on_error, "empty_answers" in data.allow],
+        "reading": [data.format, data.columns, "empty_answers" in data.allow],
     }
     key = hashlib.sha256(json.dumps(everything_that_matters, sort_keys=True).encode()).hexdigest()
-    directory = cache.directory(data.cache_dir)
+    directory = cache_folder.directory(data.cache_dir, "data")
     if directory and (found := cache.load(directory, key)):
         return found
     store = cache.Store(directory, key)

@@ -1,6 +1,7 @@
 """Splitting a data set once and for all, into files that training reads as they are."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from lit_qlora.data.examples import Example, Reading, read_examples
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
 from lit_qlora.data.sources import find_file
-from lit_qlora.errors import DataError, ResourceError
+from lit_qlora.errors import DataError, ResourceError, UsageError
 from lit_qlora.settings import DataConfig, PrepareConfig
 from lit_qlora.tokenizer import Tokenizer
 
@@ -23,6 +24,8 @@ def read(path: Path, config: PrepareConfig) -> Reading:
         DataError: as read_examples, with the flags that there are here.
     """
     skip = config.on_error == "skip"
+    if path.resolve() in [(config.out_dir / f"{name}.jsonl").resolve() for name in ("train", "val")]:
+        raise UsageError(f"out_dir {config.out_dir}: {path} would be overwritten with a part of itself. Name another.")
     try:
         return read_examples(find_file(path), format=config.format, columns=config.columns, skip=skip)
     except DataError as error:
@@ -53,7 +56,7 @@ def prepare(reading: Reading, config: PrepareConfig) -> str:
     try:
         config.out_dir.mkdir(parents=True, exist_ok=True)
         for name, places in parts.items():
-            _write(config.out_dir / f"{name}.jsonl", [examples[i] for i in places])
+            _write(config.out_dir / f"{name}.jsonl", [examples[i] for i in places], raw=reading.format == "text")
         if config.checkpoint_dir:
             lines += _lengths(config.out_dir, config.checkpoint_dir, config)
         report = "\n".join(lines)
@@ -71,18 +74,21 @@ def _lengths(folder: Path, checkpoint_dir: Path, config: PrepareConfig) -> list[
     return [f"train     {found.describe()}", *notes, "", found.histogram()]
 
 
-def _write(path: Path, examples: Sequence[Example]) -> None:
+def _write(path: Path, examples: Sequence[Example], raw: bool) -> None:
     if not examples:  # an empty file would be refused by whoever reads it
         path.unlink(missing_ok=True)
         return
-    with path.open("w", encoding="utf-8") as file:
+    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # half of a file would look like a whole one
+    with unfinished.open("w", encoding="utf-8") as file:
         for example in examples:
-            file.write(json.dumps(_record(example), ensure_ascii=False) + "\n")
+            record = {"text": example.output} if raw else _record(example)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
 
 
 def _record(example: Example) -> dict[str, Any]:
-    """The example in Alpaca's columns, or as messages if it has several turns."""
-    if len(example.turns) == 1:
+    """The example in Alpaca's columns, or as messages if these cannot say it."""
+    if len(example.turns) == 1 and example.turns[0].trained:
         system = {"system": example.system} if example.system else {}
         return {"instruction": example.instruction, "input": example.input, "output": example.output, **system}
     messages = [{"role": "system", "content": example.system}] if example.system else []

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.data.sources import Source, find_sources, read_records
+from lit_qlora.data.sources import Source, find_file, read_records
 from lit_qlora.errors import DataError
 
 
@@ -18,12 +18,15 @@ def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, dict[str, 
     Raises:
         DataError: if the file cannot be read, holds no prompt, or a row has none.
     """
-    (source,), _ = find_sources([str(path)], None)
-    records = _read_lines(source) if path.suffix == ".txt" else read_records(Source(source.path))
+    source = find_file(path)
+    records = _read_lines(source) if path.suffix.lower() == ".txt" else read_records(source)
     found = False
     for place, row in records:
-        if isinstance(row, DataError):
-            raise DataError(f"{place}: {row}")
+        for value in (row, *(row.values() if isinstance(row, dict) else ())):
+            if isinstance(value, DataError):
+                raise DataError(f"{place}: {value}")
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected an object with instruction or prompt, found {type(row).__name__}.")
         ask = next((row[name] for name in ("instruction", "prompt") if row.get(name)), None)
         if not isinstance(ask, str):
             raise DataError(f"{place}: no instruction and no prompt (has: {', '.join(map(str, row)) or 'nothing'}).")

@@ -174,7 +174,11 @@ def _from_object(source: _Json) -> Iterator[Record]:
         yield from _from_jsonl(source.path)
         return
     lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
-    if lists and "messages" not in lists and not any(isinstance(value, str) for value in content.values()):
+    if (
+        lists
+        and lists[0] not in ("messages", "conversations")
+        and not any(isinstance(value, str) for value in content.values())
+    ):
         hint = f"Did you mean the list under {lists[0]!r}? Save that alone."
         raise DataError(f"{source.path}: expected a list of samples, found an object. {hint}")
     if not isinstance(content, dict | DataError):
@@ -183,11 +187,16 @@ def _from_object(source: _Json) -> Iterator[Record]:
 
 
 def _from_jsonl(path: Path) -> Iterator[Record]:
+    first = True
     for number, content in enumerate(_byte_lines(path), start=1):
         try:
             line = content.decode()
             if not line.strip():
                 continue
+            if first and line.lstrip().startswith("["):  # a list under a name that promises lines
+                yield from _from_json(path)
+                return
+            first = False
             record: Any = _DECODER.decode(line)
         except UnicodeDecodeError as error:
             record = DataError(_not_utf8(error))
@@ -221,7 +230,10 @@ def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
                 yield f"{path}:{line}", dict(zip(header, row, strict=False)) if len(row) == len(header) else wrong
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: not valid CSV: {error}. Is a quotation mark unclosed?") from None
+        hint = "Is a quotation mark unclosed?"
+        if "new-line character" in str(error):
+            error, hint = csv.Error("its lines end with carriage returns alone"), "Save it with line feeds."
+        raise DataError(f"{path}:{line}: not valid CSV: {error}. {hint}") from None
 
 
 def _from_parquet(path: Path) -> Iterator[Record]:

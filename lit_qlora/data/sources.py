@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
     for text in paths:
         path, times = _times(text)
         if path.startswith(HUB):
-            splits = _hub_splits(path)
+            splits = list(_hub(path))
             train.append(Source(path, "train" if "train" in splits else splits[0], times))
-            val += [Source(path, name) for name in VAL_SPLITS if name in splits]
+            val += [Source(path, name) for name in VAL_SPLITS if name in splits and name != train[-1].split]
             continue
         if not Path(path).exists():
             near = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
@@ -57,7 +58,8 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
             val += [Source(own_val)] if own_val else []
         train.append(Source(_readable(path), times=times))
     if val_path is not None and val_path.startswith(HUB):
-        return train, Source(val_path, _hub_splits(val_path)[0])
+        splits = list(_hub(val_path))
+        return train, Source(val_path, next((name for name in (*VAL_SPLITS, "test") if name in splits), splits[0]))
     if val_path is not None:
         if not Path(val_path).is_file():
             raise DataError(f"data.val_path {val_path} is not a file.")
@@ -101,7 +103,7 @@ def read_records(source: Source) -> Iterable[Record]:
     """
     if source.split:
         return ((f"{source}: row {i}", row) for i, row in enumerate(_hub_split(source), start=1))
-    return READERS[Path(source.path).suffix](Path(source.path))
+    return READERS[Path(source.path).suffix.lower()](Path(source.path))
 
 
 def _times(text: str) -> tuple[str, float]:
@@ -114,12 +116,14 @@ def _times(text: str) -> tuple[str, float]:
     except ValueError:
         times = 0.0
     if not 0 < times < 1e6:
+        if Path(f"*{number}").suffix in READERS:
+            raise DataError(f"data.path {text}: patterns are not expanded. Name the files, e.g. [a.jsonl,b.jsonl].")
         raise DataError(f"data.path {text}: {number!r} is not how often; write e.g. {path or 'a.jsonl'}*0.5.")
     return path, times
 
 
 def _readable(path: str) -> str:
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in READERS:
         hint = " Decompress it first." if suffix in (".gz", ".zip", ".bz2", ".xz", ".zst") else ""
         raise DataError(f"{path}: files of type {suffix!r} cannot be read.{hint} Known: {', '.join(READERS)}.")
@@ -136,14 +140,11 @@ def _only_one(directory: Path, stem: str) -> str | None:
 # The hub, through the library datasets, which keeps what it has downloaded and obeys HF_HUB_OFFLINE.
 
 
-def _hub_splits(path: str) -> list[str]:
-    return list(_hub(path))
-
-
 def _hub_split(source: Source) -> Any:
     return _hub(source.path)[source.split]
 
 
+@cache
 def _hub(path: str) -> Any:
     """All splits of hf:ORG/NAME or hf:ORG/NAME:CONFIG."""
     name, _, config = path.removeprefix(HUB).partition(":")

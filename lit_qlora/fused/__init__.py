@@ -4,15 +4,15 @@ fuse(model) takes over GPT.loss where the model, its dtype and the device allow 
 adapters stay the parameters they were, so optimizers, checkpoints and merging do not notice.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.activations import FastSizes
-from lit_qlora.attention import query_scale
+from lit_qlora.attention import query_scale, tree_mask
 from lit_qlora.config import ModelConfig
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import ACTIVATIONS, FusedBlock, Kept, Pass
@@ -21,8 +21,8 @@ from lit_qlora.fused.group import Group, norm_of
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Eager, Inputs, Learnt, Loss, Work
-from lit_qlora.kernels.fp8 import MULTIPLE
 from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.norm import add_norm
 from lit_qlora.kernels.thin import Pending
 from lit_qlora.lora import LoRALinear
 from lit_qlora.model import GPT, times
@@ -38,12 +38,8 @@ GROWING = ("dynamic", "longrope")
 """Kinds of RoPE whose angles depend on the length of the text."""
 
 
-def why_not(model: GPT, fp8: bool = False) -> str:
-    """Why this model takes the plain path, or '' if the fast one can take it.
-
-    Args:
-        fp8: whether the products of its frozen weights are to be in FP8.
-    """
+def why_not(model: GPT) -> str:
+    """Why this model takes the plain path, or '' if the fast one can take it."""
     config, weight = model.config, model.embed.weight
     if not AVAILABLE:
         return "Triton is not installed"
@@ -60,8 +56,6 @@ def why_not(model: GPT, fp8: bool = False) -> str:
         learns_or_stacks = path != "head" or isinstance(module, LoRALinear)
         if isinstance(base, nn.Linear | QuantizedLinear) and base.out_features % 16 and learns_or_stacks:
             return f"a layer with {base.out_features} outputs"
-        if fp8 and path != "head" and isinstance(base, nn.Linear | QuantizedLinear) and base.in_features % MULTIPLE:
-            return f"a layer with {base.in_features} inputs"
     return ""
 
 
@@ -95,7 +89,7 @@ class Fused:
 
     graphs: Graphs | None = None
 
-    def __init__(self, model: GPT, fp8: bool = False) -> None:
+    def __init__(self, model: GPT, fp8: bool = False, dequantized: int = 0) -> None:
         config = model.config
         self.model, self.config = model, config
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
@@ -111,6 +105,9 @@ class Fused:
         self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._lay_out_adapters()
+        for block in self.blocks[:dequantized]:
+            for group in block.groups:
+                group.keep()
         self.set_recompute(["none"] * len(self.blocks))
 
     def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
@@ -155,19 +152,17 @@ class Fused:
             self.graphs.clear()  # they know the workspaces' addresses
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
-        full = "full" in policies
 
         def space(groups: Sequence[Group]) -> Tensor | None:
             most = max(group.room for group in groups)
             return torch.empty(most, dtype=self.dtype, device=self.device) if most else None
 
+        keeps = "full" in policies and not self.fp8  # in FP8 they lie differently in the backward pass
         self.workspaces = (None, None, None)  # freed before the new ones are taken
         anything = space(self.groups)
-        if full and not self.fp8:
-            qkv, projection = (space([getattr(block, name) for block in self.blocks]) for name in ("qkv", "projection"))
-            self.workspaces = (anything, qkv, projection)
-        else:
-            self.workspaces = (anything,) * 3  # nothing is kept there
+        qkv = space([block.qkv for block in self.blocks]) if keeps else anything
+        projection = space([block.projection for block in self.blocks]) if keeps else anything
+        self.workspaces = (anything, qkv, projection)
 
     @property
     def recompute(self) -> list[Recompute]:
@@ -216,13 +211,31 @@ class Fused:
             seed: of the dropout; None for none.
             keep: whether there will be a backward pass.
         """
+        places, run = self._pass(tokens, positions, segments, seed=seed, keep=keep)
+        return Inputs(to_device(tokens.flatten(), self.device), places, labelled, run)
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        seen_until: Tensor | None = None,
+        seed: int | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor | None, Pass]:
+        """Rows of the table of learned positions if there is one, and what the blocks have in common; see inputs."""
         config, (rows, length) = self.config, tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(rows, length)
+        layout = Layout.of(rows, length, segments, self.device)
+        if seen_until is not None:
+            on_device = (to_device(positions, self.device), to_device(seen_until, self.device))
+            windows = {block.heads.window for block in self.blocks}
+            layout = replace(layout, masks={window: tree_mask(window, *on_device) for window in windows})
         scale = query_scale(config, positions).flatten()[:, None, None] if config.query_scale_beta else None
         places = positions.flatten().int()
         run = Pass(
-            layout=Layout.of(rows, length, segments, self.device),
+            layout=layout,
             positions=to_device(places if self.ropes else torch.arange(len(places), dtype=torch.int32), self.device),
             ropes=self.ropes or self._ropes(positions, segments),
             query_scale=None if scale is None else to_device(scale, self.device),
@@ -231,8 +244,7 @@ class Fused:
             seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=self.device),
             keep=keep,
         )
-        learned = None if self.model.positions is None else to_device(places, self.device)
-        return Inputs(to_device(tokens.flatten(), self.device), learned, labelled, run)
+        return None if self.model.positions is None else to_device(places, self.device), run
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -256,22 +268,44 @@ class Fused:
     @torch.no_grad()
     def forward(self, inputs: Inputs) -> tuple[Tensor, Learnt]:
         """The loss, and what the backward pass needs."""
-        self.refresh()
         run = inputs.run
-        x = times(F.embedding(inputs.tokens, self.model.embed.weight.detach()), self.config.embedding_multiplier)
+        x, y, kept = self._blocks(inputs.tokens, inputs.places, run)
+        group = self.head.group
+        dropout = group.dropout(run.seed, 4 * len(self.blocks))
+        loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
+        return loss, Learnt(d_out, kept, waiting)
+
+    def _blocks(
+        self, tokens: Tensor, places: Tensor | None, run: Pass
+    ) -> tuple[Tensor, Tensor | None, list[Kept | None]]:
+        """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
+        self.refresh()
+        x = times(F.embedding(tokens, self.model.embed.weight.detach()), self.config.embedding_multiplier)
         if self.model.positions is not None:
-            assert inputs.places is not None
-            x = x + F.embedding(inputs.places, self.model.positions.weight.detach())
+            assert places is not None
+            x = x + F.embedding(places, self.model.positions.weight.detach())
         self.offload.reset()
         y: Tensor | None = None
         kept: list[Kept | None] = []
         for block in self.blocks:
             x, y, one = block.forward(x, y, run)
             kept.append(one)
-        group = self.head.group
-        dropout = group.dropout(run.seed, 4 * len(self.blocks))
-        loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
-        return loss, Learnt(d_out, kept, waiting)
+        return x, y, kept
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
+    ) -> Tensor:
+        """As GPT.hidden, without dropout or gradients; what is on the host need not be on the device."""
+        places, run = self._pass(tokens, positions, segments, seen_until)
+        x, y, _ = self._blocks(to_device(tokens.flatten(), self.device), places, run)
+        out = torch.empty_like(x)
+        add_norm(x, y, self.head.norm, out)
+        return out.view(*tokens.shape, -1)
 
     @torch.no_grad()
     def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
@@ -295,17 +329,27 @@ class Fused:
         return int(FastSizes(self.config, rank, adapted, False, self.fp8).graphs(self.recompute, tokens))
 
 
-def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False) -> Fused:
+def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int = 0) -> Fused:
     """Let the fast path take over model.loss; call it after the adapters are added and before the optimizer is made.
 
-    why_not(model, fp8) must be ''.
+    why_not(model) must be ''.
 
     Args:
         graph_tokens: micro-batches of up to so many tokens get CUDA graphs on a GPU; see lit_qlora.fused.graphs.
         fp8: multiply with the frozen weights of the blocks in FP8; see lit_qlora.fused.fp8. The head stays in 16 bit.
+        dequantized: of so many blocks quantised weights are kept in 16 bit as well.
     """
-    fused = Fused(model, fp8)
+    fused = Fused(model, fp8, dequantized)
     model.fast = fused.loss
     if graph_tokens and fused.device.type == "cuda":
         fused.graphs = Graphs(fused, graph_tokens)
     return fused
+
+
+def reader(model: GPT) -> Callable[..., Tensor]:
+    """What gives model.hidden soonest, where nothing learns and no cache is read.
+
+    On a GPU that is the fast path, if it can take the model and does not train it; else it is the plain model.
+    """
+    takes = model.embed.weight.is_cuda and model.fast is None and not why_not(model)
+    return Fused(model).hidden if takes else model.hidden

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.attention import attend
 from lit_qlora.fused.offload import to_device
 
 _aten = torch.ops.aten
@@ -26,12 +27,15 @@ class Layout:
         rows, length: T = rows * length, the shape of the batch.
         longest: tokens of the longest text.
         ends: (documents + 1,) int32, where each document begins and the last one ends; None if each row is one.
+        masks: by window, who may look at whom where documents share their beginnings (lit_qlora.attention.tree_mask);
+            for passes that no backward pass follows.
     """
 
     rows: int
     length: int
     longest: int
     ends: Tensor | None = None
+    masks: dict[int | None, Tensor] | None = None
 
     @staticmethod
     def of(rows: int, length: int, segments: Tensor | None, device: torch.device) -> "Layout":
@@ -74,6 +78,9 @@ def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
     """The attention's output (T, H D), and what its backward pass needs besides."""
     q, k, v = heads.split(qkv)
     tokens = qkv.size(0)
+    if layout.masks is not None:
+        q, k, v = (_by_row(x, layout) for x in (q, k, v))
+        return attend(q, k, v, layout.masks[heads.window], heads.scale).transpose(1, 2).reshape(tokens, -1), None
     if not qkv.is_cuda:
         return _plain(q, k, v, heads, layout), None
     if _takes_cudnn(heads, layout):

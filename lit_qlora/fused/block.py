@@ -91,7 +91,9 @@ class Kept:
 class FusedBlock:
     """The weights of a block in groups, and its two passes."""
 
-    def __init__(self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool) -> None:
+    def __init__(
+        self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
+    ) -> None:
         attn, mlp = block.attn, block.mlp
         self.activation = ACTIVATIONS[config.ffn]
         self.qkv = Group([attn.query, attn.key, attn.value], dtype, fp8)

@@ -33,7 +33,7 @@ class Fp8:
     @property
     def room(self) -> int:
         """Bytes that the weights take in a workspace."""
-        return self.stack.n * self.width
+        return self.stack.n * self.width * FP8.itemsize
 
     def matrix(self, workspace: Tensor) -> Tensor:
         """W / scale, (N, K), in the workspace."""
@@ -50,7 +50,7 @@ class Fp8:
 
     def product_back(self, dy: Tensor, workspace: Tensor, b: Tensor | None) -> Tensor:
         """[dX | dZ] (T, K + R) of dY (T, N), rows not contiguous."""
-        columns = workspace.view(FP8)[: self.room].view(self.width, self.stack.n)
+        columns = workspace.view(FP8)[: self.width * self.stack.n].view(self.width, self.stack.n)
         quantize_weights(self.weight, self.scale, columns[: self.k].T, self.stack, self.table)
         # The last columns are those of dZ, and nothing yet: what lies there in the workspace is no weight.
         d_out = scaled_product(quantize_rows(dy, self.stack.n, self.scale), (columns, self.ones), dy.dtype)

@@ -97,9 +97,14 @@ class Group:
         out = workspace[: self.n * self.width].view(self.n, self.width)
         return dequantize(self.weight, self.b, out, self.stack, self.table)
 
+    def keep(self) -> None:
+        """Hold [W | B] of a quantised weight as well from now on, instead of writing it into a workspace each time."""
+        if self.dense is None:
+            self.dense = self.matrix(torch.empty(self.room, dtype=self.dtype, device=self.device))
+
     def refresh(self) -> None:
         """Write a changed B beside a weight that stays in memory."""
-        if self.dense is not None and self.rank:
+        if self.dense is not None and self.rank and self.fp8 is None:
             dequantize(None, self.b, self.dense, self.stack, self.table, b_only=True)
 
     def empty_input(self, tokens: int) -> Tensor:

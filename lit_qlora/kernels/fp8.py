@@ -16,7 +16,7 @@ if triton is not None:
     from lit_qlora.kernels.dequantize import block_scale
 
 FP8 = torch.float8_e4m3fn
-MULTIPLE = 16  # what the products' dimensions have to be divisible by, but for the number of tokens
+MULTIPLE = 16  # of it have to be what is summed over and the columns of the result; the fast path's layers are
 LEAST = 1e-30  # magnitude of a row of zeros, which has to have a scale too
 
 Weight = FourBit | EightBit | Tensor

@@ -131,6 +131,11 @@ def test_b09_a_list_inside_an_object_is_pointed_at(tmp_path: Path) -> None:
     assert "expected a list of samples, found an object. Did you mean the list under 'data'?" in message
 
 
+def test_b09_a_lone_conversation_is_a_sample(tmp_path: Path) -> None:
+    spoken = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+    assert len(read_examples(write(tmp_path / "a.json", json.dumps({"conversations": spoken}))).examples) == 1
+
+
 def test_b10_a_missing_column_is_named_with_the_sample_and_what_it_has(tmp_path: Path) -> None:
     rows = [*[GOOD] * 6, {"instruction": "a", "input": "b", "answer": "c"}]
     path = write(tmp_path / "a.json", json.dumps(rows, indent=0))
@@ -272,6 +277,13 @@ def test_b23_carriage_returns_are_no_errors(tmp_path: Path) -> None:
     table = write(tmp_path / "a.csv", 'instruction,output\r\na,"b\r\nc"\r\n')
     assert len(read_examples(jsonl).examples) == 2
     assert read_examples(table).examples[0].output == "b\r\nc"
+
+
+def test_b23_carriage_returns_alone_are_called_by_their_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "instruction,output\ra,b\r")
+    assert (
+        refusal(path) == f"{path}:1: not valid CSV: its lines end with carriage returns alone. Save it with line feeds."
+    )
 
 
 def test_b24_a_directory_without_a_training_file_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,16 @@ from itertools import chain
 import pytest
 import torch
 
-from lit_qlora.data import Batching, Sample, Samples, collate, count_steps, steps, validation_batches
+from lit_qlora.data import (
+    Batching,
+    Sample,
+    Samples,
+    collate,
+    count_steps,
+    longest_step,
+    steps,
+    validation_batches,
+)
 from lit_qlora.data.batches import PAD, epoch_order, order
 from lit_qlora.model import IGNORE
 
@@ -165,6 +174,15 @@ def test_max_steps_shortens_a_run_and_never_lengthens_it() -> None:
     assert count_steps(10, batching(4), epochs=3, max_steps=5) == 5
     assert count_steps(10, batching(4), epochs=3, max_steps=500) == 9
     assert count_steps(1, batching(32), epochs=0.01) == 1
+
+
+@pytest.mark.parametrize("row_length", [None, 8])
+def test_no_micro_batch_is_larger_than_that_of_the_longest_step(row_length: int | None) -> None:
+    data = Samples.of([*(Sample.of([1, 2], 1) for _ in range(40)), *(Sample.of([1] * 8, 1) for _ in range(8))])
+    settings = batching(8, 4, shuffle=False, row_length=row_length)
+    (longest,) = longest_step(data, settings).batches
+    for step in steps(data, settings, total=6):
+        assert all(batch.tokens.numel() <= longest.tokens.numel() for batch in step.batches)
 
 
 def test_validation_batches_hold_every_sample_once_sorted_by_length() -> None:

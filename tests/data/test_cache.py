@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,50 @@ def test_the_cache_may_be_deleted_while_it_is_used(encode, tmp_path: Path) -> No
     assert not encode().cached
 
 
+@pytest.mark.parametrize("moment", ["_append", "_publish"])
+def test_the_cache_may_be_deleted_while_it_is_written(
+    encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    whole = encode(cache_dir="none")
+    monkeypatch.setattr(cache, "AT_ONCE", 16)
+    act, times = getattr(cache.Store, moment), []
+
+    def after_deletion(self: cache.Store, *arguments: Any) -> None:
+        times.append(moment)
+        if moment == "_publish" or len(times) == 8:  # in the middle of the second round
+            shutil.rmtree(tmp_path / "cache")
+        act(self, *arguments)
+
+    monkeypatch.setattr(cache.Store, moment, after_deletion)
+    assert same(encode(), whole)
+    monkeypatch.undo()
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("other", ["removes it", "has the same"])
+def test_what_another_run_does_to_an_entry_at_its_birth_does_no_harm(
+    encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    whole = encode(cache_dir="none")
+    prune = cache.prune
+
+    def meddle(folder: Path, keep: Path) -> None:
+        prune(folder, keep)
+        shutil.rmtree(keep)
+
+    if other == "removes it":
+        monkeypatch.setattr(cache, "prune", meddle)
+        assert same(encode(), whole)
+        return
+    encode()
+    found = cache.load
+    monkeypatch.setattr(cache, "load", lambda *where: None)  # the other entry appears a moment later
+    monkeypatch.setattr(cache.shutil, "rmtree", lambda *where, **how: None)
+    assert same(encode(), whole)
+    monkeypatch.setattr(cache, "load", found)
+    assert encode().cached
+
+
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(encode, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     assert not encode().cached
@@ -147,14 +192,15 @@ def test_a_disk_that_fills_up_costs_the_entry_and_nothing_else(
     monkeypatch.setattr(cache, "AT_ONCE", 16)
     calls = []
 
-    def failing_open(*arguments: Any, **options: Any):
-        if str(arguments[0]).endswith(".bin") and "a" in str(arguments[1]):
-            calls.append(arguments[0])
+    class Filling(FileIO):
+        def write(self, data: Any) -> int:
+            calls.append(self.name)
             if len(calls) == failing:
+                super().write(data[: len(data) // 2])  # some of it still had room
                 raise OSError(errno.ENOSPC, "No space left on device")
-        return open(*arguments, **options)
+            return super().write(data)
 
-    monkeypatch.setattr(cache, "open", failing_open, raising=False)
+    monkeypatch.setattr(cache, "FileIO", Filling)
     assert same(encode(), whole)
     assert len(calls) >= failing
     assert not list((tmp_path / "cache").iterdir())
@@ -176,12 +222,24 @@ def test_few_samples_are_not_kept(encode, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_a_killed_run_left_is_removed_after_a_day(encode, tmp_path: Path) -> None:
-    left = [tmp_path / "cache" / f"{name}.1.unfinished" for name in ("old", "new")]
+    left = [tmp_path / "cache" / f"{name * 64}.1.unfinished" for name in ("a", "b")]
     for folder in left:
         folder.mkdir(parents=True)
     os.utime(left[0], (0, 0))
     encode()
     assert [folder.exists() for folder in left] == [False, True]
+
+
+def test_an_entry_that_is_used_stays_and_one_that_is_not_goes_when_another_is_made(encode, tmp_path: Path) -> None:
+    encode()
+    encode(max_length=90)
+    for entry in (tmp_path / "cache").iterdir():
+        os.utime(entry, (0, 0))
+    assert encode().cached
+    encode(max_length=80)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert encode().cached
+    assert not encode(max_length=90).cached
 
 
 @pytest.mark.slow

@@ -99,6 +99,8 @@ def test_turns_can_be_left_to_be_context_only(tokenizer: Tokenizer) -> None:
 def test_a_system_message_stands_for_samples_that_have_none(tokenizer: Tokenizer) -> None:
     samples, _ = encode(tokenizer, [example("a", "b"), example("a", "b", system="Own.")], system="Given.")
     assert [given(tokenizer, sample) for sample in samples] == ["Given.\n\nQ: a\nA:", "Own.\n\nQ: a\nA:"]
+    raw, _ = encode(tokenizer, [example("", "b c")], "text", system="Given.")
+    assert raw[0].tokens.tolist() == tokenizer.encode("b c", eos=True)
 
 
 def test_raw_text_is_learnt_whole_and_long_text_in_pieces_that_lose_nothing(tokenizer: Tokenizer) -> None:
@@ -112,6 +114,21 @@ def test_raw_text_is_learnt_whole_and_long_text_in_pieces_that_lose_nothing(toke
     assert all(len(piece.tokens) <= 16 for piece in pieces)
     assert [i for piece in pieces for i in piece.tokens[piece.trained].tolist()] == ids[1:]  # each once, in order
     assert (counts.turns, counts.ended, counts.cut_answers) == (1, 1, 0)
+
+
+def test_a_prompt_that_is_empty_is_masked_cut_and_counted_as_a_prompt(tokenizer: Tokenizer) -> None:
+    (whole, cut), counts = encode(tokenizer, [example("", "3"), example("", "9 " * 80)], max_length=64)
+    assert given(tokenizer, whole) == given(tokenizer, cut) == "Q: \nA:"
+    assert cut.tokens[-1] == tokenizer.eos_id
+    assert (counts.empty_prompts, counts.cut_answers) == (2, 1)
+
+
+def test_nothing_at_all_is_left_out(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "use_bos", False)
+    bare = PromptKnobs(add_eos_token_to_prompt=False, add_eos_token_to_answer=False)
+    encoder = Encoder(tokenizer, knobs_style(bare), Encoding(max_length=64))
+    assert list(encoder.encode([example("", "")])) == []
+    assert encoder.counts.masked == 1
 
 
 # What is too long.

@@ -10,6 +10,7 @@ from lit_qlora.data.examples import Reading, read_examples
 from lit_qlora.data.formats import FORMATS
 from lit_qlora.errors import DataError, UsageError
 from lit_qlora.prompts import Turn
+from lit_qlora.settings import DataConfig
 
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
@@ -129,11 +130,32 @@ def test_any_columns_can_be_named(tmp_path: Path) -> None:
         ("a:output", "of no column that it is the instruction"),
         ("a:instruction,b:outptu", "Did you mean output"),
         ("instruction,output", "not of the form theirs:ours"),
+        ("a:instruction,b:instruction,c:output", "'instruction' stands twice"),
+        ("a:instruction,a:output", "'a' stands twice"),
     ],
 )
 def test_columns_that_make_no_sense_are_refused(tmp_path: Path, columns: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read(tmp_path, [{"a": "1", "b": "2"}], columns=columns)
+
+
+def test_a_named_column_that_no_record_has_is_refused_even_where_it_may_be_empty(tmp_path: Path) -> None:
+    rows = [{"frage": "Hi", "antwort": "Yo"}, {"frage": "Hi", "antwort": "Yo", "kontext": "in"}]
+    with pytest.raises(DataError, match=r"no record has a column 'kontxt' \(has: frage, antwort\)"):
+        read(tmp_path, rows, columns="frage:instruction,antwort:output,kontxt:input")
+    examples = read(tmp_path, rows, columns="frage:instruction,antwort:output,kontext:input").examples
+    assert [example.input for example in examples] == ["", "in"]
+    with pytest.raises(UsageError, match=r"data\.format would have no effect"):
+        DataConfig(columns="a:instruction,b:output", format="dolly")
+
+
+def test_a_first_record_that_is_not_like_the_others_does_not_hide_their_format(tmp_path: Path) -> None:
+    rows = [{"context": "in"}, *CASES["dolly"][0]]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no 'instruction' \(has: context\)"):
+        read(tmp_path, rows)
+    reading = read(tmp_path, rows, skip=True)
+    assert (reading.format, reading.skipped) == ("dolly", 1)
+    assert reading.saw == "columns instruction, context, response, category"
 
 
 def test_an_unknown_format_is_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -145,6 +167,30 @@ def test_a_message_that_replies_to_itself_is_named(tmp_path: Path) -> None:
     circle = TREE[1] | {"message_id": "1"}
     with pytest.raises(DataError, match=r":1: the message '1' replies to itself"):
         read(tmp_path, [TREE[0], circle])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"message_id": [1]}, r"'message_id' is list, not text"),
+        ({"parent_id": {}}, r"'parent_id' is dict, not text"),
+        ({"role": 5}, "nobody answered"),
+    ],
+)
+def test_a_message_of_a_tree_that_is_none_is_named(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=rf":9: {reason}|:8: {reason}"):
+        read(tmp_path, [*TREE[:8], TREE[8] | change])
+
+
+@pytest.mark.parametrize("replies", [5, "text", [None], {"a": 1}])
+def test_replies_that_are_none_are_named(tmp_path: Path, replies: Any) -> None:
+    with pytest.raises(DataError, match=r":1: 'replies' is not a list of messages"):
+        read(tmp_path, [WHOLE_TREE | {"prompt": WHOLE_TREE["prompt"] | {"replies": replies}}])
+
+
+def test_a_rank_that_is_no_number_is_none(tmp_path: Path) -> None:
+    odd = TREE[1] | {"rank": "best"}
+    assert read(tmp_path, [TREE[0], odd, *TREE[2:]]).examples[0].turns == BEST
 
 
 def test_messages_that_reply_to_nobody_are_named(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_h2o_calls_the_share_validation_size(read, tmp_path: Path) -> None:
     config = DataConfig(validation_size=0.25)
     assert config == DataConfig(val_fraction=0.25)
     assert replace(config, packing=True).val_fraction == 0.25
+    with pytest.raises(UsageError, match=r"a share below 1 or a whole number of samples, got 1\.5"):
+        DataConfig(val_fraction=1.5)
     with pytest.raises(UsageError, match="Give one"):
         DataConfig(validation_size=0.1, val_fraction=0.2)
     with pytest.raises(UsageError, match=r"data\.validation_size has no effect"):
@@ -112,6 +114,18 @@ def test_several_sources_are_mixed_as_often_as_they_should_come(read) -> None:
     assert read("a.jsonl", "b.jsonl", val_fraction=0).batching.shares == ()
 
 
+def test_a_source_of_which_no_epoch_would_see_anything_is_refused(read) -> None:
+    for paths in (["a.jsonl*0.01"], ["a.jsonl", "b.jsonl*0.01"]):
+        with pytest.raises(DataError, match=r"jsonl\*0\.01: an epoch would see none of its \d+ samples"):
+            read(*paths, val_fraction=0)
+
+
+def test_the_first_the_middle_and_the_last_sample_of_all_sources_are_shown(read) -> None:
+    data = read("a.jsonl", "b.jsonl", val_fraction=0)
+    shown = [show(sample, data.tokenizer, dim=False).split(" plus")[0] for sample in data.audit.shown]
+    assert shown == ["[Q: What is 0", "[Q: What is 25", "[Q: What is 109"]
+
+
 def test_sources_may_be_of_different_formats(read, tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("What is 7 plus 1? It is 8.")
     spoken = [{"role": "user", "content": "What is 9 plus 1?"}, {"role": "assistant", "content": "10"}]
@@ -122,6 +136,8 @@ def test_sources_may_be_of_different_formats(read, tmp_path: Path) -> None:
         "format text",
         "format messages",
     ]
+    (tmp_path / "e.txt").write_text("What is 7 plus 1? It is 8. " * 40)
+    assert read("e.txt", val_fraction=0).audit.sources[0].endswith(" pieces of 1")
     text, talk = (show(sample, data.tokenizer, dim=False) for sample in data.train[-2:])
     assert text == "[] -> What is 7 plus 1? It is 8.<end>"
     assert talk == "[Q: What is 9 plus 1?\\nA:] -> 10<end>"

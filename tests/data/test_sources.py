@@ -37,6 +37,8 @@ KINDS = {
     "b.json": json.dumps([GOOD, OTHER]),
     "c.json": lines(GOOD, OTHER),  # JSON lines under a name that does not say so
     "a.jsonl": lines(GOOD, OTHER),
+    "b.jsonl": json.dumps([GOOD, OTHER], indent=1),  # and the reverse
+    "A.JSON": json.dumps([GOOD, OTHER]),
     "a.csv": CSV,
     "a.tsv": TSV,
 }
@@ -147,6 +149,11 @@ def test_several_sources_say_how_often_they_come(tmp_path: Path) -> None:
     assert train == [Source(str(first)), Source(str(second), times=0.5)]
 
 
+def test_patterns_are_not_expanded_and_the_message_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\*\.jsonl: patterns are not expanded\. Name the files"):
+        find_sources([f"{tmp_path}/*.jsonl"], None)
+
+
 @pytest.mark.parametrize("times", ["", "0", "-1", "nan", "many", "1e9"])
 def test_a_number_of_times_that_is_none_is_refused(tmp_path: Path, times: str) -> None:
     with pytest.raises(DataError, match=r"is not how often; write e\.g\. .*a\.json\*0\.5"):
@@ -191,6 +198,7 @@ def test_a_hub_data_set_comes_from_the_cache_when_there_is_no_network(hub: Path)
     train, val = find_sources(["hf:org/foxes*2"], None)
     assert train == [Source("hf:org/foxes", "train", 2.0)]
     assert val == Source("hf:org/foxes", "validation")
+    assert find_sources(["hf:org/foxes"], "hf:org/foxes")[1] == val
     read = read_examples(train[0])
     assert [e.output for e in read.examples] == ["Blue.", OTHER["output"]]
     assert read.examples[1].place == "hf:org/foxes (train): row 2"

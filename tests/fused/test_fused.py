@@ -1,5 +1,6 @@
 """The fast path is the plain path: the same loss and gradients for every layout, adapter and recompute setting."""
 
+import random
 from typing import Any
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.embeddings import add_noise
-from lit_qlora.fused import fuse, why_not
+from lit_qlora.fused import Fused, fuse, reader, why_not
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora import LoRALinear, add_lora, lora_state
 from lit_qlora.model import GPT, IGNORE
 from lit_qlora.quantize import quantize_linears
+from lit_qlora.score import Scorer
 from lit_qlora.settings import LoRAConfig, Scheme, Target
 from tests.conftest import tiny_model
 
@@ -280,3 +282,32 @@ def test_noise_on_the_embeddings_takes_the_plain_path() -> None:
     model = adapted_model()
     add_noise(model, 5.0)
     assert why_not(model) == "noise on the embeddings"
+
+
+READ = {
+    "llama": {},
+    "grouped queries": {"n_kv_head": 2},
+    "window": {"sliding_window": 6, "full_attention_layers": (1,)},
+    "learned positions": {"positions": "learned", "norm": "layer", "parallel_residual": True},
+    "dynamic": {"rope_scaling": "dynamic", "rope_factor": 2.0, "rope_original_block_size": 8},
+}
+
+
+@pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
+@pytest.mark.parametrize("changes", READ.values(), ids=READ)
+def test_what_it_reads_without_learning_is_scored_as_by_the_plain_model(
+    changes: dict[str, Any], scheme: Scheme
+) -> None:
+    model = adapted_model(scheme, **changes).eval()
+    draw = random.Random(3)
+    context, other = [draw.choices(range(160), k=k) for k in (14, 20)]
+    asked = [(context, draw.choices(range(160), k=k)) for k in (1, 4, 2)] + [(other, [7, 8]), (context[:9], [1, 2])]
+    plain, fast = Scorer(model), Scorer(model)
+    fused = Fused(model)
+    fast.hidden = fused.hidden
+    one = [(other, [1])]  # a row of its own takes no mask
+    for requests in (asked, one):
+        expected, actual = plain.score(requests), fast.score(requests)
+        assert [x for x, _ in actual] == pytest.approx([x for x, _ in expected], abs=1e-4)
+        assert [x for _, x in actual] == [x for _, x in expected]
+    assert reader(model) == model.hidden  # on a CPU there is nothing to gain

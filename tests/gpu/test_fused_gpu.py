@@ -161,6 +161,19 @@ def test_recomputing_and_offloading_change_no_bit(policy: Any, layout: str) -> N
         assert torch.equal(results[2][name], results[0][name]), name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_that_stay_dequantised_change_no_bit(layout: str) -> None:
+    from lit_qlora.fused import fuse
+
+    found = []
+    for blocks in (0, 2):
+        model = adapted(**MODELS["nf4"])
+        fuse(model, dequantized=blocks)
+        found.append(gradients(model, *LAYOUTS[layout]()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
 def test_dropout_keeps_the_mean_of_the_gradient() -> None:
     from lit_qlora.fused import fuse
 

@@ -1,0 +1,36 @@
+"""What the libraries on transformers have in common."""
+
+from typing import TYPE_CHECKING, Any
+
+from contestants.task import Loss, Micro
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HF_NAMES = {
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "query,value": ["q_proj", "v_proj"],
+}
+
+
+def make_loss(model: Any, lengths: bool) -> Loss:
+    """The loss of a model of transformers.
+
+    Args:
+        lengths: tell it the lengths of packed documents, besides positions that begin again.
+    """
+    import torch
+
+    def loss(micro: Micro) -> "Tensor":
+        told: dict[str, Any] = {}
+        labels = micro.ids
+        if micro.documents:
+            told["position_ids"] = torch.cat([torch.arange(n) for n in micro.documents])[None].to(micro.ids.device)
+            labels = labels.masked_fill(told["position_ids"] == 0, -100)  # nothing is learnt across a border
+            if lengths:
+                told["packed_seq_lengths"] = torch.tensor(micro.documents, dtype=torch.int32)
+        with torch.autocast(micro.ids.device.type, dtype=torch.bfloat16):
+            value: Tensor = model(input_ids=micro.ids, labels=labels, **told).loss
+        return value
+
+    return loss

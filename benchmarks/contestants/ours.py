@@ -1,0 +1,50 @@
+"""This package."""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from shapes import random_model
+
+from contestants.task import LONGEST_EXAMPLE, Built, Micro, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def build(task: Task) -> Built:
+    """The fast path, on random weights made on the GPU."""
+    import torch
+
+    from lit_qlora.data import Batch
+    from lit_qlora.fused import fuse, why_not
+    from lit_qlora.fused.graphs import padded_length
+    from lit_qlora.lora import add_lora
+    from lit_qlora.model import IGNORE
+    from lit_qlora.settings import LoRAConfig
+
+    model = random_model(task.shape, "bnb.nf4-dq" if task.quantize else "none")
+    targets = tuple(task.targets.split(","))
+    add_lora(model, LoRAConfig(r=task.r, alpha=16, targets=targets, dropout=task.dropout))  # type: ignore[arg-type]
+    if reason := why_not(model):
+        raise RuntimeError(f"the fast path is not taken: {reason}")
+    short = task.workload == "short" and task.graphs
+    fused = fuse(model, graph_tokens=padded_length(LONGEST_EXAMPLE) if short else 0)
+
+    @cache  # made once, on the host, as the data of a run is
+    def batch(micro: Micro) -> Batch:
+        ids, documents = micro.ids.cpu(), micro.documents or [micro.ids.size(1)]
+        positions = torch.cat([torch.arange(n) for n in documents]).expand_as(ids)
+        labels = ids.roll(-1, 1).masked_fill(positions.roll(-1, 1) == 0, IGNORE)
+        if not micro.documents:
+            return Batch(ids, labels)
+        numbers = torch.arange(len(documents), dtype=torch.int32)
+        return Batch(ids, labels, None, positions, numbers.repeat_interleave(torch.tensor(documents))[None])
+
+    def loss(micro: Micro) -> "Tensor":
+        value: Tensor = model.loss(*batch(micro)) / micro.ids.numel()
+        return value
+
+    def set_recompute(setting: Any) -> None:
+        fused.set_recompute([setting] * len(fused.blocks))
+
+    return Built(model.train(), loss, set_recompute)

@@ -1,0 +1,92 @@
+"""What all contestants are asked to do, and the tokens they do it with."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shapes import SHAPES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+EXAMPLES_A_STEP = 16  # of the workload "short"
+LONGEST_EXAMPLE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a contestant is asked to do."""
+
+    name: str
+    """One of contestant.CONTESTANTS."""
+    checkpointing: bool = False
+    """Whether the library computes activations again, in the way it recommends."""
+    shape: str
+    dir: str
+    """Folder of a Hugging Face checkpoint of this shape; for all but ours."""
+    workload: str
+    """fixed: rows of one length. short: one example a micro-batch, 16 of them a step. packed: examples end to end."""
+    rows: int
+    length: int
+    r: int
+    targets: str
+    quantize: bool
+    dropout: float
+    graphs: bool = True
+    """Whether ours replays CUDA graphs of the workload "short"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Micro:
+    """A micro-batch: ids (B, T), and the lengths of the documents in its only row if it is packed."""
+
+    ids: "Tensor"
+    documents: list[int] | None = None
+
+
+Loss = Callable[[Micro], "Tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """What a library made of a task."""
+
+    model: "nn.Module"
+    loss: Loss
+    set_recompute: Callable[[str], None] | None = None
+    """Chooses what blocks compute again; for ours alone."""
+
+
+def example_lengths(count: int, seed: int = 0) -> list[int]:
+    """Lengths like those of Alpaca's examples: log-normal, median 110, mean about 127."""
+    draw = random.Random(seed)
+    return [min(LONGEST_EXAMPLE, max(40, int(draw.lognormvariate(math.log(110), 0.55)))) for _ in range(count)]
+
+
+def make_steps(task: Task, count: int) -> list[list[Micro]]:
+    """The micro-batches of each step."""
+    import torch
+
+    from lit_qlora.device import pick_device
+
+    generator = torch.Generator().manual_seed(0)
+    vocab = SHAPES[task.shape]["vocab_size"]
+
+    def ids(rows: int, length: int) -> "Tensor":
+        return torch.randint(3, vocab, (rows, length), generator=generator).to(pick_device())
+
+    if task.workload == "fixed":
+        return [[Micro(ids(task.rows, task.length))] for _ in range(count)]
+    lengths = iter(example_lengths(100_000))
+    if task.workload == "short":
+        return [[Micro(ids(1, next(lengths))) for _ in range(EXAMPLES_A_STEP)] for _ in range(count)]
+    steps = []
+    for _ in range(count):
+        documents, room = [], task.rows * task.length
+        while room:
+            documents.append(min(room, next(lengths)))
+            room -= documents[-1]
+        steps.append([Micro(ids(1, sum(documents)), documents)])
+    return steps

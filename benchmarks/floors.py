@@ -1,0 +1,118 @@
+"""The least memory that a step of training can do with, beside what was measured and what the plan of a run says.
+
+python benchmarks/floors.py        # for the newest row that step.py wrote of each setting
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import TABLE, read_rows
+from shapes import SHAPES
+
+from lit_qlora.config import ModelConfig
+from lit_qlora.lora import LoRALinear, add_lora
+from lit_qlora.model import GPT
+from lit_qlora.plan import make_plan
+from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig
+
+H100 = 80e9  # bytes; the plan needs a GPU to plan for
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "paged-adamw8bit": 0.0}
+"""What step.py may train with, and the bytes that it keeps for each number that learns; pages can leave the GPU."""
+FLAGS = re.compile(
+    r"(?P<scheme>\S+) r(?P<r>\d+) (?P<targets>\S+) dropout (?P<dropout>\S+) recompute (?P<recompute>\S+)"
+    r"(?P<graphs> graphs)?( dequantized (?P<dequantized>\d+))?(?P<fp8> fp8)?( (?P<optimizer>\S+))?"
+)
+
+
+def memory_floor(
+    model: ModelConfig, lora: LoRAConfig, scheme: Scheme, recompute: Recompute, tokens: int, state_bytes: float = 8.0
+) -> float:
+    """Bytes at the peak of a step on `tokens` tokens, if only what must be there is there.
+
+    That is: the stored weights; adapters and their gradients in float32 and `state_bytes` of an optimizer for each
+    parameter; the widest stacked weight, dequantised; what the blocks keep; and what one block's backward pass adds.
+    Activations are in 16 bit, but for a float32 a head and token of attention. A backward pass that writes gradients
+    over what it read can do with a little less.
+    """
+    with torch.device("meta"):
+        gpt = GPT(model)
+        add_lora(gpt, lora)
+    z = lora.r * sum(isinstance(module, LoRALinear) for module in gpt.blocks[0].modules())
+    plan = make_plan(model, lora, scheme, False, torch.bfloat16, tokens, TrainConfig(), None)
+
+    residual, attended = model.n_embd, model.n_head * model.head_size
+    qkv = attended + 2 * model.n_kv_head * model.head_size
+    gate_up = model.ffn_size * (2 if "glu" in model.ffn else 1)
+    small = 2 * z + 4 * model.n_head  # bytes: the adapters' middles and the sums of attention
+    kept = {
+        "none": 2 * (2 * residual + qkv + attended + gate_up) + small,
+        "mlp": 2 * (2 * residual + qkv + attended) + small,
+        "attn": 2 * (2 * residual + attended) + small,
+        "offload": 0,
+        "full": 2 * residual,
+    }[recompute]
+    again = {
+        "none": 0,
+        "mlp": gate_up,
+        "attn": gate_up + qkv,
+        "offload": gate_up + qkv + attended + 4 * residual,  # and two residuals on their way out, two on their way in
+        "full": gate_up + qkv + attended,
+    }[recompute]
+    working = 2 * (gate_up + residual + again)  # gradients of gate and up and of the residual, and what is made again
+    widest = 0 if scheme == "none" else 2 * max(gate_up, qkv) * residual
+    return plan.weights + (8 + state_bytes) * plan.trainable + widest + tokens * (model.n_layer * kept + working)
+
+
+def sizes(row: dict[str, Any]) -> tuple[float, float, float | None]:
+    """Of a row of step.py in bytes: the peak, what the plan of such a run says, and the floor.
+
+    There is no floor for the plain path, nor for CUDA graphs, which have memory that is theirs alone, nor where spare
+    memory is used for speed.
+    """
+    found = FLAGS.fullmatch(row["flags"])
+    assert found, f"not the flags of a row of step.py: {row['flags']}"
+    model = ModelConfig(name=row["shape"], **SHAPES[row["shape"]])
+    r, dropout = int(found["r"]), float(found["dropout"])
+    lora = LoRAConfig(r=r, alpha=2 * r, targets=tuple(found["targets"].split(",")), dropout=dropout)  # type: ignore[arg-type]
+    scheme: Any = found["scheme"]
+    setting: Any = found["recompute"]
+    rows, length, state = int(row["micro_batch"]), int(row["tokens"]), STATE_BYTES[found["optimizer"] or "adamw"]
+    train = TrainConfig(
+        fast=setting != "plain",
+        recompute="none" if setting == "plain" else setting,
+        micro_batch_size=rows,
+        batch_size=rows,
+        cuda_graphs="auto" if found["graphs"] else "never",
+        keep_dequantized=int(found["dequantized"] or 0),
+        fp8=bool(found["fp8"]),
+    )
+    usual = length if found["graphs"] else None
+    plan = make_plan(model, lora, scheme, False, torch.bfloat16, rows * length, train, H100, state, usual)
+    peak = float(row["peak_gib"]) * 2**30
+    if setting == "plain" or found["graphs"] or found["dequantized"]:
+        return peak, plan.total, None
+    return peak, plan.total, memory_floor(model, lora, scheme, setting, rows * length, state)
+
+
+def beside(row: dict[str, Any]) -> str:
+    """How the peak of a row of step.py stands to its floor and to the plan."""
+    peak, plan, floor = sizes(row)
+    told = f"{peak / 1e9:.2f} GB, {peak / plan:.3f} of the plan of {plan / 1e9:.2f}"
+    return told + (f", {peak / floor:.3f} of the floor of {floor / 1e9:.2f}" if floor else "")
+
+
+def main() -> None:
+    """Print a line for each setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=TABLE, help="the table to read")
+    described = ("shape", "micro_batch", "tokens", "flags")
+    rows = [row for row in read_rows(parser.parse_args().results) if row["program"] == "step.py"]
+    for setting, row in {tuple(row[name] for name in described): row for row in rows}.items():
+        print("{:11} {} x {:5} {:60} ".format(*setting), beside(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Models of published shapes with random weights, because neither speed nor memory depends on the weights."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from results import ROOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lit_qlora.model import GPT
+    from lit_qlora.settings import Scheme
+
+TOKENIZER = ROOT / "checkpoints/lit-qlora/tiny-world/tokenizer.model"
+LLAMA: dict[str, Any] = {"norm_eps": 1e-5, "block_size": 8192, "vocab_size": 32000}
+
+
+def _llama(layers: int, width: int, heads: int, ffn: int, kv_heads: int = 0, **more: Any) -> dict[str, Any]:
+    """Fields of ModelConfig of a llama; without `kv_heads` each head has keys of its own."""
+    heads_of = {"n_head": heads, "n_kv_head": kv_heads or heads, "head_size": width // heads}
+    return LLAMA | {"n_layer": layers, "n_embd": width, "ffn_size": ffn} | heads_of | more
+
+
+LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500_000.0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _llama(32, 4096, 32, 11008),
+    "llama-2-13b": _llama(40, 5120, 40, 13824),
+    "llama-1-33b": _llama(60, 6656, 52, 17920),
+    "llama-1-65b": _llama(80, 8192, 64, 22016),
+    "llama-2-70b": _llama(80, 8192, 64, 28672, kv_heads=8),
+    "llama-3-8b": _llama(32, 4096, 32, 14336, kv_heads=8, **LLAMA_3),
+    "llama-100m": _llama(12, 768, 12, 2048),
+    "tiny": _llama(2, 128, 4, 256, kv_heads=2, vocab_size=2048),
+}
+"""All take rows of 8,192 tokens, which is more than some of the published models were trained with."""
+
+
+def random_model(shape: str, scheme: "Scheme") -> "GPT":
+    """A bf16 model of `shape` on the GPU if there is one, quantised layer by layer, but for its head."""
+    import torch
+    from torch import nn
+
+    from lit_qlora.config import ModelConfig
+    from lit_qlora.device import pick_device
+    from lit_qlora.model import GPT
+    from lit_qlora.quantize import QuantizedLinear
+
+    with torch.device("meta"):
+        model = GPT(ModelConfig(name=f"random/{shape}", **SHAPES[shape]))
+    for path, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            weight = _random(parameter).to(pick_device())
+            if scheme != "none" and type(module) is nn.Linear and path != "head":
+                model.set_submodule(path, QuantizedLinear(weight, None, scheme))
+            else:
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+    return model
+
+
+def make_checkpoint(shape: str, directory: Path) -> None:
+    """Write a random bf16 checkpoint of `shape`, a tensor at a time, unless it is there already."""
+    import torch
+
+    from lit_qlora.checkpoint import save_weights
+    from lit_qlora.config import ModelConfig
+    from lit_qlora.model import GPT
+
+    if (directory / "model_config.json").is_file():
+        return
+    config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
+    with torch.device("meta"):
+        specs = {name: p.to(torch.bfloat16) for name, p in GPT(config).named_parameters()}
+
+    def tensors() -> Iterator[tuple[str, "Tensor"]]:
+        for name, spec in specs.items():
+            yield name, _random(spec)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(TOKENIZER, directory / "tokenizer.model")
+    save_weights(directory, config, specs, tensors())
+
+
+def make_hf_checkpoint(shape: str, folder: Path) -> None:
+    """Write the same as a Hugging Face folder, with a tokenizer of single characters, unless it is there already."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from lit_qlora import shards
+    from lit_qlora.config import ModelConfig
+    from lit_qlora.export import their_config
+    from lit_qlora.families import their_tensors
+    from lit_qlora.model import GPT
+
+    if (folder / "config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
+    with torch.device("meta"):
+        ours = {name: p.to(torch.bfloat16) for name, p in GPT(config).named_parameters()}
+    specs = {theirs.name: theirs.join(ours, config) for theirs in their_tensors(ours, config)}
+    shards.write(folder, "model.safetensors", specs, ((name, _random(spec)) for name, spec in specs.items()))
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind | named, indent=2))
+    content = their_config(folder, config, ours) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    (folder / "config.json").write_text(json.dumps(content, indent=2))  # last: it makes the folder a checkpoint
+
+
+def _random(spec: "Tensor") -> "Tensor":
+    """A bf16 tensor of this shape: ones for a norm, else small random numbers."""
+    import torch
+
+    from lit_qlora.device import pick_device
+
+    made = torch.ones(spec.shape) if spec.ndim == 1 else 0.02 * torch.randn(spec.shape, device=pick_device())
+    return made.to(torch.bfloat16)

@@ -1,0 +1,110 @@
+"""Blocks whose weights stay dequantised compute the same bits as those whose weights are dequantised each time."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.errors import UsageError
+from lit_qlora.fused import fuse
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.model import GPT
+from lit_qlora.plan import Plan, make_plan
+from lit_qlora.settings import LoRAConfig, TrainConfig
+from tests.conftest import tiny_config
+from tests.fused.test_fused import adapted_model, batch, gradients
+
+pytestmark = [
+    pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="in float32, so for the interpreter"),
+]
+
+
+def two_steps(model: GPT) -> list[Tensor]:
+    """Losses and gradients of two steps, between which the adapter changes."""
+    learners = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learners, lr=0.1)
+    found: list[Tensor] = []
+    torch.manual_seed(0)
+    for _ in range(2):
+        loss, grads = gradients(model, *batch())
+        found += [loss, *grads.values()]
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("case", ["nf4", "int8, some layers", "no adapter in the first block"])
+def test_the_bits_are_the_same(case: str, policy: Any) -> None:
+    cases: dict[str, dict[str, Any]] = {
+        "nf4": {"scheme": "bnb.nf4", "dropout": 0.2},
+        "int8, some layers": {"scheme": "bnb.int8", "targets": ("query", "projection")},
+        "no adapter in the first block": {"scheme": "bnb.fp4", "lora": {"last_layers": 1}},
+    }
+    ends = []
+    for blocks in (0, 1, 2):
+        model = adapted_model(**cases[case])
+        fused = fuse(model, dequantized=blocks)
+        fused.set_recompute([policy] * 2)
+        kept = [all(group.dense is not None for group in block.groups) for block in fused.blocks]
+        assert sum(kept) == blocks
+        ends.append(two_steps(model))
+    for other in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+
+
+def test_where_all_blocks_stay_there_is_no_workspace() -> None:
+    fused = fuse(adapted_model(scheme="bnb.nf4"), dequantized=2)
+    assert fused.workspaces == (None, None, None)
+
+
+def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", **train: Any) -> Plan:
+    settings = TrainConfig(keep_dequantized=blocks, **train)
+    return make_plan(tiny_config(n_layer=4), LoRAConfig(), quantize, False, torch.bfloat16, 64, settings, room)
+
+
+def test_a_plan_counts_the_blocks_that_stay() -> None:
+    none, some, all_ = planned(0), planned(2), planned("auto")
+    assert (none.kept_blocks, some.kept_blocks, all_.kept_blocks) == (0, 2, 4)
+    assert none.kept == 0
+    assert all_.total == none.total + all_.kept == none.total + 2 * some.kept
+    assert planned(9).kept_blocks == 4
+
+
+def test_only_memory_that_is_left_is_taken_for_them() -> None:
+    one, most = planned(1), planned("auto")
+    assert planned("auto", room=(most.total - one.kept / 2) / (0.97 - 0.05)).kept_blocks == 3
+    assert planned("auto", room=planned(0).total / 0.97).kept_blocks == 0
+
+
+def test_what_a_block_takes_is_what_its_weights_are() -> None:
+    model = adapted_model(scheme="bnb.nf4")
+    fused = fuse(model, dequantized=1)
+    held = sum(group.dense.numel() for group in fused.blocks[0].groups)
+    plan = make_plan(
+        model.config,
+        LoRAConfig(r=4, targets="all"),
+        "bnb.nf4",
+        False,
+        torch.bfloat16,
+        64,
+        TrainConfig(keep_dequantized=1),
+        2**30,
+    )
+    assert plan.kept == 2 * held
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantize": "none"}, "the base is not quantised"),
+        ({"fast": False}, "train.fast is false"),
+        ({"room": None}, "the fast one needs a CUDA device"),
+    ],
+    ids=str,
+)
+def test_they_are_refused_where_nothing_is_dequantised(changes: dict[str, Any], reason: str) -> None:
+    assert planned("auto", **changes).kept_blocks == 0
+    with pytest.raises(UsageError, match=reason):
+        planned(1, **changes)

@@ -15,7 +15,7 @@ SHARE_OF_DISK = 0.1  # most that a cache may take of what would be free without 
 UNUSED = 30 * 86_400.0  # seconds after which an entry that nobody used goes
 FORGOTTEN = 86_400.0  # seconds after which an entry that is not whole is nobody's any more
 _ENTRY = re.compile(r"[0-9a-f]{32,64}")  # other names are none of ours
-_PART = re.compile(rf"{_ENTRY.pattern}\..+")  # an entry that somebody is writing or removing
+_PART = re.compile(rf"{_ENTRY.pattern}\.(tmp-\d+|\d+\.(unfinished|gone))")  # somebody writes or removes it
 
 
 def directory(setting: str, name: str) -> Path | None:
@@ -33,7 +33,7 @@ def use(entry: Path) -> None:
         os.utime(entry)
 
 
-def prune(folder: Path, keep: Path) -> None:
+def prune(folder: Path, keep: Path, mark: str) -> None:
     """Remove what nobody has used for long, then the longest unused until the rest is no more than a share of the disk.
 
     An entry gets another name before it is removed, so that other programs find it whole or not at all; who has it
@@ -41,6 +41,7 @@ def prune(folder: Path, keep: Path) -> None:
 
     Args:
         keep: the entry that stays, the one that has just been made.
+        mark: a file that every entry holds, so that what is in a folder that somebody named is not taken for one.
     """
     now = time.time()
     ages: dict[Path, tuple[float, int]] = {}
@@ -48,7 +49,7 @@ def prune(folder: Path, keep: Path) -> None:
         with suppress(OSError):  # somebody else removes it
             if _PART.fullmatch(path.name) and now - path.stat().st_mtime > FORGOTTEN:
                 shutil.rmtree(path, ignore_errors=True)
-            if _ENTRY.fullmatch(path.name) and path.is_dir():
+            if _ENTRY.fullmatch(path.name) and (path / mark).is_file():
                 ages[path] = (now - path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()))
     total = sum(size for _, size in ages.values())
     most = SHARE_OF_DISK * (shutil.disk_usage(folder).free + total)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_qlora.chat_template import find_chat_template
 from lit_qlora.errors import CheckpointError
 from lit_qlora.tokenizer import Tokenizer, read_pieces
 
@@ -102,7 +103,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         adds_bos=tokenizer.use_bos,
-        chat_template=_chat_template(directory),
+        chat_template=find_chat_template(directory),
     )
 
 
@@ -134,11 +135,3 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
     # GGUF puts a space between the two parts, so one inside a part is written as the character 256 further on.
     merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
     return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, SPLITS[pattern]
-
-
-def _chat_template(directory: Path) -> str | None:
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text()
-    path = directory / "tokenizer_config.json"
-    template = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
-    return template if isinstance(template, str) else None

@@ -146,9 +146,11 @@ class Mirrors:
     def _try(self, name: Mirror, do: Callable[[], object]) -> None:
         try:
             do()
-        except ImportError as error:
-            tell(f"  note    log.to {name} is not installed ({error}): pip install 'lit_qlora[{name}]'.", sys.stderr)
         except Exception as error:  # whatever is wrong with them is no reason to lose a run
             self.writers.pop(name, None)
             reason = str(error).partition("\n")[0]
-            tell(f"  note    log.to {name} failed and is left out: {type(error).__name__}: {reason}", sys.stderr)
+            if isinstance(error, ImportError):
+                said = f"is not installed ({reason}): pip install 'lit_qlora[{name}]'."
+            else:
+                said = f"failed and is left out: {type(error).__name__}: {reason}"
+            tell(f"  note    log.to {name} {said}", sys.stderr)

@@ -62,7 +62,7 @@ def load(
         folder.mkdir(parents=True, exist_ok=True)
         if setting != "auto" or size < cache_folder.SHARE_OF_DISK * shutil.disk_usage(folder).free:
             write(entry, model)
-            cache_folder.prune(folder, keep=entry)
+            cache_folder.prune(folder, entry, MANIFEST)
             tell(f"The quantised weights are kept in {entry} ({size / 1e9:.1f} GB), which may be deleted.")
     return model
 

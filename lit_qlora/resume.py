@@ -14,14 +14,15 @@ from lit_qlora.checkpoint import content_hash, flush, read_manifest
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.report import Record, tell
 from lit_qlora.settings import FinetuneConfig
-from lit_qlora.state import read_counters
+from lit_qlora.state import COUNTERS, read_counters
 
 LOG = "log.jsonl"
 FINAL = "final"
 SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 HARMLESS = (
-    *("checkpoint_dir", "data.path", "data.val_path", "data.cache_dir"),  # what they hold is compared, not where it is
+    *("checkpoint_dir", "data.path", "data.val_path"),  # what they hold is compared, not where it is
+    *("quantize_cache", "data.cache_dir"),
     *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run"),
     *("quiet", "expect_trainable"),
     *("devices", "num_nodes", "strategy", "deterministic"),
@@ -63,7 +64,7 @@ def find(
     if config.resume == "never":
         return None
     automatic = config.resume == "auto"
-    place = config.out_dir if automatic else Path(config.resume)
+    place = config.out_dir if automatic else Path(config.resume).resolve()  # OUT/best is a link
     if automatic and not (place / LOG).exists():
         return None
     over = (_run_of(place) / SUMMARY).exists()
@@ -72,7 +73,7 @@ def find(
     checkpoint = newest(place)
     if checkpoint is None:
         if not automatic:
-            raise CheckpointError(f"resume {place} is neither a checkpoint nor a run that has any.")
+            raise CheckpointError(f"resume {config.resume} is neither a checkpoint nor a run that has any.")
         return None
     check_same_run(config, files, checkpoint)
     then = checkpoint.counters["versions"]
@@ -113,8 +114,9 @@ def newest(place: Path) -> Checkpoint | None:
 
 
 def _run_of(place: Path) -> Path:
-    """The run that a checkpoint is in; a run itself."""
-    return place.parent if place.name == FINAL or place.name.startswith("step-") else place
+    """The run that a checkpoint is in; a run itself, which has a log, whatever it is called."""
+    called_so = place.name == FINAL or place.name.startswith("step-")
+    return place.parent if (called_so or (place / COUNTERS).exists()) and not (place / LOG).exists() else place
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -176,11 +178,11 @@ def plain(config: FinetuneConfig) -> dict[str, Any]:
     return values
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"train.epochs": 3, ...}."""
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in their groups as {"train.epochs": 3, ...}; one that is itself a table stays whole."""
     rows: dict[str, Any] = {}
-    for key, value in values.items():
-        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    for name, value in values.items():
+        rows |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
     return rows
 
 

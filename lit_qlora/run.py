@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lit_qlora import cli
 from lit_qlora.banner import savings
 from lit_qlora.checkpoint import is_left_over
 from lit_qlora.data import RunData, count_steps, longest_step, steps
-from lit_qlora.errors import NumericalError, ResourceError
+from lit_qlora.errors import NumericalError, ResourceError, UsageError
 from lit_qlora.guards import Guard
 from lit_qlora.measures import Ask, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.mirrors import Mirrors
@@ -28,7 +28,7 @@ from lit_qlora.pages import one_line
 from lit_qlora.plan import Plan, check_fp8
 from lit_qlora.probes import Probes
 from lit_qlora.report import Record, RunLog, tell
-from lit_qlora.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, flat, numbered, plain, read_log, write_log
+from lit_qlora.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, checkpoints, flat, plain, read_log, write_log
 from lit_qlora.saver import Saver
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.state import restore
@@ -99,6 +99,7 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
 
     Raises:
         ResourceError: if the folder cannot be written, another run is using it, or the disk is too full.
+        UsageError: if what would be moved aside is still needed.
     """
     assert config.out_dir is not None
     out_dir = config.out_dir
@@ -106,36 +107,51 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
         fabric.barrier()
         yield out_dir
         return
-    lock = None
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = _lock(out_dir)
-        _clean(out_dir)
-        if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
-            here = out_dir.resolve()  # "." has no name of its own
-            aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
-            here.rename(aside)
-            tell(f"The earlier run in {out_dir} is now {aside}.")
-            lock.close()
-            out_dir.mkdir()
-            lock = _lock(out_dir)
-        if not config.skip_disk_check:
-            check_disk(config, plan)
-        if checkpoint:
-            for name in (LOG, SAMPLES):
-                if (earlier := checkpoint.path.parent / name).exists():
-                    write_log(out_dir / name, read_log(earlier, checkpoint.step))
-            for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
-                _set_aside(later)
-            (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
-        (out_dir / "config.yaml").write_text(cli.to_yaml(config))
-    except OSError as error:
-        raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
-    fabric.barrier()
-    try:
+    with ExitStack() as held:
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_lock(out_dir))
+            _clean(out_dir)
+            if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
+                here = out_dir.resolve()  # of a link, the folder behind it moves
+                _check_movable(config, here, checkpoint)
+                aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
+                here.rename(aside)
+                tell(f"The earlier run in {out_dir} is now {aside}.")
+                held.close()
+                here.mkdir(exist_ok=True)  # another run may be as quick; then its lock is what is said
+                held.enter_context(_lock(out_dir))
+            if not config.skip_disk_check:
+                check_disk(config, plan)
+            if checkpoint:
+                # In this order, for whenever the program is killed here, the log reaches up to the newest checkpoint.
+                (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
+                for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
+                    _set_aside(later)
+                for name in (LOG, SAMPLES):
+                    if (earlier := checkpoint.path.parent / name).exists():
+                        write_log(out_dir / name, read_log(earlier, checkpoint.step))
+            (out_dir / "config.yaml").write_text(cli.to_yaml(config))
+        except OSError as error:
+            raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
+        fabric.barrier()
         yield out_dir
-    finally:
-        lock.close()
+
+
+def _check_movable(config: FinetuneConfig, here: Path, checkpoint: Checkpoint | None) -> None:
+    """Raise UsageError if the earlier run in the folder `here` would take along what this one needs."""
+    needed = {
+        "the current directory": Path.cwd(),
+        "checkpoint_dir": config.checkpoint_dir,
+        "lora.start": config.lora.start,
+        "resume": checkpoint and checkpoint.path,
+    }
+    for name, path in needed.items():
+        if path and path.resolve().is_relative_to(here):
+            raise UsageError(
+                f"out_dir {config.out_dir} holds an earlier run, which would be moved aside with {name} {path} in it.\n"
+                "Take another --out_dir."
+            )
 
 
 def check_disk(config: FinetuneConfig, plan: Plan) -> None:
@@ -228,7 +244,7 @@ def learn(
         start = checkpoint.step
         assert config.out_dir is not None
         if checkpoint.path.parent.samefile(config.out_dir):
-            last = (start, checkpoint.path)
+            last = (start, config.out_dir / checkpoint.path.name)
     guard = Guard(config.guard, scaled=scaled)
     for record in log.records:
         if "loss" in record:
@@ -246,6 +262,7 @@ def learn(
             raise Stopped(stop.signal, start)
         if not go_on or start == total:
             saver(start, True)
+            tell_early_end(validator, log, total)
             return losses.scores
         train(
             fabric,
@@ -264,7 +281,17 @@ def learn(
             seconds=log.seconds,
             probe=longest_step(data.train, data.batching) if fabric.device.type == "cuda" else None,
         )
+        tell_early_end(validator, log, total)
     return losses.scores
+
+
+def tell_early_end(validator: Validator, log: RunLog, total: int) -> None:
+    """Say why a run of `total` steps ended before them, if it did."""
+    if not validator.go_on and validator.best and log.records[-1]["step"] < total:
+        log.say(
+            f"  note    ended early: {validator.config.best} got no better after step {validator.best[1]}; "
+            "--extend with a larger --eval.patience goes on"
+        )
 
 
 def keep_answers(out_dir: Path, log: RunLog, step: int, records: list[Record]) -> None:
@@ -291,8 +318,8 @@ def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
         ]
         facts = {"error": str(error), "epoch": step.epoch, "samples": list(step.numbers), "rows": rows}
         path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        saved = numbered(config.out_dir)
-        good = f"the newest checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due before it"
+        saved = checkpoints(config.out_dir)
+        good = f"the newest checkpoint is {saved[0]}" if saved else "no checkpoint was due before it"
         raise NumericalError(f"{error}\nIts samples are in {path}; {good}.") from None
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]

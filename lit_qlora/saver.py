@@ -10,13 +10,13 @@ from lightning.fabric import Fabric
 
 from lit_qlora import __version__
 from lit_qlora.adapter import save_adapter
-from lit_qlora.checkpoint import content_hash, flush, publish, read_manifest, temporary_directory
+from lit_qlora.checkpoint import content_hash, flush, publish, temporary_directory
 from lit_qlora.data import RunData
 from lit_qlora.model import GPT
 from lit_qlora.report import RunLog
 from lit_qlora.resume import FINAL, numbered, plain
 from lit_qlora.settings import FinetuneConfig
-from lit_qlora.state import state_files
+from lit_qlora.state import read_counters, state_files
 
 BEST = "best"
 
@@ -104,18 +104,21 @@ class Saver:
         return None
 
     def _keep_earlier_final(self) -> None:
-        """Before a lengthened run replaces its earlier OUT/final: give that another name if it is still the best."""
-        if self.best is None or self.best.name != FINAL:
+        """Before a lengthened run replaces its earlier OUT/final: keep that under another name.
+
+        It may be the best, and until the new one is in its place, the only checkpoint.
+        """
+        final = self.out_dir / FINAL
+        if not final.exists():
             return
-        manifest = read_manifest(self.best)
-        assert manifest is not None
-        folder = self.out_dir / step_name(manifest["step"])
+        folder = self.out_dir / step_name(read_counters(final)["step"])
         if not folder.exists():
             with temporary_directory(folder) as temporary:
-                for file in self.best.iterdir():
+                for file in final.iterdir():
                     shutil.copyfile(file, temporary / file.name)
                 publish(temporary, folder)
-        self._call_best(folder)
+        if self.best and self.best.name == FINAL:
+            self._call_best(folder)
 
     def _prune(self) -> None:
         kept = {self.best.name} if self.best else set()

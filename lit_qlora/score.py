@@ -169,48 +169,61 @@ class Scorer:
     def _answer(self, batch: Sequence[_Row], requests: Sequence[Request]) -> list[tuple[int, tuple[float, bool]]]:
         """(number, result) of every request of the batch."""
         width = batch[0].size
-        tokens, positions, seen_until, segments = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(4))
-        seen_until += torch.arange(1, width + 1)  # padding sees itself
-        segments -= 1
         picked: list[int] = []
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
+        columns = torch.zeros(4, len(batch), width, dtype=torch.long)
+        columns[2] = torch.arange(1, width + 1)  # padding sees itself,
+        columns[3] = -1  # and belongs to no input
         for number, row in enumerate(batch):
-            path: list[int] = []  # columns of the tokens of an input
-            ids: list[int] = []
-            depths: list[int] = []
-            ends: list[int] = []
-            owners: list[int] = []
-            last: Ids = ()
-            for place, one in enumerate(row.inputs):
-                alike, start = self._alike(last, one.ids), len(ids)
-                new = len(one.ids) - alike
-                for column in path[alike:]:
-                    ends[column] = start
-                path[alike:] = range(start, start + new)
-                ids += one.ids[alike:]
-                depths += range(alike, len(one.ids))
-                ends += [row.size] * new
-                owners += [place] * new
-                last = one.ids
+            parts, paths = self._lay_out(row)
+            columns[:, number, : row.size] = torch.tensor(parts)
+            for one, path in zip(row.inputs, paths, strict=True):
                 for index in one.requests:
                     continuation = requests[index][1]
                     picked += [number * width + column for column in path[-len(continuation) :]]  # what predicts it
                     targets += continuation
                     spans.append((index, len(continuation)))
-            for whole, part in ((tokens, ids), (positions, depths), (seen_until, ends), (segments, owners)):
-                whole[number, : row.size] = torch.tensor(part)
-        apart = any(len(row.inputs) > 1 for row in batch)
+        tokens, positions, seen_until, segments = columns.to(self.device)
+        alone = all(len(row.inputs) == 1 for row in batch)
         hidden = self.hidden(
-            tokens.to(self.device),
-            positions=positions.to(self.device),
-            segments=None if self._shares else segments.to(self.device),
-            seen_until=seen_until.to(self.device) if self._shares and apart else None,
+            tokens,
+            positions=positions,
+            segments=None if self._shares else segments,
+            seen_until=seen_until if self._shares and not alone else None,
         )
         states = hidden.flatten(0, 1)[torch.tensor(picked, device=self.device)]
         log_probs, greedy = self._look_up(states, torch.tensor(targets))
-        parts = zip(spans, log_probs.split([n for _, n in spans]), greedy.split([n for _, n in spans]), strict=True)
-        return [(index, (float(lp.double().sum()), bool(hits.all()))) for (index, _), lp, hits in parts]
+        parts_of = zip(spans, log_probs.split([n for _, n in spans]), greedy.split([n for _, n in spans]), strict=True)
+        return [(index, (float(lp.double().sum()), bool(hits.all()))) for (index, _), lp, hits in parts_of]
+
+    def _lay_out(self, row: _Row) -> tuple[tuple[list[int], ...], list[list[int]]]:
+        """The columns of a row, and for each input those in which its tokens stand.
+
+        Returns:
+            For each column its token, the token's position, the column from which on nothing sees it, and the number of
+            the first input that it belongs to; see GPT.hidden.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        seen_until: list[int] = []
+        owners: list[int] = []
+        paths: list[list[int]] = []
+        path: list[int] = []
+        last: Ids = ()
+        for number, one in enumerate(row.inputs):
+            alike, start = self._alike(last, one.ids), len(tokens)
+            new = len(one.ids) - alike
+            for column in path[alike:]:
+                seen_until[column] = start
+            path = [*path[:alike], *range(start, start + new)]
+            tokens += one.ids[alike:]
+            positions += range(alike, len(one.ids))
+            seen_until += [row.size] * new
+            owners += [number] * new
+            paths.append(path)
+            last = one.ids
+        return (tokens, positions, seen_until, owners), paths
 
     def _look_up(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """For (N, E) and (N,): the float32 log-probability of each target, and whether it is the likeliest token."""
@@ -218,9 +231,9 @@ class Scorer:
         at_once = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         log_probs, greedy = [], []
         for some, wanted in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-            scores = self.model.logits(some).float().log_softmax(dim=-1)
-            log_probs.append(scores.gather(-1, wanted[:, None])[:, 0])
-            greedy.append(scores.argmax(dim=-1) == wanted)
+            logits = self.model.logits(some).float()
+            log_probs.append(logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(dim=-1))
+            greedy.append(logits.argmax(dim=-1) == wanted)
         return torch.cat(log_probs).cpu(), torch.cat(greedy).cpu()
 
 

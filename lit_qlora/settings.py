@@ -157,8 +157,8 @@ class DataConfig(PromptKnobs):
 
     path: tuple[str, ...] | str = "finetune/demo"
     """A .json, .jsonl, .csv, .tsv, .parquet or .txt file, a directory with train and val files of these kinds, or
-    hf:ORG/NAME; or several, e.g. [a.jsonl,b.csv*0.5,c.json*2], where a number says how often an epoch sees each sample
-    of that source (0.5: another half of it in each epoch)."""
+    hf:ORG/NAME or hf:ORG/NAME:CONFIG; or several, e.g. [a.jsonl,b.csv*0.5,c.json*2], where a number says how often an
+    epoch sees each sample of that source (0.5: another half of it in each epoch)."""
     val_path: str | None = None
     """Validation file; by default the directory's own, else a share of the training data."""
     format: str = "auto"
@@ -526,7 +526,8 @@ class EvalConfig:
     tasks: tuple[str, ...] | str = ()
     """Tasks of lm-eval that the model is asked during training, e.g. [mmlu]; their figures are called TASK/METRIC."""
     tasks_every: int | None = None
-    """Ask them at each so many validations only; before and after training always."""
+    """Ask them only at validations that are at least so many optimizer steps after the last ones at which they were
+    asked; before and after training always."""
     tasks_limit: float | None = None
     """Ask the first so many questions of each task only; below 1, this share of them."""
     tasks_num_fewshot: int | None = None

@@ -1,10 +1,11 @@
 """Signals that end a run between two steps, after it has saved."""
 
+import math
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from lit_qlora.errors import UserError
@@ -33,15 +34,19 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._when = 0.0
+        self._interrupted = -math.inf  # when Ctrl-C came
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self.signal == number and now - self._when < TWICE:
-            raise KeyboardInterrupt
-        self.signal, self._when = self.signal or number, now
-        # A signal comes while the program is anywhere, also inside a print: no buffered writing here.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step ...\n".encode())
+        if number == signal.SIGINT:
+            now, before = time.monotonic(), self._interrupted
+            if now - before < TWICE:
+                raise KeyboardInterrupt
+            self._interrupted = now
+        self.signal = self.signal or number
+        # A signal comes while the program is anywhere, also inside a print: no buffered writing here. With SIGHUP the
+        # terminal may be gone.
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: saving after this step ...\n".encode())
 
 
 @contextmanager

@@ -146,12 +146,12 @@ def train(
         if validation_due and not stop_number:
             go_on = validate(done)
             (stop_number,) = agree(fabric, stop.signal)
-            if stop_number and done < total:
-                save(done, False)
-            elif not go_on and done < total:
-                save(done, True)
+            early = not go_on and not stop_number
+            if done < total and (stop_number or early):
+                save(done, early)
+            if early:
                 return
-        if stop_number and done < total:
+        if stop_number:
             raise Stopped(stop_number, done)
         paused = time.monotonic() - now
 

@@ -53,6 +53,8 @@ class Validator:
                 self.see(record)
         if self.due(start) and not any(record["step"] == start and "loss" not in record for record in records):
             return self(start)
+        if start and self.best and self.best[1] == start:
+            self.keep(start)  # the run may have been killed before it did, or go on elsewhere
         return self.go_on
 
     @property
@@ -79,9 +81,9 @@ class Validator:
         if name == "none":
             return False
         if name not in record:
-            if name in NEEDS or self.best is not None:
-                return False  # there is nothing to validate on, or the measure failed
             figures = ", ".join(key for key in record if key != "step")
+            if name in NEEDS or self.best is not None or "/" not in figures:
+                return False  # there is nothing to validate on, the measure failed, or no task was asked
             raise UsageError(f"eval.best {name!r} is not a figure of the validations. They have {figures}.")
         figure = record[name] if smaller_is_better(name) else -record[name]
         if self.best is None or figure < self.best[0]:

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
     style = choose_style(config.style, loaded.style, config.checkpoint_dir)
     gap, tail = (style.gap, style.tail) if style else ("", "")
-    stops, stop = stop_ids(tokenizer, style), ends_with(tokenizer, config.stop)
+    stops, stop = stop_ids(tokenizer, style), ends_with(tokenizer, config.stop, gap)
     draft = config.load_draft(tokenizer, config.precision)
     prompts = [encode_prompt(tokenizer, style, row["instruction"], row["input"], row["system"]) for _, row, _ in rows]
     rooms = []

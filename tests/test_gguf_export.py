@@ -238,6 +238,13 @@ def test_the_chat_template_comes_along(checkpoint: Path) -> None:
     assert read(checkpoint.with_name("model.gguf"))[0]["tokenizer.chat_template"] == "{{ messages }}"
 
 
+def test_of_several_chat_templates_the_default_comes_along(checkpoint: Path) -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]
+    write_json(checkpoint / "tokenizer_config.json", {"eos_token": "</s>", "chat_template": named})
+    export_gguf(checkpoint, checkpoint.with_name("model.gguf"))
+    assert read(checkpoint.with_name("model.gguf"))[0]["tokenizer.chat_template"] == "{{ messages }}"
+
+
 def test_values_that_sixteen_bits_cannot_hold_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
     model = tiny_model()
     model.blocks[1].mlp.up.weight.data[0, 0] = 1e5

@@ -12,7 +12,6 @@ import torch
 
 from lit_qlora import score
 from lit_qlora.errors import DataError, UsageError
-from lit_qlora.model import GPT
 from lit_qlora.tokenizer import Tokenizer
 from tests.conftest import ROOT, load_script, tiny_config, tiny_model
 
@@ -187,9 +186,9 @@ def test_scores_do_not_depend_on_how_many_logits_exist_at_a_time(pair, monkeypat
 
 
 def test_choices_that_differ_in_their_last_token_cost_one_input(pair, monkeypatch):
-    rows = []
-    hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, x, **how: rows.append(x.shape) or hidden(self, x, **how))
+    rows, scorer = [], pair.ours.scorer
+    hidden = scorer.hidden
+    monkeypatch.setattr(scorer, "hidden", lambda x, **how: rows.append(x.shape) or hidden(x, **how))
     pair.ours.loglikelihood(requests(*(("The fox", letter) for letter in "ABCD")), disable_tqdm=True)
     assert rows == [(1, len(pair.ours.tok_encode("The fox")))]
 

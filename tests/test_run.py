@@ -174,6 +174,44 @@ def test_a_second_run_moves_the_first_aside_and_loses_nothing(finetune: Finetune
         assert read_adapter(out.parent / name / "final").manifest
 
 
+def test_a_folder_may_be_a_link(finetune: Finetune, out: Path) -> None:
+    link = out.with_name("link")
+    link.symlink_to("out")
+    out.mkdir()
+    for seed in (1, 2):
+        assert finetune(f"--out_dir={link}", f"--seed={seed}") == 0
+    assert link.readlink() == Path("out")
+    assert [
+        cli.parse(FinetuneConfig, [f"--config={path}/config.yaml"]).seed for path in (out.with_name("out.1"), link)
+    ] == [
+        1,
+        2,
+    ]
+
+
+def test_an_earlier_run_stays_where_it_is_if_it_holds_what_the_next_one_needs(
+    finetune: Finetune,
+    out: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert finetune() == 0
+    shutil.copytree(tiny_checkpoint, out / "merged")
+    before = files_of(out)
+    flags = [f"--lora.start={out}/final", f"--checkpoint_dir={out}/merged"]
+    for name, flag in zip(("lora.start", "checkpoint_dir"), flags, strict=True):
+        assert finetune(flag) == 2
+        said = capsys.readouterr().err
+        assert f"{name} {flag.partition('=')[2]}" in said
+        assert "Take another --out_dir." in said
+    monkeypatch.chdir(out)
+    assert finetune("--out_dir=.") == 2
+    assert "the current directory" in capsys.readouterr().err
+    assert files_of(out) == before
+    assert not out.with_name("out.1").exists()
+
+
 @pytest.mark.parametrize(
     ("every", "keep", "left"),
     [(0, 1, []), (1, 2, ["step-000003", "step-000004"]), (2, 5, ["step-000002", "step-000004"]), (5, 2, [])],

@@ -110,6 +110,30 @@ def test_documents_laid_end_to_end_do_not_see_each_other(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_documents_that_begin_alike_share_their_beginning(case: str) -> None:
+    model = model_of(case)
+    if model.config.rope_scaling in ("dynamic", "longrope"):
+        pytest.skip("turns the same beginning otherwise in a longer text")
+    beginning, first, second, other = tokens(11), tokens(6, 1), tokens(4, 2), tokens(5, 3)
+    row = torch.cat([beginning, first, second, other, torch.zeros(1, 2, dtype=torch.long)], dim=1)
+    positions = torch.tensor([*range(17), *range(11, 15), *range(5), 0, 0])[None]
+    seen_until = torch.tensor([21] * 11 + [17] * 6 + [21] * 4 + [26] * 5 + [27, 28])[None]
+    # Rows of a batch are laid out each in its own way.
+    rows, places = torch.cat([row, row.flip(1)]), torch.cat([positions, torch.arange(28)[None]])
+    until = torch.cat([seen_until, torch.full((1, 28), 28)])
+    with torch.no_grad():
+        shared, plain = model.logits(model.hidden(rows, positions=places, seen_until=until))
+    for got, document in (
+        (shared[:17], torch.cat([beginning, first], dim=1)),
+        (torch.cat([shared[:11], shared[17:21]]), torch.cat([beginning, second], dim=1)),
+        (shared[21:26], other),
+        (plain, row.flip(1)),
+    ):
+        expected = logits(model, document)[0]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_bfloat16_stays_bfloat16_and_learns(case: str) -> None:
     model = GPT(model_of(case).config).bfloat16()
     text = tokens(23)

@@ -51,7 +51,7 @@ class Audit:
         """What somebody should know before the run."""
         counts = self.counts
         told = {
-            "{} records could not be read and were left out": counts.skipped,
+            "{} records could not be read, or not be written in the style, and were left out": counts.skipped,
             "{} samples are too long for their prompt's style, or for the limits, and were left out": counts.dropped,
             "{} prompts were cut": counts.cut_prompts,
             "{} turns of conversations were left out": counts.cut_turns,

@@ -22,6 +22,7 @@ from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import sha256
 
 WORTH_KEEPING = 2**20  # tokens; fewer are encoded again in less than a second
+FACTS = "facts.json"
 AT_ONCE = 4096  # samples that become arrays together
 Arrays = dict[str, npt.NDArray[Any]]
 ARRAYS: dict[str, Any] = {
@@ -73,7 +74,7 @@ def load(directory: Path, key: str) -> Encoded | None:
     folder = directory / key
     use(folder)
     try:
-        facts = json.loads((folder / "facts.json").read_text())
+        facts = json.loads((folder / FACTS).read_text())
         arrays = {}
         for name, kind in ARRAYS.items():
             size, expected = facts["arrays"][name]
@@ -124,12 +125,19 @@ class Store:
             arrays: Arrays = {
                 name: np.memmap(file, ARRAYS[name], "r", shape=(self.sizes[name],)) for name, file in self.files.items()
             }
-            self._close()
         else:
             arrays = {
                 name: np.concatenate([np.zeros(0, kind), *self.chunks.pop(name)]) for name, kind in ARRAYS.items()
             }
         return Encoded.of(arrays, facts)
+
+    def close(self) -> None:
+        """Let go of the files, and remove them unless they have become an entry."""
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
+        if self.unfinished:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def _flush(self) -> None:
         """Make arrays of what is pending."""
@@ -169,7 +177,7 @@ class Store:
         assert self.unfinished
         self._write()
         arrays = {name: (self.sizes[name], sha256(self.unfinished / f"{name}.bin")) for name in ARRAYS}
-        (self.unfinished / "facts.json").write_text(json.dumps({"facts": asdict(facts), "arrays": arrays}))
+        (self.unfinished / FACTS).write_text(json.dumps({"facts": asdict(facts), "arrays": arrays}))
         for file in self.unfinished.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
@@ -177,7 +185,7 @@ class Store:
         if load(self.directory, self.key) is None:
             shutil.rmtree(folder, ignore_errors=True)  # if there is one, it is damaged
         self.unfinished.rename(folder)
-        prune(self.directory, keep=folder)
+        prune(self.directory, folder, FACTS)
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
         """Do something on disk; if that fails, go on in memory with what was written."""
@@ -190,11 +198,5 @@ class Store:
                     file.seek(0)
                     self.chunks[name].insert(0, np.fromfile(file, ARRAYS[name], self.written[name]))
                     self.written[name] = 0
-            self._close()
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.close()
             self.unfinished = None
-
-    def _close(self) -> None:
-        for file in self.files.values():
-            file.close()
-        self.files.clear()

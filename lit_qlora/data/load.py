@@ -4,7 +4,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -190,7 +190,7 @@ def encode_source(
     if directory and (found := cache.load(directory, key)):
         return found
     store = cache.Store(directory, key)
-    with _no_garbage():
+    with _no_garbage(), closing(store):
         reading = read_examples(
             source, format=data.format, columns=data.columns, skip=data.on_error == "skip", allow=data.allow
         )

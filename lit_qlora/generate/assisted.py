@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_qlora.attention import KVCache
-from lit_qlora.generate.sampling import constrain, narrow
+from lit_qlora.generate.sampling import constrain, narrow, probabilities_of
 from lit_qlora.generate.state import check_finite, evaluating
 from lit_qlora.model import GPT
 from lit_qlora.settings import GenerationConfig
@@ -52,7 +52,7 @@ def assisted_tokens(
         scores = constrain(logits[None], torch.tensor([history], device=logits.device), config, stop_ids, answered)
         if not config.samples:
             return F.one_hot(scores[0].argmax(), size).float()
-        return narrow(scores, config)[0].softmax(dim=-1)
+        return probabilities_of(narrow(scores, config)[0])
 
     with evaluating(model), evaluating(draft.model):
         while len(ids) < len(prompt) + room:

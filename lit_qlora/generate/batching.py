@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.attention import KVCache
+from lit_qlora.errors import NumericalError
 from lit_qlora.generate.sampling import choose, constrain
 from lit_qlora.generate.slots import SlotCache
 from lit_qlora.generate.state import PAD, check_finite
@@ -29,6 +30,7 @@ class Request:
         room: most tokens of the answer; prompt and answer fit into the context.
         adapter: the name of the adapter that answers; None is the base.
         answer: its tokens so far, a stop id at its end included.
+        failed: there was no token to go on with.
     """
 
     prompt: Sequence[int]
@@ -37,11 +39,14 @@ class Request:
     room: int
     adapter: str | None = None
     answer: list[int] = field(default_factory=list)
+    failed: bool = False
     generator: torch.Generator | None = None
 
     @property
     def finish_reason(self) -> str | None:
-        """'stop' after a stop id, 'length' where there is no room for more, None while it is unfinished."""
+        """'stop' after a stop id, 'length' where there is no room, 'error' if it failed, None while it is unfinished."""
+        if self.failed:
+            return "error"
         if self.answer and self.answer[-1] in self.stop_ids:
             return "stop"
         return "length" if len(self.answer) == self.room else None
@@ -103,14 +108,16 @@ class Batcher:
         """Put a token behind each answer; requests that are finished then leave.
 
         Returns:
-            All that took part, each with a new token.
-
-        Raises:
-            NumericalError: if a logit is not a number.
+            All that took part, each with a new token unless it failed.
         """
         took_part = list(self.active)
-        for request, token in zip(took_part, self._choose(), strict=True):
-            request.answer.append(token)
+        likeliest = self.logits.argmax(dim=-1).tolist()
+        for i, request in enumerate(took_part):
+            try:
+                plain = _is_plain(request)
+                request.answer.append(likeliest[i] if plain else self._choose_for(request, self.logits[i : i + 1]))
+            except NumericalError:  # that of its settings, so nobody else is concerned
+                request.failed = True
         for request in took_part:
             if request.finish_reason:
                 self.leave(request)
@@ -141,13 +148,6 @@ class Batcher:
             self.logits[slot] = self.logits[last]
         self.active.pop()
         self.logits = self.logits[:last]
-
-    def _choose(self) -> list[int]:
-        likeliest = self.logits.argmax(dim=-1).tolist()
-        return [
-            token if _is_plain(request) else self._choose_for(request, self.logits[i : i + 1])
-            for i, (request, token) in enumerate(zip(self.active, likeliest, strict=True))
-        ]
 
     def _choose_for(self, request: Request, logits: Tensor) -> int:
         history = torch.tensor([[*request.prompt, *request.answer]], device=self.device)

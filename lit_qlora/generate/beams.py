@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lit_qlora.generate.sampling import constrain, leave_out
+from lit_qlora.generate.sampling import constrain, leave_out, probabilities_of
 from lit_qlora.generate.state import PAD, Decoding, evaluating
 from lit_qlora.model import GPT
 from lit_qlora.settings import GenerationConfig
@@ -148,7 +148,7 @@ def _candidates(
     so_far = torch.tensor([search.scores for search in searches], dtype=torch.float32).to(scores.device)
     total = (scores + so_far[:, :, None]).flatten(1)
     if generator:
-        indices = torch.multinomial(total.softmax(dim=-1), count, generator=generator)
+        indices = torch.multinomial(probabilities_of(total), count, generator=generator)
     else:
         indices = total.topk(count).indices
     vocab_size = scores.size(-1)

@@ -45,7 +45,7 @@ def generate(
 
     Raises:
         UsageError: if a prompt is empty, or fills the model's context alone.
-        NumericalError: if a logit is not a number.
+        NumericalError: if a logit is not a number, or the settings leave no token to draw.
     """
     room = [room_for_answer(model, len(prompt), config.max_new_tokens) for prompt in prompts]
     if not prompts:

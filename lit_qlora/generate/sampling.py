@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from lit_qlora.errors import NumericalError
 from lit_qlora.settings import GenerationConfig
 
 NO_TOKEN = -1
@@ -67,8 +68,10 @@ def narrow(scores: Tensor, config: GenerationConfig) -> Tensor:
         scores: (B, V) float32, finite or -inf.
     """
     if config.temperature not in (None, 1):
-        # Relative to the largest, a logit divided by a tiny temperature is -inf at worst, never inf or nan.
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / config.temperature
+        # Relative to the largest, a logit divided by a tiny temperature is -inf at worst, and 0 is 0, unless float32
+        # makes the temperature 0 too.
+        temperature = max(config.temperature, torch.finfo(torch.float32).tiny)
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
     return leave_out(scores, config)
 
 
@@ -117,8 +120,25 @@ def choose(scores: Tensor, config: GenerationConfig, generator: torch.Generator 
 
     Returns:
         (B,) int64.
+
+    Raises:
+        NumericalError: if there is nothing to draw from.
     """
     if not config.samples:
         return scores.argmax(dim=-1)
-    probabilities = narrow(scores.float(), config).softmax(dim=-1)
+    probabilities = probabilities_of(narrow(scores.float(), config))
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def probabilities_of(scores: Tensor) -> Tensor:
+    """(..., V) softmax, from which something can be drawn; a draw from anything else would be the end of a CUDA device.
+
+    Raises:
+        NumericalError: if all scores of a row are -inf, or one of them is inf.
+    """
+    probabilities = scores.softmax(dim=-1)
+    if probabilities[..., 0].isnan().any():  # all of a row are, or none
+        raise NumericalError(
+            "No token can be drawn: the settings forbid all of them, or the scores are beyond what numbers can be."
+        )
+    return probabilities

@@ -51,8 +51,8 @@ class TextStream:
         new = text[len(self._before) :]
         self._before = text
         if len(self._window) > WINDOW:
-            self._window = self._window[-CONTEXT:]
-            self._before = self.tokenizer.decode(self._window)
+            kept, self._before = _last(self.tokenizer, self._window, CONTEXT)
+            self._window = list(kept)
         return self._release(new, final=False)
 
     def end(self) -> str:
@@ -74,10 +74,24 @@ class TextStream:
             self._held = self._held[:at]
         if final:
             self._held = self._held.removesuffix(self.tail)
-        endings = [*self.stop, self.tail]
+        endings = [*self.stop, self.tail, *(self.tail + ending for ending in self.stop)]
         keep = 0 if final else max(_overlap(self._held, ending) for ending in endings)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out
+
+
+def _last(tokenizer: Decodes, ids: Sequence[int], count: int) -> tuple[Sequence[int], str]:
+    """The last `count` ids, or a few more, so that they begin with a whole character, and their text.
+
+    Some tokenizers make nothing of a run of bytes that begins with a part of a character, however it goes on. A
+    character is at most four tokens; where none of them begins one, no id is left out.
+    """
+    for more in range(4):
+        last = ids[-count - more :]
+        text = tokenizer.decode(last)
+        if not text.startswith("\ufffd"):
+            return last, text
+    return ids, tokenizer.decode(ids)
 
 
 def _overlap(text: str, ending: str) -> int:
@@ -111,19 +125,22 @@ def text_of(tokenizer: Decodes, ids: Sequence[int], gap: str = "", tail: str = "
     return text.removesuffix(tail)
 
 
-def ends_with(tokenizer: Decodes, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+def ends_with(tokenizer: Decodes, stop: Sequence[str], gap: str = "") -> Callable[[Sequence[int]], bool] | None:
     """Whether an answer has come to a stop string, for `generate`; None where there are no stop strings.
 
     Args:
         stop: strings, none of them empty.
+        gap: see text_of.
     """
     if not stop:
         return None
     # A character is at most four tokens, so the last of them hold any stop string that has just been completed.
-    tail = 4 * max(map(len, stop)) + CONTEXT
+    count = 4 * max(map(len, (gap, *stop))) + CONTEXT
 
     def ended(answer: Sequence[int]) -> bool:
-        text = tokenizer.decode(answer[-tail:])
+        last, text = _last(tokenizer, answer, count)
+        if len(last) == len(answer):
+            text = text.removeprefix(gap)
         return any(ending in text for ending in stop)
 
     return ended

@@ -85,7 +85,7 @@ class Answers:
         return protocol.completion(self.order, texts, reasons, self.usage(), chat=chat)
 
     async def events(self, *, chat: bool) -> AsyncIterator[str]:
-        """Server-sent events; the client's going ends them."""
+        """Server-sent events; who ends early must see to cancel."""
         head = protocol.envelope(self.order, "chat.completion.chunk" if chat else "text_completion")
         if self.order.stream_usage:
             head["usage"] = None
@@ -102,8 +102,6 @@ class Answers:
                 yield _event(head | {"choices": [], "usage": self.usage()})
         except ApiError as error:
             yield _event(error.body)
-        finally:
-            self.cancel()
         yield "data: [DONE]\n\n"
 
 

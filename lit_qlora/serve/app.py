@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from lit_qlora.errors import UserError
 from lit_qlora.generate.batching import Request as Question
@@ -123,15 +124,18 @@ class _Server:
             raise ApiError(415, "Content-Type must be application/json.")
         order = protocol.read_order(protocol.parse_json(await self._body(request)), chat=chat)
         self.check_model(order.model)
-        answers = Answers(self._questions(order), order, self.roster, self.limits.answer_seconds)
+        questions, most = self._questions(order), self.limits.slots + self.limits.queue
+        if len(questions) > most:
+            raise ApiError(
+                400, f"{len(questions)} answers are asked for; this server makes at most {most} at once.", "n"
+            )
+        answers = Answers(questions, order, self.roster, self.limits.answer_seconds)
         try:
             self.engine.submit(answers.jobs)
         except QueueFullError:
             raise ApiError(429, "The queue is full. Try again soon.", code="queue_full", Retry_After="2") from None
         if order.stream:
-            return StreamingResponse(
-                answers.events(chat=chat), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-            )
+            return _Stream(answers, chat=chat)
         gone = asyncio.create_task(_disconnected(request))
         whole = asyncio.create_task(answers.whole(chat=chat))
         try:
@@ -160,6 +164,8 @@ class _Server:
         except TimeoutError:
             seconds = self.limits.read_seconds
             raise ApiError(408, f"The body did not come within {seconds:g} seconds.", connection="close") from None
+        except ClientDisconnect:
+            raise ApiError(499, "The client has gone.") from None
         if read > most:
             raise ApiError(413, f"The body is larger than {most} bytes.", connection="close")
         return bytes(body)
@@ -202,6 +208,21 @@ class _Server:
                 "context_length_exceeded",
             )
         return order.max_tokens or self.context - length
+
+
+class _Stream(StreamingResponse):
+    """The events of answers, which are given up when the client goes, even if it does before the first event."""
+
+    def __init__(self, answers: Answers, *, chat: bool) -> None:
+        events, headers = answers.events(chat=chat), {"Cache-Control": "no-store"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.answers = answers
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            self.answers.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,9 +91,13 @@ class Engine:
                     self._changed.wait()
                 if self._stopping:
                     break
-            self._give_up()
-            self._admit()
-            self._step()
+            try:
+                self._give_up()
+                self._admit()
+                self._step()
+            except Exception:  # a defect, or memory that ran out, ends what is being answered, and not the server
+                traceback.print_exc()
+                self._fail_all()
         for job in [*self._running.values(), *self._waiting]:
             job.tell("", "error")
 
@@ -137,7 +142,7 @@ class Engine:
             return
         for request in self._batcher.step():
             job, reason = self._running[request], request.finish_reason
-            piece = "" if reason == "stop" else job.text.push(request.answer[-1])
+            piece = "" if reason in ("stop", "error") else job.text.push(request.answer[-1])
             if job.text.stopped:
                 if reason is None:
                     self._batcher.leave(request)
@@ -146,12 +151,14 @@ class Engine:
                 self._end(job, reason, piece + job.text.end())
             elif piece:
                 job.tell(piece, None)
-        try:
-            self._batcher.look_ahead()
-        except (NumericalError, RuntimeError):
-            for job in list(self._running.values()):
-                self._batcher.leave(job.request)
-                self._end(job, "error")
+        self._batcher.look_ahead()
+
+    def _fail_all(self) -> None:
+        """Give up all that are being answered."""
+        for request in list(self._batcher.active):
+            self._batcher.leave(request)
+        for job in list(self._running.values()):
+            self._end(job, "error")
 
     def _end(self, job: Job, reason: str, piece: str = "") -> None:
         with self._changed:

@@ -1,7 +1,6 @@
 """What a client may ask for, in OpenAI's words: every field is honoured or refused by name, none is ignored."""
 
 import json
-import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -78,6 +77,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """
     try:
         content: Any = json.loads(body, parse_constant=_refuse_constant)
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no character
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
@@ -172,7 +172,7 @@ class _Fields:
 
     def number(self, name: str, least: float, most: float, default: float) -> float:
         value = self.take(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        if type(value) not in (int, float) or not least <= value <= most:
             _wrong(name, f"a number from {least} to {most}", value)
         return float(value)
 
@@ -181,7 +181,8 @@ class _Fields:
         for name, value in self.left.items():
             if isinstance(value, self.without_effect.get(name, ())) or value is None:
                 continue
-            if name in self.neutral and value == self.neutral[name]:
+            asks_for_nothing = self.neutral.get(name)  # 0 and false are not the same here: "logprobs": 0 asks for some
+            if value == asks_for_nothing and isinstance(value, bool) == isinstance(asks_for_nothing, bool):
                 continue
             raise ApiError(400, f"{name} is not offered by this server.", name)
 

@@ -407,7 +407,10 @@ def test_what_is_wrong_can_be_skipped_and_is_counted(tmp_path: Path, loaded) -> 
     rows = [GOOD, {"instruction": "x", "output": 5}, "{", GOOD | {"output": ""}, GOOD | {"output": "Red."}]
     reading = read_examples(write(tmp_path / "b.jsonl", lines(*rows)), skip=True)
     assert (len(reading.examples), reading.skipped) == (2, 3)
-    assert "3 records could not be read and were left out" in loaded(rows, on_error="skip").audit.notes()
+    assert (
+        "3 records could not be read, or not be written in the style, and were left out"
+        in loaded(rows, on_error="skip").audit.notes()
+    )
     path = write(tmp_path / "c.jsonl", lines("{", "}"))
     assert refusal(path, skip=True).startswith(f"{path} holds no samples that can be read: {path}:1: not valid JSON")
 

@@ -19,6 +19,7 @@ from lit_qlora.data import cache
 from lit_qlora.data.cache import Encoded
 from lit_qlora.data.load import encode_source
 from lit_qlora.data.sources import Source
+from lit_qlora.errors import DataError
 from lit_qlora.prompts import STYLES, TemplateStyle
 from lit_qlora.settings import DataConfig
 from lit_qlora.tokenizer import Tokenizer
@@ -161,8 +162,8 @@ def test_what_another_run_does_to_an_entry_at_its_birth_does_no_harm(
     whole = encode(cache_dir="none")
     prune = cache.prune
 
-    def meddle(folder: Path, keep: Path) -> None:
-        prune(folder, keep)
+    def meddle(folder: Path, keep: Path, mark: str) -> None:
+        prune(folder, keep, mark)
         shutil.rmtree(keep)
 
     if other == "removes it":
@@ -219,6 +220,22 @@ def test_few_samples_are_not_kept(encode, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cache, "WORTH_KEEPING", 10**6)
     encode()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_is_refused_leaves_nothing(encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "AT_ONCE", 16)
+    add, taken = cache.Store.add, []
+
+    def fail(self: cache.Store, sample: Any) -> None:
+        taken.append(sample)
+        if len(taken) > 30:
+            raise DataError("too long")
+        add(self, sample)
+
+    monkeypatch.setattr(cache.Store, "add", fail)
+    with pytest.raises(DataError):
+        encode()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_what_a_killed_run_left_is_removed_after_a_day(encode, tmp_path: Path) -> None:

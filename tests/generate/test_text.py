@@ -1,5 +1,7 @@
 """Text as it comes: whole characters, the gap left out, nothing of a stop string."""
 
+import re
+
 import pytest
 
 from lit_qlora.generate import ends_with, stream_text, text_of
@@ -12,6 +14,23 @@ class Bytes:
     def decode(self, ids: list[int]) -> str:
         """UTF-8."""
         return bytes(ids).decode(errors="replace")
+
+
+class ByteFallback:
+    """A tokenizer of bytes whose runs of bytes above 127 are characters as a whole, or none, as tokenizers' are."""
+
+    def decode(self, ids: list[int]) -> str:
+        """UTF-8, or a replacement for each byte of a run that is not."""
+        runs = re.findall(rb"[\x80-\xff]+|[\x00-\x7f]+", bytes(ids))
+        return "".join(run.decode() if _is_text(run) else "\ufffd" * len(run) for run in runs)
+
+
+def _is_text(run: bytes) -> bool:
+    try:
+        run.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("text", ["plain", "a 🦊 and é", "", " spaced", "\ufffd", "end\ufffd"])
@@ -63,6 +82,29 @@ def test_the_end_at_a_stop_string_is_noticed_with_the_token_that_completes_it() 
 def test_long_texts_are_the_same_in_pieces() -> None:
     text = "é🦊 plain " * 100
     assert "".join(stream_text(Bytes(), text.encode())) == text
+
+
+@pytest.mark.parametrize("character", ["é", "中", "🦊"])
+def test_long_runs_of_bytes_that_decode_all_together_or_not_at_all_are_the_same_in_pieces(character: str) -> None:
+    text = character * 60 + " and " + character * 60
+    assert "".join(stream_text(ByteFallback(), text.encode())) == text
+    ended = ends_with(ByteFallback(), [character + "."])
+    assert ended is not None
+    assert ended(list(f"{character * 60}.".encode()))
+    assert not ended(list(f"{character * 60}!".encode()))
+
+
+def test_a_tail_before_a_stop_string_is_left_out_of_a_stream_too() -> None:
+    text = "an answer\n### End\nQ: more"
+    whole = text_of(Bytes(), list(text.encode()), tail="\n### End", stop=["\nQ:"])
+    assert "".join(stream_text(Bytes(), text.encode(), tail="\n### End", stop=["\nQ:"])) == whole == "an answer"
+
+
+def test_a_stop_string_in_the_gap_before_an_answer_does_not_end_it() -> None:
+    ended = ends_with(Bytes(), [" "], gap=" ")
+    assert ended is not None
+    assert [ended(list(b" a b"[:n])) for n in range(1, 5)] == [False, False, True, True]
+    assert text_of(Bytes(), list(b" a b"), " ", stop=[" "]) == "a"
 
 
 def test_sentencepiece_streams_what_it_decodes(tiny_checkpoint):

@@ -14,7 +14,10 @@ from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.kernels.thin import Pending, grad_a, grad_b, project, rank_update
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 ROWS = [37, 100, 300, 512]
 RANKS = [16, 48, 64, 96, 128, 192]

@@ -122,6 +122,40 @@ def test_f09_a_signal_during_a_validation_ends_it(
     assert ending(out) == whole
 
 
+@pytest.mark.parametrize("where", ["the last step", "the last validation"])
+def test_f09_a_signal_at_the_end_leaves_the_last_validation_to_the_same_command(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], where: str
+) -> None:
+    def patch() -> None:
+        evaluate = Losses.__call__
+
+        def hooked(self: Losses, step: int) -> object:
+            if step == STEPS:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self, step)
+
+        Losses.__call__ = hooked
+
+    out = tmp_path / "out"
+    child = start(out, before=at_step(STEPS, signals(signal.SIGTERM)) if where == "the last step" else patch)
+    assert child.wait() == 143
+    assert f"stopped by SIGTERM at step {STEPS}; go on with" in child.said.read_text()
+    assert newest(out).path == out / "final"
+    assert not (out / "summary.json").exists()
+    assert start(out).wait() == 0
+    assert ending(out) == whole
+    assert not (tmp_path / "out.1").exists()
+
+
+def test_f08_ctrl_c_twice_ends_at_once_also_after_another_signal(start: Start, tmp_path: Path) -> None:
+    def thrice() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    assert start(tmp_path / "out", before=at_step(3, thrice)).wait() == 130
+    assert newest(tmp_path / "out").step == 2
+
+
 def test_f09_a_signal_while_the_model_is_loaded_ends_at_once(start: Start, tmp_path: Path) -> None:
     from lit_qlora import quantized_cache
 
@@ -152,6 +186,23 @@ def test_f10_a_closed_stdout_does_not_end_the_run(
     assert child.wait() == 0
     assert child.said.read_text() == ""
     assert ending(tmp_path / "out") == whole
+
+
+def test_f10_a_terminal_that_is_gone_does_not_keep_a_signal_from_saving(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    def patch() -> None:
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.close(read)
+        at_step(3, signals(signal.SIGHUP))()
+
+    out = tmp_path / "out"
+    assert start(out, "--train.save_every=0", "--eval.best=none", before=patch).wait() == 129
+    assert newest(out).step == 3
+    assert start(out).wait() == 0
+    assert ending(out) == whole
 
 
 def test_f39_a_second_signal_during_a_slow_save_does_not_damage_it(

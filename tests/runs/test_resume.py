@@ -14,7 +14,7 @@ import pytest
 from lit_qlora import run, saver
 from lit_qlora.checkpoint import read_manifest
 from lit_qlora.measures import Losses
-from lit_qlora.resume import checkpoints, newest, read_log
+from lit_qlora.resume import checkpoints, newest, read_log, write_log
 from lit_qlora.settings import OPTIMIZERS, SCHEMES
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.runs.forked import STEPS, Start, at_save, ending, signals
@@ -228,6 +228,31 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(
     assert (tmp_path / "out/aside-step-000005.1").is_dir()
 
 
+def test_a_checkpoint_is_found_by_any_name_that_it_has(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert start(out, "--train.keep_last=5", before=scripted(9, 8, 8.5)).wait() == 0
+    assert (out / "best").readlink() == Path("step-000003")
+    (out / "step-000004").rename(out / "mine")
+    assert newest(out / "mine").step == 4
+    monkeypatch.chdir(out / "step-000005")
+    for number, place in enumerate([f"{out}/best", f"{out}/mine/", "."]):
+        assert start(tmp_path / f"new{number}", f"--resume={place}").wait() == 0
+        assert ending(tmp_path / f"new{number}")[1] == whole[1]
+
+
+@pytest.mark.parametrize("name", ["final", "step-1"])
+def test_a_run_whose_folder_is_called_like_a_checkpoint_is_a_run(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], name: str
+) -> None:
+    stopped(start, tmp_path / name)
+    assert start(tmp_path / name).wait() == 0
+    assert ending(tmp_path / name) == whole
+    assert start(tmp_path / name).wait() == 0
+    assert ending(tmp_path / f"{name}.1") == whole
+
+
 def test_a_run_that_is_over_can_be_done_again_from_a_checkpoint(
     start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
 ) -> None:
@@ -239,6 +264,18 @@ def test_a_run_that_is_over_can_be_done_again_from_a_checkpoint(
     assert newest(out).step == 6
     assert start(out).wait() == 0
     assert ending(out) == whole
+
+
+def test_a_run_that_is_killed_while_it_is_wound_back_has_a_log_up_to_its_newest_checkpoint(
+    start: Start, tmp_path: Path
+) -> None:
+    def killer() -> None:
+        run.write_log = lambda *given: (write_log(*given), os.kill(os.getpid(), signal.SIGKILL))
+
+    out = tmp_path / "out"
+    assert start(out, "--train.keep_last=5").wait() == 0
+    assert start(out, f"--resume={out / 'step-000004'}", before=killer).wait() == -signal.SIGKILL
+    assert read_log(out / "log.jsonl", 99)[-1]["step"] == newest(out).step == 4
 
 
 def test_a_run_can_be_lengthened_also_when_it_is_over(start: Start, tmp_path: Path) -> None:
@@ -254,6 +291,27 @@ def test_a_run_can_be_lengthened_also_when_it_is_over(start: Start, tmp_path: Pa
     assert newest(out).step == 14
 
 
+def test_a_lengthened_run_that_is_killed_while_it_replaces_its_only_checkpoint_loses_nothing(
+    start: Start, tmp_path: Path
+) -> None:
+    def killer() -> None:
+        remove = shutil.rmtree
+
+        def hooked(path: Path, **how: bool) -> None:
+            remove(path, **how)
+            if path.name == "final":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        shutil.rmtree = hooked
+
+    out, flags = tmp_path / "out", ["--train.save_every=0", "--eval.best=none"]
+    assert start(out, *flags).wait() == 0
+    assert start(out, *flags, "--extend", "--train.max_steps=11", before=killer).wait() == -signal.SIGKILL
+    assert newest(out).step == STEPS
+    assert start(out, *flags, "--extend", "--train.max_steps=11").wait() == 0
+    assert newest(out).step == 11
+
+
 # Another run
 
 
@@ -267,6 +325,8 @@ def test_a_run_can_be_lengthened_also_when_it_is_over(start: Start, tmp_path: Pa
         ("--train.batch_size=8", "train.batch_size  4 -> 8"),
         ("--seed=1", "seed  1337 -> 1"),
         ("--data.mask_prompt=false", "data.mask_prompt  True -> False"),
+        ("--lora.alpha_pattern={query: 64}", "lora.alpha_pattern  {} -> {'query': 64.0}"),
+        ("--optimizer.options={amsgrad: true}", "optimizer.options  {} -> {'amsgrad': True}"),
     ],
 )
 def test_f20_another_setting_is_refused_with_a_diff(start: Start, tmp_path: Path, flag: str, line: str) -> None:
@@ -312,6 +372,12 @@ def test_the_same_data_and_base_may_have_moved(
     stopped(start, tmp_path / "out")
     data, base = shutil.copy(examples_file, tmp_path / "b.jsonl"), shutil.copytree(tiny_checkpoint, tmp_path / "base")
     assert start(tmp_path / "out", f"--data.path={data}", f"--checkpoint_dir={base}").wait() == 0
+    assert ending(tmp_path / "out") == whole
+
+
+def test_other_caches_may_be_taken_in_the_middle(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
+    stopped(start, tmp_path / "out")
+    assert start(tmp_path / "out", "--quantize_cache=none", "--data.cache_dir=none").wait() == 0
     assert ending(tmp_path / "out") == whole
 
 
@@ -448,6 +514,16 @@ def test_the_best_of_a_run_that_goes_on_elsewhere_is_there_too(start: Start, tmp
     assert read_manifest(new / "best")["step"] == 3
 
 
+def test_a_run_that_was_killed_before_it_named_its_best_names_it_when_it_goes_on(start: Start, tmp_path: Path) -> None:
+    def killer() -> None:
+        saver.Saver.keep = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+
+    out = tmp_path / "out"
+    assert start(out, before=lambda: (scripted(9, 7)(), killer())).wait() == -signal.SIGKILL
+    assert start(out, before=scripted(8)).wait() == 0
+    assert (out / "best").readlink() == Path("step-000003")
+
+
 def test_more_than_a_million_steps_are_counted_too(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for step in (20, 999_999, 1_000_000):
@@ -467,6 +543,13 @@ def test_a_run_that_gets_no_better_ends_early(start: Start, tmp_path: Path, inte
     assert start(out, *flags, before=scripted(*values)).wait() == 0
     assert [r["val_loss"] for r in read_log(out / "log.jsonl", 99) if "val_loss" in r] == [9, 8, 7, 8, 8]
     assert read_manifest(out / "final")["step"] == 4
+    said = "ended early: val_loss got no better after step 2"
+    assert said in (tmp_path / "out.txt").read_text()
+    longer = [*flags, "--extend", "--train.max_steps=11"]
+    assert start(out, *longer).wait() == 0
+    assert (tmp_path / "out.txt").read_text().count(said) == 2
+    assert start(out, *longer, "--eval.patience=3", before=scripted(6, 5, 4, 3)).wait() == 0
+    assert read_manifest(out / "final")["step"] == 11
     assert start(out, *flags, before=scripted(1)).wait() == 0  # it is over, so this is another run
     assert (tmp_path / "out.1").exists()
 

@@ -144,6 +144,8 @@ def test_our_own_settings_go_through_the_clients_extra_body(server: Running, ros
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"model": 5}, "model"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"frequency_penalty": False}, "frequency_penalty"),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """Prompts that wait at the same time are read together, and none of them suffers from another."""
 
+import queue
 import threading
 import time
 from typing import Any
@@ -17,8 +18,15 @@ from lit_qlora.use import Roster
 PROMPTS = [[5, 9, 20], [7], [3, 1, 4, 1, 5], [8, 8]]
 
 
-def answer(roster: Roster, monkeypatch: pytest.MonkeyPatch, bad: int | None = None) -> tuple[list[Any], list[int]]:
-    """What each prompt was told last, with its text, and how many prompts were read at a time; `bad` has no logits."""
+def answer(
+    roster: Roster, monkeypatch: pytest.MonkeyPatch, bad: int | None = None, hopeless: int | None = None
+) -> tuple[list[Any], list[int]]:
+    """What each prompt was told last, with its text, and how many prompts were read at a time.
+
+    Args:
+        bad: the prompt that has no logits.
+        hopeless: the prompt whose settings make the probabilities of all tokens overflow.
+    """
     engine = Engine(roster, slots=4, queue=4, context=64)
     join, told, read = engine._batcher.join, [""] * len(PROMPTS), []
     reasons: list[str | None] = [None] * len(PROMPTS)
@@ -39,7 +47,8 @@ def answer(roster: Roster, monkeypatch: pytest.MonkeyPatch, bad: int | None = No
                 reasons[i] = reason
                 done.release()
 
-        request = Request(PROMPTS[i], GenerationConfig(), (), room=6)
+        config = GenerationConfig(do_sample=True, repetition_penalty=1e-45) if i == hopeless else GenerationConfig()
+        request = Request(PROMPTS[i], config, (), room=6)
         return Job(request, TextStream(roster.tokenizer), tell, time.monotonic() + 60)
 
     engine.submit([job(i) for i in range(len(PROMPTS))])
@@ -68,3 +77,34 @@ def test_a_prompt_that_cannot_be_read_ends_alone(roster: Roster, monkeypatch: py
     assert read == [4, 1, 1, 1, 1]
     assert told[1] == ("error", "")
     assert [*told[:1], *told[2:]] == [*healthy[:1], *healthy[2:]]
+
+
+def test_a_request_for_which_no_token_is_left_ends_alone(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy, _ = answer(roster, monkeypatch)
+    told, _ = answer(roster, monkeypatch, hopeless=2)
+    assert told[2] == ("error", "")
+    assert [*told[:2], told[3]] == [*healthy[:2], healthy[3]]
+
+
+def test_an_error_of_ours_ends_the_answers_that_were_being_made_and_not_the_engine(
+    roster: Roster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push = TextStream.push
+    monkeypatch.setattr(TextStream, "push", lambda stream, token: 1 / 0)
+    engine = Engine(roster, slots=2, queue=4, context=64)
+    engine.start()
+    assert ask(engine, roster) == "error"
+    assert engine.load == (0, 0)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setattr(TextStream, "push", push)
+    assert ask(engine, roster) == "length"
+    engine.stop()
+
+
+def ask(engine: Engine, roster: Roster) -> str | None:
+    """Why the answer to a prompt ended."""
+    ended: queue.Queue[str | None] = queue.Queue()
+    request = Request(PROMPTS[0], GenerationConfig(), (), room=3)
+    tell = lambda piece, reason: ended.put(reason) if reason else None  # noqa: E731
+    engine.submit([Job(request, TextStream(roster.tokenizer), tell, time.monotonic() + 60)])
+    return ended.get(timeout=30)

@@ -1,5 +1,6 @@
 """V01 to V12: what a client may do to the server, and what it may not."""
 
+import asyncio
 import hmac
 import http.client
 import json
@@ -59,7 +60,9 @@ def test_v01_a_body_above_the_limit_is_refused_with_413(server: Running) -> None
     assert post(server, b" " * (2**20 - 200) + json.dumps(chat(max_tokens=1)).encode())[0] == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'{"a": "\\ud800"}']
+)
 def test_v02_what_is_not_a_json_object_is_refused_with_400(server: Running, body: bytes) -> None:
     answer = post(server, body)
     assert answer[0] == 400
@@ -93,10 +96,38 @@ def test_a_smaller_context_than_the_models_is_kept_to(roster: Roster) -> None:
         assert "context holds 20" in message(answer)
 
 
-@pytest.mark.parametrize("temperature", ["-1", "NaN", '"x"', "2.1", "Infinity", "true", "[1]", "1e999"])
+@pytest.mark.parametrize(
+    "temperature", ["1" + "0" * 400, "-1", "NaN", '"x"', "2.1", "Infinity", "true", "[1]", "1e999"]
+)
 def test_v05_a_temperature_out_of_range_is_refused_with_400(server: Running, temperature: str) -> None:
     body = json.dumps(chat()).replace('"temperature": 0', f'"temperature": {temperature}')
     assert post(server, body.encode())[0] == 400
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-42},
+        {"temperature": 1e-300},
+        {"temperature": 1, "repetition_penalty": 1e-40},
+        {"temperature": 0, "repetition_penalty": 1e-40},
+        {"temperature": 1, "top_p": 5e-324, "typical_p": 5e-324},
+    ],
+    ids=str,
+)
+def test_no_setting_however_extreme_ends_the_answers_of_others(server: Running, settings: dict[str, float]) -> None:
+    healthy = post(server, chat(max_tokens=5))[1]["choices"]
+    assert post(server, chat(max_tokens=5, **settings))[0] in (200, 500)
+    assert post(server, chat(max_tokens=5))[1]["choices"] == healthy
+    assert server.load == (0, 0)
+
+
+def test_more_answers_than_could_ever_wait_are_refused_for_good(roster: Roster) -> None:
+    with serving(roster, slots=2, queue=1) as server:
+        answer = post(server, chat(max_tokens=1, n=4))
+        assert answer[0] == 400
+        assert "4 answers" in message(answer)
+        assert post(server, chat(max_tokens=1, n=3))[0] == 200
 
 
 def test_v06_when_the_queue_is_full_clients_are_told_to_come_back(roster: Roster) -> None:
@@ -128,6 +159,47 @@ def test_v07_a_client_that_goes_away_frees_its_slot(roster: Roster, stream: bool
             server.wait_for(lambda left=left: server.load == left)  # type: ignore[misc]
         assert time.monotonic() - start < 3  # and not the 6 seconds that the two answers would have taken
         assert post(server, chat(max_tokens=1))[0] == 200
+
+
+def test_a_client_that_has_gone_before_its_stream_begins_frees_its_slot(roster: Roster) -> None:
+    async def ask() -> None:
+        body = json.dumps(chat(max_tokens=60, stream=True)).encode()
+        told = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            return next(told, {"type": "http.disconnect"})
+
+        async def send(event: dict[str, Any]) -> None:
+            await asyncio.sleep(0)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "query_string": b"",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }
+        await server.app(scope, receive, send)
+
+    with serving(roster, pace=0.1, slots=1) as server:
+        start = time.monotonic()
+        asyncio.run(ask())
+        server.wait_for(lambda: server.load == (0, 0))
+        assert time.monotonic() - start < 3  # and not the 6 seconds that the answer would have taken
+
+
+def test_a_client_that_goes_in_the_middle_of_its_request_is_no_error_of_ours(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(head + b"Content-Length: 500\r\n\r\n{")
+        time.sleep(0.2)
+    assert post(server, chat(max_tokens=1))[0] == 200
+    time.sleep(0.2)
+    assert not caplog.records
 
 
 def test_v08_a_request_that_comes_too_slowly_is_ended(roster: Roster) -> None:

@@ -40,9 +40,12 @@ def finetune(config: FinetuneConfig) -> None:
     from lit_qlora.lora import add_lora
     from lit_qlora.probes import read_probes
 
+    devices, num_nodes = parallel.processes(config.devices, config.num_nodes)
     config = replace(
         config,
         precision=precision,
+        devices=devices,
+        num_nodes=num_nodes,
         out_dir=config.out_dir or run.default_out_dir(config.checkpoint_dir),
         lora=settle(config.lora, config.checkpoint_dir),
     )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     last = log.records[-1]["step"]
     said = read_log(out_dir / SAMPLES, last)
     best, worst = best_and_worst_answers(said, data, scores)
+    adapter, base = quote(f"{out_dir}/{FINAL}"), quote(str(config.checkpoint_dir))
     following = (
-        f"python scripts/merge_lora.py --lora_path {out_dir}/final --checkpoint_dir {config.checkpoint_dir}\n"
-        f"python scripts/chat.py --checkpoint_dir {config.checkpoint_dir} --lora_path {out_dir}/final"
+        f"python scripts/merge_lora.py --lora_path {adapter} --checkpoint_dir {base}\n"
+        f"python scripts/chat.py --checkpoint_dir {base} --lora_path {adapter}"
     )
     outcome = Outcome(
         title=f"LoRA on {model.config.name}",

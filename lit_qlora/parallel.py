@@ -5,6 +5,7 @@ weights are, and it waits for a gradient of each parameter in each backward pass
 fast path writes gradients past autograd.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -12,6 +13,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
+
+from lit_qlora.settings import check
 
 AT_ONCE = 2**23
 """Numbers that are sent at once: enough for the bandwidth of a link, and a copy of them is small."""
@@ -28,7 +31,28 @@ class DataParallel(DDPStrategy):
         return module
 
 
-def strategy(wanted: Literal["auto", "ddp"], devices: int | Literal["auto"], num_nodes: int) -> DataParallel | str:
+Devices = int | Literal["auto"]
+
+
+def processes(devices: Devices, num_nodes: int) -> tuple[Devices, int]:
+    """Devices on each machine, and machines; where torchrun started this process, it knows.
+
+    Raises:
+        UsageError: if something else was asked for.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return devices, num_nodes
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    machines = int(os.environ["WORLD_SIZE"]) // here
+    for name, asked, started in (("devices", devices, here), ("num_nodes", num_nodes, machines)):
+        check(
+            asked in (1, "auto", started),
+            f"{name} is {asked}, but torchrun started {here} processes on each of {machines} machines. Leave it out.",
+        )
+    return here, machines
+
+
+def strategy(wanted: Literal["auto", "ddp"], devices: Devices, num_nodes: int) -> DataParallel | str:
     """How so many devices on each of so many machines work together, as Fabric takes it."""
     here = devices if devices != "auto" else torch.cuda.device_count()
     return DataParallel() if wanted == "ddp" or here > 1 or num_nodes > 1 else "auto"

@@ -159,10 +159,10 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], checkpoint:
         width = max(len(key) for key in changed)
         rows = [f"{key:<{width}}  {before[key]} -> {after[key]}" for key in changed]
         hint = " --extend goes on with another length." if set(changed) <= set(LENGTH) else ""
+        over = (checkpoint.path.parent / SUMMARY).exists()
         raise UsageError(
-            f"The run in {checkpoint.path.parent} is not finished, and began with other settings:\n  "
-            + "\n  ".join(rows)
-            + f"\n--resume never starts anew and moves it aside.{hint}"
+            f"The run in {checkpoint.path.parent} is {'over' if over else 'not finished'}, and began with other "
+            "settings:\n  " + "\n  ".join(rows) + f"\n--resume never starts anew and moves it aside.{hint}"
         )
     if list(files.values()) != list(then["data"].values()) and not config.resume_changed_data:
         raise DataError(

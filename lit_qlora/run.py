@@ -18,7 +18,7 @@ from lit_qlora import cli
 from lit_qlora.banner import savings
 from lit_qlora.checkpoint import is_left_over
 from lit_qlora.data import RunData, count_steps, longest_step, steps
-from lit_qlora.errors import NumericalError, ResourceError, UsageError
+from lit_qlora.errors import NumericalError, ResourceError, UsageError, UserError
 from lit_qlora.guards import Guard
 from lit_qlora.measures import Ask, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.mirrors import Mirrors
@@ -102,40 +102,48 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
         UsageError: if what would be moved aside is still needed.
     """
     assert config.out_dir is not None
-    out_dir = config.out_dir
-    if not fabric.is_global_zero:
-        fabric.barrier()
-        yield out_dir
-        return
     with ExitStack() as held:
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
+        problem: UserError | None = None
+        if fabric.is_global_zero:
+            try:
+                _take_folder(config, config.out_dir, checkpoint, plan, held)
+            except UserError as error:
+                problem = error
+        problem = fabric.broadcast(problem)  # the others would wait for the first
+        if problem:
+            raise problem
+        yield config.out_dir
+
+
+def _take_folder(
+    config: FinetuneConfig, out_dir: Path, checkpoint: Checkpoint | None, plan: Plan, held: ExitStack
+) -> None:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_lock(out_dir))
+        _clean(out_dir)
+        if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
+            here = out_dir.resolve()  # of a link, the folder behind it moves
+            _check_movable(config, here, checkpoint)
+            aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
+            here.rename(aside)
+            tell(f"The earlier run in {out_dir} is now {aside}.")
+            held.close()
+            here.mkdir(exist_ok=True)  # another run may be as quick; then its lock is what is said
             held.enter_context(_lock(out_dir))
-            _clean(out_dir)
-            if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
-                here = out_dir.resolve()  # of a link, the folder behind it moves
-                _check_movable(config, here, checkpoint)
-                aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
-                here.rename(aside)
-                tell(f"The earlier run in {out_dir} is now {aside}.")
-                held.close()
-                here.mkdir(exist_ok=True)  # another run may be as quick; then its lock is what is said
-                held.enter_context(_lock(out_dir))
-            if not config.skip_disk_check:
-                check_disk(config, plan)
-            if checkpoint:
-                # In this order, for whenever the program is killed here, the log reaches up to the newest checkpoint.
-                (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
-                for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
-                    _set_aside(later)
-                for name in (LOG, SAMPLES):
-                    if (earlier := checkpoint.path.parent / name).exists():
-                        write_log(out_dir / name, read_log(earlier, checkpoint.step))
-            (out_dir / "config.yaml").write_text(cli.to_yaml(config))
-        except OSError as error:
-            raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
-        fabric.barrier()
-        yield out_dir
+        if not config.skip_disk_check:
+            check_disk(config, plan)
+        if checkpoint:
+            # In this order, for whenever the program is killed here, the log reaches up to the newest checkpoint.
+            (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
+            for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
+                _set_aside(later)
+            for name in (LOG, SAMPLES):
+                if (earlier := checkpoint.path.parent / name).exists():
+                    write_log(out_dir / name, read_log(earlier, checkpoint.step))
+        (out_dir / "config.yaml").write_text(cli.to_yaml(config))
+    except OSError as error:
+        raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
 
 
 def _check_movable(config: FinetuneConfig, here: Path, checkpoint: Checkpoint | None) -> None:

@@ -741,7 +741,7 @@ class FinetuneConfig:
     """Dtype of weights and activations; adapters and optimizer are always float32. 'auto' is bf16-true on a GPU that
     has it, 16-mixed on another GPU, 32-true on a CPU."""
     devices: int | Literal["auto"] = 1
-    """Number of devices on each node."""
+    """Number of devices on each node; under torchrun it is the number of its processes there."""
     num_nodes: int = 1
     """Number of machines."""
     strategy: Literal["auto", "ddp"] = "auto"

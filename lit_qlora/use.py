@@ -71,6 +71,10 @@ class DraftConfig:
         """Raise UsageError for what can be seen to be wrong before anything is loaded."""
         check(self.draft_tokens >= 1, f"draft_tokens must be at least 1, got {self.draft_tokens}.")
         check(
+            self.draft_checkpoint_dir is not None or self.draft_tokens == DraftConfig.draft_tokens,
+            "draft_tokens has no effect without a draft_checkpoint_dir.",
+        )
+        check(
             self.draft_checkpoint_dir is None or num_beams == 1,
             "A search with beams cannot be assisted: draft_checkpoint_dir or num_beams.",
         )
@@ -124,7 +128,15 @@ def encode_prompt(
     system: str = "",
     history: Sequence[Turn] = (),
 ) -> list[int]:
-    """Ids of a prompt in `style`, after what was said before; without a style of the bare texts, a line each."""
+    """Ids of a prompt in `style`, after what was said before; without a style of the bare texts, a line each.
+
+    Raises:
+        UsageError: if a text holds what is no character, such as a byte of a command line that is no UTF-8.
+    """
+    try:
+        "".join((instruction, input, system)).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"The prompt holds {error.object[error.start]!a}, which is no character.") from None
     if style:
         return style.encode_prompt(tokenizer, instruction, input, system, history)
     said = [text for turn in history for text in (turn.prompt, turn.answer)]

@@ -75,7 +75,7 @@ def main(config: Config) -> None:
             note(f"\n{HELP}")
             continue
         try:
-            if line == "/quit":
+            if line.split()[:1] == ["/quit"]:
                 break
             if line:
                 conversation.hear(line)
@@ -228,6 +228,7 @@ class Conversation:
                 asked = message["content"]
             else:
                 self.turns.append(Turn(asked, message["content"]))
+        self.system = self.config.system or self.system
         if self.turns:
             turns = "turn is" if len(self.turns) == 1 else f"{len(self.turns)} turns are"
             note(f"The last {turns} remembered from {self.config.history}.")
@@ -242,7 +243,7 @@ def read_history(path: Path | None) -> list[dict[str, str]]:
     if path is None or not path.exists():
         return []
     messages: list[dict[str, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):  # a text knows more ends of lines
         try:
             message: Any = json.loads(line)
             known = message["role"] in ("user", "assistant", "system") and isinstance(message["content"], str)

@@ -3,6 +3,7 @@
 python scripts/convert_lit_checkpoint.py --checkpoint_dir out/lora/Llama-2-7b-hf/merged --out_dir my-model
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        check(self.shard_gb > 0, f"shard_gb must be above 0, got {self.shard_gb}.")
+        check(0 < self.shard_gb < math.inf, f"shard_gb must be above 0 and finite, got {self.shard_gb}.")
 
 
 def main(config: ExportConfig) -> None:

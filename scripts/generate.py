@@ -5,6 +5,7 @@ python scripts/generate.py --prompts questions.jsonl --out answers.jsonl --batch
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -53,6 +54,8 @@ class Config(GenerationConfig, DraftConfig, UseConfig):
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
         check(all(self.stop), "stop holds an empty text, which would end every answer at once.")
         check(self.prompts is None or self.prompts.is_file(), f"prompts {self.prompts} is not a file.")
+        given = [name for name in ("prompt", "input") if getattr(self, name) != getattr(Config, name)]
+        check(self.prompts is None or not given, f"{' and '.join(given)} has no effect beside prompts. Leave one out.")
         check(self.out is None or self.prompts is not None, "out needs prompts, a file of prompts to answer.")
         check(self.out is None or not self.out.exists(), f"out {self.out} exists already. Give another name.")
 
@@ -62,17 +65,20 @@ def main(config: Config) -> None:
     from lit_qlora.generate import ends_with, generate, room_for_answer, text_of
 
     rows = list(read_rows(config))
+    if config.out:  # now, and not when all is answered
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        check(os.access(config.out.parent, os.W_OK), f"out: nothing can be written in {config.out.parent}.")
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     style = choose_style(config.style, loaded.style, config.checkpoint_dir)
     gap, tail = (style.gap, style.tail) if style else ("", "")
     stops, stop = stop_ids(tokenizer, style), ends_with(tokenizer, config.stop, gap)
     draft = config.load_draft(tokenizer, config.precision)
-    prompts = [encode_prompt(tokenizer, style, row["instruction"], row["input"], row["system"]) for _, row, _ in rows]
-    rooms = []
-    for (place, _, _), prompt in zip(rows, prompts, strict=True):
+    prompts, rooms = [], []
+    for place, row, _ in rows:
         try:
-            rooms.append(room_for_answer(model, len(prompt), config.max_new_tokens))
+            prompts.append(encode_prompt(tokenizer, style, row["instruction"], row["input"], row["system"]))
+            rooms.append(room_for_answer(model, len(prompts[-1]), config.max_new_tokens))
         except UsageError as error:
             raise UsageError(f"{place}: {error}" if config.prompts else str(error)) from None
 
@@ -122,7 +128,7 @@ def read_rows(config: Config) -> Iterator[tuple[str, dict[str, str], dict[str, A
 def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[tuple[str, int, str]]]]) -> None:
     """A JSON line an answer, to `out` or stdout."""
     lines = [
-        json.dumps({**row, "answer": text, "tokens": tokens, "finish_reason": end}, ensure_ascii=False)
+        json.dumps({**row, "answer": text, "tokens": tokens, "finish_reason": end}, ensure_ascii=False, default=str)
         for row, answers in rows
         for text, tokens, end in answers
     ]
@@ -130,7 +136,6 @@ def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[tuple[st
     if out is None:
         print(text, end="")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     print(f"{len(lines)} answers are in {out}.", file=sys.stderr)
 

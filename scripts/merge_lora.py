@@ -72,6 +72,10 @@ def main(config: MergeConfig) -> None:
             raise CheckpointError(f"{paths[0]} does not say which base it was trained on. Give --checkpoint_dir.")
         checkpoint_dir = Path(adapters[0].manifest["base"]["path"])
     out_dir = config.out_dir or paths[0].resolve().parent / "merged"
+    check(
+        out_dir.resolve() != checkpoint_dir.resolve(),
+        f"out_dir: {out_dir} is what is merged into. Give --out_dir another name.",
+    )
     check_replaceable(out_dir)
     merge = Merge(adapters, checkpoint_dir, config.base, config.weights)
     facts = {}

@@ -68,6 +68,8 @@ def main(config: ShrinkConfig) -> None:
         config.rank is None or config.rank < ranks[-1], f"rank is {config.rank}; the adapter has {ranks[-1]} already."
     )
     rank = config.rank if config.max_loss is None else smallest_rank(found, config.max_loss)
+    out_dir = config.out_dir or config.lora_path.with_name(f"{config.lora_path.name}-r{rank}")
+    check(rank is None or not out_dir.exists(), f"out_dir: {out_dir} exists. Name another.")
     ranks = sorted({*ranks, *([rank] if rank else [])})
     losses = {}
     if config.verify:
@@ -85,8 +87,6 @@ def main(config: ShrinkConfig) -> None:
         print(f"| {r}{chosen} | {whole:.2%} | {worst:.2%} | {r * per_rank:.2f} |{loss}")
     if rank is None:
         return
-    out_dir = config.out_dir or config.lora_path.with_name(f"{config.lora_path.name}-r{rank}")
-    check(not out_dir.exists(), f"out_dir: {out_dir} exists. Name another.")
     cut_state, smaller = cut(state, found, adapter.config, rank)
     origin = {"shrunk_from": {"path": str(config.lora_path), "r": adapter.config.r, "lost": loss_at(found, rank)[0]}}
     save_state(

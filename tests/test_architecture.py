@@ -11,9 +11,9 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"cache_folder", "errors", "kernels", "known_models", "metrics", "parallel", "template_worker"},
+    {"cache_folder", "errors", "kernels", "known_models", "metrics", "template_worker"},
     {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings"},
-    {"embeddings", "mirrors", "pages", "peft_config", "shrink", "stopping", "tokenizer"},
+    {"embeddings", "mirrors", "pages", "parallel", "peft_config", "shrink", "stopping", "tokenizer"},
     {"activations", "device", "families", "gguf_vocabulary", "guards", "hub", "lora", "quantize", "shards"}
     | {"streaming", "styles"},
     {"mlp", "norm", "optim", "rope", "state"},
@@ -46,6 +46,7 @@ HOMES = {
     "tqdm": {"shards"},
     "gguf": {"gguf_export"},
     "fastapi": {"serve"},
+    "starlette": {"serve"},  # what FastAPI is built on
     "uvicorn": {"serve"},
     "jinja2": {"template_worker"},
     "torchmetrics": {"metrics"},

@@ -50,7 +50,7 @@ def chat(checkpoint: Path, *lines: str, **changes: Any) -> Any:
 
 
 def test_chat_answers_a_pipe_line_by_line(tiny_checkpoint: Path) -> None:
-    talk = "What is 1 plus 1?\n\n/rset\n/reset\nWhat is 1 plus 1?\n/quit\nnever asked\n"
+    talk = "What is 1 plus 1?\n\n/rset\n/reset\nWhat is 1 plus 1?\n/quit now\nnever asked\n"
     done = run_script("chat", "--checkpoint_dir", tiny_checkpoint, "--max_new_tokens", 8, stdin=talk)
     assert done.returncode == 0, done.stderr
     half = len(done.stdout) // 2
@@ -181,10 +181,23 @@ def test_a_conversation_goes_on_where_its_history_ends(tiny_checkpoint: Path, tm
     assert second.turns == first.turns
 
 
-@pytest.mark.parametrize("line", ["", "{", "5", '{"role": "user"}', '{"role": "nobody", "content": "x"}'])
+def test_a_history_holds_whatever_ends_a_line_elsewhere(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    history = tmp_path / "chat.jsonl"
+    first = chat(tiny_checkpoint, "one\u2028two\u0085three\u2029four", history=history)
+    assert chat(tiny_checkpoint, history=history).turns == first.turns
+
+
+def test_a_system_text_that_is_given_wins_over_the_one_of_the_history(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    history = tmp_path / "chat.jsonl"
+    chat(tiny_checkpoint, "/system Be brief.", history=history)
+    assert chat(tiny_checkpoint, history=history, system="Be kind.").system == "Be kind."
+    assert chat(tiny_checkpoint, history=history).system == "Be brief."
+
+
+@pytest.mark.parametrize("line", ["", "{", "\udcff", "5", '{"role": "user"}', '{"role": "nobody", "content": "x"}'])
 def test_a_file_that_is_no_history_is_refused_with_its_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
-    path.write_text(f'{{"role": "user", "content": "x"}}\n{line}\n')
+    path.write_text(f'{{"role": "user", "content": "x"}}\n{line}\n', errors="surrogateescape")
     with pytest.raises(DataError, match=r"chat\.jsonl:2: not a message"):
         load_script("scripts/chat.py").read_history(path)
 

@@ -193,6 +193,14 @@ def test_a_failure_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_size_that_no_file_can_have_is_refused(size: float) -> None:
+    with pytest.raises(UsageError, match="shard_gb must be above 0 and finite"):
+        load_script("scripts/convert_lit_checkpoint.py").ExportConfig(
+            checkpoint_dir=Path("a"), out_dir=Path("b"), shard_gb=size
+        )
+
+
 def test_the_command_exports_and_says_what_came_out(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

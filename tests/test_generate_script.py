@@ -1,5 +1,6 @@
 """scripts/generate.py: one prompt or a file of them in, answers out."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -150,6 +151,44 @@ def test_a_file_without_prompts_is_refused_with_the_line_before_anything_is_load
         script.main(script.Config(checkpoint_dir=tmp_path / "absent", prompts=path))
     with pytest.raises(UsageError, match="not a file"):
         script.Config(prompts=tmp_path / "absent.jsonl")
+
+
+def test_a_prompt_that_holds_no_character_is_refused_with_its_place(tiny_checkpoint, tmp_path):
+    script = load_script("scripts/generate.py")
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "x"}\n{"prompt": "a \\ud800 b"}\n')
+    with pytest.raises(UsageError, match=r"in\.jsonl:2: The prompt holds '\\ud800', which is no character"):
+        script.main(script.Config(checkpoint_dir=tiny_checkpoint, prompts=path))
+    with pytest.raises(UsageError, match=r"^The prompt holds '\\udcff', which is no character"):
+        script.main(script.Config(checkpoint_dir=tiny_checkpoint, prompt="a \udcff b"))
+
+
+def test_where_the_answers_cannot_go_is_known_before_anything_is_loaded(tmp_path):
+    script = load_script("scripts/generate.py")
+    path = tmp_path / "in.txt"
+    path.write_text("Hi\n")
+    with pytest.raises((NotADirectoryError, FileExistsError)):
+        script.main(script.Config(checkpoint_dir=tmp_path / "absent", prompts=path, out=path / "out.jsonl"))
+
+
+@pytest.mark.parametrize("setting", [{"input": "x"}, {"prompt": "x"}])
+def test_a_prompt_beside_a_file_of_prompts_is_refused(setting, tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_text("Hi\n")
+    with pytest.raises(UsageError, match="has no effect"):
+        load_script("scripts/generate.py").Config(prompts=path, **setting)
+
+
+def test_draft_tokens_without_a_draft_model_are_refused():
+    with pytest.raises(UsageError, match="draft_checkpoint_dir"):
+        load_script("scripts/generate.py").Config(draft_tokens=7)
+
+
+def test_columns_that_json_does_not_know_are_written_as_text(tmp_path):
+    script = load_script("scripts/generate.py")
+    row = {"prompt": "x", "when": datetime.date(2024, 2, 29), "raw": b"ab"}
+    script.write_lines(tmp_path / "out.jsonl", [(row, [("y", 1, "stop")])])
+    assert json.loads((tmp_path / "out.jsonl").read_text())["when"] == "2024-02-29"
 
 
 def test_a_prompt_of_a_file_that_does_not_fit_is_named(tiny_checkpoint, tmp_path):

@@ -239,6 +239,17 @@ def test_nothing_but_an_earlier_merge_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "mine/thesis.tex").is_file()
 
 
+def test_a_merge_never_replaces_the_checkpoint_that_it_is_made_from(tmp_path: Path) -> None:
+    base, (a, _) = two_adapters(tmp_path)
+    merged = a.parent / "merged"  # where the command writes to by itself
+    merge_checkpoint(read_adapter(a), base, merged)
+    before = content_hash(merged)
+    script = load_script("scripts/merge_lora.py")
+    with pytest.raises(UsageError, match="is what is merged into"):
+        script.main(script.MergeConfig(lora_path=a, checkpoint_dir=merged, weights=-1.0))
+    assert content_hash(merged) == before
+
+
 @pytest.mark.parametrize("point", ["weights", "report", "publish"])
 def test_a_merge_that_is_killed_leaves_what_was_there(point: str, tmp_path: Path) -> None:
     base, (a, b) = two_adapters(tmp_path)

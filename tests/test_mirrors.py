@@ -103,8 +103,8 @@ def test_what_was_logged_is_read_back_by_its_own_library(
 class Broken:
     """A writer that fails at some point."""
 
-    def __init__(self, at: str) -> None:
-        self.at, self.calls = at, 0
+    def __init__(self, at: str, error: type[Exception] = ConnectionError) -> None:
+        self.at, self.error, self.calls = at, error, 0
 
     def __call__(self, *given: Any) -> "Broken":
         """Make it."""
@@ -115,7 +115,7 @@ class Broken:
         """Fail if it is time."""
         self.calls += 1
         if now == self.at:
-            raise ConnectionError("the server is gone\nand more")
+            raise self.error("the server is gone\nand more")
 
     def write(self, *given: Any) -> None:
         """See Writer."""
@@ -136,6 +136,14 @@ def test_one_that_fails_is_named_once_and_left_out(
     said = "  note    log.to wandb failed and is left out: ConnectionError: the server is gone\n"
     assert capsys.readouterr().err == said
     assert broken.calls == calls
+
+
+def test_one_that_lacks_a_library_only_when_it_writes_is_named_once_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(WRITERS, "wandb", Broken("write", ImportError))
+    write("wandb", tmp_path, [step(1), step(2)])
+    assert capsys.readouterr().err.count("log.to wandb is not installed") == 1
 
 
 def test_one_that_is_not_installed_is_named_with_what_to_type(

@@ -1,6 +1,7 @@
 """What is left when a run is over: the table at its end, the figures, the best and the worst answers."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_measuring_changes_nothing_that_is_learnt(
     assert finetune("--lora.dropout=0.3", "--eval.every=1", "--out_dir", f"{out}-plain") == 0
     one, two = ((folder / "final/adapter_model.safetensors").read_bytes() for folder in (out, Path(f"{out}-plain")))
     assert one == two
+
+
+def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
+    finetune: Finetune,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "my run"
+    assert finetune(f"--out_dir={folder}") == 0
+    assert str(folder / "final") in shlex.split(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_quiet_prints_nothing(

@@ -11,7 +11,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, distributed, nn
 
 from lit_qlora import parallel
-from lit_qlora.parallel import DataParallel, strategy, sum_gradients
+from lit_qlora.errors import UsageError
+from lit_qlora.parallel import DataParallel, processes, strategy, sum_gradients
 
 
 def together(tmp_path: Path, what: Callable[[Fabric], Any], ranks: int = 2) -> list[Any]:
@@ -114,3 +115,14 @@ def test_several_devices_or_machines_work_together() -> None:
 
 def listed(tensor: Tensor | None) -> list[float] | None:
     return None if tensor is None else tensor.tolist()
+
+
+def test_torchrun_says_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes(2, 3) == (2, 3)
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes(1, 1) == processes("auto", 1) == processes(4, 2) == (4, 2)
+    with pytest.raises(UsageError, match="devices is 3, but torchrun started 4 processes on each of 2 machines"):
+        processes(3, 1)
+    with pytest.raises(UsageError, match="num_nodes is 5, but torchrun started 4 processes on each of 2 machines"):
+        processes(4, 5)

@@ -129,6 +129,7 @@ def test_the_command_measures_each_rank_and_refuses_what_cannot_be(tmp_path: Pat
         (("--rank", 8), "has 8 already"),
         (("--rank", 2, "--max_loss", 0.5), "Leave one out"),
         (("--rank", 2, "--out_dir", base), "exists"),
+        (("--max_loss", 0.9, "--verify", tmp_path / "absent", "--out_dir", base), "exists"),
     ):
         done = run(*flags, *refused)
         assert done.returncode == UsageError.status

@@ -44,7 +44,7 @@ class Request:
 
     @property
     def finish_reason(self) -> str | None:
-        """'stop' after a stop id, 'length' where there is no room, 'error' if it failed, None while it is unfinished."""
+        """'stop' after a stop id, 'length' without room for more, 'error' if it failed, None while it is unfinished."""
         if self.failed:
             return "error"
         if self.answer and self.answer[-1] in self.stop_ids:

@@ -24,6 +24,10 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(MOST_CONNECTIONS)
+    except (socket.gaierror, UnicodeError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or "not a name"
+        raise ResourceError(f"Cannot listen at {host}: {reason}. Give another --host.") from None
     except OSError as error:
         listener.close()
         raise ResourceError(f"Cannot listen at {host}, port {port}: {error.strerror}. Give another --port.") from None

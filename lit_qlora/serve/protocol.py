@@ -165,9 +165,7 @@ class _Fields:
         if value is None:
             return None
         if type(value) is not int or not least <= value <= most:
-            _wrong(
-                name, f"a whole number of at least {least}" + (f" and at most {most}" if most < 2**32 else ""), value
-            )
+            _wrong(name, f"a whole number of at least {least} and at most {most}", value)
         return int(value)
 
     def number(self, name: str, least: float, most: float, default: float) -> float:

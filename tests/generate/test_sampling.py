@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_qlora.errors import NumericalError
 from lit_qlora.generate.sampling import NO_TOKEN, choose, constrain, narrow
 from lit_qlora.settings import GenerationConfig
 
@@ -45,6 +46,18 @@ def test_the_tokens_that_are_left_are_those_of_transformers(settings: dict[str, 
     ours = narrow(logits, GenerationConfig(do_sample=True, **settings)).softmax(dim=-1)
     torch.testing.assert_close(ours, theirs(settings, logits).softmax(dim=-1), rtol=1e-4, atol=1e-7)
     assert (ours > 0).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-42, 1e-300, 5e-324])
+def test_the_smallest_temperatures_draw_the_likeliest(temperature: float) -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -7.0, -math.inf]])
+    assert choose(scores, GenerationConfig(temperature=temperature)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("row", [[-math.inf] * 3, [math.inf, 0.0, 1.0]], ids=str)
+def test_where_there_is_nothing_to_draw_from_it_is_said(row: list[float]) -> None:
+    with pytest.raises(NumericalError, match="No token can be drawn"):
+        choose(torch.tensor([[1.0, 2.0, 3.0], row]), GenerationConfig(do_sample=True))
 
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])

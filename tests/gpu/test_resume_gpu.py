@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_qlora.adapter import read_adapter
 from tests.conftest import ROOT
 from tests.runs.forked import ending
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 KILLED = (
     "import sys; from tests.runs.forked import *; at_save(4, signals(signal.SIGKILL))(); "

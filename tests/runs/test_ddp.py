@@ -44,7 +44,7 @@ def start_ranks(start: Start) -> Callable[..., list[Child]]:
             if before and (patch := before(rank)):
                 patch()
 
-        return [start(out, f"--devices={ranks}", *flags, before=lambda rank=rank: enter(rank)) for rank in range(ranks)]
+        return [start(out, *flags, before=lambda rank=rank: enter(rank)) for rank in range(ranks)]
 
     return begin
 
@@ -176,6 +176,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     assert [child.wait() for child in start_ranks(tmp_path / "out", *EQUAL)] == [0, 0]
     assert start(tmp_path / "one", *EQUAL).wait() == 0
     assert relative_difference(tmp_path / "out", tmp_path / "one")[0] < 1e-5
+
+
+def test_where_the_folder_cannot_be_taken_no_process_begins(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    children = start_ranks(tmp_path / "out", *EQUAL)
+    assert [child.wait() for child in children] == [6, 6]
+    said = children[0].said.read_text()
+    assert f"error: out_dir {tmp_path / 'out'} cannot be written" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("dead", [0, 1])

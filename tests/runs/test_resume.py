@@ -195,6 +195,8 @@ def test_a_run_that_is_over_is_not_gone_on_with(start: Start, tmp_path: Path) ->
     assert ending(tmp_path / "out.1") == ending(tmp_path / "out")
     assert start(tmp_path / "new", f"--resume={tmp_path / 'out'}").wait() == 2
     assert "nothing is left to do" in (tmp_path / "new.txt").read_text()
+    assert start(tmp_path / "new", f"--resume={tmp_path / 'out'}", "--lora.r=4").wait() == 2
+    assert "is over, and began with other settings:" in (tmp_path / "new.txt").read_text()
 
 
 def test_a_run_that_was_killed_in_its_last_validation_still_gets_its_report(

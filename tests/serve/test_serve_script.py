@@ -49,6 +49,12 @@ def test_a_port_in_use_is_known_before_anything_is_loaded(tmp_path: Path) -> Non
             script.main(config)
 
 
+def test_a_host_that_there_is_not_is_the_one_that_is_to_be_changed() -> None:
+    for host in ("no.such.host.invalid", "a" * 100):
+        with pytest.raises(ResourceError, match=f"Cannot listen at {host}.*another --host"):
+            open_socket(host, 0)
+
+
 def test_the_key_is_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script("scripts/serve.py")
     config = parse(script.Config, ["--api_key", "correct horse", "--host", "0.0.0.0"])

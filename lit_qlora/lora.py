@@ -59,10 +59,15 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """(out,), of W + scale B A; a constant to the gradient (DoRA, Liu et al. 2024, sec. 4.3)."""
+        """(out,), see lengths, of W + scale B A; a constant to the gradient (DoRA, Liu et al. 2024, sec. 4.3)."""
         kind = self.lora_a.device.type
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            return (frozen_weight(self.base).float() + self.scale * (self.lora_b @ self.lora_a)).norm(dim=1)
+            return lengths(frozen_weight(self.base).float() + self.scale * (self.lora_b @ self.lora_a))
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """(N,) of (N, K); those of zero, as of tokens that only fill up a vocabulary, are tiny, to be divided by."""
+    return rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def frozen_weight(base: nn.Module) -> Tensor:

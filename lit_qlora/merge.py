@@ -17,7 +17,7 @@ from lit_qlora.config import ModelConfig
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.hub import SOURCE
 from lit_qlora.init import rest_of
-from lit_qlora.lora import LoRALinear, add_lora, lora_state
+from lit_qlora.lora import LoRALinear, add_lora, lengths, lora_state
 from lit_qlora.model import GPT
 from lit_qlora.prompts import FILE_NAME as STYLE_FILE
 from lit_qlora.quantize import QuantizedLinear, is_quantized
@@ -81,7 +81,7 @@ def merge_measured(
         before = original[here].float()
         exact = weight[here].float() + scale * (b[here].float() @ a.float())
         if magnitude is not None:
-            exact *= (magnitude[here] / exact.norm(dim=1))[:, None]
+            exact *= (magnitude[here] / lengths(exact))[:, None]
         merged[here] = exact
         parts = (exact - before, merged[here].float() - exact, before)
         squares += torch.stack([part.square().sum(dtype=torch.float64) for part in parts]).cpu()

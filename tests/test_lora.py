@@ -8,6 +8,7 @@ import torch
 from lit_qlora.config import ModelConfig
 from lit_qlora.errors import UsageError
 from lit_qlora.lora import LoRALinear, add_lora, count_trainable, frozen_weight, lora_state
+from lit_qlora.merge import merge_measured
 from lit_qlora.model import GPT
 from lit_qlora.plan import make_plan
 from lit_qlora.quantize import quantize_linears
@@ -219,6 +220,19 @@ def test_dora_learns_lengths_and_directions_apart(bias: bool, scheme: Scheme) ->
     whole = frozen_weight(layer.base) + 2 * layer.lora_b @ layer.lora_a
     expected = x @ (layer.magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True)).T  # type: ignore[index]
     torch.testing.assert_close(layer(x), expected + (layer.base.bias if bias else 0), rtol=1e-4, atol=1e-5)
+
+
+def test_dora_bears_rows_that_are_zero() -> None:
+    """As those of tokens that only fill up a vocabulary."""
+    linear = nn.Linear(6, 4, bias=False)
+    linear.weight.data[2] = 0
+    layer, x = LoRALinear(linear, LoRAConfig(r=2, dropout=0.0, dora=True)), torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), linear(x))
+    layer(x).square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.requires_grad)
+    b, magnitude = torch.zeros(4, 2), layer.magnitude.detach()
+    merged, _ = merge_measured(linear.weight, linear.weight, layer.lora_a.detach(), b, 1.0, magnitude)
+    torch.testing.assert_close(merged, linear.weight.detach())
 
 
 def test_gradients_of_dora_are_those_of_peft() -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from lit_qlora.config import ModelConfig
 from lit_qlora.errors import UsageError

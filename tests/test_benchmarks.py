@@ -31,8 +31,16 @@ needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that imports a program of benchmarks/ by its name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
+    folder = ROOT / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+
+    def load(name: str) -> ModuleType:
+        known = sys.modules.get(name)
+        if known and known.__file__ and Path(known.__file__).parent != folder:
+            monkeypatch.delitem(sys.modules, name)  # a script of the same name, of which another test has taken parts
+        return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ def test_weights_in_fp8_take_no_more_room_than_those_in_16_bit(kind: str) -> Non
     assert group.room <= group.n * group.width
 
 
-SHORT = [("none", "full"), ("bnb.nf4", "attn")]
+SHORT = [("bnb.nf4", "attn")]
 QUICK = ["nf4", "query and value", "biases", "last block"]
 
 

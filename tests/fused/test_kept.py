@@ -34,8 +34,17 @@ def two_steps(model: GPT) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("case", ["nf4", "int8, some layers", "no adapter in the first block"])
+@pytest.mark.parametrize(
+    ("case", "policy"),
+    [
+        ("nf4", "none"),
+        pytest.param("nf4", "full", marks=pytest.mark.slow),
+        pytest.param("int8, some layers", "none", marks=pytest.mark.slow),
+        ("int8, some layers", "full"),
+        ("no adapter in the first block", "none"),
+        pytest.param("no adapter in the first block", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_the_bits_are_the_same(case: str, policy: Any) -> None:
     cases: dict[str, dict[str, Any]] = {
         "nf4": {"scheme": "bnb.nf4", "dropout": 0.2},

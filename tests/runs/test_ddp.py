@@ -117,8 +117,9 @@ def test_the_fast_path_learns_the_same_in_several_processes(
 
         return patch
 
-    assert start(tmp_path / "one", *EQUAL).wait() == 0
-    children = start_ranks(tmp_path / "out", *EQUAL, before=fast)
+    flags = [*EQUAL, "--train.max_steps=3"]
+    assert start(tmp_path / "one", *flags).wait() == 0
+    children = start_ranks(tmp_path / "out", *flags, before=fast)
     said = children[0].said
     assert [child.wait() for child in children] == [0, 0], said.read_text()
     assert "path    fast" in said.read_text()

@@ -27,7 +27,7 @@ from lit_qlora.fused.shaping import Shaping, pull_back
 from lit_qlora.fused.wide import through_mlp
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
-from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.norm import Norm, add_norm, apply_norm, norm_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
 from lit_qlora.kernels.thin import Pending
 from lit_qlora.settings import Recompute
@@ -136,7 +136,7 @@ class FusedBlock:
         if keeps != "full":
             kept.attended, kept.attention, kept.z_projection = keep(attended), extra, z_projection
         del qkv, attended, extra
-        out = self._post(self.post_1, raw_1)
+        out = apply_norm(self.post_1, raw_1)
         if keeps != "full" and self.post_1.number:
             kept.raw_1 = keep(raw_1)
         del raw_1
@@ -153,7 +153,7 @@ class FusedBlock:
         kept.z_down = self.down.project(gate_up, h, self._dropout(self.down, 3, run), self.activation)
         del gate_up
         raw_2 = self.down.product(h, self.down.matrix(run.workspaces[0]))
-        y = self._post(self.post_2, raw_2)
+        y = apply_norm(self.post_2, raw_2)
         if run.keep and self.post_2.number:
             kept.raw_2 = keep(raw_2)
         if beside is not None:
@@ -184,7 +184,7 @@ class FusedBlock:
             _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, 1)
             attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
             raw_1, z_projection, matrix_projection = self._project(attended, run, 2)
-            out = self._post(self.post_1, raw_1)
+            out = apply_norm(self.post_1, raw_1)
 
         # down and the activation
         down, gate_up = self.down, self.gate_up
@@ -312,15 +312,6 @@ class FusedBlock:
         z = group.project(normed, normed, self._dropout(group, 2, run))
         matrix = group.matrix(run.workspaces[0])
         return x, numbers, z, group.product(normed, matrix), matrix
-
-    @staticmethod
-    def _post(norm: Norm, raw: Tensor) -> Tensor:
-        """What attention or MLP add to the stream."""
-        if norm.changes_nothing:
-            return raw
-        out = torch.empty_like(raw)
-        add_norm(raw, None, norm, out)
-        return out
 
     @staticmethod
     def _post_backward(norm: Norm, raw: Tensor | None, d_out: Tensor) -> Tensor:

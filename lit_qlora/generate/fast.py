@@ -24,7 +24,7 @@ from lit_qlora.kernels import cache as kernels
 from lit_qlora.kernels import skinny
 from lit_qlora.kernels.launch import AVAILABLE, INTERPRETED
 from lit_qlora.kernels.mlp import mlp_forward
-from lit_qlora.kernels.norm import Norm, add_norm
+from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack, end_to_end
 from lit_qlora.model import GPT, times
 from lit_qlora.quantize import QuantizedLinear, stack_weights
@@ -101,12 +101,12 @@ class FastBlock:
         rope = ropes[self.windowed] if self.rotates else None
         queries = kernels.store(qkv, lengths, rope, keys, values, heads.query, self.interleaved)
         attended = kernels.attend(queries, keys, values, lengths, cache.limit, heads.scale, heads.window)
-        out = _normed(self.post_1, self.projection(attended))
+        out = apply_norm(self.post_1, self.projection(attended))
         x, _ = add_norm(x, None if self.parallel else out, self.norm_2, normed)
         branches = self.gate_up(normed)
         h = branches.new_empty(len(x), branches.size(1) // self.activation.branches)
         mlp_forward(branches, h, self.activation)
-        y = _normed(self.post_2, self.down(h))
+        y = apply_norm(self.post_2, self.down(h))
         return x, y.add_(out) if self.parallel else y
 
 
@@ -174,14 +174,6 @@ def _stacked(bases: Sequence[Any], dtype: torch.dtype) -> FourBit | EightBit | T
 def _rope(config: ModelConfig, places: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:
     cos, sin = rope_table(config, places, windowed)
     return cos[:, 0, 0].contiguous(), sin[:, 0, 0].contiguous()
-
-
-def _normed(norm: Norm, x: Tensor) -> Tensor:
-    if norm.changes_nothing:
-        return x
-    out = torch.empty_like(x)
-    add_norm(x, None, norm, out)
-    return out
 
 
 def _device(layer: nn.Module) -> torch.device:

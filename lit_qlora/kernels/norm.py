@@ -78,6 +78,15 @@ def add_norm(x: Tensor, y: Tensor | None, norm: Norm, out: Tensor) -> tuple[Tens
     return total, numbers
 
 
+def apply_norm(norm: Norm, x: Tensor) -> Tensor:
+    """norm(x), which is x itself where the norm changes nothing."""
+    if norm.changes_nothing:
+        return x
+    out = torch.empty_like(x)
+    add_norm(x, None, norm, out)
+    return out
+
+
 def norm_backward_reference(
     d_out: Tensor, x: Tensor, norm: Norm, a: Tensor | None, residual: Tensor | None, dropout: Dropout
 ) -> Tensor:

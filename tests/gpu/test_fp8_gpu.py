@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from lit_qlora.device import has_fp8
-from tests.gpu.test_fused_gpu import LAYOUTS, MODELS, adapted, batch, errors, gradients, in_float64
+from tests.gpu.test_fused_gpu import (
+    LAYOUTS,
+    MODELS,
+    adapted,
+    assert_recomputing_changes_no_bit,
+    batch,
+    errors,
+    gradients,
+    in_float64,
+)
 from tests.gpu.test_graphs_gpu import batches
 
 pytestmark = [
@@ -68,14 +77,7 @@ def test_recomputing_and_offloading_change_no_bit(policy: Any, kind: str) -> Non
     from lit_qlora.fused import fuse
 
     model = adapted(**MODELS[kind] | {"dropout": 0.1})
-    fused, arguments, results = fuse(model, fp8=True), batch(2, 256), []
-    for policies in (["none", "none"], [policy, "none"], [policy, policy]):
-        fused.set_recompute(policies)
-        torch.manual_seed(3)
-        results.append(gradients(model, *arguments)[1])
-    for name in results[0]:
-        assert torch.equal(results[1][name], results[0][name]), name
-        assert torch.equal(results[2][name], results[0][name]), name
+    assert_recomputing_changes_no_bit(model, fuse(model, fp8=True), batch(2, 256), policy)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")

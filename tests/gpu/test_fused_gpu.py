@@ -151,7 +151,11 @@ def test_recomputing_and_offloading_change_no_bit(policy: Any, layout: str) -> N
     from lit_qlora.fused import fuse
 
     model = adapted(dropout=0.1)
-    fused, arguments, results = fuse(model), LAYOUTS[layout](), []
+    assert_recomputing_changes_no_bit(model, fuse(model), LAYOUTS[layout](), policy)
+
+
+def assert_recomputing_changes_no_bit(model: GPT, fused: Any, arguments: Any, policy: Any) -> None:
+    results = []
     for policies in (["none", "none"], [policy, "none"], [policy, policy]):
         fused.set_recompute(policies)
         torch.manual_seed(3)

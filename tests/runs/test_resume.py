@@ -1,5 +1,6 @@
 """A run that was stopped, however it was stopped, goes on to the same end, bit for bit."""
 
+import errno
 import json
 import os
 import random
@@ -312,6 +313,21 @@ def test_a_lengthened_run_that_is_killed_while_it_replaces_its_only_checkpoint_l
     assert newest(out).step == STEPS
     assert start(out, *flags, "--extend", "--train.max_steps=11").wait() == 0
     assert newest(out).step == 11
+
+
+def test_a_disk_that_is_full_when_a_lengthened_run_ends_costs_no_checkpoint(start: Start, tmp_path: Path) -> None:
+    def full() -> None:
+        def fail(*given: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        shutil.copyfile = fail
+
+    out, flags = tmp_path / "out", ["--train.save_every=0", "--eval.best=none"]
+    assert start(out, *flags).wait() == 0
+    child = start(out, *flags, "--extend", "--train.max_steps=11", before=full)
+    assert child.wait() == 6, child.said.read_text()
+    assert "No space left on device" in child.said.read_text()
+    assert newest(out).step == STEPS
 
 
 # Another run

@@ -241,15 +241,15 @@ class FusedBlock:
         del qkv, attended, d_attended
         group, dropout = self.qkv, self._dropout(self.qkv, 0, run)
         group.learn_b(d_qkv, z_qkv, pending)
-        if not wants_dx and not group.rank:
+        if not wants_dx:
+            if group.rank:
+                group.learn_a(x, group.d_z(d_qkv), pending, dropout, self.norm_1, numbers_1)
             pending.flush()
             return None
         dn = group.product_back(d_qkv, any_space, matrix_qkv)
         del d_qkv
         group.learn_a(x, dn, pending, dropout, self.norm_1, numbers_1)
         pending.flush()
-        if not wants_dx:
-            return None
         return group.d_stream(dn, x, self.norm_1, numbers_1, z_qkv, d_middle, dropout)
 
     def _qkv(

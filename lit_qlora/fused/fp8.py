@@ -10,6 +10,7 @@ between the passes, and weights that are recomputed with are written again.
 import torch
 from torch import Tensor
 
+from lit_qlora.fused.wide import times_b
 from lit_qlora.kernels.fp8 import FP8, MULTIPLE, Weight, quantize_rows, quantize_weights, scaled_product, weight_scales
 from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.stack import Stack
@@ -25,7 +26,6 @@ class Fp8:
 
     def __init__(self, weight: Weight, stack: Stack, k: int, table: Tensor) -> None:
         self.weight, self.stack, self.k, self.table = weight, stack, k, table
-        self.places = stack.places
         self.scale = weight_scales(weight, stack)
         self.width = k + cdiv(stack.rank, MULTIPLE) * MULTIPLE  # columns of the backward product: there is room for dZ
         self.ones = torch.ones(self.width, device=self.scale.device)
@@ -44,7 +44,7 @@ class Fp8:
         """Y (T, N) of [X | Z] (T, K + R) and what `matrix` returned."""
         y = scaled_product(quantize_rows(x, self.k), (matrix, self.scale), x.dtype, bias)
         if b is not None:
-            for rows, columns, rows_b in self.places:
+            for rows, columns, rows_b in self.stack.places:
                 y[:, rows].addmm_(x[:, self.k :][:, columns], b[rows_b].T)
         return y
 
@@ -55,6 +55,5 @@ class Fp8:
         # The last columns are those of dZ, and nothing yet: what lies there in the workspace is no weight.
         d_out = scaled_product(quantize_rows(dy, self.stack.n, self.scale), (columns, self.ones), dy.dtype)
         if b is not None:
-            for rows, own, rows_b in self.places:
-                torch.mm(dy[:, rows], b[rows_b], out=d_out[:, self.k :][:, own])
+            times_b(dy, b, self.stack, d_out[:, self.k :])
         return d_out[:, : self.k + self.stack.rank]

@@ -126,6 +126,11 @@ class Group:
             return self.fp8.product_back(dy, workspace, self.b)
         return torch.mm(dy, self.matrix(workspace) if matrix is None else matrix)
 
+    def d_z(self, dy: Tensor) -> Tensor:
+        """DZ = dY B alone, (T, R), where nobody wants dX."""
+        assert self.b is not None
+        return wide.times_b(dy, self.b, self.stack, dy.new_empty(len(dy), self.rank))
+
     def dropout(self, seed: Tensor | None, place: int) -> Dropout:
         """Of the adapters' input in this forward pass; layers that share an input share what is dropped."""
         return NONE if seed is None or not self.p else Dropout(self.p, seed, place)
@@ -158,10 +163,13 @@ class Group:
         numbers: Tensor | None = None,
         into: Tensor | None = None,
     ) -> None:
-        """Add to the gradient of A, or `into` another, given [dX | dZ]; X is norm(x). Nothing without an adapter."""
+        """Add to the gradient of A, or `into` another, given [dX | dZ] or dZ alone; X is norm(x).
+
+        Nothing without an adapter.
+        """
         if self.a is None:
             return
-        gradient, dz = self.grad_a if into is None else into, d_out[:, self.k :]
+        gradient, dz = self.grad_a if into is None else into, d_out[:, -self.rank :]
         if self.wide:
             wide.grad_a(x, dz, gradient, self.scale, norm, dropout)
         else:

@@ -1,4 +1,4 @@
-"""LoRA's products for ranks that the thin kernels do not hold, by cuBLAS: more passes over memory, the same numbers."""
+"""LoRA's products by cuBLAS, for ranks that the thin kernels do not hold: more passes over memory, the same numbers."""
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ def project(x: Tensor, a: Tensor, out: Tensor, activation: Activation | None, co
     z = torch.mm(drop(out[:, :k], dropout), a.T)
     out[:, k:] = z
     return z
+
+
+def times_b(dy: Tensor, b: Tensor, stack: Stack, out: Tensor) -> Tensor:
+    """DZ = dY B in `out`, (T, R); each layer of the stack with its own rows of the stacked B."""
+    for rows, columns, rows_b in stack.places:
+        torch.mm(dy[:, rows], b[rows_b], out=out[:, columns])
+    return out
 
 
 def rank_update(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:

@@ -63,19 +63,23 @@ def mlp_backward(
     adapted = 0 if z is None else stack.adapted_rows
     parts_b = torch.empty(splits, adapted, r, device=device, dtype=torch.float32)
     slot_first, slot_up = (*stack.slots, -1)[:2] if z is not None else (-1, -1)
-    _backward[(cdiv(width, 64), splits)](
+    bt, bn, in_flight = BLOCKS[max(power_of_2(rank), power_of_2(r))]
+    _backward[(cdiv(width, bn), splits)](
         branches, branches.stride(0), dh, dh.stride(0), branches if a is None else a, branches if z is None else z,
         0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted,
         dropout.seed, dropout.place, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), FIRST=slot_first, UP=slot_up,
-        FUNCTION=activation.function, GATED=activation.gated, DROP=dropout.p > 0, BT=64, BN=64,
-        num_warps=4, num_stages=2,
+        FUNCTION=activation.function, GATED=activation.gated, DROP=dropout.p > 0, BT=bt, BN=bn, STAGES=in_flight,
+        num_warps=4,
     )  # fmt: skip
     if grad_a is not None:
         pending.add(parts_a, grad_a, scale)
     if grad_b is not None:
         pending.add(parts_b, grad_b, 1.0)
 
+
+BLOCKS = {16: (16, 128, 2), 32: (32, 64, 2), 64: (32, 64, 3)}
+"""Rows, columns and iterations in flight for each padded rank: the fastest of 15 choices on an H100."""
 
 if triton is not None:
 
@@ -94,6 +98,7 @@ if triton is not None:
         X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, SEED, place, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, FIRST: tl.constexpr, UP: tl.constexpr,
         FUNCTION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+        STAGES: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         split = tl.program_id(1)
@@ -106,7 +111,7 @@ if triton is not None:
         sum_first = tl.zeros((rP, BN), tl.float32)
         sum_up = tl.zeros((rP, BN), tl.float32)
         end = min(T, (split + 1) * each)
-        for t0 in range(split * each, end, BT):
+        for t0 in tl.range(split * each, end, BT, num_stages=STAGES):
             t = (t0 + tl.arange(0, BT)).to(tl.int64)
             in_t = t < end
             inside = in_t[:, None] & in_n[None, :]

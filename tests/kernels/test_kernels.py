@@ -13,7 +13,7 @@ from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward, norm_backward_reference, norm_reference
 from lit_qlora.kernels.rope import rotate_, rotate_backward, rotate_reference
 from lit_qlora.kernels.stack import Stack
-from lit_qlora.kernels.thin import Pending, grad_a, grad_b, project, rank_update
+from lit_qlora.kernels.thin import Pending, copy_rows, grad_a, grad_b, project, rank_update
 from lit_qlora.mlp import ACTIVATIONS as ACTIVATE
 from lit_qlora.mlp import GATES
 
@@ -161,7 +161,7 @@ def test_gradient_of_b(stack: Stack) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("rank", [0, 5, 20, 40])
 def test_backward_of_the_mlp(rank: int, kind: str, slots: tuple[int, ...], dropout: Dropout) -> None:
     activation = ACTIVATIONS[kind]
     rows, width, r = 70, 128, 3
@@ -250,3 +250,13 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
     assert kept(1).mean().item() == pytest.approx(1, rel=0.01)
     assert ((kept(1) == 0) & (kept(2) == 0)).float().mean().item() == pytest.approx(p * p, rel=0.2)
     assert (kept(1) == 0).float().mean(0).std() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("width", "behind", "first"), [(64, 16, 0), (64, 8, 0), (64, 3, 0), (63, 16, 0), (64, 16, 1)])
+def test_rows_are_copied_whatever_their_place(dtype: torch.dtype, width: int, behind: int, first: int) -> None:
+    x = torch.randn(5, width + first).to(dtype)[:, first:]
+    out = torch.zeros(5, width + behind, dtype=dtype)
+    copy_rows(x, out[:, :width])
+    assert torch.equal(out[:, :width], x)
+    assert not out[:, width:].any()

@@ -144,12 +144,13 @@ def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> Iter
             print(f"{peer}: missing. {error}", flush=True)
             continue
         ratios = [a / b for a, b in zip(turns["ours"].rates(), turns[peer].rates(), strict=True)]
+        kept = f" dequantized {arguments.dequantized}" if arguments.dequantized else ""
+        own = f"ours recompute {setting}{kept}{', no graphs' if arguments.no_graphs else ''}"
         version = f"{other.facts['version']}, ready in {other.facts['ready']} s"
         print(f"\n{task.workload}, against {peer} {version}, {other.facts['trainable']:,} parameters learn")
-        print(turns["ours"].line(f"ours, recompute {setting}"))
+        print(turns["ours"].line(own))
         print(turns[peer].line(peer))
         print(f"  ours / {peer}: {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})", flush=True)
-        own = f"ours recompute {setting}{', no graphs' if arguments.no_graphs else ''}"
         described = {"ours": f"{own}, beside {peer}", peer: f"{peer} {other.facts['version']}"}
         for who in turns:
             yield row(task, ours.facts, turns[who], described[who], arguments.commit)
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--targets", choices=["all", "query,value"], default="all", help="layers that learn")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
     parser.add_argument("--no_graphs", action="store_true", help="short: ours launches its kernels one by one")
+    parser.add_argument("--dequantized", type=int, default=0, help="blocks whose weights ours keeps in 16 bit as well")
     parser.add_argument("--bf16", action="store_true", help="leave the base in 16 bit")
     parser.add_argument("--ours", default="", help="our recompute; by default what suits the peer's checkpointing")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
@@ -214,6 +216,7 @@ def main() -> None:
         quantize=not arguments.bf16,
         dropout=arguments.dropout,
         graphs=not arguments.no_graphs,
+        dequantized=arguments.dequantized,
     )
     program = str(Path(__file__).with_name("contestant.py"))
     subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=True)

@@ -117,7 +117,7 @@ def main() -> None:
         if setting == "plain":
             model.fast = None
         elif fused:
-            model.fast = fused.loss
+            model.fast = fused
             fused.set_recompute([setting] * len(fused.blocks))
         torch.cuda.empty_cache()
         try:

@@ -35,7 +35,7 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
     room = gpu_bytes()
     if room and plan.total > room and not config.force:
         raise ResourceError(
-            f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room / GIB:.1f}.\n"
+            f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room / GIB:.1f} free.\n"
             f"{savings(config, data)} --force begins regardless."
         )
     return plan

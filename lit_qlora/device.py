@@ -48,5 +48,8 @@ def peak_gib(device: torch.device) -> float:
 
 
 def gpu_bytes() -> int | None:
-    """Memory of the GPU in bytes; None without one."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    """Memory of the GPU that this process has or can get, in bytes; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved()

@@ -1,7 +1,6 @@
 """The whole model, in the order a token meets it. This file is the meaning; faster paths must agree with it."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,30 @@ IGNORE = -100
 """Label of a position that carries no loss; torch's own default."""
 
 
+class FastPath(Protocol):
+    """What computes the loss of a model sooner, with memory that it could do without."""
+
+    @property
+    def spare(self) -> int:
+        """Bytes that give_back gives back."""
+        ...
+
+    def give_back(self) -> None:
+        """Go on without the spare memory."""
+        ...
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """As GPT.loss."""
+        ...
+
+
 class GPT(nn.Module):
     """Tokens in, next-token logits out. See ModelConfig for the shape letters."""
 
@@ -26,7 +49,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # recompute each block in the backward pass instead of keeping its activations
-        self.fast: Callable[..., Tensor] | None = None  # what computes loss instead, see lit_qlora.fused
+        self.fast: FastPath | None = None  # what computes loss instead, see lit_qlora.fused
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -74,7 +97,7 @@ class GPT(nn.Module):
             float32 scalar; zero if every label is IGNORE.
         """
         if self.fast is not None:
-            return self.fast(tokens, labels, weights, positions, segments)
+            return self.fast.loss(tokens, labels, weights, positions, segments)
         tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
         hidden = self.hidden(tokens, positions=positions, segments=segments)
         return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap)

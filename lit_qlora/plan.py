@@ -109,7 +109,7 @@ def make_plan(
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens else 0.0
         if activations + graphs > free:  # they cost nothing but what is left
             graph_tokens, graphs = 0, 0.0
-        if quantize != "none":
+        if quantize != "none" and not train.fp8:
             spare = free - SPARE * room - activations - graphs
             fitting = max(0, int(spare / sizes.dequantized))
             wanted = train.keep_dequantized

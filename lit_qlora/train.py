@@ -175,14 +175,21 @@ class Gradients:
                 return self._take(batches, step.weight)
             except torch.OutOfMemoryError:
                 widest = max(len(batch.tokens) for batch in batches)
-                if widest == 1:
+                fast = self.model.fast
+                spare = fast.spare if fast else 0
+                if widest == 1 and not spare:
                     raise
             # Only here the exception is gone, and with it the tensors that it held.
             self.model.zero_grad()
+            if spare:
+                fast.give_back()
+                done = f"weights that were kept dequantised give back {spare / 2**30:.2f} GiB; the step is done again"
+            else:
+                self.rows = (widest + 1) // 2
+                done = f"{widest} rows at a time did not fit; the step is done again with {self.rows}"
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.rows = (widest + 1) // 2
-            tell(f"  memory  {widest} rows at a time did not fit; the step is done again with {self.rows}")
+            tell(f"  memory  {done}")
 
     def _take(self, batches: list[Batch], weight: float) -> Tensor:
         loss = torch.zeros((), device=self.fabric.device)

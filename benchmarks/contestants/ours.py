@@ -28,7 +28,7 @@ def build(task: Task) -> Built:
     if reason := why_not(model):
         raise RuntimeError(f"the fast path is not taken: {reason}")
     short = task.workload == "short" and task.graphs
-    fused = fuse(model, graph_tokens=padded_length(LONGEST_EXAMPLE) if short else 0)
+    fused = fuse(model, padded_length(LONGEST_EXAMPLE) if short else 0, dequantized=task.dequantized)
 
     @cache  # made once, on the host, as the data of a run is
     def batch(micro: Micro) -> Batch:

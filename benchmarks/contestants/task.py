@@ -36,6 +36,8 @@ class Task:
     dropout: float
     graphs: bool = True
     """Whether ours replays CUDA graphs of the workload "short"."""
+    dequantized: int = 0
+    """Blocks whose weights ours keeps in 16 bit as well."""
 
 
 @dataclass(frozen=True, eq=False)

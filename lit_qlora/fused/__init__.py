@@ -169,6 +169,17 @@ class Fused:
         """What each block computes again."""
         return [block.recompute for block in self.blocks]
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the weights that are kept dequantised as well."""
+        return sum(group.spare for group in self.groups)
+
+    def give_back(self) -> None:
+        """Dequantise all weights each time from now on."""
+        for group in self.groups:
+            group.give_back()
+        self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone
+
     def loss(
         self,
         tokens: Tensor,
@@ -310,6 +321,7 @@ class Fused:
     @torch.no_grad()
     def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
         """Add the adapters' gradients."""
+        self.pending.waiting.clear()  # of a pass that failed
         for gradient, more in learnt.waiting:
             gradient.add_(more.mul_(d_loss))
         assert learnt.d_out is not None
@@ -340,7 +352,7 @@ def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int 
         dequantized: of so many blocks quantised weights are kept in 16 bit as well.
     """
     fused = Fused(model, fp8, dequantized)
-    model.fast = fused.loss
+    model.fast = fused
     if graph_tokens and fused.device.type == "cuda":
         fused.graphs = Graphs(fused, graph_tokens)
     return fused

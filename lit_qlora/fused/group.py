@@ -102,6 +102,16 @@ class Group:
         if self.dense is None:
             self.dense = self.matrix(torch.empty(self.room, dtype=self.dtype, device=self.device))
 
+    @property
+    def spare(self) -> int:
+        """Bytes of what `keep` holds."""
+        return 0 if self.weight is None or self.dense is None else self.dense.nbytes
+
+    def give_back(self) -> None:
+        """Undo `keep`."""
+        if self.weight is not None:
+            self.dense = None
+
     def refresh(self) -> None:
         """Write a changed B beside a weight that stays in memory."""
         if self.dense is not None and self.rank and self.fp8 is None:

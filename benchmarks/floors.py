@@ -23,7 +23,7 @@ STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "paged-adamw8bit": 0.0}
 """What step.py may train with, and the bytes that it keeps for each number that learns; pages can leave the GPU."""
 FLAGS = re.compile(
     r"(?P<scheme>\S+) r(?P<r>\d+) (?P<targets>\S+) dropout (?P<dropout>\S+) recompute (?P<recompute>\S+)"
-    r"(?P<graphs> graphs)?( dequantized (?P<dequantized>\d+))?(?P<fp8> fp8)?( (?P<optimizer>\S+))?"
+    r"( packed)?(?P<graphs> graphs)?( dequantized (?P<dequantized>\d+))?(?P<fp8> fp8)?( (?P<optimizer>\S+))?"
 )
 
 

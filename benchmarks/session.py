@@ -34,6 +34,8 @@ COMMANDS: tuple[tuple[int, str], ...] = (
     (45, "step.py --rows 1 --length 4096 --recompute none offload full"),
     (45, "step.py --rows 1 --length 8192 --recompute none offload full"),
     (45, "step.py --rows 1 --recompute none offload full"),
+    (45, "step.py --rows 1 --length 8192 --packed --r 8 --targets query value"),
+    (45, "step.py --rows 1 --length 16384 --packed --r 8 --targets query value"),
     (45, "step.py --fp8"),
     (45, "step.py --dequantized 32"),
     (60, "step.py --shape llama-3-8b --recompute none attn offload full"),

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from contestants.ours import as_batch
+from contestants.task import Micro, example_lengths, pack
 from floors import STATE_BYTES, beside
 from results import RESULTS, append_row, current_commit
 from shapes import SHAPES, random_model
@@ -28,7 +30,7 @@ WARM_UP = 6  # steps: kernels are compiled in the first, a graph is captured in 
 
 
 def measure(
-    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], steps: int, graphs: bool
+    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...], steps: int, graphs: bool
 ) -> dict[str, float]:
     """Milliseconds of the median, fastest and slowest step, and the peak in bytes; nothing waits inside a step.
 
@@ -58,8 +60,8 @@ def measure(
     }
 
 
-def _step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]) -> None:
-    (model.loss(*batch) / batch[1].numel()).backward()
+def _step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...]) -> None:
+    (model.loss(*batch) / batch[0].numel()).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -67,7 +69,7 @@ def _step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...
 def describe(arguments: argparse.Namespace, setting: str) -> str:
     """The flags of a row, as floors.py and tables.py read them."""
     learns = f"r{arguments.r} {','.join(arguments.targets)} dropout {arguments.dropout:g}"
-    described = f"{arguments.quantize} {learns} recompute {setting}{' graphs' if arguments.graphs else ''}"
+    described = f"{arguments.quantize} {learns} recompute {setting}{' packed' if arguments.packed else ''}{' graphs' if arguments.graphs else ''}"
     if arguments.dequantized and setting != "plain":
         described += f" dequantized {arguments.dequantized}"
     if arguments.fp8 and setting != "plain":
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
     parser.add_argument("--rows", type=int, default=2, help="samples of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sample")
+    parser.add_argument("--packed", action="store_true", help="fill one row of rows x length tokens with short samples")
     parser.add_argument("--recompute", nargs="+", default=["none"], help="settings to measure, or 'plain'")
     parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs, if there are few tokens")
     parser.add_argument("--dequantized", type=int, default=0, help="blocks whose weights are kept in 16 bit as well")
@@ -103,7 +106,11 @@ def main() -> None:
     add_lora(model, lora)
     model.train()
     tokens = torch.randint(0, model.config.vocab_size, (arguments.rows, arguments.length + 1), device="cuda")
-    batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    batch: tuple[Tensor | None, ...] = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    samples = arguments.rows
+    if arguments.packed:
+        documents = pack(arguments.rows * arguments.length, iter(example_lengths(100_000)))
+        batch, samples = as_batch(Micro(tokens[:, :-1].reshape(1, -1), documents)), len(documents)
     reason = why_not(model)
     if reason and set(arguments.recompute) != {"plain"}:
         raise SystemExit(f"The fast path is not taken: {reason}.")
@@ -125,7 +132,7 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             print(f"{setting}: {error}", file=sys.stderr)
             continue
-        count = batch[0].numel()
+        count = arguments.rows * arguments.length
         row = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": arguments.commit,
@@ -146,14 +153,15 @@ def main() -> None:
             json.dumps({k: row[k] for k in ("flags", "tokens_per_second", "slowest", "fastest", "peak_gib")}),
             flush=True,
         )
-        print(f"  {figures['median']:.1f} ms, host {figures['host']:.1f} ms", flush=True)
+        each = f", {figures['median'] / samples:.2f} for a sample" if arguments.packed else ""
+        print(f"  {figures['median']:.1f} ms{each}, host {figures['host']:.1f} ms", flush=True)
         pages = count_state_bytes(optimizer) if getattr(optimizer, "is_paged", False) else 0
         print(f"  {beside(row)}{f', and {pages / 1e9:.2f} GB in pages' if pages else ''}", flush=True)
     if arguments.profile:
         _profile(model, optimizer, batch)
 
 
-def _profile(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...]) -> None:
+def _profile(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...]) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:

@@ -65,6 +65,8 @@ TRAINING = (
     _step("none, weights kept dequantised", "none dequantized 32"),
     _step("none, bf16 base", "none", base="none"),
     _step("none, int8 base", "none", base="bnb.int8"),
+    _step("none, packed row of 8,192, r 8 on query and value", "none packed", 1, 8192, learns="r8 query,value"),
+    _step("none, packed row of 16,384, r 8 on query and value", "none packed", 1, 16384, learns="r8 query,value"),
     _step("none, one sample of 135 tokens, r 8 on query and value", "none", 1, 135, learns="r8 query,value"),
     _step("the same as CUDA graphs", "none graphs", 1, 135, learns="r8 query,value"),
     _step("the same, weights kept dequantised", "none graphs dequantized 32", 1, 135, learns="r8 query,value"),

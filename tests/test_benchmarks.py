@@ -90,8 +90,8 @@ def test_of_each_setting_the_newest_row_counts(tables: ModuleType) -> None:
 def test_a_peer_stands_beside_ours_of_the_same_run(tables: ModuleType) -> None:
     begin = "fixed nf4-dq r16 all dropout 0"
 
-    def pair(peer: str, version: str, ours: str, theirs: str) -> list[dict[str, str]]:
-        told = f"{begin} ours recompute none, beside {peer}"
+    def pair(peer: str, version: str, ours: str, theirs: str, kept: str = "") -> list[dict[str, str]]:
+        told = f"{begin} ours recompute none{kept}, beside {peer}"
         return [
             step(program="peers.py", flags=told, tokens_per_second=ours),
             step(program="peers.py", flags=f"{begin} {peer} {version}", tokens_per_second=theirs),
@@ -102,12 +102,14 @@ def test_a_peer_stands_beside_ours_of_the_same_run(tables: ModuleType) -> None:
             *pair("peft", "0.2", "8000", "2000"),
             *pair("peft", "0.3", "9000", "6000"),
             *pair("litgpt", "1", "2000", "4000"),
+            *pair("litgpt", "1", "3000", "4000", " dequantized 32"),
         ]
     )
-    rows = [line.split(" | ")[1:] for line in made[2:]]
+    rows = [line.removeprefix("| 2 x 2048, r 16 on all linears").split(" | ") for line in made[2:]]
     assert rows == [
-        ["9,000", "16.0", "peft 0.3", "6,000", "16.0", "1.50 |"],
-        ["2,000", "16.0", "litgpt 1", "4,000", "16.0", "0.50 |"],
+        ["", "9,000", "16.0", "peft 0.3", "6,000", "16.0", "1.500 |"],
+        ["", "2,000", "16.0", "litgpt 1", "4,000", "16.0", "0.500 |"],
+        [", weights kept dequantised", "3,000", "16.0", "litgpt 1", "4,000", "16.0", "0.750 |"],
     ]
 
 

@@ -10,16 +10,31 @@ from contestants.task import LONGEST_EXAMPLE, Built, Micro, Task
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lit_qlora.data import Batch
 
-def build(task: Task) -> Built:
-    """The fast path, on random weights made on the GPU."""
+
+@cache  # made once, on the host, as the data of a run is
+def as_batch(micro: Micro) -> "Batch":
+    """What our model reads."""
     import torch
 
     from lit_qlora.data import Batch
+    from lit_qlora.model import IGNORE
+
+    ids, documents = micro.ids.cpu(), micro.documents or [micro.ids.size(1)]
+    positions = torch.cat([torch.arange(n) for n in documents]).expand_as(ids)
+    labels = ids.roll(-1, 1).masked_fill(positions.roll(-1, 1) == 0, IGNORE)
+    if not micro.documents:
+        return Batch(ids, labels)
+    numbers = torch.arange(len(documents), dtype=torch.int32)
+    return Batch(ids, labels, None, positions, numbers.repeat_interleave(torch.tensor(documents))[None])
+
+
+def build(task: Task) -> Built:
+    """The fast path, on random weights made on the GPU."""
     from lit_qlora.fused import fuse, why_not
     from lit_qlora.fused.graphs import padded_length
     from lit_qlora.lora import add_lora
-    from lit_qlora.model import IGNORE
     from lit_qlora.settings import LoRAConfig
 
     model = random_model(task.shape, "bnb.nf4-dq" if task.quantize else "none")
@@ -30,18 +45,8 @@ def build(task: Task) -> Built:
     short = task.workload == "short" and task.graphs
     fused = fuse(model, padded_length(LONGEST_EXAMPLE) if short else 0, dequantized=task.dequantized)
 
-    @cache  # made once, on the host, as the data of a run is
-    def batch(micro: Micro) -> Batch:
-        ids, documents = micro.ids.cpu(), micro.documents or [micro.ids.size(1)]
-        positions = torch.cat([torch.arange(n) for n in documents]).expand_as(ids)
-        labels = ids.roll(-1, 1).masked_fill(positions.roll(-1, 1) == 0, IGNORE)
-        if not micro.documents:
-            return Batch(ids, labels)
-        numbers = torch.arange(len(documents), dtype=torch.int32)
-        return Batch(ids, labels, None, positions, numbers.repeat_interleave(torch.tensor(documents))[None])
-
     def loss(micro: Micro) -> "Tensor":
-        value: Tensor = model.loss(*batch(micro)) / micro.ids.numel()
+        value: Tensor = model.loss(*as_batch(micro)) / micro.ids.numel()
         return value
 
     def set_recompute(setting: Any) -> None:

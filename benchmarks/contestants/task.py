@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,11 +84,13 @@ def make_steps(task: Task, count: int) -> list[list[Micro]]:
     lengths = iter(example_lengths(100_000))
     if task.workload == "short":
         return [[Micro(ids(1, next(lengths))) for _ in range(EXAMPLES_A_STEP)] for _ in range(count)]
-    steps = []
-    for _ in range(count):
-        documents, room = [], task.rows * task.length
-        while room:
-            documents.append(min(room, next(lengths)))
-            room -= documents[-1]
-        steps.append([Micro(ids(1, sum(documents)), documents)])
-    return steps
+    return [[Micro(ids(1, task.rows * task.length), pack(task.rows * task.length, lengths))] for _ in range(count)]
+
+
+def pack(room: int, lengths: Iterator[int]) -> list[int]:
+    """Lengths of the documents that fill a row, the last of them cut."""
+    documents: list[int] = []
+    while room:
+        documents.append(min(room, next(lengths)))
+        room -= documents[-1]
+    return documents

@@ -69,7 +69,8 @@ def _step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | No
 def describe(arguments: argparse.Namespace, setting: str) -> str:
     """The flags of a row, as floors.py and tables.py read them."""
     learns = f"r{arguments.r} {','.join(arguments.targets)} dropout {arguments.dropout:g}"
-    described = f"{arguments.quantize} {learns} recompute {setting}{' packed' if arguments.packed else ''}{' graphs' if arguments.graphs else ''}"
+    described = f"{arguments.quantize} {learns} recompute {setting}{' packed' if arguments.packed else ''}"
+    described += " graphs" if arguments.graphs else ""
     if arguments.dequantized and setting != "plain":
         described += f" dequantized {arguments.dequantized}"
     if arguments.fp8 and setting != "plain":

@@ -1,5 +1,6 @@
 """Which device there is, which dtype the weights and the arithmetic get on it, and how much memory was used."""
 
+import os
 import resource
 import sys
 
@@ -48,8 +49,9 @@ def peak_gib(device: torch.device) -> float:
 
 
 def gpu_bytes() -> int | None:
-    """Memory of the GPU that this process has or can get, in bytes; None without a GPU."""
+    """Memory that this process has or can get of the GPU that will be its own, in bytes; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved()
+    own = int(os.environ.get("LOCAL_RANK", "0"))  # asked another GPU, it would take half a gigabyte there
+    free, _ = torch.cuda.mem_get_info(own)
+    return free + torch.cuda.memory_reserved(own)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_qlora.activations import FastSizes, choose
+from lit_qlora.activations import IN_TURNS, FastSizes, choose
 from lit_qlora.config import ModelConfig
 from lit_qlora.embeddings import add_noise
 from lit_qlora.lora import LoRALinear, add_lora, count_trainable
@@ -96,7 +96,8 @@ def make_plan(
         learning = origin + (8 + state_bytes) * trainable
         activations = _activations(gpt, lora, dtype.itemsize, tokens, policies[0] == "full")
     else:
-        learning = origin + (10 + state_bytes) * trainable  # and a 16-bit copy
+        copied = trainable / model.n_layer if trainable >= IN_TURNS else trainable
+        learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
         adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
         sizes = FastSizes(model, lora.r, adapted, quantize != "none", train.fp8)
         free = 0.97 * room - bits / 8 - learning

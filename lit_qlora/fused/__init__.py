@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.activations import FastSizes
+from lit_qlora.activations import IN_TURNS, FastSizes
 from lit_qlora.attention import query_scale, tree_mask
 from lit_qlora.config import ModelConfig
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import ACTIVATIONS, FusedBlock, Kept, Pass
 from lit_qlora.fused.graphs import Graphs
-from lit_qlora.fused.group import Group, norm_of
+from lit_qlora.fused.group import Copies, Group, norm_of
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Eager, Inputs, Learnt, Loss, Work
@@ -117,34 +117,47 @@ class Fused:
         return (cos, sin), (local_cos, local_sin)
 
     def _lay_out_adapters(self) -> None:
-        """Move the adapters into one float32 tensor, stacked as the groups want them, with a 16-bit copy beside it."""
+        """Move the adapters into one float32 tensor, stacked as the groups want, and make room for copies."""
         adapted = [group for group in self.groups if group.rank]
-        sizes_a = [group.rank * group.k for group in adapted]
-        sizes_b = [group.stack.adapted_rows * group.stack.r for group in adapted]
-        self.master = torch.empty(sum(sizes_a) + sum(sizes_b), device=self.device)
+        size_a = sum(group.size_a for group in adapted)
+        self.master = torch.empty(size_a + sum(group.size_b for group in adapted), device=self.device)
         self.gradient = torch.zeros_like(self.master)
-        self.low = torch.empty_like(self.master, dtype=self.dtype)
-        self.size_a, self.scale = sum(sizes_a), adapted[0].scale if adapted else 1.0
         self.parameters: list[tuple[nn.Parameter, Tensor]] = []
-        first_a, first_b = 0, self.size_a
-        for group, size_a, size_b in zip(adapted, sizes_a, sizes_b, strict=True):
-            at_a, at_b = slice(first_a, first_a + size_a), slice(first_b, first_b + size_b)
-            group.a, group.b = self.low[at_a].view(group.rank, group.k), self.low[at_b].view(-1, group.stack.r)
-            group.grad_a, group.grad_b = self.gradient[at_a].view_as(group.a), self.gradient[at_b].view_as(group.b)
+        first_a, first_b = 0, size_a
+        for group in adapted:
+            at_a, at_b = slice(first_a, first_a + group.size_a), slice(first_b, first_b + group.size_b)
+            a, group.grad_a = (whole[at_a].view(group.rank, group.k) for whole in (self.master, self.gradient))
+            b, group.grad_b = (whole[at_b].view(-1, group.stack.r) for whole in (self.master, self.gradient))
             row_a, row_b = 0, 0
             for adapter in group.adapters:
                 end_a, end_b = row_a + group.stack.r, row_b + adapter.lora_b.size(0)
-                homes = (
-                    self.master[at_a].view_as(group.a)[row_a:end_a],
-                    self.master[at_b].view_as(group.b)[row_b:end_b],
-                )
+                homes = (a[row_a:end_a], b[row_b:end_b])
                 gradients = (group.grad_a[row_a:end_a], group.grad_b[row_b:end_b])
                 for parameter, home, gradient in zip((adapter.lora_a, adapter.lora_b), homes, gradients, strict=True):
                     home.copy_(parameter.data)
                     parameter.data = home
                     self.parameters.append((parameter, gradient))
                 row_a, row_b = end_a, end_b
-            first_a, first_b = first_a + size_a, first_b + size_b
+            first_a, first_b = at_a.stop, at_b.stop
+        self._lay_out_copies(size_a)
+
+    def _lay_out_copies(self, size_a: int) -> None:
+        """Make room for the copies, of all adapters or, where they are large, of one block's or the head's at a time.
+
+        Args:
+            size_a: numbers in all A, which lie before all B.
+        """
+        self.copies_in_turns = self.master.numel() >= IN_TURNS
+        parts = [*(block.groups for block in self.blocks), (self.head.group,)]
+        parts = parts if self.copies_in_turns else [tuple(self.groups)]
+        sizes = [(sum(group.size_a for group in part), sum(group.size_b for group in part)) for part in parts]
+        low = torch.empty(max(a + b for a, b in sizes), dtype=self.dtype, device=self.device)
+        all_a = self.master[:size_a].split([a for a, _ in sizes])
+        all_b = self.master[size_a:].split([b for _, b in sizes])
+        self.copies = [
+            Copies(part, a, b, low[: len(a)], low[len(a) : len(a) + len(b)])
+            for part, a, b in zip(parts, all_a, all_b, strict=True)
+        ]
 
     def set_recompute(self, policies: Sequence[Recompute]) -> None:
         """What each block computes again in its backward pass."""
@@ -257,14 +270,6 @@ class Fused:
         )
         return None if self.model.positions is None else to_device(places, self.device), run
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the 16-bit copies of the adapters up to date; A carries alpha / r."""
-        torch.mul(self.master[: self.size_a], self.scale, out=self.low[: self.size_a])
-        self.low[self.size_a :].copy_(self.master[self.size_a :])
-        for group in self.groups:
-            group.refresh()
-
     def _attach_gradients(self) -> None:
         """Let each adapter's .grad be its place in the one gradient, from zero where the optimizer has let go of it."""
         first, home = self.parameters[0]
@@ -282,6 +287,8 @@ class Fused:
         run = inputs.run
         x, y, kept = self._blocks(inputs.tokens, inputs.places, run)
         group = self.head.group
+        if self.copies_in_turns:
+            self.copies[-1].refresh()
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
         loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
         return loss, Learnt(d_out, kept, waiting)
@@ -290,7 +297,8 @@ class Fused:
         self, tokens: Tensor, places: Tensor | None, run: Pass
     ) -> tuple[Tensor, Tensor | None, list[Kept | None]]:
         """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
-        self.refresh()
+        if not self.copies_in_turns:
+            self.copies[0].refresh()
         x = times(F.embedding(tokens, self.model.embed.weight.detach()), self.config.embedding_multiplier)
         if self.model.positions is not None:
             assert places is not None
@@ -298,7 +306,9 @@ class Fused:
         self.offload.reset()
         y: Tensor | None = None
         kept: list[Kept | None] = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if self.copies_in_turns:
+                self.copies[i].refresh()
             x, y, one = block.forward(x, y, run)
             kept.append(one)
         return x, y, kept
@@ -331,6 +341,8 @@ class Fused:
             one = learnt.kept.pop()
             assert one is not None
             assert d is not None
+            if self.copies_in_turns:
+                self.copies[i].refresh(beside=False)
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0)
         self.pending.flush()
 

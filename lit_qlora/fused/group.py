@@ -1,5 +1,6 @@
 """Linear layers that read the same input, stacked into one product together with their adapters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Group:
 
     Attributes:
         k, n: input and output features.
-        a: (R, K), stacked A times alpha / r; b: (adapted rows, r), stacked B. Both are filled by Fused.refresh.
+        a: (R, K), stacked A times alpha / r; b: (adapted rows, r), stacked B. Both are filled by Copies.refresh.
         grad_a, grad_b: their float32 gradients, of A itself.
         bias: (N,) or None.
         fp8: the weights in FP8, where their products are.
@@ -70,6 +71,16 @@ class Group:
             stored = self.weight if self.dense is None else self.dense[:, : self.k]
             assert stored is not None
             self.fp8 = Fp8(stored, self.stack, self.k, self.table)
+
+    @property
+    def size_a(self) -> int:
+        """Numbers in the stacked A."""
+        return self.rank * self.k
+
+    @property
+    def size_b(self) -> int:
+        """Numbers in the stacked B."""
+        return self.stack.adapted_rows * self.stack.r
 
     @property
     def width(self) -> int:
@@ -215,6 +226,37 @@ class Group:
         if self.wide:
             return norm_backward(self.d_input(d_out, dropout), x, norm, numbers, residual=residual)
         return norm_backward(d_out, x, norm, numbers, z, self.a, residual, dropout)
+
+
+class Copies:
+    """The 16-bit copies of the adapters of some groups, which are made together.
+
+    Args:
+        master_a, master_b: all A and all B of the groups, one behind the other, float32.
+        low_a, low_b: room for their copies.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], master_a: Tensor, master_b: Tensor, low_a: Tensor, low_b: Tensor
+    ) -> None:
+        self.groups, self.both_a, self.both_b = groups, (master_a, low_a), (master_b, low_b)
+        adapted = [group for group in groups if group.rank]
+        self.scale = adapted[0].scale if adapted else 1.0
+        each_a, each_b = (
+            low_a.split([group.size_a for group in adapted]),
+            low_b.split([group.size_b for group in adapted]),
+        )
+        for group, a, b in zip(adapted, each_a, each_b, strict=True):
+            group.a, group.b = a.view(group.rank, group.k), b.view(-1, group.stack.r)
+
+    @torch.no_grad()
+    def refresh(self, beside: bool = True) -> None:
+        """Bring them up to date, and with `beside` the B beside weights that stay in memory; A carries alpha / r."""
+        (a, low_a), (b, low_b) = self.both_a, self.both_b
+        torch.mul(a, self.scale, out=low_a)
+        low_b.copy_(b)
+        for group in self.groups if beside else ():
+            group.refresh()
 
 
 def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:

@@ -46,7 +46,7 @@ def mlp_backward(
     Args:
         branches: (T, 2 F) or (T, F), contiguous.
         dh: (T, F + R), gradients of h through down's base and of its Z.
-        a, grad_a: down's scaled A (R, F) and its float32 gradient; None without an adapter.
+        a, grad_a: down's scaled A (R, F), R at most 64, and its float32 gradient; None without an adapter.
         z, grad_b: Z of the branches (T, R'), and the float32 gradient of their stacked B; None without an adapter.
         stack: of the branches.
         scale: alpha / r, for grad_a.
@@ -79,7 +79,7 @@ def mlp_backward(
 
 
 BLOCKS = {16: (16, 128, 2), 32: (32, 64, 2), 64: (32, 64, 3)}
-"""Rows, columns and iterations in flight for each padded rank: the fastest of 15 choices on an H100."""
+"""Rows, columns and iterations in flight for each padded rank: the fastest of 15 choices on an H100, no dropout."""
 
 if triton is not None:
 

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="in float32, so for the interpreter"),
 ]
+SLOW = pytest.mark.slow
 
 
 def two_steps(model: GPT) -> list[Tensor]:
@@ -65,6 +66,31 @@ def test_the_bits_are_the_same(case: str, policy: Any) -> None:
         ends.append(two_steps(model))
     for other in ends[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "policy"),
+    [
+        ({"scheme": "bnb.nf4", "dropout": 0.2, "targets": ("all", "head")}, "full"),
+        ({"scheme": "bnb.nf4", "lora": {"last_layers": 1}}, "none"),
+        pytest.param({"targets": ("query", "head"), "quantize_head": True, "scheme": "bnb.int8"}, "attn", marks=SLOW),
+        pytest.param({"targets": ("mlp",)}, "none", marks=SLOW),  # a base in 16 bit has B beside it
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_copies_of_adapters_made_in_turns_give_the_same_bits(
+    case: dict[str, Any], policy: Any, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for most in (1, 2**26):
+        monkeypatch.setattr("lit_qlora.fused.IN_TURNS", most)
+        model = adapted_model(**case)
+        fused = fuse(model, dequantized=kept)
+        fused.set_recompute([policy] * 2)
+        assert fused.copies_in_turns == (most == 1)
+        ends.append(two_steps(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_where_all_blocks_stay_there_is_no_workspace() -> None:

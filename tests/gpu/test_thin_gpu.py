@@ -65,7 +65,7 @@ def test_project(rows: int, rank: int, how: str) -> None:
     assert_near(compute, (expected.double() * kept) @ a.double().T)
 
 
-@pytest.mark.parametrize("rank", [16, 64, 128])
+@pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("rows", ROWS)
 def test_mlp_backward(rows: int, rank: int) -> None:
     branches, a, z = rand(rows, 2 * K), rand(rank, K) / 16, rand(rows, 2 * rank)

@@ -252,12 +252,14 @@ class TemplateStyle(Style):
         """See Style.
 
         Each turn is rendered with and without its answer; the answer is what the second text has more, up to the last
-        control token, which ends it.
+        control token, which ends it. A template may write turns differently once the conversation goes on, as those
+        do that leave out earlier thoughts. Then all but the last answer is part of the last prompt, which is what the
+        model will read, and the turns before are empty.
 
         Raises:
             CheckpointError: if the template cannot be run.
-            UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of a
-                conversation differently once it goes on, so that what is prompt and what is answer cannot be told.
+            UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of an answer
+                differently once it goes on, so that what is prompt and what is answer cannot be told.
         """
         variables = _variables(tokenizer)
         if not self._renderer or self._renderer[0].variables != variables:
@@ -266,8 +268,7 @@ class TemplateStyle(Style):
         reasons: dict[int, str] = {}
         for some in _portions(conversations):
             guard = Guard(tokenizer.control_tokens, _texts(some))
-            stages = self._renderer[0].render_stages([_stages(conversation, guard) for conversation in some])
-            for conversation, texts in zip(some, stages, strict=True):
+            for conversation, texts in zip(some, self._render([_stages(one, guard) for one in some]), strict=True):
                 turns = texts if isinstance(texts, str) else self._turns(guard, texts, conversation)
                 if isinstance(turns, str):
                     reasons[len(written)] = turns
@@ -285,11 +286,21 @@ class TemplateStyle(Style):
         *before, (prompt, _) = self.write(tokenizer, [answered])[0]
         return [*(piece for turn in before for part in turn for piece in part), *prompt]
 
+    def _render(self, conversations: Sequence[Stages]) -> list[list[str] | str]:
+        """What each stage adds, or only the last two where an earlier one is written differently later; or why not."""
+        added = self._renderer[0].render_stages(conversations)
+        again = [i for i, found in enumerate(added) if isinstance(found, str) and len(conversations[i][1]) > 2]
+        ends = [(messages, stages[-2:]) for messages, stages in map(conversations.__getitem__, again)]
+        for i, found in zip(again, self._renderer[0].render_stages(ends) if ends else (), strict=True):
+            added[i] = added[i] if isinstance(found, str) else found
+        return added
+
     def _turns(self, guard: Guard, texts: Sequence[str], conversation: Conversation) -> Written | str:
-        """Prompt and answer of each turn, or why that cannot be told; `texts` are both of each turn."""
-        turns: Written = []
+        """Prompt and answer of each turn, or why that cannot be told; `texts` are both of each of the last turns."""
+        first = len(conversation.turns) - len(texts) // 2
+        turns: Written = [([], []) for _ in range(first)]
         rest = ""
-        for asked, answered, turn in zip(texts[::2], texts[1::2], conversation.turns, strict=True):
+        for asked, answered, turn in zip(texts[::2], texts[1::2], conversation.turns[first:], strict=True):
             prompt, answer = _pieces(guard, rest + asked), _pieces(guard, answered)
             rest = answer.pop() if answer and isinstance(answer[-1], str) and not answer[-1].strip() else ""  # type: ignore[assignment]
             if turn.answer.strip() and not any(isinstance(piece, str) and piece.strip() for piece in answer):

@@ -1,6 +1,7 @@
 """Prompt styles: their words, the ids that they become, and the small file that remembers which one was used."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,20 +223,67 @@ def test_the_knobs_of_h2o_put_texts_and_eos_around_prompt_and_answer(tokenizer: 
     assert style.stop_ids(tokenizer) == frozenset()
 
 
+# Templates that leave out earlier thoughts.
+
+THOUGHTFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HISTORY = "<|im_start|>user\nHi, who are you?<|im_end|>\n<|im_start|>assistant\nA fox.<|im_end|>\n"
+ASKED = HISTORY + "<|im_start|>user\nAnd\nthen?<|im_end|>\n<|im_start|>assistant\n"
+LAST = "<think>\n\n</think>\n\nI ran.<|im_end|>"
+
+
+def test_where_history_is_written_differently_it_is_part_of_the_last_prompt(tokenizer: Tokenizer) -> None:
+    style = TemplateStyle(THOUGHTFUL)
+    one, two = style.encode_many(tokenizer, [Conversation(TALK.turns[:1]), TALK])
+    assert one[0][1] == tokenizer.encode_marked("<think>\n\n</think>\n\nA fox.<|im_end|>", bos=False)
+    assert two == [([], []), (tokenizer.encode_marked(ASKED, bos=False), tokenizer.encode_marked(LAST, bos=False))]
+
+
+def test_a_chat_goes_on_where_history_is_written_differently(tokenizer: Tokenizer) -> None:
+    ids = TemplateStyle(THOUGHTFUL).encode_prompt(tokenizer, TALK.turns[1].prompt, history=TALK.turns[:1])
+    assert ids == tokenizer.encode_marked(ASKED, bos=False)
+
+
+@pytest.mark.parametrize("only_last_answer", [False, True])
+def test_only_the_last_answer_is_learnt_where_history_is_written_differently(
+    tokenizer: Tokenizer, only_last_answer: bool
+) -> None:
+    encoder = Encoder(
+        tokenizer, TemplateStyle(THOUGHTFUL), Encoding(max_length=4096, only_last_answer=only_last_answer)
+    )
+    (found,) = encoder.encode([Example(TALK.turns, place="a")])
+    tokens, trained = found.sample.tokens, found.sample.trained
+    assert tokens[trained].tolist() == tokenizer.encode_marked(LAST, bos=False)
+    counts = encoder.counts
+    assert (counts.turns, counts.ended, counts.untaught) == (1, 1, 0 if only_last_answer else 1)
+
+
+@pytest.mark.parametrize("of_prompt", [False, True], ids=["the whole", "the prompt"])
+def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_written_differently(
+    tokenizer: Tokenizer, of_prompt: bool
+) -> None:
+    style = TemplateStyle(THOUGHTFUL)
+    (((prompt, answer),),) = style.encode_many(tokenizer, [Conversation(TALK.turns[1:])])
+    limits = Encoding(max_length=4096 if of_prompt else len(prompt + answer), max_length_prompt=len(prompt))
+    encoder = Encoder(tokenizer, style, limits if of_prompt else replace(limits, max_length_prompt=None))
+    (found,) = encoder.encode([Example(TALK.turns, place="a")])
+    assert found.sample.tokens.tolist() == prompt + answer
+    assert (encoder.counts.cut_turns, encoder.counts.cut_prompts) == (1, 0)
+
+
 # Templates that cannot be learnt from.
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m.content if loop.last else '(left out)' }}{% endfor %}",
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
-    ],
-    ids=["history is rewritten", "the beginning of an answer is not in the answer"],
-)
-def test_a_template_that_is_not_stable_is_refused(tokenizer: Tokenizer, template: str) -> None:
-    with pytest.raises(CheckpointError, match=r"writes what comes before message [23] differently once"):
-        TemplateStyle(template).encode_many(tokenizer, [TALK])
+@pytest.mark.parametrize("talk", [TALK, Conversation(TALK.turns[:1])], ids=["two turns", "one"])
+def test_a_template_whose_answers_begin_otherwise_than_it_asks_for_them_is_refused(
+    tokenizer: Tokenizer, talk: Conversation
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    with pytest.raises(CheckpointError, match=r"writes what comes before message 2 differently once"):
+        TemplateStyle(template).encode_many(tokenizer, [talk])
 
 
 @pytest.mark.parametrize("template", ["", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"])

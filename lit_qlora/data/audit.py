@@ -57,6 +57,8 @@ class Audit:
             "{} turns of conversations were left out": counts.cut_turns,
             f"{{}} answers were cut ({_percent(counts.cut_answers, counts.examples)})": counts.cut_answers,
             "nothing is learnt of {} samples, which were left out": counts.masked,
+            "{} answers are not learnt, as the chat template writes them differently once the conversation goes on; as "
+            "conversations of their own, that end with them, they would be": counts.untaught,
             "{} prompts are empty": counts.empty_prompts,
             "{} answers are empty": counts.empty_answers,
             f"{{}} of {counts.turns} answers do not end": counts.turns - counts.ended,

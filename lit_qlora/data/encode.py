@@ -46,6 +46,8 @@ class Counts:
     turns: int = 0
     ended: int = 0
     """Turns whose answer ends with a token that ends answers."""
+    untaught: int = 0
+    """Answers that are not learnt because the chat template writes them differently once the conversation goes on."""
     cut_prompts: int = 0
     cut_turns: int = 0
     """Turns of conversations that were left out because the whole was too long."""
@@ -162,6 +164,9 @@ class Encoder:
         trained = np.full(_length(turns), not self.encoding.mask_prompt)
         for i, (turn, (prompt, answer)) in enumerate(zip(said.turns, turns, strict=True)):
             learn = turn.trained and (i == len(turns) - 1 or not self.encoding.only_last_answer)
+            if not prompt and not answer:  # it is part of the last prompt
+                self.counts.untaught += learn
+                continue
             tokens += [*prompt, *answer]
             trained[len(tokens) - len(answer) : len(tokens)] = learn
             self.counts.turns += 1
@@ -195,7 +200,7 @@ class Encoder:
         """The conversation within the limits, or None where nothing of its prompt would be left."""
         limits = self.encoding
         left = limits.overlong == "truncate_left"
-        while len(turns) > 1 and _length(turns) > limits.max_length:
+        while len(turns) > 1 and (_length(turns) > limits.max_length or (not turns[0][0] and self._exceeds(turns[-1]))):
             self.counts.cut_turns += 1
             kept = said.turns[1:] if left else said.turns[:-1]
             said = replace(said, turns=kept, input="" if left else said.input)

@@ -4,6 +4,7 @@ python scripts/generate.py --prompt "What does the fox eat?" --lora_path out/lor
 python scripts/generate.py --prompts questions.jsonl --out answers.jsonl --batch_size 16
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ from lit_qlora.errors import UsageError
 from lit_qlora.settings import GenerationConfig, check
 from lit_qlora.use import DraftConfig, UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 
+Answer = tuple[str, int, str]
+"""What was said, its tokens, and why it ended."""
 BETWEEN = "-" * 20  # on a line of its own between several answers to one prompt
 
 
@@ -36,7 +39,8 @@ class Config(GenerationConfig, DraftConfig, UseConfig):
     the column instruction (or prompt), and input and system where there is something to say. The answers are JSON
     lines: the row with answer, tokens and finish_reason added, a line an answer."""
     out: Path | None = None
-    """Where the JSON lines go; by default stdout. A file that exists is not overwritten."""
+    """Where the JSON lines go; by default stdout. A file that exists is not overwritten. OUT.part keeps the answers as
+    they are made, and the same command goes on with them if it was stopped."""
     batch_size: int = 8
     """Prompts of a file that are answered together."""
     stop: tuple[str, ...] = ()
@@ -83,10 +87,14 @@ def main(config: Config) -> None:
             raise UsageError(f"{place}: {error}" if config.prompts else str(error)) from None
 
     start, tokens = time.perf_counter(), 0
-    answered: dict[int, list[tuple[str, int, str]]] = {}
+    answered: dict[int, list[Answer]] = {}
+    part = Part(config) if config.out else None
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # so that batches need little padding
     for at in range(0, len(order), config.batch_size):
         batch = order[at : at + config.batch_size]
+        if part and part.answered.keys() >= set(batch):
+            answered |= {i: part.answered[i] for i in batch}
+            continue
         answers = generate(model, [prompts[i] for i in batch], config, stops, tokenizer.size, stop, draft=draft)
         tokens += sum(map(len, answers))
         for place, ids in enumerate(answers):
@@ -94,10 +102,14 @@ def main(config: Config) -> None:
             full = len(ids) == rooms[i] and not (stop and stop(ids))
             text = text_of(tokenizer, ids, gap, tail, config.stop)
             answered.setdefault(i, []).append((text, len(ids), "length" if full else "stop"))
+        if part:
+            part.add({i: answered[i] for i in batch})
     seconds = time.perf_counter() - start
 
     if config.prompts:
         write_lines(config.out, [(original, answered[i]) for i, (_, _, original) in enumerate(rows)])
+        if part:
+            part.path.unlink()
     else:
         print(f"\n{BETWEEN}\n".join(text for text, _, _ in answered[0]))
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, {peak_memory()}", file=sys.stderr)
@@ -125,7 +137,48 @@ def read_rows(config: Config) -> Iterator[tuple[str, dict[str, str], dict[str, A
     yield from read_prompts(config.prompts, config.system)
 
 
-def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[tuple[str, int, str]]]]) -> None:
+class Part:
+    """A file beside --out with the answers so far, from which a command that was stopped goes on.
+
+    Attributes:
+        answered: what it held, by the number of the prompt.
+
+    Raises:
+        UsageError: if it is of another command, or of a model that has changed since.
+    """
+
+    def __init__(self, config: Config) -> None:
+        assert config.out
+        assert config.prompts
+        self.path = config.out.with_name(f"{config.out.name}.part")
+        self.answered: dict[int, list[Answer]] = {}
+        folders = [folder for folder in (config.checkpoint_dir, config.lora_path) if folder]
+        changed = [file.stat().st_mtime_ns for folder in folders for file in sorted(folder.iterdir())]
+        of = hashlib.sha256(f"{config} {changed}".encode() + config.prompts.read_bytes()).hexdigest()
+        self.path.touch()
+        held = self.path.read_bytes()
+        whole = held[: held.rfind(b"\n") + 1]
+        os.truncate(self.path, len(whole))  # what a kill left of a line goes
+        if not whole:
+            self.path.write_text(f"{of}\n", encoding="utf-8")
+            return
+        first, *lines = whole.decode("utf-8").splitlines()
+        check(
+            first == of,
+            f"{self.path} holds the answers of another command, or the model or the prompts have changed since.\n"
+            "Remove it, or give another --out.",
+        )
+        for line in lines:
+            self.answered |= {int(i): answers for i, answers in json.loads(line).items()}
+        print(f"{len(self.answered)} prompts are answered in {self.path} already.", file=sys.stderr)
+
+    def add(self, answered: dict[int, list[Answer]]) -> None:
+        """Keep the answers of a batch."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(answered) + "\n")
+
+
+def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[Answer]]]) -> None:
     """A JSON line an answer, to `out` or stdout."""
     lines = [
         json.dumps({**row, "answer": text, "tokens": tokens, "finish_reason": end}, ensure_ascii=False, default=str)

@@ -117,6 +117,48 @@ def test_a_file_of_prompts_is_answered_in_its_order(tiny_checkpoint, tmp_path):
         script.Config(prompts=path, out=tmp_path / "out.jsonl")
 
 
+def test_answers_of_a_command_that_was_stopped_are_not_made_again(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    script = load_script("scripts/generate.py")
+    (tmp_path / "in.txt").write_text("".join(f"What is {i} plus 4?\n" for i in range(6)))
+    made: list[int] = []
+
+    def stopped_at(batch: int) -> None:
+        made.clear()
+
+        def counted(model, prompts, *arguments, **settings):
+            if len(made) == batch:
+                raise KeyboardInterrupt
+            made.append(len(prompts))
+            return generate(model, prompts, *arguments, **settings)
+
+        monkeypatch.setattr("lit_qlora.generate.generate", counted)
+
+    def config(out, **more):
+        settings = {"max_new_tokens": 5, "do_sample": True, "num_return_sequences": 2, "batch_size": 2} | more
+        return script.Config(
+            checkpoint_dir=tiny_checkpoint, prompts=tmp_path / "in.txt", out=tmp_path / out, **settings
+        )
+
+    stopped_at(9)
+    script.main(config("whole"))
+    assert made == [2, 2, 2]
+    stopped_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(config("out"))
+    assert not (tmp_path / "out").exists()
+    part = tmp_path / "out.part"
+    with pytest.raises(UsageError, match="holds the answers of another command"):
+        script.main(config("out", max_new_tokens=6))
+    with part.open("a") as file:
+        file.write('{"2": [["torn')  # what a kill leaves
+    stopped_at(9)
+    script.main(config("out"))
+    assert made == [2, 2]
+    assert "2 prompts are answered in" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == (tmp_path / "whole").read_text()
+    assert not part.exists()
+
+
 def test_a_text_file_holds_a_prompt_a_line_and_each_gets_as_many_answers_as_asked_for(
     tiny_checkpoint, tmp_path, capsys
 ):

@@ -64,6 +64,11 @@ def usual_row(data: RunData) -> float | None:
 def savings(config: FinetuneConfig, data: RunData) -> str:
     """What to change in order to need less memory, and how much it saves."""
     longest, train = longest_row(data), config.train
+    if (
+        train.keep_dequantized == "auto"
+    ):  # they would take what something else saves, and give it back where it is needed
+        train = replace(train, keep_dequantized=0)
+        config = replace(config, train=train)
     now = _plan(config, longest).total
     others = {
         f"--train.micro_batch_size {train.micro_batch_size // 2}": (
@@ -134,7 +139,7 @@ def _path(plan: Plan) -> str:
     again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
     taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
     taken += ", frozen weights in FP8" if plan.fp8 else ""
-    taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graph_tokens else ""
+    taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graphs else ""
     return f"{taken}   recompute: {again}"
 
 

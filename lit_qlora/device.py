@@ -52,6 +52,7 @@ def gpu_bytes() -> int | None:
     """Memory that this process has or can get of the GPU that will be its own, in bytes; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    own = int(os.environ.get("LOCAL_RANK", "0"))  # asked another GPU, it would take half a gigabyte there
+    own = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    own = own if own < torch.cuda.device_count() else 0  # of another GPU, the question would take half a gigabyte
     free, _ = torch.cuda.mem_get_info(own)
     return free + torch.cuda.memory_reserved(own)

@@ -142,13 +142,24 @@ class Dispensable:
         record: Record = {}
         if self.fabric.is_global_zero:
             try:
-                with undisturbed(self.model):
-                    record = self.measure(step)
+                record = self._measured(step)
             except Exception as error:
                 reason = str(error).partition("\n")[0]
                 tell(f"  note    {self.name} after step {step} failed: {type(error).__name__}: {reason}", sys.stderr)
         shared: Record = self.fabric.broadcast(record)
         return shared
+
+    def _measured(self, step: int) -> Record:
+        """The figures, if need be without the memory that only makes training faster."""
+        try:
+            with undisturbed(self.model):
+                return self.measure(step)
+        except torch.OutOfMemoryError:
+            if not self.model.has_spare:
+                raise
+        self.model.give_back()  # only here the exception is gone, and with it what it held
+        with undisturbed(self.model):
+            return self.measure(step)
 
 
 @contextmanager

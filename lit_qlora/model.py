@@ -13,6 +13,7 @@ from lit_qlora.config import ModelConfig
 from lit_qlora.latent_attention import LatentAttention
 from lit_qlora.mlp import make_mlp
 from lit_qlora.norm import make_norm
+from lit_qlora.report import tell
 
 IGNORE = -100
 """Label of a position that carries no loss; torch's own default."""
@@ -27,7 +28,7 @@ class FastPath(Protocol):
         ...
 
     def give_back(self) -> None:
-        """Go on without the spare memory."""
+        """Go on without the spare memory. No loss may be waiting for its backward pass."""
         ...
 
     def loss(
@@ -101,6 +102,22 @@ class GPT(nn.Module):
         tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
         hidden = self.hidden(tokens, positions=positions, segments=segments)
         return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap)
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether give_back would give anything back."""
+        return self.fast is not None and self.fast.spare > 0
+
+    def give_back(self) -> bool:
+        """Go on without the memory that only makes the fast path faster; whether there was any.
+
+        No loss may be waiting for its backward pass.
+        """
+        if self.fast is None or not (spare := self.fast.spare):
+            return False
+        self.fast.give_back()
+        tell(f"  memory  weights that were kept dequantised give back {spare / 2**30:.2f} GiB, which costs speed alone")
+        return True
 
     def _here(self, *batch: Any) -> Any:
         """The tensors of a batch on the device of the weights."""

@@ -35,9 +35,9 @@ class Plan:
     slow_because: str
     """Why the fast path is not taken; '' if it is."""
     graph_tokens: int = 0
-    """Tokens of the largest micro-batch that gets CUDA graphs; 0 if none does."""
+    """Tokens of the largest micro-batch that is padded for CUDA graphs; 0 if none is."""
     graphs: float = 0.0
-    """Bytes of what the graphs share; an estimate."""
+    """Bytes of what the graphs share, an estimate; 0 where nothing is captured, for want of memory among others."""
     kept_blocks: int = 0
     """Blocks whose quantised weights are kept in 16 bit as well."""
     kept: float = 0.0
@@ -96,7 +96,7 @@ def make_plan(
         learning = origin + (8 + state_bytes) * trainable
         activations = _activations(gpt, lora, dtype.itemsize, tokens, policies[0] == "full")
     else:
-        copied = trainable / model.n_layer if trainable >= IN_TURNS else trainable
+        copied = _largest_part(gpt) if trainable >= IN_TURNS else trainable
         learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
         adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
         sizes = FastSizes(model, lora.r, adapted, quantize != "none", train.fp8)
@@ -106,10 +106,10 @@ def make_plan(
         else:
             policies = [train.recompute] * model.n_layer
         activations = sum(sizes.kept(policy, tokens) for policy in policies) + sizes.working(set(policies), tokens)
-        graph_tokens = _graph_tokens(model, train, tokens, usual, policies)
-        graphs = sizes.graphs(policies, graph_tokens) if graph_tokens else 0.0
+        graph_tokens = _graph_tokens(model, train, tokens, usual)
+        graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
         if activations + graphs > free:  # they cost nothing but what is left
-            graph_tokens, graphs = 0, 0.0
+            graphs = 0.0
         if quantize != "none" and not train.fp8:
             spare = free - SPARE * room - activations - graphs
             fitting = max(0, int(spare / sizes.dequantized))
@@ -141,18 +141,21 @@ def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None
     )
 
 
-def _graph_tokens(
-    model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None, policies: list[Recompute]
-) -> int:
-    """Tokens of the largest micro-batch that gets CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
+def _graph_tokens(model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None) -> int:
+    """Tokens of the largest micro-batch that is padded for CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
     from lit_qlora.fused import GROWING
     from lit_qlora.fused.graphs import MOST_TOKENS, padded_length
 
     wanted = train.cuda_graphs == "auto" and usual is not None and usual <= MOST_TOKENS
-    if not wanted or "offload" in policies or model.rope_scaling in GROWING:
+    if not wanted or model.rope_scaling in GROWING:
         return 0
     rows = train.micro_batch_size
     return min(MOST_TOKENS, rows * padded_length(-(-tokens // rows)))
+
+
+def _largest_part(gpt: GPT) -> int:
+    """Numbers that learn in the block, or in the head, with the most of them."""
+    return max(sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (*gpt.blocks, gpt.head))
 
 
 def _low_rank(gpt: GPT) -> int:

@@ -60,6 +60,7 @@ class Conversation:
         return self.turns[-1].answer
 
 
+DIFFERENTLY = "differently once the conversation goes on"  # as lit_qlora.template_worker says it
 Written = list[tuple[list[Piece], list[Piece]]]
 """(prompt, answer) of each turn, in pieces."""
 EncodedTurn = tuple[list[int], list[int]]
@@ -289,7 +290,7 @@ class TemplateStyle(Style):
     def _render(self, conversations: Sequence[Stages]) -> list[list[str] | str]:
         """What each stage adds, or only the last two where an earlier one is written differently later; or why not."""
         added = self._renderer[0].render_stages(conversations)
-        again = [i for i, found in enumerate(added) if isinstance(found, str) and len(conversations[i][1]) > 2]
+        again = [i for i, found in enumerate(added) if isinstance(found, str) and DIFFERENTLY in found]
         ends = [(messages, stages[-2:]) for messages, stages in map(conversations.__getitem__, again)]
         for i, found in zip(again, self._renderer[0].render_stages(ends) if ends else (), strict=True):
             added[i] = added[i] if isinstance(found, str) else found

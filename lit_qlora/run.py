@@ -81,7 +81,10 @@ def take_path(model: GPT, plan: Plan) -> None:
         tell(f"  path    plain after all ({reason})")
         model.recompute = "none" not in plan.recompute
         return
-    fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks).set_recompute(plan.recompute)
+    fused = fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks)
+    fused.set_recompute(plan.recompute)
+    if fused.graphs and not plan.graphs:
+        fused.graphs.off = "there is no memory left for them"
 
 
 def set_deterministic() -> None:

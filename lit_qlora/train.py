@@ -100,8 +100,7 @@ def train(
         if fabric.is_global_zero:
             tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
     for done, step in enumerate(steps, start=start + 1):
-        torch.manual_seed(seed_of(seed, done, fabric.global_rank))
-        loss = sum_over_ranks(fabric, add_gradients(step))
+        loss = sum_over_ranks(fabric, add_gradients(step, seed_of(seed, done, fabric.global_rank)))
         sum_gradients(fabric, learners)
         norm = fabric.clip_gradients(model, optimizer, max_norm=config.max_norm or math.inf, error_if_nonfinite=False)
         assert isinstance(norm, Tensor)
@@ -167,29 +166,24 @@ class Gradients:
         self.fabric, self.model = fabric, model
         self.rows: int | None = None
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Step, seed: int = 0) -> Tensor:
         """Add the gradients of a step to those of the parameters, and return this rank's part of its loss."""
         while True:
+            torch.manual_seed(seed)
             batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
             try:
                 return self._take(batches, step.weight)
             except torch.OutOfMemoryError:
                 widest = max(len(batch.tokens) for batch in batches)
-                fast = self.model.fast
-                spare = fast.spare if fast else 0
-                if widest == 1 and not spare:
+                if widest == 1 and not self.model.has_spare:
                     raise
             # Only here the exception is gone, and with it the tensors that it held.
             self.model.zero_grad()
-            if spare:
-                fast.give_back()
-                done = f"weights that were kept dequantised give back {spare / 2**30:.2f} GiB; the step is done again"
-            else:
+            if not self.model.give_back():
                 self.rows = (widest + 1) // 2
-                done = f"{widest} rows at a time did not fit; the step is done again with {self.rows}"
+                tell(f"  memory  {widest} rows at a time did not fit; the step is done again with {self.rows}")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            tell(f"  memory  {done}")
 
     def _take(self, batches: list[Batch], weight: float) -> Tensor:
         loss = torch.zeros((), device=self.fabric.device)

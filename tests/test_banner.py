@@ -1,10 +1,12 @@
 """What is said before a run begins."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from lit_qlora.banner import plan_run, tell_plan
+from lit_qlora.banner import plan_run, savings, tell_plan
 from lit_qlora.data import read_data
 from lit_qlora.peft_layout import check_layers
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig
@@ -23,6 +25,22 @@ def said(checkpoint: Path, examples: Path, screen: Terminal, monkeypatch: pytest
     monkeypatch.setattr("sys.stdout", screen)
     tell_plan(config, data, 12, plan)
     return screen.getvalue()
+
+
+def test_what_would_need_less_is_not_hidden_by_memory_that_is_taken_because_it_is_left(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.banner.gpu_bytes", lambda: 2**33)
+    monkeypatch.setattr("lit_qlora.banner.weights_dtype", lambda precision: torch.bfloat16)
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", val_fraction=0.1)
+    config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, quantize="bnb.nf4")
+    read = read_data(config)
+    assert plan_run(config, read).kept_blocks > 0
+    tips = savings(config, read)
+    assert "--train.micro_batch_size" in tips
+    assert "keep_dequantized" not in tips
+    asked = replace(config, train=replace(config.train, keep_dequantized=2))
+    assert "--train.keep_dequantized 0 saves" in savings(asked, read)
 
 
 @pytest.mark.parametrize(("no_color", "first"), [("", "\x1b[2mQ: What is"), ("1", "[Q: What is")])

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,23 @@ def test_a_measure_leaves_mode_and_randomness_as_they_were(
     assert random.getstate() == states[1]
     said = "  note    the test after step 5 failed: RuntimeError: too hard\n" if fail else ""
     assert capsys.readouterr().err == said
+
+
+def test_a_measure_that_finds_no_room_gets_what_only_makes_training_faster(fabric: Fabric) -> None:
+    model, tries = adapted(), []
+    fast = SimpleNamespace(spare=5, give_back=lambda: setattr(fast, "spare", 0))
+    model.fast = fast
+
+    def measure(step: int) -> dict:
+        tries.append(fast.spare)
+        if fast.spare or len(tries) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return {"found": step}
+
+    measured = Dispensable(fabric, model, "the test", measure)
+    assert measured(3) == {"found": 3}
+    assert tries == [5, 0]
+    assert measured(4) == {}  # there is nothing left to give back
 
 
 def test_only_what_is_asked_for_is_measured(config: FinetuneConfig, data: RunData, fabric: Fabric) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -261,6 +262,33 @@ def test_only_the_last_answer_is_learnt_where_history_is_written_differently(
     assert (counts.turns, counts.ended, counts.untaught) == (1, 1, 0 if only_last_answer else 1)
 
 
+def trained_text(tokenizer: Tokenizer, style: Style, turns: tuple[Turn, ...], **limits: Any) -> tuple[str, Encoder]:
+    encoder = Encoder(tokenizer, style, Encoding(**{"max_length": 4096} | limits))
+    (found,) = encoder.encode([Example(turns, place="a")])
+    return tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()), encoder
+
+
+def test_a_long_last_answer_costs_no_history(tokenizer: Tokenizer) -> None:
+    _, encoder = trained_text(tokenizer, TemplateStyle(THOUGHTFUL), TALK.turns, max_length_answer=12)
+    assert (encoder.counts.cut_turns, encoder.counts.cut_answers) == (0, 1)
+
+
+def test_an_empty_first_prompt_is_not_taken_for_history(tokenizer: Tokenizer) -> None:
+    turns = (Turn("", "A fox is an animal of the wood"), Turn("And then, what did he do?", "I ran."))
+    text, encoder = trained_text(tokenizer, STYLES["text"], turns, max_length_prompt=6)
+    assert "is an animal" in text
+    assert encoder.counts.cut_turns == 0
+
+
+def test_what_is_not_to_be_learnt_is_not_learnt_as_history_either(tokenizer: Tokenizer) -> None:
+    turns = (TALK.turns[0]._replace(trained=False), TALK.turns[1])
+    for given, expected in ((TALK.turns, True), (turns, False)):
+        text, encoder = trained_text(tokenizer, TemplateStyle(THOUGHTFUL), given, mask_prompt=False)
+        assert ("A fox." in text) is expected
+        assert text.endswith("I ran.")
+        assert encoder.counts.untaught == 0
+
+
 @pytest.mark.parametrize("of_prompt", [False, True], ids=["the whole", "the prompt"])
 def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_written_differently(
     tokenizer: Tokenizer, of_prompt: bool
@@ -284,6 +312,12 @@ def test_a_template_whose_answers_begin_otherwise_than_it_asks_for_them_is_refus
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     with pytest.raises(CheckpointError, match=r"writes what comes before message 2 differently once"):
         TemplateStyle(template).encode_many(tokenizer, [talk])
+
+
+def test_a_template_that_refuses_one_message_alone_is_refused_for_two_turns_too(tokenizer: Tokenizer) -> None:
+    picky = TEMPLATES["chatml"] + "{% if messages | length == 1 %}{{ raise_exception('too few') }}{% endif %}"
+    with pytest.raises(CheckpointError, match="too few"):
+        TemplateStyle(picky).encode_many(tokenizer, [TALK])
 
 
 @pytest.mark.parametrize("template", ["", "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"])

@@ -162,11 +162,15 @@ class Encoder:
     def _sample(self, said: Conversation, turns: list[EncodedTurn]) -> Sample:
         tokens: list[int] = []
         trained = np.full(_length(turns), not self.encoding.mask_prompt)
+        hides = False  # whether the next prompt holds an answer that is not to be learnt
         for i, (turn, (prompt, answer)) in enumerate(zip(said.turns, turns, strict=True)):
             learn = turn.trained and (i == len(turns) - 1 or not self.encoding.only_last_answer)
             if not prompt and not answer:  # it is part of the last prompt
-                self.counts.untaught += learn
+                self.counts.untaught += learn and self.encoding.mask_prompt
+                hides |= not learn
                 continue
+            if hides:
+                trained[len(tokens) : len(tokens) + len(prompt)] = False
             tokens += [*prompt, *answer]
             trained[len(tokens) - len(answer) : len(tokens)] = learn
             self.counts.turns += 1
@@ -182,6 +186,10 @@ class Encoder:
     def _exceeds(self, turn: EncodedTurn) -> bool:
         prompt, answer = self._limits()
         return (prompt is not None and len(turn[0]) > prompt) or (answer is not None and len(turn[1]) > answer)
+
+    def _history_exceeds(self, turns: list[EncodedTurn]) -> bool:
+        """Whether the last prompt is too long, and the turns before it are part of it."""
+        return not any(turns[0]) and len(turns[-1][0]) > (self._limits()[0] or self.encoding.max_length)
 
     def _limits(self) -> tuple[int | None, int | None]:
         return self.encoding.max_length_prompt, self.encoding.max_length_answer
@@ -200,7 +208,7 @@ class Encoder:
         """The conversation within the limits, or None where nothing of its prompt would be left."""
         limits = self.encoding
         left = limits.overlong == "truncate_left"
-        while len(turns) > 1 and (_length(turns) > limits.max_length or (not turns[0][0] and self._exceeds(turns[-1]))):
+        while len(turns) > 1 and (_length(turns) > limits.max_length or self._history_exceeds(turns)):
             self.counts.cut_turns += 1
             kept = said.turns[1:] if left else said.turns[:-1]
             said = replace(said, turns=kept, input="" if left else said.input)

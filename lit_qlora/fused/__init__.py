@@ -159,6 +159,11 @@ class Fused:
             for part, a, b in zip(parts, all_a, all_b, strict=True)
         ]
 
+    def _copy_in_turn(self, part: int, beside: bool = True) -> None:
+        """Make the copies of a block, or of the head (-1), unless all were made at once."""
+        if self.copies_in_turns:
+            self.copies[part].refresh(beside)
+
     def set_recompute(self, policies: Sequence[Recompute]) -> None:
         """What each block computes again in its backward pass."""
         if self.graphs is not None:
@@ -188,7 +193,7 @@ class Fused:
         return sum(group.spare for group in self.groups)
 
     def give_back(self) -> None:
-        """Dequantise all weights each time from now on."""
+        """Dequantise all weights each time from now on; see FastPath."""
         for group in self.groups:
             group.give_back()
         self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone
@@ -287,8 +292,7 @@ class Fused:
         run = inputs.run
         x, y, kept = self._blocks(inputs.tokens, inputs.places, run)
         group = self.head.group
-        if self.copies_in_turns:
-            self.copies[-1].refresh()
+        self._copy_in_turn(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
         loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
         return loss, Learnt(d_out, kept, waiting)
@@ -307,8 +311,7 @@ class Fused:
         y: Tensor | None = None
         kept: list[Kept | None] = []
         for i, block in enumerate(self.blocks):
-            if self.copies_in_turns:
-                self.copies[i].refresh()
+            self._copy_in_turn(i)
             x, y, one = block.forward(x, y, run)
             kept.append(one)
         return x, y, kept
@@ -341,8 +344,7 @@ class Fused:
             one = learnt.kept.pop()
             assert one is not None
             assert d is not None
-            if self.copies_in_turns:
-                self.copies[i].refresh(beside=False)
+            self._copy_in_turn(i, beside=False)
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0)
         self.pending.flush()
 

@@ -5,8 +5,9 @@ text, where nothing sees it, and has no label. A shape that comes again and agai
 becomes a graph, one launch. The numbers are the same before and after, because padding and kernels are, so it does not
 matter when a shape is captured, and a run that is continued ends like one that was not stopped.
 
-No graphs are made for packed rows, which are made long, where the GPU is the slower one; for RoPE whose angles depend
-on the length of the text; and with activations on the host, whose copies run beside the kernels.
+No graphs are made for packed rows, which are made long, where the GPU is the slower one, and for RoPE whose angles
+depend on the length of the text. With activations on the host, whose copies run beside the kernels, and where memory
+does not suffice, rows are padded all the same, so that the numbers do not depend on how much memory is left.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ class Graphs:
         rows, length = tokens.shape
         limit = self.fused.config.block_size
         width = min(padded_length(length), limit)
-        if not length <= width <= self.most // rows or "offload" in self.fused.recompute or self.fused.ropes is None:
+        if not length <= width <= self.most // rows or self.fused.ropes is None:
             return None
         shape = (rows, width, weights is not None, seed is not None)
         ids, weights = padded(tokens, labels, weights, width)
@@ -106,7 +107,7 @@ class Graphs:
         return self.fused.inputs(ids[0], labelled, seed)
 
     def _capture(self, shape: Shape, ids: Tensor, weights: Tensor | None, seed: int | None) -> None:
-        if self.off:
+        if self.off or "offload" in self.fused.recompute:
             return
         self.record = self.record or Recorder(self.fused.graph_bytes(self.most))
         ids, weights = self._on_device(ids, weights)
@@ -115,7 +116,6 @@ class Graphs:
             self.captured[shape] = Captured(self.fused, ids, weights, inputs, self.record)
         except RuntimeError as error:  # no memory left, or an operation that cannot be captured
             self.off = str(error).partition("\n")[0]
-            self.fused.pending.waiting.clear()
             tell(f"  graphs  no more CUDA graphs from here on, which costs speed alone: {self.off}")
 
 

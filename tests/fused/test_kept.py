@@ -12,11 +12,12 @@ from lit_qlora.errors import UsageError
 from lit_qlora.fused import fuse
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.mlp import mlp_backward
+from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
 from lit_qlora.plan import Plan, make_plan
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from lit_qlora.train import Gradients
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, tiny_model
 from tests.fused.test_fused import adapted_model, batch, gradients
 
 pytestmark = [
@@ -110,9 +111,10 @@ def test_given_back_they_are_dequantised_each_time() -> None:
 
 def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lit_qlora.train.tell", said.append)
-    model = adapted_model(scheme="bnb.nf4")
+    monkeypatch.setattr("lit_qlora.model.tell", said.append)
+    model = adapted_model(scheme="bnb.nf4", dropout=0.2)
     fused = fuse(model, dequantized=2)
+    torch.manual_seed(11)
     loss, expected = gradients(model, *batch())
 
     def full(*arguments: Any) -> None:  # where one sum of down's is waiting for another
@@ -124,12 +126,15 @@ def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeyp
     model.zero_grad()
     fabric: Any = SimpleNamespace(device=torch.device("cpu"), backward=Tensor.backward)
     add_gradients = Gradients(fabric, cast(Any, model))
-    again = add_gradients(Step([Batch(*batch())], weight=7.0, labelled=1, tokens=1, samples=1, epoch=0.0))
+    step = Step([Batch(*batch())], weight=7.0, labelled=1, tokens=1, samples=1, epoch=0.0)
+    again = add_gradients(step, seed=11)
     assert add_gradients.rows is None
     assert "kept dequantised give back" in said[0]
     torch.testing.assert_close(again, loss / 7)
     # What the pass that failed left half done is not added.
-    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters() if p.grad is not None)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", **train: Any) -> Plan:
@@ -143,6 +148,30 @@ def test_a_plan_counts_the_blocks_that_stay() -> None:
     assert none.kept == 0
     assert all_.total == none.total + all_.kept == none.total + 2 * some.kept
     assert planned(9).kept_blocks == 4
+
+
+def test_nobody_has_to_ask_for_them_or_for_graphs() -> None:
+    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), "bnb.nf4", False, torch.bfloat16, 64]
+    plan = make_plan(*settings, TrainConfig(), 2**30, usual=20.0)
+    assert plan.kept_blocks == 4
+    assert plan.graphs > 0
+    eight = make_plan(*settings, TrainConfig(fp8=True), 2**30)
+    assert (eight.kept_blocks, eight.kept) == (0, 0)  # which are not read in FP8
+
+
+@pytest.mark.parametrize("blocks", [{}, {"last_layers": 1}], ids=str)
+def test_a_plan_counts_copies_made_in_turns_once(blocks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = LoRAConfig(r=4, targets=("all", "head"), **blocks)
+
+    def learning(most: int) -> float:
+        monkeypatch.setattr("lit_qlora.plan.IN_TURNS", most)
+        config = tiny_config(n_layer=4)
+        return make_plan(config, lora, "none", False, torch.bfloat16, 64, TrainConfig(), 2**30).learning
+
+    model = tiny_model(n_layer=4)
+    add_lora(model, lora)
+    parts = [sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (*model.blocks, model.head)]
+    assert learning(2**26) - learning(1) == 2 * (sum(parts) - max(parts))
 
 
 def test_only_memory_that_is_left_is_taken_for_them() -> None:

@@ -344,9 +344,9 @@ def test_f22_a_loss_that_is_not_finite_keeps_the_checkpoint_and_the_batch(start:
     def patch() -> None:
         take, seen = train.Gradients.__call__, [0]
 
-        def hooked(self: train.Gradients, step: object) -> torch.Tensor:
+        def hooked(self: train.Gradients, step: object, seed: int = 0) -> torch.Tensor:
             seen[0] += 1
-            return take(self, step) * (math.nan if seen[0] == 5 else 1)
+            return take(self, step, seed) * (math.nan if seen[0] == 5 else 1)
 
         train.Gradients.__call__ = hooked
 
@@ -386,9 +386,9 @@ def test_f24_a_run_that_diverges_ends_and_names_its_last_checkpoint(start: Start
     def patch() -> None:
         take, seen = train.Gradients.__call__, [0]
 
-        def hooked(self: train.Gradients, step: object) -> torch.Tensor:
+        def hooked(self: train.Gradients, step: object, seed: int = 0) -> torch.Tensor:
             seen[0] += 1
-            return take(self, step) * (4 if seen[0] > 6 else 1)
+            return take(self, step, seed) * (4 if seen[0] > 6 else 1)
 
         train.Gradients.__call__ = hooked
 

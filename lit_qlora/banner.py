@@ -64,9 +64,7 @@ def usual_row(data: RunData) -> float | None:
 def savings(config: FinetuneConfig, data: RunData) -> str:
     """What to change in order to need less memory, and how much it saves."""
     longest, train = longest_row(data), config.train
-    if (
-        train.keep_dequantized == "auto"
-    ):  # they would take what something else saves, and give it back where it is needed
+    if train.keep_dequantized == "auto":  # they would take what something else saves, and give way where it is needed
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
     now = _plan(config, longest).total

@@ -1,5 +1,6 @@
 """The whole model, in the order a token meets it. This file is the meaning; faster paths must agree with it."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,6 @@ from lit_qlora.config import ModelConfig
 from lit_qlora.latent_attention import LatentAttention
 from lit_qlora.mlp import make_mlp
 from lit_qlora.norm import make_norm
-from lit_qlora.report import tell
 
 IGNORE = -100
 """Label of a position that carries no loss; torch's own default."""
@@ -23,23 +23,17 @@ class FastPath(Protocol):
     """What computes the loss of a model sooner, with memory that it could do without."""
 
     @property
+    def loss(self) -> Callable[..., Tensor]:
+        """As GPT.loss."""
+        ...
+
+    @property
     def spare(self) -> int:
         """Bytes that give_back gives back."""
         ...
 
     def give_back(self) -> None:
-        """Go on without the spare memory. No loss may be waiting for its backward pass."""
-        ...
-
-    def loss(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        weights: Tensor | None = None,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-    ) -> Tensor:
-        """As GPT.loss."""
+        """Say so, and go on without the spare memory. No loss may be waiting for its backward pass."""
         ...
 
 
@@ -113,10 +107,9 @@ class GPT(nn.Module):
 
         No loss may be waiting for its backward pass.
         """
-        if self.fast is None or not (spare := self.fast.spare):
+        if self.fast is None or not self.has_spare:
             return False
         self.fast.give_back()
-        tell(f"  memory  weights that were kept dequantised give back {spare / 2**30:.2f} GiB, which costs speed alone")
         return True
 
     def _here(self, *batch: Any) -> Any:

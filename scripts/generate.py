@@ -72,6 +72,7 @@ def main(config: Config) -> None:
     if config.out:  # now, and not when all is answered
         config.out.parent.mkdir(parents=True, exist_ok=True)
         check(os.access(config.out.parent, os.W_OK), f"out: nothing can be written in {config.out.parent}.")
+    part = Part(config) if config.out else None
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     style = choose_style(config.style, loaded.style, config.checkpoint_dir)
@@ -88,7 +89,6 @@ def main(config: Config) -> None:
 
     start, tokens = time.perf_counter(), 0
     answered: dict[int, list[Answer]] = {}
-    part = Part(config) if config.out else None
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # so that batches need little padding
     for at in range(0, len(order), config.batch_size):
         batch = order[at : at + config.batch_size]
@@ -153,16 +153,15 @@ class Part:
         self.path = config.out.with_name(f"{config.out.name}.part")
         self.answered: dict[int, list[Answer]] = {}
         folders = [folder for folder in (config.checkpoint_dir, config.lora_path) if folder]
-        changed = [file.stat().st_mtime_ns for folder in folders for file in sorted(folder.iterdir())]
+        changed = [file.stat().st_mtime_ns for folder in folders for file in sorted(folder.glob("*"))]
         of = hashlib.sha256(f"{config} {changed}".encode() + config.prompts.read_bytes()).hexdigest()
-        self.path.touch()
-        held = self.path.read_bytes()
+        held = self.path.read_bytes() if self.path.exists() else b""
         whole = held[: held.rfind(b"\n") + 1]
-        os.truncate(self.path, len(whole))  # what a kill left of a line goes
-        if not whole:
+        first, *lines = whole.decode("utf-8").splitlines() or [""]
+        if not lines:
             self.path.write_text(f"{of}\n", encoding="utf-8")
             return
-        first, *lines = whole.decode("utf-8").splitlines()
+        os.truncate(self.path, len(whole))  # what a kill left of a line goes
         check(
             first == of,
             f"{self.path} holds the answers of another command, or the model or the prompts have changed since.\n"

@@ -142,13 +142,18 @@ def test_answers_of_a_command_that_was_stopped_are_not_made_again(tiny_checkpoin
     stopped_at(9)
     script.main(config("whole"))
     assert made == [2, 2, 2]
+    stopped_at(0)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(config("out", max_new_tokens=6))  # which leaves no answer for another command to mistake
     stopped_at(1)
     with pytest.raises(KeyboardInterrupt):
         script.main(config("out"))
     assert not (tmp_path / "out").exists()
     part = tmp_path / "out.part"
+    monkeypatch.setattr(script.Config, "load", lambda self: pytest.fail("loaded before it was refused"))
     with pytest.raises(UsageError, match="holds the answers of another command"):
         script.main(config("out", max_new_tokens=6))
+    monkeypatch.undo()
     with part.open("a") as file:
         file.write('{"2": [["torn')  # what a kill leaves
     stopped_at(9)

@@ -27,6 +27,7 @@ from lit_qlora.kernels.thin import Pending
 from lit_qlora.lora import LoRALinear
 from lit_qlora.model import GPT, times
 from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.report import tell
 from lit_qlora.rope import rope_table
 from lit_qlora.settings import Recompute
 
@@ -194,6 +195,8 @@ class Fused:
 
     def give_back(self) -> None:
         """Dequantise all weights each time from now on; see FastPath."""
+        freed = f"{self.spare / 2**30:.2f} GiB"
+        tell(f"  memory  weights that were kept dequantised give back {freed}, which costs speed alone")
         for group in self.groups:
             group.give_back()
         self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone

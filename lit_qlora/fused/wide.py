@@ -6,9 +6,9 @@ from torch import Tensor
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import Dropout, drop
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
-from lit_qlora.kernels.norm import Norm, add_norm
+from lit_qlora.kernels.norm import Norm, apply_norm
 from lit_qlora.kernels.stack import Stack
-from lit_qlora.kernels.thin import Pending
+from lit_qlora.kernels.thin import Pending, copy_rows
 
 
 def project(x: Tensor, a: Tensor, out: Tensor, activation: Activation | None, copy: bool, dropout: Dropout) -> Tensor:
@@ -17,7 +17,7 @@ def project(x: Tensor, a: Tensor, out: Tensor, activation: Activation | None, co
     if activation:
         mlp_forward(x, out, activation)
     elif copy:
-        out[:, :k] = x
+        copy_rows(x, out[:, :k])
     z = torch.mm(drop(out[:, :k], dropout), a.T)
     out[:, k:] = z
     return z
@@ -39,10 +39,7 @@ def rank_update(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:
 
 def grad_a(x: Tensor, dz: Tensor, gradient: Tensor, scale: float, norm: Norm | None, dropout: Dropout) -> None:
     """As kernels.thin.grad_a, at once."""
-    if norm is not None:
-        normed = torch.empty_like(x)
-        add_norm(x, None, norm, normed)
-        x = normed
+    x = x if norm is None else apply_norm(norm, x)
     gradient.add_(_in_float32(dz.T, drop(x, dropout)), alpha=scale)
 
 

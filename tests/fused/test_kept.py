@@ -114,7 +114,7 @@ def test_given_back_they_are_dequantised_each_time() -> None:
 
 def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lit_qlora.model.tell", said.append)
+    monkeypatch.setattr("lit_qlora.fused.tell", said.append)
     model = adapted_model(scheme="bnb.nf4", dropout=0.2)
     fused = fuse(model, dequantized=2)
     torch.manual_seed(11)

@@ -19,6 +19,7 @@ from results import RESULTS, append_row, current_commit
 from shapes import SHAPES, random_model
 from torch import Tensor
 
+from lit_qlora.device import let_segments_grow
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.fused.graphs import padded_length
 from lit_qlora.lora import add_lora
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="say where the time of the last setting goes")
     arguments = parser.parse_args()
 
+    let_segments_grow()  # as a run does
     model = random_model(arguments.shape, arguments.quantize)
     lora = LoRAConfig(r=arguments.r, alpha=2 * arguments.r, targets=tuple(arguments.targets), dropout=arguments.dropout)
     add_lora(model, lora)
@@ -157,7 +159,8 @@ def main() -> None:
         each = f", {figures['median'] / samples:.2f} for a sample" if arguments.packed else ""
         print(f"  {figures['median']:.1f} ms{each}, host {figures['host']:.1f} ms", flush=True)
         pages = count_state_bytes(optimizer) if getattr(optimizer, "is_paged", False) else 0
-        print(f"  {beside(row)}{f', and {pages / 1e9:.2f} GB in pages' if pages else ''}", flush=True)
+        reserved = f", {torch.cuda.max_memory_reserved() / 1e9:.2f} GB reserved"
+        print(f"  {beside(row)}{reserved}{f', and {pages / 1e9:.2f} GB in pages' if pages else ''}", flush=True)
     if arguments.profile:
         _profile(model, optimizer, batch)
 

@@ -25,8 +25,9 @@ def finetune(config: FinetuneConfig) -> None:
     from dataclasses import replace
 
     from lit_qlora.data import read_data
-    from lit_qlora.device import pick_device, resolve_precision, weights_dtype
+    from lit_qlora.device import let_segments_grow, pick_device, resolve_precision, weights_dtype
 
+    let_segments_grow()
     # What can be refused is refused before a weight is loaded; data that is wrong, even before Lightning is imported.
     precision = resolve_precision(config.precision, pick_device())
     data = read_data(config)

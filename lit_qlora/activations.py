@@ -1,18 +1,27 @@
 """Memory of activations: what each path keeps, and which blocks should compute again so that it fits."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lit_qlora.config import ModelConfig
 from lit_qlora.settings import Recompute
 
-COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload": 2.1, "full": 2.4}
+COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload": 1.8, "full": 2.4}
 """Milliseconds that a block of Llama-2-7B takes longer, 4,096 tokens on an H100; only order and ratio matter."""
 HEAD_TOKENS = 2048
 """Tokens whose logits exist at a time."""
 IN_TURNS = 2**26
 """Adapters of so many numbers have their 16-bit copies made block by block, twice a micro-batch, not all at once: the
 memory then counts for more than the time: 1.6 GB and, by their bytes, 3 ms of Llama-65B's 550 with r 64."""
+
+
+def sends_qkv(block: int, policy: Recompute) -> bool:
+    """Whether a block that offloads has its qkv copied to the host, too, instead of computing it again.
+
+    Every other one: on an H100 copies of all would take longer than what they are to hide behind, a forward pass.
+    """
+    return policy == "offload" and block % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -44,22 +53,60 @@ class FastSizes:
         }[policy]
         return tokens * (2.0 * numbers + 4 * c.n_head + 8)
 
-    def working(self, policies: set[Recompute], tokens: int) -> float:
-        """Bytes that exist while one block, or the head, is computed, whatever is kept."""
-        return self._passing(policies, tokens) + self._workspaces(policies)
-
-    def _passing(self, policies: set[Recompute], tokens: int) -> float:
+    def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
+        """Bytes in pinned memory of the host, of which torch takes powers of 2."""
         c = self.model
-        again = policies != {"none"}
-        shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
-        block = 2.0 * (self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped)
-        block = tokens * (block + (self._branches if self.fp8 else 0))
-        head = min(tokens, HEAD_TOKENS) * 2.0 * c.vocab_size + tokens * 6.0 * c.n_embd
-        if "offload" in policies:
-            block += 3 * tokens * 2.0 * c.n_embd
-        return max(block, head)
+        middle = 0 if c.parallel_residual else c.n_embd
+        raw = 0 if c.norm_position == "before" else c.n_embd
+        always = [c.n_embd, middle, raw, raw, c.n_head * c.head_size]
+        sent = [
+            [*always, self._qkv if sends_qkv(i, policy) else 0]
+            for i, policy in enumerate(policies)
+            if policy == "offload"
+        ]
+        return float(sum(2 ** (2 * tokens * numbers - 1).bit_length() for each in sent for numbers in each if numbers))
 
-    def _workspaces(self, policies: set[Recompute]) -> float:
+    def peak(self, policies: Sequence[Recompute], tokens: int) -> float:
+        """Bytes of all that a micro-batch needs at its peak."""
+        return max(self._moments(policies, tokens)) + self._workspaces(policies)
+
+    def stay(self, policies: Sequence[Recompute], tokens: int) -> list[bool]:
+        """Of which blocks the weights that a backward pass dequantises can stay for the next forward pass.
+
+        They take the place of activations that are gone, and make room again as those of the next micro-batch come: the
+        peak remains what it is.
+        """
+        *moments, _ = self._moments(policies, tokens)
+        most = self.peak(policies, tokens) - self._workspaces(policies)
+        staying, held = [False] * len(policies), 0.0
+        for i in reversed(range(len(policies))):
+            staying[i] = moments[i] + held + self.dequantized <= most
+            held += staying[i] * self.dequantized
+        return staying
+
+    def _moments(self, policies: Sequence[Recompute], tokens: int) -> list[float]:
+        """Bytes of activations in the backward pass of each block, and then those where the head is computed.
+
+        The last blocks' backward pass comes first; what they have kept is gone when those before them are computed.
+        """
+        each = {policy: (self.kept(policy, tokens), self._block(policy, tokens)) for policy in set(policies)}
+        kept, moments = 0.0, []
+        for policy in policies:
+            kept += each[policy][0]
+            moments.append(kept + each[policy][1])
+        c = self.model
+        head = min(tokens, HEAD_TOKENS) * 2.0 * c.vocab_size + tokens * 6.0 * c.n_embd
+        return [*moments, kept + head]
+
+    def _block(self, policy: Recompute, tokens: int) -> float:
+        """Bytes that exist while one block is computed backward, beside what is kept."""
+        c, again = self.model, policy != "none"
+        shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
+        numbers = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped
+        numbers += 3 * c.n_embd if policy == "offload" else 0
+        return tokens * (2.0 * numbers + (self._branches if self.fp8 else 0))
+
+    def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of what weights are dequantised into, or brought into FP8."""
         c = self.model
         widest = max(self._branches, self._qkv)
@@ -81,8 +128,7 @@ class FastSizes:
 
         It stands beside what passes without a graph need, but for the workspaces, which are the same.
         """
-        kept = sum(self.kept(policy, tokens) for policy in policies)
-        return kept + self._passing(set(policies), tokens)
+        return max(self._moments(policies, tokens))
 
     @property
     def _qkv(self) -> int:
@@ -95,22 +141,23 @@ class FastSizes:
         return self.model.ffn_size * (2 if "glu" in self.model.ffn else 1)
 
 
-def choose(sizes: FastSizes, blocks: int, tokens: int, free: float) -> list[Recompute]:
+def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: float = math.inf) -> list[Recompute]:
     """The fastest mix of policies that fits into `free` bytes: some blocks keep all, the others share one policy.
 
     Where nothing fits, the one that needs least is returned.
+
+    Args:
+        free_host: bytes of the host's memory that may be taken.
     """
     best: tuple[float, list[Recompute]] | None = None
     for policy in COST:
-        fixed = sizes.working({"none", policy}, tokens)
-        each, all_ = sizes.kept(policy, tokens), sizes.kept("none", tokens)
-        room = free - fixed - blocks * each
-        if room < 0:
-            continue
-        keeps_all = blocks if policy == "none" else min(blocks, int(room / max(all_ - each, 1)))
-        cost = (blocks - keeps_all) * COST[policy]
-        if best is None or cost < best[0]:
-            # The last blocks keep all: their backward pass comes first, when the most is held.
-            best = cost, [policy] * (blocks - keeps_all) + ["none"] * keeps_all
-    least: Recompute = min(COST, key=lambda policy: sizes.kept(policy, tokens))
+        for others in range(blocks + 1):
+            # The last blocks keep all: their backward pass comes first.
+            mix: list[Recompute] = [policy] * others + ["none"] * (blocks - others)
+            if sizes.peak(mix, tokens) <= free and sizes.on_host(mix, tokens) <= free_host:
+                if best is None or others * COST[policy] < best[0]:
+                    best = others * COST[policy], mix
+                break
+    hosted = sizes.on_host(["offload"] * blocks, tokens) <= free_host
+    least: Recompute = "offload" if hosted else "full"
     return best[1] if best else [least] * blocks

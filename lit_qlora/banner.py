@@ -8,7 +8,7 @@ import torch
 from lit_qlora import __version__
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import RunData, boundary, show
-from lit_qlora.device import gpu_bytes, has_fp8, pick_device, weights_dtype
+from lit_qlora.device import gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.optim import rehearse
 from lit_qlora.peft_layout import check_layers
@@ -37,6 +37,13 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         raise ResourceError(
             f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room / GIB:.1f} free.\n"
             f"{savings(config, data)} --force begins regardless."
+        )
+    host = _host_room(config)
+    if host and plan.host > host and not config.force:
+        raise ResourceError(
+            f"train.recompute offload needs {plan.host / GIB:.1f} GiB of the host's memory, of which "
+            f"{host / GIB:.1f} are free for each process.\n"
+            "Take --train.recompute full, or fewer tokens at a time. --force begins regardless."
         )
     return plan
 
@@ -95,7 +102,15 @@ def _plan(config: FinetuneConfig, longest: int, usual: float | None = None) -> P
         gpu_bytes(),
         rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         None if usual is None else config.train.micro_batch_size * usual,
+        _host_room(config),
     )
+
+
+def _host_room(config: FinetuneConfig) -> float | None:
+    """Bytes of the host's memory for each of the processes that share it."""
+    free = host_bytes()
+    here = config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
+    return None if free is None else free / here
 
 
 def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
@@ -109,6 +124,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     room = f" of {memory / GIB:.1f}" if memory else ""
     kept = f", {plan.kept_blocks} blocks dequantised {plan.kept / GIB:.2f}" if plan.kept_blocks else ""
     graphs = f", graphs {plan.graphs / GIB:.2f}" if plan.graphs else ""
+    host = f"; on the host {plan.host / GIB:.2f}" if plan.host else ""
     kind = "DoRA" if config.lora.dora else "LoRA"
     if config.lora.init != "default":
         kind += f" from {config.lora.init}"
@@ -124,7 +140,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
         f"  plan    {steps} x {train.batch_size} samples, {train.micro_batch_size} {rows} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
-        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}\n"
+        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}{host}\n"
         f"  path    {_path(plan)}\n"
         f"{f'  note    {caveat}' + chr(10) if caveat else ''}"
         f"{_samples(data)}"

@@ -1,8 +1,11 @@
 """Which device there is, which dtype the weights and the arithmetic get on it, and how much memory was used."""
 
 import os
+import re
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -46,6 +49,36 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+
+
+def let_segments_grow() -> None:
+    """Let torch's allocator extend and give back memory in small pages, before it is first used.
+
+    What is kept of micro-batches of different lengths, and weights that take its place, then leave few holes.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which a user may have set
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def host_bytes(files: Path = Path("/")) -> int | None:
+    """Memory of the host that could be taken, in bytes, also by the limits of a container; None where nothing says so.
+
+    Args:
+        files: where /proc and /sys lie.
+    """
+    group, older = files / "sys/fs/cgroup", files / "sys/fs/cgroup/memory"
+    limits = (
+        (group / "memory.max", group / "memory.current"),
+        (older / "memory.limit_in_bytes", older / "memory.usage_in_bytes"),
+    )
+    rooms = []
+    with suppress(OSError):
+        told = re.search(r"^MemAvailable: *(\d+) kB$", (files / "proc/meminfo").read_text(), re.M)
+        rooms += [1024 * int(told[1])] if told else []
+    for most, used in limits:
+        with suppress(OSError, ValueError):  # "max" where there is no limit
+            rooms.append(int(most.read_text()) - int(used.read_text()))
+    return max(0, min(rooms)) if rooms else None
 
 
 def gpu_bytes() -> int | None:

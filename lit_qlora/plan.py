@@ -1,6 +1,8 @@
 """What a run will need, worked out before a weight is loaded."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -14,6 +16,8 @@ from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
 
 GIB = 2**30
 SPARE = 0.05  # share of the GPU that blocks which need not be there leave free
+HOLES = 0.15  # of activations, lie between them and the weights that take their place; 0.14 on an H100
+HOST_SHARE = 0.8  # of the host's free memory may hold activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,10 @@ class Plan:
     """Blocks whose quantised weights are kept in 16 bit as well."""
     kept: float = 0.0
     """Bytes of them."""
+    stay: bool = False
+    """Whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay."""
+    host: float = 0.0
+    """Bytes of activations in the host's memory."""
     fp8: bool = False
     """Whether the products of the blocks' frozen weights are in FP8."""
 
@@ -62,12 +70,14 @@ def make_plan(
     room: float | None,
     state_bytes: float = 8.0,
     usual: float | None = None,
+    host: float | None = None,
 ) -> Plan:
     """The plan for micro-batches of `tokens` tokens, padding included.
 
     Args:
         usual: tokens of a usual micro-batch; None where rows are packed.
         room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
+        host: bytes of the host's memory that are free for this process; None if it is not known.
         state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
 
     Raises:
@@ -90,7 +100,7 @@ def make_plan(
     _check_kept(train, quantize, reason)
     origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
     policies: list[Recompute]
-    graph_tokens, graphs, kept_blocks, kept = 0, 0.0, 0, 0.0
+    graph_tokens, graphs, kept_blocks, kept, stay, on_host = 0, 0.0, 0, 0.0, False, 0.0
     if reason or room is None:
         policies = [plain_recompute(train.recompute)] * model.n_layer
         learning = origin + (8 + state_bytes) * trainable
@@ -102,19 +112,20 @@ def make_plan(
         sizes = FastSizes(model, lora.r, adapted, quantize != "none", train.fp8)
         free = 0.97 * room - bits / 8 - learning
         if train.recompute == "auto":
-            policies = choose(sizes, model.n_layer, tokens, free)
+            policies = choose(sizes, model.n_layer, tokens, free, math.inf if host is None else HOST_SHARE * host)
         else:
             policies = [train.recompute] * model.n_layer
-        activations = sum(sizes.kept(policy, tokens) for policy in policies) + sizes.working(set(policies), tokens)
+        activations, on_host = sizes.peak(policies, tokens), sizes.on_host(policies, tokens)
         graph_tokens = _graph_tokens(model, train, tokens, usual)
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
         if activations + graphs > free:  # they cost nothing but what is left
             graphs = 0.0
         if quantize != "none" and not train.fp8:
             spare = free - SPARE * room - activations - graphs
-            fitting = max(0, int(spare / sizes.dequantized))
-            wanted = train.keep_dequantized
-            kept_blocks = min(model.n_layer, fitting if wanted == "auto" else wanted)
+            staying = sum(sizes.stay(policies, tokens))
+            kept_blocks, stay = _share(
+                spare, sizes.dequantized, HOLES * activations, model.n_layer, staying, train.keep_dequantized
+            )
             kept = kept_blocks * sizes.dequantized
     return Plan(
         frozen=frozen,
@@ -128,8 +139,34 @@ def make_plan(
         graphs=graphs,
         kept_blocks=kept_blocks,
         kept=kept,
+        stay=stay,
+        host=on_host,
         fp8=train.fp8,
     )
+
+
+def _share(
+    spare: float, each: float, holes: float, blocks: int, staying: int, wanted: int | Literal["auto"]
+) -> tuple[int, bool]:
+    """How many blocks are kept dequantised for good, and whether others' weights stay for the next forward pass.
+
+    The first saves two dequantisations a micro-batch, the second one: what saves more is taken.
+
+    Args:
+        spare: bytes that are left.
+        each: bytes of a block.
+        holes: bytes lost where weights stay.
+        blocks, staying: blocks of the model, and those that could stay.
+        wanted: train.keep_dequantized.
+    """
+
+    def kept(spare: float) -> int:
+        return min(blocks, max(0, int(spare / each)) if wanted == "auto" else wanted)
+
+    alone, beside = kept(spare), kept(spare - holes)
+    fits = beside * each + holes <= spare
+    gains = 2 * beside + min(staying, blocks - beside) > 2 * alone
+    return (beside, True) if fits and gains else (alone, False)
 
 
 def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None:

@@ -79,10 +79,11 @@ def take_path(model: GPT, plan: Plan) -> None:
     if reason := why_not(model):  # only the loaded model shows it
         check_fp8(plan.fp8, reason)
         tell(f"  path    plain after all ({reason})")
-        model.recompute = "none" not in plan.recompute
+        model.recompute = plan.recompute[0] != "none"
         return
     fused = fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks)
     fused.set_recompute(plan.recompute)
+    fused.stay = plan.stay
     if fused.graphs and not plan.graphs:
         fused.graphs.off = "there is no memory left for them"
 

@@ -1,9 +1,12 @@
 """What is asked of the device, and of which."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from lit_qlora.device import gpu_bytes
+from lit_qlora.device import gpu_bytes, host_bytes, let_segments_grow
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
@@ -25,3 +28,40 @@ def test_the_memory_of_a_process_is_what_it_has_and_what_is_free_on_its_own_gpu(
 def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_bytes() is None
+
+
+def test_of_the_hosts_memory_a_container_may_have_less(tmp_path: Path) -> None:
+    assert host_bytes(tmp_path) is None
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("proc/meminfo", "MemTotal:  900 kB\nMemAvailable:    500 kB\nCached: 7 kB\n")
+    assert host_bytes(tmp_path) == 500 * 1024
+    write("sys/fs/cgroup/memory.current", "100000\n")
+    write("sys/fs/cgroup/memory.max", "max\n")
+    assert host_bytes(tmp_path) == 500 * 1024
+    write("sys/fs/cgroup/memory.max", "400000\n")
+    assert host_bytes(tmp_path) == 300_000
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "5\n")
+    assert host_bytes(tmp_path) == 300_000
+
+
+def test_this_machine_says_how_much_it_has() -> None:
+    found = host_bytes()
+    assert found is None or 0 < found < 2**50
+
+
+def test_a_users_own_setting_of_the_allocator_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    let_segments_grow()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    let_segments_grow()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    let_segments_grow()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"

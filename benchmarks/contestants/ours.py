@@ -32,11 +32,13 @@ def as_batch(micro: Micro) -> "Batch":
 
 def build(task: Task) -> Built:
     """The fast path, on random weights made on the GPU."""
+    from lit_qlora.device import let_segments_grow
     from lit_qlora.fused import fuse, why_not
     from lit_qlora.fused.graphs import padded_length
     from lit_qlora.lora import add_lora
     from lit_qlora.settings import LoRAConfig
 
+    let_segments_grow()  # as a run does
     model = random_model(task.shape, "bnb.nf4-dq" if task.quantize else "none")
     targets = tuple(task.targets.split(","))
     add_lora(model, LoRAConfig(r=task.r, alpha=16, targets=targets, dropout=task.dropout))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.activations import IN_TURNS, FastSizes
+from lit_qlora.activations import IN_TURNS, FastSizes, sends_qkv
 from lit_qlora.attention import query_scale, tree_mask
 from lit_qlora.config import ModelConfig
 from lit_qlora.fused.attention import Layout
@@ -86,9 +86,11 @@ class Fused:
     Attributes:
         recompute: what each block computes again in the backward pass; see lit_qlora.fused.block.
         graphs: CUDA graphs of micro-batches of few tokens, if there are any.
+        stay: whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay.
     """
 
     graphs: Graphs | None = None
+    stay = True
 
     def __init__(self, model: GPT, fp8: bool = False, dequantized: int = 0) -> None:
         config = model.config
@@ -106,10 +108,19 @@ class Fused:
         self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._lay_out_adapters()
-        for block in self.blocks[:dequantized]:
+        self.sizes = self._sizes()
+        for block in self.blocks[
+            len(self.blocks) - dequantized :
+        ]:  # the last cannot stay otherwise; see FastSizes.stay
             for group in block.groups:
                 group.keep()
         self.set_recompute(["none"] * len(self.blocks))
+
+    def _sizes(self) -> FastSizes:
+        adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
+        rank = max(group.stack.r for group in self.groups)
+        quantized = any(group.weight is not None for block in self.blocks for group in block.groups)
+        return FastSizes(self.config, rank, adapted, quantized, self.fp8)
 
     def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
         """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""
@@ -171,6 +182,7 @@ class Fused:
             self.graphs.clear()  # they know the workspaces' addresses
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
+            block.sends_qkv = sends_qkv(block.number, policy)
 
         def space(groups: Sequence[Group]) -> Tensor | None:
             most = max(group.room for group in groups)
@@ -199,6 +211,7 @@ class Fused:
         tell(f"  memory  weights that were kept dequantised give back {freed}, which costs speed alone")
         for group in self.groups:
             group.give_back()
+        self.stay = False
         self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone
 
     def loss(
@@ -235,6 +248,7 @@ class Fused:
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         keep: bool = True,
+        stay: bool = True,
     ) -> Inputs:
         """A micro-batch on the device.
 
@@ -242,8 +256,9 @@ class Fused:
             tokens, positions, segments: (B, T), see GPT.loss.
             seed: of the dropout; None for none.
             keep: whether there will be a backward pass.
+            stay: see Pass.
         """
-        places, run = self._pass(tokens, positions, segments, seed=seed, keep=keep)
+        places, run = self._pass(tokens, positions, segments, seed=seed, keep=keep, stay=stay)
         return Inputs(to_device(tokens.flatten(), self.device), places, labelled, run)
 
     def _pass(
@@ -254,6 +269,7 @@ class Fused:
         seen_until: Tensor | None = None,
         seed: int | None = None,
         keep: bool = False,
+        stay: bool = False,
     ) -> tuple[Tensor | None, Pass]:
         """Rows of the table of learned positions if there is one, and what the blocks have in common; see inputs."""
         config, (rows, length) = self.config, tokens.shape
@@ -275,6 +291,7 @@ class Fused:
             offload=self.offload,
             seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=self.device),
             keep=keep,
+            stay=stay,
         )
         return None if self.model.positions is None else to_device(places, self.device), run
 
@@ -343,19 +360,20 @@ class Fused:
         assert learnt.d_out is not None
         d: Tensor | None = learnt.d_out.mul_(d_loss)
         learnt.d_out = None
+        stay = [False] * len(self.blocks)
+        if run.stay and self.stay and self.sizes.quantized and not self.fp8:
+            stay = self.sizes.stay(self.recompute, len(run.positions))
         for i in reversed(range(len(self.blocks))):
             one = learnt.kept.pop()
             assert one is not None
             assert d is not None
             self._copy_in_turn(i, beside=False)
-            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0)
+            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, stay=stay[i])
         self.pending.flush()
 
     def graph_bytes(self, tokens: int) -> int:
         """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""
-        adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
-        rank = max(group.stack.r for group in self.groups)
-        return int(FastSizes(self.config, rank, adapted, False, self.fp8).graphs(self.recompute, tokens))
+        return int(self.sizes.graphs(self.recompute, tokens))
 
 
 def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int = 0) -> Fused:

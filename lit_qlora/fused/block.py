@@ -7,7 +7,7 @@ is chosen by the block's `recompute`:
     none     everything that the backward pass reads
     mlp      not the products of gate and up
     attn     the attention's output and the residual stream behind it; qkv, gate and up are computed again
-    offload  as attn, with both and the block's input on the host
+    offload  as attn, with both and the block's input on the host; with `sends_qkv` qkv too
     full     the block's input only
 
 Norms behind attention and MLP, where a family has them, read what the products gave, which is kept too (`raw`).
@@ -63,6 +63,8 @@ class Pass:
     seed: Tensor | None
     keep: bool
     """Whether there will be a backward pass."""
+    stay: bool
+    """Whether weights may stay from the backward pass to the next forward pass; see FastSizes.stay."""
 
 
 @dataclass
@@ -73,10 +75,12 @@ class Kept:
     """
 
     x: Tensor | int
+    below: int
+    """Number of what was put on the host last before, -1 for nothing."""
     z_down: Tensor | None = None
     numbers_1: Tensor | None = None
     z_qkv: Tensor | None = None
-    qkv: Tensor | None = None
+    qkv: Tensor | int | None = None
     attended: Tensor | int | None = None
     attention: Any = None
     z_projection: Tensor | None = None
@@ -117,22 +121,23 @@ class FusedBlock:
         self.rotates, self.windowed, self.interleaved = config.rotates(number), windowed, config.rope_interleaved
         self.number = number
         self.recompute: Recompute = "none"
+        self.sends_qkv = False
 
     def forward(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, Kept | None]:
         """(T, E) pair -> (T, E) pair, and what is kept."""
-        keeps = self.recompute if run.keep else "full"
+        keeps, below, space = self.recompute if run.keep else "full", run.offload.count - 1, run.workspaces[0]
 
         def keep(tensor: Tensor | None) -> Tensor | int | None:
             return run.offload.put(tensor) if keeps == "offload" and tensor is not None else tensor
 
-        x, numbers_1, z_qkv, qkv, _ = self._qkv(x, y, run, 0)
+        x, numbers_1, z_qkv, qkv, _ = self._qkv(x, y, run, space)
         attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
-        raw_1, z_projection, _ = self._project(attended, run, 0)
+        raw_1, z_projection, _ = self._project(attended, run, space)
         first = keep(x) if run.keep else x
         assert first is not None
-        kept = Kept(first)
-        if keeps in ("none", "mlp"):
-            kept.numbers_1, kept.z_qkv, kept.qkv = numbers_1, z_qkv, qkv
+        kept = Kept(first, below)
+        if keeps in ("none", "mlp") or (keeps == "offload" and self.sends_qkv):
+            kept.numbers_1, kept.z_qkv, kept.qkv = numbers_1, z_qkv, keep(qkv)
         if keeps != "full":
             kept.attended, kept.attention, kept.z_projection = keep(attended), extra, z_projection
         del qkv, attended, extra
@@ -140,7 +145,7 @@ class FusedBlock:
         if keeps != "full" and self.post_1.number:
             kept.raw_1 = keep(raw_1)
         del raw_1
-        middle, numbers_2, z_gate_up, gate_up, _ = self._gate_up(x, None if self.parallel else out, run)
+        middle, numbers_2, z_gate_up, gate_up, _ = self._gate_up(x, None if self.parallel else out, run, space)
         beside = out if self.parallel else None
         del out
         if keeps != "full" and not self.parallel:
@@ -152,7 +157,7 @@ class FusedBlock:
             mlp_forward(gate_up, h, self.activation)
         kept.z_down = self.down.project(gate_up, h, self._dropout(self.down, 3, run), self.activation)
         del gate_up
-        raw_2 = self.down.product(h, self.down.matrix(run.workspaces[0]))
+        raw_2 = self.down.product(h, self.down.matrix(space))
         y = apply_norm(self.post_2, raw_2)
         if run.keep and self.post_2.number:
             kept.raw_2 = keep(raw_2)
@@ -160,30 +165,35 @@ class FusedBlock:
             y.add_(beside)
         return middle, y, kept if run.keep else None
 
-    def backward(self, d_out: Tensor, kept: Kept, run: Pass, pending: Pending, wants_dx: bool) -> Tensor | None:
+    def backward(
+        self, d_out: Tensor, kept: Kept, run: Pass, pending: Pending, wants_dx: bool, stay: bool = False
+    ) -> Tensor | None:
         """The gradient of the block's input stream from that of its output stream, both (T, E).
 
         The gradients of the adapters are added to those of the groups. With `wants_dx` False only they are wanted.
+        With `stay` the dequantised weights are there in the next forward pass.
         """
         again = self.recompute
-        off, any_space = run.offload, run.workspaces[0]
+        off, spaces = run.offload, (None, None, None) if stay else run.workspaces
+        any_space = spaces[0]
 
         def get(value: Any) -> Any:
             return off.get(value) if isinstance(value, int) else value
 
         x = kept.x
-        below = x - 1 if isinstance(x, int) else -1  # number of what the block below put last
         matrix_qkv = matrix_projection = matrix_gate_up = out = None
         numbers_1, z_qkv, qkv = kept.numbers_1, kept.z_qkv, kept.qkv
+        if isinstance(qkv, int):  # the largest, which all products of the MLP are to hide
+            off.fetch(qkv)
         attended, extra, z_projection = kept.attended, kept.attention, kept.z_projection
         raw_1, raw_2, middle = kept.raw_1, get(kept.raw_2), get(kept.middle)
         if self.parallel:
             middle = x = get(x)
         if again == "full":
             assert isinstance(x, Tensor)
-            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, 1)
+            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, spaces[1])
             attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
-            raw_1, z_projection, matrix_projection = self._project(attended, run, 2)
+            raw_1, z_projection, matrix_projection = self._project(attended, run, spaces[2])
             out = apply_norm(self.post_1, raw_1)
 
         # down and the activation
@@ -199,7 +209,7 @@ class FusedBlock:
             stream = middle if middle is not None else x
             assert isinstance(stream, Tensor)
             middle, numbers_2, z_gate_up, products, matrix_gate_up = self._gate_up(
-                stream, None if self.parallel else out, run
+                stream, None if self.parallel else out, run, any_space
             )
             del out, stream
         assert products is not None
@@ -210,14 +220,13 @@ class FusedBlock:
             gate_up.grad_b if gate_up.rank else None, gate_up.stack, down.scale, pending, self._dropout(down, 3, run),
         )  # fmt: skip
         del dh
-        for number in (attended, x, raw_1):  # the product below hides the copies
+        for number in (attended, x if qkv is None else None, raw_1):  # the product below hides the copies
             if isinstance(number, int):
                 off.fetch(number)
         dn = gate_up.product_back(products, any_space, matrix_gate_up)
         del products
         dropout = self._dropout(gate_up, 2, run)
         gate_up.learn_a(middle, dn, pending, dropout, self.norm_2, numbers_2)
-        off.fetch(below)  # the large buffers are free now
         d_middle = gate_up.d_stream(dn, middle, self.norm_2, numbers_2, z_gate_up, d_out, dropout)
         del dn, middle
 
@@ -228,17 +237,22 @@ class FusedBlock:
         group.learn_b(d_attention, z_projection, pending)
         da = group.product_back(d_attention, any_space, matrix_projection)
         del d_attention
-        attended, x = get(attended), get(x)
+        attended = get(attended)
         dropout = self._dropout(group, 1, run)
         group.learn_a(attended, da, pending, dropout)
         d_attended = group.d_input(da, dropout)
         del da
         if qkv is None:
-            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, 0)
+            x = get(x)
+            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, any_space)
+        elif isinstance(x, int):
+            off.fetch(x)
         assert numbers_1 is not None
-        kept.qkv = None
+        kept.qkv, qkv = None, get(qkv)
         d_qkv = self._attention_backward(d_attended, qkv, attended, extra, run)
         del qkv, attended, d_attended
+        off.fetch(kept.below)  # the large buffers are free now
+        x = get(x)
         group, dropout = self.qkv, self._dropout(self.qkv, 0, run)
         group.learn_b(d_qkv, z_qkv, pending)
         if not wants_dx:
@@ -253,9 +267,9 @@ class FusedBlock:
         return group.d_stream(dn, x, self.norm_1, numbers_1, z_qkv, d_middle, dropout)
 
     def _qkv(
-        self, x: Tensor, y: Tensor | None, run: Pass, space: int
+        self, x: Tensor, y: Tensor | None, run: Pass, space: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """The stream, its rows' numbers, Z, qkv, and [W | B] as it lies in workspace number `space`.
+        """The stream, its rows' numbers, Z, qkv, and [W | B] as group.matrix made it.
 
         Where there is nothing but rotation, qkv is rotated already.
         """
@@ -263,7 +277,7 @@ class FusedBlock:
         normed = group.empty_input(x.size(0))
         x, numbers = add_norm(x, y, self.norm_1, normed)
         z = group.project(normed, normed, self._dropout(group, 0, run))
-        matrix = group.matrix(run.workspaces[space])
+        matrix = group.matrix(space)
         qkv = group.product(normed, matrix)
         if self.shaping.does_nothing:
             self._rotate(qkv, run)
@@ -296,21 +310,23 @@ class FusedBlock:
             d_qkv = torch.cat(parts, dim=1).flatten(1)
         return pull_back(self.shaping.before, qkv, run.query_scale, d_qkv) if self.shaping.before else d_qkv
 
-    def _project(self, attended: Tensor, run: Pass, space: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _project(self, attended: Tensor, run: Pass, space: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         group, z = self.projection, None
         if group.a is not None:
             both = group.empty_input(attended.size(0))
             z = group.project(attended, both, self._dropout(group, 1, run), copy=True)
             attended = both
-        matrix = group.matrix(run.workspaces[space])
+        matrix = group.matrix(space)
         return group.product(attended, matrix), z, matrix
 
-    def _gate_up(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    def _gate_up(
+        self, x: Tensor, y: Tensor | None, run: Pass, space: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         group = self.gate_up
         normed = group.empty_input(x.size(0))
         x, numbers = add_norm(x, y, self.norm_2, normed)
         z = group.project(normed, normed, self._dropout(group, 2, run))
-        matrix = group.matrix(run.workspaces[0])
+        matrix = group.matrix(space)
         return x, numbers, z, group.product(normed, matrix), matrix
 
     @staticmethod

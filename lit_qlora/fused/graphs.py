@@ -104,7 +104,7 @@ class Graphs:
     def _inputs(self, ids: Tensor, weights: Tensor | None, seed: int | None) -> Inputs:
         """All tokens reach the head, those without a label too: how many have one differs."""
         labelled = Labelled(None, ids[1].flatten(), None if weights is None else weights.flatten())
-        return self.fused.inputs(ids[0], labelled, seed)
+        return self.fused.inputs(ids[0], labelled, seed, stay=False)
 
     def _capture(self, shape: Shape, ids: Tensor, weights: Tensor | None, seed: int | None) -> None:
         if self.off or "offload" in self.fused.recompute:
@@ -127,7 +127,8 @@ class Captured:
         self.d_loss = torch.zeros((), device=fused.device)
         self.loss = torch.zeros((), device=fused.device)
         self.learnt: Learnt | None = None
-        # What is made on first use, such as plans and handles of this thread, has to be made before.
+        # What is made on first use, such as plans and handles of this thread, has to be made before; and weights that
+        # have stayed, which no graph may read, are used up.
         gradient = fused.gradient.clone()
         try:
             self._forward()

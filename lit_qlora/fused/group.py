@@ -32,8 +32,10 @@ class Group:
         grad_a, grad_b: their float32 gradients, of A itself.
         bias: (N,) or None.
         fp8: the weights in FP8, where their products are.
+        held: [W | B] that stays until `matrix` is asked for it the next time, with the B of then.
     """
 
+    held: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
     grad_a: Tensor
@@ -97,15 +99,22 @@ class Group:
     def matrix(self, workspace: Tensor | None) -> Tensor:
         """[W | B], (N, K + R), as product takes it.
 
-        A quantised one, or one in FP8, is written into `workspace`, which must not be in use.
+        A quantised one, or one in FP8, is written into `workspace`, which must not be in use. Without one, a quantised
+        one stays, and is what the next call returns.
         """
         if self.fp8 is not None:
             assert workspace is not None
             return self.fp8.matrix(workspace)
         if self.dense is not None:
             return self.dense
-        assert workspace is not None
-        out = workspace[: self.n * self.width].view(self.n, self.width)
+        if self.held is not None:
+            out, self.held = self.held, None
+            self._write_b(out)
+            return out
+        if workspace is None:
+            self.held = out = torch.empty(self.n, self.width, dtype=self.dtype, device=self.device)
+        else:
+            out = workspace[: self.n * self.width].view(self.n, self.width)
         return dequantize(self.weight, self.b, out, self.stack, self.table)
 
     def keep(self) -> None:
@@ -115,18 +124,24 @@ class Group:
 
     @property
     def spare(self) -> int:
-        """Bytes of what `keep` holds."""
-        return 0 if self.weight is None or self.dense is None else self.dense.nbytes
+        """Bytes of what `keep` and `matrix` hold."""
+        kept = None if self.weight is None else self.dense
+        return sum(tensor.nbytes for tensor in (kept, self.held) if tensor is not None)
 
     def give_back(self) -> None:
-        """Undo `keep`."""
+        """Let go of what `keep` and `matrix` hold."""
+        self.held = None
         if self.weight is not None:
             self.dense = None
 
     def refresh(self) -> None:
         """Write a changed B beside a weight that stays in memory."""
-        if self.dense is not None and self.rank and self.fp8 is None:
-            dequantize(None, self.b, self.dense, self.stack, self.table, b_only=True)
+        if self.dense is not None and self.fp8 is None:
+            self._write_b(self.dense)
+
+    def _write_b(self, out: Tensor) -> None:
+        if self.rank:
+            dequantize(None, self.b, out, self.stack, self.table, b_only=True)
 
     def empty_input(self, tokens: int) -> Tensor:
         """Room for [X | Z], (T, K + R)."""

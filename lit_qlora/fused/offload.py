@@ -1,36 +1,55 @@
 """Copies that nobody waits for: batches to the device, and activations to pinned host memory and back."""
 
+from collections import deque
+
 import torch
 from torch import Tensor
+
+LEAVING = 6  # tensors, one or two blocks' worth, that may be on their way at a time
 
 
 class Offload:
     """Numbers what it is given; copies go on a stream of their own, and come back on request or ahead of it.
 
-    The pinned buffers are kept from step to step, because pinning costs more than copying.
+    The pinned buffers are kept from step to step, because pinning costs more than copying. What is being copied is held
+    here until the kernels' stream has waited for the copy, so that its memory is free for them from then on: left to
+    the allocator, it would be free when the host learns that the copy is done, which is half a step ahead of it.
     """
 
     def __init__(self) -> None:
         self.pinned: list[Tensor] = []
         self.count = 0
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self.stream: torch.cuda.Stream | None = None
 
     def reset(self) -> None:
         """Forget what a forward pass without a backward pass has left."""
         self.count = 0
+        self._let_go(0)
+        for _, arrived in self.coming.values():
+            torch.cuda.current_stream().wait_event(arrived)
         self.coming.clear()
+
+    def _let_go(self, most: int) -> None:
+        """Wait until no more than `most` tensors are leaving."""
+        while len(self.leaving) > most:
+            torch.cuda.current_stream().wait_event(self.leaving[0][1])
+            self.leaving.popleft()
 
     def put(self, x: Tensor) -> int:
         """Start copying `x` to the host; returns its number."""
         number, self.count = self.count, self.count + 1
+        self._let_go(LEAVING - 1)
         self.stream = self.stream or torch.cuda.Stream()
         if len(self.pinned) <= number or self.pinned[number].shape != x.shape:
             self.pinned[number : number + 1] = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True)]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.pinned[number].copy_(x, non_blocking=True)
-        x.record_stream(self.stream)
+            left = torch.cuda.Event()
+            left.record(self.stream)
+        self.leaving.append((x, left))
         return number
 
     def fetch(self, number: int) -> None:
@@ -38,6 +57,7 @@ class Offload:
         if number < 0 or number in self.coming:
             return
         assert self.stream is not None
+        self._let_go(0)
         x = torch.empty_like(self.pinned[number], device="cuda")
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -51,8 +71,6 @@ class Offload:
         self.fetch(number)
         x, arrived = self.coming.pop(number)
         torch.cuda.current_stream().wait_event(arrived)
-        assert self.stream is not None
-        x.record_stream(self.stream)
         return x
 
 

@@ -1,5 +1,7 @@
 """Blocks whose weights stay dequantised compute the same bits as those whose weights are dequantised each time."""
 
+from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -7,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_qlora.activations import FastSizes
 from lit_qlora.data.batches import Batch, Step
 from lit_qlora.errors import UsageError
 from lit_qlora.fused import fuse
+from lit_qlora.fused.group import Group
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.mlp import mlp_backward
 from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
-from lit_qlora.plan import Plan, make_plan
+from lit_qlora.plan import HOLES, Plan, make_plan
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from lit_qlora.train import Gradients
 from tests.conftest import tiny_config, tiny_model
@@ -25,6 +29,11 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="in float32, so for the interpreter"),
 ]
 SLOW = pytest.mark.slow
+CASES: dict[str, dict[str, Any]] = {
+    "nf4": {"scheme": "bnb.nf4", "dropout": 0.2},
+    "int8, some layers": {"scheme": "bnb.int8", "targets": ("query", "projection")},
+    "no adapter in the first block": {"scheme": "bnb.fp4", "lora": {"last_layers": 1}},
+}
 
 
 def two_steps(model: GPT) -> list[Tensor]:
@@ -52,14 +61,9 @@ def two_steps(model: GPT) -> list[Tensor]:
     ],
 )
 def test_the_bits_are_the_same(case: str, policy: Any) -> None:
-    cases: dict[str, dict[str, Any]] = {
-        "nf4": {"scheme": "bnb.nf4", "dropout": 0.2},
-        "int8, some layers": {"scheme": "bnb.int8", "targets": ("query", "projection")},
-        "no adapter in the first block": {"scheme": "bnb.fp4", "lora": {"last_layers": 1}},
-    }
     ends = []
     for blocks in (0, 1, 2):
-        model = adapted_model(**cases[case])
+        model = adapted_model(**CASES[case])
         fused = fuse(model, dequantized=blocks)
         fused.set_recompute([policy] * 2)
         kept = [all(group.dense is not None for group in block.groups) for block in fused.blocks]
@@ -95,6 +99,73 @@ def test_copies_of_adapters_made_in_turns_give_the_same_bits(
         assert fused.copies_in_turns == (most == 1)
         ends.append(two_steps(model))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "policies", "stay"),
+    [
+        ("nf4", ["full", "attn"], [True, True]),
+        ("int8, some layers", ["none", "none"], [True, False]),
+        pytest.param("nf4", ["none", "none"], [True, False], marks=SLOW),
+        pytest.param("nf4", ["mlp", "none"], [False, True], marks=SLOW),
+        pytest.param("int8, some layers", ["full", "none"], [True, True], marks=SLOW),
+        pytest.param("no adapter in the first block", ["none", "none"], [True, False], marks=SLOW),
+    ],
+    ids=str,
+)
+def test_weights_that_stay_for_the_next_forward_pass_give_the_same_bits(
+    case: str, policies: Any, stay: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for stays in ([False, False], stay):
+        monkeypatch.setattr(FastSizes, "stay", lambda *_, stays=stays: stays)
+        fused = fuse(adapted_model(**CASES[case]))
+        fused.set_recompute(policies)
+        made: Counter[Group] = Counter()
+        for group in fused.groups:
+            monkeypatch.setattr(group, "matrix", counting(group, made))
+        ends.append(two_steps(fused.model))
+        for block, one in zip(fused.blocks, stays, strict=True):
+            for group in block.groups:
+                # The first block's qkv is read forward alone, if nothing is computed again: nobody wants its input's
+                # gradient.
+                forward_alone = group is fused.blocks[0].qkv and policies[0] == "none"
+                assert (group.held is not None) == (one and not forward_alone)
+                assert made[group] == (2 if forward_alone else 3 if one else 4)  # in two steps
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def counting(group: Group, made: "Counter[Group]") -> Callable[[Tensor | None], Tensor]:
+    """group.matrix, which counts how often a weight is dequantised."""
+    matrix = group.matrix
+
+    def counted(workspace: Tensor | None) -> Tensor:
+        made[group] += group.held is None
+        return matrix(workspace)
+
+    return counted
+
+
+def test_what_has_stayed_is_given_back_and_nothing_stays_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+    fused = fuse(adapted_model(scheme="bnb.nf4"))
+    assert fused.spare == 0
+    gradients(fused.model, *batch())
+    groups = [group for block in fused.blocks for group in block.groups if group is not fused.blocks[0].qkv]
+    assert fused.spare == sum(4 * group.n * group.width for group in groups)
+    fused.give_back()
+    assert fused.spare == 0
+    gradients(fused.model, *batch())
+    assert fused.spare == 0
+
+
+def test_without_gradients_what_has_stayed_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+    fused = fuse(adapted_model(scheme="bnb.nf4"))
+    gradients(fused.model, *batch())
+    with torch.no_grad():
+        fused.model.loss(*batch())
+    assert fused.spare == 0
 
 
 def test_where_all_blocks_stay_there_is_no_workspace() -> None:
@@ -140,9 +211,9 @@ def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeyp
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", **train: Any) -> Plan:
+def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", tokens: int = 8, **train: Any) -> Plan:
     settings = TrainConfig(keep_dequantized=blocks, **train)
-    return make_plan(tiny_config(n_layer=4), LoRAConfig(), quantize, False, torch.bfloat16, 64, settings, room)
+    return make_plan(tiny_config(n_layer=4), LoRAConfig(), quantize, False, torch.bfloat16, tokens, settings, room)
 
 
 def test_a_plan_counts_the_blocks_that_stay() -> None:
@@ -183,10 +254,27 @@ def test_only_memory_that_is_left_is_taken_for_them() -> None:
     assert planned("auto", room=planned(0).total / 0.97).kept_blocks == 0
 
 
+def test_weights_stay_for_the_next_forward_pass_where_that_saves_more() -> None:
+    many = 128  # tokens, whose activations make room for weights
+
+    def with_spare(spare: float) -> Plan:
+        return planned("auto", (planned(0, tokens=many).total + spare) / (0.97 - 0.05), tokens=many)
+
+    one = planned(1).kept
+    holes = HOLES * planned(0, tokens=many).activations
+    assert 2 * one > holes > one
+    found = [with_spare(spare) for spare in (0.9 * holes, holes + 0.1 * one, holes + 1.1 * one, 4.1 * one)]
+    assert [(plan.kept_blocks, plan.stay) for plan in found] == [(1, False), (0, True), (1, True), (4, False)]
+    assert not planned(0).stay  # activations of a few tokens leave no room
+    assert planned(0, tokens=many).stay
+    assert not planned(0, tokens=many, quantize="none").stay
+    assert not planned(0, tokens=many, fp8=True).stay
+
+
 def test_what_a_block_takes_is_what_its_weights_are() -> None:
     model = adapted_model(scheme="bnb.nf4")
     fused = fuse(model, dequantized=1)
-    held = sum(group.dense.numel() for group in fused.blocks[0].groups)
+    held = sum(group.dense.numel() for group in fused.blocks[-1].groups)
     plan = make_plan(
         model.config,
         LoRAConfig(r=4, targets="all"),

@@ -180,6 +180,8 @@ class Fused:
         """What each block computes again in its backward pass."""
         if self.graphs is not None:
             self.graphs.clear()  # they know the workspaces' addresses
+        for group in self.groups:
+            group.held = None
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
             block.sends_qkv = sends_qkv(block.number, policy)

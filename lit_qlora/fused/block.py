@@ -130,26 +130,33 @@ class FusedBlock:
         def keep(tensor: Tensor | None) -> Tensor | int | None:
             return run.offload.put(tensor) if keeps == "offload" and tensor is not None else tensor
 
-        x, numbers_1, z_qkv, qkv, _ = self._qkv(x, y, run, space)
-        attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
-        raw_1, z_projection, _ = self._project(attended, run, space)
-        first = keep(x) if run.keep else x
+        # What is to be on the host leaves as soon as it is there, since the copies take about as long as all the rest.
+        x, numbers_1, normed = self._norm(self.qkv, self.norm_1, x, y)
+        first = keep(x)
         assert first is not None
         kept = Kept(first, below)
+        z_qkv, qkv = self._qkv(normed, run, space)[:2]  # no matrix is held on to, which may have stayed
+        del normed
         if keeps in ("none", "mlp") or (keeps == "offload" and self.sends_qkv):
             kept.numbers_1, kept.z_qkv, kept.qkv = numbers_1, z_qkv, keep(qkv)
+        attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
         if keeps != "full":
-            kept.attended, kept.attention, kept.z_projection = keep(attended), extra, z_projection
+            kept.attended, kept.attention = keep(attended), extra
+        raw_1, z_projection = self._project(attended, run, space)[:2]
+        if keeps != "full":
+            kept.z_projection = z_projection
         del qkv, attended, extra
         out = apply_norm(self.post_1, raw_1)
         if keeps != "full" and self.post_1.number:
             kept.raw_1 = keep(raw_1)
         del raw_1
-        middle, numbers_2, z_gate_up, gate_up, _ = self._gate_up(x, None if self.parallel else out, run, space)
+        middle, numbers_2, normed = self._norm(self.gate_up, self.norm_2, x, None if self.parallel else out)
         beside = out if self.parallel else None
         del out
         if keeps != "full" and not self.parallel:
             kept.middle = keep(middle)
+        z_gate_up, gate_up = self._gate_up(normed, run, space)[:2]
+        del normed
         if keeps == "none":
             kept.numbers_2, kept.z_gate_up, kept.gate_up = numbers_2, z_gate_up, gate_up
         h = self.down.empty_input(x.size(0))
@@ -191,7 +198,9 @@ class FusedBlock:
             middle = x = get(x)
         if again == "full":
             assert isinstance(x, Tensor)
-            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, spaces[1])
+            _, numbers_1, normed = self._norm(self.qkv, self.norm_1, x, None)
+            z_qkv, qkv, matrix_qkv = self._qkv(normed, run, spaces[1])
+            del normed
             attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
             raw_1, z_projection, matrix_projection = self._project(attended, run, spaces[2])
             out = apply_norm(self.post_1, raw_1)
@@ -208,10 +217,10 @@ class FusedBlock:
         else:
             stream = middle if middle is not None else x
             assert isinstance(stream, Tensor)
-            middle, numbers_2, z_gate_up, products, matrix_gate_up = self._gate_up(
-                stream, None if self.parallel else out, run, any_space
-            )
+            middle, numbers_2, normed = self._norm(self.gate_up, self.norm_2, stream, None if self.parallel else out)
             del out, stream
+            z_gate_up, products, matrix_gate_up = self._gate_up(normed, run, any_space)
+            del normed
         assert products is not None
         assert numbers_2 is not None
         through = through_mlp if down.wide or gate_up.wide else mlp_backward
@@ -244,7 +253,9 @@ class FusedBlock:
         del da
         if qkv is None:
             x = get(x)
-            _, numbers_1, z_qkv, qkv, matrix_qkv = self._qkv(x, None, run, any_space)
+            _, numbers_1, normed = self._norm(self.qkv, self.norm_1, x, None)
+            z_qkv, qkv, matrix_qkv = self._qkv(normed, run, any_space)
+            del normed
         elif isinstance(x, int):
             off.fetch(x)
         assert numbers_1 is not None
@@ -266,22 +277,24 @@ class FusedBlock:
         pending.flush()
         return group.d_stream(dn, x, self.norm_1, numbers_1, z_qkv, d_middle, dropout)
 
-    def _qkv(
-        self, x: Tensor, y: Tensor | None, run: Pass, space: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """The stream, its rows' numbers, Z, qkv, and [W | B] as group.matrix made it.
+    @staticmethod
+    def _norm(group: Group, norm: Norm, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream, its rows' numbers, and a group's input [X | Z] with X alone."""
+        normed = group.empty_input(x.size(0))
+        return *add_norm(x, y, norm, normed), normed
+
+    def _qkv(self, normed: Tensor, run: Pass, space: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Z, qkv, and [W | B] as group.matrix made it.
 
         Where there is nothing but rotation, qkv is rotated already.
         """
         group = self.qkv
-        normed = group.empty_input(x.size(0))
-        x, numbers = add_norm(x, y, self.norm_1, normed)
         z = group.project(normed, normed, self._dropout(group, 0, run))
         matrix = group.matrix(space)
         qkv = group.product(normed, matrix)
         if self.shaping.does_nothing:
             self._rotate(qkv, run)
-        return x, numbers, z, qkv, matrix
+        return z, qkv, matrix
 
     def _rotate(self, qkv: Tensor, run: Pass) -> None:
         if self.rotates:
@@ -319,15 +332,12 @@ class FusedBlock:
         matrix = group.matrix(space)
         return group.product(attended, matrix), z, matrix
 
-    def _gate_up(
-        self, x: Tensor, y: Tensor | None, run: Pass, space: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    def _gate_up(self, normed: Tensor, run: Pass, space: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Z, the branches' products, and [W | B]."""
         group = self.gate_up
-        normed = group.empty_input(x.size(0))
-        x, numbers = add_norm(x, y, self.norm_2, normed)
         z = group.project(normed, normed, self._dropout(group, 2, run))
         matrix = group.matrix(space)
-        return x, numbers, z, group.product(normed, matrix), matrix
+        return z, group.product(normed, matrix), matrix
 
     @staticmethod
     def _post_backward(norm: Norm, raw: Tensor | None, d_out: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-LEAVING = 6  # tensors, one or two blocks' worth, that may be on their way at a time
+LEAVING = 4  # tensors, about a block's worth, that may be on their way at a time
 
 
 class Offload:

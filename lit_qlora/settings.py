@@ -360,8 +360,8 @@ class TrainConfig:
     """Checkpoints that stay when newer ones are saved; the best and the final one stay anyway."""
     recompute: Literal["auto"] | Recompute = "auto"
     """What each block computes again in the backward pass instead of keeping it, from most to least memory: none, mlp,
-    attn, full; 'offload' is attn with the rest in host memory. 'auto' is the fastest mix that fits. Without the fast
-    path, mlp, attn and offload are full."""
+    attn, full; 'offload' is attn with the rest in host memory, where every other block has its queries, keys and values
+    as well. 'auto' is the fastest mix that fits. Without the fast path, mlp, attn and offload are full."""
     fast: bool = True
     """Take the fast path where GPU, precision and model allow it; it computes the same."""
     fp8: bool = False

@@ -319,9 +319,7 @@ class Fused:
         loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
         return loss, Learnt(d_out, kept, waiting)
 
-    def _blocks(
-        self, tokens: Tensor, places: Tensor | None, run: Pass
-    ) -> tuple[Tensor, Tensor | None, list[Kept | None]]:
+    def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, list[Kept | None]]:
         """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
         if not self.copies_in_turns:
             self.copies[0].refresh()
@@ -330,12 +328,13 @@ class Fused:
             assert places is not None
             x = x + F.embedding(places, self.model.positions.weight.detach())
         self.offload.reset()
-        y: Tensor | None = None
+        stream = [x]
+        del x
         kept: list[Kept | None] = []
         for i, block in enumerate(self.blocks):
             self._copy_in_turn(i)
-            x, y, one = block.forward(x, y, run)
-            kept.append(one)
+            kept.append(block.forward(stream, run))
+        x, y = stream
         return x, y, kept
 
     @torch.no_grad()

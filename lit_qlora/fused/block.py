@@ -123,8 +123,13 @@ class FusedBlock:
         self.recompute: Recompute = "none"
         self.sends_qkv = False
 
-    def forward(self, x: Tensor, y: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, Kept | None]:
-        """(T, E) pair -> (T, E) pair, and what is kept."""
+    def forward(self, stream: list[Tensor], run: Pass) -> Kept | None:
+        """Put a (T, E) pair in the place of the one in `stream`, of which the first block finds x alone; what is kept.
+
+        The pair is taken out of the list, so that its memory is free as soon as it is not needed.
+        """
+        x, y = stream[0], stream[1] if len(stream) > 1 else None
+        stream.clear()
         keeps, below, space = self.recompute if run.keep else "full", run.offload.count - 1, run.workspaces[0]
 
         def keep(tensor: Tensor | None) -> Tensor | int | None:
@@ -132,6 +137,7 @@ class FusedBlock:
 
         # What is to be on the host leaves as soon as it is there, since the copies take about as long as all the rest.
         x, numbers_1, normed = self._norm(self.qkv, self.norm_1, x, y)
+        del y
         first = keep(x)
         assert first is not None
         kept = Kept(first, below)
@@ -152,14 +158,14 @@ class FusedBlock:
         del raw_1
         middle, numbers_2, normed = self._norm(self.gate_up, self.norm_2, x, None if self.parallel else out)
         beside = out if self.parallel else None
-        del out
+        del out, x
         if keeps != "full" and not self.parallel:
             kept.middle = keep(middle)
         z_gate_up, gate_up = self._gate_up(normed, run, space)[:2]
         del normed
         if keeps == "none":
             kept.numbers_2, kept.z_gate_up, kept.gate_up = numbers_2, z_gate_up, gate_up
-        h = self.down.empty_input(x.size(0))
+        h = self.down.empty_input(middle.size(0))
         if self.down.a is None:
             mlp_forward(gate_up, h, self.activation)
         kept.z_down = self.down.project(gate_up, h, self._dropout(self.down, 3, run), self.activation)
@@ -170,7 +176,8 @@ class FusedBlock:
             kept.raw_2 = keep(raw_2)
         if beside is not None:
             y.add_(beside)
-        return middle, y, kept if run.keep else None
+        stream += [middle, y]
+        return kept if run.keep else None
 
     def backward(
         self, d_out: Tensor, kept: Kept, run: Pass, pending: Pending, wants_dx: bool, stay: bool = False

@@ -66,18 +66,24 @@ def host_bytes(files: Path = Path("/")) -> int | None:
     Args:
         files: where /proc and /sys lie.
     """
-    group, older = files / "sys/fs/cgroup", files / "sys/fs/cgroup/memory"
-    limits = (
-        (group / "memory.max", group / "memory.current"),
-        (older / "memory.limit_in_bytes", older / "memory.usage_in_bytes"),
-    )
+
+    def read(name: str, pattern: str) -> int:
+        found = re.search(pattern, (files / name).read_text(), re.M)
+        if not found:
+            raise ValueError
+        return int(found[1])
+
     rooms = []
-    with suppress(OSError):
-        told = re.search(r"^MemAvailable: *(\d+) kB$", (files / "proc/meminfo").read_text(), re.M)
-        rooms += [1024 * int(told[1])] if told else []
-    for most, used in limits:
+    with suppress(OSError, ValueError):
+        rooms.append(1024 * read("proc/meminfo", r"^MemAvailable: *(\d+) kB$"))
+    for folder, most, used, cached in (  # versions 2 and 1 of control groups
+        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
         with suppress(OSError, ValueError):  # "max" where there is no limit
-            rooms.append(int(most.read_text()) - int(used.read_text()))
+            taken = read(f"{folder}/{used}", r"(\d+)")
+            taken -= read(f"{folder}/memory.stat", rf"^{cached} (\d+)$")  # of files that were read, which it can drop
+            rooms.append(read(f"{folder}/{most}", r"^(\d+)$") - taken)
     return max(0, min(rooms)) if rooms else None
 
 

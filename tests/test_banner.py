@@ -8,8 +8,9 @@ import torch
 
 from lit_qlora.banner import plan_run, savings, tell_plan
 from lit_qlora.data import read_data
+from lit_qlora.errors import ResourceError
 from lit_qlora.peft_layout import check_layers
-from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, TrainConfig
 from tests.conftest import tiny_config
 from tests.test_report import Terminal
 
@@ -41,6 +42,32 @@ def test_what_would_need_less_is_not_hidden_by_memory_that_is_taken_because_it_i
     assert "keep_dequantized" not in tips
     asked = replace(config, train=replace(config.train, keep_dequantized=2))
     assert "--train.keep_dequantized 0 saves" in savings(asked, read)
+
+
+def test_memory_of_the_host_is_planned_said_and_not_overdrawn(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.banner.gpu_bytes", lambda: 2**33)
+    monkeypatch.setattr("lit_qlora.banner.host_bytes", lambda: 2**30)
+    monkeypatch.setattr("lit_qlora.banner.weights_dtype", lambda precision: torch.bfloat16)
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", val_fraction=0.1)
+    config = FinetuneConfig(
+        checkpoint_dir=tiny_checkpoint, precision="32-true", data=data, train=TrainConfig(recompute="offload")
+    )
+    read = read_data(config)
+    plan = plan_run(config, read)
+    assert plan.host > 0
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    tell_plan(config, read, 12, plan)
+    assert f"; on the host {plan.host / 2**30:.2f}\n" in screen.getvalue()
+    monkeypatch.setattr("lit_qlora.banner.host_bytes", lambda: 1.5 * plan.host)
+    assert plan_run(config, read).host == plan.host
+    both = replace(config, devices=2)  # which share it
+    with pytest.raises(ResourceError, match=r"offload needs .* GiB of the host's memory(.|\n)*recompute full"):
+        plan_run(both, read)
+    assert plan_run(replace(both, force=True), read).host == plan.host
+    assert "offload" not in plan_run(replace(both, train=TrainConfig()), read).recompute
 
 
 @pytest.mark.parametrize(("no_color", "first"), [("", "\x1b[2mQ: What is"), ("1", "[Q: What is")])

@@ -39,14 +39,20 @@ def test_of_the_hosts_memory_a_container_may_have_less(tmp_path: Path) -> None:
 
     write("proc/meminfo", "MemTotal:  900 kB\nMemAvailable:    500 kB\nCached: 7 kB\n")
     assert host_bytes(tmp_path) == 500 * 1024
-    write("sys/fs/cgroup/memory.current", "100000\n")
+    write("sys/fs/cgroup/memory.current", "150000\n")
+    write(
+        "sys/fs/cgroup/memory.stat", "anon 7\nactive_file 9\ninactive_file 50000\n"
+    )  # files it has read, and can drop
     write("sys/fs/cgroup/memory.max", "max\n")
     assert host_bytes(tmp_path) == 500 * 1024
     write("sys/fs/cgroup/memory.max", "400000\n")
     assert host_bytes(tmp_path) == 300_000
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "5\n")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "500\n")
+    write("sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 200\n")
     assert host_bytes(tmp_path) == 300_000
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000\n")
+    assert host_bytes(tmp_path) == 700
 
 
 def test_this_machine_says_how_much_it_has() -> None:

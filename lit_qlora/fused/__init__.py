@@ -317,7 +317,7 @@ class Fused:
         self._copy_in_turn(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
         loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
-        return loss, Learnt(d_out, kept, waiting)
+        return loss, Learnt(d_out, kept, waiting, self.offload.passes)
 
     def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, list[Kept | None]]:
         """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
@@ -327,7 +327,8 @@ class Fused:
         if self.model.positions is not None:
             assert places is not None
             x = x + F.embedding(places, self.model.positions.weight.detach())
-        self.offload.reset()
+        if run.keep:
+            self.offload.reset()
         stream = [x]
         del x
         kept: list[Kept | None] = []
@@ -354,7 +355,13 @@ class Fused:
 
     @torch.no_grad()
     def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
-        """Add the adapters' gradients."""
+        """Add the adapters' gradients.
+
+        Raises:
+            RuntimeError: if another forward pass has overwritten what was put on the host.
+        """
+        if "offload" in self.recompute and learnt.number != self.offload.passes:
+            raise RuntimeError("With 'offload' a loss needs its backward pass before the next one is computed.")
         self.pending.waiting.clear()  # of a pass that failed
         for gradient, more in learnt.waiting:
             gradient.add_(more.mul_(d_loss))

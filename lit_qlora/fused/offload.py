@@ -5,6 +5,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from lit_qlora.errors import ResourceError
+
 LEAVING = 4  # tensors, about a block's worth, that may be on their way at a time
 
 
@@ -18,14 +20,15 @@ class Offload:
 
     def __init__(self) -> None:
         self.pinned: list[Tensor] = []
-        self.count = 0
+        self.there: list[Tensor] = []
+        self.count = self.passes = 0
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self.stream: torch.cuda.Stream | None = None
 
     def reset(self) -> None:
-        """Forget what a forward pass without a backward pass has left."""
-        self.count = 0
+        """Forget what a forward pass without a backward pass has left, whose numbers are given again."""
+        self.count, self.passes = 0, self.passes + 1
         self._let_go(0)
         for _, arrived in self.coming.values():
             torch.cuda.current_stream().wait_event(arrived)
@@ -42,11 +45,13 @@ class Offload:
         number, self.count = self.count, self.count + 1
         self._let_go(LEAVING - 1)
         self.stream = self.stream or torch.cuda.Stream()
-        if len(self.pinned) <= number or self.pinned[number].shape != x.shape:
-            self.pinned[number : number + 1] = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True)]
+        if len(self.pinned) <= number or self.pinned[number].numel() < x.numel():
+            del self.pinned[number : number + 1]  # before a larger one is taken
+            self.pinned.insert(number, pin(x.numel(), x.dtype))
+        self.there[number:] = [self.pinned[number][: x.numel()].view(x.shape)]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.pinned[number].copy_(x, non_blocking=True)
+            self.there[number].copy_(x, non_blocking=True)
             left = torch.cuda.Event()
             left.record(self.stream)
         self.leaving.append((x, left))
@@ -58,10 +63,10 @@ class Offload:
             return
         assert self.stream is not None
         self._let_go(0)
-        x = torch.empty_like(self.pinned[number], device="cuda")
+        x = torch.empty_like(self.there[number], device="cuda")
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            x.copy_(self.pinned[number], non_blocking=True)
+            x.copy_(self.there[number], non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(self.stream)
         self.coming[number] = (x, arrived)
@@ -72,6 +77,22 @@ class Offload:
         x, arrived = self.coming.pop(number)
         torch.cuda.current_stream().wait_event(arrived)
         return x
+
+
+def pin(numbers: int, dtype: torch.dtype) -> Tensor:
+    """Pinned memory of the host.
+
+    Raises:
+        ResourceError: if the host has no more of it.
+    """
+    try:
+        return torch.empty(numbers, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        size = numbers * dtype.itemsize / 2**30
+        raise ResourceError(
+            f"train.recompute offload: the host has no {size:.2f} GiB of pinned memory left ({error}).\n"
+            "Take --train.recompute full, or fewer tokens at a time."
+        ) from None
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -36,11 +36,13 @@ class Learnt:
         d_out: gradient of the loss at the last stream, (T, E).
         kept: of each block.
         waiting: the head adapter's gradients, and what has to be added to them.
+        number: of the forward pass, among those that may put something on the host.
     """
 
     d_out: Tensor | None
     kept: list[Kept | None]
     waiting: list[tuple[Tensor, Tensor]]
+    number: int
 
 
 class Work(Protocol):

@@ -4,9 +4,12 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before the package is imported
 
+from lit_qlora import cli
 from lit_qlora.checkpoint import save_weights
 from lit_qlora.config import ModelConfig
 from lit_qlora.model import GPT
@@ -70,6 +74,20 @@ def load_script(path: str | Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def run_here(path: str, *flags: object) -> "subprocess.CompletedProcess[str]":
+    """What a script's command answers, in this process, which spares the seconds that its imports take."""
+    said, complained = io.StringIO(), io.StringIO()
+    status: Any = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(complained):
+        patch.syspath_prepend((ROOT / path).parent)  # as for a script that is started
+        main = load_script(path).main
+        try:
+            cli.run(main, get_type_hints(main)["config"], [str(flag) for flag in flags])
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess([path], status, said.getvalue(), complained.getvalue())
 
 
 def write_tokenizer(directory: Path) -> None:

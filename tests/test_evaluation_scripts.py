@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,11 @@ from lit_qlora.checkpoint import load_model
 from lit_qlora.errors import UsageError
 from lit_qlora.metrics import text_metrics
 from lit_qlora.tokenizer import Tokenizer
-from tests.conftest import ROOT, load_script
+from tests.conftest import load_script, run_here
 
 
-def run(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"eval/{script}.py", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=120)
+def run(script: str, *flags: object) -> "subprocess.CompletedProcess[str]":
+    return run_here(f"eval/{script}.py", *flags)
 
 
 def figures(output: str) -> dict[str, float]:
@@ -82,9 +80,7 @@ def test_the_answers_are_those_of_generate(tiny_checkpoint, examples_file, tmp_p
     assert run("answers", *flags, "--data", examples_file, "--max_samples", 3, "--out", out).returncode == 0
     for line in out.read_text().splitlines():
         row = json.loads(line)
-        command = [sys.executable, "scripts/generate.py", *map(str, flags), "--prompt", row["prompt"]]
-        said = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=60).stdout
-        assert row["prediction"] == said.strip()
+        assert row["prediction"] == run_here("scripts/generate.py", *flags, "--prompt", row["prompt"]).stdout.strip()
 
 
 def test_predictions_replace_predictions_only(tmp_path):

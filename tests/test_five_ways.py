@@ -15,7 +15,7 @@ from lit_qlora.checkpoint import content_hash, load_model
 from lit_qlora.merge import merge_checkpoint
 from lit_qlora.prompts import STYLES
 from lit_qlora.settings import LoRAConfig
-from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
+from tests.conftest import ROOT, load_script, run_here, tiny_model, write_checkpoint, write_tokenizer
 from tests.test_adapter import TOKENS, trained
 
 tasks = load_script("eval/lm_eval_tasks.py")
@@ -114,7 +114,7 @@ def test_questions_are_paired_by_their_number_and_effects_have_their_signs():
     assert five_ways.compare_task({name: samples([(1.0, 2)]) for name in by_model}, seed=0) is None
 
 
-def test_the_command_prints_one_table_and_keeps_everything(run_dir):
+def test_the_command_prints_one_table_and_keeps_everything(run_dir, monkeypatch):
     out = run_dir / "compare.json"
     flags = ["--checkpoint_dir", "base", "--lora_path", "final", "--include_path", "tasks", "--eval_tasks", "[quiz]"]
     command = [sys.executable, ROOT / "eval/lm_eval_harness.py", "--compare", "--save_filepath", out, *flags]
@@ -130,14 +130,15 @@ def test_the_command_prints_one_table_and_keeps_everything(run_dir):
     assert set(found["comparison"]["quiz"]["effects"]) == set(five_ways.EFFECTS)
     for name, score in found["comparison"]["quiz"]["scores"].items():
         assert found["models"][name]["results"]["quiz"]["acc,none"] == pytest.approx(score)
-    again = subprocess.run(command, capture_output=True, text=True, cwd=run_dir, timeout=120)
+    monkeypatch.chdir(run_dir)
+    again = run_here("eval/lm_eval_harness.py", *command[2:])
     assert again.returncode == 0  # its own results may be replaced
     assert again.stdout == done.stdout
 
 
 def test_a_comparison_needs_an_adapter_and_a_way_to_quantise(run_dir):
-    command = [sys.executable, "eval/lm_eval_harness.py", "--compare"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    command = ["eval/lm_eval_harness.py", "--compare"]
+    done = run_here(*command)
     assert done.returncode == 2
     assert "compare needs an adapter" in done.stderr
     (run_dir / "plain").mkdir()
@@ -145,12 +146,6 @@ def test_a_comparison_needs_an_adapter_and_a_way_to_quantise(run_dir):
     facts = {"base": {"name": "x", "sha256": content_hash(run_dir / "base")}, "quantize": "none"}
     save_adapter(run_dir / "plain/final", trained(load_model(run_dir / "base"), config), config, None, facts)
     flags = ["--checkpoint_dir", run_dir / "base", "--lora_path", run_dir / "plain/final", "--include_path"]
-    done = subprocess.run(
-        [*command, *flags, run_dir / "tasks", "--eval_tasks", "quiz"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-    )
+    done = run_here(*command, *flags, run_dir / "tasks", "--eval_tasks", "quiz")
     assert done.returncode == 2
     assert "Say --quantize" in done.stderr

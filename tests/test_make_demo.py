@@ -1,18 +1,14 @@
 """scripts/make_demo.py makes the files that are committed, and other models of other worlds beside them."""
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lit_qlora.checkpoint import load_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 
-
-def make(*flags: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, ROOT / "scripts/make_demo.py", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+make = partial(run_here, "scripts/make_demo.py")
 
 
 @pytest.mark.parametrize("part", ["data", "task", "tokenizer"])

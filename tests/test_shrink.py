@@ -1,8 +1,7 @@
 """A smaller adapter is the nearest one of its rank, PEFT loads it, and the command says what each rank loses."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from lit_qlora.lora import lora_state
 from lit_qlora.prompts import STYLES
 from lit_qlora.settings import LoRAConfig
 from lit_qlora.shrink import candidates, cut, loss_at, smallest_rank, spectra
-from tests.conftest import ROOT, tiny_model, write_checkpoint, write_tokenizer
+from tests.conftest import run_here, tiny_model, write_checkpoint, write_tokenizer
 from tests.test_adapter import TOKENS, save, trained
 from tests.test_model import hugging_face_model
 
@@ -86,9 +85,7 @@ def test_a_layer_that_learnt_nothing_loses_nothing():
     assert loss_at(spectra(zero, LoRAConfig(r=2)), 1) == (0.0, 0.0)
 
 
-def run(*flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/shrink_lora.py", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+run = partial(run_here, "scripts/shrink_lora.py")
 
 
 def test_peft_loads_what_the_command_writes(tmp_path: Path):

@@ -1,8 +1,7 @@
 """What merging does to a model is measured on samples as the training saw them, and too much of it is refused."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from lit_qlora.model import IGNORE
 from lit_qlora.prompts import STYLES
 from lit_qlora.settings import LoRAConfig
 from lit_qlora.verify import check_tolerance, read_batches, recommend, verify
-from tests.conftest import ROOT, tiny_model, write_checkpoint, write_tokenizer
+from tests.conftest import run_here, tiny_model, write_checkpoint, write_tokenizer
 from tests.test_adapter import trained
 
 
@@ -101,9 +100,7 @@ def test_the_lower_loss_is_recommended_and_a_higher_one_refused():
     check_tolerance("original", {"original": row(0.5)}, 0.0)  # better is not worse
 
 
-def run(*flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/merge_lora.py", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+run = partial(run_here, "scripts/merge_lora.py")
 
 
 def test_the_command_measures_reports_and_refuses(run_dir):

@@ -70,16 +70,19 @@ class FastSizes:
         """Bytes of all that a micro-batch needs at its peak."""
         return max(self._moments(policies, tokens)) + self._workspaces(policies)
 
-    def stay(self, policies: Sequence[Recompute], tokens: int) -> list[bool]:
+    def stay(self, policies: Sequence[Recompute], tokens: int, kept: int = 0) -> list[bool]:
         """Of which blocks the weights that a backward pass dequantises can stay for the next forward pass.
 
         They take the place of activations that are gone, and make room again as those of the next micro-batch come: the
         peak remains what it is.
+
+        Args:
+            kept: of so many of the last blocks, they are kept for good.
         """
         *moments, _ = self._moments(policies, tokens)
         most = self.peak(policies, tokens) - self._workspaces(policies)
         staying, held = [False] * len(policies), 0.0
-        for i in reversed(range(len(policies))):
+        for i in reversed(range(len(policies) - kept)):
             staying[i] = moments[i] + held + self.dequantized <= most
             held += staying[i] * self.dequantized
         return staying

@@ -39,10 +39,11 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
             f"{savings(config, data)} --force begins regardless."
         )
     host = _host_room(config)
-    if host and plan.host > host and not config.force:
+    if host is not None and plan.host > host and not config.force:
+        shared = " for each process" if config.devices != 1 else ""
         raise ResourceError(
             f"train.recompute offload needs {plan.host / GIB:.1f} GiB of the host's memory, of which "
-            f"{host / GIB:.1f} are free for each process.\n"
+            f"{host / GIB:.1f} are free{shared}.\n"
             "Take --train.recompute full, or fewer tokens at a time. --force begins regardless."
         )
     return plan
@@ -74,17 +75,21 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     if train.keep_dequantized == "auto":  # they would take what something else saves, and give way where it is needed
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
-    now = _plan(config, longest).total
+    plan = _plan(config, longest)
+    now = plan.total
     others = {
         f"--train.micro_batch_size {train.micro_batch_size // 2}": (
             replace(config, train=replace(train, micro_batch_size=max(1, train.micro_batch_size // 2))),
             longest,
         ),
+        "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), longest),
         "--train.recompute full": (replace(config, train=replace(train, recompute="full")), longest),
         f"--data.max_length {longest // 2}": (config, longest // 2),
         "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), longest),
         "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), longest),
     }
+    if plan.slow_because:  # there it is the same as full
+        del others["--train.recompute offload"]
     saved = {words: now - _plan(other, tokens).total for words, (other, tokens) in others.items()}
     tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
     return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
@@ -154,6 +159,7 @@ def _path(plan: Plan) -> str:
     taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
     taken += ", frozen weights in FP8" if plan.fp8 else ""
     taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graphs else ""
+    taken += ", dequantised weights stay for the next pass" if plan.stay else ""
     return f"{taken}   recompute: {again}"
 
 

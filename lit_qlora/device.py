@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -61,30 +61,44 @@ def let_segments_grow() -> None:
 
 
 def host_bytes(files: Path = Path("/")) -> int | None:
-    """Memory of the host that could be taken, in bytes, also by the limits of a container; None where nothing says so.
+    """Memory of the host that could be taken, in bytes, also by the limits of control groups; None where none is told.
+
+    Containers and batch jobs are such groups. What files fill of their memory can be taken from them.
 
     Args:
         files: where /proc and /sys lie.
     """
-
-    def read(name: str, pattern: str) -> int:
-        found = re.search(pattern, (files / name).read_text(), re.M)
-        if not found:
-            raise ValueError
-        return int(found[1])
-
     rooms = []
     with suppress(OSError, ValueError):
-        rooms.append(1024 * read("proc/meminfo", r"^MemAvailable: *(\d+) kB$"))
-    for folder, most, used, cached in (  # versions 2 and 1 of control groups
-        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with suppress(OSError, ValueError):  # "max" where there is no limit
-            taken = read(f"{folder}/{used}", r"(\d+)")
-            taken -= read(f"{folder}/memory.stat", rf"^{cached} (\d+)$")  # of files that were read, which it can drop
-            rooms.append(read(f"{folder}/{most}", r"^(\d+)$") - taken)
+        rooms.append(1024 * _number(files / "proc/meminfo", r"MemAvailable: *(\d+) kB"))
+    groups: list[str] = []
+    with suppress(OSError):
+        groups = (files / "proc/self/cgroup").read_text().splitlines()
+    for _, kinds, name in (line.split(":", 2) for line in groups):
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root, most, used, cached = V1 if kinds else V2
+        for group in (name, *map(str, PurePosixPath(name).parents)):  # of which a container sees the last alone
+            folder = files / root / group.lstrip("/")
+            with suppress(OSError, ValueError):  # "max" where there is no limit
+                room = _number(folder / most, r"(\d+)") - _number(folder / used, r"(\d+)")
+                for kind in ("active", "inactive"):
+                    room += _number(folder / "memory.stat", rf"{cached}{kind}_file (\d+)")
+                rooms.append(room)
     return max(0, min(rooms)) if rooms else None
+
+
+V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
+"""Of both versions of control groups the folder, the limit, what is used, and the beginning of names in memory.stat."""
+
+
+def _number(path: Path, pattern: str) -> int:
+    """What the group of `pattern` is in a line of the file; ValueError if no line is so."""
+    found = re.search(f"^{pattern}$", path.read_text(), re.M)
+    if not found:
+        raise ValueError(pattern)
+    return int(found[1])
 
 
 def gpu_bytes() -> int | None:

@@ -28,8 +28,8 @@ class FastPath(Protocol):
         ...
 
     @property
-    def spare(self) -> int:
-        """Bytes that give_back gives back."""
+    def has_spare(self) -> bool:
+        """Whether there is something that give_back would give up."""
         ...
 
     def give_back(self) -> None:
@@ -99,15 +99,15 @@ class GPT(nn.Module):
 
     @property
     def has_spare(self) -> bool:
-        """Whether give_back would give anything back."""
-        return self.fast is not None and self.fast.spare > 0
+        """Whether there is something that give_back would give up."""
+        return self.fast is not None and self.fast.has_spare
 
     def give_back(self) -> bool:
         """Go on without the memory that only makes the fast path faster; whether there was any.
 
         No loss may be waiting for its backward pass.
         """
-        if self.fast is None or not self.has_spare:
+        if self.fast is None or not self.fast.has_spare:
             return False
         self.fast.give_back()
         return True

@@ -122,10 +122,12 @@ def make_plan(
             graphs = 0.0
         if quantize != "none" and not train.fp8:
             spare = free - SPARE * room - activations - graphs
-            staying = sum(sizes.stay(policies, tokens))
-            kept_blocks, stay = _share(
-                spare, sizes.dequantized, HOLES * activations, model.n_layer, staying, train.keep_dequantized
-            )
+            often = round(usual or tokens)
+            staying = [
+                0 if often <= graph_tokens else sum(sizes.stay(policies, often, kept))
+                for kept in range(model.n_layer + 1)
+            ]
+            kept_blocks, stay = _share(spare, sizes.dequantized, HOLES * activations, staying, train.keep_dequantized)
             kept = kept_blocks * sizes.dequantized
     return Plan(
         frozen=frozen,
@@ -146,7 +148,7 @@ def make_plan(
 
 
 def _share(
-    spare: float, each: float, holes: float, blocks: int, staying: int, wanted: int | Literal["auto"]
+    spare: float, each: float, holes: float, staying: list[int], wanted: int | Literal["auto"]
 ) -> tuple[int, bool]:
     """How many blocks are kept dequantised for good, and whether others' weights stay for the next forward pass.
 
@@ -156,17 +158,16 @@ def _share(
         spare: bytes that are left.
         each: bytes of a block.
         holes: bytes lost where weights stay.
-        blocks, staying: blocks of the model, and those that could stay.
-        wanted: train.keep_dequantized.
+        staying: how many blocks' weights stay in a usual micro-batch if none, one, ... or all are kept.
+        wanted: train.keep_dequantized; 0 is for neither.
     """
 
     def kept(spare: float) -> int:
-        return min(blocks, max(0, int(spare / each)) if wanted == "auto" else wanted)
+        return min(len(staying) - 1, max(0, int(spare / each)) if wanted == "auto" else wanted)
 
     alone, beside = kept(spare), kept(spare - holes)
-    fits = beside * each + holes <= spare
-    gains = 2 * beside + min(staying, blocks - beside) > 2 * alone
-    return (beside, True) if fits and gains else (alone, False)
+    fits = wanted != 0 and beside * each + holes <= spare
+    return (beside, True) if fits and 2 * beside + staying[beside] > 2 * alone else (alone, False)
 
 
 def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None:

@@ -371,7 +371,9 @@ class TrainConfig:
     keep_dequantized: int | Literal["auto"] = "auto"
     """Blocks of a quantised base whose weights the fast path keeps dequantised as well, in memory that would be left
     over (0.4 GB for each of a 7B), instead of dequantising them twice a micro-batch, which is half the time of a short
-    one; 'auto' is as many as fit. The numbers are the same bits, and the memory is given back where it runs out."""
+    one; 'auto' is as many as fit. Of the other blocks, weights that a backward pass dequantises stay for the next
+    forward pass where activations were, unless this is 0. The numbers are the same bits, and the memory is given back
+    where it runs out."""
     cuda_graphs: Literal["auto", "never"] = "auto"
     """'auto' launches small micro-batches (up to 2,048 tokens) as CUDA graphs where they are usual, not packed, and
     there is memory left, which is three times as fast for a sample of 135 tokens; rows are padded to one of 32 lengths.

@@ -109,7 +109,7 @@ def main(config: Config) -> None:
     if config.prompts:
         write_lines(config.out, [(original, answered[i]) for i, (_, _, original) in enumerate(rows)])
         if part:
-            part.path.unlink()
+            part.path.unlink(missing_ok=True)
     else:
         print(f"\n{BETWEEN}\n".join(text for text, _, _ in answered[0]))
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, {peak_memory()}", file=sys.stderr)
@@ -154,27 +154,32 @@ class Part:
         self.answered: dict[int, list[Answer]] = {}
         folders = [folder for folder in (config.checkpoint_dir, config.lora_path) if folder]
         changed = [file.stat().st_mtime_ns for folder in folders for file in sorted(folder.glob("*"))]
-        of = hashlib.sha256(f"{config} {changed}".encode() + config.prompts.read_bytes()).hexdigest()
+        self.of = hashlib.sha256(f"{config} {changed}".encode() + config.prompts.read_bytes()).hexdigest()
         held = self.path.read_bytes() if self.path.exists() else b""
-        whole = held[: held.rfind(b"\n") + 1]
-        first, *lines = whole.decode("utf-8").splitlines() or [""]
-        if not lines:
-            self.path.write_text(f"{of}\n", encoding="utf-8")
+        whole = held[: held.rfind(b"\n") + 1]  # without what a kill left of a line
+        if not whole:
+            check(not held or self.of.encode().startswith(held), self._is_anothers)
             return
-        os.truncate(self.path, len(whole))  # what a kill left of a line goes
-        check(
-            first == of,
-            f"{self.path} holds the answers of another command, or the model or the prompts have changed since.\n"
-            "Remove it, or give another --out.",
-        )
+        first, *lines = whole.split(b"\n")[:-1]
+        check(first == self.of.encode(), self._is_anothers)
+        os.truncate(self.path, len(whole))
         for line in lines:
             self.answered |= {int(i): answers for i, answers in json.loads(line).items()}
         print(f"{len(self.answered)} prompts are answered in {self.path} already.", file=sys.stderr)
 
+    @property
+    def _is_anothers(self) -> str:
+        return (
+            f"{self.path} holds the answers of another command, or the model or the prompts have changed since.\n"
+            "Remove it, or give another --out."
+        )
+
     def add(self, answered: dict[int, list[Answer]]) -> None:
-        """Keep the answers of a batch."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(answered) + "\n")
+        """Keep the answers of a batch; before the first one, whose they are."""
+        first = "" if self.answered else f"{self.of}\n"
+        with self.path.open("a" if self.answered else "w", encoding="utf-8") as file:
+            file.write(f"{first}{json.dumps(answered)}\n")
+        self.answered |= answered
 
 
 def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[Answer]]]) -> None:

@@ -39,20 +39,21 @@ def test_of_the_hosts_memory_a_container_may_have_less(tmp_path: Path) -> None:
 
     write("proc/meminfo", "MemTotal:  900 kB\nMemAvailable:    500 kB\nCached: 7 kB\n")
     assert host_bytes(tmp_path) == 500 * 1024
-    write("sys/fs/cgroup/memory.current", "150000\n")
-    write(
-        "sys/fs/cgroup/memory.stat", "anon 7\nactive_file 9\ninactive_file 50000\n"
-    )  # files it has read, and can drop
+    write("proc/self/cgroup", "0::/job/step\n")
+    stat = "anon 7\nactive_file 20000\ninactive_file 30000\n"  # of files that were read
+    for group, limit, used in (("job/step", "max", 90_000), ("job", "400000", 150_000), ("", "600000", 170_000)):
+        write(f"sys/fs/cgroup/{group}/memory.max", f"{limit}\n")
+        write(f"sys/fs/cgroup/{group}/memory.current", f"{used}\n")
+        write(f"sys/fs/cgroup/{group}/memory.stat", stat)
+    assert host_bytes(tmp_path) == 400_000 - 150_000 + 50_000
+    write("proc/self/cgroup", "0::/../elsewhere\n")  # a container's own is where the root is
+    assert host_bytes(tmp_path) == 600_000 - 170_000 + 50_000
+    write("proc/self/cgroup", "5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n")
     write("sys/fs/cgroup/memory.max", "max\n")
-    assert host_bytes(tmp_path) == 500 * 1024
-    write("sys/fs/cgroup/memory.max", "400000\n")
-    assert host_bytes(tmp_path) == 300_000
-    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
-    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "500\n")
-    write("sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 200\n")
-    assert host_bytes(tmp_path) == 300_000
-    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000\n")
-    assert host_bytes(tmp_path) == 700
+    write("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "1000\n")
+    write("sys/fs/cgroup/memory/job/memory.usage_in_bytes", "500\n")
+    write("sys/fs/cgroup/memory/job/memory.stat", "inactive_file 1\ntotal_inactive_file 200\ntotal_active_file 3\n")
+    assert host_bytes(tmp_path) == 703
 
 
 def test_this_machine_says_how_much_it_has() -> None:

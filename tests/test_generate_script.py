@@ -145,11 +145,18 @@ def test_answers_of_a_command_that_was_stopped_are_not_made_again(tiny_checkpoin
     stopped_at(0)
     with pytest.raises(KeyboardInterrupt):
         script.main(config("out", max_new_tokens=6))  # which leaves no answer for another command to mistake
+    part = tmp_path / "out.part"
+    assert not part.exists()
+    for foreign in (b"caf\xe9 of somebody", b"caf\xe9\nof somebody\n{"):
+        part.write_bytes(foreign)
+        with pytest.raises(UsageError, match="Remove it, or give another --out"):
+            script.main(config("out"))
+        assert part.read_bytes() == foreign
+    part.unlink()
     stopped_at(1)
     with pytest.raises(KeyboardInterrupt):
         script.main(config("out"))
     assert not (tmp_path / "out").exists()
-    part = tmp_path / "out.part"
     monkeypatch.setattr(script.Config, "load", lambda self: pytest.fail("loaded before it was refused"))
     with pytest.raises(UsageError, match="holds the answers of another command"):
         script.main(config("out", max_new_tokens=6))

@@ -6,6 +6,7 @@ adapters stay the parameters they were, so optimizers, checkpoints and merging d
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,7 @@ class Fused:
 
     graphs: Graphs | None = None
     stay = True
+    _stayed = False
 
     def __init__(self, model: GPT, fp8: bool = False, dequantized: int = 0) -> None:
         config = model.config
@@ -108,10 +110,9 @@ class Fused:
         self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._lay_out_adapters()
-        self.sizes = self._sizes()
-        for block in self.blocks[
-            len(self.blocks) - dequantized :
-        ]:  # the last cannot stay otherwise; see FastSizes.stay
+        self.sizes, self.kept_blocks = self._sizes(), min(dequantized, len(self.blocks))
+        # The last ones: their weights could not stay otherwise; see FastSizes.stay.
+        for block in self.blocks[len(self.blocks) - self.kept_blocks :]:
             for group in block.groups:
                 group.keep()
         self.set_recompute(["none"] * len(self.blocks))
@@ -185,6 +186,8 @@ class Fused:
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
             block.sends_qkv = sends_qkv(block.number, policy)
+        for below, block in pairwise(self.blocks):
+            block.fetches_below = below.recompute == "offload"
 
         def space(groups: Sequence[Group]) -> Tensor | None:
             most = max(group.room for group in groups)
@@ -204,16 +207,22 @@ class Fused:
 
     @property
     def spare(self) -> int:
-        """Bytes of the weights that are kept dequantised as well."""
+        """Bytes of the weights that are kept dequantised as well, and of those that stay."""
         return sum(group.spare for group in self.groups)
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether weights are kept, or stay in some moments; see FastPath."""
+        return self.spare > 0 or self._stayed
 
     def give_back(self) -> None:
         """Dequantise all weights each time from now on; see FastPath."""
         freed = f"{self.spare / 2**30:.2f} GiB"
-        tell(f"  memory  weights that were kept dequantised give back {freed}, which costs speed alone")
+        tell(f"  memory  weights are no longer kept dequantised, which gives back {freed} and costs speed alone")
         for group in self.groups:
             group.give_back()
-        self.stay = False
+        self.kept_blocks = 0
+        self.stay = self._stayed = False
         self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone
 
     def loss(
@@ -370,7 +379,8 @@ class Fused:
         learnt.d_out = None
         stay = [False] * len(self.blocks)
         if run.stay and self.stay and self.sizes.quantized and not self.fp8:
-            stay = self.sizes.stay(self.recompute, len(run.positions))
+            stay = self.sizes.stay(self.recompute, len(run.positions), self.kept_blocks)
+            self._stayed |= any(stay)
         for i in reversed(range(len(self.blocks))):
             one = learnt.kept.pop()
             assert one is not None

@@ -76,7 +76,7 @@ class Kept:
 
     x: Tensor | int
     below: int
-    """Number of what was put on the host last before, -1 for nothing."""
+    """Number of what the block below has put on the host last, -1 if it does not offload."""
     z_down: Tensor | None = None
     numbers_1: Tensor | None = None
     z_qkv: Tensor | None = None
@@ -121,7 +121,7 @@ class FusedBlock:
         self.rotates, self.windowed, self.interleaved = config.rotates(number), windowed, config.rope_interleaved
         self.number = number
         self.recompute: Recompute = "none"
-        self.sends_qkv = False
+        self.sends_qkv = self.fetches_below = False
 
     def forward(self, stream: list[Tensor], run: Pass) -> Kept | None:
         """Put a (T, E) pair in the place of the one in `stream`, of which the first block finds x alone; what is kept.
@@ -130,7 +130,8 @@ class FusedBlock:
         """
         x, y = stream[0], stream[1] if len(stream) > 1 else None
         stream.clear()
-        keeps, below, space = self.recompute if run.keep else "full", run.offload.count - 1, run.workspaces[0]
+        keeps, space = self.recompute if run.keep else "full", run.workspaces[0]
+        below = run.offload.count - 1 if self.fetches_below else -1
 
         def keep(tensor: Tensor | None) -> Tensor | int | None:
             return run.offload.put(tensor) if keeps == "offload" and tensor is not None else tensor
@@ -176,6 +177,8 @@ class FusedBlock:
             kept.raw_2 = keep(raw_2)
         if beside is not None:
             y.add_(beside)
+        if keeps != "offload":
+            run.offload.let_go()  # of what the blocks before have sent, which has arrived by now
         stream += [middle, y]
         return kept if run.keep else None
 

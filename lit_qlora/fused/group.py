@@ -111,11 +111,12 @@ class Group:
             out, self.held = self.held, None
             self._write_b(out)
             return out
-        if workspace is None:
-            self.held = out = torch.empty(self.n, self.width, dtype=self.dtype, device=self.device)
-        else:
-            out = workspace[: self.n * self.width].view(self.n, self.width)
-        return dequantize(self.weight, self.b, out, self.stack, self.table)
+        stays = workspace is None
+        space = torch.empty(self.room, dtype=self.dtype, device=self.device) if workspace is None else workspace
+        out = space[: self.n * self.width].view(self.n, self.width)
+        dequantize(self.weight, self.b, out, self.stack, self.table)
+        self.held = out if stays else None
+        return out
 
     def keep(self) -> None:
         """Hold [W | B] of a quantised weight as well from now on, instead of writing it into a workspace each time."""

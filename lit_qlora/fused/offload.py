@@ -29,12 +29,12 @@ class Offload:
     def reset(self) -> None:
         """Forget what a forward pass without a backward pass has left, whose numbers are given again."""
         self.count, self.passes = 0, self.passes + 1
-        self._let_go(0)
+        self.let_go()
         for _, arrived in self.coming.values():
             torch.cuda.current_stream().wait_event(arrived)
         self.coming.clear()
 
-    def _let_go(self, most: int) -> None:
+    def let_go(self, most: int = 0) -> None:
         """Wait until no more than `most` tensors are leaving."""
         while len(self.leaving) > most:
             torch.cuda.current_stream().wait_event(self.leaving[0][1])
@@ -43,7 +43,7 @@ class Offload:
     def put(self, x: Tensor) -> int:
         """Start copying `x` to the host; returns its number."""
         number, self.count = self.count, self.count + 1
-        self._let_go(LEAVING - 1)
+        self.let_go(LEAVING - 1)
         self.stream = self.stream or torch.cuda.Stream()
         if len(self.pinned) <= number or self.pinned[number].numel() < x.numel():
             del self.pinned[number : number + 1]  # before a larger one is taken
@@ -62,7 +62,7 @@ class Offload:
         if number < 0 or number in self.coming:
             return
         assert self.stream is not None
-        self._let_go(0)
+        self.let_go()
         x = torch.empty_like(self.there[number], device="cuda")
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -88,9 +88,11 @@ def pin(numbers: int, dtype: torch.dtype) -> Tensor:
     try:
         return torch.empty(numbers, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
         size = numbers * dtype.itemsize / 2**30
         raise ResourceError(
-            f"train.recompute offload: the host has no {size:.2f} GiB of pinned memory left ({error}).\n"
+            f"train.recompute offload: the host has no {size:.2f} GiB of pinned memory left.\n"
             "Take --train.recompute full, or fewer tokens at a time."
         ) from None
 

@@ -137,6 +137,18 @@ def test_every_replay_drops_other_elements() -> None:
     assert gradients(model, *batch(1, 20))[0] != gradients(model, *batch(1, 20))[0]
 
 
+def test_no_weight_stays_whose_address_a_graph_would_read() -> None:
+    model = adapted_model(scheme="bnb.nf4", n_layer=4, block_size=512)
+    fused = fuse(model)
+    assert fused.sizes.stay(fused.recompute, 200) == [True, True, True, False]
+    gradients(model, *batch(1, 200))
+    assert fused.spare > 0
+    fused.graphs = Graphs(fused, 224, Recording())
+    for _ in range(SIGHTINGS + 2):
+        gradients(model, *batch(1, 200))
+        assert fused.spare == 0
+
+
 def test_evaluation_with_gradients_has_a_graph_of_its_own() -> None:
     model = adapted_model(dropout=0.3)
     _, recording = with_graphs(model)

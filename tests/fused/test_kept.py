@@ -12,13 +12,16 @@ from torch import Tensor
 from lit_qlora.activations import FastSizes
 from lit_qlora.data.batches import Batch, Step
 from lit_qlora.errors import UsageError
-from lit_qlora.fused import fuse
+from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.group import Group
+from lit_qlora.fused.head import Head
+from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.mlp import mlp_backward
 from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
 from lit_qlora.plan import HOLES, Plan, make_plan
+from lit_qlora.run import take_path
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from lit_qlora.train import Gradients
 from tests.conftest import tiny_config, tiny_model
@@ -127,12 +130,64 @@ def test_weights_that_stay_for_the_next_forward_pass_give_the_same_bits(
         ends.append(two_steps(fused.model))
         for block, one in zip(fused.blocks, stays, strict=True):
             for group in block.groups:
-                # The first block's qkv is read forward alone, if nothing is computed again: nobody wants its input's
+                # The first block's qkv is read forward alone, unless it is computed again: nobody wants its input's
                 # gradient.
-                forward_alone = group is fused.blocks[0].qkv and policies[0] == "none"
+                forward_alone = group is fused.blocks[0].qkv and policies[0] in ("none", "mlp")
                 assert (group.held is not None) == (one and not forward_alone)
                 assert made[group] == (2 if forward_alone else 3 if one else 4)  # in two steps
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_what_stays_of_a_model_of_several_blocks_are_weights_for_whose_place_activations_were() -> None:
+    fused = fuse(adapted_model(scheme="bnb.nf4", n_layer=4, block_size=512), dequantized=1)
+    gradients(fused.model, *batch(1, 200))
+    stay = fused.sizes.stay(["none"] * 4, 200, kept=1)
+    assert stay == [True, True, True, False]  # what has a place of its own needs none
+    for block, stays in zip(fused.blocks, stay, strict=True):
+        assert [group.held is not None for group in block.groups[1:]] == [stays] * 3
+        assert [group.dense is not None for group in block.groups] == [block is fused.blocks[-1]] * 4
+
+
+def test_a_pass_that_is_stopped_leaves_no_weight_half_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+    fused = fuse(adapted_model(scheme="bnb.nf4"))
+    expected, _ = gradients(fused.model, *batch())
+    fused.model.loss(*batch())  # which uses up what has stayed
+    whole = dequantize
+
+    def stopped(*arguments: Any, **settings: Any) -> Any:
+        monkeypatch.setattr("lit_qlora.fused.group.dequantize", whole)
+        raise KeyboardInterrupt
+
+    loss = fused.model.loss(*batch())
+    monkeypatch.setattr("lit_qlora.fused.group.dequantize", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    assert torch.equal(fused.model.loss(*batch()), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_memory_that_runs_out_between_weights_that_have_stayed_ends_their_staying(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+    fused, whole = fuse(adapted_model(scheme="bnb.nf4")), Head.loss
+    add_gradients = Gradients(
+        cast(Any, SimpleNamespace(device=torch.device("cpu"), backward=Tensor.backward)), cast(Any, fused.model)
+    )
+    step = Step([Batch(*batch(rows))], weight=7.0, labelled=1, tokens=1, samples=1, epoch=0.0)
+    expected = add_gradients(step)
+    assert fused.stay
+
+    def full(*arguments: Any) -> Any:  # by then the forward pass has used up what stayed
+        assert not fused.spare
+        if fused.stay:
+            raise torch.OutOfMemoryError
+        return whole(*arguments)
+
+    monkeypatch.setattr(Head, "loss", full)
+    assert torch.equal(add_gradients(step), expected)
+    assert add_gradients.rows is None
 
 
 def counting(group: Group, made: "Counter[Group]") -> Callable[[Tensor | None], Tensor]:
@@ -203,7 +258,7 @@ def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeyp
     step = Step([Batch(*batch())], weight=7.0, labelled=1, tokens=1, samples=1, epoch=0.0)
     again = add_gradients(step, seed=11)
     assert add_gradients.rows is None
-    assert "kept dequantised give back" in said[0]
+    assert "weights are no longer kept dequantised" in said[0]
     torch.testing.assert_close(again, loss / 7)
     # What the pass that failed left half done is not added.
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -254,6 +309,33 @@ def test_only_memory_that_is_left_is_taken_for_them() -> None:
     assert planned("auto", room=planned(0).total / 0.97).kept_blocks == 0
 
 
+def test_a_run_does_what_its_plan_says() -> None:
+    for tokens, stays in ((128, True), (8, False)):
+        model, plan = adapted_model(scheme="bnb.nf4", n_layer=4), planned(1, tokens=tokens)
+        assert plan.stay == stays
+        take_path(model, plan)
+        fused = cast(Fused, model.fast)
+        assert (fused.stay, fused.kept_blocks) == (stays, 1)
+        assert [block.groups[0].dense is not None for block in fused.blocks] == [False, False, False, True]
+
+
+def test_all_blocks_are_kept_where_more_are_asked_for() -> None:
+    fused = fuse(adapted_model(scheme="bnb.nf4"), dequantized=9)
+    assert all(group.dense is not None for block in fused.blocks for group in block.groups)
+
+
+def test_nothing_stays_where_graphs_are_usual_or_nothing_is_to_be_kept() -> None:
+    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), "bnb.nf4", False, torch.bfloat16, 128]
+    alone = planned(0, tokens=128)
+    room = (alone.total + HOLES * alone.activations + 1.1 * planned(1).kept) / (0.97 - 0.05)
+    assert make_plan(*settings, TrainConfig(cuda_graphs="never"), room, usual=128.0).stay
+    padded = make_plan(*settings, TrainConfig(), room, usual=128.0)
+    assert padded.graph_tokens >= 128
+    assert not padded.stay
+    assert not make_plan(*settings, TrainConfig(cuda_graphs="never"), room, usual=8.0).stay  # which makes no place
+    assert not make_plan(*settings, TrainConfig(keep_dequantized=0), room).stay
+
+
 def test_weights_stay_for_the_next_forward_pass_where_that_saves_more() -> None:
     many = 128  # tokens, whose activations make room for weights
 
@@ -265,8 +347,8 @@ def test_weights_stay_for_the_next_forward_pass_where_that_saves_more() -> None:
     assert 2 * one > holes > one
     found = [with_spare(spare) for spare in (0.9 * holes, holes + 0.1 * one, holes + 1.1 * one, 4.1 * one)]
     assert [(plan.kept_blocks, plan.stay) for plan in found] == [(1, False), (0, True), (1, True), (4, False)]
-    assert not planned(0).stay  # activations of a few tokens leave no room
-    assert planned(0, tokens=many).stay
+    assert not planned(1).stay  # activations of a few tokens leave no room
+    assert planned(1, tokens=many).stay
     assert not planned(0, tokens=many, quantize="none").stay
     assert not planned(0, tokens=many, fp8=True).stay
 

@@ -1,33 +1,120 @@
-"""Activations in the host's memory; what is copied, and when, is tested where there is a GPU."""
+"""Activations in the host's memory. Here streams and events do nothing; copies beside kernels need a GPU."""
+
+import contextlib
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lit_qlora.errors import ResourceError
-from lit_qlora.fused import fuse
-from lit_qlora.fused.offload import Offload, pin
+from lit_qlora.fused import Fused, fuse
+from lit_qlora.fused.block import FusedBlock
+from lit_qlora.fused.head import Head
+from lit_qlora.fused.offload import LEAVING, Offload, pin
 from lit_qlora.kernels.launch import AVAILABLE
-from tests.fused.test_fused import adapted_model, batch
+from tests.fused.test_fused import adapted_model, batch, gradients
 
 ON_CPU = pytest.mark.skipif(not AVAILABLE or torch.cuda.is_available(), reason="in float32, so for the interpreter")
 
 
+class Nothing:
+    """A stream or an event."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty_like = torch.empty_like
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "empty_like", lambda like, device="": empty_like(like))
+    monkeypatch.setattr("lit_qlora.fused.offload.pin", lambda numbers, dtype: torch.empty(numbers, dtype=dtype))
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    "policies",
+    [
+        ["offload", "offload", "none", "none"],
+        pytest.param(["offload"] * 4, marks=pytest.mark.slow),
+        pytest.param(["none", "offload", "full", "offload"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("streams")
+def test_what_comes_back_is_what_was_sent_and_none_is_held_where_most_memory_is_needed(
+    policies: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = fuse(adapted_model(n_layer=4))
+    expected = gradients(fused.model, *batch())
+    fused.set_recompute(policies)
+    off, head, backward = fused.offload, Head.loss, FusedBlock.backward
+    held: list[tuple[str, int, int]] = []
+
+    def watched_head(self: Head, *arguments: Any) -> Any:
+        held.append(("head", len(off.leaving), len(off.coming)))
+        return head(self, *arguments)
+
+    def watched_backward(self: FusedBlock, *arguments: Any, **settings: Any) -> Tensor | None:
+        found = backward(self, *arguments, **settings)
+        held.append((self.recompute, len(off.leaving), len(off.coming)))
+        return found
+
+    monkeypatch.setattr(Head, "loss", watched_head)
+    monkeypatch.setattr(FusedBlock, "backward", watched_backward)
+    for tokens in (batch(), batch()):
+        loss, found = gradients(fused.model, *tokens)
+        assert torch.equal(loss, expected[0])
+        assert all(torch.equal(found[name], expected[1][name]) for name in expected[1])
+    # Only where a block is followed by one that offloads is something on its way.
+    below = [policies[i - 1] if i else "" for i in reversed(range(4))]
+    assert held[0] == ("head", LEAVING if policies[-1] == "offload" else 0, 0)
+    assert [(leaving, coming) for _, leaving, coming in held[1:5]] == [(0, int(one == "offload")) for one in below]
+
+
+@ON_CPU
+@pytest.mark.usefixtures("streams")
+def test_pinned_memory_is_kept_for_shorter_rows() -> None:
+    fused = fuse(adapted_model())
+    expected = [gradients(fused.model, *(part[:, :length] for part in batch()[:2])) for length in (12, 5, 9)]
+    fused.set_recompute(["offload", "offload"])
+    places = []
+    for length, (loss, each) in zip((12, 5, 9), expected, strict=True):
+        found = gradients(fused.model, *(part[:, :length] for part in batch()[:2]))
+        assert torch.equal(found[0], loss)
+        assert all(torch.equal(found[1][name], each[name]) for name in each)
+        places.append([buffer.data_ptr() for buffer in fused.offload.pinned])
+    assert places[0] == places[1] == places[2]
+    assert len(places[0]) == 7  # input, attended and middle of two blocks, and one's qkv
+
+
 def test_where_the_host_has_no_pinned_memory_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = ["CUDA error: out of memory\nCUDA kernel errors might be", "CUDA error: device-side assert triggered"]
+
     def refuse(*arguments: object, **settings: object) -> None:
-        raise RuntimeError("CUDA error: out of memory")
+        raise RuntimeError(reasons.pop(0))
 
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(
-        ResourceError, match=r"no 0\.50 GiB of pinned memory left \(CUDA error: out of memory\)\.\nTake"
-    ):
+    with pytest.raises(ResourceError, match=r"no 0\.50 GiB of pinned memory left\.\nTake"):
         pin(2**28, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="assert"):  # which is another matter
+        pin(2**28, torch.bfloat16)
+
+
+def offloading() -> Fused:
+    fused = fuse(adapted_model())
+    fused.set_recompute(["none", "offload"])
+    return fused
 
 
 @ON_CPU
 def test_what_another_loss_has_overwritten_is_not_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Offload, "put", lambda self, x: 0)
-    fused = fuse(adapted_model())
-    fused.set_recompute(["none", "offload"])
+    fused = offloading()
     first = fused.model.loss(*batch())
     with torch.no_grad():
         fused.model.loss(*batch())  # which keeps nothing

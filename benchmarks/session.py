@@ -39,6 +39,8 @@ COMMANDS: tuple[tuple[int, str], ...] = (
     (45, "step.py --fp8"),
     (45, "step.py --dequantized 32"),
     (60, "step.py --shape llama-3-8b --recompute none attn offload full"),
+    (50, "step.py --shape llama-3-8b --rows 1 --recompute none offload full"),
+    (50, "step.py --shape llama-3-8b --rows 1 --length 8192 --recompute none offload full"),
     (120, f"peers.py --peers unsloth --workload packed --rows 1 --length 8192 --dequantized 32 {SHORT} {PEERS}"),
     (120, f"peers.py --peers unsloth --workload short --dequantized 32 {SHORT} --rounds 2 --steps 2"),
     (150, f"peers.py --peers unsloth-checkpointing peft-liger-checkpointing litgpt-checkpointing {PEERS}"),

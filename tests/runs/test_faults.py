@@ -290,11 +290,19 @@ def test_f12_a_disk_without_room_is_refused_before_anything_is_loaded(start: Sta
 
 
 def test_f28_two_runs_in_one_folder(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
-    out = tmp_path / "out"
-    first = start(out, before=slow_saves(0.1))
+    out, over = tmp_path / "out", tmp_path / "over"
+
+    def stay() -> None:
+        end = time.monotonic() + 60
+        while not over.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    first = start(out, before=at_save(1, stay))
     first.wait_for(out / "step-000001")
     second = start(out)
-    assert second.wait() == 6
+    status = second.wait()
+    over.touch()
+    assert status == 6
     assert f"in use by the run with process id {first.pid}" in second.said.read_text()
     assert first.wait() == 0
     assert ending(out) == whole

@@ -42,8 +42,7 @@ class FastSizes:
         c = self.model
         attended = c.n_head * c.head_size
         z = self.rank * self.adapted
-        middle = 0 if c.parallel_residual else c.n_embd
-        raw = 0 if c.norm_position == "before" else c.n_embd  # what a norm behind attention or MLP reads
+        middle, raw = self._middle, self._raw
         numbers = {
             "none": c.n_embd + middle + 2 * raw + self._qkv + attended + self._branches + z,
             "mlp": c.n_embd + middle + 2 * raw + self._qkv + attended + z,
@@ -56,9 +55,7 @@ class FastSizes:
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes in pinned memory of the host, of which torch takes powers of 2."""
         c = self.model
-        middle = 0 if c.parallel_residual else c.n_embd
-        raw = 0 if c.norm_position == "before" else c.n_embd
-        always = [c.n_embd, middle, raw, raw, c.n_head * c.head_size]
+        always = [c.n_embd, self._middle, self._raw, self._raw, c.n_head * c.head_size]
         sent = [
             [*always, self._qkv if sends_qkv(i, policy) else 0]
             for i, policy in enumerate(policies)
@@ -132,6 +129,16 @@ class FastSizes:
         It stands beside what passes without a graph need, but for the workspaces, which are the same.
         """
         return max(self._moments(policies, tokens))
+
+    @property
+    def _middle(self) -> int:
+        """Features of the stream between attention and MLP, where it differs from a block's input."""
+        return 0 if self.model.parallel_residual else self.model.n_embd
+
+    @property
+    def _raw(self) -> int:
+        """Features of what a norm behind attention or MLP reads."""
+        return 0 if self.model.norm_position == "before" else self.model.n_embd
 
     @property
     def _qkv(self) -> int:

@@ -9,8 +9,8 @@ from lit_qlora.settings import Recompute
 
 COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload": 1.8, "full": 2.4}
 """Milliseconds that a block of Llama-2-7B takes longer, 4,096 tokens on an H100; only order and ratio matter."""
-HEAD_TOKENS = 2048
-"""Tokens whose logits exist at a time."""
+LOGITS = 2**26
+"""Numbers in the logits that exist at a time, about."""
 IN_TURNS = 2**26
 """Adapters of so many numbers have their 16-bit copies made block by block, twice a micro-batch, not all at once: the
 memory then counts for more than the time: 1.6 GB and, by their bytes, 3 ms of Llama-65B's 550 with r 64."""
@@ -22,6 +22,11 @@ def sends_qkv(block: int, policy: Recompute) -> bool:
     Every other one: on an H100 copies of all would take longer than what they are to hide behind, a forward pass.
     """
     return policy == "offload" and block % 2 == 1
+
+
+def head_tokens(vocab: int) -> int:
+    """How many tokens' logits exist at a time."""
+    return max(256, LOGITS // vocab // 128 * 128)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class FastSizes:
             kept += each[policy][0]
             moments.append(kept + each[policy][1])
         c = self.model
-        head = min(tokens, HEAD_TOKENS) * 2.0 * c.vocab_size + tokens * 6.0 * c.n_embd
-        return [*moments, kept + head]
+        slices = min(tokens, head_tokens(c.vocab_size)) * 2.0 * c.vocab_size + tokens * 4.0 * c.n_embd
+        return [*moments, kept + max(slices, tokens * 8.0 * c.n_embd)]
 
     def _block(self, policy: Recompute, tokens: int) -> float:
         """Bytes that exist while one block is computed backward, beside what is kept."""

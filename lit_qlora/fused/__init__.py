@@ -321,14 +321,14 @@ class Fused:
     def forward(self, inputs: Inputs) -> tuple[Tensor, Learnt]:
         """The loss, and what the backward pass needs."""
         run = inputs.run
-        x, y, kept = self._blocks(inputs.tokens, inputs.places, run)
+        stream, kept = self._blocks(inputs.tokens, inputs.places, run)
         group = self.head.group
         self._copy_in_turn(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
-        loss, d_out, waiting = self.head.loss(x, y, inputs.labelled, self.workspaces[0], dropout, run.keep)
+        loss, d_out, waiting = self.head.loss(stream, inputs.labelled, self.workspaces[0], dropout, run.keep)
         return loss, Learnt(d_out, kept, waiting, self.offload.passes)
 
-    def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[Tensor, Tensor, list[Kept | None]]:
+    def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[list[Tensor], list[Kept | None]]:
         """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
         if not self.copies_in_turns:
             self.copies[0].refresh()
@@ -344,8 +344,7 @@ class Fused:
         for i, block in enumerate(self.blocks):
             self._copy_in_turn(i)
             kept.append(block.forward(stream, run))
-        x, y = stream
-        return x, y, kept
+        return stream, kept
 
     @torch.no_grad()
     def hidden(
@@ -357,7 +356,7 @@ class Fused:
     ) -> Tensor:
         """As GPT.hidden, without dropout or gradients; what is on the host need not be on the device."""
         places, run = self._pass(tokens, positions, segments, seen_until)
-        x, y, _ = self._blocks(to_device(tokens.flatten(), self.device), places, run)
+        (x, y), _ = self._blocks(to_device(tokens.flatten(), self.device), places, run)
         out = torch.empty_like(x)
         add_norm(x, y, self.head.norm, out)
         return out.view(*tokens.shape, -1)

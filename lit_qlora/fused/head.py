@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_qlora.activations import head_tokens
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.offload import to_device
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.norm import Norm, add_norm
 from lit_qlora.kernels.thin import Pending
-
-HEAD_TOKENS = 2048  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -56,35 +55,40 @@ class Head:
         self.norm, self.group, self.cap = norm, group, cap
 
     def loss(
-        self, x: Tensor, y: Tensor | None, labelled: Labelled, workspace: Tensor | None, dropout: Dropout, learns: bool
+        self, stream: list[Tensor], labelled: Labelled, workspace: Tensor | None, dropout: Dropout, learns: bool
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """The sum of the losses; its gradient at the stream x + y and at the adapter, if it `learns`.
+        """The sum of the losses; its gradient at the stream and at the adapter, if it `learns`.
 
         Args:
-            x, y: (T, E); y None stands for zero.
+            stream: a pair (T, E) whose sum it is; taken out of the list, so that its memory is free as soon as can be.
             workspace: for the head's weights if they are quantised.
 
         Returns:
             float32 scalar; (T, E) or None; pairs of an adapter's gradient and what has to be added to it.
         """
+        x, y = stream
+        stream.clear()
         tokens, places, group = x.size(0), labelled.places, self.group
         if places is not None:
-            x, y = x.index_select(0, places), None if y is None else y.index_select(0, places)
+            x = x.index_select(0, places)
+            y = y.index_select(0, places)
         count = x.size(0)
         if not count:
             return torch.zeros((), device=x.device), x.new_zeros(tokens, x.size(1)) if learns else None, []
         both = group.empty_input(count)
         x, numbers = add_norm(x, y, self.norm, both)
+        del y
         z = group.project(both, both, dropout)
         matrix = group.matrix(workspace)
         weights = torch.ones(count, device=x.device) if labelled.weights is None else labelled.weights
         loss = torch.empty(count, device=x.device)
-        room = torch.empty(min(HEAD_TOKENS, count), group.n, dtype=x.dtype, device=x.device)
+        step = head_tokens(group.n)
+        room = torch.empty(min(step, count), group.n, dtype=x.dtype, device=x.device)
         # What the adapter will learn waits for the gradient of the loss, which the backward pass brings.
         waiting = [(g, torch.zeros_like(g)) for g in (group.grad_a, group.grad_b)] if learns and group.rank else []
         pending = Pending()
-        for first in range(0, count, HEAD_TOKENS):
-            here = slice(first, min(first + HEAD_TOKENS, count))
+        for first in range(0, count, step):
+            here = slice(first, min(first + step, count))
             logits = group.product(both[here], matrix, room[: here.stop - first])
             cross_entropy_(logits, labelled.labels[here], weights[here], loss[here], self.cap)
             if z is not None and waiting:
@@ -92,12 +96,14 @@ class Head:
                 pending.flush()
             if learns:
                 torch.mm(logits, matrix, out=both[here])
+        del room, logits
         if not learns:
             return loss.sum(), None, []
         if waiting:
             group.learn_a(x, both, pending, dropout, self.norm, numbers, into=waiting[0][1])
             pending.flush()
         d_x = group.d_stream(both, x, self.norm, numbers, z, None, dropout)
+        del both, x
         if places is not None:
-            d_x = x.new_zeros(tokens, x.size(1)).index_copy_(0, places, d_x)
+            d_x = d_x.new_zeros(tokens, d_x.size(1)).index_copy_(0, places, d_x)
         return loss.sum(), d_x, waiting

@@ -1,6 +1,7 @@
 """The fast path is the plain path: the same loss and gradients for every layout, adapter and recompute setting."""
 
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -151,6 +152,39 @@ def test_only_labelled_tokens_reach_the_head(monkeypatch: pytest.MonkeyPatch) ->
     labels[0, :] = IGNORE
     model.loss(tokens.cpu(), labels.cpu()).backward()
     assert seen == [int((labels >= 0).sum())]
+
+
+@pytest.mark.parametrize("case", ["plain", "adapted and quantised head"])
+def test_a_head_that_takes_tokens_in_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    model, seen = adapted_model(**CASES[case]), []
+    expected = gradients(model, *batch())
+    fuse(model)
+    monkeypatch.setattr("lit_qlora.fused.head.head_tokens", lambda _: 10)
+    monkeypatch.setattr("lit_qlora.fused.head.cross_entropy_", lambda *a: seen.append(len(a[0])) or cross_entropy_(*a))
+    assert_equal(gradients(model, *batch()), expected)
+    assert seen == [10, 8]
+
+
+@pytest.mark.parametrize("unlabelled", [0, 3])
+def test_the_last_stream_is_gone_when_there_are_logits(monkeypatch: pytest.MonkeyPatch, unlabelled: int) -> None:
+    model, alive, pairs = adapted_model(), [], []
+    fused = fuse(model)
+    fused.set_recompute(["full", "full"])  # a block that keeps more would keep a part of it
+    loss = fused.head.loss
+
+    def watched(stream: list[Tensor], *others: Any) -> Any:
+        pairs.extend(weakref.ref(one) for one in stream)
+        return loss(stream, *others)
+
+    monkeypatch.setattr(fused.head, "loss", watched)
+    monkeypatch.setattr(
+        "lit_qlora.fused.head.cross_entropy_",
+        lambda *a: alive.append([one() is not None for one in pairs]) or cross_entropy_(*a),
+    )
+    tokens, labels = batch()
+    labels[:, :3] = tokens[:, :3] if not unlabelled else IGNORE
+    model.loss(tokens.cpu(), labels.cpu()).backward()
+    assert alive == [[False, False]]
 
 
 def test_a_batch_without_labels_has_no_loss_and_no_gradient() -> None:

@@ -32,6 +32,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-1-65b": _llama(80, 8192, 64, 22016),
     "llama-2-70b": _llama(80, 8192, 64, 28672, kv_heads=8),
     "llama-3-8b": _llama(32, 4096, 32, 14336, kv_heads=8, **LLAMA_3),
+    "llama-3.2-1b": _llama(16, 2048, 32, 8192, kv_heads=8, tied_head=True, **LLAMA_3),
+    "tinyllama-1b": _llama(22, 2048, 32, 5632, kv_heads=4),
     "llama-100m": _llama(12, 768, 12, 2048),
     "tiny": _llama(2, 128, 4, 256, kv_heads=2, vocab_size=2048),
 }

@@ -64,9 +64,9 @@ def longest_row(data: RunData) -> int:
     return data.batching.row_length or int(data.train.lengths.max())
 
 
-def usual_row(data: RunData) -> float | None:
-    """Mean number of tokens of a row; None if rows are packed."""
-    return None if data.batching.row_length else float(data.train.lengths.mean())
+def usual_row(data: RunData) -> float:
+    """Mean number of tokens of a row."""
+    return float(data.batching.row_length or data.train.lengths.mean())
 
 
 def savings(config: FinetuneConfig, data: RunData) -> str:

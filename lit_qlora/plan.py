@@ -75,7 +75,7 @@ def make_plan(
     """The plan for micro-batches of `tokens` tokens, padding included.
 
     Args:
-        usual: tokens of a usual micro-batch; None where rows are packed.
+        usual: tokens of a usual micro-batch; None for no CUDA graphs.
         room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
         host: bytes of the host's memory that are free for this process; None if it is not known.
         state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
@@ -182,13 +182,14 @@ def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None
 def _graph_tokens(model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None) -> int:
     """Tokens of the largest micro-batch that is padded for CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
     from lit_qlora.fused import GROWING
-    from lit_qlora.fused.graphs import MOST_TOKENS, padded_length
+    from lit_qlora.fused.graphs import most_tokens, padded_length
 
-    wanted = train.cuda_graphs == "auto" and usual is not None and usual <= MOST_TOKENS
+    most = most_tokens(model)
+    wanted = train.cuda_graphs == "auto" and usual is not None and usual <= most
     if not wanted or model.rope_scaling in GROWING:
         return 0
     rows = train.micro_batch_size
-    return min(MOST_TOKENS, rows * padded_length(-(-tokens // rows)))
+    return min(most, rows * padded_length(-(-tokens // rows)))
 
 
 def _largest_part(gpt: GPT) -> int:

@@ -243,8 +243,8 @@ class Fused:
             return self.forward(self.inputs(tokens, labelled, seed, positions, segments, keep=False))[0]
         self._attach_gradients()
         work: Work | None = None
-        if self.graphs is not None and positions is None and segments is None:
-            work = self.graphs.work(tokens, labels, weights, seed)
+        if self.graphs is not None:
+            work = self.graphs.work(tokens, labels, weights, seed, positions, segments)
         if work is None:
             labelled = Labelled.of(labels, weights, self.device)
             work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
@@ -260,6 +260,7 @@ class Fused:
         segments: Tensor | None = None,
         keep: bool = True,
         stay: bool = True,
+        layout: Layout | None = None,
     ) -> Inputs:
         """A micro-batch on the device.
 
@@ -268,8 +269,9 @@ class Fused:
             seed: of the dropout; None for none.
             keep: whether there will be a backward pass.
             stay: see Pass.
+            layout: what segments would say.
         """
-        places, run = self._pass(tokens, positions, segments, seed=seed, keep=keep, stay=stay)
+        places, run = self._pass(tokens, positions, segments, seed=seed, keep=keep, stay=stay, layout=layout)
         return Inputs(to_device(tokens.flatten(), self.device), places, labelled, run)
 
     def _pass(
@@ -281,18 +283,18 @@ class Fused:
         seed: int | None = None,
         keep: bool = False,
         stay: bool = False,
+        layout: Layout | None = None,
     ) -> tuple[Tensor | None, Pass]:
         """Rows of the table of learned positions if there is one, and what the blocks have in common; see inputs."""
-        config, (rows, length) = self.config, tokens.shape
+        rows, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(rows, length)
-        layout = Layout.of(rows, length, segments, self.device)
+        layout = layout or Layout.of(rows, length, segments, self.device)
         if seen_until is not None:
             on_device = (to_device(positions, self.device), to_device(seen_until, self.device))
             windows = {block.heads.window for block in self.blocks}
             layout = replace(layout, masks={window: tree_mask(window, *on_device) for window in windows})
-        scale = query_scale(config, positions).flatten()[:, None, None] if config.query_scale_beta else None
-        places = positions.flatten().int()
+        places, scale = self.of_positions(positions)
         run = Pass(
             layout=layout,
             positions=to_device(places if self.ropes else torch.arange(len(places), dtype=torch.int32), self.device),
@@ -305,6 +307,11 @@ class Fused:
             stay=stay,
         )
         return None if self.model.positions is None else to_device(places, self.device), run
+
+    def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of positions (B, T) rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
+        scale = query_scale(self.config, positions).flatten()[:, None, None] if self.config.query_scale_beta else None
+        return positions.flatten().int(), scale
 
     def _attach_gradients(self) -> None:
         """Let each adapter's .grad be its place in the one gradient, from zero where the optimizer has let go of it."""

@@ -1,13 +1,14 @@
 """CUDA graphs for micro-batches of few tokens, whose kernels end before the host has launched the next.
 
 A micro-batch is padded to the next length of a coarse grid, so that a few shapes stand for all; padding lies behind the
-text, where nothing sees it, and has no label. A shape that comes again and again is captured: each of its two passes
-becomes a graph, one launch. The numbers are the same before and after, because padding and kernels are, so it does not
-matter when a shape is captured, and a run that is continued ends like one that was not stopped.
+text, where nothing sees it, and has no label. Of packed rows the number of documents is brought to a grid too, by
+empty ones. A shape that comes again and again is captured: each of its two passes becomes a graph, one launch. The
+numbers are the same before and after, because padding and kernels are, so it does not matter when a shape is captured,
+and a run that is continued ends like one that was not stopped.
 
-No graphs are made for packed rows, which are made long, where the GPU is the slower one, and for RoPE whose angles
-depend on the length of the text. With activations on the host, whose copies run beside the kernels, and where memory
-does not suffice, rows are padded all the same, so that the numbers do not depend on how much memory is left.
+No graphs are made for RoPE whose angles depend on the length of the text. With activations on the host, whose copies
+run beside the kernels, and where memory does not suffice, rows are padded all the same, so that the numbers do not
+depend on how much memory is left.
 """
 
 import contextlib
@@ -15,12 +16,15 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.config import ModelConfig
+from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.head import Labelled
 from lit_qlora.fused.offload import to_device
 from lit_qlora.fused.passes import Eager, Inputs, Learnt, Work
@@ -30,12 +34,15 @@ from lit_qlora.report import tell
 if TYPE_CHECKING:
     from lit_qlora.fused import Fused
 
-MOST_TOKENS = 2048  # with more the GPU takes longer than the host
+MOST_WORK = (
+    2048 * 202_375_168
+)  # tokens, and weights of a block of Llama-2-7B: with more the GPU takes longer than the host
 MOST_SHAPES = 32  # the driver keeps some MiB for each
+DOCUMENTS = 16  # their number, in a micro-batch of packed rows, is brought to a multiple of this
 SIGHTINGS = 4  # capturing takes as long as a few passes, which a rare shape would not pay back
 
-Shape = tuple[int, int, bool, bool]
-"""Rows, their length with padding, whether tokens have weights, and whether there is dropout."""
+Shape = tuple[int, int, int, bool, bool]
+"""Rows, their length with padding, documents (0 if not packed), whether tokens have weights, and if any drop."""
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function launches, and returns what launches it again."""
 
@@ -46,11 +53,56 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def padded(tokens: Tensor, labels: Tensor, weights: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of `length` tokens: tokens above labels (2, B, length) int64, and weights (B, length)."""
-    more = (0, length - tokens.size(1))
-    ids = torch.stack((F.pad(tokens, more), F.pad(labels, more, value=IGNORE)))
-    return ids, None if weights is None else F.pad(weights, more)
+def most_tokens(model: ModelConfig) -> int:
+    """Tokens of the largest micro-batch whose kernels end before the host has launched the next."""
+    attended, cached = model.n_head * model.head_size, model.n_kv_head * model.head_size
+    weights = model.n_embd * (2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * model.ffn_size)
+    return MOST_WORK // weights
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A padded micro-batch.
+
+    Attributes:
+        ids: tokens above labels, (2, B, T) int64; weights: (B, T) float32 or None.
+        positions: (B, T) int64, ends: (documents + 1,) int32, see Layout; None where rows are not packed.
+    """
+
+    ids: Tensor
+    weights: Tensor | None
+    positions: Tensor | None
+    ends: Tensor | None
+
+    @staticmethod
+    def of(
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        length: int,
+    ) -> "Micro":
+        """From what GPT.loss takes, with rows of `length` tokens."""
+        more = (0, length - tokens.size(1))
+        ids = torch.stack((F.pad(tokens, more), F.pad(labels, more, value=IGNORE)))
+        weights = None if weights is None else F.pad(weights, more)
+        if segments is None or positions is None:
+            return Micro(ids, weights, None, None)
+        ends = Layout.of(len(tokens), length, F.pad(segments, more, value=-1), segments.device).ends
+        assert ends is not None
+        empty = -(len(ends) - 1) % DOCUMENTS
+        return Micro(ids, weights, F.pad(positions, more), F.pad(ends, (0, empty), value=ids[0].numel()))
+
+    @property
+    def documents(self) -> int:
+        """How many there are, empty ones included, or 0 where rows are not packed."""
+        return 0 if self.ends is None else len(self.ends) - 1
+
+    def to(self, device: torch.device) -> "Micro":
+        """On a device."""
+        parts = (self.ids, self.weights, self.positions, self.ends)
+        return Micro(*(None if part is None else to_device(part, device) for part in parts))  # type: ignore[arg-type]
 
 
 class Graphs:
@@ -63,7 +115,7 @@ class Graphs:
     """
 
     def __init__(self, fused: "Fused", most: int, record: Record | None = None) -> None:
-        self.fused, self.most = fused, min(most, MOST_TOKENS)
+        self.fused, self.most = fused, min(most, most_tokens(fused.config))
         self.given = record
         self.off = ""
         self.clear()
@@ -75,45 +127,53 @@ class Graphs:
         self.latest: weakref.ref[Replay] | None = None
         self.record: Record | None = self.given
 
-    def work(self, tokens: Tensor, labels: Tensor, weights: Tensor | None, seed: int | None) -> Work | None:
+    def work(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        seed: int | None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Work | None:
         """The passes of a micro-batch (B, T) that is small enough, else None."""
         rows, length = tokens.shape
         limit = self.fused.config.block_size
         width = min(padded_length(length), limit)
         if not length <= width <= self.most // rows or self.fused.ropes is None:
             return None
-        shape = (rows, width, weights is not None, seed is not None)
-        ids, weights = padded(tokens, labels, weights, width)
+        if (positions is None) != (segments is None) or (segments is not None and segments.is_cuda):
+            return None
+        micro = Micro.of(tokens, labels, weights, positions, segments, width)
+        shape = (rows, width, micro.documents, weights is not None, seed is not None)
         self.seen[shape] += 1
         if shape not in self.captured and self.seen[shape] > SIGHTINGS and len(self.captured) < MOST_SHAPES:
-            self._capture(shape, ids, weights, seed)
+            self._capture(shape, micro, seed)
         if shape in self.captured and self._is_free():
-            replay = Replay(self.captured[shape], ids, weights, seed)
+            replay = Replay(self.captured[shape], micro, seed)
             self.latest = weakref.ref(replay)
             return replay
-        return Eager(self.fused, self._inputs(*self._on_device(ids, weights), seed))
+        return Eager(self.fused, self._inputs(micro.to(self.fused.device), seed))
 
     def _is_free(self) -> bool:
         """Whether no loss is waiting for its backward pass, whose activations lie in the pool."""
         return self.latest is None or self.latest() is None
 
-    def _on_device(self, ids: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        device = self.fused.device
-        return to_device(ids, device), None if weights is None else to_device(weights, device)
-
-    def _inputs(self, ids: Tensor, weights: Tensor | None, seed: int | None) -> Inputs:
+    def _inputs(self, micro: Micro, seed: int | None) -> Inputs:
         """All tokens reach the head, those without a label too: how many have one differs."""
-        labelled = Labelled(None, ids[1].flatten(), None if weights is None else weights.flatten())
-        return self.fused.inputs(ids[0], labelled, seed, stay=False)
+        (tokens, labels), weights = micro.ids, micro.weights
+        labelled = Labelled(None, labels.flatten(), None if weights is None else weights.flatten())
+        rows, length = tokens.shape
+        layout = Layout(rows, length, length, micro.ends)
+        return self.fused.inputs(tokens, labelled, seed, micro.positions, stay=False, layout=layout)
 
-    def _capture(self, shape: Shape, ids: Tensor, weights: Tensor | None, seed: int | None) -> None:
+    def _capture(self, shape: Shape, micro: Micro, seed: int | None) -> None:
         if self.off or "offload" in self.fused.recompute:
             return
         self.record = self.record or Recorder(self.fused.graph_bytes(self.most))
-        ids, weights = self._on_device(ids, weights)
+        micro = micro.to(self.fused.device)
         try:
-            inputs = self._inputs(ids, weights, seed)
-            self.captured[shape] = Captured(self.fused, ids, weights, inputs, self.record)
+            self.captured[shape] = Captured(self.fused, micro, self._inputs(micro, seed), self.record)
         except RuntimeError as error:  # no memory left, or an operation that cannot be captured
             self.off = str(error).partition("\n")[0]
             tell(f"  graphs  no more CUDA graphs from here on, which costs speed alone: {self.off}")
@@ -122,8 +182,8 @@ class Graphs:
 class Captured:
     """The two graphs of a shape, and the tensors that they read and write, whose addresses are part of them."""
 
-    def __init__(self, fused: "Fused", ids: Tensor, weights: Tensor | None, inputs: Inputs, record: Record) -> None:
-        self.fused, self.ids, self.weights, self.inputs = fused, ids, weights, inputs
+    def __init__(self, fused: "Fused", micro: Micro, inputs: Inputs, record: Record) -> None:
+        self.fused, self.micro, self.inputs = fused, micro, inputs
         self.d_loss = torch.zeros((), device=fused.device)
         self.loss = torch.zeros((), device=fused.device)
         self.learnt: Learnt | None = None
@@ -152,18 +212,24 @@ class Captured:
 class Replay:
     """Passes that are launched as graphs."""
 
-    def __init__(self, captured: Captured, ids: Tensor, weights: Tensor | None, seed: int | None) -> None:
-        self.captured, self.ids, self.weights, self.seed = captured, ids, weights, seed
+    def __init__(self, captured: Captured, micro: Micro, seed: int | None) -> None:
+        self.captured, self.micro, self.seed = captured, micro, seed
 
     def forward(self) -> Tensor:
         """The loss."""
-        captured = self.captured
-        for to, source in ((captured.ids, self.ids), (captured.weights, self.weights)):
+        captured, micro = self.captured, self.micro
+        run = captured.inputs.run
+        parts = [(captured.micro.ids, micro.ids), (captured.micro.weights, micro.weights)]
+        if micro.positions is not None:
+            places, scale = captured.fused.of_positions(micro.positions)
+            parts += [(run.positions, places), (captured.inputs.places, places), (run.query_scale, scale)]
+            parts.append((run.layout.ends, micro.ends))
+        for to, source in parts:
             if to is not None and source is not None:
                 pinned = source.pin_memory() if to.is_cuda and not source.is_cuda else source
                 to.copy_(pinned, non_blocking=True)
-        if self.seed is not None and captured.inputs.run.seed is not None:
-            captured.inputs.run.seed.fill_(self.seed)
+        if self.seed is not None and run.seed is not None:
+            run.seed.fill_(self.seed)
         captured.forward()
         return captured.loss.clone()
 

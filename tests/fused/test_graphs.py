@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_qlora.activations import FastSizes
 from lit_qlora.fused import Fused, fuse
-from lit_qlora.fused.graphs import MOST_TOKENS, Graphs, padded_length
+from lit_qlora.fused.graphs import DOCUMENTS, Graphs, most_tokens, padded_length
 from lit_qlora.fused.passes import Eager
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model import GPT, IGNORE
@@ -26,6 +26,7 @@ from tests.fused.test_fused import assert_equal, gradients
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 
 
+LLAMA_2_7B = {"n_embd": 4096, "n_head": 32, "n_kv_head": 32, "head_size": 128, "ffn_size": 11008}
 SIGHTINGS = 1  # fewer than for graphs that cost something
 
 
@@ -75,7 +76,7 @@ def seen_often(model: GPT, *arguments: Any) -> None:
 
 
 def test_padding_is_short_and_lengths_are_few() -> None:
-    lengths = range(1, MOST_TOKENS + 1)
+    lengths = range(1, 2049)
     padded = [padded_length(length) for length in lengths]
     assert all(0 <= more - length < max(32, length / 8) for length, more in zip(lengths, padded, strict=True))
     assert all(padded_length(length) == length and length % 32 == 0 for length in padded)
@@ -266,15 +267,71 @@ def test_there_are_no_graphs_without_a_gpu() -> None:
     assert fuse(adapted_model(), graph_tokens=96).graphs is None
 
 
-def test_packed_rows_get_no_graph() -> None:
+def packed(*documents: int, width: int = 40, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """A row of documents of so many tokens, and padding behind them."""
+    tokens, labels = batch(1, width, seed=sum(documents))
+    lengths = torch.tensor([*documents, width - sum(documents)])
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    segments = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
+    segments[:, sum(documents) :] = -1
+    labels[:, sum(documents) :] = IGNORE
+    return tokens, labels, weights, positions, segments
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "as it is": {"scheme": "bnb.nf4"},
+    "learned positions": {"positions": "learned"},
+    "windows": {"sliding_window": 5},
+    "queries that grow": {"query_scale_beta": 0.1, "rope_original_block_size": 8},
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_rows_are_replayed_whatever_their_documents(case: str) -> None:
+    model = adapted_model(**PACKED[case])
+    rows = [packed(7, 12, 9), packed(20, 15), packed(5, 5, 5, 5, 5, 5, 4)]
+    expected = [gradients(model, *row) for row in rows]
+    _, recording = with_graphs(model)
+    seen_often(model, *rows[0])
+    for row, other in zip(rows, expected, strict=True):
+        assert_equal(gradients(model, *row), other)
+    assert (recording.captured, recording.replayed) == (2, 6)
+
+
+def test_weights_of_packed_tokens_are_those_of_the_replayed_row() -> None:
     model = adapted_model()
-    fused, recording = with_graphs(model)
-    segments = torch.zeros(1, 12, dtype=torch.int32)
-    for _ in range(SIGHTINGS + 1):
-        gradients(model, *batch(1, 12), None, torch.arange(12)[None], segments)
-    assert recording.captured == 0
+    weights = [torch.rand(1, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    rows = [packed(9, 11, weights=one) for one in weights]
+    expected = [gradients(model, *row) for row in rows]
+    _, recording = with_graphs(model)
+    seen_often(model, *rows[0])
+    for row, other in zip(rows, expected, strict=True):
+        assert_equal(gradients(model, *row), other)
+    assert recording.replayed == 4
+
+
+def test_rows_with_many_documents_are_another_shape() -> None:
+    fused, _ = with_graphs(adapted_model())
+    for documents in (DOCUMENTS - 1, DOCUMENTS, 2 * DOCUMENTS - 1):  # padding is one, too
+        gradients(fused.model, *packed(*[1] * documents))
+    assert fused.graphs is not None
+    assert [shape[:3] for shape in fused.graphs.seen] == [(1, 64, DOCUMENTS), (1, 64, 2 * DOCUMENTS)]
+
+
+def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
+    fused, _ = with_graphs(adapted_model())
+    tokens, labels, _, positions, _ = packed(9, 11)
+    gradients(fused.model, tokens, labels, None, positions)
     assert fused.graphs is not None
     assert not fused.graphs.seen
+
+
+def test_smaller_models_have_graphs_of_more_tokens() -> None:
+    assert most_tokens(tiny_config(**LLAMA_2_7B)) == 2048
+    assert (
+        most_tokens(tiny_config(**LLAMA_2_7B | {"n_embd": 2048, "n_head": 16, "n_kv_head": 16, "ffn_size": 5504}))
+        == 8192
+    )
 
 
 def test_graphs_are_forgotten_when_workspaces_change() -> None:
@@ -310,7 +367,8 @@ def test_a_plan_has_graphs_for_the_longest_rows_and_counts_their_memory() -> Non
     assert plan.graph_tokens == 4 * 64
     assert plan.graphs > 0
     assert plan.total == without.total + plan.graphs
-    assert planned(tokens=4 * 3000).graph_tokens == MOST_TOKENS  # the longest run without
+    most = most_tokens(tiny_config())
+    assert planned(tokens=4 * most).graph_tokens == most  # the longest run without
 
 
 def test_the_memory_of_graphs_is_that_of_a_micro_batch_but_for_the_workspaces() -> None:
@@ -322,7 +380,7 @@ def test_the_memory_of_graphs_is_that_of_a_micro_batch_but_for_the_workspaces() 
     "changes",
     [
         {"usual": None},
-        {"usual": MOST_TOKENS + 1.0},
+        {"usual": most_tokens(tiny_config()) + 1.0},
         {"cuda_graphs": "never"},
         {"fast": False},
         {"room": None},

@@ -46,14 +46,32 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def train(model: GPT, count: int, each: int = 4) -> tuple[list[float], dict[str, Tensor]]:
+def packed_rows(count: int) -> list[tuple[Tensor | None, ...]]:
+    """Rows of 512 tokens, of 4 to 30 documents of no more than 128 tokens, with padding behind them."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(count):
+        tokens = torch.randint(0, 1024, (1, 513), generator=generator)
+        lengths = torch.randint(1, (20, 60, 128)[i % 3], (30,), generator=generator)
+        lengths = lengths[lengths.cumsum(0) <= 512]
+        lengths = torch.cat([lengths, 512 - lengths.sum()[None]])
+        segments = torch.arange(len(lengths), dtype=torch.int32)
+        segments[-1] = -1
+        segments = segments.repeat_interleave(lengths)[None]
+        labels = tokens[:, 1:].masked_fill(segments < 0, IGNORE)
+        positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
+        made.append((tokens[:, :-1].contiguous(), labels, None, positions, segments))
+    return made
+
+
+def train(model: GPT, count: int, each: int = 4, packed: bool = False) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of all micro-batches, and the adapter after a step for every `each` of them."""
     torch.manual_seed(5)
     learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(learners.values(), lr=1e-3, fused=True)
     losses = []
-    for i, (tokens, labels) in enumerate(batches(count), start=1):
-        loss = model.loss(tokens, labels)
+    for i, batch in enumerate(packed_rows(count) if packed else batches(count), start=1):
+        loss = model.loss(*batch)
         (loss / 100).backward()
         losses.append(loss.detach())
         if i % each == 0:
@@ -73,6 +91,34 @@ def test_training_with_graphs_is_training_without_to_the_last_bit(kind: str) -> 
     eager_losses, eager = train(plain, count)
     assert losses == eager_losses
     assert [name for name in adapter if not torch.equal(adapter[name], eager[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "windows", "layer norms, parallel, GELU"])
+def test_training_on_packed_rows_with_graphs_is_training_without_to_the_last_bit(kind: str) -> None:
+    count = 48
+    model, fused = fused_model(kind, graphs=True)
+    losses, adapter = train(model, count, packed=True)
+    assert not fused.graphs.off
+    assert len(fused.graphs.captured) >= 2
+    plain, _ = fused_model(kind, graphs=False)
+    eager_losses, eager = train(plain, count, packed=True)
+    assert losses == eager_losses
+    assert [name for name in adapter if not torch.equal(adapter[name], eager[name])] == []
+
+
+def test_packed_rows_padded_with_empty_documents_have_the_gradient_of_those_that_are_not() -> None:
+    from lit_qlora.fused import fuse
+
+    model, fused = fused_model("nf4", graphs=True, dropout=0.0)
+    plain = adapted(**MODELS["nf4"])
+    fuse(plain)
+    for _ in range(6):
+        for batch in packed_rows(3):
+            loss, padded = gradients(model, *batch)
+            other, exact = gradients(plain, *batch)
+            torch.testing.assert_close(loss, other, rtol=2e-3, atol=1e-2)
+            assert max(errors(padded, exact)) < 3e-2
+    assert fused.graphs.captured
 
 
 @pytest.mark.parametrize("policy", ["mlp", "attn", "full"])

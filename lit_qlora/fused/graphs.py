@@ -34,15 +34,15 @@ from lit_qlora.report import tell
 if TYPE_CHECKING:
     from lit_qlora.fused import Fused
 
-MOST_WORK = (
-    2048 * 202_375_168
-)  # tokens, and weights of a block of Llama-2-7B: with more the GPU takes longer than the host
+MOST_WORK = 1024 * 202_375_168  # tokens, times the weights of a 7B's block: with more the host is the faster one
 MOST_SHAPES = 32  # the driver keeps some MiB for each
 DOCUMENTS = 16  # their number, in a micro-batch of packed rows, is brought to a multiple of this
+LONGEST = 256  # tokens of the longest document, at least
 SIGHTINGS = 4  # capturing takes as long as a few passes, which a rare shape would not pay back
 
-Shape = tuple[int, int, int, bool, bool]
-"""Rows, their length with padding, documents (0 if not packed), whether tokens have weights, and if any drop."""
+Shape = tuple[int, int, int, int, bool, bool]
+"""Rows, their length with padding, documents (0 if not packed), tokens of the longest text, whether tokens have
+weights, whether there is dropout."""
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function launches, and returns what launches it again."""
 
@@ -67,12 +67,15 @@ class Micro:
     Attributes:
         ids: tokens above labels, (2, B, T) int64; weights: (B, T) float32 or None.
         positions: (B, T) int64, ends: (documents + 1,) int32, see Layout; None where rows are not packed.
+        longest: see Layout; of packed rows the next power of two, since a graph launches enough for every document to
+            be as long.
     """
 
     ids: Tensor
     weights: Tensor | None
     positions: Tensor | None
     ends: Tensor | None
+    longest: int
 
     @staticmethod
     def of(
@@ -88,11 +91,13 @@ class Micro:
         ids = torch.stack((F.pad(tokens, more), F.pad(labels, more, value=IGNORE)))
         weights = None if weights is None else F.pad(weights, more)
         if segments is None or positions is None:
-            return Micro(ids, weights, None, None)
-        ends = Layout.of(len(tokens), length, F.pad(segments, more, value=-1), segments.device).ends
-        assert ends is not None
-        empty = -(len(ends) - 1) % DOCUMENTS
-        return Micro(ids, weights, F.pad(positions, more), F.pad(ends, (0, empty), value=ids[0].numel()))
+            return Micro(ids, weights, None, None, length)
+        layout = Layout.of(len(tokens), length, F.pad(segments, more, value=-1), segments.device)
+        assert layout.ends is not None
+        empty = -(len(layout.ends) - 1) % DOCUMENTS
+        ends = F.pad(layout.ends, (0, empty), value=ids[0].numel())
+        longest = max(LONGEST, 2 ** (layout.longest - 1).bit_length())
+        return Micro(ids, weights, F.pad(positions, more), ends, longest)
 
     @property
     def documents(self) -> int:
@@ -101,8 +106,9 @@ class Micro:
 
     def to(self, device: torch.device) -> "Micro":
         """On a device."""
-        parts = (self.ids, self.weights, self.positions, self.ends)
-        return Micro(*(None if part is None else to_device(part, device) for part in parts))  # type: ignore[arg-type]
+        parts = (self.weights, self.positions, self.ends)
+        weights, positions, ends = (None if part is None else to_device(part, device) for part in parts)
+        return Micro(to_device(self.ids, device), weights, positions, ends, self.longest)
 
 
 class Graphs:
@@ -145,7 +151,7 @@ class Graphs:
         if (positions is None) != (segments is None) or (segments is not None and segments.is_cuda):
             return None
         micro = Micro.of(tokens, labels, weights, positions, segments, width)
-        shape = (rows, width, micro.documents, weights is not None, seed is not None)
+        shape = (rows, width, micro.documents, micro.longest, weights is not None, seed is not None)
         self.seen[shape] += 1
         if shape not in self.captured and self.seen[shape] > SIGHTINGS and len(self.captured) < MOST_SHAPES:
             self._capture(shape, micro, seed)
@@ -164,7 +170,7 @@ class Graphs:
         (tokens, labels), weights = micro.ids, micro.weights
         labelled = Labelled(None, labels.flatten(), None if weights is None else weights.flatten())
         rows, length = tokens.shape
-        layout = Layout(rows, length, length, micro.ends)
+        layout = Layout(rows, length, micro.longest, micro.ends)
         return self.fused.inputs(tokens, labelled, seed, micro.positions, stay=False, layout=layout)
 
     def _capture(self, shape: Shape, micro: Micro, seed: int | None) -> None:

@@ -318,6 +318,15 @@ def test_rows_with_many_documents_are_another_shape() -> None:
     assert [shape[:3] for shape in fused.graphs.seen] == [(1, 64, DOCUMENTS), (1, 64, 2 * DOCUMENTS)]
 
 
+def test_rows_with_a_long_document_are_another_shape() -> None:
+    fused, _ = with_graphs(adapted_model(block_size=1024), most=1024)
+    assert fused.graphs is not None
+    for documents in ((300, 100), (90, 310, 40), (100, 100, 200)):
+        tokens, labels, weights, positions, segments = packed(*documents, width=512)
+        fused.graphs.work(tokens, labels, weights, None, positions, segments)
+    assert [(shape[3], count) for shape, count in fused.graphs.seen.items()] == [(512, 2), (256, 1)]
+
+
 def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
     fused, _ = with_graphs(adapted_model())
     tokens, labels, _, positions, _ = packed(9, 11)
@@ -327,10 +336,10 @@ def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
 
 
 def test_smaller_models_have_graphs_of_more_tokens() -> None:
-    assert most_tokens(tiny_config(**LLAMA_2_7B)) == 2048
+    assert most_tokens(tiny_config(**LLAMA_2_7B)) == 1024
     assert (
         most_tokens(tiny_config(**LLAMA_2_7B | {"n_embd": 2048, "n_head": 16, "n_kv_head": 16, "ffn_size": 5504}))
-        == 8192
+        == 4096
     )
 
 

@@ -336,10 +336,10 @@ def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
 
 
 def test_smaller_models_have_graphs_of_more_tokens() -> None:
-    assert most_tokens(tiny_config(**LLAMA_2_7B)) == 1024
+    assert most_tokens(tiny_config(**LLAMA_2_7B)) == 1536
     assert (
         most_tokens(tiny_config(**LLAMA_2_7B | {"n_embd": 2048, "n_head": 16, "n_kv_head": 16, "ffn_size": 5504}))
-        == 4096
+        == 6144
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
+from lit_qlora.part import Part
 from lit_qlora.settings import GenerationConfig, check
 from lit_qlora.use import UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 
@@ -38,7 +39,8 @@ class Config(GenerationConfig, UseConfig):
     """Examples that are answered together."""
     out: Path | None = None
     """Where the predictions go, as JSON lines with prompt, input, prediction, reference and chrf, in the order of the
-    file; by default predictions.jsonl in the run's folder for adapters in OUT, else in out/eval/<checkpoint name>."""
+    file; by default predictions.jsonl in the run's folder for adapters in OUT, else in out/eval/<checkpoint name>.
+    Beside it a file .part keeps them as they are made, and the same command goes on with them if it was stopped."""
 
     def __post_init__(self) -> None:
         """Check what can be checked before the model is loaded."""
@@ -58,6 +60,7 @@ def main(config: Config) -> None:
     check_replaceable(out)
     (source,), _ = find_sources([config.data], None)
     examples = read_examples(source, format=config.format, columns=config.columns).examples[: config.max_samples]
+    part = Part(out, config, examples, folders=(config.checkpoint_dir, config.lora_path))
 
     from tqdm import tqdm
 
@@ -79,13 +82,14 @@ def main(config: Config) -> None:
         room_for_answer(model, len(prompts[-1]), 1)
 
     start = time.perf_counter()
-    predictions = [""] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
     for at in tqdm(range(0, len(order), config.batch_size), disable=None, desc="Answering"):
         batch = order[at : at + config.batch_size]
+        if part.answered.keys() >= set(batch):
+            continue
         made = generate(model, [prompts[i] for i in batch], config, stops, tokenizer.size)
-        for i, ids in zip(batch, made, strict=True):
-            predictions[i] = text_of(tokenizer, ids, gap, tail).strip()
+        part.add({i: text_of(tokenizer, ids, gap, tail).strip() for i, ids in zip(batch, made, strict=True)})
+    predictions = [part.answered[i] for i in range(len(examples))]
     seconds = time.perf_counter() - start
 
     references = [example.turns[-1].answer.strip() for example in examples]
@@ -99,8 +103,7 @@ def main(config: Config) -> None:
         }
         for example, prediction, reference in zip(examples, predictions, references, strict=True)
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.end("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(report(text_metrics(predictions, references), rows))
     print(f"{len(rows)} answers in {seconds:.1f} s, {peak_memory()}. Predictions: {out}", file=sys.stderr)
 

@@ -18,6 +18,7 @@ from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_fold
 
 from lit_qlora import cli
 from lit_qlora.config import FILE_NAME as MODEL_CONFIG
+from lit_qlora.disk import write_text
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.prompts import read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, check
@@ -303,15 +304,11 @@ def save(results: Mapping[str, Any], path: Path) -> None:
     Raises:
         ResourceError: if the disk is full or may not be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(results, indent=2) + "\n")
     except OSError as error:
         raise ResourceError(f"Cannot write {path}: {error.strerror or error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def note(text: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_qlora import safetensors_io, shards
 from lit_qlora.config import FILE_NAME as CONFIG
 from lit_qlora.config import ModelConfig, missing_checkpoint
+from lit_qlora.disk import flush
 from lit_qlora.errors import CheckpointError, ResourceError
 from lit_qlora.mlp import CORRECTION
 from lit_qlora.model import GPT
@@ -340,12 +341,3 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         if file.stat().st_size != known["bytes"] or hash_file(file) != known["sha256"]:
             raise CheckpointError(f"{file} is damaged: it is not the file that was saved (sha256 differs).")
     return manifest
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_qlora import checkpoint
 from lit_qlora.config import ModelConfig
+from lit_qlora.disk import flush
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.gguf_vocabulary import read_vocabulary
 from lit_qlora.rope import scaled_frequency
@@ -99,9 +100,9 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
                 _write(writer, "rope_freqs.weight", factors, _storage(factors, kind))
         finally:
             writer.close()
-        checkpoint.flush(staged / out_file.name)
+        flush(staged / out_file.name)
         (staged / out_file.name).rename(out_file)
-        checkpoint.flush(out_file.parent)
+        flush(out_file.parent)
     return config
 
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lit_qlora.disk import write_text
 from lit_qlora.errors import CheckpointError, ResourceError, UsageError, did_you_mean
 from lit_qlora.known_models import MODELS
 from lit_qlora.tokenizer import FILES
@@ -71,9 +72,7 @@ def download(
         _check(folder / file.name, file)
     facts = {file.name: {"bytes": file.bytes, "sha256": file.sha256, "git_sha1": file.git_sha1} for file in files}
     content = {"repo_id": repo_id, "revision": revision, "commit": commit, "files": facts}
-    temporary = folder / f"{SOURCE}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(folder / SOURCE)
+    write_text(folder / SOURCE, json.dumps(content, indent=2) + "\n")
     return folder
 
 

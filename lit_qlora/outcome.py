@@ -12,13 +12,14 @@ from torch import Tensor
 from lit_qlora import cli
 from lit_qlora.checkpoint import content_hash, count_parameters, read_manifest
 from lit_qlora.data import RunData
+from lit_qlora.disk import write_text
 from lit_qlora.lora import count_trainable
 from lit_qlora.measures import best_and_worst
 from lit_qlora.model import GPT
 from lit_qlora.pages import Answer, Outcome, one_line, plot_losses, write_page, write_report
 from lit_qlora.probes import question
 from lit_qlora.report import Record, RunLog, duration, figures, short, smaller_is_better, tell
-from lit_qlora.resume import FINAL, SAMPLES, SUMMARY, read_log, write_text
+from lit_qlora.resume import FINAL, SAMPLES, SUMMARY, read_log
 from lit_qlora.saver import BEST, versions
 from lit_qlora.settings import FinetuneConfig
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora import cache_folder, safetensors_io
-from lit_qlora.checkpoint import MANIFEST, content_hash, flush, load_model, publish, temporary_directory
+from lit_qlora.checkpoint import MANIFEST, content_hash, load_model, publish, temporary_directory
 from lit_qlora.config import ModelConfig
+from lit_qlora.disk import flush
 from lit_qlora.errors import CheckpointError, ResourceError
 from lit_qlora.model import GPT
 from lit_qlora.quantize import QuantizedLinear

@@ -1,7 +1,6 @@
 """Which checkpoint a run goes on from, and whether that would be the same run."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import cli
-from lit_qlora.checkpoint import content_hash, flush, read_manifest
+from lit_qlora.checkpoint import content_hash, read_manifest
+from lit_qlora.disk import write_text
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.report import Record, tell
 from lit_qlora.settings import FinetuneConfig
@@ -203,15 +203,6 @@ def read_log(path: Path, step: int) -> list[Record]:
 def write_log(path: Path, records: list[Record]) -> None:
     """Replace a log by these records."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, whatever stops the program."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
 
 
 def _is_part_of(key: str, groups: tuple[str, ...]) -> bool:

@@ -10,8 +10,9 @@ from lightning.fabric import Fabric
 
 from lit_qlora import __version__
 from lit_qlora.adapter import save_adapter
-from lit_qlora.checkpoint import content_hash, flush, publish, temporary_directory
+from lit_qlora.checkpoint import content_hash, publish, temporary_directory
 from lit_qlora.data import RunData
+from lit_qlora.disk import flush
 from lit_qlora.model import GPT
 from lit_qlora.report import RunLog
 from lit_qlora.resume import FINAL, numbered, plain

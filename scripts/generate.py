@@ -4,9 +4,7 @@ python scripts/generate.py --prompt "What does the fox eat?" --lora_path out/lor
 python scripts/generate.py --prompts questions.jsonl --out answers.jsonl --batch_size 16
 """
 
-import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
+from lit_qlora.part import Part
 from lit_qlora.settings import GenerationConfig, check
 from lit_qlora.use import DraftConfig, UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 
@@ -69,10 +68,7 @@ def main(config: Config) -> None:
     from lit_qlora.generate import ends_with, generate, room_for_answer, text_of
 
     rows = list(read_rows(config))
-    if config.out:  # now, and not when all is answered
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        check(os.access(config.out.parent, os.W_OK), f"out: nothing can be written in {config.out.parent}.")
-    part = Part(config) if config.out else None
+    part = Part(config.out, config, rows, folders=(config.checkpoint_dir, config.lora_path)) if config.out else None
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     style = choose_style(config.style, loaded.style, config.checkpoint_dir)
@@ -107,9 +103,12 @@ def main(config: Config) -> None:
     seconds = time.perf_counter() - start
 
     if config.prompts:
-        write_lines(config.out, [(original, answered[i]) for i, (_, _, original) in enumerate(rows)])
+        lines = as_lines([(original, answered[i]) for i, (_, _, original) in enumerate(rows)])
         if part:
-            part.path.unlink(missing_ok=True)
+            part.end("".join(lines))
+            print(f"{len(lines)} answers are in {config.out}.", file=sys.stderr)
+        else:
+            print("".join(lines), end="")
     else:
         print(f"\n{BETWEEN}\n".join(text for text, _, _ in answered[0]))
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, {peak_memory()}", file=sys.stderr)
@@ -137,64 +136,14 @@ def read_rows(config: Config) -> Iterator[tuple[str, dict[str, str], dict[str, A
     yield from read_prompts(config.prompts, config.system)
 
 
-class Part:
-    """A file beside --out with the answers so far, from which a command that was stopped goes on.
-
-    Attributes:
-        answered: what it held, by the number of the prompt.
-
-    Raises:
-        UsageError: if it is of another command, or of a model that has changed since.
-    """
-
-    def __init__(self, config: Config) -> None:
-        assert config.out
-        assert config.prompts
-        self.path = config.out.with_name(f"{config.out.name}.part")
-        self.answered: dict[int, list[Answer]] = {}
-        folders = [folder for folder in (config.checkpoint_dir, config.lora_path) if folder]
-        changed = [file.stat().st_mtime_ns for folder in folders for file in sorted(folder.glob("*"))]
-        self.of = hashlib.sha256(f"{config} {changed}".encode() + config.prompts.read_bytes()).hexdigest()
-        held = self.path.read_bytes() if self.path.exists() else b""
-        whole = held[: held.rfind(b"\n") + 1]  # without what a kill left of a line
-        if not whole:
-            check(not held or self.of.encode().startswith(held), self._is_anothers)
-            return
-        first, *lines = whole.split(b"\n")[:-1]
-        check(first == self.of.encode(), self._is_anothers)
-        os.truncate(self.path, len(whole))
-        for line in lines:
-            self.answered |= {int(i): answers for i, answers in json.loads(line).items()}
-        print(f"{len(self.answered)} prompts are answered in {self.path} already.", file=sys.stderr)
-
-    @property
-    def _is_anothers(self) -> str:
-        return (
-            f"{self.path} holds the answers of another command, or the model or the prompts have changed since.\n"
-            "Remove it, or give another --out."
-        )
-
-    def add(self, answered: dict[int, list[Answer]]) -> None:
-        """Keep the answers of a batch; before the first one, whose they are."""
-        first = "" if self.answered else f"{self.of}\n"
-        with self.path.open("a" if self.answered else "w", encoding="utf-8") as file:
-            file.write(f"{first}{json.dumps(answered)}\n")
-        self.answered |= answered
-
-
-def write_lines(out: Path | None, rows: list[tuple[dict[str, Any], list[Answer]]]) -> None:
-    """A JSON line an answer, to `out` or stdout."""
-    lines = [
+def as_lines(rows: list[tuple[dict[str, Any], list[Answer]]]) -> list[str]:
+    """A JSON line an answer."""
+    return [
         json.dumps({**row, "answer": text, "tokens": tokens, "finish_reason": end}, ensure_ascii=False, default=str)
+        + "\n"
         for row, answers in rows
         for text, tokens, end in answers
     ]
-    text = "".join(f"{line}\n" for line in lines)
-    if out is None:
-        print(text, end="")
-        return
-    out.write_text(text, encoding="utf-8")
-    print(f"{len(lines)} answers are in {out}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

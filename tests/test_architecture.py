@@ -11,9 +11,9 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"cache_folder", "errors", "kernels", "known_models", "metrics", "template_worker"},
+    {"cache_folder", "disk", "errors", "kernels", "known_models", "metrics", "template_worker"},
     {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings"},
-    {"embeddings", "mirrors", "pages", "parallel", "peft_config", "shrink", "stopping", "tokenizer"},
+    {"embeddings", "mirrors", "pages", "parallel", "part", "peft_config", "shrink", "stopping", "tokenizer"},
     {"activations", "device", "families", "gguf_vocabulary", "guards", "hub", "lora", "quantize", "shards"}
     | {"streaming", "styles"},
     {"mlp", "norm", "optim", "rope", "state"},

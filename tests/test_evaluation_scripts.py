@@ -10,6 +10,7 @@ import torch
 
 from lit_qlora.checkpoint import load_model
 from lit_qlora.errors import UsageError
+from lit_qlora.generate import generate
 from lit_qlora.metrics import text_metrics
 from lit_qlora.tokenizer import Tokenizer
 from tests.conftest import load_script, run_here
@@ -81,6 +82,46 @@ def test_the_answers_are_those_of_generate(tiny_checkpoint, examples_file, tmp_p
     for line in out.read_text().splitlines():
         row = json.loads(line)
         assert row["prediction"] == run_here("scripts/generate.py", *flags, "--prompt", row["prompt"]).stdout.strip()
+
+
+def test_answers_that_were_stopped_go_on_where_they_were(tiny_checkpoint, examples_file, tmp_path, monkeypatch, capsys):
+    script = load_script("eval/answers.py")
+    made: list[int] = []
+
+    def stopped_at(batch: int) -> None:
+        made.clear()
+
+        def counted(model, prompts, *arguments):
+            if len(made) == batch:
+                raise KeyboardInterrupt
+            made.append(len(prompts))
+            return generate(model, prompts, *arguments)
+
+        monkeypatch.setattr("lit_qlora.generate.generate", counted)
+
+    def config(out, **more):
+        settings = {"max_samples": 9, "batch_size": 4, "max_new_tokens": 5, "do_sample": True, "style": "qa"} | more
+        return script.Config(
+            checkpoint_dir=tiny_checkpoint, data=str(examples_file), out=tmp_path / out / "answers.jsonl", **settings
+        )
+
+    stopped_at(9)
+    script.main(config("whole"))
+    assert made == [4, 4, 1]
+    stopped_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(config("out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["answers.jsonl.part"]
+    with pytest.raises(UsageError, match="holds the answers of another command"):
+        script.main(config("out", max_samples=8))
+    whole = capsys.readouterr().out
+    stopped_at(9)
+    script.main(config("out"))
+    assert made == [4, 1]
+    assert capsys.readouterr().out == whole
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["answers.jsonl"]
+    results = [(tmp_path / name / "answers.jsonl").read_text() for name in ("out", "whole")]
+    assert results[0] == results[1]
 
 
 def test_predictions_replace_predictions_only(tmp_path):

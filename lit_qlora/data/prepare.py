@@ -1,7 +1,6 @@
 """Splitting a data set once and for all, into files that training reads as they are."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from lit_qlora.data.examples import Example, Reading, read_examples
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
 from lit_qlora.data.sources import find_file
+from lit_qlora.disk import write_text
 from lit_qlora.errors import DataError, ResourceError, UsageError
 from lit_qlora.settings import DataConfig, PrepareConfig
 from lit_qlora.tokenizer import Tokenizer
@@ -78,12 +78,8 @@ def _write(path: Path, examples: Sequence[Example], raw: bool) -> None:
     if not examples:  # an empty file would be refused by whoever reads it
         path.unlink(missing_ok=True)
         return
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # half of a file would look like a whole one
-    with unfinished.open("w", encoding="utf-8") as file:
-        for example in examples:
-            record = {"text": example.output} if raw else _record(example)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
+    records = ({"text": example.output} if raw else _record(example) for example in examples)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _record(example: Example) -> dict[str, Any]:

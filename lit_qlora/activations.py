@@ -9,8 +9,8 @@ from lit_qlora.settings import Recompute
 
 COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload": 1.8, "full": 2.4}
 """Milliseconds that a block of Llama-2-7B takes longer, 4,096 tokens on an H100; only order and ratio matter."""
-LOGITS = 2**26
-"""Numbers in the logits that exist at a time, about."""
+LOGITS_AT_ONCE = 2**26
+"""Logits that exist at a time while computing a loss: 0.25 GiB in float32."""
 IN_TURNS = 2**26
 """Adapters of so many numbers have their 16-bit copies made block by block, twice a micro-batch, not all at once: the
 memory then counts for more than the time: 1.6 GB and, by their bytes, 3 ms of Llama-65B's 550 with r 64."""
@@ -26,7 +26,7 @@ def sends_qkv(block: int, policy: Recompute) -> bool:
 
 def head_tokens(vocab: int) -> int:
     """How many tokens' logits exist at a time."""
-    return max(256, LOGITS // vocab // 128 * 128)
+    return max(256, LOGITS_AT_ONCE // vocab // 128 * 128)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class FastSizes:
     adapted: int
     """Adapters in a block."""
     quantized: bool
+    quantized_head: bool = False
     fp8: bool = False
     """Whether frozen weights, and what they are multiplied with, are brought into FP8."""
 
@@ -114,11 +115,12 @@ class FastSizes:
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of what weights are dequantised into, or brought into FP8."""
         c = self.model
-        widest = max(self._branches, self._qkv)
+        widest = max(self._branches, self._qkv) if self.quantized else 0
+        head = c.vocab_size if self.quantized_head else 0
         if self.fp8:
-            return 1.0 * widest * c.n_embd
-        kept = self._qkv + c.n_head * c.head_size if "full" in policies else 0
-        return 2.0 * (widest + kept) * c.n_embd if self.quantized else 0.0
+            return float(max(max(self._branches, self._qkv), 2 * head) * c.n_embd)
+        kept = self._qkv + c.n_head * c.head_size if self.quantized and "full" in policies else 0
+        return 2.0 * (max(widest, head) + kept) * c.n_embd
 
     @property
     def dequantized(self) -> float:

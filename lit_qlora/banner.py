@@ -1,5 +1,6 @@
 """What is said before a run begins: data, model, plan, whether it fits, and what the model will see."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         ResourceError: if the GPU has less, unless config.force.
     """
     check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)
-    plan = _plan(config, longest_row(data), usual_row(data))
+    plan = _plan(config, longest_row(data), usual_tokens(data), data.batching.row_length is not None)
     check_trainable(config, ModelConfig.load(config.checkpoint_dir).name, plan.trainable)
     check(
         not plan.fp8 or has_fp8(),
@@ -64,9 +65,13 @@ def longest_row(data: RunData) -> int:
     return data.batching.row_length or int(data.train.lengths.max())
 
 
-def usual_row(data: RunData) -> float:
-    """Mean number of tokens of a row."""
-    return float(data.batching.row_length or data.train.lengths.mean())
+def usual_tokens(data: RunData) -> float:
+    """How many tokens a micro-batch has, as a rule."""
+    batching, mean = data.batching, float(data.train.lengths.mean())
+    if batching.row_length is None:
+        return batching.micro_batch_size * mean
+    rows = math.ceil(batching.batch_size * mean / batching.row_length)
+    return float(min(rows, batching.micro_batch_size) * batching.row_length)
 
 
 def savings(config: FinetuneConfig, data: RunData) -> str:
@@ -95,7 +100,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
 
 
-def _plan(config: FinetuneConfig, longest: int, usual: float | None = None) -> Plan:
+def _plan(config: FinetuneConfig, longest: int, usual: float | None = None, packed: bool = False) -> Plan:
     return make_plan(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
@@ -106,8 +111,9 @@ def _plan(config: FinetuneConfig, longest: int, usual: float | None = None) -> P
         config.train,
         gpu_bytes(),
         rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
-        None if usual is None else config.train.micro_batch_size * usual,
+        usual,
         _host_room(config),
+        packed,
     )
 
 

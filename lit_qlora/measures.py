@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from lit_qlora.activations import LOGITS_AT_ONCE
 from lit_qlora.data import Batch, RunData
 from lit_qlora.generate import generate
 from lit_qlora.generate.state import evaluating
 from lit_qlora.lora import without_adapters
 from lit_qlora.metrics import chrf, text_metrics
-from lit_qlora.model import GPT, LOGITS_AT_ONCE
+from lit_qlora.model import GPT
 from lit_qlora.probes import Probes, Question, stop_ids
 from lit_qlora.report import Record, tell
 from lit_qlora.settings import FinetuneConfig, GenerationConfig

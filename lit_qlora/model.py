@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_qlora.activations import LOGITS_AT_ONCE
 from lit_qlora.attention import Attention, LayerCache, Place, Places, softcap
 from lit_qlora.attention import KVCache as KVCache
 from lit_qlora.config import ModelConfig
@@ -186,10 +187,6 @@ class Block(nn.Module):
 def times(x: Tensor, factor: float) -> Tensor:
     """Multiply x by a factor that is rounded to the dtype of x, as it is in the reference."""
     return x if factor == 1 else x * torch.tensor(factor, dtype=x.dtype).item()
-
-
-LOGITS_AT_ONCE = 2**26
-"""Logits that exist at a time while computing a loss: 0.25 GiB in float32."""
 
 
 def linear_cross_entropy(

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
-from lit_qlora.activations import IN_TURNS, FastSizes, choose
+from lit_qlora.activations import IN_TURNS, LOGITS_AT_ONCE, FastSizes, choose
 from lit_qlora.config import ModelConfig
 from lit_qlora.embeddings import add_noise
 from lit_qlora.lora import LoRALinear, add_lora, count_trainable
-from lit_qlora.model import GPT, LOGITS_AT_ONCE
+from lit_qlora.model import GPT
 from lit_qlora.quantize import bits_per_weight, is_quantized
 from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
 
@@ -71,6 +71,7 @@ def make_plan(
     state_bytes: float = 8.0,
     usual: float | None = None,
     host: float | None = None,
+    packed: bool = False,
 ) -> Plan:
     """The plan for micro-batches of `tokens` tokens, padding included.
 
@@ -78,6 +79,7 @@ def make_plan(
         usual: tokens of a usual micro-batch; None for no CUDA graphs.
         room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
         host: bytes of the host's memory that are free for this process; None if it is not known.
+        packed: whether rows are packed.
         state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
 
     Raises:
@@ -89,9 +91,12 @@ def make_plan(
         bits = 0.0
         for path, parameter in gpt.named_parameters():
             layer = path.removesuffix(".weight")
-            packed = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
-            scheme = quantize if packed and is_quantized(layer, quantize, quantize_head) else "none"
+            linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
+            scheme = quantize if linear and is_quantized(layer, quantize, quantize_head) else "none"
             bits += parameter.numel() * bits_per_weight(scheme, dtype)
+        head_quantized = is_quantized("head", quantize, quantize_head)
+        if head_quantized and model.tied_head:  # beside the embedding, which is looked up as it is
+            bits += gpt.head.weight.numel() * bits_per_weight(quantize, dtype)
         add_lora(gpt, lora)
         add_noise(gpt, train.neftune)
     trainable = count_trainable(gpt)
@@ -109,14 +114,14 @@ def make_plan(
         copied = _largest_part(gpt) if trainable >= IN_TURNS else trainable
         learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
         adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
-        sizes = FastSizes(model, lora.r, adapted, quantize != "none", train.fp8)
+        sizes = FastSizes(model, lora.r, adapted, quantize != "none", head_quantized, train.fp8)
         free = 0.97 * room - bits / 8 - learning
         if train.recompute == "auto":
             policies = choose(sizes, model.n_layer, tokens, free, math.inf if host is None else HOST_SHARE * host)
         else:
             policies = [train.recompute] * model.n_layer
         activations, on_host = sizes.peak(policies, tokens), sizes.on_host(policies, tokens)
-        graph_tokens = _graph_tokens(model, train, tokens, usual)
+        graph_tokens = _graph_tokens(model, train, tokens, usual, packed)
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
         if activations + graphs > free:  # they cost nothing but what is left
             graphs = 0.0
@@ -124,7 +129,7 @@ def make_plan(
             spare = free - SPARE * room - activations - graphs
             often = round(usual or tokens)
             staying = [
-                0 if often <= graph_tokens else sum(sizes.stay(policies, often, kept))
+                0 if graphs and often <= graph_tokens else sum(sizes.stay(policies, often, kept))
                 for kept in range(model.n_layer + 1)
             ]
             kept_blocks, stay = _share(spare, sizes.dequantized, HOLES * activations, staying, train.keep_dequantized)
@@ -179,17 +184,16 @@ def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None
     )
 
 
-def _graph_tokens(model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None) -> int:
+def _graph_tokens(model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None, packed: bool) -> int:
     """Tokens of the largest micro-batch that is padded for CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
     from lit_qlora.fused import GROWING
-    from lit_qlora.fused.graphs import most_tokens, padded_length
+    from lit_qlora.fused.graphs import most_tokens, row_width
 
-    most = most_tokens(model)
-    wanted = train.cuda_graphs == "auto" and usual is not None and usual <= most
-    if not wanted or model.rope_scaling in GROWING:
+    if train.cuda_graphs == "never" or usual is None or model.rope_scaling in GROWING:
         return 0
-    rows = train.micro_batch_size
-    return min(most, rows * padded_length(-(-tokens // rows)))
+    most, rows = most_tokens(model), train.micro_batch_size
+    common, longest = (rows * row_width(model, math.ceil(count / rows), packed) for count in (usual, tokens))
+    return min(most, longest) if common <= most else 0
 
 
 def _largest_part(gpt: GPT) -> int:

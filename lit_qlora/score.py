@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_qlora.activations import LOGITS_AT_ONCE
 from lit_qlora.errors import DataError
-from lit_qlora.model import GPT, LOGITS_AT_ONCE
+from lit_qlora.model import GPT
 
 Ids = tuple[int, ...]
 Request = tuple[Sequence[int], Sequence[int]]

@@ -375,9 +375,9 @@ class TrainConfig:
     forward pass where activations were, unless this is 0. The numbers are the same bits, and the memory is given back
     where it runs out."""
     cuda_graphs: Literal["auto", "never"] = "auto"
-    """'auto' launches small micro-batches (up to 1,536 tokens of a 7B, more of smaller models) as CUDA graphs where
-    they are usual and there is memory left, which is three times as fast for a sample of 135 tokens; rows are padded to
-    one of a few lengths. 'never' launches kernel by kernel."""
+    """'auto' launches small micro-batches (up to 1,280 tokens of a 7B, 4,096 of a 1B) as CUDA graphs where they are
+    usual and there is memory left, which is three times as fast for a sample of 135 tokens; rows are padded to one of a
+    few lengths. 'never' launches kernel by kernel."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_qlora.activations import LOGITS_AT_ONCE
 from lit_qlora.adapter import Adapter
 from lit_qlora.checkpoint import load_model
 from lit_qlora.config import ModelConfig
@@ -17,7 +18,7 @@ from lit_qlora.device import pick_device
 from lit_qlora.errors import DataError, NumericalError
 from lit_qlora.lora import add_lora, lora_state
 from lit_qlora.merge import Base, Merge
-from lit_qlora.model import GPT, IGNORE, LOGITS_AT_ONCE
+from lit_qlora.model import GPT, IGNORE
 from lit_qlora.prompts import read_style
 from lit_qlora.settings import DataConfig, LoRAConfig
 from lit_qlora.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.activations import COST, FastSizes, choose
+from lit_qlora.activations import COST, FastSizes, choose, head_tokens
 from lit_qlora.config import ModelConfig
 from lit_qlora.settings import Recompute
 from tests.conftest import tiny_config
@@ -23,6 +23,17 @@ def test_the_peak_is_in_the_backward_pass_of_the_last_block_where_all_do_the_sam
     for policy in COST:
         more = one.peak([policy] * BLOCKS, 512) - one.peak([policy] * (BLOCKS - 1), 512)
         assert more == pytest.approx(one.kept(policy, 512))
+
+
+def test_fewer_logits_exist_where_the_vocabulary_is_large() -> None:
+    assert [head_tokens(vocab) for vocab in (32_000, 128_256, 1_000_000)] == [2048, 512, 256]
+
+
+@pytest.mark.parametrize(("vocab", "bytes_"), [(16, 8 * 512 * 256), (1_000_000, 4 * 512 * 256 + 2 * 256 * 1_000_000)])
+def test_the_head_needs_two_pairs_of_streams_or_one_beside_logits(vocab: int, bytes_: int) -> None:
+    one = sizes(vocab_size=vocab)
+    *_, last = one._moments(["full"] * BLOCKS, 512)
+    assert last == BLOCKS * one.kept("full", 512) + bytes_
 
 
 def test_blocks_that_keep_all_are_gone_when_those_before_them_compute_again() -> None:

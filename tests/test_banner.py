@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_qlora.banner import plan_run, savings, tell_plan
+from lit_qlora.banner import plan_run, savings, tell_plan, usual_tokens
 from lit_qlora.data import read_data
 from lit_qlora.errors import ResourceError
 from lit_qlora.peft_layout import check_layers
@@ -42,6 +42,23 @@ def test_what_would_need_less_is_not_hidden_by_memory_that_is_taken_because_it_i
     assert "keep_dequantized" not in tips
     asked = replace(config, train=replace(config.train, keep_dequantized=2))
     assert "--train.keep_dequantized 0 saves" in savings(asked, read)
+
+
+def test_rows_that_are_packed_have_graphs_if_they_are_short(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.banner.gpu_bytes", lambda: 2**33)
+    monkeypatch.setattr("lit_qlora.banner.weights_dtype", lambda precision: torch.bfloat16)
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", packing=True, pack_length=256)
+    train = TrainConfig(batch_size=32, micro_batch_size=2)
+    config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, train=train)
+    read = read_data(config)
+    assert usual_tokens(read) == 2 * 256
+    assert plan_run(config, read).graph_tokens == 2 * 256
+    few = replace(config, train=replace(train, batch_size=4))
+    assert usual_tokens(read_data(few)) == 256  # which holds all samples of a step
+    long = replace(config, data=replace(data, pack_length=8192))
+    assert plan_run(long, read_data(long)).graph_tokens == 0
 
 
 def test_memory_of_the_host_is_planned_said_and_not_overdrawn(

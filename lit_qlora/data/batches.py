@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     weights: Tensor | None = None
     """(B, T) float32, what the loss of each label is multiplied by; None is 1 everywhere."""
     positions: Tensor | None = None
-    """(B, T) int64, the place of each token in its sample; 0 begins a sample, and padding too. None if not packed."""
+    """(B, T) int64, the place of each token in its sample, 0 for padding. None if not packed."""
     segments: Tensor | None = None
     """(B, T) int32, the number of each token's sample in its row, -1 for padding. None if not packed."""
 
@@ -99,7 +99,6 @@ def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None) 
             positions[b, here] = np.arange(len(ids) - 1)
             segments[b, here] = number
             start = here.stop
-        positions[b, start:] = np.arange(width - start)
     by_sample = batching is not None and batching.weighting == "samples"
     return Batch(
         torch.from_numpy(tokens),

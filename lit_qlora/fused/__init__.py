@@ -121,7 +121,7 @@ class Fused:
         adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
         rank = max(group.stack.r for group in self.groups)
         quantized = any(group.weight is not None for block in self.blocks for group in block.groups)
-        return FastSizes(self.config, rank, adapted, quantized, self.fp8)
+        return FastSizes(self.config, rank, adapted, quantized, self.head.group.weight is not None, self.fp8)
 
     def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
         """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""

@@ -6,7 +6,8 @@ empty ones. A shape that comes again and again is captured: each of its two pass
 numbers are the same before and after, because padding and kernels are, so it does not matter when a shape is captured,
 and a run that is continued ends like one that was not stopped.
 
-No graphs are made for RoPE whose angles depend on the length of the text. With activations on the host, whose copies
+No graphs are made for RoPE whose angles depend on the length of the text, nor of packed batches that are on the GPU
+already. With activations on the host, whose copies
 run beside the kernels, and where memory does not suffice, rows are padded all the same, so that the numbers do not
 depend on how much memory is left.
 """
@@ -34,7 +35,8 @@ from lit_qlora.report import tell
 if TYPE_CHECKING:
     from lit_qlora.fused import Fused
 
-MOST_WORK = 1536 * 202_375_168  # tokens, times the weights of a 7B's block: with more the host is the faster one
+MOST_WORK = 1280 * 206_471_168  # tokens, times a 7B's weights for each block: with more the host is the faster one
+MOST_TOKENS = 4096  # of any model, since attention and what reads activations alone do not become less with the weights
 MOST_SHAPES = 32  # the driver keeps some MiB for each
 DOCUMENTS = 16  # their number, in a micro-batch of packed rows, is brought to a multiple of this
 LONGEST = 256  # tokens of the longest document, at least
@@ -53,11 +55,16 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
+def row_width(model: ModelConfig, length: int, packed: bool) -> int:
+    """Tokens that a row of so many is padded to; packed rows are all of one length."""
+    return length if packed else min(padded_length(length), model.block_size)
+
+
 def most_tokens(model: ModelConfig) -> int:
     """Tokens of the largest micro-batch whose kernels end before the host has launched the next."""
     attended, cached = model.n_head * model.head_size, model.n_kv_head * model.head_size
-    weights = model.n_embd * (2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * model.ffn_size)
-    return MOST_WORK // weights
+    rows = 2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * model.ffn_size
+    return min(MOST_TOKENS, MOST_WORK // (model.n_embd * (rows + model.vocab_size // model.n_layer)))
 
 
 @dataclass(frozen=True)
@@ -92,12 +99,12 @@ class Micro:
         weights = None if weights is None else F.pad(weights, more)
         if segments is None or positions is None:
             return Micro(ids, weights, None, None, length)
-        layout = Layout.of(len(tokens), length, F.pad(segments, more, value=-1), segments.device)
+        layout = Layout.of(len(tokens), length, segments, segments.device)
         assert layout.ends is not None
         empty = -(len(layout.ends) - 1) % DOCUMENTS
-        ends = F.pad(layout.ends, (0, empty), value=ids[0].numel())
+        ends = F.pad(layout.ends, (0, empty), value=tokens.numel())
         longest = max(LONGEST, 2 ** (layout.longest - 1).bit_length())
-        return Micro(ids, weights, F.pad(positions, more), ends, longest)
+        return Micro(ids, weights, positions, ends, longest)
 
     @property
     def documents(self) -> int:
@@ -105,10 +112,9 @@ class Micro:
         return 0 if self.ends is None else len(self.ends) - 1
 
     def to(self, device: torch.device) -> "Micro":
-        """On a device."""
-        parts = (self.weights, self.positions, self.ends)
-        weights, positions, ends = (None if part is None else to_device(part, device) for part in parts)
-        return Micro(to_device(self.ids, device), weights, positions, ends, self.longest)
+        """On a device, but for the positions, from which the host works out what a replay is given, too."""
+        weights, ends = (None if part is None else to_device(part, device) for part in (self.weights, self.ends))
+        return Micro(to_device(self.ids, device), weights, self.positions, ends, self.longest)
 
 
 class Graphs:
@@ -144,8 +150,7 @@ class Graphs:
     ) -> Work | None:
         """The passes of a micro-batch (B, T) that is small enough, else None."""
         rows, length = tokens.shape
-        limit = self.fused.config.block_size
-        width = min(padded_length(length), limit)
+        width = row_width(self.fused.config, length, segments is not None)
         if not length <= width <= self.most // rows or self.fused.ropes is None:
             return None
         if (positions is None) != (segments is None) or (segments is not None and segments.is_cuda):
@@ -171,7 +176,8 @@ class Graphs:
         labelled = Labelled(None, labels.flatten(), None if weights is None else weights.flatten())
         rows, length = tokens.shape
         layout = Layout(rows, length, micro.longest, micro.ends)
-        return self.fused.inputs(tokens, labelled, seed, micro.positions, stay=False, layout=layout)
+        stay = bool(self.off) and not self.captured  # where there will be no graph
+        return self.fused.inputs(tokens, labelled, seed, micro.positions, stay=stay, layout=layout)
 
     def _capture(self, shape: Shape, micro: Micro, seed: int | None) -> None:
         if self.off or "offload" in self.fused.recompute:

@@ -71,8 +71,15 @@ def test_a_packed_row_says_where_each_sample_begins() -> None:
     assert batch.labels.tolist() == [[IGNORE, 7, 8, 3] + [IGNORE] * 4, [3] + [IGNORE] * 7]
     assert batch.positions is not None
     assert batch.segments is not None
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5, 6]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0], [0] * 8]
     assert batch.segments.tolist() == [[0, 0, 0, 1] + [-1] * 4, [0] + [-1] * 7]
+
+
+def test_padding_may_be_longer_than_the_model_s_rows() -> None:
+    batching = Batching(batch_size=1, micro_batch_size=1, seed=0, row_length=100)
+    batch = collate([[Sample.of([5, 6, 7, 8], 2)]], batching)
+    assert batch.positions is not None
+    assert int(batch.positions.max()) == 2  # a table of positions ends where the model's rows do
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

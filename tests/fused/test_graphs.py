@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_qlora.activations import FastSizes
 from lit_qlora.fused import Fused, fuse
-from lit_qlora.fused.graphs import DOCUMENTS, Graphs, most_tokens, padded_length
+from lit_qlora.fused.graphs import DOCUMENTS, MOST_TOKENS, Graphs, most_tokens, padded_length
 from lit_qlora.fused.passes import Eager
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model import GPT, IGNORE
@@ -26,7 +26,15 @@ from tests.fused.test_fused import assert_equal, gradients
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 
 
-LLAMA_2_7B = {"n_embd": 4096, "n_head": 32, "n_kv_head": 32, "head_size": 128, "ffn_size": 11008}
+LLAMA_2_7B = {
+    "n_layer": 32,
+    "vocab_size": 32000,
+    "n_embd": 4096,
+    "n_head": 32,
+    "n_kv_head": 32,
+    "head_size": 128,
+    "ffn_size": 11008,
+}
 SIGHTINGS = 1  # fewer than for graphs that cost something
 
 
@@ -271,7 +279,7 @@ def packed(*documents: int, width: int = 40, weights: Tensor | None = None) -> t
     """A row of documents of so many tokens, and padding behind them."""
     tokens, labels = batch(1, width, seed=sum(documents))
     lengths = torch.tensor([*documents, width - sum(documents)])
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    positions = torch.cat([*(torch.arange(n) for n in documents), torch.zeros(lengths[-1], dtype=torch.int64)])[None]
     segments = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
     segments[:, sum(documents) :] = -1
     labels[:, sum(documents) :] = IGNORE
@@ -287,7 +295,9 @@ PACKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", PACKED)
-def test_packed_rows_are_replayed_whatever_their_documents(case: str) -> None:
+def test_packed_rows_are_replayed_whatever_their_documents(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Places get tensors of their own, as on a GPU.
+    monkeypatch.setattr("lit_qlora.fused.to_device", lambda x, device: x.clone() if x.dtype == torch.int32 else x)
     model = adapted_model(**PACKED[case])
     rows = [packed(7, 12, 9), packed(20, 15), packed(5, 5, 5, 5, 5, 5, 4)]
     expected = [gradients(model, *row) for row in rows]
@@ -315,12 +325,13 @@ def test_rows_with_many_documents_are_another_shape() -> None:
     for documents in (DOCUMENTS - 1, DOCUMENTS, 2 * DOCUMENTS - 1):  # padding is one, too
         gradients(fused.model, *packed(*[1] * documents))
     assert fused.graphs is not None
-    assert [shape[:3] for shape in fused.graphs.seen] == [(1, 64, DOCUMENTS), (1, 64, 2 * DOCUMENTS)]
+    assert [shape[:3] for shape in fused.graphs.seen] == [(1, 40, DOCUMENTS), (1, 40, 2 * DOCUMENTS)]
 
 
 def test_rows_with_a_long_document_are_another_shape() -> None:
     fused, _ = with_graphs(adapted_model(block_size=1024), most=1024)
     assert fused.graphs is not None
+    fused.graphs.off = "none is made here"
     for documents in ((300, 100), (90, 310, 40), (100, 100, 200)):
         tokens, labels, weights, positions, segments = packed(*documents, width=512)
         fused.graphs.work(tokens, labels, weights, None, positions, segments)
@@ -335,12 +346,54 @@ def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
     assert not fused.graphs.seen
 
 
+@pytest.mark.parametrize("room", [None, 64])
+def test_packed_rows_may_be_longer_than_the_model_s(room: int | None) -> None:
+    model = adapted_model(block_size=64, scheme="bnb.nf4")
+    row = packed(50, 20, width=80) if room is None else packed(9, width=80)  # padding of more than a row
+    expected = gradients(model, *row)
+    _, recording = with_graphs(model)
+    seen_often(model, *row)
+    assert_equal(gradients(model, *row), expected)
+    assert recording.replayed == 2
+
+
+def test_rows_of_a_batch_are_packed_each_by_itself() -> None:
+    model = adapted_model(scheme="bnb.nf4")
+    rows = [packed(7, 12, 9), packed(20, 15), packed(), packed(40)]
+    pairs = [
+        [torch.cat(both) for both in zip(*pair, strict=True) if both[0] is not None] for pair in (rows[:2], rows[2:])
+    ]
+    batches = [(tokens, labels, None, positions, segments) for tokens, labels, positions, segments in pairs]
+    expected = [gradients(model, *one) for one in batches]
+    _, recording = with_graphs(model)
+    seen_often(model, *batches[0])
+    for one, other in zip(batches, expected, strict=True):
+        assert_equal(gradients(model, *one), other)
+    assert recording.replayed == 4
+
+
+def test_what_is_planned_for_graphs_gets_them() -> None:
+    model, settings = tiny_config(block_size=2048), TrainConfig(micro_batch_size=1)
+    fused, _ = with_graphs(adapted_model(block_size=2048, vocab_size=model.vocab_size))
+    assert fused.graphs is not None
+    fused.graphs.off = "none is made here"
+    for length in (*range(16, 2048, 97), 2047, 2048, 2049, 4000, 4096, 4097):
+        for is_packed in (False, True):
+            plan = make_plan(
+                fused.config, LoRAConfig(), "none", False, torch.bfloat16, length, settings, 2**34,
+                usual=float(length), packed=is_packed,
+            )  # fmt: skip
+            row = packed(length // 2, width=length) if is_packed else batch(1, length)
+            fused.graphs.most = plan.graph_tokens
+            taken = is_packed or length <= 2048
+            tokens, labels, weights, positions, segments = (*row, None, None, None)[:5]
+            work = fused.graphs.work(tokens, labels, weights, None, positions, segments)
+            assert (work is not None) == (plan.graph_tokens > 0 and taken), (length, is_packed)
+
+
 def test_smaller_models_have_graphs_of_more_tokens() -> None:
-    assert most_tokens(tiny_config(**LLAMA_2_7B)) == 1536
-    assert (
-        most_tokens(tiny_config(**LLAMA_2_7B | {"n_embd": 2048, "n_head": 16, "n_kv_head": 16, "ffn_size": 5504}))
-        == 6144
-    )
+    assert most_tokens(tiny_config(**LLAMA_2_7B)) == 1280
+    assert most_tokens(tiny_config()) == MOST_TOKENS
 
 
 def test_graphs_are_forgotten_when_workspaces_change() -> None:
@@ -412,6 +465,19 @@ def test_graphs_take_only_memory_that_is_left() -> None:
     assert enough.graphs == plan.graphs
     # Rows are padded in any case, or the numbers would depend on the memory that is left.
     assert {one.graph_tokens for one in (tight, enough, away)} == {4 * 64}
+
+
+def test_weights_stay_where_nothing_is_captured() -> None:
+    model = adapted_model(scheme="bnb.nf4")
+    fused, _ = with_graphs(model)
+    assert fused.graphs is not None
+    work = works(fused, *batch(1, 12), times=1)
+    assert isinstance(work, Eager)
+    assert not work.inputs.run.stay
+    fused.graphs.off = "there is no memory left for them"
+    work = works(fused, *batch(1, 12), times=1)
+    assert isinstance(work, Eager)
+    assert work.inputs.run.stay
 
 
 def test_what_a_plan_has_no_memory_for_is_not_captured() -> None:

@@ -17,6 +17,7 @@ LENGTHS = (20, 61, 32, 90, 128, 97, 250, 256)
 """Flash attention adds up the gradient of queries in any order where a text has more than one stripe of 128 keys, and
 cuDNN takes multiples of 256; what is padded to 288 could differ in a bit without graphs too."""
 KINDS = ["nf4", "nf4, query and value", "bf16", "rank 128", "adapted head", "nf4-dq", "biases, all heads"]
+KNOWN = MODELS | {"learned positions": {"positions": "learned"}}
 KINDS += ["layer norms, parallel, GELU", "norms around and on queries, GeGLU", "windows"]
 
 
@@ -24,7 +25,7 @@ def fused_model(kind: str, graphs: bool, dropout: float = 0.1, policy: Any = "no
     from lit_qlora.fused import fuse
     from lit_qlora.fused.graphs import Graphs
 
-    model = adapted(**MODELS[kind] | {"dropout": dropout})
+    model = adapted(**KNOWN[kind] | {"dropout": dropout})
     fused = fuse(model, graph_tokens=1024)
     fused.set_recompute([policy] * 2)
     if not graphs:
@@ -46,20 +47,25 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def packed_rows(count: int) -> list[tuple[Tensor | None, ...]]:
-    """Rows of 512 tokens, of 4 to 30 documents of no more than 128 tokens, with padding behind them."""
+def packed_rows(count: int, first: int = 0) -> list[tuple[Tensor | None, ...]]:
+    """Rows of 512 tokens, of 4 to 30 documents of no more than 128 tokens, with padding behind them.
+
+    Args:
+        first: tokens of one more document, which comes before the others.
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for i in range(count):
         tokens = torch.randint(0, 1024, (1, 513), generator=generator)
         lengths = torch.randint(1, (20, 60, 128)[i % 3], (30,), generator=generator)
+        lengths[0] = first or lengths[0]
         lengths = lengths[lengths.cumsum(0) <= 512]
         lengths = torch.cat([lengths, 512 - lengths.sum()[None]])
         segments = torch.arange(len(lengths), dtype=torch.int32)
         segments[-1] = -1
         segments = segments.repeat_interleave(lengths)[None]
         labels = tokens[:, 1:].masked_fill(segments < 0, IGNORE)
-        positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
+        positions = torch.cat([torch.arange(int(n)) for n in lengths])[None] * (segments >= 0)
         made.append((tokens[:, :-1].contiguous(), labels, None, positions, segments))
     return made
 
@@ -93,7 +99,7 @@ def test_training_with_graphs_is_training_without_to_the_last_bit(kind: str) -> 
     assert [name for name in adapter if not torch.equal(adapter[name], eager[name])] == []
 
 
-@pytest.mark.parametrize("kind", ["nf4", "windows", "layer norms, parallel, GELU"])
+@pytest.mark.parametrize("kind", ["nf4", "windows", "layer norms, parallel, GELU", "learned positions"])
 def test_training_on_packed_rows_with_graphs_is_training_without_to_the_last_bit(kind: str) -> None:
     count = 48
     model, fused = fused_model(kind, graphs=True)
@@ -113,7 +119,9 @@ def test_packed_rows_padded_with_empty_documents_have_the_gradient_of_those_that
     plain = adapted(**MODELS["nf4"])
     fuse(plain)
     for _ in range(6):
-        for batch in packed_rows(3):
+        one, other, long = packed_rows(3, first=300)
+        two = tuple(None if a is None or b is None else torch.cat((a, b)) for a, b in zip(one, other, strict=True))
+        for batch in (*packed_rows(3), long, two):
             loss, padded = gradients(model, *batch)
             other, exact = gradients(plain, *batch)
             torch.testing.assert_close(loss, other, rtol=2e-3, atol=1e-2)
@@ -155,7 +163,8 @@ def test_graphs_share_their_memory() -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_replay_waits_for_nothing() -> None:
     model, fused = fused_model("nf4", graphs=True)
-    micro = [tuple(tensor.pin_memory() for tensor in one) for one in batches(8)]
+    both = (*batches(8), *packed_rows(3))
+    micro = [tuple(None if tensor is None else tensor.pin_memory() for tensor in one) for one in both]
     for _ in range(6):
         for one in micro:
             gradients(model, *one)
@@ -163,8 +172,8 @@ def test_a_replay_waits_for_nothing() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for tokens, labels in micro:
-            (model.loss(tokens, labels) / 100).backward()
+        for one in micro:
+            (model.loss(*one) / 100).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

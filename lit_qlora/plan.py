@@ -186,8 +186,8 @@ def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None
 
 def _graph_tokens(model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None, packed: bool) -> int:
     """Tokens of the largest micro-batch that is padded for CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
-    from lit_qlora.fused import GROWING
     from lit_qlora.fused.graphs import most_tokens, row_width
+    from lit_qlora.fused.handled import GROWING
 
     if train.cuda_graphs == "never" or usual is None or model.rope_scaling in GROWING:
         return 0
@@ -219,7 +219,7 @@ def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: float 
         return "the fast one needs a CUDA device"
     if dtype != torch.bfloat16:
         return "the fast one needs bf16-true"
-    from lit_qlora.fused import why_not  # imports Triton
+    from lit_qlora.fused.handled import why_not  # imports Triton
 
     return why_not(gpt)
 

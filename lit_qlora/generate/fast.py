@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lit_qlora.attention import query_scale, softcap
 from lit_qlora.config import ModelConfig
-from lit_qlora.fused import unhandled
 from lit_qlora.fused.attention import Heads
 from lit_qlora.fused.block import ACTIVATIONS
 from lit_qlora.fused.group import norm_of
+from lit_qlora.fused.handled import unhandled
 from lit_qlora.fused.shaping import Shaping
 from lit_qlora.generate.slots import SlotCache
 from lit_qlora.kernels import cache as kernels

@@ -191,14 +191,14 @@ class Fused:
         drops = self.model.training and any(group.p for group in self.groups)
         seed = int(torch.randint(1, 2**31 - 1, ())) if drops else None
         if not learns:
-            labelled = Labelled.of(labels, weights, self.device)
+            labelled = Labelled.of(labels, weights).to(self.device)
             return self.forward(self.inputs(tokens, labelled, seed, positions, segments, keep=False))[0]
         self._attach_gradients()
         work: Work | None = None
         if self.graphs is not None:
             work = self.graphs.work(tokens, labels, weights, seed, positions, segments)
         if work is None:
-            labelled = Labelled.of(labels, weights, self.device)
+            labelled = Labelled.of(labels, weights).to(self.device)
             work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
         total: Tensor = Loss.apply(self.anchor, work)
         return total

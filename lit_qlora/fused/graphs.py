@@ -2,14 +2,14 @@
 
 A micro-batch is padded to the next length of a coarse grid, so that a few shapes stand for all; padding lies behind the
 text, where nothing sees it, and has no label. Of packed rows the number of documents is brought to a grid too, by
-empty ones. A shape that comes again and again is captured: each of its two passes becomes a graph, one launch. The
-numbers are the same before and after, because padding and kernels are, so it does not matter when a shape is captured,
-and a run that is continued ends like one that was not stopped.
+empty ones, and where there are many tokens so is the number of those that the head reads, by some without a label. A
+shape that comes again and again is captured: each of its two passes becomes a graph, one launch. The numbers are the
+same before and after, because padding and kernels are, so it does not matter when a shape is captured, and a run that
+is continued ends like one that was not stopped.
 
 No graphs are made for RoPE whose angles depend on the length of the text, nor of packed batches that are on the GPU
-already. With activations on the host, whose copies
-run beside the kernels, and where memory does not suffice, rows are padded all the same, so that the numbers do not
-depend on how much memory is left.
+already. With activations on the host, whose copies run beside the kernels, and where memory does not suffice, rows are
+padded all the same, so that the numbers do not depend on how much memory is left.
 """
 
 import contextlib
@@ -40,11 +40,12 @@ MOST_TOKENS = 4096  # of any model, since attention and what reads activations a
 MOST_SHAPES = 32  # the driver keeps some MiB for each
 DOCUMENTS = 16  # their number, in a micro-batch of packed rows, is brought to a multiple of this
 LONGEST = 256  # tokens of the longest document, at least
+MANY = 1024  # tokens: of so many and more, the head reads those with a label alone, their number brought to quarters
 SIGHTINGS = 4  # capturing takes as long as a few passes, which a rare shape would not pay back
 
-Shape = tuple[int, int, int, int, bool, bool]
-"""Rows, their length with padding, documents (0 if not packed), tokens of the longest text, whether tokens have
-weights, whether there is dropout."""
+Shape = tuple[int, int, int, int, int, bool, bool]
+"""Rows, their length with padding, documents (0 if not packed), tokens of the longest text, tokens that the head reads,
+whether these have weights, whether there is dropout."""
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function launches, and returns what launches it again."""
 
@@ -72,14 +73,14 @@ class Micro:
     """A padded micro-batch.
 
     Attributes:
-        ids: tokens above labels, (2, B, T) int64; weights: (B, T) float32 or None.
+        tokens: (B, T) int64.
         positions: (B, T) int64, ends: (documents + 1,) int32, see Layout; None where rows are not packed.
         longest: see Layout; of packed rows the next power of two, since a graph launches enough for every document to
             be as long.
     """
 
-    ids: Tensor
-    weights: Tensor | None
+    tokens: Tensor
+    labelled: Labelled
     positions: Tensor | None
     ends: Tensor | None
     longest: int
@@ -95,16 +96,18 @@ class Micro:
     ) -> "Micro":
         """From what GPT.loss takes, with rows of `length` tokens."""
         more = (0, length - tokens.size(1))
-        ids = torch.stack((F.pad(tokens, more), F.pad(labels, more, value=IGNORE)))
+        tokens, labels = F.pad(tokens, more), F.pad(labels, more, value=IGNORE)
         weights = None if weights is None else F.pad(weights, more)
+        count = tokens.numel()
+        labelled = Labelled.of(labels, weights, count if count < MANY else -(-count // 4))
         if segments is None or positions is None:
-            return Micro(ids, weights, None, None, length)
+            return Micro(tokens, labelled, None, None, length)
         layout = Layout.of(len(tokens), length, segments, segments.device)
         assert layout.ends is not None
         empty = -(len(layout.ends) - 1) % DOCUMENTS
-        ends = F.pad(layout.ends, (0, empty), value=tokens.numel())
+        ends = F.pad(layout.ends, (0, empty), value=count)
         longest = max(LONGEST, 2 ** (layout.longest - 1).bit_length())
-        return Micro(ids, weights, positions, ends, longest)
+        return Micro(tokens, labelled, positions, ends, longest)
 
     @property
     def documents(self) -> int:
@@ -113,8 +116,8 @@ class Micro:
 
     def to(self, device: torch.device) -> "Micro":
         """On a device, but for the positions, from which the host works out what a replay is given, too."""
-        weights, ends = (None if part is None else to_device(part, device) for part in (self.weights, self.ends))
-        return Micro(to_device(self.ids, device), weights, self.positions, ends, self.longest)
+        ends = None if self.ends is None else to_device(self.ends, device)
+        return Micro(to_device(self.tokens, device), self.labelled.to(device), self.positions, ends, self.longest)
 
 
 class Graphs:
@@ -156,7 +159,8 @@ class Graphs:
         if (positions is None) != (segments is None) or (segments is not None and segments.is_cuda):
             return None
         micro = Micro.of(tokens, labels, weights, positions, segments, width)
-        shape = (rows, width, micro.documents, micro.longest, weights is not None, seed is not None)
+        read = len(micro.labelled.labels)
+        shape = (rows, width, micro.documents, micro.longest, read, weights is not None, seed is not None)
         self.seen[shape] += 1
         if shape not in self.captured and self.seen[shape] > SIGHTINGS and len(self.captured) < MOST_SHAPES:
             self._capture(shape, micro, seed)
@@ -171,13 +175,10 @@ class Graphs:
         return self.latest is None or self.latest() is None
 
     def _inputs(self, micro: Micro, seed: int | None) -> Inputs:
-        """All tokens reach the head, those without a label too: how many have one differs."""
-        (tokens, labels), weights = micro.ids, micro.weights
-        labelled = Labelled(None, labels.flatten(), None if weights is None else weights.flatten())
-        rows, length = tokens.shape
+        rows, length = micro.tokens.shape
         layout = Layout(rows, length, micro.longest, micro.ends)
         stay = bool(self.off) and not self.captured  # where there will be no graph
-        return self.fused.inputs(tokens, labelled, seed, micro.positions, stay=stay, layout=layout)
+        return self.fused.inputs(micro.tokens, micro.labelled, seed, micro.positions, stay=stay, layout=layout)
 
     def _capture(self, shape: Shape, micro: Micro, seed: int | None) -> None:
         if self.off or "offload" in self.fused.recompute:
@@ -230,12 +231,17 @@ class Replay:
     def forward(self) -> Tensor:
         """The loss."""
         captured, micro = self.captured, self.micro
-        run = captured.inputs.run
-        parts = [(captured.micro.ids, micro.ids), (captured.micro.weights, micro.weights)]
+        run, old, new = captured.inputs.run, captured.micro.labelled, micro.labelled
+        parts: list[tuple[Tensor | None, Tensor | None]] = [
+            (captured.micro.tokens, micro.tokens),
+            (old.labels, new.labels),
+            (old.places, new.places),
+            (old.weights, new.weights),
+            (run.layout.ends, micro.ends),
+        ]
         if micro.positions is not None:
             places, scale = captured.fused.of_positions(micro.positions)
             parts += [(run.positions, places), (captured.inputs.places, places), (run.query_scale, scale)]
-            parts.append((run.layout.ends, micro.ends))
         for to, source in parts:
             if to is not None and source is not None:
                 pinned = source.pin_memory() if to.is_cuda and not source.is_cuda else source

@@ -32,15 +32,26 @@ class Labelled:
     weights: Tensor | None
 
     @staticmethod
-    def of(labels: Tensor, weights: Tensor | None, device: torch.device) -> "Labelled":
-        """From labels and weights of any shape; those of a batch on the host are found without asking the device."""
+    def of(labels: Tensor, weights: Tensor | None, step: int = 1) -> "Labelled":
+        """From labels and weights of any shape; those of a batch on the device, which is not asked, are all taken.
+
+        Args:
+            step: as many tokens without a label are taken too as bring N to a multiple of it, or to T.
+        """
         labels, weights = labels.flatten(), None if weights is None else weights.flatten()
-        places: Tensor | None = None
-        if not labels.is_cuda and bool((labels < 0).any()):
-            places = (labels >= 0).nonzero()[:, 0]
-            labels, weights = labels[places], None if weights is None else weights[places]
-            places = to_device(places, device)
-        return Labelled(places, to_device(labels, device), None if weights is None else to_device(weights, device))
+        if labels.is_cuda:
+            return Labelled(None, labels, weights)
+        known = labels >= 0
+        more = -int(known.sum()) % step
+        places = torch.cat((known.nonzero()[:, 0], (~known).nonzero()[:more, 0]))
+        if len(places) == len(labels):
+            return Labelled(None, labels, weights)
+        return Labelled(places, labels[places], None if weights is None else weights[places])
+
+    def to(self, device: torch.device) -> "Labelled":
+        """On a device."""
+        places, weights = (None if part is None else to_device(part, device) for part in (self.places, self.weights))
+        return Labelled(places, to_device(self.labels, device), weights)
 
 
 class Head:

@@ -15,6 +15,7 @@ from lit_qlora.activations import FastSizes
 from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.graphs import DOCUMENTS, MOST_TOKENS, Graphs, most_tokens, padded_length
 from lit_qlora.fused.passes import Eager
+from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model import GPT, IGNORE
 from lit_qlora.plan import Plan, make_plan
@@ -344,6 +345,31 @@ def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
     gradients(fused.model, tokens, labels, None, positions)
     assert fused.graphs is not None
     assert not fused.graphs.seen
+
+
+@pytest.mark.parametrize("case", ["16 bit, adapted head", "windows"])
+def test_of_many_tokens_the_head_reads_those_with_a_label_and_some_that_fill_a_quarter(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.fused.graphs.MANY", 32)
+    read: list[int] = []
+    monkeypatch.setattr("lit_qlora.fused.head.cross_entropy_", lambda *a: read.append(len(a[0])) or cross_entropy_(*a))
+    model = adapted_model(**CASES[case])
+    batches = []
+    for count in (10, 13, 16):
+        tokens, labels = batch(2, 12, seed=count)
+        labels.view(-1)[torch.randperm(24, generator=torch.Generator().manual_seed(count))[count:]] = IGNORE
+        batches.append((tokens, labels, torch.rand(2, 12, generator=torch.Generator().manual_seed(count))))
+    labelled = [int((labels >= 0).sum()) for _, labels, _ in batches]
+    expected = [gradients(model, *one) for one in batches]
+    _, recording = with_graphs(model)
+    seen_often(model, *batches[0])
+    for one, other in zip(batches, expected, strict=True):
+        assert_equal(gradients(model, *one), other)
+    assert set(read) == {16}  # of 2 x 32
+    assert max(labelled) <= 16
+    assert len(set(labelled)) == 3
+    assert recording.replayed == 6
 
 
 @pytest.mark.parametrize("room", [None, 64])

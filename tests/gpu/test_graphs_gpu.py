@@ -99,6 +99,21 @@ def test_training_with_graphs_is_training_without_to_the_last_bit(kind: str) -> 
     assert [name for name in adapter if not torch.equal(adapter[name], eager[name])] == []
 
 
+@pytest.mark.parametrize("kind", ["nf4", "adapted head"])
+def test_reading_tokens_with_a_label_alone_in_a_graph_changes_no_bit(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.fused.graphs.MANY", 32)
+    model, fused = fused_model(kind, graphs=True)
+    losses, adapter = train(model, 256)
+    assert not fused.graphs.off
+    assert any(one.micro.labelled.places is not None for one in fused.graphs.captured.values())
+    plain, _ = fused_model(kind, graphs=False)
+    eager_losses, eager = train(plain, 256)
+    assert losses == eager_losses
+    assert [name for name in adapter if not torch.equal(adapter[name], eager[name])] == []
+
+
 @pytest.mark.parametrize("kind", ["nf4", "windows", "layer norms, parallel, GELU", "learned positions"])
 def test_training_on_packed_rows_with_graphs_is_training_without_to_the_last_bit(kind: str) -> None:
     count = 48

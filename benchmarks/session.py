@@ -24,7 +24,7 @@ COLUMNS = ("date", "commit", "gpu", "command", "outcome", "seconds")
 ATTEMPTS = 3  # times its usual seconds that a command may take
 PEERS = "--rounds 2 --steps 6"
 SHORT = "--r 8 --targets query,value"
-LARGE = "--rows 1 --length 512 --optimizer paged-adamw8bit --steps 6"
+SMALL = "--shape tinyllama-1b --quantize bnb.nf4 --rows 1 --packed --dequantized 22"
 COMMANDS: tuple[tuple[int, str], ...] = (
     (90, "step.py --recompute none attn offload full"),
     (40, "step.py --rows 4 --recompute none offload"),
@@ -60,6 +60,8 @@ COMMANDS: tuple[tuple[int, str], ...] = (
     (120, 'finetune.py --flags "--quantize bnb.nf4-dq --lora.targets all --lora.r 16"'),
     (120, "curves.py"),
     (120, "evaluation.py --quantize bnb.nf4 --questions 64"),
+    (40, f"step.py {SMALL}"),
+    (40, f"step.py {SMALL} --graphs"),
     (40, "step.py --quantize none"),
     (40, "step.py --quantize bnb.int8"),
     (40, "step.py --recompute plain"),

@@ -54,6 +54,7 @@ def _step(
 
 
 LLAMA_3 = {"model": "Llama-3-8B", "shape": "llama-3-8b"}
+TINYLLAMA = {"model": "TinyLlama 1.1B", "shape": "tinyllama-1b", "base": "bnb.nf4"}
 LLAMA_13B = {"model": "Llama-2-13B", "shape": "llama-2-13b"}
 LLAMA_65B = {"model": "Llama-65B", "shape": "llama-1-65b", "learns": "r64 all"}
 TRAINING = (
@@ -80,7 +81,10 @@ TRAINING = (
         tokens="2048",
         flags="--quantize bnb.nf4-dq --lora.targets all --lora.r 16",
     ),
+    _step("none, packed row of 2,048, weights kept dequantised", "none packed dequantized 22", 1, **TINYLLAMA),
+    _step("the same as CUDA graphs", "none packed graphs dequantized 22", 1, **TINYLLAMA),
     *(_step(setting, setting, **LLAMA_3) for setting in ("none", "offload")),
+    *(_step(f"{setting}, 1 x 8192", setting, 1, 8192, **LLAMA_3) for setting in ("none", "offload")),
     *(_step(setting, setting, **LLAMA_13B) for setting in ("none", "offload")),
     _step("full, 1 x 512, r 64, 8-bit paged AdamW", "full paged-adamw8bit", 1, 512, **LLAMA_65B),
     _step("offload, 1 x 512, r 64, 8-bit paged AdamW", "offload paged-adamw8bit", 1, 512, **LLAMA_65B),

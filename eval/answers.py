@@ -8,13 +8,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
 from lit_qlora.part import Part
 from lit_qlora.settings import GenerationConfig, check
 from lit_qlora.use import UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+
+if TYPE_CHECKING:
+    from lit_qlora.data.samples import Example
 
 SHOWN = 3  # best and worst answers that are printed
 
@@ -55,13 +58,18 @@ def main(config: Config) -> None:
     """Read, load, answer, compare, write and print."""
     from lit_qlora.data import read_examples
     from lit_qlora.data.sources import find_sources
+    from lit_qlora.device import pick_device
 
     out = config.out or default_out(config)
     check_replaceable(out)
     (source,), _ = find_sources([config.data], None)
     examples = read_examples(source, format=config.format, columns=config.columns).examples[: config.max_samples]
-    part = Part(out, config, examples, folders=(config.checkpoint_dir, config.lora_path))
+    with Part(out, config, pick_device(), examples, folders=(config.checkpoint_dir, config.lora_path)) as part:
+        answer(config, examples, part)
 
+
+def answer(config: Config, examples: "list[Example]", part: Part) -> None:
+    """Load, answer what is not in `part` yet, compare, write and print."""
     from tqdm import tqdm
 
     from lit_qlora.generate import generate, room_for_answer, text_of
@@ -81,14 +89,14 @@ def main(config: Config) -> None:
         prompts.append(ids[-most:])
         room_for_answer(model, len(prompts[-1]), 1)
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), len(part.answered)
     order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
     for at in tqdm(range(0, len(order), config.batch_size), disable=None, desc="Answering"):
         batch = order[at : at + config.batch_size]
         if part.answered.keys() >= set(batch):
             continue
-        made = generate(model, [prompts[i] for i in batch], config, stops, tokenizer.size)
-        part.add({i: text_of(tokenizer, ids, gap, tail).strip() for i, ids in zip(batch, made, strict=True)})
+        ids_of = generate(model, [prompts[i] for i in batch], config, stops, tokenizer.size)
+        part.add({i: text_of(tokenizer, ids, gap, tail).strip() for i, ids in zip(batch, ids_of, strict=True)})
     predictions = [part.answered[i] for i in range(len(examples))]
     seconds = time.perf_counter() - start
 
@@ -105,7 +113,8 @@ def main(config: Config) -> None:
     ]
     part.end("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(report(text_metrics(predictions, references), rows))
-    print(f"{len(rows)} answers in {seconds:.1f} s, {peak_memory()}. Predictions: {out}", file=sys.stderr)
+    made = len(rows) - before
+    print(f"{made} answers in {seconds:.1f} s, {peak_memory()}. Predictions: {part.out}", file=sys.stderr)
 
 
 def default_out(config: Config) -> Path:

@@ -70,7 +70,7 @@ def usual_tokens(data: RunData) -> float:
     batching, mean = data.batching, float(data.train.lengths.mean())
     if batching.row_length is None:
         return batching.micro_batch_size * mean
-    rows = math.ceil(batching.batch_size * mean / batching.row_length)
+    rows = math.ceil(min(batching.batch_size, len(data.train)) * mean / batching.row_length)
     return float(min(rows, batching.micro_batch_size) * batching.row_length)
 
 

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever stops the program."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -13,15 +14,20 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file; whoever reads it sees all of it, or what was there before.
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file, or what a link points to; whoever reads it sees all of it, or what was there before.
+
+    Args:
+        text: in one or in pieces.
 
     Raises:
         OSError: if the disk is full or may not be written.
     """
+    path = path.resolve()
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         flush(temporary)
         temporary.replace(path)
     finally:

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lit_qlora.use import DraftConfig, UseConfig, check_style, choose_style, enc
 
 Answer = tuple[str, int, str]
 """What was said, its tokens, and why it ended."""
+Row = tuple[str, dict[str, str], dict[str, Any]]
+"""Place, texts and original row of a prompt."""
 BETWEEN = "-" * 20  # on a line of its own between several answers to one prompt
 
 
@@ -64,11 +67,20 @@ class Config(GenerationConfig, DraftConfig, UseConfig):
 
 
 def main(config: Config) -> None:
-    """Load, answer, report."""
-    from lit_qlora.generate import ends_with, generate, room_for_answer, text_of
+    """Read, load, answer, report."""
+    from lit_qlora.device import pick_device
 
     rows = list(read_rows(config))
-    part = Part(config.out, config, rows, folders=(config.checkpoint_dir, config.lora_path)) if config.out else None
+    folders = (config.checkpoint_dir, config.lora_path, config.draft_checkpoint_dir)
+    of = (config, pick_device(), rows)
+    with Part(config.out, *of, folders=folders) if config.out else nullcontext() as part:
+        answer(config, rows, part)
+
+
+def answer(config: Config, rows: list[Row], part: Part | None) -> None:
+    """Load, answer what is not in `part` yet, and write it there or to stdout."""
+    from lit_qlora.generate import ends_with, generate, room_for_answer, text_of
+
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
     style = choose_style(config.style, loaded.style, config.checkpoint_dir)
@@ -122,8 +134,8 @@ def main(config: Config) -> None:
         )
 
 
-def read_rows(config: Config) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
-    """Place, texts and original row of each prompt.
+def read_rows(config: Config) -> Iterator[Row]:
+    """What is asked.
 
     Raises:
         DataError: if the file cannot be read, holds no prompt, or a row has none.

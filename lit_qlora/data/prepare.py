@@ -79,7 +79,7 @@ def _write(path: Path, examples: Sequence[Example], raw: bool) -> None:
         path.unlink(missing_ok=True)
         return
     records = ({"text": example.output} if raw else _record(example) for example in examples)
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _record(example: Example) -> dict[str, Any]:

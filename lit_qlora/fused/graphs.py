@@ -233,7 +233,7 @@ class Replay:
         captured, micro = self.captured, self.micro
         run, old, new = captured.inputs.run, captured.micro.labelled, micro.labelled
         parts: list[tuple[Tensor | None, Tensor | None]] = [
-            (captured.micro.tokens, micro.tokens),
+            (captured.inputs.tokens, micro.tokens.flatten()),
             (old.labels, new.labels),
             (old.places, new.places),
             (old.weights, new.weights),

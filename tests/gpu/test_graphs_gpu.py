@@ -64,7 +64,8 @@ def packed_rows(count: int, first: int = 0) -> list[tuple[Tensor | None, ...]]:
         segments = torch.arange(len(lengths), dtype=torch.int32)
         segments[-1] = -1
         segments = segments.repeat_interleave(lengths)[None]
-        labels = tokens[:, 1:].masked_fill(segments < 0, IGNORE)
+        unlabelled = (segments < 0) | (torch.rand(1, 512, generator=generator) < 0.5)
+        labels = tokens[:, 1:].masked_fill(unlabelled, IGNORE)
         positions = torch.cat([torch.arange(int(n)) for n in lengths])[None] * (segments >= 0)
         made.append((tokens[:, :-1].contiguous(), labels, None, positions, segments))
     return made
@@ -115,7 +116,10 @@ def test_reading_tokens_with_a_label_alone_in_a_graph_changes_no_bit(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "windows", "layer norms, parallel, GELU", "learned positions"])
-def test_training_on_packed_rows_with_graphs_is_training_without_to_the_last_bit(kind: str) -> None:
+def test_training_on_packed_rows_with_graphs_is_training_without_to_the_last_bit(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.fused.graphs.MANY", 256)
     count = 48
     model, fused = fused_model(kind, graphs=True)
     losses, adapter = train(model, count, packed=True)
@@ -176,7 +180,8 @@ def test_graphs_share_their_memory() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_a_replay_waits_for_nothing() -> None:
+def test_a_replay_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_qlora.fused.graphs.MANY", 256)
     model, fused = fused_model("nf4", graphs=True)
     both = (*batches(8), *packed_rows(3))
     micro = [tuple(None if tensor is None else tensor.pin_memory() for tensor in one) for one in both]

@@ -51,8 +51,9 @@ def run(out: Path, *flags: str, killed: bool = False) -> None:
         ["--precision=bf16-true", "--train.fast=false", "--optimizer.name=paged-adamw8bit", "--deterministic"],
         ["--precision=16-mixed", "--deterministic"],
         ["--precision=bf16-true"],
+        ["--precision=bf16-true", "--deterministic", "--data.packing=true", "--data.pack_length=1024"],
     ],
-    ids=["fast", "plain, paged 8-bit Adam", "fp16 with its scale", "fast, not deterministic"],
+    ids=["fast", "plain, paged 8-bit Adam", "fp16 with its scale", "fast, not deterministic", "packed, with graphs"],
 )
 def test_a_killed_run_ends_as_the_one_that_was_not(tmp_path: Path, flags: list[str]) -> None:
     run(tmp_path / "whole", *flags)

@@ -123,7 +123,7 @@ def make_plan(
         activations, on_host = sizes.peak(policies, tokens), sizes.on_host(policies, tokens)
         graph_tokens = _graph_tokens(model, train, tokens, usual, packed)
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
-        if activations + graphs > free:  # they cost nothing but what is left
+        if activations + graphs > free:  # they take only what is left, but before weights that are kept
             graphs = 0.0
         if quantize != "none" and not train.fp8:
             spare = free - SPARE * room - activations - graphs

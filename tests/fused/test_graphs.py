@@ -4,7 +4,7 @@ On a CPU a function that runs again stands in for the graph that would launch it
 tests/gpu.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -82,6 +82,16 @@ def batch(rows: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def seen_often(model: GPT, *arguments: Any) -> None:
     for _ in range(SIGHTINGS):
         gradients(model, *arguments)
+
+
+def replayed(model: GPT, batches: Sequence[tuple[Tensor | None, ...]]) -> Recording:
+    """The first of `batches` is seen often, and then each gives what it gives on the plain path."""
+    expected = [gradients(model, *one) for one in batches]
+    _, recording = with_graphs(model)
+    seen_often(model, *batches[0])
+    for one, other in zip(batches, expected, strict=True):
+        assert_equal(gradients(model, *one), other)
+    return recording
 
 
 def test_padding_is_short_and_lengths_are_few() -> None:
@@ -235,12 +245,7 @@ def test_weights_of_tokens_are_those_of_the_replayed_batch() -> None:
     model = adapted_model()
     generator = torch.Generator().manual_seed(0)
     weights = [torch.rand(1, 12, generator=generator) for _ in range(2)]
-    expected = [gradients(model, *batch(1, 12), one) for one in weights]
-    _, recording = with_graphs(model)
-    seen_often(model, *batch(1, 12), weights[0])
-    for one, other in zip(weights, expected, strict=True):
-        assert_equal(gradients(model, *batch(1, 12), one), other)
-    assert recording.replayed == 4
+    assert replayed(model, [(*batch(1, 12), one) for one in weights]).replayed == 4
 
 
 def works(fused: Fused, *arguments: Any, times: int = SIGHTINGS + 1) -> Any:
@@ -301,11 +306,7 @@ def test_packed_rows_are_replayed_whatever_their_documents(case: str, monkeypatc
     monkeypatch.setattr("lit_qlora.fused.to_device", lambda x, device: x.clone() if x.dtype == torch.int32 else x)
     model = adapted_model(**PACKED[case])
     rows = [packed(7, 12, 9), packed(20, 15), packed(5, 5, 5, 5, 5, 5, 4)]
-    expected = [gradients(model, *row) for row in rows]
-    _, recording = with_graphs(model)
-    seen_often(model, *rows[0])
-    for row, other in zip(rows, expected, strict=True):
-        assert_equal(gradients(model, *row), other)
+    recording = replayed(model, rows)
     assert (recording.captured, recording.replayed) == (2, 6)
 
 
@@ -313,11 +314,7 @@ def test_weights_of_packed_tokens_are_those_of_the_replayed_row() -> None:
     model = adapted_model()
     weights = [torch.rand(1, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     rows = [packed(9, 11, weights=one) for one in weights]
-    expected = [gradients(model, *row) for row in rows]
-    _, recording = with_graphs(model)
-    seen_often(model, *rows[0])
-    for row, other in zip(rows, expected, strict=True):
-        assert_equal(gradients(model, *row), other)
+    recording = replayed(model, rows)
     assert recording.replayed == 4
 
 
@@ -361,26 +358,17 @@ def test_of_many_tokens_the_head_reads_those_with_a_label_and_some_that_fill_a_q
         labels.view(-1)[torch.randperm(24, generator=torch.Generator().manual_seed(count))[count:]] = IGNORE
         batches.append((tokens, labels, torch.rand(2, 12, generator=torch.Generator().manual_seed(count))))
     labelled = [int((labels >= 0).sum()) for _, labels, _ in batches]
-    expected = [gradients(model, *one) for one in batches]
-    _, recording = with_graphs(model)
-    seen_often(model, *batches[0])
-    for one, other in zip(batches, expected, strict=True):
-        assert_equal(gradients(model, *one), other)
+    recording = replayed(model, batches)
     assert set(read) == {16}  # of 2 x 32
     assert max(labelled) <= 16
     assert len(set(labelled)) == 3
     assert recording.replayed == 6
 
 
-@pytest.mark.parametrize("room", [None, 64])
-def test_packed_rows_may_be_longer_than_the_model_s(room: int | None) -> None:
+@pytest.mark.parametrize("documents", [(50, 20), (9,)])  # with padding of more than a row in the second case
+def test_packed_rows_may_be_longer_than_the_model_s(documents: tuple[int, ...]) -> None:
     model = adapted_model(block_size=64, scheme="bnb.nf4")
-    row = packed(50, 20, width=80) if room is None else packed(9, width=80)  # padding of more than a row
-    expected = gradients(model, *row)
-    _, recording = with_graphs(model)
-    seen_often(model, *row)
-    assert_equal(gradients(model, *row), expected)
-    assert recording.replayed == 2
+    assert replayed(model, [packed(*documents, width=80)]).replayed == 2
 
 
 def test_rows_of_a_batch_are_packed_each_by_itself() -> None:
@@ -390,11 +378,7 @@ def test_rows_of_a_batch_are_packed_each_by_itself() -> None:
         [torch.cat(both) for both in zip(*pair, strict=True) if both[0] is not None] for pair in (rows[:2], rows[2:])
     ]
     batches = [(tokens, labels, None, positions, segments) for tokens, labels, positions, segments in pairs]
-    expected = [gradients(model, *one) for one in batches]
-    _, recording = with_graphs(model)
-    seen_often(model, *batches[0])
-    for one, other in zip(batches, expected, strict=True):
-        assert_equal(gradients(model, *one), other)
+    recording = replayed(model, batches)
     assert recording.replayed == 4
 
 

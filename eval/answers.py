@@ -17,7 +17,7 @@ from lit_qlora.settings import GenerationConfig, check
 from lit_qlora.use import UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 
 if TYPE_CHECKING:
-    from lit_qlora.data.samples import Example
+    from lit_qlora.data import Example
 
 SHOWN = 3  # best and worst answers that are printed
 

@@ -85,7 +85,8 @@ class Part:
         whole = held[: held.rfind(b"\n") + 1]  # without what a kill left of a line
         first, *lines = whole.split(b"\n")[:-1] or [b""]
         if not lines:  # no answers: whoever began it has lost nothing
-            check(bool(re.fullmatch(rb"[0-9a-f]{0,64}\n?", held)), self._is_anothers)
+            begun = re.fullmatch(rb"[0-9a-f]{64}\n", whole) if whole else re.fullmatch(rb"[0-9a-f]{0,64}", held)
+            check(begun is not None, self._is_anothers)
             self.file.truncate(0)
             self._write(f"{self.of}\n")
             return

@@ -80,6 +80,19 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
         part(tmp_path / "out")
 
 
+@pytest.mark.parametrize("left", [0, 10, 64, 65, 70])
+def test_a_kill_in_the_first_answers_leaves_a_file_that_is_begun_anew(tmp_path: Path, left: int) -> None:
+    with part(tmp_path / "out") as one:
+        one.add({0: "a"})
+    whole = (tmp_path / "out.part").read_bytes()
+    assert whole.index(b"\n") == 64
+    (tmp_path / "out.part").write_bytes(whole[:left])
+    with part(tmp_path / "out") as one:
+        assert not one.answered
+        one.add({0: "a"})
+    assert (tmp_path / "out.part").read_bytes() == whole
+
+
 def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path: Path) -> None:
     with part(tmp_path / "out") as one:
         one.add({0: "a"})
@@ -93,11 +106,12 @@ def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path: Path) -> None:
     ]
 
 
-def test_somebody_s_file_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "out.part").write_text("years of work")
+@pytest.mark.parametrize("content", ["years of work", "face\n", "ab12\nof somebody"])
+def test_somebody_s_file_is_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.part").write_text(content)
     with pytest.raises(UsageError, match="holds the answers of another command"):
         part(tmp_path / "out")
-    assert (tmp_path / "out.part").read_text() == "years of work"
+    assert (tmp_path / "out.part").read_text() == content
 
 
 def test_where_nothing_can_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

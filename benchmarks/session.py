@@ -28,6 +28,7 @@ SMALL = "--shape tinyllama-1b --quantize bnb.nf4 --rows 1 --packed --dequantized
 COMMANDS: tuple[tuple[int, str], ...] = (
     (90, "step.py --recompute none attn offload full"),
     (40, "step.py --rows 4 --recompute none offload"),
+    (30, "step.py --rows 4 --dequantized 32"),
     (150, f"peers.py --peers unsloth {PEERS}"),
     (120, f"peers.py --peers unsloth --dequantized 32 {PEERS}"),
     (45, "generate.py --quantize bnb.nf4-dq"),
@@ -35,6 +36,7 @@ COMMANDS: tuple[tuple[int, str], ...] = (
     (45, "step.py --rows 1 --length 8192 --recompute none offload full"),
     (45, "step.py --rows 1 --recompute none offload full"),
     (45, "step.py --rows 1 --length 8192 --packed --r 8 --targets query value"),
+    (45, "step.py --rows 1 --length 8192 --packed --r 8 --targets query value --dequantized 32"),
     (45, "step.py --rows 1 --length 16384 --packed --r 8 --targets query value"),
     (45, "step.py --fp8"),
     (45, "step.py --dequantized 32"),

@@ -60,6 +60,7 @@ LLAMA_65B = {"model": "Llama-65B", "shape": "llama-1-65b", "learns": "r64 all"}
 TRAINING = (
     *(_step(setting, setting) for setting in ("none", "attn", "offload", "full")),
     _step("none, 4 x 2048", "none", rows=4),
+    _step("none, 4 x 2048, weights kept dequantised", "none dequantized 32", rows=4),
     _step("none, 1 x 4096", "none", rows=1, length=4096),
     _step("none, 1 x 8192", "none", rows=1, length=8192),
     _step("none, `--train.fp8 true`", "none fp8"),
@@ -67,6 +68,7 @@ TRAINING = (
     _step("none, bf16 base", "none", base="none"),
     _step("none, int8 base", "none", base="bnb.int8"),
     _step("none, packed row of 8,192, r 8 on query and value", "none packed", 1, 8192, learns="r8 query,value"),
+    _step("the same, weights kept dequantised", "none packed dequantized 32", 1, 8192, learns="r8 query,value"),
     _step("none, packed row of 16,384, r 8 on query and value", "none packed", 1, 16384, learns="r8 query,value"),
     _step("none, one sample of 135 tokens, r 8 on query and value", "none", 1, 135, learns="r8 query,value"),
     _step("the same as CUDA graphs", "none graphs", 1, 135, learns="r8 query,value"),

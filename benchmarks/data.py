@@ -1,4 +1,4 @@
-"""How long the data of a run takes: reading, encoding, packing, and starting again from the cache.
+"""How long the data of a run takes: reading, encoding, packing, and starting again from the cache; how full rows are.
 
 python benchmarks/data.py --tokenizer_dir checkpoints/meta-llama/Llama-2-7b-hf --source alpaca.json --samples 50000
 """
@@ -8,6 +8,7 @@ import resource
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from lit_qlora import cli
@@ -32,6 +33,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Make the file, then measure."""
+    from lit_qlora.data import Batching
     from lit_qlora.data.examples import read_examples
     from lit_qlora.data.load import encode_source
     from lit_qlora.data.packing import pack
@@ -58,7 +60,23 @@ def main(config: Config) -> None:
         print(
             f"{sum(lengths):,} tokens in {len(rows):,} rows: {sum(lengths) / len(rows) / config.pack_length:.2%} full"
         )
+        for batch_size, devices in product((32, 128), (1, 2, 4)):
+            batching = Batching(batch_size=batch_size, micro_batch_size=4, seed=0, row_length=config.pack_length)
+            print(f"steps of {batch_size} on {devices}: {fullness(encoded.samples, batching, devices):.2%} full")
         print(f"most memory ever held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def fullness(samples, batching, devices):
+    """Tokens that are read, of those that all devices could have read while the busiest one was at work."""
+    from lit_qlora.data import steps
+
+    total = min(200, len(samples) // batching.batch_size)
+    ranks = (steps(samples, batching, total, rank, devices) for rank in range(devices))
+    read = places = 0
+    for step in zip(*ranks, strict=True):
+        read += step[0].tokens - step[0].samples
+        places += devices * max(sum(batch.tokens.numel() for batch in rank.batches) for rank in step)
+    return read / places
 
 
 def timed(what, function):

@@ -1,14 +1,14 @@
 """What is said before a run begins: data, model, plan, whether it fits, and what the model will see."""
 
-import math
 from collections import Counter
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 
 from lit_qlora import __version__
 from lit_qlora.config import ModelConfig
-from lit_qlora.data import RunData, boundary, show
+from lit_qlora.data import Batching, RunData, Samples, boundary, longest_step, show, steps
 from lit_qlora.device import gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.optim import rehearse
@@ -16,6 +16,8 @@ from lit_qlora.peft_layout import check_layers
 from lit_qlora.plan import GIB, Plan, make_plan
 from lit_qlora.report import tell
 from lit_qlora.settings import FinetuneConfig, check
+
+LOOKED_AT = 8  # steps that say what is usual
 
 
 def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
@@ -27,7 +29,8 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         ResourceError: if the GPU has less, unless config.force.
     """
     check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)
-    plan = _plan(config, longest_row(data), usual_tokens(data), data.batching.row_length is not None)
+    packed = data.batching.row_length is not None
+    plan = _plan(config, most_tokens(data.train, data.batching), usual_tokens(config, data), packed)
     check_trainable(config, ModelConfig.load(config.checkpoint_dir).name, plan.trainable)
     check(
         not plan.fp8 or has_fp8(),
@@ -60,38 +63,41 @@ def check_trainable(config: FinetuneConfig, base: str, trainable: int) -> None:
     )
 
 
-def longest_row(data: RunData) -> int:
-    """Tokens of the longest row of a micro-batch."""
-    return data.batching.row_length or int(data.train.lengths.max())
+def most_tokens(samples: Samples, batching: Batching) -> int:
+    """How many tokens the largest micro-batch has, padding included."""
+    return longest_step(samples, batching).batches[0].tokens.numel()
 
 
-def usual_tokens(data: RunData) -> float:
-    """How many tokens a micro-batch has, as a rule."""
-    batching, mean = data.batching, float(data.train.lengths.mean())
-    if batching.row_length is None:
-        return batching.micro_batch_size * mean
-    rows = math.ceil(min(batching.batch_size, len(data.train)) * mean / batching.row_length)
-    return float(min(rows, batching.micro_batch_size) * batching.row_length)
+def usual_tokens(config: FinetuneConfig, data: RunData) -> float:
+    """How many tokens a micro-batch has on average, padding included."""
+    world_size = _processes_here(config) * config.num_nodes
+    first = steps(data.train, data.batching, LOOKED_AT, world_size=world_size)
+    return fmean(batch.tokens.numel() for step in first for batch in step.batches)
 
 
 def savings(config: FinetuneConfig, data: RunData) -> str:
     """What to change in order to need less memory, and how much it saves."""
-    longest, train = longest_row(data), config.train
+    tokens, train = most_tokens(data.train, data.batching), config.train
     if train.keep_dequantized == "auto":  # they would take what something else saves, and give way where it is needed
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
-    plan = _plan(config, longest)
+    plan = _plan(config, tokens)
     now = plan.total
+    half = max(1, train.micro_batch_size // 2)
+    longest = data.batching.row_length or int(data.train.lengths.max())
     others = {
         f"--train.micro_batch_size {train.micro_batch_size // 2}": (
-            replace(config, train=replace(train, micro_batch_size=max(1, train.micro_batch_size // 2))),
-            longest,
+            replace(config, train=replace(train, micro_batch_size=half)),
+            most_tokens(data.train, replace(data.batching, micro_batch_size=half)),
         ),
-        "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), longest),
-        "--train.recompute full": (replace(config, train=replace(train, recompute="full")), longest),
-        f"--data.max_length {longest // 2}": (config, longest // 2),
-        "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), longest),
-        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), longest),
+        "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), tokens),
+        "--train.recompute full": (replace(config, train=replace(train, recompute="full")), tokens),
+        f"--data.{'pack' if config.data.pack_length else 'max'}_length {longest // 2}": (
+            config,
+            min(tokens, train.micro_batch_size * (longest // 2)),
+        ),
+        "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), tokens),
+        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), tokens),
     }
     if plan.slow_because:  # there it is the same as full
         del others["--train.recompute offload"]
@@ -100,14 +106,14 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
 
 
-def _plan(config: FinetuneConfig, longest: int, usual: float | None = None, packed: bool = False) -> Plan:
+def _plan(config: FinetuneConfig, tokens: int, usual: float | None = None, packed: bool = False) -> Plan:
     return make_plan(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
         config.quantize,
         config.quantize_head,
         weights_dtype(config.precision),
-        config.train.micro_batch_size * longest,
+        tokens,
         config.train,
         gpu_bytes(),
         rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
@@ -120,8 +126,11 @@ def _plan(config: FinetuneConfig, longest: int, usual: float | None = None, pack
 def _host_room(config: FinetuneConfig) -> float | None:
     """Bytes of the host's memory for each of the processes that share it."""
     free = host_bytes()
-    here = config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
-    return None if free is None else free / here
+    return None if free is None else free / _processes_here(config)
+
+
+def _processes_here(config: FinetuneConfig) -> int:
+    return config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
 
 
 def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
@@ -141,7 +150,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         kind += f" from {config.lora.init}"
     base = kind if config.quantize == "none" else f"{config.quantize} + {kind}"
     words = ",".join(config.lora.targets)
-    rows = f"rows of {data.batching.row_length} tokens" if data.batching.row_length else "samples"
+    rows = f"rows of at most {data.batching.row_length} tokens" if data.batching.row_length else "samples"
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(

@@ -201,7 +201,7 @@ class DataConfig(PromptKnobs):
     packing: bool = False
     """Lay several samples into each row, each seeing itself alone; the gradient is the same, padding hardly any."""
     pack_length: int | None = None
-    """Tokens of a packed row, train.micro_batch_size of which make a forward pass; by default max_length."""
+    """Most tokens of a packed row, train.micro_batch_size of which make a forward pass; by default max_length."""
     weighting: Literal["tokens", "samples"] = "tokens"
     """The loss of a step is the mean over its labelled tokens, or the mean over its samples of such means."""
     group_by_length: bool = False
@@ -329,7 +329,7 @@ class TrainConfig:
     batch_size: int = 32
     """Samples per optimizer step, over all devices."""
     micro_batch_size: int = 4
-    """Samples per forward pass on one device; changes memory and speed, not the result."""
+    """Most samples per forward pass on one device; changes memory and speed, not the result."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Schedule = "cosine"

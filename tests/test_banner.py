@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_qlora.banner import plan_run, savings, tell_plan, usual_tokens
+from lit_qlora.banner import most_tokens, plan_run, savings, tell_plan, usual_tokens
 from lit_qlora.data import read_data
 from lit_qlora.errors import ResourceError
 from lit_qlora.peft_layout import check_layers
@@ -53,12 +53,19 @@ def test_rows_that_are_packed_have_graphs_if_they_are_short(
     train = TrainConfig(batch_size=32, micro_batch_size=2)
     config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, train=train)
     read = read_data(config)
-    assert usual_tokens(read) == 2 * 256
+    assert most_tokens(read.train, read.batching) == 2 * 256
+    assert 256 < usual_tokens(config, read) <= 2 * 256
     assert plan_run(config, read).graph_tokens == 2 * 256
     few = replace(config, train=replace(train, batch_size=4))
-    assert usual_tokens(read_data(few)) == 256  # which holds all samples of a step
+    read = read_data(few)
+    four = int(read.train.lengths.sum()) / len(read.train) * 4
+    assert most_tokens(read.train, read.batching) < four + 64  # one row, no longer than all samples of a step
+    assert usual_tokens(few, read) <= most_tokens(read.train, read.batching)
     long = replace(config, data=replace(data, pack_length=8192))
-    assert plan_run(long, read_data(long)).graph_tokens == 0
+    read = read_data(long)
+    assert plan_run(long, read).graph_tokens >= most_tokens(read.train, read.batching)  # a step is far from filling one
+    monkeypatch.setattr("lit_qlora.fused.graphs.MOST_TOKENS", 256)
+    assert plan_run(long, read).graph_tokens == 0
 
 
 def test_memory_of_the_host_is_planned_said_and_not_overdrawn(

@@ -3,17 +3,20 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lit_qlora.data.packing import pack
+from lit_qlora.data.packing import longest_first, pack
 from lit_qlora.data.samples import Sample, Samples
 from lit_qlora.model import IGNORE
 
+T = TypeVar("T")
 PAD = 0  # any id will do: padding follows the text, so nothing before it sees it, and its labels are IGNORE
+PACKED_MULTIPLE = 64  # of the length of packed rows, which products of matrices like
 SORTED_AT_ONCE = 50  # batches whose samples are sorted together by group_by_length; transformers' own figure
 
 
@@ -36,7 +39,7 @@ class Step(NamedTuple):
     """What one optimizer step reads."""
 
     batches: list[Batch]
-    """The micro-batches of this rank; every rank has the same number of them."""
+    """The micro-batches of this rank, one more or less than another's; none if the step has fewer rows than ranks."""
     weight: float
     """Sum of the weights of all labels of the whole step, over all ranks; the loss is divided by it."""
     labelled: int
@@ -67,7 +70,7 @@ class Batching:
     weighting: Literal["tokens", "samples"] = "tokens"
     """The loss of a step is the mean over its labelled tokens, or the mean over its samples of such means."""
     row_length: int | None = None
-    """Lay samples end to end in rows of so many tokens; None gives each a row of its own."""
+    """Lay samples end to end in rows of at most so many tokens; None gives each a row of its own."""
     multiple: int = 1
     """Rows that are not packed are padded to a multiple of this."""
     shares: tuple[tuple[int, float], ...] = ()
@@ -75,15 +78,34 @@ class Batching:
     of it in each epoch."""
 
 
-def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None) -> Batch:
+def row_width(longest: int, batching: Batching) -> int:
+    """Places of each row of a micro-batch whose longest row needs `longest`."""
+    if batching.row_length is not None:
+        return min(batching.row_length, -(-longest // PACKED_MULTIPLE) * PACKED_MULTIPLE)
+    return -(-longest // batching.multiple) * batching.multiple
+
+
+def most_places(lengths: np.ndarray, batching: Batching) -> int:
+    """Places of the longest row that a step may have.
+
+    Args:
+        lengths: tokens of each sample.
+    """
+    together = 1 if batching.row_length is None else batching.batch_size
+    return row_width(int(np.sort(lengths)[-together:].sum()) - min(together, len(lengths)), batching)
+
+
+def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, width: int | None = None) -> Batch:
     """Shift, mask and pad. The only place where labels are shifted; padding is masked by position, never by id.
 
     The last token of a sample is a label only, so a sample of T tokens takes T - 1 places of its row.
+
+    Args:
+        width: places of a row; by default those that the longest needs.
     """
     packed = batching is not None and batching.row_length is not None
-    multiple = batching.multiple if batching else 1
     longest = max(sum(len(sample.tokens) - 1 for sample in row) for row in rows)
-    width = (batching.row_length if batching else None) or -(-longest // multiple) * multiple
+    width = width or (row_width(longest, batching) if batching else longest)
     tokens = np.full((len(rows), width), PAD, np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
     weights = np.zeros((len(rows), width), np.float32)
@@ -181,9 +203,8 @@ def steps(
             in_order = (epoch, epoch_order(lengths, batching, epoch))
         end = min((place + 1) * batching.batch_size, length)
         chosen = in_order[1][place * batching.batch_size : end]
-        rows = [[samples[i] for i in row] for row in rows_of(chosen, lengths, batching.row_length)]
-        size = batching.micro_batch_size
-        micro = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rows = [[samples[i] for i in row] for row in rows_of(chosen, lengths, batching, world_size)]
+        micro = micro_batches(rows, batching.micro_batch_size, world_size)
         labelled = samples.labelled[chosen]
         yield Step(
             batches=[collate(group, batching) for group in micro[rank::world_size]],
@@ -196,19 +217,28 @@ def steps(
         )
 
 
+def micro_batches(rows: Sequence[T], most: int, world_size: int) -> list[Sequence[T]]:
+    """The rows of a step in parts of at most `most`, as few and as equal as go round evenly among the ranks."""
+    count = world_size * math.ceil(len(rows) / (most * world_size))
+    size, larger = divmod(len(rows), count)
+    starts = [i * size + min(i, larger) for i in range(min(count, len(rows)) + 1)]
+    return [rows[start:end] for start, end in pairwise(starts)]
+
+
 def longest_step(samples: Samples, batching: Batching) -> Step:
     """A step of one micro-batch, of the longest samples or of full rows: if it fits into memory, all do."""
-    count = batching.micro_batch_size if batching.row_length is None else batching.batch_size
-    longest = np.argsort(-samples.lengths, kind="stable")[:count].tolist()
-    step = next(steps(samples.take(longest), replace(batching, shares=(), shuffle=False), total=1))
-    return step._replace(batches=step.batches[:1])
+    longest = samples.take(longest_first(samples.lengths.tolist())[: batching.batch_size])
+    step = next(steps(longest, replace(batching, shares=(), shuffle=False), total=1))
+    rows = rows_of(range(len(longest)), longest.lengths.tolist(), batching)[: batching.micro_batch_size]
+    width = most_places(samples.lengths, batching)
+    return step._replace(batches=[collate([[longest[i] for i in row] for row in rows], batching, width)])
 
 
-def rows_of(chosen: Sequence[int], lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
-    """The rows that `chosen` samples are laid into, the longest first, so that little is padding."""
-    if row_length is None:
-        return [[i] for i in sorted(chosen, key=lambda i: (-lengths[i], i))]
-    return [[chosen[i] for i in row] for row in pack([lengths[i] - 1 for i in chosen], row_length)]
+def rows_of(chosen: Sequence[int], lengths: Sequence[int], batching: Batching, world_size: int = 1) -> list[list[int]]:
+    """The rows that `chosen` samples are laid into, the longest samples first, so that little is padding."""
+    if batching.row_length is None:
+        return [[chosen[i]] for i in longest_first([lengths[i] for i in chosen])]
+    return [[chosen[i] for i in row] for row in pack([lengths[i] - 1 for i in chosen], batching.row_length, world_size)]
 
 
 def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:

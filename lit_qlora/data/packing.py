@@ -1,26 +1,41 @@
-"""Which documents share a row: best fit, so that rows of a fixed size are nearly full and nothing is cut."""
+"""Which documents share a row: as few rows of a fixed size as best fit finds, equally full, and nothing is cut."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapreplace
 
 
-def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], size: int, share: int = 1) -> list[list[int]]:
     """Put documents of these lengths into rows that hold `size` tokens each.
 
-    The longest comes first, and each goes where the least room is left behind it (best fit decreasing; Johnson 1973:
-    at most 11/9 of the fewest rows possible, and a few more). The result depends on the arguments alone.
+    Rows that are equally full can all be cut to what they hold, and go round evenly. The result depends on the
+    arguments alone.
 
     Args:
         lengths: tokens of each document, at most `size`.
         size: tokens of a row.
+        share: among how many the rows will be divided: their number is a multiple of it where there are documents
+            enough and their rows come out no longer than `size`.
 
     Returns:
         For each row the numbers of its documents.
     """
+    rows = best_fit(lengths, size)
+    count = min(len(lengths), -(-len(rows) // share) * share)
+    equal = spread(lengths, count)
+    return equal if all(sum(lengths[i] for i in row) <= size for row in equal) else rows
+
+
+def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Nearly as few rows as possible.
+
+    The longest document comes first, and each goes where the least room is left behind it (best fit decreasing; Johnson
+    1973: at most 11/9 of the fewest rows possible, and a few more).
+    """
     rows: list[list[int]] = []
     rooms: list[int] = []  # how much is left, of each kind of row that has room; sorted
     rows_with: dict[int, list[int]] = {}  # room -> rows with that room
-    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for document in longest_first(lengths):
         length = lengths[document]
         assert length <= size
         at = bisect_left(rooms, length)
@@ -39,3 +54,23 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
                 rows_with[left] = []
             rows_with[left].append(row)
     return rows
+
+
+def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` rows whose lengths differ little.
+
+    The longest document comes first, and each goes into the emptiest row (Graham 1969: the longest row has at most 4/3
+    of the tokens that it could have).
+    """
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, row) for row in range(count)]  # a heap: tokens, row
+    for document in longest_first(lengths):
+        tokens, row = filled[0]
+        heapreplace(filled, (tokens + lengths[document], row))
+        rows[row].append(document)
+    return rows
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The numbers of the documents, the longest first."""
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -50,15 +50,15 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures what a function launches, and returns what launches it again."""
 
 
-def padded_length(length: int) -> int:
-    """The next length of the grid: multiples of 32, from 512 tokens on of a sixteenth of the next power of two."""
-    step = max(32, 2 ** (length - 1).bit_length() // 16)
+def padded_length(length: int, parts: int = 16) -> int:
+    """The next length of the grid: multiples of 512 / parts, from 512 on of the next power of two / parts."""
+    step = max(512, 2 ** (length - 1).bit_length()) // parts
     return -(-length // step) * step
 
 
 def row_width(model: ModelConfig, length: int, packed: bool) -> int:
-    """Tokens that a row of so many is padded to; packed rows are all of one length."""
-    return length if packed else min(padded_length(length), model.block_size)
+    """Tokens that a row of so many is padded to; the number of documents makes shapes enough of packed rows."""
+    return padded_length(length, 8) if packed else min(padded_length(length), model.block_size)
 
 
 def most_tokens(model: ModelConfig) -> int:
@@ -102,6 +102,7 @@ class Micro:
         labelled = Labelled.of(labels, weights, count if count < MANY else -(-count // 4))
         if segments is None or positions is None:
             return Micro(tokens, labelled, None, None, length)
+        positions, segments = F.pad(positions, more), F.pad(segments, more, value=-1)
         layout = Layout.of(len(tokens), length, segments, segments.device)
         assert layout.ends is not None
         empty = -(len(layout.ends) - 1) % DOCUMENTS

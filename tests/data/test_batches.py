@@ -115,7 +115,7 @@ def test_a_counter_is_all_that_resuming_needs(start: int, row_length: int | None
 def test_the_last_incomplete_step_of_an_epoch_is_smaller() -> None:
     taken = list(steps(samples(10), batching(4, 3), total=4))
     assert [step.samples for step in taken] == [4, 4, 2, 4]
-    assert [[len(batch.tokens) for batch in step.batches] for step in taken] == [[3, 1], [3, 1], [2], [3, 1]]
+    assert [[len(batch.tokens) for batch in step.batches] for step in taken] == [[2, 2], [2, 2], [2], [2, 2]]
     assert [step.epoch for step in taken] == [0.4, 0.8, 1.0, 1.4]
 
 
@@ -144,6 +144,22 @@ def test_ranks_share_the_micro_batches_of_a_step_without_overlap(world_size: int
         counts = [len(step.batches) for step in together]
         assert max(counts) - min(counts) <= 1
         assert len({step[1:] for step in together}) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "most", "world_size", "rows"),
+    [
+        (8, 8, 1, [[8]]),
+        (8, 8, 2, [[4], [4]]),  # and not all for one rank
+        (8, 2, 2, [[2, 2], [2, 2]]),
+        (10, 4, 2, [[3, 2], [3, 2]]),
+        (9, 4, 1, [[3, 3, 3]]),
+        (3, 4, 4, [[1], [1], [1], []]),
+    ],
+)
+def test_ranks_have_equally_much_to_do(batch_size: int, most: int, world_size: int, rows: list[list[int]]) -> None:
+    ranks = [next(steps(samples(12), batching(batch_size, most), 1, rank, world_size)) for rank in range(world_size)]
+    assert [[len(batch.tokens) for batch in step.batches] for step in ranks] == rows
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

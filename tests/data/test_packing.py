@@ -44,7 +44,29 @@ def test_every_document_has_its_place_in_one_row_and_no_row_overflows(lengths: l
 
 def test_the_best_fit_is_taken() -> None:
     assert pack([6, 5, 3, 2], 8) == [[0, 3], [1, 2]]  # 3 fits behind 5 exactly; first fit would need three rows
-    assert pack([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+    assert pack([5, 4, 3, 2, 2], 8) == [[0, 2], [1, 3, 4]]
+
+
+def test_rows_are_equally_full_where_that_takes_no_more_of_them() -> None:
+    assert pack([4, 3, 2, 1], 8) == [[0, 3], [1, 2]]  # not 8 and 2 tokens
+    assert pack([4, 4, 3, 3, 2], 8) == [[0, 1], [2, 3, 4]]  # the emptiest row would come to have 9
+
+
+@pytest.mark.parametrize(("share", "rows"), [(1, 3), (2, 4), (4, 4), (5, 5), (8, 8), (100, 20)])
+def test_rows_go_round_evenly_among_those_who_share_them(share: int, rows: int) -> None:
+    lengths = [100] * 20
+    packed = pack(lengths, 800, share)
+    assert len(packed) == rows
+    assert max(map(len, packed)) - min(map(len, packed)) <= 1
+
+
+def test_rows_are_as_long_as_the_longest_of_a_micro_batch_needs() -> None:
+    batching = Batching(batch_size=2, micro_batch_size=2, seed=0, row_length=200)
+    long, short = Sample.of([7] * 90, 1), Sample.of([8] * 20, 1)
+    assert collate([[short], [short]], batching).tokens.shape == (2, 64)
+    assert collate([[long, short], [short]], batching).tokens.shape == (2, 128)
+    assert collate([[long, long], [long]], batching).tokens.shape == (2, 192)
+    assert collate([[long, long, short], [long]], batching).tokens.shape == (2, 200)  # and no longer than rows may be
 
 
 def test_packing_is_deterministic_and_tight() -> None:

@@ -87,19 +87,22 @@ def seen_often(model: GPT, *arguments: Any) -> None:
 def replayed(model: GPT, batches: Sequence[tuple[Tensor | None, ...]]) -> Recording:
     """The first of `batches` is seen often, and then each gives what it gives on the plain path."""
     expected = [gradients(model, *one) for one in batches]
-    _, recording = with_graphs(model)
+    _, recording = with_graphs(model, most=128)
     seen_often(model, *batches[0])
     for one, other in zip(batches, expected, strict=True):
         assert_equal(gradients(model, *one), other)
     return recording
 
 
-def test_padding_is_short_and_lengths_are_few() -> None:
-    lengths = range(1, 2049)
-    padded = [padded_length(length) for length in lengths]
-    assert all(0 <= more - length < max(32, length / 8) for length, more in zip(lengths, padded, strict=True))
-    assert all(padded_length(length) == length and length % 32 == 0 for length in padded)
-    assert len(set(padded)) == 32
+@pytest.mark.parametrize("parts", [8, 16])
+def test_padding_is_short_and_lengths_are_few(parts: int) -> None:
+    lengths, least = range(1, 2049), 512 // parts
+    padded = [padded_length(length, parts) for length in lengths]
+    assert all(
+        0 <= more - length < max(least, 2 * length / parts) for length, more in zip(lengths, padded, strict=True)
+    )
+    assert all(padded_length(length, parts) == length and length % least == 0 for length in padded)
+    assert len(set(padded)) == 2 * parts
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -323,7 +326,7 @@ def test_rows_with_many_documents_are_another_shape() -> None:
     for documents in (DOCUMENTS - 1, DOCUMENTS, 2 * DOCUMENTS - 1):  # padding is one, too
         gradients(fused.model, *packed(*[1] * documents))
     assert fused.graphs is not None
-    assert [shape[:3] for shape in fused.graphs.seen] == [(1, 40, DOCUMENTS), (1, 40, 2 * DOCUMENTS)]
+    assert [shape[:3] for shape in fused.graphs.seen] == [(1, 64, DOCUMENTS), (1, 64, 2 * DOCUMENTS)]
 
 
 def test_rows_with_a_long_document_are_another_shape() -> None:
@@ -373,7 +376,7 @@ def test_packed_rows_may_be_longer_than_the_model_s(documents: tuple[int, ...]) 
 
 def test_rows_of_a_batch_are_packed_each_by_itself() -> None:
     model = adapted_model(scheme="bnb.nf4")
-    rows = [packed(7, 12, 9), packed(20, 15), packed(), packed(40)]
+    rows = [packed(*documents, width=32) for documents in ((7, 12, 9), (20, 11), (), (32,))]
     pairs = [
         [torch.cat(both) for both in zip(*pair, strict=True) if both[0] is not None] for pair in (rows[:2], rows[2:])
     ]

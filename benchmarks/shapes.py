@@ -43,23 +43,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 def random_model(shape: str, scheme: "Scheme") -> "GPT":
     """A bf16 model of `shape` on the GPU if there is one, quantised layer by layer, but for its head."""
     import torch
-    from torch import nn
 
+    from lit_qlora import checkpoint
     from lit_qlora.config import ModelConfig
     from lit_qlora.device import pick_device
-    from lit_qlora.model import GPT
-    from lit_qlora.quantize import QuantizedLinear
 
-    with torch.device("meta"):
-        model = GPT(ModelConfig(name=f"random/{shape}", **SHAPES[shape]))
-    for path, module in list(model.named_modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            weight = _random(parameter).to(pick_device())
-            if scheme != "none" and type(module) is nn.Linear and path != "head":
-                model.set_submodule(path, QuantizedLinear(weight, None, scheme))
-            else:
-                setattr(module, name, nn.Parameter(weight, requires_grad=False))
-    return model
+    config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
+    return checkpoint.random_model(config, torch.bfloat16, pick_device(), scheme).requires_grad_(False)
 
 
 def make_checkpoint(shape: str, directory: Path) -> None:

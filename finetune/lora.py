@@ -34,7 +34,7 @@ def finetune(config: FinetuneConfig) -> None:
 
     from lightning.fabric import Fabric
 
-    from lit_qlora import outcome, parallel, quantized_cache, resume, run, saver
+    from lit_qlora import outcome, parallel, quantized_cache, rehearsal, resume, run, saver
     from lit_qlora.adapter import settle, start_adapters
     from lit_qlora.banner import plan_run, tell_plan
     from lit_qlora.embeddings import add_noise
@@ -61,6 +61,7 @@ def finetune(config: FinetuneConfig) -> None:
         ask = make_ask(config.eval, data.tokenizer)
     if config.dry_run:
         tell_plan(config, data, total, plan, start)
+        rehearsal.tell_time(config, data, plan, total, start)
         return
 
     if config.deterministic:

@@ -70,8 +70,7 @@ def most_tokens(samples: Samples, batching: Batching) -> int:
 
 def usual_tokens(config: FinetuneConfig, data: RunData) -> float:
     """How many tokens a micro-batch has on average, padding included."""
-    world_size = _processes_here(config) * config.num_nodes
-    first = steps(data.train, data.batching, LOOKED_AT, world_size=world_size)
+    first = steps(data.train, data.batching, LOOKED_AT, world_size=world_size(config))
     return fmean(batch.tokens.numel() for step in first for batch in step.batches)
 
 
@@ -127,6 +126,11 @@ def _host_room(config: FinetuneConfig) -> float | None:
     """Bytes of the host's memory for each of the processes that share it."""
     free = host_bytes()
     return None if free is None else free / _processes_here(config)
+
+
+def world_size(config: FinetuneConfig) -> int:
+    """Processes of the run, on all machines."""
+    return _processes_here(config) * config.num_nodes
 
 
 def _processes_here(config: FinetuneConfig) -> int:

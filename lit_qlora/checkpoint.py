@@ -56,18 +56,49 @@ def load_model(
     check_weights(weights.specs, config, place=str(weights.place))
     with torch.device("meta"):
         model = GPT(config)
-    names = {path: _names(path, module, model) for path, module in model.named_modules()}
-    tensors = _stream(weights, [name for own in names.values() for name in own], device)
     sums: dict[str, Tensor] = {}
+
+    def summed(name: str, tensor: Tensor) -> Tensor:
+        # Looked at in the end: on a GPU each look waits. Another dtype would copy the tensor.
+        sums[name] = tensor.sum(dtype=torch.float32)
+        return tensor
+
+    names = _names(model)
+    tensors = _stream(weights, names, device)
+    _fill(model, map(summed, names, tensors), dtype, quantize, quantize_head)
+    next(tensors, None)  # lets it end
+    _check_finite(sums, weights)
+    return model
+
+
+def random_model(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Scheme = "none",
+    quantize_head: bool = False,
+) -> GPT:
+    """A model as load_model makes it, but of random weights, which are as fast and as large as any."""
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def tensor(name: str) -> Tensor:
+        made = torch.empty(shapes[name], dtype=dtype, device=device)
+        return made.fill_(1) if made.ndim == 1 else made.normal_(std=0.02)  # a norm, or a matrix
+
+    _fill(model, map(tensor, _names(model)), dtype, quantize, quantize_head)
+    return model
+
+
+def _fill(model: GPT, tensors: Iterator[Tensor], dtype: torch.dtype, quantize: Scheme, quantize_head: bool) -> None:
+    """Give a model on the meta device its weights, which come in the order of _names(model)."""
     for path, module in list(model.named_modules()):
         own = {}
-        for name in names[path]:
-            tensor = next(tensors)
-            # Looked at in the end: on a GPU each look waits. Another dtype would copy the tensor.
-            sums[name] = tensor.sum(dtype=torch.float32)
-            own[name.rpartition(".")[2]] = tensor.to(torch.float32 if name.endswith(CORRECTION) else dtype)
-            del tensor
-        tied = module is model.head and config.tied_head
+        for name in _own_names(path, module, model):
+            key = name.rpartition(".")[2]
+            own[key] = next(tensors).to(torch.float32 if name.endswith(CORRECTION) else dtype)
+        tied = module is model.head and model.config.tied_head
         if type(module) is nn.Linear and is_quantized(path, quantize, quantize_head):
             weight = model.embed.weight.data if tied else own.pop("weight")
             model.set_submodule(path, QuantizedLinear(weight, own.get("bias"), quantize))
@@ -76,10 +107,7 @@ def load_model(
         for key, tensor in own.items():
             setattr(module, key, nn.Parameter(tensor))
         if tied:
-            model.head.weight = model.embed.weight  # loaded before: the embedding is the first module
-    next(tensors, None)  # lets it end
-    _check_finite(sums, weights)
-    return model
+            model.head.weight = model.embed.weight  # filled before: the embedding is the first module
 
 
 def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
@@ -94,7 +122,12 @@ def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
         )
 
 
-def _names(path: str, module: nn.Module, model: GPT) -> list[str]:
+def _names(model: GPT) -> list[str]:
+    """The tensors of a checkpoint, in the order of the model's modules."""
+    return [name for path, module in model.named_modules() for name in _own_names(path, module, model)]
+
+
+def _own_names(path: str, module: nn.Module, model: GPT) -> list[str]:
     """The tensors that a module has of its own, in a checkpoint."""
     tied = module is model.head and model.config.tied_head
     return [f"{path}.{key}" for key, _ in module.named_parameters(recurse=False) if not (tied and key == "weight")]

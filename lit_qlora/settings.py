@@ -768,7 +768,7 @@ class FinetuneConfig:
     force: bool = False
     """Begin although the plan needs more memory than the GPU has."""
     dry_run: bool = False
-    """Check everything, print the plan and stop before any weight is loaded."""
+    """Check everything, print the plan, time some steps with random weights, and stop before any weight is loaded."""
     quiet: bool = False
     """Print nothing but warnings and errors."""
     expect_trainable: dict[str, int] = field(default_factory=dict)

@@ -25,7 +25,7 @@ LAYERS = [
     {"banner", "export", "measures", "merge", "multi_lora"},
     {"saver", "validation"},
     {"run", "verify"},
-    {"outcome", "use"},
+    {"outcome", "rehearsal", "use"},
     {"serve"},
 ]
 """The modules of the package from the bottom up; those of one layer do not know each other."""
@@ -33,7 +33,7 @@ LAYERS = [
 HOMES = {
     "bitsandbytes": {"quantize"},
     "triton": {"kernels"},
-    "lightning": {"measures", "parallel", "run", "saver", "state", "train"},
+    "lightning": {"measures", "parallel", "rehearsal", "run", "saver", "state", "train"},
     "sentencepiece": {"tokenizer"},
     "tokenizers": {"tokenizer"},
     "jsonargparse": {"cli"},

@@ -258,7 +258,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert finetune("--dry_run") == 0
     assert sorted(tmp_path.rglob("*")) == before
     printed = capsys.readouterr().out
-    for word in ("36 train / 4 val", "2 steps x 8 samples", "frozen parameters", "[Q: What is"):
+    for word in ("36 train / 4 val", "2 steps x 8 samples", "frozen parameters", "[Q: What is", "  time    about "):
         assert word in printed
 
 

@@ -1,0 +1,140 @@
+"""How long a run will take, and what it needs, tried out before its weights are loaded.
+
+Its first steps are taken with random weights, since neither speed nor memory depends on what the weights are.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from statistics import fmean
+
+import torch
+from lightning.fabric import Fabric
+
+from lit_qlora.banner import LOOKED_AT, savings, world_size
+from lit_qlora.checkpoint import random_model
+from lit_qlora.config import ModelConfig
+from lit_qlora.data import Batch, RunData, longest_step, steps
+from lit_qlora.device import peak_gib, pick_device, weights_dtype
+from lit_qlora.embeddings import add_noise
+from lit_qlora.errors import ResourceError
+from lit_qlora.lora import add_lora
+from lit_qlora.measures import score_rows
+from lit_qlora.optim import make_optimizer
+from lit_qlora.plan import Plan
+from lit_qlora.report import duration, tell
+from lit_qlora.run import eval_every, take_path
+from lit_qlora.settings import FinetuneConfig
+from lit_qlora.stopping import StopRequest
+from lit_qlora.train import Gradients
+
+MOST_ON_CPU = 3e8  # parameters: making a larger model there takes longer than anybody wants to wait
+PASSES = 4  # micro-batches of a step that are timed at most
+WARM_UPS = 6  # until a shape has its CUDA graph, and more than kernels take to be compiled
+TIMES = 2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured.
+
+    Attributes:
+        step: seconds of an optimizer step.
+        tokens: of a step, without padding, of all devices.
+        validation: seconds of the losses of all validation samples; 0.0 without any.
+        peak_gib: most memory that was in use, see device.peak_gib.
+    """
+
+    step: float
+    tokens: float
+    validation: float
+    peak_gib: float
+
+    def describe(self, total: int, validations: int) -> str:
+        """What a run of `total` steps will take."""
+        seconds = total * self.step + validations * self.validation
+        parts = [f"{total:,} steps of {self.step:.3g} s ({self.tokens / self.step:,.0f} tokens/s)"]
+        parts += [f"{validations:,} validations of {self.validation:.2g} s"] if self.validation else []
+        parts.append(f"{self.peak_gib:.2f} GiB at the peak")
+        return f"about {duration(seconds)}   {', '.join(parts)}, tried with random weights"
+
+
+def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, start: int = 0) -> None:
+    """Say how long steps `start` to `total` will take.
+
+    Raises:
+        ResourceError: if the GPU's memory runs out.
+    """
+    device = pick_device()
+    if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
+        tell("  time    not measured: that needs a GPU, or a small model")
+        return
+    left = total - start
+    validations = -(-left // eval_every(config, data, total))
+    try:
+        tell(f"  time    {rehearse(config, data, plan, device).describe(left, validations)}")
+    except torch.OutOfMemoryError:
+        raise ResourceError(f"The GPU's memory ran out in the first steps.\n{savings(config, data)}") from None
+
+
+def rehearse(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
+    """Take steps of the run on one device, which has its share of them."""
+    bf16 = config.precision == "bf16-true"
+    fabric = Fabric(devices=1, precision="32-true" if bf16 else config.precision)
+    shape, dtype = ModelConfig.load(config.checkpoint_dir), weights_dtype(config.precision)
+    model = random_model(shape, dtype, device, config.quantize, config.quantize_head)
+    add_lora(model, config.lora)
+    add_noise(model, config.train.neftune)
+    take_path(model, plan)
+    scaled = config.precision == "16-mixed"
+    made = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
+    trained, optimizer = fabric.setup(model, made)
+    trained.mark_forward_method("loss")
+    add_gradients = Gradients(fabric, trained)
+
+    def update() -> None:
+        fabric.clip_gradients(trained, optimizer, max_norm=config.train.max_norm or math.inf, error_if_nonfinite=False)
+        optimizer.step()
+
+    def seconds(do: Callable[[], object], warm_ups: int) -> float:
+        for _ in range(warm_ups):
+            do()
+        _wait(device)
+        begin = time.monotonic()
+        for _ in range(TIMES):
+            do()
+        _wait(device)
+        return (time.monotonic() - begin) / TIMES
+
+    trained.train()
+    add_gradients(longest_step(data.train, data.batching))
+    optimizer.zero_grad()
+    first = list(islice(steps(data.train, data.batching, LOOKED_AT, world_size=world_size(config)), LOOKED_AT))
+    usual = sorted(first, key=lambda step: _places(step.batches))[len(first) // 2]
+    part = usual._replace(batches=usual.batches[:PASSES])
+    passes = seconds(lambda: add_gradients(part), WARM_UPS) / _places(part.batches)
+    updating = seconds(update, 1)
+    peak = peak_gib(device)
+    optimizer.zero_grad()
+    validation, some = 0.0, data.val_batches[-PASSES:]
+    if some:
+        scores = seconds(lambda: score_rows(fabric, model, some, StopRequest()), 1)
+        validation = scores * _places(data.val_batches) / _places(some) / world_size(config)
+    return Pace(
+        step=passes * fmean(_places(step.batches) for step in first) + updating,
+        tokens=fmean(step.tokens for step in first),
+        validation=validation,
+        peak_gib=peak,
+    )
+
+
+def _places(batches: list[Batch]) -> int:
+    """Tokens of these, padding included."""
+    return sum(batch.tokens.numel() for batch in batches)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,156 @@
+"""Before its weights are loaded a run says how long it will take."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lit_qlora import rehearsal
+from lit_qlora.banner import plan_run
+from lit_qlora.checkpoint import load_model, random_model
+from lit_qlora.config import ModelConfig
+from lit_qlora.data import Batch, RunData, Step, read_data, steps
+from lit_qlora.errors import ResourceError
+from lit_qlora.rehearsal import Pace, rehearse, tell_time
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, OptimizerConfig, TrainConfig
+from tests.conftest import tiny_model, write_checkpoint
+
+Read = Callable[..., tuple[FinetuneConfig, RunData]]
+SCHEMES = ["none", "bnb.nf4", "bnb.nf4-dq", "bnb.int8"]
+
+
+@pytest.fixture
+def read(tiny_checkpoint: Path, examples_file: Path) -> Read:
+    """A run's config and data, with other settings if given."""
+
+    def made(data: dict | None = None, **settings: object) -> tuple[FinetuneConfig, RunData]:
+        words = {"path": str(examples_file), "prompt": "qa", "cache_dir": "none", "val_fraction": 0.1} | (data or {})
+        wanted = {"precision": "32-true", "train": TrainConfig(batch_size=8)} | settings
+        config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=DataConfig(**words), **wanted)  # type: ignore[arg-type]
+        return config, read_data(config)
+
+    return made
+
+
+class Clock:
+    """Time that passes with what is done: `each` seconds for a token, padding included, and `update` for an update."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, update: float) -> None:
+        self.now, self.each, self.update = 0.0, each, update
+        learn, validate = rehearsal.Gradients.__call__, rehearsal.score_rows
+
+        def learnt(gradients: rehearsal.Gradients, step: Step, seed: int = 0) -> torch.Tensor:
+            self.now += self.spent(step.batches)
+            return learn(gradients, step, seed)
+
+        def validated(fabric: object, model: object, batches: list[Batch], stop: object) -> object:
+            self.now += self.spent(batches) / 3
+            return validate(fabric, model, batches, stop)  # type: ignore[arg-type]
+
+        def updated(optimizer: torch.optim.AdamW, closure: object = None) -> None:
+            self.now += self.update
+
+        monkeypatch.setattr(rehearsal, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(rehearsal.Gradients, "__call__", learnt)
+        monkeypatch.setattr(rehearsal, "score_rows", validated)
+        monkeypatch.setattr(torch.optim.AdamW, "step", updated)
+
+    def spent(self, batches: list[Batch]) -> float:
+        """Seconds that these micro-batches take."""
+        return self.each * sum(batch.tokens.numel() for batch in batches)
+
+
+def pace(config: FinetuneConfig, data: RunData) -> Pace:
+    return rehearse(config, data, plan_run(config, data), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_time_of_a_run_is_foretold_from_a_few_of_its_micro_batches(
+    packed: bool, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = read({"packing": packed}, train=TrainConfig(batch_size=8, micro_batch_size=1))
+    clock = Clock(monkeypatch, each=0.002, update=0.05)
+    found = pace(config, data)
+    taken = list(steps(data.train, data.batching, total := 40))
+    real = [clock.spent(step.batches) + clock.update for step in taken]
+    assert total * found.step == pytest.approx(sum(real), rel=0.05)
+    assert total * found.tokens == pytest.approx(sum(step.tokens for step in taken), rel=0.05)
+    assert found.validation == pytest.approx(clock.spent(data.val_batches) / 3)
+
+
+def test_of_several_devices_each_has_its_share(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = read(train=TrainConfig(batch_size=8, micro_batch_size=2))
+    Clock(monkeypatch, each=0.002, update=0.0)
+    alone, shared = pace(config, data), pace(replace(config, devices=2), data)
+    assert shared.step == pytest.approx(alone.step / 2, rel=0.1)
+    assert shared.validation == pytest.approx(alone.validation / 2)
+    assert shared.tokens == alone.tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": LoRAConfig(dora=True, targets=("all",))},
+        {"lora": LoRAConfig(init="pissa")},
+        {"train": TrainConfig(batch_size=8, neftune=5.0, recompute="full")},
+        {"optimizer": OptimizerConfig(name="lion")},
+        {"quantize": "bnb.nf4", "quantize_head": True},
+        {"precision": "bf16-true"},
+        {"precision": "bf16-mixed"},
+        {"data": {"val_fraction": 0.0}},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_can_be_tried(settings: dict, read: Read) -> None:
+    found = pace(*read(**settings))
+    assert 0 < found.step < 60
+    assert (found.validation == 0) is ("data" in settings)
+
+
+def test_what_is_said() -> None:
+    whole = Pace(step=3.42, tokens=61_560.0, validation=12.34, peak_gib=16.25)
+    assert whole.describe(2000, 10) == (
+        "about 1 h 56 min   2,000 steps of 3.42 s (18,000 tokens/s), 10 validations of 12 s, 16.25 GiB at the peak, "
+        "tried with random weights"
+    )
+    assert "validations" not in replace(whole, validation=0.0).describe(2000, 0)
+
+
+def test_on_a_cpu_no_large_model_is_made(
+    read: Read, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, data = read()
+    monkeypatch.setattr(rehearsal, "MOST_ON_CPU", 1000)
+    monkeypatch.setattr(rehearsal, "random_model", lambda *arguments: pytest.fail("a model was made"))
+    tell_time(config, data, plan_run(config, data), 12)
+    assert "  time    not measured" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_is_said_with_what_to_do(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = read(train=TrainConfig(batch_size=8, micro_batch_size=8))
+
+    def runs_out(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(rehearsal, "random_model", runs_out)
+    with pytest.raises(ResourceError, match=r"ran out in the first steps\.\nTo need less: --train\.micro_batch_size 4"):
+        tell_time(config, data, plan_run(config, data), 12)
+
+
+@pytest.mark.parametrize("quantize_head", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_random_model_is_a_loaded_one_but_for_the_numbers(
+    tmp_path: Path, scheme: str, tied: bool, quantize_head: bool
+) -> None:
+    directory = write_checkpoint(tmp_path / "base", tiny_model(tied_head=tied, qkv_bias=True))
+    loaded = load_model(directory, torch.bfloat16, "cpu", scheme, quantize_head)  # type: ignore[arg-type]
+    made = random_model(ModelConfig.load(directory), torch.bfloat16, "cpu", scheme, quantize_head)  # type: ignore[arg-type]
+    ours, theirs = ({name: (t.shape, t.dtype) for name, t in m.state_dict().items()} for m in (made, loaded))
+    assert ours == theirs
+    assert [getattr(m.head, "weight", None) is m.embed.weight for m in (made, loaded)] == [
+        tied and not (quantize_head and scheme != "none")
+    ] * 2

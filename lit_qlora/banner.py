@@ -154,7 +154,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         kind += f" from {config.lora.init}"
     base = kind if config.quantize == "none" else f"{config.quantize} + {kind}"
     words = ",".join(config.lora.targets)
-    rows = f"rows of at most {data.batching.row_length} tokens" if data.batching.row_length else "samples"
+    rows = f" in rows of at most {data.batching.row_length:,} tokens" if data.batching.row_length else ""
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
@@ -162,7 +162,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"{_data_lines(data)}\n"
         f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
-        f"  plan    {steps} x {train.batch_size} samples, {train.micro_batch_size} {rows} at a time   {learn}\n"
+        f"  plan    {steps} x {train.batch_size} samples{rows}, {train.micro_batch_size} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}{host}\n"
         f"  path    {_path(plan)}\n"

@@ -7,16 +7,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from statistics import fmean
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
 
 from lit_qlora.banner import LOOKED_AT, savings, world_size
 from lit_qlora.checkpoint import random_model
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import Batch, RunData, longest_step, steps
+from lit_qlora.data.batches import mean_samples
 from lit_qlora.device import peak_gib, pick_device, weights_dtype
 from lit_qlora.embeddings import add_noise
 from lit_qlora.errors import ResourceError
@@ -31,7 +31,7 @@ from lit_qlora.stopping import StopRequest
 from lit_qlora.train import Gradients
 
 MOST_ON_CPU = 3e8  # parameters: making a larger model there takes longer than anybody wants to wait
-PASSES = 4  # micro-batches of a step that are timed at most
+PASSES = 4  # micro-batches of a step, or of a validation, that are timed at most
 WARM_UPS = 6  # until a shape has its CUDA graph, and more than kernels take to be compiled
 TIMES = 2
 
@@ -41,8 +41,8 @@ class Pace:
     """What was measured.
 
     Attributes:
-        step: seconds of an optimizer step.
-        tokens: of a step, without padding, of all devices.
+        step: seconds of an optimizer step on average.
+        tokens: of a step on average, without padding, of all devices.
         validation: seconds of the losses of all validation samples; 0.0 without any.
         peak_gib: most memory that was in use, see device.peak_gib.
     """
@@ -81,21 +81,11 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
 
 def rehearse(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
     """Take steps of the run on one device, which has its share of them."""
-    bf16 = config.precision == "bf16-true"
-    fabric = Fabric(devices=1, precision="32-true" if bf16 else config.precision)
-    shape, dtype = ModelConfig.load(config.checkpoint_dir), weights_dtype(config.precision)
-    model = random_model(shape, dtype, device, config.quantize, config.quantize_head)
-    add_lora(model, config.lora)
-    add_noise(model, config.train.neftune)
-    take_path(model, plan)
-    scaled = config.precision == "16-mixed"
-    made = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
-    trained, optimizer = fabric.setup(model, made)
-    trained.mark_forward_method("loss")
-    add_gradients = Gradients(fabric, trained)
+    fabric, model, optimizer = _set_up(config, plan, device)
+    add_gradients = Gradients(fabric, model)
 
     def update() -> None:
-        fabric.clip_gradients(trained, optimizer, max_norm=config.train.max_norm or math.inf, error_if_nonfinite=False)
+        fabric.clip_gradients(model, optimizer, max_norm=config.train.max_norm or math.inf, error_if_nonfinite=False)
         optimizer.step()
 
     def seconds(do: Callable[[], object], warm_ups: int) -> float:
@@ -108,26 +98,46 @@ def rehearse(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.de
         _wait(device)
         return (time.monotonic() - begin) / TIMES
 
-    trained.train()
+    model.train()
     add_gradients(longest_step(data.train, data.batching))
     optimizer.zero_grad()
-    first = list(islice(steps(data.train, data.batching, LOOKED_AT, world_size=world_size(config)), LOOKED_AT))
+    first = list(steps(data.train, data.batching, LOOKED_AT, world_size=world_size(config)))
     usual = sorted(first, key=lambda step: _places(step.batches))[len(first) // 2]
-    part = usual._replace(batches=usual.batches[:PASSES])
+    part = usual._replace(batches=_some(usual.batches))
     passes = seconds(lambda: add_gradients(part), WARM_UPS) / _places(part.batches)
     updating = seconds(update, 1)
     peak = peak_gib(device)
     optimizer.zero_grad()
-    validation, some = 0.0, data.val_batches[-PASSES:]
-    if some:
-        scores = seconds(lambda: score_rows(fabric, model, some, StopRequest()), 1)
+    validation = 0.0
+    if some := _some(data.val_batches):
+        scores = seconds(lambda: score_rows(fabric, model.module, some, StopRequest()), 1)
         validation = scores * _places(data.val_batches) / _places(some) / world_size(config)
-    return Pace(
-        step=passes * fmean(_places(step.batches) for step in first) + updating,
-        tokens=fmean(step.tokens for step in first),
-        validation=validation,
-        peak_gib=peak,
-    )
+    samples = mean_samples(len(data.train), data.batching)
+    tokens = samples * float(data.train.lengths.mean())  # those of the first steps may be far from it
+    padded = sum(_places(step.batches) for step in first) / sum(step.tokens for step in first)
+    return Pace(step=passes * padded * tokens + updating, tokens=tokens, validation=validation, peak_gib=peak)
+
+
+def _set_up(
+    config: FinetuneConfig, plan: Plan, device: torch.device
+) -> tuple[Fabric, _FabricModule, torch.optim.Optimizer]:
+    """What a run trains and trains it with, but for the weights."""
+    fabric = Fabric(devices=1, precision="32-true" if config.precision == "bf16-true" else config.precision)
+    shape, dtype = ModelConfig.load(config.checkpoint_dir), weights_dtype(config.precision)
+    model = random_model(shape, dtype, device, config.quantize, config.quantize_head)
+    add_lora(model, config.lora)
+    add_noise(model, config.train.neftune)
+    take_path(model, plan)
+    scaled = config.precision == "16-mixed"
+    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
+    trained, optimizer = fabric.setup(model, optimizer)
+    trained.mark_forward_method("loss")
+    return fabric, trained, optimizer
+
+
+def _some(batches: list[Batch]) -> list[Batch]:
+    """At most PASSES of them, long ones and short ones."""
+    return batches[:: -(-len(batches) // PASSES) or 1]
 
 
 def _places(batches: list[Batch]) -> int:

@@ -178,6 +178,11 @@ def steps_of_an_epoch(count: int, batching: Batching) -> int:
     return max(1, whole) if batching.drop_last else whole + bool(rest)
 
 
+def mean_samples(count: int, batching: Batching) -> float:
+    """Samples of an optimizer step on average."""
+    return min(batching.batch_size, epoch_length(count, batching) / steps_of_an_epoch(count, batching))
+
+
 def count_steps(count: int, batching: Batching, epochs: float, max_steps: int | None = None) -> int:
     """Optimizer steps of a run; an epoch that does not divide evenly ends with a smaller step."""
     whole, part = divmod(epochs, 1)

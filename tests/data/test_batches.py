@@ -15,7 +15,7 @@ from lit_qlora.data import (
     steps,
     validation_batches,
 )
-from lit_qlora.data.batches import PAD, epoch_order, order
+from lit_qlora.data.batches import PAD, epoch_order, mean_samples, order, steps_of_an_epoch
 from lit_qlora.model import IGNORE
 
 
@@ -184,6 +184,14 @@ def test_the_steps_that_are_counted_make_the_epochs_that_were_asked_for(
     assert len(taken) == total
     assert taken[-1].epoch >= epochs - 0.5 / count  # not a sample less than asked for, but for rounding
     assert total == 1 or taken[-2].epoch < epochs  # and not a step more than needed
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 40])
+def test_a_step_has_so_many_samples_on_average(batch_size: int, drop_last: bool) -> None:
+    settings = batching(batch_size, drop_last=drop_last)
+    taken = list(steps(samples(33), settings, total=5 * steps_of_an_epoch(33, settings)))
+    assert sum(step.samples for step in taken) / len(taken) == pytest.approx(mean_samples(33, settings))
 
 
 def test_max_steps_shortens_a_run_and_never_lengthens_it() -> None:

@@ -99,15 +99,15 @@ def rehearse(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.de
         return (time.monotonic() - begin) / TIMES
 
     model.train()
-    add_gradients(longest_step(data.train, data.batching))
-    optimizer.zero_grad()
     first = list(steps(data.train, data.batching, LOOKED_AT, world_size=world_size(config)))
     usual = sorted(first, key=lambda step: _places(step.batches))[len(first) // 2]
     part = usual._replace(batches=_some(usual.batches))
     passes = seconds(lambda: add_gradients(part), WARM_UPS) / _places(part.batches)
     updating = seconds(update, 1)
-    peak = peak_gib(device)
     optimizer.zero_grad()
+    add_gradients(longest_step(data.train, data.batching))  # now that the optimizer has its state
+    optimizer.zero_grad()
+    peak = peak_gib(device)
     validation = 0.0
     if some := _some(data.val_batches):
         scores = seconds(lambda: score_rows(fabric, model.module, some, StopRequest()), 1)

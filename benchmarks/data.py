@@ -70,7 +70,7 @@ def fullness(samples, batching, devices):
     """Tokens that are read, of those that all devices could have read while the busiest one was at work."""
     from lit_qlora.data import steps
 
-    total = min(200, len(samples) // batching.batch_size)
+    total = min(200, max(1, len(samples) // batching.batch_size))
     ranks = (steps(samples, batching, total, rank, devices) for rank in range(devices))
     read = places = 0
     for step in zip(*ranks, strict=True):

@@ -59,13 +59,14 @@ def finetune(config: FinetuneConfig) -> None:
         from ask_tasks import make_ask
 
         ask = make_ask(config.eval, data.tokenizer)
-    if config.dry_run:
-        tell_plan(config, data, total, plan, start)
-        rehearsal.tell_time(config, data, plan, total, start)
-        return
-
     if config.deterministic:
         run.set_deterministic()
+    if config.dry_run:
+        if parallel.is_first():
+            tell_plan(config, data, total, plan, start)
+            rehearsal.tell_time(config, data, plan, total, start)
+        return
+
     fabric = Fabric(
         devices=config.devices,
         num_nodes=config.num_nodes,

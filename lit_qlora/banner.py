@@ -7,8 +7,9 @@ from statistics import fmean
 import torch
 
 from lit_qlora import __version__
+from lit_qlora.checkpoint import check_weights, open_weights
 from lit_qlora.config import ModelConfig
-from lit_qlora.data import Batching, RunData, Samples, boundary, longest_step, show, steps
+from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, longest_step, show, steps
 from lit_qlora.device import gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.optim import rehearse
@@ -17,21 +18,29 @@ from lit_qlora.plan import GIB, Plan, make_plan
 from lit_qlora.report import tell
 from lit_qlora.settings import FinetuneConfig, check
 
-LOOKED_AT = 8  # steps that say what is usual
+FIRST_STEPS = 8  # say what is usual
 
 
 def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
     """What the run needs.
 
     Raises:
+        CheckpointError: if the weights are not there, or not those of the model.
         UsageError: if the LoRA settings do not fit the model, or make an adapter that could not be saved or has not as
             many parameters as is expected; or if the optimizer or FP8 cannot be used.
         ResourceError: if the GPU has less, unless config.force.
     """
-    check_layers(ModelConfig.load(config.checkpoint_dir), config.lora)
-    packed = data.batching.row_length is not None
-    plan = _plan(config, most_tokens(data.train, data.batching), usual_tokens(config, data), packed)
-    check_trainable(config, ModelConfig.load(config.checkpoint_dir).name, plan.trainable)
+    model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config)
+    weights = open_weights(config.checkpoint_dir)
+    check_weights(weights.specs, model, str(weights.place))
+    check_layers(model, config.lora)
+    check(
+        config.train.batch_size >= processes,
+        f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
+        "Take more samples a step, or fewer devices.",
+    )
+    plan = _plan(config, longest_batch(config, data.train, data.batching), usual_tokens(config, data))
+    check_trainable(config, model.name, plan.trainable)
     check(
         not plan.fp8 or has_fp8(),
         "train.fp8 needs a GPU that multiplies in FP8, of compute capability 8.9 or above.\nLeave out --train.fp8.",
@@ -63,62 +72,63 @@ def check_trainable(config: FinetuneConfig, base: str, trainable: int) -> None:
     )
 
 
-def most_tokens(samples: Samples, batching: Batching) -> int:
-    """How many tokens the largest micro-batch has, padding included."""
-    return longest_step(samples, batching).batches[0].tokens.numel()
+def longest_batch(config: FinetuneConfig, samples: Samples, batching: Batching) -> Batch:
+    """The largest micro-batch of a device."""
+    return longest_step(samples, batching, world_size(config)).batches[0]
 
 
 def usual_tokens(config: FinetuneConfig, data: RunData) -> float:
     """How many tokens a micro-batch has on average, padding included."""
-    first = steps(data.train, data.batching, LOOKED_AT, world_size=world_size(config))
+    first = steps(data.train, data.batching, FIRST_STEPS, world_size=world_size(config))
     return fmean(batch.tokens.numel() for step in first for batch in step.batches)
 
 
 def savings(config: FinetuneConfig, data: RunData) -> str:
     """What to change in order to need less memory, and how much it saves."""
-    tokens, train = most_tokens(data.train, data.batching), config.train
+    batch, train = longest_batch(config, data.train, data.batching), config.train
     if train.keep_dequantized == "auto":  # they would take what something else saves, and give way where it is needed
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
-    plan = _plan(config, tokens)
+    plan = _plan(config, batch)
     now = plan.total
     half = max(1, train.micro_batch_size // 2)
     longest = data.batching.row_length or int(data.train.lengths.max())
     others = {
         f"--train.micro_batch_size {train.micro_batch_size // 2}": (
             replace(config, train=replace(train, micro_batch_size=half)),
-            most_tokens(data.train, replace(data.batching, micro_batch_size=half)),
+            longest_batch(config, data.train, replace(data.batching, micro_batch_size=half)),
         ),
-        "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), tokens),
-        "--train.recompute full": (replace(config, train=replace(train, recompute="full")), tokens),
+        "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), batch),
+        "--train.recompute full": (replace(config, train=replace(train, recompute="full")), batch),
         f"--data.{'pack' if config.data.pack_length else 'max'}_length {longest // 2}": (
             config,
-            min(tokens, train.micro_batch_size * (longest // 2)),
+            Batch(batch.tokens[:, : longest // 2], batch.labels[:, : longest // 2]),
         ),
-        "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), tokens),
-        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), tokens),
+        "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), batch),
+        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), batch),
     }
     if plan.slow_because:  # there it is the same as full
         del others["--train.recompute offload"]
-    saved = {words: now - _plan(other, tokens).total for words, (other, tokens) in others.items()}
+    saved = {words: now - _plan(other, smaller).total for words, (other, smaller) in others.items()}
     tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
     return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
 
 
-def _plan(config: FinetuneConfig, tokens: int, usual: float | None = None, packed: bool = False) -> Plan:
+def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) -> Plan:
     return make_plan(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
         config.quantize,
         config.quantize_head,
         weights_dtype(config.precision),
-        tokens,
+        longest.tokens.numel(),
         config.train,
         gpu_bytes(),
         rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         usual,
         _host_room(config),
-        packed,
+        packed=config.data.packing,
+        rows=len(longest.tokens),
     )
 
 

@@ -52,6 +52,11 @@ def processes(devices: Devices, num_nodes: int) -> tuple[Devices, int]:
     return here, machines
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def strategy(wanted: Literal["auto", "ddp"], devices: Devices, num_nodes: int) -> DataParallel | str:
     """How so many devices on each of so many machines work together, as Fabric takes it."""
     here = devices if devices != "auto" else torch.cuda.device_count()

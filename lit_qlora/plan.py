@@ -72,6 +72,7 @@ def make_plan(
     usual: float | None = None,
     host: float | None = None,
     packed: bool = False,
+    rows: int | None = None,
 ) -> Plan:
     """The plan for micro-batches of `tokens` tokens, padding included.
 
@@ -80,6 +81,7 @@ def make_plan(
         room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
         host: bytes of the host's memory that are free for this process; None if it is not known.
         packed: whether rows are packed.
+        rows: of the largest micro-batch; by default train.micro_batch_size.
         state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
 
     Raises:
@@ -116,12 +118,13 @@ def make_plan(
         adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
         sizes = FastSizes(model, lora.r, adapted, quantize != "none", head_quantized, train.fp8)
         free = 0.97 * room - bits / 8 - learning
+        graph_tokens = _graph_tokens(model, train, rows or train.micro_batch_size, tokens, usual, packed)
+        tokens = max(tokens, graph_tokens)  # padded, even where nothing is captured
         if train.recompute == "auto":
             policies = choose(sizes, model.n_layer, tokens, free, math.inf if host is None else HOST_SHARE * host)
         else:
             policies = [train.recompute] * model.n_layer
         activations, on_host = sizes.peak(policies, tokens), sizes.on_host(policies, tokens)
-        graph_tokens = _graph_tokens(model, train, tokens, usual, packed)
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
         if activations + graphs > free:  # they take only what is left, but before weights that are kept
             graphs = 0.0
@@ -184,14 +187,16 @@ def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None
     )
 
 
-def _graph_tokens(model: ModelConfig, train: TrainConfig, tokens: int, usual: float | None, packed: bool) -> int:
+def _graph_tokens(
+    model: ModelConfig, train: TrainConfig, rows: int, tokens: int, usual: float | None, packed: bool
+) -> int:
     """Tokens of the largest micro-batch that is padded for CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
     from lit_qlora.fused.graphs import most_tokens, row_width
     from lit_qlora.fused.handled import GROWING
 
     if train.cuda_graphs == "never" or usual is None or model.rope_scaling in GROWING:
         return 0
-    most, rows = most_tokens(model), train.micro_batch_size
+    most = most_tokens(model)
     common, longest = (rows * row_width(model, math.ceil(count / rows), packed) for count in (usual, tokens))
     return min(most, longest) if common <= most else 0
 

@@ -1,6 +1,7 @@
 """How long a run will take, and what it needs, tried out before its weights are loaded.
 
-Its first steps are taken with random weights, since neither speed nor memory depends on what the weights are.
+Its first steps are taken with random weights, since neither speed nor memory depends on what the weights are. Loading,
+saving, what lora.init starts from, and what validations do but for their losses are left out.
 """
 
 import math
@@ -12,11 +13,11 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 
-from lit_qlora.banner import LOOKED_AT, savings, world_size
+from lit_qlora.banner import FIRST_STEPS, savings, world_size
 from lit_qlora.checkpoint import random_model
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import Batch, RunData, longest_step, steps
-from lit_qlora.data.batches import mean_samples
+from lit_qlora.data.batches import mean_tokens
 from lit_qlora.device import peak_gib, pick_device, weights_dtype
 from lit_qlora.embeddings import add_noise
 from lit_qlora.errors import ResourceError
@@ -56,7 +57,7 @@ class Pace:
         """What a run of `total` steps will take."""
         seconds = total * self.step + validations * self.validation
         parts = [f"{total:,} steps of {self.step:.3g} s ({self.tokens / self.step:,.0f} tokens/s)"]
-        parts += [f"{validations:,} validations of {self.validation:.2g} s"] if self.validation else []
+        parts += [f"losses of {validations:,} validations, {self.validation:.2g} s each"] if self.validation else []
         parts.append(f"{self.peak_gib:.2f} GiB at the peak")
         return f"about {duration(seconds)}   {', '.join(parts)}, tried with random weights"
 
@@ -71,15 +72,15 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
     if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
         tell("  time    not measured: that needs a GPU, or a small model")
         return
-    left = total - start
-    validations = -(-left // eval_every(config, data, total))
+    every = eval_every(config, data, total)
+    validations = sum(step % every == 0 or step == total for step in range(start + bool(start), total + 1))
     try:
-        tell(f"  time    {rehearse(config, data, plan, device).describe(left, validations)}")
+        tell(f"  time    {measure_pace(config, data, plan, device).describe(total - start, validations)}")
     except torch.OutOfMemoryError:
         raise ResourceError(f"The GPU's memory ran out in the first steps.\n{savings(config, data)}") from None
 
 
-def rehearse(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
+def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
     """Take steps of the run on one device, which has its share of them."""
     fabric, model, optimizer = _set_up(config, plan, device)
     add_gradients = Gradients(fabric, model)
@@ -99,23 +100,24 @@ def rehearse(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.de
         return (time.monotonic() - begin) / TIMES
 
     model.train()
-    first = list(steps(data.train, data.batching, LOOKED_AT, world_size=world_size(config)))
+    first = list(steps(data.train, data.batching, FIRST_STEPS, world_size=world_size(config)))
     usual = sorted(first, key=lambda step: _places(step.batches))[len(first) // 2]
     part = usual._replace(batches=_some(usual.batches))
     passes = seconds(lambda: add_gradients(part), WARM_UPS) / _places(part.batches)
+    for parameter in (p for p in model.parameters() if p.grad is not None):
+        parameter.grad.zero_()  # or a scaler may leave updates out, because float16 was too small for them
     updating = seconds(update, 1)
     optimizer.zero_grad()
-    add_gradients(longest_step(data.train, data.batching))  # now that the optimizer has its state
+    add_gradients(longest_step(data.train, data.batching, world_size(config)))  # now that the optimizer has its state
     optimizer.zero_grad()
-    peak = peak_gib(device)
     validation = 0.0
     if some := _some(data.val_batches):
         scores = seconds(lambda: score_rows(fabric, model.module, some, StopRequest()), 1)
         validation = scores * _places(data.val_batches) / _places(some) / world_size(config)
-    samples = mean_samples(len(data.train), data.batching)
-    tokens = samples * float(data.train.lengths.mean())  # those of the first steps may be far from it
+    tokens = mean_tokens(data.train, data.batching)  # those of the first steps may be far from it
     padded = sum(_places(step.batches) for step in first) / sum(step.tokens for step in first)
-    return Pace(step=passes * padded * tokens + updating, tokens=tokens, validation=validation, peak_gib=peak)
+    step = passes * padded * tokens + updating
+    return Pace(step=step, tokens=tokens, validation=validation, peak_gib=peak_gib(device))
 
 
 def _set_up(

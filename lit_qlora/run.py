@@ -291,7 +291,7 @@ def learn(
             seed=config.seed,
             start=start,
             seconds=log.seconds,
-            probe=longest_step(data.train, data.batching) if fabric.device.type == "cuda" else None,
+            probe=longest_step(data.train, data.batching, fabric.world_size) if fabric.device.type == "cuda" else None,
         )
         tell_early_end(validator, log, total)
     return losses.scores

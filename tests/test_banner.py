@@ -1,14 +1,15 @@
 """What is said before a run begins."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lit_qlora.banner import most_tokens, plan_run, savings, tell_plan, usual_tokens
+from lit_qlora.banner import longest_batch, plan_run, savings, tell_plan, usual_tokens
 from lit_qlora.data import read_data
-from lit_qlora.errors import ResourceError
+from lit_qlora.errors import CheckpointError, ResourceError, UsageError
 from lit_qlora.peft_layout import check_layers
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, TrainConfig
 from tests.conftest import tiny_config
@@ -53,17 +54,20 @@ def test_rows_that_are_packed_have_graphs_if_they_are_short(
     train = TrainConfig(batch_size=32, micro_batch_size=2)
     config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, train=train)
     read = read_data(config)
-    assert most_tokens(read.train, read.batching) == 2 * 256
+    assert longest_batch(config, read.train, read.batching).tokens.shape == (2, 256)
     assert 256 < usual_tokens(config, read) <= 2 * 256
     assert plan_run(config, read).graph_tokens == 2 * 256
     few = replace(config, train=replace(train, batch_size=4))
     read = read_data(few)
     four = int(read.train.lengths.sum()) / len(read.train) * 4
-    assert most_tokens(read.train, read.batching) < four + 64  # one row, no longer than all samples of a step
-    assert usual_tokens(few, read) <= most_tokens(read.train, read.batching)
+    longest = longest_batch(few, read.train, read.batching)
+    assert len(longest.tokens) == 1
+    assert longest.tokens.size(1) < 1.5 * four + 64  # no longer than all samples of a step
+    assert usual_tokens(few, read) <= longest.tokens.numel()
     long = replace(config, data=replace(data, pack_length=8192))
     read = read_data(long)
-    assert plan_run(long, read).graph_tokens >= most_tokens(read.train, read.batching)  # a step is far from filling one
+    longest = longest_batch(long, read.train, read.batching)
+    assert 8192 > plan_run(long, read).graph_tokens >= longest.tokens.numel()  # a step is far from filling one
     monkeypatch.setattr("lit_qlora.fused.graphs.MOST_TOKENS", 256)
     assert plan_run(long, read).graph_tokens == 0
 
@@ -92,6 +96,26 @@ def test_memory_of_the_host_is_planned_said_and_not_overdrawn(
         plan_run(both, read)
     assert plan_run(replace(both, force=True), read).host == plan.host
     assert "offload" not in plan_run(replace(both, train=TrainConfig()), read).recompute
+
+
+def test_a_run_that_could_not_begin_is_refused_with_its_plan(tiny_checkpoint: Path, examples_file: Path) -> None:
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none")
+    config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, precision="32-true", data=data)
+    few = replace(config, devices=4, num_nodes=2, train=TrainConfig(batch_size=7, micro_batch_size=1))
+    with pytest.raises(UsageError, match=r"batch_size 7 leaves some of 8 devices without a sample\.\nTake more"):
+        plan_run(few, read_data(few))
+
+
+def test_weights_that_are_missing_are_seen_before_they_are_loaded(
+    tiny_checkpoint: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_checkpoint, bare)
+    (bare / "lit_model.safetensors").unlink()
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none")
+    config = FinetuneConfig(checkpoint_dir=bare, precision="32-true", data=data)
+    with pytest.raises(CheckpointError, match=r"bare has no lit_model\.safetensors"):
+        plan_run(config, read_data(config))
 
 
 @pytest.mark.parametrize(("no_color", "first"), [("", "\x1b[2mQ: What is"), ("1", "[Q: What is")])

@@ -14,7 +14,7 @@ from lit_qlora.checkpoint import load_model, random_model
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import Batch, RunData, Step, read_data, steps
 from lit_qlora.errors import ResourceError
-from lit_qlora.rehearsal import Pace, rehearse, tell_time
+from lit_qlora.rehearsal import Pace, measure_pace, tell_time
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, OptimizerConfig, TrainConfig
 from tests.conftest import tiny_model, write_checkpoint
 
@@ -64,7 +64,7 @@ class Clock:
 
 
 def pace(config: FinetuneConfig, data: RunData) -> Pace:
-    return rehearse(config, data, plan_run(config, data), torch.device("cpu"))
+    return measure_pace(config, data, plan_run(config, data), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -113,10 +113,49 @@ def test_every_kind_of_run_can_be_tried(settings: dict, read: Read) -> None:
 def test_what_is_said() -> None:
     whole = Pace(step=3.42, tokens=61_560.0, validation=12.34, peak_gib=16.25)
     assert whole.describe(2000, 10) == (
-        "about 1 h 56 min   2,000 steps of 3.42 s (18,000 tokens/s), 10 validations of 12 s, 16.25 GiB at the peak, "
-        "tried with random weights"
+        "about 1 h 56 min   2,000 steps of 3.42 s (18,000 tokens/s), losses of 10 validations, 12 s each, "
+        "16.25 GiB at the peak, tried with random weights"
     )
     assert "validations" not in replace(whole, validation=0.0).describe(2000, 0)
+
+
+@pytest.mark.parametrize(
+    ("total", "start", "every", "left", "validations"),
+    [(12, 0, 4, 12, 4), (12, 4, 4, 8, 2), (9, 3, 4, 6, 3), (6, 0, 100, 6, 2)],
+)
+def test_what_is_left_of_a_run_is_counted(
+    total: int, start: int, every: int, left: int, validations: int, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = read()
+    config = replace(config, eval=replace(config.eval, every=float(every)))
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(Pace, "describe", lambda self, *counts: told.append(counts))
+    monkeypatch.setattr(rehearsal, "measure_pace", lambda *arguments: Pace(1.0, 1.0, 1.0, 1.0))
+    tell_time(config, data, plan_run(config, data), total, start)
+    assert told == [(left, validations)]  # before the first step, too
+
+
+def test_the_peak_is_that_of_the_longest_micro_batch_with_all_that_a_run_holds(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = read(train=TrainConfig(batch_size=8, micro_batch_size=2, neftune=5.0))
+    plan, done = plan_run(config, data), []
+
+    def noted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            widths = [batch.tokens.size(1) for batch in getattr(arguments[-1], "batches", [])]
+            done.append(f"{name} {max(widths)}" if widths else name)
+            return function(*arguments)
+
+        return call
+
+    for owner, name in ((rehearsal, "add_noise"), (rehearsal, "take_path"), (rehearsal, "peak_gib")):
+        monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+    monkeypatch.setattr(rehearsal.Gradients, "__call__", noted("learn", rehearsal.Gradients.__call__))
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted("update", torch.optim.AdamW.step))
+    assert measure_pace(config, data, plan, torch.device("cpu")).peak_gib > 0.1
+    assert done[:2] == ["add_noise", "take_path"]
+    assert done[-3:] == ["update", f"learn {int(data.train.lengths.max()) - 1}", "peak_gib"]
 
 
 def test_on_a_cpu_no_large_model_is_made(

@@ -262,6 +262,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         assert word in printed
 
 
+def test_of_several_processes_one_does_the_dry_run(
+    finetune: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert finetune("--dry_run") == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_folder_that_a_run_is_using_is_refused(
     finetune: Finetune, out: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

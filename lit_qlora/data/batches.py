@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -78,21 +78,11 @@ class Batching:
     of it in each epoch."""
 
 
-def row_width(longest: int, batching: Batching) -> int:
+def padded_width(longest: int, batching: Batching) -> int:
     """Places of each row of a micro-batch whose longest row needs `longest`."""
     if batching.row_length is not None:
         return min(batching.row_length, -(-longest // PACKED_MULTIPLE) * PACKED_MULTIPLE)
     return -(-longest // batching.multiple) * batching.multiple
-
-
-def most_places(lengths: np.ndarray, batching: Batching) -> int:
-    """Places of the longest row that a step may have.
-
-    Args:
-        lengths: tokens of each sample.
-    """
-    together = 1 if batching.row_length is None else batching.batch_size
-    return row_width(int(np.sort(lengths)[-together:].sum()) - min(together, len(lengths)), batching)
 
 
 def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, width: int | None = None) -> Batch:
@@ -105,7 +95,7 @@ def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, 
     """
     packed = batching is not None and batching.row_length is not None
     longest = max(sum(len(sample.tokens) - 1 for sample in row) for row in rows)
-    width = width or (row_width(longest, batching) if batching else longest)
+    width = width or (padded_width(longest, batching) if batching else longest)
     tokens = np.full((len(rows), width), PAD, np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
     weights = np.zeros((len(rows), width), np.float32)
@@ -140,6 +130,11 @@ def order(count: int, seed: int, epoch: int) -> list[int]:
 def epoch_length(count: int, batching: Batching) -> int:
     """Samples that one epoch sees, counting those that it sees twice; `count` is how many there are."""
     return sum(round(size * times) for size, times in batching.shares) if batching.shares else count
+
+
+def times_seen(count: int, batching: Batching) -> list[float]:
+    """How often an epoch sees each of `count` samples."""
+    return [times for size, times in batching.shares or ((count, 1.0),) for _ in range(size)]
 
 
 def epoch_order(lengths: Sequence[int], batching: Batching, epoch: int) -> list[int]:
@@ -178,9 +173,11 @@ def steps_of_an_epoch(count: int, batching: Batching) -> int:
     return max(1, whole) if batching.drop_last else whole + bool(rest)
 
 
-def mean_samples(count: int, batching: Batching) -> float:
-    """Samples of an optimizer step on average."""
-    return min(batching.batch_size, epoch_length(count, batching) / steps_of_an_epoch(count, batching))
+def mean_tokens(samples: Samples, batching: Batching) -> float:
+    """Tokens of an optimizer step on average, without padding."""
+    count = len(samples)
+    each = np.average(samples.lengths, weights=times_seen(count, batching))
+    return float(each) * min(batching.batch_size, epoch_length(count, batching) / steps_of_an_epoch(count, batching))
 
 
 def count_steps(count: int, batching: Batching, epochs: float, max_steps: int | None = None) -> int:
@@ -230,13 +227,21 @@ def micro_batches(rows: Sequence[T], most: int, world_size: int) -> list[Sequenc
     return [rows[start:end] for start, end in pairwise(starts)]
 
 
-def longest_step(samples: Samples, batching: Batching) -> Step:
-    """A step of one micro-batch, of the longest samples or of full rows: if it fits into memory, all do."""
-    longest = samples.take(longest_first(samples.lengths.tolist())[: batching.batch_size])
-    step = next(steps(longest, replace(batching, shares=(), shuffle=False), total=1))
-    rows = rows_of(range(len(longest)), longest.lengths.tolist(), batching)[: batching.micro_batch_size]
-    width = most_places(samples.lengths, batching)
-    return step._replace(batches=[collate([[longest[i] for i in row] for row in rows], batching, width)])
+def longest_step(samples: Samples, batching: Batching, world_size: int = 1) -> Step:
+    """A step of one micro-batch that is as large as any of a rank: if it fits into memory, all do."""
+    lengths, times = samples.lengths.tolist(), times_seen(len(samples), batching)
+    again = (i for i in longest_first(lengths) for _ in range(math.ceil(times[i])))
+    chosen = list(islice(again, batching.batch_size))
+    rows = rows_of(chosen, lengths, batching, world_size)
+    longest = lengths[chosen[0]] - 1
+    if batching.row_length is not None:  # those of another step may be fuller than these
+        total = sum(lengths[i] - 1 for i in chosen)
+        alone = len(rows_of(chosen, lengths, batching))
+        longest = batching.row_length if alone > world_size else min(total, total // world_size + longest)
+    most = min(batching.micro_batch_size, math.ceil(len(rows) / world_size))
+    batch = collate([[samples[i] for i in row] for row in rows[:most]], batching, padded_width(longest, batching))
+    labelled = int(samples.labelled[chosen].sum())
+    return Step([batch], float(labelled), labelled, sum(lengths[i] for i in chosen), len(chosen), 0.0, tuple(chosen))
 
 
 def rows_of(chosen: Sequence[int], lengths: Sequence[int], batching: Batching, world_size: int = 1) -> list[list[int]]:

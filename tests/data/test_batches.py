@@ -1,6 +1,8 @@
 """Batches: labels, padding, order, incomplete steps and several ranks."""
 
+import random
 from itertools import chain
+from statistics import fmean
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from lit_qlora.data import (
     steps,
     validation_batches,
 )
-from lit_qlora.data.batches import PAD, epoch_order, mean_samples, order, steps_of_an_epoch
+from lit_qlora.data.batches import PAD, epoch_order, mean_tokens, order, steps_of_an_epoch
 from lit_qlora.model import IGNORE
 
 
@@ -187,11 +189,13 @@ def test_the_steps_that_are_counted_make_the_epochs_that_were_asked_for(
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("shares", [(), ((30, 1.0), (3, 0.34)), ((30, 0.1), (3, 7.0))], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 40])
-def test_a_step_has_so_many_samples_on_average(batch_size: int, drop_last: bool) -> None:
-    settings = batching(batch_size, drop_last=drop_last)
-    taken = list(steps(samples(33), settings, total=5 * steps_of_an_epoch(33, settings)))
-    assert sum(step.samples for step in taken) / len(taken) == pytest.approx(mean_samples(33, settings))
+def test_a_step_has_so_many_tokens_on_average(batch_size: int, shares: tuple, drop_last: bool) -> None:
+    data = Samples.of([Sample.of([1] * (20 if i < 30 else 300), 1) for i in range(33)])
+    settings = batching(batch_size, drop_last=drop_last, shares=shares)
+    taken = list(steps(data, settings, total=40 * steps_of_an_epoch(33, settings)))
+    assert fmean(step.tokens for step in taken) == pytest.approx(mean_tokens(data, settings), rel=0.05)
 
 
 def test_max_steps_shortens_a_run_and_never_lengthens_it() -> None:
@@ -200,13 +204,25 @@ def test_max_steps_shortens_a_run_and_never_lengthens_it() -> None:
     assert count_steps(1, batching(32), epochs=0.01) == 1
 
 
-@pytest.mark.parametrize("row_length", [None, 8])
-def test_no_micro_batch_is_larger_than_that_of_the_longest_step(row_length: int | None) -> None:
-    data = Samples.of([*(Sample.of([1, 2], 1) for _ in range(40)), *(Sample.of([1] * 8, 1) for _ in range(8))])
-    settings = batching(8, 4, shuffle=False, row_length=row_length)
-    (longest,) = longest_step(data, settings).batches
-    for step in steps(data, settings, total=6):
-        assert all(batch.tokens.numel() <= longest.tokens.numel() for batch in step.batches)
+@pytest.mark.parametrize("shares", [(), ((40, 0.5), (20, 3.4))], ids=["once", "often"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("row_length", [None, 200, 420, 3000])
+def test_no_micro_batch_is_larger_than_that_of_the_longest_step(
+    row_length: int | None, world_size: int, shares: tuple
+) -> None:
+    source = random.Random(0)
+    largest = []
+    for _ in range(12):
+        lengths = [min(200, int(source.lognormvariate(3.5, 0.9)) + 2) for _ in range(60)]
+        data = Samples.of([Sample.of([1] * length, 1) for length in lengths])
+        batch_size, most = source.choice([8, 16, 40]), source.choice([1, 2, 4, 8])
+        settings = batching(batch_size, most, row_length=row_length, shares=shares)
+        (longest,) = longest_step(data, settings, world_size).batches
+        taken = [one for rank in range(world_size) for one in steps(data, settings, 12, rank, world_size)]
+        largest += [max(batch.tokens.numel() for step in taken for batch in step.batches) / longest.tokens.numel()]
+        assert len(longest.tokens) <= most
+    assert max(largest) <= 1
+    assert max(largest) > 0.5  # and not far from it
 
 
 def test_validation_batches_hold_every_sample_once_sorted_by_length() -> None:

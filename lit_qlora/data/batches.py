@@ -230,7 +230,7 @@ def micro_batches(rows: Sequence[T], most: int, world_size: int) -> list[Sequenc
 def longest_step(samples: Samples, batching: Batching, world_size: int = 1) -> Step:
     """A step of one micro-batch that is as large as any of a rank: if it fits into memory, all do."""
     lengths, times = samples.lengths.tolist(), times_seen(len(samples), batching)
-    again = (i for i in longest_first(lengths) for _ in range(math.ceil(times[i])))
+    again = (i for i in np.argsort(-samples.lengths, kind="stable").tolist() for _ in range(math.ceil(times[i])))
     chosen = list(islice(again, batching.batch_size))
     rows = rows_of(chosen, lengths, batching, world_size)
     longest = lengths[chosen[0]] - 1

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_qlora.device import let_segments_grow
 from lit_qlora.fused import fuse, why_not
-from lit_qlora.fused.graphs import padded_length
+from lit_qlora.fused.graphs import row_width
 from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
 from lit_qlora.optim import count_state_bytes, make_optimizer
@@ -117,7 +117,8 @@ def main() -> None:
     reason = why_not(model)
     if reason and set(arguments.recompute) != {"plain"}:
         raise SystemExit(f"The fast path is not taken: {reason}.")
-    small = arguments.rows * padded_length(arguments.length) if arguments.graphs else 0
+    rows, length = tokens[:, :-1].shape if not arguments.packed else (1, arguments.rows * arguments.length)
+    small = rows * row_width(model.config, length, arguments.packed) if arguments.graphs else 0
     if arguments.fp8 and (reason or arguments.dequantized):
         parser.error(f"--fp8 needs the fast path: {reason}" if reason else "--dequantized has no effect with --fp8.")
     fused = None if reason else fuse(model, small, arguments.fp8, arguments.dequantized)

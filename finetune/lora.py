@@ -25,7 +25,7 @@ def finetune(config: FinetuneConfig) -> None:
     from dataclasses import replace
 
     from lit_qlora.data import read_data
-    from lit_qlora.device import let_segments_grow, pick_device, resolve_precision, weights_dtype
+    from lit_qlora.device import fabric_precision, let_segments_grow, pick_device, resolve_precision, weights_dtype
 
     let_segments_grow()
     # What can be refused is refused before a weight is loaded; data that is wrong, even before Lightning is imported.
@@ -71,8 +71,7 @@ def finetune(config: FinetuneConfig) -> None:
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=parallel.strategy(config.strategy, config.devices, config.num_nodes),
-        # Pure bf16 is a matter of the weights' dtype, which load_model sees to; adapters stay in float32.
-        precision="32-true" if precision == "bf16-true" else precision,
+        precision=fabric_precision(precision),
     )
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)

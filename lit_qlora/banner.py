@@ -12,7 +12,7 @@ from lit_qlora.config import ModelConfig
 from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, longest_step, show, steps
 from lit_qlora.device import gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
-from lit_qlora.optim import rehearse
+from lit_qlora.optim import measure_state_bytes
 from lit_qlora.peft_layout import check_layers
 from lit_qlora.plan import GIB, Plan, make_plan
 from lit_qlora.report import tell
@@ -124,7 +124,7 @@ def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) ->
         longest.tokens.numel(),
         config.train,
         gpu_bytes(),
-        rehearse(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
+        measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         usual,
         _host_room(config),
         packed=config.data.packing,

@@ -38,6 +38,11 @@ def has_fp8() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
+def fabric_precision(precision: Precision) -> Precision:
+    """What Fabric is told: pure bf16 is a matter of the weights' dtype, and adapters stay in float32."""
+    return "32-true" if precision == "bf16-true" else precision
+
+
 def weights_dtype(precision: Precision) -> torch.dtype:
     """Dtype of the frozen weights: 16 bit only for the -true precisions, float32 where arithmetic alone is 16 bit."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32

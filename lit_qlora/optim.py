@@ -80,7 +80,9 @@ def _arguments(
     return arguments
 
 
-def rehearse(config: OptimizerConfig, train: TrainConfig, device: torch.device, vectors: bool = False) -> float:
+def measure_state_bytes(
+    config: OptimizerConfig, train: TrainConfig, device: torch.device, vectors: bool = False
+) -> float:
     """Take two steps on a small adapter, so that an optimizer that cannot be used is refused before weights are loaded.
 
     Args:

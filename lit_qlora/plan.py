@@ -90,15 +90,7 @@ def make_plan(
     with torch.device("meta"):
         gpt = GPT(model)
         frozen = sum(p.numel() for p in gpt.parameters())
-        bits = 0.0
-        for path, parameter in gpt.named_parameters():
-            layer = path.removesuffix(".weight")
-            linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
-            scheme = quantize if linear and is_quantized(layer, quantize, quantize_head) else "none"
-            bits += parameter.numel() * bits_per_weight(scheme, dtype)
-        head_quantized = is_quantized("head", quantize, quantize_head)
-        if head_quantized and model.tied_head:  # beside the embedding, which is looked up as it is
-            bits += gpt.head.weight.numel() * bits_per_weight(quantize, dtype)
+        stored = _stored_bytes(gpt, quantize, quantize_head, dtype)
         add_lora(gpt, lora)
         add_noise(gpt, train.neftune)
     trainable = count_trainable(gpt)
@@ -116,8 +108,9 @@ def make_plan(
         copied = _largest_part(gpt) if trainable >= IN_TURNS else trainable
         learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
         adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
+        head_quantized = is_quantized("head", quantize, quantize_head)
         sizes = FastSizes(model, lora.r, adapted, quantize != "none", head_quantized, train.fp8)
-        free = 0.97 * room - bits / 8 - learning
+        free = 0.97 * room - stored - learning
         graph_tokens = _graph_tokens(model, train, rows or train.micro_batch_size, tokens, usual, packed)
         tokens = max(tokens, graph_tokens)  # padded, even where nothing is captured
         if train.recompute == "auto":
@@ -140,7 +133,7 @@ def make_plan(
     return Plan(
         frozen=frozen,
         trainable=trainable,
-        weights=bits / 8,
+        weights=stored,
         learning=learning,
         activations=activations,
         recompute=tuple(policies),
@@ -153,6 +146,19 @@ def make_plan(
         host=on_host,
         fp8=train.fp8,
     )
+
+
+def _stored_bytes(gpt: GPT, quantize: Scheme, quantize_head: bool, dtype: torch.dtype) -> float:
+    """Bytes of the base's weights."""
+    bits = 0.0
+    for path, parameter in gpt.named_parameters():
+        layer = path.removesuffix(".weight")
+        linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
+        scheme = quantize if linear and is_quantized(layer, quantize, quantize_head) else "none"
+        bits += parameter.numel() * bits_per_weight(scheme, dtype)
+    if gpt.config.tied_head and is_quantized("head", quantize, quantize_head):
+        bits += gpt.head.weight.numel() * bits_per_weight(quantize, dtype)  # the embedding is looked up as it is
+    return bits / 8
 
 
 def _share(

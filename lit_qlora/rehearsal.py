@@ -18,18 +18,18 @@ from lit_qlora.checkpoint import random_model
 from lit_qlora.config import ModelConfig
 from lit_qlora.data import Batch, RunData, longest_step, steps
 from lit_qlora.data.batches import mean_tokens
-from lit_qlora.device import peak_gib, pick_device, weights_dtype
+from lit_qlora.device import fabric_precision, peak_gib, pick_device, weights_dtype
 from lit_qlora.embeddings import add_noise
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora import add_lora
 from lit_qlora.measures import score_rows
-from lit_qlora.optim import make_optimizer
 from lit_qlora.plan import Plan
 from lit_qlora.report import duration, tell
-from lit_qlora.run import eval_every, take_path
+from lit_qlora.run import eval_every, set_up, take_path
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.stopping import StopRequest
 from lit_qlora.train import Gradients
+from lit_qlora.validation import is_due
 
 MOST_ON_CPU = 3e8  # parameters: making a larger model there takes longer than anybody wants to wait
 PASSES = 4  # micro-batches of a step, or of a validation, that are timed at most
@@ -73,7 +73,7 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
         tell("  time    not measured: that needs a GPU, or a small model")
         return
     every = eval_every(config, data, total)
-    validations = sum(step % every == 0 or step == total for step in range(start + bool(start), total + 1))
+    validations = sum(is_due(step, every, total) for step in range(start + bool(start), total + 1))
     try:
         tell(f"  time    {measure_pace(config, data, plan, device).describe(total - start, validations)}")
     except torch.OutOfMemoryError:
@@ -124,17 +124,13 @@ def _set_up(
     config: FinetuneConfig, plan: Plan, device: torch.device
 ) -> tuple[Fabric, _FabricModule, torch.optim.Optimizer]:
     """What a run trains and trains it with, but for the weights."""
-    fabric = Fabric(devices=1, precision="32-true" if config.precision == "bf16-true" else config.precision)
+    fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
     shape, dtype = ModelConfig.load(config.checkpoint_dir), weights_dtype(config.precision)
     model = random_model(shape, dtype, device, config.quantize, config.quantize_head)
     add_lora(model, config.lora)
     add_noise(model, config.train.neftune)
     take_path(model, plan)
-    scaled = config.precision == "16-mixed"
-    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
-    trained, optimizer = fabric.setup(model, optimizer)
-    trained.mark_forward_method("loss")
-    return fabric, trained, optimizer
+    return fabric, *set_up(fabric, model, config)
 
 
 def _some(batches: list[Batch]) -> list[Batch]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor
 
 from lit_qlora import cli
@@ -226,6 +227,15 @@ def open_log(config: FinetuneConfig, out_dir: Path, total: int, fabric: Fabric) 
             mirrors.close()
 
 
+def set_up(fabric: Fabric, model: GPT, config: FinetuneConfig) -> tuple[_FabricModule, torch.optim.Optimizer]:
+    """The model and its optimizer as train takes them."""
+    scaled = config.precision == "16-mixed"
+    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
+    fabric_model, optimizer = fabric.setup(model, optimizer)
+    fabric_model.mark_forward_method("loss")
+    return fabric_model, optimizer
+
+
 def learn(
     fabric: Fabric,
     model: GPT,
@@ -245,10 +255,7 @@ def learn(
     Returns:
         What measures.score_rows says of the validation samples at the last validation, if there was one.
     """
-    scaled = config.precision == "16-mixed"
-    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
-    fabric_model, optimizer = fabric.setup(model, optimizer)
-    fabric_model.mark_forward_method("loss")
+    fabric_model, optimizer = set_up(fabric, model, config)
     start, last = 0, None
     if checkpoint:
         restore(fabric, model, optimizer, checkpoint.path)
@@ -257,7 +264,7 @@ def learn(
         assert config.out_dir is not None
         if checkpoint.path.parent.samefile(config.out_dir):
             last = (start, config.out_dir / checkpoint.path.name)
-    guard = Guard(config.guard, scaled=scaled)
+    guard = Guard(config.guard, scaled=config.precision == "16-mixed")
     for record in log.records:
         if "loss" in record:
             guard.recall(record["loss"], record.get("skipped", False))

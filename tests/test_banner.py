@@ -64,6 +64,12 @@ def test_rows_that_are_packed_have_graphs_if_they_are_short(
     assert len(longest.tokens) == 1
     assert longest.tokens.size(1) < 1.5 * four + 64  # no longer than all samples of a step
     assert usual_tokens(few, read) <= longest.tokens.numel()
+    alone = replace(config, train=replace(train, batch_size=16))
+    read = read_data(alone)
+    shared = replace(alone, devices=2)  # half of the samples for each
+    sizes = [longest_batch(one, read.train, read.batching).tokens.numel() for one in (alone, shared)]
+    assert sizes[1] < sizes[0]
+    assert usual_tokens(shared, read) < 0.7 * usual_tokens(alone, read)
     long = replace(config, data=replace(data, pack_length=8192))
     read = read_data(long)
     longest = longest_batch(long, read.train, read.batching)

@@ -15,7 +15,7 @@ from lit_qlora import safetensors_io
 from lit_qlora.errors import UsageError
 from lit_qlora.lora import add_lora
 from lit_qlora.model import GPT
-from lit_qlora.optim import SCHEDULES, check_schedule, learning_rate, make_optimizer, rehearse
+from lit_qlora.optim import SCHEDULES, check_schedule, learning_rate, make_optimizer, measure_state_bytes
 from lit_qlora.quantize import quantize_linears
 from lit_qlora.settings import OPTIMIZERS, LoRAConfig, OptimizerConfig, Schedule, Scheme, TrainConfig
 from lit_qlora.state import pack, unpack
@@ -293,12 +293,12 @@ def test_settings_reach_the_optimizer() -> None:
 )
 def test_what_an_optimizer_cannot_do_is_refused_before_weights_are_loaded(settings: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        rehearse(OptimizerConfig(**settings), TrainConfig(), CPU)
+        measure_state_bytes(OptimizerConfig(**settings), TrainConfig(), CPU)
 
 
 def test_a_rehearsal_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    rehearse(OptimizerConfig(), TrainConfig(), CPU)
+    measure_state_bytes(OptimizerConfig(), TrainConfig(), CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -307,9 +307,9 @@ def test_a_rehearsal_draws_no_random_numbers() -> None:
     [("adamw", 8), ("sgd", 4), ("rmsprop", 4), ("adafactor", 0.25), ("adamw8bit", 2), ("lion8bit", 1), ("lion", 4)],
 )
 def test_the_plan_knows_the_size_of_the_state(name: str, size: float) -> None:
-    assert rehearse(OptimizerConfig(name=name), TrainConfig(), CPU) == pytest.approx(size, rel=0.03)
+    assert measure_state_bytes(OptimizerConfig(name=name), TrainConfig(), CPU) == pytest.approx(size, rel=0.03)
 
 
 def test_every_optimizer_with_a_short_name_runs_here() -> None:
     for name in OPTIMIZERS:
-        rehearse(OptimizerConfig(name=name), TrainConfig(), CPU, vectors=True)
+        measure_state_bytes(OptimizerConfig(name=name), TrainConfig(), CPU, vectors=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_qlora.optim import make_optimizer, rehearse, repage
+from lit_qlora.optim import make_optimizer, measure_state_bytes, repage
 from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig
 from lit_qlora.state import pack, unpack
 
@@ -28,7 +28,7 @@ def step(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, times: int) 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_with_a_short_name_runs(name: str) -> None:
-    assert rehearse(OptimizerConfig(name=name), TrainConfig(), DEVICE, vectors=True) <= 8.01
+    assert measure_state_bytes(OptimizerConfig(name=name), TrainConfig(), DEVICE, vectors=True) <= 8.01
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])

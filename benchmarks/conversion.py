@@ -55,7 +55,7 @@ def main(config: Config) -> None:
 
 def print_peak(config: Config) -> None:
     """Convert, and print the seconds, and the GiB by which resident and anonymous memory exceeded those before."""
-    from lit_qlora.convert import convert_hf_checkpoint
+    from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 
     def resident() -> tuple[int, int]:
         rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_qlora.adapter import save_adapter
-from lit_qlora.checkpoint import load_model
+from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.data import Batch, Step, read_data, steps
 from lit_qlora.device import pick_device
-from lit_qlora.export import export_hf
 from lit_qlora.fused import fuse, why_not
-from lit_qlora.lora import add_lora
-from lit_qlora.model import GPT
+from lit_qlora.lora.adapter import save_adapter
+from lit_qlora.lora.layer import add_lora
+from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, TrainConfig
 
 Loss = Callable[[Batch], Tensor]

@@ -38,8 +38,8 @@ def main(config: Config) -> None:
     from lit_qlora.data.load import encode_source
     from lit_qlora.data.packing import pack
     from lit_qlora.data.sources import Source
-    from lit_qlora.prompts import find_style
-    from lit_qlora.tokenizer import Tokenizer
+    from lit_qlora.prompts.style import find_style
+    from lit_qlora.prompts.tokenizer import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "samples.jsonl"

@@ -66,7 +66,7 @@ def main() -> None:
     ours_dir, theirs_dir = arguments.work_dir / arguments.shape, arguments.work_dir / f"{arguments.shape}-hf"
     shapes.make_checkpoint(arguments.shape, ours_dir)
     if not theirs_dir.is_dir():
-        from lit_qlora.export import export_hf
+        from lit_qlora.convert.to_hugging_face import export_hf
 
         export_hf(ours_dir, theirs_dir)
         for file in theirs_dir.glob("tokenizer*"):
@@ -166,9 +166,9 @@ def load_ours(arguments: argparse.Namespace, directory: Path) -> tuple[Score, Pa
     """A function that scores requests with our model."""
     import torch
 
-    from lit_qlora.checkpoint import load_model
+    from lit_qlora.checkpoint.checkpoint import load_model
+    from lit_qlora.evaluate.score import Scorer
     from lit_qlora.fused import reader
-    from lit_qlora.score import Scorer
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -12,10 +12,10 @@ import torch
 from results import TABLE, read_rows
 from shapes import SHAPES
 
-from lit_qlora.config import ModelConfig
-from lit_qlora.lora import LoRALinear, add_lora
-from lit_qlora.model import GPT
-from lit_qlora.plan import make_plan
+from lit_qlora.lora.layer import LoRALinear, add_lora
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
+from lit_qlora.run.plan import make_plan
 from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig
 
 H100 = 80e9  # bytes; the plan needs a GPU to plan for

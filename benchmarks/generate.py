@@ -22,10 +22,10 @@ from shapes import SHAPES, random_model
 from torch import nn
 
 from lit_qlora.device import pick_device
-from lit_qlora.generate import generate
-from lit_qlora.generate.state import Decoding
-from lit_qlora.lora import LoRALinear, add_lora
-from lit_qlora.model import GPT
+from lit_qlora.generation import generate
+from lit_qlora.generation.sequences import Decoding
+from lit_qlora.lora.layer import LoRALinear, add_lora
+from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import storage_bytes
 from lit_qlora.settings import SCHEMES, GenerationConfig, LoRAConfig
 

@@ -26,7 +26,7 @@ def load(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     """Load once, in this process."""
     import torch
 
-    from lit_qlora import quantized_cache
+    from lit_qlora.checkpoint import quantized_cache
     from lit_qlora.quantize import bitsandbytes
 
     bitsandbytes()

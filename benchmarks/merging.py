@@ -21,12 +21,12 @@ def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision
     """Write an adapter of rank 16 on all linear layers, as a run on `base` quantised by `scheme` would."""
     import torch
 
-    from lit_qlora.adapter import save_state
-    from lit_qlora.checkpoint import content_hash, open_weights
-    from lit_qlora.config import ModelConfig
-    from lit_qlora.lora import add_lora, lora_state
-    from lit_qlora.model import GPT
-    from lit_qlora.prompts import STYLES
+    from lit_qlora.checkpoint.checkpoint import content_hash, open_weights
+    from lit_qlora.lora.adapter import save_state
+    from lit_qlora.lora.layer import add_lora, lora_state
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.model.gpt import GPT
+    from lit_qlora.prompts.style import STYLES
     from lit_qlora.settings import LoRAConfig
 
     config, model_config = LoRAConfig(r=16, alpha=16, targets=("all",)), ModelConfig.load(base)

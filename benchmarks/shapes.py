@@ -11,7 +11,7 @@ from results import ROOT
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lit_qlora.model import GPT
+    from lit_qlora.model.gpt import GPT
     from lit_qlora.settings import Scheme
 
 TOKENIZER = ROOT / "checkpoints/lit-qlora/tiny-world/tokenizer.model"
@@ -44,9 +44,9 @@ def random_model(shape: str, scheme: "Scheme") -> "GPT":
     """A bf16 model of `shape` on the GPU if there is one, quantised layer by layer, but for its head."""
     import torch
 
-    from lit_qlora import checkpoint
-    from lit_qlora.config import ModelConfig
+    from lit_qlora.checkpoint import checkpoint
     from lit_qlora.device import pick_device
+    from lit_qlora.model.config import ModelConfig
 
     config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
     return checkpoint.random_model(config, torch.bfloat16, pick_device(), scheme).requires_grad_(False)
@@ -56,9 +56,9 @@ def make_checkpoint(shape: str, directory: Path) -> None:
     """Write a random bf16 checkpoint of `shape`, a tensor at a time, unless it is there already."""
     import torch
 
-    from lit_qlora.checkpoint import save_weights
-    from lit_qlora.config import ModelConfig
-    from lit_qlora.model import GPT
+    from lit_qlora.checkpoint.checkpoint import save_weights
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.model.gpt import GPT
 
     if (directory / "model_config.json").is_file():
         return
@@ -80,11 +80,11 @@ def make_hf_checkpoint(shape: str, folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from lit_qlora import shards
-    from lit_qlora.config import ModelConfig
-    from lit_qlora.export import their_config
-    from lit_qlora.families import their_tensors
-    from lit_qlora.model import GPT
+    from lit_qlora.checkpoint import shards
+    from lit_qlora.convert.families import their_tensors
+    from lit_qlora.convert.to_hugging_face import their_config
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.model.gpt import GPT
 
     if (folder / "config.json").is_file():
         return

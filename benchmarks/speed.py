@@ -16,7 +16,7 @@ import torch
 from shapes import SHAPES, random_model
 
 from lit_qlora.fused import fuse
-from lit_qlora.lora import add_lora
+from lit_qlora.lora.layer import add_lora
 from lit_qlora.settings import LoRAConfig
 
 RECORD = Path(__file__).with_name("speed.json")

@@ -22,10 +22,10 @@ from torch import Tensor
 from lit_qlora.device import let_segments_grow
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.fused.graphs import row_width
-from lit_qlora.lora import add_lora
-from lit_qlora.model import GPT
-from lit_qlora.optim import count_state_bytes, make_optimizer
+from lit_qlora.lora.layer import add_lora
+from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import SCHEMES, LoRAConfig, OptimizerConfig, TrainConfig
+from lit_qlora.train.optim import count_state_bytes, make_optimizer
 
 WARM_UP = 6  # steps: kernels are compiled in the first, a graph is captured in the fifth
 

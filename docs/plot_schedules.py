@@ -4,8 +4,8 @@ from pathlib import Path
 
 import matplotlib
 
-from lit_qlora.optim import learning_rate
 from lit_qlora.settings import TrainConfig
+from lit_qlora.train.optim import learning_rate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
-from lit_qlora.part import Part
+from lit_qlora.inference import UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+from lit_qlora.partial_answers import Part
 from lit_qlora.settings import GenerationConfig, check
-from lit_qlora.use import UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 
 if TYPE_CHECKING:
     from lit_qlora.data import Example
@@ -72,8 +72,8 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
     """Load, answer what is not in `part` yet, compare, write and print."""
     from tqdm import tqdm
 
-    from lit_qlora.generate import generate, room_for_answer, text_of
-    from lit_qlora.metrics import chrf, text_metrics
+    from lit_qlora.evaluate.metrics import chrf, text_metrics
+    from lit_qlora.generation import generate, room_for_answer, text_of
 
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import UsageError
+from lit_qlora.inference import UseConfig
 from lit_qlora.settings import Scheme
-from lit_qlora.use import UseConfig
 
 if TYPE_CHECKING:
     from lm_eval_harness import Config
 
-    from lit_qlora.adapter import Adapter, Loaded
+    from lit_qlora.lora.adapter import Adapter, Loaded
 
 BASE, QUANTIZED, ADAPTED, MERGED, REQUANTIZED = "base", "quantized", "adapted", "merged", "requantized"
 EFFECTS = {
@@ -47,7 +47,7 @@ def compare(
     Raises:
         UsageError: if neither the settings nor the adapter say how the base is quantised.
     """
-    from lit_qlora.adapter import check_base, read_adapter
+    from lit_qlora.lora.adapter import check_base, read_adapter
 
     adapter = read_adapter(lora_path)
     check_base(adapter, checkpoint_dir)
@@ -78,7 +78,7 @@ def models(
     config: "Config", checkpoint_dir: Path, adapter: "Adapter", scheme: Scheme, head: bool
 ) -> Iterator[tuple[str, "Loaded"]]:
     """Each of the five and its name; the one before is gone, or has become the next."""
-    from lit_qlora.merge import Merge
+    from lit_qlora.lora.merge import Merge
     from lit_qlora.quantize import quantize_linears
 
     merge = Merge([adapter], checkpoint_dir)

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_folders
 
 from lit_qlora import cli
-from lit_qlora.config import FILE_NAME as MODEL_CONFIG
-from lit_qlora.disk import write_text
 from lit_qlora.errors import ResourceError, UsageError
-from lit_qlora.prompts import read_style
+from lit_qlora.files.atomic import write_text
+from lit_qlora.inference import UseConfig, peak_memory
+from lit_qlora.model.config import FILE_NAME as MODEL_CONFIG
+from lit_qlora.prompts.style import read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, check
-from lit_qlora.use import UseConfig, peak_memory
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
-    from lit_qlora.adapter import Loaded
+    from lit_qlora.lora.adapter import Loaded
 
 DEMO_TASKS = Path(__file__).resolve().parent / "demo"
 

@@ -14,14 +14,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from tqdm import tqdm  # disable=None shows a bar on a terminal only
 
-from lit_qlora.chat_template import Renderer
 from lit_qlora.errors import CheckpointError, UsageError
-from lit_qlora.generate import ends_with, generate, text_of
-from lit_qlora.model import GPT
-from lit_qlora.prompts import Style, TemplateStyle
-from lit_qlora.score import BatchSize, Request, Scorer, windows
+from lit_qlora.evaluate.score import BatchSize, Request, Scorer, windows
+from lit_qlora.generation import ends_with, generate, text_of
+from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.chat_template import Renderer
+from lit_qlora.prompts.style import Style, TemplateStyle
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import GenerationConfig
-from lit_qlora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

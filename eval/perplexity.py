@@ -11,8 +11,8 @@ from typing import Literal
 
 from lit_qlora import cli
 from lit_qlora.errors import DataError
+from lit_qlora.inference import UseConfig, peak_memory
 from lit_qlora.settings import check
-from lit_qlora.use import UseConfig, peak_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ def main(config: Config) -> None:
 
     from tqdm import tqdm
 
+    from lit_qlora.evaluate.score import Scorer, windows
     from lit_qlora.fused import reader
-    from lit_qlora.score import Scorer, windows
 
     loaded = config.load()
     tokenizer = loaded.tokenizer

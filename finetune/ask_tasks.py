@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lit_qlora.settings import EvalConfig
 
 if TYPE_CHECKING:
-    from lit_qlora.model import GPT
-    from lit_qlora.tokenizer import Tokenizer
+    from lit_qlora.model.gpt import GPT
+    from lit_qlora.prompts.tokenizer import Tokenizer
 
 EVAL = Path(__file__).resolve().parents[1] / "eval"
 

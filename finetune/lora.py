@@ -34,12 +34,14 @@ def finetune(config: FinetuneConfig) -> None:
 
     from lightning.fabric import Fabric
 
-    from lit_qlora import outcome, parallel, quantized_cache, rehearsal, resume, run, saver
-    from lit_qlora.adapter import settle, start_adapters
-    from lit_qlora.banner import plan_run, tell_plan
-    from lit_qlora.embeddings import add_noise
-    from lit_qlora.lora import add_lora
-    from lit_qlora.probes import read_probes
+    from lit_qlora.checkpoint import quantized_cache
+    from lit_qlora.evaluate.validation_inputs import read_probes
+    from lit_qlora.lora.adapter import settle, start_adapters
+    from lit_qlora.lora.embeddings import add_noise
+    from lit_qlora.lora.layer import add_lora
+    from lit_qlora.run import dry_run, resume, run, saver, summary
+    from lit_qlora.run.banner import plan_run, tell_plan
+    from lit_qlora.train import parallel
 
     devices, num_nodes = parallel.processes(config.devices, config.num_nodes)
     config = replace(
@@ -64,7 +66,7 @@ def finetune(config: FinetuneConfig) -> None:
     if config.dry_run:
         if parallel.is_first():
             tell_plan(config, data, total, plan, start)
-            rehearsal.tell_time(config, data, plan, total, start)
+            dry_run.tell_time(config, data, plan, total, start)
         return
 
     fabric = Fabric(
@@ -92,7 +94,7 @@ def finetune(config: FinetuneConfig) -> None:
         run.take_path(model, plan)
         scores = run.learn(fabric, model, config, data, total, log, checkpoint, probes, ask)
         if fabric.is_global_zero:
-            outcome.finish(config, model, data, log, scores)
+            summary.finish(config, model, data, log, scores)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GPT": "model",
-    "KVCache": "model",
+    "GPT": "model.gpt",
+    "KVCache": "model.gpt",
     "LoRAConfig": "settings",
-    "ModelConfig": "config",
-    "Tokenizer": "tokenizer",
+    "ModelConfig": "model.config",
+    "Tokenizer": "prompts.tokenizer",
     "UserError": "errors",
-    "add_lora": "lora",
-    "load_adapter": "adapter",
-    "load_model": "checkpoint",
-    "merge": "merge",
+    "add_lora": "lora.layer",
+    "load_adapter": "lora.adapter",
+    "load_model": "checkpoint.checkpoint",
+    "merge": "lora.merge",
     "quantize_linears": "quantize",
 }
 __all__ = sorted(_HOMES)

@@ -1,7 +1,7 @@
 """4- and 8-bit storage for frozen weights. The only file that imports bitsandbytes.
 
 The weight is dequantised to the dtype of the input wherever it is used: in training, evaluation and merging alike; for
-a few rows on a GPU in registers (lit_qlora.kernels.skinny), to the same values.
+a few rows on a GPU in registers (lit_qlora.kernels.small_batch_linear), to the same values.
 bitsandbytes' fused small-batch product is not used, because it rounds the scales differently (with bitsandbytes
 0.50, 27 % of the weights differ by 0.27 %), and neither is its Linear4bit, because on CPUs with AVX512-BF16 its
 first evaluation repacks the weights, after which gradients through them are lost.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
-from lit_qlora.kernels import skinny
+from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, end_to_end
 from lit_qlora.settings import SCHEMES, Scheme
@@ -89,8 +89,8 @@ class QuantizedLinear(nn.Module):
         return (
             AVAILABLE
             and x.is_cuda
-            and x.dtype in skinny.DTYPES
-            and 0 < x.numel() <= skinny.MOST_ROWS * self.in_features
+            and x.dtype in small_batch_linear.DTYPES
+            and 0 < x.numel() <= small_batch_linear.MOST_ROWS * self.in_features
             and not (x.requires_grad and torch.is_grad_enabled())
             and (self.scheme == "bnb.int8" or self.in_features % BLOCK == 0)
         )
@@ -99,7 +99,7 @@ class QuantizedLinear(nn.Module):
         weight = stack_weights([self])
         assert weight is not None
         stack = Stack((self.out_features,), (-1,), 0)
-        y = skinny.product(x.reshape(-1, self.in_features).contiguous(), weight, stack, None)
+        y = small_batch_linear.product(x.reshape(-1, self.in_features).contiguous(), weight, stack, None)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

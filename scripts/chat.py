@@ -15,9 +15,9 @@ from typing import Any
 
 from lit_qlora import cli
 from lit_qlora.errors import DataError, UsageError, did_you_mean
-from lit_qlora.prompts import Turn
+from lit_qlora.inference import DraftConfig, Roster, UseConfig, check_style, encode_prompt, load_roster, stop_ids
+from lit_qlora.prompts.style import Turn
 from lit_qlora.settings import GenerationConfig, check
-from lit_qlora.use import DraftConfig, Roster, UseConfig, check_style, encode_prompt, load_roster, stop_ids
 
 HELP = """\
 /compare QUESTION    what the base and every adapter answer, side by side; it is not remembered
@@ -167,7 +167,7 @@ class Conversation:
 
     def pieces(self, name: str, prompt: list[int]) -> Iterator[str]:
         """The text of an answer as it comes."""
-        from lit_qlora.generate import stream, stream_text
+        from lit_qlora.generation import stream, stream_text
 
         style = self.roster.styles[name]
         gap, tail = (style.gap, style.tail) if style else ("", "")
@@ -192,7 +192,7 @@ class Conversation:
         Args:
             forget: the turns that are left out stay forgotten.
         """
-        from lit_qlora.generate import room_for_answer
+        from lit_qlora.generation import room_for_answer
 
         block_size = self.model.config.block_size
         # At most half of the context is kept free, or a large max_new_tokens would leave no memory at all.

@@ -24,7 +24,7 @@ class GgufConfig:
 
 def main(config: GgufConfig) -> None:
     """Convert and say what came out."""
-    from lit_qlora.gguf_export import export_gguf
+    from lit_qlora.convert.to_gguf import export_gguf
 
     model = export_gguf(config.checkpoint_dir, config.out_file, config.dtype)
     size = config.out_file.stat().st_size

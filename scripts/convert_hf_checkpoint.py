@@ -33,8 +33,8 @@ class ConvertConfig:
 
 def main(config: ConvertConfig) -> None:
     """Convert and say what came out."""
-    from lit_qlora.checkpoint import count_parameters
-    from lit_qlora.convert import convert_hf_checkpoint
+    from lit_qlora.checkpoint.checkpoint import count_parameters
+    from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 
     out_dir = config.out_dir or config.checkpoint_dir
     model = convert_hf_checkpoint(config.checkpoint_dir, out_dir, config.dtype, config.name, int(config.shard_gb * 1e9))

@@ -29,8 +29,8 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Convert and say what came out."""
-    from lit_qlora.checkpoint import count_parameters
-    from lit_qlora.export import export_hf
+    from lit_qlora.checkpoint.checkpoint import count_parameters
+    from lit_qlora.convert.to_hugging_face import export_hf
 
     model = export_hf(config.checkpoint_dir, config.out_dir, int(config.shard_gb * 1e9))
     print(f"exported {model.name} ({model.family}, {count_parameters(model):,} parameters): {config.out_dir}")

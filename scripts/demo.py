@@ -18,7 +18,7 @@ from lit_qlora import cli
 from lit_qlora.settings import DEMO_CHECKPOINT
 
 if TYPE_CHECKING:
-    from lit_qlora.adapter import Loaded
+    from lit_qlora.lora.adapter import Loaded
 
 QUESTIONS = ("What does the fox eat?", "What is the colour of the otter?", "What is 7 plus 5?")
 TASK = "tiny_world_qa"
@@ -52,7 +52,7 @@ def main(config: DemoConfig) -> None:
     )
     import torch
 
-    from lit_qlora.adapter import load_for_use
+    from lit_qlora.lora.adapter import load_for_use
 
     torch.set_num_threads(1)  # as the commands below
     with chapter(1, "ask the base model"):
@@ -110,8 +110,8 @@ def command(script: str, *flags: str, quiet: bool = False) -> None:
 
 def ask(loaded: "Loaded", name: str) -> None:
     """Print the answers to QUESTIONS, the likeliest token each time."""
-    from lit_qlora.generate import generate
-    from lit_qlora.prompts import STYLES
+    from lit_qlora.generation import generate
+    from lit_qlora.prompts.style import STYLES
     from lit_qlora.settings import GenerationConfig
 
     style, tokenizer = loaded.style or STYLES["qa"], loaded.tokenizer
@@ -131,7 +131,7 @@ def agree(exact: "Loaded", trained: "Loaded", merged: "Loaded") -> str:
     import torch
 
     from lit_qlora.data import read_examples
-    from lit_qlora.prompts import STYLES
+    from lit_qlora.prompts.style import STYLES
 
     style = merged.style or STYLES["qa"]
     apart = {"16-bit base + adapter": 0.0, "4-bit base + adapter": 0.0}

@@ -38,7 +38,7 @@ class DownloadConfig:
 
 def main(config: DownloadConfig) -> None:
     """Download, convert, and say what came out."""
-    from lit_qlora.hub import download, list_models
+    from lit_qlora.convert.hub import download, list_models
 
     if config.list:
         words = config.list if isinstance(config.list, str) else ""
@@ -50,8 +50,8 @@ def main(config: DownloadConfig) -> None:
     folder = download(config.repo_id, config.checkpoints_dir, config.revision, token)
     print(f"downloaded {config.repo_id}: {folder}")
     if config.convert:
-        from lit_qlora.checkpoint import count_parameters
-        from lit_qlora.convert import convert_hf_checkpoint
+        from lit_qlora.checkpoint.checkpoint import count_parameters
+        from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 
         model = convert_hf_checkpoint(folder, folder, config.dtype, name=config.repo_id)
         print(f"converted {model.name} ({model.family}, {count_parameters(model):,} parameters): {folder}")

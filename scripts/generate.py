@@ -15,9 +15,9 @@ from typing import Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
-from lit_qlora.part import Part
+from lit_qlora.inference import DraftConfig, UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+from lit_qlora.partial_answers import Part
 from lit_qlora.settings import GenerationConfig, check
-from lit_qlora.use import DraftConfig, UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 
 Answer = tuple[str, int, str]
 """What was said, its tokens, and why it ended."""
@@ -79,7 +79,7 @@ def main(config: Config) -> None:
 
 def answer(config: Config, rows: list[Row], part: Part | None) -> None:
     """Load, answer what is not in `part` yet, and write it there or to stdout."""
-    from lit_qlora.generate import ends_with, generate, room_for_answer, text_of
+    from lit_qlora.generation import ends_with, generate, room_for_answer, text_of
 
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer

@@ -25,12 +25,12 @@ class Config:
 
 def main(config: Config) -> None:
     """Read, encode, tell."""
-    from lit_qlora.config import ModelConfig
     from lit_qlora.data import boundary, show
     from lit_qlora.data.load import length_limit, load
     from lit_qlora.errors import DataError
-    from lit_qlora.pages import plot_lengths
-    from lit_qlora.tokenizer import Tokenizer
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.prompts.tokenizer import Tokenizer
+    from lit_qlora.run.reports import plot_lengths
 
     tokenizer = Tokenizer(config.checkpoint_dir)
     known = (config.checkpoint_dir / "model_config.json").is_file()

@@ -22,8 +22,8 @@ from lit_qlora.settings import check
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lit_qlora.model import GPT
-    from lit_qlora.tokenizer import Tokenizer
+    from lit_qlora.model.gpt import GPT
+    from lit_qlora.prompts.tokenizer import Tokenizer
 
 VOCAB_SIZE, BLOCK_SIZE = 1280, 256
 SIZES = {"n_layer": 4, "n_embd": 192, "n_head": 6, "head_size": 32, "block_size": BLOCK_SIZE}
@@ -158,10 +158,10 @@ def make_model(stories: Iterator[str], checkpoint: Path, steps: int, seed: int) 
     """Pre-train the model that `checkpoint` is named after and write its weights (bf16) and config."""
     import torch
 
-    from lit_qlora.checkpoint import save_weights
-    from lit_qlora.config import ModelConfig
-    from lit_qlora.model import GPT
-    from lit_qlora.tokenizer import Tokenizer
+    from lit_qlora.checkpoint.checkpoint import save_weights
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.model.gpt import GPT
+    from lit_qlora.prompts.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(checkpoint)
     fields = MODELS[checkpoint.name]

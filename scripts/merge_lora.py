@@ -11,8 +11,8 @@ from typing import Literal
 
 from lit_qlora import cli
 from lit_qlora.errors import CheckpointError
+from lit_qlora.inference import peak_memory
 from lit_qlora.settings import check
-from lit_qlora.use import peak_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ class MergeConfig:
 
 def main(config: MergeConfig) -> None:
     """Measure if asked, merge, and say how large the update is."""
-    from lit_qlora.adapter import read_adapter
-    from lit_qlora.merge import Merge, check_replaceable
+    from lit_qlora.lora.adapter import read_adapter
+    from lit_qlora.lora.merge import Merge, check_replaceable
 
     paths = config.lora_path or (newest_adapter(),)
     adapters = [read_adapter(path) for path in paths]
@@ -80,7 +80,7 @@ def main(config: MergeConfig) -> None:
     merge = Merge(adapters, checkpoint_dir, config.base, config.weights)
     facts = {}
     if config.verify:
-        from lit_qlora.verify import check_tolerance, read_batches, recommend, report_lines, verify
+        from lit_qlora.lora.verify import check_tolerance, read_batches, recommend, report_lines, verify
 
         batches = read_batches(
             config.verify, adapters[0], checkpoint_dir, config.verify_samples, config.verify_batch_size

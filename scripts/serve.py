@@ -12,9 +12,9 @@ from jsonargparse.typing import SecretStr
 
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.inference import UseConfig, check_style, load_roster, peak_memory
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
-from lit_qlora.use import UseConfig, check_style, load_roster, peak_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,10 +49,10 @@ class ShrinkConfig:
 
 def main(config: ShrinkConfig) -> None:
     """Decompose, print what each rank loses, and write the chosen one."""
-    from lit_qlora.adapter import check_base, our_tensors, read_adapter, save_state
-    from lit_qlora.config import ModelConfig
-    from lit_qlora.prompts import read_style
-    from lit_qlora.shrink import candidates, cut, loss_at, smallest_rank, spectra
+    from lit_qlora.lora.adapter import check_base, our_tensors, read_adapter, save_state
+    from lit_qlora.lora.shrink import candidates, cut, loss_at, smallest_rank, spectra
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.prompts.style import read_style
 
     adapter = read_adapter(config.lora_path)
     facts = {k: v for k, v in (adapter.manifest or {}).items() if k not in NOT_KEPT}
@@ -73,7 +73,7 @@ def main(config: ShrinkConfig) -> None:
     ranks = sorted({*ranks, *([rank] if rank else [])})
     losses = {}
     if config.verify:
-        from lit_qlora.verify import losses_of, read_batches
+        from lit_qlora.lora.verify import losses_of, read_batches
 
         batches = read_batches(config.verify, adapter, checkpoint_dir, config.verify_samples, config.verify_batch_size)
         losses = losses_of(adapter, checkpoint_dir, {r: cut(state, found, adapter.config, r) for r in ranks}, batches)
@@ -102,8 +102,8 @@ def main(config: ShrinkConfig) -> None:
 
 def base_facts(checkpoint_dir: Path) -> dict[str, dict[str, str]]:
     """What a manifest says of the base."""
-    from lit_qlora.checkpoint import content_hash
-    from lit_qlora.config import ModelConfig
+    from lit_qlora.checkpoint.checkpoint import content_hash
+    from lit_qlora.model.config import ModelConfig
 
     name, digest = ModelConfig.load(checkpoint_dir).name, content_hash(checkpoint_dir)
     return {"base": {"name": name, "path": str(checkpoint_dir), "sha256": digest}}

@@ -1,1 +1,1 @@
-"""Tests mirror the package: lit_qlora/x.py is tested by tests/test_x.py."""
+"""Tests mirror the package: lit_qlora/x/y.py is tested by tests/x/test_y.py."""

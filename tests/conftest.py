@@ -18,11 +18,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before the package is imported
 
 from lit_qlora import cli
-from lit_qlora.checkpoint import save_weights
-from lit_qlora.config import ModelConfig
-from lit_qlora.model import GPT
-from lit_qlora.pieces import BOS, EOS, Piece
-from lit_qlora.styles import WORDINGS
+from lit_qlora.checkpoint.checkpoint import save_weights
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.pieces import BOS, EOS, Piece
+from lit_qlora.prompts.wordings import WORDINGS
 
 
 def _is_text(piece: Piece) -> bool:

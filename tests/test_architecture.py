@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -11,49 +12,45 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"cache_folder", "disk", "errors", "kernels", "known_models", "metrics", "template_worker"},
-    {"chat_template", "cli", "config", "pickle_io", "pieces", "report", "safetensors_io", "settings"},
-    {"embeddings", "mirrors", "pages", "parallel", "part", "peft_config", "shrink", "stopping", "tokenizer"},
-    {"activations", "device", "families", "gguf_vocabulary", "guards", "hub", "lora", "quantize", "shards"}
-    | {"streaming", "styles"},
-    {"mlp", "norm", "optim", "rope", "state"},
-    {"attention", "prompts"},
-    {"latent_attention"},
-    {"model"},
-    {"checkpoint", "data", "fused", "init", "peft_layout", "score"},
-    {"adapter", "convert", "generate", "gguf_export", "plan", "probes", "quantized_cache", "resume", "train"},
-    {"banner", "export", "measures", "merge", "multi_lora"},
-    {"saver", "validation"},
-    {"run", "verify"},
-    {"outcome", "rehearsal", "use"},
-    {"serve"},
+    {"errors", "files", "kernels"},
+    {"cli", "model", "report", "settings"},
+    {"device", "partial_answers", "prompts", "quantize"},
+    {"checkpoint", "data"},
+    {"convert", "train"},
+    {"lora"},
+    {"fused"},
+    {"generation"},
+    {"evaluate", "inference"},
+    {"run", "serve"},
 ]
-"""The modules of the package from the bottom up; those of one layer do not know each other."""
+"""The packages, and the modules beside them, from the bottom up; those of one layer do not know each other."""
 
 HOMES = {
     "bitsandbytes": {"quantize"},
-    "triton": {"kernels"},
-    "lightning": {"measures", "parallel", "rehearsal", "run", "saver", "state", "train"},
-    "sentencepiece": {"tokenizer"},
-    "tokenizers": {"tokenizer"},
+    "triton": {"kernels.launch"},
+    "lightning": {"evaluate.measures", "run.dry_run", "run.run", "run.saver"}
+    | {"train.loop", "train.parallel", "train.training_state"},
+    "sentencepiece": {"prompts.tokenizer"},
+    "tokenizers": {"prompts.tokenizer"},
     "jsonargparse": {"cli"},
     "yaml": {"cli"},
-    "matplotlib": {"pages"},
-    "wandb": {"mirrors"},
-    "mlflow": {"mirrors"},
-    "safetensors": {"safetensors_io"},
-    "huggingface_hub": {"hub"},
-    "tqdm": {"shards"},
-    "gguf": {"gguf_export"},
-    "fastapi": {"serve"},
-    "starlette": {"serve"},  # what FastAPI is built on
-    "uvicorn": {"serve"},
-    "jinja2": {"template_worker"},
-    "torchmetrics": {"metrics"},
-    "sacrebleu": {"metrics"},
-    "numpy": {"data", "gguf_export"},
-    "datasets": {"data"},
-    "pyarrow": {"data"},
+    "matplotlib": {"run.reports"},
+    "wandb": {"run.trackers"},
+    "mlflow": {"run.trackers"},
+    "safetensors": {"checkpoint.safetensors_io"},
+    "huggingface_hub": {"convert.hub"},
+    "tqdm": {"checkpoint.shards"},
+    "gguf": {"convert.to_gguf"},
+    "fastapi": {"serve.app"},
+    "starlette": {"serve.app"},  # what FastAPI is built on
+    "uvicorn": {"serve.listen"},
+    "jinja2": {"prompts.template_worker"},
+    "torchmetrics": {"evaluate.metrics"},
+    "sacrebleu": {"evaluate.metrics"},
+    "numpy": {"convert.to_gguf", "data.audit", "data.batches", "data.cache", "data.encode", "data.load"}
+    | {"data.samples"},
+    "datasets": {"data.sources"},
+    "pyarrow": {"data.readers"},
     "transformers": set(),
     "peft": set(),
     "lm_eval": set(),
@@ -69,6 +66,11 @@ SCRIPTS = sorted(path for folder in ("finetune", "scripts", "eval") for path in 
 def unit(path: Path) -> str:
     """What LAYERS calls the file: data/samples.py is part of "data"."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module(path: Path) -> str:
+    """What HOMES calls the file: data/samples.py is "data.samples"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -94,23 +96,39 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     assert list(imported(tmp_path / "x.py")) == ["a.b", "d.e"]
 
 
-def test_every_module_has_a_layer() -> None:
+def test_every_package_has_a_layer() -> None:
     assert sorted(name for layer in LAYERS for name in layer) == sorted({unit(path) for path in MODULES})
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_lower_layers(path: Path) -> None:
+def test_a_package_imports_only_from_lower_layers(path: Path) -> None:
     own = next(i for i, layer in enumerate(LAYERS) if unit(path) in layer)
     below = set().union(*LAYERS[:own]) | {"__version__"}
     used = {name.split(".")[1] for name in imported(path) if name.startswith("lit_qlora.")} - {unit(path)}
     assert used <= below
 
 
+def test_contributing_draws_these_layers() -> None:
+    drawing = (ROOT / "CONTRIBUTING.md").read_text().split("<!-- the layers, from tests/test_architecture.py -->")[1]
+    lines = drawing.split("```")[1].strip().splitlines()
+    assert [set(line.split("  ")[0].split()) for line in reversed(lines[1:])] == LAYERS
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    files = {".".join(["lit_qlora", *module(path).removesuffix(".__init__").split(".")]): path for path in MODULES}
+
+    def imports(path: Path) -> set[str]:
+        candidates = ((full, full.rpartition(".")[0]) for full in imported(path))
+        return {next(name for name in pair if name in files) for pair in candidates if set(pair) & set(files)}
+
+    graph = {name: imports(path) - {name} for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
 @pytest.mark.parametrize("library", HOMES)
 def test_an_outside_library_has_one_home(library: str) -> None:
-    assert {unit(path) for path in MODULES if library in {name.split(".")[0] for name in imported(path)}} == HOMES[
-        library
-    ]
+    users = {module(path) for path in MODULES if library in {name.split(".")[0] for name in imported(path)}}
+    assert users == HOMES[library]
 
 
 def test_every_outside_library_has_a_home() -> None:
@@ -119,8 +137,8 @@ def test_every_outside_library_has_a_home() -> None:
 
 
 def test_the_loop_knows_neither_lora_nor_quantisation_nor_files() -> None:
-    used = {name.split(".")[1] for name in imported(PACKAGE / "train.py") if name.startswith("lit_qlora.")}
-    assert not used & {"lora", "quantize", "checkpoint", "adapter"}
+    used = {name.split(".")[1] for name in imported(PACKAGE / "train/loop.py") if name.startswith("lit_qlora.")}
+    assert not used & {"lora", "quantize", "checkpoint"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

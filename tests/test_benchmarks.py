@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from lit_qlora.activations import COST
-from lit_qlora.config import ModelConfig
+from lit_qlora.convert.known_models import MODELS
+from lit_qlora.fused.memory import COST
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.known_models import MODELS
-from lit_qlora.plan import make_plan
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.run.plan import make_plan
 from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig
 from tests.conftest import ROOT
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_qlora.checkpoint import WEIGHTS, load_model
-from lit_qlora.config import FILE_NAME
+from lit_qlora.checkpoint.checkpoint import WEIGHTS, load_model
 from lit_qlora.errors import CheckpointError
-from lit_qlora.model import GPT
+from lit_qlora.model.config import FILE_NAME
+from lit_qlora.model.gpt import GPT
 from tests.conftest import tiny_model, write_checkpoint
 
 QUERY, UP = "blocks.0.attn.query.weight", "blocks.1.mlp.up.weight"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.lora import add_lora, lora_state
-from lit_qlora.model import GPT
+from lit_qlora.lora.layer import add_lora, lora_state
+from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import QuantizedLinear, bits_per_weight, quantize_linears, storage_bytes
 from lit_qlora.settings import SCHEMES, LoRAConfig, Scheme
 from tests.conftest import tiny_config, tiny_model

@@ -19,7 +19,7 @@ def as_batch(micro: Micro) -> "Batch":
     import torch
 
     from lit_qlora.data import Batch
-    from lit_qlora.model import IGNORE
+    from lit_qlora.model.gpt import IGNORE
 
     ids, documents = micro.ids.cpu(), micro.documents or [micro.ids.size(1)]
     positions = torch.cat([torch.arange(n) for n in documents]).expand_as(ids)
@@ -35,7 +35,7 @@ def build(task: Task) -> Built:
     from lit_qlora.device import let_segments_grow
     from lit_qlora.fused import fuse, why_not
     from lit_qlora.fused.graphs import padded_length
-    from lit_qlora.lora import add_lora
+    from lit_qlora.lora.layer import add_lora
     from lit_qlora.settings import LoRAConfig
 
     let_segments_grow()  # as a run does

@@ -13,9 +13,9 @@ from lit_qlora.data.cache import Encoded
 from lit_qlora.data.encode import Counts
 from lit_qlora.data.samples import Sample, Samples
 from lit_qlora.errors import DataError
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import is_terminal
 from lit_qlora.settings import DataConfig, Finding
-from lit_qlora.tokenizer import Tokenizer
 
 MOST = 0.5  # share of the samples from which a loss of them stops a run
 BARS = " ▁▂▃▄▅▆▇█"

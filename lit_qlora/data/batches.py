@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_qlora.data.packing import longest_first, pack
 from lit_qlora.data.samples import Sample, Samples
-from lit_qlora.model import IGNORE
+from lit_qlora.model.gpt import IGNORE
 
 T = TypeVar("T")
 PAD = 0  # any id will do: padding follows the text, so nothing before it sees it, and its labels are IGNORE

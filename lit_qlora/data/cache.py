@@ -1,7 +1,7 @@
 """Encoded sources, in memory or on disk, where the next run finds them again.
 
 An entry of the cache is a folder with flat arrays, which are memory-mapped, and facts.json, which holds their sums. It
-appears whole or not at all, and may be deleted at any time; lit_qlora.cache_folder deletes what is not used.
+appears whole or not at all, and may be deleted at any time; lit_qlora.files.cache_folder deletes what is not used.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_qlora.cache_folder import prune, use
 from lit_qlora.data.encode import Counts, EncodedSample
 from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import sha256
+from lit_qlora.files.cache_folder import prune, use
 
 WORTH_KEEPING = 2**20  # tokens; fewer are encoded again in less than a second
 FACTS = "facts.json"

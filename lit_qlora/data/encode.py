@@ -10,9 +10,9 @@ import numpy as np
 
 from lit_qlora.data.examples import Example, refusal
 from lit_qlora.data.samples import Sample
-from lit_qlora.prompts import STYLES, Conversation, EncodedTurn, Style, UnwritableError
+from lit_qlora.prompts.style import STYLES, Conversation, EncodedTurn, Style, UnwritableError
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import Overlong
-from lit_qlora.tokenizer import Tokenizer
 
 AT_ONCE = 4096  # examples that are encoded together; more is no faster and takes more memory
 Fitted = tuple[Conversation, list[EncodedTurn]]

@@ -9,7 +9,7 @@ from lit_qlora.data.formats import Format, pick_format
 from lit_qlora.data.readers import Record
 from lit_qlora.data.sources import Source, read_records
 from lit_qlora.errors import DataError
-from lit_qlora.prompts import Conversation
+from lit_qlora.prompts.style import Conversation
 
 LOOKED_AT = 1000  # records from which the format is recognised
 NOWHERE = ""  # the place of an error that names its own, and behind which nothing can be read

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from lit_qlora.errors import DataError, UsageError, did_you_mean
-from lit_qlora.prompts import Conversation, Turn
+from lit_qlora.prompts.style import Conversation, Turn
 
 Fields = Mapping[str, Any]
 NAMED = 20  # columns that a message names

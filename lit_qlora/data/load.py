@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_qlora import cache_folder
-from lit_qlora.config import ModelConfig
 from lit_qlora.data import cache
 from lit_qlora.data.audit import Audit, audit
 from lit_qlora.data.batches import Batch, Batching, order, validation_batches
@@ -22,9 +20,11 @@ from lit_qlora.data.examples import read_examples
 from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import Source, find_sources, fingerprint, sha256
 from lit_qlora.errors import CheckpointError, DataError, UsageError
-from lit_qlora.prompts import STYLES, Style, find_style, read_style
+from lit_qlora.files import cache_folder
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.prompts.style import STYLES, Style, find_style, read_style
+from lit_qlora.prompts.tokenizer import FILES, Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig
-from lit_qlora.tokenizer import FILES, Tokenizer
 
 DEFAULT_MAX_LENGTH = 2048
 VERSION = 3  # of what the cache holds; whoever changes how examples are encoded changes this

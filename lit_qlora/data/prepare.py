@@ -11,10 +11,10 @@ import torch
 from lit_qlora.data.examples import Example, Reading, read_examples
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
 from lit_qlora.data.sources import find_file
-from lit_qlora.disk import write_text
 from lit_qlora.errors import DataError, ResourceError, UsageError
+from lit_qlora.files.atomic import write_text
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, PrepareConfig
-from lit_qlora.tokenizer import Tokenizer
 
 
 def read(path: Path, config: PrepareConfig) -> Reading:

@@ -12,22 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.activations import IN_TURNS, FastSizes, sends_qkv
-from lit_qlora.attention import query_scale, tree_mask
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import FusedBlock, Kept, Pass
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, norm_of
-from lit_qlora.fused.handled import GROWING
-from lit_qlora.fused.handled import why_not as why_not
 from lit_qlora.fused.head import Head, Labelled
+from lit_qlora.fused.memory import IN_TURNS, FastSizes, sends_qkv
+from lit_qlora.fused.micro_batch import Eager, Inputs, Learnt, Loss, Work
 from lit_qlora.fused.offload import Offload, to_device
-from lit_qlora.fused.passes import Eager, Inputs, Learnt, Loss, Work
+from lit_qlora.fused.support import GROWING
+from lit_qlora.fused.support import why_not as why_not
+from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm
-from lit_qlora.kernels.thin import Pending
-from lit_qlora.model import GPT, times
+from lit_qlora.model.attention import query_scale, tree_mask
+from lit_qlora.model.gpt import GPT, times
+from lit_qlora.model.rope import rope_table
 from lit_qlora.report import tell
-from lit_qlora.rope import rope_table
 from lit_qlora.settings import Recompute
 
 Ropes = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_qlora.attention import attend
 from lit_qlora.fused.offload import to_device
+from lit_qlora.model.attention import attend
 
 _aten = torch.ops.aten
 CUDNN_MULTIPLE = 256  # cuDNN builds a plan for each new length, which takes longer than it saves for odd ones
@@ -27,8 +27,8 @@ class Layout:
         rows, length: T = rows * length, the shape of the batch.
         longest: tokens of the longest text.
         ends: (documents + 1,) int32, where each document begins and the last one ends; None if each row is one.
-        masks: by window, who may look at whom where documents share their beginnings (lit_qlora.attention.tree_mask);
-            for passes that no backward pass follows.
+        masks: by window, who may look at whom where documents share their beginnings
+            (lit_qlora.model.attention.tree_mask); for passes that no backward pass follows.
     """
 
     rows: int

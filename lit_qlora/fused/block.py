@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.config import ModelConfig
 from lit_qlora.fused.attention import Heads, Layout, attention, attention_backward
 from lit_qlora.fused.group import Group, norm_of
+from lit_qlora.fused.large_rank import through_mlp
 from lit_qlora.fused.offload import Offload
-from lit_qlora.fused.shaping import Shaping, pull_back
-from lit_qlora.fused.wide import through_mlp
+from lit_qlora.fused.qkv_transforms import Shaping, pull_back
 from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, apply_norm, norm_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
-from lit_qlora.kernels.thin import Pending
+from lit_qlora.model.config import ModelConfig
 from lit_qlora.settings import Recompute
 
 ACTIVATIONS = {

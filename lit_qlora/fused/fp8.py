@@ -10,7 +10,7 @@ between the passes, and weights that are recomputed with are written again.
 import torch
 from torch import Tensor
 
-from lit_qlora.fused.wide import times_b
+from lit_qlora.fused.large_rank import times_b
 from lit_qlora.kernels.fp8 import FP8, MULTIPLE, Weight, quantize_rows, quantize_weights, scaled_product, weight_scales
 from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.stack import Stack

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_qlora.config import ModelConfig
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.head import Labelled
+from lit_qlora.fused.micro_batch import Eager, Inputs, Learnt, Work
 from lit_qlora.fused.offload import to_device
-from lit_qlora.fused.passes import Eager, Inputs, Learnt, Work
-from lit_qlora.model import IGNORE
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import IGNORE
 from lit_qlora.report import tell
 
 if TYPE_CHECKING:

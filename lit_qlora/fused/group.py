@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.fused import wide
+from lit_qlora.fused import large_rank
 from lit_qlora.fused.fp8 import Fp8
-from lit_qlora.kernels import thin
+from lit_qlora.kernels import lora_products
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
+from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import Norm, norm_backward
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
-from lit_qlora.kernels.thin import Pending
-from lit_qlora.lora import LoRALinear
-from lit_qlora.norm import RMSPlusOne
+from lit_qlora.lora.layer import LoRALinear
+from lit_qlora.model.norm import RMSPlusOne
 from lit_qlora.quantize import QuantizedLinear, stack_weights
 
 MOST_RANK = 64  # the thin kernels hold a row of Z, and a stripe of the gradients, in registers
@@ -166,7 +166,7 @@ class Group:
     def d_z(self, dy: Tensor) -> Tensor:
         """DZ = dY B alone, (T, R), where nobody wants dX."""
         assert self.b is not None
-        return wide.times_b(dy, self.b, self.stack, dy.new_empty(len(dy), self.rank))
+        return large_rank.times_b(dy, self.b, self.stack, dy.new_empty(len(dy), self.rank))
 
     def dropout(self, seed: Tensor | None, place: int) -> Dropout:
         """Of the adapters' input in this forward pass; layers that share an input share what is dropped."""
@@ -188,7 +188,7 @@ class Group:
         """Z of x, also behind X in `out`; see kernels.thin.project. None without an adapter."""
         if self.a is None:
             return None
-        return (wide if self.wide else thin).project(x, self.a, out, activation, copy, dropout)
+        return (large_rank if self.wide else lora_products).project(x, self.a, out, activation, copy, dropout)
 
     def learn_a(
         self,
@@ -208,9 +208,9 @@ class Group:
             return
         gradient, dz = self.grad_a if into is None else into, d_out[:, -self.rank :]
         if self.wide:
-            wide.grad_a(x, dz, gradient, self.scale, norm, dropout)
+            large_rank.grad_a(x, dz, gradient, self.scale, norm, dropout)
         else:
-            thin.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), numbers, dropout)
+            lora_products.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), numbers, dropout)
 
     def learn_b(self, dy: Tensor, z: Tensor | None, pending: Pending, into: Tensor | None = None) -> None:
         """Add to the gradient of B, or `into` another, given dY and Z. Nothing without an adapter."""
@@ -218,15 +218,15 @@ class Group:
             return
         gradient = self.grad_b if into is None else into
         if self.wide:
-            wide.grad_b(dy, z, gradient, self.stack)
+            large_rank.grad_b(dy, z, gradient, self.stack)
         else:
-            thin.grad_b(dy, z, gradient, self.stack, self.table, pending)
+            lora_products.grad_b(dy, z, gradient, self.stack, self.table, pending)
 
     def d_input(self, d_out: Tensor, dropout: Dropout) -> Tensor:
         """The gradient of the group's input, (T, K), from [dX | dZ]."""
         if self.a is None:
             return d_out
-        return (wide if self.wide else thin).rank_update(d_out, self.a, self.k, dropout)
+        return (large_rank if self.wide else lora_products).rank_update(d_out, self.a, self.k, dropout)
 
     def d_stream(
         self,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_qlora.activations import head_tokens
 from lit_qlora.fused.group import Group
+from lit_qlora.fused.memory import head_tokens
 from lit_qlora.fused.offload import to_device
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout
+from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import Norm, add_norm
-from lit_qlora.kernels.thin import Pending
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tl, triton
+from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.stack import Stack
-from lit_qlora.kernels.thin import Pending
 
 if triton is not None:
     from lit_qlora.kernels.activation import activate

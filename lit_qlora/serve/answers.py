@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lit_qlora.generate.batching import Request as Question
-from lit_qlora.generate.text import TextStream
+from lit_qlora.generation.batching import Request as Question
+from lit_qlora.generation.text import TextStream
+from lit_qlora.inference import Roster
 from lit_qlora.serve import protocol
 from lit_qlora.serve.engine import Job
 from lit_qlora.serve.protocol import ApiError, Order
-from lit_qlora.use import Roster
 
 
 class Answers:

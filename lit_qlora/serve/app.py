@@ -16,13 +16,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from lit_qlora.errors import UserError
-from lit_qlora.generate.batching import Request as Question
+from lit_qlora.generation.batching import Request as Question
+from lit_qlora.inference import Roster, encode_prompt, stop_ids
 from lit_qlora.serve import protocol
 from lit_qlora.serve.answers import Answers
 from lit_qlora.serve.engine import Engine, QueueFullError
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.serve.protocol import ApiError, Order
-from lit_qlora.use import Roster, encode_prompt, stop_ids
 
 PAGE = Path(__file__).with_name("page.html")
 

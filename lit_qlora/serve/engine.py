@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lit_qlora.errors import NumericalError
-from lit_qlora.generate.batching import Batcher, Request
-from lit_qlora.generate.text import TextStream
-from lit_qlora.use import Roster
+from lit_qlora.generation.batching import Batcher, Request
+from lit_qlora.generation.text import TextStream
+from lit_qlora.inference import Roster
 
 READ_AT_ONCE = 2048
 """Tokens, padding included, of the prompts that are read together; a longer prompt is read alone."""

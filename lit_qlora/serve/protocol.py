@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lit_qlora.errors import UserError
-from lit_qlora.prompts import Turn
+from lit_qlora.prompts.style import Turn
 from lit_qlora.settings import GenerationConfig
 
 MOST_CHOICES = 8

@@ -14,8 +14,8 @@ from lit_qlora.data.examples import read_examples
 from lit_qlora.data.load import Loaded, load
 from lit_qlora.data.sources import find_sources
 from lit_qlora.errors import DataError
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig
-from lit_qlora.tokenizer import Tokenizer
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
 ALPACA_HEADER = "instruction,input,output\n"

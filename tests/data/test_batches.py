@@ -7,18 +7,9 @@ from statistics import fmean
 import pytest
 import torch
 
-from lit_qlora.data import (
-    Batching,
-    Sample,
-    Samples,
-    collate,
-    count_steps,
-    longest_step,
-    steps,
-    validation_batches,
-)
+from lit_qlora.data import Batching, Sample, Samples, collate, count_steps, longest_step, steps, validation_batches
 from lit_qlora.data.batches import PAD, epoch_order, mean_tokens, order, steps_of_an_epoch
-from lit_qlora.model import IGNORE
+from lit_qlora.model.gpt import IGNORE
 
 
 def samples(count: int) -> Samples:

@@ -20,9 +20,9 @@ from lit_qlora.data.cache import Encoded
 from lit_qlora.data.load import encode_source
 from lit_qlora.data.sources import Source
 from lit_qlora.errors import DataError
-from lit_qlora.prompts import STYLES, TemplateStyle
+from lit_qlora.prompts.style import STYLES, TemplateStyle
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig
-from lit_qlora.tokenizer import Tokenizer
 from tests.conftest import ROOT
 
 
@@ -272,9 +272,9 @@ from lit_qlora.data import cache
 cache.WORTH_KEEPING = 1
 from lit_qlora.data.load import encode_source
 from lit_qlora.data.sources import Source
-from lit_qlora.prompts import STYLES
+from lit_qlora.prompts.style import STYLES
 from lit_qlora.settings import DataConfig
-from lit_qlora.tokenizer import Tokenizer
+from lit_qlora.prompts.tokenizer import Tokenizer
 base = Path({str(tiny_checkpoint)!r})
 print("begin", flush=True)
 found = encode_source(Source({str(examples_file)!r}), DataConfig(cache_dir={str(tmp_path / "cache")!r}), base,

@@ -11,9 +11,9 @@ import pytest
 from lit_qlora.data import Encoder, Encoding, Example, Sample
 from lit_qlora.data.encode import Counts
 from lit_qlora.errors import DataError
-from lit_qlora.prompts import STYLES, Style, TemplateStyle, Turn, knobs_style
+from lit_qlora.prompts.style import STYLES, Style, TemplateStyle, Turn, knobs_style
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import PromptKnobs
-from lit_qlora.tokenizer import Tokenizer
 from tests.conftest import TEXT_STYLES
 
 TALK = (Turn("Hi", "Yo."), Turn("1 plus 1?", "2"), Turn("And 2 plus 2?", "4, as ever"))

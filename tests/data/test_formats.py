@@ -9,7 +9,7 @@ import pytest
 from lit_qlora.data.examples import Reading, read_examples
 from lit_qlora.data.formats import FORMATS
 from lit_qlora.errors import DataError, UsageError
-from lit_qlora.prompts import Turn
+from lit_qlora.prompts.style import Turn
 from lit_qlora.settings import DataConfig
 
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]

@@ -10,7 +10,7 @@ import pytest
 from lit_qlora.data import RunData, read_data, show, steps
 from lit_qlora.data.audit import boundary
 from lit_qlora.errors import DataError, UsageError
-from lit_qlora.prompts import STYLES
+from lit_qlora.prompts.style import STYLES
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig
 
 

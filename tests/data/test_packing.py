@@ -9,7 +9,7 @@ import torch
 from lit_qlora.data import Batching, Sample, Samples, steps
 from lit_qlora.data.batches import collate
 from lit_qlora.data.packing import pack
-from lit_qlora.model import GPT, IGNORE
+from lit_qlora.model.gpt import GPT, IGNORE
 from tests.conftest import tiny_model
 
 

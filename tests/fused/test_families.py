@@ -5,12 +5,12 @@ import torch
 
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.lora import add_lora, lora_state
-from lit_qlora.model import IGNORE
+from lit_qlora.lora.layer import add_lora, lora_state
+from lit_qlora.model.gpt import IGNORE
 from lit_qlora.settings import LoRAConfig
 from tests.fused.test_fused import DEVICE, assert_equal, gradients
+from tests.model.test_switches import model_of
 from tests.reference import CASES
-from tests.test_switches import model_of
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),

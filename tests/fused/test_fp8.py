@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.banner import plan_run
-from lit_qlora.checkpoint import content_hash
+from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.data import read_data
 from lit_qlora.errors import UsageError
 from lit_qlora.fused import fp8 as products
@@ -18,11 +17,12 @@ from lit_qlora.fused.group import Group
 from lit_qlora.kernels import fp8 as kernels
 from lit_qlora.kernels.dequantize import write_b
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.lora import LoRALinear, frozen_weight
-from lit_qlora.plan import Plan, make_plan
+from lit_qlora.lora.layer import LoRALinear, frozen_weight
 from lit_qlora.quantize import quantize_linears
-from lit_qlora.resume import Checkpoint, check_same_run, plain
-from lit_qlora.run import take_path
+from lit_qlora.run.banner import plan_run
+from lit_qlora.run.plan import Plan, make_plan
+from lit_qlora.run.resume import Checkpoint, check_same_run, plain
+from lit_qlora.run.run import take_path
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, Scheme, TrainConfig
 from tests.conftest import tiny_config
 from tests.fused.test_fused import CASES, DEVICE, POLICIES, adapted_model, assert_equal, batch, gradients
@@ -250,14 +250,14 @@ def test_a_model_that_turns_out_to_need_the_plain_path_is_refused() -> None:
 def test_a_gpu_without_fp8_is_refused(
     tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_qlora.banner.gpu_bytes", lambda: 2**33)
-    monkeypatch.setattr("lit_qlora.banner.weights_dtype", lambda precision: torch.bfloat16)
+    monkeypatch.setattr("lit_qlora.run.banner.gpu_bytes", lambda: 2**33)
+    monkeypatch.setattr("lit_qlora.run.banner.weights_dtype", lambda precision: torch.bfloat16)
     data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", val_fraction=0.1)
     config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, train=TrainConfig(fp8=True))
     read = read_data(config)
     with pytest.raises(UsageError, match=r"of compute capability 8\.9 or above"):
         plan_run(config, read)
-    monkeypatch.setattr("lit_qlora.banner.has_fp8", lambda: True)
+    monkeypatch.setattr("lit_qlora.run.banner.has_fp8", lambda: True)
     assert plan_run(config, read).fp8
 
 

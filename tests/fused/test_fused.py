@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.embeddings import add_noise
+from lit_qlora.evaluate.score import Scorer
 from lit_qlora.fused import Fused, fuse, reader, why_not
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.lora import LoRALinear, add_lora, lora_state
-from lit_qlora.model import GPT, IGNORE
+from lit_qlora.lora.embeddings import add_noise
+from lit_qlora.lora.layer import LoRALinear, add_lora, lora_state
+from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import quantize_linears
-from lit_qlora.score import Scorer
 from lit_qlora.settings import LoRAConfig, Scheme, Target
 from tests.conftest import tiny_model
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_qlora.activations import FastSizes
 from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.graphs import DOCUMENTS, MOST_TOKENS, Graphs, most_tokens, padded_length
-from lit_qlora.fused.passes import Eager
+from lit_qlora.fused.memory import FastSizes
+from lit_qlora.fused.micro_batch import Eager
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.model import GPT, IGNORE
-from lit_qlora.plan import Plan, make_plan
+from lit_qlora.model.gpt import GPT, IGNORE
+from lit_qlora.run.plan import Plan, make_plan
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from tests.conftest import tiny_config
 from tests.fused import test_fused

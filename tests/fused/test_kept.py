@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_qlora.activations import FastSizes
 from lit_qlora.data.batches import Batch, Step
 from lit_qlora.errors import UsageError
 from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.head import Head
+from lit_qlora.fused.memory import FastSizes
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.mlp import mlp_backward
-from lit_qlora.lora import add_lora
-from lit_qlora.model import GPT
-from lit_qlora.plan import HOLES, Plan, make_plan
-from lit_qlora.run import take_path
+from lit_qlora.lora.layer import add_lora
+from lit_qlora.model.gpt import GPT
+from lit_qlora.run.plan import HOLES, Plan, make_plan
+from lit_qlora.run.run import take_path
 from lit_qlora.settings import LoRAConfig, TrainConfig
-from lit_qlora.train import Gradients
+from lit_qlora.train.loop import Gradients
 from tests.conftest import tiny_config, tiny_model
 from tests.fused.test_fused import adapted_model, batch, gradients
 
@@ -293,7 +293,7 @@ def test_a_plan_counts_copies_made_in_turns_once(blocks: dict[str, Any], monkeyp
     lora = LoRAConfig(r=4, targets=("all", "head"), **blocks)
 
     def learning(most: int) -> float:
-        monkeypatch.setattr("lit_qlora.plan.IN_TURNS", most)
+        monkeypatch.setattr("lit_qlora.run.plan.IN_TURNS", most)
         config = tiny_config(n_layer=4)
         return make_plan(config, lora, "none", False, torch.bfloat16, 64, TrainConfig(), 2**30).learning
 

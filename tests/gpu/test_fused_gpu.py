@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.lora import LoRALinear, add_lora, lora_state
-from lit_qlora.model import GPT, IGNORE
+from lit_qlora.lora.layer import LoRALinear, add_lora, lora_state
+from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear, quantize_linears
 from lit_qlora.settings import LoRAConfig, Scheme, Target
 from tests.conftest import tiny_model
@@ -184,8 +184,8 @@ def test_what_is_on_its_way_to_the_host_is_held_until_it_has_arrived() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_that_stay_for_the_next_forward_pass_change_no_bit(layout: str, monkeypatch: Any) -> None:
-    from lit_qlora.activations import FastSizes
     from lit_qlora.fused import fuse
+    from lit_qlora.fused.memory import FastSizes
 
     found = []
     for stays in ([False, False], [True, True]):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lit_qlora.generate import fixed, generate, stream
-from lit_qlora.generate.fast import FastStep
-from lit_qlora.generate.fixed import FixedStep
-from lit_qlora.generate.slots import SlotCache
-from lit_qlora.lora import LoRALinear, add_lora, frozen_weight
-from lit_qlora.model import GPT
+from lit_qlora.generation import generate, graphed_step, stream
+from lit_qlora.generation.decode_step import FastStep
+from lit_qlora.generation.graphed_step import FixedStep
+from lit_qlora.generation.slot_cache import SlotCache
+from lit_qlora.lora.layer import LoRALinear, add_lora, frozen_weight
+from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import quantize_linears
 from lit_qlora.settings import SCHEMES, GenerationConfig, LoRAConfig, Scheme
 from tests.conftest import tiny_model
@@ -44,22 +44,22 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return capture(self)
 
     monkeypatch.setattr(FixedStep, "_capture", counted)
-    monkeypatch.setattr(fixed, "SMALLEST", 16)
+    monkeypatch.setattr(graphed_step, "SMALLEST", 16)
     return limits
 
 
 @pytest.fixture
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """For each text or batch of them: 'fast' where its steps are those of lit_qlora.generate.fast, else 'plain'."""
+    """For each text or batch of them: 'fast' where its steps are those of generation.decode_step, else 'plain'."""
     taken: list[str] = []
-    make = fixed._fast_step
+    make = graphed_step._fast_step
 
     def noted(model: GPT, cache: SlotCache) -> FastStep | None:
         step = make(model, cache)
         taken.append("fast" if step else "plain")
         return step
 
-    monkeypatch.setattr(fixed, "_fast_step", noted)
+    monkeypatch.setattr(graphed_step, "_fast_step", noted)
     return taken
 
 

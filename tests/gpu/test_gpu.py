@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lit_qlora.adapter import load_for_use
-from lit_qlora.checkpoint import load_model
-from lit_qlora.lora import add_lora, lora_state
+from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.lora.adapter import load_for_use
+from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import SCHEMES, DataConfig, FinetuneConfig, LoRAConfig, Precision, Scheme, TrainConfig
 from tests.conftest import load_script, tiny_config, tiny_model, write_checkpoint

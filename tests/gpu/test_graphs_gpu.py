@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_qlora.model import GPT, IGNORE
+from lit_qlora.model.gpt import GPT, IGNORE
 from tests.gpu.test_fused_gpu import MODELS, adapted, errors, gradients
 
 pytestmark = [

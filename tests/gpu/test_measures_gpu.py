@@ -7,12 +7,12 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from lit_qlora.checkpoint import load_model
+from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.data import read_data
+from lit_qlora.evaluate.measures import Losses, kl_to_base, more_measures
+from lit_qlora.evaluate.validation_inputs import read_probes
 from lit_qlora.fused import fuse
-from lit_qlora.lora import add_lora
-from lit_qlora.measures import Losses, kl_to_base, more_measures
-from lit_qlora.probes import read_probes
+from lit_qlora.lora.layer import add_lora
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig, LoRAConfig, Scheme
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_qlora.optim import make_optimizer, measure_state_bytes, repage
 from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig
-from lit_qlora.state import pack, unpack
+from lit_qlora.train.optim import make_optimizer, measure_state_bytes, repage
+from lit_qlora.train.training_state import pack, unpack
 
 pytestmark = [
     pytest.mark.gpu,

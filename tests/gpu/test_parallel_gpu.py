@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_qlora.adapter import read_adapter
+from lit_qlora.lora.adapter import read_adapter
 from tests.gpu.test_resume_gpu import run
-from tests.runs.forked import ending
+from tests.run.forked import ending
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_qlora.adapter import read_adapter
+from lit_qlora.lora.adapter import read_adapter
 from tests.conftest import ROOT
-from tests.runs.forked import ending
+from tests.run.forked import ending
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 KILLED = (
-    "import sys; from tests.runs.forked import *; at_save(4, signals(signal.SIGKILL))(); "
+    "import sys; from tests.run.forked import *; at_save(4, signals(signal.SIGKILL))(); "
     "cli.run(load_script('finetune/lora.py').main, FinetuneConfig, sys.argv[1:])"
 )
 

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+from lit_qlora.evaluate.score import Request, Scorer
 from lit_qlora.fused import reader
-from lit_qlora.score import Request, Scorer
 from lit_qlora.settings import Scheme
 from tests.gpu.test_fused_gpu import adapted, in_float64
 

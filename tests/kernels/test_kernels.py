@@ -9,13 +9,13 @@ from lit_qlora.fused.block import ACTIVATIONS
 from lit_qlora.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.lora_products import Pending, copy_rows, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward, norm_backward_reference, norm_reference
 from lit_qlora.kernels.rope import rotate_, rotate_backward, rotate_reference
 from lit_qlora.kernels.stack import Stack
-from lit_qlora.kernels.thin import Pending, copy_rows, grad_a, grad_b, project, rank_update
-from lit_qlora.mlp import ACTIVATIONS as ACTIVATE
-from lit_qlora.mlp import GATES
+from lit_qlora.model.mlp import ACTIVATIONS as ACTIVATE
+from lit_qlora.model.mlp import GATES
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.use import Roster, UseConfig, load_roster
-from tests.test_chat import write_adapter
+from lit_qlora.inference import Roster, UseConfig, load_roster
+from tests.scripts.test_chat import write_adapter
 
 pytest.importorskip("fastapi", reason="the server is an extra: pip install 'lit_qlora[serve]'")
 pytest.importorskip("uvicorn", reason="the server is an extra: pip install 'lit_qlora[serve]'")

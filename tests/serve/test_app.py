@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.generate import generate, text_of
+from lit_qlora.generation import generate, text_of
+from lit_qlora.inference import Roster, encode_prompt, stop_ids
 from lit_qlora.settings import GenerationConfig
-from lit_qlora.use import Roster, encode_prompt, stop_ids
 from tests.serve.conftest import Running, serving
 
 openai = pytest.importorskip("openai")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from lit_qlora.errors import NumericalError
-from lit_qlora.generate.batching import Request
-from lit_qlora.generate.text import TextStream
+from lit_qlora.generation.batching import Request
+from lit_qlora.generation.text import TextStream
+from lit_qlora.inference import Roster
 from lit_qlora.serve import engine as engines
 from lit_qlora.serve.engine import Engine, Job
 from lit_qlora.settings import GenerationConfig
-from lit_qlora.use import Roster
 
 PROMPTS = [[5, 9, 20], [7], [3, 1, 4, 1, 5], [8, 8]]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lit_qlora.errors import UsageError
-from lit_qlora.use import Roster
+from lit_qlora.inference import Roster
 from tests.conftest import load_script
 from tests.serve.conftest import Running, serving
 

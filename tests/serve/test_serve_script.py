@@ -14,7 +14,7 @@ from lit_qlora.cli import parse
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.serve.listen import open_socket
 from tests.conftest import ROOT, load_script
-from tests.test_chat import write_adapter
+from tests.scripts.test_chat import write_adapter
 
 
 def test_it_serves_until_ctrl_c(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading and writing weights a tensor at a time."""

@@ -1,0 +1,376 @@
+"""Checkpoints on disk: a directory with model_config.json, lit_model.safetensors and a tokenizer.
+
+Weights of more than shards.SHARD_BYTES lie in several files with an index. model_config.json is what makes a
+directory a checkpoint: it is written when everything else is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.checkpoint import safetensors_io, shards
+from lit_qlora.checkpoint.streaming import stream
+from lit_qlora.errors import CheckpointError, ResourceError
+from lit_qlora.files.atomic import flush
+from lit_qlora.model.config import FILE_NAME as CONFIG
+from lit_qlora.model.config import ModelConfig, missing_checkpoint
+from lit_qlora.model.gpt import GPT
+from lit_qlora.model.mlp import CORRECTION
+from lit_qlora.quantize import QuantizedLinear, is_quantized
+from lit_qlora.settings import Scheme
+
+WEIGHTS = "lit_model.safetensors"
+MANIFEST = "manifest.json"
+_HASHES = ".sha256.json"
+
+
+def load_model(
+    checkpoint_dir: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Scheme = "none",
+    quantize_head: bool = False,
+) -> GPT:
+    """The model in `checkpoint_dir`, on `device`.
+
+    Weights come off the disk one layer at a time, and are quantised on `device`, so host memory never holds more than
+    one of them and the device never more than the quantised model and one layer.
+
+    Args:
+        dtype: of the weights, and what quantised weights are quantised from and read back in.
+
+    Raises:
+        CheckpointError: listing the tensors that are missing, unexpected, of the wrong shape, or not finite.
+    """
+    directory, device = Path(checkpoint_dir), torch.device(device)
+    config = ModelConfig.load(directory)
+    weights = open_weights(directory)
+    check_weights(weights.specs, config, place=str(weights.place))
+    with torch.device("meta"):
+        model = GPT(config)
+    sums: dict[str, Tensor] = {}
+
+    def summed(name: str, tensor: Tensor) -> Tensor:
+        # Looked at in the end: on a GPU each look waits. Another dtype would copy the tensor.
+        sums[name] = tensor.sum(dtype=torch.float32)
+        return tensor
+
+    names = _names(model)
+    tensors = _stream(weights, names, device)
+    _fill(model, map(summed, names, tensors), dtype, quantize, quantize_head)
+    next(tensors, None)  # lets it end
+    _check_finite(sums, weights)
+    return model
+
+
+def random_model(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Scheme = "none",
+    quantize_head: bool = False,
+) -> GPT:
+    """A model as load_model makes it, but of random weights, which are as fast and as large as any."""
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def tensor(name: str) -> Tensor:
+        made = torch.empty(shapes[name], dtype=dtype, device=device)
+        return made.fill_(1) if made.ndim == 1 else made.normal_(std=0.02)  # a norm, or a matrix
+
+    _fill(model, map(tensor, _names(model)), dtype, quantize, quantize_head)
+    return model
+
+
+def _fill(model: GPT, tensors: Iterator[Tensor], dtype: torch.dtype, quantize: Scheme, quantize_head: bool) -> None:
+    """Give a model on the meta device its weights, which come in the order of _names(model)."""
+    for path, module in list(model.named_modules()):
+        own = {}
+        for name in _own_names(path, module, model):
+            key = name.rpartition(".")[2]
+            own[key] = next(tensors).to(torch.float32 if name.endswith(CORRECTION) else dtype)
+        tied = module is model.head and model.config.tied_head
+        if type(module) is nn.Linear and is_quantized(path, quantize, quantize_head):
+            weight = model.embed.weight.data if tied else own.pop("weight")
+            model.set_submodule(path, QuantizedLinear(weight, own.get("bias"), quantize))
+            del weight
+            continue
+        for key, tensor in own.items():
+            setattr(module, key, nn.Parameter(tensor))
+        if tied:
+            model.head.weight = model.embed.weight  # filled before: the embedding is the first module
+
+
+def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
+    """Raise CheckpointError, with the tensors and how many of their numbers are meant, if a sum is NaN or infinite."""
+    finite = torch.stack(list(sums.values())).isfinite().tolist()
+    suspects = [name for name, good in zip(sums, finite, strict=True) if not good]
+    found = {name: int((~weights.read(name).isfinite()).sum()) for name in suspects}  # a sum can overflow by itself
+    if counts := [f"{name}: {count:,}" for name, count in found.items() if count]:
+        raise CheckpointError(
+            f"{weights.place} holds numbers that are NaN or infinite:\n  {safetensors_io.name_some(counts)}\n"
+            "Get the checkpoint again; trained on, it would only give more of them."
+        )
+
+
+def _names(model: GPT) -> list[str]:
+    """The tensors of a checkpoint, in the order of the model's modules."""
+    return [name for path, module in model.named_modules() for name in _own_names(path, module, model)]
+
+
+def _own_names(path: str, module: nn.Module, model: GPT) -> list[str]:
+    """The tensors that a module has of its own, in a checkpoint."""
+    tied = module is model.head and model.config.tied_head
+    return [f"{path}.{key}" for key, _ in module.named_parameters(recurse=False) if not (tied and key == "weight")]
+
+
+def _stream(weights: shards.Weights, names: list[str], device: torch.device) -> Iterator[Tensor]:
+    """The tensors in this order, on `device`."""
+    if device.type == "cuda":
+        return stream(((weights.files[name], name) for name in names), device)
+    return (weights.read(name).to(device) for name in names)
+
+
+def open_weights(directory: Path) -> shards.Weights:
+    """The weights of a checkpoint, in one file or several, of which only the headers are read.
+
+    Raises:
+        CheckpointError: if there are none, or they are damaged.
+    """
+    place = shards.find(directory, WEIGHTS)
+    if not place:
+        raise CheckpointError(missing_weights(directory))
+    return shards.open_weights(place)
+
+
+def missing_weights(directory: Path) -> str:
+    """Why there are no weights in `directory`, and what to do about it."""
+    if not (directory / CONFIG).is_file():
+        return missing_checkpoint(directory)
+    return f"{directory} has no {WEIGHTS}. Convert it again: scripts/convert_hf_checkpoint.py writes it."
+
+
+def check_weights(specs: Mapping[str, Tensor], config: ModelConfig, place: str) -> None:
+    """Raise CheckpointError unless `specs` are exactly the tensors of this model, naming all that are not."""
+    with torch.device("meta"):
+        expected = dict(GPT(config).named_parameters())
+    complaints = [
+        f"{name} is missing" for name in expected if name not in specs
+    ] + [
+        f"{name} is not part of this model" for name in specs if name not in expected
+    ] + [
+        f"{name} has shape {tuple(specs[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in specs and specs[name].shape != expected[name].shape
+    ] + [
+        f"{name} is of type {specs[name].dtype}, which is no weight"
+        for name in expected
+        if name in specs and not specs[name].dtype.is_floating_point
+    ]  # fmt: skip
+    if complaints:
+        raise CheckpointError(
+            f"{place} does not hold the weights that its configuration describes:\n  "
+            + safetensors_io.name_some(complaints)
+        )
+
+
+def save_weights(
+    directory: Path,
+    config: ModelConfig,
+    specs: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    limit: int = shards.SHARD_BYTES,
+) -> str:
+    """Make `directory` the checkpoint of these weights, whole or not at all, whatever stops the program.
+
+    The weights are written to a temporary directory inside it, where they stay until they are complete; what was there
+    before loses its configuration first and the new one gets its own last, so old and new files are never mixed.
+
+    Args:
+        tensors: those of `specs`, in their order.
+        limit: most bytes of weights in a file.
+
+    Returns:
+        content_hash of the weights.
+
+    Raises:
+        ResourceError: if the disk is full or may not be written.
+    """
+    with writing(directory), temporary_directory(directory / "weights") as staged:
+        hashes = shards.write(staged, WEIGHTS, specs, tensors, limit)
+        config.save(staged)
+        for path in staged.iterdir():
+            flush(path)
+        (directory / CONFIG).unlink(missing_ok=True)
+        flush(directory)
+        for path in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
+            path.unlink()
+        for path in set(staged.iterdir()) - {staged / CONFIG}:
+            path.rename(directory / path.name)
+        _remember_hashes(directory, hashes)
+        flush(directory)
+        (staged / CONFIG).rename(directory / CONFIG)
+        flush(directory)
+    return _combine(hashes)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, a tied head counted once; known without loading anything."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def content_hash(checkpoint_dir: Path) -> str:
+    """sha256 of the weights: what an adapter remembers of its base.
+
+    That of the file if there is one. Of several, what `sha256sum lit_model-*.safetensors | sha256sum` prints.
+    Hashing runs at about 2 GB/s, so each file's is kept beside the weights for as long as its size and time stand.
+
+    Raises:
+        CheckpointError: if there are no weights, or a file of theirs is absent.
+    """
+    known = _kept_hashes(checkpoint_dir)
+    hashes = {}
+    for path in open_weights(checkpoint_dir).paths:
+        kept = known.get(path.name)
+        hashes[path.name] = kept["sha256"] if kept and _stamp(path).items() <= kept.items() else hash_file(path)
+    if any(name not in known or known[name]["sha256"] != digest for name, digest in hashes.items()):
+        _remember_hashes(checkpoint_dir, hashes)
+    return _combine(hashes)
+
+
+def _combine(hashes: Mapping[str, str]) -> str:
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kept_hashes(directory: Path) -> dict[str, dict[str, Any]]:
+    try:
+        kept: Any = json.loads((directory / _HASHES).read_text())
+        return {name: row for name, row in kept.items() if row.keys() == {"bytes", "mtime_ns", "sha256"}}
+    except (OSError, ValueError, AttributeError):
+        return {}  # not kept yet, or unreadable: hash again
+
+
+def _remember_hashes(directory: Path, hashes: Mapping[str, str]) -> None:
+    record = {name: {**_stamp(directory / name), "sha256": digest} for name, digest in hashes.items()}
+    with suppress(OSError):  # a read-only checkpoint is hashed each time
+        (directory / _HASHES).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the system says about a full disk or a missing permission into a ResourceError about `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot write {place}: {error.strerror or error}.\nWhat was there before is untouched."
+        ) from None
+
+
+@contextmanager
+def temporary_directory(final: Path) -> Iterator[Path]:
+    """A new directory beside `final`, on the same file system; removed with what is left in it.
+
+    What programs that were killed left beside `final` is removed too.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f"{final.name}.tmp-*"):
+        if is_left_over(left):
+            shutil.rmtree(left, ignore_errors=True)
+    path = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    try:
+        path.mkdir()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_left_over(temporary: Path) -> bool:
+    """Whether the program that made `temporary`, whose name ends with its process id, has ended."""
+    process = temporary.name.rpartition("-")[2]
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return True
+    except OSError:
+        return False  # somebody else's
+    return int(process) == os.getpid()  # ours are gone when they end: an earlier program had the same number
+
+
+def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]) -> None:
+    """Write a directory that is either complete or absent, whatever stops the program.
+
+    Files go to a temporary directory beside `final`, each is flushed to the disk, manifest.json (bytes and sha256 of
+    each, and `facts`) comes last, and then the directory gets its name.
+
+    Args:
+        write: file name -> a function that writes it to the path it is given.
+
+    Raises:
+        ResourceError: if the disk is full or may not be written; `final` is then as it was.
+    """
+    with writing(final), temporary_directory(final) as temporary:
+        files = {}
+        for name, write_to in write.items():
+            path = temporary / name
+            write_to(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files, **facts}, indent=2) + "\n")
+        publish(temporary, final)
+
+
+def publish(complete: Path, final: Path) -> None:
+    """Give the directory `complete` its final name, after everything in it is on the disk."""
+    for path in complete.iterdir():
+        flush(path)
+    flush(complete)
+    if final.exists():
+        shutil.rmtree(final)
+    complete.rename(final)
+    flush(final.parent)
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """What save_directory wrote, after checking every file against it; None where there is no manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is absent or differs.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        files = manifest["files"].items()
+    except (ValueError, KeyError, AttributeError):
+        raise CheckpointError(f"{path} is damaged.") from None
+    for name, known in files:
+        file = directory / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{directory} is incomplete: {name} is absent.")
+        if file.stat().st_size != known["bytes"] or hash_file(file) != known["sha256"]:
+            raise CheckpointError(f"{file} is damaged: it is not the file that was saved (sha256 differs).")
+    return manifest

@@ -1,0 +1,149 @@
+"""Quantised models on disk, so that the next run on the same base neither reads nor quantises its 16-bit weights.
+
+An entry is a folder with all weights as they lie on the device and a manifest with a checksum of each, which is
+recomputed where they were loaded. Its name is a hash of everything that decides what is in it. It appears whole or not
+at all, whatever stops the program, and may be deleted at any time; lit_qlora.files.cache_folder deletes what is not
+used.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.checkpoint import safetensors_io
+from lit_qlora.checkpoint.checkpoint import MANIFEST, content_hash, load_model, publish, temporary_directory
+from lit_qlora.checkpoint.streaming import stream
+from lit_qlora.errors import CheckpointError, ResourceError
+from lit_qlora.files import cache_folder
+from lit_qlora.files.atomic import flush
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
+from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.report import tell
+from lit_qlora.settings import Scheme
+
+WEIGHTS = "weights.safetensors"
+AT_ONCE = 2**22  # numbers that are multiplied together for a checksum
+
+
+def load(
+    checkpoint_dir: Path | str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: Scheme,
+    quantize_head: bool = False,
+    setting: str = "auto",
+) -> GPT:
+    """As checkpoint.load_model, from the cache if it is there, and else kept there.
+
+    Args:
+        setting: of the cache, see cache_folder.directory.
+    """
+    checkpoint_dir, device = Path(checkpoint_dir), torch.device(device)
+    folder = cache_folder.directory(setting, "quantized")
+    if quantize == "none" or folder is None or (setting == "auto" and device.type != "cuda"):
+        return load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
+    config = ModelConfig.load(checkpoint_dir)
+    entry = folder / key(checkpoint_dir, config, dtype, quantize, quantize_head)
+    cache_folder.use(entry)
+    try:
+        if model := read(entry, config, dtype, device):
+            return model
+    except (CheckpointError, OSError, ValueError, KeyError) as error:
+        tell(f"{entry} is damaged and will be made again ({error}).")
+    model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
+    with suppress(OSError, ResourceError):  # a full or read-only disk is no reason not to train
+        size = sum(safetensors_io.count_bytes(tensor) for tensor in contents(model).values())
+        folder.mkdir(parents=True, exist_ok=True)
+        if setting != "auto" or size < cache_folder.SHARE_OF_DISK * shutil.disk_usage(folder).free:
+            write(entry, model)
+            cache_folder.prune(folder, entry, MANIFEST)
+            tell(f"The quantised weights are kept in {entry} ({size / 1e9:.1f} GB), which may be deleted.")
+    return model
+
+
+def key(checkpoint_dir: Path, config: ModelConfig, dtype: torch.dtype, quantize: Scheme, quantize_head: bool) -> str:
+    """The name of an entry: what its bytes depend on, hashed."""
+    facts = {
+        "format": 1,
+        "base": content_hash(checkpoint_dir),
+        "config": asdict(config),
+        "dtype": str(dtype),
+        "quantize": [quantize, quantize_head],
+        "bitsandbytes": version("bitsandbytes"),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def contents(model: GPT) -> dict[str, Tensor]:
+    """All tensors of a model, a tied head's only once."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def write(entry: Path, model: GPT) -> None:
+    """Keep a model that load_model has just returned."""
+    tensors = contents(model)
+    layers = {path: module.scheme for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    sums = checksums(iter(tensors.values()))
+    with temporary_directory(entry) as folder:
+        safetensors_io.write(folder / WEIGHTS, tensors, tensors.items())
+        manifest = {"quantized": layers, "sums": dict(zip(tensors, sums.tolist(), strict=True))}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        flush(folder / MANIFEST)
+        publish(folder, entry)
+
+
+def read(entry: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> GPT | None:
+    """The model in an entry, or None if there is none.
+
+    Raises:
+        CheckpointError: if what was read is not what was written.
+    """
+    if not (entry / MANIFEST).is_file():
+        return None
+    manifest = json.loads((entry / MANIFEST).read_text())
+    with torch.device("meta"):
+        model = GPT(config)
+    names = list(manifest["sums"])
+    tensors = dict(zip(names, stream(((entry / WEIGHTS, name) for name in names), device), strict=True))
+    expected = torch.tensor(list(manifest["sums"].values()))
+    if not torch.equal(checksums(iter(tensors.values())).cpu(), expected):
+        raise CheckpointError("its checksums differ")
+    for path, scheme in manifest["quantized"].items():
+        module = model.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+        parts = {name: tensors.pop(f"{path}.{name}") for name in QuantizedLinear.PARTS if f"{path}.{name}" in tensors}
+        shape = (module.out_features, module.in_features)
+        model.set_submodule(path, QuantizedLinear.of(parts, shape, tensors.pop(f"{path}.bias", None), scheme, dtype))
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, nn.Parameter(tensor))
+    if config.tied_head and isinstance(model.head, nn.Linear):
+        model.head.weight = model.embed.weight
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError("it lacks weights")
+    return model
+
+
+def checksums(tensors: Iterator[Tensor]) -> Tensor:
+    """A sum over each tensor's bytes that depends on their order, (N,) int64, made on the device they lie on."""
+    return torch.stack([_checksum(tensor) for tensor in tensors])
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    words, rest = data[: len(data) // 8 * 8].view(torch.int64), data[len(data) // 8 * 8 :].long()
+    odd = 2 * torch.arange(max(8, min(len(words), AT_ONCE)), device=data.device) + 1
+    total = (rest * odd[: len(rest)]).sum()
+    for part in words.split(AT_ONCE):
+        total = 31 * total + (part * odd[: len(part)]).sum()
+    return total

@@ -1,0 +1,174 @@
+"""How each Hugging Face model family spells our configuration and our weights.
+
+A family is a row in FAMILIES; there is no code per family. What a config.json asks for and this model cannot do is
+refused by name: a setting that is ignored would be a different model.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lit_qlora.convert.families import mxfp4
+from lit_qlora.convert.families.read import Family, read_fields
+from lit_qlora.convert.families.rules import DROP, Fused, Packed, Rule, Transposed, When, join, parts_of, split
+from lit_qlora.convert.families.table import FAMILIES, VERIFIED_WITH
+from lit_qlora.errors import CheckpointError
+from lit_qlora.model.config import ModelConfig
+
+__all__ = [
+    "DROP",
+    "FAMILIES",
+    "VERIFIED_WITH",
+    "Family",
+    "Fused",
+    "Rule",
+    "TheirTensor",
+    "Transposed",
+    "fill",
+    "find_family",
+    "find_rule",
+    "join_all",
+    "parts_of",
+    "read_config",
+    "read_whole",
+    "template",
+    "their_module",
+    "their_tensors",
+    "to_ours",
+]
+
+
+def find_family(name: str) -> Family:
+    """The row of this model_type. Raises CheckpointError for one that has none."""
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"model_type {name!r} is not supported. Known: {', '.join(sorted(FAMILIES))}.\n"
+            "A new family is one row in lit_qlora/convert/families/."
+        )
+    return FAMILIES[name]
+
+
+def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
+    """Our configuration for a Hugging Face config.json. Raises CheckpointError for what this model cannot do."""
+    kind = str(theirs.get("model_type"))
+    family = find_family(kind)
+    packed = theirs.get("quantization_config")
+    if packed is not None and (packed.get("quant_method") if isinstance(packed, dict) else "") not in family.unpacks:
+        raise CheckpointError(f"{name} is already quantised. Take the 16-bit original; it is quantised when loaded.")
+    return read_fields(theirs, kind, family, name)
+
+
+def template(name: str) -> tuple[str, dict[str, str]]:
+    """Take the numbers out of a name.
+
+    "blocks.3.mlp.experts.7.up" -> ("blocks.{i}.mlp.experts.{e}.up", {"i": "3", "e": "7"})
+    """
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+    for letter in "ie"[: len(numbers)]:
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", f"{{{letter}}}", name, count=1)
+    return name, dict(zip("ie", numbers, strict=False))
+
+
+def fill(template: str, numbers: Mapping[str, str]) -> str:
+    """The inverse of template; numbers that are not given stay open."""
+    for letter, number in numbers.items():
+        template = template.replace(f"{{{letter}}}", number)
+    return template
+
+
+def find_rule(name: str, family: Family) -> tuple[Rule | None, dict[str, str]]:
+    """The rule for one of their tensors, and the numbers of its layer and expert."""
+    spelled, numbers = template(name)
+    return family.weights.get(spelled), numbers
+
+
+def read_whole(name: str, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
+    """One of their tensors, unpacked where files hold it packed in 4 bits."""
+    rule = find_rule(name, find_family(config.family))[0]
+    return mxfp4.unpack(read(name), read(Packed.scales(name))) if isinstance(rule, Packed) else read(name)
+
+
+def to_ours(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """Rename one of their tensors, splitting it where it holds several of our layers; {} for one that we drop.
+
+    Args:
+        tensor: as read_whole returns it.
+    """
+    family = find_family(config.family)
+    rule, numbers = find_rule(name, family)
+    assert rule is not None, name
+    beyond = int(numbers.get("i", 0)) >= config.n_layer and family.further_layers
+    if rule == DROP or beyond or (config.tied_head and rule == "head.weight"):
+        return {}
+    return {fill(new, numbers): part for new, part in split(rule, tensor, config).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheirTensor:
+    """One of their tensors, and which of ours it is made of."""
+
+    name: str
+    rule: Rule
+    ours: tuple[str, ...]
+
+    def join(self, ours: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+        """Their tensor from ours, of which only those in self.ours are looked at; the inverse of to_ours."""
+        numbers = find_rule(self.name, find_family(config.family))[1]
+        parts = {}
+        for name in self.ours:
+            spelled, own = template(name)
+            parts[fill(spelled, {letter: n for letter, n in own.items() if letter not in numbers})] = ours[name]
+        return join(self.rule, parts, config)
+
+
+def their_tensors(ours: Iterable[str], config: ModelConfig) -> list[TheirTensor]:
+    """What the tensors named `ours` are called, and stacked into, in this family's files; in the order of `ours`.
+
+    Raises:
+        CheckpointError: listing the tensors that have no counterpart.
+    """
+    written: dict[str, tuple[str, Rule]] = {}
+    for theirs, rule in find_family(config.family).weights.items():
+        if rule != DROP and not isinstance(rule, Packed) and (not isinstance(rule, When) or rule.holds(config)):
+            for part in parts_of(rule):
+                written.setdefault(part, (theirs, rule))
+    found: dict[str, tuple[Rule, list[str]]] = {}
+    unknown = []
+    for name in ours:
+        spelled, numbers = template(name)
+        if spelled in written:
+            theirs, rule = written[spelled]
+            found.setdefault(fill(theirs, numbers), (rule, []))[1].append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        lines = "\n  ".join(unknown)
+        raise CheckpointError(f"{len(unknown)} tensors have no counterpart in {config.family}:\n  {lines}")
+    return [TheirTensor(name=name, rule=rule, ours=tuple(parts)) for name, (rule, parts) in found.items()]
+
+
+def join_all(ours: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """All our tensors as theirs."""
+    for tensor in their_tensors(ours, config):
+        yield tensor.name, tensor.join(ours, config)
+
+
+def their_module(path: str, family: Family) -> tuple[str, Fused | None]:
+    """Their path of one of our linear layers, and the rule if it is part of a fused one.
+
+    "blocks.3.attn.query" -> ("model.layers.3.self_attn.q_proj", None) for llama.
+
+    Raises:
+        CheckpointError: if it is no module of theirs, as gpt-oss's experts, which are slices of one parameter.
+    """
+    ours, numbers = template(path)
+    # The last of several names is what transformers calls it in memory.
+    for theirs, rule in reversed(list(family.weights.items())):
+        if isinstance(rule, Transposed):
+            rule = rule.rule
+        if isinstance(rule, str | Fused) and f"{ours}.weight" in parts_of(rule):
+            return fill(theirs.removesuffix(".weight"), numbers), rule if isinstance(rule, Fused) else None
+    raise CheckpointError(f"{path} has no counterpart in this model family.")

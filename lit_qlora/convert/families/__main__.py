@@ -1,0 +1,59 @@
+"""Prints the families, what each of them uses, and what they were held against."""
+
+import signal
+
+from lit_qlora.convert.families import FAMILIES, VERIFIED_WITH
+from lit_qlora.convert.families.read import Family
+from lit_qlora.convert.families.readers import COMMON
+
+FEATURES = {
+    "norm": "{} norm",
+    "norm_position": "norms {}",
+    "shared_norm": "one norm for both",
+    "parallel_residual": "parallel residual",
+    "qk_norm": "QK norm",
+    "qk_norm_after_rope": "QK norm after RoPE",
+    "qkv_bias": "QKV bias",
+    "mlp_bias": "MLP bias",
+    "head_bias": "head bias",
+    "clip_qkv": "clipped QKV",
+    "embedding_multiplier": "embedding multiplier",
+    "residual_multiplier": "residual multiplier",
+    "logit_multiplier": "logit multiplier",
+    "logit_softcap": "logit soft cap",
+    "attention_scale": "score scale",
+    "attention_softcap": "score soft cap",
+    "attention_sinks": "attention sinks",
+    "query_scale_beta": "query scale by position",
+    "sliding_window": "sliding window",
+    "full_attention_layers": "not in all blocks",
+    "positions": "{} positions",
+    "no_rope_layers": "NoPE blocks",
+    "rope_local_theta": "two RoPE bases",
+    "rope_fraction": "partial RoPE",
+    "rope_interleaved": "interleaved RoPE",
+    "kv_latent_size": "latent attention",
+    "n_expert": "experts",
+    "router": "{} router",
+    "router_correction": "router correction",
+    "router_groups": "router groups",
+    "shared_expert_size": "shared experts",
+    "dense_layers": "some blocks dense",
+}
+"""What a field that a row reads or fixes says about its family."""
+
+
+def features(family: Family) -> str:
+    """What a family can use beyond Llama, in words."""
+    own = {**{ours: reader for ours, reader in family.fields.items() if ours not in COMMON}, **family.fixed}
+    return ", ".join(words.format(str(own[ours]).replace("_", " ")) for ours, words in FEATURES.items() if ours in own)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head`: the reader has seen enough
+    print(
+        f"Each family computes what transformers {VERIFIED_WITH} computes, as tests/model/test_gpt.py holds.\n"
+        "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
+    )
+    for name, family in sorted(FAMILIES.items()):
+        print(f"{name:18}{features(family)}")

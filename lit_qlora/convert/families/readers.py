@@ -1,0 +1,143 @@
+"""What rows share: the keys that most families have, and how settings with a rule behind them are read."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lit_qlora.convert.families.read import Family, Reader, Theirs, UnsupportedError
+from lit_qlora.convert.families.rules import Rule
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
+
+
+def gated(key: str = "hidden_act", renamed: Mapping[str, str] | None = None) -> Reader:
+    """Our ffn for an activation in an MLP with a gate; `renamed` where a family means another one than it says."""
+
+    def read(theirs: Theirs) -> str:
+        name = (renamed or {}).get(theirs[key], theirs[key])
+        if name not in ACTIVATIONS:
+            raise UnsupportedError(f"{key} {name!r}")
+        return GATED[ACTIVATIONS[name]]
+
+    return read
+
+
+def plain(key: str = "hidden_act") -> Reader:
+    """Our ffn for an activation in an MLP without a gate."""
+
+    def read(theirs: Theirs) -> str:
+        if ACTIVATIONS.get(theirs[key], "silu") == "silu":
+            raise UnsupportedError(f"{key} {theirs[key]!r}")
+        return ACTIVATIONS[theirs[key]]
+
+    return read
+
+
+def windows(full: Callable[[Theirs, int], bool]) -> dict[str, Reader]:
+    """Our sliding_window and full_attention_layers, from layer_types or, where config.json has none, from a rule."""
+
+    def full_layers(theirs: Theirs) -> tuple[int, ...]:
+        blocks = range(theirs["num_hidden_layers"])
+        types = theirs.get("layer_types") or [
+            "full_attention" if full(theirs, i) else "sliding_attention" for i in blocks
+        ]
+        if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+            raise UnsupportedError(f"layer_types {unknown}")
+        return tuple(i for i in blocks if types[i] == "full_attention")
+
+    def window(theirs: Theirs) -> int | None:
+        everywhere = len(full_layers(theirs)) == theirs["num_hidden_layers"]
+        size: int | None = theirs.get("sliding_window")
+        return None if everywhere else size
+
+    def kept_full(theirs: Theirs) -> tuple[int, ...]:
+        return full_layers(theirs) if window(theirs) is not None else ()
+
+    return {"sliding_window": window, "full_attention_layers": kept_full}
+
+
+def every(key: str | None, otherwise: int) -> Callable[[Theirs, int], bool]:
+    """Every n-th block sees everything, where `key` says n."""
+    return lambda theirs, i: (i + 1) % ((key and theirs.get(key)) or otherwise) == 0
+
+
+def if_used(readers: Mapping[str, Reader]) -> dict[str, Reader]:
+    """The readers of windows that count only with use_sliding_window."""
+
+    def when_used(reader: Reader) -> Reader:
+        def read(theirs: Theirs) -> Any:
+            if not theirs.get("use_sliding_window"):
+                return None
+            return theirs.get(reader) if isinstance(reader, str) else reader(theirs)
+
+        return read
+
+    return {ours: when_used(reader) for ours, reader in readers.items()}
+
+
+def qwen_window(theirs: Theirs, i: int) -> bool:
+    """Qwen: the first max_window_layers blocks see everything."""
+    return bool(i < theirs["max_window_layers"])
+
+
+def global_is_unrotated(theirs: Theirs) -> tuple[int, ...]:
+    """Cohere 2 and EXAONE 4 rotate only where there is a window."""
+    full = windows(every("sliding_window_pattern", 4))["full_attention_layers"]
+    layers: tuple[int, ...] = full(theirs)  # type: ignore[operator]
+    return layers
+
+
+COMMON: dict[str, Reader] = {
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_size": "head_dim",
+    "ffn_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tied_head": "tie_word_embeddings",
+    "ffn": gated(),
+}
+PARTIAL: dict[str, Reader] = {"rope_fraction": "partial_rotary_factor"}
+LAYER_EPS: dict[str, Reader] = {"norm_eps": "layer_norm_eps"}
+ATTENTION_BIAS: dict[str, Reader] = {"qkv_bias": "attention_bias", "projection_bias": "attention_bias"}
+WINDOW: dict[str, Reader] = {"sliding_window": "sliding_window"}
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def row(
+    names: Mapping[str, Rule],
+    fields: Mapping[str, Reader] | None = None,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    refuse: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Family:
+    """A family that spells as Llama does but for what is said."""
+    return Family(
+        weights=names,
+        fields={**COMMON, **(fields or {})},
+        fixed=fixed or {},
+        defaults={**LLAMA_DEFAULTS, **(defaults or {})},
+        refuse=refuse or {},
+        **more,
+    )

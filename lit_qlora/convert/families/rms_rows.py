@@ -1,0 +1,242 @@
+"""Families with RMS norms and one MLP in a block: Llama and what came after it."""
+
+from lit_qlora.convert.families import weights
+from lit_qlora.convert.families.read import Family, Reader, Theirs
+from lit_qlora.convert.families.readers import (
+    ATTENTION_BIAS,
+    PARTIAL,
+    WINDOW,
+    every,
+    gated,
+    global_is_unrotated,
+    if_used,
+    qwen_window,
+    row,
+    windows,
+)
+
+
+def fixed_scale(theirs: Theirs) -> float:
+    """Gemma's score scale."""
+    return float(theirs["query_pre_attn_scalar"] ** -0.5)
+
+
+def root_of_width(theirs: Theirs) -> float:
+    """Gemma's embedding multiplier."""
+    return float(theirs["hidden_size"] ** 0.5)
+
+
+def smollm3_unrotated(theirs: Theirs) -> tuple[int, ...]:
+    """SmolLM3: no_rope_layers has a 1 for each block that does rotate."""
+    interval = theirs["no_rope_layer_interval"]
+    rotates = theirs.get("no_rope_layers") or [(i + 1) % interval for i in range(theirs["num_hidden_layers"])]
+    return tuple(i for i, yes in enumerate(rotates) if not yes)
+
+
+def hunyuan_theta(theirs: Theirs) -> float:
+    """Hunyuan's NTK alpha stretches the base once and for all."""
+    size = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
+    return float(theirs["rope_theta"] * (theirs.get("alpha") or 1) ** (size / (size - 2)))
+
+
+def local_theta(theirs: Theirs) -> float:
+    """OLMo 3: the same base, never scaled, in blocks with a window."""
+    return float(theirs.get("rope_local_base_freq") or theirs["rope_theta"])
+
+
+GEMMA: dict[str, Reader] = {"embedding_multiplier": root_of_width, **ATTENTION_BIAS}
+GEMMA_DEFAULTS = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+GEMMA2: dict[str, Reader] = {
+    **GEMMA,
+    "ffn": gated("hidden_activation"),
+    "attention_scale": fixed_scale,
+    "attention_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
+}
+SANDWICH = {"norm": "rms_plus_one", "norm_position": "both"}
+ONE_WAY = {"use_bidirectional_attention": False}
+QWEN_DEFAULTS = {"max_position_embeddings": 32_768, "max_window_layers": 28, "sliding_window": 4096}
+ROWS: dict[str, Family] = {
+    "llama": row(weights.LLAMA, {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}),
+    "mistral": row(
+        weights.LLAMA,
+        WINDOW,
+        defaults={"max_position_embeddings": 131_072, "sliding_window": 4096, "num_key_value_heads": 8},
+    ),
+    "ministral": row(
+        weights.LLAMA,
+        windows(lambda theirs, i: theirs.get("sliding_window") is None),
+        defaults={"max_position_embeddings": 131_072, "sliding_window": 4096, "num_key_value_heads": 8},
+    ),
+    "ministral3": row(
+        weights.LLAMA,
+        {**WINDOW, "query_scale_beta": "llama_4_scaling_beta"},
+        defaults={
+            "max_position_embeddings": 262_144,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16_384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "qwen2": row(weights.LLAMA, if_used(windows(qwen_window)), fixed={"qkv_bias": True}, defaults=QWEN_DEFAULTS),
+    "qwen3": row(
+        weights.QWEN3,
+        {**ATTENTION_BIAS, **if_used(windows(qwen_window))},
+        fixed={"qk_norm": "head"},
+        defaults={**QWEN_DEFAULTS, "head_dim": 128, "num_key_value_heads": 32},
+    ),
+    "phi3": row(
+        weights.PHI3,
+        {**PARTIAL, **WINDOW},
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "gemma": row(
+        weights.LLAMA,
+        {**GEMMA, "ffn": gated("hidden_act", {"gelu": "gelu_pytorch_tanh"})},  # "gelu" is a slip of the first files
+        fixed={"norm": "rms_plus_one"},
+        defaults={**GEMMA_DEFAULTS, "num_key_value_heads": 16},
+        refuse=ONE_WAY,
+    ),
+    "gemma2": row(
+        weights.GEMMA2,
+        {**GEMMA2, **windows(every(None, 2))},
+        fixed=SANDWICH,
+        defaults={
+            **GEMMA_DEFAULTS,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        refuse=ONE_WAY,
+    ),
+    "gemma3_text": row(
+        weights.GEMMA3,
+        {**GEMMA2, **windows(every("sliding_window_pattern", 6)), "rope_local_theta": "rope_local_base_freq"},
+        fixed={**SANDWICH, "qk_norm": "head"},
+        defaults={
+            **GEMMA_DEFAULTS,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10_000.0,
+        },
+        refuse=ONE_WAY,
+    ),
+    "olmo2": row(
+        weights.OLMO2,
+        ATTENTION_BIAS,
+        fixed={"norm_position": "after", "qk_norm": "full"},
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    "olmo3": row(
+        weights.OLMO2,
+        {**ATTENTION_BIAS, **windows(every(None, 4)), "rope_local_theta": local_theta},
+        fixed={"norm_position": "after", "qk_norm": "full"},
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+    ),
+    "smollm3": row(
+        weights.LLAMA,
+        {
+            **ATTENTION_BIAS,
+            "mlp_bias": "mlp_bias",
+            "no_rope_layers": smollm3_unrotated,
+            **if_used(windows(lambda theirs, i: i not in smollm3_unrotated(theirs))),
+        },
+        defaults={
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+        },
+    ),
+    "granite": row(
+        weights.LLAMA,
+        {
+            **ATTENTION_BIAS,
+            "mlp_bias": "mlp_bias",
+            "embedding_multiplier": "embedding_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "attention_scale": "attention_multiplier",
+            "logit_multiplier": lambda theirs: 1 / theirs["logits_scaling"],
+        },
+        defaults={
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "glm": row(
+        weights.GLM,
+        {**PARTIAL, "qkv_bias": "attention_bias"},
+        fixed={"rope_interleaved": True},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1.5625e-7,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "glm4": row(
+        weights.GLM4,
+        {**PARTIAL, "qkv_bias": "attention_bias"},
+        fixed={"rope_interleaved": True, "norm_position": "both"},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1.5625e-7,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "seed_oss": row(
+        weights.LLAMA,
+        {"qkv_bias": "attention_bias", "projection_bias": "attention_out_bias", "mlp_bias": "mlp_bias"},
+        defaults={
+            "max_position_embeddings": 524_288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "exaone4": row(
+        weights.OLMO2,
+        {**windows(every("sliding_window_pattern", 4)), "no_rope_layers": global_is_unrotated},
+        fixed={"norm_position": "after", "qk_norm": "head"},
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "num_key_value_heads": 32},
+    ),
+    "hunyuan_v1_dense": row(
+        weights.HUNYUAN,
+        {**ATTENTION_BIAS, "rope_theta": hunyuan_theta},
+        fixed={"qk_norm": "head", "qk_norm_after_rope": True},
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+}

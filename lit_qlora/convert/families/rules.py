@@ -1,0 +1,170 @@
+"""How one of their tensors holds ours: renamed, several stacked along the rows, transposed, or one for each expert.
+
+A rule is exact in both directions: join undoes split, bit for bit. Names are templates: {i} stands for the number of
+the block, {e} for that of the expert or head.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_qlora.model.config import ModelConfig
+
+DROP = ""
+"""The rule of a tensor that our model computes instead of loading."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The rule of a tensor that holds several of our layers, stacked along its rows.
+
+    heads: the query heads of a group, its key head, its value head; then the next group (GPT-NeoX, Falcon, DeepSeek).
+    blocks: all rows of the first part, then all of the next (Phi-3).
+    alternating: one row of each part in turn (gpt-oss).
+    """
+
+    parts: tuple[str, ...]
+    layout: Literal["heads", "blocks", "alternating"] = "heads"
+
+    def split(self, fused: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+        """(rows, ...) -> {part: (its rows, ...)}."""
+        sizes = self.sizes(len(fused), config)
+        if self.layout == "heads":
+            groups = fused.unflatten(0, (config.n_kv_head, -1))
+            pieces = [t.flatten(0, 1) for t in groups.split([size // config.n_kv_head for size in sizes], dim=1)]
+        elif self.layout == "blocks":
+            pieces = list(fused.split(sizes))
+        else:
+            pieces = list(fused.unflatten(0, (-1, len(self.parts))).unbind(1))
+        return {part: piece.contiguous() for part, piece in zip(self.parts, pieces, strict=True)}
+
+    def join(self, parts: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+        """The inverse of split."""
+        pieces = [parts[part] for part in self.parts]
+        if self.layout == "heads":
+            grouped = [piece.unflatten(0, (config.n_kv_head, -1)) for piece in pieces]
+            return torch.cat(grouped, dim=1).flatten(0, 1)
+        return torch.cat(pieces) if self.layout == "blocks" else torch.stack(pieces, dim=1).flatten(0, 1)
+
+    def sizes(self, rows: int, config: ModelConfig) -> list[int]:
+        """How many of the rows belong to each part."""
+        own_key = config.head_size - config.latent_rope_size
+        heads = {
+            "query": config.n_head * config.head_size,
+            "key": config.n_kv_head * own_key,
+            "value": config.n_kv_head * config.value_size,
+        }
+        layers = [part.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for part in self.parts]
+        shares = [heads.get(layer, 1) for layer in layers]
+        return [rows * share // sum(shares) for share in shares]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The rule of a matrix (in, out) where ours are (out, in): GPT-2's Conv1D, gpt-oss's experts."""
+
+    rule: "str | Fused"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Our names."""
+        return parts_of(self.rule)
+
+    def split(self, matrix: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+        """(in, rows) -> {part: (its rows, in)}."""
+        return split(self.rule, matrix.T.contiguous(), config)
+
+    def join(self, parts: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+        """The inverse of split."""
+        return join(self.rule, parts, config).T.contiguous()
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The rule of a tensor with one more dimension in front, over which {e} counts in our names."""
+
+    rule: "str | Fused | Transposed"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Our names, with {e}."""
+        return parts_of(self.rule)
+
+    def split(self, stack: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+        """(count, ...) -> {part: (...)} for each of them."""
+        return {
+            part.replace("{e}", str(e)): piece.contiguous()
+            for e, layer in enumerate(stack)
+            for part, piece in split(self.rule, layer, config).items()
+        }
+
+    def join(self, parts: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+        """The inverse of split."""
+        layers: list[Tensor] = []
+        while self.parts[0].replace("{e}", str(len(layers))) in parts:
+            mine = {part: parts[part.replace("{e}", str(len(layers)))] for part in self.parts}
+            layers.append(join(self.rule, mine, config))
+        return torch.stack(layers)
+
+
+@dataclass(frozen=True)
+class When:
+    """A rule whose spelling is written only for models that `holds` is true of; it is read for any."""
+
+    rule: "Rule"
+    holds: Callable[[ModelConfig], bool]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The rule of a tensor that is packed in 4 bits, NAME_blocks beside NAME_scales; it is read and never written."""
+
+    rule: Stacked
+
+    @staticmethod
+    def scales(blocks: str) -> str:
+        """What the tensor beside it is called."""
+        return blocks.removesuffix("_blocks") + "_scales"
+
+
+Rule = str | Fused | Transposed | Stacked | When | Packed
+"""Where one of their tensors goes: one of our names, DROP, or how it holds several."""
+
+
+def split(rule: Rule, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """Their tensor -> {one of our name templates: ours}."""
+    if isinstance(rule, When | Packed):
+        return split(rule.rule, tensor, config)
+    return {rule: tensor} if isinstance(rule, str) else rule.split(tensor, config)
+
+
+def join(rule: Rule, parts: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+    """The inverse of split."""
+    if isinstance(rule, When | Packed):
+        return join(rule.rule, parts, config)
+    return parts[rule] if isinstance(rule, str) else rule.join(parts, config)
+
+
+def parts_of(rule: Rule) -> tuple[str, ...]:
+    """The templates of ours that one of their tensors holds."""
+    if isinstance(rule, When | Packed):
+        return parts_of(rule.rule)
+    return (rule,) if isinstance(rule, str) else rule.parts
+
+
+def tensors(modules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules of the weights and biases of modules, from rules of the modules."""
+    return {their + kind: _suffixed(rule, kind) for their, rule in modules.items() for kind in (".weight", ".bias")}
+
+
+def _suffixed(rule: Rule, kind: str) -> Rule:
+    if isinstance(rule, str):
+        return rule + kind
+    if isinstance(rule, Fused):
+        return replace(rule, parts=tuple(part + kind for part in rule.parts))
+    if isinstance(rule, Transposed) and kind == ".bias":
+        return _suffixed(rule.rule, kind)
+    return replace(rule, rule=_suffixed(rule.rule, kind))  # type: ignore[arg-type]

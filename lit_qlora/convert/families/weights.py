@@ -1,0 +1,218 @@
+"""What each family calls its weights.
+
+Of several names for one of ours, the first is what files have and the last what transformers has in memory.
+"""
+
+from collections.abc import Mapping
+
+from lit_qlora.convert.families.rules import DROP, Fused, Packed, Rule, Stacked, Transposed, When, tensors
+from lit_qlora.model.config import ModelConfig
+
+_BLOCK = "blocks.{i}"
+_QUERY, _KEY, _VALUE = (f"{_BLOCK}.attn.{name}" for name in ("query", "key", "value"))
+_GATE, _UP = f"{_BLOCK}.mlp.gate", f"{_BLOCK}.mlp.up"
+_EXPERT = f"{_BLOCK}.mlp.experts.{{e}}"
+_LAYER = "model.layers.{i}"
+
+LLAMA: dict[str, Rule] = tensors(
+    {
+        "model.embed_tokens": "embed",
+        f"{_LAYER}.input_layernorm": f"{_BLOCK}.norm_1",
+        f"{_LAYER}.self_attn.q_proj": _QUERY,
+        f"{_LAYER}.self_attn.k_proj": _KEY,
+        f"{_LAYER}.self_attn.v_proj": _VALUE,
+        f"{_LAYER}.self_attn.o_proj": f"{_BLOCK}.attn.projection",
+        f"{_LAYER}.post_attention_layernorm": f"{_BLOCK}.norm_2",
+        f"{_LAYER}.mlp.gate_proj": _GATE,
+        f"{_LAYER}.mlp.up_proj": _UP,
+        f"{_LAYER}.mlp.down_proj": f"{_BLOCK}.mlp.down",
+        "model.norm": "norm",
+        "lm_head": "head",
+    }
+) | {f"{_LAYER}.self_attn.rotary_emb.inv_freq": DROP}
+
+
+def without(weights: Mapping[str, Rule], *words: str) -> dict[str, Rule]:
+    """The rules whose name holds none of the words."""
+    return {name: rule for name, rule in weights.items() if not any(word in name for word in words)}
+
+
+def qk_norm(query: str, key: str) -> dict[str, Rule]:
+    """The rules of a norm on queries and one on keys."""
+    return tensors(
+        {
+            f"{_LAYER}.self_attn.{query}": f"{_BLOCK}.attn.query_norm",
+            f"{_LAYER}.self_attn.{key}": f"{_BLOCK}.attn.key_norm",
+        }
+    )
+
+
+QWEN3 = LLAMA | qk_norm("q_norm", "k_norm")
+HUNYUAN = LLAMA | qk_norm("query_layernorm", "key_layernorm")
+_EXPERTS = tensors(
+    {
+        f"{_LAYER}.mlp.gate": f"{_BLOCK}.mlp.router",
+        f"{_LAYER}.mlp.experts.{{e}}.gate_proj": f"{_EXPERT}.gate",
+        f"{_LAYER}.mlp.experts.{{e}}.up_proj": f"{_EXPERT}.up",
+        f"{_LAYER}.mlp.experts.{{e}}.down_proj": f"{_EXPERT}.down",
+        f"{_LAYER}.mlp.shared_experts.gate_proj": f"{_BLOCK}.mlp.shared.gate",
+        f"{_LAYER}.mlp.shared_experts.up_proj": f"{_BLOCK}.mlp.shared.up",
+        f"{_LAYER}.mlp.shared_experts.down_proj": f"{_BLOCK}.mlp.shared.down",
+    }
+)
+QWEN3_MOE = QWEN3 | without(_EXPERTS, "shared")
+MIXTRAL = without(LLAMA, ".mlp.") | tensors(
+    {
+        f"{_LAYER}.block_sparse_moe.gate": f"{_BLOCK}.mlp.router",
+        f"{_LAYER}.block_sparse_moe.experts.{{e}}.w1": f"{_EXPERT}.gate",
+        f"{_LAYER}.block_sparse_moe.experts.{{e}}.w2": f"{_EXPERT}.down",
+        f"{_LAYER}.block_sparse_moe.experts.{{e}}.w3": f"{_EXPERT}.up",
+    }
+)
+GEMMA2 = without(LLAMA, "post_attention_layernorm") | tensors(
+    {
+        f"{_LAYER}.post_attention_layernorm": f"{_BLOCK}.post_norm_1",
+        f"{_LAYER}.pre_feedforward_layernorm": f"{_BLOCK}.norm_2",
+        f"{_LAYER}.post_feedforward_layernorm": f"{_BLOCK}.post_norm_2",
+    }
+)
+GEMMA3 = GEMMA2 | qk_norm("q_norm", "k_norm")
+OLMO2 = without(GEMMA3, "input_layernorm", "pre_feedforward_layernorm")
+PHI = without(LLAMA, "o_proj", ".mlp.", "model.norm") | tensors(
+    {
+        f"{_LAYER}.self_attn.dense": f"{_BLOCK}.attn.projection",
+        f"{_LAYER}.mlp.fc1": _UP,
+        f"{_LAYER}.mlp.fc2": f"{_BLOCK}.mlp.down",
+        "model.final_layernorm": "norm",
+    }
+) | qk_norm("q_layernorm", "k_layernorm")  # fmt: skip
+_FUSED_MLP = tensors({f"{_LAYER}.mlp.gate_up_proj": Fused((_GATE, _UP), "blocks")})
+PHI3 = (
+    without(LLAMA, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    | tensors({f"{_LAYER}.self_attn.qkv_proj": Fused((_QUERY, _KEY, _VALUE), "blocks")})
+    | _FUSED_MLP
+)
+GLM = without(LLAMA, "gate_proj", "up_proj") | _FUSED_MLP
+GLM4 = GLM | tensors(
+    {
+        f"{_LAYER}.post_self_attn_layernorm": f"{_BLOCK}.post_norm_1",
+        f"{_LAYER}.post_mlp_layernorm": f"{_BLOCK}.post_norm_2",
+    }
+)
+STARCODER2 = without(LLAMA, ".mlp.") | tensors(
+    {f"{_LAYER}.mlp.c_fc": _UP, f"{_LAYER}.mlp.c_proj": f"{_BLOCK}.mlp.down"}
+)
+STABLELM = LLAMA | tensors(
+    {
+        f"{_LAYER}.self_attn.q_layernorm.norms.{{e}}": f"{_BLOCK}.attn.query_norm.{{e}}",
+        f"{_LAYER}.self_attn.k_layernorm.norms.{{e}}": f"{_BLOCK}.attn.key_norm.{{e}}",
+    }
+)
+COHERE = LLAMA | tensors(
+    {
+        f"{_LAYER}.self_attn.q_norm": Stacked(f"{_BLOCK}.attn.query_norm.{{e}}"),
+        f"{_LAYER}.self_attn.k_norm": Stacked(f"{_BLOCK}.attn.key_norm.{{e}}"),
+    }
+)
+_NEOX_LAYER = "gpt_neox.layers.{i}"
+NEOX: dict[str, Rule] = {
+    f"{_NEOX_LAYER}.attention.rotary_emb.inv_freq": DROP,
+    f"{_NEOX_LAYER}.attention.masked_bias": DROP,
+    f"{_NEOX_LAYER}.attention.bias": DROP,
+} | tensors(
+    {
+        "gpt_neox.embed_in": "embed",
+        f"{_NEOX_LAYER}.input_layernorm": f"{_BLOCK}.norm_1",
+        f"{_NEOX_LAYER}.attention.query_key_value": Fused((_QUERY, _KEY, _VALUE)),
+        f"{_NEOX_LAYER}.attention.dense": f"{_BLOCK}.attn.projection",
+        f"{_NEOX_LAYER}.post_attention_layernorm": f"{_BLOCK}.norm_2",
+        f"{_NEOX_LAYER}.mlp.dense_h_to_4h": _UP,
+        f"{_NEOX_LAYER}.mlp.dense_4h_to_h": f"{_BLOCK}.mlp.down",
+        "gpt_neox.final_layer_norm": "norm",
+        "embed_out": "head",
+        "lm_head": "head",  # what transformers 5 calls it in memory
+    }
+)
+_GPT2 = tensors(
+    {
+        "wte": "embed",
+        "wpe": "positions",
+        "h.{i}.ln_1": f"{_BLOCK}.norm_1",
+        "h.{i}.attn.c_attn": Transposed(Fused((_QUERY, _KEY, _VALUE), "blocks")),
+        "h.{i}.attn.c_proj": Transposed(f"{_BLOCK}.attn.projection"),
+        "h.{i}.ln_2": f"{_BLOCK}.norm_2",
+        "h.{i}.mlp.c_fc": Transposed(_UP),
+        "h.{i}.mlp.c_proj": Transposed(f"{_BLOCK}.mlp.down"),
+        "ln_f": "norm",
+    }
+) | {"h.{i}.attn.bias": DROP, "h.{i}.attn.masked_bias": DROP}
+GPT2 = {
+    # The oldest files of the hub leave the prefix out.
+    **{name: rule if rule == DROP else When(rule, lambda config: False) for name, rule in _GPT2.items()},
+    **{f"transformer.{name}": rule for name, rule in _GPT2.items()},
+    **tensors({"lm_head": "head"}),
+}
+
+
+def _falcon_norms(norm_1: str, norm_2: str, separate: bool) -> dict[str, Rule]:
+    """Falcon calls its norms otherwise where a parallel block has two."""
+
+    def holds(config: ModelConfig) -> bool:
+        return separate == (config.parallel_residual and not config.shared_norm)
+
+    return {
+        f"transformer.h.{{i}}.{theirs}.{kind}": When(f"{_BLOCK}.{ours}.{kind}", holds)
+        for theirs, ours in ((norm_1, "norm_1"), (norm_2, "norm_2"))
+        for kind in ("weight", "bias")
+    }
+
+
+FALCON = tensors(
+    {
+        "transformer.word_embeddings": "embed",
+        "transformer.h.{i}.self_attention.query_key_value": Fused((_QUERY, _KEY, _VALUE)),
+        "transformer.h.{i}.self_attention.dense": f"{_BLOCK}.attn.projection",
+        "transformer.h.{i}.mlp.dense_h_to_4h": _UP,
+        "transformer.h.{i}.mlp.dense_4h_to_h": f"{_BLOCK}.mlp.down",
+        "transformer.ln_f": "norm",
+        "lm_head": "head",
+    }
+) | {
+    **_falcon_norms("input_layernorm", "post_attention_layernorm", separate=False),
+    **_falcon_norms("ln_attn", "ln_mlp", separate=True),
+    "transformer.h.{i}.self_attention.rotary_emb.inv_freq": DROP,
+}
+DEEPSEEK = without(LLAMA, "k_proj", "v_proj") | _EXPERTS | tensors(
+    {
+        f"{_LAYER}.self_attn.q_a_proj": f"{_QUERY}.down",
+        f"{_LAYER}.self_attn.q_a_layernorm": f"{_QUERY}.norm",
+        f"{_LAYER}.self_attn.q_b_proj": f"{_QUERY}.up",
+        f"{_LAYER}.self_attn.kv_a_proj_with_mqa": f"{_BLOCK}.attn.latent",
+        f"{_LAYER}.self_attn.kv_a_layernorm": f"{_BLOCK}.attn.latent_norm",
+        f"{_LAYER}.self_attn.kv_b_proj": Fused((_KEY, _VALUE)),
+    }
+) | {f"{_LAYER}.mlp.gate.e_score_correction_bias": f"{_BLOCK}.mlp.router.correction"}  # fmt: skip
+# What predicts the token after the next, in layers of its own behind those of the model.
+DEEPSEEK_V3 = DEEPSEEK | {
+    f"{_LAYER}.{name}.weight": DROP
+    for name in ("embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head")
+}
+_GPT_OSS_EXPERTS = f"{_LAYER}.mlp.experts"
+GPT_OSS = without(LLAMA, ".mlp.") | {
+    f"{_LAYER}.self_attn.sinks": f"{_BLOCK}.attn.sinks",
+    **tensors({f"{_LAYER}.mlp.router": f"{_BLOCK}.mlp.router"}),
+    f"{_GPT_OSS_EXPERTS}.gate_up_proj": Stacked(
+        Transposed(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "alternating"))
+    ),
+    f"{_GPT_OSS_EXPERTS}.gate_up_proj_bias": Stacked(
+        Fused((f"{_EXPERT}.gate.bias", f"{_EXPERT}.up.bias"), "alternating")
+    ),
+    f"{_GPT_OSS_EXPERTS}.down_proj": Stacked(Transposed(f"{_EXPERT}.down.weight")),
+    f"{_GPT_OSS_EXPERTS}.down_proj_bias": Stacked(f"{_EXPERT}.down.bias"),
+    f"{_GPT_OSS_EXPERTS}.gate_up_proj_blocks": Packed(
+        Stacked(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "alternating"))
+    ),
+    f"{_GPT_OSS_EXPERTS}.down_proj_blocks": Packed(Stacked(f"{_EXPERT}.down.weight")),
+    f"{_GPT_OSS_EXPERTS}.gate_up_proj_scales": DROP,  # read together with the blocks
+    f"{_GPT_OSS_EXPERTS}.down_proj_scales": DROP,
+}

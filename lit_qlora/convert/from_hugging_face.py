@@ -1,0 +1,110 @@
+"""A Hugging Face model folder into a checkpoint of ours, a tensor at a time."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_qlora.checkpoint import checkpoint, safetensors_io, shards
+from lit_qlora.convert.families import find_family, find_rule, read_config, read_whole, to_ours
+from lit_qlora.convert.hub import SOURCE
+from lit_qlora.errors import CheckpointError
+from lit_qlora.model.config import ModelConfig, missing_checkpoint
+from lit_qlora.model.mlp import CORRECTION
+from lit_qlora.prompts import tokenizer
+
+Dtype = Literal["keep", "bf16", "fp32"]
+QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")
+"""How the names end that bitsandbytes, GPTQ, AWQ and FP8 give to what they store beside packed weights."""
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+THEIR_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""What Hugging Face calls the weights, best first."""
+
+
+def convert_hf_checkpoint(
+    source: Path,
+    out_dir: Path,
+    dtype: Dtype = "keep",
+    name: str | None = None,
+    limit: int = shards.SHARD_BYTES,
+) -> ModelConfig:
+    """Make `out_dir` the checkpoint of the Hugging Face model in `source`, whole or not at all.
+
+    Host memory holds one of their tensors and what it is split into.
+
+    Args:
+        name: what the model is called; by default the last two parts of `source`, ORG/NAME.
+        limit: most bytes of weights in a file.
+
+    Raises:
+        CheckpointError: naming everything in `source` that is missing, damaged, or has no rule.
+        ResourceError: if there is not enough room.
+    """
+    config = read_config(_their_config(source), name or "/".join(source.resolve().parts[-2:]))
+    weights = find_weights(source)
+    _check_rules(weights, config)
+    specs: dict[str, Tensor] = {}
+    for their_name in weights.specs:
+        spec = read_whole(their_name, weights.specs.__getitem__, config)
+        specs |= {ours: _cast(ours, part, dtype) for ours, part in to_ours(their_name, spec, config).items()}
+    checkpoint.check_weights(specs, config, place=str(source))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for their_name in weights.specs:
+            for ours, part in to_ours(their_name, read_whole(their_name, weights.read, config), config).items():
+                yield ours, _cast(ours, part, dtype)
+
+    with checkpoint.writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if out_dir.resolve() != source.resolve():
+            for file_name in (*tokenizer.FILES, "config.json", SOURCE):
+                if (source / file_name).is_file():
+                    shutil.copy(source / file_name, out_dir / file_name)
+    checkpoint.save_weights(out_dir, config, specs, tensors(), limit)
+    return config
+
+
+def find_weights(source: Path) -> shards.Weights:
+    """The weights of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: if there are none, or a file of theirs is absent or damaged.
+    """
+    place = shards.find(source, *THEIR_WEIGHTS)
+    if not place:
+        raise CheckpointError(f"{source} has no {' and no '.join(THEIR_WEIGHTS)}, nor an index of several such files.")
+    return shards.open_weights(place)
+
+
+def _their_config(source: Path) -> dict[str, Any]:
+    path = source / "config.json"
+    if not path.is_file():
+        reason = missing_checkpoint(source) if not source.exists() else f"{source} has no config.json."
+        raise CheckpointError(reason)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}.") from None
+    return content
+
+
+def _check_rules(weights: shards.Weights, config: ModelConfig) -> None:
+    family = find_family(config.family)
+    unknown = [name for name in weights.specs if find_rule(name, family)[0] is None]
+    if packed := [name for name in unknown if name.endswith(QUANTISED)]:
+        raise CheckpointError(
+            f"{config.name} is already quantised ({packed[0]}). Take the 16-bit original; it is quantised when loaded."
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{config.name}: {len(unknown)} tensors have no rule in FAMILIES[{config.family!r}]:\n  "
+            + safetensors_io.name_some(unknown, most=len(unknown))
+        )
+
+
+def _cast(name: str, tensor: Tensor, dtype: Dtype) -> Tensor:
+    return tensor if dtype == "keep" or name.endswith(CORRECTION) else tensor.to(DTYPES[dtype])

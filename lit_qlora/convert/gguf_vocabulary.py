@@ -1,0 +1,137 @@
+"""A tokenizer as GGUF holds it: every token with its kind, and scores or merges to find them in a text."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_qlora.errors import CheckpointError
+from lit_qlora.prompts.chat_template import find_chat_template
+from lit_qlora.prompts.tokenizer import Tokenizer, read_pieces
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of tokens, in GGUF as in SentencePiece."""
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2", "": "gpt-2"}
+"""How a byte-level tokenizer.json cuts a text before it merges -> what llama.cpp calls that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Tokens in the order of their ids."""
+
+    tokens: list[str]
+    kinds: list[int]
+    scores: list[float] = field(default_factory=list)
+    """SentencePiece: of two pieces the one with the higher score is made first."""
+    merges: list[str] = field(default_factory=list)
+    """Byte-level BPE: "left right", first merge first."""
+    split: str = "default"
+    """How a text is cut before it is merged."""
+    prefix: bool
+    """The first word gets a space before it."""
+    bos_id: int | None
+    eos_id: int
+    adds_bos: bool
+    chat_template: str | None
+
+    def write(self, writer: "GGUFWriter") -> None:
+        """Add it to a file that has not been opened yet."""
+        writer.add_tokenizer_model("gpt2" if self.merges else "llama")
+        writer.add_tokenizer_pre(self.split)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.kinds)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        else:
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix(self.prefix)
+        if self.bos_id is not None:
+            writer.add_bos_token_id(self.bos_id)
+        writer.add_eos_token_id(self.eos_id)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(False)
+        if UNKNOWN in self.kinds:
+            writer.add_unk_token_id(self.kinds.index(UNKNOWN))
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def read_vocabulary(directory: Path, size: int) -> Vocabulary:
+    """The vocabulary of a checkpoint, filled up to `size` rows of the embedding.
+
+    Raises:
+        CheckpointError: if the tokenizer is of a kind that llama.cpp does not have.
+    """
+    tokenizer = Tokenizer(directory)
+    rows: dict[int, tuple[str, float, int]] = {}
+    merges: list[str] = []
+    split = "default"
+    if (directory / "tokenizer.model").is_file():
+        pieces = read_pieces(directory / "tokenizer.model")
+        if any(kind == NORMAL and score != int(score) for _, score, kind in pieces):
+            raise CheckpointError(f"{directory}: llama.cpp has no Unigram tokenizer for this model, only BPE.")
+        rows |= dict(enumerate(pieces))
+    if (directory / "tokenizer.json").is_file():
+        spec = json.loads((directory / "tokenizer.json").read_text())
+        if not rows:
+            rows, merges, split = _read_bpe(spec, directory)
+        added = {token["id"]: (token["content"], token["special"]) for token in spec.get("added_tokens", [])}
+    else:
+        settings = directory / "tokenizer_config.json"
+        decoder = json.loads(settings.read_text()).get("added_tokens_decoder") if settings.is_file() else None
+        added = {int(i): (token["content"], token.get("special", False)) for i, token in (decoder or {}).items()}
+        added |= {i: (content, True) for content, i in tokenizer.control_tokens.items() if i not in added}
+    for i, (content, special) in added.items():
+        known = rows.get(i, (content, 0.0, NORMAL))
+        kind = known[2] if known[2] in (UNKNOWN, BYTE) else CONTROL if special else USER_DEFINED
+        rows[i] = (content, known[1], kind)
+    if max(rows) >= size:
+        raise CheckpointError(f"{directory}: the tokenizer has {max(rows) + 1} tokens, the model {size} embeddings.")
+    full = [rows.get(i, (f"[PAD{i}]", -1e9, UNUSED)) for i in range(size)]
+    return Vocabulary(
+        tokens=[content for content, _, _ in full],
+        scores=[] if merges else [score for _, score, _ in full],
+        kinds=[kind for _, _, kind in full],
+        merges=merges,
+        split=split,
+        prefix=tokenizer.prefixes,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        adds_bos=tokenizer.use_bos,
+        chat_template=find_chat_template(directory),
+    )
+
+
+def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[str, float, int]], list[str], str]:
+    """Rows, merges and the name of the split, of a tokenizer.json."""
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise CheckpointError(f"{directory}: llama.cpp has no {model['type']} tokenizer for this model, only BPE.")
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    if model.get("byte_fallback"):
+        made: dict[str, int] = {}
+        for rank, pair in enumerate(pairs):
+            made.setdefault("".join(pair), rank)
+        unknown = model.get("unk_token")
+        rows = {}
+        for piece, i in model["vocab"].items():
+            is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+            kind = BYTE if is_byte else UNKNOWN if piece == unknown else NORMAL
+            rows[i] = (piece, -float(made.get(piece, len(pairs))), kind)
+        return rows, [], "default"
+    steps = spec.get("pre_tokenizer") or {}
+    cuts = [step.get("pattern", {}).get("Regex", "") for step in steps.get("pretokenizers", [steps])]
+    pattern = next(filter(None, cuts), "")
+    if "ByteLevel" not in json.dumps(steps) or pattern not in SPLITS:
+        raise CheckpointError(
+            f"{directory}: tokenizer.json cuts texts in a way that has no name in llama.cpp here. "
+            f"Known: {', '.join(SPLITS.values())}."
+        )
+    # GGUF puts a space between the two parts, so one inside a part is written as the character 256 further on.
+    merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
+    return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, SPLITS[pattern]

@@ -1,0 +1,160 @@
+"""A checkpoint of ours into a complete Hugging Face folder, a tensor at a time; the inverse of convert.
+
+config.json is the one that travelled with the checkpoint, with what a new dtype, head or vocabulary makes wrong put
+right; where none travelled it is made from ModelConfig through the family's row. Either way it is read back and has to
+describe the same model, or nothing is written.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.checkpoint import checkpoint, shards
+from lit_qlora.convert.families import find_family, read_config, their_tensors, to_ours
+from lit_qlora.convert.from_hugging_face import THEIR_WEIGHTS, find_weights
+from lit_qlora.convert.hub import SOURCE
+from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.prompts import tokenizer
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+}
+"""What config.json calls the model's class, which tools other than transformers go by."""
+HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYTES) -> ModelConfig:
+    """Write the Hugging Face folder of a checkpoint, whole or not at all.
+
+    Args:
+        limit: most bytes of weights in a file.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or Hugging Face's layout cannot say what it is.
+        UsageError: if `out_dir` has something in it.
+        ResourceError: if there is not enough room.
+    """
+    config = ModelConfig.load(checkpoint_dir)
+    weights = checkpoint.open_weights(checkpoint_dir)
+    checkpoint.check_weights(weights.specs, config, place=str(weights.place))
+    theirs = their_config(checkpoint_dir, config, weights.specs)
+    plan = their_tensors(weights.specs, config)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UsageError(f"{out_dir} has something in it. Give --out_dir a new name, or remove it.")
+
+    specs = {tensor.name: tensor.join(weights.specs, config) for tensor in plan}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for tensor in plan:
+            yield tensor.name, tensor.join({name: weights.read(name) for name in tensor.ours}, config)
+
+    with checkpoint.writing(out_dir), checkpoint.temporary_directory(out_dir) as folder:
+        shards.write(folder, THEIR_WEIGHTS[0], specs, tensors(), limit)
+        (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        for name in tokenizer.FILES:
+            if (checkpoint_dir / name).is_file():
+                shutil.copy(checkpoint_dir / name, folder / name)
+        _write_generation_config(folder)
+        (folder / "README.md").write_text(model_card(checkpoint_dir, config))
+        _read_back(folder, config, weights.specs)
+        if out_dir.exists():
+            out_dir.rmdir()
+        checkpoint.publish(folder, out_dir)
+    return config
+
+
+def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: if config.json cannot say what the model is, naming the settings.
+    """
+    path = checkpoint_dir / "config.json"
+    theirs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else _new_config(config)
+    theirs.pop("quantization_config", None)  # what files hold packed is written unpacked
+    for key, value in (("tie_word_embeddings", config.tied_head), ("vocab_size", config.vocab_size)):
+        if key in theirs or value:
+            theirs[key] = value
+    sizes = Counter[torch.dtype]()
+    for spec in specs.values():
+        sizes[spec.dtype] += spec.numel()
+    theirs["dtype" if "dtype" in theirs else "torch_dtype"] = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    described, meant = asdict(read_config(theirs, config.name)), asdict(config)
+    if wrong := [name for name in meant if described[name] != meant[name]]:
+        raise CheckpointError(
+            f"{path if path.is_file() else checkpoint_dir}: a config.json of {config.family} would say "
+            + ", ".join(f"{name} {described[name]!r} instead of {meant[name]!r}" for name in wrong)
+            + ", so this model cannot be exported."
+        )
+    return theirs
+
+
+def _new_config(config: ModelConfig) -> dict[str, Any]:
+    """A config.json in the keys that every version of transformers reads."""
+    family = find_family(config.family)
+    theirs = {key: getattr(config, ours) for ours, key in family.fields.items() if isinstance(key, str)}
+    theirs |= {"model_type": config.family, "hidden_act": HIDDEN_ACT.get(config.ffn, config.ffn)}
+    if config.family in ARCHITECTURES:
+        theirs["architectures"] = [ARCHITECTURES[config.family]]
+    if config.rope_scaling != "none":
+        theirs["rope_scaling"] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        theirs["rope_scaling"] |= {
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_block_size,
+        }
+    return theirs
+
+
+def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:
+    """README.md with the front matter that the hub reads."""
+    merge, source = (_read_facts(checkpoint_dir / name) for name in ("merge_report.json", SOURCE))
+    base = merge["base"]["name"] if merge else source.get("repo_id", config.name)
+    made = f"{base} with a LoRA adapter merged into it" if merge else f"The weights of {base}"
+    made += f", commit {source['commit']}" if source else ""
+    tags = "".join(f"- {tag}\n" for tag in ["lit_qlora", config.family, *(["lora"] if merge else [])])
+    return (
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"tags:\n{tags}---\n\n# {config.name}\n\n{made}. Written by lit_qlora.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
+    )
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What a JSON file of ours says; nothing where there is none."""
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return facts
+
+
+def _write_generation_config(folder: Path) -> None:
+    """Tell where answers end, if no generation_config.json came along and there is a tokenizer that knows."""
+    path = folder / "generation_config.json"
+    if path.is_file() or not any((folder / name).is_file() for name in tokenizer.MODELS):
+        return
+    ours = tokenizer.Tokenizer(folder)
+    stops = sorted(ours.stop_ids)
+    content = {"bos_token_id": ours.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}, indent=2) + "\n")
+
+
+def _read_back(folder: Path, config: ModelConfig, specs: Mapping[str, Tensor]) -> None:
+    """Convert the headers of what was written: that has to be the checkpoint again."""
+    back: dict[str, Tensor] = {}
+    for name, spec in find_weights(folder).specs.items():
+        back |= to_ours(name, spec, config)
+    kinds, expected = ({name: (s.shape, s.dtype) for name, s in of.items()} for of in (back, specs))
+    assert kinds == expected, set(kinds.items()) ^ set(expected.items())

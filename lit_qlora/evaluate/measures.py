@@ -1,0 +1,234 @@
+"""What a validation measures: loss and accuracy of tokens, answers, how far the model has moved from its base."""
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from lit_qlora.data import Batch, RunData
+from lit_qlora.evaluate.metrics import chrf, text_metrics
+from lit_qlora.evaluate.validation_inputs import Probes, Question, stop_ids
+from lit_qlora.generation import generate
+from lit_qlora.generation.sequences import evaluating
+from lit_qlora.lora.layer import without_adapters
+from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
+from lit_qlora.report import Record, tell
+from lit_qlora.settings import FinetuneConfig, GenerationConfig
+from lit_qlora.train.loop import pinned, sum_over_ranks
+from lit_qlora.train.signals import StopRequest
+
+Measure = Callable[[int], Record]
+"""Gives figures for the record of the validation after so many steps."""
+
+Ask = Callable[[GPT], Record]
+"""Gives a model's figures in the tasks of eval.tasks."""
+
+MAX_NEW_TOKENS = 128
+ANSWERS_AT_ONCE = 16
+ROWS = 16
+"""Rows of a matrix product are a multiple of this; MKL's product of 5 or 6, say, depends on the number of threads."""
+
+
+def more_measures(
+    fabric: Fabric,
+    model: GPT,
+    config: FinetuneConfig,
+    data: RunData,
+    probes: Probes,
+    write: Callable[[int, list[Record]], object],
+    tasks: Measure | None = None,
+) -> list[Measure]:
+    """What the validations of a run measure besides the losses.
+
+    Args:
+        write: is given the answers of each validation, with their prompts.
+        tasks: asks the tasks of lm-eval.
+    """
+    extras: dict[str, Measure] = {}
+    if probes.questions or probes.prompts:
+        most = config.eval.max_new_tokens or MAX_NEW_TOKENS
+        extras["the answers"] = lambda step: _answers(model, data, probes, most, step, write)
+    if probes.text:
+        extras["the distance to the base"] = lambda step: {
+            "kl_to_base": kl_to_base(fabric, model, probes.text[: model.config.block_size])
+        }
+    if tasks:
+        extras["eval.tasks"] = tasks
+    return [Dispensable(fabric, model, name, measure) for name, measure in extras.items()]
+
+
+def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: Sequence[Record]) -> Measure:
+    """Ask the tasks before the first step, after the last, and between them where `every` steps have gone by.
+
+    Args:
+        records: of the run so far; they are looked at again at each validation.
+    """
+
+    def measure(step: int) -> Record:
+        asked = [record["step"] for record in records if any("/" in name for name in record)]
+        return ask(model) if not asked or step == total or step - asked[-1] >= (every or 1) else {}
+
+    return measure
+
+
+class Losses:
+    """Loss per labelled token, perplexity, and the share of labelled tokens that are the likeliest; ranks share them.
+
+    Attributes:
+        scores: (S, 3) float64 of the last time, see score_rows; None before it.
+    """
+
+    def __init__(self, fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest | None = None) -> None:
+        self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
+        self.scores: Tensor | None = None
+
+    def __call__(self, step: int) -> Record:
+        """See Measure. Nothing comes back where a signal cut it short."""
+        scores = score_rows(self.fabric, self.model, self.batches, self.stop)
+        if scores is None:
+            return {}
+        self.scores = scores
+        loss, right, labelled = scores.sum(dim=0).tolist()
+        ppl = math.exp(min(loss / labelled, 700.0))  # beyond it a float64 overflows
+        return {"val_loss": loss / labelled, "val_ppl": ppl, "val_accuracy": right / labelled}
+
+
+@torch.no_grad()
+def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest) -> Tensor | None:
+    """For each row: the sum of its losses, how many labelled tokens it has as the likeliest, and how many at all.
+
+    Only the logits of labelled tokens are computed, a slice of them at a time. The model's own mode is left as it was.
+
+    Returns:
+        (S, 3) float64 on the host, the same on every rank; None where a signal cut it short.
+    """
+    starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
+    scores = torch.zeros(starts[-1], 3, dtype=torch.float64, device=fabric.device)
+    at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
+    with evaluating(model), fabric.autocast():
+        for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
+            if stop.signal and fabric.world_size == 1:  # other ranks would wait for the sum
+                return None
+            here = pinned(batch, fabric.device)
+            tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
+            rows, places = (labels >= 0).nonzero(as_tuple=True)
+            hidden, wanted = model.hidden(tokens)[rows, places], labels[rows, places]
+            for part, ids, row in zip(*(t.split(at_once) for t in (hidden, wanted, start + rows)), strict=True):
+                padded = F.pad(part, (0, 0, 0, -len(part) % ROWS))
+                log_probs = model.logits(padded)[: len(part)].float().log_softmax(dim=-1)
+                found = log_probs.gather(-1, ids[:, None])[:, 0]
+                right = log_probs.argmax(dim=-1) == ids
+                each = torch.stack((-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)), 1)
+                scores.index_add_(0, row, each)
+    return sum_over_ranks(fabric, scores).cpu()
+
+
+class Dispensable:
+    """A measure that runs on rank 0 alone; if it fails, that is said, and its figures are left out."""
+
+    def __init__(self, fabric: Fabric, model: GPT, name: str, measure: Measure) -> None:
+        self.fabric, self.model, self.name, self.measure = fabric, model, name, measure
+
+    def __call__(self, step: int) -> Record:
+        """See Measure."""
+        record: Record = {}
+        if self.fabric.is_global_zero:
+            try:
+                record = self._measured(step)
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                tell(f"  note    {self.name} after step {step} failed: {type(error).__name__}: {reason}", sys.stderr)
+        shared: Record = self.fabric.broadcast(record)
+        return shared
+
+    def _measured(self, step: int) -> Record:
+        """The figures, if need be without the memory that only makes training faster."""
+        try:
+            with undisturbed(self.model):
+                return self.measure(step)
+        except torch.OutOfMemoryError:
+            if not self.model.has_spare:
+                raise
+        self.model.give_back()  # only here the exception is gone, and with it what it held
+        with undisturbed(self.model):
+            return self.measure(step)
+
+
+@contextmanager
+def undisturbed(model: GPT) -> Iterator[None]:
+    """The model is evaluated inside, and it and all that is random are as they were afterwards."""
+    state = random.getstate()
+    try:
+        with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _answers(
+    model: GPT, data: RunData, probes: Probes, most: int, step: int, write: Callable[[int, list[Record]], object]
+) -> Record:
+    """Let the model answer, greedily, and compare where it is known what was wanted."""
+    answers = answer(model, data, [*probes.questions, *probes.prompts], most)
+    known, free = answers[: len(probes.questions)], answers[len(probes.questions) :]
+    records: list[Record] = [
+        {"step": step, "prompt": q.prompt, "answer": said, "wanted": q.wanted, "chrf": chrf(said, q.wanted)}
+        for q, said in zip(probes.questions, known, strict=True)
+    ]
+    records += [
+        {"step": step, "prompt": q.prompt, "answer": said} for q, said in zip(probes.prompts, free, strict=True)
+    ]
+    write(step, records)
+    return text_metrics(known, [q.wanted for q in probes.questions]) if known else {}
+
+
+def answer(model: GPT, data: RunData, questions: Sequence[Question], most: int) -> list[str]:
+    """The likeliest answers, of at most so many tokens, in the order of the questions."""
+    config, stops, room = GenerationConfig(max_new_tokens=most), stop_ids(data), model.config.block_size
+    # A prompt that fills the context loses its beginning, so that there is room for half an answer at least.
+    prompts = [question.ids[-(room - min(most, room // 2)) :] for question in questions]
+    answers = [""] * len(questions)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), ANSWERS_AT_ONCE):
+        some = order[start : start + ANSWERS_AT_ONCE]
+        made = generate(model, [prompts[i] for i in some], config, stops, data.tokenizer.size)
+        for i, ids in zip(some, made, strict=True):
+            answers[i] = data.style.said(data.tokenizer.decode(ids)).strip()
+    return answers
+
+
+@torch.no_grad()
+def kl_to_base(fabric: Fabric, model: GPT, ids: Sequence[int]) -> float:
+    """KL(base || model), the mean over the tokens of a text, in nats: how much of the base was forgotten there."""
+    tokens = torch.tensor([ids], device=fabric.device)
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    total = 0.0
+    with evaluating(model), fabric.autocast():
+        now = model.hidden(tokens)[0].split(at_once)
+        with without_adapters(model):
+            before = model.hidden(tokens)[0].split(at_once)
+        for mine, theirs in zip(now, before, strict=True):
+            adapted = model.logits(mine).float().log_softmax(dim=-1)
+            with without_adapters(model):
+                base = model.logits(theirs).float().log_softmax(dim=-1)
+            total += float((base.exp() * (base - adapted)).sum(dtype=torch.float64))
+    return total / len(ids)
+
+
+def best_and_worst(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
+    """Which rows have the smallest mean losses, and which the largest; none is in both.
+
+    Args:
+        scores: see score_rows.
+    """
+    order: Any = (scores[:, 0] / scores[:, 2]).argsort(stable=True).tolist()
+    best = order[: min(count, -(-len(order) // 2))]
+    return best, order[len(best) :][-count:][::-1]

@@ -1,0 +1,179 @@
+"""Memory of activations: what each path keeps, and which blocks should compute again so that it fits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import LOGITS_AT_ONCE
+from lit_qlora.settings import Recompute
+
+COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload": 1.8, "full": 2.4}
+"""Milliseconds that a block of Llama-2-7B takes longer, 4,096 tokens on an H100; only order and ratio matter."""
+IN_TURNS = 2**26
+"""Adapters of so many numbers have their 16-bit copies made block by block, twice a micro-batch, not all at once: the
+memory then counts for more than the time: 1.6 GB and, by their bytes, 3 ms of Llama-65B's 550 with r 64."""
+
+
+def sends_qkv(block: int, policy: Recompute) -> bool:
+    """Whether a block that offloads has its qkv copied to the host, too, instead of computing it again.
+
+    Every other one: on an H100 copies of all would take longer than what they are to hide behind, a forward pass.
+    """
+    return policy == "offload" and block % 2 == 1
+
+
+def head_tokens(vocab: int) -> int:
+    """How many tokens' logits exist at a time."""
+    return max(256, LOGITS_AT_ONCE // vocab // 128 * 128)
+
+
+@dataclass(frozen=True)
+class FastSizes:
+    """What the fast path keeps, in 16 bit, of a micro-batch of some tokens."""
+
+    model: ModelConfig
+    rank: int
+    """r of each adapter."""
+    adapted: int
+    """Adapters in a block."""
+    quantized: bool
+    quantized_head: bool = False
+    fp8: bool = False
+    """Whether frozen weights, and what they are multiplied with, are brought into FP8."""
+
+    def kept(self, policy: Recompute, tokens: int) -> float:
+        """Bytes on the device that one block keeps for its backward pass."""
+        c = self.model
+        attended = c.n_head * c.head_size
+        z = self.rank * self.adapted
+        middle, raw = self._middle, self._raw
+        numbers = {
+            "none": c.n_embd + middle + 2 * raw + self._qkv + attended + self._branches + z,
+            "mlp": c.n_embd + middle + 2 * raw + self._qkv + attended + z,
+            "attn": c.n_embd + middle + 2 * raw + attended + z,
+            "offload": z,
+            "full": c.n_embd + raw + z,
+        }[policy]
+        return tokens * (2.0 * numbers + 4 * c.n_head + 8)
+
+    def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
+        """Bytes in pinned memory of the host, of which torch takes powers of 2."""
+        c = self.model
+        always = [c.n_embd, self._middle, self._raw, self._raw, c.n_head * c.head_size]
+        sent = [
+            [*always, self._qkv if sends_qkv(i, policy) else 0]
+            for i, policy in enumerate(policies)
+            if policy == "offload"
+        ]
+        return float(sum(2 ** (2 * tokens * numbers - 1).bit_length() for each in sent for numbers in each if numbers))
+
+    def peak(self, policies: Sequence[Recompute], tokens: int) -> float:
+        """Bytes of all that a micro-batch needs at its peak."""
+        return max(self._moments(policies, tokens)) + self._workspaces(policies)
+
+    def stay(self, policies: Sequence[Recompute], tokens: int, kept: int = 0) -> list[bool]:
+        """Of which blocks the weights that a backward pass dequantises can stay for the next forward pass.
+
+        They take the place of activations that are gone, and make room again as those of the next micro-batch come: the
+        peak remains what it is.
+
+        Args:
+            kept: of so many of the last blocks, they are kept for good.
+        """
+        *moments, _ = self._moments(policies, tokens)
+        most = self.peak(policies, tokens) - self._workspaces(policies)
+        staying, held = [False] * len(policies), 0.0
+        for i in reversed(range(len(policies) - kept)):
+            staying[i] = moments[i] + held + self.dequantized <= most
+            held += staying[i] * self.dequantized
+        return staying
+
+    def _moments(self, policies: Sequence[Recompute], tokens: int) -> list[float]:
+        """Bytes of activations in the backward pass of each block, and then those where the head is computed.
+
+        The last blocks' backward pass comes first; what they have kept is gone when those before them are computed.
+        """
+        each = {policy: (self.kept(policy, tokens), self._block(policy, tokens)) for policy in set(policies)}
+        kept, moments = 0.0, []
+        for policy in policies:
+            kept += each[policy][0]
+            moments.append(kept + each[policy][1])
+        c = self.model
+        slices = min(tokens, head_tokens(c.vocab_size)) * 2.0 * c.vocab_size + tokens * 4.0 * c.n_embd
+        return [*moments, kept + max(slices, tokens * 8.0 * c.n_embd)]
+
+    def _block(self, policy: Recompute, tokens: int) -> float:
+        """Bytes that exist while one block is computed backward, beside what is kept."""
+        c, again = self.model, policy != "none"
+        shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
+        numbers = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped
+        numbers += 3 * c.n_embd if policy == "offload" else 0
+        return tokens * (2.0 * numbers + (self._branches if self.fp8 else 0))
+
+    def _workspaces(self, policies: Sequence[Recompute]) -> float:
+        """Bytes of what weights are dequantised into, or brought into FP8."""
+        c = self.model
+        widest = max(self._branches, self._qkv) if self.quantized else 0
+        head = c.vocab_size if self.quantized_head else 0
+        if self.fp8:
+            return float(max(max(self._branches, self._qkv), 2 * head) * c.n_embd)
+        kept = self._qkv + c.n_head * c.head_size if self.quantized and "full" in policies else 0
+        return 2.0 * (max(widest, head) + kept) * c.n_embd
+
+    @property
+    def dequantized(self) -> float:
+        """Bytes of a block's weights in 16 bit with the adapters' B beside them, if all layers are adapted."""
+        c, r = self.model, self.rank
+        attended, gated = c.n_head * c.head_size, 2 if "glu" in c.ffn else 1
+        into = self._qkv * (c.n_embd + 3 * r) + self._branches * (c.n_embd + gated * r)
+        return 2.0 * (into + c.n_embd * (attended + c.ffn_size + 2 * r))
+
+    def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
+        """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.
+
+        It stands beside what passes without a graph need, but for the workspaces, which are the same.
+        """
+        return max(self._moments(policies, tokens))
+
+    @property
+    def _middle(self) -> int:
+        """Features of the stream between attention and MLP, where it differs from a block's input."""
+        return 0 if self.model.parallel_residual else self.model.n_embd
+
+    @property
+    def _raw(self) -> int:
+        """Features of what a norm behind attention or MLP reads."""
+        return 0 if self.model.norm_position == "before" else self.model.n_embd
+
+    @property
+    def _qkv(self) -> int:
+        """Features of queries, keys and values together."""
+        return (self.model.n_head + 2 * self.model.n_kv_head) * self.model.head_size
+
+    @property
+    def _branches(self) -> int:
+        """Features of gate and up together, or of up alone."""
+        return self.model.ffn_size * (2 if "glu" in self.model.ffn else 1)
+
+
+def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: float = math.inf) -> list[Recompute]:
+    """The fastest mix of policies that fits into `free` bytes: some blocks keep all, the others share one policy.
+
+    Where nothing fits, the one that needs least is returned.
+
+    Args:
+        free_host: bytes of the host's memory that may be taken.
+    """
+    best: tuple[float, list[Recompute]] | None = None
+    for policy in COST:
+        for others in range(blocks + 1):
+            # The last blocks keep all: their backward pass comes first.
+            mix: list[Recompute] = [policy] * others + ["none"] * (blocks - others)
+            if sizes.peak(mix, tokens) <= free and sizes.on_host(mix, tokens) <= free_host:
+                if best is None or others * COST[policy] < best[0]:
+                    best = others * COST[policy], mix
+                break
+    hosted = sizes.on_host(["offload"] * blocks, tokens) <= free_host
+    least: Recompute = "offload" if hosted else "full"
+    return best[1] if best else [least] * blocks

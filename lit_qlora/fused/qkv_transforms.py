@@ -1,0 +1,76 @@
+"""What some families do to queries, keys and values besides rotating them: norms, clipping, a scale by position.
+
+Plain torch, and its backward pass by autograd, because these are a few cheap operations beside the products: what comes
+out of the product with the stacked weights is kept, and the shaping repeated in the backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_qlora.fused.attention import Heads
+from lit_qlora.model.config import ModelConfig
+
+Shape = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Shaping:
+    """The shaping of one block, before and after the rotation; both map (T, (H + 2 K) D) to the same.
+
+    Attributes:
+        before, after: None where there is nothing to do; their second argument is the scale of the queries, (T, 1, 1).
+    """
+
+    def __init__(self, attn: Any, config: ModelConfig, heads: Heads) -> None:
+        self.heads, self.clip = heads, config.clip_qkv
+        self.query_norm, self.key_norm = (_of_each_head(norm) for norm in (attn.query_norm, attn.key_norm))
+        self.full = config.qk_norm == "full"
+        normed, late = config.qk_norm != "none", config.qk_norm_after_rope and config.qk_norm != "full"
+        early = (normed and not late) or config.clip_qkv is not None or config.query_scale_beta != 0
+        self.before: Shape | None = self._before if early else None
+        self.after: Shape | None = self._after if late else None
+        self.normed_before = normed and not late
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether the rotation, in place, is all there is."""
+        return self.before is None and self.after is None
+
+    def _before(self, qkv: Tensor, scale: Tensor | None) -> Tensor:
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        q, k, v = self.heads.split(qkv)
+        if self.normed_before:
+            q, k = self._norms(q, k)
+        if scale is not None:
+            q = q * scale.to(q.dtype)
+        return torch.cat((q, k, v), dim=1).flatten(1)
+
+    def _after(self, qkv: Tensor, scale: Tensor | None) -> Tensor:
+        q, k, v = self.heads.split(qkv)
+        return torch.cat((*self._norms(q, k), v), dim=1).flatten(1)
+
+    def _norms(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.full:
+            return self.query_norm(q.flatten(1)).view_as(q), self.key_norm(k.flatten(1)).view_as(k)
+        return self.query_norm(q), self.key_norm(k)
+
+
+def pull_back(shape: Shape, qkv: Tensor, scale: Tensor | None, d_out: Tensor) -> Tensor:
+    """The gradient of qkv, given that of shape(qkv, scale)."""
+    with torch.enable_grad():
+        leaf = qkv.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(shape(leaf, scale), leaf, d_out)
+    return gradient
+
+
+def _of_each_head(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A norm of queries or keys as a function of (T, heads, D); norms of single heads are done all at once."""
+    if not isinstance(norm, nn.ModuleList):
+        return norm
+    norms: list[Any] = list(norm)
+    weights = torch.stack([one.weight.detach() for one in norms])  # (heads, D)
+    return lambda x: F.layer_norm(x, x.shape[-1:], eps=norms[0].eps) * weights

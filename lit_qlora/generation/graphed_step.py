@@ -1,0 +1,88 @@
+"""A step of decoding whose shapes and memory never change, so that a GPU can replay it as one CUDA graph.
+
+At batch 1 a 7B model launches more than two thousand small kernels a token, and launching them takes several times as
+long as running them; a graph is launched at once. Where it can, the step is also one of few kernels that read weights
+as they are stored, see lit_qlora.generation.decode_step; else it is the plain model's.
+"""
+
+import torch
+from torch import Tensor
+
+from lit_qlora.generation.decode_step import FastStep
+from lit_qlora.generation.slot_cache import SlotCache
+from lit_qlora.model.gpt import GPT
+
+SMALLEST = 256
+"""Columns of the cache that a step looks at, to begin with; twice as many whenever they are full, so that a graph is
+captured a few times at most, and short texts do not pay for long ones."""
+WARM_UPS = 3  # steps before a capture, in which libraries choose their kernels and take their memory
+
+
+class FixedStep:
+    """The next logits of each row of `cache`, one token a row at a time.
+
+    Args:
+        cache: with the texts so far; it is extended by each step.
+        longest: tokens of the longest text in it.
+        vocab_size: ids from here on have no logits.
+    """
+
+    def __init__(self, model: GPT, cache: SlotCache, longest: int, vocab_size: int | None) -> None:
+        self.model, self.cache, self.longest, self.vocab_size = model, cache, longest, vocab_size
+        self.tokens = torch.zeros(cache.rows, 1, dtype=torch.long, device=cache.lengths.device)
+        # A graph cannot look at an expert's counts on the CPU, nor bring longrope's factors from there.
+        can = not model.config.n_expert and model.config.rope_scaling != "longrope"
+        self.graphed = self.tokens.is_cuda and can
+        self.fast = _fast_step(model, cache) if self.tokens.is_cuda else None
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of what follows `tokens` (B,); the memory that holds them is that of the next call's, too."""
+        self.longest += 1
+        self.tokens.copy_(tokens[:, None])
+        self.cache.limit = columns(self.longest, self.cache.keys.size(3))
+        if not self.graphed:
+            return self._compute()
+        if self.cache.limit not in self._graphs:
+            self._graphs[self.cache.limit] = self._capture()
+        graph, logits = self._graphs[self.cache.limit]
+        graph.replay()
+        return logits
+
+    @torch.no_grad()
+    def _compute(self) -> Tensor:
+        if self.fast:
+            logits = self.fast(self.tokens[:, 0])
+        else:
+            logits = self.model.logits(self.model.hidden(self.tokens, self.cache)[:, -1])
+        return logits[:, : self.vocab_size].float()
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        lengths = self.cache.lengths.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._compute()
+                self.cache.lengths.copy_(lengths)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._compute()
+        self.cache.lengths.copy_(lengths)  # a capture computes nothing, but nothing is lost by making sure
+        return graph, logits
+
+
+def columns(length: int, most: int) -> int:
+    """The columns that a step looks at when the longest text has `length` tokens: SMALLEST, doubled until they do."""
+    limit = SMALLEST
+    while limit < length:
+        limit *= 2
+    return min(limit, most)
+
+
+def _fast_step(model: GPT, cache: SlotCache) -> FastStep | None:
+    try:
+        return FastStep(model, cache)
+    except NotImplementedError:
+        return None

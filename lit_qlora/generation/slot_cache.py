@@ -1,0 +1,66 @@
+"""A cache whose rows stand at places of their own, in memory that never moves.
+
+Requests can come and go in it, and the shapes of a step never change.
+"""
+
+import torch
+from torch import Tensor
+
+from lit_qlora.model.attention import KVCache, LayerCache
+from lit_qlora.model.config import ModelConfig
+
+
+class SlotCache(KVCache):
+    """Keys and values of `slots` texts, each of any length up to `length`.
+
+    A forward pass is over the first `rows` slots. Prompts are read into a KVCache of their own, which is then put into
+    a slot.
+
+    Attributes:
+        lengths: (slots,) int64, the tokens of each text so far.
+        limit: columns that are looked at; not below any length after the next tokens. Fewer are quicker.
+    """
+
+    def __init__(
+        self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(config, slots, length, dtype, device)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.rows, self.limit = slots, length
+
+    def places(self, new: int) -> Tensor:
+        """See KVCache."""
+        return self.lengths[: self.rows, None] + torch.arange(new, device=self.lengths.device)
+
+    def positions(self, new: int) -> Tensor:
+        """See KVCache."""
+        return self.places(new)
+
+    def width(self, new: int) -> int:
+        """See KVCache."""
+        return self.limit
+
+    def layer(self, i: int, new: int) -> LayerCache:
+        """See KVCache; that there is room is for the caller to see to, as lengths are on the device."""
+        return LayerCache(self.keys[i, : self.rows], self.values[i, : self.rows], self.places(new), self.limit)
+
+    def advance(self, new: int) -> None:
+        """See KVCache."""
+        self.lengths[: self.rows] += new
+
+    def select(self, rows: Tensor) -> None:
+        """Not to be used: slots stay where they are, see move."""
+        raise NotImplementedError
+
+    def put(self, slot: int, cache: KVCache, row: int) -> None:
+        """Copy a row of another cache into a slot, without its padding."""
+        start = 0 if cache.left_pad is None else int(cache.left_pad[row])
+        length = cache.size - start
+        self.keys[:, slot, :, :length] = cache.keys[:, row, :, start : cache.size]
+        self.values[:, slot, :, :length] = cache.values[:, row, :, start : cache.size]
+        self.lengths[slot] = length
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot over another."""
+        self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
+        self.lengths[target] = self.lengths[source]

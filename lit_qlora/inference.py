@@ -1,0 +1,227 @@
+"""What generation, chat and evaluation have in common: which model they load, and how its prompts are written.
+
+Torch is imported when a model is loaded, so that --help and a mistyped flag are answered at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
+from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, Turn, find_style
+from lit_qlora.settings import DEMO_CHECKPOINT, Precision, Scheme, check
+
+if TYPE_CHECKING:
+    from lit_qlora.generation import Draft
+    from lit_qlora.lora.adapter import Loaded
+    from lit_qlora.lora.adapter_switch import AdapterSwitch
+    from lit_qlora.model.gpt import GPT
+    from lit_qlora.prompts.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseConfig:
+    """Which model."""
+
+    checkpoint_dir: Path = DEMO_CHECKPOINT
+    """The model: a directory written by scripts/convert_hf_checkpoint.py or
+    scripts/merge_lora.py."""
+    lora_path: Path | None = None
+    """An adapter that was trained on this checkpoint, such as OUT/final of finetune/lora.py."""
+    quantize: Scheme = "none"
+    """Storage of the weights; bnb.nf4 needs about a quarter of the 16-bit memory."""
+    quantize_head: bool = False
+    """Quantise the output head too."""
+    precision: Precision = "auto"
+    """Dtype of weights and activations. 'auto' is bf16-true on a GPU that has it, 32-true elsewhere."""
+
+    def load(self, checkpoint_dir: Path | None = None) -> "Loaded":
+        """The model, its tokenizer and its prompt style, on the best device there is.
+
+        Args:
+            checkpoint_dir: another directory than the configured one.
+
+        Raises:
+            CheckpointError: if anything is missing or damaged, or checkpoint and adapter do not belong together.
+        """
+        from lit_qlora.lora.adapter import load_for_use
+
+        return load_for_use(
+            checkpoint_dir or self.checkpoint_dir,
+            self.lora_path,
+            quantize=self.quantize,
+            quantize_head=self.quantize_head,
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """Who guesses what the model will say."""
+
+    draft_checkpoint_dir: Path | None = None
+    """A small model with the same tokenizer that guesses some tokens, which the model then checks in one pass: the same
+    answers, sooner where most guesses are right."""
+    draft_tokens: int = 5
+    """Tokens that are guessed at a time."""
+
+    def check_draft(self, num_beams: int) -> None:
+        """Raise UsageError for what can be seen to be wrong before anything is loaded."""
+        check(self.draft_tokens >= 1, f"draft_tokens must be at least 1, got {self.draft_tokens}.")
+        check(
+            self.draft_checkpoint_dir is not None or self.draft_tokens == DraftConfig.draft_tokens,
+            "draft_tokens has no effect without a draft_checkpoint_dir.",
+        )
+        check(
+            self.draft_checkpoint_dir is None or num_beams == 1,
+            "A search with beams cannot be assisted: draft_checkpoint_dir or num_beams.",
+        )
+
+    def load_draft(self, tokenizer: "Tokenizer", precision: Precision = "auto") -> "Draft | None":
+        """The draft model, if there is one.
+
+        Raises:
+            CheckpointError: if it is damaged, or its tokenizer is another one.
+        """
+        if self.draft_checkpoint_dir is None:
+            return None
+        from lit_qlora.generation import Draft
+        from lit_qlora.lora.adapter import load_for_use
+
+        loaded = load_for_use(self.draft_checkpoint_dir, precision=precision)
+        own = loaded.tokenizer
+        probe = "The quick brown fox: 1234567890, \u00e9\u4f60\n\tif (x) { return y; }"
+        if (own.size, own.eos_id, own.encode(probe)) != (tokenizer.size, tokenizer.eos_id, tokenizer.encode(probe)):
+            raise CheckpointError(
+                f"{self.draft_checkpoint_dir} has another tokenizer, so it cannot guess for this model."
+            )
+        return Draft(loaded.model, self.draft_tokens)
+
+
+def check_style(name: str) -> None:
+    """Raise UsageError unless choose_style knows `name`."""
+    known = ["auto", "none", TEMPLATE, *STYLES]
+    if name not in known:
+        raise UsageError(f"style {name!r} is not known.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+
+
+def choose_style(name: str, recorded: Style | None, checkpoint_dir: Path | None = None) -> Style | None:
+    """The style that --style `name` stands for; None means that prompts are given to the model as they are typed.
+
+    Args:
+        recorded: what "auto" stands for.
+        checkpoint_dir: whose chat template "template" stands for.
+    """
+    check_style(name)
+    if name == "auto":
+        return recorded
+    return None if name == "none" else find_style(name, directory=checkpoint_dir)
+
+
+def encode_prompt(
+    tokenizer: "Tokenizer",
+    style: Style | None,
+    instruction: str,
+    input: str = "",
+    system: str = "",
+    history: Sequence[Turn] = (),
+) -> list[int]:
+    """Ids of a prompt in `style`, after what was said before; without a style of the bare texts, a line each.
+
+    Raises:
+        UsageError: if a text holds what is no character, such as a byte of a command line that is no UTF-8.
+    """
+    try:
+        "".join((instruction, input, system)).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"The prompt holds {error.object[error.start]!a}, which is no character.") from None
+    if style:
+        return style.encode_prompt(tokenizer, instruction, input, system, history)
+    said = [text for turn in history for text in (turn.prompt, turn.answer)]
+    return tokenizer.encode("\n".join(text for text in (system, *said, instruction, input) if text))
+
+
+def stop_ids(tokenizer: "Tokenizer", style: Style | None) -> frozenset[int]:
+    """Ids that end an answer: those of the model, and what the style ends its answers with."""
+    return tokenizer.stop_ids | (style.stop_ids(tokenizer) if style else frozenset())
+
+
+@dataclass(frozen=True)
+class Roster:
+    """A model that answers as itself and as each of several adapters."""
+
+    model: "GPT"
+    tokenizer: "Tokenizer"
+    switch: "AdapterSwitch"
+    base: str
+    """The name of the model itself."""
+    styles: dict[str, Style | None]
+    """How the prompts of each are written."""
+
+    @property
+    def names(self) -> list[str]:
+        """The base, then the adapters."""
+        return [self.base, *self.switch.names]
+
+    def adapter(self, name: str) -> str | None:
+        """What the switch calls the one with this name."""
+        return None if name == self.base else name
+
+    def answering(self, name: str) -> AbstractContextManager[None]:
+        """The one with this name answers inside."""
+        return self.switch.using(self.adapter(name))
+
+
+def load_roster(config: UseConfig, adapters: Mapping[str, Path], style: str = "auto") -> Roster:
+    """The model of `config` without its adapter, and beside it this adapter and others, by names.
+
+    Args:
+        style: see choose_style; "auto" is for each the style that it was trained with. A base that has none is asked
+            as its first adapter is, so that answers can be compared.
+
+    Raises:
+        UsageError: if two have the same name.
+        CheckpointError: if anything is missing or damaged, or checkpoint and adapters do not belong together.
+    """
+    from lit_qlora.lora.adapter import check_base, load_for_use, read_adapter
+    from lit_qlora.lora.adapter_switch import AdapterSwitch
+    from lit_qlora.prompts.style import read_style
+
+    base = config.checkpoint_dir.resolve().name
+    paths = dict(adapters)
+    if config.lora_path:
+        folder = config.lora_path.resolve()
+        own = folder.parent.name if folder.name == "final" or folder.name.startswith("step-") else folder.name
+        own = f"{own}-lora" if own == base else own
+        check(own not in paths, f"lora_path is called {own}, as one of the adapters is.")
+        paths = {own: config.lora_path, **paths}
+    check(base not in paths, f"adapters.{base} has the name of the base. Give it another.")
+    read = {}
+    for name, path in paths.items():
+        read[name] = read_adapter(path)
+        check_base(read[name], config.checkpoint_dir)
+    loaded = load_for_use(
+        config.checkpoint_dir,
+        quantize=config.quantize,
+        quantize_head=config.quantize_head,
+        precision=config.precision,
+    )
+    switch = AdapterSwitch(loaded.model)
+    for name, adapter in read.items():
+        switch.add(name, adapter)
+    recorded = {name: read_style(path) or loaded.style for name, path in paths.items()}
+    of_base = loaded.style or next(iter(recorded.values()), None)
+    styles = {
+        name: choose_style(style, own, config.checkpoint_dir) for name, own in {base: of_base, **recorded}.items()
+    }
+    return Roster(loaded.model, loaded.tokenizer, switch, base, styles)
+
+
+def peak_memory() -> str:
+    """The most memory that this process has held, on the GPU if it uses one: '1.23 GiB of GPU memory'."""
+    from lit_qlora.device import peak_gib, pick_device
+
+    device = pick_device()
+    return f"{peak_gib(device):.2f} GiB of {'GPU ' if device.type == 'cuda' else ''}memory"

@@ -1,0 +1,1 @@
+"""Adapters: the layers that learn, PEFT's files, and merging."""

@@ -1,0 +1,268 @@
+"""Adapters on disk, in PEFT's layout, so that peft.PeftModel.from_pretrained loads the folder and ours loads PEFT's.
+
+adapter_config.json and adapter_model.safetensors are PEFT's; manifest.json beside them says what PEFT does not ask:
+the hash of the base, the settings in our words, the quantisation and the prompt style of the training.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.checkpoint import safetensors_io, shards
+from lit_qlora.checkpoint.checkpoint import content_hash, load_model, open_weights, read_manifest, save_directory
+from lit_qlora.device import pick_device, resolve_precision, weights_dtype
+from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.lora.initialization import initialize, restore_bases
+from lit_qlora.lora.layer import add_lora, lora_state, saved_state
+from lit_qlora.lora.peft_config import PeftConfig
+from lit_qlora.lora.peft_layout import from_peft, to_ours, to_peft
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
+from lit_qlora.prompts.style import Style, read_style, style_json
+from lit_qlora.prompts.tokenizer import Tokenizer
+from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.settings import LoRAConfig, Precision, Scheme
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_WEIGHTS_2023 = "adapter_model.bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter folder, read."""
+
+    path: Path
+    config: LoRAConfig
+    peft_tensors: dict[str, Tensor]
+    """By PEFT's names; B A of each layer is to be scaled by config.scale."""
+    manifest: dict[str, Any] | None
+    """None for an adapter that PEFT wrote."""
+
+    @property
+    def init(self) -> tuple[str, int] | None:
+        """How it started, and the steps of LoftQ, if it is the change B A - B0 A0 from that start."""
+        facts = self.manifest or {}
+        return (facts["init"], facts["loftq_steps"]) if "init" in facts else None
+
+
+def save_adapter(
+    folder: Path,
+    model: GPT,
+    config: LoRAConfig,
+    style: Style | None,
+    facts: Mapping[str, Any],
+    also: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> None:
+    """Write the adapter of `model` as a PEFT folder, atomically, and read it back.
+
+    Args:
+        style: the prompt style, which travels with the adapter.
+        facts: what else to remember in manifest.json, such as {"base": {"name": ..., "sha256": ...}}.
+        also: other files of the folder, each with the function that writes it.
+
+    Raises:
+        ResourceError: if it cannot be written.
+    """
+    if config.init != "default":
+        facts = {**facts, "init": config.init, "loftq_steps": config.loftq_steps or 1}
+    state, config = saved_state(model, config)
+    save_state(folder, state, model.config, config, style, facts, also)
+
+
+def save_state(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    model: ModelConfig,
+    config: LoRAConfig,
+    style: Style | None,
+    facts: Mapping[str, Any],
+    also: Mapping[str, Callable[[Path], Any]] | None = None,
+) -> None:
+    """As save_adapter, for tensors that are in no model; see our_tensors for their names."""
+    tensors, peft_config = to_peft(state, model, config)
+    files: dict[str, Any] = {
+        **(also or {}),
+        PEFT_WEIGHTS: lambda path: safetensors_io.write(path, tensors, tensors.items()),
+        PEFT_CONFIG: lambda path: path.write_text(json.dumps(peft_config, indent=2) + "\n"),
+    }
+    if style:
+        files[STYLE_FILE] = lambda path: path.write_text(style_json(style))
+    save_directory(folder, files, {"lora": asdict(config), **facts})
+    back = read_adapter(folder)
+    for name, tensor in our_tensors(back, model).items():
+        if not torch.equal(tensor, state[name].cpu()):
+            raise CheckpointError(f"{folder}: {name} reads back differently from what was saved. Is the disk sound?")
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter folder, ours or PEFT's.
+
+    Raises:
+        CheckpointError: if it is incomplete, damaged, empty, not finite, or uses what is not understood here.
+    """
+    place = shards.find(folder, PEFT_WEIGHTS, PEFT_WEIGHTS_2023)
+    if not (folder / PEFT_CONFIG).is_file() or not place:
+        raise CheckpointError(
+            f"{folder} is no adapter: it needs {PEFT_CONFIG} and {PEFT_WEIGHTS}. finetune/lora.py writes OUT/final."
+        )
+    manifest = read_manifest(folder)
+    try:
+        content = json.loads((folder / PEFT_CONFIG).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / PEFT_CONFIG}: not valid JSON: {error}.") from None
+    peft = PeftConfig.parse(content, str(folder))
+    weights = shards.open_weights(place)
+    tensors = {name: weights.read(name) for name in weights.specs}
+    if not tensors:
+        raise CheckpointError(f"{place} is empty.")
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise CheckpointError(f"{folder}: NaN or infinite values in\n  {safetensors_io.name_some(broken)}")
+    if manifest:
+        config = LoRAConfig(**manifest["lora"])
+    else:
+        tensors, config = to_ours(tensors, peft, str(folder))
+    return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest)
+
+
+def load_adapter(model: GPT, folder: Path | str) -> None:
+    """Fill the adapters that add_lora put into `model` with those of `folder`.
+
+    Raises:
+        CheckpointError: if names or shapes differ from those of `model` in any way.
+    """
+    fill_adapter(model, read_adapter(Path(folder)))
+
+
+def fill_adapter(model: GPT, adapter: Adapter) -> None:
+    """As load_adapter, for an adapter that is already read."""
+    state, tensors = lora_state(model), our_tensors(adapter, model.config)
+    # PEFT can adapt some layers of a kind and leave others; with DoRA the lengths of their rows are those of the base.
+    absent = [name for name in state if name not in tensors]
+    complaints = [f"{name} is missing" for name in absent if adapter.manifest or not name.endswith(".magnitude")]
+    complaints += [f"{name} has no place in the model" for name in tensors if name not in state]
+    complaints += [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(state[name].shape)}"
+        for name in state
+        if name in tensors and tensors[name].shape != state[name].shape
+    ]
+    if complaints:
+        raise CheckpointError(
+            f"The adapter in {adapter.path} does not fit this model:\n  {safetensors_io.name_some(complaints)}"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def attach_adapter(model: GPT, adapter: Adapter, checkpoint_dir: Path) -> None:
+    """Put `adapter` on its base; one that is quantised as it was in training then computes what it did in training.
+
+    Raises:
+        CheckpointError: if it does not fit.
+    """
+    add_lora(model, adapter.config)
+    fill_adapter(model, adapter)
+    trained = (adapter.manifest or {}).get("quantize", "none")
+    schemes = {module.scheme for module in model.modules() if isinstance(module, QuantizedLinear)}
+    if adapter.init and schemes == {trained}:
+        restore_bases(model, *adapter.init, open_weights(checkpoint_dir).read)
+
+
+def settle(config: LoRAConfig, checkpoint_dir: Path) -> LoRAConfig:
+    """The settings of the adapter that config.start names, if it names one.
+
+    Raises:
+        CheckpointError: if it cannot be read, or was trained on another base.
+        UsageError: for a setting that was given and is not the adapter's.
+    """
+    if config.start is None:
+        return config
+    adapter = read_adapter(config.start)
+    check_base(adapter, checkpoint_dir)
+    default = LoRAConfig()
+    for setting in fields(LoRAConfig):
+        given, own = getattr(config, setting.name), getattr(adapter.config, setting.name)
+        if setting.name not in ("dropout", "start") and given not in (own, getattr(default, setting.name)):
+            raise UsageError(
+                f"lora.{setting.name} is {given}, but the adapter in {config.start} has {own}.\n"
+                "Leave it out; an adapter goes on as it is."
+            )
+    return replace(adapter.config, dropout=config.dropout, start=config.start)
+
+
+def start_adapters(model: GPT, config: LoRAConfig, checkpoint_dir: Path) -> None:
+    """Bring the adapters that add_lora put into `model` to where the settings let them start."""
+    if config.start is not None:
+        load_adapter(model, config.start)
+    if config.init != "default":
+        initialize(model, config.init, config.loftq_steps or 1, open_weights(checkpoint_dir).read)
+
+
+def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
+    """The adapter's tensors under our names, which are those of lora_state.
+
+    Raises:
+        CheckpointError: for a tensor that belongs to no layer of this model, or one that is missing.
+    """
+    stacked = adapter.manifest is not None
+    return from_peft(adapter.peft_tensors, adapter.config, model, stacked=stacked, place=str(adapter.path))
+
+
+def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:
+    """Raise CheckpointError unless `adapter` was trained on the weights in `checkpoint_dir`.
+
+    An adapter that PEFT wrote does not say, so only its shapes can speak.
+    """
+    if not adapter.manifest:
+        return
+    base = adapter.manifest["base"]
+    if content_hash(checkpoint_dir) != base["sha256"]:
+        raise CheckpointError(
+            f"The adapter in {adapter.path} was trained on {base['name']} (sha256 {base['sha256'][:12]}...), "
+            f"but {checkpoint_dir} holds other weights (sha256 {content_hash(checkpoint_dir)[:12]}...).\n"
+            "Give --checkpoint_dir the base that it was trained on."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that is ready to be used."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    style: Style | None
+    """How its prompts are written; None where nobody said."""
+
+
+def load_for_use(
+    checkpoint_dir: Path,
+    lora_path: Path | None = None,
+    *,
+    quantize: Scheme = "none",
+    quantize_head: bool = False,
+    precision: Precision = "auto",
+) -> Loaded:
+    """A checkpoint, with an adapter on it if one is given, for evaluation, generation and chat.
+
+    Raises:
+        CheckpointError: if anything is missing or damaged, or base and adapter do not belong together.
+    """
+    ModelConfig.load(checkpoint_dir)  # says best what is wrong with a directory that is no checkpoint
+    adapter = read_adapter(lora_path) if lora_path else None
+    tokenizer = Tokenizer(checkpoint_dir)
+    if adapter:
+        check_base(adapter, checkpoint_dir)
+    device = pick_device()
+    dtype = weights_dtype(resolve_precision(precision, device))
+    model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
+    if adapter:
+        attach_adapter(model, adapter, checkpoint_dir)
+    style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
+    return Loaded(model=model.eval(), tokenizer=tokenizer, style=style)

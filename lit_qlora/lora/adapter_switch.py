@@ -1,0 +1,146 @@
+"""Several adapters on one base, switched without loading anything again; each row of a batch may use another one.
+
+Training knows nothing of this. A layer computes what LoRALinear computes with the adapter that its row uses, and what
+the base computes where there is none.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.errors import UsageError
+from lit_qlora.lora.adapter import Adapter, our_tensors
+from lit_qlora.lora.layer import frozen_weight
+from lit_qlora.model.gpt import GPT
+
+BASE = None
+"""The name of no adapter."""
+
+
+@dataclass
+class Selection:
+    """Which rows of the next batch use which adapter; shared by all layers."""
+
+    groups: list[tuple[str, Tensor | None]] = field(default_factory=list)
+    """Names with the rows (N,) that use them; None stands for all rows."""
+
+
+class SwitchedLinear(nn.Module):
+    """A frozen linear layer with a low-rank update for each adapter that has one for it.
+
+    Attributes:
+        updates: by the adapter's name, A (r, in), B (out, r), what their product is multiplied by, and what DoRA
+            multiplies the whole by, (out,) or None.
+    """
+
+    def __init__(self, base: nn.Module, selection: Selection) -> None:
+        super().__init__()
+        self.base, self.selection = base, selection
+        self.in_features: int = base.in_features  # type: ignore[assignment]
+        self.out_features: int = base.out_features  # type: ignore[assignment]
+        self.updates: dict[str, tuple[Tensor, Tensor, float, Tensor | None]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out); the first dimension is that of the batch where rows differ."""
+        y: Tensor = self.base(x)
+        for name, rows in self.selection.groups:
+            if name not in self.updates:
+                continue
+            a, b, scale, gain = self.updates[name]
+            some = x if rows is None else x[rows]
+            update = scale * (some @ a.T.to(x.dtype) @ b.T.to(x.dtype))
+            if gain is not None:
+                bias: Any = self.base.bias
+                plain = (y if rows is None else y[rows]) - (0 if bias is None else bias)
+                update = gain * (plain + update) - plain
+            y = y + update if rows is None else y.index_add(0, rows, update.to(y.dtype))
+        return y
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """As that of LoRALinear, for the adapter that all rows use; None where it has nothing for this layer."""
+        groups = [(name, rows) for name, rows in self.selection.groups if name in self.updates]
+        if not groups:
+            return None
+        (name, rows), *others = groups
+        a, b, scale, gain = self.updates[name]
+        if others or rows is not None or gain is not None:
+            raise NotImplementedError("rows that use different adapters, or DoRA")
+        return a, b, scale
+
+
+class AdapterSwitch:
+    """The adapters of a model. At first no row uses one.
+
+    Attributes:
+        names: those of the adapters, in the order in which they were added.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.names: list[str] = []
+        self.by_row = True
+        self._selection = Selection()
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter beside the others.
+
+        Raises:
+            CheckpointError: if it does not fit the model.
+            UsageError: if it has embeddings, which cannot be switched.
+        """
+        if adapter.config.train_tokens or adapter.config.train_embeddings:
+            raise UsageError(
+                f"{adapter.path} has embeddings of its own, so it cannot share a base with others.\n"
+                "Merge it (scripts/merge_lora.py) and serve the merged model."
+            )
+        tensors = our_tensors(adapter, self.model.config)
+        layers = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
+        device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
+        for path in layers:
+            layer = self.model.get_submodule(path)
+            if not isinstance(layer, SwitchedLinear):
+                layer = SwitchedLinear(layer, self._selection)
+                self.model.set_submodule(path, layer)
+            a, b = (tensors[f"{path}.{part}"].to(device, dtype) for part in ("lora_a", "lora_b"))
+            scale, gain = adapter.config.scale(path), None
+            if f"{path}.magnitude" in tensors:
+                weight = frozen_weight(layer.base).float()
+                whole = weight + scale * (tensors[f"{path}.lora_b"] @ tensors[f"{path}.lora_a"]).to(weight.device)
+                gain = (tensors[f"{path}.magnitude"].to(weight.device) / whole.norm(dim=1)).to(dtype)
+            layer.updates[name] = (a, b, scale, gain)
+            # Experts see tokens of all rows in an order of their own, so rows cannot be told apart there.
+            self.by_row = self.by_row and ".mlp.experts." not in path and ".mlp.shared." not in path
+        self.names.append(name)
+
+    def select(self, rows: Sequence[str | None]) -> None:
+        """From now on row i of a batch uses the adapter rows[i], or none.
+
+        Raises:
+            UsageError: if rows differ, and an adapter is one of experts.
+        """
+        used = dict.fromkeys(rows)
+        if len(used) == 1:
+            (name,) = used
+            self._selection.groups = [] if name is None else [(name, None)]
+            return
+        if not self.by_row:
+            raise UsageError("An adapter of a mixture of experts can only be used by all rows of a batch.")
+        device = self.model.embed.weight.device
+        self._selection.groups = [
+            (name, torch.tensor([i for i, other in enumerate(rows) if other == name], device=device))
+            for name in used
+            if name is not None
+        ]
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """All rows use this adapter, or none, inside; no row uses one afterwards."""
+        self.select([name])
+        try:
+            yield
+        finally:
+            self.select([BASE])

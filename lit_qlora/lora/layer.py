@@ -1,0 +1,213 @@
+"""Low-rank adaptation: W x becomes W x + (alpha / r) B A x, and only A and B learn. Hu et al. 2021."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.errors import UsageError
+from lit_qlora.lora.embeddings import TiedHead, TrainedEmbedding, train_embeddings
+from lit_qlora.settings import LoRAConfig, first_match
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer (plain or quantised) plus a trainable low-rank update, which is float32.
+
+    Attributes:
+        lora_a: (r, in), random as in the paper's code; lora_b: (out, r), zero, so that a fresh adapter changes nothing.
+        magnitude: (out,), the lengths of the rows of the weight, which learn with DoRA; else None.
+        origin: A and B as they were when something was taken out of the base for them, see
+            lit_qlora.lora.initialization; else None.
+    """
+
+    def __init__(self, base: nn.Module, config: LoRAConfig, path: str = "") -> None:
+        super().__init__()
+        self.base = base
+        self.in_features: int = base.in_features  # type: ignore[assignment]
+        self.out_features: int = base.out_features  # type: ignore[assignment]
+        r, self.scale = config.rank(path), config.scale(path)
+        self.dropout = nn.Dropout(config.dropout)
+        device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
+        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.magnitude = nn.Parameter(self.row_norms()) if config.dora else None
+        self.origin: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y: Tensor = self.base(x)
+        update = self.scale * (self.dropout(x) @ self.lora_a.T.to(x.dtype) @ self.lora_b.T.to(x.dtype))
+        if self.magnitude is None:
+            return y + update
+        gain = (self.magnitude / self.row_norms()).to(y.dtype)
+        bias: Any = self.base.bias
+        return gain * (y + update) if bias is None else gain * (y - bias + update) + bias
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and what their product is multiplied by: all that is added to what the base gives, without dropout.
+
+        Raises:
+            NotImplementedError: if there is more to it.
+        """
+        if self.magnitude is not None:
+            raise NotImplementedError("DoRA")
+        return self.lora_a.detach(), self.lora_b.detach(), self.scale
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """(out,), see lengths, of W + scale B A; a constant to the gradient (DoRA, Liu et al. 2024, sec. 4.3)."""
+        kind = self.lora_a.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return lengths(frozen_weight(self.base).float() + self.scale * (self.lora_b @ self.lora_a))
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """(N,) of (N, K); those of zero, as of tokens that only fill up a vocabulary, are tiny, to be divided by."""
+    return rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def frozen_weight(base: nn.Module) -> Tensor:
+    """(out, in), of a plain or quantised linear layer."""
+    read: Any = getattr(base, "dequantize", None)
+    weight: Any = read() if read else base.weight
+    return weight.detach()
+
+
+def add_lora(model: nn.Module, config: LoRAConfig) -> None:
+    """Freeze `model`, then give an adapter to each linear layer whose path holds a target word, in place.
+
+    Raises:
+        UsageError: for a setting that does not fit this model, such as a target word that matches no layer.
+    """
+    blocks = len(getattr(model, "blocks", ()))
+    linears = {path: module for path, module in model.named_modules() if is_linear(module)}
+    found = {path: words_of(path).intersection(config.targets) for path in linears}
+    missing = sorted(set(config.targets).difference(*found.values()))
+    if missing:
+        raise UsageError(f"lora.targets {missing} match no layer of this model, so they would learn nothing.")
+    for name in ("first_layers", "last_layers"):
+        if (getattr(config, name) or 0) > blocks:
+            raise UsageError(f"lora.{name} is {getattr(config, name)}, but the model has {blocks} blocks.")
+    chosen = [path for path in linears if found[path] and _is_chosen(path, blocks, config)]
+    _check_patterns(config, chosen)
+    model.requires_grad_(False)
+    for path in chosen:
+        layer = LoRALinear(linears[path], config, path)
+        if config.init != "default" and config.rank(path) > min(layer.in_features, layer.out_features):
+            raise UsageError(
+                f"lora.init {config.init}: {path} is {layer.out_features} x {layer.in_features}, "
+                f"so it has no {config.rank(path)} directions."
+            )
+        model.set_submodule(path, layer)
+    train_embeddings(model, config)
+
+
+def words_of(path: str) -> set[str]:
+    """The target words that a layer answers to: the parts of its path and, unless it is the output head, 'all'."""
+    return {*path.split("."), *(() if path == "head" else ("all",))}
+
+
+def _is_chosen(path: str, blocks: int, config: LoRAConfig) -> bool:
+    """Whether the layer lies in one of the blocks that learn, or in none."""
+    first, last = config.first_layers, config.last_layers
+    if (first is None and last is None) or not path.startswith("blocks."):
+        return True
+    number = int(path.split(".")[1])
+    return number < (first or 0) or number >= blocks - (last or 0)
+
+
+def _check_patterns(config: LoRAConfig, layers: list[str]) -> None:
+    """Raise UsageError for a pattern that no layer answers to first."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        used = {next((key for key in patterns if first_match({key: 1.0}, path, 0.0)), None) for path in layers}
+        if unused := [pattern for pattern in patterns if pattern not in used]:
+            raise UsageError(f"lora.{name}: {unused[0]} matches no layer that learns, so it would have no effect.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can be put around `module`: a plain or quantised linear layer, not one that has one."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, LoRALinear)
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """What learns: "<layer>.lora_a" (r, in) and "<layer>.lora_b" (out, r) of each adapted layer.
+
+    With DoRA also "<layer>.magnitude" (out,); "embed.rows" (n, E) if embeddings learn.
+    """
+    learners = (LoRALinear, TrainedEmbedding)
+    return {
+        f"{path}.{name}": parameter.detach()
+        for path, module in model.named_modules()
+        if isinstance(module, learners)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor], LoRAConfig]:
+    """The adapter as a change of the published base, which need not be the one that was trained on, and its settings.
+
+    Where something was taken out of the base for the start of A and B, the change is B A - B0 A0, of rank 2 r.
+    """
+    state = lora_state(model)
+    config = dataclasses.replace(config, start=None)
+    if config.init == "default":
+        return state, config
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            assert module.origin is not None, "the adapter was not initialised"
+            a, b = module.origin
+            state[f"{path}.lora_a"] = torch.cat((module.lora_a.detach(), a))
+            state[f"{path}.lora_b"] = torch.cat((module.lora_b.detach(), -b), dim=1)
+    more = math.sqrt(2) if config.rslora else 2  # the scale stays what it was
+    doubled = dataclasses.replace(
+        config,
+        init="default",
+        loftq_steps=None,
+        r=2 * config.r,
+        rank_pattern={pattern: 2 * rank for pattern, rank in config.rank_pattern.items()},
+        alpha=more * config.alpha,
+        alpha_pattern={pattern: more * alpha for pattern, alpha in config.alpha_pattern.items()},
+    )
+    return state, doubled
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base as it was published, inside: without what was learnt, and with what was taken out of it for a start."""
+    learners = [
+        (path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear | TrainedEmbedding | TiedHead)
+    ]
+    try:
+        for path, module in learners:
+            plain = module.base if getattr(module, "origin", None) is None else _WithOrigin(module)  # type: ignore[arg-type]
+            model.set_submodule(path, plain)
+        yield
+    finally:
+        for path, module in learners:
+            model.set_submodule(path, module)
+
+
+class _WithOrigin(nn.Module):
+    """A base out of which something was taken, with it."""
+
+    def __init__(self, adapter: LoRALinear) -> None:
+        super().__init__()
+        assert adapter.origin is not None
+        self.base, self.scale, (self.a, self.b) = adapter.base, adapter.scale, adapter.origin
+        self.in_features, self.out_features = adapter.in_features, adapter.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y: Tensor = self.base(x)
+        return y + self.scale * (x @ self.a.T.to(x.dtype) @ self.b.T.to(x.dtype))
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Number of parameters that learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

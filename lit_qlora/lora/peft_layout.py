@@ -1,0 +1,347 @@
+"""PEFT's layout of a LoRA adapter: its names, its settings, and the matrices of layers that hold several of ours.
+
+Where Hugging Face stacks several of our layers into one, the A matrices are stacked along the rank and B is
+block-diagonal, which is the same function exactly. https://huggingface.co/docs/peft
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.checkpoint.safetensors_io import name_some
+from lit_qlora.convert.families import FAMILIES, Family, fill, find_family, template
+from lit_qlora.convert.families.rules import DROP, Fused, Transposed, parts_of
+from lit_qlora.errors import CheckpointError
+from lit_qlora.lora.layer import add_lora, lora_state
+from lit_qlora.lora.peft_config import PeftConfig
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
+from lit_qlora.settings import TARGETS, LoRAConfig, first_match
+
+_PREFIX = "base_model.model."
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tuple[dict[str, Tensor], LoRAConfig]:
+    """The tensors of an adapter that PEFT made, of one scale, and our settings for it.
+
+    Our settings have one rank, the highest, which from_peft fills up with zeros; the ratio of two scales goes into B.
+
+    Raises:
+        CheckpointError: if a rank is not what the configuration says, or a layer has no counterpart in any family.
+    """
+    modules = list(dict.fromkeys(_module_of(name) for name in tensors if ".lora_" in name))
+    others = [name for name in tensors if ".lora_" not in name]
+    if not modules:
+        raise CheckpointError(f"{place} adapts no layer.")
+    for key, said, found in (
+        ("use_dora", config.dora, any(name.endswith("lora_magnitude_vector") for name in tensors)),
+        ("trainable_token_indices", bool(config.tokens), any(name.endswith(_TOKENS) for name in others)),
+        ("modules_to_save", config.embeddings, any(name.endswith(".weight") for name in others)),
+    ):
+        if said != found:
+            raise CheckpointError(f"{place}: {key} is {'on' if said else 'off'}, but its tensors say otherwise.")
+    rank, scale = max(map(config.rank, modules)), config.scale(modules[0])
+    scaled = dict(tensors)
+    for name, tensor in tensors.items():
+        module = _module_of(name)
+        if ".lora_A." in name and len(tensor) != config.rank(module):
+            raise CheckpointError(
+                f"{place}: {name} has rank {len(tensor)}, but adapter_config.json says {config.rank(module)}."
+            )
+        if ".lora_B." in name and config.scale(module) != scale:
+            scaled[name] = tensor.float() * (config.scale(module) / scale)
+    lora = LoRAConfig(
+        r=rank,
+        alpha=scale * rank,
+        dropout=config.dropout,
+        targets=_words(modules, place),
+        dora=config.dora,
+        train_tokens=config.tokens,
+        train_embeddings=config.embeddings,
+    )
+    return scaled, lora
+
+
+def to_peft(
+    state: Mapping[str, Tensor], model: ModelConfig, config: LoRAConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our adapter tensors under PEFT's names, and PEFT's configuration.
+
+    Raises:
+        CheckpointError: for a layer that PEFT cannot adapt, such as gpt-oss's experts, which are slices of one tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    with torch.device("meta"):
+        rows = {name: len(weight) for name, weight in GPT(model).named_parameters()}
+    groups = _group(_layers(state), model)
+    for home, members in groups:
+        rank, alpha = _size(home, members, config)
+        a = torch.cat([state[f"{layer}.lora_a"] for layer in members])
+        parts = {"lora_A.weight": a, "lora_B.weight": state[f"{members[0]}.lora_b"]}
+        if config.dora:
+            parts["lora_magnitude_vector"] = state[f"{members[0]}.magnitude"]
+        if home.fused:
+            blocks, first = {}, 0
+            for layer in members:
+                b = state[f"{layer}.lora_b"]
+                block = torch.zeros(len(b), len(a))
+                block[:, first : first + b.size(1)] = b
+                blocks[home.part(layer)], first = block, first + b.size(1)
+            numbers = template(members[0])[1]
+            for part in home.fused.parts:
+                blocks.setdefault(part, torch.zeros(rows[fill(part, numbers)], len(a)))
+            parts["lora_B.weight"] = home.fused.join(blocks, model)
+            if config.dora:
+                columns = {home.part(layer): state[f"{layer}.magnitude"][:, None] for layer in members}
+                parts["lora_magnitude_vector"] = home.fused.join(columns, model)[:, 0]
+        # transformers 5 renamed GPT-NeoX's head. Under both names the adapter fits either: PEFT skips what it lacks.
+        aliases = [other.module for other in _homes(members[0], find_family(model.family))]
+        for module in dict.fromkeys([home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]):
+            ranks[module], alphas[module] = rank, alpha
+            for part, tensor in parts.items():
+                tensors[f"{_PREFIX}{module}.{part}"] = tensor.contiguous().cpu()
+    embedding = _embedding(model)
+    if config.train_tokens:
+        tensors[f"{_PREFIX}{embedding}{_TOKENS}"] = state["embed.rows"].cpu()
+    if config.train_embeddings:
+        tied = [home.module for home in _homes("head", find_family(model.family))] if model.tied_head else []
+        tensors |= {f"{_PREFIX}{module}.weight": state["embed.rows"].cpu() for module in (embedding, *tied)}
+    everywhere = config.first_layers is None and config.last_layers is None
+    return tensors, {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        # PEFT takes the experts' layers together into one of its own, which refuses dropout; it is for training anyway.
+        "lora_dropout": 0.0 if model.n_expert else config.dropout,
+        "target_modules": sorted({_leaf(module) if everywhere else module for module in ranks}),
+        "rank_pattern": _patterns(ranks, config.r),
+        "alpha_pattern": _patterns(alphas, config.alpha),
+        "bias": "none",
+        "fan_in_fan_out": any(home.transposed for home, _ in groups),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "modules_to_save": [_leaf(embedding)] if config.train_embeddings else None,
+        "trainable_token_indices": list(config.train_tokens) or None,  # type: ignore[arg-type]
+        "ensure_weight_tying": config.train_embeddings and model.tied_head,
+    }
+
+
+def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
+    """What PEFT will not do with an adapter of these settings, or ''.
+
+    Raises:
+        CheckpointError: if its layout has no place for one, naming a layer.
+    """
+    with torch.device("meta"):
+        skeleton = GPT(model)
+        add_lora(skeleton, config)
+    if config.train_embeddings and model.tied_head and _leaf(_embedding(model)) != "embed_tokens":
+        raise CheckpointError(
+            f"PEFT cannot train {_embedding(model)} with the head that is tied to it, so an adapter has no place for "
+            "lora.train_embeddings.\nlora.train_tokens can name the tokens that matter."
+        )
+    for home, members in _group(_layers(lora_state(skeleton)), model):
+        _size(home, members, config)
+        if config.dora and home.fused and len(members) < len(home.fused.parts):
+            raise CheckpointError(
+                f"{', '.join(members)} and others are one layer in Hugging Face's model ({home.module}).\n"
+                "PEFT knows DoRA of the whole of it only: name all of them in lora.targets."
+            )
+    products = [path for path in _layers(lora_state(skeleton)) if ".mlp." in path]
+    experts = {path for path in products if ".experts." in path}
+    if experts and len(experts) < len(products):
+        return "PEFT 0.21 with transformers 5 drops this adapter's layers beside experts; here and merged they count."
+    return ""
+
+
+def from_peft(
+    tensors: Mapping[str, Tensor], config: LoRAConfig, model: ModelConfig, *, stacked: bool, place: str
+) -> dict[str, Tensor]:
+    """Our adapter tensors; the inverse of to_peft.
+
+    Args:
+        stacked: the rank of a layer that holds several of ours is divided among them, as to_peft does; otherwise
+            PEFT trained it as one, and each of ours gets the whole of A and its own rows of B.
+
+    Raises:
+        CheckpointError: for a tensor that belongs to no layer of this model, or one of ours that is missing.
+    """
+    with torch.device("meta"):
+        skeleton = GPT(model)
+        add_lora(skeleton, config)
+    shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
+    left = dict(tensors)
+    state: dict[str, Tensor] = {}
+    for home, members in _group(_layers(shapes), model, known={_module_of(name) for name in tensors}):
+        names = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.dora else ()))
+        found = {name: left.pop(f"{_PREFIX}{home.module}.{name}", None) for name in names}
+        a, b, magnitude = found["lora_A.weight"], found["lora_B.weight"], found.get("lora_magnitude_vector")
+        if a is None or b is None or (config.dora and magnitude is None):
+            if stacked:
+                raise CheckpointError(f"{place}: the adapter of {home.module} is missing.")
+            for name in (f"{layer}.lora_{matrix}" for layer in members for matrix in "ab"):
+                state[name] = torch.zeros(shapes[name])  # PEFT can adapt some layers of a kind and leave others
+            continue
+        for alias in _homes(members[0], find_family(model.family)):
+            for name, tensor in found.items():
+                twin = left.get(f"{_PREFIX}{alias.module}.{name}")
+                if twin is not None and torch.equal(twin, tensor):  # type: ignore[arg-type]
+                    del left[f"{_PREFIX}{alias.module}.{name}"]
+        rows = home.fused.split(b, model) if home.fused else {}
+        lengths = home.fused.split(magnitude[:, None], model) if home.fused and magnitude is not None else {}
+        first = 0
+        for layer in members:
+            rank = shapes[f"{layer}.lora_a"][0]
+            part = slice(first, first + rank) if stacked and home.fused else slice(None)
+            own = rows[home.part(layer)] if home.fused else b
+            state[f"{layer}.lora_a"] = _widen(a[part], rank, dim=0)
+            state[f"{layer}.lora_b"] = _widen(own[:, part], rank, dim=1)
+            if magnitude is not None:
+                state[f"{layer}.magnitude"] = lengths[home.part(layer)][:, 0] if home.fused else magnitude
+            first += rank
+    if "embed.rows" in shapes:
+        state["embed.rows"] = _take_embedding(left, config, model, place)
+    if left:
+        raise CheckpointError(f"{place}: {len(left)} tensors belong to no layer of {model.name}:\n  {name_some(left)}")
+    return state
+
+
+def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelConfig, place: str) -> Tensor:
+    """The trained embeddings, taken out of `left` with their copies."""
+    name = f"{_PREFIX}{_embedding(model)}"
+    rows = left.pop(f"{name}{_TOKENS}" if config.train_tokens else f"{name}.weight", None)
+    if rows is None:
+        raise CheckpointError(f"{place}: modules_to_save is understood for the embeddings ({name}) alone.")
+    if config.train_embeddings and model.tied_head:
+        heads = [left.pop(f"{_PREFIX}{home.module}.weight", None) for home in _homes("head", find_family(model.family))]
+        if not any(head is not None and torch.equal(head, rows) for head in heads):
+            raise CheckpointError(
+                f"{place}: modules_to_save has parted embedding and head, which are one in {model.name}.\n"
+                "Only what was trained with ensure_weight_tying is understood."
+            )
+    return rows
+
+
+def _embedding(model: ModelConfig) -> str:
+    """Their name for our embedding."""
+    return _homes("embed", find_family(model.family))[0].module
+
+
+def _layers(names: Iterable[str]) -> list[str]:
+    """Our layers with adapters, given the names of an adapter's tensors."""
+    return [name.removesuffix(".lora_a") for name in names if name.endswith(".lora_a")]
+
+
+def _size(home: "_Home", members: list[str], config: LoRAConfig) -> tuple[int, float]:
+    """Rank and alpha of their layer that holds these of ours, such that the scale is that of each."""
+    if len({config.scale(layer) for layer in members}) > 1:
+        raise CheckpointError(
+            f"{', '.join(members)} are one layer in Hugging Face's model ({home.module}), with one scale.\n"
+            "Choose lora.rank_pattern and lora.alpha_pattern such that alpha / r is the same for them."
+        )
+    rank = sum(map(config.rank, members))
+    more = rank / config.rank(members[0])
+    return rank, first_match(config.alpha_pattern, members[0], config.alpha) * (more**0.5 if config.rslora else more)
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """PEFT's patterns for a value of each module: by the last part of the name where all of that name agree."""
+    leaves: dict[str, set[Any]] = {}
+    for module, value in values.items():
+        leaves.setdefault(_leaf(module), set()).add(value)
+    return {
+        _leaf(module) if len(leaves[_leaf(module)]) == 1 else module: value
+        for module, value in values.items()
+        if value != default
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Home:
+    """Their layer that one of ours is, or is part of."""
+
+    module: str
+    fused: Fused | None
+    transposed: bool
+    """A Conv1D, whose A and B are those of a Linear."""
+
+    @staticmethod
+    def part(layer: str) -> str:
+        """What `fused` calls the weight of our layer."""
+        return f"{template(layer)[0]}.weight"
+
+
+def _homes(layer: str, family: Family) -> list[_Home]:
+    """Their names for one of our linear layers, what transformers calls it in memory first."""
+    ours, numbers = template(layer)
+    found = []
+    for theirs, rule in reversed(list(family.weights.items())):
+        transposed = isinstance(rule, Transposed)
+        rule = rule.rule if isinstance(rule, Transposed) else rule
+        if isinstance(rule, str | Fused) and f"{ours}.weight" in parts_of(rule):
+            module = fill(theirs.removesuffix(".weight"), numbers)
+            fused = rule if isinstance(rule, Fused) else None
+            found.append(_Home(module=module, fused=fused, transposed=transposed))
+    if not found:
+        raise CheckpointError(
+            f"{layer} is no layer of its own in Hugging Face's model, so PEFT's layout has no place for its adapter."
+        )
+    return found
+
+
+def _group(layers: Iterable[str], model: ModelConfig, known: Iterable[str] = ()) -> list[tuple[_Home, list[str]]]:
+    """Their layers, each with those of ours in it, by the name that is in `known`, else the one transformers uses."""
+    family = find_family(model.family)
+    groups: dict[str, tuple[_Home, list[str]]] = {}
+    for layer in layers:
+        options = _homes(layer, family)
+        home = next((option for option in options if option.module in known), options[0])
+        groups.setdefault(home.module, (home, []))[1].append(layer)
+    return list(groups.values())
+
+
+def _widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    """Zeros up to the rank, which change nothing."""
+    if tensor.shape[dim] >= rank:
+        return tensor.contiguous()
+    shape = list(tensor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def _words(modules: Iterable[str], place: str) -> tuple[Any, ...]:
+    """Our target words for modules of any family."""
+    known: dict[str, dict[str, None]] = {}
+    for family in FAMILIES.values():
+        for theirs, rule in family.weights.items():
+            for part in parts_of(rule):
+                if part != DROP and theirs.endswith(".weight"):
+                    words = [word for word in part.split(".") if word in TARGETS]
+                    known.setdefault(_tail(theirs.removesuffix(".weight")), {}).update(dict.fromkeys(words))
+    if unknown := sorted({_leaf(module) for module in modules if not known.get(_tail(module))}):
+        raise CheckpointError(f"{place} adapts layers that have no counterpart here: {', '.join(unknown)}.")
+    return tuple(dict.fromkeys(word for module in sorted(modules, key=_leaf) for word in known[_tail(module)]))
+
+
+def _tail(module: str) -> str:
+    """What tells the layers of a block apart in any family: "self_attn.q_proj"; c_proj alone could be two."""
+    return ".".join(module.rsplit(".", 2)[-2:])
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _module_of(name: str) -> str:
+    """The module that one of PEFT's tensors adapts."""
+    return name.removeprefix(_PREFIX).split(".lora_")[0]

@@ -1,0 +1,175 @@
+"""Whether a merged model still says what was trained: quantised base and adapter against each way to merge them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.data import Batch, validation_batches
+from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source
+from lit_qlora.data.sources import find_sources
+from lit_qlora.device import pick_device
+from lit_qlora.errors import DataError, NumericalError
+from lit_qlora.lora.adapter import Adapter
+from lit_qlora.lora.layer import add_lora, lora_state
+from lit_qlora.lora.merge import Base, Merge
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT, IGNORE, LOGITS_AT_ONCE
+from lit_qlora.prompts.style import read_style
+from lit_qlora.prompts.tokenizer import Tokenizer
+from lit_qlora.settings import DataConfig, LoRAConfig
+
+
+def read_batches(
+    file: str, adapter: Adapter, checkpoint_dir: Path, max_samples: int | None, batch_size: int
+) -> list[Batch]:
+    """The samples of a file as the adapter's training would have seen them.
+
+    Raises:
+        DataError: if it cannot be read or holds nothing to measure on.
+    """
+    (source,), _ = find_sources([file], None)
+    data = DataConfig(path=file, cache_dir="none")
+    style = read_style(adapter.path) or choose_style(data, checkpoint_dir)
+    most = min(ModelConfig.load(checkpoint_dir).block_size, DEFAULT_MAX_LENGTH)
+    samples = encode_source(source, data, checkpoint_dir, Tokenizer(checkpoint_dir), style, most).samples
+    if not len(samples):
+        raise DataError(f"{file} holds no sample that fits into {most} tokens in the style {style.name}.")
+    return validation_batches(samples.take(range(len(samples))[:max_samples]), batch_size)
+
+
+def verify(merges: Sequence[Merge], batches: Sequence[Batch]) -> dict[Base, dict[str, float]]:
+    """What each way to merge does to the answers of the model that was trained.
+
+    At most two models are in memory: that of the training, whose base is quantised if it was then, and a merged one.
+
+    Args:
+        merges: of the same adapters, onto the original base before that onto the quantised one.
+
+    Returns:
+        For each: val_loss_trained and val_loss, nats per labelled token; kl, the mean divergence of the merged
+        distributions from the trained ones, in nats; top1, the share of labelled places where both have the same
+        likeliest token; tokens, how many there are.
+    """
+    first, device = merges[0], pick_device()
+    trained = load_model(first.checkpoint_dir, first.trained_dtype, device, first.scheme, first.quantize_head).eval()
+    first.attach_to(trained)
+    trained.eval()
+    merged = load_model(first.checkpoint_dir, first.trained_dtype, device).eval()
+    figures: dict[Base, dict[str, float]] = {}
+    for merge in merges:
+        merge.put_into(merged)
+        figures[merge.base] = compare(trained, merged, batches)
+    return figures
+
+
+def recommend(figures: dict[Base, dict[str, float]]) -> Base:
+    """The base that the adapter is better merged onto: the one with the lower validation loss."""
+    return min(figures, key=lambda base: figures[base]["val_loss"])
+
+
+def check_tolerance(base: Base, figures: dict[Base, dict[str, float]], tolerance: float) -> None:
+    """Raise NumericalError if merging onto `base` raises the validation loss by more than `tolerance` nats a token."""
+    row = figures[base]
+    rise = row["val_loss"] - row["val_loss_trained"]
+    if rise <= tolerance:  # NaN is not
+        return
+    other = recommend(figures)
+    hint = f" Merged with --base {other} it is {figures[other]['val_loss']:.4f}." if other != base else ""
+    raise NumericalError(
+        f"Merged onto the {base} base, the validation loss is {row['val_loss']:.4f} instead of "
+        f"{row['val_loss_trained']:.4f}: {rise:+.4f}, more than the tolerance of {tolerance:g}.\n"
+        f"Nothing was written.{hint}"
+    )
+
+
+@torch.no_grad()
+def compare(trained: GPT, merged: GPT, batches: Sequence[Batch]) -> dict[str, float]:
+    """See verify."""
+    device = trained.embed.weight.device
+    total = torch.zeros(5, dtype=torch.float64)
+    rows = max(1, LOGITS_AT_ONCE // trained.config.vocab_size // 2)
+    for batch in batches:
+        tokens, labels = batch.tokens.to(device), batch.labels.to(device)
+        at = labels != IGNORE
+        hidden = [model.hidden(tokens)[at] for model in (trained, merged)]  # (labelled, E)
+        for here in range(0, int(at.sum()), rows):
+            some = slice(here, here + rows)
+            p, q = (
+                model.logits(states[some]).float().log_softmax(dim=-1)
+                for model, states in zip((trained, merged), hidden, strict=True)
+            )
+            total += _figures(p, q, labels[at][some])
+    loss_trained, loss, kl, same, tokens_seen = total.tolist()
+    return {
+        "val_loss_trained": loss_trained / tokens_seen,
+        "val_loss": loss / tokens_seen,
+        "kl": kl / tokens_seen,
+        "top1": same / tokens_seen,
+        "tokens": int(tokens_seen),
+    }
+
+
+def _figures(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
+    """Sums over the rows of log-probabilities (N, V) of two models: two losses, KL(p || q), agreements, rows."""
+    losses = [-log_probs.gather(-1, labels[:, None]).double().sum() for log_probs in (p, q)]
+    kl = (p.exp() * (p - q)).double().sum()
+    same = (p.argmax(dim=-1) == q.argmax(dim=-1)).double().sum()
+    return torch.stack([*losses, kl, same, torch.tensor(len(p), dtype=torch.float64, device=p.device)]).cpu()
+
+
+def report_lines(figures: dict[Base, dict[str, Any]]) -> list[str]:
+    """The figures as a markdown table, and what they recommend."""
+    lines = [
+        "| merged onto | val loss | against quantised + adapter | KL | same likeliest token |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for base, row in figures.items():
+        rise = row["val_loss"] - row["val_loss_trained"]
+        lines.append(f"| {base} | {row['val_loss']:.4f} | {rise:+.4f} | {row['kl']:.2e} | {row['top1']:.2%} |")
+    first = next(iter(figures.values()))
+    return [
+        *lines,
+        f"quantised + adapter: {first['val_loss_trained']:.4f} over {first['tokens']:,} tokens; "
+        f"recommended: --base {recommend(figures)}",
+    ]
+
+
+def losses_of(
+    adapter: Adapter,
+    checkpoint_dir: Path,
+    versions: Mapping[int, tuple[Mapping[str, Tensor], LoRAConfig]],
+    batches: Sequence[Batch],
+) -> dict[int, float]:
+    """The validation loss, in nats per labelled token, of versions of an adapter on the base of its training.
+
+    Args:
+        versions: by rank, what lit_qlora.lora.shrink.cut returns.
+    """
+    facts = adapter.manifest or {}
+    dtype = torch.bfloat16 if facts.get("precision") == "bf16-true" else torch.float32
+    scheme, head = facts.get("quantize", "none"), facts.get("quantize_head", False)
+    model = load_model(checkpoint_dir, dtype, pick_device(), scheme, head).eval()
+    largest = max(versions)
+    add_lora(model, versions[largest][1])
+    model.eval()
+    places = lora_state(model)
+    losses = {}
+    for rank, (state, _) in versions.items():
+        for name, place in places.items():  # B A is scaled alike in all; zeros fill up what a smaller one lacks
+            tensor = state[name]
+            place.zero_()[tuple(slice(size) for size in tensor.shape)] = tensor.to(place)
+        losses[rank] = mean_loss(model, batches)
+    return losses
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, batches: Sequence[Batch]) -> float:
+    """Nats per labelled token."""
+    device = model.embed.weight.device
+    pairs = [(batch.tokens.to(device), batch.labels.to(device)) for batch in batches]
+    total = sum(float(model.loss(tokens, labels)) for tokens, labels in pairs)
+    return total / sum(int((labels != IGNORE).sum()) for _, labels in pairs)

@@ -1,0 +1,1 @@
+"""What the model computes, in plain torch."""

@@ -1,0 +1,295 @@
+"""Attention: what a block lets each token take from the tokens before it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.norm import make_norm
+from lit_qlora.model.rope import rope_table, rotate
+
+
+class Place(NamedTuple):
+    """What the attention of a block knows about where the tokens stand."""
+
+    rope: tuple[Tensor, Tensor] | None
+    """See rope_table; None where nothing is rotated."""
+    query_scale: Tensor | None
+    """(B, 1, T, 1), what queries are multiplied by."""
+    mask: Tensor | None
+    """See attention_mask."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries. Vaswani et al. 2017; Ainslie et al. 2023."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        q_size, kv_size = config.n_head * config.head_size, config.n_kv_head * config.head_size
+        self.query = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias)
+        self.key = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
+        self.value = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
+        self.query_norm = make_qk_norm(config, config.n_head)
+        self.key_norm = make_qk_norm(config, config.n_kv_head)
+        self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
+        self.projection = nn.Linear(q_size, config.n_embd, bias=config.projection_bias)
+
+    def forward(self, x: Tensor, place: Place, cache: "LayerCache | None") -> Tensor:
+        """(B, T, E) -> (B, T, E)."""
+        config = self.config
+        B, T, _ = x.shape
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if config.clip_qkv is not None:
+            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
+        if config.qk_norm == "full":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (t.view(B, T, -1, config.head_size).transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
+        by_head = config.qk_norm != "full"
+        if by_head and not config.qk_norm_after_rope:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if place.rope:
+            q, k = (rotate(t, *place.rope, config.rope_interleaved) for t in (q, k))
+        if by_head and config.qk_norm_after_rope:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if place.query_scale is not None:
+            q = q * place.query_scale.to(q.dtype)
+        if cache:
+            k, v = cache.extend(k, v)
+        y = attend(q, k, v, place.mask, config.attention_scale, config.attention_softcap, self.sinks)
+        out: Tensor = self.projection(y.transpose(1, 2).reshape(B, T, -1))
+        return out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The values that each query looks up.
+
+    Args:
+        q: (B, H, T, D).
+        k, v: (B, K, past + T, D), where each serves H / K queries.
+        mask: None for plain causal, else (B or 1, 1, T, past + T), True where allowed.
+        scale: None for 1 / sqrt(D).
+        cap: scores x become cap * tanh(x / cap).
+        sinks: (H,), one more score in each head's softmax, with nothing to look up.
+
+    Returns:
+        (B, H, T, D).
+    """
+    grouped, by_torch = q.size(1) != k.size(1), cap is None and sinks is None
+    if grouped and by_torch and q.size(2) == 1:
+        # While decoding, the queries that share a key can stand as if they were tokens, and nothing is copied.
+        y = F.scaled_dot_product_attention(
+            q.reshape(len(q), k.size(1), -1, q.size(3)), k, v, attn_mask=mask, scale=scale
+        )
+        return y.reshape(q.shape)
+    # With a mask and grouped queries torch 2.13 has only a path on GPUs that makes these copies and keeps all scores.
+    if grouped and not (by_torch and (mask is None or not q.is_cuda)):
+        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+        grouped = False
+    if by_torch:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+    if mask is None:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.mT).float() * (q.size(-1) ** -0.5 if scale is None else scale)  # (B, H, T, past + T)
+    scores = softcap(scores, cap).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    return scores.softmax(dim=-1)[..., : k.size(2)].to(v.dtype) @ v
+
+
+class Places:
+    """The Place of each block; blocks of one kind share theirs."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions: Tensor,
+        cache: "KVCache | None",
+        segments: Tensor | None,
+        seen_until: Tensor | None = None,
+    ) -> None:
+        self.kinds = [(config.windowed(i), config.rotates(i)) for i in range(config.n_layer)]
+        scale = query_scale(config, positions) if config.query_scale_beta else None
+        new, device = positions.size(1), positions.device
+
+        def mask(window: int | None) -> Tensor | None:
+            if seen_until is not None:
+                return tree_mask(window, positions, seen_until)
+            return attention_mask(window, new, cache, device, segments)
+
+        self.places = {
+            (windowed, rotates): Place(
+                rope_table(config, positions, windowed, segments) if rotates else None,
+                scale,
+                mask(config.sliding_window if windowed else None),
+            )
+            for windowed, rotates in set(self.kinds)
+        }
+
+    def of(self, block: int) -> Place:
+        """What block number `block` must know."""
+        return self.places[self.kinds[block]]
+
+
+def query_scale(config: ModelConfig, positions: Tensor) -> Tensor:
+    """(B, T) int64 -> (B, 1, T, 1) float32: how much louder queries become beyond the original context."""
+    stretches = (positions // config.rope_original_block_size).float()
+    return (1 + config.query_scale_beta * torch.log1p(stretches))[:, None, :, None]
+
+
+def attention_mask(
+    window: int | None, new: int, cache: "KVCache | None", device: torch.device, segments: Tensor | None = None
+) -> Tensor | None:
+    """Who may look at whom: (B or 1, 1, T, past + T), True where allowed; None stands for plain causal.
+
+    Args:
+        window: how many tokens a token sees, itself included; None for all before it.
+        new: T, the tokens that ask; `cache` holds the past ones.
+        segments: see GPT.hidden.
+    """
+    width = cache.width(new) if cache else new
+    left_pad = cache.left_pad if cache else None
+    if window is not None and width <= window:
+        window = None
+    if width == new and left_pad is None and window is None and segments is None:
+        return None
+    place = (cache.places(new) if cache else torch.arange(new, device=device)[None])[:, None, :, None]
+    column = torch.arange(width, device=device)
+    mask = column <= place
+    if window is not None:
+        mask &= column > place - window
+    if left_pad is not None:
+        # A padding token may look at itself, so that its softmax is over something; nobody else looks at it.
+        mask = mask & ((column >= left_pad[:, None, None, None]) | (column == place))
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    return mask
+
+
+def tree_mask(window: int | None, positions: Tensor, seen_until: Tensor) -> Tensor:
+    """As attention_mask, (B, 1, T, T), for documents that share their beginnings; see GPT.hidden.
+
+    Args:
+        positions, seen_until: (B, T).
+    """
+    column = torch.arange(positions.size(1), device=positions.device)
+    mask = (column <= column[:, None]) & (column[:, None] < seen_until[:, None, None])
+    if window is not None:
+        mask &= positions[:, None, None] > positions[:, None, :, None] - window
+    return mask
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, so that generating one more token costs one token.
+
+    Args:
+        length: most tokens that will be seen, prompt included.
+        left_pad: (B,) number of padding tokens before each prompt, for prompts of unequal length.
+    """
+
+    left_pad: Tensor | None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        left_pad: Tensor | None = None,
+    ) -> None:
+        shape = (config.n_layer, batch, config.n_kv_head, length)
+        self.keys = torch.zeros(*shape, config.head_size, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, config.value_size, dtype=dtype, device=device)
+        self.left_pad = left_pad
+        self.size = 0
+
+    def places(self, new: int) -> Tensor:
+        """(B or 1, new), the column of each of the next tokens."""
+        return torch.arange(self.size, self.size + new, device=self.keys.device)[None]
+
+    def positions(self, new: int) -> Tensor:
+        """(B, new), the place of each of the next tokens in its text."""
+        places = self.places(new).expand(self.keys.size(1), new)
+        return places if self.left_pad is None else (places - self.left_pad[:, None]).clamp(min=0)
+
+    def width(self, new: int) -> int:
+        """Number of columns that the next tokens look at."""
+        return self.size + new
+
+    def layer(self, i: int, new: int) -> "LayerCache":
+        """The part of block `i`, with room for `new` more tokens."""
+        if self.size + new > self.keys.size(3):
+            raise ValueError(f"The cache holds {self.keys.size(3)} tokens; {self.size} + {new} do not fit.")
+        return LayerCache(self.keys[i], self.values[i], slice(self.size, self.size + new), self.width(new))
+
+    def advance(self, new: int) -> None:
+        """The next tokens have been stored in every layer."""
+        self.size += new
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows (N,) int64: in this order, any of them several times, and not with the others."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        if self.left_pad is not None:
+            self.left_pad = self.left_pad[rows]
+
+
+class LayerCache:
+    """One block's view of a KVCache.
+
+    Args:
+        place: columns of the new tokens; a tensor (B, T) where each row has its own.
+        width: columns that are looked at.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, place: slice | Tensor, width: int) -> None:
+        self.keys, self.values, self.place, self.width = keys, values, place, width
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new (B, K, T, D) and return all, each (B, K, width, D)."""
+        if isinstance(self.place, slice):
+            self.keys[:, :, self.place] = k
+            self.values[:, :, self.place] = v
+        else:
+            row = torch.arange(len(k), device=k.device)[:, None]
+            self.keys[row, :, self.place] = k.transpose(1, 2)
+            self.values[row, :, self.place] = v.transpose(1, 2)
+        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+
+
+class NormOfEachHead(nn.ModuleList):
+    """A layer norm without bias for each head, with a weight of its own."""
+
+    def __init__(self, heads: int, size: int, eps: float) -> None:
+        super().__init__(nn.LayerNorm(size, eps, bias=False) for _ in range(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, heads, T, D) -> (B, heads, T, D)."""
+        return torch.stack([norm(head) for norm, head in zip(self, x.unbind(1), strict=True)], dim=1)
+
+
+def make_qk_norm(config: ModelConfig, heads: int) -> nn.Module:
+    """The norm of queries or keys, of which there are `heads`."""
+    if config.qk_norm == "none":
+        return nn.Identity()
+    if config.qk_norm == "each_head":
+        return NormOfEachHead(heads, config.head_size, config.norm_eps)
+    return make_norm(config, config.head_size * (heads if config.qk_norm == "full" else 1))
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """Keep x between -cap and cap, as cap * tanh(x / cap); x itself without a cap. Gemma team 2024."""
+    return x if cap is None else cap * torch.tanh(x / cap)

@@ -1,0 +1,253 @@
+"""What a model is: sizes and choices that a checkpoint fixes, with no code attached."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from lit_qlora.errors import CheckpointError, did_you_mean
+
+FILE_NAME = "model_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    Every field is a fact that a checkpoint fixes; nothing here can be tuned.
+    Shapes are written with these letters throughout the package:
+    B batch, T tokens, E n_embd, H n_head, K n_kv_head, D head_size, F ffn_size, V vocab_size.
+    """
+
+    name: str
+    """What the model is called, e.g. meta-llama/Llama-2-7b-hf."""
+    family: str = "llama"
+    """The row of lit_qlora.convert.families that it was converted with."""
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int
+    head_size: int
+    ffn_size: int
+    vocab_size: int
+    """Rows of the embedding; can exceed the number of tokens that the tokenizer knows."""
+    block_size: int
+    """Most tokens the model has been made for."""
+    norm: Literal["rms", "rms_plus_one", "layer", "layer_no_bias", "layer_no_weight"] = "rms"
+    """rms_plus_one stores what its weight exceeds one by (Gemma)."""
+    norm_eps: float = 1e-5
+    norm_position: Literal["before", "after", "both"] = "before"
+    """Where attention and MLP have a norm: on what they read, on what they add to the residual stream, or on both."""
+    shared_norm: bool = False
+    """With parallel_residual: attention and MLP read one norm instead of one each."""
+    qk_norm: Literal["none", "head", "each_head", "full"] = "none"
+    """Norm of queries and keys: over each head with one weight for all heads, over each head with a weight of its own
+    (a layer norm without bias), or over all heads at once."""
+    qk_norm_after_rope: bool = False
+    ffn: Literal["swiglu", "geglu", "geglu_tanh", "swiglu_clamped", "gelu", "gelu_tanh"] = "swiglu"
+    qkv_bias: bool = False
+    projection_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    parallel_residual: bool = False
+    """Attention and MLP read the same input and are added together (GPT-NeoX), instead of one after the other."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """Attention and MLP count this much in the residual stream."""
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+    """Logits x become cap * tanh(x / cap)."""
+    clip_qkv: float | None = None
+    """Queries, keys and values are limited to this magnitude."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None: 1 / sqrt(head_size)."""
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    """Each head has one more score, learnt, that takes its share of the softmax and gives nothing (gpt-oss)."""
+    query_scale_beta: float = 0.0
+    """Queries at position p are multiplied by 1 + beta log(1 + floor(p / rope_original_block_size)) (Ministral 3)."""
+    kv_latent_size: int = 0
+    """Keys and values come from a vector of this size (DeepSeek's latent attention); 0: from the token itself."""
+    q_latent_size: int = 0
+    """With kv_latent_size: queries pass through this many features; 0: they do not."""
+    latent_rope_size: int = 0
+    """With kv_latent_size: how many of head_size features are rotated, of queries and of the key that heads share."""
+    latent_value_size: int = 0
+    """With kv_latent_size: features of a head's value."""
+    sliding_window: int | None = None
+    """A token attends to this many tokens, itself included; None: to all before it."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Blocks that sliding_window does not hold for."""
+    positions: Literal["rope", "learned"] = "rope"
+    no_rope_layers: tuple[int, ...] = ()
+    """Blocks that rotate nothing, so that only the causal mask tells them about order."""
+    rope_theta: float = 10_000.0
+    rope_local_theta: float | None = None
+    """Base in the blocks with a sliding window, which are then not scaled; None: as in the others."""
+    rope_fraction: float = 1.0
+    """Share of head_size that is rotated; the rest carries no position."""
+    rope_interleaved: bool = False
+    """Feature 2 i turns with feature 2 i + 1, instead of i with i + half."""
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_block_size: int = 8192
+    """Context of the pre-training that dynamic, llama3, yarn and longrope scaling start from."""
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_truncate: bool = True
+    """yarn: round the bounds between which features pass from unscaled to scaled to whole features."""
+    rope_attention_factor: float = 1.0
+    """yarn, longrope: cosines and sines are multiplied by this."""
+    rope_short_factors: tuple[float, ...] = ()
+    """longrope: what each wavelength is multiplied by within the original context."""
+    rope_long_factors: tuple[float, ...] = ()
+    """longrope: the same, once a text is longer than that."""
+    tied_head: bool = False
+    """The output head is the embedding."""
+    n_expert: int = 0
+    """Experts of a block's mixture; 0: a plain MLP."""
+    n_expert_per_token: int = 0
+    expert_size: int = 0
+    """The ffn_size of one expert."""
+    shared_expert_size: int = 0
+    """The ffn_size of the expert that every token goes to; 0: there is none."""
+    dense_layers: tuple[int, ...] = ()
+    """Blocks with a plain MLP in a model of experts."""
+    router: Literal["softmax", "softmax_chosen", "sigmoid"] = "softmax"
+    """How a token's scores become the weights of its experts: softmax over all experts or over the chosen ones, or each
+    expert on its own."""
+    router_normalized: bool = False
+    """Divide the weights of the chosen experts by their sum."""
+    router_bias: bool = False
+    router_correction: bool = False
+    """A learnt number for each expert helps to choose it, without counting in its weight (DeepSeek-V3)."""
+    router_scale: float = 1.0
+    router_groups: int = 1
+    """Experts stand in this many groups, of which only the best are considered."""
+    router_groups_kept: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values of the wrong type and sizes that cannot belong together."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, field.type):
+                kinds = [getattr(kind, "__name__", str(kind)) for kind in get_args(field.type) or [field.type]]
+                raise CheckpointError(f"{self.name}: {field.name} must be {' or '.join(kinds)}, got {value!r}.")
+        for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size", "block_size"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{self.name}: {name} must be at least 1, got {getattr(self, name)}.")
+        if self.n_head % self.n_kv_head:
+            raise CheckpointError(
+                f"{self.name}: n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}."
+            )
+        for name in ("full_attention_layers", "no_rope_layers", "dense_layers"):
+            if outside := [i for i in getattr(self, name) if not 0 <= i < self.n_layer]:
+                raise CheckpointError(f"{self.name}: {name} names blocks {outside}, the model has {self.n_layer}.")
+        if self.n_expert and not (0 < self.n_expert_per_token <= self.n_expert and self.expert_size > 0):
+            raise CheckpointError(
+                f"{self.name}: with n_expert {self.n_expert}, n_expert_per_token must be from 1 to it and expert_size "
+                f"positive, got {self.n_expert_per_token} and {self.expert_size}."
+            )
+        groups = self.router_groups
+        if groups < 1 or self.n_expert % groups or not 0 < self.router_groups_kept <= groups:
+            raise CheckpointError(
+                f"{self.name}: {self.n_expert} experts cannot stand in {groups} groups of which "
+                f"{self.router_groups_kept} are kept."
+            )
+        if self.shared_norm and not self.parallel_residual:
+            raise CheckpointError(f"{self.name}: shared_norm needs parallel_residual.")
+        if self.kv_latent_size and not (0 < self.latent_rope_size < self.head_size and self.latent_value_size > 0):
+            raise CheckpointError(
+                f"{self.name}: with kv_latent_size, latent_rope_size must be from 1 to below head_size "
+                f"{self.head_size} and latent_value_size positive, got {self.latent_rope_size} and "
+                f"{self.latent_value_size}."
+            )
+        if self.kv_latent_size and self.n_kv_head != self.n_head:
+            raise CheckpointError(f"{self.name}: with kv_latent_size every head has a key: n_kv_head must be n_head.")
+        factors = (len(self.rope_short_factors), len(self.rope_long_factors))
+        if self.rope_scaling == "longrope" and factors != (self.rotated // 2,) * 2:
+            raise CheckpointError(f"{self.name}: longrope needs {self.rotated // 2} factors twice, got {factors}.")
+        if not 0 < self.rope_fraction <= 1 or self.rotated % 2:
+            raise CheckpointError(
+                f"{self.name}: rope_fraction {self.rope_fraction} of head_size {self.head_size} is not an even size."
+            )
+
+    @property
+    def rotated(self) -> int:
+        """How many of head_size features carry position."""
+        return self.latent_rope_size if self.kv_latent_size else int(self.rope_fraction * self.head_size)
+
+    @property
+    def value_size(self) -> int:
+        """Features of a head's value; those of its key are head_size."""
+        return self.latent_value_size if self.kv_latent_size else self.head_size
+
+    def windowed(self, block: int) -> bool:
+        """Whether the sliding window holds for `block`."""
+        return self.sliding_window is not None and block not in self.full_attention_layers
+
+    def rotates(self, block: int) -> bool:
+        """Whether `block` rotates its queries and keys."""
+        return self.positions == "rope" and block not in self.no_rope_layers
+
+    def has_experts(self, block: int) -> bool:
+        """Whether `block` has a mixture of experts instead of a plain MLP."""
+        return self.n_expert > 0 and block not in self.dense_layers
+
+    def save(self, directory: Path) -> None:
+        """Write model_config.json into `directory`."""
+        (directory / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> "ModelConfig":
+        """Read model_config.json. Raises CheckpointError for what is missing, unknown or of the wrong type."""
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(missing_checkpoint(Path(directory)))
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not valid JSON: {error}.") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}.")
+        if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
+            raise CheckpointError(f"{path}: unknown fields {unknown}; written by a newer version?")
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise CheckpointError(f"{path}: {error}.") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):
+        return any(_fits(value, choice) for choice in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def missing_checkpoint(directory: Path) -> str:
+    """Why `directory` is no checkpoint, and what to do about it."""
+    if not directory.exists():
+        parent = directory.parent
+        beside = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        hint = did_you_mean(directory.name, beside)
+        return f"{directory} does not exist.{hint}" + ("" if hint else _found_checkpoints())
+    if (directory / "config.json").is_file():
+        return (
+            f"{directory} holds a Hugging Face model that is not converted yet.\n"
+            f"Convert it: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}"
+        )
+    return f"{directory} has no {FILE_NAME}, so it is not a checkpoint.{_found_checkpoints()}"
+
+
+def _found_checkpoints() -> str:
+    found = sorted(str(p.parent) for p in Path("checkpoints").glob(f"*/*/{FILE_NAME}"))
+    return f"\nCheckpoints here: {', '.join(found[:5])}" if found else ""

@@ -1,0 +1,235 @@
+"""The whole model, in the order a token meets it. This file is the meaning; faster paths must agree with it."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lit_qlora.model.attention import Attention, LayerCache, Place, Places, softcap
+from lit_qlora.model.attention import KVCache as KVCache
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.latent_attention import LatentAttention
+from lit_qlora.model.mlp import make_mlp
+from lit_qlora.model.norm import make_norm
+
+LOGITS_AT_ONCE = 2**26
+"""Logits that exist at a time while computing a loss: 0.25 GiB in float32."""
+IGNORE = -100
+"""Label of a position that carries no loss; torch's own default."""
+
+
+class FastPath(Protocol):
+    """What computes the loss of a model sooner, with memory that it could do without."""
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """As GPT.loss."""
+        ...
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether there is something that give_back would give up."""
+        ...
+
+    def give_back(self) -> None:
+        """Say so, and go on without the spare memory. No loss may be waiting for its backward pass."""
+        ...
+
+
+class GPT(nn.Module):
+    """Tokens in, next-token logits out. See ModelConfig for the shape letters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False  # recompute each block in the backward pass instead of keeping its activations
+        self.fast: FastPath | None = None  # what computes loss instead, see lit_qlora.fused
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of the token that follows each token.
+
+        Args:
+            tokens: (B, T) int64.
+            cache: what came before `tokens`; it is extended by them.
+
+        Returns:
+            (B, T, V) in the dtype of the weights.
+        """
+        return self.logits(self.hidden(tokens, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., E), what `hidden` returns, -> (..., V)."""
+        logits: Tensor = self.head(hidden)
+        return softcap(logits, self.config.logit_softcap)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy summed over the labelled tokens.
+
+        The arguments are the fields of a data.Batch and may lie on the host, where the fast path prefers them.
+
+        Args:
+            tokens: (B, T) int64.
+            labels: (B, T) int64, the token that should follow each token, IGNORE where no loss is wanted.
+            weights: (B, T) float32, what each token's loss is multiplied by; None is 1 everywhere.
+            positions, segments: see hidden.
+
+        Returns:
+            float32 scalar; zero if every label is IGNORE.
+        """
+        if self.fast is not None:
+            return self.fast.loss(tokens, labels, weights, positions, segments)
+        tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
+        hidden = self.hidden(tokens, positions=positions, segments=segments)
+        return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap)
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether there is something that give_back would give up."""
+        return self.fast is not None and self.fast.has_spare
+
+    def give_back(self) -> bool:
+        """Go on without the memory that only makes the fast path faster; whether there was any.
+
+        No loss may be waiting for its backward pass.
+        """
+        if self.fast is None or not self.fast.has_spare:
+            return False
+        self.fast.give_back()
+        return True
+
+    def _here(self, *batch: Any) -> Any:
+        """The tensors of a batch on the device of the weights."""
+        device = self.embed.weight.device
+        return (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) int64 -> (B, T, E), what the head reads.
+
+        Args:
+            tokens: (B, T) int64.
+            cache: see forward.
+            positions: (B, T) int64, the place of each token in its document; None counts along the row.
+            segments: (B, T) integers, the document of each token, documents being laid end to end; a token sees its
+                own document alone. Padding is -1. None where a row is one document.
+            seen_until: (B, T) int64, for documents that begin alike and share that: the column from which on no token
+                sees this one. A shared beginning stands once, before all that goes on from it.
+        """
+        B, T = tokens.shape
+        if cache:
+            positions = cache.positions(T)
+        elif positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        x = times(self.embed(tokens), self.config.embedding_multiplier)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        places = Places(self.config, positions, cache, segments, seen_until)
+        for i, block in enumerate(self.blocks):
+            layer = cache.layer(i, T) if cache else None
+            if self.recompute and self.training:
+                x = checkpoint(block, x, places.of(i), layer, use_reentrant=False)
+            else:
+                x = block(x, places.of(i), layer)
+        if cache:
+            cache.advance(T)
+        normed: Tensor = self.norm(x)
+        return times(normed, self.config.logit_multiplier)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with norms around it and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, i: int) -> None:
+        super().__init__()
+        self.config = config
+        before, after = config.norm_position != "after", config.norm_position != "before"
+        self.norm_1 = make_norm(config, config.n_embd) if before else nn.Identity()
+        self.attn = LatentAttention(config) if config.kv_latent_size else Attention(config)
+        self.post_norm_1 = make_norm(config, config.n_embd) if after else nn.Identity()
+        self.norm_2 = make_norm(config, config.n_embd) if before and not config.shared_norm else nn.Identity()
+        self.mlp = make_mlp(config, i)
+        self.post_norm_2 = make_norm(config, config.n_embd) if after else nn.Identity()
+
+    def forward(self, x: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
+        """(B, T, E) -> (B, T, E)."""
+        share = self.config.residual_multiplier
+        read = self.norm_1(x)
+        attended = times(self.post_norm_1(self.attn(read, place, cache)), share)
+        if self.config.parallel_residual:
+            read = read if self.config.shared_norm else self.norm_2(x)
+            return x + attended + times(self.post_norm_2(self.mlp(read)), share)
+        x = x + attended
+        return x + times(self.post_norm_2(self.mlp(self.norm_2(x))), share)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """Multiply x by a factor that is rounded to the dtype of x, as it is in the reference."""
+    return x if factor == 1 else x * torch.tensor(factor, dtype=x.dtype).item()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    at_once: int = LOGITS_AT_ONCE,
+    cap: float | None = None,
+) -> Tensor:
+    """Cross-entropy of head(hidden) against labels, summed, without ever holding all the logits.
+
+    Where B * T * V exceeds `at_once`, the logits of a slice of tokens exist at a time and are
+    computed again in the backward pass.
+
+    Args:
+        hidden: (B, T, E), any float dtype; the softmax is float32.
+        head: any module (..., E) -> (..., V).
+        labels: (B, T) int64, IGNORE where no loss is wanted.
+        weights: (B, T) float32, what each token's loss is multiplied by; None is 1 everywhere.
+        cap: see softcap.
+
+    Returns:
+        float32 scalar; zero if every label is IGNORE.
+    """
+    hidden, labels = hidden.flatten(0, 1), labels.flatten()
+    weights = None if weights is None else weights.flatten()
+    vocab_size: int = head.out_features  # type: ignore[assignment]
+    rows = max(1, at_once // vocab_size)
+
+    def slice_loss(hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        logits = softcap(head(hidden).float(), cap)
+        if weights is None:
+            return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return (weights * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")).sum()
+
+    if len(labels) <= rows:
+        return slice_loss(hidden, labels, weights)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(labels), rows):
+        here = slice(start, start + rows)
+        some = None if weights is None else weights[here]
+        part: Any = checkpoint(slice_loss, hidden[here], labels[here], some, use_reentrant=False)
+        total = total + part
+    return total

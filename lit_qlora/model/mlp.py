@@ -1,0 +1,143 @@
+"""What a block does to each token by itself: an MLP, or a choice of several."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_qlora.model.config import ModelConfig
+
+
+def make_mlp(config: ModelConfig, block: int) -> nn.Module:
+    """The MLP of one block, or its mixture of experts."""
+    return MoE(config) if config.has_experts(block) else make_expert(config, config.ffn_size)
+
+
+def make_expert(config: ModelConfig, size: int) -> nn.Module:
+    """An MLP with `size` features inside."""
+    return GatedMLP(config, size) if config.ffn in GATES else PlainMLP(config, size)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's SwiGLU: limited to 7, steeper (1.702), and with one added to the linear part."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "geglu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "swiglu_clamped": clamped_swiglu,
+}
+"""The kinds of config.ffn that have a gate. Shazeer 2020."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+"""The kinds that have none."""
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)). Shazeer 2020."""
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        self.combine = GATES[config.ffn]
+        self.gate = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.up = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.down = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)."""
+        out: Tensor = self.down(self.combine(self.gate(x), self.up(x)))
+        return out
+
+
+class PlainMLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.ffn]
+        self.up = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.down = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)."""
+        out: Tensor = self.down(self.activation(self.up(x)))
+        return out
+
+
+class MoE(nn.Module):
+    """A mixture of experts: each token goes through a few of many MLPs. Shazeer et al. 2017.
+
+    Every expert is a module of its own with ordinary linear layers, so quantisation and adapters reach it like any
+    other. An expert that no token came to has no gradient, or a zero one where several processes train together.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = nn.ModuleList(make_expert(config, config.expert_size) for _ in range(config.n_expert))
+        self.shared = make_expert(config, config.shared_expert_size) if config.shared_expert_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, E) -> (B, T, E)."""
+        tokens = x.flatten(0, -2)  # (N, E)
+        weights, chosen = self.router(tokens)
+        out = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)
+        # All choices (N * k,) in the order of their experts, so that each expert takes its tokens in one piece.
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        for expert, choices in zip(self.experts, order.split(counts), strict=True):
+            if len(choices):
+                of = choices // chosen.size(1)
+                part = expert(tokens[of]) * weights.flatten()[choices, None]
+                out = out.index_add(0, of, part.to(out.dtype))
+        return out.view_as(x)
+
+
+CORRECTION = ".router.correction"
+"""How the name ends of the one weight that stays float32: in 16 bit, experts that are close would change places."""
+
+
+class Router(nn.Module):
+    """Which experts a token goes to, and how much each of them counts.
+
+    A fraction of a percent of the weights decides what all others do: it is computed in float32 and, being no linear
+    layer, neither quantised nor adapted.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
+        self.correction = nn.Parameter(torch.zeros(config.n_expert)) if config.router_correction else None
+        nn.init.normal_(self.weight, std=config.n_embd**-0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, E) -> weights (N, k) float32 and the chosen experts (N, k) int64; k is n_expert_per_token."""
+        config = self.config
+        scores = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        if config.router == "softmax_chosen":
+            weights, chosen = scores.topk(config.n_expert_per_token)
+            return weights.softmax(dim=-1), chosen
+        scores = scores.sigmoid() if config.router == "sigmoid" else scores.softmax(dim=-1)
+        merit = scores if self.correction is None else scores + self.correction.float()
+        chosen = self.within_best_groups(merit).topk(config.n_expert_per_token).indices
+        weights = scores.gather(-1, chosen)
+        if config.router_normalized:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return config.router_scale * weights, chosen
+
+    def within_best_groups(self, merit: Tensor) -> Tensor:
+        """(N, n_expert) -> the same, -inf outside each token's best groups. DeepSeek-AI 2024a (V2), 2024b (V3)."""
+        if self.config.router_groups == 1:
+            return merit
+        groups = merit.unflatten(-1, (self.config.router_groups, -1))  # (N, groups, experts of each)
+        # A group is worth its best expert, in V3 its best two.
+        worth = groups.topk(2 if self.config.router == "sigmoid" else 1).values.sum(dim=-1)
+        kept = torch.zeros_like(worth, dtype=torch.bool)
+        kept.scatter_(-1, worth.topk(self.config.router_groups_kept).indices, True)
+        return groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)

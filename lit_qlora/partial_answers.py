@@ -1,0 +1,138 @@
+"""Answers that are kept as they are made, so that a command that was stopped goes on where it was."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.files.atomic import write_text
+from lit_qlora.settings import check
+
+
+class Part:
+    """A file OUT.part beside OUT, which is there when all is answered and not before; held by one command at a time.
+
+    Attributes:
+        answered: what was made so far, as JSON has it, by the number of the question.
+    """
+
+    def __init__(self, out: Path, *of: object, folders: tuple[Path | None, ...]) -> None:
+        """Make OUT's folder, and read what an earlier command has left.
+
+        Args:
+            of: what the answers depend on, such as settings and questions.
+            folders: those of the model, whose files' sizes and times count too.
+
+        Raises:
+            ResourceError: if nothing can be written there, or another command is making OUT.
+            UsageError: if it is of another command, or of a model or questions that have changed since.
+        """
+        self.out, self.path = out, out.with_name(f"{out.name}.part")
+        self.answered: dict[int, Any] = {}
+        files = [file for folder in folders if folder for file in sorted(folder.glob("[!.]*")) if file.is_file()]
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if not self._is_own(file)]
+        self.of = hashlib.sha256(f"{of} {facts}".encode()).hexdigest()
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"out: {out.parent} cannot be made a folder: {error.strerror}.") from None
+        self.file = self._open()
+        try:
+            self._read()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> "Part":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of it; without answers there is nothing to keep."""
+        if not self.answered:
+            self.path.unlink(missing_ok=True)
+        self.file.close()
+
+    def _is_own(self, file: Path) -> bool:
+        return file.name.startswith(self.out.name)
+
+    def _open(self) -> BinaryIO:
+        while True:
+            try:
+                file = self.path.open("a+b")
+            except OSError as error:
+                raise self._cannot_write(error) from None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.close()
+                if not isinstance(error, BlockingIOError):
+                    raise self._cannot_write(error) from None
+                raise ResourceError(
+                    f"out: another command is making {self.out}.\nWait for it, or give another --out."
+                ) from None
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # who held it has just removed it
+
+    def _read(self) -> None:
+        self.file.seek(0)
+        held = self.file.read()
+        whole = held[: held.rfind(b"\n") + 1]  # without what a kill left of a line
+        first, *lines = whole.split(b"\n")[:-1] or [b""]
+        if not lines:  # no answers: whoever began it has lost nothing
+            begun = re.fullmatch(rb"[0-9a-f]{64}\n", whole) if whole else re.fullmatch(rb"[0-9a-f]{0,64}", held)
+            check(begun is not None, self._is_anothers)
+            self.file.truncate(0)
+            self._write(f"{self.of}\n")
+            return
+        check(first == self.of.encode(), self._is_anothers)
+        self.file.truncate(len(whole))
+        for number, line in enumerate(lines, start=2):
+            try:
+                self.answered |= {int(i): answer for i, answer in json.loads(line).items()}
+            except (ValueError, AttributeError):
+                raise UsageError(f"{self.path}:{number} is damaged. Remove the file, or that line.") from None
+        print(f"{len(self.answered)} prompts are answered in {self.path} already.", file=sys.stderr)
+
+    @property
+    def _is_anothers(self) -> str:
+        return (
+            f"{self.path} holds the answers of another command, or the model or the prompts have changed since.\n"
+            "Remove it, or give another --out."
+        )
+
+    def _cannot_write(self, error: OSError) -> ResourceError:
+        return ResourceError(f"Cannot write {error.filename or self.path}: {error.strerror or error}.")
+
+    def _write(self, text: str) -> None:
+        try:
+            self.file.write(text.encode())
+            self.file.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def add(self, answered: dict[int, Any]) -> None:
+        """Keep the answers of a batch.
+
+        Raises:
+            ResourceError: if the disk is full.
+        """
+        self._write(f"{json.dumps(answered)}\n")
+        self.answered |= answered
+
+    def end(self, text: str) -> None:
+        """Write OUT, whole or not at all, and remove what it was made from.
+
+        Raises:
+            ResourceError: if the disk is full; all answers are still in OUT.part.
+        """
+        try:
+            write_text(self.out, text)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        self.path.unlink(missing_ok=True)

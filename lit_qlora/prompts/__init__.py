@@ -1,0 +1,1 @@
+"""From a conversation to token ids: tokenizers, prompt styles and chat templates."""

@@ -1,0 +1,1 @@
+"""A run around its loop: plan, folder, checkpoints, trackers, reports."""

@@ -1,0 +1,209 @@
+"""What is said before a run begins: data, model, plan, whether it fits, and what the model will see."""
+
+from collections import Counter
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+
+from lit_qlora import __version__
+from lit_qlora.checkpoint.checkpoint import check_weights, open_weights
+from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, longest_step, show, steps
+from lit_qlora.device import gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
+from lit_qlora.errors import ResourceError
+from lit_qlora.lora.peft_layout import check_layers
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.report import tell
+from lit_qlora.run.plan import GIB, Plan, make_plan
+from lit_qlora.settings import FinetuneConfig, check
+from lit_qlora.train.optim import measure_state_bytes
+
+FIRST_STEPS = 8  # say what is usual
+
+
+def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
+    """What the run needs.
+
+    Raises:
+        CheckpointError: if the weights are not there, or not those of the model.
+        UsageError: if the LoRA settings do not fit the model, or make an adapter that could not be saved or has not as
+            many parameters as is expected; or if the optimizer or FP8 cannot be used.
+        ResourceError: if the GPU has less, unless config.force.
+    """
+    model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config)
+    weights = open_weights(config.checkpoint_dir)
+    check_weights(weights.specs, model, str(weights.place))
+    check_layers(model, config.lora)
+    check(
+        config.train.batch_size >= processes,
+        f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
+        "Take more samples a step, or fewer devices.",
+    )
+    plan = _plan(config, longest_batch(config, data.train, data.batching), usual_tokens(config, data))
+    check_trainable(config, model.name, plan.trainable)
+    check(
+        not plan.fp8 or has_fp8(),
+        "train.fp8 needs a GPU that multiplies in FP8, of compute capability 8.9 or above.\nLeave out --train.fp8.",
+    )
+    room = gpu_bytes()
+    if room and plan.total > room and not config.force:
+        raise ResourceError(
+            f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room / GIB:.1f} free.\n"
+            f"{savings(config, data)} --force begins regardless."
+        )
+    host = _host_room(config)
+    if host is not None and plan.host > host and not config.force:
+        shared = " for each process" if config.devices != 1 else ""
+        raise ResourceError(
+            f"train.recompute offload needs {plan.host / GIB:.1f} GiB of the host's memory, of which "
+            f"{host / GIB:.1f} are free{shared}.\n"
+            "Take --train.recompute full, or fewer tokens at a time. --force begins regardless."
+        )
+    return plan
+
+
+def check_trainable(config: FinetuneConfig, base: str, trainable: int) -> None:
+    """Raise UsageError unless as many parameters learn as config.expect_trainable says of this base."""
+    expected = config.expect_trainable.get(base, trainable)
+    check(
+        trainable == expected,
+        f"expect_trainable says that {expected:,} parameters of {base} learn, and {trainable:,} would.\n"
+        "Mend lora.r or lora.targets, or leave expect_trainable out.",
+    )
+
+
+def longest_batch(config: FinetuneConfig, samples: Samples, batching: Batching) -> Batch:
+    """The largest micro-batch of a device."""
+    return longest_step(samples, batching, world_size(config)).batches[0]
+
+
+def usual_tokens(config: FinetuneConfig, data: RunData) -> float:
+    """How many tokens a micro-batch has on average, padding included."""
+    first = steps(data.train, data.batching, FIRST_STEPS, world_size=world_size(config))
+    return fmean(batch.tokens.numel() for step in first for batch in step.batches)
+
+
+def savings(config: FinetuneConfig, data: RunData) -> str:
+    """What to change in order to need less memory, and how much it saves."""
+    batch, train = longest_batch(config, data.train, data.batching), config.train
+    if train.keep_dequantized == "auto":  # they would take what something else saves, and give way where it is needed
+        train = replace(train, keep_dequantized=0)
+        config = replace(config, train=train)
+    plan = _plan(config, batch)
+    now = plan.total
+    half = max(1, train.micro_batch_size // 2)
+    longest = data.batching.row_length or int(data.train.lengths.max())
+    others = {
+        f"--train.micro_batch_size {train.micro_batch_size // 2}": (
+            replace(config, train=replace(train, micro_batch_size=half)),
+            longest_batch(config, data.train, replace(data.batching, micro_batch_size=half)),
+        ),
+        "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), batch),
+        "--train.recompute full": (replace(config, train=replace(train, recompute="full")), batch),
+        f"--data.{'pack' if config.data.pack_length else 'max'}_length {longest // 2}": (
+            config,
+            Batch(batch.tokens[:, : longest // 2], batch.labels[:, : longest // 2]),
+        ),
+        "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), batch),
+        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), batch),
+    }
+    if plan.slow_because:  # there it is the same as full
+        del others["--train.recompute offload"]
+    saved = {words: now - _plan(other, smaller).total for words, (other, smaller) in others.items()}
+    tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
+    return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
+
+
+def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) -> Plan:
+    return make_plan(
+        ModelConfig.load(config.checkpoint_dir),
+        config.lora,
+        config.quantize,
+        config.quantize_head,
+        weights_dtype(config.precision),
+        longest.tokens.numel(),
+        config.train,
+        gpu_bytes(),
+        measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
+        usual,
+        _host_room(config),
+        packed=config.data.packing,
+        rows=len(longest.tokens),
+    )
+
+
+def _host_room(config: FinetuneConfig) -> float | None:
+    """Bytes of the host's memory for each of the processes that share it."""
+    free = host_bytes()
+    return None if free is None else free / _processes_here(config)
+
+
+def world_size(config: FinetuneConfig) -> int:
+    """Processes of the run, on all machines."""
+    return _processes_here(config) * config.num_nodes
+
+
+def _processes_here(config: FinetuneConfig) -> int:
+    return config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
+
+
+def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
+    """Say what is going to happen."""
+    model, train = ModelConfig.load(config.checkpoint_dir), config.train
+    caveat = check_layers(model, config.lora)
+    device = pick_device()
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    memory = gpu_bytes()
+    room = f" of {memory / GIB:.1f}" if memory else ""
+    kept = f", {plan.kept_blocks} blocks dequantised {plan.kept / GIB:.2f}" if plan.kept_blocks else ""
+    graphs = f", graphs {plan.graphs / GIB:.2f}" if plan.graphs else ""
+    host = f"; on the host {plan.host / GIB:.2f}" if plan.host else ""
+    kind = "DoRA" if config.lora.dora else "LoRA"
+    if config.lora.init != "default":
+        kind += f" from {config.lora.init}"
+    base = kind if config.quantize == "none" else f"{config.quantize} + {kind}"
+    words = ",".join(config.lora.targets)
+    rows = f" in rows of at most {data.batching.row_length:,} tokens" if data.batching.row_length else ""
+    steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
+    learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
+    tell(
+        f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
+        f"{_data_lines(data)}\n"
+        f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
+        f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
+        f"  plan    {steps} x {train.batch_size} samples{rows}, {train.micro_batch_size} at a time   {learn}\n"
+        f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
+        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}{host}\n"
+        f"  path    {_path(plan)}\n"
+        f"{f'  note    {caveat}' + chr(10) if caveat else ''}"
+        f"{_samples(data)}"
+    )
+
+
+def _path(plan: Plan) -> str:
+    """Which path the training takes, and what it computes again."""
+    counts = Counter(plan.recompute)
+    again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
+    taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
+    taken += ", frozen weights in FP8" if plan.fp8 else ""
+    taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graphs else ""
+    taken += ", dequantised weights stay for the next pass" if plan.stay else ""
+    return f"{taken}   recompute: {again}"
+
+
+def _data_lines(data: RunData) -> str:
+    """What the audit found, in a few lines."""
+    audit = data.audit
+    lines = [
+        f"  data    {audit.describe()}   style {data.style.name}   lengths {audit.spark()}",
+        *(f"          {source}" for source in audit.sources),
+        *(f"  note    {note}" for note in audit.notes()),
+    ]
+    return "\n".join(lines)
+
+
+def _samples(data: RunData) -> str:
+    """Some samples as the model sees them, and where the answer of the first begins."""
+    lines = [f"  sample  {show(sample, data.tokenizer, most=300)}" for sample in data.audit.shown]
+    return "\n".join([*lines, f"  answer  begins behind: {boundary(data.audit.shown[0], data.tokenizer)}"])

@@ -1,0 +1,148 @@
+"""How long a run will take, and what it needs, tried out before its weights are loaded.
+
+Its first steps are taken with random weights, since neither speed nor memory depends on what the weights are. Loading,
+saving, what lora.init starts from, and what validations do but for their losses are left out.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
+
+from lit_qlora.checkpoint.checkpoint import random_model
+from lit_qlora.data import Batch, RunData, longest_step, steps
+from lit_qlora.data.batches import mean_tokens
+from lit_qlora.device import fabric_precision, peak_gib, pick_device, weights_dtype
+from lit_qlora.errors import ResourceError
+from lit_qlora.evaluate.measures import score_rows
+from lit_qlora.evaluate.validation import is_due
+from lit_qlora.lora.embeddings import add_noise
+from lit_qlora.lora.layer import add_lora
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.report import duration, tell
+from lit_qlora.run.banner import FIRST_STEPS, savings, world_size
+from lit_qlora.run.plan import Plan
+from lit_qlora.run.run import eval_every, set_up, take_path
+from lit_qlora.settings import FinetuneConfig
+from lit_qlora.train.loop import Gradients
+from lit_qlora.train.signals import StopRequest
+
+MOST_ON_CPU = 3e8  # parameters: making a larger model there takes longer than anybody wants to wait
+PASSES = 4  # micro-batches of a step, or of a validation, that are timed at most
+WARM_UPS = 6  # until a shape has its CUDA graph, and more than kernels take to be compiled
+TIMES = 2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured.
+
+    Attributes:
+        step: seconds of an optimizer step on average.
+        tokens: of a step on average, without padding, of all devices.
+        validation: seconds of the losses of all validation samples; 0.0 without any.
+        peak_gib: most memory that was in use, see device.peak_gib.
+    """
+
+    step: float
+    tokens: float
+    validation: float
+    peak_gib: float
+
+    def describe(self, total: int, validations: int) -> str:
+        """What a run of `total` steps will take."""
+        seconds = total * self.step + validations * self.validation
+        parts = [f"{total:,} steps of {self.step:.3g} s ({self.tokens / self.step:,.0f} tokens/s)"]
+        parts += [f"losses of {validations:,} validations, {self.validation:.2g} s each"] if self.validation else []
+        parts.append(f"{self.peak_gib:.2f} GiB at the peak")
+        return f"about {duration(seconds)}   {', '.join(parts)}, tried with random weights"
+
+
+def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, start: int = 0) -> None:
+    """Say how long steps `start` to `total` will take.
+
+    Raises:
+        ResourceError: if the GPU's memory runs out.
+    """
+    device = pick_device()
+    if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
+        tell("  time    not measured: that needs a GPU, or a small model")
+        return
+    every = eval_every(config, data, total)
+    validations = sum(is_due(step, every, total) for step in range(start + bool(start), total + 1))
+    try:
+        tell(f"  time    {measure_pace(config, data, plan, device).describe(total - start, validations)}")
+    except torch.OutOfMemoryError:
+        raise ResourceError(f"The GPU's memory ran out in the first steps.\n{savings(config, data)}") from None
+
+
+def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
+    """Take steps of the run on one device, which has its share of them."""
+    fabric, model, optimizer = _set_up(config, plan, device)
+    add_gradients = Gradients(fabric, model)
+
+    def update() -> None:
+        fabric.clip_gradients(model, optimizer, max_norm=config.train.max_norm or math.inf, error_if_nonfinite=False)
+        optimizer.step()
+
+    def seconds(do: Callable[[], object], warm_ups: int) -> float:
+        for _ in range(warm_ups):
+            do()
+        _wait(device)
+        begin = time.monotonic()
+        for _ in range(TIMES):
+            do()
+        _wait(device)
+        return (time.monotonic() - begin) / TIMES
+
+    model.train()
+    first = list(steps(data.train, data.batching, FIRST_STEPS, world_size=world_size(config)))
+    usual = sorted(first, key=lambda step: _places(step.batches))[len(first) // 2]
+    part = usual._replace(batches=_some(usual.batches))
+    passes = seconds(lambda: add_gradients(part), WARM_UPS) / _places(part.batches)
+    for parameter in (p for p in model.parameters() if p.grad is not None):
+        parameter.grad.zero_()  # or a scaler may leave updates out, because float16 was too small for them
+    updating = seconds(update, 1)
+    optimizer.zero_grad()
+    add_gradients(longest_step(data.train, data.batching, world_size(config)))  # now that the optimizer has its state
+    optimizer.zero_grad()
+    validation = 0.0
+    if some := _some(data.val_batches):
+        scores = seconds(lambda: score_rows(fabric, model.module, some, StopRequest()), 1)
+        validation = scores * _places(data.val_batches) / _places(some) / world_size(config)
+    tokens = mean_tokens(data.train, data.batching)  # those of the first steps may be far from it
+    padded = sum(_places(step.batches) for step in first) / sum(step.tokens for step in first)
+    step = passes * padded * tokens + updating
+    return Pace(step=step, tokens=tokens, validation=validation, peak_gib=peak_gib(device))
+
+
+def _set_up(
+    config: FinetuneConfig, plan: Plan, device: torch.device
+) -> tuple[Fabric, _FabricModule, torch.optim.Optimizer]:
+    """What a run trains and trains it with, but for the weights."""
+    fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
+    shape, dtype = ModelConfig.load(config.checkpoint_dir), weights_dtype(config.precision)
+    model = random_model(shape, dtype, device, config.quantize, config.quantize_head)
+    add_lora(model, config.lora)
+    add_noise(model, config.train.neftune)
+    take_path(model, plan)
+    return fabric, *set_up(fabric, model, config)
+
+
+def _some(batches: list[Batch]) -> list[Batch]:
+    """At most PASSES of them, long ones and short ones."""
+    return batches[:: -(-len(batches) // PASSES) or 1]
+
+
+def _places(batches: list[Batch]) -> int:
+    """Tokens of these, padding included."""
+    return sum(batch.tokens.numel() for batch in batches)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

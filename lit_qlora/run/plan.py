@@ -1,0 +1,274 @@
+"""What a run will need, worked out before a weight is loaded."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lit_qlora.fused.memory import IN_TURNS, FastSizes, choose
+from lit_qlora.lora.embeddings import add_noise
+from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
+from lit_qlora.quantize import bits_per_weight, is_quantized
+from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
+
+GIB = 2**30
+SPARE = 0.05  # share of the GPU that blocks which need not be there leave free
+HOLES = 0.15  # of activations, lie between them and the weights that take their place; 0.14 on an H100
+HOST_SHARE = 0.8  # of the host's free memory may hold activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of a run. Bytes are those of one device."""
+
+    frozen: int
+    """Parameters of the base, as the checkpoint has them."""
+    trainable: int
+    """Parameters of the adapter."""
+    weights: float
+    """Bytes of the base as it is stored on the device."""
+    learning: float
+    """Bytes of the adapter, its gradients and, with lora.init, its start, all float32, and of the optimizer's state."""
+    activations: float
+    """Bytes that a micro-batch of the longest samples keeps for the backward pass; an estimate."""
+    recompute: tuple[Recompute, ...]
+    """What each block computes again."""
+    slow_because: str
+    """Why the fast path is not taken; '' if it is."""
+    graph_tokens: int = 0
+    """Tokens of the largest micro-batch that is padded for CUDA graphs; 0 if none is."""
+    graphs: float = 0.0
+    """Bytes of what the graphs share, an estimate; 0 where nothing is captured, for want of memory among others."""
+    kept_blocks: int = 0
+    """Blocks whose quantised weights are kept in 16 bit as well."""
+    kept: float = 0.0
+    """Bytes of them."""
+    stay: bool = False
+    """Whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay."""
+    host: float = 0.0
+    """Bytes of activations in the host's memory."""
+    fp8: bool = False
+    """Whether the products of the blocks' frozen weights are in FP8."""
+
+    @property
+    def total(self) -> float:
+        """Bytes at the peak."""
+        return self.weights + self.learning + self.activations + self.graphs + self.kept
+
+
+def make_plan(
+    model: ModelConfig,
+    lora: LoRAConfig,
+    quantize: Scheme,
+    quantize_head: bool,
+    dtype: torch.dtype,
+    tokens: int,
+    train: TrainConfig,
+    room: float | None,
+    state_bytes: float = 8.0,
+    usual: float | None = None,
+    host: float | None = None,
+    packed: bool = False,
+    rows: int | None = None,
+) -> Plan:
+    """The plan for micro-batches of `tokens` tokens, padding included.
+
+    Args:
+        usual: tokens of a usual micro-batch; None for no CUDA graphs.
+        room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
+        host: bytes of the host's memory that are free for this process; None if it is not known.
+        packed: whether rows are packed.
+        rows: of the largest micro-batch; by default train.micro_batch_size.
+        state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
+
+    Raises:
+        UsageError: if the LoRA settings do not fit the model, or train.fp8 is on and the fast path is not taken.
+    """
+    with torch.device("meta"):
+        gpt = GPT(model)
+        frozen = sum(p.numel() for p in gpt.parameters())
+        stored = _stored_bytes(gpt, quantize, quantize_head, dtype)
+        add_lora(gpt, lora)
+        add_noise(gpt, train.neftune)
+    trainable = count_trainable(gpt)
+    reason = _slow_because(gpt, dtype, train, room)
+    check_fp8(train.fp8, reason)
+    _check_kept(train, quantize, reason)
+    origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
+    policies: list[Recompute]
+    graph_tokens, graphs, kept_blocks, kept, stay, on_host = 0, 0.0, 0, 0.0, False, 0.0
+    if reason or room is None:
+        policies = [plain_recompute(train.recompute)] * model.n_layer
+        learning = origin + (8 + state_bytes) * trainable
+        activations = _activations(gpt, lora, dtype.itemsize, tokens, policies[0] == "full")
+    else:
+        copied = _largest_part(gpt) if trainable >= IN_TURNS else trainable
+        learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
+        adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
+        head_quantized = is_quantized("head", quantize, quantize_head)
+        sizes = FastSizes(model, lora.r, adapted, quantize != "none", head_quantized, train.fp8)
+        free = 0.97 * room - stored - learning
+        graph_tokens = _graph_tokens(model, train, rows or train.micro_batch_size, tokens, usual, packed)
+        tokens = max(tokens, graph_tokens)  # padded, even where nothing is captured
+        if train.recompute == "auto":
+            policies = choose(sizes, model.n_layer, tokens, free, math.inf if host is None else HOST_SHARE * host)
+        else:
+            policies = [train.recompute] * model.n_layer
+        activations, on_host = sizes.peak(policies, tokens), sizes.on_host(policies, tokens)
+        graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
+        if activations + graphs > free:  # they take only what is left, but before weights that are kept
+            graphs = 0.0
+        if quantize != "none" and not train.fp8:
+            spare = free - SPARE * room - activations - graphs
+            often = round(usual or tokens)
+            staying = [
+                0 if graphs and often <= graph_tokens else sum(sizes.stay(policies, often, kept))
+                for kept in range(model.n_layer + 1)
+            ]
+            kept_blocks, stay = _share(spare, sizes.dequantized, HOLES * activations, staying, train.keep_dequantized)
+            kept = kept_blocks * sizes.dequantized
+    return Plan(
+        frozen=frozen,
+        trainable=trainable,
+        weights=stored,
+        learning=learning,
+        activations=activations,
+        recompute=tuple(policies),
+        slow_because=reason,
+        graph_tokens=graph_tokens,
+        graphs=graphs,
+        kept_blocks=kept_blocks,
+        kept=kept,
+        stay=stay,
+        host=on_host,
+        fp8=train.fp8,
+    )
+
+
+def _stored_bytes(gpt: GPT, quantize: Scheme, quantize_head: bool, dtype: torch.dtype) -> float:
+    """Bytes of the base's weights."""
+    bits = 0.0
+    for path, parameter in gpt.named_parameters():
+        layer = path.removesuffix(".weight")
+        linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
+        scheme = quantize if linear and is_quantized(layer, quantize, quantize_head) else "none"
+        bits += parameter.numel() * bits_per_weight(scheme, dtype)
+    if gpt.config.tied_head and is_quantized("head", quantize, quantize_head):
+        bits += gpt.head.weight.numel() * bits_per_weight(quantize, dtype)  # the embedding is looked up as it is
+    return bits / 8
+
+
+def _share(
+    spare: float, each: float, holes: float, staying: list[int], wanted: int | Literal["auto"]
+) -> tuple[int, bool]:
+    """How many blocks are kept dequantised for good, and whether others' weights stay for the next forward pass.
+
+    The first saves two dequantisations a micro-batch, the second one: what saves more is taken.
+
+    Args:
+        spare: bytes that are left.
+        each: bytes of a block.
+        holes: bytes lost where weights stay.
+        staying: how many blocks' weights stay in a usual micro-batch if none, one, ... or all are kept.
+        wanted: train.keep_dequantized; 0 is for neither.
+    """
+
+    def kept(spare: float) -> int:
+        return min(len(staying) - 1, max(0, int(spare / each)) if wanted == "auto" else wanted)
+
+    alone, beside = kept(spare), kept(spare - holes)
+    fits = wanted != 0 and beside * each + holes <= spare
+    return (beside, True) if fits and 2 * beside + staying[beside] > 2 * alone else (alone, False)
+
+
+def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None:
+    """Raise UsageError if blocks are to be kept dequantised where none are dequantised."""
+    reason = slow_because or ("the base is not quantised" if quantize == "none" else "")
+    check(
+        train.keep_dequantized in (0, "auto") or not reason,
+        f"train.keep_dequantized is for a quantised base on the fast path: {reason}. Leave it out.",
+    )
+
+
+def _graph_tokens(
+    model: ModelConfig, train: TrainConfig, rows: int, tokens: int, usual: float | None, packed: bool
+) -> int:
+    """Tokens of the largest micro-batch that is padded for CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
+    from lit_qlora.fused.graphs import most_tokens, row_width
+    from lit_qlora.fused.support import GROWING
+
+    if train.cuda_graphs == "never" or usual is None or model.rope_scaling in GROWING:
+        return 0
+    most = most_tokens(model)
+    common, longest = (rows * row_width(model, math.ceil(count / rows), packed) for count in (usual, tokens))
+    return min(most, longest) if common <= most else 0
+
+
+def _largest_part(gpt: GPT) -> int:
+    """Numbers that learn in the block, or in the head, with the most of them."""
+    return max(sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (*gpt.blocks, gpt.head))
+
+
+def _low_rank(gpt: GPT) -> int:
+    """Numbers in all A and B."""
+    adapters = [module for module in gpt.modules() if isinstance(module, LoRALinear)]
+    return sum(adapter.lora_a.numel() + adapter.lora_b.numel() for adapter in adapters)
+
+
+def plain_recompute(setting: str) -> Recompute:
+    """What the plain path does for a setting: all or nothing."""
+    return "none" if setting in ("auto", "none") else "full"
+
+
+def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: float | None) -> str:
+    if not train.fast:
+        return "train.fast is false"
+    if room is None:
+        return "the fast one needs a CUDA device"
+    if dtype != torch.bfloat16:
+        return "the fast one needs bf16-true"
+    from lit_qlora.fused.support import why_not  # imports Triton
+
+    return why_not(gpt)
+
+
+def check_fp8(wanted: bool, slow_because: str) -> None:
+    """Raise UsageError if FP8 is wanted and the fast path, the only one that has it, is not taken."""
+    check(
+        not (wanted and slow_because),
+        f"train.fp8 is for the fast path alone, which this run cannot take: {slow_because}.\n"
+        "Leave out --train.fp8; the run then computes in the precision of --precision.",
+    )
+
+
+def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompute: bool) -> float:
+    """What the plain path keeps: inputs of norms and of adapted layers (with dropout's mask), attention, MLP products.
+
+    Frozen layers keep nothing, quantised or not: no gradient of their weights is wanted.
+    """
+    config = gpt.config
+    block = 2.0 * config.n_embd + 2 * (config.n_head + config.n_kv_head) * config.head_size
+    products = 3 if "glu" in config.ffn else 1
+    if config.n_expert:  # as if tokens spread evenly over the experts; a block without any counts as one with
+        block += products * (config.n_expert_per_token * config.expert_size + config.shared_expert_size)
+    else:
+        block += products * config.ffn_size
+    inputs, outputs = [0.0] * config.n_layer, [0.0] * config.n_layer
+    for i, layers in enumerate(gpt.blocks):
+        for path, module in layers.named_modules():
+            if isinstance(module, LoRALinear):
+                share = config.n_expert_per_token / config.n_expert if ".experts." in path else 1
+                inputs[i] += module.in_features * share
+                outputs[i] += module.out_features * share if lora.dora else 0  # what is scaled
+    each = [
+        tokens * ((block + taken + scaled) * itemsize + (taken if lora.dropout else 0))
+        for taken, scaled in zip(inputs, outputs, strict=True)
+    ]
+    kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)
+    logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
+    largest = max(config.ffn_size, config.n_head * config.head_size) * config.n_embd
+    widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
+    return kept + logits + widest

@@ -1,0 +1,216 @@
+"""Which checkpoint a run goes on from, and whether that would be the same run."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from lit_qlora import cli
+from lit_qlora.checkpoint.checkpoint import content_hash, read_manifest
+from lit_qlora.errors import CheckpointError, DataError, UsageError
+from lit_qlora.files.atomic import write_text
+from lit_qlora.report import Record, tell
+from lit_qlora.settings import FinetuneConfig
+from lit_qlora.train.training_state import COUNTERS, read_counters
+
+LOG = "log.jsonl"
+FINAL = "final"
+SUMMARY = "summary.json"
+SAMPLES = "samples.jsonl"
+HARMLESS = (
+    *("checkpoint_dir", "data.path", "data.val_path"),  # what they hold is compared, not where it is
+    *("quantize_cache", "data.cache_dir"),
+    *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run"),
+    *("quiet", "expect_trainable"),
+    *("devices", "num_nodes", "strategy", "deterministic"),
+    *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs", "train.keep_dequantized"),
+    *("train.save_every", "train.save_minutes", "train.keep_last", "eval", "guard", "log"),
+)
+"""Settings, or groups of them, that may change in the middle of a run: what is learnt does not depend on them."""
+LENGTH = ("train.epochs", "train.max_steps")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint of a run."""
+
+    path: Path
+    counters: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.counters["step"])
+
+
+def find(
+    config: FinetuneConfig, total: int, files: Mapping[str, str], versions: Mapping[str, str]
+) -> Checkpoint | None:
+    """The checkpoint that `config` goes on from, or None for a run that begins. Nothing is written.
+
+    Args:
+        total: optimizer steps of the run.
+        files: source of the data -> sha256.
+
+    Raises:
+        CheckpointError: if no checkpoint is whole, or the base is another one.
+        DataError: if the data is another one.
+        UsageError: if settings differ that change what is learnt.
+    """
+    assert config.out_dir is not None
+    if config.resume == "never":
+        return None
+    automatic = config.resume == "auto"
+    place = config.out_dir if automatic else Path(config.resume).resolve()  # OUT/best is a link
+    if automatic and not (place / LOG).exists():
+        return None
+    over = (_run_of(place) / SUMMARY).exists()
+    if automatic and over and not config.extend:
+        return None  # this is another run
+    checkpoint = newest(place)
+    if checkpoint is None:
+        if not automatic:
+            raise CheckpointError(f"resume {config.resume} is neither a checkpoint nor a run that has any.")
+        return None
+    check_same_run(config, files, checkpoint)
+    then = checkpoint.counters["versions"]
+    for name in (name for name in versions if then.get(name) != versions[name]):
+        tell(f"  note    the run began with {name} {then.get(name)} and goes on with {versions[name]}", sys.stderr)
+    if checkpoint.step > total or (checkpoint.step == total and over):
+        raise UsageError(
+            f"{checkpoint.path} is at step {checkpoint.step}, and the run has {total}: nothing is left to do.\n"
+            "--extend goes on with a larger train.epochs or train.max_steps."
+        )
+    return checkpoint
+
+
+def newest(place: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in the run `place`, or `place` itself if it is one; None if there are none.
+
+    Damaged ones are named and passed over.
+
+    Raises:
+        CheckpointError: if there are some, and all are damaged.
+    """
+    found = checkpoints(place) if _run_of(place) == place else [place]
+    damages = []
+    for path in found:
+        try:
+            if read_manifest(path) is None:
+                raise CheckpointError(f"{path} is incomplete: it has no manifest.json.")
+            return Checkpoint(path, read_counters(path))
+        except CheckpointError as error:
+            damages.append(str(error))
+            if len(damages) < len(found):
+                tell(f"  note    {error} The one before it is used.", sys.stderr)
+    if damages:
+        raise CheckpointError(
+            "No checkpoint of this run is whole:\n  " + "\n  ".join(damages) + "\n--resume never starts anew."
+        )
+    return None
+
+
+def _run_of(place: Path) -> Path:
+    """The run that a checkpoint is in; a run itself, which has a log, whatever it is called."""
+    called_so = place.name == FINAL or place.name.startswith("step-")
+    return place.parent if (called_so or (place / COUNTERS).exists()) and not (place / LOG).exists() else place
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """Directories of checkpoints in a run, the newest first; of a run that was extended, final is not the newest."""
+    steps = numbered(out_dir)[::-1]
+    final = out_dir / FINAL
+    if not final.is_dir():
+        return [path for _, path in steps]
+    try:
+        end = int(read_counters(final)["step"])
+    except (CheckpointError, ValueError, KeyError):
+        end = steps[0][0] if steps else 0  # damaged, which is said when it is read
+    newer = [path for step, path in steps if step > end]
+    return [*newer, final, *(path for step, path in steps if step <= end)]
+
+
+def before(out_dir: Path, checkpoint: Checkpoint) -> list[Path]:
+    """The checkpoints in `out_dir` that would be gone on from rather than `checkpoint`; all, if it is another run's."""
+    return list(takewhile(lambda path: not path.samefile(checkpoint.path), checkpoints(out_dir)))
+
+
+def numbered(out_dir: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run that are called after their steps, and these steps, the oldest first."""
+    return sorted((int(path.name[5:]), path) for path in out_dir.glob("step-*") if path.name[5:].isdigit())
+
+
+def check_same_run(config: FinetuneConfig, files: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raise a UserError that says what differs, unless going on from `checkpoint` is going on with the same run."""
+    then = checkpoint.counters
+    now, base = content_hash(config.checkpoint_dir), then["base"]
+    if now != base["sha256"]:
+        raise CheckpointError(
+            f"{config.checkpoint_dir} is not the base that the run in {checkpoint.path.parent} began with "
+            f"(sha256 {now[:12]}..., then {base['sha256'][:12]}...).\n--resume never starts anew."
+        )
+    allowed = (*HARMLESS, *LENGTH) if config.extend else HARMLESS
+    before, after = flat(then["config"]), flat(plain(config))
+    changed = [key for key in after if key in before and before[key] != after[key] and not _is_part_of(key, allowed)]
+    if changed:
+        width = max(len(key) for key in changed)
+        rows = [f"{key:<{width}}  {before[key]} -> {after[key]}" for key in changed]
+        hint = " --extend goes on with another length." if set(changed) <= set(LENGTH) else ""
+        over = (checkpoint.path.parent / SUMMARY).exists()
+        raise UsageError(
+            f"The run in {checkpoint.path.parent} is {'over' if over else 'not finished'}, and began with other "
+            "settings:\n  " + "\n  ".join(rows) + f"\n--resume never starts anew and moves it aside.{hint}"
+        )
+    if list(files.values()) != list(then["data"].values()) and not config.resume_changed_data:
+        raise DataError(
+            f"The data is not what the run in {checkpoint.path.parent} began with: "
+            f"{_differences(then['data'], files)}.\n"
+            "--resume_changed_data goes on regardless, --resume never starts anew."
+        )
+
+
+def plain(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings as JSON gives them back."""
+    values: dict[str, Any] = json.loads(json.dumps(cli.plain(asdict(config))))
+    return values
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in their groups as {"train.epochs": 3, ...}; one that is itself a table stays whole."""
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        rows |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return rows
+
+
+def read_log(path: Path, step: int) -> list[Record]:
+    """The records of a log up to `step`, without what was written after the checkpoint, or half."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the program was killed while it wrote this
+        if record["step"] <= step:
+            records.append(record)
+    return records
+
+
+def write_log(path: Path, records: list[Record]) -> None:
+    """Replace a log by these records."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _is_part_of(key: str, groups: tuple[str, ...]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    old, new = set(then.values()), set(now.values())
+    words = [f"{name} changed or is new" for name, digest in now.items() if digest not in old]
+    words += [f"{name} is gone" for name, digest in then.items() if digest not in new and name not in now]
+    return ", ".join(words) or "its files are in another order"

@@ -1,0 +1,141 @@
+"""The checkpoints of a run: which are saved, which is the best, which are removed."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+
+from lit_qlora import __version__
+from lit_qlora.checkpoint.checkpoint import content_hash, publish, temporary_directory
+from lit_qlora.data import RunData
+from lit_qlora.files.atomic import flush
+from lit_qlora.lora.adapter import save_adapter
+from lit_qlora.model.gpt import GPT
+from lit_qlora.report import RunLog
+from lit_qlora.run.resume import FINAL, numbered, plain
+from lit_qlora.settings import FinetuneConfig
+from lit_qlora.train.training_state import read_counters, state_files
+
+BEST = "best"
+
+
+class Saver:
+    """Saves the checkpoints of a run, and removes those that are too many.
+
+    Args:
+        last: the checkpoint in OUT that the run goes on from, if it does.
+
+    Attributes:
+        last: the newest one, and the step whose state it is.
+        best: the one that OUT/best is.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        fabric: Fabric,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        data: RunData,
+        total: int,
+        log: RunLog,
+        last: tuple[int, Path] | None = None,
+    ) -> None:
+        assert config.out_dir is not None
+        self.config, self.out_dir, self.fabric, self.data, self.log = config, config.out_dir, fabric, data, log
+        self.model, self.optimizer = model, optimizer
+        self.best = self._recall_best()
+        self.last = last
+        base = {"name": model.config.name, "path": str(config.checkpoint_dir)}
+        if fabric.is_global_zero:
+            base["sha256"] = content_hash(config.checkpoint_dir)
+        self.facts = {
+            "base": base,
+            "data": data.files,
+            "quantize": config.quantize,
+            "quantize_head": config.quantize_head,
+            "precision": config.precision,
+            "versions": versions(),
+        }
+        self.counters = {**self.facts, "config": plain(config), "total": total}
+
+    def __call__(self, step: int, over: bool) -> None:
+        """Save the state after `step` steps, as OUT/final if the run is over."""
+        folder = self.out_dir / (FINAL if over else step_name(step))
+        if (step, folder) != self.last and self.fabric.is_global_zero:
+            if over:
+                self._keep_earlier_final()
+            self.log.flush()  # a checkpoint must not be newer than the log
+            counters = {**self.counters, "step": step, "seconds": self.log.seconds}
+            state = state_files(self.fabric, self.model, self.optimizer, counters)
+            save_adapter(folder, self.model, self.config.lora, self.data.style, {**self.facts, "step": step}, state)
+            self._prune()
+        self.last = (step, folder)
+        self.fabric.barrier()
+
+    def keep(self, step: int) -> None:
+        """Let OUT/best be the state after `step` steps, which is the one that is now."""
+        if self.last is None or self.last[0] != step:
+            self(step, False)
+        assert self.last is not None
+        self._call_best(self.last[1])
+        if self.fabric.is_global_zero:
+            self._prune()
+
+    def _call_best(self, folder: Path) -> None:
+        self.best = folder
+        if self.fabric.is_global_zero:
+            link = self.out_dir / f"{BEST}.tmp-{os.getpid()}"
+            link.symlink_to(folder.name)
+            link.replace(self.out_dir / BEST)
+            flush(self.out_dir)
+
+    def _recall_best(self) -> Path | None:
+        """What OUT/best is, in a run that goes on; what it was may have been set aside."""
+        link = self.out_dir / BEST
+        if not link.is_symlink():
+            return None
+        if link.exists():
+            return link.resolve()
+        if self.fabric.is_global_zero:
+            link.unlink()
+        return None
+
+    def _keep_earlier_final(self) -> None:
+        """Before a lengthened run replaces its earlier OUT/final: keep that under another name.
+
+        It may be the best, and until the new one is in its place, the only checkpoint.
+        """
+        final = self.out_dir / FINAL
+        if not final.exists():
+            return
+        folder = self.out_dir / step_name(read_counters(final)["step"])
+        if not folder.exists():
+            with temporary_directory(folder) as temporary:
+                for file in final.iterdir():
+                    shutil.copyfile(file, temporary / file.name)
+                publish(temporary, folder)
+        if self.best and self.best.name == FINAL:
+            self._call_best(folder)
+
+    def _prune(self) -> None:
+        kept = {self.best.name} if self.best else set()
+        for _, old in numbered(self.out_dir)[: -self.config.train.keep_last]:
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+
+def step_name(step: int) -> str:
+    """The name of the checkpoint after so many steps."""
+    return f"step-{step:06d}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    names = ("torch", "lightning", "bitsandbytes", "safetensors")
+    return {"lit_qlora": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}

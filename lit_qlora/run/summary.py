@@ -1,0 +1,176 @@
+"""What a run leaves when it is over: summary.json, the pictures and pages, and the table at its end."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora import cli
+from lit_qlora.checkpoint.checkpoint import content_hash, count_parameters, read_manifest
+from lit_qlora.data import RunData
+from lit_qlora.evaluate.measures import best_and_worst
+from lit_qlora.evaluate.validation_inputs import question
+from lit_qlora.files.atomic import write_text
+from lit_qlora.lora.layer import count_trainable
+from lit_qlora.model.gpt import GPT
+from lit_qlora.report import Record, RunLog, duration, figures, short, smaller_is_better, tell
+from lit_qlora.run.reports import Answer, Outcome, one_line, plot_losses, write_page, write_report
+from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
+from lit_qlora.run.saver import BEST, versions
+from lit_qlora.settings import FinetuneConfig
+
+SHOWN = 3  # best and worst answers
+
+
+def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, scores: Tensor | None = None) -> None:
+    """Write summary.json, the pictures and the pages, and say what came out and what to type next.
+
+    Args:
+        scores: of the validation samples, see measures.score_rows.
+    """
+    assert config.out_dir is not None
+    out_dir = config.out_dir
+    log.close()
+    summary = summarize(config, model, log.records)
+    last = log.records[-1]["step"]
+    said = read_log(out_dir / SAMPLES, last)
+    best, worst = best_and_worst_answers(said, data, scores)
+    adapter, base = quote(f"{out_dir}/{FINAL}"), quote(str(config.checkpoint_dir))
+    following = (
+        f"python scripts/merge_lora.py --lora_path {adapter} --checkpoint_dir {base}\n"
+        f"python scripts/chat.py --checkpoint_dir {base} --lora_path {adapter}"
+    )
+    outcome = Outcome(
+        title=f"LoRA on {model.config.name}",
+        summary=summary,
+        records=log.records,
+        lengths=data.audit.lengths.tolist(),
+        limit=data.audit.max_length,
+        data=[data.audit.describe(), *data.audit.sources, *data.audit.notes()],
+        config=cli.to_yaml(config),
+        hashes=hashes(config, data),
+        following=following,
+        best=best,
+        worst=worst,
+        said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
+    )
+    write_pages(outcome, out_dir)
+    write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")  # the last: it says that the run is over
+    kept = f"   best {out_dir / BEST} -> {(out_dir / BEST).readlink()}" if (out_dir / BEST).is_symlink() else ""
+    lines = [
+        *table(log.records),
+        *(f"  best    {_shortly(answer)}" for answer in best if answer.said is not None),
+        *(f"  worst   {_shortly(answer)}" for answer in worst if answer.said is not None),
+        f"done    {duration(summary['seconds'])}   {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} a "
+        f"second   peak {summary['peak_gib']:.2f} GiB",
+        f"adapter {out_dir}/final{kept}",
+        f"report  {out_dir}/report.html   log.jsonl, loss.png, report.md beside it",
+        f"next    {following.splitlines()[0]}",
+    ]
+    tell("\n".join(lines))
+
+
+def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> dict[str, Any]:
+    """What summary.json holds."""
+    train = [record for record in records if "loss" in record]
+    val = [value for _, value in figures(records).get("val_loss", [])]
+    tokens, seconds = sum(record["tokens"] for record in train), train[-1]["seconds"]
+    storage = "" if config.quantize == "none" else f"{config.quantize} + "
+    targets = ",".join(map(str, config.lora.targets))
+    return {
+        "base": model.config.name,
+        "quantize": config.quantize,
+        "adapter": f"{storage}LoRA r={config.lora.r} on {targets}",
+        "precision": config.precision,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "trainable_parameters": count_trainable(model),
+        "frozen_parameters": count_parameters(model.config),
+        "steps": len(train),
+        "skipped_steps": sum(record.get("skipped", False) for record in train),
+        "tokens": tokens,
+        "samples": sum(record["samples"] for record in train),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_gib": train[-1]["peak_gib"],
+        "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]),
+        "val_loss_before": val[0] if val else None,
+        "val_loss": val[-1] if val else None,
+        "figures": {
+            name: {"before": values[0][1], "after": values[-1][1]} for name, values in figures(records).items()
+        },
+        "versions": versions(),
+    }
+
+
+def hashes(config: FinetuneConfig, data: RunData) -> dict[str, str]:
+    """What base, data and adapter are, to the bit."""
+    assert config.out_dir is not None
+    manifest = read_manifest(config.out_dir / FINAL) or {}
+    return {
+        f"base {config.checkpoint_dir}": content_hash(config.checkpoint_dir),
+        **{f"data {source}": digest for source, digest in data.files.items()},
+        **{f"{FINAL}/{name}": facts["sha256"] for name, facts in manifest.get("files", {}).items()},
+    }
+
+
+def best_and_worst_answers(
+    said: Sequence[Record], data: RunData, scores: Tensor | None
+) -> tuple[list[Answer], list[Answer]]:
+    """By chrF where the model was asked to answer validation samples, else by the loss of what was wanted."""
+    compared = [record for record in said if "wanted" in record]
+    if compared:
+        last = compared[-1]["step"]
+        answers = [
+            Answer(prompt=r["prompt"], wanted=r["wanted"], said=r["answer"], score=r["chrf"])
+            for r in compared
+            if r["step"] == last
+        ]
+        answers.sort(key=lambda answer: -answer.score)
+        best = answers[: min(SHOWN, -(-len(answers) // 2))]
+        return best, answers[len(best) :][-SHOWN:][::-1]
+    if scores is None:
+        return [], []
+    rows = [row for batch in data.val_batches for row in zip(batch.tokens, batch.labels, strict=True)]
+
+    def with_losses(numbers: Sequence[int]) -> list[Answer]:
+        return [
+            Answer(
+                prompt=asked.prompt, wanted=asked.wanted, said=None, score=float(scores[number, 0] / scores[number, 2])
+            )
+            for number in numbers
+            if (asked := question(data, *rows[number]))
+        ]
+
+    best_rows, worst_rows = best_and_worst(scores, SHOWN)
+    return with_losses(best_rows), with_losses(worst_rows)
+
+
+def write_pages(outcome: Outcome, out_dir: Path) -> None:
+    """loss.png, report.md and report.html."""
+    plot_losses(outcome.records, out_dir / "loss.png")
+    write_report(out_dir / "report.md", outcome)
+    write_page(out_dir / "report.html", outcome)
+
+
+def table(records: Sequence[Record]) -> list[str]:
+    """The figures of the validations before and after training, and the best, a line each."""
+    rows = [("", "before", "after", "best")]
+    for name, values in figures(records).items():
+        step, best = (min if smaller_is_better(name) else max)(values, key=lambda pair: pair[1])
+        rows.append((name, short(values[0][1]), short(values[-1][1]), f"{short(best)} (step {step})"))
+    if len(rows) == 1:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return [
+        "  "
+        + "   ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def _shortly(answer: Answer) -> str:
+    return f"chrF {answer.score:.2f}  {one_line(answer.prompt, 60)} -> {one_line(answer.said or '', 60)}"

@@ -1,0 +1,232 @@
+"""The training loop: steps in, an updated adapter out. It knows nothing of LoRA, quantisation or files."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
+from torch import Tensor
+
+from lit_qlora.data import Batch, Step
+from lit_qlora.device import peak_gib
+from lit_qlora.errors import NumericalError
+from lit_qlora.report import tell
+from lit_qlora.settings import TrainConfig
+from lit_qlora.train.guards import Guard, check_first_gradients
+from lit_qlora.train.optim import learning_rate
+from lit_qlora.train.parallel import sum_gradients
+from lit_qlora.train.signals import Stopped, StopRequest
+
+Record = dict[str, Any]
+
+
+class BadStepError(NumericalError):
+    """The numbers of a step went wrong.
+
+    Attributes:
+        step: what was computed; whoever knows files keeps it for a look.
+    """
+
+    def __init__(self, message: str, step: Step) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Validation(Protocol):
+    """When and how the model is validated."""
+
+    def due(self, step: int) -> bool:
+        """Whether it is time after `step` steps; rank 0's word counts."""
+        ...
+
+    def __call__(self, step: int) -> bool:
+        """Validate; False ends the run early."""
+        ...
+
+
+def train(
+    fabric: Fabric,
+    model: _FabricModule,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[Step],
+    total: int,
+    config: TrainConfig,
+    *,
+    log: Callable[[Record], None],
+    save: Callable[[int, bool], None],
+    validate: Validation,
+    guard: Guard,
+    stop: StopRequest | None = None,
+    seed: int = 0,
+    start: int = 0,
+    seconds: float = 0.0,
+    probe: Step | None = None,
+) -> None:
+    """Take one optimizer step for each of `steps`, up to number `total`.
+
+    The loss of a step is the mean over all its labelled tokens, or as data.weighting weighs them, however they are
+    split into rows, micro-batches and devices, so packing and train.micro_batch_size change memory and speed but not
+    the result. What is random in a step depends on `seed` and its number alone, so a run can go on after any step.
+
+    Args:
+        model: as fabric.setup returns it, with "loss" marked as a forward method.
+        steps: those after `start`.
+        log: gets a record for each step, on every rank.
+        save: is called with the number of steps done whenever a checkpoint is due, and whether the run is over.
+        validate: is asked after each step.
+        start: steps that were done before.
+        seconds: how long they took.
+        probe: is computed and forgotten before the first step, so that what does not fit fails at once.
+
+    Raises:
+        BadStepError: if the loss of a step is not finite; the step is not taken. Or as the guard decides.
+        Stopped: after saving, if `stop` has taken a signal.
+        torch.OutOfMemoryError: if not even single rows fit.
+    """
+    stop = stop or StopRequest()
+    begin = before = saved = time.monotonic()
+    paused = 0.0  # seconds since the last step that went to validating and saving
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    add_gradients = Gradients(fabric, model)
+    learners = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+    if probe:
+        add_gradients(probe)
+        optimizer.zero_grad()
+        if fabric.is_global_zero:
+            tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
+    for done, step in enumerate(steps, start=start + 1):
+        loss = sum_over_ranks(fabric, add_gradients(step, seed_of(seed, done, fabric.global_rank)))
+        sum_gradients(fabric, learners)
+        norm = fabric.clip_gradients(model, optimizer, max_norm=config.max_norm or math.inf, error_if_nonfinite=False)
+        assert isinstance(norm, Tensor)
+        loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
+        try:
+            guard.check_loss(done, loss_value)
+            may_update = guard.may_update(done, norm_value)
+        except NumericalError as error:
+            raise BadStepError(str(error), step) from None
+        if done == 1 and may_update:
+            check_first_gradients((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        rate = learning_rate(done - 1, total, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("factor", 1.0)
+        if may_update or scaler:  # a scaler leaves the update out by itself, and lowers its scale
+            optimizer.step()
+        optimizer.zero_grad()
+
+        now = time.monotonic()
+        record = {
+            "step": done,
+            "epoch": round(step.epoch, 4),
+            "loss": loss_value,
+            "lr": rate,
+            "grad_norm": norm_value,
+            "tokens": step.tokens,
+            "samples": step.samples,
+            "tokens_per_second": round(step.tokens / max(now - before - paused, 1e-9), 1),
+            "peak_gib": round(peak_gib(fabric.device), 3),
+            "seconds": round(seconds + now - begin, 3),
+        }
+        log(record if may_update else {**record, "skipped": True})
+        before = now
+        by_step = config.save_every and done % config.save_every == 0
+        by_clock = config.save_minutes and now - saved >= 60 * config.save_minutes
+        stop_number, save_due, validation_due = agree(
+            fabric, stop.signal, bool(by_step or by_clock), validate.due(done)
+        )
+        if save_due or stop_number or done == total:
+            save(done, done == total)  # before the validation, which may fail
+            saved = time.monotonic()
+        if validation_due and not stop_number:
+            go_on = validate(done)
+            (stop_number,) = agree(fabric, stop.signal)
+            early = not go_on and not stop_number
+            if done < total and (stop_number or early):
+                save(done, early)
+            if early:
+                return
+        if stop_number:
+            raise Stopped(stop_number, done)
+        paused = time.monotonic() - now
+
+
+class Gradients:
+    """Forward and backward of a step, in smaller micro-batches once memory has run out.
+
+    Attributes:
+        rows: most rows of a micro-batch; None leaves them as they come.
+    """
+
+    def __init__(self, fabric: Fabric, model: _FabricModule) -> None:
+        self.fabric, self.model = fabric, model
+        self.rows: int | None = None
+
+    def __call__(self, step: Step, seed: int = 0) -> Tensor:
+        """Add the gradients of a step to those of the parameters, and return this rank's part of its loss."""
+        while True:
+            torch.manual_seed(seed)
+            batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
+            try:
+                return self._take(batches, step.weight)
+            except torch.OutOfMemoryError:
+                widest = max(len(batch.tokens) for batch in batches)
+                if widest == 1 and not self.model.has_spare:
+                    raise
+            # Only here the exception is gone, and with it the tensors that it held.
+            self.model.zero_grad()
+            if not self.model.give_back():
+                self.rows = (widest + 1) // 2
+                tell(f"  memory  {widest} rows at a time did not fit; the step is done again with {self.rows}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _take(self, batches: list[Batch], weight: float) -> Tensor:
+        loss = torch.zeros((), device=self.fabric.device)
+        for batch in batches:
+            part = self.model.loss(*pinned(batch, self.fabric.device)) / weight
+            self.fabric.backward(part)
+            loss += part.detach()
+        return loss
+
+
+def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
+    """`batch` in parts of at most so many rows."""
+    if rows is None or len(batch.tokens) <= rows:
+        return [batch]
+    starts = range(0, len(batch.tokens), rows)
+    return [Batch(*(None if t is None else t[i : i + rows] for t in batch)) for i in starts]  # type: ignore[arg-type]
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """The seed of what is random in a step on a rank, such as dropout."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch where `device` can read it while the host goes on; the model moves it."""
+    if device.type == "cpu":
+        return batch
+    return Batch(*(None if t is None else t.pin_memory() for t in batch))  # type: ignore[arg-type]
+
+
+def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
+    """`value` summed over all processes."""
+    if fabric.world_size == 1:
+        return value
+    total = fabric.all_reduce(value, reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def agree(fabric: Fabric, *flags: int) -> tuple[int, ...]:
+    """The largest of each flag over all ranks: clocks and signals differ, and what follows must not."""
+    if fabric.world_size == 1:
+        return flags
+    agreed = fabric.all_reduce(torch.tensor(flags, device=fabric.device), reduce_op="max")
+    assert isinstance(agreed, Tensor)
+    return tuple(agreed.tolist())

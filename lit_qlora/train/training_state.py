@@ -1,0 +1,98 @@
+"""What a run needs to go on where it stopped: what learns, the optimizer, the counters.
+
+Randomness is no part of it, because that of a step depends on its number alone; nor is the order of the data, for the
+same reason. Tensors go to a safetensors file, everything else to JSON; nothing is pickled.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from lit_qlora.checkpoint import safetensors_io
+from lit_qlora.errors import CheckpointError
+
+TENSORS, COUNTERS = "train_state.safetensors", "state.json"
+FORMAT = 1
+
+Writers = dict[str, Callable[[Path], Any]]
+
+
+def state_files(
+    fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]
+) -> Writers:
+    """File name -> a function that writes it, for checkpoint.save_directory."""
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    rest = {
+        "format": FORMAT,
+        **counters,
+        "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
+        "precision": pack(fabric.strategy.precision.state_dict(), tensors, "precision"),
+    }
+    return {
+        TENSORS: lambda path: safetensors_io.write(path, tensors, tensors.items()),
+        COUNTERS: lambda path: path.write_text(json.dumps(rest, indent=1) + "\n"),
+    }
+
+
+def read_counters(folder: Path) -> dict[str, Any]:
+    """The counters that state_files was given.
+
+    Raises:
+        CheckpointError: if the folder holds an adapter alone, or a state of another format.
+    """
+    if not (folder / COUNTERS).is_file():
+        raise CheckpointError(f"{folder} holds an adapter, but no {COUNTERS} to go on from.")
+    state: dict[str, Any] = json.loads((folder / COUNTERS).read_text())
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / COUNTERS} has format {state.get('format')}; this version reads {FORMAT}.")
+    return state
+
+
+@torch.no_grad()
+def restore(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Bring model and optimizer into the state that lies in `folder`.
+
+    Raises:
+        CheckpointError: if it is the state of other parameters.
+    """
+    state, tensors = read_counters(folder), safetensors_io.read_all(folder / TENSORS)
+    learners = {f"model/{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    if {name: p.shape for name, p in learners.items()} != {name: t.shape for name, t in saved.items()}:
+        raise CheckpointError(f"{folder / TENSORS} holds other parameters than those that learn in this run.")
+    for name, parameter in learners.items():
+        parameter.copy_(saved[name])
+    optimizer.load_state_dict(unpack(state["optimizer"], tensors))
+    fabric.strategy.precision.load_state_dict(unpack(state["precision"], tensors))
+
+
+def pack(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+    """`value` as JSON can hold it; its tensors are put into `tensors`, under names that begin with `place`."""
+    if isinstance(value, Tensor):
+        tensors[place] = value.detach().clone()  # a name each, also where two are the same storage
+        return {"tensor": place}
+    if isinstance(value, dict):
+        return {"dict": [[key, pack(item, tensors, f"{place}/{key}")] for key, item in value.items()]}
+    if isinstance(value, tuple | list):
+        return {type(value).__name__: [pack(item, tensors, f"{place}/{i}") for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{place}: a {type(value).__name__} cannot be saved")
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `pack` was given."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: unpack(item, tensors) for key, item in content}
+    items = [unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items

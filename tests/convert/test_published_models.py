@@ -1,0 +1,267 @@
+"""The sizes in config.json of published models give exactly the parameters that their pages on the hub count."""
+
+from typing import Any
+
+import pytest
+
+from lit_qlora.checkpoint.checkpoint import count_parameters
+from lit_qlora.convert.families import FAMILIES, read_config
+
+
+def llama_like(
+    kind: str, layers: int, width: int, heads: int, kv_heads: int, inside: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """A config.json in the keys that most families use."""
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inside,
+        "vocab_size": vocabulary,
+    }
+    return {"model_type": kind, **sizes, **more}
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama-2-7b": (
+        llama_like("llama", 32, 4096, 32, 32, 11_008, 32_000, max_position_embeddings=4096, rms_norm_eps=1e-05),
+        6_738_415_616,
+    ),
+    "Llama-3.1-8B": (
+        llama_like(
+            "llama",
+            32,
+            4096,
+            32,
+            8,
+            14_336,
+            128_256,
+            rope_theta=500000.0,
+            rope_scaling={
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            max_position_embeddings=131072,
+        ),
+        8_030_261_248,
+    ),
+    "Llama-3.2-1B": (
+        llama_like("llama", 16, 2048, 32, 8, 8192, 128_256, head_dim=64, tie_word_embeddings=True),
+        1_235_814_400,
+    ),
+    "TinyLlama-1.1B": (llama_like("llama", 22, 2048, 32, 4, 5632, 32_000), 1_100_048_384),
+    "SmolLM2-135M": (llama_like("llama", 30, 576, 9, 3, 1536, 49_152, tie_word_embeddings=True), 134_515_008),
+    "Mistral-7B-v0.1": (llama_like("mistral", 32, 4096, 32, 8, 14_336, 32_000, sliding_window=4096), 7_241_732_096),
+    "Mistral-Nemo": (
+        llama_like("mistral", 40, 5120, 32, 8, 14_336, 131_072, head_dim=128, sliding_window=None),
+        12_247_782_400,
+    ),
+    "Mixtral-8x7B": (
+        llama_like("mixtral", 32, 4096, 32, 8, 14_336, 32_000, num_local_experts=8, num_experts_per_tok=2),
+        46_702_792_704,
+    ),
+    "Qwen2.5-0.5B": (
+        llama_like(
+            "qwen2",
+            24,
+            896,
+            14,
+            2,
+            4864,
+            151_936,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+            sliding_window=32768,
+        ),
+        494_032_768,
+    ),
+    "Qwen2.5-7B": (llama_like("qwen2", 28, 3584, 28, 4, 18_944, 152_064), 7_615_616_512),
+    "Qwen3-0.6B": (
+        llama_like("qwen3", 28, 1024, 16, 8, 3072, 151_936, head_dim=128, tie_word_embeddings=True),
+        596_049_920,
+    ),
+    "Qwen3-8B": (llama_like("qwen3", 36, 4096, 32, 8, 12_288, 151_936, head_dim=128), 8_190_735_360),
+    "Qwen3-30B-A3B": (
+        llama_like(
+            "qwen3_moe",
+            48,
+            2048,
+            32,
+            4,
+            6144,
+            151_936,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+        ),
+        30_532_122_624,
+    ),
+    "gemma-2b": (llama_like("gemma", 18, 2048, 8, 1, 16_384, 256_000, head_dim=256), 2_506_172_416),
+    "gemma-2-2b": (llama_like("gemma2", 26, 2304, 8, 4, 9216, 256_000, head_dim=256), 2_614_341_888),
+    "gemma-3-1b": (llama_like("gemma3_text", 26, 1152, 4, 1, 6912, 262_144, head_dim=256), 999_885_952),
+    "gemma-3-270m": (llama_like("gemma3_text", 18, 640, 4, 1, 2048, 262_144, head_dim=256), 268_098_176),
+    "phi-2": (llama_like("phi", 32, 2560, 32, 32, 10_240, 51_200, partial_rotary_factor=0.4), 2_779_683_840),
+    "Phi-3-mini": (llama_like("phi3", 32, 3072, 32, 32, 8192, 32_064), 3_821_079_552),
+    "phi-4": (llama_like("phi3", 40, 5120, 40, 10, 17_920, 100_352), 14_659_507_200),
+    "Phi-4-mini": (
+        llama_like("phi3", 32, 3072, 24, 8, 8192, 200_064, tie_word_embeddings=True, partial_rotary_factor=0.75),
+        3_836_021_760,
+    ),
+    "gpt2": (
+        {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+        124_439_808,
+    ),
+    "falcon-7b": (
+        llama_like(
+            "falcon",
+            32,
+            4544,
+            71,
+            71,
+            18_176,
+            65_024,
+            multi_query=True,
+            new_decoder_architecture=False,
+            parallel_attn=True,
+            bias=False,
+            alibi=False,
+        ),
+        6_921_720_704,
+    ),
+    "falcon-40b": (
+        llama_like(
+            "falcon",
+            60,
+            8192,
+            128,
+            128,
+            32_768,
+            65_024,
+            num_kv_heads=8,
+            new_decoder_architecture=True,
+            parallel_attn=True,
+            bias=False,
+            alibi=False,
+        ),
+        41_303_293_952,
+    ),
+    "pythia-70m": (llama_like("gpt_neox", 6, 512, 8, 8, 2048, 50_304), 70_426_624),
+    "pythia-1b": (llama_like("gpt_neox", 16, 2048, 8, 8, 8192, 50_304), 1_011_781_632),
+    "stablelm-3b-4e1t": (llama_like("stablelm", 32, 2560, 32, 32, 6912, 50_304), 2_795_443_200),
+    "stablelm-2-1_6b": (llama_like("stablelm", 24, 2048, 32, 32, 5632, 100_352, use_qkv_bias=True), 1_644_515_328),
+    "stablelm-2-12b": (
+        llama_like(
+            "stablelm",
+            40,
+            5120,
+            32,
+            8,
+            13_824,
+            100_352,
+            use_qkv_bias=False,
+            qk_layernorm=True,
+            use_parallel_residual=True,
+        ),
+        12_143_185_920,
+    ),
+    "starcoder2-3b": (llama_like("starcoder2", 30, 3072, 24, 2, 12_288, 49_152), 3_030_371_328),
+    "OLMo-1B": (llama_like("olmo", 16, 2048, 16, 16, 8192, 50_304, tie_word_embeddings=True), 1_176_764_416),
+    "OLMo-2-7B": (llama_like("olmo2", 32, 4096, 32, 32, 11_008, 100_352), 7_298_617_344),
+    "Olmo-3-7B": (llama_like("olmo3", 32, 4096, 32, 32, 11_008, 100_278), 7_298_011_136),
+    "SmolLM3-3B": (llama_like("smollm3", 36, 2048, 16, 4, 11_008, 128_256), 3_075_098_624),
+    "command-r": (llama_like("cohere", 40, 8192, 64, 64, 22_528, 256_000), 34_980_831_232),
+    "command-r-plus": (llama_like("cohere", 64, 12_288, 96, 8, 33_792, 256_000, use_qk_norm=True), 103_810_674_688),
+    "gpt-oss-20b": (
+        llama_like("gpt_oss", 24, 2880, 64, 8, 2880, 201_088, head_dim=64, num_local_experts=32),
+        20_914_757_184,
+    ),
+    "gpt-oss-120b": (
+        llama_like("gpt_oss", 36, 2880, 64, 8, 2880, 201_088, head_dim=64, num_local_experts=128),
+        116_829_156_672,
+    ),
+    "DeepSeek-V2-Lite": (
+        llama_like(
+            "deepseek_v2",
+            27,
+            2048,
+            16,
+            16,
+            10_944,
+            102_400,
+            q_lora_rank=None,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            n_routed_experts=64,
+            n_shared_experts=2,
+            num_experts_per_tok=6,
+            moe_intermediate_size=1408,
+            first_k_dense_replace=1,
+        ),
+        15_706_484_224,
+    ),
+    "DeepSeek-V3": (
+        llama_like(
+            "deepseek_v3",
+            61,
+            7168,
+            128,
+            128,
+            18_432,
+            129_280,
+            n_routed_experts=256,
+            n_shared_experts=1,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
+            first_k_dense_replace=3,
+            n_group=8,
+            topk_group=4,
+        ),
+        671_026_419_200,
+    ),
+    "GLM-4-9B": (llama_like("glm4", 40, 4096, 32, 2, 13_696, 151_552, head_dim=128), 9_400_279_040),
+    "Seed-OSS-36B": (llama_like("seed_oss", 64, 5120, 80, 8, 27_648, 155_136, head_dim=128), 36_151_104_512),
+    "EXAONE-4.0-1.2B": (
+        llama_like(
+            "exaone4",
+            30,
+            2048,
+            32,
+            8,
+            4096,
+            102_400,
+            tie_word_embeddings=True,
+            sliding_window=None,
+            layer_types=["full_attention"] * 30,
+        ),
+        1_279_391_488,
+    ),
+    "Hunyuan-0.5B": (
+        llama_like("hunyuan_v1_dense", 24, 1024, 16, 8, 3584, 120_818, head_dim=128, tie_word_embeddings=True),
+        539_010_048,
+    ),
+}
+LARGE = {"DeepSeek-V3", "gpt-oss-120b", "Qwen3-30B-A3B"}
+"""Tens of thousands of experts take some seconds even without their weights."""
+SIZES = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in PUBLISHED]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_published_model_has_the_parameters_that_its_page_counts(name: str) -> None:
+    config, parameters = PUBLISHED[name]
+    assert count_parameters(read_config(config, name)) == parameters
+
+
+def test_nearly_every_family_is_among_them() -> None:
+    assert set(FAMILIES) - {config["model_type"] for config, _ in PUBLISHED.values()} == {
+        *("cohere2", "glm", "granite", "ministral", "ministral3"),
+    }

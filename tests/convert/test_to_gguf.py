@@ -1,0 +1,280 @@
+"""A GGUF file, read back, holds the model tensor by tensor, in the order that llama.cpp computes with."""
+
+import dataclasses
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.convert.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, read_vocabulary
+from lit_qlora.convert.to_gguf import Kind, check_supported, export_gguf, gguf_name
+from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.tokenizer import Tokenizer
+from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
+from tests.prompts.test_tokenizer import byte_level, metaspace, write_json
+from tests.reference import CASES, hugging_face_model
+
+gguf = pytest.importorskip("gguf")
+TOKENS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(0))
+GROUPED = [case for case, (family, _) in CASES.items() if family in ("llama", "mistral", "qwen2")]
+REFUSED = {case for case in GROUPED if any(word in case for word in ("dynamic", "yarn", "longrope", "qwen2-window"))}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Settings, tensors in float32, and how each is stored."""
+    reader = gguf.GGUFReader(path)
+    settings = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    return settings, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
+
+
+def with_vocabulary(directory: Path, size: int) -> None:
+    """A byte-level tokenizer of at most `size` tokens, as small as a random model's embedding."""
+    tokens = ["</s>", *(chr(ord("a") + i) for i in range(26))]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": []}
+    added = {"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    steps = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    added["normalized"] = False
+    spec = {"version": "1.0", "added_tokens": [added], "pre_tokenizer": steps, "model": model}
+    model["vocab"]["ab"] = len(tokens)
+    model["merges"] = [["a", "b"]]
+    assert len(model["vocab"]) <= size
+    write_json(directory / "tokenizer.json", spec)
+    write_json(directory / "tokenizer_config.json", {"eos_token": "</s>", "chat_template": "{{ messages }}"})
+
+
+@pytest.mark.parametrize("case", sorted(set(GROUPED) - REFUSED))
+def test_the_file_computes_what_the_model_computes(case: str, tmp_path: Path) -> None:
+    """llama.cpp's llama turns neighbouring features; our model can too, and then its logits are the same."""
+    hugging_face_model(tmp_path, case)
+    convert_hf_checkpoint(tmp_path, tmp_path)
+    with_vocabulary(tmp_path, 96)
+    export_gguf(tmp_path, tmp_path / "model.gguf", "f32")
+    settings, tensors, _ = read(tmp_path / "model.gguf")
+    model = load_model(tmp_path)
+    interleaved = settings["general.architecture"] == "llama"
+    assert interleaved == (CASES[case][0] != "qwen2")
+    other = GPT(dataclasses.replace(model.config, rope_interleaved=interleaved))
+    names = dict(other.named_parameters())
+    assert {gguf_name(name) for name in names} == set(tensors) - {"rope_freqs.weight"}
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(tensors[gguf_name(name)])
+        length = settings[f"{settings['general.architecture']}.context_length"]
+        tokens = TOKENS[:, :length]
+        torch.testing.assert_close(other(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    hugging_face_model(tmp_path, case)
+    config = convert_hf_checkpoint(tmp_path, tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be written as GGUF: it has .*(rope_scaling|sliding_window)"):
+        check_supported(config)
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "gemma2", "mixtral"])
+def test_other_families_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    hugging_face_model(tmp_path, case)
+    convert_hf_checkpoint(tmp_path, tmp_path, name="some/model")
+    with pytest.raises(CheckpointError, match=f"families llama, mistral, qwen2; some/model is a {CASES[case][0]}"):
+        export_gguf(tmp_path, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint with a SentencePiece tokenizer and a row that is no multiple of 32."""
+    directory = write_checkpoint(tmp_path / "model", tiny_model(ffn_size=120))
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "bf16", "f32"])
+def test_tensors_are_those_of_the_checkpoint_as_nearly_as_their_type_can(kind: Kind, checkpoint: Path) -> None:
+    export_gguf(checkpoint, checkpoint.with_name("model.gguf"), kind)
+    _, tensors, stored = read(checkpoint.with_name("model.gguf"))
+    model = load_model(checkpoint)
+    for name, parameter in model.named_parameters():
+        weight, actual = parameter.detach(), tensors[gguf_name(name)]
+        if "query" in name or "key" in name:
+            heads = 4 if "query" in name else 2
+            actual = actual.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        short = weight.shape[-1] % 32 != 0
+        expected = "F32" if weight.ndim == 1 else "F16" if kind == "q8_0" and short else kind.upper()
+        assert stored[gguf_name(name)] == expected
+        if expected == "Q8_0":
+            blocks = weight.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(*weight.shape[:-1], -1, 32)
+            assert ((actual - weight).abs() <= blocks.flatten(-2) / 127 * 0.501 + weight.abs() * 2**-10).all()
+        else:
+            dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[expected]
+            assert torch.equal(actual, weight.to(dtype).float())
+
+
+def test_settings_are_those_of_the_model(checkpoint: Path) -> None:
+    export_gguf(checkpoint, checkpoint.with_name("model.gguf"), "f16")
+    settings, _, _ = read(checkpoint.with_name("model.gguf"))
+    expected = {
+        "general.architecture": "llama",
+        "general.name": "test/tiny",
+        "general.file_type": 1,
+        "llama.context_length": 96,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 120,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": 10_000.0,
+        "llama.vocab_size": 320,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+
+
+def test_a_window_limits_the_context_in_which_llama_cpp_computes_the_same(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "m", tiny_model(family="mistral", sliding_window=8))
+    write_tokenizer(directory)
+    export_gguf(directory, tmp_path / "m.gguf")
+    assert read(tmp_path / "m.gguf")[0]["llama.context_length"] == 8
+
+
+def test_linear_scaling_is_a_setting_and_llama3s_a_tensor(tmp_path: Path) -> None:
+    linear = write_checkpoint(tmp_path / "linear", tiny_model(rope_scaling="linear", rope_factor=4.0))
+    llama3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_block_size": 32, "head_size": 64}
+    write_checkpoint(tmp_path / "llama3", tiny_model(**llama3))
+    for directory in (linear, tmp_path / "llama3"):
+        write_tokenizer(directory)
+        export_gguf(directory, directory.with_suffix(".gguf"))
+    settings, _, _ = read(tmp_path / "linear.gguf")
+    assert (settings["llama.rope.scaling.type"], settings["llama.rope.scaling.factor"]) == ("linear", 4.0)
+    factors = read(tmp_path / "llama3.gguf")[1]["rope_freqs.weight"]
+    assert factors.shape == (32,)
+    assert factors[0] == 1
+    assert factors[-1] == pytest.approx(8)
+    assert (factors.diff() >= 0).all()
+
+
+def test_sentencepiece_tokens_keep_their_scores_and_kinds(checkpoint: Path) -> None:
+    vocabulary = read_vocabulary(checkpoint, 320)
+    ours = Tokenizer(checkpoint)
+    assert vocabulary.tokens[:3] == ["<unk>", "<s>", "</s>"]
+    assert vocabulary.kinds[:3] == [2, CONTROL, CONTROL]
+    assert (vocabulary.tokens[3], vocabulary.kinds[3]) == ("<0x00>", BYTE)
+    assert vocabulary.kinds[ours.size :] == [UNUSED] * (320 - ours.size)
+    assert vocabulary.tokens[319] == "[PAD319]"
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.adds_bos, vocabulary.prefix) == (1, 2, True, True)
+    assert merged_by_score(vocabulary, "▁What▁is▁1▁plus▁23?") == ours.encode("What is 1 plus 23?", bos=False)
+
+
+def merged_by_score(vocabulary: Any, text: str) -> list[int]:
+    """What llama.cpp does with scores: join the neighbours whose piece has the highest, leftmost first."""
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    parts = list(text)
+    while True:
+        pairs = [(-vocabulary.scores[ids[a + b]], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ids]
+        if not pairs:
+            return [ids[part] for part in parts]
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_scores_stand_for_the_merges_of_a_tokenizer_json_with_blocks(tmp_path: Path) -> None:
+    metaspace(tmp_path)
+    vocabulary = read_vocabulary(tmp_path, 600)
+    assert not vocabulary.merges
+    assert vocabulary.kinds[:3] == [2, CONTROL, CONTROL]
+    assert merged_by_score(vocabulary, "▁What▁is▁1▁plus▁12?") == Tokenizer(tmp_path).encode(
+        "What is 1 plus 12?", bos=False
+    )
+
+
+def test_byte_level_tokens_keep_their_merges(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    size = len(spec["model"]["vocab"])
+    extra = {"id": size, "content": "<think>", "special": False, "single_word": False, "lstrip": False}
+    spec["added_tokens"].append(extra | {"rstrip": False, "normalized": False})
+    write_json(tmp_path / "tokenizer.json", spec)
+    vocabulary = read_vocabulary(tmp_path, size + 5)
+    assert vocabulary.merges == [" ".join(pair) for pair in spec["model"]["merges"]]
+    assert (vocabulary.split, vocabulary.bos_id, vocabulary.adds_bos) == ("gpt-2", None, False)
+    assert vocabulary.kinds[size] == USER_DEFINED
+    assert vocabulary.kinds[0] == CONTROL
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
+def test_how_a_text_is_cut_has_a_name(name: str, tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    pattern = next(pattern for pattern, split in SPLITS.items() if split == name)
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, {**spec["pre_tokenizer"], "use_regex": False}]}
+    write_json(tmp_path / "tokenizer.json", spec)
+    assert read_vocabulary(tmp_path, 600).split == name
+    cut["pattern"]["Regex"] = r"\w+"
+    write_json(tmp_path / "tokenizer.json", spec)
+    with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
+        read_vocabulary(tmp_path, 600)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 300 tokens, the model 299 embeddings"):
+        read_vocabulary(checkpoint, 299)
+
+
+def test_the_chat_template_comes_along(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    export_gguf(checkpoint, checkpoint.with_name("model.gguf"))
+    assert read(checkpoint.with_name("model.gguf"))[0]["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_of_several_chat_templates_the_default_comes_along(checkpoint: Path) -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]
+    write_json(checkpoint / "tokenizer_config.json", {"eos_token": "</s>", "chat_template": named})
+    export_gguf(checkpoint, checkpoint.with_name("model.gguf"))
+    assert read(checkpoint.with_name("model.gguf"))[0]["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_values_that_sixteen_bits_cannot_hold_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.blocks[1].mlp.up.weight.data[0, 0] = 1e5
+    directory = write_checkpoint(tmp_path / "m", model)
+    write_tokenizer(directory)
+    with pytest.raises(CheckpointError, match=r"blocks.1.mlp.up.weight has values up to 100000, which f16 cannot hold"):
+        export_gguf(directory, tmp_path / "m.gguf", "f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    export_gguf(directory, tmp_path / "m.gguf", "bf16")
+
+
+def test_no_file_is_overwritten(checkpoint: Path) -> None:
+    out = checkpoint.with_name("model.gguf")
+    out.write_text("mine")
+    with pytest.raises(UsageError, match="exists"):
+        export_gguf(checkpoint, out)
+    assert out.read_text() == "mine"
+
+
+def test_a_model_without_the_package_says_what_to_install(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(UsageError, match=r"pip install \"lit_qlora\[gguf\]\""):
+        export_gguf(checkpoint, checkpoint.with_name("model.gguf"))
+
+
+def test_the_command_exports_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("scripts/convert_gguf.py")
+    demo, out = ROOT / "checkpoints/lit-qlora/tiny-world", tmp_path / "demo.gguf"
+    script.main(script.GgufConfig(checkpoint_dir=demo, out_file=out))
+    assert capsys.readouterr().out == f"exported lit-qlora/tiny-world as q8_0, 0.00 GB: {out}\n"
+    settings, tensors, _ = read(out)
+    assert len(tensors) == len(list(GPT(ModelConfig.load(demo)).parameters()))
+    assert len(settings["tokenizer.ggml.tokens"]) == 1280

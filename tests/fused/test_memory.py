@@ -1,0 +1,96 @@
+"""What the fast path keeps of a micro-batch, when, and which blocks compute again so that it fits."""
+
+from typing import Any
+
+import pytest
+
+from lit_qlora.fused.memory import COST, FastSizes, choose, head_tokens
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.settings import Recompute
+from tests.conftest import tiny_config
+
+BLOCKS = 8
+WIDE: dict[str, Any] = {"n_embd": 256, "n_head": 4, "n_kv_head": 4, "head_size": 64, "ffn_size": 704}
+
+
+def sizes(**changes: Any) -> FastSizes:
+    config: ModelConfig = tiny_config(n_layer=BLOCKS, **{**WIDE, **changes})
+    return FastSizes(config, rank=4, adapted=7, quantized=True)
+
+
+def test_the_peak_is_in_the_backward_pass_of_the_last_block_where_all_do_the_same() -> None:
+    one = sizes()
+    for policy in COST:
+        more = one.peak([policy] * BLOCKS, 512) - one.peak([policy] * (BLOCKS - 1), 512)
+        assert more == pytest.approx(one.kept(policy, 512))
+
+
+def test_fewer_logits_exist_where_the_vocabulary_is_large() -> None:
+    assert [head_tokens(vocab) for vocab in (32_000, 128_256, 1_000_000)] == [2048, 512, 256]
+
+
+@pytest.mark.parametrize(("vocab", "bytes_"), [(16, 8 * 512 * 256), (1_000_000, 4 * 512 * 256 + 2 * 256 * 1_000_000)])
+def test_the_head_needs_two_pairs_of_streams_or_one_beside_logits(vocab: int, bytes_: int) -> None:
+    one = sizes(vocab_size=vocab)
+    *_, last = one._moments(["full"] * BLOCKS, 512)
+    assert last == BLOCKS * one.kept("full", 512) + bytes_
+
+
+def test_blocks_that_keep_all_are_gone_when_those_before_them_compute_again() -> None:
+    one = sizes(vocab_size=16)
+    mixed: list[Recompute] = [*["full"] * (BLOCKS - 1), "none"]
+    kept = (BLOCKS - 1) * one.kept("full", 512)
+    first = one.peak(["full"] * (BLOCKS - 1), 512)  # when the last one is done
+    second = one.peak(["none"], 512) + kept  # when it is not
+    workspaces = one.peak(["full"], 0)
+    assert one.peak(mixed, 512) == pytest.approx(max(first, second - one.peak(["none"], 0) + workspaces))
+    assert one.peak(mixed, 512) < first + one.kept("none", 512)
+
+
+@pytest.mark.parametrize("tokens", [64, 512, 4096])
+@pytest.mark.parametrize("others", COST)
+@pytest.mark.parametrize("keep_all", [0, 1, 3, BLOCKS])
+def test_weights_that_stay_never_raise_the_peak(tokens: int, others: Recompute, keep_all: int) -> None:
+    one = sizes()
+    policies: list[Recompute] = [*[others] * (BLOCKS - keep_all), *["none"] * keep_all]  # type: ignore[list-item]
+    stay, most = one.stay(policies, tokens), one.peak(policies, tokens)
+    for i in range(BLOCKS):  # a block's activations lie beside the weights of those that follow and its own
+        held = sum(stay[i:]) * one.dequantized
+        assert one.peak(policies[: i + 1], tokens) + held <= most or not held
+
+
+def test_more_tokens_make_room_for_more_weights() -> None:
+    one = sizes()
+    counts = [sum(one.stay(["none"] * BLOCKS, tokens)) for tokens in (16, 256, 512, 2048)]
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert counts[-1] == BLOCKS - 1  # all but the last, whose activations are there
+    assert not any(one.stay(["offload"] * BLOCKS, 2048))
+
+
+def test_what_goes_to_the_host_needs_memory_there() -> None:
+    one = sizes()
+    all_ = one.on_host(["offload"] * BLOCKS, 512)
+    assert all_ == BLOCKS * 3 * 2 * 512 * 256 + BLOCKS // 2 * 2 * 512 * 1024  # qkv of every other block, as 2^n bytes
+    assert one.on_host(["none", "full", "attn", "mlp"] * 2, 512) == 0
+    free = one.peak(["offload"] * BLOCKS, 512)
+    assert "offload" in choose(one, BLOCKS, 512, free, all_)
+    assert "offload" not in choose(one, BLOCKS, 512, free, all_ / 100)
+    assert choose(one, BLOCKS, 512, 0, 0) == ["full"] * BLOCKS
+    assert choose(one, BLOCKS, 512, 0) == ["offload"] * BLOCKS
+
+
+def test_the_fastest_mix_that_fits_is_chosen() -> None:
+    one = sizes()
+    costs = []
+    for share in (2.0, 1.0, 0.8, 0.5, 0.3, 0.0):
+        free = share * one.peak(["none"] * BLOCKS, 512)
+        policies = choose(one, BLOCKS, 512, free)
+        costs.append(sum(COST[policy] for policy in policies))
+        least = min(one.peak([policy] * BLOCKS, 512) for policy in COST)
+        assert one.peak(policies, 512) <= max(free, least)
+        kept = [one.kept(policy, 512) for policy in policies]
+        assert kept == sorted(kept)  # the last keep all: their backward pass comes first
+    assert costs[:2] == [0, 0]
+    assert costs == sorted(costs)
+    assert len(set(costs)) > 3

@@ -1,0 +1,129 @@
+"""The decoding step of few launches gives the logits of the plain model, for every kind of model that it takes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.generation.decode_step import FastStep
+from lit_qlora.generation.slot_cache import SlotCache
+from lit_qlora.kernels import small_batch_linear
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.lora.adapter_switch import Selection, SwitchedLinear
+from lit_qlora.lora.layer import LoRALinear, add_lora
+from lit_qlora.model.gpt import GPT, KVCache
+from lit_qlora.quantize import quantize_linears
+from lit_qlora.settings import SCHEMES, LoRAConfig, Scheme
+from tests.conftest import tiny_model
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPTS = [[5, 9, 20, 7, 8, 1, 2], [7]]
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "window": {"sliding_window": 4},
+    "neox": {"norm": "layer", "ffn": "gelu", "parallel_residual": True, "rope_fraction": 0.25, "n_kv_head": 4},
+    "mqa": {"n_kv_head": 1, "qkv_bias": True, "attention_scale": 0.2},
+    "qwen3": {"qk_norm": "head", "tied_head": True, "head_size": 32},
+    "gemma": {"norm": "rms_plus_one", "norm_position": "both", "ffn": "geglu_tanh", "embedding_multiplier": 8.0}
+    | {"logit_softcap": 3.0},
+    "olmo2": {"norm_position": "after", "qk_norm": "full"},
+    "gpt2": {"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", "mlp_bias": True, "projection_bias": True},
+    "granite": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "rope_interleaved": True},
+}
+UNSUITED: dict[str, dict[str, Any]] = {
+    "experts": {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32},
+    "softcap": {"attention_softcap": 5.0},
+    "late norms": {"qk_norm": "head", "qk_norm_after_rope": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are taken for large ones, because it is programs that Triton's interpreter takes its time for."""
+    monkeypatch.setattr(small_batch_linear, "MANY", 1)
+
+
+def steps(model: GPT, fast: bool, prompts: list[list[int]] = PROMPTS, count: int = 2) -> list[Tensor]:
+    """The logits of some steps, each after tokens that are the same whatever the logits were."""
+    cache = SlotCache(model.config, len(prompts), 32, model.embed.weight.dtype, DEVICE)
+    with torch.no_grad():
+        for row, prompt in enumerate(prompts):
+            own = KVCache(model.config, 1, len(prompt), model.embed.weight.dtype, DEVICE)
+            model.hidden(torch.tensor([prompt], device=DEVICE), own)
+            cache.put(row, own, 0)
+        cache.limit = 16
+        step = FastStep(model, cache) if fast else None
+        logits = []
+        for i in range(count):
+            tokens = torch.arange(11 + i, 100, 69, device=DEVICE)[: len(prompts), None]
+            logits.append(step(tokens[:, 0]) if step else model(tokens, cache)[:, 0])
+    assert cache.lengths.tolist() == [len(prompt) + count for prompt in prompts]
+    return logits
+
+
+def agree(model: GPT) -> None:
+    model.to(DEVICE)
+    expected = steps(model, fast=False)
+    for logits, plain in zip(steps(model, fast=True), expected, strict=True):
+        assert torch.allclose(logits, plain, rtol=1e-4, atol=1e-4)
+    # The weights are stacked by now, one text is computed by another kernel, and the plain model is what it was.
+    (alone,) = steps(model, fast=True, prompts=PROMPTS[:1], count=1)
+    assert torch.allclose(alone, expected[0][:1], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(steps(model, fast=False)[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])])
+def test_logits_are_those_of_the_plain_model(name: str) -> None:
+    agree(tiny_model(vocab_size=96, **MODELS[name]))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_logits_are_those_of_the_plain_model_in_every_storage(scheme: Scheme) -> None:
+    model = tiny_model(n_layer=1, vocab_size=96, n_embd=128, ffn_size=128, n_kv_head=4, head_size=32).to(DEVICE)
+    quantize_linears(model, scheme)
+    agree(model)
+
+
+@pytest.mark.parametrize("targets", ["all", ("query", "value"), "head"])
+@pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
+def test_adapters_that_are_not_merged_count(scheme: Scheme, targets: Any) -> None:
+    model = tiny_model(n_layer=1, vocab_size=96).to(DEVICE)
+    quantize_linears(model, scheme)
+    add_lora(model, LoRAConfig(r=4, alpha=8, targets=targets, dropout=0.1))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            nn.init.normal_(module.lora_b, std=0.3)
+    agree(model.eval())
+
+
+@pytest.mark.parametrize("name", UNSUITED)
+def test_other_models_are_refused(name: str) -> None:
+    model = tiny_model(**UNSUITED[name]).to(DEVICE)
+    with pytest.raises(NotImplementedError):
+        steps(model, fast=True)
+
+
+def test_dora_is_refused() -> None:
+    model = tiny_model().to(DEVICE)
+    add_lora(model, LoRAConfig(r=4, dora=True))
+    with pytest.raises(NotImplementedError, match="DoRA"):
+        steps(model.eval(), fast=True)
+
+
+def test_an_adapter_that_all_texts_have_switched_on_counts_and_several_at_a_time_are_refused() -> None:
+    model, selection = tiny_model(n_layer=1, vocab_size=96).to(DEVICE), Selection()
+    for path in ("blocks.0.attn.query", "blocks.0.attn.value", "blocks.0.mlp.down"):
+        layer = SwitchedLinear(model.get_submodule(path), selection)
+        a, b = torch.randn(4, layer.in_features, device=DEVICE), torch.randn(layer.out_features, 4, device=DEVICE)
+        layer.updates["one"] = (0.3 * a, 0.3 * b, 0.5, None)
+        model.set_submodule(path, layer)
+    base = steps(model, fast=False)[0]
+    agree(model)
+    selection.groups = [("one", None)]
+    assert not torch.allclose(steps(model, fast=False)[0], base, rtol=0.1)
+    agree(model)
+    selection.groups = [("one", torch.tensor([1], device=DEVICE))]
+    with pytest.raises(NotImplementedError, match="different adapters"):
+        FastStep(model, SlotCache(model.config, 2, 32, torch.float32, DEVICE))

@@ -1,0 +1,59 @@
+"""One token of each text, rotated, stored and looked up, gives what the plain formulas give."""
+
+import pytest
+import torch
+
+from lit_qlora.kernels import decode_attention
+from lit_qlora.kernels.decode_attention import attend, attend_reference, store
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.rope import rotate_reference
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("half", [0, 4, 12])
+def test_queries_and_keys_are_rotated_and_stored_behind_the_text(
+    half: int, interleaved: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    heads, groups, size, lengths = 4, 2, 24, torch.tensor([3, 0, 9], device=DEVICE)
+    qkv = torch.randn(3, (heads + 2 * groups) * size, device=DEVICE, dtype=dtype)
+    keys, values = torch.randn(2, 3, groups, 10, size, device=DEVICE, dtype=dtype)
+    angle = torch.randn(3, half, device=DEVICE)
+    rope = (angle.cos(), angle.sin()) if half else None
+    expected_keys, expected_values = keys.clone(), values.clone()
+    q, k, v = qkv.view(3, -1, size).split((heads, groups, groups), dim=1)
+    if half:
+        q, k = (rotate_reference(t, angle.cos()[:, None], angle.sin()[:, None], interleaved) for t in (q, k))
+    expected_keys[torch.arange(3), :, lengths], expected_values[torch.arange(3), :, lengths] = k, v
+    queries = store(qkv, lengths, rope, keys, values, heads, interleaved)
+    for tensor, expected in ((queries, q), (keys, expected_keys), (values, expected_values)):
+        assert torch.allclose(tensor, expected, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(2, 2, 16), (6, 2, 24), (4, 1, 32)])
+def test_a_token_takes_what_attention_gives_it(
+    heads: int, groups: int, size: int, window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_attention, "MOST_PARTS", 3)  # so that a part has several pieces
+    torch.manual_seed(0)
+    lengths = torch.tensor([0, 63, 64, 300], device=DEVICE)
+    queries = torch.randn(4, heads, size, device=DEVICE, dtype=dtype)
+    whole = torch.randn(2, 4, groups, 310, size, device=DEVICE, dtype=dtype)
+    keys, values = whole
+    for row, length in enumerate(lengths.tolist()):
+        whole[:, row, :, length + 1 :] = torch.nan  # what is not there yet is not looked at
+    out = attend(queries, keys, values, lengths, 301, 0.3, window)
+    expected = attend_reference(queries, keys.nan_to_num(), values.nan_to_num(), lengths, 0.3, window)
+    assert torch.allclose(
+        out.float(),
+        expected,
+        rtol=1e-5 if dtype == torch.float32 else 2e-2,
+        atol=1e-5 if dtype == torch.float32 else 2e-2,
+    )

@@ -1,0 +1,266 @@
+"""Tokenizers of both kinds: text survives, control tokens stay out of it, and ids are those of Hugging Face."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.errors import CheckpointError
+from lit_qlora.prompts.style import STYLES
+from lit_qlora.prompts.tokenizer import Tokenizer
+from tests.conftest import TEXT_STYLES, write_tokenizer
+
+NASTY = [
+    "",
+    "plain words",
+    "  two leading, three trailing   ",
+    "a\n\nb\n",
+    "\n",
+    "\r\n\ttab",
+    "😀 👩‍👩‍👧 emoji",
+    "漢字かな交じり文",
+    "naïve Ωμέγα עברית العربية",
+    "</s>",
+    "<s> [INST] <unk> <0x0A> </s>",
+    "\x00\x07\x1b[2K",
+    "\ufeffmark\u3000wide\u200bzero",
+    "x" * 300,
+]
+CORPUS = [f"Q: What is {a} plus {b}?\nA: {a + b}\n\n  Indented, naïve 漢字 😀" for a in range(20) for b in range(20)]
+
+
+def sentencepiece(directory: Path) -> None:
+    write_tokenizer(directory)
+
+
+def prepend(directory: Path) -> None:
+    """A tokenizer.json as Llama-2's first conversion: a normalizer puts the space before the first word."""
+    from tokenizers import normalizers
+
+    blocks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    metaspace(directory)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    spec |= {"pre_tokenizer": None, "normalizer": json.loads(blocks.__getstate__())}
+    write_json(directory / "tokenizer.json", spec)
+
+
+def metaspace(directory: Path) -> None:
+    """A tokenizer.json as today's conversions: BPE over SentencePiece's blocks, bytes for the rest, BOS by template."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=[*special, *byte_tokens], show_progress=False)
+    backend.train_from_iterator([text.replace("\n", "") for text in CORPUS], trainer)
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in byte_tokens]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+
+
+def byte_level(directory: Path, add_prefix_space: bool = False) -> None:
+    """A tokenizer.json as GPT-2's: BPE over bytes, no BOS."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=[AddedToken("</s>", special=True, normalized=False)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {"eos_token": "</s>"})
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "sentencepiece": sentencepiece,
+    "prepend": prepend,
+    "metaspace": metaspace,
+    "byte level": byte_level,
+}
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer of each kind. Read only."""
+    directory = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    KINDS[request.param](directory)
+    return directory
+
+
+@pytest.fixture
+def own(made: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "own"))
+
+
+@pytest.mark.parametrize("text", NASTY, ids=repr)
+def test_text_survives(made: Path, text: str) -> None:
+    tokenizer = Tokenizer(made)
+    ids = tokenizer.encode(text, eos=True)
+    # Hugging Face's Metaspace adds no space before a text that begins with one, but takes one off all the same.
+    assert tokenizer.decode(ids) == (text[1:] if made.name.startswith("metaspace") and text[:1] == " " else text)
+    assert all(0 <= i < tokenizer.size for i in ids)
+
+
+@pytest.mark.parametrize("text", NASTY, ids=repr)
+def test_text_never_becomes_a_control_token(made: Path, text: str) -> None:
+    tokenizer = Tokenizer(made)
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(tokenizer.encode(text, bos=False))
+
+
+@pytest.mark.parametrize("text", [text for text in NASTY if text], ids=repr)
+@pytest.mark.parametrize("prompt", ["Q: 1?\nA:", "ends in a newline\n", "</s>"])
+def test_prompt_and_continuation_are_the_whole_text(made: Path, prompt: str, text: str) -> None:
+    tokenizer = Tokenizer(made)
+    ids = tokenizer.encode(prompt) + tokenizer.encode(text, continuation=True)
+    assert tokenizer.decode(ids) == prompt + text
+
+
+@pytest.mark.parametrize("name", TEXT_STYLES)
+def test_an_answer_is_encoded_as_a_model_would_go_on(made: Path, name: str) -> None:
+    tokenizer, style = Tokenizer(made), STYLES[name]
+    prompt = style.render("What is 1 plus 2?", "4", "Be kind.")
+    pieces = style.encode_prompt(tokenizer, "What is 1 plus 2?", "4", "Be kind.") + style.encode_answer(tokenizer, "3")
+    assert pieces == tokenizer.encode(f"{prompt}{style.gap}3{style.tail}", eos=True)
+
+
+def test_bos_comes_once_where_the_files_want_it(made: Path) -> None:
+    tokenizer = Tokenizer(made)
+    wanted = 0 if tokenizer.bos_id is None else 1
+    assert tokenizer.use_bos == bool(wanted)
+    assert tokenizer.encode("a b").count(tokenizer.bos_id) == wanted
+    assert tokenizer.encode("a b", continuation=True).count(tokenizer.bos_id) == 0
+    assert tokenizer.encode("a b", bos=False).count(tokenizer.bos_id) == 0
+    assert tokenizer.encode("<s>a b")[wanted:].count(tokenizer.bos_id) == 0
+
+
+@pytest.mark.parametrize(("wish", "wanted"), [(True, True), (False, False), (None, True)])
+def test_tokenizer_config_decides_about_bos(tmp_path: Path, wish: bool | None, wanted: bool) -> None:
+    sentencepiece(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": wish})
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.use_bos is wanted
+    assert (tokenizer.encode("a")[0] == tokenizer.bos_id) is wanted
+
+
+def test_a_wish_for_bos_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    with pytest.raises(CheckpointError, match="no BOS token"):
+        Tokenizer(tmp_path).encode("a", bos=True)
+
+
+def test_generation_config_adds_ids_that_end_an_answer(own: Path) -> None:
+    write_json(own / "generation_config.json", {"eos_token_id": [5, 6]})
+    tokenizer = Tokenizer(own)
+    assert tokenizer.stop_ids == {tokenizer.eos_id, 5, 6}
+
+
+def test_unknown_ids_are_left_out_of_the_text(made: Path) -> None:
+    tokenizer = Tokenizer(made)
+    ids = tokenizer.encode("a b")
+    assert tokenizer.decode([*ids, tokenizer.size, tokenizer.size + 99, -1]) == "a b"
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace", "byte level"])
+@pytest.mark.parametrize("text", NASTY, ids=repr)
+def test_ids_are_those_of_hugging_face(tmp_path_factory: pytest.TempPathFactory, kind: str, text: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("hf")
+    KINDS[kind](directory)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), split_special_tokens=True)
+    assert Tokenizer(directory).encode(text) == theirs(text)["input_ids"]
+
+
+def test_a_continuation_gets_no_space_from_a_byte_level_tokenizer_either(tmp_path: Path) -> None:
+    byte_level(tmp_path, add_prefix_space=True)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("a\n") + tokenizer.encode("b", continuation=True)).strip() == "a\nb"
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer(directory)
+    return str(caught.value)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"{tmp_path} has neither tokenizer.model nor tokenizer.json, so no tokenizer."
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 100, b"{}"], ids=repr)
+def test_a_damaged_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'tokenizer.model'} is not a SentencePiece model: ")
+    (tmp_path / "tokenizer.model").rename(tmp_path / "tokenizer.json")
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'tokenizer.json'} is not a tokenizer.json: ")
+
+
+def test_truncated_tokenizer_files_are_named(own: Path) -> None:
+    (file,) = own.glob("tokenizer.[mj]*")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert str(file) in refusal(own)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "5"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_damaged_settings_file_is_named(own: Path, name: str, content: str) -> None:
+    (own / name).write_text(content)
+    assert refusal(own).startswith(f"{own / name}: ")
+
+
+def test_a_control_token_that_the_tokenizer_does_not_know_is_named(own: Path) -> None:
+    write_json(own / "tokenizer_config.json", {"eos_token": "<|end|>"})
+    assert "'<|end|>', which the tokenizer does not know" in refusal(own)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert 'Add "eos_token" to tokenizer_config.json.' in refusal(tmp_path)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": 0})
+    assert Tokenizer(tmp_path).eos_id == 0
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": 99_999})
+    assert "names 99999 as end of text" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"bos_token": {"id": 1}}),
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": {"content": "x"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 5}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("added_tokens.json", {"x": None}),
+    ],
+    ids=str,
+)
+def test_a_file_beside_the_tokenizer_that_is_of_another_form_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, content: dict
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((tiny_checkpoint / "tokenizer.model").read_bytes())
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"one of {name} is not of the form in which transformers writes it \("):
+        Tokenizer(tmp_path)

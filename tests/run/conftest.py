@@ -1,0 +1,50 @@
+"""Runs of a tiny model in processes of their own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.run.forked import STEPS, Child, Start, ending
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Python 3.12 warns of forks beside threads; those that are here share nothing with the children."""
+    for item in items:
+        if "run" in item.path.parts:
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"))
+
+
+@pytest.fixture
+def start(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path) -> Start:
+    """Begins a run of eight steps that saves after each and validates after every third."""
+
+    def begin(out: Path, *flags: str, before: Callable[[], object] | None = None) -> Child:
+        given = {flag.split("=")[0] for flag in flags}
+        defaults = [
+            f"--checkpoint_dir={tiny_checkpoint}",
+            f"--data.path={examples_file}",
+            f"--data.cache_dir={tmp_path / 'cache'}",
+            f"--out_dir={out}",
+            "--data.prompt=qa",
+            "--data.val_fraction=0.1",
+            f"--train.max_steps={STEPS}",
+            "--train.batch_size=4",
+            "--train.micro_batch_size=2",
+            "--train.save_every=1",
+            "--train.learning_rate=0.01",
+            "--eval.every=3",
+            "--lora.dropout=0.2",
+        ]
+        mine = [flag for flag in defaults if flag.split("=")[0] not in given]
+        return Child([*mine, *flags], out.with_name(out.name + ".txt"), before)
+
+    return begin
+
+
+@pytest.fixture
+def whole(start: Start, tmp_path: Path) -> tuple[list[dict], bytes]:
+    """How the run ends when nothing happens to it."""
+    child = start(tmp_path / "whole")
+    assert child.wait() == 0, child.said.read_text()
+    return ending(tmp_path / "whole")

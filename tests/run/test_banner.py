@@ -1,0 +1,154 @@
+"""What is said before a run begins."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_qlora.data import read_data
+from lit_qlora.errors import CheckpointError, ResourceError, UsageError
+from lit_qlora.lora.peft_layout import check_layers
+from lit_qlora.run.banner import longest_batch, plan_run, savings, tell_plan, usual_tokens
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, TrainConfig
+from tests.conftest import tiny_config
+from tests.test_report import Terminal
+
+
+def said(checkpoint: Path, examples: Path, screen: Terminal, monkeypatch: pytest.MonkeyPatch) -> str:
+    config = FinetuneConfig(
+        checkpoint_dir=checkpoint,
+        precision="32-true",
+        data=DataConfig(path=str(examples), prompt="qa", cache_dir="none", val_fraction=0.1),
+    )
+    data = read_data(config)
+    plan = plan_run(config, data)
+    monkeypatch.setattr("sys.stdout", screen)
+    tell_plan(config, data, 12, plan)
+    return screen.getvalue()
+
+
+def test_what_would_need_less_is_not_hidden_by_memory_that_is_taken_because_it_is_left(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.run.banner.gpu_bytes", lambda: 2**33)
+    monkeypatch.setattr("lit_qlora.run.banner.weights_dtype", lambda precision: torch.bfloat16)
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", val_fraction=0.1)
+    config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, quantize="bnb.nf4")
+    read = read_data(config)
+    assert plan_run(config, read).kept_blocks > 0
+    tips = savings(config, read)
+    assert "--train.micro_batch_size" in tips
+    assert "keep_dequantized" not in tips
+    asked = replace(config, train=replace(config.train, keep_dequantized=2))
+    assert "--train.keep_dequantized 0 saves" in savings(asked, read)
+
+
+def test_rows_that_are_packed_have_graphs_if_they_are_short(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.run.banner.gpu_bytes", lambda: 2**33)
+    monkeypatch.setattr("lit_qlora.run.banner.weights_dtype", lambda precision: torch.bfloat16)
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", packing=True, pack_length=256)
+    train = TrainConfig(batch_size=32, micro_batch_size=2)
+    config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, train=train)
+    read = read_data(config)
+    assert longest_batch(config, read.train, read.batching).tokens.shape == (2, 256)
+    assert 256 < usual_tokens(config, read) <= 2 * 256
+    assert plan_run(config, read).graph_tokens == 2 * 256
+    few = replace(config, train=replace(train, batch_size=4))
+    read = read_data(few)
+    four = int(read.train.lengths.sum()) / len(read.train) * 4
+    longest = longest_batch(few, read.train, read.batching)
+    assert len(longest.tokens) == 1
+    assert longest.tokens.size(1) < 1.5 * four + 64  # no longer than all samples of a step
+    assert usual_tokens(few, read) <= longest.tokens.numel()
+    alone = replace(config, train=replace(train, batch_size=16))
+    read = read_data(alone)
+    shared = replace(alone, devices=2)  # half of the samples for each
+    sizes = [longest_batch(one, read.train, read.batching).tokens.numel() for one in (alone, shared)]
+    assert sizes[1] < sizes[0]
+    assert usual_tokens(shared, read) < 0.7 * usual_tokens(alone, read)
+    long = replace(config, data=replace(data, pack_length=8192))
+    read = read_data(long)
+    longest = longest_batch(long, read.train, read.batching)
+    assert 8192 > plan_run(long, read).graph_tokens >= longest.tokens.numel()  # a step is far from filling one
+    monkeypatch.setattr("lit_qlora.fused.graphs.MOST_TOKENS", 256)
+    assert plan_run(long, read).graph_tokens == 0
+
+
+def test_memory_of_the_host_is_planned_said_and_not_overdrawn(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.run.banner.gpu_bytes", lambda: 2**33)
+    monkeypatch.setattr("lit_qlora.run.banner.host_bytes", lambda: 2**30)
+    monkeypatch.setattr("lit_qlora.run.banner.weights_dtype", lambda precision: torch.bfloat16)
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", val_fraction=0.1)
+    config = FinetuneConfig(
+        checkpoint_dir=tiny_checkpoint, precision="32-true", data=data, train=TrainConfig(recompute="offload")
+    )
+    read = read_data(config)
+    plan = plan_run(config, read)
+    assert plan.host > 0
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    tell_plan(config, read, 12, plan)
+    assert f"; on the host {plan.host / 2**30:.2f}\n" in screen.getvalue()
+    monkeypatch.setattr("lit_qlora.run.banner.host_bytes", lambda: 1.5 * plan.host)
+    assert plan_run(config, read).host == plan.host
+    both = replace(config, devices=2)  # which share it
+    with pytest.raises(ResourceError, match=r"offload needs .* GiB of the host's memory(.|\n)*recompute full"):
+        plan_run(both, read)
+    assert plan_run(replace(both, force=True), read).host == plan.host
+    assert "offload" not in plan_run(replace(both, train=TrainConfig()), read).recompute
+
+
+def test_a_run_that_could_not_begin_is_refused_with_its_plan(tiny_checkpoint: Path, examples_file: Path) -> None:
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none")
+    config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, precision="32-true", data=data)
+    few = replace(config, devices=4, num_nodes=2, train=TrainConfig(batch_size=7, micro_batch_size=1))
+    with pytest.raises(UsageError, match=r"batch_size 7 leaves some of 8 devices without a sample\.\nTake more"):
+        plan_run(few, read_data(few))
+
+
+def test_weights_that_are_missing_are_seen_before_they_are_loaded(
+    tiny_checkpoint: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_checkpoint, bare)
+    (bare / "lit_model.safetensors").unlink()
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none")
+    config = FinetuneConfig(checkpoint_dir=bare, precision="32-true", data=data)
+    with pytest.raises(CheckpointError, match=r"bare has no lit_model\.safetensors"):
+        plan_run(config, read_data(config))
+
+
+@pytest.mark.parametrize(("no_color", "first"), [("", "\x1b[2mQ: What is"), ("1", "[Q: What is")])
+def test_what_is_not_learnt_of_the_first_sample_is_dimmed_where_that_is_wanted(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch, no_color: str, first: str
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    text = said(tiny_checkpoint, examples_file, Terminal(), monkeypatch)
+    assert f"  sample  {first}" in text
+    assert ("\x1b" in text) is not bool(no_color)
+
+
+def test_the_banner_fits_a_screen_and_names_data_model_plan_and_memory(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = said(tiny_checkpoint, examples_file, Terminal(), monkeypatch)
+    assert len(text.splitlines()) <= 24
+    for word in ("data", "model", "plan", "memory", "path", "sample", "answer"):
+        assert f"\n  {word:<8}" in text
+    assert "36 train / 4 val" in text
+    assert "12 steps x 32 samples" in text
+
+
+def test_what_peft_would_drop_is_said_before_the_run() -> None:
+    def caveat(**changes: object) -> str:
+        experts = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}
+        return check_layers(tiny_config(family="deepseek_v2", **experts | changes), LoRAConfig(targets=("mlp",)))
+
+    assert "drops this adapter's layers beside experts" in caveat(dense_layers=(0,))
+    assert caveat() == ""

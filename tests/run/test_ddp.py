@@ -1,0 +1,208 @@
+"""Several processes learn what one learns."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_qlora.data import Batch
+from lit_qlora.lora.adapter import read_adapter
+from lit_qlora.run import plan
+from lit_qlora.run.resume import newest
+from lit_qlora.train import loop
+from tests.run.forked import STEPS, Child, Start, at_save, ending, signals
+
+
+@pytest.fixture
+def start_ranks(start: Start) -> Callable[..., list[Child]]:
+    """Begins a run in several processes, as torchrun does."""
+
+    def begin(
+        out: Path, *flags: str, ranks: int = 2, before: Callable[[int], Callable[[], object] | None] | None = None
+    ) -> list[Child]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def enter(rank: int) -> None:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "none",
+                "TORCHELASTIC_USE_AGENT_STORE": "False",
+            }
+            if before and (patch := before(rank)):
+                patch()
+
+        return [start(out, *flags, before=lambda rank=rank: enter(rank)) for rank in range(ranks)]
+
+    return begin
+
+
+def relative_difference(one: Path, other: Path) -> tuple[float, float]:
+    """The largest of the losses, norms and validations, and of the adapters' tensors."""
+    records = zip(ending(one)[0], ending(other)[0], strict=True)
+    figures = [(a[key], b[key]) for a, b in records for key in ("loss", "grad_norm", "val_loss") if key in a]
+    mine, theirs = (read_adapter(path / "final").peft_tensors for path in (one, other))
+    return (
+        max(abs(a - b) / abs(b) for a, b in figures),
+        max(float((mine[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs),
+    )
+
+
+EQUAL = ["--lora.dropout=0", "--train.batch_size=6"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ranks"), [("none", 2), ("bnb.nf4", 2), pytest.param("bnb.int8", 3, marks=pytest.mark.slow)]
+)
+def test_several_processes_learn_what_one_does(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path, scheme: str, ranks: int
+) -> None:
+    flags = [*EQUAL, f"--quantize={scheme}"]
+    assert start(tmp_path / "one", *flags).wait() == 0
+    children = start_ranks(tmp_path / "out", *flags, ranks=ranks)
+    assert [child.wait() for child in children] == [0] * ranks, children[0].said.read_text()
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-5
+    assert tensors < 1e-3  # Adam turns a rounding of a tiny gradient into a step
+    assert children[0].said.read_text().count("next    python scripts/merge_lora.py") == 1
+
+
+def test_nothing_but_gradients_and_a_few_figures_travels(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    """Quantised weights are buffers, which torch's own DDP would send before every forward pass."""
+
+    def before(rank: int) -> Callable[[], object]:
+        def patch() -> None:
+            wrapper = torch.nn.parallel.DistributedDataParallel
+            wrapper.__init__ = lambda *given, **more: pytest.fail("this one sends buffers")
+            for name in ("all_reduce", "broadcast"):
+                real = getattr(torch.distributed, name)
+
+                def counted(tensor: torch.Tensor, *given: Any, real: Any = real, **more: Any) -> Any:
+                    with open(tmp_path / f"sent-{rank}", "a") as file:
+                        print(tensor.numel(), file=file)
+                    return real(tensor, *given, **more)
+
+                setattr(torch.distributed, name, counted)
+
+        return patch
+
+    children = start_ranks(tmp_path / "out", *EQUAL, "--quantize=bnb.nf4", "--eval.every=99", before=before)
+    assert [child.wait() for child in children] == [0, 0], children[0].said.read_text()
+    trainable = sum(tensor.numel() for tensor in read_adapter(tmp_path / "out/final").peft_tensors.values())
+    for rank in range(2):
+        sent = sum(int(line) for line in (tmp_path / f"sent-{rank}").read_text().split())
+        assert trainable * (STEPS + 1) <= sent < 1.05 * trainable * (STEPS + 1)
+
+
+def test_the_fast_path_learns_the_same_in_several_processes(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    def fast(rank: int = 0) -> Callable[[], object]:
+        def patch() -> None:
+            plan._slow_because = lambda *given: ""  # Triton's interpreter takes what a GPU would
+
+        return patch
+
+    flags = [*EQUAL, "--train.max_steps=3"]
+    assert start(tmp_path / "one", *flags).wait() == 0
+    children = start_ranks(tmp_path / "out", *flags, before=fast)
+    said = children[0].said
+    assert [child.wait() for child in children] == [0, 0], said.read_text()
+    assert "path    fast" in said.read_text()
+    assert "plain after all" not in said.read_text()
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-4
+    assert tensors < 1e-2
+
+
+def test_memory_may_run_out_in_one_process_alone(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        def patch() -> None:
+            take = loop.Gradients._take
+
+            def small(self: loop.Gradients, batches: list[Batch], weight: float) -> torch.Tensor:
+                if max(len(batch.tokens) for batch in batches) > 1:
+                    raise torch.OutOfMemoryError
+                return take(self, batches, weight)
+
+            loop.Gradients._take = small  # type: ignore[method-assign]
+
+        return patch if rank == 1 else None
+
+    assert start(tmp_path / "one", *EQUAL).wait() == 0
+    children = start_ranks(tmp_path / "out", *EQUAL, before=before)
+    assert [child.wait() for child in children] == [0, 0], children[0].said.read_text()
+    assert "the step is done again with 1" in children[1].said.read_text()
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-5
+    assert tensors < 1e-3
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    assert start(tmp_path / "one", *EQUAL).wait() == 0
+    assert start(tmp_path / "out", *EQUAL, before=at_save(5, signals(signal.SIGKILL))).wait() == -signal.SIGKILL
+    assert [child.wait() for child in start_ranks(tmp_path / "out", *EQUAL)] == [0, 0]
+    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert figures < 1e-5
+    assert tensors < 1e-3
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        return at_save(3, signals(signal.SIGTERM)) if rank == 1 else None
+
+    children = start_ranks(tmp_path / "out", *EQUAL, before=before)
+    assert [child.wait() for child in children] == [143, 143]
+    assert newest(tmp_path / "out").step in (3, 4)  # it comes while the others may be a step further
+    assert [child.wait() for child in start_ranks(tmp_path / "out", *EQUAL)] == [0, 0]
+    assert start(tmp_path / "one", *EQUAL).wait() == 0
+    assert relative_difference(tmp_path / "out", tmp_path / "one")[0] < 1e-5
+
+
+def test_where_the_folder_cannot_be_taken_no_process_begins(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    children = start_ranks(tmp_path / "out", *EQUAL)
+    assert [child.wait() for child in children] == [6, 6]
+    said = children[0].said.read_text()
+    assert f"error: out_dir {tmp_path / 'out'} cannot be written" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_dies_ends_the_run_with_a_message_and_without_a_hang(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path, dead: int
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        return at_save(3, signals(signal.SIGKILL)) if rank == dead else None
+
+    begin = time.monotonic()
+    children = start_ranks(tmp_path / "out", *EQUAL, before=before)
+    statuses = [child.wait() for child in children]
+    assert statuses[dead] == -signal.SIGKILL
+    assert statuses[1 - dead] == 6
+    assert "error: another process of this run has ended" in children[0].said.read_text()
+    assert time.monotonic() - begin < 60
+    assert newest(tmp_path / "out").step == 3

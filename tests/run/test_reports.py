@@ -1,0 +1,182 @@
+"""What a run leaves to look at: the pictures, the page in Markdown, and the page that needs no other file."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_qlora.run.reports import (
+    Answer,
+    Outcome,
+    inline,
+    lengths_figure,
+    losses_figure,
+    one_line,
+    plot_losses,
+    write_page,
+    write_report,
+)
+from tests.test_report import VAL, step
+
+SUMMARY = {
+    "base": "a/b",
+    "adapter": "bnb.nf4 + LoRA r=8 on query,value",
+    "precision": "bf16-true",
+    "gpu": "none",
+    "steps": 1234,
+    "seconds": 61.0,
+    "tokens_per_second": 1234.5,
+    "peak_gib": 1.5,
+    "trainable_parameters": 4194304,
+    "frozen_parameters": 6738415616,
+    "train_loss": 0.5,
+    "val_loss": None,
+    "versions": {"torch": "2.13.0"},
+}
+
+
+def outcome(**changes: Any) -> Outcome:
+    fields: dict[str, Any] = {
+        "title": "LoRA on <a/b>",
+        "summary": SUMMARY,
+        "records": [step(1), VAL, step(2), {**VAL, "step": 4, "val_loss": 1.25}],
+        "lengths": [3, 5, 9],
+        "limit": 6,
+        "data": ["3 train / 1 val"],
+        "config": "seed: 1\n",
+        "hashes": {"base a/b": "0123abcd"},
+        "following": "python x.py --a <b>",
+    }
+    return Outcome(**fields | changes)
+
+
+class Reader(HTMLParser):
+    """Collects the words of a page, its ids, and what it would load; complains about tags that are not closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words, self.ids, self.loads = "", [], []  # type: ignore[var-annotated]
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Remember it."""
+        given = dict(attributes)
+        self.ids += [given["id"]] if "id" in given else []
+        self.loads += [
+            value for name in ("src", "href", "xlink:href", "data") if (value := given.get(name)) and value[0] != "#"
+        ]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Remember it."""
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        """It must be the last that was opened."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Remember them."""
+        self.words += data
+
+
+@pytest.mark.parametrize("records", [[step(1)], [step(n, 3 / n) for n in range(1, 50)] + [VAL]], ids=["one", "many"])
+def test_the_picture_is_a_png_of_sane_size(tmp_path: Path, records: list) -> None:
+    plot_losses(records, tmp_path / "loss.png")
+    content = (tmp_path / "loss.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+    assert (width, height) == (960, 660)
+    assert 5_000 < len(content) < 200_000
+
+
+def test_the_picture_shows_each_loss_its_average_the_validations_and_the_rate() -> None:
+    records = [step(1, 4.0), VAL, step(2, 2.0)]
+    top, bottom = losses_figure(records).axes
+    lines = {
+        line.get_label(): line.get_ydata().tolist() if hasattr(line.get_ydata(), "tolist") else line.get_ydata()
+        for line in top.lines
+    }
+    assert [list(values) for values in lines.values()] == [[4.0, 2.0], [4.0, pytest.approx(3.8)], [1.5]]
+    assert [word.split()[0] for word in lines] == ["training", "running", "validation"]
+    assert list(bottom.lines[0].get_ydata()) == [3e-4, 3e-4]
+
+
+def test_the_markdown_page_holds_the_summary_the_validations_and_what_to_type_next(tmp_path: Path) -> None:
+    best = [Answer(prompt="Q: a\nb", wanted="yes", said="yes", score=1.0)]
+    write_report(tmp_path / "report.md", outcome(best=best))
+    page = (tmp_path / "report.md").read_text()
+    lines = page.splitlines()
+    for line in ("# LoRA on <a/b>", "| base | a/b |", "| steps | 1,234 |", "| train loss | 0.5 |"):
+        assert line in lines
+    for line in ("| step | val_loss | val_ppl |", "| 3 | 1.5000 | 4.4800 |", "**Best, chrF 1.00:** Q: a b"):
+        assert line in lines
+    assert "![losses](loss.png)" in page
+    assert "python x.py" in page
+
+
+def test_the_page_needs_no_other_file_and_is_well_formed(tmp_path: Path) -> None:
+    write_page(tmp_path / "report.html", outcome())
+    page = (tmp_path / "report.html").read_text()
+    reader = Reader(page)
+    assert reader.loads == []
+    assert "<script" not in page
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert set(re.findall(r"(?:url\(|href=\")#([\w-]+)", page)) <= set(reader.ids)
+
+
+def test_the_page_shows_curves_lengths_answers_settings_versions_and_hashes(tmp_path: Path) -> None:
+    answers = {
+        "best": [Answer(prompt="<b>", wanted="w1", said="s1", score=0.9)],
+        "worst": [Answer(prompt="p2", wanted="w2", said="s2", score=0.1)],
+        "said": [{"step": 0, "prompt": "p3", "answer": "a0"}, {"step": 4, "prompt": "p3", "answer": "a4"}],
+    }
+    write_page(tmp_path / "report.html", outcome(**answers))
+    page = (tmp_path / "report.html").read_text()
+    words = Reader(page).words
+    assert page.count("<svg") == 2
+    for text in ("LoRA on <a/b>", "loss per labelled token", "validation", "tokens of a sample", "limit, 6 tokens"):
+        assert text in words
+    for text in ("1.5000 → 1.2500", "chrF 0.90", "<b>", "s2", "w2", "a0", "a4", "seed: 1", "2.13.0", "0123abcd"):
+        assert text in words
+    assert "python x.py --a <b>" in words
+    assert words.count("p3") == 1
+
+
+def test_without_answers_the_page_says_where_the_loss_is_small_and_large(tmp_path: Path) -> None:
+    write_page(tmp_path / "report.html", outcome(best=[Answer(prompt="p", wanted="w", said=None, score=0.25)]))
+    words = Reader((tmp_path / "report.html").read_text()).words
+    assert "by loss of the wanted answer" in words
+    assert "loss 0.250" in words
+    assert "said" not in words
+
+
+def test_a_page_of_a_run_without_validation_has_no_such_sections(tmp_path: Path) -> None:
+    write_page(tmp_path / "report.html", outcome(records=[step(1)]))
+    words = Reader((tmp_path / "report.html").read_text()).words
+    for title in ("Validations", "Best and worst", "Answers to the prompts"):
+        assert title not in words
+
+
+def test_a_figure_in_a_page_is_the_same_bytes_each_time() -> None:
+    one, two = (inline(lengths_figure([3, 4, 9], 6), "x", "lengths") for _ in range(2))
+    assert one == two
+    assert 'aria-label="lengths"' in one
+
+
+def test_a_long_run_makes_a_page_of_sane_size(tmp_path: Path) -> None:
+    write_page(tmp_path / "report.html", outcome(records=[step(n, 3 / n**0.5 + n % 7 / 9) for n in range(1, 20_001)]))
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
+
+
+def test_texts_are_shortened_in_the_middle() -> None:
+    assert one_line("a \n b") == "a b"
+    assert one_line("x" * 300 + "y" * 300, 20) == "x" * 10 + " ... " + "y" * 10

@@ -1,0 +1,611 @@
+"""A run that was stopped, however it was stopped, goes on to the same end, bit for bit."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.checkpoint.checkpoint import read_manifest
+from lit_qlora.evaluate.measures import Losses
+from lit_qlora.run import run, saver
+from lit_qlora.run.resume import checkpoints, newest, read_log, write_log
+from lit_qlora.settings import OPTIMIZERS, SCHEMES
+from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
+from tests.run.forked import STEPS, Start, at_save, ending, signals
+
+
+def stopped(start: Start, out: Path, *flags: str, step: int = 5, save: int = 1) -> None:
+    """A run that was killed when it had saved its checkpoint of `step`."""
+    child = start(out, *flags, f"--train.save_every={save}", before=at_save(step, signals(signal.SIGKILL)))
+    assert child.wait() == -signal.SIGKILL
+
+
+# kill -9
+
+
+def kill_and_go_on(start: Start, out: Path, longest: float, kills: int) -> int:
+    """Kill runs at random moments and go on with them, until so many were killed; returns how many runs ended."""
+    generator, killed, ended = random.Random(7), 0, 0
+    while True:
+        child = start(out)
+        end = time.monotonic() + generator.random() * longest
+        while time.monotonic() < end and child.running():
+            time.sleep(0.001)
+        if child.running() and killed < kills:
+            child.kill()
+            killed += 1
+            child.wait()
+            if not (out / "summary.json").exists():  # else it had nothing left to do
+                continue
+        else:
+            assert child.wait() == 0, child.said.read_text()
+        ended += 1
+        if killed >= kills:
+            return ended
+        yield_ending(out)
+
+
+def yield_ending(out: Path) -> None:
+    """Make room for the next run, keeping this one."""
+    out.rename(out.with_name(f"{out.name}-{time.monotonic_ns()}"))
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_f01_kill_9_at_any_moment_costs_nothing(start: Start, tmp_path: Path, kills: int) -> None:
+    begin = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    longest = 1.2 * (time.monotonic() - begin)
+    expected = ending(tmp_path / "whole")
+    runs = kill_and_go_on(start, tmp_path / "killed", longest, kills)
+    ends = [ending(path) for path in tmp_path.glob("killed*") if (path / "summary.json").exists()]
+    assert len(ends) == runs
+    assert [number for number, end in enumerate(ends) if end != expected] == []
+    assert not list(tmp_path.glob("killed*/*.tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_f02_f03_kill_9_at_each_touch_of_a_file_costs_nothing(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    """Saving, replacing OUT/best and removing old checkpoints: every audited operation of the fourth save on."""
+    import sys
+
+    touches = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink"}
+
+    def killer(event: int) -> Callable[[], None]:
+        def patch() -> None:
+            seen = [0, False]
+
+            def hook(name: str, arguments: tuple[object, ...]) -> None:
+                if seen[1] and name in touches and str(tmp_path / "out") in str(arguments[0]):
+                    seen[0] += 1
+                    if seen[0] == event:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            at_save(5, lambda: seen.__setitem__(1, True))()
+            sys.addaudithook(hook)
+
+        return patch
+
+    event, out = 1, tmp_path / "out"
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        killed = start(out, before=killer(event)).wait() == -signal.SIGKILL
+        kept = [path for path in out.glob("step-*") if path.name[5:].isdecimal() and read_manifest(path)]
+        assert kept or (out / "final").exists()
+        if not killed:
+            break
+        assert start(out).wait() == 0, (event, start(out).said.read_text())
+        assert ending(out) == whole, event
+        event += 1
+    assert event > 60
+
+
+# The same run
+
+
+QUICK = {("adamw", "bnb.nf4-dq"), ("sgd", "none"), ("paged-adamw8bit", "bnb.nf4"), ("lion8bit", "bnb.int8")}
+MATRIX = [
+    pytest.param(name, scheme, marks=() if (name, scheme) in QUICK else pytest.mark.slow)
+    for name in OPTIMIZERS
+    for scheme in SCHEMES
+]
+
+
+@pytest.mark.parametrize(("optimizer", "scheme"), MATRIX)
+def test_the_end_is_the_same_for_every_optimizer_and_quantisation(
+    start: Start, tmp_path: Path, optimizer: str, scheme: str
+) -> None:
+    flags = [f"--optimizer.name={optimizer}", f"--quantize={scheme}", "--train.max_steps=5", "--eval.every=5"]
+    child = start(tmp_path / "whole", *flags, "--train.save_every=0")
+    assert child.wait() == 0, child.said.read_text()
+    stopped(start, tmp_path / "out", *flags, step=2)
+    assert start(tmp_path / "out", *flags).wait() == 0
+    assert ending(tmp_path / "out") == ending(tmp_path / "whole")
+
+
+VARIANTS = {
+    "rslora": ["--lora.rslora"],
+    "dora": ["--lora.dora", "--quantize=bnb.nf4"],
+    "pissa": ["--lora.init=pissa", "--lora.r=4", "--quantize=bnb.nf4"],
+    "olora": ["--lora.init=olora", "--lora.r=4"],
+    "loftq": ["--lora.init=loftq", "--lora.r=4", "--lora.loftq_steps=2", "--quantize=bnb.nf4"],
+    "patterns": ["--lora.rank_pattern={attn.query: 2}", "--lora.alpha_pattern={value: 3.5}", "--lora.last_layers=1"],
+    "neftune": ["--train.neftune=5"],
+    "tokens": ["--lora.train_tokens=[5,7]"],
+    "embeddings": ["--lora.train_embeddings", "--optimizer.lora_plus=4"],
+    "schedule": ["--train.schedule=cosine-restarts", "--train.cycles=2", "--train.floor=0.1", "--train.warmup=1"],
+}
+QUICK_VARIANTS = ("dora", "pissa", "neftune")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=() if v in QUICK_VARIANTS else pytest.mark.slow) for v in VARIANTS]
+)
+def test_the_end_is_the_same_for_every_variant(start: Start, tmp_path: Path, variant: str) -> None:
+    flags = [*VARIANTS[variant], "--train.max_steps=5", "--eval.every=5"]
+    child = start(tmp_path / "whole", *flags, "--train.save_every=0")
+    assert child.wait() == 0, child.said.read_text()
+    stopped(start, tmp_path / "out", *flags, step=2)
+    assert start(tmp_path / "out", *flags).wait() == 0
+    assert ending(tmp_path / "out") == ending(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_started_from_an_adapter_goes_on_to_the_same_end(start: Start, tmp_path: Path) -> None:
+    assert start(tmp_path / "first", "--lora.r=3", "--lora.dora", "--train.max_steps=2").wait() == 0
+    flags = [f"--lora.start={tmp_path / 'first/final'}", "--train.max_steps=5"]
+    child = start(tmp_path / "whole", *flags)
+    assert child.wait() == 0, child.said.read_text()
+    stopped(start, tmp_path / "out", *flags, step=2)
+    assert start(tmp_path / "out", *flags).wait() == 0
+    assert ending(tmp_path / "out") == ending(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_f37_the_number_of_threads_does_not_change_the_end(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], threads: int
+) -> None:
+    import torch
+
+    stopped(start, tmp_path / "out")
+    assert start(tmp_path / "out", before=lambda: torch.set_num_threads(threads)).wait() == 0
+    assert ending(tmp_path / "out") == whole
+
+
+def test_what_is_saved_and_when_does_not_change_the_end(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    stopped(start, tmp_path / "out", step=4, save=4)
+    flags = ["--train.save_every=3", "--train.keep_last=1", "--eval.best=none", "--train.micro_batch_size=2"]
+    assert start(tmp_path / "out", *flags).wait() == 0
+    assert ending(tmp_path / "out") == whole
+
+
+def test_a_run_that_is_over_is_not_gone_on_with(start: Start, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert start(tmp_path / "out").wait() == 0
+    assert ending(tmp_path / "out.1") == ending(tmp_path / "out")
+    assert start(tmp_path / "new", f"--resume={tmp_path / 'out'}").wait() == 2
+    assert "nothing is left to do" in (tmp_path / "new.txt").read_text()
+    assert start(tmp_path / "new", f"--resume={tmp_path / 'out'}", "--lora.r=4").wait() == 2
+    assert "is over, and began with other settings:" in (tmp_path / "new.txt").read_text()
+
+
+def test_a_run_that_was_killed_in_its_last_validation_still_gets_its_report(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    child = start(tmp_path / "out", before=at_save(STEPS, signals(signal.SIGKILL)))
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out/summary.json").exists()
+    assert start(tmp_path / "out").wait() == 0
+    assert ending(tmp_path / "out") == whole
+    assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == STEPS
+
+
+def test_never_begins_anew_and_loses_nothing(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
+    stopped(start, tmp_path / "out")
+    assert start(tmp_path / "out", "--resume=never").wait() == 0
+    assert ending(tmp_path / "out") == whole
+    assert (tmp_path / "out.1/step-000005").is_dir()
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    stopped(start, tmp_path / "out", "--train.keep_last=5")
+    assert start(tmp_path / "new", f"--resume={tmp_path / 'out/step-000003'}").wait() == 0
+    assert ending(tmp_path / "new") == whole
+    before = sorted(path.name for path in (tmp_path / "out").glob("step-*"))
+    assert before[-1] == "step-000005"
+    assert start(tmp_path / "out", f"--resume={tmp_path / 'out/step-000003'}", "--train.keep_last=9").wait() == 0
+    assert ending(tmp_path / "out") == whole
+    assert (tmp_path / "out/aside-step-000005.1").is_dir()
+
+
+def test_a_checkpoint_is_found_by_any_name_that_it_has(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert start(out, "--train.keep_last=5", before=scripted(9, 8, 8.5)).wait() == 0
+    assert (out / "best").readlink() == Path("step-000003")
+    (out / "step-000004").rename(out / "mine")
+    assert newest(out / "mine").step == 4
+    monkeypatch.chdir(out / "step-000005")
+    for number, place in enumerate([f"{out}/best", f"{out}/mine/", "."]):
+        assert start(tmp_path / f"new{number}", f"--resume={place}").wait() == 0
+        assert ending(tmp_path / f"new{number}")[1] == whole[1]
+
+
+@pytest.mark.parametrize("name", ["final", "step-1"])
+def test_a_run_whose_folder_is_called_like_a_checkpoint_is_a_run(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], name: str
+) -> None:
+    stopped(start, tmp_path / name)
+    assert start(tmp_path / name).wait() == 0
+    assert ending(tmp_path / name) == whole
+    assert start(tmp_path / name).wait() == 0
+    assert ending(tmp_path / f"{name}.1") == whole
+
+
+def test_a_run_that_is_over_can_be_done_again_from_a_checkpoint(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    out = tmp_path / "out"
+    assert start(out, "--train.keep_last=5").wait() == 0
+    killer = at_save(6, signals(signal.SIGKILL))
+    assert start(out, f"--resume={out / 'step-000004'}", before=killer).wait() == -signal.SIGKILL
+    assert (out / "aside-final.1").is_dir()  # it would be the newest
+    assert newest(out).step == 6
+    assert start(out).wait() == 0
+    assert ending(out) == whole
+
+
+def test_a_run_that_is_killed_while_it_is_wound_back_has_a_log_up_to_its_newest_checkpoint(
+    start: Start, tmp_path: Path
+) -> None:
+    def killer() -> None:
+        run.write_log = lambda *given: (write_log(*given), os.kill(os.getpid(), signal.SIGKILL))
+
+    out = tmp_path / "out"
+    assert start(out, "--train.keep_last=5").wait() == 0
+    assert start(out, f"--resume={out / 'step-000004'}", before=killer).wait() == -signal.SIGKILL
+    assert read_log(out / "log.jsonl", 99)[-1]["step"] == newest(out).step == 4
+
+
+def test_a_run_can_be_lengthened_also_when_it_is_over(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert start(out).wait() == 0
+    assert start(out, "--extend", "--train.max_steps=11").wait() == 0
+    records, _ = ending(out)
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 12))
+    assert records[-1]["step"] == 11
+    assert newest(out).step == 11
+    stopped(start, out, "--extend", "--train.max_steps=14", step=12)
+    assert start(out, "--train.max_steps=14").wait() == 0  # it is the length that the checkpoint has
+    assert newest(out).step == 14
+
+
+def test_a_lengthened_run_that_is_killed_while_it_replaces_its_only_checkpoint_loses_nothing(
+    start: Start, tmp_path: Path
+) -> None:
+    def killer() -> None:
+        remove = shutil.rmtree
+
+        def hooked(path: Path, **how: bool) -> None:
+            remove(path, **how)
+            if path.name == "final":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        shutil.rmtree = hooked
+
+    out, flags = tmp_path / "out", ["--train.save_every=0", "--eval.best=none"]
+    assert start(out, *flags).wait() == 0
+    assert start(out, *flags, "--extend", "--train.max_steps=11", before=killer).wait() == -signal.SIGKILL
+    assert newest(out).step == STEPS
+    assert start(out, *flags, "--extend", "--train.max_steps=11").wait() == 0
+    assert newest(out).step == 11
+
+
+def test_a_disk_that_is_full_when_a_lengthened_run_ends_costs_no_checkpoint(start: Start, tmp_path: Path) -> None:
+    def full() -> None:
+        def fail(*given: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        shutil.copyfile = fail
+
+    out, flags = tmp_path / "out", ["--train.save_every=0", "--eval.best=none"]
+    assert start(out, *flags).wait() == 0
+    child = start(out, *flags, "--extend", "--train.max_steps=11", before=full)
+    assert child.wait() == 6, child.said.read_text()
+    assert "No space left on device" in child.said.read_text()
+    assert newest(out).step == STEPS
+
+
+# Another run
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--lora.r=4", "lora.r  8 -> 4"),
+        ("--lora.targets=all", "lora.targets  ['query', 'value'] -> ['all']"),
+        ("--quantize=bnb.nf4", "quantize  none -> bnb.nf4"),
+        ("--train.learning_rate=0.1", "train.learning_rate  0.01 -> 0.1"),
+        ("--train.batch_size=8", "train.batch_size  4 -> 8"),
+        ("--seed=1", "seed  1337 -> 1"),
+        ("--data.mask_prompt=false", "data.mask_prompt  True -> False"),
+        ("--lora.alpha_pattern={query: 64}", "lora.alpha_pattern  {} -> {'query': 64.0}"),
+        ("--optimizer.options={amsgrad: true}", "optimizer.options  {} -> {'amsgrad': True}"),
+    ],
+)
+def test_f20_another_setting_is_refused_with_a_diff(start: Start, tmp_path: Path, flag: str, line: str) -> None:
+    stopped(start, tmp_path / "out")
+    before = sorted(tmp_path.rglob("out/**"))
+    assert start(tmp_path / "out", flag).wait() == 2
+    said = (tmp_path / "out.txt").read_text()
+    assert "is not finished, and began with other settings" in said
+    assert line in said
+    assert "--resume never" in said
+    assert sorted(tmp_path.rglob("out/**")) == before
+
+
+def test_f20_another_length_asks_for_extend(start: Start, tmp_path: Path) -> None:
+    stopped(start, tmp_path / "out")
+    assert start(tmp_path / "out", "--train.max_steps=9").wait() == 2
+    assert "train.max_steps  8 -> 9" in (tmp_path / "out.txt").read_text()
+    assert "--extend" in (tmp_path / "out.txt").read_text()
+
+
+def test_f18_another_base_is_refused(start: Start, tmp_path: Path) -> None:
+    stopped(start, tmp_path / "out")
+    other = write_checkpoint(tmp_path / "other", tiny_model(seed=9))
+    write_tokenizer(other)
+    assert start(tmp_path / "out", f"--checkpoint_dir={other}").wait() == 4
+    assert "is not the base that the run in" in (tmp_path / "out.txt").read_text()
+
+
+@pytest.mark.parametrize("change", ["a line more", "a line less", "another order"])
+def test_f19_other_data_is_refused(start: Start, tmp_path: Path, examples_file: Path, change: str) -> None:
+    stopped(start, tmp_path / "out")
+    lines = examples_file.read_text().splitlines(keepends=True)
+    new = {"a line more": [*lines, lines[0]], "a line less": lines[1:], "another order": lines[::-1]}[change]
+    examples_file.write_text("".join(new))
+    assert start(tmp_path / "out").wait() == 3
+    assert f"{examples_file} changed or is new" in (tmp_path / "out.txt").read_text()
+    assert start(tmp_path / "out", "--resume_changed_data").wait() == 0
+
+
+def test_the_same_data_and_base_may_have_moved(
+    start: Start, tmp_path: Path, examples_file: Path, tiny_checkpoint: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    stopped(start, tmp_path / "out")
+    data, base = shutil.copy(examples_file, tmp_path / "b.jsonl"), shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    assert start(tmp_path / "out", f"--data.path={data}", f"--checkpoint_dir={base}").wait() == 0
+    assert ending(tmp_path / "out") == whole
+
+
+def test_other_caches_may_be_taken_in_the_middle(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
+    stopped(start, tmp_path / "out")
+    assert start(tmp_path / "out", "--quantize_cache=none", "--data.cache_dir=none").wait() == 0
+    assert ending(tmp_path / "out") == whole
+
+
+def test_f40_other_versions_are_named_and_the_run_goes_on(start: Start, tmp_path: Path) -> None:
+    stopped(start, tmp_path / "out")
+
+    def older() -> None:
+        real = saver.versions
+        saver.versions = lambda: {**real(), "bitsandbytes": "0.1"}
+
+    assert start(tmp_path / "out", before=older).wait() == 0
+    assert "goes on with 0.1" in (tmp_path / "out.txt").read_text()
+
+
+# Damage
+
+
+def flip_a_bit(folder: Path) -> str:
+    path = folder / "train_state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+    return str(path)
+
+
+def truncate(folder: Path) -> str:
+    path = folder / "adapter_model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    return str(path)
+
+
+def remove(folder: Path) -> str:
+    (folder / "state.json").unlink()
+    return "state.json is absent"
+
+
+def empty_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text("")
+    return "manifest.json is damaged"
+
+
+def no_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "has no manifest.json"
+
+
+DAMAGES = [flip_a_bit, truncate, remove, empty_manifest, no_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_f16_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], damage: Callable[[Path], str]
+) -> None:
+    out = tmp_path / "out"
+    stopped(start, out)
+    named = damage(out / "step-000005")
+    assert start(out).wait() == 0
+    said = (tmp_path / "out.txt").read_text()
+    assert named in said
+    assert "The one before it is used." in said
+    assert "steps 5 to 8" in said
+    assert ending(out) == whole
+
+
+def test_f17_if_all_checkpoints_are_damaged_the_run_does_not_begin_anew(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped(start, out)
+    damaged = {folder: flip_a_bit(folder) for folder in out.glob("step-??????")}
+    assert start(out).wait() == 4
+    said = (tmp_path / "out.txt").read_text()
+    assert "No checkpoint of this run is whole" in said
+    assert all(name in said for name in damaged.values())
+    assert sorted(out.glob("step-??????")) == sorted(damaged)
+
+
+def test_a_log_with_half_a_line_is_mended(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
+    stopped(start, tmp_path / "out")
+    with open(tmp_path / "out/log.jsonl", "a") as log:
+        log.write('{"step": 6, "loss": 4.')
+    assert read_log(tmp_path / "out/log.jsonl", 99)[-1]["step"] == 5
+    assert start(tmp_path / "out").wait() == 0
+    assert ending(tmp_path / "out") == whole
+
+
+def test_a_run_without_a_checkpoint_begins_anew_beside_what_is_left(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = start(out, "--train.save_every=0", "--eval.best=none")
+    child.wait_for(out / "log.jsonl")
+    child.kill()
+    assert child.wait() in (-signal.SIGKILL, 0)
+    assert start(out).wait() == 0
+    assert (tmp_path / "out.1/log.jsonl").exists()
+
+
+# What is kept
+
+
+def scripted(*values: float) -> Callable[[], None]:
+    """For `before`: the losses that validations find; the last one stays."""
+
+    def patch() -> None:
+        coming = list(values)
+        Losses.__call__ = lambda *given: {"val_loss": coming.pop(0) if len(coming) > 1 else coming[0]}
+
+    return patch
+
+
+def test_the_best_checkpoint_stays_and_is_found_again(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--eval.every=1", "--train.save_every=0", "--train.keep_last=1"]
+    assert start(out, *flags, before=scripted(9, 8, 7, 8, 8, 8)).wait() == 0
+    assert (out / "best").readlink() == Path("step-000002")
+    assert read_manifest(out / "best")["step"] == 2
+
+
+def test_a_lengthened_run_keeps_its_best_and_finds_a_better_one(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert start(out, "--train.max_steps=4", before=scripted(9, 8, 7)).wait() == 0
+    assert (out / "best").readlink() == Path("final")
+    more = ["--extend", "--train.save_every=0"]
+    assert start(out, *more, before=scripted(8)).wait() == 0  # validated after 6 and 8 steps
+    assert read_manifest(out / "best")["step"] == 4
+    assert read_manifest(out / "final")["step"] == STEPS
+    assert start(out, *more, "--train.max_steps=11", before=scripted(5, 6)).wait() == 0  # after 9 and 11 steps
+    assert read_manifest(out / "best")["step"] == 9
+    assert read_manifest(out / "final")["step"] == 11
+
+
+def test_the_best_of_a_run_that_goes_on_elsewhere_is_there_too(start: Start, tmp_path: Path) -> None:
+    killer = at_save(3, signals(signal.SIGKILL))  # before the validation after three steps
+    assert start(tmp_path / "out", before=lambda: (scripted(9)(), killer())).wait() == -signal.SIGKILL
+    new = tmp_path / "new"
+    assert start(new, f"--resume={tmp_path / 'out/step-000003'}", before=scripted(7, 8)).wait() == 0
+    assert read_manifest(new / "best")["step"] == 3
+
+
+def test_a_run_that_was_killed_before_it_named_its_best_names_it_when_it_goes_on(start: Start, tmp_path: Path) -> None:
+    def killer() -> None:
+        saver.Saver.keep = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+
+    out = tmp_path / "out"
+    assert start(out, before=lambda: (scripted(9, 7)(), killer())).wait() == -signal.SIGKILL
+    assert start(out, before=scripted(8)).wait() == 0
+    assert (out / "best").readlink() == Path("step-000003")
+
+
+def test_more_than_a_million_steps_are_counted_too(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for step in (20, 999_999, 1_000_000):
+        (out / f"step-{step:06d}").mkdir(parents=True)
+    assert [path.name for path in checkpoints(out)] == ["step-1000000", "step-999999", "step-000020"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_gets_no_better_ends_early(start: Start, tmp_path: Path, interrupted: bool) -> None:
+    out = tmp_path / "out"
+    flags = ["--eval.every=1", "--eval.patience=2"]
+    values = [9, 8, 7, 8, 8, 8]
+    if interrupted:
+        killer = at_save(4, signals(signal.SIGKILL))
+        assert start(out, *flags, before=lambda: (scripted(*values)(), killer())).wait() == -signal.SIGKILL
+        values = values[4:]  # that of step 4 is missing in the log
+    assert start(out, *flags, before=scripted(*values)).wait() == 0
+    assert [r["val_loss"] for r in read_log(out / "log.jsonl", 99) if "val_loss" in r] == [9, 8, 7, 8, 8]
+    assert read_manifest(out / "final")["step"] == 4
+    said = "ended early: val_loss got no better after step 2"
+    assert said in (tmp_path / "out.txt").read_text()
+    longer = [*flags, "--extend", "--train.max_steps=11"]
+    assert start(out, *longer).wait() == 0
+    assert (tmp_path / "out.txt").read_text().count(said) == 2
+    assert start(out, *longer, "--eval.patience=3", before=scripted(6, 5, 4, 3)).wait() == 0
+    assert read_manifest(out / "final")["step"] == 11
+    assert start(out, *flags, before=scripted(1)).wait() == 0  # it is over, so this is another run
+    assert (tmp_path / "out.1").exists()
+
+
+def test_minutes_decide_too(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--train.save_every=0", "--train.save_minutes=0.0001", "--eval.minutes=0.0001", "--eval.every=100"]
+    assert start(out, *flags, "--eval.best=none", "--train.keep_last=99").wait() == 0
+    assert len(list(out.glob("step-??????"))) >= 3
+    assert len([r for r in read_log(out / "log.jsonl", 99) if "val_loss" in r]) >= 3
+
+
+# What validations measure
+
+
+def test_every_figure_and_answer_of_validations_is_as_if_nothing_had_happened(start: Start, tmp_path: Path) -> None:
+    """Killed after the validation of step 3 had been answered, while that of step 6 had only begun to be."""
+    flags = ["--eval.generate=3", "--eval.max_new_tokens=6", "--eval.kl_text=default", "--train.save_every=2"]
+
+    def killer() -> None:
+        keep = run.keep_answers
+
+        def hooked(out_dir: Path, log: object, step: int, records: list[dict]) -> None:
+            keep(out_dir, log, step, records)
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run.keep_answers = hooked
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert start(whole, *flags).wait() == 0
+    assert start(out, *flags, before=killer).wait() == -signal.SIGKILL
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 9
+    elsewhere = tmp_path / "elsewhere"
+    assert start(elsewhere, *flags, f"--resume={out / 'step-000006'}").wait() == 0
+    assert (elsewhere / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert start(out, *flags).wait() == 0
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    one, two = ([r for r in read_log(path / "log.jsonl", 99) if "loss" not in r] for path in (whole, out))
+    assert [r["step"] for r in one] == [0, 3, 6, 8]
+    assert one == two

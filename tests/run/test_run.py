@@ -1,0 +1,437 @@
+"""A fine-tuning run from end to end: what it leaves, what it refuses, and that it loses nothing."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_qlora import cli
+from lit_qlora.errors import ResourceError
+from lit_qlora.lora.adapter import PEFT_WEIGHTS, read_adapter
+from lit_qlora.settings import SCHEMES, FinetuneConfig
+from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
+
+STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "samples"]
+STEP_KEYS += ["tokens_per_second", "peak_gib", "seconds"]
+SUMMARY_KEYS = {"trainable_parameters", "frozen_parameters", "steps", "tokens", "samples", "seconds"}
+SUMMARY_KEYS |= {"tokens_per_second", "peak_gib", "train_loss", "val_loss", "versions", "gpu", "base", "quantize"}
+
+Finetune = Callable[..., int]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def finetune(tiny_checkpoint: Path, examples_file: Path, out: Path) -> Finetune:
+    """Runs finetune/lora.py in this process for two steps, with more flags if given; returns the exit status."""
+    script = load_script("finetune/lora.py")
+
+    def run(*flags: str) -> int:
+        given = {flag.split("=")[0] for flag in flags}
+        defaults = [
+            f"--checkpoint_dir={tiny_checkpoint}",
+            f"--data.path={examples_file}",
+            f"--out_dir={out}",
+            "--data.prompt=qa",
+            "--data.val_fraction=0.1",
+            "--train.max_steps=2",
+            "--train.batch_size=8",
+        ]
+        try:
+            cli.run(
+                script.main, FinetuneConfig, [*(flag for flag in defaults if flag.split("=")[0] not in given), *flags]
+            )
+        except SystemExit as end:
+            return end.code  # type: ignore[return-value]
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model fails."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lit_qlora.checkpoint.checkpoint.load_model", refuse)
+
+
+def log_of(out: Path) -> tuple[list[dict], list[dict]]:
+    """The records of steps and of validations."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What a run leaves.
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_run_leaves_what_is_promised(finetune: Finetune, out: Path, scheme: str) -> None:
+    assert finetune("--quantize", scheme) == 0
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == [
+        "best",
+        "config.yaml",
+        "final",
+        "log.jsonl",
+        "loss.png",
+        "report.html",
+        "report.md",
+        "step-000001",  # the best until the next validation
+        "summary.json",
+    ]
+    assert (out / "best").readlink() == Path("final")
+    train, val = log_of(out)
+    assert [list(record) for record in train] == [STEP_KEYS] * 2
+    assert [list(record) for record in val] == [["step", "val_loss", "val_ppl", "val_accuracy"]] * 3
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) >= SUMMARY_KEYS
+    assert summary["quantize"] == scheme
+    assert summary["steps"] == 2
+    assert summary["samples"] == sum(record["samples"] for record in train) == 16
+    assert summary["tokens"] == sum(record["tokens"] for record in train)
+    assert summary["val_loss"] == val[-1]["val_loss"]
+    manifest = read_adapter(out / "final").manifest
+    assert manifest is not None
+    assert manifest["quantize"] == scheme
+
+
+def test_parameters_are_counted_and_printed_exactly(
+    finetune: Finetune, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("--quantize=bnb.nf4", "--lora.r=4", "--lora.targets=[query,mlp]") == 0
+    frozen = sum(parameter.numel() for parameter in tiny_model().parameters())
+    trainable = 2 * 4 * ((64 + 64) + 3 * (64 + 128))
+    printed = capsys.readouterr().out
+    assert f"{frozen:,} frozen parameters" in printed
+    assert f"{trainable:,} trainable" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["frozen_parameters"], summary["trainable_parameters"]) == (frozen, trainable)
+    assert sum(tensor.numel() for tensor in read_adapter(out / "final").peft_tensors.values()) == trainable
+
+
+def test_the_loss_falls(finetune: Finetune, out: Path) -> None:
+    assert finetune("--train.max_steps=20", "--train.learning_rate=0.01", "--lora.targets=all") == 0
+    train, val = log_of(out)
+    assert train[-1]["loss"] < 0.8 * train[0]["loss"]
+    assert val[-1]["val_loss"] < 0.8 * val[0]["val_loss"]
+
+
+def test_the_same_config_gives_the_same_run_bit_for_bit(finetune: Finetune, out: Path, tmp_path: Path) -> None:
+    assert finetune("--train.max_steps=4", "--lora.dropout=0.3", "--quantize=bnb.nf4-dq", "--seed=5") == 0
+    torch.rand(7)  # whatever was drawn before has no influence
+    assert cli_with_config(out / "config.yaml", tmp_path / "again") == 0
+    for first, second in zip(log_of(out), log_of(tmp_path / "again"), strict=True):
+        for key in ("loss", "grad_norm", "lr", "tokens", "val_loss"):
+            assert [record.get(key) for record in first] == [record.get(key) for record in second]
+    assert (out / "final" / PEFT_WEIGHTS).read_bytes() == (tmp_path / "again" / "final" / PEFT_WEIGHTS).read_bytes()
+
+
+def cli_with_config(config: Path, out: Path) -> int:
+    cli.run(load_script("finetune/lora.py").main, FinetuneConfig, [f"--config={config}", f"--out_dir={out}"])
+    return 0
+
+
+def test_another_seed_is_another_run(finetune: Finetune, out: Path, tmp_path: Path) -> None:
+    assert finetune() == 0
+    assert finetune("--seed=1", f"--out_dir={tmp_path / 'other'}") == 0
+    assert [r["loss"] for r in log_of(out)[0]] != [r["loss"] for r in log_of(tmp_path / "other")[0]]
+
+
+def test_the_default_folder_is_named_after_the_checkpoint(
+    finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert finetune("--out_dir=null") == 0
+    assert Path("out/lora/tiny/final").is_dir()
+
+
+def test_a_second_run_moves_the_first_aside_and_loses_nothing(finetune: Finetune, out: Path) -> None:
+    for number in (1, 2, 3):
+        assert finetune(f"--seed={number}") == 0
+    kept = {
+        path.name: cli.parse(FinetuneConfig, [f"--config={path}/config.yaml"]).seed for path in out.parent.glob("out*")
+    }
+    assert kept == {"out": 3, "out.1": 1, "out.2": 2}
+    for name in kept:
+        assert len(log_of(out.parent / name)[0]) == 2
+        assert read_adapter(out.parent / name / "final").manifest
+
+
+def test_a_folder_may_be_a_link(finetune: Finetune, out: Path) -> None:
+    link = out.with_name("link")
+    link.symlink_to("out")
+    out.mkdir()
+    for seed in (1, 2):
+        assert finetune(f"--out_dir={link}", f"--seed={seed}") == 0
+    assert link.readlink() == Path("out")
+    assert [
+        cli.parse(FinetuneConfig, [f"--config={path}/config.yaml"]).seed for path in (out.with_name("out.1"), link)
+    ] == [
+        1,
+        2,
+    ]
+
+
+def test_an_earlier_run_stays_where_it_is_if_it_holds_what_the_next_one_needs(
+    finetune: Finetune,
+    out: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert finetune() == 0
+    shutil.copytree(tiny_checkpoint, out / "merged")
+    before = files_of(out)
+    flags = [f"--lora.start={out}/final", f"--checkpoint_dir={out}/merged"]
+    for name, flag in zip(("lora.start", "checkpoint_dir"), flags, strict=True):
+        assert finetune(flag) == 2
+        said = capsys.readouterr().err
+        assert f"{name} {flag.partition('=')[2]}" in said
+        assert "Take another --out_dir." in said
+    monkeypatch.chdir(out)
+    assert finetune("--out_dir=.") == 2
+    assert "the current directory" in capsys.readouterr().err
+    assert files_of(out) == before
+    assert not out.with_name("out.1").exists()
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "left"),
+    [(0, 1, []), (1, 2, ["step-000003", "step-000004"]), (2, 5, ["step-000002", "step-000004"]), (5, 2, [])],
+)
+def test_save_every_and_keep_last_decide_what_is_kept(
+    finetune: Finetune, out: Path, every: int, keep: int, left: list[str]
+) -> None:
+    flags = [f"--train.save_every={every}", f"--train.keep_last={keep}", "--eval.best=none"]
+    assert finetune("--train.max_steps=5", *flags) == 0
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["final", *left]
+    for name, step in [("final", 5), *((name, int(name[-6:])) for name in left)]:
+        manifest = read_adapter(out / name).manifest
+        assert manifest is not None
+        assert manifest["step"] == step
+
+
+def test_the_data_is_held_out_only_as_far_as_something_is_left_to_learn(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = json.dumps({"instruction": "a", "output": "b"}) + "\n"
+    for count, fraction, expected in (
+        (1, 0.9, "1 train / 0 val"),
+        (2, 0.9, "1 train / 1 val"),
+        (3, 0.01, "2 train / 1"),
+    ):
+        (tmp_path / "few.jsonl").write_text(row * count)
+        assert finetune(f"--data.path={tmp_path / 'few.jsonl'}", f"--data.val_fraction={fraction}", "--dry_run") == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_a_run_without_validation_data_has_no_validation_loss(finetune: Finetune, out: Path) -> None:
+    assert finetune("--data.val_fraction=0") == 0
+    assert log_of(out)[1] == []
+    assert json.loads((out / "summary.json").read_text())["val_loss"] is None
+
+
+# What a run refuses, and when.
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    finetune: Finetune, tmp_path: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert finetune("--dry_run") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    for word in ("36 train / 4 val", "2 steps x 8 samples", "frozen parameters", "[Q: What is", "  time    about "):
+        assert word in printed
+
+
+def test_of_several_processes_one_does_the_dry_run(
+    finetune: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert finetune("--dry_run") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_a_run_is_using_is_refused(
+    finetune: Finetune, out: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(4711, file=lock, flush=True)
+        assert finetune() == 6
+    message = capsys.readouterr().err
+    assert f"out_dir {out} is in use by the run with process id 4711." in message
+    assert "--out_dir" in message
+    assert sorted(path.name for path in out.iterdir()) == [".lock"]
+
+
+@pytest.mark.parametrize("place", ["out", "out/below/it"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    finetune: Finetune, tmp_path: Path, no_weights: None, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert finetune(f"--out_dir={tmp_path / place}") == 6
+    assert f"error: out_dir {tmp_path / place} cannot be written: " in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--data.path=absent.jsonl"], 3, "data.path absent.jsonl does not exist."),
+        (["--data.prompt=alpca"], 2, "data.prompt 'alpca' is not a prompt style. Did you mean alpaca?"),
+        (["--data.max_length=97"], 2, "data.max_length 97 exceeds the 96 tokens of test/tiny's context."),
+        (["--train.warmup=50"], 2, "train.warmup is 50 steps, but the run has only 2."),
+        (["--checkpoint_dir=absent"], 4, "absent does not exist."),
+        (["--precision=16-mixed"], 2, "precision 16-mixed needs a GPU"),
+        (["--train.fp8=true"], 2, "train.fp8 is for the fast path alone, which this run cannot take: "),
+        (["--train.fp8=true", "--train.fast=false"], 2, "train.fp8 is for the fast path alone, which this run cannot"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
+    finetune: Finetune,
+    out: Path,
+    no_weights: None,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    status: int,
+    message: str,
+) -> None:
+    if ("GPU" in message or "which this run cannot" in message) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert finetune(*flags) == status
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not out.exists()
+
+
+def test_bad_data_is_refused_before_the_model_is_loaded(
+    finetune: Finetune, tmp_path: Path, out: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "output": "b"}\n{\n')
+    assert finetune(f"--data.path={bad}") == 3
+    assert capsys.readouterr().err.startswith(f"error: {bad}:2: not valid JSON: ")
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(
+    finetune: Finetune, tmp_path: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    write_checkpoint(small, tiny_model(vocab_size=256))
+    write_tokenizer(small)
+    assert finetune(f"--checkpoint_dir={small}") == 4
+    assert "the tokenizer knows 300 tokens, the model only 256" in capsys.readouterr().err
+
+
+def test_the_adapter_is_saved_before_the_last_validation(
+    finetune: Finetune, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*args: object) -> dict:
+        if (out / "log.jsonl").stat().st_size:  # it is the second time
+            raise ResourceError("no memory for this")
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr("lit_qlora.evaluate.measures.Losses.__call__", measure)
+    assert finetune("--train.max_steps=1") == 6
+    assert read_adapter(out / "final").manifest
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
+def test_a_base_with_a_number_that_is_not_finite_is_refused(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, scheme: str
+) -> None:
+    broken = tmp_path / "broken"
+    model = tiny_model()
+    model.head.weight.data[0, 0] = value
+    model.blocks[1].attn.query.weight.data[:2, 3] = value
+    write_checkpoint(broken, model)
+    write_tokenizer(broken)
+    assert finetune(f"--checkpoint_dir={broken}", f"--quantize={scheme}") == 4
+    message = capsys.readouterr().err
+    assert "lit_model.safetensors holds numbers that are NaN or infinite" in message
+    assert "blocks.1.attn.query.weight: 2" in message
+    assert "head.weight: 1" in message
+
+
+# A disk that fails.
+
+
+@pytest.mark.parametrize("failing", ["rename", "fsync"])
+def test_a_disk_that_fills_up_during_a_save_costs_only_that_save(
+    finetune: Finetune, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str
+) -> None:
+    real = getattr(os, failing)
+
+    def fail(what: object, *rest: object, **options: object) -> object:
+        place = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
+        if "step-000002" in place:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(what, *rest, **options)
+
+    monkeypatch.setattr(os, failing, fail)
+    assert finetune("--train.max_steps=3", "--train.save_every=1") == 6
+    message = capsys.readouterr().err
+    assert "step-000002" in message
+    assert "No space left on device" in message
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["best", "step-000001"]
+    manifest = read_adapter(out / "step-000001").manifest
+    assert manifest is not None
+    assert manifest["step"] == 1
+    assert len(log_of(out)[0]) == 2
+
+
+def test_a_base_that_may_not_be_written_is_good_enough(
+    finetune: Finetune, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+    (base / ".sha256.json").unlink(missing_ok=True)
+    (base / ".sha256.json").mkdir()  # stands for a directory that refuses the file, for root too
+    before = files_of(base)
+    assert finetune(f"--checkpoint_dir={base}") == 0
+    assert files_of(base) == before
+
+
+# The real process.
+
+
+@pytest.mark.slow
+def test_the_command_runs_as_it_is_typed_from_anywhere(
+    tiny_checkpoint: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    flags = f"--checkpoint_dir {tiny_checkpoint} --data.path {examples_file} --data.prompt qa --quantize bnb.nf4"
+    command = f"{sys.executable} {ROOT / 'finetune/lora.py'} {flags} --train.max_steps 2 --out_dir out"
+    done = subprocess.run(
+        command.split(),
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Traceback" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("lit_qlora ")
+    assert lines[-1] == f"next    python scripts/merge_lora.py --lora_path out/final --checkpoint_dir {tiny_checkpoint}"
+    assert len(log_of(tmp_path / "out")[0]) == 2

@@ -1,0 +1,171 @@
+"""What is left when a run is over: the table at its end, the figures, the best and the worst answers."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_qlora.run.summary import table
+from tests.conftest import load_script
+from tests.run.test_run import finetune, out  # noqa: F401 - fixtures
+
+Finetune = Callable[..., int]
+MEASURES = ("--eval.generate=3", "--eval.kl_text=default", "--eval.max_new_tokens=6")
+
+
+def test_the_table_shows_before_after_and_best_each_in_its_own_sense() -> None:
+    records = [
+        {"step": 0, "val_loss": 3.0, "val_accuracy": 0.1},
+        {"step": 1, "loss": 9.0},
+        {"step": 2, "val_loss": 1.0, "val_accuracy": 0.9},
+        {"step": 4, "val_loss": 2.0, "val_accuracy": 0.5},
+    ]
+    head, loss, accuracy = (line.split() for line in table(records))
+    assert head == ["before", "after", "best"]
+    assert loss == ["val_loss", "3.0000", "2.0000", "1.0000", "(step", "2)"]
+    assert accuracy == ["val_accuracy", "0.1000", "0.5000", "0.9000", "(step", "2)"]
+    assert table([{"step": 1, "loss": 9.0}]) == []
+
+
+def test_a_run_measures_answers_and_distance_and_says_what_came_of_it(
+    finetune: Finetune,  # noqa: F811
+    out: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "p.txt").write_text("What is 1 plus 1?\n")
+    assert finetune(*MEASURES, f"--eval.prompts={tmp_path / 'p.txt'}", "--eval.best=chrf") == 0
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    val = [record for record in records if "loss" not in record]
+    names = ["val_loss", "val_ppl", "val_accuracy", "exact_match", "bleu", "chrf", "rouge_l", "kl_to_base"]
+    assert [list(record) for record in val] == [["step", *names]] * 3
+    assert val[0]["kl_to_base"] == pytest.approx(0, abs=1e-8)
+    assert val[2]["kl_to_base"] > 1e-6
+    said = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in said] == [0] * 4 + [1] * 4 + [2] * 4
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["figures"]["chrf"] == {"before": val[0]["chrf"], "after": val[2]["chrf"]}
+    printed = capsys.readouterr().out
+    assert printed.count("  says    What is 1 plus 1? -> ") == 3
+    for name in names:
+        assert f"\n  {name} " in printed
+    assert "\n  best    chrF " in printed
+    assert "\n  worst   chrF " in printed
+    page = (out / "report.html").read_text()
+    for record in said[-4:]:
+        assert record["prompt"].splitlines()[0].replace("'", "&#x27;") in page
+    assert "Answers to the prompts" in page
+
+
+def test_without_questions_the_page_shows_where_the_loss_is_small_and_large(
+    finetune: Finetune,  # noqa: F811
+    out: Path,  # noqa: F811
+) -> None:
+    assert finetune() == 0
+    page = (out / "report.html").read_text()
+    assert "by loss of the wanted answer" in page
+    assert page.count('class="answer') == 4  # of four validation samples, none twice
+    assert not (out / "samples.jsonl").exists()
+
+
+def test_a_measure_that_fails_costs_its_figures_alone(
+    finetune: Finetune,  # noqa: F811
+    out: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*given: object, **more: object) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr("lit_qlora.evaluate.measures.generate", fail)
+    assert finetune(*MEASURES, "--eval.best=chrf") == 0
+    assert capsys.readouterr().err.count("the answers after step") == 3
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    val = [record for record in records if "loss" not in record]
+    assert [list(record) for record in val] == [["step", "val_loss", "val_ppl", "val_accuracy", "kl_to_base"]] * 3
+    assert not (out / "best").exists()
+
+
+def test_measuring_changes_nothing_that_is_learnt(
+    finetune: Finetune,  # noqa: F811
+    out: Path,  # noqa: F811
+) -> None:
+    assert finetune("--lora.dropout=0.3", "--eval.every=1", *MEASURES) == 0
+    assert finetune("--lora.dropout=0.3", "--eval.every=1", "--out_dir", f"{out}-plain") == 0
+    one, two = ((folder / "final/adapter_model.safetensors").read_bytes() for folder in (out, Path(f"{out}-plain")))
+    assert one == two
+
+
+def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
+    finetune: Finetune,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "my run"
+    assert finetune(f"--out_dir={folder}") == 0
+    assert str(folder / "final") in shlex.split(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_quiet_prints_nothing(
+    finetune: Finetune,  # noqa: F811
+    out: Path,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert finetune("--quiet") == 0
+    assert capfd.readouterr() == ("", "")
+    assert (out / "summary.json").exists()
+
+
+def test_tensorboard_gets_the_run(
+    finetune: Finetune,  # noqa: F811
+    out: Path,  # noqa: F811
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tests.run.test_trackers import read_tensorboard
+
+    assert finetune("--log.to=tensorboard") == 0
+    found = read_tensorboard(out)
+    assert list(found["train/loss"]) == [1, 2]
+    assert list(found["val/loss"]) == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_tasks_of_lm_eval_are_asked_during_training(
+    finetune: Finetune,  # noqa: F811
+    out: Path,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("eval/lm_eval_tasks.py", "eval/lm_eval_harness.py", "eval/lm_eval_model.py", "finetune/ask_tasks.py"):
+        load_script(name)
+    flags = ("--eval.tasks=tiny_world_qa", "--eval.tasks_limit=8", "--eval.tasks_every=2")
+    assert finetune(*flags, "--eval.best=tiny_world_qa/acc") == 0
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {
+        record["step"]: record["tiny_world_qa/acc"] * 8 % 1 for record in records if "tiny_world_qa/acc" in record
+    } == {
+        0: 0.0,
+        2: 0.0,
+    }
+    assert "it/s" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_task_that_does_not_exist_is_refused_before_the_model_is_loaded(
+    finetune: Finetune,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("eval/lm_eval_tasks.py", "eval/lm_eval_harness.py", "finetune/ask_tasks.py"):
+        load_script(name)
+    assert finetune("--eval.tasks=tiny_world_q") == 2
+    assert "tiny_world_q" in capsys.readouterr().err
+
+
+def test_the_figures_of_tasks_are_those_of_what_was_asked_for() -> None:
+    """Of a group its own figures, of a tag, which has none, those of its tasks."""
+    figures = load_script("finetune/ask_tasks.py").figures
+    part = {"alias": "part", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 0.25}
+    whole = {"alias": "whole", "acc,none": 0.75, "acc_stderr,none": "N/A"}
+    assert figures({"results": {"whole": whole, "part": part}}, ["whole"]) == {"whole/acc": 0.75}
+    assert figures({"results": {"part": part}}, ["tag"]) == {"part/acc": 0.5, "part/exact_match,strict": 0.25}

@@ -1,0 +1,154 @@
+"""The recipes of finetune/configs/: each is an experiment that was published, with its number of parameters."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_qlora import cli
+from lit_qlora.convert.families import read_config
+from lit_qlora.errors import UsageError
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.run.banner import check_trainable
+from lit_qlora.run.plan import make_plan
+from lit_qlora.settings import FinetuneConfig
+from tests.conftest import ROOT, load_script
+
+CONFIGS = ROOT / "finetune/configs"
+DEMO = ROOT / "checkpoints/lit-qlora/tiny-world"
+PUBLISHED = {
+    "alpaca-7b-all-layers": 20_277_248,
+    "alpaca-7b-default": 4_194_304,
+    "alpaca-7b-fp4": 4_194_304,
+    "alpaca-7b-nf4": 4_194_304,
+    "alpaca-7b-r16": 40_554_496,
+    "alpaca-7b-r16-alpha32": 40_554_496,
+    "alpaca-7b-r256-alpha512": 648_871_936,
+    "alpaca-7b-schedule": 4_194_304,
+    "alpaca-7b-sgd": 4_194_304,
+    "alpaca-7b-two-epochs": 4_194_304,
+    "guanaco-7b": 159_907_840,
+    "guanaco-13b": 64 * 40 * (8 * 5120 + 3 * (5120 + 13824)),
+    "guanaco-33b": 64 * 60 * (8 * 6656 + 3 * (6656 + 17920)),
+    "guanaco-65b": 64 * 80 * (8 * 8192 + 3 * (8192 + 22016)),
+    "h2o-line-1.7b-r4": 884_736,
+    "h2o-line-1.7b-r8": 1_769_472,
+    "h2o-line-1.7b-r16": 3_538_944,
+    "openllama-3b-r8": 2_662_400,
+    "openllama-3b-r16": 5_324_800,
+    "openllama-3b-r8-all": 12_994_560,
+    "openllama-3b-r8-all-int8": 12_994_560,
+}
+"""Trainable parameters, as published; of the larger Guanacos, which were not, r (in + out) of each layer."""
+NAMES = sorted(PUBLISHED)
+
+
+def llama(width: int, layers: int, heads: int, ffn: int) -> dict:
+    return {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+
+
+SHAPES = {
+    "meta-llama/Llama-2-7b-hf": llama(4096, 32, 32, 11008),
+    "huggyllama/llama-7b": llama(4096, 32, 32, 11008),
+    "huggyllama/llama-13b": llama(5120, 40, 40, 13824),
+    "huggyllama/llama-30b": llama(6656, 60, 52, 17920),
+    "huggyllama/llama-65b": llama(8192, 80, 64, 22016),
+    "openlm-research/open_llama_3b_v2": llama(3200, 26, 32, 8640),
+    "line-corporation/japanese-large-lm-1.7b-instruction-sft": {
+        "model_type": "gpt2",
+        "vocab_size": 51200,
+        "n_embd": 2304,
+        "n_layer": 24,
+        "n_head": 24,
+        "n_positions": 2048,
+    },
+}
+"""What their config.json says of their shapes."""
+
+
+def recipe(name: str, *flags: str) -> FinetuneConfig:
+    return cli.parse(FinetuneConfig, [f"--config={CONFIGS / f'{name}.yaml'}", *flags])
+
+
+def trainable(config: FinetuneConfig, base: ModelConfig) -> int:
+    plan = make_plan(
+        base, config.lora, config.quantize, config.quantize_head, torch.bfloat16, 512, config.train, room=None
+    )
+    return plan.trainable
+
+
+def test_every_recipe_is_here() -> None:
+    assert sorted(path.stem for path in CONFIGS.iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains_as_many_parameters_as_were_published(name: str) -> None:
+    config = recipe(name)
+    base = "/".join(config.checkpoint_dir.parts[-2:])
+    assert base in config.expect_trainable
+    for known, count in config.expect_trainable.items():
+        assert count == PUBLISHED[name]
+        assert trainable(config, read_config(SHAPES[known], known)) == count
+        check_trainable(config, known, count)
+        with pytest.raises(UsageError, match=f"{count:,} parameters of {known} learn, and {count + 1:,} would"):
+            check_trainable(config, known, count + 1)
+
+
+def test_llama_2_has_as_many_frozen_parameters_as_was_published() -> None:
+    config, base = recipe("alpaca-7b-nf4"), read_config(SHAPES["meta-llama/Llama-2-7b-hf"], "a/b")
+    plan = make_plan(base, config.lora, "none", False, torch.bfloat16, 512, config.train, room=None)
+    assert plan.frozen == 6_738_415_616
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_how_to_run_it(name: str) -> None:
+    assert f"# python finetune/lora.py --config finetune/configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+def run(name: str, out: Path, *flags: str) -> int:
+    try:
+        cli.run(
+            load_script("finetune/lora.py").main,
+            FinetuneConfig,
+            [f"--config={CONFIGS / f'{name}.yaml'}", f"--out_dir={out}", "--data.max_length=96", *flags],
+        )
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_recipe_is_refused_where_it_would_train_something_else(
+    tiny_checkpoint: Path, examples_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--checkpoint_dir={tiny_checkpoint}", f"--data.path={examples_file}", "--data.prompt=qa"]
+    assert run("alpaca-7b-default", tmp_path / "out", *flags, "--expect_trainable={test/tiny: 7}", "--dry_run") == 2
+    assert "expect_trainable says that 7 parameters of test/tiny learn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_planned_on_the_demo(name: str, tmp_path: Path) -> None:
+    flags = [f"--checkpoint_dir={DEMO}", f"--data.path={ROOT / 'finetune/demo'}", f"--data.cache_dir={tmp_path}"]
+    assert run(name, tmp_path / "out", *flags, "--dry_run") == 0
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "alpaca-7b-sgd" else []) for name in NAMES]
+)
+def test_a_recipe_trains_the_demo(name: str, tmp_path: Path) -> None:
+    flags = [f"--checkpoint_dir={DEMO}", f"--data.path={ROOT / 'finetune/demo'}", f"--data.cache_dir={tmp_path}"]
+    few = ["--train.max_steps=2", "--train.batch_size=4", "--eval.max_samples=4"]
+    assert run(name, tmp_path / "out", *flags, *few) == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["trainable_parameters"] == trainable(recipe(name), ModelConfig.load(DEMO))

@@ -12,7 +12,8 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors", "files", "kernels"},
+    {"errors", "kernels"},
+    {"files"},
     {"cli", "model", "report", "settings"},
     {"device", "partial_answers", "prompts", "quantize"},
     {"checkpoint", "data"},

@@ -4,22 +4,17 @@ Weights of more than shards.SHARD_BYTES lie in several files with an index. mode
 directory a checkpoint: it is written when everything else is complete.
 """
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io, shards
 from lit_qlora.checkpoint.streaming import stream
-from lit_qlora.errors import CheckpointError, ResourceError
-from lit_qlora.files.atomic import flush
+from lit_qlora.errors import CheckpointError
+from lit_qlora.files import hashing
+from lit_qlora.files.atomic import flush, temporary_directory, writing
 from lit_qlora.model.config import FILE_NAME as CONFIG
 from lit_qlora.model.config import ModelConfig, missing_checkpoint
 from lit_qlora.model.gpt import GPT
@@ -28,8 +23,6 @@ from lit_qlora.quantize import QuantizedLinear, is_quantized
 from lit_qlora.settings import Scheme
 
 WEIGHTS = "lit_model.safetensors"
-MANIFEST = "manifest.json"
-_HASHES = ".sha256.json"
 
 
 def load_model(
@@ -216,11 +209,11 @@ def save_weights(
             path.unlink()
         for path in set(staged.iterdir()) - {staged / CONFIG}:
             path.rename(directory / path.name)
-        _remember_hashes(directory, hashes)
+        hashing.remember(directory, hashes)
         flush(directory)
         (staged / CONFIG).rename(directory / CONFIG)
         flush(directory)
-    return _combine(hashes)
+    return hashing.combine(hashes)
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -238,139 +231,4 @@ def content_hash(checkpoint_dir: Path) -> str:
     Raises:
         CheckpointError: if there are no weights, or a file of theirs is absent.
     """
-    known = _kept_hashes(checkpoint_dir)
-    hashes = {}
-    for path in open_weights(checkpoint_dir).paths:
-        kept = known.get(path.name)
-        hashes[path.name] = kept["sha256"] if kept and _stamp(path).items() <= kept.items() else hash_file(path)
-    if any(name not in known or known[name]["sha256"] != digest for name, digest in hashes.items()):
-        _remember_hashes(checkpoint_dir, hashes)
-    return _combine(hashes)
-
-
-def _combine(hashes: Mapping[str, str]) -> str:
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _kept_hashes(directory: Path) -> dict[str, dict[str, Any]]:
-    try:
-        kept: Any = json.loads((directory / _HASHES).read_text())
-        return {name: row for name, row in kept.items() if row.keys() == {"bytes", "mtime_ns", "sha256"}}
-    except (OSError, ValueError, AttributeError):
-        return {}  # not kept yet, or unreadable: hash again
-
-
-def _remember_hashes(directory: Path, hashes: Mapping[str, str]) -> None:
-    record = {name: {**_stamp(directory / name), "sha256": digest} for name, digest in hashes.items()}
-    with suppress(OSError):  # a read-only checkpoint is hashed each time
-        (directory / _HASHES).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _stamp(path: Path) -> dict[str, int]:
-    stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turn what the system says about a full disk or a missing permission into a ResourceError about `place`."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"Cannot write {place}: {error.strerror or error}.\nWhat was there before is untouched."
-        ) from None
-
-
-@contextmanager
-def temporary_directory(final: Path) -> Iterator[Path]:
-    """A new directory beside `final`, on the same file system; removed with what is left in it.
-
-    What programs that were killed left beside `final` is removed too.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(f"{final.name}.tmp-*"):
-        if is_left_over(left):
-            shutil.rmtree(left, ignore_errors=True)
-    path = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    try:
-        path.mkdir()
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def is_left_over(temporary: Path) -> bool:
-    """Whether the program that made `temporary`, whose name ends with its process id, has ended."""
-    process = temporary.name.rpartition("-")[2]
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return True
-    except OSError:
-        return False  # somebody else's
-    return int(process) == os.getpid()  # ours are gone when they end: an earlier program had the same number
-
-
-def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]) -> None:
-    """Write a directory that is either complete or absent, whatever stops the program.
-
-    Files go to a temporary directory beside `final`, each is flushed to the disk, manifest.json (bytes and sha256 of
-    each, and `facts`) comes last, and then the directory gets its name.
-
-    Args:
-        write: file name -> a function that writes it to the path it is given.
-
-    Raises:
-        ResourceError: if the disk is full or may not be written; `final` is then as it was.
-    """
-    with writing(final), temporary_directory(final) as temporary:
-        files = {}
-        for name, write_to in write.items():
-            path = temporary / name
-            write_to(path)
-            files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files, **facts}, indent=2) + "\n")
-        publish(temporary, final)
-
-
-def publish(complete: Path, final: Path) -> None:
-    """Give the directory `complete` its final name, after everything in it is on the disk."""
-    for path in complete.iterdir():
-        flush(path)
-    flush(complete)
-    if final.exists():
-        shutil.rmtree(final)
-    complete.rename(final)
-    flush(final.parent)
-
-
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """What save_directory wrote, after checking every file against it; None where there is no manifest.
-
-    Raises:
-        CheckpointError: naming the first file that is absent or differs.
-    """
-    path = directory / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        files = manifest["files"].items()
-    except (ValueError, KeyError, AttributeError):
-        raise CheckpointError(f"{path} is damaged.") from None
-    for name, known in files:
-        file = directory / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{directory} is incomplete: {name} is absent.")
-        if file.stat().st_size != known["bytes"] or hash_file(file) != known["sha256"]:
-            raise CheckpointError(f"{file} is damaged: it is not the file that was saved (sha256 differs).")
-    return manifest
+    return hashing.combine(hashing.hash_files(open_weights(checkpoint_dir).paths))

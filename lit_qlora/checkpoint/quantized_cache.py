@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io
-from lit_qlora.checkpoint.checkpoint import MANIFEST, content_hash, load_model, publish, temporary_directory
+from lit_qlora.checkpoint.checkpoint import content_hash, load_model
 from lit_qlora.checkpoint.streaming import stream
 from lit_qlora.errors import CheckpointError, ResourceError
 from lit_qlora.files import cache_folder
-from lit_qlora.files.atomic import flush
+from lit_qlora.files.atomic import flush, publish, temporary_directory
+from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import QuantizedLinear

@@ -13,6 +13,7 @@ from lit_qlora.checkpoint import checkpoint, safetensors_io, shards
 from lit_qlora.convert.families import find_family, find_rule, read_config, read_whole, to_ours
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
+from lit_qlora.files import atomic
 from lit_qlora.model.config import ModelConfig, missing_checkpoint
 from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.prompts import tokenizer
@@ -58,7 +59,7 @@ def convert_hf_checkpoint(
             for ours, part in to_ours(their_name, read_whole(their_name, weights.read, config), config).items():
                 yield ours, _cast(ours, part, dtype)
 
-    with checkpoint.writing(out_dir):
+    with atomic.writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         if out_dir.resolve() != source.resolve():
             for file_name in (*tokenizer.FILES, "config.json", SOURCE):

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.convert.gguf_vocabulary import read_vocabulary
 from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.files import atomic
 from lit_qlora.files.atomic import flush
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope import scaled_frequency
@@ -81,7 +82,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
     check_supported(config)
     vocabulary = read_vocabulary(checkpoint_dir, config.vocab_size)
 
-    with checkpoint.writing(out_file), checkpoint.temporary_directory(out_file) as staged:
+    with atomic.writing(out_file), atomic.temporary_directory(out_file) as staged:
         writer = GGUFWriter(staged / out_file.name, ARCHITECTURES[config.family])
         try:
             _write_settings(writer, config, kind)

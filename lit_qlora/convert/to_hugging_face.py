@@ -21,6 +21,7 @@ from lit_qlora.convert.families import find_family, read_config, their_tensors, 
 from lit_qlora.convert.from_hugging_face import THEIR_WEIGHTS, find_weights
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.files import atomic
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts import tokenizer
 
@@ -59,7 +60,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         for tensor in plan:
             yield tensor.name, tensor.join({name: weights.read(name) for name in tensor.ours}, config)
 
-    with checkpoint.writing(out_dir), checkpoint.temporary_directory(out_dir) as folder:
+    with atomic.writing(out_dir), atomic.temporary_directory(out_dir) as folder:
         shards.write(folder, THEIR_WEIGHTS[0], specs, tensors(), limit)
         (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
         for name in tokenizer.FILES:
@@ -70,7 +71,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         _read_back(folder, config, weights.specs)
         if out_dir.exists():
             out_dir.rmdir()
-        checkpoint.publish(folder, out_dir)
+        atomic.publish(folder, out_dir)
     return config
 
 

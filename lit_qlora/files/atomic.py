@@ -1,8 +1,12 @@
-"""Files that are there whole or not at all, whatever stops the program."""
+"""Files and directories that are atomic: whole or absent, whatever stops the program."""
 
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lit_qlora.errors import ResourceError
 
 
 def flush(path: Path) -> None:
@@ -33,3 +37,55 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the system says about a full disk or a missing permission into a ResourceError about `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot write {place}: {error.strerror or error}.\nWhat was there before is untouched."
+        ) from None
+
+
+@contextmanager
+def temporary_directory(final: Path) -> Iterator[Path]:
+    """A new directory beside `final`, on the same file system; removed with what is left in it.
+
+    What programs that were killed left beside `final` is removed too.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f"{final.name}.tmp-*"):
+        if is_left_over(left):
+            shutil.rmtree(left, ignore_errors=True)
+    path = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    try:
+        path.mkdir()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_left_over(temporary: Path) -> bool:
+    """Whether the program that made `temporary`, whose name ends with its process id, has ended."""
+    process = temporary.name.rpartition("-")[2]
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return True
+    except OSError:
+        return False  # somebody else's
+    return int(process) == os.getpid()  # ours are gone when they end: an earlier program had the same number
+
+
+def publish(complete: Path, final: Path) -> None:
+    """Give the directory `complete` its final name, after everything in it is on the disk."""
+    for path in complete.iterdir():
+        flush(path)
+    flush(complete)
+    if final.exists():
+        shutil.rmtree(final)
+    complete.rename(final)
+    flush(final.parent)

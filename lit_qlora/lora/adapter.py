@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import safetensors_io, shards
-from lit_qlora.checkpoint.checkpoint import content_hash, load_model, open_weights, read_manifest, save_directory
+from lit_qlora.checkpoint.checkpoint import content_hash, load_model, open_weights
 from lit_qlora.device import pick_device, resolve_precision, weights_dtype
 from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.files.manifest import read_manifest, save_directory
 from lit_qlora.lora.initialization import initialize, restore_bases
 from lit_qlora.lora.layer import add_lora, lora_state, saved_state
 from lit_qlora.lora.peft_config import PeftConfig

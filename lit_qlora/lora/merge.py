@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.files import atomic
 from lit_qlora.lora.adapter import Adapter, attach_adapter, check_base, our_tensors
 from lit_qlora.lora.initialization import rest_of
 from lit_qlora.lora.layer import LoRALinear, add_lora, lengths, lora_state
@@ -223,7 +224,7 @@ class Merge:
             ResourceError: if it cannot be written.
         """
         check_replaceable(out_dir)
-        with checkpoint.writing(out_dir), checkpoint.temporary_directory(out_dir) as folder:
+        with atomic.writing(out_dir), atomic.temporary_directory(out_dir) as folder:
             for file in (*tokenizer.FILES, "config.json", SOURCE, STYLE_FILE):
                 for directory in (self.checkpoint_dir, self.adapters[0].path):  # the adapter's prompt style wins
                     if (directory / file).is_file():
@@ -254,7 +255,7 @@ class Merge:
                 "layers": self.layers,
             }
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-            checkpoint.publish(folder, out_dir)
+            atomic.publish(folder, out_dir)
         return report
 
     def _is_adapted(self, name: str) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import cli
-from lit_qlora.checkpoint.checkpoint import content_hash, read_manifest
+from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.files.atomic import write_text
+from lit_qlora.files.manifest import read_manifest
 from lit_qlora.report import Record, tell
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.train.training_state import COUNTERS, read_counters

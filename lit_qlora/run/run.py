@@ -16,12 +16,12 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor
 
 from lit_qlora import cli
-from lit_qlora.checkpoint.checkpoint import is_left_over
 from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.errors import NumericalError, ResourceError, UsageError, UserError
 from lit_qlora.evaluate.measures import Ask, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.validation import Validator
 from lit_qlora.evaluate.validation_inputs import Probes
+from lit_qlora.files.atomic import is_left_over
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings

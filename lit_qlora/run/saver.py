@@ -9,9 +9,9 @@ import torch
 from lightning.fabric import Fabric
 
 from lit_qlora import __version__
-from lit_qlora.checkpoint.checkpoint import content_hash, publish, temporary_directory
+from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.data import RunData
-from lit_qlora.files.atomic import flush
+from lit_qlora.files.atomic import flush, publish, temporary_directory
 from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import RunLog

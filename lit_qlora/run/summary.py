@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lit_qlora import cli
-from lit_qlora.checkpoint.checkpoint import content_hash, count_parameters, read_manifest
+from lit_qlora.checkpoint.checkpoint import content_hash, count_parameters
 from lit_qlora.data import RunData
 from lit_qlora.evaluate.measures import best_and_worst
 from lit_qlora.evaluate.validation_inputs import question
 from lit_qlora.files.atomic import write_text
+from lit_qlora.files.manifest import read_manifest
 from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, duration, figures, short, smaller_is_better, tell

@@ -25,7 +25,7 @@ Writers = dict[str, Callable[[Path], Any]]
 def state_files(
     fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]
 ) -> Writers:
-    """File name -> a function that writes it, for checkpoint.save_directory."""
+    """File name -> a function that writes it, for save_directory."""
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     rest = {
         "format": FORMAT,

@@ -257,7 +257,7 @@ def test_a_merge_that_is_killed_leaves_what_was_there(point: str, tmp_path: Path
     program = """
 import os, signal, sys
 from pathlib import Path
-from lit_qlora.checkpoint import checkpoint
+from lit_qlora.files import atomic
 from lit_qlora.lora import merge
 from lit_qlora.lora.adapter import our_tensors, read_adapter
 
@@ -270,7 +270,7 @@ if point == "weights":
 elif point == "report":
     merge._digest = die
 else:
-    checkpoint.publish = die
+    atomic.publish = die
 merge.merge_checkpoint(read_adapter(adapter), base, out)
 """
     command = [sys.executable, "-c", program, point, *map(str, (b, base, tmp_path / "merged"))]

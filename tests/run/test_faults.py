@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_qlora.checkpoint.checkpoint import load_model, read_manifest
+from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.evaluate.measures import Losses
+from lit_qlora.files.manifest import read_manifest
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.run import saver, summary
 from lit_qlora.run.resume import newest, read_log

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.checkpoint.checkpoint import read_manifest
 from lit_qlora.evaluate.measures import Losses
+from lit_qlora.files.manifest import read_manifest
 from lit_qlora.run import run, saver
 from lit_qlora.run.resume import checkpoints, newest, read_log, write_log
 from lit_qlora.settings import OPTIMIZERS, SCHEMES

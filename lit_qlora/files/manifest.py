@@ -1,0 +1,57 @@
+"""Directories with a manifest, which has the size and sha256 of every file in them."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.errors import CheckpointError
+from lit_qlora.files.atomic import publish, temporary_directory, writing
+from lit_qlora.files.hashing import hash_file
+
+MANIFEST = "manifest.json"
+
+
+def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]) -> None:
+    """Write a directory that is either complete or absent, whatever stops the program.
+
+    Files go to a temporary directory beside `final`, each is flushed to the disk, manifest.json (bytes and sha256 of
+    each, and `facts`) comes last, and then the directory gets its name.
+
+    Args:
+        write: file name -> a function that writes it to the path it is given.
+
+    Raises:
+        ResourceError: if the disk is full or may not be written; `final` is then as it was.
+    """
+    with writing(final), temporary_directory(final) as temporary:
+        files = {}
+        for name, write_to in write.items():
+            path = temporary / name
+            write_to(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files, **facts}, indent=2) + "\n")
+        publish(temporary, final)
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """What save_directory wrote, after checking every file against it; None where there is no manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is absent or differs.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        files = manifest["files"].items()
+    except (ValueError, KeyError, AttributeError):
+        raise CheckpointError(f"{path} is damaged.") from None
+    for name, known in files:
+        file = directory / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{directory} is incomplete: {name} is absent.")
+        if file.stat().st_size != known["bytes"] or hash_file(file) != known["sha256"]:
+            raise CheckpointError(f"{file} is damaged: it is not the file that was saved (sha256 differs).")
+    return manifest

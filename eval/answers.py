@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
-from lit_qlora.inference import UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+from lit_qlora.inference import InferenceConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 from lit_qlora.partial_answers import Part
 from lit_qlora.settings import GenerationConfig, check
 
@@ -23,7 +23,7 @@ SHOWN = 3  # best and worst answers that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GenerationConfig, UseConfig):
+class Config(GenerationConfig, InferenceConfig):
     """Answer a data file and compare the answers with those in it. Of a conversation the last answer is asked for."""
 
     data: str

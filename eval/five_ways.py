@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import UsageError
-from lit_qlora.inference import UseConfig
+from lit_qlora.inference import InferenceConfig, LoadedModel
 from lit_qlora.settings import Scheme
 
 if TYPE_CHECKING:
     from lm_eval_harness import Config
 
-    from lit_qlora.lora.adapter import Adapter, Loaded
+    from lit_qlora.lora.adapter import Adapter
 
 BASE, QUANTIZED, ADAPTED, MERGED, REQUANTIZED = "base", "quantized", "adapted", "merged", "requantized"
 EFFECTS = {
@@ -34,7 +34,7 @@ def compare(
     config: "Config",
     checkpoint_dir: Path,
     lora_path: Path,
-    measure: Callable[["Loaded", bool], dict[str, Any]],
+    measure: Callable[[LoadedModel, bool], dict[str, Any]],
 ) -> dict[str, Any]:
     """Evaluate the five, one after the other, with one model in memory at a time.
 
@@ -76,20 +76,20 @@ def compare(
 
 def models(
     config: "Config", checkpoint_dir: Path, adapter: "Adapter", scheme: Scheme, head: bool
-) -> Iterator[tuple[str, "Loaded"]]:
+) -> Iterator[tuple[str, LoadedModel]]:
     """Each of the five and its name; the one before is gone, or has become the next."""
     from lit_qlora.lora.merge import Merge
     from lit_qlora.quantize import quantize_linears
 
     merge = Merge([adapter], checkpoint_dir)
-    loaded = UseConfig(precision=config.precision).load(checkpoint_dir)
+    loaded = InferenceConfig(precision=config.precision).load(checkpoint_dir)
     yield BASE, loaded
     merge.put_into(loaded.model)
     yield MERGED, loaded
     quantize_linears(loaded.model, scheme, head)
     yield REQUANTIZED, loaded
     del loaded
-    loaded = UseConfig(precision=config.precision, quantize=scheme, quantize_head=head).load(checkpoint_dir)
+    loaded = InferenceConfig(precision=config.precision, quantize=scheme, quantize_head=head).load(checkpoint_dir)
     yield QUANTIZED, loaded
     merge.attach_to(loaded.model)
     loaded.model.eval()

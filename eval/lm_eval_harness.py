@@ -19,7 +19,7 @@ from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_fold
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.files.atomic import write_text
-from lit_qlora.inference import UseConfig, peak_memory
+from lit_qlora.inference import InferenceConfig, LoadedModel, peak_memory
 from lit_qlora.model.config import FILE_NAME as MODEL_CONFIG
 from lit_qlora.prompts.style import read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, check
@@ -27,8 +27,6 @@ from lit_qlora.settings import DEMO_CHECKPOINT, check
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
-
-    from lit_qlora.lora.adapter import Loaded
 
 DEMO_TASKS = Path(__file__).resolve().parent / "demo"
 
@@ -61,7 +59,7 @@ class Asking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Asking, UseConfig):
+class Config(Asking, InferenceConfig):
     """Evaluate a model on tasks of lm-eval, and write results.json in lm-eval's own schema."""
 
     checkpoint_dir: Path | None = None
@@ -120,7 +118,7 @@ def main(config: Config) -> None:
 
     from lit_qlora.fused import reader
 
-    def measure(loaded: "Loaded", log_samples: bool = False) -> dict[str, Any]:
+    def measure(loaded: LoadedModel, log_samples: bool = False) -> dict[str, Any]:
         lm = GPTModel(
             loaded.model,
             loaded.tokenizer,

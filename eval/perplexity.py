@@ -11,12 +11,12 @@ from typing import Literal
 
 from lit_qlora import cli
 from lit_qlora.errors import DataError
-from lit_qlora.inference import UseConfig, peak_memory
+from lit_qlora.inference import InferenceConfig, peak_memory
 from lit_qlora.settings import check
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(UseConfig):
+class Config(InferenceConfig):
     """Measure the perplexity of a model on a text file, read as one text that begins with BOS where there is one."""
 
     file: Path

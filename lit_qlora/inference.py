@@ -10,19 +10,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
-from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, Turn, find_style
+from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, Turn, find_style, read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, Precision, Scheme, check
 
 if TYPE_CHECKING:
     from lit_qlora.generation import Draft
-    from lit_qlora.lora.adapter import Loaded
     from lit_qlora.lora.adapter_switch import AdapterSwitch
     from lit_qlora.model.gpt import GPT
     from lit_qlora.prompts.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class UseConfig:
+class LoadedModel:
+    """A model that is ready to answer or to be measured."""
+
+    model: "GPT"
+    tokenizer: "Tokenizer"
+    style: Style | None
+    """The prompt style of its adapter, else of its checkpoint; None if neither has one."""
+
+
+def load_for_inference(
+    checkpoint_dir: Path,
+    lora_path: Path | None = None,
+    *,
+    quantize: Scheme = "none",
+    quantize_head: bool = False,
+    precision: Precision = "auto",
+) -> LoadedModel:
+    """A checkpoint, with an adapter on it if one is given, on the best device there is.
+
+    Raises:
+        CheckpointError: if anything is missing or damaged, or base and adapter do not belong together.
+    """
+    from lit_qlora.checkpoint.checkpoint import load_model
+    from lit_qlora.device import pick_device, resolve_precision, weights_dtype
+    from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.prompts.tokenizer import Tokenizer
+
+    ModelConfig.load(checkpoint_dir)  # says best what is wrong with a directory that is no checkpoint
+    adapter = read_adapter(lora_path) if lora_path else None
+    tokenizer = Tokenizer(checkpoint_dir)
+    if adapter:
+        check_base(adapter, checkpoint_dir)
+    device = pick_device()
+    dtype = weights_dtype(resolve_precision(precision, device))
+    model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
+    if adapter:
+        attach_adapter(model, adapter, checkpoint_dir)
+    style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, style=style)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
     """Which model."""
 
     checkpoint_dir: Path = DEMO_CHECKPOINT
@@ -37,7 +79,7 @@ class UseConfig:
     precision: Precision = "auto"
     """Dtype of weights and activations. 'auto' is bf16-true on a GPU that has it, 32-true elsewhere."""
 
-    def load(self, checkpoint_dir: Path | None = None) -> "Loaded":
+    def load(self, checkpoint_dir: Path | None = None) -> LoadedModel:
         """The model, its tokenizer and its prompt style, on the best device there is.
 
         Args:
@@ -46,9 +88,7 @@ class UseConfig:
         Raises:
             CheckpointError: if anything is missing or damaged, or checkpoint and adapter do not belong together.
         """
-        from lit_qlora.lora.adapter import load_for_use
-
-        return load_for_use(
+        return load_for_inference(
             checkpoint_dir or self.checkpoint_dir,
             self.lora_path,
             quantize=self.quantize,
@@ -88,9 +128,8 @@ class DraftConfig:
         if self.draft_checkpoint_dir is None:
             return None
         from lit_qlora.generation import Draft
-        from lit_qlora.lora.adapter import load_for_use
 
-        loaded = load_for_use(self.draft_checkpoint_dir, precision=precision)
+        loaded = load_for_inference(self.draft_checkpoint_dir, precision=precision)
         own = loaded.tokenizer
         probe = "The quick brown fox: 1234567890, \u00e9\u4f60\n\tif (x) { return y; }"
         if (own.size, own.eos_id, own.encode(probe)) != (tokenizer.size, tokenizer.eos_id, tokenizer.encode(probe)):
@@ -174,7 +213,7 @@ class Roster:
         return self.switch.using(self.adapter(name))
 
 
-def load_roster(config: UseConfig, adapters: Mapping[str, Path], style: str = "auto") -> Roster:
+def load_roster(config: InferenceConfig, adapters: Mapping[str, Path], style: str = "auto") -> Roster:
     """The model of `config` without its adapter, and beside it this adapter and others, by names.
 
     Args:
@@ -185,9 +224,8 @@ def load_roster(config: UseConfig, adapters: Mapping[str, Path], style: str = "a
         UsageError: if two have the same name.
         CheckpointError: if anything is missing or damaged, or checkpoint and adapters do not belong together.
     """
-    from lit_qlora.lora.adapter import check_base, load_for_use, read_adapter
+    from lit_qlora.lora.adapter import check_base, read_adapter
     from lit_qlora.lora.adapter_switch import AdapterSwitch
-    from lit_qlora.prompts.style import read_style
 
     base = config.checkpoint_dir.resolve().name
     paths = dict(adapters)
@@ -202,7 +240,7 @@ def load_roster(config: UseConfig, adapters: Mapping[str, Path], style: str = "a
     for name, path in paths.items():
         read[name] = read_adapter(path)
         check_base(read[name], config.checkpoint_dir)
-    loaded = load_for_use(
+    loaded = load_for_inference(
         config.checkpoint_dir,
         quantize=config.quantize,
         quantize_head=config.quantize_head,

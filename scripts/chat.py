@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_qlora import cli
 from lit_qlora.errors import DataError, UsageError, did_you_mean
-from lit_qlora.inference import DraftConfig, Roster, UseConfig, check_style, encode_prompt, load_roster, stop_ids
+from lit_qlora.inference import DraftConfig, InferenceConfig, Roster, check_style, encode_prompt, load_roster, stop_ids
 from lit_qlora.prompts.style import Turn
 from lit_qlora.settings import GenerationConfig, check
 
@@ -29,7 +29,7 @@ COMMANDS = ["/compare", "/adapter", "/system", "/reset", "/help", "/quit"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GenerationConfig, DraftConfig, UseConfig):
+class Config(GenerationConfig, DraftConfig, InferenceConfig):
     """Talk to a model; it remembers the conversation as far as its context reaches."""
 
     adapters: dict[str, Path] = field(default_factory=dict)

@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lit_qlora import cli
+from lit_qlora.inference import LoadedModel, load_for_inference
 from lit_qlora.settings import DEMO_CHECKPOINT
-
-if TYPE_CHECKING:
-    from lit_qlora.lora.adapter import Loaded
 
 QUESTIONS = ("What does the fox eat?", "What is the colour of the otter?", "What is 7 plus 5?")
 TASK = "tiny_world_qa"
@@ -52,23 +49,21 @@ def main(config: DemoConfig) -> None:
     )
     import torch
 
-    from lit_qlora.lora.adapter import load_for_use
-
     torch.set_num_threads(1)  # as the commands below
     with chapter(1, "ask the base model"):
-        base = load_for_use(DEMO_CHECKPOINT)
+        base = load_for_inference(DEMO_CHECKPOINT)
         ask(base, "base")
     with chapter(2, "fine-tune it with LoRA on 4-bit weights"):
         command("finetune/lora.py", *TRAINING, "--out_dir", str(out))
     with chapter(3, "ask the 4-bit model with the adapter"):
-        adapted = load_for_use(DEMO_CHECKPOINT, out / "final", quantize="bnb.nf4")
+        adapted = load_for_inference(DEMO_CHECKPOINT, out / "final", quantize="bnb.nf4")
         ask(adapted, "adapter")
     with chapter(4, "merge the adapter into the base"):
         command("scripts/merge_lora.py", "--lora_path", str(out / "final"))
     with chapter(5, "check that merged model and adapter agree"):
-        merged = load_for_use(out / "merged")
+        merged = load_for_inference(out / "merged")
         ask(merged, "merged")
-        agreement = agree(load_for_use(DEMO_CHECKPOINT, out / "final"), adapted, merged)
+        agreement = agree(load_for_inference(DEMO_CHECKPOINT, out / "final"), adapted, merged)
         print(agreement)
     with chapter(6, f"evaluate all three with lm-eval on {TASK}; no question of it was in the training data"):
         table = evaluate(out)
@@ -108,7 +103,7 @@ def command(script: str, *flags: str, quiet: bool = False) -> None:
         raise SystemExit(done.returncode)
 
 
-def ask(loaded: "Loaded", name: str) -> None:
+def ask(loaded: LoadedModel, name: str) -> None:
     """Print the answers to QUESTIONS, the likeliest token each time."""
     from lit_qlora.generation import generate
     from lit_qlora.prompts.style import STYLES
@@ -121,7 +116,7 @@ def ask(loaded: "Loaded", name: str) -> None:
         print(f"  {name}: {question}  ->  {tokenizer.decode(answer).strip()}")
 
 
-def agree(exact: "Loaded", trained: "Loaded", merged: "Loaded") -> str:
+def agree(exact: LoadedModel, trained: LoadedModel, merged: LoadedModel) -> str:
     """How far the logits of the validation questions are apart.
 
     Args:

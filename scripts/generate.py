@@ -15,7 +15,15 @@ from typing import Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
-from lit_qlora.inference import DraftConfig, UseConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+from lit_qlora.inference import (
+    DraftConfig,
+    InferenceConfig,
+    check_style,
+    choose_style,
+    encode_prompt,
+    peak_memory,
+    stop_ids,
+)
 from lit_qlora.partial_answers import Part
 from lit_qlora.settings import GenerationConfig, check
 
@@ -27,7 +35,7 @@ BETWEEN = "-" * 20  # on a line of its own between several answers to one prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GenerationConfig, DraftConfig, UseConfig):
+class Config(GenerationConfig, DraftConfig, InferenceConfig):
     """Answer a prompt, or a file of them. Answers go to stdout or --out, speed and memory used to stderr."""
 
     prompt: str = "What does the fox eat?"

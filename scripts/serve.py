@@ -12,13 +12,13 @@ from jsonargparse.typing import SecretStr
 
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
-from lit_qlora.inference import UseConfig, check_style, load_roster, peak_memory
+from lit_qlora.inference import InferenceConfig, check_style, load_roster, peak_memory
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Limits, UseConfig):
+class Config(Limits, InferenceConfig):
     """Serve a model and its adapters: /v1/chat/completions, /v1/completions, /v1/models, and a page at /.
 
     The base answers to the name of its directory, each adapter to its own; all share the weights of the base.

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import safetensors_io, shards
-from lit_qlora.checkpoint.checkpoint import content_hash, load_model, open_weights
-from lit_qlora.device import pick_device, resolve_precision, weights_dtype
+from lit_qlora.checkpoint.checkpoint import content_hash, open_weights
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files.manifest import read_manifest, save_directory
 from lit_qlora.lora.initialization import initialize, restore_bases
@@ -25,10 +24,9 @@ from lit_qlora.lora.peft_layout import from_peft, to_ours, to_peft
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
-from lit_qlora.prompts.style import Style, read_style, style_json
-from lit_qlora.prompts.tokenizer import Tokenizer
+from lit_qlora.prompts.style import Style, style_json
 from lit_qlora.quantize import QuantizedLinear
-from lit_qlora.settings import LoRAConfig, Precision, Scheme
+from lit_qlora.settings import LoRAConfig
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_WEIGHTS_2023 = "adapter_model.bin"
@@ -230,40 +228,3 @@ def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:
             f"but {checkpoint_dir} holds other weights (sha256 {content_hash(checkpoint_dir)[:12]}...).\n"
             "Give --checkpoint_dir the base that it was trained on."
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A model that is ready to be used."""
-
-    model: GPT
-    tokenizer: Tokenizer
-    style: Style | None
-    """How its prompts are written; None where nobody said."""
-
-
-def load_for_use(
-    checkpoint_dir: Path,
-    lora_path: Path | None = None,
-    *,
-    quantize: Scheme = "none",
-    quantize_head: bool = False,
-    precision: Precision = "auto",
-) -> Loaded:
-    """A checkpoint, with an adapter on it if one is given, for evaluation, generation and chat.
-
-    Raises:
-        CheckpointError: if anything is missing or damaged, or base and adapter do not belong together.
-    """
-    ModelConfig.load(checkpoint_dir)  # says best what is wrong with a directory that is no checkpoint
-    adapter = read_adapter(lora_path) if lora_path else None
-    tokenizer = Tokenizer(checkpoint_dir)
-    if adapter:
-        check_base(adapter, checkpoint_dir)
-    device = pick_device()
-    dtype = weights_dtype(resolve_precision(precision, device))
-    model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
-    if adapter:
-        attach_adapter(model, adapter, checkpoint_dir)
-    style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
-    return Loaded(model=model.eval(), tokenizer=tokenizer, style=style)

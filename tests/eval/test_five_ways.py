@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lit_qlora.checkpoint.checkpoint import content_hash, load_model
-from lit_qlora.lora.adapter import load_for_use, read_adapter, save_adapter
+from lit_qlora.inference import load_for_inference
+from lit_qlora.lora.adapter import read_adapter, save_adapter
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.prompts.style import STYLES
 from lit_qlora.settings import LoRAConfig
@@ -57,11 +58,11 @@ def test_each_model_is_what_its_name_says(run_dir):
     merge_checkpoint(adapter, base, run_dir / "merged")
     quantized = {"quantize": "bnb.nf4", "quantize_head": True, "precision": "32-true"}
     expected = {
-        "base": load_for_use(base, precision="32-true"),
-        "quantized": load_for_use(base, **quantized),
-        "adapted": load_for_use(base, run_dir / "final", **quantized),
-        "merged": load_for_use(run_dir / "merged", precision="32-true"),
-        "requantized": load_for_use(run_dir / "merged", **quantized),
+        "base": load_for_inference(base, precision="32-true"),
+        "quantized": load_for_inference(base, **quantized),
+        "adapted": load_for_inference(base, run_dir / "final", **quantized),
+        "merged": load_for_inference(run_dir / "merged", precision="32-true"),
+        "requantized": load_for_inference(run_dir / "merged", **quantized),
     }
     config = SimpleNamespace(precision="32-true")
     seen = {}

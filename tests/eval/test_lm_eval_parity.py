@@ -13,7 +13,7 @@ import yaml
 
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.convert.to_hugging_face import export_hf
-from lit_qlora.inference import UseConfig
+from lit_qlora.inference import InferenceConfig
 from tests.conftest import load_script
 
 tasks = load_script("eval/lm_eval_tasks.py")  # in this order: each imports those before it by name
@@ -83,7 +83,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     write_tokenizer(root / "hf", bos=family != "gpt_neox")
     convert_hf_checkpoint(root / "hf", root / "ours")
     export_hf(root / "ours", root / "exported")
-    loaded = UseConfig(precision="32-true").load(root / "ours")
+    loaded = InferenceConfig(precision="32-true").load(root / "ours")
     return SimpleNamespace(
         theirs=HFLM(pretrained=str(root / "exported"), dtype="float32", device="cpu", batch_size=4),
         ours=lm_eval_model.GPTModel(loaded.model, loaded.tokenizer, style=loaded.style),

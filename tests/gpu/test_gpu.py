@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_qlora.checkpoint.checkpoint import load_model
-from lit_qlora.lora.adapter import load_for_use
+from lit_qlora.inference import load_for_inference
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import SCHEMES, DataConfig, FinetuneConfig, LoRAConfig, Precision, Scheme, TrainConfig
@@ -92,6 +92,6 @@ def test_the_recipe_learns_in_every_precision(
     script.main(config)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["val_loss"] < 0.8 * summary["val_loss_before"]
-    loaded = load_for_use(tiny_checkpoint, tmp_path / "out/final", quantize=scheme)
+    loaded = load_for_inference(tiny_checkpoint, tmp_path / "out/final", quantize=scheme)
     assert next(loaded.model.parameters()).is_cuda
     assert loaded.model.config == tiny_config()

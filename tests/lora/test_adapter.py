@@ -12,7 +12,8 @@ from torch import Tensor
 from lit_qlora.checkpoint.checkpoint import content_hash, load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError
-from lit_qlora.lora.adapter import check_base, load_adapter, load_for_use, read_adapter, save_adapter
+from lit_qlora.inference import load_for_inference
+from lit_qlora.lora.adapter import check_base, load_adapter, read_adapter, save_adapter
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.lora.peft_layout import check_layers
@@ -270,7 +271,7 @@ def test_an_adapter_in_the_file_format_of_2023_is_read(saved: tuple[Path, Path])
     actual = read_adapter(folder).peft_tensors
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    load_for_use(base, folder, precision="32-true")
+    load_for_inference(base, folder, precision="32-true")
 
 
 @pytest.mark.parametrize("version", [4, 5])
@@ -322,10 +323,10 @@ def saved(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_the_prompt_style_travels_with_the_adapter(saved: tuple[Path, Path]) -> None:
     base, folder = saved
-    loaded = load_for_use(base, folder, precision="32-true")
+    loaded = load_for_inference(base, folder, precision="32-true")
     assert loaded.style is not None
     assert loaded.style.render("why?", "") == "Q: why?\nA:"
-    assert load_for_use(base, precision="32-true").style is None
+    assert load_for_inference(base, precision="32-true").style is None
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_named(saved: tuple[Path, Path], tmp_path: Path) -> None:
@@ -370,7 +371,7 @@ def test_damaged_adapters_are_refused(change: Any, message: str, saved: tuple[Pa
     base, folder = saved
     change_tensors(folder, change)
     with pytest.raises(CheckpointError, match=message):
-        load_for_use(base, folder, precision="32-true")
+        load_for_inference(base, folder, precision="32-true")
 
 
 @pytest.mark.parametrize(

@@ -104,13 +104,13 @@ def test_a_chat_shows_what_training_showed(trained: SimpleNamespace) -> None:
 
 def test_the_server_shows_what_training_showed(trained: SimpleNamespace) -> None:
     pytest.importorskip("fastapi", reason="the server is an extra: pip install 'lit_qlora[serve]'")
-    from lit_qlora.inference import UseConfig
+    from lit_qlora.inference import InferenceConfig
     from lit_qlora.serve.app import _Server
     from lit_qlora.serve.limits import Limits
     from lit_qlora.serve.protocol import read_order
 
     for model in trained.models:
-        roster = load_roster(UseConfig(**model), {})
+        roster = load_roster(InferenceConfig(**model), {})
         server = _Server(roster, Limits())
         for messages, expected in ((TALK[:2], trained.before[1]), (TALK[:4], trained.before[2])):
             (question,) = server._questions(read_order({"model": roster.names[-1], "messages": messages}, chat=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.inference import Roster, UseConfig, load_roster
+from lit_qlora.inference import InferenceConfig, Roster, load_roster
 from tests.scripts.test_chat import write_adapter
 
 pytest.importorskip("fastapi", reason="the server is an extra: pip install 'lit_qlora[serve]'")
@@ -85,7 +85,7 @@ def roster(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> R
         "sums": write_adapter(folder / "sums", tiny_checkpoint, 1),
         "other": write_adapter(folder / "other", tiny_checkpoint, 2, targets="all"),
     }
-    return load_roster(UseConfig(checkpoint_dir=tiny_checkpoint, quantize="bnb.nf4"), adapters)
+    return load_roster(InferenceConfig(checkpoint_dir=tiny_checkpoint, quantize="bnb.nf4"), adapters)
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chance import like_chance
+
 from lit_qlora.errors import UsageError
 from lit_qlora.inference import InferenceConfig, LoadedModel
 from lit_qlora.settings import Scheme
 
 if TYPE_CHECKING:
-    from lm_eval_harness import Config
-
     from lit_qlora.lora.adapter import Adapter
 
 BASE, QUANTIZED, ADAPTED, MERGED, REQUANTIZED = "base", "quantized", "adapted", "merged", "requantized"
@@ -31,15 +31,17 @@ METRICS = ("acc", "exact_match", "mc2", "f1", "bleu", "rougeL")
 
 
 def compare(
-    config: "Config",
+    config: InferenceConfig,
     checkpoint_dir: Path,
     lora_path: Path,
     measure: Callable[[LoadedModel, bool], dict[str, Any]],
+    seed: int,
 ) -> dict[str, Any]:
     """Evaluate the five, one after the other, with one model in memory at a time.
 
     Args:
         measure: the results of a model in lm-eval's schema, with or without "samples".
+        seed: of the intervals.
 
     Returns:
         Results of lm-eval by model under "models", and under "comparison" a list for each task, see compare_task.
@@ -61,8 +63,7 @@ def compare(
         results[name] = measure(loaded, True)
     samples = {name: result.pop("samples") for name, result in results.items()}
     tasks = {
-        task: compare_task({name: by_task[task] for name, by_task in samples.items()}, config.seed)
-        for task in samples[BASE]
+        task: compare_task({name: by_task[task] for name, by_task in samples.items()}, seed) for task in samples[BASE]
     }
     seconds = sum(float(result["total_evaluation_time_seconds"]) for result in results.values())
     return {
@@ -75,7 +76,7 @@ def compare(
 
 
 def models(
-    config: "Config", checkpoint_dir: Path, adapter: "Adapter", scheme: Scheme, head: bool
+    config: InferenceConfig, checkpoint_dir: Path, adapter: "Adapter", scheme: Scheme, head: bool
 ) -> Iterator[tuple[str, LoadedModel]]:
     """Each of the five and its name; the one before is gone, or has become the next."""
     from lit_qlora.lora.merge import Merge
@@ -144,8 +145,6 @@ def interval(differences: Any, seed: int, share: float = 0.95) -> tuple[float, f
 
 def table(results: Mapping[str, Any]) -> str:
     """The comparison as markdown."""
-    from lm_eval_harness import like_chance
-
     scheme = results["quantize"].removeprefix("bnb.")
     dtype = results["models"][BASE]["config"]["model_dtype"].removeprefix("torch.")
     titles = {

@@ -4,7 +4,6 @@ python eval/lm_eval_harness.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7
 """
 
 import json
-import math
 import os
 import random
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from chance import against_chance, like_chance
 from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_folders
 
 from lit_qlora import cli
@@ -135,7 +135,7 @@ def main(config: Config) -> None:
         import five_ways
 
         assert config.lora_path is not None
-        results = five_ways.compare(config, checkpoint_dir, config.lora_path, measure)
+        results = five_ways.compare(config, checkpoint_dir, config.lora_path, measure, config.seed)
         lines = [five_ways.table(results)]
     else:
         results = measure(config.load(checkpoint_dir))
@@ -220,29 +220,6 @@ def set_fewshot(name: str, task: "Task", num_fewshot: int | None, seed: int) -> 
     else:
         task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(seed)
-
-
-def against_chance(task: "Task", metrics: Mapping[str, Any]) -> dict[str, float] | None:
-    """What guessing gives in a multiple-choice task, or None where accuracy is not a share of right choices.
-
-    Returns:
-        accuracy; chance, the mean of 1 / number of choices; noise, two standard deviations of the accuracy of someone
-        who guesses; questions, how many there were.
-    """
-    accuracy = next((value for key, value in metrics.items() if key.startswith("acc,")), None)
-    own_rule = task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results or task.multiple_target
-    if accuracy is None or own_rule:
-        return None
-    docs = {instance.doc_id: instance.doc for instance in task.instances}.values()
-    odds = [1 / len(task.doc_to_choice(doc)) for doc in docs]
-    chance = sum(odds) / len(odds)
-    noise = 2 * math.sqrt(sum(p * (1 - p) for p in odds)) / len(odds)
-    return {"accuracy": float(accuracy), "chance": chance, "noise": noise, "questions": len(odds)}
-
-
-def like_chance(figures: Mapping[str, float]) -> bool:
-    """Whether someone who guesses often scores like this; for what against_chance returns."""
-    return abs(figures["accuracy"] - figures["chance"]) <= figures["noise"]
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:

@@ -72,7 +72,9 @@ def load_script(path: str | Path) -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # as for a script that is started
+        spec.loader.exec_module(module)
     return module
 
 

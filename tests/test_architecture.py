@@ -117,6 +117,7 @@ def test_contributing_draws_these_layers() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     files = {".".join(["lit_qlora", *module(path).removesuffix(".__init__").split(".")]): path for path in MODULES}
+    files |= {path.stem: path for path in SCRIPTS}
 
     def imports(path: Path) -> set[str]:
         candidates = ((full, full.rpartition(".")[0]) for full in imported(path))

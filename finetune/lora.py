@@ -39,7 +39,7 @@ def finetune(config: FinetuneConfig) -> None:
     from lit_qlora.lora.adapter import settle, start_adapters
     from lit_qlora.lora.embeddings import add_noise
     from lit_qlora.lora.layer import add_lora
-    from lit_qlora.run import dry_run, resume, run, saver, summary
+    from lit_qlora.run import dry_run, folder, learning, resume, saver, summary
     from lit_qlora.run.banner import plan_run, tell_plan
     from lit_qlora.train import parallel
 
@@ -49,10 +49,10 @@ def finetune(config: FinetuneConfig) -> None:
         precision=precision,
         devices=devices,
         num_nodes=num_nodes,
-        out_dir=config.out_dir or run.default_out_dir(config.checkpoint_dir),
+        out_dir=config.out_dir or folder.default_out_dir(config.checkpoint_dir),
         lora=settle(config.lora, config.checkpoint_dir),
     )
-    total = run.total_steps(config, data)
+    total = learning.total_steps(config, data)
     plan = plan_run(config, data)
     checkpoint = resume.find(config, total, data.files, saver.versions())
     start = checkpoint.step if checkpoint else 0
@@ -62,7 +62,7 @@ def finetune(config: FinetuneConfig) -> None:
 
         ask = make_ask(config.eval, data.tokenizer)
     if config.deterministic:
-        run.set_deterministic()
+        learning.set_deterministic()
     if config.dry_run:
         if parallel.is_first():
             tell_plan(config, data, total, plan, start)
@@ -77,7 +77,10 @@ def finetune(config: FinetuneConfig) -> None:
     )
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
-    with run.claim(config, fabric, checkpoint, plan) as out_dir, run.open_log(config, out_dir, total, fabric) as log:
+    with (
+        folder.claim(config, fabric, checkpoint, plan) as out_dir,
+        folder.open_log(config, out_dir, total, fabric) as log,
+    ):
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start)
         model = quantized_cache.load(
@@ -91,8 +94,8 @@ def finetune(config: FinetuneConfig) -> None:
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         add_noise(model, config.train.neftune)
-        run.take_path(model, plan)
-        scores = run.learn(fabric, model, config, data, total, log, checkpoint, probes, ask)
+        learning.take_path(model, plan)
+        scores = learning.learn(fabric, model, config, data, total, log, checkpoint, probes, ask)
         if fabric.is_global_zero:
             summary.finish(config, model, data, log, scores)
 

@@ -25,8 +25,8 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.report import duration, tell
 from lit_qlora.run.banner import FIRST_STEPS, savings, world_size
+from lit_qlora.run.learning import eval_every, set_up, take_path
 from lit_qlora.run.plan import Plan
-from lit_qlora.run.run import eval_every, set_up, take_path
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.train.loop import Gradients
 from lit_qlora.train.signals import StopRequest

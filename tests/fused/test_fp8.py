@@ -20,9 +20,9 @@ from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear, frozen_weight
 from lit_qlora.quantize import quantize_linears
 from lit_qlora.run.banner import plan_run
+from lit_qlora.run.learning import take_path
 from lit_qlora.run.plan import Plan, make_plan
 from lit_qlora.run.resume import Checkpoint, check_same_run, plain
-from lit_qlora.run.run import take_path
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, Scheme, TrainConfig
 from tests.conftest import tiny_config
 from tests.fused.test_fused import CASES, DEVICE, POLICIES, adapted_model, assert_equal, batch, gradients

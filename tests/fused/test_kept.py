@@ -20,8 +20,8 @@ from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.mlp import mlp_backward
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.gpt import GPT
+from lit_qlora.run.learning import take_path
 from lit_qlora.run.plan import HOLES, Plan, make_plan
-from lit_qlora.run.run import take_path
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from lit_qlora.train.loop import Gradients
 from tests.conftest import tiny_config, tiny_model

@@ -1,11 +1,17 @@
 """Runs of a tiny model in processes of their own."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lit_qlora import cli
+from lit_qlora.settings import FinetuneConfig
+from tests.conftest import load_script
 from tests.run.forked import STEPS, Child, Start, ending
+
+Finetune = Callable[..., int]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,3 +54,55 @@ def whole(start: Start, tmp_path: Path) -> tuple[list[dict], bytes]:
     child = start(tmp_path / "whole")
     assert child.wait() == 0, child.said.read_text()
     return ending(tmp_path / "whole")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def finetune(tiny_checkpoint: Path, examples_file: Path, out: Path) -> Finetune:
+    """Runs finetune/lora.py in this process for two steps, with more flags if given; returns the exit status."""
+    script = load_script("finetune/lora.py")
+
+    def run(*flags: str) -> int:
+        given = {flag.split("=")[0] for flag in flags}
+        defaults = [
+            f"--checkpoint_dir={tiny_checkpoint}",
+            f"--data.path={examples_file}",
+            f"--out_dir={out}",
+            "--data.prompt=qa",
+            "--data.val_fraction=0.1",
+            "--train.max_steps=2",
+            "--train.batch_size=8",
+        ]
+        try:
+            cli.run(
+                script.main, FinetuneConfig, [*(flag for flag in defaults if flag.split("=")[0] not in given), *flags]
+            )
+        except SystemExit as end:
+            return end.code  # type: ignore[return-value]
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model fails."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lit_qlora.checkpoint.checkpoint.load_model", refuse)
+
+
+def log_of(out: Path) -> tuple[list[dict], list[dict]]:
+    """The records of steps and of validations."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -14,7 +14,7 @@ import pytest
 
 from lit_qlora.evaluate.measures import Losses
 from lit_qlora.files.manifest import read_manifest
-from lit_qlora.run import run, saver
+from lit_qlora.run import folder, learning, saver
 from lit_qlora.run.resume import checkpoints, newest, read_log, write_log
 from lit_qlora.settings import OPTIMIZERS, SCHEMES
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
@@ -273,7 +273,7 @@ def test_a_run_that_is_killed_while_it_is_wound_back_has_a_log_up_to_its_newest_
     start: Start, tmp_path: Path
 ) -> None:
     def killer() -> None:
-        run.write_log = lambda *given: (write_log(*given), os.kill(os.getpid(), signal.SIGKILL))
+        folder.write_log = lambda *given: (write_log(*given), os.kill(os.getpid(), signal.SIGKILL))
 
     out = tmp_path / "out"
     assert start(out, "--train.keep_last=5").wait() == 0
@@ -588,14 +588,14 @@ def test_every_figure_and_answer_of_validations_is_as_if_nothing_had_happened(st
     flags = ["--eval.generate=3", "--eval.max_new_tokens=6", "--eval.kl_text=default", "--train.save_every=2"]
 
     def killer() -> None:
-        keep = run.keep_answers
+        keep = learning.keep_answers
 
         def hooked(out_dir: Path, log: object, step: int, records: list[dict]) -> None:
             keep(out_dir, log, step, records)
             if step == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        run.keep_answers = hooked
+        learning.keep_answers = hooked
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert start(whole, *flags).wait() == 0

@@ -1,13 +1,11 @@
 """A fine-tuning run from end to end: what it leaves, what it refuses, and that it loses nothing."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,65 +16,12 @@ from lit_qlora.errors import ResourceError
 from lit_qlora.lora.adapter import PEFT_WEIGHTS, read_adapter
 from lit_qlora.settings import SCHEMES, FinetuneConfig
 from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
+from tests.run.conftest import Finetune, files_of, log_of
 
 STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "samples"]
 STEP_KEYS += ["tokens_per_second", "peak_gib", "seconds"]
 SUMMARY_KEYS = {"trainable_parameters", "frozen_parameters", "steps", "tokens", "samples", "seconds"}
 SUMMARY_KEYS |= {"tokens_per_second", "peak_gib", "train_loss", "val_loss", "versions", "gpu", "base", "quantize"}
-
-Finetune = Callable[..., int]
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def finetune(tiny_checkpoint: Path, examples_file: Path, out: Path) -> Finetune:
-    """Runs finetune/lora.py in this process for two steps, with more flags if given; returns the exit status."""
-    script = load_script("finetune/lora.py")
-
-    def run(*flags: str) -> int:
-        given = {flag.split("=")[0] for flag in flags}
-        defaults = [
-            f"--checkpoint_dir={tiny_checkpoint}",
-            f"--data.path={examples_file}",
-            f"--out_dir={out}",
-            "--data.prompt=qa",
-            "--data.val_fraction=0.1",
-            "--train.max_steps=2",
-            "--train.batch_size=8",
-        ]
-        try:
-            cli.run(
-                script.main, FinetuneConfig, [*(flag for flag in defaults if flag.split("=")[0] not in given), *flags]
-            )
-        except SystemExit as end:
-            return end.code  # type: ignore[return-value]
-        return 0
-
-    return run
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads a model fails."""
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("lit_qlora.checkpoint.checkpoint.load_model", refuse)
-
-
-def log_of(out: Path) -> tuple[list[dict], list[dict]]:
-    """The records of steps and of validations."""
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # What a run leaves.
@@ -154,64 +99,6 @@ def test_another_seed_is_another_run(finetune: Finetune, out: Path, tmp_path: Pa
     assert [r["loss"] for r in log_of(out)[0]] != [r["loss"] for r in log_of(tmp_path / "other")[0]]
 
 
-def test_the_default_folder_is_named_after_the_checkpoint(
-    finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert finetune("--out_dir=null") == 0
-    assert Path("out/lora/tiny/final").is_dir()
-
-
-def test_a_second_run_moves_the_first_aside_and_loses_nothing(finetune: Finetune, out: Path) -> None:
-    for number in (1, 2, 3):
-        assert finetune(f"--seed={number}") == 0
-    kept = {
-        path.name: cli.parse(FinetuneConfig, [f"--config={path}/config.yaml"]).seed for path in out.parent.glob("out*")
-    }
-    assert kept == {"out": 3, "out.1": 1, "out.2": 2}
-    for name in kept:
-        assert len(log_of(out.parent / name)[0]) == 2
-        assert read_adapter(out.parent / name / "final").manifest
-
-
-def test_a_folder_may_be_a_link(finetune: Finetune, out: Path) -> None:
-    link = out.with_name("link")
-    link.symlink_to("out")
-    out.mkdir()
-    for seed in (1, 2):
-        assert finetune(f"--out_dir={link}", f"--seed={seed}") == 0
-    assert link.readlink() == Path("out")
-    assert [
-        cli.parse(FinetuneConfig, [f"--config={path}/config.yaml"]).seed for path in (out.with_name("out.1"), link)
-    ] == [
-        1,
-        2,
-    ]
-
-
-def test_an_earlier_run_stays_where_it_is_if_it_holds_what_the_next_one_needs(
-    finetune: Finetune,
-    out: Path,
-    tiny_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert finetune() == 0
-    shutil.copytree(tiny_checkpoint, out / "merged")
-    before = files_of(out)
-    flags = [f"--lora.start={out}/final", f"--checkpoint_dir={out}/merged"]
-    for name, flag in zip(("lora.start", "checkpoint_dir"), flags, strict=True):
-        assert finetune(flag) == 2
-        said = capsys.readouterr().err
-        assert f"{name} {flag.partition('=')[2]}" in said
-        assert "Take another --out_dir." in said
-    monkeypatch.chdir(out)
-    assert finetune("--out_dir=.") == 2
-    assert "the current directory" in capsys.readouterr().err
-    assert files_of(out) == before
-    assert not out.with_name("out.1").exists()
-
-
 @pytest.mark.parametrize(
     ("every", "keep", "left"),
     [(0, 1, []), (1, 2, ["step-000003", "step-000004"]), (2, 5, ["step-000002", "step-000004"]), (5, 2, [])],
@@ -268,30 +155,6 @@ def test_of_several_processes_one_does_the_dry_run(
     monkeypatch.setenv("RANK", "1")
     assert finetune("--dry_run") == 0
     assert capsys.readouterr().out == ""
-
-
-def test_a_folder_that_a_run_is_using_is_refused(
-    finetune: Finetune, out: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out.mkdir()
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        print(4711, file=lock, flush=True)
-        assert finetune() == 6
-    message = capsys.readouterr().err
-    assert f"out_dir {out} is in use by the run with process id 4711." in message
-    assert "--out_dir" in message
-    assert sorted(path.name for path in out.iterdir()) == [".lock"]
-
-
-@pytest.mark.parametrize("place", ["out", "out/below/it"])
-def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(
-    finetune: Finetune, tmp_path: Path, no_weights: None, capsys: pytest.CaptureFixture[str], place: str
-) -> None:
-    (tmp_path / "out").write_text("a file")
-    assert finetune(f"--out_dir={tmp_path / place}") == 6
-    assert f"error: out_dir {tmp_path / place} cannot be written: " in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "a file"
 
 
 @pytest.mark.parametrize(

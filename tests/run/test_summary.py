@@ -2,16 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lit_qlora.run.summary import table
 from tests.conftest import load_script
-from tests.run.test_run import finetune, out  # noqa: F401 - fixtures
+from tests.run.conftest import Finetune
 
-Finetune = Callable[..., int]
 MEASURES = ("--eval.generate=3", "--eval.kl_text=default", "--eval.max_new_tokens=6")
 
 
@@ -30,8 +28,8 @@ def test_the_table_shows_before_after_and_best_each_in_its_own_sense() -> None:
 
 
 def test_a_run_measures_answers_and_distance_and_says_what_came_of_it(
-    finetune: Finetune,  # noqa: F811
-    out: Path,  # noqa: F811
+    finetune: Finetune,
+    out: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -60,8 +58,8 @@ def test_a_run_measures_answers_and_distance_and_says_what_came_of_it(
 
 
 def test_without_questions_the_page_shows_where_the_loss_is_small_and_large(
-    finetune: Finetune,  # noqa: F811
-    out: Path,  # noqa: F811
+    finetune: Finetune,
+    out: Path,
 ) -> None:
     assert finetune() == 0
     page = (out / "report.html").read_text()
@@ -71,8 +69,8 @@ def test_without_questions_the_page_shows_where_the_loss_is_small_and_large(
 
 
 def test_a_measure_that_fails_costs_its_figures_alone(
-    finetune: Finetune,  # noqa: F811
-    out: Path,  # noqa: F811
+    finetune: Finetune,
+    out: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -89,8 +87,8 @@ def test_a_measure_that_fails_costs_its_figures_alone(
 
 
 def test_measuring_changes_nothing_that_is_learnt(
-    finetune: Finetune,  # noqa: F811
-    out: Path,  # noqa: F811
+    finetune: Finetune,
+    out: Path,
 ) -> None:
     assert finetune("--lora.dropout=0.3", "--eval.every=1", *MEASURES) == 0
     assert finetune("--lora.dropout=0.3", "--eval.every=1", "--out_dir", f"{out}-plain") == 0
@@ -99,7 +97,7 @@ def test_measuring_changes_nothing_that_is_learnt(
 
 
 def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
-    finetune: Finetune,  # noqa: F811
+    finetune: Finetune,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -109,8 +107,8 @@ def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
 
 
 def test_quiet_prints_nothing(
-    finetune: Finetune,  # noqa: F811
-    out: Path,  # noqa: F811
+    finetune: Finetune,
+    out: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert finetune("--quiet") == 0
@@ -119,8 +117,8 @@ def test_quiet_prints_nothing(
 
 
 def test_tensorboard_gets_the_run(
-    finetune: Finetune,  # noqa: F811
-    out: Path,  # noqa: F811
+    finetune: Finetune,
+    out: Path,
 ) -> None:
     pytest.importorskip("tensorboard")
     from tests.run.test_trackers import read_tensorboard
@@ -133,8 +131,8 @@ def test_tensorboard_gets_the_run(
 
 @pytest.mark.slow
 def test_tasks_of_lm_eval_are_asked_during_training(
-    finetune: Finetune,  # noqa: F811
-    out: Path,  # noqa: F811
+    finetune: Finetune,
+    out: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("eval/lm_eval_tasks.py", "eval/lm_eval_harness.py", "eval/lm_eval_model.py", "finetune/ask_tasks.py"):
@@ -153,7 +151,7 @@ def test_tasks_of_lm_eval_are_asked_during_training(
 
 @pytest.mark.slow
 def test_a_task_that_does_not_exist_is_refused_before_the_model_is_loaded(
-    finetune: Finetune,  # noqa: F811
+    finetune: Finetune,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("eval/lm_eval_tasks.py", "eval/lm_eval_harness.py", "finetune/ask_tasks.py"):

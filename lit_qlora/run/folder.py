@@ -1,0 +1,159 @@
+"""The folder of a run: claimed for as long as the run lasts, with its settings and its log."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from lit_qlora import cli
+from lit_qlora.errors import ResourceError, UsageError, UserError
+from lit_qlora.files.atomic import is_left_over
+from lit_qlora.report import RunLog, tell
+from lit_qlora.run.plan import Plan
+from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, flat, plain, read_log, write_log
+from lit_qlora.run.trackers import Mirrors
+from lit_qlora.settings import FinetuneConfig
+
+BYTES_PER_PARAMETER = 16  # of a checkpoint: PEFT's copy, the parameter itself, two moments, all float32
+
+
+def default_out_dir(checkpoint_dir: Path) -> Path:
+    """Where a run on this checkpoint goes when nobody says."""
+    return Path("out/lora") / checkpoint_dir.resolve().name
+
+
+@contextmanager
+def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None, plan: Plan) -> Iterator[Path]:
+    """The run's folder, held until the run ends, with config.yaml in it.
+
+    A run that goes on from `checkpoint` finds its log up to there. Otherwise an earlier run in the same place is moved
+    aside, never overwritten.
+
+    Raises:
+        ResourceError: if the folder cannot be written, another run is using it, or the disk is too full.
+        UsageError: if what would be moved aside is still needed.
+    """
+    assert config.out_dir is not None
+    with ExitStack() as held:
+        problem: UserError | None = None
+        if fabric.is_global_zero:
+            try:
+                _take_folder(config, config.out_dir, checkpoint, plan, held)
+            except UserError as error:
+                problem = error
+        problem = fabric.broadcast(problem)  # the others would wait for the first
+        if problem:
+            raise problem
+        yield config.out_dir
+
+
+def _take_folder(
+    config: FinetuneConfig, out_dir: Path, checkpoint: Checkpoint | None, plan: Plan, held: ExitStack
+) -> None:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_lock(out_dir))
+        _clean(out_dir)
+        if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
+            here = out_dir.resolve()  # of a link, the folder behind it moves
+            _check_movable(config, here, checkpoint)
+            aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
+            here.rename(aside)
+            tell(f"The earlier run in {out_dir} is now {aside}.")
+            held.close()
+            here.mkdir(exist_ok=True)  # another run may be as quick; then its lock is what is said
+            held.enter_context(_lock(out_dir))
+        if not config.skip_disk_check:
+            check_disk(config, plan)
+        if checkpoint:
+            # In this order, for whenever the program is killed here, the log reaches up to the newest checkpoint.
+            (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
+            for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
+                _set_aside(later)
+            for name in (LOG, SAMPLES):
+                if (earlier := checkpoint.path.parent / name).exists():
+                    write_log(out_dir / name, read_log(earlier, checkpoint.step))
+        (out_dir / "config.yaml").write_text(cli.to_yaml(config))
+    except OSError as error:
+        raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
+
+
+def _check_movable(config: FinetuneConfig, here: Path, checkpoint: Checkpoint | None) -> None:
+    """Raise UsageError if the earlier run in the folder `here` would take along what this one needs."""
+    needed = {
+        "the current directory": Path.cwd(),
+        "checkpoint_dir": config.checkpoint_dir,
+        "lora.start": config.lora.start,
+        "resume": checkpoint and checkpoint.path,
+    }
+    for name, path in needed.items():
+        if path and path.resolve().is_relative_to(here):
+            raise UsageError(
+                f"out_dir {config.out_dir} holds an earlier run, which would be moved aside with {name} {path} in it.\n"
+                "Take another --out_dir."
+            )
+
+
+def check_disk(config: FinetuneConfig, plan: Plan) -> None:
+    """Raise ResourceError unless the disk has room for the checkpoints: the last ones, the best, the final, and one."""
+    assert config.out_dir is not None
+    needed = (config.train.keep_last + 3) * (BYTES_PER_PARAMETER * plan.trainable + 2**20)
+    free = shutil.disk_usage(config.out_dir).free
+    if needed > free:
+        raise ResourceError(
+            f"out_dir {config.out_dir}: the checkpoints need up to {needed / 1e6:,.1f} MB, "
+            f"and {free / 1e6:,.1f} MB are free.\n"
+            "Take another --out_dir or a smaller --train.keep_last; --skip_disk_check begins regardless."
+        )
+
+
+def _clean(out_dir: Path) -> None:
+    """Remove what programs that were killed left half done."""
+    for left in out_dir.glob("*.tmp-*"):
+        if is_left_over(left):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _set_aside(folder: Path) -> None:
+    aside = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"aside-{folder.name}.{n}")).exists())
+    folder.rename(aside)
+
+
+def _lock(out_dir: Path) -> Any:
+    handle = open(out_dir / ".lock", "a+")  # noqa: SIM115 - held until the run ends
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with handle:
+            handle.seek(0)
+            owner = handle.read().strip()
+        raise ResourceError(
+            f"out_dir {out_dir} is in use by the run with process id {owner}.\nWait for it, or take another --out_dir."
+        ) from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+@contextmanager
+def open_log(config: FinetuneConfig, out_dir: Path, total: int, fabric: Fabric) -> Iterator[RunLog]:
+    """The run's log, closed whatever happens, so that an error message gets a line of its own; mute on other ranks."""
+    first = fabric.is_global_zero
+    with open(os.devnull, "w") as nobody:
+        log = RunLog(out_dir / LOG if first else None, total, None if first else nobody)
+        names = config.log.to if first else ()
+        assert isinstance(names, tuple)
+        mirrors = Mirrors(names, out_dir, flat(plain(config)), log.start)
+        log.mirrors.append(mirrors)
+        log.records = fabric.broadcast(log.records)
+        try:
+            yield log
+        finally:
+            log.close()
+            mirrors.close()

@@ -16,6 +16,8 @@ from lit_qlora.inference import InferenceConfig, check_style, load_roster, peak_
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
 
+UNSENDABLE_KEY = "The API key holds a control character or begins or ends with a space, which no client can send."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Limits, InferenceConfig):
@@ -34,6 +36,8 @@ class Config(Limits, InferenceConfig):
     """What clients must send as 'Authorization: Bearer KEY'."""
     api_key_file: Path | None = None
     """A file that holds the api_key, which then stands in no list of processes."""
+    metrics: bool = False
+    """Also answer /metrics, in Prometheus' format; with an api_key, it asks for the key."""
     style: str = "auto"
     """Prompt style of chats, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'auto' is the
     style that checkpoint or adapter were trained with, else the chat template, else none."""
@@ -62,6 +66,7 @@ class Config(Limits, InferenceConfig):
             except (OSError, ValueError) as error:
                 raise UsageError(f"api_key_file {self.api_key_file} cannot be read: {error}.") from None
         check(key is None or len(key) >= 8, "The API key must have at least 8 characters.")
+        check(key is None or (key.isprintable() and key == key.strip()), UNSENDABLE_KEY)
         return key
 
 
@@ -78,8 +83,9 @@ def main(config: Config) -> None:
     roster = load_roster(config, config.adapters, config.style)
     if len(roster.names) > 1 and not roster.switch.by_row:
         raise UsageError("An adapter of a mixture of experts cannot share a batch. Merge it, and serve what comes out.")
-    app = make_app(roster, config, key, hosts=LOOPBACK if config.host in LOOPBACK else ())
-    server = make_server(app, config.read_seconds)
+    hosts = LOOPBACK if config.host in LOOPBACK else ()
+    app = make_app(roster, config, key, hosts, metrics=config.metrics)
+    server = make_server(app, config.read_seconds, config.drain_seconds)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(

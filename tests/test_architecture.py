@@ -42,7 +42,7 @@ HOMES = {
     "huggingface_hub": {"convert.hub"},
     "tqdm": {"checkpoint.shards"},
     "gguf": {"convert.to_gguf"},
-    "fastapi": {"serve.app"},
+    "fastapi": {"serve.app", "serve.guard"},
     "starlette": {"serve.app"},  # what FastAPI is built on
     "uvicorn": {"serve.listen"},
     "jinja2": {"prompts.template_worker"},

@@ -1,17 +1,18 @@
-"""The routes of the server, and what guards them: sizes, times, keys, and who may ask from where."""
+"""The routes of the server, and what bounds them: sizes and times; serve/guard.py stands before them."""
 
 import asyncio
 import hashlib
-import hmac
 import re
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
@@ -21,19 +22,31 @@ from lit_qlora.inference import Roster, encode_prompt, stop_ids
 from lit_qlora.serve import protocol
 from lit_qlora.serve.answers import Answers
 from lit_qlora.serve.engine import Engine, QueueFullError
+from lit_qlora.serve.guard import Guard
 from lit_qlora.serve.limits import LOOPBACK, Limits
+from lit_qlora.serve.metrics import CONTENT_TYPE, Metrics
 from lit_qlora.serve.protocol import ApiError, Order
 
 PAGE = Path(__file__).with_name("page.html")
+WRITERS = 4
+"""Prompts that are written at a time; further ones wait, and that counts as their prompt_seconds."""
 
 
-def make_app(roster: Roster, limits: Limits, api_key: str | None = None, hosts: tuple[str, ...] = LOOPBACK) -> FastAPI:
+def make_app(
+    roster: Roster,
+    limits: Limits,
+    api_key: str | None = None,
+    hosts: tuple[str, ...] = LOOPBACK,
+    *,
+    metrics: bool = False,
+) -> FastAPI:
     """The server's application.
 
     Args:
         api_key: what clients must send, if anything.
         hosts: names by which it may be called, so that a web page elsewhere cannot have its own name point here; empty
             for any.
+        metrics: whether /metrics is answered.
     """
     server = _Server(roster, limits)
 
@@ -42,28 +55,24 @@ def make_app(roster: Roster, limits: Limits, api_key: str | None = None, hosts: 
         server.engine.start()
         yield
         await asyncio.to_thread(server.engine.stop)
+        server.writers.shutdown(wait=False, cancel_futures=True)
 
-    async def guard(request: Request) -> None:
-        if hosts and _host(request) not in hosts:
-            raise ApiError(421, f"This server is not called {_host(request)!r}.")
-        if api_key is not None and request.url.path.startswith("/v1/"):
-            _check_key(request, api_key)
-
-    # Its pages of documentation would load scripts from elsewhere.
-    app = FastAPI(lifespan=lifespan, dependencies=[Depends(guard)], openapi_url=None, docs_url=None, redoc_url=None)
+    # Its pages of documentation would load scripts from elsewhere. A redirect would be made from the Host header.
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Guard, api_key=api_key, hosts=hosts)
     app.state.engine = server.engine
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> Response:
-        return _refusal(error)
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(404)
     async def unknown(request: Request, error: Exception) -> Response:
-        return _refusal(ApiError(404, f"There is nothing at {request.url.path}."))
+        return await refuse(request, ApiError(404, f"There is nothing at {_path(request)}."))
 
     @app.exception_handler(405)
     async def wrong_method(request: Request, error: Exception) -> Response:
-        return _refusal(ApiError(405, f"{request.method} is not what {request.url.path} is for."))
+        return await refuse(request, ApiError(405, f"{request.method} is not what {_path(request)} is for."))
 
     @app.get("/")
     async def page() -> Response:
@@ -71,9 +80,12 @@ def make_app(roster: Roster, limits: Limits, api_key: str | None = None, hosts: 
         return HTMLResponse(html, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     @app.get("/health")
-    async def health() -> Any:
-        running, waiting = server.engine.load
-        return {"status": "ok", "running": running, "waiting": waiting}
+    async def health() -> Response:
+        return server.state("ok" if server.engine.alive else "dead")
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        return server.state("dead" if not server.engine.alive else "ok" if server.engine.has_room else "full")
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -92,6 +104,12 @@ def make_app(roster: Roster, limits: Limits, api_key: str | None = None, hosts: 
     async def completions(request: Request) -> Response:
         return await server.respond(request, chat=False)
 
+    if metrics:
+
+        @app.get("/metrics")
+        async def exposition() -> Response:
+            return Response(server.metrics.text(*server.engine.load), media_type=CONTENT_TYPE)
+
     return app
 
 
@@ -101,6 +119,8 @@ class _Server:
         self.context = min(limits.context or roster.model.config.block_size, roster.model.config.block_size)
         self.engine = Engine(roster, limits.slots, limits.queue, self.context)
         self.started = int(time.time())
+        self.metrics = Metrics()
+        self.writers = ThreadPoolExecutor(WRITERS, "writer")
 
     def describe(self, name: str) -> dict[str, Any]:
         return {
@@ -117,25 +137,63 @@ class _Server:
             known = ", ".join(self.roster.names)
             raise ApiError(404, f"There is no model {name[:80]!r}. There are: {known}.", "model", "model_not_found")
 
+    def state(self, status: str) -> Response:
+        """What /health and /ready say: 200 if all is well, else 503."""
+        running, waiting = self.engine.load
+        body = {"status": status, "running": running, "waiting": waiting}
+        return JSONResponse(body, 200 if status == "ok" else 503)
+
     async def respond(self, request: Request, *, chat: bool) -> Response:
-        """Read a request, have it answered, and give up what nobody waits for any longer."""
+        """Read a request, have it answered, and count it."""
+        start = time.monotonic()
+
+        def count(status: int, answers: Answers | None = None) -> None:
+            self.metrics.count(status, time.monotonic() - start, answers.usage() if answers else {})
+
+        try:
+            answers = await self._answers(request, chat=chat)
+            if answers.order.stream:
+                return _Stream(answers, count, chat=chat)
+            response = await self._whole(request, answers, chat=chat)
+        except ApiError as error:
+            count(error.status)
+            raise
+        count(200, answers)
+        return response
+
+    async def _answers(self, request: Request, *, chat: bool) -> Answers:
+        """The answers to a request, which the engine has begun to make."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # A web page elsewhere can send other types without asking first.
             raise ApiError(415, "Content-Type must be application/json.")
-        order = protocol.read_order(protocol.parse_json(await self._body(request)), chat=chat)
+        body = await self._body(request)
+        # In another thread: a chat template is a program, and a long text takes a while; /health does not wait.
+        reading = asyncio.get_running_loop().run_in_executor(self.writers, partial(self._read, body, chat=chat))
+        try:
+            order, questions = await asyncio.wait_for(reading, self.limits.prompt_seconds)
+        except TimeoutError:
+            seconds = self.limits.prompt_seconds
+            raise ApiError(504, f"The prompt was not written within {seconds:g} seconds.", code="timeout") from None
+        answers = Answers(questions, order, self.roster, self.limits.answer_seconds)
+        try:
+            self.engine.submit(answers.jobs)
+        except QueueFullError:
+            raise ApiError(429, "The queue is full. Try again soon.", code="queue_full", Retry_After="2") from None
+        return answers
+
+    def _read(self, body: bytes, *, chat: bool) -> tuple[Order, list[Question]]:
+        """What the body asks for, and a question for each answer to it."""
+        order = protocol.read_order(protocol.parse_json(body), chat=chat)
         self.check_model(order.model)
         questions, most = self._questions(order), self.limits.slots + self.limits.queue
         if len(questions) > most:
             raise ApiError(
                 400, f"{len(questions)} answers are asked for; this server makes at most {most} at once.", "n"
             )
-        answers = Answers(questions, order, self.roster, self.limits.answer_seconds)
-        try:
-            self.engine.submit(answers.jobs)
-        except QueueFullError:
-            raise ApiError(429, "The queue is full. Try again soon.", code="queue_full", Retry_After="2") from None
-        if order.stream:
-            return _Stream(answers, chat=chat)
+        return order, questions
+
+    async def _whole(self, request: Request, answers: Answers, *, chat: bool) -> Response:
+        """The answers when all are there, or none once the client has gone."""
         gone = asyncio.create_task(_disconnected(request))
         whole = asyncio.create_task(answers.whole(chat=chat))
         try:
@@ -213,16 +271,17 @@ class _Server:
 class _Stream(StreamingResponse):
     """The events of answers, which are given up when the client goes, even if it does before the first event."""
 
-    def __init__(self, answers: Answers, *, chat: bool) -> None:
+    def __init__(self, answers: Answers, count: Callable[[int, Answers], None], *, chat: bool) -> None:
         events, headers = answers.events(chat=chat), {"Cache-Control": "no-store"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.answers = answers
+        self.answers, self.count = answers, count
 
     async def __call__(self, *args: Any) -> None:
         try:
             await super().__call__(*args)
         finally:
             self.answers.cancel()
+            self.count(200, self.answers)
 
 
 async def _disconnected(request: Request) -> None:
@@ -230,21 +289,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _refusal(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
-
-
-def _host(request: Request) -> str:
-    host = request.headers.get("host", "")
-    return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-
-
-def _check_key(request: Request, api_key: str) -> None:
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    # Compared in the same time wherever they differ; their hashes, so that not even the length can be told.
-    same = hmac.compare_digest(*(hashlib.sha256(key.encode()).digest() for key in (given.strip(), api_key)))
-    if kind.lower() != "bearer" or not same:
-        raise ApiError(401, "The API key is missing or wrong.", code="invalid_api_key", WWW_Authenticate="Bearer")
+def _path(request: Request) -> str:
+    """The path that was asked for, as far as it is worth repeating."""
+    return repr(str(request.scope["path"])[:80])
 
 
 def _page() -> tuple[str, str]:

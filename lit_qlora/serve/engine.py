@@ -67,6 +67,16 @@ class Engine:
         self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another job may wait."""
+        return len(self._waiting) + len(self._running) < self.queue + self._batcher.slots
+
+    @property
     def load(self) -> tuple[int, int]:
         """Number of jobs that are being answered, and that wait."""
         return len(self._running), len(self._waiting)

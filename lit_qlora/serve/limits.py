@@ -22,8 +22,12 @@ class Limits:
     """Largest request in bytes."""
     read_seconds: float = 10.0
     """Seconds that a client may take to send a request."""
+    prompt_seconds: float = 5.0
+    """Seconds that writing a prompt may take: the chat template, which is a program, and the tokenizer."""
     answer_seconds: float = 600.0
     """Seconds that an answer may take, waiting included."""
+    drain_seconds: float = 30.0
+    """Seconds that running answers get to end after SIGTERM or Ctrl-C; a second signal ends the server at once."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -32,4 +36,6 @@ class Limits:
         check(self.queue >= 0, f"queue must not be negative, got {self.queue}.")
         check(self.body_bytes >= 1024, f"body_bytes must be at least 1024, got {self.body_bytes}.")
         check(self.read_seconds > 0, f"read_seconds must be above 0, got {self.read_seconds}.")
+        check(self.prompt_seconds > 0, f"prompt_seconds must be above 0, got {self.prompt_seconds}.")
+        check(self.drain_seconds >= 0, f"drain_seconds must not be negative, got {self.drain_seconds}.")
         check(self.answer_seconds > 0, f"answer_seconds must be above 0, got {self.answer_seconds}.")

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from math import ceil
 from typing import Any
 
 import uvicorn
@@ -34,11 +35,12 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(app: Any, read_seconds: float) -> uvicorn.Server:
+def make_server(app: Any, read_seconds: float, drain_seconds: float) -> uvicorn.Server:
     """A server that is ready to run on sockets.
 
     Args:
         read_seconds: how long a client may take to send the head of a request; uvicorn itself would wait for ever.
+        drain_seconds: how long running requests may go on after a signal, while no new connection is accepted.
     """
 
     class Protocol(_ImpatientProtocol):
@@ -52,7 +54,7 @@ def make_server(app: Any, read_seconds: float) -> uvicorn.Server:
             log_level="warning",
             server_header=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=ceil(drain_seconds),
             limit_concurrency=MOST_CONNECTIONS,
         )
     )

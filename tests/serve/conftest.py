@@ -48,13 +48,15 @@ class Running:
 
 
 @contextmanager
-def serving(roster: Roster, api_key: str | None = None, pace: float = 0.0, **limits: Any) -> Iterator[Running]:
+def serving(
+    roster: Roster, api_key: str | None = None, pace: float = 0.0, metrics: bool = False, **limits: Any
+) -> Iterator[Running]:
     """A server with these limits.
 
     Args:
         pace: seconds that each step of the batch takes longer.
     """
-    app = make_app(roster, Limits(**limits), api_key)
+    app = make_app(roster, Limits(**limits), api_key, metrics=metrics)
     batcher = app.state.engine._batcher
     look_ahead = batcher.look_ahead
 
@@ -64,7 +66,7 @@ def serving(roster: Roster, api_key: str | None = None, pace: float = 0.0, **lim
 
     batcher.look_ahead = slowly
     listener = open_socket("127.0.0.1", 0)
-    server = make_server(app, limits.get("read_seconds", 10.0))
+    server = make_server(app, limits.get("read_seconds", 10.0), limits.get("drain_seconds", 5.0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -37,9 +37,8 @@ def memory_floor(
     Activations are in 16 bit, but for a float32 a head and token of attention. A backward pass that writes gradients
     over what it read can do with a little less.
     """
-    with torch.device("meta"):
-        gpt = GPT(model)
-        add_lora(gpt, lora)
+    gpt = GPT.skeleton(model)
+    add_lora(gpt, lora)
     z = lora.r * sum(isinstance(module, LoRALinear) for module in gpt.blocks[0].modules())
     plan = make_plan(model, lora, scheme, False, torch.bfloat16, tokens, TrainConfig(), None)
 

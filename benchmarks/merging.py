@@ -30,9 +30,8 @@ def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision
     from lit_qlora.settings import LoRAConfig
 
     config, model_config = LoRAConfig(r=16, alpha=16, targets=("all",)), ModelConfig.load(base)
-    with torch.device("meta"):
-        skeleton = GPT(model_config)
-        add_lora(skeleton, config)
+    skeleton = GPT.skeleton(model_config)
+    add_lora(skeleton, config)
     weights = open_weights(base)
     generator = torch.Generator().manual_seed(0)
     state = {}

@@ -63,8 +63,7 @@ def make_checkpoint(shape: str, directory: Path) -> None:
     if (directory / "model_config.json").is_file():
         return
     config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
-    with torch.device("meta"):
-        specs = {name: p.to(torch.bfloat16) for name, p in GPT(config).named_parameters()}
+    specs = {name: p.to(torch.bfloat16) for name, p in GPT.skeleton(config).named_parameters()}
 
     def tensors() -> Iterator[tuple[str, "Tensor"]]:
         for name, spec in specs.items():
@@ -90,8 +89,7 @@ def make_hf_checkpoint(shape: str, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
-    with torch.device("meta"):
-        ours = {name: p.to(torch.bfloat16) for name, p in GPT(config).named_parameters()}
+    ours = {name: p.to(torch.bfloat16) for name, p in GPT.skeleton(config).named_parameters()}
     specs = {theirs.name: theirs.join(ours, config) for theirs in their_tensors(ours, config)}
     shards.write(folder, "model.safetensors", specs, ((name, _random(spec)) for name, spec in specs.items()))
     words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *map(chr, range(32, 127))])}

@@ -47,8 +47,7 @@ def load_model(
     config = ModelConfig.load(directory)
     weights = open_weights(directory)
     check_weights(weights.specs, config, place=str(weights.place))
-    with torch.device("meta"):
-        model = GPT(config)
+    model = GPT.skeleton(config)
     sums: dict[str, Tensor] = {}
 
     def summed(name: str, tensor: Tensor) -> Tensor:
@@ -72,8 +71,7 @@ def random_model(
     quantize_head: bool = False,
 ) -> GPT:
     """A model as load_model makes it, but of random weights, which are as fast and as large as any."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = GPT.skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def tensor(name: str) -> Tensor:
@@ -154,8 +152,7 @@ def missing_weights(directory: Path) -> str:
 
 def check_weights(specs: Mapping[str, Tensor], config: ModelConfig, place: str) -> None:
     """Raise CheckpointError unless `specs` are exactly the tensors of this model, naming all that are not."""
-    with torch.device("meta"):
-        expected = dict(GPT(config).named_parameters())
+    expected = dict(GPT.skeleton(config).named_parameters())
     complaints = [
         f"{name} is missing" for name in expected if name not in specs
     ] + [
@@ -218,8 +215,7 @@ def save_weights(
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model, a tied head counted once; known without loading anything."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
+    return sum(p.numel() for p in GPT.skeleton(config).parameters())
 
 
 def content_hash(checkpoint_dir: Path) -> str:

@@ -77,8 +77,7 @@ def to_peft(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    with torch.device("meta"):
-        rows = {name: len(weight) for name, weight in GPT(model).named_parameters()}
+    rows = {name: len(weight) for name, weight in GPT.skeleton(model).named_parameters()}
     groups = _group(_layers(state), model)
     for home, members in groups:
         rank, alpha = _size(home, members, config)
@@ -142,9 +141,8 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
     Raises:
         CheckpointError: if its layout has no place for one, naming a layer.
     """
-    with torch.device("meta"):
-        skeleton = GPT(model)
-        add_lora(skeleton, config)
+    skeleton = GPT.skeleton(model)
+    add_lora(skeleton, config)
     if config.train_embeddings and model.tied_head and _leaf(_embedding(model)) != "embed_tokens":
         raise CheckpointError(
             f"PEFT cannot train {_embedding(model)} with the head that is tied to it, so an adapter has no place for "
@@ -176,9 +174,8 @@ def from_peft(
     Raises:
         CheckpointError: for a tensor that belongs to no layer of this model, or one of ours that is missing.
     """
-    with torch.device("meta"):
-        skeleton = GPT(model)
-        add_lora(skeleton, config)
+    skeleton = GPT.skeleton(model)
+    add_lora(skeleton, config)
     shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
     left = dict(tensors)
     state: dict[str, Tensor] = {}

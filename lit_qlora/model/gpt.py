@@ -55,6 +55,12 @@ class GPT(nn.Module):
         if config.tied_head:
             self.head.weight = self.embed.weight
 
+    @classmethod
+    def skeleton(cls, config: ModelConfig) -> "GPT":
+        """The model on the meta device, with names and shapes but without memory, to be filled or counted."""
+        with torch.device("meta"):
+            return cls(config)
+
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the token that follows each token.
 

@@ -87,12 +87,11 @@ def make_plan(
     Raises:
         UsageError: if the LoRA settings do not fit the model, or train.fp8 is on and the fast path is not taken.
     """
-    with torch.device("meta"):
-        gpt = GPT(model)
-        frozen = sum(p.numel() for p in gpt.parameters())
-        stored = _stored_bytes(gpt, quantize, quantize_head, dtype)
-        add_lora(gpt, lora)
-        add_noise(gpt, train.neftune)
+    gpt = GPT.skeleton(model)
+    frozen = sum(p.numel() for p in gpt.parameters())
+    stored = _stored_bytes(gpt, quantize, quantize_head, dtype)
+    add_lora(gpt, lora)
+    add_noise(gpt, train.neftune)
     trainable = count_trainable(gpt)
     reason = _slow_because(gpt, dtype, train, room)
     check_fp8(train.fp8, reason)

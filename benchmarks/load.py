@@ -27,14 +27,13 @@ def load(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     import torch
 
     from lit_qlora.checkpoint import quantized_cache
-    from lit_qlora.quantize import bitsandbytes
+    from lit_qlora.quantize import Storage, bitsandbytes
 
     bitsandbytes()
     torch.zeros(1, device="cuda").item()  # starts the device
     start = time.perf_counter()
-    model = quantized_cache.load(
-        arguments.work_dir / arguments.shape, torch.bfloat16, "cuda", arguments.quantize, setting=setting
-    )
+    storage = Storage(torch.bfloat16, arguments.quantize)
+    model = quantized_cache.load(arguments.work_dir / arguments.shape, storage, torch.device("cuda"), setting)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     weights = sum(tensor.numel() * tensor.element_size() for tensor in quantized_cache.contents(model).values())

@@ -47,9 +47,10 @@ def random_model(shape: str, scheme: "Scheme") -> "GPT":
     from lit_qlora.checkpoint import checkpoint
     from lit_qlora.device import pick_device
     from lit_qlora.model.config import ModelConfig
+    from lit_qlora.quantize import Storage
 
     config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
-    return checkpoint.random_model(config, torch.bfloat16, pick_device(), scheme).requires_grad_(False)
+    return checkpoint.random_model(config, Storage(torch.bfloat16, scheme), pick_device()).requires_grad_(False)
 
 
 def make_checkpoint(shape: str, directory: Path) -> None:

@@ -50,14 +50,15 @@ def compare(
         UsageError: if neither the settings nor the adapter say how the base is quantised.
     """
     from lit_qlora.lora.adapter import check_base, read_adapter
+    from lit_qlora.quantize import Storage
 
     adapter = read_adapter(lora_path)
     check_base(adapter, checkpoint_dir)
-    facts = adapter.manifest or {}
-    scheme: Scheme = config.quantize if config.quantize != "none" else facts.get("quantize", "none")
+    trained = Storage.of_training(adapter.manifest or {})
+    scheme = config.quantize if config.quantize != "none" else trained.quantize
     if scheme == "none":
         raise UsageError("compare: the adapter was trained on a base in 16 or 32 bit. Say --quantize, e.g. bnb.nf4.")
-    head = config.quantize_head or facts.get("quantize_head", False)
+    head = config.quantize_head or trained.quantize_head
     results: dict[str, Any] = {}
     for name, loaded in models(config, checkpoint_dir, adapter, scheme, head):
         results[name] = measure(loaded, True)

@@ -39,6 +39,7 @@ def finetune(config: FinetuneConfig) -> None:
     from lit_qlora.lora.adapter import settle, start_adapters
     from lit_qlora.lora.embeddings import add_noise
     from lit_qlora.lora.layer import add_lora
+    from lit_qlora.quantize import Storage
     from lit_qlora.run import dry_run, folder, learning, resume, saver, summary
     from lit_qlora.run.banner import plan_run, tell_plan
     from lit_qlora.train import parallel
@@ -83,14 +84,8 @@ def finetune(config: FinetuneConfig) -> None:
     ):
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start)
-        model = quantized_cache.load(
-            config.checkpoint_dir,
-            weights_dtype(precision),
-            fabric.device,
-            config.quantize,
-            config.quantize_head,
-            config.quantize_cache,
-        )
+        storage = Storage(weights_dtype(precision), config.quantize, config.quantize_head)
+        model = quantized_cache.load(config.checkpoint_dir, storage, fabric.device, config.quantize_cache)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         add_noise(model, config.train.neftune)

@@ -43,11 +43,12 @@ def load_for_inference(
     Raises:
         CheckpointError: if anything is missing or damaged, or base and adapter do not belong together.
     """
-    from lit_qlora.checkpoint.checkpoint import load_model
+    from lit_qlora.checkpoint.checkpoint import load_stored
     from lit_qlora.device import pick_device, resolve_precision, weights_dtype
     from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.prompts.tokenizer import Tokenizer
+    from lit_qlora.quantize import Storage
 
     ModelConfig.load(checkpoint_dir)  # says best what is wrong with a directory that is no checkpoint
     adapter = read_adapter(lora_path) if lora_path else None
@@ -55,8 +56,8 @@ def load_for_inference(
     if adapter:
         check_base(adapter, checkpoint_dir)
     device = pick_device()
-    dtype = weights_dtype(resolve_precision(precision, device))
-    model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
+    storage = Storage(weights_dtype(resolve_precision(precision, device)), quantize, quantize_head)
+    model = load_stored(checkpoint_dir, storage, device)
     if adapter:
         attach_adapter(model, adapter, checkpoint_dir)
     style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)

@@ -9,7 +9,8 @@ first evaluation repacks the weights, after which gradients through them are los
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,33 @@ from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, end_to_end
 from lit_qlora.settings import SCHEMES, Scheme
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weights of a base are stored."""
+
+    dtype: torch.dtype = torch.float32
+    """Of plain weights; quantised ones are quantised from it and read back in it."""
+    quantize: Scheme = "none"
+    quantize_head: bool = False
+    """Quantise the output head too."""
+
+    @classmethod
+    def of_training(cls, facts: Mapping[str, Any]) -> "Storage":
+        """The storage of the base that an adapter was trained on, from the facts in its manifest."""
+        dtype = torch.bfloat16 if facts.get("precision") == "bf16-true" else torch.float32
+        return cls(dtype, facts.get("quantize", "none"), facts.get("quantize_head", False))
+
+    def quantizes(self, path: str) -> bool:
+        """True if the matrix of the layer at `path` is stored in 4 or 8 bits.
+
+        Embeddings and the routers of experts never are: embeddings are looked up, and a router's few weights decide
+        too much.
+        """
+        if self.quantize == "none" or path.rpartition(".")[2] in ("embed", "positions", "router"):
+            return False
+        return self.quantize_head or path != "head"
 
 
 class QuantizedLinear(nn.Module):
@@ -165,20 +193,11 @@ def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> No
         raise UsageError(f"quantize {scheme!r} is not known. Known: {', '.join(SCHEMES)}.")
     if scheme == "none":
         return
+    storage = Storage(quantize=scheme, quantize_head=head)
     for path, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and is_quantized(path, scheme, head):
+        if type(linear) is nn.Linear and storage.quantizes(path):
             bias = None if linear.bias is None else linear.bias.data
             model.set_submodule(path, QuantizedLinear(linear.weight.data, bias, scheme))
-
-
-def is_quantized(path: str, scheme: Scheme, head: bool) -> bool:
-    """Whether the matrix of the layer at `path` is stored in 4 or 8 bits under these settings.
-
-    Embeddings and the routers of experts never are: the one is looked up, the other decides too much with too little.
-    """
-    if scheme == "none" or path.rpartition(".")[2] in ("embed", "positions", "router"):
-        return False
-    return head or path != "head"
 
 
 def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | None:

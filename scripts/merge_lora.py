@@ -85,7 +85,7 @@ def main(config: MergeConfig) -> None:
         batches = read_batches(
             config.verify, adapters[0], checkpoint_dir, config.verify_samples, config.verify_batch_size
         )
-        bases = ["original"] if merge.scheme == "none" else ["original", "quantized"]
+        bases = ["original"] if merge.trained.quantize == "none" else ["original", "quantized"]
         figures = verify([Merge(adapters, checkpoint_dir, base, config.weights) for base in bases], batches)
         print(*report_lines(figures), sep="\n")
         check_tolerance(config.base if config.base in figures else "original", figures, config.tolerance)

@@ -10,6 +10,7 @@ from lit_qlora import cli
 from lit_qlora.convert.families import read_config
 from lit_qlora.errors import UsageError
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.quantize import Storage
 from lit_qlora.run.banner import check_trainable
 from lit_qlora.run.plan import make_plan
 from lit_qlora.settings import FinetuneConfig
@@ -82,9 +83,8 @@ def recipe(name: str, *flags: str) -> FinetuneConfig:
 
 
 def trainable(config: FinetuneConfig, base: ModelConfig) -> int:
-    plan = make_plan(
-        base, config.lora, config.quantize, config.quantize_head, torch.bfloat16, 512, config.train, room=None
-    )
+    storage = Storage(torch.bfloat16, config.quantize, config.quantize_head)
+    plan = make_plan(base, config.lora, storage, 512, config.train, room=None)
     return plan.trainable
 
 
@@ -107,7 +107,7 @@ def test_a_recipe_trains_as_many_parameters_as_were_published(name: str) -> None
 
 def test_llama_2_has_as_many_frozen_parameters_as_was_published() -> None:
     config, base = recipe("alpaca-7b-nf4"), read_config(SHAPES["meta-llama/Llama-2-7b-hf"], "a/b")
-    plan = make_plan(base, config.lora, "none", False, torch.bfloat16, 512, config.train, room=None)
+    plan = make_plan(base, config.lora, Storage(torch.bfloat16), 512, config.train, room=None)
     assert plan.frozen == 6_738_415_616
 
 

@@ -19,7 +19,7 @@ from lit_qlora.model.config import FILE_NAME as CONFIG
 from lit_qlora.model.config import ModelConfig, missing_checkpoint
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import CORRECTION
-from lit_qlora.quantize import QuantizedLinear, is_quantized
+from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.settings import Scheme
 
 WEIGHTS = "lit_model.safetensors"
@@ -38,12 +38,16 @@ def load_model(
     one of them and the device never more than the quantised model and one layer.
 
     Args:
-        dtype: of the weights, and what quantised weights are quantised from and read back in.
+        dtype, quantize, quantize_head: see Storage.
 
     Raises:
         CheckpointError: listing the tensors that are missing, unexpected, of the wrong shape, or not finite.
     """
-    directory, device = Path(checkpoint_dir), torch.device(device)
+    return load_stored(Path(checkpoint_dir), Storage(dtype, quantize, quantize_head), torch.device(device))
+
+
+def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
+    """load_model, whose settings for the weights are one value."""
     config = ModelConfig.load(directory)
     weights = open_weights(directory)
     check_weights(weights.specs, config, place=str(weights.place))
@@ -57,42 +61,36 @@ def load_model(
 
     names = _names(model)
     tensors = _stream(weights, names, device)
-    _fill(model, map(summed, names, tensors), dtype, quantize, quantize_head)
+    _fill(model, map(summed, names, tensors), storage)
     next(tensors, None)  # lets it end
     _check_finite(sums, weights)
     return model
 
 
-def random_model(
-    config: ModelConfig,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    quantize: Scheme = "none",
-    quantize_head: bool = False,
-) -> GPT:
+def random_model(config: ModelConfig, storage: Storage, device: torch.device) -> GPT:
     """A model as load_model makes it, but of random weights, which are as fast and as large as any."""
     model = GPT.skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def tensor(name: str) -> Tensor:
-        made = torch.empty(shapes[name], dtype=dtype, device=device)
+        made = torch.empty(shapes[name], dtype=storage.dtype, device=device)
         return made.fill_(1) if made.ndim == 1 else made.normal_(std=0.02)  # a norm, or a matrix
 
-    _fill(model, map(tensor, _names(model)), dtype, quantize, quantize_head)
+    _fill(model, map(tensor, _names(model)), storage)
     return model
 
 
-def _fill(model: GPT, tensors: Iterator[Tensor], dtype: torch.dtype, quantize: Scheme, quantize_head: bool) -> None:
+def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage) -> None:
     """Give a model on the meta device its weights, which come in the order of _names(model)."""
     for path, module in list(model.named_modules()):
         own = {}
         for name in _own_names(path, module, model):
             key = name.rpartition(".")[2]
-            own[key] = next(tensors).to(torch.float32 if name.endswith(CORRECTION) else dtype)
+            own[key] = next(tensors).to(torch.float32 if name.endswith(CORRECTION) else storage.dtype)
         tied = module is model.head and model.config.tied_head
-        if type(module) is nn.Linear and is_quantized(path, quantize, quantize_head):
+        if type(module) is nn.Linear and storage.quantizes(path):
             weight = model.embed.weight.data if tied else own.pop("weight")
-            model.set_submodule(path, QuantizedLinear(weight, own.get("bias"), quantize))
+            model.set_submodule(path, QuantizedLinear(weight, own.get("bias"), storage.quantize))
             del weight
             continue
         for key, tensor in own.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io
-from lit_qlora.checkpoint.checkpoint import content_hash, load_model
+from lit_qlora.checkpoint.checkpoint import content_hash, load_stored
 from lit_qlora.checkpoint.streaming import stream
 from lit_qlora.errors import CheckpointError, ResourceError
 from lit_qlora.files import cache_folder
@@ -27,40 +27,31 @@ from lit_qlora.files.atomic import flush, publish, temporary_directory
 from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
-from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.report import tell
-from lit_qlora.settings import Scheme
 
 WEIGHTS = "weights.safetensors"
 AT_ONCE = 2**22  # numbers that are multiplied together for a checksum
 
 
-def load(
-    checkpoint_dir: Path | str,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    quantize: Scheme,
-    quantize_head: bool = False,
-    setting: str = "auto",
-) -> GPT:
-    """As checkpoint.load_model, from the cache if it is there, and else kept there.
+def load(checkpoint_dir: Path, storage: Storage, device: torch.device, setting: str = "auto") -> GPT:
+    """As checkpoint.load_stored, from the cache if it is there, and else kept there.
 
     Args:
         setting: of the cache, see cache_folder.directory.
     """
-    checkpoint_dir, device = Path(checkpoint_dir), torch.device(device)
     folder = cache_folder.directory(setting, "quantized")
-    if quantize == "none" or folder is None or (setting == "auto" and device.type != "cuda"):
-        return load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
+    if storage.quantize == "none" or folder is None or (setting == "auto" and device.type != "cuda"):
+        return load_stored(checkpoint_dir, storage, device)
     config = ModelConfig.load(checkpoint_dir)
-    entry = folder / key(checkpoint_dir, config, dtype, quantize, quantize_head)
+    entry = folder / key(checkpoint_dir, config, storage)
     cache_folder.use(entry)
     try:
-        if model := read(entry, config, dtype, device):
+        if model := read(entry, config, storage.dtype, device):
             return model
     except (CheckpointError, OSError, ValueError, KeyError) as error:
         tell(f"{entry} is damaged and will be made again ({error}).")
-    model = load_model(checkpoint_dir, dtype, device, quantize, quantize_head)
+    model = load_stored(checkpoint_dir, storage, device)
     with suppress(OSError, ResourceError):  # a full or read-only disk is no reason not to train
         size = sum(safetensors_io.count_bytes(tensor) for tensor in contents(model).values())
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,14 +62,14 @@ def load(
     return model
 
 
-def key(checkpoint_dir: Path, config: ModelConfig, dtype: torch.dtype, quantize: Scheme, quantize_head: bool) -> str:
+def key(checkpoint_dir: Path, config: ModelConfig, storage: Storage) -> str:
     """The name of an entry: what its bytes depend on, hashed."""
     facts = {
         "format": 1,
         "base": content_hash(checkpoint_dir),
         "config": asdict(config),
-        "dtype": str(dtype),
-        "quantize": [quantize, quantize_head],
+        "dtype": str(storage.dtype),
+        "quantize": [storage.quantize, storage.quantize_head],
         "bitsandbytes": version("bitsandbytes"),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
@@ -91,7 +82,7 @@ def contents(model: GPT) -> dict[str, Tensor]:
 
 
 def write(entry: Path, model: GPT) -> None:
-    """Keep a model that load_model has just returned."""
+    """Keep a model that load_stored has just returned."""
     tensors = contents(model)
     layers = {path: module.scheme for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     sums = checksums(iter(tensors.values()))

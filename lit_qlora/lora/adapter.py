@@ -25,7 +25,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
 from lit_qlora.prompts.style import Style, style_json
-from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.settings import LoRAConfig
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -168,7 +168,7 @@ def attach_adapter(model: GPT, adapter: Adapter, checkpoint_dir: Path) -> None:
     """
     add_lora(model, adapter.config)
     fill_adapter(model, adapter)
-    trained = (adapter.manifest or {}).get("quantize", "none")
+    trained = Storage.of_training(adapter.manifest or {}).quantize
     schemes = {module.scheme for module in model.modules() if isinstance(module, QuantizedLinear)}
     if adapter.init and schemes == {trained}:
         restore_bases(model, *adapter.init, open_weights(checkpoint_dir).read)

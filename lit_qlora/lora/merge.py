@@ -22,8 +22,8 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts import tokenizer
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
-from lit_qlora.quantize import QuantizedLinear, is_quantized
-from lit_qlora.settings import LoRAConfig, Scheme
+from lit_qlora.quantize import QuantizedLinear, Storage
+from lit_qlora.settings import LoRAConfig
 
 Base = Literal["original", "quantized"]
 REPORT = "merge_report.json"
@@ -115,6 +115,7 @@ class Merge:
         config: of the merged model.
         state, scales: the update of all adapters together: "<layer>.lora_a" (r, in), "<layer>.lora_b" (out, r), and
             what their product is multiplied by, by layer.
+        trained: the storage of the base in the training.
         layers: the sizes of the updates that were computed so far, see merge_measured.
 
     Raises:
@@ -146,7 +147,7 @@ class Merge:
                     f"{adapter.path} was trained on a quantised base of its own ({adapter.init[0]}).\n"
                     "Merge it alone and with weight 1, or take --base original."
                 )
-        self.scheme, self.quantize_head, self.trained_dtype = _training(self.adapters, base)
+        self.trained = _trained_storage(self.adapters, base)
         self.state, self.scales = _added(self.adapters, self.weights, states)
         self.source = checkpoint.open_weights(checkpoint_dir)
         self.specs = dict(self.source.specs)
@@ -269,7 +270,7 @@ class Merge:
         """Whether the update is added to what quantisation made of this weight."""
         layer = name.removesuffix(".weight")
         is_matrix = layer != name and self.specs.get(name, self.specs["embed.weight"]).ndim == 2
-        return self.base == "quantized" and is_matrix and is_quantized(layer, self.scheme, self.quantize_head)
+        return self.base == "quantized" and is_matrix and self.trained.quantizes(layer)
 
     def _as_trained(self, weight: Tensor, layer: str) -> Tensor:
         """The weight as the quantised training saw it, in the dtype that it had there.
@@ -278,14 +279,14 @@ class Merge:
         """
 
         def stored(weight: Tensor) -> Tensor:
-            return QuantizedLinear(weight.to(self.trained_dtype), None, self.scheme).dequantize()
+            return QuantizedLinear(weight.to(self.trained.dtype), None, self.trained.quantize).dequantize()
 
         init = self.adapters[0].init
         if init is None or f"{layer}.lora_a" not in self.state:
             return stored(weight)
         r, scale = len(self.state[f"{layer}.lora_a"]) // 2, self.scales[layer]
         a, b = self.state[f"{layer}.lora_a"][r:], -self.state[f"{layer}.lora_b"][:, r:]
-        weight = weight.to(self.trained_dtype).float()
+        weight = weight.to(self.trained.dtype).float()
         rest = rest_of(weight, a, b, scale, *init, lambda weight: stored(weight).float())
         return stored(rest).float() + scale * b @ a
 
@@ -301,8 +302,8 @@ def check_replaceable(out_dir: Path) -> None:
         raise UsageError(f"out_dir: {out_dir} exists and holds something else than a merged model. Name another.")
 
 
-def _training(adapters: Sequence[Adapter], base: Base) -> tuple[Scheme, bool, torch.dtype]:
-    """How the base was stored while the adapters were trained, and in which dtype it was read back.
+def _trained_storage(adapters: Sequence[Adapter], base: Base) -> Storage:
+    """The storage of the base while the adapters were trained.
 
     Raises:
         CheckpointError: if that matters and an adapter does not say it, or they differ.
@@ -312,8 +313,7 @@ def _training(adapters: Sequence[Adapter], base: Base) -> tuple[Scheme, bool, to
         facts = adapter.manifest or {}
         if base == "quantized" and "quantize" not in facts:
             raise CheckpointError(f"{adapter.path} does not say how its base was quantised. Take --base original.")
-        dtype = torch.bfloat16 if facts.get("precision") == "bf16-true" else torch.float32
-        found.append((facts.get("quantize", "none"), facts.get("quantize_head", False), dtype))
+        found.append(Storage.of_training(facts))
     if base == "quantized" and len(set(found)) > 1:
         raise CheckpointError("These adapters were trained on bases of different quantisation. Take --base original.")
     return found[0]

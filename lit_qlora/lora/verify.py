@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.checkpoint.checkpoint import load_stored
 from lit_qlora.data import Batch, validation_batches
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source
 from lit_qlora.data.sources import find_sources
@@ -20,6 +20,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, IGNORE, LOGITS_AT_ONCE
 from lit_qlora.prompts.style import read_style
 from lit_qlora.prompts.tokenizer import Tokenizer
+from lit_qlora.quantize import Storage
 from lit_qlora.settings import DataConfig, LoRAConfig
 
 
@@ -55,10 +56,10 @@ def verify(merges: Sequence[Merge], batches: Sequence[Batch]) -> dict[Base, dict
         likeliest token; tokens, how many there are.
     """
     first, device = merges[0], pick_device()
-    trained = load_model(first.checkpoint_dir, first.trained_dtype, device, first.scheme, first.quantize_head).eval()
+    trained = load_stored(first.checkpoint_dir, first.trained, device).eval()
     first.attach_to(trained)
     trained.eval()
-    merged = load_model(first.checkpoint_dir, first.trained_dtype, device).eval()
+    merged = load_stored(first.checkpoint_dir, Storage(first.trained.dtype), device).eval()
     figures: dict[Base, dict[str, float]] = {}
     for merge in merges:
         merge.put_into(merged)
@@ -149,10 +150,7 @@ def losses_of(
     Args:
         versions: by rank, what lit_qlora.lora.shrink.cut returns.
     """
-    facts = adapter.manifest or {}
-    dtype = torch.bfloat16 if facts.get("precision") == "bf16-true" else torch.float32
-    scheme, head = facts.get("quantize", "none"), facts.get("quantize_head", False)
-    model = load_model(checkpoint_dir, dtype, pick_device(), scheme, head).eval()
+    model = load_stored(checkpoint_dir, Storage.of_training(adapter.manifest or {}), pick_device()).eval()
     largest = max(versions)
     add_lora(model, versions[largest][1])
     model.eval()

@@ -13,6 +13,7 @@ from lit_qlora.device import gpu_bytes, has_fp8, host_bytes, pick_device, weight
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.quantize import Storage
 from lit_qlora.report import tell
 from lit_qlora.run.plan import GIB, Plan, make_plan
 from lit_qlora.settings import FinetuneConfig, check
@@ -118,9 +119,7 @@ def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) ->
     return make_plan(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
-        config.quantize,
-        config.quantize_head,
-        weights_dtype(config.precision),
+        Storage(weights_dtype(config.precision), config.quantize, config.quantize_head),
         longest.tokens.numel(),
         config.train,
         gpu_bytes(),

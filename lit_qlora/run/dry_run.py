@@ -23,6 +23,7 @@ from lit_qlora.evaluate.validation import is_due
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.quantize import Storage
 from lit_qlora.report import duration, tell
 from lit_qlora.run.banner import FIRST_STEPS, savings, world_size
 from lit_qlora.run.learning import eval_every, set_up, take_path
@@ -125,8 +126,8 @@ def _set_up(
 ) -> tuple[Fabric, _FabricModule, torch.optim.Optimizer]:
     """What a run trains and trains it with, but for the weights."""
     fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
-    shape, dtype = ModelConfig.load(config.checkpoint_dir), weights_dtype(config.precision)
-    model = random_model(shape, dtype, device, config.quantize, config.quantize_head)
+    storage = Storage(weights_dtype(config.precision), config.quantize, config.quantize_head)
+    model = random_model(ModelConfig.load(config.checkpoint_dir), storage, device)
     add_lora(model, config.lora)
     add_noise(model, config.train.neftune)
     take_path(model, plan)

@@ -11,7 +11,7 @@ from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
-from lit_qlora.quantize import bits_per_weight, is_quantized
+from lit_qlora.quantize import Storage, bits_per_weight
 from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
 
 GIB = 2**30
@@ -62,9 +62,7 @@ class Plan:
 def make_plan(
     model: ModelConfig,
     lora: LoRAConfig,
-    quantize: Scheme,
-    quantize_head: bool,
-    dtype: torch.dtype,
+    storage: Storage,
     tokens: int,
     train: TrainConfig,
     room: float | None,
@@ -89,26 +87,26 @@ def make_plan(
     """
     gpt = GPT.skeleton(model)
     frozen = sum(p.numel() for p in gpt.parameters())
-    stored = _stored_bytes(gpt, quantize, quantize_head, dtype)
+    stored = _stored_bytes(gpt, storage)
     add_lora(gpt, lora)
     add_noise(gpt, train.neftune)
     trainable = count_trainable(gpt)
-    reason = _slow_because(gpt, dtype, train, room)
+    reason = _slow_because(gpt, storage.dtype, train, room)
     check_fp8(train.fp8, reason)
-    _check_kept(train, quantize, reason)
+    _check_kept(train, storage.quantize, reason)
     origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
     policies: list[Recompute]
     graph_tokens, graphs, kept_blocks, kept, stay, on_host = 0, 0.0, 0, 0.0, False, 0.0
     if reason or room is None:
         policies = [plain_recompute(train.recompute)] * model.n_layer
         learning = origin + (8 + state_bytes) * trainable
-        activations = _activations(gpt, lora, dtype.itemsize, tokens, policies[0] == "full")
+        activations = _activations(gpt, lora, storage.dtype.itemsize, tokens, policies[0] == "full")
     else:
         copied = _largest_part(gpt) if trainable >= IN_TURNS else trainable
         learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
         adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
-        head_quantized = is_quantized("head", quantize, quantize_head)
-        sizes = FastSizes(model, lora.r, adapted, quantize != "none", head_quantized, train.fp8)
+        quantized, head_quantized = storage.quantize != "none", storage.quantizes("head")
+        sizes = FastSizes(model, lora.r, adapted, quantized, head_quantized, train.fp8)
         free = 0.97 * room - stored - learning
         graph_tokens = _graph_tokens(model, train, rows or train.micro_batch_size, tokens, usual, packed)
         tokens = max(tokens, graph_tokens)  # padded, even where nothing is captured
@@ -120,7 +118,7 @@ def make_plan(
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
         if activations + graphs > free:  # they take only what is left, but before weights that are kept
             graphs = 0.0
-        if quantize != "none" and not train.fp8:
+        if quantized and not train.fp8:
             spare = free - SPARE * room - activations - graphs
             often = round(usual or tokens)
             staying = [
@@ -147,16 +145,18 @@ def make_plan(
     )
 
 
-def _stored_bytes(gpt: GPT, quantize: Scheme, quantize_head: bool, dtype: torch.dtype) -> float:
+def _stored_bytes(gpt: GPT, storage: Storage) -> float:
     """Bytes of the base's weights."""
     bits = 0.0
     for path, parameter in gpt.named_parameters():
         layer = path.removesuffix(".weight")
         linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
-        scheme = quantize if linear and is_quantized(layer, quantize, quantize_head) else "none"
-        bits += parameter.numel() * bits_per_weight(scheme, dtype)
-    if gpt.config.tied_head and is_quantized("head", quantize, quantize_head):
-        bits += gpt.head.weight.numel() * bits_per_weight(quantize, dtype)  # the embedding is looked up as it is
+        scheme = storage.quantize if linear and storage.quantizes(layer) else "none"
+        bits += parameter.numel() * bits_per_weight(scheme, storage.dtype)
+    if gpt.config.tied_head and storage.quantizes("head"):
+        bits += gpt.head.weight.numel() * bits_per_weight(
+            storage.quantize, storage.dtype
+        )  # the embedding is looked up as it is
     return bits / 8
 
 

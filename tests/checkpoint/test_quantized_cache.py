@@ -12,12 +12,13 @@ from lit_qlora.checkpoint import quantized_cache
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.checkpoint.streaming import stream
 from lit_qlora.model.gpt import GPT
+from lit_qlora.quantize import Storage
 from lit_qlora.settings import SCHEMES, Scheme
 from tests.conftest import tiny_model, write_checkpoint
 
 
 def load(base: Path, cache: Path, scheme: Scheme = "bnb.nf4-dq", head: bool = False) -> GPT:
-    return quantized_cache.load(base, torch.bfloat16, "cpu", scheme, head, str(cache))
+    return quantized_cache.load(base, Storage(torch.bfloat16, scheme, head), torch.device("cpu"), str(cache))
 
 
 def assert_same(one: GPT, other: GPT) -> None:
@@ -49,7 +50,7 @@ def test_the_second_load_is_the_first_without_its_weights(
     base = write_checkpoint(tmp_path / "base", tiny_model(tied_head=tied))
     expected = load_model(base, torch.bfloat16, "cpu", scheme, head)
     assert_same(load(base, tmp_path / "cache", scheme, head), expected)
-    monkeypatch.setattr(quantized_cache, "load_model", never)
+    monkeypatch.setattr(quantized_cache, "load_stored", never)
     again = load(base, tmp_path / "cache", scheme, head)
     assert_same(again, expected)
     if not head:
@@ -104,7 +105,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(base: Path, tmp_pat
 
 def test_nothing_is_kept_of_weights_in_16_bit_or_when_it_is_off(base: Path, tmp_path: Path) -> None:
     load(base, tmp_path / "cache", "none")
-    quantized_cache.load(base, torch.bfloat16, "cpu", "bnb.nf4", False, "none")
+    quantized_cache.load(base, Storage(torch.bfloat16, "bnb.nf4"), torch.device("cpu"), "none")
     assert not (tmp_path / "cache").exists()
 
 

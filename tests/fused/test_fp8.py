@@ -18,7 +18,7 @@ from lit_qlora.kernels import fp8 as kernels
 from lit_qlora.kernels.dequantize import write_b
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear, frozen_weight
-from lit_qlora.quantize import quantize_linears
+from lit_qlora.quantize import Storage, quantize_linears
 from lit_qlora.run.banner import plan_run
 from lit_qlora.run.learning import take_path
 from lit_qlora.run.plan import Plan, make_plan
@@ -218,7 +218,7 @@ def test_workspaces_are_half_as_large_as_in_16_bit() -> None:
 
 
 def planned(quantize: Scheme, room: float | None = 2**30, **train: Any) -> Plan:
-    return make_plan(tiny_config(), LoRAConfig(), quantize, False, torch.bfloat16, 64, TrainConfig(**train), room)
+    return make_plan(tiny_config(), LoRAConfig(), Storage(torch.bfloat16, quantize), 64, TrainConfig(**train), room)
 
 
 @pytest.mark.parametrize("policy", ["none", "attn", "full"])

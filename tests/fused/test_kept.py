@@ -20,6 +20,7 @@ from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.mlp import mlp_backward
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.gpt import GPT
+from lit_qlora.quantize import Storage
 from lit_qlora.run.learning import take_path
 from lit_qlora.run.plan import HOLES, Plan, make_plan
 from lit_qlora.settings import LoRAConfig, TrainConfig
@@ -268,7 +269,7 @@ def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeyp
 
 def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", tokens: int = 8, **train: Any) -> Plan:
     settings = TrainConfig(keep_dequantized=blocks, **train)
-    return make_plan(tiny_config(n_layer=4), LoRAConfig(), quantize, False, torch.bfloat16, tokens, settings, room)
+    return make_plan(tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, quantize), tokens, settings, room)
 
 
 def test_a_plan_counts_the_blocks_that_stay() -> None:
@@ -280,7 +281,7 @@ def test_a_plan_counts_the_blocks_that_stay() -> None:
 
 
 def test_nobody_has_to_ask_for_them_or_for_graphs() -> None:
-    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), "bnb.nf4", False, torch.bfloat16, 64]
+    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, "bnb.nf4"), 64]
     plan = make_plan(*settings, TrainConfig(), 2**30, usual=20.0)
     assert plan.kept_blocks == 4
     assert plan.graphs > 0
@@ -295,7 +296,7 @@ def test_a_plan_counts_copies_made_in_turns_once(blocks: dict[str, Any], monkeyp
     def learning(most: int) -> float:
         monkeypatch.setattr("lit_qlora.run.plan.IN_TURNS", most)
         config = tiny_config(n_layer=4)
-        return make_plan(config, lora, "none", False, torch.bfloat16, 64, TrainConfig(), 2**30).learning
+        return make_plan(config, lora, Storage(torch.bfloat16), 64, TrainConfig(), 2**30).learning
 
     model = tiny_model(n_layer=4)
     add_lora(model, lora)
@@ -335,7 +336,7 @@ def test_workspaces_are_as_large_as_planned(quantize_head: bool, policy: Any) ->
 
 
 def test_nothing_stays_where_graphs_are_usual_or_nothing_is_to_be_kept() -> None:
-    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), "bnb.nf4", False, torch.bfloat16, 128]
+    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, "bnb.nf4"), 128]
     alone = planned(0, tokens=128)
     room = (alone.total + HOLES * alone.activations + 1.1 * planned(1).kept) / (0.97 - 0.05)
     assert make_plan(*settings, TrainConfig(cuda_graphs="never"), room, usual=128.0).stay
@@ -372,9 +373,7 @@ def test_what_a_block_takes_is_what_its_weights_are() -> None:
     plan = make_plan(
         model.config,
         LoRAConfig(r=4, targets="all"),
-        "bnb.nf4",
-        False,
-        torch.bfloat16,
+        Storage(torch.bfloat16, "bnb.nf4"),
         64,
         TrainConfig(keep_dequantized=1),
         2**30,

@@ -12,6 +12,7 @@ from lit_qlora.checkpoint.checkpoint import load_model, random_model
 from lit_qlora.data import Batch, RunData, Step, read_data, steps
 from lit_qlora.errors import ResourceError
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.quantize import Storage
 from lit_qlora.run import dry_run
 from lit_qlora.run.banner import plan_run
 from lit_qlora.run.dry_run import Pace, measure_pace, tell_time
@@ -187,7 +188,8 @@ def test_a_random_model_is_a_loaded_one_but_for_the_numbers(
 ) -> None:
     directory = write_checkpoint(tmp_path / "base", tiny_model(tied_head=tied, qkv_bias=True))
     loaded = load_model(directory, torch.bfloat16, "cpu", scheme, quantize_head)  # type: ignore[arg-type]
-    made = random_model(ModelConfig.load(directory), torch.bfloat16, "cpu", scheme, quantize_head)  # type: ignore[arg-type]
+    storage = Storage(torch.bfloat16, scheme, quantize_head)  # type: ignore[arg-type]
+    made = random_model(ModelConfig.load(directory), storage, torch.device("cpu"))
     ours, theirs = ({name: (t.shape, t.dtype) for name, t in m.state_dict().items()} for m in (made, loaded))
     assert ours == theirs
     assert [getattr(m.head, "weight", None) is m.embed.weight for m in (made, loaded)] == [

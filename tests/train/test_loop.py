@@ -129,6 +129,19 @@ def test_gradients_are_scaled_down_to_the_norm() -> None:
     assert float(moved[1]) == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
+def test_the_loop_trains_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[set[bool]] = []
+    loss = GPT.loss
+
+    def watched(model: GPT, *batch: Tensor) -> Tensor:
+        modes.append({module.training for module in model.modules()})
+        return loss(model, *batch)
+
+    monkeypatch.setattr(GPT, "loss", watched)
+    run(tiny_model().eval(), max_steps=2)
+    assert modes == [{True}, {True}]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update() -> None:
     model = tiny_model()
     with torch.no_grad():

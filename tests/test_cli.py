@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,15 +279,14 @@ def test_a_reader_who_goes_away_is_no_error() -> None:
 # Every entry point.
 
 PROBE = """
-import runpy, sys, time
-start = time.perf_counter()
+import runpy, sys
 sys.argv = [sys.argv[1], "--help"]
 sys.path[0] = sys.argv[0].rpartition("/")[0]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     heavy = sorted({"torch", "lightning", "bitsandbytes", "transformers", "lm_eval", "numpy"} & set(sys.modules))
-    print(end.code, heavy, file=sys.stderr)
+    print(end.code, heavy, len(sys.modules), file=sys.stderr)
 """
 
 
@@ -311,7 +309,13 @@ def test_there_are_entry_points() -> None:
 
 @pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
 def test_help_ends_well_and_imports_nothing_heavy(script: Path, help_of: Callable) -> None:
-    assert help_of(script).stderr == "0 []\n"
+    assert help_of(script).stderr.startswith("0 [] ")
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
+def test_help_imports_few_modules(script: Path, help_of: Callable) -> None:
+    """Imports are nearly all of its time: 270 to 290 modules take 0.3 s, and torch alone brings 1,100."""
+    assert int(help_of(script).stderr.split()[-1]) < 400
 
 
 @pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
@@ -322,15 +326,3 @@ def test_help_explains_every_flag(script: Path, help_of: Callable) -> None:
     for flag, entry in entries:
         prose = re.sub(r"\(type: .*", "", " ".join(entry.split()))  # what jsonargparse adds of its own
         assert re.search(r"\w+ \w+ \w+", re.sub(r"\{.*?\}|\b[A-Z_]+\b", "", prose)), f"{flag} is not explained: {entry}"
-
-
-@pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
-def test_help_takes_less_than_a_second(script: Path) -> None:
-    quickest = float("inf")
-    for _ in range(4):  # other work on this machine can slow down one attempt
-        start = time.perf_counter()
-        subprocess.run([sys.executable, str(ROOT / script), "--help"], stdout=subprocess.DEVNULL, check=True)
-        quickest = min(quickest, time.perf_counter() - start)
-        if quickest < 1:
-            return
-    pytest.fail(f"{quickest:.1f} s")

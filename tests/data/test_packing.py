@@ -77,12 +77,12 @@ def test_packing_is_deterministic_and_tight() -> None:
     assert len(rows) == -(-sum(lengths) // 2048)  # not a row more than the tokens need
 
 
-def test_fifty_thousand_samples_are_packed_within_three_seconds() -> None:
+def test_fifty_thousand_samples_are_packed_in_seconds() -> None:
     source = random.Random(0)
     lengths = [int(source.lognormvariate(4.7, 0.6)) + 1 for _ in range(50_000)]
     start = time.process_time()
     pack(lengths, 2048)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10  # half a second of a processor; comparing all with all takes minutes
 
 
 def test_a_packed_row_says_where_each_sample_begins() -> None:

@@ -37,5 +37,5 @@ def test_a_dry_run_foretells_the_run(tmp_path: Path, flags: list[str]) -> None:
     records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     taken = [record for record in records if "tokens_per_second" in record][30:]
     seconds = median(record["tokens"] / record["tokens_per_second"] for record in taken)
-    assert 0.5 < float(told[1]) / seconds < 2  # steps of milliseconds, on a host that others use too
+    assert 0.2 < float(told[1]) / seconds < 5  # steps of milliseconds, on a host that others use too
     assert float(told[2]) == pytest.approx(taken[-1]["peak_gib"], rel=0.15, abs=0.02)

@@ -107,7 +107,7 @@ def test_of_several_devices_each_has_its_share(read: Read, monkeypatch: pytest.M
 )
 def test_every_kind_of_run_can_be_tried(settings: dict, read: Read) -> None:
     found = pace(*read(**settings))
-    assert 0 < found.step < 60
+    assert found.step > 0
     assert (found.validation == 0) is ("data" in settings)
 
 

@@ -27,6 +27,8 @@ class Running:
 
     port: int
     app: Any
+    steps: int = 0
+    """Steps of the batch so far."""
 
     @property
     def url(self) -> str:
@@ -39,7 +41,7 @@ class Running:
         load: tuple[int, int] = self.app.state.engine.load
         return load
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Come back when `condition` holds."""
         end = time.monotonic() + seconds
         while not condition():
@@ -61,16 +63,17 @@ def serving(
     look_ahead = batcher.look_ahead
 
     def slowly() -> None:
+        running.steps += 1
         time.sleep(pace)
         look_ahead()
 
     batcher.look_ahead = slowly
     listener = open_socket("127.0.0.1", 0)
+    running = Running(listener.getsockname()[1], app)
     server = make_server(app, limits.get("read_seconds", 10.0), limits.get("drain_seconds", 5.0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        running = Running(listener.getsockname()[1], app)
         running.wait_for(lambda: server.started)
         yield running
     finally:

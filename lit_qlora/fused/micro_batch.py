@@ -1,16 +1,13 @@
 """A micro-batch on its way through the model: what it reads, what its forward pass leaves, and its two passes."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_qlora.fused.block import Kept, Pass
 from lit_qlora.fused.head import Labelled
-
-if TYPE_CHECKING:
-    from lit_qlora.fused import Fused
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,18 @@ class Learnt:
     number: int
 
 
+class Passes(Protocol):
+    """The forward and the backward pass of a model."""
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Learnt]:
+        """The loss, and what the backward pass needs."""
+        ...
+
+    def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
+        """Add the adapters' gradients."""
+        ...
+
+
 class Work(Protocol):
     """The two passes of a micro-batch."""
 
@@ -60,17 +69,17 @@ class Work(Protocol):
 class Eager:
     """Passes whose kernels are launched one by one."""
 
-    def __init__(self, fused: "Fused", inputs: Inputs) -> None:
-        self.fused, self.inputs = fused, inputs
+    def __init__(self, passes: Passes, inputs: Inputs) -> None:
+        self.passes, self.inputs = passes, inputs
 
     def forward(self) -> Tensor:
         """The loss."""
-        loss, self.learnt = self.fused.forward(self.inputs)
+        loss, self.learnt = self.passes.forward(self.inputs)
         return loss
 
     def backward(self, d_loss: Tensor) -> None:
         """Add the adapters' gradients."""
-        self.fused.backward(d_loss, self.learnt, self.inputs.run)
+        self.passes.backward(d_loss, self.learnt, self.inputs.run)
 
 
 class Loss(torch.autograd.Function):

@@ -307,7 +307,7 @@ PACKED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", PACKED)
 def test_packed_rows_are_replayed_whatever_their_documents(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Places get tensors of their own, as on a GPU.
-    monkeypatch.setattr("lit_qlora.fused.to_device", lambda x, device: x.clone() if x.dtype == torch.int32 else x)
+    monkeypatch.setattr("lit_qlora.fused.path.to_device", lambda x, device: x.clone() if x.dtype == torch.int32 else x)
     model = adapted_model(**PACKED[case])
     rows = [packed(7, 12, 9), packed(20, 15), packed(5, 5, 5, 5, 5, 5, 4)]
     recording = replayed(model, rows)

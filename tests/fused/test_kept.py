@@ -96,7 +96,7 @@ def test_copies_of_adapters_made_in_turns_give_the_same_bits(
 ) -> None:
     ends = []
     for most in (1, 2**26):
-        monkeypatch.setattr("lit_qlora.fused.IN_TURNS", most)
+        monkeypatch.setattr("lit_qlora.fused.path.IN_TURNS", most)
         model = adapted_model(**case)
         fused = fuse(model, dequantized=kept)
         fused.set_recompute([policy] * 2)
@@ -241,7 +241,7 @@ def test_given_back_they_are_dequantised_each_time() -> None:
 
 def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lit_qlora.fused.tell", said.append)
+    monkeypatch.setattr("lit_qlora.fused.path.tell", said.append)
     model = adapted_model(scheme="bnb.nf4", dropout=0.2)
     fused = fuse(model, dequantized=2)
     torch.manual_seed(11)

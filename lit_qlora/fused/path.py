@@ -1,0 +1,345 @@
+"""The model on the fast path: its blocks and head, where its adapters lie, and its forward and backward pass."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.block import FusedBlock, Kept, Pass, Ropes
+from lit_qlora.fused.graphs import Graphs
+from lit_qlora.fused.group import Copies, Group, norm_of
+from lit_qlora.fused.head import Head, Labelled
+from lit_qlora.fused.memory import IN_TURNS, FastSizes, sends_qkv
+from lit_qlora.fused.micro_batch import Eager, Inputs, Learnt, Loss, Work
+from lit_qlora.fused.offload import Offload, to_device
+from lit_qlora.fused.support import GROWING
+from lit_qlora.kernels.lora_products import Pending
+from lit_qlora.kernels.norm import add_norm
+from lit_qlora.model.attention import query_scale, tree_mask
+from lit_qlora.model.gpt import GPT, times
+from lit_qlora.model.rope import rope_table
+from lit_qlora.report import tell
+from lit_qlora.settings import Recompute
+
+
+class Fused:
+    """The fast path of one model.
+
+    Attributes:
+        recompute: what each block computes again in the backward pass; see lit_qlora.fused.block.
+        graphs: CUDA graphs of micro-batches of few tokens, if there are any.
+        stay: whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay.
+    """
+
+    graphs: Graphs | None = None
+    stay = True
+    _stayed = False
+
+    def __init__(self, model: GPT, fp8: bool = False, dequantized: int = 0) -> None:
+        config = model.config
+        self.model, self.config = model, config
+        self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
+        like = model.embed.weight.detach()[0]
+        self.blocks = [FusedBlock(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)]
+        self.head = Head(
+            norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype), config.logit_softcap
+        )
+        self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
+        self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
+        self.workspaces: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        every = torch.arange(config.block_size, device=self.device)[None]
+        self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
+        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self._lay_out_adapters()
+        self.sizes, self.kept_blocks = self._sizes(), min(dequantized, len(self.blocks))
+        # The last ones: their weights could not stay otherwise; see FastSizes.stay.
+        for block in self.blocks[len(self.blocks) - self.kept_blocks :]:
+            for group in block.groups:
+                group.keep()
+        self.set_recompute(["none"] * len(self.blocks))
+
+    def _sizes(self) -> FastSizes:
+        adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
+        rank = max(group.stack.r for group in self.groups)
+        quantized = any(group.weight is not None for block in self.blocks for group in block.groups)
+        return FastSizes(self.config, rank, adapted, quantized, self.head.group.weight is not None, self.fp8)
+
+    def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
+        """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""
+        both = [rope_table(self.config, positions, local, segments) for local in (False, True)]
+        (cos, sin), (local_cos, local_sin) = ([to_device(x.flatten(0, 2), self.device) for x in pair] for pair in both)
+        return (cos, sin), (local_cos, local_sin)
+
+    def _lay_out_adapters(self) -> None:
+        """Move the adapters into one float32 tensor, stacked as the groups want, and make room for copies."""
+        adapted = [group for group in self.groups if group.rank]
+        size_a = sum(group.size_a for group in adapted)
+        self.master = torch.empty(size_a + sum(group.size_b for group in adapted), device=self.device)
+        self.gradient = torch.zeros_like(self.master)
+        self.parameters: list[tuple[nn.Parameter, Tensor]] = []
+        first_a, first_b = 0, size_a
+        for group in adapted:
+            at_a, at_b = slice(first_a, first_a + group.size_a), slice(first_b, first_b + group.size_b)
+            a, group.grad_a = (whole[at_a].view(group.rank, group.k) for whole in (self.master, self.gradient))
+            b, group.grad_b = (whole[at_b].view(-1, group.stack.r) for whole in (self.master, self.gradient))
+            row_a, row_b = 0, 0
+            for adapter in group.adapters:
+                end_a, end_b = row_a + group.stack.r, row_b + adapter.lora_b.size(0)
+                homes = (a[row_a:end_a], b[row_b:end_b])
+                gradients = (group.grad_a[row_a:end_a], group.grad_b[row_b:end_b])
+                for parameter, home, gradient in zip((adapter.lora_a, adapter.lora_b), homes, gradients, strict=True):
+                    home.copy_(parameter.data)
+                    parameter.data = home
+                    self.parameters.append((parameter, gradient))
+                row_a, row_b = end_a, end_b
+            first_a, first_b = at_a.stop, at_b.stop
+        self._lay_out_copies(size_a)
+
+    def _lay_out_copies(self, size_a: int) -> None:
+        """Make room for the copies, of all adapters or, where they are large, of one block's or the head's at a time.
+
+        Args:
+            size_a: numbers in all A, which lie before all B.
+        """
+        self.copies_in_turns = self.master.numel() >= IN_TURNS
+        parts = [*(block.groups for block in self.blocks), (self.head.group,)]
+        parts = parts if self.copies_in_turns else [tuple(self.groups)]
+        sizes = [(sum(group.size_a for group in part), sum(group.size_b for group in part)) for part in parts]
+        low = torch.empty(max(a + b for a, b in sizes), dtype=self.dtype, device=self.device)
+        all_a = self.master[:size_a].split([a for a, _ in sizes])
+        all_b = self.master[size_a:].split([b for _, b in sizes])
+        self.copies = [
+            Copies(part, a, b, low[: len(a)], low[len(a) : len(a) + len(b)])
+            for part, a, b in zip(parts, all_a, all_b, strict=True)
+        ]
+
+    def _copy_in_turn(self, part: int, beside: bool = True) -> None:
+        """Make the copies of a block, or of the head (-1), unless all were made at once."""
+        if self.copies_in_turns:
+            self.copies[part].refresh(beside)
+
+    def set_recompute(self, policies: Sequence[Recompute]) -> None:
+        """What each block computes again in its backward pass."""
+        if self.graphs is not None:
+            self.graphs.clear()  # they know the workspaces' addresses
+        for group in self.groups:
+            group.held = None
+        for block, policy in zip(self.blocks, policies, strict=True):
+            block.recompute = policy
+            block.sends_qkv = sends_qkv(block.number, policy)
+        for below, block in pairwise(self.blocks):
+            block.fetches_below = below.recompute == "offload"
+
+        def space(groups: Sequence[Group]) -> Tensor | None:
+            most = max(group.room for group in groups)
+            return torch.empty(most, dtype=self.dtype, device=self.device) if most else None
+
+        keeps = "full" in policies and not self.fp8  # in FP8 they lie differently in the backward pass
+        self.workspaces = (None, None, None)  # freed before the new ones are taken
+        anything = space(self.groups)
+        qkv = space([block.qkv for block in self.blocks]) if keeps else anything
+        projection = space([block.projection for block in self.blocks]) if keeps else anything
+        self.workspaces = (anything, qkv, projection)
+
+    @property
+    def recompute(self) -> list[Recompute]:
+        """What each block computes again."""
+        return [block.recompute for block in self.blocks]
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the weights that are kept dequantised as well, and of those that stay."""
+        return sum(group.spare for group in self.groups)
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether weights are kept, or stay in some moments; see FastPath."""
+        return self.spare > 0 or self._stayed
+
+    def give_back(self) -> None:
+        """Dequantise all weights each time from now on; see FastPath."""
+        freed = f"{self.spare / 2**30:.2f} GiB"
+        tell(f"  memory  weights are no longer kept dequantised, which gives back {freed} and costs speed alone")
+        for group in self.groups:
+            group.give_back()
+        self.kept_blocks = 0
+        self.stay = self._stayed = False
+        self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """As GPT.loss. Of a batch on the host, nothing has to be asked of the device, which is not waited for."""
+        learns = torch.is_grad_enabled() and bool(self.parameters)
+        # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
+        drops = self.model.training and any(group.p for group in self.groups)
+        seed = int(torch.randint(1, 2**31 - 1, ())) if drops else None
+        if not learns:
+            labelled = Labelled.of(labels, weights).to(self.device)
+            return self.forward(self.inputs(tokens, labelled, seed, positions, segments, keep=False))[0]
+        self._attach_gradients()
+        work: Work | None = None
+        if self.graphs is not None:
+            work = self.graphs.work(tokens, labels, weights, seed, positions, segments)
+        if work is None:
+            labelled = Labelled.of(labels, weights).to(self.device)
+            work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
+        total: Tensor = Loss.apply(self.anchor, work)
+        return total
+
+    def inputs(
+        self,
+        tokens: Tensor,
+        labelled: Labelled,
+        seed: int | None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        keep: bool = True,
+        stay: bool = True,
+        layout: Layout | None = None,
+    ) -> Inputs:
+        """A micro-batch on the device.
+
+        Args:
+            tokens, positions, segments: (B, T), see GPT.loss.
+            seed: of the dropout; None for none.
+            keep: whether there will be a backward pass.
+            stay: see Pass.
+            layout: what segments would say.
+        """
+        places, run = self._pass(tokens, positions, segments, seed=seed, keep=keep, stay=stay, layout=layout)
+        return Inputs(to_device(tokens.flatten(), self.device), places, labelled, run)
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        seen_until: Tensor | None = None,
+        seed: int | None = None,
+        keep: bool = False,
+        stay: bool = False,
+        layout: Layout | None = None,
+    ) -> tuple[Tensor | None, Pass]:
+        """Rows of the table of learned positions if there is one, and what the blocks have in common; see inputs."""
+        rows, length = tokens.shape
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device).expand(rows, length)
+        layout = layout or Layout.of(rows, length, segments, self.device)
+        if seen_until is not None:
+            on_device = (to_device(positions, self.device), to_device(seen_until, self.device))
+            windows = {block.heads.window for block in self.blocks}
+            layout = replace(layout, masks={window: tree_mask(window, *on_device) for window in windows})
+        places, scale = self.of_positions(positions)
+        run = Pass(
+            layout=layout,
+            positions=to_device(places if self.ropes else torch.arange(len(places), dtype=torch.int32), self.device),
+            ropes=self.ropes or self._ropes(positions, segments),
+            query_scale=None if scale is None else to_device(scale, self.device),
+            workspaces=self.workspaces,
+            offload=self.offload,
+            seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=self.device),
+            keep=keep,
+            stay=stay,
+        )
+        return None if self.model.positions is None else to_device(places, self.device), run
+
+    def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of positions (B, T) rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
+        scale = query_scale(self.config, positions).flatten()[:, None, None] if self.config.query_scale_beta else None
+        return positions.flatten().int(), scale
+
+    def _attach_gradients(self) -> None:
+        """Let each adapter's .grad be its place in the one gradient, from zero where the optimizer has let go of it."""
+        first, home = self.parameters[0]
+        if first.grad is home:
+            return
+        self.gradient.zero_()
+        for parameter, gradient in self.parameters:
+            if parameter.grad is not None:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Learnt]:
+        """The loss, and what the backward pass needs."""
+        run = inputs.run
+        stream, kept = self._blocks(inputs.tokens, inputs.places, run)
+        group = self.head.group
+        self._copy_in_turn(-1)
+        dropout = group.dropout(run.seed, 4 * len(self.blocks))
+        loss, d_out, waiting = self.head.loss(stream, inputs.labelled, self.workspaces[0], dropout, run.keep)
+        return loss, Learnt(d_out, kept, waiting, self.offload.passes)
+
+    def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[list[Tensor], list[Kept | None]]:
+        """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
+        if not self.copies_in_turns:
+            self.copies[0].refresh()
+        x = times(F.embedding(tokens, self.model.embed.weight.detach()), self.config.embedding_multiplier)
+        if self.model.positions is not None:
+            assert places is not None
+            x = x + F.embedding(places, self.model.positions.weight.detach())
+        if run.keep:
+            self.offload.reset()
+        stream = [x]
+        del x
+        kept: list[Kept | None] = []
+        for i, block in enumerate(self.blocks):
+            self._copy_in_turn(i)
+            kept.append(block.forward(stream, run))
+        return stream, kept
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
+    ) -> Tensor:
+        """As GPT.hidden, without dropout or gradients; what is on the host need not be on the device."""
+        places, run = self._pass(tokens, positions, segments, seen_until)
+        (x, y), _ = self._blocks(to_device(tokens.flatten(), self.device), places, run)
+        out = torch.empty_like(x)
+        add_norm(x, y, self.head.norm, out)
+        return out.view(*tokens.shape, -1)
+
+    @torch.no_grad()
+    def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
+        """Add the adapters' gradients.
+
+        Raises:
+            RuntimeError: if another forward pass has overwritten what was put on the host.
+        """
+        if "offload" in self.recompute and learnt.number != self.offload.passes:
+            raise RuntimeError("With 'offload' a loss needs its backward pass before the next one is computed.")
+        self.pending.waiting.clear()  # of a pass that failed
+        for gradient, more in learnt.waiting:
+            gradient.add_(more.mul_(d_loss))
+        assert learnt.d_out is not None
+        d: Tensor | None = learnt.d_out.mul_(d_loss)
+        learnt.d_out = None
+        stay = [False] * len(self.blocks)
+        if run.stay and self.stay and self.sizes.quantized and not self.fp8:
+            stay = self.sizes.stay(self.recompute, len(run.positions), self.kept_blocks)
+            self._stayed |= any(stay)
+        for i in reversed(range(len(self.blocks))):
+            one = learnt.kept.pop()
+            assert one is not None
+            assert d is not None
+            self._copy_in_turn(i, beside=False)
+            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, stay=stay[i])
+        self.pending.flush()
+
+    def graph_bytes(self, tokens: int) -> int:
+        """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""
+        return int(self.sizes.graphs(self.recompute, tokens))

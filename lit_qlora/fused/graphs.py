@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_qlora.fused.attention import Layout
-from lit_qlora.fused.block import Ropes
 from lit_qlora.fused.head import Labelled
-from lit_qlora.fused.micro_batch import Eager, Inputs, Learnt, Passes, Work
+from lit_qlora.fused.micro_batch import Eager, Inputs, SavedPass, Trainable, Work
 from lit_qlora.fused.offload import to_device
+from lit_qlora.fused.passes import Ropes
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import IGNORE
 from lit_qlora.report import tell
@@ -120,8 +120,8 @@ class Micro:
         return Micro(to_device(self.tokens, device), self.labelled.to(device), self.positions, ends, self.longest)
 
 
-class Capturable(Passes, Protocol):
-    """A model whose passes can be captured."""
+class Capturable(Trainable, Protocol):
+    """A model whose two passes can be captured."""
 
     config: ModelConfig
     device: torch.device
@@ -144,7 +144,7 @@ class Capturable(Passes, Protocol):
         seed: int | None,
         positions: Tensor | None = None,
         *,
-        stay: bool = True,
+        carries: bool = True,
         layout: Layout | None = None,
     ) -> Inputs:
         """A micro-batch on the device."""
@@ -216,8 +216,8 @@ class Graphs:
     def _inputs(self, micro: Micro, seed: int | None) -> Inputs:
         rows, length = micro.tokens.shape
         layout = Layout(rows, length, micro.longest, micro.ends)
-        stay = bool(self.off) and not self.captured  # where there will be no graph
-        return self.fused.inputs(micro.tokens, micro.labelled, seed, micro.positions, stay=stay, layout=layout)
+        carries = bool(self.off) and not self.captured  # where there will be no graph
+        return self.fused.inputs(micro.tokens, micro.labelled, seed, micro.positions, carries=carries, layout=layout)
 
     def _capture(self, shape: Shape, micro: Micro, seed: int | None) -> None:
         if self.off or "offload" in self.fused.recompute:
@@ -238,7 +238,7 @@ class Captured:
         self.fused, self.micro, self.inputs = fused, micro, inputs
         self.d_loss = torch.zeros((), device=fused.device)
         self.loss = torch.zeros((), device=fused.device)
-        self.learnt: Learnt | None = None
+        self.learnt: SavedPass | None = None
         # What is made on first use, such as plans and handles of this thread, has to be made before; and weights that
         # have stayed, which no graph may read, are used up.
         gradient = fused.gradient.clone()
@@ -262,7 +262,7 @@ class Captured:
 
 
 class Replay:
-    """Passes that are launched as graphs."""
+    """Trainable that are launched as graphs."""
 
     def __init__(self, captured: Captured, micro: Micro, seed: int | None) -> None:
         self.captured, self.micro, self.seed = captured, micro, seed

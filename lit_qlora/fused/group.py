@@ -14,7 +14,7 @@ from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.lora_products import Pending
-from lit_qlora.kernels.norm import Norm, norm_backward
+from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.norm import RMSPlusOne
@@ -147,6 +147,11 @@ class Group:
     def empty_input(self, tokens: int) -> Tensor:
         """Room for [X | Z], (T, K + R)."""
         return torch.empty(tokens, self.width, dtype=self.dtype, device=self.device)
+
+    def normed(self, norm: Norm, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream x + y, the statistics of its rows, and norm(x + y) as input with room for Z."""
+        normed = self.empty_input(x.size(0))
+        return *add_norm(x, y, norm, normed), normed
 
     def product(self, x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
         """Y = [X | Z] [W | B]^T + bias, (T, N), in `out` if there is one."""

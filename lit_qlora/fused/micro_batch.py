@@ -6,8 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lit_qlora.fused.block import Kept, Pass
+from lit_qlora.fused.block import SavedBlock
 from lit_qlora.fused.head import Labelled
+from lit_qlora.fused.passes import Pass
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Inputs:
 
 
 @dataclass
-class Learnt:
+class SavedPass:
     """What a forward pass leaves for its backward pass.
 
     Attributes:
@@ -37,19 +38,19 @@ class Learnt:
     """
 
     d_out: Tensor | None
-    kept: list[Kept | None]
+    kept: list[SavedBlock | None]
     waiting: list[tuple[Tensor, Tensor]]
     number: int
 
 
-class Passes(Protocol):
+class Trainable(Protocol):
     """The forward and the backward pass of a model."""
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Learnt]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, SavedPass]:
         """The loss, and what the backward pass needs."""
         ...
 
-    def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
+    def backward(self, d_loss: Tensor, learnt: SavedPass, run: Pass) -> None:
         """Add the adapters' gradients."""
         ...
 
@@ -69,17 +70,17 @@ class Work(Protocol):
 class Eager:
     """Passes whose kernels are launched one by one."""
 
-    def __init__(self, passes: Passes, inputs: Inputs) -> None:
-        self.passes, self.inputs = passes, inputs
+    def __init__(self, model: Trainable, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs
 
     def forward(self) -> Tensor:
         """The loss."""
-        loss, self.learnt = self.passes.forward(self.inputs)
+        loss, self.saved = self.model.forward(self.inputs)
         return loss
 
     def backward(self, d_loss: Tensor) -> None:
         """Add the adapters' gradients."""
-        self.passes.backward(d_loss, self.learnt, self.inputs.run)
+        self.model.backward(d_loss, self.saved, self.inputs.run)
 
 
 class Loss(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Copies that nobody waits for: batches to the device, and activations to pinned host memory and back."""
 
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,6 +9,13 @@ from torch import Tensor
 from lit_qlora.errors import ResourceError
 
 LEAVING = 4  # tensors, about a block's worth, that may be on their way at a time
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """Stands for a tensor that lies in the host's memory; they are numbered in each forward pass."""
+
+    number: int
 
 
 class Offload:
@@ -40,8 +48,13 @@ class Offload:
             torch.cuda.current_stream().wait_event(self.leaving[0][1])
             self.leaving.popleft()
 
-    def put(self, x: Tensor) -> int:
-        """Start copying `x` to the host; returns its number."""
+    @property
+    def latest(self) -> OnHost:
+        """The tensor that left last."""
+        return OnHost(self.count - 1)
+
+    def put(self, x: Tensor) -> OnHost:
+        """Start copying `x` to the host."""
         number, self.count = self.count, self.count + 1
         self.let_go(LEAVING - 1)
         self.stream = self.stream or torch.cuda.Stream()
@@ -55,12 +68,13 @@ class Offload:
             left = torch.cuda.Event()
             left.record(self.stream)
         self.leaving.append((x, left))
-        return number
+        return OnHost(number)
 
-    def fetch(self, number: int) -> None:
-        """Start copying number `number` back, if it is not on its way already."""
-        if number < 0 or number in self.coming:
+    def fetch(self, saved: Tensor | OnHost | None) -> None:
+        """Start copying a tensor back, if it is on the host and not on its way already."""
+        if not isinstance(saved, OnHost) or saved.number in self.coming:
             return
+        number = saved.number
         assert self.stream is not None
         self.let_go()
         x = torch.empty_like(self.there[number], device="cuda")
@@ -71,10 +85,12 @@ class Offload:
             arrived.record(self.stream)
         self.coming[number] = (x, arrived)
 
-    def get(self, number: int) -> Tensor:
-        """What was put under `number`."""
-        self.fetch(number)
-        x, arrived = self.coming.pop(number)
+    def get(self, saved: Tensor | OnHost) -> Tensor:
+        """The tensor itself, on the device."""
+        if isinstance(saved, Tensor):
+            return saved
+        self.fetch(saved)
+        x, arrived = self.coming.pop(saved.number)
         torch.cuda.current_stream().wait_event(arrived)
         return x
 

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
-from lit_qlora.fused.block import FusedBlock, Kept, Pass, Ropes
+from lit_qlora.fused.block import FusedBlock, SavedBlock
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, norm_of
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.memory import IN_TURNS, FastSizes, sends_qkv
-from lit_qlora.fused.micro_batch import Eager, Inputs, Learnt, Loss, Work
+from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
+from lit_qlora.fused.passes import Pass, Ropes, Workspaces
 from lit_qlora.fused.support import GROWING
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm
@@ -50,7 +51,7 @@ class Fused:
         )
         self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
         self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
-        self.workspaces: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        self.workspaces: Workspaces = (None, None, None)
         every = torch.arange(config.block_size, device=self.device)[None]
         self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
@@ -185,7 +186,7 @@ class Fused:
         seed = int(torch.randint(1, 2**31 - 1, ())) if drops else None
         if not learns:
             labelled = Labelled.of(labels, weights).to(self.device)
-            return self.forward(self.inputs(tokens, labelled, seed, positions, segments, keep=False))[0]
+            return self.forward(self.inputs(tokens, labelled, seed, positions, segments, saves=False))[0]
         self._attach_gradients()
         work: Work | None = None
         if self.graphs is not None:
@@ -203,8 +204,8 @@ class Fused:
         seed: int | None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        keep: bool = True,
-        stay: bool = True,
+        saves: bool = True,
+        carries: bool = True,
         layout: Layout | None = None,
     ) -> Inputs:
         """A micro-batch on the device.
@@ -212,11 +213,11 @@ class Fused:
         Args:
             tokens, positions, segments: (B, T), see GPT.loss.
             seed: of the dropout; None for none.
-            keep: whether there will be a backward pass.
-            stay: see Pass.
+            saves: see Pass.
+            carries: see Pass.
             layout: what segments would say.
         """
-        places, run = self._pass(tokens, positions, segments, seed=seed, keep=keep, stay=stay, layout=layout)
+        places, run = self._pass(tokens, positions, segments, seed=seed, saves=saves, carries=carries, layout=layout)
         return Inputs(to_device(tokens.flatten(), self.device), places, labelled, run)
 
     def _pass(
@@ -226,8 +227,8 @@ class Fused:
         segments: Tensor | None,
         seen_until: Tensor | None = None,
         seed: int | None = None,
-        keep: bool = False,
-        stay: bool = False,
+        saves: bool = False,
+        carries: bool = False,
         layout: Layout | None = None,
     ) -> tuple[Tensor | None, Pass]:
         """Rows of the table of learned positions if there is one, and what the blocks have in common; see inputs."""
@@ -248,8 +249,8 @@ class Fused:
             workspaces=self.workspaces,
             offload=self.offload,
             seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=self.device),
-            keep=keep,
-            stay=stay,
+            saves=saves,
+            carries=carries,
         )
         return None if self.model.positions is None else to_device(places, self.device), run
 
@@ -270,17 +271,17 @@ class Fused:
             parameter.grad = gradient
 
     @torch.no_grad()
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Learnt]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, SavedPass]:
         """The loss, and what the backward pass needs."""
         run = inputs.run
         stream, kept = self._blocks(inputs.tokens, inputs.places, run)
         group = self.head.group
         self._copy_in_turn(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
-        loss, d_out, waiting = self.head.loss(stream, inputs.labelled, self.workspaces[0], dropout, run.keep)
-        return loss, Learnt(d_out, kept, waiting, self.offload.passes)
+        loss, d_out, waiting = self.head.loss(stream, inputs.labelled, self.workspaces[0], dropout, run.saves)
+        return loss, SavedPass(d_out, kept, waiting, self.offload.passes)
 
-    def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[list[Tensor], list[Kept | None]]:
+    def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[list[Tensor], list[SavedBlock | None]]:
         """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
         if not self.copies_in_turns:
             self.copies[0].refresh()
@@ -288,11 +289,11 @@ class Fused:
         if self.model.positions is not None:
             assert places is not None
             x = x + F.embedding(places, self.model.positions.weight.detach())
-        if run.keep:
+        if run.saves:
             self.offload.reset()
         stream = [x]
         del x
-        kept: list[Kept | None] = []
+        kept: list[SavedBlock | None] = []
         for i, block in enumerate(self.blocks):
             self._copy_in_turn(i)
             kept.append(block.forward(stream, run))
@@ -314,7 +315,7 @@ class Fused:
         return out.view(*tokens.shape, -1)
 
     @torch.no_grad()
-    def backward(self, d_loss: Tensor, learnt: Learnt, run: Pass) -> None:
+    def backward(self, d_loss: Tensor, learnt: SavedPass, run: Pass) -> None:
         """Add the adapters' gradients.
 
         Raises:
@@ -329,7 +330,7 @@ class Fused:
         d: Tensor | None = learnt.d_out.mul_(d_loss)
         learnt.d_out = None
         stay = [False] * len(self.blocks)
-        if run.stay and self.stay and self.sizes.quantized and not self.fp8:
+        if run.carries and self.stay and self.sizes.quantized and not self.fp8:
             stay = self.sizes.stay(self.recompute, len(run.positions), self.kept_blocks)
             self._stayed |= any(stay)
         for i in reversed(range(len(self.blocks))):
@@ -337,7 +338,7 @@ class Fused:
             assert one is not None
             assert d is not None
             self._copy_in_turn(i, beside=False)
-            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, stay=stay[i])
+            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, carries=stay[i])
         self.pending.flush()
 
     def graph_bytes(self, tokens: int) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lit_qlora.fused.block import ACTIVATIONS
+from lit_qlora.fused.mlp import ACTIVATIONS
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Heads
-from lit_qlora.fused.block import ACTIVATIONS
 from lit_qlora.fused.group import norm_of
+from lit_qlora.fused.mlp import ACTIVATIONS
 from lit_qlora.fused.qkv_transforms import Shaping
 from lit_qlora.fused.support import unhandled
 from lit_qlora.generation.slot_cache import SlotCache

@@ -487,11 +487,11 @@ def test_weights_stay_where_nothing_is_captured() -> None:
     assert fused.graphs is not None
     work = works(fused, *batch(1, 12), times=1)
     assert isinstance(work, Eager)
-    assert not work.inputs.run.stay
+    assert not work.inputs.run.carries
     fused.graphs.off = "there is no memory left for them"
     work = works(fused, *batch(1, 12), times=1)
     assert isinstance(work, Eager)
-    assert work.inputs.run.stay
+    assert work.inputs.run.carries
 
 
 def test_what_a_plan_has_no_memory_for_is_not_captured() -> None:

@@ -252,7 +252,7 @@ def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeyp
             raise torch.OutOfMemoryError
         mlp_backward(*arguments)
 
-    monkeypatch.setattr("lit_qlora.fused.block.mlp_backward", full)
+    monkeypatch.setattr("lit_qlora.fused.mlp.mlp_backward", full)
     model.zero_grad()
     fabric: Any = SimpleNamespace(device=torch.device("cpu"), backward=Tensor.backward)
     add_gradients = Gradients(fabric, cast(Any, model))

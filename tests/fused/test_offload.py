@@ -11,7 +11,7 @@ from lit_qlora.errors import ResourceError
 from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.block import FusedBlock
 from lit_qlora.fused.head import Head
-from lit_qlora.fused.offload import LEAVING, Offload, pin
+from lit_qlora.fused.offload import LEAVING, Offload, OnHost, pin
 from lit_qlora.kernels.launch import AVAILABLE
 from tests.fused.test_fused import adapted_model, batch, gradients
 
@@ -113,7 +113,7 @@ def offloading() -> Fused:
 
 @ON_CPU
 def test_what_another_loss_has_overwritten_is_not_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Offload, "put", lambda self, x: 0)
+    monkeypatch.setattr(Offload, "put", lambda self, x: OnHost(0))
     fused = offloading()
     first = fused.model.loss(*batch())
     with torch.no_grad():

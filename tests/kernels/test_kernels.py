@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_qlora.fused.block import ACTIVATIONS
+from lit_qlora.fused.mlp import ACTIVATIONS
 from lit_qlora.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE

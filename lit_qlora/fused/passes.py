@@ -1,0 +1,53 @@
+"""State that the blocks share in a forward pass, and in the backward pass that follows it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.offload import Offload
+from lit_qlora.kernels.lora_products import Pending
+
+Ropes = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cosines and sines, (P, R / 2) float32, of blocks without a sliding window and with one."""
+Workspaces = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Scratch buffers for dequantised weights: one for any layer, one that keeps qkv and one that keeps the projection
+during a block's backward pass. None where no weight needs one."""
+
+
+@dataclass
+class Pass:
+    """A pass over a micro-batch.
+
+    Attributes:
+        positions: (T,) int32, rows of the rope tables.
+        query_scale: (T, 1, 1) float32 or None.
+        seed: of the dropout, see kernels.dropout; None for none.
+        saves: there will be a backward pass.
+        carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carried.
+    """
+
+    layout: Layout
+    positions: Tensor
+    ropes: Ropes
+    query_scale: Tensor | None
+    workspaces: Workspaces
+    offload: Offload
+    seed: Tensor | None
+    saves: bool
+    carries: bool
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The backward pass of one block.
+
+    Attributes:
+        forward: the pass that it belongs to.
+        pending: sums that the adapters' gradients wait for.
+        workspaces: those of the pass; no buffers where the block's weights are carried over.
+    """
+
+    forward: Pass
+    pending: Pending
+    workspaces: Workspaces

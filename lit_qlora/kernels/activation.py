@@ -41,3 +41,20 @@ if triton is not None:
             value = x * share
             slope = share + value * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * x * x)
         return value, slope
+
+    @triton.jit
+    def combine_branches(gate, up, FUNCTION: tl.constexpr):
+        """The value of function(gate) * up, float32, and its derivatives by gate and by up.
+
+        FUNCTION "clamped" is gpt-oss's: gate at most 7, up within 7, gate * sigmoid(1.702 gate) * (up + 1).
+        """
+        if FUNCTION == "clamped":
+            low, high = tl.minimum(gate, 7.0), tl.minimum(tl.maximum(up, -7.0), 7.0)
+            share = tl.sigmoid(1.702 * low)
+            value = low * share
+            slope = tl.where(gate <= 7.0, share + 1.702 * value * (1 - share), 0.0) * (high + 1)
+            h, by_up = value * (high + 1), tl.where((up >= -7.0) & (up <= 7.0), value, 0.0)
+        else:
+            value, slope = activate(gate, FUNCTION)
+            h, slope, by_up = value * up, slope * up, value
+        return h, slope, by_up

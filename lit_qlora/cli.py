@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
-from functools import cache
+from functools import cache, reduce
 from itertools import pairwise
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never shown
@@ -140,7 +142,20 @@ def _parser(config_type: type[Any]) -> _Parser:
     parser = _Parser(description=(config_type.__doc__ or "").strip())
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags win.")
     parser.add_class_arguments(config_type, as_group=False)
+    for action in parser._actions:
+        if hasattr(action, "_typehint"):
+            action._typehint = _without_limits(action._typehint)
     return parser
+
+
+def _without_limits(hint: Any) -> Any:
+    """The annotation as --help shows it: Annotated[int, at_least(1)] is an int. The settings check their limits."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _without_limits(parts[0])
+    if kind in (Union, UnionType):
+        return reduce(or_, map(_without_limits, parts))
+    return kind[tuple(map(_without_limits, parts))] if kind in (tuple, dict) else hint
 
 
 def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:

@@ -89,7 +89,7 @@ def raising(error: BaseException) -> Callable[[Config], None]:
         (["--lora.r", "2.5"], "--lora.r: expected int, got '2.5'."),
         (["--lora.r"], "--lora.r: expected one argument"),
         (["--lora.r", "0"], "lora.r must be at least 1, got 0."),
-        (["--lora.dropout", "1"], "lora.dropout must be in [0, 1), got 1.0."),
+        (["--lora.dropout", "1"], "lora.dropout must be at least 0 and below 1, got 1.0."),
         (["--train.learning_rate", "fast"], "--train.learning_rate: expected float, got 'fast'."),
         (["--train.max_steps", "many"], "--train.max_steps: expected int, got 'many'."),
         (["--data.mask_prompt", "maybe"], "--data.mask_prompt: expected bool, got 'maybe'."),
@@ -316,6 +316,11 @@ def test_help_ends_well_and_imports_nothing_heavy(script: Path, help_of: Callabl
 def test_help_imports_few_modules(script: Path, help_of: Callable) -> None:
     """Imports are nearly all of its time: 270 to 290 modules take 0.3 s, and torch alone brings 1,100."""
     assert int(help_of(script).stderr.split()[-1]) < 400
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)
+def test_help_shows_types_as_a_reader_writes_them(script: Path, help_of: Callable) -> None:
+    assert not re.findall(r"Annotated|Limit\(|<function|Optional", help_of(script).stdout)
 
 
 @pytest.mark.parametrize("script", ENTRY_POINTS, ids=str)

@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lit_qlora.cli import parse, to_yaml
@@ -23,6 +25,7 @@ from lit_qlora.settings import (
     OptimizerConfig,
     TrainConfig,
 )
+from tests.conftest import ROOT
 
 WRONG: list[tuple[type, str, list[Any]]] = [
     (LoRAConfig, "r", [0, -1]),
@@ -101,6 +104,63 @@ WRONG: list[tuple[type, str, list[Any]]] = [
 def test_a_value_out_of_range_is_refused_by_the_name_that_was_typed(kind: type, field: str, value: object) -> None:
     with pytest.raises(UsageError, match=field):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRAConfig(r="8"), "lora.r: expected int, got '8'."),  # type: ignore[arg-type]
+        (lambda: LoRAConfig(r=True), "lora.r: expected int, got True."),
+        (lambda: LoRAConfig(r=8.0), "lora.r: expected int, got 8.0."),  # type: ignore[arg-type]
+        (lambda: LoRAConfig(rslora=1), "lora.rslora: expected bool, got 1."),  # type: ignore[arg-type]
+        (lambda: LoRAConfig(start=3), "lora.start: expected Path, got 3."),  # type: ignore[arg-type]
+        (lambda: LoRAConfig(rank_pattern={"query": "4"}), "lora.rank_pattern.query: expected int, got '4'."),  # type: ignore[dict-item]
+        (lambda: OptimizerConfig(betas=0.9), "optimizer.betas: expected list, got 0.9."),  # type: ignore[arg-type]
+        (lambda: FinetuneConfig(lora={"r": 4}), "lora: expected LoRAConfig, got {'r': 4}."),  # type: ignore[arg-type]
+        (lambda: FinetuneConfig(devices="two"), "devices: expected int or one of auto, got 'two'."),  # type: ignore[arg-type]
+        (
+            lambda: TrainConfig(schedule="cosin"),  # type: ignore[arg-type]
+            "train.schedule: expected one of constant, linear, cosine, cosine-restarts, polynomial, inverse-sqrt, wsd, "
+            "got 'cosin'. Did you mean cosine?",
+        ),
+        (
+            lambda: LoRAConfig(targets=["query", "valu"]),  # type: ignore[arg-type]
+            "lora.targets: expected one of query, key, value, latent, projection, mlp, head, all, "
+            "got 'valu'. Did you mean value?",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_python_as_on_the_command_line(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{re.escape(message)}$"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        (FinetuneConfig(checkpoint_dir="a/b"), FinetuneConfig(checkpoint_dir=Path("a/b"))),  # type: ignore[arg-type]
+        (DataConfig(path=Path("a.json")), DataConfig(path=("a.json",))),  # type: ignore[arg-type]
+        (LoRAConfig(r=np.int64(4), alpha=np.float32(2)), LoRAConfig(r=4, alpha=2.0)),  # type: ignore[arg-type]
+        (LoRAConfig(targets=["query"], train_tokens=5), LoRAConfig(targets=("query",), train_tokens=(5,))),  # type: ignore[arg-type]
+        (TrainConfig(warmup=10), TrainConfig(warmup=10.0)),
+    ],
+)
+def test_what_stands_for_a_value_becomes_it(config: Any, same: Any) -> None:
+    assert repr(config) == repr(same)
+
+
+def test_a_section_names_its_settings_by_their_flags() -> None:
+    sections = {field.name: field.type for field in fields(FinetuneConfig) if is_dataclass(field.type)}
+    assert {name: kind.prefix for name, kind in sections.items()} == {name: f"{name}." for name in sections}
+
+
+def test_messages_and_help_name_settings_that_exist() -> None:
+    sections = {field.name: field.type for field in fields(FinetuneConfig) if is_dataclass(field.type)}
+    known = {f"{name}.{field.name}" for name, kind in sections.items() for field in fields(kind)}
+    text = "".join(path.read_text() for path in (ROOT / "lit_qlora/settings").glob("*.py"))
+    named = set(re.findall(rf"(?<![\w.])(?:{'|'.join(sections)})\.(?!jsonl)[a-z]\w+(?!\w|\.\.\.)", text))
+    assert len(named) > 20
+    assert named <= known
 
 
 @pytest.mark.parametrize("kind", [LoRAConfig, DataConfig, TrainConfig, OptimizerConfig, EvalConfig, FinetuneConfig])

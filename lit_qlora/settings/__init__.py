@@ -1,0 +1,48 @@
+"""What a user may choose: one frozen dataclass per concern, checked when it is made.
+
+The docstring under a field is its text in --help. Nothing here imports torch, so that --help and a mistyped flag
+are answered at once.
+"""
+
+from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.data import DataConfig, Finding, Overlong, PromptKnobs
+from lit_qlora.settings.eval import EvalConfig
+from lit_qlora.settings.generation import GenerationConfig
+from lit_qlora.settings.guard import GuardConfig
+from lit_qlora.settings.log import MIRRORS, LogConfig, Mirror
+from lit_qlora.settings.lora import TARGETS, LoRAConfig, Target, first_match
+from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
+from lit_qlora.settings.prepare import PrepareConfig
+from lit_qlora.settings.run import DEMO_CHECKPOINT, SCHEMES, FinetuneConfig, Precision, Scheme
+from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
+
+__all__ = [
+    "CLASS_PATH",
+    "DEMO_CHECKPOINT",
+    "MIRRORS",
+    "OPTIMIZERS",
+    "SCHEMES",
+    "TARGETS",
+    "DataConfig",
+    "EvalConfig",
+    "Finding",
+    "FinetuneConfig",
+    "GenerationConfig",
+    "GuardConfig",
+    "LoRAConfig",
+    "LogConfig",
+    "Mirror",
+    "OptimizerConfig",
+    "Overlong",
+    "Precision",
+    "PrepareConfig",
+    "PromptKnobs",
+    "Recompute",
+    "Schedule",
+    "Scheme",
+    "Settings",
+    "Target",
+    "TrainConfig",
+    "check",
+    "first_match",
+]

@@ -1,0 +1,62 @@
+"""Which rule updates the adapter."""
+
+import re
+from dataclasses import dataclass, field, fields
+
+from lit_qlora.errors import did_you_mean
+from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.limits import Positive, ShareBelowOne
+
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adam": "torch.optim.Adam",
+    "sgd": "torch.optim.SGD",
+    "rmsprop": "torch.optim.RMSprop",
+    "adadelta": "torch.optim.Adadelta",
+    "adafactor": "torch.optim.Adafactor",
+    "lion": "bitsandbytes.optim.Lion",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged-adamw": "bitsandbytes.optim.PagedAdamW",
+    "paged-adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "paged-adamw32bit": "bitsandbytes.optim.PagedAdamW32bit",
+}
+"""Short names of optimizers, and the classes that they stand for."""
+CLASS_PATH = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Z]\w*")
+"""Classes that may be named themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Settings):
+    """Which rule updates the adapter; a setting that the optimizer does not have is refused."""
+
+    prefix = "optimizer."
+
+    name: str = "adamw"
+    """adamw (fused on a GPU), adam, sgd, rmsprop, adadelta, adafactor or lion; adamw8bit and lion8bit, whose state has
+    8 bits; paged-adamw, paged-adamw8bit and paged-adamw32bit, whose state leaves a GPU that is full; or any class of
+    torch.optim or bitsandbytes.optim, e.g. torch.optim.NAdam."""
+    betas: tuple[ShareBelowOne, ...] | None = None
+    """Decay rates of the running averages, e.g. [0.9,0.999]; by default, as what follows, the optimizer's own."""
+    eps: Positive | None = None
+    """Added to the denominator of the update."""
+    momentum: ShareBelowOne | None = None
+    """Share of the last update that is kept; by default 0.9 for sgd."""
+    nesterov: bool = False
+    """Look ahead along the momentum."""
+    options: dict[str, bool | int | float] = field(default_factory=dict)
+    """Other arguments of the optimizer's class, e.g. {rho: 0.95} for adadelta."""
+    lora_plus: Positive = 1.0
+    """B of each adapter learns so many times as fast as A. LoRA+ (Hayou et al. 2024) takes 16."""
+
+    def __post_init__(self) -> None:
+        """Check the names; whether the optimizer has a setting is seen when it is made."""
+        super().__post_init__()
+        check(
+            self.name in OPTIMIZERS or CLASS_PATH.fullmatch(self.name) is not None,
+            f"optimizer.name {self.name!r} is not known.{did_you_mean(self.name, list(OPTIMIZERS))} "
+            f"Known: {', '.join(OPTIMIZERS)}; or torch.optim.NAME or bitsandbytes.optim.NAME.",
+        )
+        taken = {"params", "lr", "weight_decay", "fused", *(setting.name for setting in fields(OptimizerConfig))}
+        twice = ", ".join(sorted(taken.intersection(self.options)))
+        check(not twice, f"optimizer.options: {twice} has a setting of its own and is not set there.")

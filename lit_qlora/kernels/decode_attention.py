@@ -5,10 +5,12 @@ its softmax and the values it found, and a second kernel joins them (Dao et al. 
 text is lies on the device, so that a CUDA graph can hold both.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import power_of_2, tl, triton
+from lit_qlora.kernels.launch import fitting, power_of_2, shared_memory, stages, tl, triton
 
 AT_ONCE = 64  # keys
 MOST_PARTS = 64  # programs that share the keys of a head
@@ -90,10 +92,14 @@ def attend(
     numbers = torch.empty(rows, heads, parts, 2, device=queries.device, dtype=torch.float32)
     out = torch.empty(rows, heads * size, device=queries.device, dtype=queries.dtype)
     shared = heads // groups
+    padded, itemsize = (power_of_2(shared), power_of_2(size)), keys.element_size()
+    room, column = shared_memory(keys) - math.prod(padded) * itemsize, 2 * padded[1] * itemsize
+    at_once = fitting(AT_ONCE, column + padded[0] * itemsize, room)
     _attend[(rows * groups, parts)](
         queries, keys, values, keys.stride(0), keys.stride(1), keys.stride(2), lengths, found, numbers, groups,
         size**-0.5 if scale is None else scale, window or 0,
-        EACH=each, BT=AT_ONCE, G=shared, GP=power_of_2(shared), D=size, DP=power_of_2(size), num_warps=4,
+        EACH=each, BT=at_once, G=shared, GP=padded[0], D=size, DP=padded[1], num_warps=4,
+        num_stages=stages(column * at_once, 3, room),
     )  # fmt: skip
     _join[(rows, heads)](
         found, numbers, lengths, out, parts,

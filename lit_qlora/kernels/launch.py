@@ -1,7 +1,11 @@
-"""Triton, where there is any, and the sizes of its blocks."""
+"""Triton, where there is any, and the sizes of blocks for which a card has the shared memory."""
 
 import os
+from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 try:
     import triton
@@ -11,7 +15,8 @@ except ImportError:  # no Triton on this platform: there is no fast path
     triton = None
     tl = None
 
-__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "cdiv", "power_of_2", "stages", "tiled", "tl", "triton"]
+__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "cdiv", "fitting", "power_of_2", "shared_memory", "stages"]
+__all__ += ["tiled", "tl", "triton"]
 
 AVAILABLE = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -19,6 +24,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 VARYING = ["T", "place"]
 """Arguments that differ between steps and blocks. Triton would compile a kernel anew for those that 16 divides, which
 takes as long as many steps, in the middle of a run."""
+HOPPER = 227 * 2**10
+"""Bytes of shared memory that a program may take on a Hopper, for which the sizes were chosen."""
+WITHOUT_CARD = HOPPER
+"""Where there is no card, kernels have the sizes for this one."""
+PIPELINE = 160 * 2**10
+"""Bytes of HOPPER for iterations in flight; the rest is for what Triton exchanges between threads."""
 
 
 def power_of_2(n: int, least: int = 16) -> int:
@@ -31,9 +42,34 @@ def cdiv(n: int, each: int) -> int:
     return -(-n // each)
 
 
-def stages(elements: int, itemsize: int, most: int) -> int:
-    """How many iterations of a loop that loads `elements` numbers may be in flight, for the shared memory they take."""
-    return max(1, min(most, 160 * 2**10 // (elements * itemsize)))
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that a program may take where x is; there are 64 KiB (Turing) to 227 KiB (Hopper)."""
+    return _of_card(x.device.index) if x.is_cuda else WITHOUT_CARD
+
+
+@cache
+def _of_card(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+
+
+def fitting(block: int, size: int, room: int) -> int:
+    """The largest of block, block / 2, ... for which `room` holds twice what is loaded at a time.
+
+    One iteration of a loop is in use and the next on its way. On Turing, where Triton does not load ahead and has no
+    matrix units, the operands of a product lie in shared memory in float32 instead of 16 bit, which is twice as much.
+
+    Args:
+        size: bytes loaded for each of the `block`.
+        room: of shared memory, in bytes.
+    """
+    while 2 * block * size > room:
+        block //= 2
+    return block
+
+
+def stages(size: int, most: int, room: int) -> int:
+    """Iterations of a loop that may be in flight, if each loads `size` bytes and `room` bytes are there for them."""
+    return max(1, min(most, room // size))
 
 
 def tiled(x: Any, *block: int) -> Any:

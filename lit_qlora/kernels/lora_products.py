@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout
-from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, stages, tl, triton
+from lit_qlora.kernels.launch import PIPELINE, VARYING, cdiv, fitting, power_of_2, shared_memory, stages, tl, triton
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.kernels.stack import Stack
 
@@ -47,7 +47,8 @@ def project(
         # still reads, from 64 columns of Z on. tests/gpu/test_lora_products_gpu.py found it.
         copy_rows(x, out[:, :k])
         x = out
-    block = 64 if active else 128
+    size, room = (64 + power_of_2(rank)) * x.element_size(), shared_memory(x)
+    block = fitting(64 if active else 128, size, room)
     splits = min(16, max(2, cdiv(512 if active else 256, cdiv(rows, 64))))  # enough programs to fill a GPU
     each = cdiv(cdiv(k, splits), block) * block
     splits = cdiv(k, each)
@@ -57,7 +58,7 @@ def project(
         dropout.seed, dropout.place, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), FUNCTION=activation.function if activation else "",
         GATED=activation is not None and activation.gated, DROP=dropout.p > 0, BM=64, BK=block,
-        num_warps=4, num_stages=stages((64 + power_of_2(rank)) * block, x.element_size(), 3),
+        num_warps=4, num_stages=stages(size * block, 3, min(room, PIPELINE)),
     )  # fmt: skip
     z = torch.empty(rows, rank, device=x.device, dtype=x.dtype)
     _finish[(cdiv(rows * rank, 512),)](
@@ -85,9 +86,10 @@ def rank_update(d_out: Tensor, a: Tensor | None, k: int, dropout: Dropout = NONE
         return d_out
     rows, rank = d_out.size(0), a.size(0)
     out = torch.empty(rows, k, device=d_out.device, dtype=d_out.dtype)
-    _rank_update[(cdiv(k, 128), cdiv(rows, 16))](
+    block = fitting(128, power_of_2(rank) * a.element_size(), shared_memory(d_out))
+    _rank_update[(cdiv(k, block), cdiv(rows, 16))](
         d_out, d_out.stride(0), a, out, rows, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
-        R=rank, RP=power_of_2(rank), DROP=dropout.p > 0, BM=16, BN=128, num_warps=4,
+        R=rank, RP=power_of_2(rank), DROP=dropout.p > 0, BM=16, BN=block, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -134,6 +136,7 @@ def grad_a(
     rows, (rank, k) = x.size(0), gradient.shape
     wide = k > 4096 and rank <= 128  # a program holds a stripe of the sum
     bn = 128 if wide else 64
+    bt, in_flight = _rows_at_once(bn + power_of_2(rank), x)
     splits, each = _split(rows, cdiv(k, bn))
     parts = torch.empty(splits, rank, k, device=x.device, dtype=torch.float32)
     _thin[(cdiv(k, bn), splits)](
@@ -141,8 +144,8 @@ def grad_a(
         x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, parts, 1, k, x,
         rows, each, k, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), LAYERS=0, KIND=norm.number, HAS_W=norm.weight is not None,
-        HAS_B=norm.bias is not None, DROP=dropout.p > 0, TALL=not wide, BT=64, BN=bn,
-        num_warps=4, num_stages=stages(64 * (bn + power_of_2(rank)), x.element_size(), 4),
+        HAS_B=norm.bias is not None, DROP=dropout.p > 0, TALL=not wide, BT=bt, BN=bn,
+        num_warps=4, num_stages=in_flight,
     )  # fmt: skip
     pending.add(parts, gradient, scale)
 
@@ -159,13 +162,13 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack, table: Tensor,
     adapted, r = gradient.shape
     wide = n > 4096
     bn = stripe(stack, 128 if wide else 64)
+    bt, in_flight = _rows_at_once(bn + power_of_2(r), dy)
     splits, each = _split(rows, cdiv(n, bn))
     parts = torch.empty(splits, adapted, r, device=dy.device, dtype=torch.float32)
     _thin[(cdiv(n, bn), splits)](
         dy, dy.stride(0), z, z.stride(0), dy, dy, dy, parts, r, 1, table, rows, each, n, adapted, None, 0, 0, 1.0,
         R=r, RP=power_of_2(r), LAYERS=len(stack.rows), KIND=0, HAS_W=False, HAS_B=False, DROP=False,
-        TALL=bn >= 64 and not wide, BT=64, BN=bn,
-        num_warps=4, num_stages=stages(64 * (bn + power_of_2(r)), dy.element_size(), 4),
+        TALL=bn >= 64 and not wide, BT=bt, BN=bn, num_warps=4, num_stages=in_flight,
     )  # fmt: skip
     pending.add(parts, gradient, 1.0)
 
@@ -173,6 +176,13 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack, table: Tensor,
 def stripe(stack: Stack, most: int = 128) -> int:
     """Columns of dY a program sums over: no stripe may reach from one layer of the stack into the next."""
     return next(width for width in (128, 64, 32, 16) if width <= most and not any(rows % width for rows in stack.rows))
+
+
+def _rows_at_once(columns: int, x: Tensor) -> tuple[int, int]:
+    """Rows of x that a sum over rows takes at a time, with `columns` of two matrices, and iterations in flight."""
+    size, room = columns * x.element_size(), shared_memory(x)
+    bt = fitting(64, size, room)
+    return bt, stages(bt * size, 4, min(room, PIPELINE))
 
 
 def _split(rows: int, stripes: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
-from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, stages, tl, triton
+from lit_qlora.kernels.launch import PIPELINE, VARYING, cdiv, fitting, power_of_2, shared_memory, stages, tl, triton
 
 if triton is not None:
     from lit_qlora.kernels.dropout import factor
@@ -128,14 +128,14 @@ def norm_backward(
     rank = 0 if a is None else a.size(0)
     dx = torch.empty_like(x)
     padded = power_of_2(rank)
-    block = 256 if padded <= 64 else 64
-    in_flight = stages((3 * 16 + padded) * block, x.element_size(), most=4)
+    size, room = (3 * 16 + padded) * x.element_size(), shared_memory(x)
+    block = fitting(256 if padded <= 64 else 64, size, room)
     _norm_backward[(cdiv(rows, 16),)](
         d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, numbers, x if z is None else z,
         x if a is None else a, x if residual is None else residual, dx, rows, width,
         dropout.seed, dropout.place, dropout.threshold, dropout.scale,
         R=rank, RP=padded, KIND=norm.number, HAS_W=norm.weight is not None, HAS_RESIDUAL=residual is not None,
-        DROP=dropout.p > 0, BM=16, BK=block, STAGES=in_flight, num_warps=4,
+        DROP=dropout.p > 0, BM=16, BK=block, STAGES=stages(size * block, 4, min(room, PIPELINE)), num_warps=4,
     )  # fmt: skip
     return dx
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import INTERPRETED, power_of_2, tl, triton
+from lit_qlora.kernels.launch import INTERPRETED, power_of_2, shared_memory, stages, tl, triton
 from lit_qlora.kernels.stack import PER_STEP, EightBit, FourBit, Stack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,8 +96,11 @@ def product(
         alone, warps = (4, 1) if n >= MANY else (1, 4)
         _one_row[(triton.cdiv(n, alone),)](*arguments, BN=alone, LANES=32 * warps, num_warps=warps, **settings)
     else:
-        lanes = 256 // settings["PER_LANE"]
-        _few_rows[(triton.cdiv(n, 32),)](*arguments, BN=32, MP=MOST_ROWS, LANES=lanes, num_warps=2, **settings)
+        lanes, size = 256 // settings["PER_LANE"], (32 + MOST_ROWS) * 256 * x.element_size()
+        _few_rows[(triton.cdiv(n, 32),)](
+            *arguments, BN=32, MP=MOST_ROWS, LANES=lanes, num_warps=2, num_stages=stages(size, 3, shared_memory(x)),
+            **settings,
+        )  # fmt: skip
     return out
 
 

@@ -13,14 +13,12 @@ from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
-from lit_qlora.kernels.lora_products import Pending
+from lit_qlora.kernels.lora_products import MOST_RANK, Pending
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.norm import RMSPlusOne
 from lit_qlora.quantize import QuantizedLinear, stack_weights
-
-MOST_RANK = 64  # the thin kernels hold a row of Z, and a stripe of the gradients, in registers
 
 
 class Group:

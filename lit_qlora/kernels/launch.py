@@ -49,7 +49,8 @@ def shared_memory(x: Tensor) -> int:
 
 @cache
 def _of_card(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 def fitting(block: int, size: int, room: int) -> int:

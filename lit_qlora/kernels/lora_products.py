@@ -18,6 +18,8 @@ if triton is not None:
     from lit_qlora.kernels.dropout import factor
 
 NO_NORM = Norm("none")
+MOST_RANK = 64
+"""Rank of an adapter up to which a program holds a row of Z, or a stripe of the gradients, in registers."""
 
 
 def project(

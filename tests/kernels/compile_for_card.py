@@ -1,0 +1,243 @@
+"""Compile the kernels for a card that is not there, and print the shared memory that each of them takes.
+
+    python -m tests.kernels.compile_for_card 86 --width 4096 --rank 16 --rank 64
+
+This is a program of its own because tests on a CPU run kernels in the interpreter. Compilation ends where Triton has
+laid out shared memory, which takes a third of the time; --machine-code goes on to the end.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_qlora.kernels import launch
+from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.cross_entropy import cross_entropy_
+from lit_qlora.kernels.decode_attention import attend, store
+from lit_qlora.kernels.dequantize import dequantize
+from lit_qlora.kernels.dropout import Dropout, drop
+from lit_qlora.kernels.fp8 import FP8, quantize_rows, quantize_weights
+from lit_qlora.kernels.lora_products import MOST_RANK, Pending, grad_a, grad_b, project, rank_update
+from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
+from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.rope import rotate_, rotate_backward
+from lit_qlora.kernels.small_batch_linear import product
+from lit_qlora.kernels.stack import EightBit, FourBit, Stack
+
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that a program may take, by compute capability times ten. CUDA C++ Programming Guide, table of
+technical specifications."""
+ACTIVATIONS = [Activation("silu", gated=True), Activation("gelu", gated=False), Activation("gelu_tanh", gated=True)]
+SCHEMES = ["nf4-dq", "nf4", "int8", "none"]
+T = 2048
+F32 = torch.float32
+
+
+def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    """A tensor without memory: compiling asks for its dtype alone."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int64)
+
+
+def table_of(stack: Stack) -> Tensor:
+    return empty(len(stack.rows), 3, dtype=torch.int32)
+
+
+def weight_of(scheme: str, n: int, k: int, dtype: torch.dtype) -> FourBit | EightBit | Tensor:
+    """Stacked weights of three layers, as they are stored."""
+    if scheme == "none":
+        return empty(n, k, dtype=dtype)
+    if scheme == "int8":
+        return EightBit(empty(n, k, dtype=torch.int8), empty(n))
+    packed, blocks = empty(n * k // 2, dtype=torch.uint8), n * k // 64
+    if scheme == "nf4":
+        return FourBit(packed, empty(blocks), empty(16), None)
+    nested = (empty(256), empty(blocks // 256 + 1), empty(3))
+    return FourBit(packed, empty(blocks, dtype=torch.uint8), empty(16), nested)
+
+
+def groups_of(width: int, rank: int) -> list[Stack]:
+    """Query, key and value; gate and up; a layer on its own."""
+    ffn = width * 7 // 2
+    return [
+        Stack((width, width // 4, width // 4), (0, 1, 2), rank),
+        Stack((ffn, ffn), (0, 1), rank),
+        Stack((width,), (0,), rank),
+    ]
+
+
+def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
+    """What training launches for a group of layers, their adapters and the norm before them."""
+    pending = Pending()
+    x, d_x = empty(T, width, dtype=dtype), empty(T, width, dtype=dtype)
+    norms = [Norm("rms", 1e-5, empty(width, dtype=dtype)), Norm("layer", 1e-5, *empty(2, width, dtype=dtype))]
+    for stack in groups_of(width, rank):
+        both, z = empty(T, width + stack.rank, dtype=dtype), empty(T, stack.rank, dtype=dtype)
+        a, b = empty(stack.rank, width, dtype=dtype), empty(stack.adapted_rows, rank, dtype=dtype)
+        for scheme in SCHEMES:
+            weight = weight_of(scheme, stack.n, width, dtype)
+            quantized = None if isinstance(weight, Tensor) else weight
+            out = empty(stack.n, width + stack.rank, dtype=dtype)
+            dequantize(quantized, b, out, stack, table_of(stack), b_only=quantized is None)
+        numbers = [add_norm(x, d_x, norm, both)[1] for norm in norms]
+        drop(x, dropout)
+        if rank > MOST_RANK:  # cuBLAS does the products
+            for norm, own in zip(norms, numbers, strict=True):
+                norm_backward(d_x, x, norm, own, residual=d_x)
+            continue
+        project(both, a, both, dropout=dropout)
+        rank_update(both, a, width, dropout)
+        grad_a(both, z, empty(*a.shape), 1.0, pending, dropout=dropout)
+        grad_b(empty(T, stack.n, dtype=dtype), z, empty(*b.shape), stack, table_of(stack), pending)
+        for norm, own in zip(norms, numbers, strict=True):
+            grad_a(x, z, empty(*a.shape), 1.0, pending, norm, own, dropout)
+            norm_backward(both, x, norm, own, z, a, d_x, dropout)
+    pending.flush()
+
+
+def mlp(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
+    """What training launches for an MLP of this inner width."""
+    pending = Pending()
+    for activation in ACTIVATIONS:
+        stack = Stack((width,) * activation.branches, tuple(range(activation.branches)), rank)
+        branches, h = empty(T, stack.n, dtype=dtype), empty(T, width + rank, dtype=dtype)
+        mlp_forward(branches, h, activation)
+        if rank > MOST_RANK:
+            mlp_backward(branches, h, activation, None, None, None, None, stack, 1.0, pending)
+            continue
+        a, z = empty(rank, width, dtype=dtype), empty(T, stack.rank, dtype=dtype)
+        project(branches, a, h, activation, dropout=dropout)
+        grads = empty(rank, width), empty(stack.adapted_rows, rank)
+        mlp_backward(branches, h, activation, a, grads[0], z, grads[1], stack, 1.0, pending, dropout)
+    pending.flush()
+
+
+def training(width: int, rank: int, dtype: torch.dtype) -> None:
+    """Everything that a training step launches."""
+    dropout = Dropout(0.05, integers(1), 3)
+    linear_layers(width, rank, dropout, dtype)
+    mlp(width * 7 // 2, rank, dropout, dtype)
+    positions, angles = empty(T, dtype=torch.int32), empty(4096, 64)
+    heads = [empty(T, count, 128, dtype=dtype) for count in (width // 128, width // 512, width // 512)]
+    rotate_(empty(T, width * 3 // 2, dtype=dtype), positions, angles, angles, width * 5 // 512, 128)
+    rotate_backward(*heads, positions, angles, angles)
+    for cap in (None, 30.0):
+        cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap)
+
+
+def generation(width: int, rank: int, dtype: torch.dtype) -> None:
+    """Everything that an answer's next token launches; 71 heads that share a key are falcon-7b's."""
+    rows, lengths = 8, integers(8)
+    for shared, groups, size in [(1, 8, 64), (8, 4, 128), (2, 4, 256), (71, 1, 64)]:
+        cache, angles = empty(rows, groups, 1024, size, dtype=dtype), empty(rows, size // 2)
+        qkv = empty(rows, (shared + 2) * groups * size, dtype=dtype)
+        queries = store(qkv, lengths, (angles, angles), cache, cache, shared * groups)
+        attend(queries, cache, cache, lengths, 1024)
+    stack = groups_of(width, rank)[0]
+    b = empty(stack.adapted_rows, rank, dtype=dtype)
+    for scheme in SCHEMES:
+        weight = weight_of(scheme, stack.n, width, dtype)
+        for rows in (1, 8):
+            x, z = empty(rows, width, dtype=dtype), empty(rows, stack.rank, dtype=dtype)
+            product(x, weight, stack, table_of(stack), None, z, b)
+
+
+def fp8(width: int, rank: int, dtype: torch.dtype) -> None:
+    """What products in FP8 launch besides."""
+    stack = groups_of(width, rank)[0]
+    for scheme in SCHEMES:
+        weight = weight_of(scheme, stack.n, width, dtype)
+        for out in (empty(stack.n, width, dtype=FP8), empty(width, stack.n, dtype=FP8).T):
+            quantize_weights(weight, empty(stack.n), out, stack, table_of(stack))
+    for columns in (None, empty(width)):
+        quantize_rows(empty(T, width, dtype=dtype), width, columns)
+
+
+class Compiled(Exception):  # noqa: N818 - it is no error
+    """Ends a compilation with the bytes of shared memory."""
+
+
+@contextmanager
+def compiling(arch: int, machine_code: bool) -> Iterator[dict[str, tuple[int, str]]]:
+    """Where kernels are launched, they are compiled; the most bytes of each, and what they were launched with."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import compiler
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    target = GPUTarget("cuda", arch, 32)
+    card = {"get_current_target": lambda: target, "get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
+    driver.set_active(SimpleNamespace(**card))  # type: ignore[arg-type]
+    launch.WITHOUT_CARD = SHARED[arch] * 2**10
+    most: dict[str, tuple[int, str]] = {}
+    done: set[object] = set()
+    run, add_stages, passes = JITFunction.run, compiler.CUDABackend.add_stages, compiler.nvidia.passes.ttgpuir
+    lay_out = passes.add_allocate_shared_memory_nv
+
+    def launched(self: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
+        values = [arg.dtype if isinstance(arg, Tensor) else arg for arg in args]
+        if (key := (self.fn, str(values), str(settings))) in done:
+            return
+        done.add(key)
+        try:
+            size = run(self, *args, grid=grid, warmup=True, **settings).metadata.shared
+        except Compiled as end:
+            (size,) = end.args
+        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        most[name] = max(most.get(name, (-1, "")), (size, str(settings)))
+
+    def stages_up_to_shared_memory(self: Any, stages: dict[str, Any], *more: Any) -> None:
+        add_stages(self, stages, *more)
+        to_llvm = stages["llir"]
+
+        def stopped(module: Any, metadata: Any) -> None:
+            def lay_out_and_stop(manager: Any, *details: Any) -> None:
+                lay_out(manager, *details)
+                manager.run(module, "make_llir")
+                raise Compiled(module.get_int_attr("ttg.shared"))
+
+            passes.add_allocate_shared_memory_nv = lay_out_and_stop
+            to_llvm(module, metadata)
+
+        stages["llir"] = stopped
+
+    JITFunction.run = launched  # type: ignore[method-assign]
+    if not machine_code:
+        compiler.CUDABackend.add_stages = stages_up_to_shared_memory
+    yield most
+
+
+def main() -> None:
+    """Print {kernel: [bytes, what it was launched with]}."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("arch", type=int, choices=SHARED)
+    parser.add_argument("--width", type=int, action="append", required=True)
+    parser.add_argument("--rank", type=int, action="append", required=True)
+    parser.add_argument("--machine-code", action="store_true")
+    flags = parser.parse_args()
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+    low = torch.bfloat16 if flags.arch >= 80 else torch.float16
+    with compiling(flags.arch, flags.machine_code) as most:
+        for width in flags.width:
+            for rank in flags.rank:
+                training(width, rank, low)
+            for dtype in (low, F32):  # weights are float32 where --precision says so
+                generation(width, flags.rank[0], dtype)
+            if flags.arch >= 89:
+                fp8(width, flags.rank[0], low)
+    print(json.dumps(most))
+
+
+if __name__ == "__main__":
+    main()

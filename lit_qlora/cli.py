@@ -10,6 +10,7 @@ from functools import cache, reduce
 from itertools import pairwise
 from operator import or_
 from pathlib import Path
+from traceback import format_exception
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -17,6 +18,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never shown
 
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
+from lit_qlora.redact import scrub
 
 Config = TypeVar("Config")
 
@@ -28,11 +30,26 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
     its status and its message alone, as do a full disk and exhausted memory; anything else is our bug and keeps its
     traceback. LIT_QLORA_DEBUG=1 shows the traceback of every error.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def hide(text: str) -> str:
+        return scrub(text, argv, os.environ)
+
+    try:
+        _run(main, config_type, argv, hide)
+    except Exception:  # a defect of ours: its traceback is for whoever mends it, and may be posted anywhere
+        sys.excepthook = lambda *error: sys.stderr.write(hide("".join(format_exception(*error))))
+        raise
+
+
+def _run(
+    main: Callable[[Config], None], config_type: type[Config], argv: Sequence[str], hide: Callable[[str], str]
+) -> None:
     try:
         main(parse(config_type, argv))
         print(end="", flush=True)
     except UserError as error:
-        _end(str(error), error.status, error.prefix)
+        _end(hide(str(error)), error.status, error.prefix)
     except BrokenPipeError:  # `... | head -1`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -40,7 +57,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _end(f"{error.filename or 'the system'}: {error.strerror}.", ResourceError.status)
+        _end(hide(f"{error.filename or 'the system'}: {error.strerror}."), ResourceError.status)
     except (MemoryError, RuntimeError) as error:
         kind, reason = type(error).__name__, str(error).partition("\n")[0]
         if kind not in ("MemoryError", "OutOfMemoryError") and "can't allocate memory" not in reason:

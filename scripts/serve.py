@@ -3,10 +3,12 @@
 python scripts/serve.py --lora_path out/lora/tiny-world/final --quantize bnb.nf4
 """
 
+import socket
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse.typing import SecretStr
 
@@ -15,6 +17,9 @@ from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.inference import InferenceConfig, check_style, load_roster, peak_memory
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 UNSENDABLE_KEY = "The API key holds a control character or begins or ends with a space, which no client can send."
 
@@ -75,21 +80,29 @@ def main(config: Config) -> None:
     key = config.key()
     try:
         from lit_qlora.serve.app import make_app
-        from lit_qlora.serve.listen import make_server, open_socket
+        from lit_qlora.serve.listen import open_socket
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed. pip install 'lit_qlora[serve]' installs it.") from None
 
-    listener = open_socket(config.host, config.port)  # before the weights, so that a port in use is known at once
-    roster = load_roster(config, config.adapters, config.style)
-    if len(roster.names) > 1 and not roster.switch.by_row:
-        raise UsageError("An adapter of a mixture of experts cannot share a batch. Merge it, and serve what comes out.")
-    hosts = LOOPBACK if config.host in LOOPBACK else ()
-    app = make_app(roster, config, key, hosts, metrics=config.metrics)
+    with closing(open_socket(config.host, config.port)) as listener:  # before the weights are loaded
+        roster = load_roster(config, config.adapters, config.style)
+        if len(roster.names) > 1 and not roster.switch.by_row:
+            raise UsageError(
+                "An adapter of a mixture of experts cannot share a batch. Merge it, and serve what comes out."
+            )
+        hosts = LOOPBACK if config.host in LOOPBACK else ()
+        answer(make_app(roster, config, key, hosts, metrics=config.metrics), config, listener, roster.names)
+
+
+def answer(app: "FastAPI", config: Config, listener: socket.socket, names: list[str]) -> None:
+    """Run the application on the socket until a signal comes."""
+    from lit_qlora.serve.listen import make_server
+
     server = make_server(app, config.read_seconds, config.drain_seconds)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(
-        f"Serving {', '.join(roster.names)} at http://{shown}:{port}   {peak_memory()}   Ctrl-C ends it.",
+        f"Serving {', '.join(names)} at http://{shown}:{port}   {peak_memory()}   Ctrl-C ends it.",
         file=sys.stderr,
     )
     with suppress(KeyboardInterrupt):  # raised again by uvicorn when all is closed

@@ -34,7 +34,7 @@ HOMES = {
     "sentencepiece": {"prompts.tokenizer"},
     "tokenizers": {"prompts.tokenizer"},
     "jsonargparse": {"cli"},
-    "yaml": {"cli"},
+    "yaml": {"cli", "files.reading"},
     "matplotlib": {"run.reports"},
     "wandb": {"run.trackers"},
     "mlflow": {"run.trackers"},

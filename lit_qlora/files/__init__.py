@@ -1,1 +1,1 @@
-"""Files and folders that are whole or absent, and caches that stay small."""
+"""Files: read within limits, written whole or not at all, hashed; and caches that stay small."""

@@ -200,21 +200,27 @@ def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> No
             model.set_submodule(path, QuantizedLinear(linear.weight.data, bias, scheme))
 
 
+def stacks(layers: Sequence[QuantizedLinear]) -> bool:
+    """Whether layers can be stacked: of one scheme, and with double quantisation scales that fill blocks of 256."""
+    first = layers[0]
+    if any((layer.scheme, layer.in_features) != (first.scheme, first.in_features) for layer in layers):
+        return False
+    if first.scheme == "bnb.int8":
+        return True
+    ragged = first.scheme.endswith("-dq") and any(layer.absmax.numel() % 256 for layer in layers[:-1])
+    return not first.in_features % BLOCK and not ragged
+
+
 def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | None:
     """The weights of layers that share an input, stacked along their rows; the layers keep views of them.
 
     Returns:
-        None where they cannot be stacked: different schemes, or with double quantisation a layer whose scales do not
-        fill whole blocks of 256.
+        None where they cannot be stacked, see stacks.
     """
     first = layers[0]
-    if any((layer.scheme, layer.in_features) != (first.scheme, first.in_features) for layer in layers):
+    if not stacks(layers):
         return None
     nested = first.scheme.endswith("-dq")
-    if first.scheme != "bnb.int8":
-        counts = [layer.absmax.numel() for layer in layers]
-        if first.in_features % BLOCK or (nested and any(count % 256 for count in counts[:-1])):
-            return None
 
     def joined(name: str) -> Tensor:
         """The layers' buffers end to end, each layer's own now a view into them, so nothing is held twice."""

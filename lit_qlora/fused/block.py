@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.fused.attention import Heads, attention, attention_backward
-from lit_qlora.fused.group import Group, norm_of
+from lit_qlora.fused.attention import attention, attention_backward
+from lit_qlora.fused.group import Group
+from lit_qlora.fused.kernel_block import KernelBlock, attention_layers
 from lit_qlora.fused.mlp import DenseMlp, Mlp
 from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
-from lit_qlora.fused.qkv_transforms import Shaping, pull_back
+from lit_qlora.fused.qkv_transforms import pull_back
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import Norm, add_norm, apply_norm, norm_backward
@@ -60,7 +61,7 @@ class SavedBlock:
     matrix_projection: Tensor | None = None
 
 
-class FusedBlock:
+class FusedBlock(KernelBlock):
     """The weights of a block in groups, and its two passes.
 
     Attributes:
@@ -72,24 +73,11 @@ class FusedBlock:
     def __init__(
         self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
     ) -> None:
-        attn = block.attn
-        self.qkv = Group([attn.query, attn.key, attn.value], dtype, fp8)
-        self.projection = Group([attn.projection], dtype, fp8)
-        self.parallel, share = config.parallel_residual, config.residual_multiplier
-        self.norm_1 = norm_of(block.norm_1, like)
-        norm_2 = self.norm_1 if config.shared_norm else norm_of(block.norm_2, like)
-        self.mlp: Mlp = DenseMlp(block.mlp, norm_2, config, dtype, number, fp8)
+        super().__init__(block, config, number, like)
+        qkv, projection = attention_layers(block.attn)
+        self.qkv, self.projection = Group(qkv, dtype, fp8), Group(projection, dtype, fp8)
+        self.mlp: Mlp = DenseMlp(block.mlp, self.norm_2, config, dtype, number, fp8)
         self.groups = (self.qkv, self.projection, *self.mlp.groups)
-        self.post_1, self.post_2 = (norm_of(norm, like, share) for norm in (block.post_norm_1, block.post_norm_2))
-        self.rotates, self.windowed, self.interleaved = (
-            config.rotates(number),
-            config.windowed(number),
-            config.rope_interleaved,
-        )
-        window = config.sliding_window if self.windowed else None
-        self.heads = Heads(config.n_head, config.n_kv_head, config.head_size, config.attention_scale, window)
-        self.shaping = Shaping(attn, config, self.heads)
-        self.number = number
         self.recompute: Recompute = "none"
         self.sends_qkv = self.fetches_below = False
 

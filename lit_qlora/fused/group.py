@@ -1,13 +1,13 @@
-"""Linear layers that read the same input, stacked into one product together with their adapters."""
+"""A stack of layers as training uses it: products forward and backward, and the gradients of the adapters."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_qlora.fused import large_rank
 from lit_qlora.fused.fp8 import Fp8
+from lit_qlora.fused.stacked import StackedLinear
 from lit_qlora.kernels import lora_products
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
@@ -15,20 +15,17 @@ from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.lora_products import MOST_RANK, Pending
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
-from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 from lit_qlora.lora.layer import LoRALinear
-from lit_qlora.model.norm import RMSPlusOne
-from lit_qlora.quantize import QuantizedLinear, stack_weights
 
 
-class Group:
-    """A stack of layers: [W | B] in memory or dequantised into a workspace, A and B in the dtype of the products.
+class Group(StackedLinear):
+    """A stack of layers that train: [W | B] in memory or dequantised into a workspace, A and B in the products' dtype.
 
     Attributes:
-        k, n: input and output features.
+        adapters: those of its layers, which have the same rank, scale and dropout.
         a: (R, K), stacked A times alpha / r; b: (adapted rows, r), stacked B. Both are filled by Copies.refresh.
         grad_a, grad_b: their float32 gradients, of A itself.
-        bias: (N,) or None.
+        dense: [W | B] that is not quantised, or is a cached weight; W alone where nothing is stacked or adapted.
         fp8: the weights in FP8, where their products are.
         held: [W | B] that stays until `matrix` is asked for it the next time, with the B of then.
     """
@@ -39,38 +36,29 @@ class Group:
     grad_a: Tensor
     grad_b: Tensor
 
-    def __init__(self, layers: list[nn.Module], dtype: torch.dtype, fp8: bool = False) -> None:
-        bases: list[Any] = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, fp8: bool = False) -> None:
+        ranks = [layer.lora_a.size(0) if isinstance(layer, LoRALinear) else 0 for layer in layers]
+        super().__init__(layers, ranks, dtype)
         self.adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
-        rows = tuple(base.out_features for base in bases)
-        counter = iter(range(len(layers)))
-        slots = tuple(next(counter) if isinstance(layer, LoRALinear) else -1 for layer in layers)
-        self.stack = Stack(rows, slots, self.adapters[0].lora_a.size(0) if self.adapters else 0)
-        self.k, self.n, self.rank = bases[0].in_features, self.stack.n, self.stack.rank
         self.p = self.adapters[0].dropout.p if self.adapters else 0.0
         self.scale = self.adapters[0].scale if self.adapters else 1.0
-        device = next(tensor.device for tensor in (*bases[0].parameters(), *bases[0].buffers()))
-        self.table = self.stack.table(device)
-        self.dtype, self.device = dtype, device
-        biases = [base.bias for base in bases]
-        self.bias = None if biases[0] is None else torch.cat([bias.detach().to(dtype) for bias in biases])
-        self.weight: FourBit | EightBit | None = None
-        self.dense: Tensor | None = None
-        if isinstance(bases[0], QuantizedLinear):
-            self.weight = stack_weights(bases)
-            assert self.weight is not None, "can_fuse has refused layers that cannot be stacked"
-        elif len(bases) == 1 and not self.rank:
-            self.dense = bases[0].weight.detach()
-        else:
-            self.dense = torch.zeros(self.n, self.k + self.rank, dtype=dtype, device=device)
-            for base, part in zip(bases, self.dense.split(rows), strict=True):
-                part[:, : self.k] = base.weight.detach()
-                base.weight.data = part[:, : self.k]  # the layer keeps a view, so that nothing is held twice
+        self.dense = None if self.weight is not None else self._beside_b()
         self.fp8: Fp8 | None = None
         if fp8:
             stored = self.weight if self.dense is None else self.dense[:, : self.k]
             assert stored is not None
             self.fp8 = Fp8(stored, self.stack, self.k, self.table)
+
+    def _beside_b(self) -> Tensor:
+        """The weights end to end with room for B beside them; the layers keep views, so that nothing is held twice."""
+        if len(self.bases) == 1 and not self.rank:
+            whole: Tensor = self.bases[0].weight.detach()
+            return whole
+        whole = torch.zeros(self.n, self.width, dtype=self.dtype, device=self.device)
+        for base, part in zip(self.bases, whole.split(self.stack.rows), strict=True):
+            part[:, : self.k] = base.weight.detach()
+            base.weight.data = part[:, : self.k]
+        return whole
 
     @property
     def size_a(self) -> int:
@@ -276,23 +264,3 @@ class Copies:
         low_b.copy_(b)
         for group in self.groups if beside else ():
             group.refresh()
-
-
-def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:
-    """What a norm's module computes, or nothing for an Identity, times `factor`.
-
-    Args:
-        like: (E,), of the dtype that the factor is rounded to, and on the device.
-    """
-    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-    weight, bias = (None if tensor is None else tensor.detach() for tensor in (weight, bias))
-    if isinstance(module, RMSPlusOne):
-        weight = 1 + module.weight.detach().float()
-    if factor != 1:
-        factors = torch.full_like(like, factor).float()
-        weight = factors if weight is None else factors * weight.float()
-        bias = None if bias is None else factors * bias.float()
-    if isinstance(module, nn.Identity):
-        return Norm("none", weight=weight)
-    eps: Any = module.eps
-    return Norm("layer" if isinstance(module, nn.LayerNorm) else "rms", eps, weight, bias)

@@ -8,23 +8,14 @@ import torch
 from torch import Tensor
 
 from lit_qlora.fused.group import Group
+from lit_qlora.fused.kernel_block import ACTIVATIONS, mlp_layers
 from lit_qlora.fused.large_rank import through_mlp
 from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
-from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.model.config import ModelConfig
-
-ACTIVATIONS = {
-    "swiglu": Activation("silu", gated=True),
-    "geglu": Activation("gelu", gated=True),
-    "geglu_tanh": Activation("gelu_tanh", gated=True),
-    "gelu": Activation("gelu", gated=False),
-    "gelu_tanh": Activation("gelu_tanh", gated=False),
-}
-"""The kernels' name for each kind of ModelConfig.ffn that they compute."""
 
 
 class Mlp(Protocol):
@@ -84,8 +75,8 @@ class DenseMlp:
 
     def __init__(self, mlp: Any, norm: Norm, config: ModelConfig, dtype: torch.dtype, number: int, fp8: bool) -> None:
         self.activation, self.norm_2, self.number = ACTIVATIONS[config.ffn], norm, number
-        self.gate_up = Group([mlp.gate, mlp.up] if self.activation.gated else [mlp.up], dtype, fp8)
-        self.down = Group([mlp.down], dtype, fp8)
+        gate_up, down = mlp_layers(mlp, config)
+        self.gate_up, self.down = Group(gate_up, dtype, fp8), Group(down, dtype, fp8)
         self.groups = (self.gate_up, self.down)
 
     def norm(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import FusedBlock, SavedBlock
 from lit_qlora.fused.graphs import Graphs
-from lit_qlora.fused.group import Copies, Group, norm_of
+from lit_qlora.fused.group import Copies, Group
 from lit_qlora.fused.head import Head, Labelled
+from lit_qlora.fused.kernel_block import norm_of
 from lit_qlora.fused.memory import IN_TURNS, FastSizes, sends_qkv
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device

@@ -28,7 +28,7 @@ class Shaping:
         self.heads, self.clip = heads, config.clip_qkv
         self.query_norm, self.key_norm = (_of_each_head(norm) for norm in (attn.query_norm, attn.key_norm))
         self.full = config.qk_norm == "full"
-        normed, late = config.qk_norm != "none", config.qk_norm_after_rope and config.qk_norm != "full"
+        normed, late = config.qk_norm != "none", norms_follow_rotation(config)
         early = (normed and not late) or config.clip_qkv is not None or config.query_scale_beta != 0
         self.before: Shape | None = self._before if early else None
         self.after: Shape | None = self._after if late else None
@@ -57,6 +57,11 @@ class Shaping:
         if self.full:
             return self.query_norm(q.flatten(1)).view_as(q), self.key_norm(k.flatten(1)).view_as(k)
         return self.query_norm(q), self.key_norm(k)
+
+
+def norms_follow_rotation(config: ModelConfig) -> bool:
+    """Whether queries and keys are normed after they are rotated."""
+    return config.qk_norm_after_rope and config.qk_norm not in ("none", "full")
 
 
 def pull_back(shape: Shape, qkv: Tensor, scale: Tensor | None, d_out: Tensor) -> Tensor:

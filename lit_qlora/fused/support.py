@@ -1,58 +1,78 @@
-"""Which models the fast path can take, and why it cannot take the others."""
+"""Which models the kernels can take, for training and for decoding, and why they cannot take the others."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from lit_qlora.fused.mlp import ACTIVATIONS
+from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_layers
+from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import QuantizedLinear
 
-ALONE = ("projection", "down", "head")  # layers that are stacked with no other
 UNHANDLED = ("n_expert", "kv_latent_size", "attention_sinks", "attention_softcap")
-"""Fields of ModelConfig that the fast path does not compute with, unless they have their default values."""
+"""Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 GROWING = ("dynamic", "longrope")
 """Kinds of RoPE whose angles depend on the length of the text."""
 
 
 def why_not(model: GPT) -> str:
-    """Why this model takes the plain path, or '' if the fast one can take it."""
-    config, weight = model.config, model.embed.weight
+    """Why this model takes the plain path of training, or '' if the fast path can take it."""
+    weight = model.embed.weight
     if not AVAILABLE:
         return "Triton is not installed"
     if weight.is_cuda and weight.dtype != torch.bfloat16:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}, not bfloat16"
-    if reason := unhandled(config) or unhandled_variant(model):
+    if reason := unhandled(model.config) or unhandled_variant(model):
         return reason
-    for path, module in (*model.blocks[0].named_modules(), ("head", model.head)):
-        base = module.base if isinstance(module, LoRALinear) else module
-        if isinstance(base, QuantizedLinear):
-            ragged = base.scheme.endswith("-dq") and base.absmax.numel() % 256 and path.split(".")[-1] not in ALONE
-            if base.in_features % 64 or ragged:
-                return f"a quantised layer of {base.in_features} x {base.out_features} does not stack"
-        learns_or_stacks = path != "head" or isinstance(module, LoRALinear)
-        if isinstance(base, nn.Linear | QuantizedLinear) and base.out_features % 16 and learns_or_stacks:
-            return f"a layer with {base.out_features} outputs"
-    return ""
+    return next(filter(None, (_untrainable(layers, model) for layers in stacks_of(model))), "")
 
 
-def unhandled_variant(model: GPT) -> str:
-    """What of the adapters and embeddings the fast path does not compute, or ''."""
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    if any(adapter.magnitude is not None for adapter in adapters):
-        return "DoRA"
-    if len({(adapter.lora_a.size(0), adapter.scale) for adapter in adapters}) > 1:
-        return "adapters of different ranks or scales"
+def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
+    """The layers of a model that is handled, those that read the same input together."""
+    for block in model.blocks:
+        yield from attention_layers(block.attn)
+        yield from mlp_layers(block.mlp, model.config)
+    yield [model.head]
+
+
+def unhandled(config: ModelConfig) -> str:
+    """The part of a model that the kernels do not compute, or ''."""
+    for name in UNHANDLED:
+        if value := getattr(config, name):
+            return f"{name} {value!r}"
+    return "" if config.ffn in ACTIVATIONS else f"ffn {config.ffn!r}"
+
+
+def unhandled_embeddings(model: GPT) -> str:
+    """The part of the embeddings that the kernels do not compute, or ''."""
     if type(model.embed) is not nn.Embedding:
         return "embeddings that learn"
     return "noise on the embeddings" if model.embed._forward_hooks else ""
 
 
-def unhandled(config: ModelConfig) -> str:
-    """What a model has that the fast path does not compute, or ''."""
-    for name in UNHANDLED:
-        if value := getattr(config, name):
-            return f"{name} {value!r}"
-    return "" if config.ffn in ACTIVATIONS else f"ffn {config.ffn!r}"
+def unhandled_variant(model: GPT) -> str:
+    """The part of the adapters and embeddings that the fast path does not compute, or ''."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if reason := next((adapter.beyond_low_rank for adapter in adapters if adapter.beyond_low_rank), ""):
+        return reason
+    if len({(adapter.lora_a.size(0), adapter.scale) for adapter in adapters}) > 1:
+        return "adapters of different ranks or scales"
+    return unhandled_embeddings(model)
+
+
+def _untrainable(layers: Sequence[nn.Module], model: GPT) -> str:
+    """Why the kernels of training cannot take layers that read the same input, or ''."""
+    if reason := why_not_stacked(layers, model.embed.weight.dtype):
+        return reason
+    for layer in layers:
+        base = base_of(layer)
+        if isinstance(base, QuantizedLinear) and base.in_features % 64:
+            return f"a quantised layer of {base.in_features} x {base.out_features}"
+        learns_or_stacks = layer is not model.head or isinstance(layer, LoRALinear)
+        if base.out_features % 16 and learns_or_stacks:
+            return f"a layer with {base.out_features} outputs"
+    return ""

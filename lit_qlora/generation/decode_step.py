@@ -12,80 +12,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.fused.attention import Heads
-from lit_qlora.fused.group import norm_of
-from lit_qlora.fused.mlp import ACTIVATIONS
-from lit_qlora.fused.qkv_transforms import Shaping
-from lit_qlora.fused.support import unhandled
+from lit_qlora.fused.kernel_block import ACTIVATIONS, KernelBlock, attention_layers, mlp_layers, norm_of
+from lit_qlora.fused.qkv_transforms import norms_follow_rotation
+from lit_qlora.fused.stacked import StackedLinear, why_not_stacked
+from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import decode_attention as kernels
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import AVAILABLE, INTERPRETED
 from lit_qlora.kernels.mlp import mlp_forward
 from lit_qlora.kernels.norm import add_norm, apply_norm
-from lit_qlora.kernels.stack import EightBit, FourBit, Stack, end_to_end
+from lit_qlora.kernels.stack import Stack, end_to_end
+from lit_qlora.lora.adapter_switch import SwitchedLinear
+from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, softcap
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, times
 from lit_qlora.model.rope import rope_table
-from lit_qlora.quantize import QuantizedLinear, stack_weights
 
 Ropes = dict[bool, tuple[Tensor, Tensor]]
 """Cosines and sines of the next token of each text, (B, R / 2), by whether a block has a sliding window."""
 
 
-class Product:
-    """Linear layers that read the same input, with what their adapters add.
-
-    Raises:
-        NotImplementedError: if they cannot be stacked.
-    """
+class Product(StackedLinear):
+    """A stack of layers that decodes, with their adapters as they are when this is made."""
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        bases: list[Any] = [getattr(layer, "base", layer) for layer in layers]
-        low_ranks = [layer.low_rank() if layer is not base else None for layer, base in zip(layers, bases, strict=True)]  # type: ignore[operator]
-        found = [low_rank for low_rank in low_ranks if low_rank is not None]
-        ranks = {len(a) for a, _, _ in found}
-        if len(ranks) > 1:
-            raise NotImplementedError("adapters of different ranks")
-        numbers = iter(range(len(found)))
-        slots = tuple(-1 if low_rank is None else next(numbers) for low_rank in low_ranks)
-        self.stack = Stack(tuple(base.out_features for base in bases), slots, max(ranks, default=0))
-        self.weight = _stacked(bases, dtype)
-        biases = [base.bias for base in bases]
-        self.bias = None if biases[0] is None else end_to_end([bias.detach().to(dtype) for bias in biases])
+        updates = _updates(layers)
+        super().__init__(layers, [0 if update is None else len(update[0]) for update in updates], dtype)
+        self.matrix = self._end_to_end() if self.weight is None else self.weight
+        found = [update for update in updates if update is not None]
         self.a = torch.cat([(scale * a).to(dtype) for a, _, scale in found]) if found else None
         self.b = torch.cat([b.to(dtype) for _, b, _ in found]) if found else None
-        self.stack_of_a = Stack((self.stack.rank,), (-1,), 0)
-        self.table = self.stack.table(_device(bases[0])) if found or len(bases) > 1 else None
+        self.stack_of_a = Stack((self.rank,), (-1,), 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, K) -> (B, N)."""
         z = None if self.a is None else small_batch_linear.product(x, self.a, self.stack_of_a, None)
-        return small_batch_linear.product(x, self.weight, self.stack, self.table, self.bias, z, self.b)
+        return small_batch_linear.product(x, self.matrix, self.stack, self.table, self.bias, z, self.b)
+
+    def _end_to_end(self) -> Tensor:
+        """The weights; the layers keep views of them, so that nothing is held twice."""
+        whole = end_to_end([base.weight.detach() for base in self.bases])
+        if len(self.bases) > 1:
+            for base, part in zip(self.bases, whole.split(self.stack.rows), strict=True):
+                base.weight.data = part
+        return whole
 
 
-class FastBlock:
+class FastBlock(KernelBlock):
     """A block of the model."""
 
     def __init__(self, block: Any, config: ModelConfig, number: int, like: Tensor) -> None:
-        attn, mlp = block.attn, block.mlp
+        super().__init__(block, config, number, like)
         self.activation = ACTIVATIONS[config.ffn]
-        self.qkv = Product([attn.query, attn.key, attn.value], like.dtype)
-        self.projection = Product([attn.projection], like.dtype)
-        self.gate_up = Product([mlp.gate, mlp.up] if self.activation.gated else [mlp.up], like.dtype)
-        self.down = Product([mlp.down], like.dtype)
-        self.parallel, share = config.parallel_residual, config.residual_multiplier
-        self.norm_1 = norm_of(block.norm_1, like)
-        self.norm_2 = self.norm_1 if config.shared_norm else norm_of(block.norm_2, like)
-        self.post_1, self.post_2 = (norm_of(norm, like, share) for norm in (block.post_norm_1, block.post_norm_2))
-        self.windowed, self.rotates = config.windowed(number), config.rotates(number)
-        window = config.sliding_window if self.windowed else None
-        self.heads = Heads(config.n_head, config.n_kv_head, config.head_size, config.attention_scale, window)
-        self.shaping = Shaping(attn, config, self.heads)
-        if self.shaping.after:
-            raise NotImplementedError("norms behind the rotation")
-        self.number, self.interleaved = number, config.rope_interleaved
+        layers = (*attention_layers(block.attn), *mlp_layers(block.mlp, config))
+        self.qkv, self.projection, self.gate_up, self.down = (Product(each, like.dtype) for each in layers)
 
     def __call__(
         self, x: Tensor, y: Tensor | None, cache: SlotCache, ropes: Ropes, scale: Tensor | None
@@ -113,20 +95,12 @@ class FastBlock:
 class FastStep:
     """The next logits of each row of a cache, for the newest token of each.
 
-    Adapters are taken as they are when this is made.
-
-    Raises:
-        NotImplementedError: for a model, a storage or an adapter that this does not compute with.
+    Args:
+        model: why_not(model, cache.rows) is ''. Its adapters are taken as they are when this is made.
     """
 
     def __init__(self, model: GPT, cache: SlotCache) -> None:
         config, weight = model.config, model.embed.weight.detach()
-        if not AVAILABLE or not (weight.is_cuda or INTERPRETED) or weight.dtype not in small_batch_linear.DTYPES:
-            raise NotImplementedError("no Triton, no GPU, or another dtype")
-        if cache.rows > small_batch_linear.MOST_ROWS:
-            raise NotImplementedError("many rows")
-        if unhandled(config) or type(model.embed) is not nn.Embedding or model.embed._forward_hooks:
-            raise NotImplementedError("a model of another kind")
         self.model, self.config, self.cache, self.embed = model, config, cache, weight
         self.blocks = [FastBlock(block, config, i, weight[0]) for i, block in enumerate(model.blocks)]
         self.norm = norm_of(model.norm, weight[0], config.logit_multiplier)
@@ -154,27 +128,37 @@ class FastStep:
         return softcap(self.head(normed), config.logit_softcap)
 
 
-def _stacked(bases: Sequence[Any], dtype: torch.dtype) -> FourBit | EightBit | Tensor:
-    """The weights end to end; the layers keep views of them, so that nothing is held twice."""
-    kinds = {type(base) for base in bases}
-    if kinds == {QuantizedLinear}:
-        weight = stack_weights(bases)
-        if weight is None or (isinstance(weight, FourBit) and bases[0].in_features % 64):
-            raise NotImplementedError("quantised layers that do not stack")
-        return weight
-    if kinds != {nn.Linear} or any(base.weight.dtype != dtype for base in bases):
-        raise NotImplementedError("layers of different kinds")
-    whole = end_to_end([base.weight.detach() for base in bases])
-    if len(bases) > 1:
-        for base, part in zip(bases, whole.split([base.out_features for base in bases]), strict=True):
-            base.weight.data = part
-    return whole
+def why_not(model: GPT, rows: int) -> str:
+    """Why FastStep cannot take this model with so many texts at a time, or ''."""
+    weight = model.embed.weight
+    if not AVAILABLE or not (weight.is_cuda or INTERPRETED):
+        return "Triton needs a GPU"
+    if weight.dtype not in small_batch_linear.DTYPES:
+        return f"weights are {str(weight.dtype).removeprefix('torch.')}"
+    if rows > small_batch_linear.MOST_ROWS:
+        return f"{rows} texts at a time"
+    if reason := unhandled(model.config) or unhandled_embeddings(model):
+        return reason
+    if norms_follow_rotation(model.config):
+        return "norms behind the rotation"
+    return next(filter(None, (_undecodable(layers, weight.dtype) for layers in stacks_of(model))), "")
+
+
+def _undecodable(layers: Sequence[nn.Module], dtype: torch.dtype) -> str:
+    """Why layers that read the same input cannot be a Product, or ''."""
+    if reason := why_not_stacked(layers, dtype):
+        return reason
+    if reason := next(filter(None, (getattr(layer, "beyond_low_rank", "") for layer in layers)), ""):
+        return reason
+    ranks = {len(update[0]) for update in _updates(layers) if update is not None}
+    return "adapters of different ranks" if len(ranks) > 1 else ""
+
+
+def _updates(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor, float] | None]:
+    """A, B and the factor of their product for each layer that has an adapter, else None."""
+    return [layer.low_rank() if isinstance(layer, LoRALinear | SwitchedLinear) else None for layer in layers]
 
 
 def _rope(config: ModelConfig, places: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:
     cos, sin = rope_table(config, places, windowed)
     return cos[:, 0, 0].contiguous(), sin[:, 0, 0].contiguous()
-
-
-def _device(layer: nn.Module) -> torch.device:
-    return next(tensor.device for tensor in (*layer.parameters(), *layer.buffers()))

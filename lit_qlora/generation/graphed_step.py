@@ -8,7 +8,7 @@ as they are stored, see lit_qlora.generation.decode_step; else it is the plain m
 import torch
 from torch import Tensor
 
-from lit_qlora.generation.decode_step import FastStep
+from lit_qlora.generation.decode_step import FastStep, why_not
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.model.gpt import GPT
 
@@ -82,7 +82,4 @@ def columns(length: int, most: int) -> int:
 
 
 def _fast_step(model: GPT, cache: SlotCache) -> FastStep | None:
-    try:
-        return FastStep(model, cache)
-    except NotImplementedError:
-        return None
+    return None if why_not(model, cache.rows) else FastStep(model, cache)

@@ -60,16 +60,21 @@ class SwitchedLinear(nn.Module):
             y = y + update if rows is None else y.index_add(0, rows, update.to(y.dtype))
         return y
 
+    @property
+    def beyond_low_rank(self) -> str:
+        """As that of LoRALinear."""
+        if len(self._active) > 1 or any(rows is not None for _, rows in self._active):
+            return "rows that use different adapters"
+        return "DoRA" if any(self.updates[name][3] is not None for name, _ in self._active) else ""
+
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """As that of LoRALinear, for the adapter that all rows use; None where it has nothing for this layer."""
-        groups = [(name, rows) for name, rows in self.selection.groups if name in self.updates]
-        if not groups:
-            return None
-        (name, rows), *others = groups
-        a, b, scale, gain = self.updates[name]
-        if others or rows is not None or gain is not None:
-            raise NotImplementedError("rows that use different adapters, or DoRA")
-        return a, b, scale
+        assert not self.beyond_low_rank
+        return self.updates[self._active[0][0]][:3] if self._active else None
+
+    @property
+    def _active(self) -> list[tuple[str, Tensor | None]]:
+        return [(name, rows) for name, rows in self.selection.groups if name in self.updates]
 
 
 class AdapterSwitch:

@@ -48,14 +48,14 @@ class LoRALinear(nn.Module):
         bias: Any = self.base.bias
         return gain * (y + update) if bias is None else gain * (y - bias + update) + bias
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
-        """A, B and what their product is multiplied by: all that is added to what the base gives, without dropout.
+    @property
+    def beyond_low_rank(self) -> str:
+        """The part of what the layer adds to its base that low_rank does not give, or ''."""
+        return "" if self.magnitude is None else "DoRA"
 
-        Raises:
-            NotImplementedError: if there is more to it.
-        """
-        if self.magnitude is not None:
-            raise NotImplementedError("DoRA")
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and the factor of their product, which is added to what the base gives; without dropout."""
+        assert not self.beyond_low_rank
         return self.lora_a.detach(), self.lora_b.detach(), self.scale
 
     @torch.no_grad()

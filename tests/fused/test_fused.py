@@ -290,7 +290,7 @@ def test_dropout_is_off_in_evaluation() -> None:
         ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "n_expert 4"),
         ({"ffn": "swiglu_clamped"}, "ffn 'swiglu_clamped'"),
         ({"targets": ("head",), "vocab_size": 161}, "a layer with 161 outputs"),
-        ({"scheme": "bnb.nf4-dq"}, "does not stack"),
+        ({"scheme": "bnb.nf4-dq"}, "do not stack"),
     ],
 )
 def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.generation.decode_step import FastStep
+from lit_qlora.generation.decode_step import FastStep, why_not
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import AVAILABLE
@@ -32,10 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", "mlp_bias": True, "projection_bias": True},
     "granite": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "rope_interleaved": True},
 }
-UNSUITED: dict[str, dict[str, Any]] = {
-    "experts": {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32},
-    "softcap": {"attention_softcap": 5.0},
-    "late norms": {"qk_norm": "head", "qk_norm_after_rope": True},
+UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
+    "experts": ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "n_expert 4"),
+    "softcap": ({"attention_softcap": 5.0}, "attention_softcap 5.0"),
+    "late norms": ({"qk_norm": "head", "qk_norm_after_rope": True}, "norms behind the rotation"),
 }
 
 
@@ -98,18 +98,19 @@ def test_adapters_that_are_not_merged_count(scheme: Scheme, targets: Any) -> Non
     agree(model.eval())
 
 
-@pytest.mark.parametrize("name", UNSUITED)
-def test_other_models_are_refused(name: str) -> None:
-    model = tiny_model(**UNSUITED[name]).to(DEVICE)
-    with pytest.raises(NotImplementedError):
-        steps(model, fast=True)
+@pytest.mark.parametrize(("changes", "reason"), UNSUITED.values(), ids=UNSUITED)
+def test_other_models_are_refused(changes: dict[str, Any], reason: str) -> None:
+    assert why_not(tiny_model(**changes).to(DEVICE), 1) == reason
 
 
 def test_dora_is_refused() -> None:
     model = tiny_model().to(DEVICE)
     add_lora(model, LoRAConfig(r=4, dora=True))
-    with pytest.raises(NotImplementedError, match="DoRA"):
-        steps(model.eval(), fast=True)
+    assert why_not(model, 1) == "DoRA"
+
+
+def test_many_texts_are_refused() -> None:
+    assert why_not(tiny_model().to(DEVICE), 17) == "17 texts at a time"
 
 
 def test_an_adapter_that_all_texts_have_switched_on_counts_and_several_at_a_time_are_refused() -> None:
@@ -125,5 +126,4 @@ def test_an_adapter_that_all_texts_have_switched_on_counts_and_several_at_a_time
     assert not torch.allclose(steps(model, fast=False)[0], base, rtol=0.1)
     agree(model)
     selection.groups = [("one", torch.tensor([1], device=DEVICE))]
-    with pytest.raises(NotImplementedError, match="different adapters"):
-        FastStep(model, SlotCache(model.config, 2, 32, torch.float32, DEVICE))
+    assert why_not(model, 2) == "rows that use different adapters"

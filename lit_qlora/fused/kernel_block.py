@@ -1,0 +1,73 @@
+"""A block as the kernels take it: what training and decoding have in common."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.fused.attention import Heads
+from lit_qlora.fused.qkv_transforms import Shaping
+from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.norm import Norm
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.norm import RMSPlusOne
+
+ACTIVATIONS = {
+    "swiglu": Activation("silu", gated=True),
+    "geglu": Activation("gelu", gated=True),
+    "geglu_tanh": Activation("gelu_tanh", gated=True),
+    "gelu": Activation("gelu", gated=False),
+    "gelu_tanh": Activation("gelu_tanh", gated=False),
+}
+"""The kernels' name for each kind of ModelConfig.ffn that they compute."""
+
+
+class KernelBlock:
+    """The norms and the attention of a block.
+
+    Attributes:
+        parallel: attention and MLP read the same stream.
+        post_1, post_2: the norms behind attention and MLP, times ModelConfig.residual_multiplier.
+        windowed: it has a sliding window, and the rope of such blocks.
+    """
+
+    def __init__(self, block: Any, config: ModelConfig, number: int, like: Tensor) -> None:
+        self.number, self.parallel, share = number, config.parallel_residual, config.residual_multiplier
+        self.norm_1 = norm_of(block.norm_1, like)
+        self.norm_2 = self.norm_1 if config.shared_norm else norm_of(block.norm_2, like)
+        self.post_1, self.post_2 = (norm_of(norm, like, share) for norm in (block.post_norm_1, block.post_norm_2))
+        self.windowed, self.rotates = config.windowed(number), config.rotates(number)
+        self.interleaved = config.rope_interleaved
+        window = config.sliding_window if self.windowed else None
+        self.heads = Heads(config.n_head, config.n_kv_head, config.head_size, config.attention_scale, window)
+        self.shaping = Shaping(block.attn, config, self.heads)
+
+
+def attention_layers(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The layers that read the block's input, and those that read the attention's output."""
+    return [attn.query, attn.key, attn.value], [attn.projection]
+
+
+def mlp_layers(mlp: Any, config: ModelConfig) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The layers that read the MLP's input, and those that read what the activation gives."""
+    return [mlp.gate, mlp.up] if ACTIVATIONS[config.ffn].gated else [mlp.up], [mlp.down]
+
+
+def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:
+    """What a norm's module computes, or nothing for an Identity, times `factor`.
+
+    Args:
+        like: (E,), of the dtype that the factor is rounded to, and on the device.
+    """
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    weight, bias = (None if tensor is None else tensor.detach() for tensor in (weight, bias))
+    if isinstance(module, RMSPlusOne):
+        weight = 1 + module.weight.detach().float()
+    if factor != 1:
+        factors = torch.full_like(like, factor).float()
+        weight = factors if weight is None else factors * weight.float()
+        bias = None if bias is None else factors * bias.float()
+    if isinstance(module, nn.Identity):
+        return Norm("none", weight=weight)
+    eps: Any = module.eps
+    return Norm("layer" if isinstance(module, nn.LayerNorm) else "rms", eps, weight, bias)

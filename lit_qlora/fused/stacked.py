@@ -1,0 +1,60 @@
+"""Linear layers that read the same input, as one product: what training and decoding have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_qlora.kernels.stack import EightBit, FourBit, Stack, end_to_end
+from lit_qlora.quantize import QuantizedLinear, stack_weights, stacks
+
+
+class StackedLinear:
+    """The frozen part of a stack of layers, and where their adapters lie in it.
+
+    Args:
+        layers: with or without an adapter; why_not_stacked(layers, dtype) is ''.
+        ranks: of each layer's adapter, 0 for none; those above 0 are the same.
+        dtype: of the products.
+
+    Attributes:
+        bases: the layers without their adapters.
+        k, n: input and output features.
+        rank: columns of Z, see Stack.
+        table: stack.table, on the device.
+        weight: the quantised weights, of which the layers keep views; None where they are not quantised.
+        bias: (N,) or None.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], ranks: Sequence[int], dtype: torch.dtype) -> None:
+        bases: list[Any] = [base_of(layer) for layer in layers]
+        adapters = iter(range(len(layers)))
+        slots = tuple(next(adapters) if rank else -1 for rank in ranks)
+        self.bases, self.dtype = bases, dtype
+        self.stack = Stack(tuple(base.out_features for base in bases), slots, max(ranks))
+        self.k, self.n, self.rank = bases[0].in_features, self.stack.n, self.stack.rank
+        self.device = next(tensor.device for tensor in (*bases[0].parameters(), *bases[0].buffers()))
+        self.table = self.stack.table(self.device)
+        biases = [base.bias for base in bases]
+        self.bias = None if biases[0] is None else end_to_end([bias.detach().to(dtype) for bias in biases])
+        self.weight: FourBit | EightBit | None = None
+        if isinstance(bases[0], QuantizedLinear):
+            self.weight = stack_weights(bases)
+            assert self.weight is not None, "why_not_stacked has refused what cannot be stacked"
+
+
+def base_of(layer: nn.Module) -> Any:
+    """A linear layer without its adapter."""
+    return getattr(layer, "base", layer)
+
+
+def why_not_stacked(layers: Sequence[nn.Module], dtype: torch.dtype) -> str:
+    """Why layers that read the same input cannot be one product in `dtype`, or ''."""
+    bases = [base_of(layer) for layer in layers]
+    if all(isinstance(base, QuantizedLinear) for base in bases):
+        if stacks(bases):
+            return ""
+        return f"quantised layers of {bases[0].in_features} x {[base.out_features for base in bases]} do not stack"
+    same = all(isinstance(base, nn.Linear) and base.weight.dtype == dtype for base in bases)
+    return "" if same else "layers of different kinds"

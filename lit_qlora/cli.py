@@ -1,4 +1,4 @@
-"""How every entry point turns argv into a typed config, and a user's mistake into one readable line."""
+"""Turns the argv of a command into its settings, and a user's mistake into one readable line."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never shown
+from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never printed
 
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
 from lit_qlora.redact import scrub
@@ -26,8 +26,8 @@ Config = TypeVar("Config")
 def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequence[str] | None = None) -> None:
     """Parse argv (and any --config file) into `config_type`, then call `main` with it.
 
-    The docstring of `config_type` and those of its fields become the --help texts. A UserError ends the program with
-    its status and its message alone, as do a full disk and exhausted memory; anything else is our bug and keeps its
+    The docstrings of `config_type` and of its fields become the --help texts. A UserError ends the program with its
+    status and its message alone, as do a full disk and exhausted memory. Any other exception is our bug and keeps its
     traceback. LIT_QLORA_DEBUG=1 shows the traceback of every error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -66,7 +66,7 @@ def _run(
 
 
 def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """The config that argv describes. Raises UsageError; --help and --print_config print and exit."""
+    """Return the settings that argv describes. Raises UsageError; --help and --print_config print and exit."""
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
     argv = _complete_switches(parser, list(sys.argv[1:] if argv is None else argv))
     parser.argv = argv
@@ -76,7 +76,7 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Confi
 
 
 def to_yaml(config: Any) -> str:
-    """The YAML of a parsed config; giving it back with --config makes the same one."""
+    """Return the settings as YAML; given with --config, it makes the same settings again."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -87,7 +87,7 @@ def to_yaml(config: Any) -> str:
 
 
 class _Parser(ArgumentParser):
-    """Messages without the nine lines of usage, with the flag's name and a guess at what was meant."""
+    """A parser whose messages name the flag and guess its meaning, without nine lines of usage."""
 
     argv: Sequence[str] = ()
 
@@ -101,7 +101,7 @@ class _Parser(ArgumentParser):
             raise UsageError(f"{flag} is not a flag of this command.{did_you_mean(flag, flags)} --help lists them all.")
         if found := re.search(r"(?:Group '([\w.]+)' does not accept \w+|Option) '([\w.]+)'", message):
             key = ".".join(part for part in found.groups() if part)
-            raise UsageError(f"{self._place(key)}{key} is not a setting.{did_you_mean('--' + key, flags)}")
+            raise UsageError(f"{self._location(key)}{key} is not a setting.{did_you_mean('--' + key, flags)}")
         if found := re.search(r'key "([\w.]+)":(.*)', message, re.DOTALL):
             raise UsageError(self._wrong_value(found[1], found[2]))
         if found := re.search(r"arguments are required: (.*)", message):
@@ -125,17 +125,17 @@ class _Parser(ArgumentParser):
             value = next((word for word in re.findall(r"[\w.-]+", value) if word not in choices), value)
         value = value.strip("'\"")
         expected = " or ".join([*dict.fromkeys(kinds), *([f"one of {', '.join(choices)}"] if choices else [])])
-        return f"{self._place(key, value)}--{key}: expected {expected}, got {value!r}.{did_you_mean(value, choices)}"
+        return f"{self._location(key, value)}--{key}: expected {expected}, got {value!r}.{did_you_mean(value, choices)}"
 
     def _config_file(self) -> str:
-        """What --config names, or ''."""
+        """Return the file that --config names, or ''."""
         for here, following in pairwise([*self.argv, ""]):
             if here == "--config" or here.startswith("--config="):
                 return here.removeprefix("--config").removeprefix("=") or following
         return ""
 
-    def _place(self, key: str, value: str | None = None) -> str:
-        """'run.yaml:7: ' where the --config file sets `key` (to `value`, or to a list with it), else ''."""
+    def _location(self, key: str, value: str | None = None) -> str:
+        """Return 'run.yaml:7: ' if the --config file sets `key` (to `value`, or to a list with it), else ''."""
         import yaml
 
         file = Path(self._config_file())
@@ -166,7 +166,7 @@ def _parser(config_type: type[Any]) -> _Parser:
 
 
 def _without_limits(hint: Any) -> Any:
-    """The annotation as --help shows it: Annotated[int, at_least(1)] is an int. The settings check their limits."""
+    """Return the annotation as --help shows it: Annotated[int, at_least(1)] is an int. Settings check their limits."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
         return _without_limits(parts[0])
@@ -176,7 +176,7 @@ def _without_limits(hint: Any) -> Any:
 
 
 def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """Let `--dry_run` alone mean `--dry_run true`, and so for flags that take true or a word."""
+    """Complete `--dry_run` alone to `--dry_run=true`, and every other flag that takes true or a word."""
     switches = {
         flag
         for action in parser._actions
@@ -190,7 +190,7 @@ def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:
 
 
 def _advice(config_type: type[Any]) -> str:
-    """What to try when memory is exhausted, of what this command has flags for."""
+    """Advise flags of this command that save memory."""
     advice = {
         "train": "lower --train.micro_batch_size or --data.max_length, or set --train.recompute full",
         "batch_size": "lower --batch_size",
@@ -201,7 +201,7 @@ def _advice(config_type: type[Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` with paths as strings and tuples as lists, as YAML wants it."""
+    """Return `value` with paths as strings and tuples as lists, as YAML needs."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -211,7 +211,7 @@ def plain(value: Any) -> Any:
 
 def _end(message: str, status: int, prefix: str = "error: ") -> NoReturn:
     if os.environ.get("LIT_QLORA_DEBUG"):
-        raise  # the exception that is being handled
-    with suppress(OSError, ValueError):  # nobody may be there any more to read it
+        raise  # the exception being handled
+    with suppress(OSError, ValueError):  # the reader may be gone
         print(f"{prefix}{message}", file=sys.stderr)
     raise SystemExit(status) from None

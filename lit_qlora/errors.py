@@ -1,11 +1,11 @@
-"""The exceptions meant for people. Everything else is a bug of ours and keeps its traceback."""
+"""Errors that a user can fix. Any other exception is a bug of ours and keeps its traceback."""
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend.
+    """An error that the user can fix.
 
-    The message is one to three lines: the place, what is wrong, what to do. Entry points
-    print it without a traceback and exit with `status`.
+    The message has one to three lines: the location, the fault, the remedy. A command prints it without a traceback
+    and exits with `status`.
     """
 
     status = 2
@@ -17,7 +17,7 @@ class UsageError(UserError):
 
 
 class DataError(UserError):
-    """The data set cannot be read, or nothing could be learnt from it."""
+    """The data set cannot be read, or holds nothing to train on."""
 
     status = 3
 
@@ -29,7 +29,7 @@ class CheckpointError(UserError):
 
 
 class NumericalError(UserError):
-    """The numbers went wrong: a loss or a gradient that is not finite."""
+    """A loss or a gradient is infinite or NaN."""
 
     status = 5
 
@@ -41,7 +41,7 @@ class ResourceError(UserError):
 
 
 def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
-    """' Did you mean X?' for the nearest known word, or '' when none is near."""
+    """Return ' Did you mean X?' for the nearest known word, or '' when none is near."""
     from difflib import get_close_matches
 
     near = get_close_matches(word, known, n=1, cutoff=0.6)

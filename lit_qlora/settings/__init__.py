@@ -1,4 +1,4 @@
-"""What a user may choose: one frozen dataclass per concern, checked when it is made.
+"""The settings: one frozen dataclass per concern, checked on creation.
 
 The docstring under a field is its text in --help. Nothing here imports torch, so that --help and a mistyped flag
 are answered at once.

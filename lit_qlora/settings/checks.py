@@ -1,4 +1,4 @@
-"""How settings are checked: each field against its annotation, in one place, which names the field by its flag.
+"""Checks each setting against its annotation and names it by its flag.
 
 With `r: Annotated[int, at_least(1)] = 8`, LoRAConfig(r=0) and --lora.r 0 end with "lora.r must be at least 1, got 0."
 """
@@ -24,16 +24,16 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings whose types, choices and limits are checked when they are made, from argv or in Python.
+    """Settings whose types, choices and limits are checked on creation, from argv or in Python.
 
     A text stands for a path, a list for a tuple, and one value for a tuple of it where the annotation says so.
     """
 
     prefix: ClassVar[str] = ""
-    """Where their flags are, such as "lora."."""
+    """Common beginning of their flags, such as "lora."."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself; a subclass then checks what concerns several."""
+        """Check each field by itself; a subclass then checks combinations."""
         for name, hint in _annotations(type(self)).items():  # type: ignore[arg-type] # a class is hashable
             object.__setattr__(self, name, fit(getattr(self, name), hint, self.prefix + name))
 
@@ -45,7 +45,7 @@ def _annotations(kind: type[Any]) -> dict[str, Any]:
 
 
 def fit(value: Any, hint: Any, name: str) -> Any:
-    """The value, of the type that the annotation `hint` asks for.
+    """Return the value in the type of the annotation `hint`.
 
     Raises:
         UsageError: if the value has another type, is no choice, or is beyond a limit. The message begins with `name`.
@@ -72,7 +72,7 @@ _STANDS_FOR: dict[Any, Any] = {
     tuple: (list, tuple),
     dict: Mapping,
 }
-"""What is taken for a value of a type, and converted to it."""
+"""The Python types that are converted to a type of the annotation."""
 
 
 def _taken_apart(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -81,7 +81,7 @@ def _taken_apart(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Whether the value has this type, whatever its items and limits are."""
+    """Tell if the value has this type; its items and limits are not looked at."""
     kind, parts = _taken_apart(hint)
     if kind is Annotated:
         return _accepts(parts[0], value)
@@ -93,7 +93,7 @@ def _accepts(hint: Any, value: Any) -> bool:
 
 
 def _member(value: Any, members: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The value and its member of a union; in tuple[X, ...] | X, one X is a tuple of it."""
+    """Return the value and its member of a union. In tuple[X, ...] | X, a single X becomes a tuple."""
     member = next(member for member in members if _accepts(member, value))
     several = next((other for other in members if get_args(other) == (member, ...)), None)
     return ((value,), several) if several else (value, member)

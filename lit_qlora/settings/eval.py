@@ -1,4 +1,4 @@
-"""When a model is validated during training, and what is measured then."""
+"""Settings of validation during training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,40 +9,39 @@ from lit_qlora.settings.limits import Count, CountOrZero, NotNegative, Positive
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Settings):
-    """When the model is validated, which it always is before and after training, and what is measured then."""
+    """When the model is validated, besides before and after training, and what is measured."""
 
     prefix = "eval."
 
     every: NotNegative = 0.0
     """Optimizer steps between validations, or a share of an epoch if below 1; 0 validates ten times in the run."""
     minutes: NotNegative = 0.0
-    """Validate also when so many minutes have gone by since the last validation; 0 does not look at the clock."""
+    """Validate also N minutes after the last validation; 0 does not look at the clock."""
     max_samples: Count | None = None
-    """Validate on the first so many validation samples only."""
+    """Validate on the first N validation samples only. By default on all."""
     best: str = "val_loss"
-    """The figure of a validation by which the best checkpoint is kept, as OUT/best, and the run may end early; 'none'
-    keeps none."""
+    """Metric that chooses the best run checkpoint, OUT/best, and may end the run early; 'none' keeps no best."""
     patience: CountOrZero = 0
-    """End the run when so many validations in a row were not better than the best; 0 does not."""
+    """End the run after N validations in a row that are no better than the best; 0 does not."""
     generate: CountOrZero = 0
-    """Let the model answer so many of the validation samples and compare: exact match, BLEU, chrF, ROUGE-L."""
+    """Answer N of the validation samples and compare: exact match, BLEU, chrF, ROUGE-L."""
     prompts: Path | None = None
-    """A file of prompts that are answered at each validation, a line each (.txt), or JSON lines with instruction, input
-    and system; the answers go to OUT/samples.jsonl."""
+    """File of prompts to answer at each validation: one a line (.txt), or JSON lines with instruction, input and
+    system. The answers go to OUT/samples.jsonl."""
     max_new_tokens: Count | None = None
-    """Most tokens of an answer; by default 128."""
+    """Maximum tokens of an answer. By default 128."""
     kl_text: Path | None = None
-    """A text file on which to measure how far the model has moved from its base, as kl_to_base; 'default' is a text
-    that comes with the package."""
+    """Text file on which to measure the distance between model and base, as kl_to_base; 'default' is a text that comes
+    with the package."""
     tasks: tuple[str, ...] | str = ()
-    """Tasks of lm-eval that the model is asked during training, e.g. [mmlu]; their figures are called TASK/METRIC."""
+    """Tasks of lm-eval to ask during training, e.g. [mmlu]. Their metrics are called TASK/METRIC."""
     tasks_every: Count | None = None
-    """Ask them only at validations that are at least so many optimizer steps after the last ones at which they were
-    asked; before and after training always."""
+    """Ask the tasks only at validations at least N optimizer steps after the last time. Before and after training they
+    are always asked. By default at every validation."""
     tasks_limit: Positive | None = None
-    """Ask the first so many questions of each task only; below 1, this share of them."""
+    """Ask only the first N questions of each task; below 1, this share of them. By default all."""
     tasks_num_fewshot: CountOrZero | None = None
-    """Examples before each question; by default what the task says."""
+    """Examples before each question. By default the task's own number."""
     tasks_include_path: Path | None = None
     """Directory with tasks of your own (YAML files)."""
 
@@ -51,7 +50,7 @@ class EvalConfig(Settings):
         super().__post_init__()
         check(
             self.max_new_tokens is None or bool(self.generate or self.prompts),
-            "eval.max_new_tokens concerns answers, so it needs eval.generate or eval.prompts.",
+            "eval.max_new_tokens limits answers, so it needs eval.generate or eval.prompts.",
         )
         for name in ("tasks_every", "tasks_limit", "tasks_num_fewshot", "tasks_include_path"):
             check(getattr(self, name) is None or bool(self.tasks), f"eval.{name} has no effect without eval.tasks.")
@@ -61,5 +60,5 @@ class EvalConfig(Settings):
         )
         check(
             not (self.patience and self.best == "none"),
-            "eval.patience needs to know what is better: name a figure such as val_loss with eval.best.",
+            "eval.patience compares validations, so eval.best must name a metric such as val_loss.",
         )

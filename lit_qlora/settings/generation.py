@@ -1,4 +1,4 @@
-"""How an answer is made."""
+"""Settings of generation."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,50 +9,53 @@ from lit_qlora.settings.limits import FINITE, Count, CountOrZero, NotNegative, P
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig(Settings):
-    """How an answer is made: the likeliest token after token, tokens that are drawn, or a search with beams."""
+    """How an answer is made: by the likeliest tokens, by sampling, or by beam search."""
 
     max_new_tokens: Count = 128
-    """Most tokens of an answer."""
+    """Maximum tokens of an answer."""
     min_new_tokens: CountOrZero = 0
-    """Tokens that an answer has before it may end."""
+    """Minimum tokens of an answer before it may end."""
     do_sample: bool | None = None
-    """Draw the next token (true) or take the likeliest (false); by default tokens are drawn where temperature, top_k,
+    """Sample the next token (true) or take the likeliest (false). By default tokens are sampled if temperature, top_k,
     top_p, min_p or typical_p is given."""
     temperature: NotNegative | None = None
-    """1 draws from the model's own distribution, below 1 from a sharper one, 0 takes the likeliest token; by default 1
-    where tokens are drawn."""
+    """1 samples from the model's own distribution, below 1 from a sharper one; 0 takes the likeliest token. By default
+    1 if tokens are sampled."""
     top_k: Count | None = None
-    """Draw among the k likeliest tokens only."""
+    """Sample among the k likeliest tokens only. By default among all."""
     top_p: ShareAboveZero = 1.0
-    """Draw among the likeliest tokens that together reach this probability only."""
+    """Sample among the likeliest tokens whose probabilities add up to top_p."""
     min_p: Share = 0.0
-    """Draw among the tokens only that are at least this share as likely as the likeliest."""
+    """Sample only among tokens with at least this share of the likeliest token's probability."""
     typical_p: ShareAboveZero = 1.0
-    """Draw among the tokens only that surprise as much as is to be expected and together reach this probability."""
+    """Sample among the tokens whose surprise is closest to the expected one, until their probabilities add up to
+    typical_p."""
     repetition_penalty: Positive = 1.0
-    """Above 1 makes tokens less likely that prompt or answer have already, below 1 likelier."""
+    """Above 1, tokens that prompt or answer already hold become less likely; below 1, likelier."""
     no_repeat_ngram_size: CountOrZero = 0
-    """No run of so many tokens occurs twice in prompt and answer; 0 allows it."""
+    """No sequence of N tokens occurs twice in prompt and answer; 0 allows it."""
     num_return_sequences: Count = 1
     """Answers to each prompt."""
     num_beams: Count = 1
-    """Answers that are pursued at the same time, of which the likeliest is given; 1 does not search. Where tokens are
-    drawn, so are those that go on, among all that the answers could go on with."""
+    """Beams of the search, whose likeliest answer is returned; 1 does not search. With sampling, the beams are sampled
+    from all their continuations."""
     length_penalty: Annotated[float, FINITE] = 1.0
-    """Beams compare log-probability / tokens ** length_penalty, so above 0 favours longer answers, below 0 shorter."""
+    """Beams compare log-probability / tokens ** length_penalty: above 0 favours longer answers, below 0 shorter
+    ones."""
     early_stopping: bool | Literal["never"] = False
-    """When a search with beams ends: true as soon as num_beams answers are finished, false when the best unfinished one
-    is behind at its present length, 'never' when it could not catch up at any length."""
+    """When a beam search ends. true: as soon as num_beams answers are finished. false: when the best unfinished beam is
+    behind at its present length. 'never': when it could not catch up at any length."""
     num_beam_groups: Count = 1
-    """Groups of beams that search one after the other, each kept apart from those before it by diversity_penalty."""
+    """Groups of beams that search in turn; diversity_penalty keeps each apart from the earlier ones."""
     diversity_penalty: NotNegative = 0.0
-    """What a token loses in log-probability for each beam of an earlier group that has chosen it at the same place."""
+    """Subtracted from the log-probability of a token for each beam of an earlier group that chose it at the same
+    position."""
     seed: Seed = 1337
-    """Seed of the drawing."""
+    """Seed of sampling."""
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
+        """True if tokens are sampled."""
         return self.do_sample is not False and self.temperature != 0 and (self.do_sample is True or bool(self._draws()))
 
     def __post_init__(self) -> None:
@@ -82,12 +85,12 @@ class GenerationConfig(Settings):
             )
             check(
                 self.num_return_sequences == 1 or self.samples,
-                "num_return_sequences above 1 would give the same answer again; set do_sample true or num_beams.",
+                "num_return_sequences above 1 would repeat the same answer. Set do_sample true, or num_beams.",
             )
         else:
             check(
                 self.num_beam_groups == 1 or not self.samples,
-                "Groups of beams are kept apart by a penalty and draw nothing: num_beam_groups or do_sample.",
+                "Groups of beams do not sample. Leave out num_beam_groups or do_sample.",
             )
             check(
                 self.num_return_sequences <= self.num_beams,
@@ -95,11 +98,11 @@ class GenerationConfig(Settings):
             )
         check(
             (self.num_beam_groups > 1) == (self.diversity_penalty > 0),
-            "num_beam_groups above 1 and a diversity_penalty above 0 need each other: groups without it are all alike.",
+            "num_beam_groups above 1 and a diversity_penalty above 0 need each other: without it all groups are alike.",
         )
 
     def _draws(self) -> str:
-        """Names of the settings that were given and concern drawing, ', ' between them."""
+        """Return the names of given settings that concern sampling, with ', ' between them."""
         given = {
             "temperature": self.temperature is not None and self.temperature > 0,
             "top_k": self.top_k is not None,

@@ -1,4 +1,4 @@
-"""When a run ends because its numbers went wrong."""
+"""Settings of the guards, which end a run whose loss or gradients went wrong."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ from lit_qlora.settings.limits import Count, NotNegative
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig(Settings):
-    """What ends a run whose numbers went wrong; a loss that is not finite always does."""
+    """What ends a run whose loss or gradients went wrong. A loss that is not finite always does."""
 
     prefix = "guard."
 
     divergence: NotNegative = 3.0
-    """The loss diverged when it is more than so many times its best running average, and 1 more; 0 does not look."""
+    """A loss diverges above this factor times its best running average, plus 1; 0 does not look."""
     patience: Count = 10
-    """Steps in a row for which it has to be."""
+    """Number of diverging steps in a row that ends the run."""
     skips: Count = 3
-    """Steps in a row that may have gradients that are not finite; the updates of the others are left out."""
+    """Number of steps in a row whose gradients may be infinite or NaN. Their updates are skipped."""
 
     def __post_init__(self) -> None:
-        """Check what the limits leave open."""
+        """Check the limit that is in two pieces."""
         super().__post_init__()
         check(
             self.divergence == 0 or self.divergence > 1,

@@ -1,4 +1,4 @@
-"""The limits that an annotation may set: `r: Annotated[int, at_least(1)]`, or by a name of its own, `r: Count`."""
+"""Limits of a setting, part of its annotation: `r: Annotated[int, at_least(1)]`, or by name, `r: Count`."""
 
 import math
 import re
@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Limit:
-    """What a value must be."""
+    """A condition on a value."""
 
     text: str
     """Completes "must be", such as "at least 1"."""
     holds: Callable[[Any], bool]
-    """Whether a value is within the limit; NaN never is."""
+    """True for a value within the limit; never for NaN."""
 
 
 def at_least(low: float) -> Limit:

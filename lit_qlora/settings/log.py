@@ -1,4 +1,4 @@
-"""Which programs are told of a run."""
+"""Settings of trackers."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,15 +11,15 @@ MIRRORS: tuple[Mirror, ...] = get_args(Mirror)
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig(Settings):
-    """Who is told of the run besides OUT/log.jsonl."""
+    """Trackers of the run besides OUT/log.jsonl."""
 
     prefix = "log."
 
     to: tuple[Mirror, ...] | Mirror = ()
-    """Programs that get the same figures, e.g. [tensorboard,wandb]: their files lie in OUT/tensorboard, OUT/wandb and
-    OUT/mlruns. wandb is offline unless WANDB_MODE says otherwise. If one fails, the run goes on without it."""
+    """Trackers that get the same metrics, e.g. [tensorboard,wandb]. They write to OUT/tensorboard, OUT/wandb and
+    OUT/mlruns. wandb is offline unless WANDB_MODE says otherwise. If a tracker fails, the run goes on without it."""
 
     def __post_init__(self) -> None:
-        """Check that none is named twice."""
+        """Check that no tracker is named twice."""
         super().__post_init__()
-        check(len(set(self.to)) == len(self.to), f"log.to names one twice: {', '.join(self.to)}.")
+        check(len(set(self.to)) == len(self.to), f"log.to names a tracker twice: {', '.join(self.to)}.")

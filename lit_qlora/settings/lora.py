@@ -1,4 +1,4 @@
-"""What learns: rank, targets and start of an adapter."""
+"""Settings of adapters: rank, targets, initial values."""
 
 import re
 from collections.abc import Mapping
@@ -14,58 +14,58 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """PEFT's rule: a pattern is a regular expression for the end of the path, from a dot on; the first one counts."""
+    """Return the value of the first pattern that matches the end of the path after a dot, as PEFT does."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Settings):
-    """What learns."""
+    """Which layers get adapters, and how these are made."""
 
     prefix = "lora."
 
     r: Count = 8
-    """Rank of each update."""
+    """Rank of each adapter."""
     alpha: Positive = 16.0
-    """Updates are scaled by alpha / r."""
+    """Each update B A is multiplied by alpha / r."""
     dropout: ShareBelowOne = 0.05
-    """Probability of dropping an adapter input during training."""
+    """Probability of zeroing an element of an adapter's input during training."""
     targets: tuple[Target, ...] | Target = ("query", "value")
-    """Layers that learn, e.g. [query,value]; 'all' is every linear layer but the output head. Only DeepSeek's models
-    have a latent."""
+    """Layers that get an adapter, e.g. [query,value]. 'all' is every linear layer except the output head. Only
+    DeepSeek's models have a latent."""
     first_layers: Count | None = None
-    """Adapt the first so many blocks only; with last_layers, those at both ends."""
+    """Adapt only the first N blocks; with last_layers, N at both ends. By default all blocks."""
     last_layers: Count | None = None
-    """Adapt the last so many blocks only."""
+    """Adapt only the last N blocks. By default all blocks."""
     rank_pattern: dict[Pattern, Count] = field(default_factory=dict)
-    """Other ranks for some layers: a regular expression for the end of their path, as in PEFT, e.g. {mlp.down: 32} or
-    {'blocks.[01].attn.query': 4}."""
+    """Other ranks for some layers, e.g. {mlp.down: 32} or {'blocks.[01].attn.query': 4}. A key is a regular expression
+    for the end of the layer's path, as in PEFT."""
     alpha_pattern: dict[Pattern, Positive] = field(default_factory=dict)
-    """Other alphas for some layers, in the same way."""
+    """Other alphas for some layers, with keys as in rank_pattern."""
     rslora: bool = False
-    """Scale updates by alpha / sqrt(r) instead, which keeps high ranks learning (rsLoRA, Kalajdzievski 2023)."""
+    """Multiply updates by alpha / sqrt(r) instead, which keeps high ranks learning (rsLoRA, Kalajdzievski 2023)."""
     dora: bool = False
-    """Learn the length of each row of the weight apart from its direction (DoRA, Liu et al. 2024)."""
+    """Train the norm of each weight row apart from its direction (DoRA, Liu et al. 2024)."""
     init: Literal["default", "pissa", "olora", "loftq"] = "default"
-    """Where A and B start: 'default' is no update; 'pissa' the largest singular directions of the weight (Meng et al.
-    2024) and 'olora' its QR decomposition (Bueyuekakyuez 2024), taken out of the frozen base; 'loftq' what
-    quantisation lost of the weight (Li et al. 2023). Adapters are saved as changes of the base as it was, of twice the
-    rank."""
+    """Initial A and B. 'default' changes nothing. 'pissa' takes the largest singular directions of the weight (Meng et
+    al. 2024), 'olora' its QR decomposition (Bueyuekakyuez 2024); both are subtracted from the base. 'loftq' makes up
+    for the error of quantisation (Li et al. 2023). These three save adapters of twice the rank, as changes of the
+    original base."""
     loftq_steps: Count | None = None
-    """init loftq: how often base and adapter are fitted to each other; by default once."""
+    """With init loftq, how many times base and adapter are fitted to each other. By default once."""
     train_tokens: tuple[CountOrZero, ...] | CountOrZero = ()
-    """Ids of tokens whose embeddings learn too, such as new ones; a tied head shares them."""
+    """Ids of tokens whose embeddings are trained too, such as new tokens. A tied head shares them."""
     train_embeddings: bool = False
-    """Let all embeddings learn too."""
+    """Train all embeddings too."""
     start: Path | None = None
-    """An adapter folder, ours or PEFT's, to start from; the settings above are then its own, but for dropout."""
+    """Start from this adapter folder, ours or PEFT's. Its settings replace the ones above, except dropout."""
 
     def rank(self, layer: str) -> int:
-        """Rank of the layer with this path."""
+        """Return the rank of the layer with this path."""
         return int(first_match(self.rank_pattern, layer, self.r))
 
     def scale(self, layer: str) -> float:
-        """What B A of the layer is multiplied by."""
+        """Return the factor of B A in the layer with this path."""
         return first_match(self.alpha_pattern, layer, self.alpha) / self.rank(layer) ** (0.5 if self.rslora else 1)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class LoRAConfig(Settings):
         )
         check(
             self.start is None or self.init == "default",
-            "lora.start and lora.init both say where the adapter starts. Leave one out.",
+            "lora.start and lora.init both set the initial adapter. Leave one out.",
         )
         tokens = self.train_tokens
         assert isinstance(tokens, tuple)
@@ -86,4 +86,6 @@ class LoRAConfig(Settings):
             not (tokens and self.train_embeddings),
             "lora.train_embeddings trains all tokens, so lora.train_tokens would have no effect. Leave one out.",
         )
-        check(bool(self.targets), "lora.targets is empty, so nothing would learn. Name at least one: [query,value].")
+        check(
+            bool(self.targets), "lora.targets is empty, so nothing would be trained. Name at least one: [query,value]."
+        )

@@ -1,4 +1,4 @@
-"""Which rule updates the adapter."""
+"""Settings of the optimizer."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -21,36 +21,36 @@ OPTIMIZERS = {
     "paged-adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
     "paged-adamw32bit": "bitsandbytes.optim.PagedAdamW32bit",
 }
-"""Short names of optimizers, and the classes that they stand for."""
+"""Short names of optimizers, and their classes."""
 CLASS_PATH = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Z]\w*")
-"""Classes that may be named themselves."""
+"""Classes that a user may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Settings):
-    """Which rule updates the adapter; a setting that the optimizer does not have is refused."""
+    """The rule that updates the adapter. A setting that the optimizer does not have is refused."""
 
     prefix = "optimizer."
 
     name: str = "adamw"
-    """adamw (fused on a GPU), adam, sgd, rmsprop, adadelta, adafactor or lion; adamw8bit and lion8bit, whose state has
-    8 bits; paged-adamw, paged-adamw8bit and paged-adamw32bit, whose state leaves a GPU that is full; or any class of
-    torch.optim or bitsandbytes.optim, e.g. torch.optim.NAdam."""
+    """adamw (fused on a GPU), adam, sgd, rmsprop, adadelta, adafactor or lion; with 8-bit state adamw8bit or lion8bit;
+    with state that can leave a full GPU paged-adamw, paged-adamw8bit or paged-adamw32bit; or a class of torch.optim or
+    bitsandbytes.optim, e.g. torch.optim.NAdam."""
     betas: tuple[ShareBelowOne, ...] | None = None
-    """Decay rates of the running averages, e.g. [0.9,0.999]; by default, as what follows, the optimizer's own."""
+    """Decay rates of the running averages, e.g. [0.9,0.999]. By default the optimizer's own."""
     eps: Positive | None = None
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update. By default the optimizer's own."""
     momentum: ShareBelowOne | None = None
-    """Share of the last update that is kept; by default 0.9 for sgd."""
+    """Share of the last update that is added to the next. By default the optimizer's own, 0.9 for sgd."""
     nesterov: bool = False
-    """Look ahead along the momentum."""
+    """Use Nesterov momentum."""
     options: dict[str, bool | int | float] = field(default_factory=dict)
     """Other arguments of the optimizer's class, e.g. {rho: 0.95} for adadelta."""
     lora_plus: Positive = 1.0
-    """B of each adapter learns so many times as fast as A. LoRA+ (Hayou et al. 2024) takes 16."""
+    """Learning rate of each B, as a multiple of that of A. LoRA+ (Hayou et al. 2024) takes 16."""
 
     def __post_init__(self) -> None:
-        """Check the names; whether the optimizer has a setting is seen when it is made."""
+        """Check the names. An optimizer refuses settings that it does not have when it is made."""
         super().__post_init__()
         check(
             self.name in OPTIMIZERS or CLASS_PATH.fullmatch(self.name) is not None,
@@ -59,4 +59,4 @@ class OptimizerConfig(Settings):
         )
         taken = {"params", "lr", "weight_decay", "fused", *(setting.name for setting in fields(OptimizerConfig))}
         twice = ", ".join(sorted(taken.intersection(self.options)))
-        check(not twice, f"optimizer.options: {twice} has a setting of its own and is not set there.")
+        check(not twice, f"optimizer.options: {twice} is set by a setting of its own, not here.")

@@ -1,4 +1,4 @@
-"""A whole run of fine-tuning: the base, the machine, where the run goes, and the settings of each concern."""
+"""Settings of a whole run: base, machine, run folder, and one section per concern."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,49 +25,50 @@ class FinetuneConfig(Settings):
     """Fine-tune a checkpoint with LoRA; with --quantize bnb.nf4 this is QLoRA."""
 
     checkpoint_dir: Path = DEMO_CHECKPOINT
-    """The base model: a directory written by scripts/convert_hf_checkpoint.py."""
+    """The base: a directory written by scripts/convert_hf_checkpoint.py."""
     out_dir: Path | None = None
-    """Where everything of this run goes; by default out/lora/<checkpoint name>."""
+    """Run folder. By default out/lora/<checkpoint name>."""
     quantize: Scheme = "none"
-    """Storage of the frozen base weights; bnb.nf4 needs about a quarter of the 16-bit memory."""
+    """Storage of the frozen base weights. bnb.nf4 needs about a quarter of the 16-bit memory; -dq also quantises its
+    scales."""
     quantize_head: bool = False
     """Quantise the output head too."""
     quantize_cache: str = "auto"
-    """Where quantised weights are kept for the next run; by default ~/.cache/lit_qlora, on a GPU and if they take less
-    than a tenth of the free space. 'none' keeps nothing. What nobody has used for 30 days goes, and the longest unused
-    if together they take more than that tenth."""
+    """Folder that caches quantised weights. 'auto' is ~/.cache/lit_qlora, on a GPU, if they take less than a tenth of
+    the free space; 'none' caches nothing. Entries unused for 30 days are deleted; so are the longest unused ones if the
+    cache exceeds that tenth."""
     precision: Precision = "auto"
-    """Dtype of weights and activations; adapters and optimizer are always float32. 'auto' is bf16-true on a GPU that
-    has it, 16-mixed on another GPU, 32-true on a CPU."""
+    """Dtype of weights and activations; adapters and optimizer are always float32. 'auto' is bf16-true on a GPU with
+    bfloat16, 16-mixed on other GPUs, 32-true on a CPU."""
     devices: Count | Literal["auto"] = 1
-    """Number of devices on each node; under torchrun it is the number of its processes there."""
+    """Number of devices on each node. Under torchrun, the number of its processes there."""
     num_nodes: Count = 1
-    """Number of machines."""
+    """Number of nodes (machines)."""
     strategy: Literal["auto", "ddp"] = "auto"
     """How several devices work together."""
     seed: Seed = 1337
     """Seed of everything random."""
     deterministic: bool = False
-    """Take only operations that give the same bits each time, on a GPU too, where that is slower."""
+    """Use only operations that give the same bits each time, even where these are slower on a GPU."""
     resume: str = "auto"
-    """Where to go on: 'auto' is the newest whole checkpoint of an unfinished run in out_dir if there is one, 'never'
-    starts anew, and a run's or a checkpoint's directory goes on from there."""
+    """Run checkpoint to resume from. 'auto' takes the newest whole one in out_dir if its run is unfinished; 'never'
+    starts anew. A path names a run folder or a run checkpoint."""
     extend: bool = False
-    """Go on with another train.epochs or train.max_steps, of a finished run too; the schedule is then that of the new
-    length."""
+    """Resume with another train.epochs or train.max_steps, even a finished run. The schedule is then computed for the
+    new length."""
     resume_changed_data: bool = False
-    """Go on although the data is not what the run began with."""
+    """Resume although the data has changed since the run began."""
     skip_disk_check: bool = False
-    """Begin although the disk has no room for the checkpoints."""
+    """Start although the disk has no room for the run checkpoints."""
     force: bool = False
-    """Begin although the plan needs more memory than the GPU has."""
+    """Start although the plan needs more memory than the GPU has."""
     dry_run: bool = False
-    """Check everything, print the plan, time some steps with random weights, and stop before any weight is loaded."""
+    """Check everything, print the plan, time some steps with random weights, and end before any weight is loaded."""
     quiet: bool = False
-    """Print nothing but warnings and errors."""
+    """Print only warnings and errors."""
     expect_trainable: dict[str, int] = field(default_factory=dict)
-    """How many parameters must learn where the base has one of these names, e.g. {meta-llama/Llama-2-7b-hf: 4194304};
-    the run is refused if others do. finetune/configs/ say it of published experiments."""
+    """Expected number of trained parameters for a base of this name, e.g. {meta-llama/Llama-2-7b-hf: 4194304}. Any
+    other number is refused. finetune/configs/ sets it for published experiments."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -77,12 +78,13 @@ class FinetuneConfig(Settings):
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        """Check what concerns several settings together."""
+        """Check combinations of settings."""
         super().__post_init__()
         check(
             self.lora.init != "loftq" or self.quantize != "none",
-            "lora.init loftq makes up for what quantisation loses, so it needs --quantize.",
+            "lora.init loftq makes up for the error of quantisation, so it needs --quantize.",
         )
         check(
-            not (self.extend and self.resume == "never"), "extend goes on with a run, and --resume never starts anew."
+            not (self.extend and self.resume == "never"),
+            "extend resumes a run, but --resume never starts anew. Leave one out.",
         )

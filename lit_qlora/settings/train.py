@@ -1,4 +1,4 @@
-"""How long a model learns, how fast, and how the work of a step is done."""
+"""Settings of training: length, learning rate, execution."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,65 +12,65 @@ Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomia
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """How it learns."""
+    """Length, learning rate and execution of training."""
 
     prefix = "train."
 
     epochs: Positive = 3.0
     """Passes over the training data."""
     max_steps: Count | None = None
-    """Stop after this many optimizer steps; the schedule ends there too."""
+    """End after N optimizer steps; the schedule ends there too. By default epochs decides."""
     batch_size: Count = 32
     """Samples per optimizer step, over all devices."""
     micro_batch_size: Count = 4
-    """Most samples per forward pass on one device; changes memory and speed, not the result."""
+    """Maximum samples per forward pass on one device. Changes memory and speed, not the result."""
     learning_rate: Positive = 3e-4
     """Peak learning rate."""
     schedule: Schedule = "cosine"
-    """What the learning rate does after the warm-up; docs/schedules.png shows them. wsd is warm-up-stable-decay."""
+    """Course of the learning rate after the warm-up; docs/schedules.png shows each. wsd is warm-up, stable, decay."""
     warmup: NotNegative = 0.03
     """Linear warm-up: a share of the steps if below 1, else a number of steps."""
     floor: Share = 0.0
-    """Share of the peak that the schedule falls to, instead of zero."""
+    """Final learning rate of the schedule, as a share of the peak."""
     cycles: Count | None = None
-    """Schedule cosine-restarts: how often the rate falls; by default 3."""
+    """Schedule cosine-restarts: number of times the rate falls. By default 3."""
     power: Positive | None = None
-    """Schedule polynomial: the rate falls as this power of what is left of the run; by default 2."""
+    """Schedule polynomial: the rate is this power of the remaining share of the run. By default 2."""
     decay: Positive | None = None
-    """Schedule wsd: when the rate falls, a share of the steps if below 1, else a number of steps; by default 0.1."""
+    """Schedule wsd: length of the final decay, a share of the steps if below 1, else a number of steps. By default
+    0.1."""
     weight_decay: NotNegative = 0.01
-    """Weight decay of matrices; vectors have none. adamw, lion and adafactor keep it apart from the gradient; adam,
-    sgd, rmsprop and adadelta add it."""
+    """Weight decay of matrices; vectors get none. adamw, lion and adafactor decouple it from the gradient; adam, sgd,
+    rmsprop and adadelta add it to the gradient."""
     neftune: NotNegative = 0.0
-    """Uniform noise on the embeddings while training, of so much / sqrt(tokens x width), e.g. 5 (NEFTune, Jain et al.
-    2023)."""
+    """Add uniform noise of magnitude N / sqrt(tokens x width) to the embeddings in training, e.g. 5; 0 adds none
+    (NEFTune, Jain et al. 2023)."""
     max_norm: Annotated[float, at_least(0)] = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    """Clip gradients to this global norm; 0 does not clip."""
     save_every: CountOrZero = 0
-    """Optimizer steps between checkpoints; 0 leaves it to train.save_minutes."""
+    """Optimizer steps between run checkpoints; 0 leaves it to train.save_minutes."""
     save_minutes: NotNegative = 10.0
-    """Minutes between checkpoints; 0 leaves it to train.save_every."""
+    """Minutes between run checkpoints; 0 leaves it to train.save_every."""
     keep_last: Count = 2
-    """Checkpoints that stay when newer ones are saved; the best and the final one stay anyway."""
+    """Number of run checkpoints that are kept. The best and the final one are kept besides."""
     recompute: Literal["auto"] | Recompute = "auto"
-    """What each block computes again in the backward pass instead of keeping it, from most to least memory: none, mlp,
-    attn, full; 'offload' is attn with the rest in host memory, where every other block has its queries, keys and values
-    as well. 'auto' is the fastest mix that fits. Without the fast path, mlp, attn and offload are full."""
+    """What a block recomputes in the backward pass instead of saving it. In order of memory, most first: none, mlp,
+    attn, offload, full. 'offload' is attn with the remaining activations in host memory, for every other block
+    including queries, keys and values. 'auto' is the fastest mix that fits. On the plain path mlp, attn and offload act
+    as full."""
     fast: bool = True
-    """Take the fast path where GPU, precision and model allow it; it computes the same."""
+    """Use the fast path where GPU, precision and model allow it. It computes the same function."""
     fp8: bool = False
-    """Multiply with the frozen weights of the blocks in FP8, which is faster and rounds what is learnt more coarsely,
-    as validation does; adapters and the head stay in 16 bit. Needs the fast path and a GPU that has FP8 (from Ada and
-    Hopper on)."""
+    """Multiply with the frozen weights of the blocks in FP8. This is faster and rounds more coarsely, in validation
+    too. Adapters and head stay in 16 bit. It needs the fast path and a GPU with FP8 (Ada, Hopper or newer)."""
     keep_dequantized: CountOrZero | Literal["auto"] = "auto"
-    """Blocks of a quantised base whose weights the fast path keeps dequantised as well, in memory that would be left
-    over (0.4 GB for each of a 7B), instead of dequantising them twice a micro-batch, which is half the time of a short
-    one; 'auto' is as many as fit. Of the other blocks, weights that a backward pass dequantises stay for the next
-    forward pass where activations were, unless this is 0. The numbers are the same bits, and the memory is given back
-    where it runs out."""
+    """Number of blocks whose quantised weights are also cached in 16 bit, in spare GPU memory (0.4 GB a block for a
+    7B). This saves two dequantisations per micro-batch, up to half of a short one's time. 'auto': as many as fit. In
+    the other blocks dequantised weights are carried over to the next forward pass where there is room; 0 turns off
+    both. Results are bit-identical, and the memory is released when it runs out."""
     cuda_graphs: Literal["auto", "never"] = "auto"
-    """'auto' launches small micro-batches (up to 1,280 tokens of a 7B, 4,096 of a 1B) as CUDA graphs where they are
-    usual and there is memory left, which is three times as fast for a sample of 135 tokens; rows are padded to one of a
+    """'auto' launches small micro-batches as CUDA graphs if their lengths are common and memory is left: up to 1,280
+    tokens of a 7B, 4,096 of a 1B. A sample of 135 tokens then takes a third of the time. Rows are padded to one of a
     few lengths. 'never' launches kernel by kernel."""
 
     def __post_init__(self) -> None:

@@ -149,7 +149,7 @@ def test_loftq_of_one_step_leaves_the_quantised_base_as_it_is(base: Path) -> Non
 def test_loftq_of_a_layer_that_is_not_quantised_changes_nothing(base: Path) -> None:
     model = started(base, LoRAConfig(r=4, init="loftq", targets=("query", "head")), "bnb.nf4")
     assert not adapters(model)["head"].lora_b.any()
-    with pytest.raises(UsageError, match=r"loftq makes up for what quantisation loses, so it needs --quantize"):
+    with pytest.raises(UsageError, match=r"loftq makes up for the error of quantisation, so it needs --quantize"):
         FinetuneConfig(lora=LoRAConfig(init="loftq"))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.experts import Choices
-from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tiled, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, shared_memory, stages, tiled, tl, triton
 
 if triton is not None:
     from lit_qlora.kernels.activation import combine_branches
@@ -102,7 +102,8 @@ def gate_up(
     rank = some.z.size(1) if some else 0
     z_gate, z_up = (x if low is None else low.z for low in low_rank)
     b_gate, b_up = (x.new_empty(0, 0, 0) if low is None else low.b for low in low_rank)
-    bn, warps, in_flight = BLOCKS_GATE_UP
+    bn, warps, most = BLOCKS_GATE_UP
+    in_flight = stages((choices.tile + 2 * bn) * BK * x.element_size(), most, shared_memory(x))
     _gate_up[(choices.most_tiles * cdiv(width, bn),)](
         x, x.stride(0), choices.token, choices.weight, tiled(weight.view(2 * experts, width, k), 2, bn, BK),
         z_gate, z_gate.stride(0), b_gate, *b_gate.stride(), z_up, z_up.stride(0), b_up, *b_up.stride(),
@@ -159,7 +160,8 @@ def product(
     z, b = (x, x.new_empty(0, 0, 0)) if low_rank is None else (low_rank.z, low_rank.b)
     dropout = NONE if low_rank is None else low_rank.dropout
     rank = 0 if low_rank is None else z.size(1)
-    bn, warps, in_flight = BLOCKS_PRODUCT
+    bn, warps, most = BLOCKS_PRODUCT
+    in_flight = stages((choices.tile + bn) * BK * x.element_size(), most, shared_memory(x))
     # TMA reads whole rows; those behind the end of an expert are read and not stored.
     by_block = not gathered and not (x.stride(0) * x.element_size()) % 16
     flat = weight.view(-1, weight.size(2))

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels import launch
+from lit_qlora.kernels import experts, experts_dequantize, experts_lora, experts_mlp, experts_products, launch
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.decode_attention import attend, store
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import Dropout, drop
+from lit_qlora.kernels.experts_dequantize import Matrices
+from lit_qlora.kernels.experts_products import LowRank
 from lit_qlora.kernels.fp8 import FP8, quantize_rows, quantize_weights
 from lit_qlora.kernels.lora_products import MOST_RANK, Pending, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
@@ -35,7 +37,7 @@ from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may take, by compute capability times ten. CUDA C++ Programming Guide, table of
 technical specifications."""
-ACTIVATIONS = [Activation("silu", gated=True), Activation("gelu", gated=False), Activation("gelu_tanh", gated=True)]
+ACTIVATIONS = [Activation("silu", gated=True), Activation("gelu", gated=False)]
 SCHEMES = ["nf4-dq", "nf4", "int8", "none"]
 T = 2048
 F32 = torch.float32
@@ -136,6 +138,37 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
         cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap)
 
 
+def mixture(width: int, rank: int, dtype: torch.dtype) -> None:
+    """What training and answers launch for a mixture of experts, of this width inside as well."""
+    count, k, dropout = 8, 2, Dropout(0.05, integers(1), 3)
+    weights, chosen = experts.choose(empty(T, count), k)
+    choices = experts.sort(weights, chosen, count)
+    experts.choose_backward(choices, empty(T, k), 1.0, dtype)
+    experts.of_tokens(empty(3, T * k), choices)
+    experts.combine(empty(T * k, width, dtype=dtype), choices)
+    for scheme in SCHEMES:
+        stored = weight_of(scheme, count * width, width, dtype)
+        if not isinstance(stored, Tensor):
+            out = empty(count, width, width, dtype=dtype)
+            experts_dequantize.dequantize(Matrices(stored, (count, width, width)), out)
+    x, inner = empty(T, width, dtype=dtype), empty(T * k, width, dtype=dtype)
+    z, branches = empty(T * k, rank, dtype=dtype), empty(T * k, 2 * width, dtype=dtype)
+    a, b = empty(count, 1, rank, width, dtype=dtype), empty(count, width, rank, dtype=dtype).mT
+    grad_a, grad_b = empty(count, rank, width), empty(count, 2 * width, rank)
+    low, w = LowRank(z, b), empty(count, width, width, dtype=dtype)
+    experts_products.gate_up(x, empty(count, 2 * width, width, dtype=dtype), choices, "silu", (low, low))
+    for gathered in (False, True):
+        source = x if gathered else inner
+        experts_lora.project(source, a, choices, gathered, dropout)
+        experts_lora.add_gradient(source, z, grad_a.mT, choices, 1.0, gathered, dropout)
+        for transposed in (False, True):
+            experts_products.product(source, w, choices, LowRank(z, b, dropout), None, gathered, transposed)
+    down, gate_up = (z, grad_a, 1.0), (empty(T * k, 2 * rank, dtype=dtype), grad_b, (0, 1))
+    if rank <= MOST_RANK:
+        experts_mlp.mlp_backward(branches, inner, choices, "silu", down, gate_up, dropout)
+    experts_mlp.mlp_backward(branches, inner, choices, "clamped", h=inner)
+
+
 def generation(width: int, rank: int, dtype: torch.dtype) -> None:
     """Everything that an answer's next token launches; 71 heads that share a key are falcon-7b's."""
     rows, lengths = 8, integers(8)
@@ -232,6 +265,7 @@ def main() -> None:
         for width in flags.width:
             for rank in flags.rank:
                 training(width, rank, low)
+                mixture(width, rank, low)
             for dtype in (low, F32):  # weights are float32 where --precision says so
                 generation(width, flags.rank[0], dtype)
             if flags.arch >= 89:

@@ -31,8 +31,8 @@ HOMES = {
     "triton": {"kernels.launch"},
     "lightning": {"evaluate.measures", "run.dry_run", "run.folder", "run.learning", "run.saver"}
     | {"train.loop", "train.parallel", "train.training_state"},
-    "sentencepiece": {"prompts.tokenizer"},
-    "tokenizers": {"prompts.tokenizer"},
+    "sentencepiece": {"prompts.backends"},
+    "tokenizers": {"prompts.backends"},
     "jsonargparse": {"cli"},
     "yaml": {"cli", "files.reading"},
     "matplotlib": {"run.reports"},

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.prompts.backends import read_pieces
 from lit_qlora.prompts.chat_template import find_chat_template
-from lit_qlora.prompts.tokenizer import Tokenizer, read_pieces
+from lit_qlora.prompts.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -19,7 +19,7 @@ from lit_qlora.data.encode import Encoder, Encoding
 from lit_qlora.data.examples import read_examples
 from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import Source, find_sources, fingerprint, sha256
-from lit_qlora.errors import CheckpointError, DataError, UsageError
+from lit_qlora.errors import DataError, UsageError
 from lit_qlora.files import cache_folder
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts.style import STYLES, Style, find_style, read_style
@@ -70,14 +70,13 @@ def read_data(config: FinetuneConfig) -> RunData:
     model, data = ModelConfig.load(config.checkpoint_dir), config.data
     max_length = length_limit(data, model)
     tokenizer = Tokenizer(config.checkpoint_dir)
-    if tokenizer.size > model.vocab_size:
-        raise CheckpointError(
-            f"{config.checkpoint_dir}: the tokenizer knows {tokenizer.size} tokens, the model only {model.vocab_size}."
-        )
     seed = config.seed if data.seed is None else data.seed
     loaded = load(data, config.checkpoint_dir, tokenizer, max_length, seed)
     if loaded.audit.red:
         raise DataError("\n       ".join(loaded.audit.red))
+    if tokenizer.without_embedding:  # what the cache holds was encoded for another model
+        for samples in (loaded.train, loaded.val):
+            tokenizer.require_embedding(np.unique(samples.tokens).tolist())
     val = loaded.val.take(range(len(loaded.val))[: config.eval.max_samples])
     return RunData(
         train=loaded.train,

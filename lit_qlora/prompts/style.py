@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.prompts import wordings
 from lit_qlora.prompts.chat_template import Guard, Renderer, Stages, find_chat_template
-from lit_qlora.prompts.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, encode_pieces
+from lit_qlora.prompts.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, as_one_text, encode_pieces
 from lit_qlora.prompts.wordings import Wording
 from lit_qlora.settings import PromptKnobs
 
@@ -162,12 +162,8 @@ class Style(ABC):
             raise UsageError(f"The style {self.name} has no words for messages of {', '.join(roles) or 'nobody'}.")
         turns = tuple(Turn(*pair) for pair in zip_longest(spoken[::2], spoken[1::2], fillvalue=""))
         begun = self.gap + spoken[-1] if len(spoken) % 2 == 0 else ""
-        names = {
-            BOS: tokenizer.content(tokenizer.bos_id) if tokenizer.use_bos else "",
-            EOS: tokenizer.content(tokenizer.eos_id),
-        }
         pieces = self.write_prompt(tokenizer, Conversation(turns, system=system))
-        return "".join(piece if isinstance(piece, str) else names.get(piece, piece.name) for piece in pieces) + begun
+        return as_one_text(tokenizer, pieces) + begun
 
     def said(self, text: str) -> str:
         """What was said in a decoded answer: `text` without gap and tail."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.prompts.pieces import Control, encode_pieces
 from lit_qlora.prompts.style import STYLES
-from lit_qlora.prompts.tokenizer import Tokenizer
+from lit_qlora.prompts.tokenizer import MODELS, Tokenizer
 from tests.conftest import TEXT_STYLES, write_tokenizer
 
 NASTY = [
@@ -206,7 +207,7 @@ def refusal(directory: Path) -> str:
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"{tmp_path} has neither tokenizer.model nor tokenizer.json, so no tokenizer."
+    assert refusal(tmp_path) == f"{tmp_path} has none of {', '.join(MODELS)}, so no tokenizer."
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 100, b"{}"], ids=repr)
@@ -230,9 +231,12 @@ def test_a_damaged_settings_file_is_named(own: Path, name: str, content: str) ->
     assert refusal(own).startswith(f"{own / name}: ")
 
 
-def test_a_control_token_that_the_tokenizer_does_not_know_is_named(own: Path) -> None:
+def test_a_control_token_that_only_the_settings_name_is_the_next_token(own: Path) -> None:
+    size = Tokenizer(own).size
     write_json(own / "tokenizer_config.json", {"eos_token": "<|end|>"})
-    assert "'<|end|>', which the tokenizer does not know" in refusal(own)
+    tokenizer = Tokenizer(own)
+    assert (tokenizer.eos_id, tokenizer.size) == (size, size + 1)
+    assert tokenizer.eos_id not in tokenizer.encode("a<|end|>b")
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
@@ -264,3 +268,82 @@ def test_a_file_beside_the_tokenizer_that_is_of_another_form_is_named(
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=rf"one of {name} is not of the form in which transformers writes it \("):
         Tokenizer(tmp_path)
+
+
+def with_added(directory: Path, *tokens: dict) -> int:
+    """A byte-level tokenizer with more added tokens; returns the id of the first."""
+    byte_level(directory)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    size = len(spec["model"]["vocab"])
+    off = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    spec["added_tokens"] += [off | {"id": size + i, "special": True} | token for i, token in enumerate(tokens)]
+    write_json(directory / "tokenizer.json", spec)
+    return size
+
+
+def test_bos_and_eos_are_control_tokens_whatever_their_flags_say(tmp_path: Path) -> None:
+    first = with_added(tmp_path, {"content": "<go>", "special": False}, {"content": "<stop>", "special": False})
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<go>", "eos_token": {"content": "<stop>"}})
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (first, first + 1)
+    assert (tokenizer.content(first), tokenizer.content(first + 1)) == ("<go>", "<stop>")
+    assert not {first, first + 1} & set(tokenizer.encode("a<go>b<stop>", bos=False))
+    assert tokenizer.decode([first, first + 1]) == ""
+
+
+def test_the_newer_of_two_files_of_settings_is_believed(tmp_path: Path) -> None:
+    first = with_added(tmp_path, {"content": "<a>"}, {"content": "<b>"})
+    write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<a>"})
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<b>"})
+    assert Tokenizer(tmp_path).eos_id == first
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<b>", "added_tokens_decoder": {}})
+    assert Tokenizer(tmp_path).eos_id == first + 1
+
+
+def test_files_that_disagree_about_an_id_are_refused(tmp_path: Path) -> None:
+    size = with_added(tmp_path)
+    decoder = {str(size + 7): {"content": "<far>", "special": True}}
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "</s>", "added_tokens_decoder": decoder})
+    assert f"says that '<far>' is token {size + 7}; with tokenizer.json it is {size}" in refusal(tmp_path)
+
+
+def test_ids_that_end_an_answer_can_stand_in_config_json_alone(own: Path) -> None:
+    write_json(own / "config.json", {"eos_token_id": [5, 6]})
+    tokenizer = Tokenizer(own)
+    assert tokenizer.stop_ids == {tokenizer.eos_id, 5, 6}
+    write_json(own / "generation_config.json", {"eos_token_id": 7})
+    assert Tokenizer(own).stop_ids == {tokenizer.eos_id, 7}
+
+
+def test_a_token_without_an_embedding_is_refused_only_where_it_is_written(tmp_path: Path) -> None:
+    first = with_added(tmp_path, {"content": "<image>"}, {"content": "<word>", "special": False})
+    write_json(tmp_path / "model_config.json", {"vocab_size": first})
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.size == first + 2
+    assert tokenizer.encode("an <image> is text")
+    with pytest.raises(CheckpointError, match=rf"writes '<word>', token {first + 1}; the model has {first} embeddings"):
+        tokenizer.encode("a <word>")
+    with pytest.raises(CheckpointError, match="writes '<image>'"):
+        encode_pieces(tokenizer, [[["a", Control("<image>")]]])
+    with pytest.raises(CheckpointError, match="writes '<image>'"):
+        tokenizer.encode_marked("a <image>")
+
+
+def test_spiece_model_is_a_sentencepiece_file(tmp_path: Path) -> None:
+    sentencepiece(tmp_path)
+    ids = Tokenizer(tmp_path).encode("What is 1 plus 2?")
+    (tmp_path / "tokenizer.model").rename(tmp_path / "spiece.model")
+    assert Tokenizer(tmp_path).encode("What is 1 plus 2?") == ids
+
+
+def test_a_tekken_file_that_does_not_name_its_control_tokens_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "tekken.json", {"config": {"pattern": "."}, "vocab": []})
+    assert "which does not name its control tokens; take the tokenizer.json" in refusal(tmp_path)
+
+
+def test_a_control_token_swallows_white_space_across_prompt_and_answer(tmp_path: Path) -> None:
+    first = with_added(tmp_path, {"content": "<r>", "rstrip": True}, {"content": "<l>", "lstrip": True})
+    tokenizer = Tokenizer(tmp_path)
+    (parts,) = encode_pieces(tokenizer, [[["a ", Control("<r>")], [" \n", "b \u00a0"], [Control("<l>"), " c\u200b"]]])
+    b, c = (tokenizer.encode(text, bos=False) for text in ("b", " c\u200b"))
+    assert parts == [[*tokenizer.encode("a ", bos=False), first], b, [first + 1, *c]]

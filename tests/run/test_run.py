@@ -196,14 +196,14 @@ def test_bad_data_is_refused_before_the_model_is_loaded(
     assert not out.exists()
 
 
-def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(
+def test_data_that_writes_a_token_without_an_embedding_is_refused(
     finetune: Finetune, tmp_path: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = tmp_path / "small"
     write_checkpoint(small, tiny_model(vocab_size=256))
     write_tokenizer(small)
     assert finetune(f"--checkpoint_dir={small}") == 4
-    assert "the tokenizer knows 300 tokens, the model only 256" in capsys.readouterr().err
+    assert "; the model has 256 embeddings.\nTake that token out" in capsys.readouterr().err
 
 
 def test_the_adapter_is_saved_before_the_last_validation(

@@ -357,7 +357,7 @@ def read_style(directory: Path) -> Style | None:
         knobs = PromptKnobs(**facts["knobs"]) if "knobs" in facts else None
         if knobs and any(type(value) is not type(getattr(PromptKnobs, name)) for name, value in asdict(knobs).items()):
             raise TypeError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, UsageError):
         raise CheckpointError(f'{path} is not of the form {{"style": "alpaca"}}.') from None
     if name == TEMPLATE and isinstance(facts.get("text"), str):
         style: Style = TemplateStyle(facts["text"])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
 from lit_qlora.kernels import small_batch_linear
+from lit_qlora.kernels.experts_dequantize import Matrices
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, end_to_end
 from lit_qlora.settings import SCHEMES, Scheme
@@ -239,6 +240,27 @@ def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | Non
         return FourBit(packed, absmax, first.code, None)
     offsets = torch.stack([layer.absmax_offset for layer in layers]).flatten().float()
     return FourBit(packed, absmax, first.code, (first.absmax_code, joined("absmax_scale"), offsets))
+
+
+def stack_matrices(layers: Sequence[QuantizedLinear]) -> Matrices:
+    """The weights of layers of one shape and scheme, each quantised by itself, end to end; the layers keep views."""
+    first = layers[0]
+
+    def joined(name: str) -> Tensor:
+        parts = [getattr(layer, name) for layer in layers]
+        whole = end_to_end([part.view(-1, *part.shape[1:]) for part in parts])
+        for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+            setattr(layer, name, part)
+        return whole
+
+    shape = (len(layers), first.out_features, first.in_features)
+    if first.scheme == "bnb.int8":
+        return Matrices(EightBit(joined("packed"), joined("absmax")), shape)
+    nested = None
+    if first.scheme.endswith("-dq"):
+        offsets = torch.stack([layer.absmax_offset for layer in layers]).flatten().float()
+        nested = (first.absmax_code, joined("absmax_scale"), offsets)
+    return Matrices(FourBit(joined("packed").flatten(), joined("absmax"), first.code, nested), shape)
 
 
 def storage_bytes(model: nn.Module) -> dict[str, int]:

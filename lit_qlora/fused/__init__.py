@@ -16,7 +16,7 @@ from lit_qlora.model.gpt import GPT
 __all__ = ["Fused", "fuse", "reader", "why_not"]
 
 
-def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int = 0) -> Fused:
+def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int = 0, ahead: bool = True) -> Fused:
     """Let the fast path take over model.loss; call it after the adapters are added and before the optimizer is made.
 
     why_not(model) must be ''.
@@ -25,8 +25,9 @@ def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int 
         graph_tokens: micro-batches of up to so many tokens get CUDA graphs on a GPU; see lit_qlora.fused.graphs.
         fp8: multiply with the frozen weights of the blocks in FP8; see lit_qlora.fused.fp8. The head stays in 16 bit.
         dequantized: of so many blocks quantised weights are kept in 16 bit as well.
+        ahead: dequantise the weights of experts ahead, on a second stream; see lit_qlora.fused.ahead.
     """
-    fused = Fused(model, fp8, dequantized)
+    fused = Fused(model, fp8, dequantized, ahead)
     model.fast = fused
     if graph_tokens and fused.device.type == "cuda":
         fused.graphs = Graphs(fused, graph_tokens)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.fused.attention import attention, attention_backward
+from lit_qlora.fused.experts import ExpertMlp
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.kernel_block import KernelBlock, attention_layers
 from lit_qlora.fused.mlp import DenseMlp, Mlp
@@ -76,7 +77,11 @@ class FusedBlock(KernelBlock):
         super().__init__(block, config, number, like)
         qkv, projection = attention_layers(block.attn)
         self.qkv, self.projection = Group(qkv, dtype, fp8), Group(projection, dtype, fp8)
-        self.mlp: Mlp = DenseMlp(block.mlp, self.norm_2, config, dtype, number, fp8)
+        self.mlp: Mlp
+        if config.has_experts(number):
+            self.mlp = ExpertMlp(block.mlp, self.norm_2, config, dtype, number)
+        else:
+            self.mlp = DenseMlp(block.mlp, self.norm_2, config, dtype, number, fp8)
         self.groups = (self.qkv, self.projection, *self.mlp.groups)
         self.recompute: Recompute = "none"
         self.sends_qkv = self.fetches_below = False

@@ -150,6 +150,10 @@ class Capturable(Trainable, Protocol):
         """A micro-batch on the device."""
         ...
 
+    def forget_ahead(self) -> None:
+        """Take no weights for granted that were dequantised ahead."""
+        ...
+
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of positions (B, T) rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
         ...
@@ -250,14 +254,17 @@ class Captured:
             del gradient
         self.forward = record(self._forward)
         self.backward = record(self._backward)
+        fused.forget_ahead()  # nothing of what was captured has happened
 
     def _forward(self) -> None:
+        self.fused.forget_ahead()
         loss, self.learnt = self.fused.forward(self.inputs)
         self.loss.copy_(loss)
 
     def _backward(self) -> None:
         learnt, self.learnt = self.learnt, None
         assert learnt is not None
+        self.fused.forget_ahead()
         self.fused.backward(self.d_loss, learnt, self.inputs.run)
 
 
@@ -288,12 +295,14 @@ class Replay:
         if self.seed is not None and run.seed is not None:
             run.seed.fill_(self.seed)
         captured.forward()
+        captured.fused.forget_ahead()
         return captured.loss.clone()
 
     def backward(self, d_loss: Tensor) -> None:
         """Add the adapters' gradients."""
         self.captured.d_loss.copy_(d_loss)
         self.captured.backward()
+        self.captured.fused.forget_ahead()
 
 
 class Recorder:

@@ -1,6 +1,7 @@
 """A stack of layers as training uses it: products forward and backward, and the gradients of the adapters."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,61 @@ from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.lora_products import MOST_RANK, Pending
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.stack import Stack
 from lit_qlora.lora.layer import LoRALinear
+
+
+class Layers(Protocol):
+    """Layers that share an input, with a place in the stack of all adapters; see Group for what the names mean."""
+
+    adapters: list[LoRALinear]
+    stack: Stack
+    k: int
+    rank: int
+    p: float
+    scale: float
+    a: Tensor | None
+    b: Tensor | None
+    grad_a: Tensor
+    grad_b: Tensor
+    held: Tensor | None
+
+    @property
+    def size_a(self) -> int:
+        """Elements of the stacked A."""
+        ...
+
+    @property
+    def size_b(self) -> int:
+        """Elements of the stacked B."""
+        ...
+
+    @property
+    def quantized(self) -> bool:
+        """Its weights are dequantised for a product."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """Elements that its weights need of a workspace."""
+        ...
+
+    @property
+    def spare(self) -> int:
+        """Bytes of weights that are cached or carried over."""
+        ...
+
+    def keep(self) -> None:
+        """Cache quantised weights from now on."""
+        ...
+
+    def give_back(self) -> None:
+        """Release what is cached or carried over."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring what lies beside weights in memory up to date."""
+        ...
 
 
 class Group(StackedLinear):
@@ -69,6 +124,11 @@ class Group(StackedLinear):
     def size_b(self) -> int:
         """Numbers in the stacked B."""
         return self.stack.adapted_rows * self.stack.r
+
+    @property
+    def quantized(self) -> bool:
+        """See Layers."""
+        return self.weight is not None
 
     @property
     def width(self) -> int:
@@ -244,7 +304,7 @@ class Copies:
     """
 
     def __init__(
-        self, groups: Sequence[Group], master_a: Tensor, master_b: Tensor, low_a: Tensor, low_b: Tensor
+        self, groups: Sequence[Layers], master_a: Tensor, master_b: Tensor, low_a: Tensor, low_b: Tensor
     ) -> None:
         self.groups, self.both_a, self.both_b = groups, (master_a, low_a), (master_b, low_b)
         adapted = [group for group in groups if group.rank]

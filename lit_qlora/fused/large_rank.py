@@ -40,7 +40,7 @@ def rank_update(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:
 def grad_a(x: Tensor, dz: Tensor, gradient: Tensor, scale: float, norm: Norm | None, dropout: Dropout) -> None:
     """As kernels.thin.grad_a, at once."""
     x = x if norm is None else apply_norm(norm, x)
-    gradient.add_(_in_float32(dz.T, drop(x, dropout)), alpha=scale)
+    gradient.add_(in_float32(dz.T, drop(x, dropout)), alpha=scale)
 
 
 def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack) -> None:
@@ -49,7 +49,7 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack) -> None:
     for part, slot in zip(dy.split(stack.rows, dim=1), stack.slots, strict=True):
         if slot >= 0:
             own = z[:, slot * stack.r : (slot + 1) * stack.r]
-            gradient[first : first + part.size(1)].add_(_in_float32(part.T, own))
+            gradient[first : first + part.size(1)].add_(in_float32(part.T, own))
             first += part.size(1)
 
 
@@ -79,7 +79,7 @@ def through_mlp(
         grad_b(branches, z, grad_of_b, stack)
 
 
-def _in_float32(x: Tensor, y: Tensor) -> Tensor:
+def in_float32(x: Tensor, y: Tensor) -> Tensor:
     """The product of two matrices, not rounded to their dtype."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, y, out_dtype=torch.float32)

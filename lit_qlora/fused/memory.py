@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
+from lit_qlora.kernels.experts import CHUNK
+from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import LOGITS_AT_ONCE
 from lit_qlora.settings import Recompute
@@ -13,6 +17,17 @@ COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload"
 IN_TURNS = 2**26
 """Adapters of so many numbers have their 16-bit copies made block by block, twice a micro-batch, not all at once: the
 memory then counts for more than the time: 1.6 GB and, by their bytes, 3 ms of Llama-65B's 550 with r 64."""
+
+
+CHOICE = 24
+"""Bytes that a choice of an expert takes: weight, expert, token and where it lies, some of them twice."""
+
+
+def adapters_met(block: nn.Module, config: ModelConfig) -> float:
+    """Adapters of a block that a token goes through."""
+    share = config.n_expert_per_token / config.n_expert if config.n_expert else 0.0
+    layers = [path for path, module in block.named_modules() if isinstance(module, LoRALinear)]
+    return sum(share if ".experts." in path else 1.0 for path in layers)
 
 
 def sends_qkv(block: int, policy: Recompute) -> bool:
@@ -35,12 +50,14 @@ class FastSizes:
     model: ModelConfig
     rank: int
     """r of each adapter."""
-    adapted: int
-    """Adapters in a block."""
+    adapted: float
+    """Adapters in a block that a token goes through, see adapters_met."""
     quantized: bool
     quantized_head: bool = False
     fp8: bool = False
     """Whether frozen weights, and what they are multiplied with, are brought into FP8."""
+    ahead: bool = True
+    """The weights of experts are dequantised ahead, into buffers of their own; see lit_qlora.fused.ahead."""
 
     def kept(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block keeps for its backward pass."""
@@ -55,7 +72,7 @@ class FastSizes:
             "offload": z,
             "full": c.n_embd + raw + z,
         }[policy]
-        return tokens * (2.0 * numbers + 4 * c.n_head + 8)
+        return tokens * (2.0 * numbers + 4 * c.n_head + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes in pinned memory of the host, of which torch takes powers of 2."""
@@ -85,8 +102,8 @@ class FastSizes:
         most = self.peak(policies, tokens) - self._workspaces(policies)
         staying, held = [False] * len(policies), 0.0
         for i in reversed(range(len(policies) - kept)):
-            staying[i] = moments[i] + held + self.dequantized <= most
-            held += staying[i] * self.dequantized
+            staying[i] = moments[i] + held + self.carried <= most
+            held += staying[i] * self.carried
         return staying
 
     def _moments(self, policies: Sequence[Recompute], tokens: int) -> list[float]:
@@ -109,25 +126,39 @@ class FastSizes:
         shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
         numbers = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped
         numbers += 3 * c.n_embd if policy == "offload" else 0
-        return tokens * (2.0 * numbers + (self._branches if self.fp8 else 0))
+        numbers += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
+        sums = (c.n_expert_per_token * tokens / CHUNK + c.n_expert) * self.rank * max(2 * c.n_embd, 3 * c.expert_size)
+        return tokens * (2.0 * numbers + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
 
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of what weights are dequantised into, or brought into FP8."""
         c = self.model
-        widest = max(self._branches, self._qkv) if self.quantized else 0
+        widest = max(self._dense_branches, self._qkv) if self.quantized else 0
         head = c.vocab_size if self.quantized_head else 0
+        experts = 2.0 * self._of_experts if self.quantized else 0.0
         if self.fp8:
             return float(max(max(self._branches, self._qkv), 2 * head) * c.n_embd)
         kept = self._qkv + c.n_head * c.head_size if self.quantized and "full" in policies else 0
-        return 2.0 * (max(widest, head) + kept) * c.n_embd
+        dense = 2.0 * max(widest, head) * c.n_embd
+        space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down in their place
+        return space + 2.0 * kept * c.n_embd
+
+    @property
+    def carried(self) -> float:
+        """Bytes of a block's weights in 16 bit with the adapters' B beside them, if all layers are adapted.
+
+        Experts, which are not carried over, are left out.
+        """
+        c, r = self.model, self.rank
+        attended, gated = c.n_head * c.head_size, 2 if "glu" in c.ffn else 1
+        branches = self._dense_branches
+        into = self._qkv * (c.n_embd + 3 * r) + branches * (c.n_embd + gated * r)
+        return 2.0 * (into + c.n_embd * (attended + branches // gated + 2 * r))
 
     @property
     def dequantized(self) -> float:
-        """Bytes of a block's weights in 16 bit with the adapters' B beside them, if all layers are adapted."""
-        c, r = self.model, self.rank
-        attended, gated = c.n_head * c.head_size, 2 if "glu" in c.ffn else 1
-        into = self._qkv * (c.n_embd + 3 * r) + self._branches * (c.n_embd + gated * r)
-        return 2.0 * (into + c.n_embd * (attended + c.ffn_size + 2 * r))
+        """The same with experts."""
+        return self.carried + 2.0 * self._of_experts
 
     def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.
@@ -153,8 +184,26 @@ class FastSizes:
 
     @property
     def _branches(self) -> int:
-        """Features of gate and up together, or of up alone."""
-        return self.model.ffn_size * (2 if "glu" in self.model.ffn else 1)
+        """Features of gate and up together, or of up alone, that are computed for a token.
+
+        In a model with experts a block without any counts as one with.
+        """
+        c = self.model
+        size = c.n_expert_per_token * c.expert_size + c.shared_expert_size if c.n_expert else c.ffn_size
+        return size * (2 if "glu" in c.ffn else 1)
+
+    @property
+    def _dense_branches(self) -> int:
+        """The same of an MLP that every token goes through."""
+        c = self.model
+        size = max(c.shared_expert_size, c.ffn_size if c.dense_layers else 0) if c.n_expert else c.ffn_size
+        return size * (2 if "glu" in c.ffn else 1)
+
+    @property
+    def _of_experts(self) -> int:
+        """Elements of the weights of a block's experts."""
+        c = self.model
+        return (3 if "glu" in c.ffn else 2) * c.n_expert * c.expert_size * c.n_embd
 
 
 def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: float = math.inf) -> list[Recompute]:

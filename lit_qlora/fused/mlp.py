@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lit_qlora.fused.group import Group
+from lit_qlora.fused.group import Group, Layers
 from lit_qlora.fused.kernel_block import ACTIVATIONS, mlp_layers
 from lit_qlora.fused.large_rank import through_mlp
 from lit_qlora.fused.offload import OnHost
@@ -22,7 +22,7 @@ class Mlp(Protocol):
     """An MLP with the norm before it. A tensor in a list is taken out of it, so that its memory is free early."""
 
     @property
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[Layers]:
         """Its layers with one place in the stack of all adapters."""
         ...
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import FusedBlock, SavedBlock
+from lit_qlora.fused.experts import dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.kernel_block import norm_of
-from lit_qlora.fused.memory import IN_TURNS, FastSizes, sends_qkv
+from lit_qlora.fused.memory import IN_TURNS, FastSizes, adapters_met, sends_qkv
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
@@ -41,7 +42,7 @@ class Fused:
     stay = True
     _stayed = False
 
-    def __init__(self, model: GPT, fp8: bool = False, dequantized: int = 0) -> None:
+    def __init__(self, model: GPT, fp8: bool = False, dequantized: int = 0, ahead: bool = True) -> None:
         config = model.config
         self.model, self.config = model, config
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
@@ -57,18 +58,21 @@ class Fused:
         self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._lay_out_adapters()
+        self._dequantizes_ahead = ahead
         self.sizes, self.kept_blocks = self._sizes(), min(dequantized, len(self.blocks))
         # The last ones: their weights could not stay otherwise; see FastSizes.stay.
         for block in self.blocks[len(self.blocks) - self.kept_blocks :]:
             for group in block.groups:
                 group.keep()
+        self.ahead = dequantize_ahead([block.mlp for block in self.blocks]) if ahead else []
         self.set_recompute(["none"] * len(self.blocks))
 
     def _sizes(self) -> FastSizes:
-        adapted = max(sum(len(group.adapters) for group in block.groups) for block in self.blocks)
+        adapted = max(adapters_met(block, self.config) for block in self.model.blocks)
         rank = max(group.stack.r for group in self.groups)
-        quantized = any(group.weight is not None for block in self.blocks for group in block.groups)
-        return FastSizes(self.config, rank, adapted, quantized, self.head.group.weight is not None, self.fp8)
+        quantized = any(group.quantized for block in self.blocks for group in block.groups)
+        head = self.head.group.weight is not None
+        return FastSizes(self.config, rank, adapted, quantized, head, self.fp8, self._dequantizes_ahead)
 
     def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
         """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""
@@ -147,6 +151,11 @@ class Fused:
         projection = space([block.projection for block in self.blocks]) if keeps else anything
         self.workspaces = (anything, qkv, projection)
 
+    def forget_ahead(self) -> None:
+        """Take no weights of experts for granted that were dequantised ahead; see Ahead.forget."""
+        for ahead in self.ahead:
+            ahead.forget()
+
     @property
     def recompute(self) -> list[Recompute]:
         """What each block computes again."""
@@ -155,7 +164,7 @@ class Fused:
     @property
     def spare(self) -> int:
         """Bytes of the weights that are kept dequantised as well, and of those that stay."""
-        return sum(group.spare for group in self.groups)
+        return sum(group.spare for group in self.groups) + sum(ahead.buffer.nbytes for ahead in self.ahead)
 
     @property
     def has_spare(self) -> bool:
@@ -168,6 +177,7 @@ class Fused:
         tell(f"  memory  weights are no longer kept dequantised, which gives back {freed} and costs speed alone")
         for group in self.groups:
             group.give_back()
+        self.ahead, self.sizes = [], replace(self.sizes, ahead=False)
         self.kept_blocks = 0
         self.stay = self._stayed = False
         self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone

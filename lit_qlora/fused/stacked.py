@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lit_qlora.kernels.experts_dequantize import Matrices, dequantize
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack, end_to_end
-from lit_qlora.quantize import QuantizedLinear, stack_weights, stacks
+from lit_qlora.quantize import QuantizedLinear, stack_matrices, stack_weights, stacks
 
 
 class StackedLinear:
@@ -42,6 +43,61 @@ class StackedLinear:
         if isinstance(bases[0], QuantizedLinear):
             self.weight = stack_weights(bases)
             assert self.weight is not None, "why_not_stacked has refused what cannot be stacked"
+
+
+class StackedExperts:
+    """The frozen part of the layers of a block's experts that read inputs of one kind, and where their adapters lie.
+
+    Args:
+        experts: of each expert its layers, whose shapes, schemes and adapters are those of the first one's.
+        ranks: of the adapter of each layer of an expert, 0 for none; those above 0 are the same.
+        dtype: of the products.
+
+    Attributes:
+        stack: all layers, expert by expert; n: output features of all of them.
+        k: input features.
+        shape: of the weights: experts, output features of one, input features.
+        rank: columns of Z that all adapters together would have, see Stack.
+        weight: the quantised weights; dense: the others, (n_expert, N, K); the layers keep views of both.
+        bias: (n_expert, N) or None.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[nn.Module]], ranks: Sequence[int], dtype: torch.dtype) -> None:
+        bases: list[Any] = [base_of(layer) for expert in experts for layer in expert]
+        adapters, count = iter(range(len(bases))), len(experts)
+        slots = tuple(next(adapters) if rank else -1 for rank in [*ranks] * count)
+        self.stack, self.dtype = Stack(tuple(base.out_features for base in bases), slots, max(ranks)), dtype
+        self.k, self.n, self.rank = bases[0].in_features, self.stack.n, self.stack.rank
+        self.shape = (count, self.n // count, self.k)
+        self.device = next(tensor.device for tensor in (*bases[0].parameters(), *bases[0].buffers()))
+        biases = [base.bias for base in bases]
+        self.bias = None
+        if biases[0] is not None:
+            self.bias = end_to_end([bias.detach().to(dtype) for bias in biases]).view(count, -1)
+        self.weight: Matrices | None = None
+        self.dense: Tensor | None = None
+        if isinstance(bases[0], QuantizedLinear):
+            self.weight = stack_matrices(bases)
+        else:
+            self.dense = _joined(bases).view(self.shape)
+
+    @property
+    def elements(self) -> int:
+        """Of the weights."""
+        return self.n * self.k
+
+    def dequantize(self, out: Tensor) -> None:
+        """Write quantised weights into `out`, (elements,)."""
+        assert self.weight is not None
+        dequantize(self.weight, out)
+
+
+def _joined(layers: Sequence[Any]) -> Tensor:
+    """Weights of linear layers end to end; the layers keep views, so that nothing is there twice."""
+    whole = end_to_end([layer.weight.detach() for layer in layers])
+    for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = part
+    return whole
 
 
 def base_of(layer: nn.Module) -> Any:

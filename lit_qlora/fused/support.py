@@ -1,19 +1,24 @@
 """Which models the kernels can take, for training and for decoding, and why they cannot take the others."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from lit_qlora.fused.experts import FUNCTIONS, KINDS
 from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_layers
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.mlp import MoE
 from lit_qlora.quantize import QuantizedLinear
 
-UNHANDLED = ("n_expert", "kv_latent_size", "attention_sinks", "attention_softcap")
+LAYERS = [name for names in KINDS for name in names]
+"""Of an expert."""
+UNHANDLED = ("kv_latent_size", "attention_sinks", "attention_softcap")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 GROWING = ("dynamic", "longrope")
 """Kinds of RoPE whose angles depend on the length of the text."""
@@ -28,15 +33,25 @@ def why_not(model: GPT) -> str:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}, not bfloat16"
     if reason := unhandled(model.config) or unhandled_variant(model):
         return reason
-    return next(filter(None, (_untrainable(layers, model) for layers in stacks_of(model))), "")
+    stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)))
+    return next(filter(None, (_untrainable(layers, model) for layers in stacks)), "")
 
 
 def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
-    """The layers of a model that is handled, those that read the same input together."""
+    """The layers that every token goes through, of a model that is handled; those that read the same input together."""
     for block in model.blocks:
         yield from attention_layers(block.attn)
-        yield from mlp_layers(block.mlp, model.config)
+        mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
+        if mlp is not None:
+            yield from mlp_layers(mlp, model.config)
     yield [model.head]
+
+
+def _of_experts(model: GPT) -> Iterator[nn.Module]:
+    """The layers of one expert of each block that has some: the others are like it."""
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            yield from (getattr(block.mlp.experts[0], name) for name in LAYERS)
 
 
 def unhandled(config: ModelConfig) -> str:
@@ -44,7 +59,9 @@ def unhandled(config: ModelConfig) -> str:
     for name in UNHANDLED:
         if value := getattr(config, name):
             return f"{name} {value!r}"
-    return "" if config.ffn in ACTIVATIONS else f"ffn {config.ffn!r}"
+    dense = not config.n_expert or bool(config.dense_layers) or config.shared_expert_size > 0
+    handled = (not dense or config.ffn in ACTIVATIONS) and (not config.n_expert or config.ffn in FUNCTIONS)
+    return "" if handled else f"ffn {config.ffn!r}"
 
 
 def unhandled_embeddings(model: GPT) -> str:
@@ -59,9 +76,17 @@ def unhandled_variant(model: GPT) -> str:
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if reason := next((adapter.beyond_low_rank for adapter in adapters if adapter.beyond_low_rank), ""):
         return reason
+    if any(_differ(block.mlp) for block in model.blocks if isinstance(block.mlp, MoE)):
+        return "adapters on some of the experts"
     if len({(adapter.lora_a.size(0), adapter.scale) for adapter in adapters}) > 1:
         return "adapters of different ranks or scales"
     return unhandled_embeddings(model)
+
+
+def _differ(moe: MoE) -> bool:
+    """Whether experts have adapters on different layers."""
+    adapted = {tuple(isinstance(getattr(expert, name), LoRALinear) for name in LAYERS) for expert in moe.experts}
+    return len(adapted) > 1
 
 
 def _untrainable(layers: Sequence[nn.Module], model: GPT) -> str:

@@ -137,6 +137,8 @@ def why_not(model: GPT, rows: int) -> str:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}"
     if rows > small_batch_linear.MOST_ROWS:
         return f"{rows} texts at a time"
+    if model.config.n_expert:
+        return f"n_expert {model.config.n_expert}"
     if reason := unhandled(model.config) or unhandled_embeddings(model):
         return reason
     if norms_follow_rotation(model.config):

@@ -118,18 +118,30 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, E) -> weights (N, k) float32 and the chosen experts (N, k) int64; k is n_expert_per_token."""
-        config = self.config
-        scores = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-        if config.router == "softmax_chosen":
-            weights, chosen = scores.topk(config.n_expert_per_token)
-            return weights.softmax(dim=-1), chosen
-        scores = scores.sigmoid() if config.router == "sigmoid" else scores.softmax(dim=-1)
-        merit = scores if self.correction is None else scores + self.correction.float()
-        chosen = self.within_best_groups(merit).topk(config.n_expert_per_token).indices
-        weights = scores.gather(-1, chosen)
-        if config.router_normalized:
+        bias = None if self.bias is None else self.bias.float()
+        shares = self.shares(F.linear(x.float(), self.weight.float(), bias))
+        chosen = self.choose(shares)
+        return self.weigh(shares, chosen), chosen
+
+    def shares(self, scores: Tensor) -> Tensor:
+        """(N, n_expert) -> the same: what an expert is chosen by and weighs, before its weight is scaled."""
+        if self.config.router == "softmax_chosen":
+            return scores
+        return scores.sigmoid() if self.config.router == "sigmoid" else scores.softmax(dim=-1)
+
+    def choose(self, shares: Tensor) -> Tensor:
+        """(N, n_expert) -> the chosen experts (N, k) int64, the best one first."""
+        merit = shares if self.correction is None else shares + self.correction.float()
+        return self.within_best_groups(merit).topk(self.config.n_expert_per_token).indices
+
+    def weigh(self, shares: Tensor, chosen: Tensor) -> Tensor:
+        """(N, n_expert) and (N, k) -> how much the chosen experts count, (N, k)."""
+        weights = shares.gather(-1, chosen)
+        if self.config.router == "softmax_chosen":
+            return weights.softmax(dim=-1)
+        if self.config.router_normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return config.router_scale * weights, chosen
+        return self.config.router_scale * weights
 
     def within_best_groups(self, merit: Tensor) -> Tensor:
         """(N, n_expert) -> the same, -inf outside each token's best groups. DeepSeek-AI 2024a (V2), 2024b (V3)."""

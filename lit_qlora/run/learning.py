@@ -70,7 +70,7 @@ def take_path(model: GPT, plan: Plan) -> None:
         tell(f"  path    plain after all ({reason})")
         model.recompute = plan.recompute[0] != "none"
         return
-    fused = fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks)
+    fused = fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks, plan.ahead)
     fused.set_recompute(plan.recompute)
     fused.stay = plan.stay
     if fused.graphs and not plan.graphs:

@@ -1,12 +1,12 @@
 """What a run will need, worked out before a weight is loaded."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from lit_qlora.fused.memory import IN_TURNS, FastSizes, choose
+from lit_qlora.fused.memory import IN_TURNS, FastSizes, adapters_met, choose
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
 from lit_qlora.model.config import ModelConfig
@@ -46,6 +46,8 @@ class Plan:
     """Blocks whose quantised weights are kept in 16 bit as well."""
     kept: float = 0.0
     """Bytes of them."""
+    ahead: bool = True
+    """Whether the weights of experts are dequantised ahead; see lit_qlora.fused.ahead."""
     stay: bool = False
     """Whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay."""
     host: float = 0.0
@@ -93,10 +95,14 @@ def make_plan(
     trainable = count_trainable(gpt)
     reason = _slow_because(gpt, storage.dtype, train, room)
     check_fp8(train.fp8, reason)
+    check(
+        not (train.fp8 and model.n_expert),
+        "train.fp8: the products of experts, which are most of this model's, are not in FP8. Leave out --train.fp8.",
+    )
     _check_kept(train, storage.quantize, reason)
     origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
     policies: list[Recompute]
-    graph_tokens, graphs, kept_blocks, kept, stay, on_host = 0, 0.0, 0, 0.0, False, 0.0
+    graph_tokens, graphs, kept_blocks, kept, stay, on_host, ahead = 0, 0.0, 0, 0.0, False, 0.0, False
     if reason or room is None:
         policies = [plain_recompute(train.recompute)] * model.n_layer
         learning = origin + (8 + state_bytes) * trainable
@@ -104,16 +110,15 @@ def make_plan(
     else:
         copied = _largest_part(gpt) if trainable >= IN_TURNS else trainable
         learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
-        adapted = max(sum(isinstance(module, LoRALinear) for module in block.modules()) for block in gpt.blocks)
+        adapted = max(adapters_met(block, model) for block in gpt.blocks)
         quantized, head_quantized = storage.quantize != "none", storage.quantizes("head")
         sizes = FastSizes(model, lora.r, adapted, quantized, head_quantized, train.fp8)
         free = 0.97 * room - stored - learning
+        host_room = math.inf if host is None else HOST_SHARE * host
         graph_tokens = _graph_tokens(model, train, rows or train.micro_batch_size, tokens, usual, packed)
         tokens = max(tokens, graph_tokens)  # padded, even where nothing is captured
-        if train.recompute == "auto":
-            policies = choose(sizes, model.n_layer, tokens, free, math.inf if host is None else HOST_SHARE * host)
-        else:
-            policies = [train.recompute] * model.n_layer
+        sizes, policies = _fastest(sizes, train.recompute, tokens, free, host_room)
+        ahead = sizes.ahead
         activations, on_host = sizes.peak(policies, tokens), sizes.on_host(policies, tokens)
         graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
         if activations + graphs > free:  # they take only what is left, but before weights that are kept
@@ -139,10 +144,24 @@ def make_plan(
         graphs=graphs,
         kept_blocks=kept_blocks,
         kept=kept,
+        ahead=ahead,
         stay=stay,
         host=on_host,
         fp8=train.fp8,
     )
+
+
+def _fastest(
+    sizes: FastSizes, setting: Literal["auto"] | Recompute, tokens: int, free: float, free_host: float
+) -> tuple[FastSizes, list[Recompute]]:
+    """The sizes with or without experts' weights ahead, and the policies: nothing is recomputed to have them ahead."""
+    without, blocks = replace(sizes, ahead=False), sizes.model.n_layer
+
+    def policies(sizes: FastSizes) -> list[Recompute]:
+        return choose(sizes, blocks, tokens, free, free_host) if setting == "auto" else [setting] * blocks
+
+    mix, least = policies(sizes), policies(without)
+    return (sizes, mix) if mix == least and sizes.peak(mix, tokens) <= free else (without, least)
 
 
 def _stored_bytes(gpt: GPT, storage: Storage) -> float:

@@ -21,18 +21,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 PLAIN = {
-    "deepseek_v2": "n_expert",
-    "deepseek_v3": "n_expert",
+    "deepseek_v2": "kv_latent_size",
+    "deepseek_v3": "kv_latent_size",
     "gemma2": "attention_softcap",
-    "gpt_oss": "n_expert",
-    "mixtral": "n_expert",
-    "qwen3_moe": "n_expert",
+    "gpt_oss": "attention_sinks",
 }
 """The families that take the plain path, and the field of ModelConfig that is to blame."""
 FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN]
 REPRESENTATIVE = [
     *("llama-biases", "qwen3", "gemma3_text", "olmo2", "granite", "glm", "gpt2", "phi-qk-norm", "stablelm", "cohere"),
-    *("hunyuan", "ministral3-window", "olmo", "smollm3-window", "falcon-40b", "phi3-longrope"),
+    *(
+        "mixtral",
+        "qwen3_moe-dense-layers",
+        "hunyuan",
+        "ministral3-window",
+        "olmo",
+        "smollm3-window",
+        "falcon-40b",
+        "phi3-longrope",
+    ),
 ]
 """Between them they have all that the fast path handles; `make test-all` goes through every case."""
 

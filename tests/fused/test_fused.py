@@ -287,7 +287,8 @@ def test_dropout_is_off_in_evaluation() -> None:
     ("changes", "reason"),
     [
         ({"attention_softcap": 5.0}, "attention_softcap 5.0"),
-        ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "n_expert 4"),
+        ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32, "ffn": "gelu"}, "ffn 'gelu'"),
+        ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 24}, "a layer with 24 outputs"),
         ({"ffn": "swiglu_clamped"}, "ffn 'swiglu_clamped'"),
         ({"targets": ("head",), "vocab_size": 161}, "a layer with 161 outputs"),
         ({"scheme": "bnb.nf4-dq"}, "do not stack"),

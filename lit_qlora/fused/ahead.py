@@ -1,0 +1,72 @@
+"""Weights of experts that are dequantised while the products before them run.
+
+A block's experts are most of its weights, and reading their 4 bits takes as long as a third of their products. One
+buffer holds the weights of one kind (gate and up, or down) of one block. As soon as the product that reads them is
+launched, a second stream waits for it and then fills the buffer for the block that comes next. The last block's weights
+stay from its forward to its backward pass, and the first block's to the next forward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Source(Protocol):
+    """Weights that can be dequantised."""
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        ...
+
+    def dequantize(self, out: Tensor) -> None:
+        """Write them into `out`, (elements,)."""
+        ...
+
+
+class Ahead:
+    """The weights of one kind, of blocks that follow each other and have equally many.
+
+    Attributes:
+        buffer: (elements,), of the block `holds`; None before there is one.
+    """
+
+    def __init__(self, sources: Sequence[Source], dtype: torch.dtype, device: torch.device) -> None:
+        self.sources = sources
+        self.buffer = torch.empty(sources[0].elements, dtype=dtype, device=device)
+        self.holds: int | None = None
+        self.coming = False  # the buffer is being filled on the second stream
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.free, self.ready = torch.cuda.Event(), torch.cuda.Event()
+
+    def take(self, number: int) -> Tensor:
+        """The weights of a block, in the buffer; wrong guesses cost a dequantisation."""
+        if self.coming and self.stream is not None:
+            torch.cuda.current_stream().wait_event(self.ready)
+        if self.holds != number:
+            self.sources[number].dequantize(self.buffer)
+        self.holds, self.coming = number, False
+        return self.buffer
+
+    def prepare(self, number: int) -> None:
+        """Fill the buffer for a block, if there is one, once what was launched so far is done."""
+        if not 0 <= number < len(self.sources) or self.holds == number:
+            return
+        if self.stream is None:
+            self.sources[number].dequantize(self.buffer)
+        else:
+            self.free.record()
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(self.free)
+                self.sources[number].dequantize(self.buffer)
+                self.ready.record()
+        self.holds, self.coming = number, True
+
+    def forget(self) -> None:
+        """Take nothing for granted: a CUDA graph, replayed or only captured, may have left other weights."""
+        if self.coming and self.stream is not None:
+            torch.cuda.current_stream().wait_event(self.ready)
+        self.holds, self.coming = None, False

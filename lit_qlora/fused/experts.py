@@ -1,0 +1,423 @@
+"""The experts of a block: their weights and adapters stacked, and both passes through router, experts and sum by hand.
+
+Per choice (a token and one of its experts), rows sorted by expert, w its weight, s = alpha / r, D dropout:
+
+    Z = D(X) s A^T              of gate and up, rows of X gathered by the kernels
+    [G | U] = X W^T + Z B^T     saved;  H = w f(G, U)
+    Z' = D(H) s A'^T            of down
+    Y = H W'^T + Z' B'^T        out = sum of Y over each token's choices
+
+    dZ' = dY B';  dH = dY W' + D(dZ' s A')          dY is the token's own, gathered
+    dw = <dH, f(G, U)>;  dG, dU in the place of G and U, and in the same read dA' and dB
+    dZ = [dG | dU] B;  dX = [dG | dU] W + D(dZ s A)     summed over each token's choices, and what came through scores
+
+Nothing is asked of the device. Weights are dequantised once in each pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.fused.ahead import Ahead
+from lit_qlora.fused.kernel_block import ACTIVATIONS
+from lit_qlora.fused.large_rank import in_float32
+from lit_qlora.fused.mlp import DenseMlp, Mlp, SavedMlp
+from lit_qlora.fused.offload import OnHost
+from lit_qlora.fused.passes import Backward, Pass
+from lit_qlora.fused.stacked import StackedExperts
+from lit_qlora.kernels.dropout import NONE, Dropout
+from lit_qlora.kernels.experts import Choices, choose, choose_backward, combine, of_tokens, sort
+from lit_qlora.kernels.experts_lora import MOST_RANK, add_gradient, project
+from lit_qlora.kernels.experts_mlp import mlp_backward
+from lit_qlora.kernels.experts_products import LowRank, gate_up, product
+from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.lora.layer import LoRALinear
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.mlp import MoE, Router
+
+FUNCTIONS = {ffn: activation.function for ffn, activation in ACTIVATIONS.items() if activation.gated} | {
+    "swiglu_clamped": "clamped"
+}
+"""The kernels' name for each kind of ModelConfig.ffn that experts may have."""
+KINDS = (("gate", "up"), ("down",))
+"""Layers of an expert that share an input."""
+
+
+class ExpertGroup(StackedExperts):
+    """The layers of all experts of a block with inputs of one kind; each row meets those of its own expert. See Layers.
+
+    Attributes:
+        slots: number of the adapter of each layer of an expert, -1 for one without.
+        dense: (n_expert, N, K) that is not quantised, or is a cached weight. B does not lie beside it.
+        held: always None.
+        ahead: what dequantises the weights in time; None to do it when they are asked for.
+        turn: number of the block for `ahead`.
+    """
+
+    held: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    grad_a: Tensor
+    grad_b: Tensor
+    ahead: Ahead | None = None
+    turn = 0
+
+    def __init__(self, experts: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> None:
+        ranks = [layer.lora_a.size(0) if isinstance(layer, LoRALinear) else 0 for layer in experts[0]]
+        super().__init__(experts, ranks, dtype)
+        self.adapters = [layer for expert in experts for layer in expert if isinstance(layer, LoRALinear)]
+        self.slots = self.stack.slots[: len(ranks)]
+        self.p = self.adapters[0].dropout.p if self.adapters else 0.0
+        self.scale = self.adapters[0].scale if self.adapters else 1.0
+
+    @property
+    def size_a(self) -> int:
+        """See Layers."""
+        return self.rank * self.k
+
+    @property
+    def size_b(self) -> int:
+        """See Layers."""
+        return self.stack.adapted_rows * self.stack.r
+
+    @property
+    def quantized(self) -> bool:
+        """See Layers."""
+        return self.weight is not None
+
+    @property
+    def room(self) -> int:
+        """Elements that `matrix` needs of a workspace."""
+        return 0 if self.dense is not None or self.ahead is not None else self.elements
+
+    def matrix(self, workspace: Tensor | None) -> Tensor:
+        """W, (n_expert, N, K); a quantised one is written into `workspace`, which must not be in use, or was ahead."""
+        if self.dense is not None:
+            return self.dense
+        if self.ahead is not None:
+            return self.ahead.take(self.turn).view(self.shape)
+        assert workspace is not None
+        out = workspace[: self.elements]
+        self.dequantize(out)
+        return out.view(self.shape)
+
+    def read(self, step: int) -> None:
+        """Say that the last product with W of this pass is launched; blocks follow in steps of 1, or of -1 backward."""
+        if self.ahead is not None and self.dense is None:
+            self.ahead.prepare(self.turn + step)
+
+    def keep(self) -> None:
+        """See Layers."""
+        if self.dense is None:
+            out = torch.empty(self.elements, dtype=self.dtype, device=self.device)
+            self.dequantize(out)
+            self.dense = out.view(self.shape)
+
+    @property
+    def spare(self) -> int:
+        """See Layers."""
+        return 0 if self.weight is None or self.dense is None else self.dense.nbytes
+
+    def give_back(self) -> None:
+        """See Layers; nothing is ahead from now on."""
+        self.ahead = None
+        if self.weight is not None:
+            self.dense = None
+
+    def refresh(self) -> None:
+        """See Layers: nothing lies beside the weights."""
+
+    def dropout(self, seed: Tensor | None, place: int) -> Dropout:
+        """Of the adapters' input, elements of (C, K)."""
+        return NONE if seed is None or not self.p else Dropout(self.p, seed, place)
+
+    @property
+    def a_of_experts(self) -> Tensor:
+        """(n_expert, slots r, K)."""
+        assert self.a is not None
+        return self.a.view(self.shape[0], -1, self.k)
+
+    @property
+    def b_of_experts(self) -> Tensor:
+        """(n_expert, slots N, r)."""
+        assert self.b is not None
+        return self.b.view(self.shape[0], -1, self.stack.r)
+
+    @property
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Of A (n_expert, slots r, K) and of B (n_expert, slots N, r)."""
+        return self.grad_a.view(self.shape[0], -1, self.k), self.grad_b.view(self.shape[0], -1, self.stack.r)
+
+
+class Routing:
+    """A frozen router: a token's choices, and the gradient that comes back through its scores.
+
+    Softmax over the chosen, in one form or another, has kernels; other kinds are torch's operations, and autograd's.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router, config = router, router.config
+        over_chosen = config.router == "softmax_chosen"
+        normalized = config.router == "softmax" and config.router_normalized
+        self.has_kernel = over_chosen or (normalized and not config.router_correction and config.router_groups == 1)
+        self.scale = 1.0 if over_chosen else config.router_scale
+        self.k, self.experts = config.n_expert_per_token, config.n_expert
+        self.weight = router.weight.detach()
+        self.bias = None if router.bias is None else router.bias.detach()
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(T, n_expert) float32 of x (T, E): products of 16-bit numbers are exact in it."""
+        same = x.dtype == self.weight.dtype
+        scores = in_float32(x, self.weight.T) if same else x.float() @ self.weight.float().T
+        return scores if self.bias is None else scores + self.bias.to(scores.dtype)
+
+    def choices(self, x: Tensor) -> Choices:
+        """The choices of tokens x (T, E)."""
+        scores = self.scores(x)
+        if self.has_kernel:
+            weights, chosen = choose(scores, self.k, self.scale)
+        else:
+            shares = self.router.shares(scores)
+            best = self.router.choose(shares)
+            weights, chosen = self.router.weigh(shares, best), best.int()
+        return sort(weights.contiguous(), chosen, self.experts)
+
+    def backward(self, x: Tensor, choices: Choices, d_weights: Tensor) -> Tensor:
+        """The gradient of x (T, E) through the scores, from that of the weights of the choices (T, k)."""
+        if self.has_kernel:
+            d_scores = choose_backward(choices, d_weights, self.scale, x.dtype)
+        else:
+            with torch.enable_grad():
+                leaf = self.scores(x).requires_grad_()
+                weights = self.router.weigh(self.router.shares(leaf), choices.chosen.long())
+                (gradient,) = torch.autograd.grad(weights, leaf, d_weights)
+            d_scores = gradient.to(x.dtype)
+        return d_scores @ self.weight.to(x.dtype)
+
+
+@dataclass
+class SavedExperts:
+    """Activations of Experts for its backward pass; the last two may be recomputed.
+
+    Attributes:
+        z_down, z: (C, r) and (C, slots r), see the module; branches: gate and up, (C, 2 F).
+    """
+
+    choices: Choices
+    z_down: Tensor | None
+    z: Tensor | None = None
+    branches: Tensor | None = None
+
+
+class Experts:
+    """Router and experts of a block, from their common input to the sum over each token's choices."""
+
+    def __init__(self, moe: MoE, dtype: torch.dtype, number: int) -> None:
+        experts: list[Any] = list(moe.experts)
+        self.routing, self.function = Routing(moe.router), FUNCTIONS[moe.router.config.ffn]
+        self.gate_up, self.down = (
+            ExpertGroup([[getattr(expert, name) for name in names] for expert in experts], dtype) for names in KINDS
+        )
+        self.groups, self.number = (self.gate_up, self.down), number
+
+    def forward(self, x: Tensor, more: Tensor | None, run: Pass, saves: bool) -> tuple[Tensor, SavedExperts]:
+        """The sum (T, E) over each token's experts, and of `more`; with `saves` all that the backward pass reads.
+
+        Args:
+            x: (T, E), rows contiguous.
+        """
+        choices, down = self.routing.choices(x), self.down
+        z, branches, h = self._gate_up(x, choices, run, branches=saves)[:3]
+        self.gate_up.read(1)
+        z_down = None
+        if down.rank:
+            z_down = project(h, down.a_of_experts[:, None], choices, dropout=self._dropout(down, run))
+        y = product(h, down.matrix(run.workspaces[0]), choices, self._down_low_rank(z_down), down.bias)
+        down.read(1)
+        del h
+        saved = SavedExperts(choices, z_down, z, branches) if saves else SavedExperts(choices, z_down)
+        return combine(y, choices, more), saved
+
+    def backward(
+        self, d_y: Tensor, x: Tensor, saved: SavedExperts, back: Backward, ahead: Sequence[Tensor | OnHost | None] = ()
+    ) -> Tensor:
+        """The gradient of x (T, E) from that of the sum; those of the adapters are added in place.
+
+        Args:
+            ahead: see Mlp.backward.
+        """
+        run, choices, matrix = back.forward, saved.choices, None
+        dh, dz_down = self._down_backward(d_y, saved, run)
+        if saved.branches is None:
+            saved.z, saved.branches, _, matrix = self._gate_up(x, choices, run, h=False)
+        branches, saved.branches = saved.branches, None
+        d_weights = of_tokens(self._activation_backward(branches, dh, dz_down, saved, run), choices)
+        del dh
+        if self.down.bias is not None:
+            all_experts = in_float32(d_y, self.down.bias.T)
+            d_weights += all_experts.gather(1, choices.chosen.long())
+        for tensor in ahead:
+            run.offload.fetch(tensor)
+        dx = self._gate_up_backward(x, branches, choices, run, matrix)
+        del branches
+        return combine(dx, choices, self.routing.backward(x, choices, d_weights))
+
+    def _gate_up(
+        self, x: Tensor, choices: Choices, run: Pass, branches: bool = True, h: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Z, gate and up, h, and W; without `branches` or `h` an empty tensor instead."""
+        group, z = self.gate_up, None
+        low_rank: list[LowRank | None] = [None, None]
+        if group.rank:
+            z = project(x, group.a_of_experts[:, None], choices, gathered=True, dropout=self._dropout(group, run))
+            r, width = group.stack.r, group.shape[1] // 2
+            low_rank = [
+                LowRank(z[:, slot * r : slot * r + r], group.b_of_experts[:, slot * width : slot * width + width].mT)
+                if slot >= 0
+                else None
+                for slot in group.slots
+            ]
+        matrix = group.matrix(run.workspaces[0])
+        gate, up = low_rank
+        made = gate_up(x, matrix, choices, self.function, (gate, up), group.bias, branches, h)
+        return z, *made, matrix
+
+    def _down_low_rank(self, z: Tensor | None) -> LowRank | None:
+        return None if z is None else LowRank(z, self.down.b_of_experts.mT)
+
+    def _down_backward(self, d_y: Tensor, saved: SavedExperts, run: Pass) -> tuple[Tensor, Tensor | None]:
+        """DH of each choice without its weight, and dZ of down; the gradient of down's B."""
+        down, choices = self.down, saved.choices
+        dz, low_rank = None, None
+        if saved.z_down is not None:
+            dz = project(d_y, down.b_of_experts.mT[:, None], choices, gathered=True)
+            add_gradient(d_y, saved.z_down, down.gradients[1], choices, gathered=True)
+            low_rank = LowRank(dz, down.a_of_experts, self._dropout(down, run))
+        dh = product(d_y, down.matrix(run.workspaces[0]), choices, low_rank, gathered=True, transposed=True)
+        down.read(-1)
+        return dh, dz
+
+    def _activation_backward(
+        self, branches: Tensor, dh: Tensor, dz_down: Tensor | None, saved: SavedExperts, run: Pass
+    ) -> Tensor:
+        """Turn gate and up into their gradients; those of down's A and of their own B; parts of that of the weights."""
+        group, down, choices, dropout = self.gate_up, self.down, saved.choices, self._dropout(self.down, run)
+        gate, up = group.slots
+        own = None if saved.z is None else (saved.z, group.gradients[1], (gate, up))
+        of_down = None if dz_down is None else (dz_down, down.gradients[0], down.scale)
+        if max(group.stack.r, down.stack.r) <= MOST_RANK:
+            return mlp_backward(branches, dh, choices, self.function, of_down, own, dropout)
+        # More columns than one program can hold: h is written, over dh, and the sums are thin products.
+        parts = mlp_backward(branches, dh, choices, self.function, dropout=dropout, h=dh)
+        if dz_down is not None:
+            add_gradient(dh, dz_down, down.gradients[0].mT, choices, down.scale)
+        if saved.z is not None:
+            r, width = group.stack.r, dh.size(1)
+            for half, slot in zip(branches.split(width, dim=1), group.slots, strict=True):
+                if slot >= 0:
+                    gradient = group.gradients[1][:, slot * width : slot * width + width]
+                    add_gradient(half, saved.z[:, slot * r : slot * r + r], gradient, choices)
+        return parts
+
+    def _gate_up_backward(
+        self, x: Tensor, d_branches: Tensor, choices: Choices, run: Pass, matrix: Tensor | None
+    ) -> Tensor:
+        """DX of each choice, (C, E); the gradient of A of gate and up."""
+        group, low_rank = self.gate_up, None
+        if group.rank:
+            width, dropout = group.shape[1] // 2, self._dropout(group, run)
+            adapted = d_branches if min(group.slots) >= 0 else d_branches.split(width, dim=1)[group.slots.index(0)]
+            b = group.b_of_experts.unflatten(1, (-1, width)).mT
+            dz = project(adapted, b, choices)
+            add_gradient(x, dz, group.gradients[0].mT, choices, group.scale, gathered=True, dropout=dropout)
+            low_rank = LowRank(dz, group.a_of_experts, dropout)
+        matrix = group.matrix(run.workspaces[0]) if matrix is None else matrix
+        dx = product(d_branches, matrix, choices, low_rank, transposed=True)
+        group.read(-1)
+        return dx
+
+    def _dropout(self, group: ExpertGroup, run: Pass) -> Dropout:
+        return group.dropout(run.seed, 4 * self.number + 2 + (group is self.down))
+
+
+@dataclass
+class SavedExpertMlp:
+    """Activations of the experts and of the shared one."""
+
+    experts: SavedExperts
+    shared: SavedMlp | None
+
+
+class ExpertMlp:
+    """See Mlp: experts, and one that every token goes to where there is one, with the norm before them.
+
+    Their input is not saved: the stream and its norm give it.
+    """
+
+    def __init__(self, moe: MoE, norm: Norm, config: ModelConfig, dtype: torch.dtype, number: int) -> None:
+        self.norm_2, self.width = norm, config.n_embd
+        self.experts = Experts(moe, dtype, number)
+        # Another number for dropout than those of the blocks and of the head.
+        place = config.n_layer + 1 + number
+        self.shared = None if moe.shared is None else DenseMlp(moe.shared, norm, config, dtype, place, fp8=False)
+        self.groups = (*self.experts.groups, *(self.shared.groups if self.shared else ()))
+
+    def norm(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """See Mlp; with a shared expert the input has room for its Z behind it."""
+        if self.shared is not None:
+            return self.shared.norm(x, y)
+        normed = torch.empty_like(x)
+        return *add_norm(x, y, self.norm_2, normed), normed
+
+    def forward(
+        self, normed: list[Tensor], statistics: Tensor, run: Pass, saves: bool
+    ) -> tuple[Tensor, SavedExpertMlp]:
+        """See Mlp."""
+        more, shared, x = None, None, normed[0][:, : self.width]
+        if self.shared is not None:
+            more, shared = self.shared.forward(normed, statistics, run, saves)
+        normed.clear()
+        out, experts = self.experts.forward(x, more, run, saves)
+        return out, SavedExpertMlp(experts, shared)
+
+    def backward(
+        self,
+        d_y: list[Tensor],
+        stream: list[Tensor],
+        saved: SavedExpertMlp,
+        d_out: Tensor,
+        back: Backward,
+        ahead: Sequence[Tensor | OnHost | None],
+    ) -> Tensor:
+        """See Mlp."""
+        x, y = stream[0], stream[1] if len(stream) > 1 else None
+        stream.clear()
+        middle, statistics, normed = self.norm(x, y)
+        del x, y
+        own = ahead if self.shared is None else ()
+        dn = self.experts.backward(d_y[0], normed[:, : self.width], saved.experts, back, own)
+        del normed
+        d_middle = norm_backward(dn, middle, self.norm_2, statistics, residual=d_out)
+        del dn
+        if self.shared is None or saved.shared is None:
+            d_y.clear()
+            return d_middle
+        handed = [middle]
+        del middle
+        return self.shared.backward(d_y, handed, saved.shared, d_middle, back, ahead)
+
+
+def dequantize_ahead(mlps: Sequence[Mlp]) -> list[Ahead]:
+    """Let the weights of experts, in the order of their blocks, be dequantised ahead where they are not cached."""
+    made = []
+    for kind in range(len(KINDS)):
+        groups = [mlp.experts.groups[kind] for mlp in mlps if isinstance(mlp, ExpertMlp)]
+        waiting = [group for group in groups if group.dense is None]
+        if waiting:
+            made.append(Ahead(waiting, waiting[0].dtype, waiting[0].device))
+            for turn, group in enumerate(waiting):
+                group.ahead, group.turn = made[-1], turn
+    return made

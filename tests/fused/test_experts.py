@@ -1,0 +1,243 @@
+"""Blocks with experts learn on the fast path what they learn on the plain one: every router, adapter and storage."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.fused import fuse, why_not
+from lit_qlora.fused.experts import ExpertGroup
+from lit_qlora.kernels.dropout import Dropout, factor_reference
+from lit_qlora.kernels.experts_dequantize import dequantize
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.model.gpt import GPT, IGNORE
+from lit_qlora.quantize import QuantizedLinear
+from tests.fused.test_fused import adapted_model, assert_equal, batch, gradients
+from tests.fused.test_graphs import with_graphs
+
+pytestmark = [
+    pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="in float32, so for the interpreter; tests/gpu is for the GPU"
+    ),
+]
+EXPERTS = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 48, "router_normalized": True}
+SIGMOID = {"router": "sigmoid", "router_correction": True, "router_scale": 2.5}
+CASES: dict[str, dict[str, Any]] = {
+    "softmax over the chosen": {"router_scale": 1.5},
+    "softmax over all": {"router_normalized": False, "scheme": "bnb.nf4", "expert_size": 64},
+    "gpt-oss": {
+        "ffn": "swiglu_clamped",
+        "mlp_bias": True,
+        "router": "softmax_chosen",
+        "router_bias": True,
+        "scheme": "bnb.nf4-dq",
+        "expert_size": 192,
+        "head_size": 64,
+        "n_kv_head": 4,
+        "ffn_size": 256,
+    },
+    "sigmoid, correction, groups, shared": {
+        **SIGMOID,
+        "router_groups": 2,
+        "router_groups_kept": 1,
+        "shared_expert_size": 48,
+        "dense_layers": (0,),
+    },
+    "geglu, shared of nf4": {"ffn": "geglu_tanh", "shared_expert_size": 64, "scheme": "bnb.nf4", "expert_size": 64},
+    "int8": {"scheme": "bnb.int8", "expert_size": 64},
+    "attention alone": {"targets": ("query", "value"), "scheme": "bnb.fp4", "expert_size": 64},
+    "rank 80": {"r": 80, "shared_expert_size": 48},
+    "one expert, all experts": {"n_expert_per_token": 4},
+    "post norms": {"norm_position": "both", "parallel_residual": False},
+    "parallel": {"parallel_residual": True, "shared_norm": True, "norm": "layer"},
+}
+
+
+def model_of(**changes: Any) -> GPT:
+    return adapted_model(**EXPERTS | changes)
+
+
+def learnt(model: GPT, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients, a zero one for an expert that no token came to."""
+    loss, found = gradients(model, *arguments)
+    learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return loss, {name: found.get(name, torch.zeros_like(p)) for name, p in learners.items()}
+
+
+def assert_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> None:
+    assert_equal(*((loss, {n: g for n, g in found.items() if other[1][n].any()}) for loss, found in (one, other)))
+    assert not any(one[1][name].any() for name, gradient in other[1].items() if not gradient.any())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
+    model = model_of(**CASES[case])
+    expected = learnt(model, *batch())
+    assert why_not(model) == ""
+    fuse(model)
+    assert_same(learnt(model, *batch()), expected)
+
+
+@pytest.mark.parametrize("adapted", [("gate",), ("up",), ("down",), ("up", "down"), ("gate", "down")])
+def test_any_of_the_layers_of_experts_may_have_adapters(adapted: tuple[str, ...]) -> None:
+    model = model_of(n_layer=1, scheme="bnb.nf4", expert_size=64)
+    for expert in model.blocks[0].mlp.experts:
+        for name in {"gate", "up", "down"}.difference(adapted):
+            setattr(expert, name, getattr(expert, name).base)
+    expected = learnt(model, *batch())
+    assert why_not(model) == ""
+    fuse(model)
+    assert_same(learnt(model, *batch()), expected)
+
+
+def test_adapters_on_some_of_the_experts_take_the_plain_path() -> None:
+    model = model_of(n_layer=1)
+    expert = model.blocks[0].mlp.experts[2]
+    expert.up = expert.up.base
+    assert why_not(model) == "adapters on some of the experts"
+
+
+def layer_of(scheme: Any) -> nn.Module:
+    linear = nn.Linear(64, 64, bias=False)
+    return linear if scheme == "none" else QuantizedLinear(linear.weight.detach(), None, scheme)
+
+
+@pytest.mark.parametrize(("scheme", "name"), [("none", "weight"), ("bnb.nf4-dq", "packed"), ("bnb.int8", "absmax")])
+def test_the_layers_keep_views_of_the_stacked_weights(scheme: Any, name: str) -> None:
+    experts = [[layer_of(scheme), layer_of(scheme)] for _ in range(3)]
+    layers = [layer for expert in experts for layer in expert]
+    before = [getattr(layer, name).clone() for layer in layers]
+    for _ in range(2):
+        ExpertGroup(experts, torch.float32)
+        parts = [getattr(layer, name) for layer in layers]
+        assert all(torch.equal(*pair) for pair in zip(parts, before, strict=True))
+        assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+
+
+@pytest.mark.parametrize("policy", [pytest.param("mlp", marks=pytest.mark.slow), "attn", "full"])
+def test_recomputing_changes_no_bit(policy: Any) -> None:
+    model = model_of(scheme="bnb.nf4", expert_size=64, dropout=0.3, shared_expert_size=64, **SIGMOID)
+    fused = fuse(model)
+    results = []
+    for policies in (["none", "none"], [policy, policy]):
+        fused.set_recompute(policies)
+        torch.manual_seed(3)
+        results.append(gradients(model, *batch()))
+    (loss, expected), (other, found) = results
+    assert torch.equal(loss, other)
+    assert all(torch.equal(gradient, found[name]) for name, gradient in expected.items())
+
+
+def test_documents_in_a_row_see_only_themselves() -> None:
+    model = model_of(n_layer=1)
+    tokens, labels = batch(rows=1, length=16)
+    lengths = torch.tensor([5, 7, 4])
+    segments = torch.tensor([0, 1, -1]).repeat_interleave(lengths)[None]
+    positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
+    labels[:, 12:] = IGNORE
+    expected = learnt(model, tokens, labels, None, positions, segments)
+    fuse(model)
+    assert_same(learnt(model, tokens, labels, None, positions, segments), expected)
+
+
+class Masked(nn.Module):
+    """Dropout of an expert's rows that drops what the fast path drops; `rows` are those of the expert."""
+
+    def __init__(self, factor: Tensor, rows: slice) -> None:
+        super().__init__()
+        self.factor = factor[rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, width) -> the same."""
+        return x * self.factor
+
+
+@pytest.mark.parametrize("r", [4, 80])
+def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(r: int) -> None:
+    p = 0.3
+    model = model_of(n_layer=1, targets=("mlp",), r=r, dropout=p)
+    torch.manual_seed(5)
+    seed = torch.tensor([int(torch.randint(1, 2**31 - 1, ()))])
+    moe, inputs = model.blocks[0].mlp, []
+    handle = moe.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.loss(*batch())
+    handle.remove()
+    _, chosen = moe.router(inputs[0].flatten(0, 1))
+    ends = [0, *chosen.flatten().bincount(minlength=4).cumsum(0).tolist()]
+    own = {}
+    for e, expert in enumerate(moe.experts):
+        for place, width, names in ((2, 64, ("gate", "up")), (3, 48, ("down",))):
+            factor = factor_reference(48, width, Dropout(p, seed, place), "cpu")
+            for name in names:
+                layer = getattr(expert, name)
+                own[layer], layer.dropout = layer.dropout, Masked(factor, slice(ends[e], ends[e + 1]))
+    expected = learnt(model, *batch())
+    for layer, dropout in own.items():
+        layer.dropout = dropout
+    fuse(model)
+    torch.manual_seed(5)
+    assert_same(learnt(model, *batch()), expected)
+
+
+def steps(model: GPT, count: int = 2) -> list[Tensor]:
+    """Losses and gradients of some steps, between which there are losses that nobody learns from."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    found: list[Tensor] = []
+    for _ in range(count):
+        loss, grads = gradients(model, *batch())
+        found += [loss, *grads.values()]
+        optimizer.step()
+        with torch.no_grad():
+            found.append(model.loss(*batch()))
+    return found
+
+
+def test_weights_that_are_dequantised_ahead_or_cached_give_the_same_bits() -> None:
+    ends = []
+    for cached, ahead in ((0, False), (0, True), (1, True)):
+        model = model_of(scheme="bnb.nf4", expert_size=64)
+        fused = fuse(model, dequantized=cached, ahead=ahead)
+        assert len(fused.ahead) == 2 * ahead
+        ends.append(steps(model))
+    for other in ends[1:]:
+        assert all(torch.equal(*pair) for pair in zip(ends[0], other, strict=True))
+
+
+def test_what_is_ahead_saves_a_dequantisation_of_the_first_and_of_the_last_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, done = model_of(n_layer=3, scheme="bnb.nf4", expert_size=64), []
+    fuse(model)
+    monkeypatch.setattr(
+        "lit_qlora.fused.stacked.dequantize", lambda weight, out: done.append(weight) or dequantize(weight, out)
+    )
+    for expected in (6 + 4, 4 + 4):  # two kinds in each of three blocks, forward and backward
+        done.clear()
+        gradients(model, *batch())
+        assert len(done) == expected
+
+
+def test_giving_back_changes_no_bit_and_frees_what_is_ahead() -> None:
+    model = model_of(scheme="bnb.nf4", expert_size=64)
+    fused = fuse(model, dequantized=1)
+    before = gradients(model, *batch())[1]
+    assert model.has_spare
+    assert model.give_back()
+    assert not model.has_spare
+    assert fused.sizes.peak(["none"] * 2, 24) < fuse(model_of(scheme="bnb.nf4")).sizes.peak(["none"] * 2, 24)
+    assert all(torch.equal(gradient, before[name]) for name, gradient in gradients(model, *batch())[1].items())
+
+
+def test_graphs_of_experts_give_what_passes_without_a_graph_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_qlora.fused.graphs.SIGHTINGS", 1)
+    model = model_of(scheme="bnb.nf4", expert_size=64)
+    arguments = [part.cpu() for part in batch(1, 32)]
+    expected = learnt(model, *arguments)
+    _, recording = with_graphs(model)
+    for _ in range(4):
+        assert_same(learnt(model, *arguments), expected)
+        with torch.no_grad():
+            model.loss(*batch())  # leaves the last block's weights in the buffers
+    assert recording.replayed > 0

@@ -73,7 +73,7 @@ def test_only_the_named_rows_learn_and_they_are_float32(tied: bool) -> None:
         ({"train_tokens": (1,), "targets": "head"}, "cannot have an adapter and be trained as well"),
         ({"train_tokens": (1,), "train_embeddings": True}, "lora.train_tokens would have no effect"),
         ({"train_tokens": (1, 1)}, "different ids"),
-        ({"train_tokens": (-1,)}, "not negative"),
+        ({"train_tokens": (-1,)}, "must be at least 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(settings: dict, message: str) -> None:

@@ -289,5 +289,5 @@ def test_a_setting_that_is_not_the_adapters_is_refused(base: Path, tmp_path: Pat
         settle(LoRAConfig(start=tmp_path / "first", r=16), base)
     with pytest.raises(CheckpointError, match="holds other weights"):
         settle(LoRAConfig(start=tmp_path / "first"), write_checkpoint(tmp_path / "other", tiny_model(seed=9)))
-    with pytest.raises(UsageError, match=r"lora.start and lora.init both say"):
+    with pytest.raises(UsageError, match=r"lora.start and lora.init both set"):
         LoRAConfig(start=tmp_path / "first", init="pissa")

@@ -25,11 +25,13 @@ def finetune(config: FinetuneConfig) -> None:
     from dataclasses import replace
 
     from lit_qlora.data import read_data
+    from lit_qlora.data.prepared import choose_data
     from lit_qlora.device import fabric_precision, let_segments_grow, pick_device, resolve_precision, weights_dtype
 
     let_segments_grow()
     # What can be refused is refused before a weight is loaded; data that is wrong, even before Lightning is imported.
     precision = resolve_precision(config.precision, pick_device())
+    config = replace(config, data=choose_data(config.data, config.checkpoint_dir))
     data = read_data(config)
 
     from lightning.fabric import Fabric

@@ -20,6 +20,7 @@ from lit_qlora.settings import DEMO_CHECKPOINT
 QUESTIONS = ("What does the fox eat?", "What is the colour of the otter?", "What is 7 plus 5?")
 TASK = "tiny_world_qa"
 TRAINING = (
+    *("--data.path", "finetune/demo"),
     *("--quantize", "bnb.nf4"),
     *("--lora.targets", "all"),
     *("--lora.r", "16"),

@@ -27,6 +27,7 @@ def main(config: Config) -> None:
     """Read, encode, tell."""
     from lit_qlora.data import boundary, show
     from lit_qlora.data.load import length_limit, load
+    from lit_qlora.data.prepared import choose_data
     from lit_qlora.errors import DataError
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.prompts.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ def main(config: Config) -> None:
     known = (config.checkpoint_dir / "model_config.json").is_file()
     limit = length_limit(config.data, ModelConfig.load(config.checkpoint_dir) if known else None)
     seed = config.seed if config.data.seed is None else config.data.seed
-    loaded = load(config.data, config.checkpoint_dir, tokenizer, limit, seed)
+    data = choose_data(config.data, config.checkpoint_dir)
+    loaded = load(data, config.checkpoint_dir, tokenizer, limit, seed)
     audit, counts = loaded.audit, loaded.audit.counts
 
     for source in audit.sources:

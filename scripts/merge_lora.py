@@ -64,7 +64,7 @@ def main(config: MergeConfig) -> None:
     from lit_qlora.lora.adapter import read_adapter
     from lit_qlora.lora.merge import Merge, check_replaceable
 
-    paths = config.lora_path or (newest_adapter(),)
+    paths = [folder_of(path) for path in config.lora_path or (newest_adapter(),)]
     adapters = [read_adapter(path) for path in paths]
     checkpoint_dir = config.checkpoint_dir
     if checkpoint_dir is None:
@@ -97,6 +97,18 @@ def main(config: MergeConfig) -> None:
         f"{report['largest_rounding']:.2%}\n"
         f"  {out_dir}   details in merge_report.json   {peak_memory()} at most"
     )
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of an adapter that is named by its file, such as Lit-GPT's lit_model_lora_finetuned.pth.
+
+    Lit-GPT's out/lora/alpaca/NAME stands for our run folder out/lora/NAME where only this exists.
+    """
+    if path.suffix not in (".pth", ".safetensors") or path.is_dir():
+        return path
+    folder = path.parent
+    known = [folder / "final", folder, Path("out/lora", folder.name, "final")]
+    return next((candidate for candidate in known if candidate.is_dir()), folder)
 
 
 def newest_adapter() -> Path:

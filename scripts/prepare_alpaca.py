@@ -1,5 +1,6 @@
-"""Split a data set in Alpaca's columns, or any that is recognised, into train.jsonl and val.jsonl.
+"""Split Alpaca, or another data set, into train.jsonl and val.jsonl.
 
+python scripts/prepare_alpaca.py --checkpoint_dir checkpoints/mistralai/Mistral-7B-v0.1
 python scripts/prepare_alpaca.py --data_path alpaca_data_cleaned.json --out_dir data/alpaca
 """
 
@@ -9,20 +10,24 @@ from pathlib import Path
 from lit_qlora import cli
 from lit_qlora.settings import PrepareConfig
 
+ALPACA = "hf:yahma/alpaca-cleaned"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PrepareConfig):
-    """Split a data set in Alpaca's columns, or any that is recognised, into train.jsonl and val.jsonl."""
+    """Split Alpaca, or another data set, into train.jsonl and val.jsonl."""
 
-    data_path: Path
-    """The data set: a .json, .jsonl, .csv, .tsv or .parquet file."""
+    data_path: str = ALPACA
+    """The data set: a .json, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME. By default the cleaned Alpaca of the
+    Hugging Face hub, 51,760 samples."""
 
 
 def main(config: Config) -> None:
     """Read, split, report."""
     from lit_qlora.data.prepare import prepare, read
 
-    print(prepare(read(config.data_path, config), config))
+    out_dir = config.out_dir or Path("data", "alpaca" if config.data_path == ALPACA else Path(config.data_path).stem)
+    print(prepare(read(config.data_path, out_dir, config), out_dir, config))
 
 
 if __name__ == "__main__":

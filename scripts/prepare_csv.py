@@ -7,24 +7,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_qlora import cli
-from lit_qlora.settings import PrepareConfig
+from lit_qlora.settings import PrepareConfig, check
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PrepareConfig):
     """Split a table with any columns into train.jsonl and val.jsonl."""
 
-    csv_path: Path
-    """The table that is split, a .csv or .tsv file."""
+    csv_path: Path | None = None
+    """The table to split: a .csv or .tsv file."""
+    csv_dir: Path | None = None
+    """Another name of csv_path, as in Lit-GPT."""
     test_split_fraction: float = 0.1
-    """Share of the samples that is held out, in val.jsonl."""
+    """Share of the samples that val.jsonl holds out."""
+
+    def __post_init__(self) -> None:
+        """Check that one table is named."""
+        super().__post_init__()
+        check(bool(self.csv_path) != bool(self.csv_dir), "Name one table, with --csv_path or --csv_dir.")
+
+    @property
+    def table(self) -> Path:
+        """The table, by whichever name it was given."""
+        path = self.csv_path or self.csv_dir
+        assert path is not None
+        return path
 
 
 def main(config: Config) -> None:
     """Read, split, report."""
     from lit_qlora.data.prepare import prepare, read
 
-    print(prepare(read(config.csv_path, config), config))
+    out_dir = config.out_dir or Path("data", config.table.stem)
+    print(prepare(read(config.table, out_dir, config), out_dir, config))
 
 
 if __name__ == "__main__":

@@ -10,30 +10,32 @@ import torch
 
 from lit_qlora.data.examples import Example, Reading, read_examples
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
-from lit_qlora.data.sources import find_file
+from lit_qlora.data.prepared import record
+from lit_qlora.data.sources import HUB, find_file, find_sources
 from lit_qlora.errors import DataError, ResourceError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, PrepareConfig
 
 
-def read(path: Path, config: PrepareConfig) -> Reading:
-    """What a file holds.
+def read(path: str | Path, out_dir: Path, config: PrepareConfig) -> Reading:
+    """Read the records of a file, or of the training split of hf:ORG/NAME.
 
     Raises:
         DataError: as read_examples, with the flags that there are here.
     """
     skip = config.on_error == "skip"
-    if path.resolve() in [(config.out_dir / f"{name}.jsonl").resolve() for name in ("train", "val")]:
-        raise UsageError(f"out_dir {config.out_dir}: {path} would be overwritten with a part of itself. Name another.")
+    if Path(path).resolve() in [(out_dir / f"{name}.jsonl").resolve() for name in ("train", "val")]:
+        raise UsageError(f"out_dir {out_dir}: {path} would be overwritten with a part of itself. Name another.")
     try:
-        return read_examples(find_file(path), format=config.format, columns=config.columns, skip=skip)
+        source = find_sources([str(path)], None)[0][0] if str(path).startswith(HUB) else find_file(Path(path))
+        return read_examples(source, format=config.format, columns=config.columns, skip=skip)
     except DataError as error:
         raise DataError(re.sub(r"--data\.(columns|format|on_error)", r"--\1", str(error))) from None
 
 
-def prepare(reading: Reading, config: PrepareConfig) -> str:
-    """Write train.jsonl, val.jsonl and report.md.
+def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
+    """Write train.jsonl, val.jsonl and report.md, and the checkpoint that they are for.
 
     The split is that of torch.utils.data.random_split, as in Lit-GPT's script of the same name, so that the same seed
     holds out the same samples.
@@ -54,15 +56,18 @@ def prepare(reading: Reading, config: PrepareConfig) -> str:
         f"split     share {config.test_split_fraction:g}, seed {config.seed}",
     ]
     try:
-        config.out_dir.mkdir(parents=True, exist_ok=True)
+        out_dir.mkdir(parents=True, exist_ok=True)
         for name, places in parts.items():
-            _write(config.out_dir / f"{name}.jsonl", [examples[i] for i in places], raw=reading.format == "text")
+            _write(out_dir / f"{name}.jsonl", [examples[i] for i in places], raw=reading.format == "text")
         if config.checkpoint_dir:
-            lines += _lengths(config.out_dir, config.checkpoint_dir, config)
+            record(out_dir, config.checkpoint_dir)
+            lines += _lengths(out_dir, config.checkpoint_dir, config)
+        flag = f" --checkpoint_dir {config.checkpoint_dir}" if config.checkpoint_dir else ""
+        lines += ["", f"next      python finetune/lora.py{flag} --data.path {out_dir}"]
         report = "\n".join(lines)
-        (config.out_dir / "report.md").write_text(f"# Data\n\n```\n{report}\n```\n", encoding="utf-8")
+        (out_dir / "report.md").write_text(f"# Data\n\n```\n{report}\n```\n", encoding="utf-8")
     except OSError as error:
-        raise ResourceError(f"out_dir {config.out_dir} cannot be written: {error.strerror}.") from None
+        raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror}.") from None
     return report
 
 

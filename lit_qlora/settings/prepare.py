@@ -12,8 +12,9 @@ from lit_qlora.settings.limits import Count, Seed, ShareBelowOne
 class PrepareConfig(Settings):
     """How a data set is split into train.jsonl and val.jsonl."""
 
-    out_dir: Path
-    """Folder for train.jsonl, val.jsonl and report.md; then train with --data.path OUT_DIR."""
+    out_dir: Path | None = None
+    """Folder for train.jsonl, val.jsonl and report.md; then train with --data.path OUT_DIR. By default data/NAME, where
+    NAME is that of the data."""
     test_split_fraction: ShareBelowOne = 0.03865
     """Share of the samples that val.jsonl holds out."""
     seed: Seed = 42
@@ -24,7 +25,8 @@ class PrepareConfig(Settings):
     """Meaning of columns, e.g. question:instruction,reply:output. The known meanings are instruction, input, output and
     system. By default columns are recognised by their names."""
     checkpoint_dir: Path | None = None
-    """A directory with a tokenizer; the report then gives lengths in its tokens."""
+    """A directory with a tokenizer; the report then gives lengths in its tokens. finetune/lora.py with the same
+    checkpoint_dir takes the prepared data by itself."""
     prompt: str = "alpaca"
     """Prompt style of the counted tokens."""
     max_seq_length: Count | None = None

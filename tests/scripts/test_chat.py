@@ -1,6 +1,8 @@
 """scripts/chat.py, as a person and as a pipe use it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.prompts.style import Turn
 from lit_qlora.settings import GenerationConfig, LoRAConfig
-from tests.conftest import load_script
+from tests.conftest import ROOT, load_script
 from tests.scripts.test_generate import run_script
 
 
@@ -47,6 +49,12 @@ def chat(checkpoint: Path, *lines: str, **changes: Any) -> Any:
     for line in lines:
         conversation.hear(line)
     return conversation
+
+
+def test_chat_has_a_second_door(tiny_checkpoint: Path) -> None:
+    command = [sys.executable, ROOT / "chat/base.py", "--checkpoint_dir", tiny_checkpoint, "--max_new_tokens", "4"]
+    done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, check=False)
+    assert (done.returncode, bool(done.stdout.strip())) == (0, True), done.stderr
 
 
 def test_chat_answers_a_pipe_line_by_line(tiny_checkpoint: Path) -> None:

@@ -8,7 +8,10 @@ import torch
 
 from lit_qlora import cli
 from lit_qlora.data import read_examples
-from tests.conftest import load_script
+from lit_qlora.data.prepared import choose_data
+from lit_qlora.errors import UsageError
+from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
+from tests.conftest import ROOT, load_script
 
 ROWS = [{"instruction": f"What is {i} plus 1?", "input": "", "output": str(i + 1)} for i in range(60)]
 
@@ -93,7 +96,7 @@ def test_prepare_alpaca_splits_as_random_split_does(alpaca: Path, tmp_path: Path
 
 
 def test_the_default_share_holds_out_two_thousand_of_alpaca() -> None:
-    config = load_script("scripts/prepare_alpaca.py").Config(data_path=Path("a"), out_dir=Path("b"))
+    config = load_script("scripts/prepare_alpaca.py").Config(data_path="a", out_dir=Path("b"))
     assert int(config.test_split_fraction * 51_760) == 2000
     assert config.seed == 42
 
@@ -113,6 +116,61 @@ def test_prepare_csv_takes_any_columns(tmp_path: Path) -> None:
     assert len(found) == 20
     assert {"instruction": "Was ist 3?", "input": "", "output": "3"} in found
     assert len(rows(tmp_path / "out/val.jsonl")) == 2
+
+
+def test_prepare_csv_wants_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prepare_csv") == 2
+    assert run("prepare_csv", "--csv_dir=a.csv", "--csv_path=b.csv") == 2
+    assert capsys.readouterr().err.count("Name one table, with --csv_path or --csv_dir.") == 2
+
+
+def test_training_takes_what_was_prepared_for_its_checkpoint(
+    alpaca: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"no data was prepared for .*\nOr prepare some: python scripts/prepare_alpaca"
+    ):
+        choose_data(DataConfig(), tiny_checkpoint)
+    assert run("prepare_alpaca", f"--data_path={alpaca}", "--out_dir=data/other") == 0  # for no checkpoint
+    assert run("prepare_alpaca", f"--data_path={alpaca}", f"--checkpoint_dir={tiny_checkpoint}") == 0
+    assert choose_data(DataConfig(), tiny_checkpoint).path == ("data/alpaca",)
+    assert choose_data(DataConfig(path="mine.json"), tiny_checkpoint).path == ("mine.json",)
+    table = tmp_path / "faq.csv"
+    table.write_text("instruction,output\na,b\nc,d\n")
+    assert run("prepare_csv", f"--csv_dir={table}", f"--checkpoint_dir={tiny_checkpoint}") == 0
+    with pytest.raises(UsageError, match=r"Several folders .*: data/alpaca, data/faq\. Give --data\.path\."):
+        choose_data(DataConfig(), tiny_checkpoint)
+
+
+def test_only_the_demos_checkpoint_is_trained_on_the_demo_by_default(tiny_checkpoint: Path) -> None:
+    assert choose_data(DataConfig(), ROOT / DEMO_CHECKPOINT).path == ("finetune/demo",)
+    with pytest.raises(UsageError, match=r"--data\.path must be given"):
+        choose_data(DataConfig(), tiny_checkpoint)
+
+
+def test_alpaca_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, config: str | None) -> dict:
+        asked.append(name)
+        return {"train": ROWS}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert run("prepare_alpaca", f"--out_dir={tmp_path}", "--test_split_fraction=0.1") == 0
+    assert asked == ["yahma/alpaca-cleaned"]
+    assert len(rows(tmp_path / "train.jsonl")) == 54
+
+
+def test_without_a_network_prepare_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_dataset(name: str, config: str | None) -> None:
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert run("prepare_alpaca", "--data_path=hf:org/absent", f"--out_dir={tmp_path}") == 3
+    assert "cannot be loaded: Couldn't reach the hub\nIf this machine is offline" in capsys.readouterr().err
 
 
 def test_what_was_prepared_is_read_as_it_was(tmp_path: Path) -> None:
@@ -164,7 +222,11 @@ def test_prepare_never_overwrites_what_it_reads(tmp_path: Path, capsys: pytest.C
         (["--data_path=bad.jsonl"], 3, "leave them out with --on_error skip."),
         (["--format=alpca"], 2, "'alpca' is not known. Did you mean alpaca?"),
         (["--test_split_fraction=1"], 2, "test_split_fraction must be at least 0 and below 1, got 1.0."),
-        (["--max_seq_length=9"], 2, "max_seq_length counts tokens, so --checkpoint_dir must name a directory with a tokenizer."),
+        (
+            ["--max_seq_length=9"],
+            2,
+            "max_seq_length counts tokens, so --checkpoint_dir must name a directory with a tokenizer.",
+        ),
         (["--prompt=qa"], 2, "prompt is the style of the counted tokens, so --checkpoint_dir must name"),
         (["--format=alpaca", "--columns=a:instruction,b:output"], 2, "so format would have no effect"),
         (["--out_dir=alpaca.json/x"], 6, "cannot be written: "),

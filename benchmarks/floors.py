@@ -16,7 +16,7 @@ from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import Storage
-from lit_qlora.run.plan import make_plan
+from lit_qlora.run.plan import MicroBatches, Room, make_plan
 from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig
 
 H100 = 80e9  # bytes; the plan needs a GPU to plan for
@@ -41,7 +41,7 @@ def memory_floor(
     gpt = GPT.skeleton(model)
     add_lora(gpt, lora)
     z = lora.r * sum(isinstance(module, LoRALinear) for module in gpt.blocks[0].modules())
-    plan = make_plan(model, lora, Storage(torch.bfloat16, scheme), tokens, TrainConfig(), None)
+    plan = make_plan(model, lora, Storage(torch.bfloat16, scheme), MicroBatches(tokens), TrainConfig(), Room())
 
     residual, attended = model.n_embd, model.n_head * model.head_size
     qkv = attended + 2 * model.n_kv_head * model.head_size
@@ -90,7 +90,8 @@ def sizes(row: dict[str, Any]) -> tuple[float, float, float | None]:
         fp8=bool(found["fp8"]),
     )
     usual = length if found["graphs"] else None
-    plan = make_plan(model, lora, Storage(torch.bfloat16, scheme), rows * length, train, H100, state, usual)
+    batches = MicroBatches(rows * length, usual=usual)
+    plan = make_plan(model, lora, Storage(torch.bfloat16, scheme), batches, train, Room(H100), state)
     peak = float(row["peak_gib"]) * 2**30
     if setting == "plain" or found["graphs"] or found["dequantized"]:
         return peak, plan.total, None

@@ -55,15 +55,15 @@ def finetune(config: FinetuneConfig) -> None:
         out_dir=config.out_dir or folder.default_out_dir(config.checkpoint_dir),
         lora=settle(config.lora, config.checkpoint_dir),
     )
-    total = learning.total_steps(config, data)
+    total = learning.total_steps(config.train, data)
     plan = plan_run(config, data)
     checkpoint = resume.find(config, total, data.files, saver.versions())
     start = checkpoint.step if checkpoint else 0
-    probes, ask = read_probes(config, data), None
+    probes = read_probes(config, data)
     if config.eval.tasks:
         from ask_tasks import make_ask
 
-        ask = make_ask(config.eval, data.tokenizer)
+        probes = replace(probes, ask=make_ask(config.eval, data.tokenizer))
     if config.deterministic:
         learning.set_deterministic()
     if config.dry_run:
@@ -92,7 +92,7 @@ def finetune(config: FinetuneConfig) -> None:
         start_adapters(model, config.lora, config.checkpoint_dir)
         add_noise(model, config.train.neftune)
         learning.take_path(model, plan)
-        scores = learning.learn(fabric, model, config, data, total, log, checkpoint, probes, ask)
+        scores = learning.learn(fabric, model, config, data, probes, log, checkpoint)
         if fabric.is_global_zero:
             summary.finish(config, model, data, log, scores)
 

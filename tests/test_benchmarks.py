@@ -21,7 +21,7 @@ from lit_qlora.fused.memory import COST
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
-from lit_qlora.run.plan import make_plan
+from lit_qlora.run.plan import MicroBatches, Room, make_plan
 from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig
 from tests.conftest import ROOT
 
@@ -143,7 +143,7 @@ def test_a_shape_has_the_size_of_the_published_model(
     shape: str, gigabytes: float, published: str, program: Any
 ) -> None:
     model = ModelConfig(name="x", **program("shapes").SHAPES[shape])
-    plan = make_plan(model, ADAPTERS, Storage(torch.bfloat16, "bnb.nf4-dq"), 1, TrainConfig(), None)
+    plan = make_plan(model, ADAPTERS, Storage(torch.bfloat16, "bnb.nf4-dq"), MicroBatches(1), TrainConfig(), Room())
     assert plan.weights / 1e9 == pytest.approx(gigabytes, rel=2e-3)
     billions = next(family[published] for family in MODELS.values() if published in family)
     assert plan.frozen / 1e9 == pytest.approx(billions, rel=6e-3)

@@ -15,21 +15,18 @@ from torch import Tensor
 
 from lit_qlora.data import Batch, RunData
 from lit_qlora.evaluate.metrics import chrf, text_metrics
-from lit_qlora.evaluate.validation_inputs import Probes, Question, stop_ids
+from lit_qlora.evaluate.validation_inputs import Ask, Probes, Question, stop_ids
 from lit_qlora.generation import generate
 from lit_qlora.generation.sequences import evaluating
 from lit_qlora.lora.layer import without_adapters
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.report import Record, tell
-from lit_qlora.settings import FinetuneConfig, GenerationConfig
+from lit_qlora.settings import GenerationConfig
 from lit_qlora.train.loop import pinned, sum_over_ranks
 from lit_qlora.train.signals import StopRequest
 
 Measure = Callable[[int], Record]
 """Gives figures for the record of the validation after so many steps."""
-
-Ask = Callable[[GPT], Record]
-"""Gives a model's figures in the tasks of eval.tasks."""
 
 MAX_NEW_TOKENS = 128
 ANSWERS_AT_ONCE = 16
@@ -40,28 +37,25 @@ ROWS = 16
 def more_measures(
     fabric: Fabric,
     model: GPT,
-    config: FinetuneConfig,
     data: RunData,
     probes: Probes,
+    max_new_tokens: int | None,
     write: Callable[[int, list[Record]], object],
-    tasks: Measure | None = None,
 ) -> list[Measure]:
-    """What the validations of a run measure besides the losses.
+    """Make the measures of a validation that need the model to answer, or its base.
 
     Args:
-        write: is given the answers of each validation, with their prompts.
-        tasks: asks the tasks of lm-eval.
+        max_new_tokens: most tokens of an answer; by default MAX_NEW_TOKENS.
+        write: takes the answers of each validation, with their prompts.
     """
     extras: dict[str, Measure] = {}
     if probes.questions or probes.prompts:
-        most = config.eval.max_new_tokens or MAX_NEW_TOKENS
+        most = max_new_tokens or MAX_NEW_TOKENS
         extras["the answers"] = lambda step: _answers(model, data, probes, most, step, write)
     if probes.text:
         extras["the distance to the base"] = lambda step: {
             "kl_to_base": kl_to_base(fabric, model, probes.text[: model.config.block_size])
         }
-    if tasks:
-        extras["eval.tasks"] = tasks
     return [Dispensable(fabric, model, name, measure) for name, measure in extras.items()]
 
 

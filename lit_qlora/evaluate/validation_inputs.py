@@ -1,5 +1,6 @@
 """What validations ask a model besides the loss: read and checked before any weight is loaded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,12 @@ from torch import Tensor
 from lit_qlora.data import RunData, read_data
 from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import DataError, did_you_mean
+from lit_qlora.model.gpt import GPT
+from lit_qlora.report import Record
 from lit_qlora.settings import EvalConfig, FinetuneConfig, check
+
+Ask = Callable[[GPT], Record]
+"""Asks a model the tasks of eval.tasks; TASK/METRIC -> value."""
 
 PROBE_TOKENS = 512
 """Most tokens of the text on which the distance to the base is measured."""
@@ -35,6 +41,8 @@ class Probes:
     """Those of eval.prompts."""
     text: list[int]
     """Ids of a text on which model and base are compared."""
+    ask: Ask | None = None
+    """Those of eval.tasks."""
 
 
 NEEDS = {
@@ -45,20 +53,20 @@ NEEDS = {
 """What each figure is made from; those of tasks are called TASK/METRIC."""
 
 
-def check_best(config: FinetuneConfig, data: RunData) -> None:
+def check_best(config: EvalConfig, data: RunData) -> None:
     """Raise UsageError if eval.best names a figure that no validation of this run will have."""
     given = {
         "validation samples": data.val_batches,
-        "--eval.generate": config.eval.generate,
-        "--eval.kl_text": config.eval.kl_text,
+        "--eval.generate": config.generate,
+        "--eval.kl_text": config.kl_text,
     }
-    best = config.eval.best
-    if best == "none" or (best == EvalConfig.best and not config.eval.patience):
+    best = config.best
+    if best == "none" or (best == EvalConfig.best and not config.patience):
         return
     if best not in NEEDS:
         known = [*NEEDS, "none"]
         check(
-            "/" in best and bool(config.eval.tasks),
+            "/" in best and bool(config.tasks),
             f"eval.best {best!r} is not a figure of validations.{did_you_mean(best, known)} Known: {', '.join(known)}, "
             "and TASK/METRIC with --eval.tasks.",
         )
@@ -73,7 +81,7 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
         UsageError, DataError: if a file cannot be read, the validation samples hold no answers, or eval.best is none of
             the figures.
     """
-    check_best(config, data)
+    check_best(config.eval, data)
     questions: list[Question] = []
     if config.eval.generate:
         # Where prompts are learnt too, only the same data with masks shows where answers begin.

@@ -1,6 +1,7 @@
 """What is said before a run begins: data, model, plan, whether it fits, and what the model will see."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean
 
@@ -15,9 +16,10 @@ from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.report import tell
-from lit_qlora.run.plan import GIB, Plan, make_plan
+from lit_qlora.run.plan import GIB, MicroBatches, Plan, Room, make_plan
 from lit_qlora.settings import FinetuneConfig, check
 from lit_qlora.train.optim import measure_state_bytes
+from lit_qlora.train.parallel import Devices, processes_here, world_size
 
 FIRST_STEPS = 8  # say what is usual
 
@@ -31,62 +33,63 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
             many parameters as is expected; or if the optimizer or FP8 cannot be used.
         ResourceError: if the GPU has less, unless config.force.
     """
-    model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config)
+    model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config.devices, config.num_nodes)
     weights = open_weights(config.checkpoint_dir)
     check_weights(weights.specs, model, str(weights.place))
-    check_layers(model, config.lora)
+    caveat = check_layers(model, config.lora)
     check(
         config.train.batch_size >= processes,
         f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
         "Take more samples a step, or fewer devices.",
     )
-    plan = _plan(config, longest_batch(config, data.train, data.batching), usual_tokens(config, data))
-    check_trainable(config, model.name, plan.trainable)
+    plan = _plan(config, longest_batch(data.train, data.batching, processes), usual_tokens(data, processes))
+    plan = replace(plan, caveat=caveat)
+    check_trainable(config.expect_trainable, model.name, plan.trainable)
     check(
         not plan.fp8 or has_fp8(),
         "train.fp8 needs a GPU that multiplies in FP8, of compute capability 8.9 or above.\nLeave out --train.fp8.",
     )
-    room = gpu_bytes()
-    if room and plan.total > room and not config.force:
+    room = _room(config.devices)
+    if room.gpu and plan.total > room.gpu and not config.force:
         raise ResourceError(
-            f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room / GIB:.1f} free.\n"
+            f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room.gpu / GIB:.1f} free.\n"
             f"{savings(config, data)} --force begins regardless."
         )
-    host = _host_room(config)
-    if host is not None and plan.host > host and not config.force:
+    if room.host is not None and plan.host > room.host and not config.force:
         shared = " for each process" if config.devices != 1 else ""
         raise ResourceError(
             f"train.recompute offload needs {plan.host / GIB:.1f} GiB of the host's memory, of which "
-            f"{host / GIB:.1f} are free{shared}.\n"
+            f"{room.host / GIB:.1f} are free{shared}.\n"
             "Take --train.recompute full, or fewer tokens at a time. --force begins regardless."
         )
     return plan
 
 
-def check_trainable(config: FinetuneConfig, base: str, trainable: int) -> None:
-    """Raise UsageError unless as many parameters learn as config.expect_trainable says of this base."""
-    expected = config.expect_trainable.get(base, trainable)
+def check_trainable(expected: Mapping[str, int], base: str, trainable: int) -> None:
+    """Raise UsageError unless as many parameters learn as expect_trainable says of this base."""
+    wanted = expected.get(base, trainable)
     check(
-        trainable == expected,
-        f"expect_trainable says that {expected:,} parameters of {base} learn, and {trainable:,} would.\n"
+        trainable == wanted,
+        f"expect_trainable says that {wanted:,} parameters of {base} learn, and {trainable:,} would.\n"
         "Mend lora.r or lora.targets, or leave expect_trainable out.",
     )
 
 
-def longest_batch(config: FinetuneConfig, samples: Samples, batching: Batching) -> Batch:
-    """The largest micro-batch of a device."""
-    return longest_step(samples, batching, world_size(config)).batches[0]
+def longest_batch(samples: Samples, batching: Batching, processes: int) -> Batch:
+    """Return the largest micro-batch of a device."""
+    return longest_step(samples, batching, processes).batches[0]
 
 
-def usual_tokens(config: FinetuneConfig, data: RunData) -> float:
-    """How many tokens a micro-batch has on average, padding included."""
-    first = steps(data.train, data.batching, FIRST_STEPS, world_size=world_size(config))
+def usual_tokens(data: RunData, processes: int) -> float:
+    """Average the tokens of a device's first micro-batches, padding included."""
+    first = steps(data.train, data.batching, FIRST_STEPS, world_size=processes)
     return fmean(batch.tokens.numel() for step in first for batch in step.batches)
 
 
 def savings(config: FinetuneConfig, data: RunData) -> str:
     """What to change in order to need less memory, and how much it saves."""
-    batch, train = longest_batch(config, data.train, data.batching), config.train
+    processes, train = world_size(config.devices, config.num_nodes), config.train
+    batch = longest_batch(data.train, data.batching, processes)
     if train.keep_dequantized == "auto":  # they would take what something else saves, and give way where it is needed
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
@@ -97,7 +100,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     others = {
         f"--train.micro_batch_size {train.micro_batch_size // 2}": (
             replace(config, train=replace(train, micro_batch_size=half)),
-            longest_batch(config, data.train, replace(data.batching, micro_batch_size=half)),
+            longest_batch(data.train, replace(data.batching, micro_batch_size=half), processes),
         ),
         "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), batch),
         "--train.recompute full": (replace(config, train=replace(train, recompute="full")), batch),
@@ -120,36 +123,22 @@ def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) ->
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
         Storage(weights_dtype(config.precision), config.quantize, config.quantize_head),
-        longest.tokens.numel(),
+        MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing),
         config.train,
-        gpu_bytes(),
+        _room(config.devices),
         measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
-        usual,
-        _host_room(config),
-        packed=config.data.packing,
-        rows=len(longest.tokens),
     )
 
 
-def _host_room(config: FinetuneConfig) -> float | None:
-    """Bytes of the host's memory for each of the processes that share it."""
-    free = host_bytes()
-    return None if free is None else free / _processes_here(config)
-
-
-def world_size(config: FinetuneConfig) -> int:
-    """Processes of the run, on all machines."""
-    return _processes_here(config) * config.num_nodes
-
-
-def _processes_here(config: FinetuneConfig) -> int:
-    return config.devices if config.devices != "auto" else max(1, torch.cuda.device_count())
+def _room(devices: Devices) -> Room:
+    """Measure free memory; the processes on a machine share the host's."""
+    host = host_bytes()
+    return Room(gpu_bytes(), None if host is None else host / processes_here(devices))
 
 
 def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
     """Say what is going to happen."""
     model, train = ModelConfig.load(config.checkpoint_dir), config.train
-    caveat = check_layers(model, config.lora)
     device = pick_device()
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -175,7 +164,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}{host}\n"
         f"  path    {_path(plan)}\n"
-        f"{f'  note    {caveat}' + chr(10) if caveat else ''}"
+        f"{f'  note    {plan.caveat}' + chr(10) if plan.caveat else ''}"
         f"{_samples(data)}"
     )
 

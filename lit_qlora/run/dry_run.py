@@ -4,14 +4,12 @@ Its first steps are taken with random weights, since neither speed nor memory de
 saving, what lora.init starts from, and what validations do but for their losses are left out.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricModule
 
 from lit_qlora.checkpoint.checkpoint import random_model
 from lit_qlora.data import Batch, RunData, longest_step, steps
@@ -25,11 +23,12 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.report import duration, tell
-from lit_qlora.run.banner import FIRST_STEPS, savings, world_size
-from lit_qlora.run.learning import eval_every, set_up, take_path
+from lit_qlora.run.banner import FIRST_STEPS, savings
+from lit_qlora.run.learning import eval_every, make_learner, take_path
 from lit_qlora.run.plan import Plan
 from lit_qlora.settings import FinetuneConfig
-from lit_qlora.train.loop import Gradients
+from lit_qlora.train.loop import Learner
+from lit_qlora.train.parallel import world_size
 from lit_qlora.train.signals import StopRequest
 
 MOST_ON_CPU = 3e8  # parameters: making a larger model there takes longer than anybody wants to wait
@@ -73,7 +72,7 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
     if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
         tell("  time    not measured: that needs a GPU, or a small model")
         return
-    every = eval_every(config, data, total)
+    every = eval_every(config.eval.every, data, total)
     validations = sum(is_due(step, every, total) for step in range(start + bool(start), total + 1))
     try:
         tell(f"  time    {measure_pace(config, data, plan, device).describe(total - start, validations)}")
@@ -83,12 +82,11 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
 
 def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
     """Take steps of the run on one device, which has its share of them."""
-    fabric, model, optimizer = _set_up(config, plan, device)
-    add_gradients = Gradients(fabric, model)
+    learner = _random_learner(config, plan, device)
 
     def update() -> None:
-        fabric.clip_gradients(model, optimizer, max_norm=config.train.max_norm or math.inf, error_if_nonfinite=False)
-        optimizer.step()
+        learner.clip_gradients(config.train.max_norm)
+        learner.optimizer.step()
 
     def seconds(do: Callable[[], object], warm_ups: int) -> float:
         for _ in range(warm_ups):
@@ -100,38 +98,37 @@ def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torc
         _wait(device)
         return (time.monotonic() - begin) / TIMES
 
-    model.train()
-    first = list(steps(data.train, data.batching, FIRST_STEPS, world_size=world_size(config)))
+    learner.model.train()
+    processes = world_size(config.devices, config.num_nodes)
+    first = list(steps(data.train, data.batching, FIRST_STEPS, world_size=processes))
     usual = sorted(first, key=lambda step: _places(step.batches))[len(first) // 2]
     part = usual._replace(batches=_some(usual.batches))
-    passes = seconds(lambda: add_gradients(part), WARM_UPS) / _places(part.batches)
-    for parameter in (p for p in model.parameters() if p.grad is not None):
-        parameter.grad.zero_()  # or a scaler may leave updates out, because float16 was too small for them
+    passes = seconds(lambda: learner.add_gradients(part), WARM_UPS) / _places(part.batches)
+    for gradient in (p.grad for p in learner.trainable.values() if p.grad is not None):
+        gradient.zero_()  # or a scaler may leave updates out, because float16 was too small for them
     updating = seconds(update, 1)
-    optimizer.zero_grad()
-    add_gradients(longest_step(data.train, data.batching, world_size(config)))  # now that the optimizer has its state
-    optimizer.zero_grad()
+    learner.optimizer.zero_grad()
+    learner.add_gradients(longest_step(data.train, data.batching, processes))  # now that the optimizer has its state
+    learner.optimizer.zero_grad()
     validation = 0.0
     if some := _some(data.val_batches):
-        scores = seconds(lambda: score_rows(fabric, model.module, some, StopRequest()), 1)
-        validation = scores * _places(data.val_batches) / _places(some) / world_size(config)
+        scores = seconds(lambda: score_rows(learner.fabric, learner.module, some, StopRequest()), 1)
+        validation = scores * _places(data.val_batches) / _places(some) / processes
     tokens = mean_tokens(data.train, data.batching)  # those of the first steps may be far from it
     padded = sum(_places(step.batches) for step in first) / sum(step.tokens for step in first)
     step = passes * padded * tokens + updating
     return Pace(step=step, tokens=tokens, validation=validation, peak_gib=peak_gib(device))
 
 
-def _set_up(
-    config: FinetuneConfig, plan: Plan, device: torch.device
-) -> tuple[Fabric, _FabricModule, torch.optim.Optimizer]:
-    """What a run trains and trains it with, but for the weights."""
+def _random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) -> Learner:
+    """Make what a run trains, with random weights."""
     fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
     storage = Storage(weights_dtype(config.precision), config.quantize, config.quantize_head)
     model = random_model(ModelConfig.load(config.checkpoint_dir), storage, device)
     add_lora(model, config.lora)
     add_noise(model, config.train.neftune)
     take_path(model, plan)
-    return fabric, *set_up(fabric, model, config)
+    return make_learner(fabric, model, config)
 
 
 def _some(batches: list[Batch]) -> list[Batch]:

@@ -69,7 +69,7 @@ def _take_folder(
             here.mkdir(exist_ok=True)  # another run may be as quick; then its lock is what is said
             held.enter_context(_lock(out_dir))
         if not config.skip_disk_check:
-            check_disk(config, plan)
+            check_disk(out_dir, config.train.keep_last, plan.trainable)
         if checkpoint:
             # In this order, for whenever the program is killed here, the log reaches up to the newest checkpoint.
             (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
@@ -99,14 +99,13 @@ def _check_movable(config: FinetuneConfig, here: Path, checkpoint: Checkpoint | 
             )
 
 
-def check_disk(config: FinetuneConfig, plan: Plan) -> None:
+def check_disk(out_dir: Path, keep_last: int, trainable: int) -> None:
     """Raise ResourceError unless the disk has room for the checkpoints: the last ones, the best, the final, and one."""
-    assert config.out_dir is not None
-    needed = (config.train.keep_last + 3) * (BYTES_PER_PARAMETER * plan.trainable + 2**20)
-    free = shutil.disk_usage(config.out_dir).free
+    needed = (keep_last + 3) * (BYTES_PER_PARAMETER * trainable + 2**20)
+    free = shutil.disk_usage(out_dir).free
     if needed > free:
         raise ResourceError(
-            f"out_dir {config.out_dir}: the checkpoints need up to {needed / 1e6:,.1f} MB, "
+            f"out_dir {out_dir}: the checkpoints need up to {needed / 1e6:,.1f} MB, "
             f"and {free / 1e6:,.1f} MB are free.\n"
             "Take another --out_dir or a smaller --train.keep_last; --skip_disk_check begins regardless."
         )

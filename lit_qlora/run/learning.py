@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor
 
 from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.errors import NumericalError, ResourceError
-from lit_qlora.evaluate.measures import Ask, Losses, Measure, more_measures, tasks_measure
+from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.validation import Validator
 from lit_qlora.evaluate.validation_inputs import Probes
 from lit_qlora.model.gpt import GPT
@@ -23,10 +22,10 @@ from lit_qlora.run.banner import savings
 from lit_qlora.run.plan import Plan, check_fp8
 from lit_qlora.run.reports import one_line
 from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, write_log
-from lit_qlora.run.saver import Saver
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.run.saver import Contents, Saver
+from lit_qlora.settings import FinetuneConfig, TrainConfig
 from lit_qlora.train.guards import Guard
-from lit_qlora.train.loop import BadStepError, train
+from lit_qlora.train.loop import BadStepError, Learner, follow, train
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
 from lit_qlora.train.signals import Stopped, StopRequest, stop_on_signals
 from lit_qlora.train.training_state import restore
@@ -34,21 +33,19 @@ from lit_qlora.train.training_state import restore
 SHOWN = 3  # answers that are shown at each validation
 
 
-def total_steps(config: FinetuneConfig, data: RunData) -> int:
-    """Optimizer steps of the run.
+def total_steps(config: TrainConfig, data: RunData) -> int:
+    """Count the optimizer steps of the run.
 
     Raises:
         UsageError: if the schedule does not fit into them.
     """
-    train = config.train
-    total = count_steps(len(data.train), data.batching, train.epochs, train.max_steps)
-    check_schedule(train, total)
+    total = count_steps(len(data.train), data.batching, config.epochs, config.max_steps)
+    check_schedule(config, total)
     return total
 
 
-def eval_every(config: FinetuneConfig, data: RunData, total: int) -> int:
-    """Optimizer steps between validations."""
-    every = config.eval.every
+def eval_every(every: float, data: RunData, total: int) -> int:
+    """Work out the optimizer steps between validations from eval.every."""
     if 0 < every < 1:
         every *= count_steps(len(data.train), data.batching, epochs=1)
     return max(1, round(every or total / 10))
@@ -83,13 +80,12 @@ def set_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def set_up(fabric: Fabric, model: GPT, config: FinetuneConfig) -> tuple[_FabricModule, torch.optim.Optimizer]:
-    """The model and its optimizer as train takes them."""
+def make_learner(fabric: Fabric, model: GPT, config: FinetuneConfig) -> Learner:
+    """Give the model its optimizer, for training on the path it takes."""
     scaled = config.precision == "16-mixed"
-    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
-    fabric_model, optimizer = fabric.setup(model, optimizer)
-    fabric_model.mark_forward_method("loss")
-    return fabric_model, optimizer
+    return Learner(
+        fabric, model, make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
+    )
 
 
 def learn(
@@ -97,27 +93,22 @@ def learn(
     model: GPT,
     config: FinetuneConfig,
     data: RunData,
-    total: int,
+    probes: Probes,
     log: RunLog,
     checkpoint: Checkpoint | None,
-    probes: Probes,
-    ask: Ask | None = None,
 ) -> Tensor | None:
     """Train the adapters of `model`, from `checkpoint` on if there is one.
 
-    Args:
-        ask: asks the model the tasks of lm-eval.
-
     Returns:
-        What measures.score_rows says of the validation samples at the last validation, if there was one.
+        The scores of the validation samples at the last validation (see measures.score_rows), if there was one.
     """
-    fabric_model, optimizer = set_up(fabric, model, config)
+    assert config.out_dir is not None
+    learner, total = make_learner(fabric, model, config), log.total
     start, last = 0, None
     if checkpoint:
-        restore(fabric, model, optimizer, checkpoint.path)
-        repage(optimizer)
+        restore(fabric, model, learner.optimizer, checkpoint.path)
+        repage(learner.optimizer)
         start = checkpoint.step
-        assert config.out_dir is not None
         if checkpoint.path.parent.samefile(config.out_dir):
             last = (start, config.out_dir / checkpoint.path.name)
     guard = Guard(config.guard, scaled=config.precision == "16-mixed")
@@ -125,13 +116,17 @@ def learn(
         if "loss" in record:
             guard.recall(record["loss"], record.get("skipped", False))
     with stop_on_signals() as stop, explained(config, data):
-        alone = stop if fabric.world_size == 1 else StopRequest()  # other ranks would wait for what is cut short
-        saver = Saver(config, fabric, model, optimizer, data, total, log, last)
+        alone = stop if fabric.world_size == 1 else StopRequest()  # other processes would wait for the missing part
+        saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
         losses = Losses(fabric, model, data.val_batches, alone)
-        tasks = tasks_measure(ask, model, config.eval.tasks_every, total, log.records) if ask else None
-        more = more_measures(fabric, model, config, data, probes, partial(keep_answers, saver.out_dir, log), tasks)
-        measures: list[Measure] = [losses, *more] if data.val_batches else more
-        validator = Validator(config.eval, eval_every(config, data, total), total, measures, log, saver.keep, alone)
+        measures: list[Measure] = [losses] if data.val_batches else []
+        write = partial(keep_answers, config.out_dir, log)
+        measures += more_measures(fabric, model, data, probes, config.eval.max_new_tokens, write)
+        if probes.ask:
+            tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records)
+            measures.append(Dispensable(fabric, model, "eval.tasks", tasks))
+        every = eval_every(config.eval.every, data, total)
+        validator = Validator(config.eval, every, total, measures, log, saver.keep, alone)
         go_on = validator.catch_up(log.records, start)
         if stop.signal and fabric.world_size == 1:
             raise Stopped(stop.signal, start)
@@ -139,23 +134,19 @@ def learn(
             saver(start, True)
             tell_early_end(validator, log, total)
             return losses.scores
-        train(
-            fabric,
-            fabric_model,
-            optimizer,
+        on_gpu = fabric.device.type == "cuda"
+        records = train(
+            learner,
             steps(data.train, data.batching, total, fabric.global_rank, fabric.world_size, start),
             total,
             config.train,
-            log=log,
-            save=saver,
-            validate=validator,
-            guard=guard,
-            stop=stop,
+            guard,
             seed=config.seed,
             start=start,
             seconds=log.seconds,
-            probe=longest_step(data.train, data.batching, fabric.world_size) if fabric.device.type == "cuda" else None,
+            longest=longest_step(data.train, data.batching, fabric.world_size) if on_gpu else None,
         )
+        follow(records, fabric, total, log=log, save=saver, validate=validator, stop=stop)
         tell_early_end(validator, log, total)
     return losses.scores
 

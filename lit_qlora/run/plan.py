@@ -54,6 +54,8 @@ class Plan:
     """Bytes of activations in the host's memory."""
     fp8: bool = False
     """Whether the products of the blocks' frozen weights are in FP8."""
+    caveat: str = ""
+    """What PEFT would not read of the adapter; '' if it reads all."""
 
     @property
     def total(self) -> float:
@@ -61,31 +63,47 @@ class Plan:
         return self.weights + self.learning + self.activations + self.graphs + self.kept
 
 
+@dataclass(frozen=True)
+class MicroBatches:
+    """Sizes of the micro-batches of a run on one device."""
+
+    tokens: int
+    """Tokens of the largest one, padding included."""
+    rows: int | None = None
+    """Rows of the largest one; by default train.micro_batch_size."""
+    usual: float | None = None
+    """Tokens of a usual one, padding included; None for no CUDA graphs."""
+    packed: bool = False
+    """Whether their rows are packed."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Free memory in bytes."""
+
+    gpu: float | None = None
+    """Of the GPU; None without a GPU, or for a plan of the plain path."""
+    host: float | None = None
+    """Of the host, for each process; None if nobody knows."""
+
+
 def make_plan(
     model: ModelConfig,
     lora: LoRAConfig,
     storage: Storage,
-    tokens: int,
+    batches: MicroBatches,
     train: TrainConfig,
-    room: float | None,
+    room: Room,
     state_bytes: float = 8.0,
-    usual: float | None = None,
-    host: float | None = None,
-    packed: bool = False,
-    rows: int | None = None,
 ) -> Plan:
-    """The plan for micro-batches of `tokens` tokens, padding included.
+    """Work out what a run needs.
 
     Args:
-        usual: tokens of a usual micro-batch; None for no CUDA graphs.
-        room: bytes of the GPU, or None for a run that cannot take the fast path anyway.
-        host: bytes of the host's memory that are free for this process; None if it is not known.
-        packed: whether rows are packed.
-        rows: of the largest micro-batch; by default train.micro_batch_size.
-        state_bytes: what the optimizer keeps for each parameter; AdamW two moments in float32.
+        state_bytes: bytes of optimizer state for each parameter; AdamW has two moments in float32.
 
     Raises:
-        UsageError: if the LoRA settings do not fit the model, or train.fp8 is on and the fast path is not taken.
+        UsageError: if the LoRA settings do not fit the model, or a setting needs the fast path and the run cannot
+            take it.
     """
     gpt = GPT.skeleton(model)
     frozen = sum(p.numel() for p in gpt.parameters())
@@ -101,53 +119,65 @@ def make_plan(
     )
     _check_kept(train, storage.quantize, reason)
     origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
-    policies: list[Recompute]
-    graph_tokens, graphs, kept_blocks, kept, stay, on_host, ahead = 0, 0.0, 0, 0.0, False, 0.0, False
-    if reason or room is None:
-        policies = [plain_recompute(train.recompute)] * model.n_layer
-        learning = origin + (8 + state_bytes) * trainable
-        activations = _activations(gpt, lora, storage.dtype.itemsize, tokens, policies[0] == "full")
-    else:
-        copied = _largest_part(gpt) if trainable >= IN_TURNS else trainable
-        learning = origin + (8 + state_bytes) * trainable + 2 * copied  # in 16 bit
-        adapted = max(adapters_met(block, model) for block in gpt.blocks)
-        quantized, head_quantized = storage.quantize != "none", storage.quantizes("head")
-        sizes = FastSizes(model, lora.r, adapted, quantized, head_quantized, train.fp8)
-        free = 0.97 * room - stored - learning
-        host_room = math.inf if host is None else HOST_SHARE * host
-        graph_tokens = _graph_tokens(model, train, rows or train.micro_batch_size, tokens, usual, packed)
-        tokens = max(tokens, graph_tokens)  # padded, even where nothing is captured
-        sizes, policies = _fastest(sizes, train.recompute, tokens, free, host_room)
-        ahead = sizes.ahead
-        activations, on_host = sizes.peak(policies, tokens), sizes.on_host(policies, tokens)
-        graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
-        if activations + graphs > free:  # they take only what is left, but before weights that are kept
-            graphs = 0.0
-        if quantized and not train.fp8:
-            spare = free - SPARE * room - activations - graphs
-            often = round(usual or tokens)
-            staying = [
-                0 if graphs and often <= graph_tokens else sum(sizes.stay(policies, often, kept))
-                for kept in range(model.n_layer + 1)
-            ]
-            kept_blocks, stay = _share(spare, sizes.dequantized, HOLES * activations, staying, train.keep_dequantized)
-            kept = kept_blocks * sizes.dequantized
-    return Plan(
+    policy = plain_recompute(train.recompute)
+    plan = Plan(
         frozen=frozen,
         trainable=trainable,
         weights=stored,
+        learning=origin + (8 + state_bytes) * trainable,
+        activations=_activations(gpt, lora, storage.dtype.itemsize, batches.tokens, policy == "full"),
+        recompute=(policy,) * model.n_layer,
+        slow_because=reason,
+        fp8=train.fp8,
+    )
+    return plan if reason or room.gpu is None else _fast_plan(plan, gpt, lora, storage, batches, train, room)
+
+
+def _fast_plan(
+    plan: Plan, gpt: GPT, lora: LoRAConfig, storage: Storage, batches: MicroBatches, train: TrainConfig, room: Room
+) -> Plan:
+    """Turn the plan of the plain path into one of the fast path.
+
+    Args:
+        gpt: with its adapters, on the meta device.
+    """
+    assert room.gpu is not None
+    model = gpt.config
+    copied = _largest_part(gpt) if plan.trainable >= IN_TURNS else plan.trainable
+    learning = plan.learning + 2 * copied  # in 16 bit
+    adapted = max(adapters_met(block, model) for block in gpt.blocks)
+    quantized = storage.quantize != "none"
+    sizes = FastSizes(model, lora.r, adapted, quantized, storage.quantizes("head"), train.fp8)
+    free = 0.97 * room.gpu - plan.weights - learning
+    graph_tokens = _graph_tokens(model, train, batches)
+    tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
+    host = math.inf if room.host is None else HOST_SHARE * room.host
+    sizes, policies = _fastest(sizes, train.recompute, tokens, free, host)
+    activations = sizes.peak(policies, tokens)
+    graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
+    if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
+        graphs = 0.0
+    kept_blocks, stay = 0, False
+    if quantized and not train.fp8:
+        spare = free - SPARE * room.gpu - activations - graphs
+        often = round(batches.usual or tokens)
+        staying = [
+            0 if graphs and often <= graph_tokens else sum(sizes.stay(policies, often, kept))
+            for kept in range(model.n_layer + 1)
+        ]
+        kept_blocks, stay = _share(spare, sizes.dequantized, HOLES * activations, staying, train.keep_dequantized)
+    return replace(
+        plan,
         learning=learning,
         activations=activations,
         recompute=tuple(policies),
-        slow_because=reason,
         graph_tokens=graph_tokens,
         graphs=graphs,
         kept_blocks=kept_blocks,
-        kept=kept,
-        ahead=ahead,
+        kept=kept_blocks * sizes.dequantized,
+        ahead=sizes.ahead,
         stay=stay,
-        host=on_host,
-        fp8=train.fp8,
+        host=sizes.on_host(policies, tokens),
     )
 
 
@@ -173,9 +203,8 @@ def _stored_bytes(gpt: GPT, storage: Storage) -> float:
         scheme = storage.quantize if linear and storage.quantizes(layer) else "none"
         bits += parameter.numel() * bits_per_weight(scheme, storage.dtype)
     if gpt.config.tied_head and storage.quantizes("head"):
-        bits += gpt.head.weight.numel() * bits_per_weight(
-            storage.quantize, storage.dtype
-        )  # the embedding is looked up as it is
+        # The embedding is looked up as it is.
+        bits += gpt.head.weight.numel() * bits_per_weight(storage.quantize, storage.dtype)
     return bits / 8
 
 
@@ -211,17 +240,16 @@ def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None
     )
 
 
-def _graph_tokens(
-    model: ModelConfig, train: TrainConfig, rows: int, tokens: int, usual: float | None, packed: bool
-) -> int:
+def _graph_tokens(model: ModelConfig, train: TrainConfig, batches: MicroBatches) -> int:
     """Tokens of the largest micro-batch that is padded for CUDA graphs, 0 for none; see lit_qlora.fused.graphs."""
     from lit_qlora.fused.graphs import most_tokens, row_width
     from lit_qlora.fused.support import GROWING
 
-    if train.cuda_graphs == "never" or usual is None or model.rope_scaling in GROWING:
+    if train.cuda_graphs == "never" or batches.usual is None or model.rope_scaling in GROWING:
         return 0
-    most = most_tokens(model)
-    common, longest = (rows * row_width(model, math.ceil(count / rows), packed) for count in (usual, tokens))
+    most, rows = most_tokens(model), batches.rows or train.micro_batch_size
+    counts = (batches.usual, batches.tokens)
+    common, longest = (rows * row_width(model, math.ceil(count / rows), batches.packed) for count in counts)
     return min(most, longest) if common <= most else 0
 
 
@@ -241,10 +269,10 @@ def plain_recompute(setting: str) -> Recompute:
     return "none" if setting in ("auto", "none") else "full"
 
 
-def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: float | None) -> str:
+def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: Room) -> str:
     if not train.fast:
         return "train.fast is false"
-    if room is None:
+    if room.gpu is None:
         return "the fast one needs a CUDA device"
     if dtype != torch.bfloat16:
         return "the fast one needs bf16-true"

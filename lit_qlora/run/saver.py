@@ -3,56 +3,45 @@
 import os
 import platform
 import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from lightning.fabric import Fabric
+from typing import Any, Self
 
 from lit_qlora import __version__
 from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.data import RunData
 from lit_qlora.files.atomic import flush, publish, temporary_directory
 from lit_qlora.lora.adapter import save_adapter
-from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.style import Style
 from lit_qlora.report import RunLog
 from lit_qlora.run.resume import FINAL, numbered, plain
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.settings import FinetuneConfig, LoRAConfig, TrainConfig
+from lit_qlora.train.loop import Learner
 from lit_qlora.train.training_state import read_counters, state_files
 
 BEST = "best"
 
 
-class Saver:
-    """Saves the checkpoints of a run, and removes those that are too many.
+@dataclass(frozen=True)
+class Contents:
+    """The parts of a run's checkpoints that do not change from one to the next."""
 
-    Args:
-        last: the checkpoint in OUT that the run goes on from, if it does.
+    lora: LoRAConfig
+    style: Style
+    facts: Mapping[str, Any]
+    """For the manifest: base, data and versions."""
+    counters: Mapping[str, Any]
+    """For the state: the facts, with which a resumed run must agree, the settings and the length of the run."""
 
-    Attributes:
-        last: the newest one, and the step whose state it is.
-        best: the one that OUT/best is.
-    """
-
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        fabric: Fabric,
-        model: GPT,
-        optimizer: torch.optim.Optimizer,
-        data: RunData,
-        total: int,
-        log: RunLog,
-        last: tuple[int, Path] | None = None,
-    ) -> None:
-        assert config.out_dir is not None
-        self.config, self.out_dir, self.fabric, self.data, self.log = config, config.out_dir, fabric, data, log
-        self.model, self.optimizer = model, optimizer
-        self.best = self._recall_best()
-        self.last = last
-        base = {"name": model.config.name, "path": str(config.checkpoint_dir)}
-        if fabric.is_global_zero:
+    @classmethod
+    def of(cls, config: FinetuneConfig, data: RunData, learner: Learner, total: int) -> Self:
+        """Collect them for a run of `total` steps; only the first process hashes the base."""
+        base = {"name": learner.module.config.name, "path": str(config.checkpoint_dir)}
+        if learner.fabric.is_global_zero:
             base["sha256"] = content_hash(config.checkpoint_dir)
-        self.facts = {
+        facts = {
             "base": base,
             "data": data.files,
             "quantize": config.quantize,
@@ -60,7 +49,44 @@ class Saver:
             "precision": config.precision,
             "versions": versions(),
         }
-        self.counters = {**self.facts, "config": plain(config), "total": total}
+        return cls(config.lora, data.style, facts, {**facts, "config": plain(config), "total": total})
+
+    def write(self, folder: Path, learner: Learner, step: int, seconds: float) -> None:
+        """Write the checkpoint after `step` steps, which took so many seconds."""
+        counters = {**self.counters, "step": step, "seconds": seconds}
+        state = state_files(learner.fabric, learner.module, learner.optimizer, counters)
+        save_adapter(folder, learner.module, self.lora, self.style, {**self.facts, "step": step}, state)
+
+
+class Saver:
+    """Saves the checkpoints of a run, and removes old ones.
+
+    Args:
+        last: step and path of the checkpoint in OUT that the run resumes from, if it does.
+
+    Attributes:
+        last: step and path of the newest checkpoint.
+        best: the checkpoint that OUT/best links to.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        config: TrainConfig,
+        learner: Learner,
+        contents: Contents,
+        log: RunLog,
+        last: tuple[int, Path] | None = None,
+    ) -> None:
+        self.out_dir, self.config, self.learner, self.contents, self.log = out_dir, config, learner, contents, log
+        self.fabric = learner.fabric
+        self.best = self._recall_best()
+        self.last, self.saved = last, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Say whether train.save_every or train.save_minutes asks for a checkpoint after `step` steps."""
+        every, minutes = self.config.save_every, self.config.save_minutes
+        return bool((every and step % every == 0) or (minutes and time.monotonic() - self.saved >= 60 * minutes))
 
     def __call__(self, step: int, over: bool) -> None:
         """Save the state after `step` steps, as OUT/final if the run is over."""
@@ -69,11 +95,9 @@ class Saver:
             if over:
                 self._keep_earlier_final()
             self.log.flush()  # a checkpoint must not be newer than the log
-            counters = {**self.counters, "step": step, "seconds": self.log.seconds}
-            state = state_files(self.fabric, self.model, self.optimizer, counters)
-            save_adapter(folder, self.model, self.config.lora, self.data.style, {**self.facts, "step": step}, state)
+            self.contents.write(folder, self.learner, step, self.log.seconds)
             self._prune()
-        self.last = (step, folder)
+        self.last, self.saved = (step, folder), time.monotonic()
         self.fabric.barrier()
 
     def keep(self, step: int) -> None:
@@ -123,7 +147,7 @@ class Saver:
 
     def _prune(self) -> None:
         kept = {self.best.name} if self.best else set()
-        for _, old in numbered(self.out_dir)[: -self.config.train.keep_last]:
+        for _, old in numbered(self.out_dir)[: -self.config.keep_last]:
             if old.name not in kept:
                 shutil.rmtree(old)
 

@@ -1,7 +1,7 @@
 """What a run leaves when it is over: summary.json, the pictures and pages, and the table at its end."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -53,7 +53,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
         limit=data.audit.max_length,
         data=[data.audit.describe(), *data.audit.sources, *data.audit.notes()],
         config=cli.to_yaml(config),
-        hashes=hashes(config, data),
+        hashes=hashes(config.checkpoint_dir, data.files, out_dir / FINAL),
         following=following,
         best=best,
         worst=worst,
@@ -107,13 +107,16 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
     }
 
 
-def hashes(config: FinetuneConfig, data: RunData) -> dict[str, str]:
-    """What base, data and adapter are, to the bit."""
-    assert config.out_dir is not None
-    manifest = read_manifest(config.out_dir / FINAL) or {}
+def hashes(checkpoint_dir: Path, data: Mapping[str, str], adapter: Path) -> dict[str, str]:
+    """Collect the sha256 of base, data and adapter.
+
+    Args:
+        data: source -> sha256.
+    """
+    manifest = read_manifest(adapter) or {}
     return {
-        f"base {config.checkpoint_dir}": content_hash(config.checkpoint_dir),
-        **{f"data {source}": digest for source, digest in data.files.items()},
+        f"base {checkpoint_dir}": content_hash(checkpoint_dir),
+        **{f"data {source}": digest for source, digest in data.items()},
         **{f"{FINAL}/{name}": facts["sha256"] for name, facts in manifest.get("files", {}).items()},
     }
 

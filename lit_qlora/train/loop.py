@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_qlora.data import Batch, Step
 from lit_qlora.device import peak_gib
 from lit_qlora.errors import NumericalError
+from lit_qlora.model.gpt import GPT
 from lit_qlora.report import tell
 from lit_qlora.settings import TrainConfig
 from lit_qlora.train.guards import Guard, check_first_gradients
@@ -36,11 +37,23 @@ class BadStepError(NumericalError):
         self.step = step
 
 
-class Validation(Protocol):
-    """When and how the model is validated."""
+class Saving(Protocol):
+    """The checkpoints of a run."""
 
     def due(self, step: int) -> bool:
-        """Whether it is time after `step` steps; rank 0's word counts."""
+        """Say whether it is time to save after `step` steps."""
+        ...
+
+    def __call__(self, step: int, over: bool) -> None:
+        """Save the state after `step` steps, as the final one if the run is over."""
+        ...
+
+
+class Validation(Protocol):
+    """The validations of a run."""
+
+    def due(self, step: int) -> bool:
+        """Say whether it is time to validate after `step` steps."""
         ...
 
     def __call__(self, step: int) -> bool:
@@ -48,62 +61,74 @@ class Validation(Protocol):
         ...
 
 
+class Learner:
+    """A model that learns, with its optimizer, in Fabric.
+
+    Attributes:
+        module: the model itself.
+        model: the model as Fabric calls it.
+        trainable: its parameters that learn, by name.
+    """
+
+    def __init__(self, fabric: Fabric, module: GPT, optimizer: torch.optim.Optimizer) -> None:
+        self.fabric, self.module = fabric, module
+        self.model, self.optimizer = fabric.setup(module, optimizer)
+        self.model.mark_forward_method("loss")
+        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.add_gradients = Gradients(fabric, self.model)
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to this global norm; 0 leaves them. Returns the norm that they had."""
+        norm = self.fabric.clip_gradients(
+            self.model, self.optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False
+        )
+        assert isinstance(norm, Tensor)
+        return norm
+
+
 def train(
-    fabric: Fabric,
-    model: _FabricModule,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     steps: Iterable[Step],
     total: int,
     config: TrainConfig,
-    *,
-    log: Callable[[Record], None],
-    save: Callable[[int, bool], None],
-    validate: Validation,
     guard: Guard,
-    stop: StopRequest | None = None,
+    *,
     seed: int = 0,
     start: int = 0,
     seconds: float = 0.0,
-    probe: Step | None = None,
-) -> None:
-    """Take one optimizer step for each of `steps`, up to number `total`.
+    longest: Step | None = None,
+) -> Iterator[Record]:
+    """Take one optimizer step for each of `steps`, up to number `total`, and yield its record for the log.
 
     The loss of a step is the mean over all its labelled tokens, or as data.weighting weighs them, however they are
-    split into rows, micro-batches and devices, so packing and train.micro_batch_size change memory and speed but not
-    the result. What is random in a step depends on `seed` and its number alone, so a run can go on after any step.
+    split into rows, micro-batches and devices. So packing and train.micro_batch_size change memory and speed but not
+    the result. Randomness in a step depends on `seed` and the step's number alone, so a run can resume after any step.
+    Time between two steps, which goes to validating and saving, counts in no step's tokens per second.
 
     Args:
-        model: as fabric.setup returns it, with "loss" marked as a forward method.
-        steps: those after `start`.
-        log: gets a record for each step, on every rank.
-        save: is called with the number of steps done whenever a checkpoint is due, and whether the run is over.
-        validate: is asked after each step.
-        start: steps that were done before.
-        seconds: how long they took.
-        probe: is computed and forgotten before the first step, so that what does not fit fails at once.
+        steps: the steps after `start`.
+        start: steps done before.
+        seconds: time they took.
+        longest: a step that is computed and forgotten before the first one, so that memory runs out at once or never.
 
     Raises:
         BadStepError: if the loss of a step is not finite; the step is not taken. Or as the guard decides.
-        Stopped: after saving, if `stop` has taken a signal.
         torch.OutOfMemoryError: if not even single rows fit.
     """
-    stop = stop or StopRequest()
-    begin = before = saved = time.monotonic()
-    paused = 0.0  # seconds since the last step that went to validating and saving
+    fabric, optimizer = learner.fabric, learner.optimizer
+    begin = before = time.monotonic()
+    paused = 0.0  # seconds that the caller took after the last step
     scaler = getattr(fabric.strategy.precision, "scaler", None)
-    add_gradients = Gradients(fabric, model)
-    learners = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.train()
-    if probe:
-        add_gradients(probe)
+    learner.model.train()
+    if longest:
+        learner.add_gradients(longest)
         optimizer.zero_grad()
         if fabric.is_global_zero:
             tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
     for done, step in enumerate(steps, start=start + 1):
-        loss = sum_over_ranks(fabric, add_gradients(step, seed_of(seed, done, fabric.global_rank)))
-        sum_gradients(fabric, learners)
-        norm = fabric.clip_gradients(model, optimizer, max_norm=config.max_norm or math.inf, error_if_nonfinite=False)
-        assert isinstance(norm, Tensor)
+        loss = sum_over_ranks(fabric, learner.add_gradients(step, seed_of(seed, done, fabric.global_rank)))
+        sum_gradients(fabric, learner.trainable.values())
+        norm = learner.clip_gradients(config.max_norm)
         loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
         try:
             guard.check_loss(done, loss_value)
@@ -111,11 +136,11 @@ def train(
         except NumericalError as error:
             raise BadStepError(str(error), step) from None
         if done == 1 and may_update:
-            check_first_gradients((name, p) for name, p in model.named_parameters() if p.requires_grad)
+            check_first_gradients(learner.trainable.items())
         rate = learning_rate(done - 1, total, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("factor", 1.0)
-        if may_update or scaler:  # a scaler leaves the update out by itself, and lowers its scale
+        if may_update or scaler:  # a scaler skips the update by itself, and lowers its scale
             optimizer.step()
         optimizer.zero_grad()
 
@@ -132,16 +157,32 @@ def train(
             "peak_gib": round(peak_gib(fabric.device), 3),
             "seconds": round(seconds + now - begin, 3),
         }
-        log(record if may_update else {**record, "skipped": True})
         before = now
-        by_step = config.save_every and done % config.save_every == 0
-        by_clock = config.save_minutes and now - saved >= 60 * config.save_minutes
-        stop_number, save_due, validation_due = agree(
-            fabric, stop.signal, bool(by_step or by_clock), validate.due(done)
-        )
+        yield record if may_update else {**record, "skipped": True}
+        paused = time.monotonic() - now
+
+
+def follow(
+    records: Iterable[Record],
+    fabric: Fabric,
+    total: int,
+    *,
+    log: Callable[[Record], None],
+    save: Saving,
+    validate: Validation,
+    stop: StopRequest,
+) -> None:
+    """Take the steps of `train`, and after each log its record, save and validate if that is due, and stop if asked.
+
+    Raises:
+        Stopped: after saving, if `stop` has taken a signal.
+    """
+    for record in records:
+        log(record)
+        done = record["step"]
+        stop_number, save_due, validation_due = agree(fabric, stop.signal, save.due(done), validate.due(done))
         if save_due or stop_number or done == total:
             save(done, done == total)  # before the validation, which may fail
-            saved = time.monotonic()
         if validation_due and not stop_number:
             go_on = validate(done)
             (stop_number,) = agree(fabric, stop.signal)
@@ -152,7 +193,6 @@ def train(
                 return
         if stop_number:
             raise Stopped(stop_number, done)
-        paused = time.monotonic() - now
 
 
 class Gradients:

@@ -52,6 +52,16 @@ def processes(devices: Devices, num_nodes: int) -> tuple[Devices, int]:
     return here, machines
 
 
+def processes_here(devices: Devices) -> int:
+    """Count the processes of the run on this machine."""
+    return devices if devices != "auto" else max(1, torch.cuda.device_count())
+
+
+def world_size(devices: Devices, num_nodes: int) -> int:
+    """Count the processes of the run on all machines."""
+    return processes_here(devices) * num_nodes
+
+
 def is_first() -> bool:
     """Whether this process is the first of those that torchrun started, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0

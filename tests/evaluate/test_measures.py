@@ -139,9 +139,9 @@ def test_figures_compare_the_answers_and_all_are_written(config: FinetuneConfig,
     (measure,) = more_measures(
         Fabric(accelerator="cpu", devices=1),
         model,
-        config,
         data,
         probes,
+        5,
         lambda step, rows: written.update({step: rows}),
     )
     record = measure(7)
@@ -267,8 +267,8 @@ def test_a_measure_that_finds_no_room_gets_what_only_makes_training_faster(fabri
     assert measured(4) == {}  # there is nothing left to give back
 
 
-def test_only_what_is_asked_for_is_measured(config: FinetuneConfig, data: RunData, fabric: Fabric) -> None:
-    nothing = more_measures(fabric, adapted(), config, data, Probes([], [], []), lambda *given: None)
+def test_only_what_is_asked_for_is_measured(data: RunData, fabric: Fabric) -> None:
+    nothing = more_measures(fabric, adapted(), data, Probes([], [], []), None, lambda *given: None)
     assert nothing == []
 
 

@@ -21,7 +21,7 @@ from lit_qlora.lora.layer import LoRALinear, frozen_weight
 from lit_qlora.quantize import Storage, quantize_linears
 from lit_qlora.run.banner import plan_run
 from lit_qlora.run.learning import take_path
-from lit_qlora.run.plan import Plan, make_plan
+from lit_qlora.run.plan import MicroBatches, Plan, Room, make_plan
 from lit_qlora.run.resume import Checkpoint, check_same_run, plain
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, Scheme, TrainConfig
 from tests.conftest import tiny_config
@@ -218,7 +218,14 @@ def test_workspaces_are_half_as_large_as_in_16_bit() -> None:
 
 
 def planned(quantize: Scheme, room: float | None = 2**30, **train: Any) -> Plan:
-    return make_plan(tiny_config(), LoRAConfig(), Storage(torch.bfloat16, quantize), 64, TrainConfig(**train), room)
+    return make_plan(
+        tiny_config(),
+        LoRAConfig(),
+        Storage(torch.bfloat16, quantize),
+        MicroBatches(64),
+        TrainConfig(**train),
+        Room(room),
+    )
 
 
 @pytest.mark.parametrize("policy", ["none", "attn", "full"])

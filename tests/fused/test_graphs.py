@@ -19,7 +19,7 @@ from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import Storage
-from lit_qlora.run.plan import Plan, make_plan
+from lit_qlora.run.plan import MicroBatches, Plan, Room, make_plan
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from tests.conftest import tiny_config
 from tests.fused import test_fused
@@ -393,10 +393,8 @@ def test_what_is_planned_for_graphs_gets_them() -> None:
     fused.graphs.off = "none is made here"
     for length in (*range(16, 2048, 97), 2047, 2048, 2049, 4000, 4096, 4097):
         for is_packed in (False, True):
-            plan = make_plan(
-                fused.config, LoRAConfig(), Storage(torch.bfloat16), length, settings, 2**34,
-                usual=float(length), packed=is_packed,
-            )  # fmt: skip
+            batches = MicroBatches(length, usual=float(length), packed=is_packed)
+            plan = make_plan(fused.config, LoRAConfig(), Storage(torch.bfloat16), batches, settings, Room(2**34))
             row = packed(length // 2, width=length) if is_packed else batch(1, length)
             fused.graphs.most = plan.graph_tokens
             taken = is_packed or length <= 2048
@@ -435,7 +433,9 @@ def test_what_cannot_be_captured_goes_on_without_graphs(capsys: pytest.CaptureFi
 def planned(usual: float | None = 20.0, room: float = 2**30, tokens: int = 4 * 50, **train: Any) -> Plan:
     settings = TrainConfig(**{"micro_batch_size": 4, "cuda_graphs": "auto"} | train)
     model = tiny_config(block_size=4096)
-    return make_plan(model, LoRAConfig(), Storage(torch.bfloat16), tokens, settings, room, usual=usual)
+    return make_plan(
+        model, LoRAConfig(), Storage(torch.bfloat16), MicroBatches(tokens, usual=usual), settings, Room(room)
+    )
 
 
 def test_a_plan_has_graphs_for_the_longest_rows_and_counts_their_memory() -> None:

@@ -22,7 +22,7 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import Storage
 from lit_qlora.run.learning import take_path
-from lit_qlora.run.plan import HOLES, Plan, make_plan
+from lit_qlora.run.plan import HOLES, MicroBatches, Plan, Room, make_plan
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from lit_qlora.train.loop import Gradients
 from tests.conftest import tiny_config, tiny_model
@@ -269,7 +269,14 @@ def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeyp
 
 def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", tokens: int = 8, **train: Any) -> Plan:
     settings = TrainConfig(keep_dequantized=blocks, **train)
-    return make_plan(tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, quantize), tokens, settings, room)
+    return make_plan(
+        tiny_config(n_layer=4),
+        LoRAConfig(),
+        Storage(torch.bfloat16, quantize),
+        MicroBatches(tokens),
+        settings,
+        Room(room),
+    )
 
 
 def test_a_plan_counts_the_blocks_that_stay() -> None:
@@ -281,11 +288,11 @@ def test_a_plan_counts_the_blocks_that_stay() -> None:
 
 
 def test_nobody_has_to_ask_for_them_or_for_graphs() -> None:
-    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, "bnb.nf4"), 64]
-    plan = make_plan(*settings, TrainConfig(), 2**30, usual=20.0)
+    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, "bnb.nf4")]
+    plan = make_plan(*settings, MicroBatches(64, usual=20.0), TrainConfig(), Room(2**30))
     assert plan.kept_blocks == 4
     assert plan.graphs > 0
-    eight = make_plan(*settings, TrainConfig(fp8=True), 2**30)
+    eight = make_plan(*settings, MicroBatches(64), TrainConfig(fp8=True), Room(2**30))
     assert (eight.kept_blocks, eight.kept) == (0, 0)  # which are not read in FP8
 
 
@@ -296,7 +303,7 @@ def test_a_plan_counts_copies_made_in_turns_once(blocks: dict[str, Any], monkeyp
     def learning(most: int) -> float:
         monkeypatch.setattr("lit_qlora.run.plan.IN_TURNS", most)
         config = tiny_config(n_layer=4)
-        return make_plan(config, lora, Storage(torch.bfloat16), 64, TrainConfig(), 2**30).learning
+        return make_plan(config, lora, Storage(torch.bfloat16), MicroBatches(64), TrainConfig(), Room(2**30)).learning
 
     model = tiny_model(n_layer=4)
     add_lora(model, lora)
@@ -336,17 +343,20 @@ def test_workspaces_are_as_large_as_planned(quantize_head: bool, policy: Any) ->
 
 
 def test_nothing_stays_where_graphs_are_usual_or_nothing_is_to_be_kept() -> None:
-    settings: Any = [tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, "bnb.nf4"), 128]
+    def plan(room: float, usual: float | None = 128.0, **train: Any) -> Plan:
+        model, storage = tiny_config(n_layer=4), Storage(torch.bfloat16, "bnb.nf4")
+        return make_plan(model, LoRAConfig(), storage, MicroBatches(128, usual=usual), TrainConfig(**train), Room(room))
+
     alone = planned(0, tokens=128)
     room = (alone.total + HOLES * alone.activations + 1.1 * planned(1).kept) / (0.97 - 0.05)
-    assert make_plan(*settings, TrainConfig(cuda_graphs="never"), room, usual=128.0).stay
-    graphs = make_plan(*settings, TrainConfig(keep_dequantized=0), 2 * room, usual=128.0).graphs
-    padded = make_plan(*settings, TrainConfig(), room + graphs / (0.97 - 0.05), usual=128.0)
+    assert plan(room, cuda_graphs="never").stay
+    graphs = plan(2 * room, keep_dequantized=0).graphs
+    padded = plan(room + graphs / (0.97 - 0.05))
     assert padded.graphs == graphs > 0
     assert not padded.stay
-    assert make_plan(*settings, TrainConfig(), room, usual=128.0).stay  # where graphs have no room
-    assert not make_plan(*settings, TrainConfig(cuda_graphs="never"), room, usual=8.0).stay  # which makes no place
-    assert not make_plan(*settings, TrainConfig(keep_dequantized=0), room).stay
+    assert plan(room).stay  # where graphs have no room
+    assert not plan(room, usual=8.0, cuda_graphs="never").stay  # which makes no place
+    assert not plan(room, usual=None, keep_dequantized=0).stay
 
 
 def test_weights_stay_for_the_next_forward_pass_where_that_saves_more() -> None:
@@ -374,9 +384,9 @@ def test_what_a_block_takes_is_what_its_weights_are() -> None:
         model.config,
         LoRAConfig(r=4, targets="all"),
         Storage(torch.bfloat16, "bnb.nf4"),
-        64,
+        MicroBatches(64),
         TrainConfig(keep_dequantized=1),
-        2**30,
+        Room(2**30),
     )
     assert plan.kept == 2 * held
 

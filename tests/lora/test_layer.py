@@ -12,7 +12,7 @@ from lit_qlora.lora.merge import merge_measured
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import Storage, quantize_linears
-from lit_qlora.run.plan import make_plan
+from lit_qlora.run.plan import MicroBatches, Room, make_plan
 from lit_qlora.settings import LoRAConfig, Scheme, Target, TrainConfig
 from tests.conftest import tiny_model
 
@@ -270,5 +270,5 @@ def test_the_plan_counts_what_learns_in_every_variant() -> None:
         config = LoRAConfig(**settings)  # type: ignore[arg-type]
         model = tiny_model()
         add_lora(model, config)
-        plan = make_plan(model.config, config, Storage(), 64, TrainConfig(), None)
+        plan = make_plan(model.config, config, Storage(), MicroBatches(64), TrainConfig(), Room())
         assert plan.trainable == count_trainable(model) == sum(t.numel() for t in lora_state(model).values())

@@ -14,7 +14,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import MoE, Router
 from lit_qlora.quantize import QuantizedLinear, Storage, quantize_linears
-from lit_qlora.run.plan import make_plan
+from lit_qlora.run.plan import MicroBatches, Room, make_plan
 from lit_qlora.settings import LoRAConfig, TrainConfig
 from tests.conftest import tiny_config, tiny_model, write_checkpoint
 from tests.lora.test_adapter import save, trained
@@ -131,7 +131,9 @@ def test_recomputed_experts_have_the_same_gradients() -> None:
 
 def test_a_plan_counts_all_experts_and_the_activations_of_the_chosen() -> None:
     lora = LoRAConfig(targets=("mlp",), dropout=0.0)
-    four, eight = (make_plan(experts(n_expert=n), lora, Storage(), 64, TrainConfig(), None) for n in (4, 8))
+    four, eight = (
+        make_plan(experts(n_expert=n), lora, Storage(), MicroBatches(64), TrainConfig(), Room()) for n in (4, 8)
+    )
     assert eight.frozen - four.frozen == 2 * 4 * (3 * 32 * 64 + 64)
     assert eight.trainable == 2 * four.trainable
     assert eight.activations == four.activations

@@ -42,6 +42,7 @@ class Child:
             summary.write_pages = lambda *given: None  # half of the time of such a short run
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)  # a worker of pytest-xdist has its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background jobs
             if before:
                 before()
             cli.run(load_script("finetune/lora.py").main, FinetuneConfig, list(flags))

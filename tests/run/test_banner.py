@@ -54,25 +54,23 @@ def test_rows_that_are_packed_have_graphs_if_they_are_short(
     train = TrainConfig(batch_size=32, micro_batch_size=2)
     config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, train=train)
     read = read_data(config)
-    assert longest_batch(config, read.train, read.batching).tokens.shape == (2, 256)
-    assert 256 < usual_tokens(config, read) <= 2 * 256
+    assert longest_batch(read.train, read.batching, 1).tokens.shape == (2, 256)
+    assert 256 < usual_tokens(read, 1) <= 2 * 256
     assert plan_run(config, read).graph_tokens == 2 * 256
     few = replace(config, train=replace(train, batch_size=4))
     read = read_data(few)
     four = int(read.train.lengths.sum()) / len(read.train) * 4
-    longest = longest_batch(few, read.train, read.batching)
+    longest = longest_batch(read.train, read.batching, 1)
     assert len(longest.tokens) == 1
     assert longest.tokens.size(1) < 1.5 * four + 64  # no longer than all samples of a step
-    assert usual_tokens(few, read) <= longest.tokens.numel()
-    alone = replace(config, train=replace(train, batch_size=16))
-    read = read_data(alone)
-    shared = replace(alone, devices=2)  # half of the samples for each
-    sizes = [longest_batch(one, read.train, read.batching).tokens.numel() for one in (alone, shared)]
+    assert usual_tokens(read, 1) <= longest.tokens.numel()
+    read = read_data(replace(config, train=replace(train, batch_size=16)))
+    sizes = [longest_batch(read.train, read.batching, processes).tokens.numel() for processes in (1, 2)]
     assert sizes[1] < sizes[0]
-    assert usual_tokens(shared, read) < 0.7 * usual_tokens(alone, read)
+    assert usual_tokens(read, 2) < 0.7 * usual_tokens(read, 1)  # half of the samples for each
     long = replace(config, data=replace(data, pack_length=8192))
     read = read_data(long)
-    longest = longest_batch(long, read.train, read.batching)
+    longest = longest_batch(read.train, read.batching, 1)
     assert 8192 > plan_run(long, read).graph_tokens >= longest.tokens.numel()  # a step is far from filling one
     monkeypatch.setattr("lit_qlora.fused.graphs.MOST_TOKENS", 256)
     assert plan_run(long, read).graph_tokens == 0

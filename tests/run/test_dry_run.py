@@ -17,6 +17,7 @@ from lit_qlora.run import dry_run
 from lit_qlora.run.banner import plan_run
 from lit_qlora.run.dry_run import Pace, measure_pace, tell_time
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, OptimizerConfig, TrainConfig
+from lit_qlora.train.loop import Gradients
 from tests.conftest import tiny_model, write_checkpoint
 
 Read = Callable[..., tuple[FinetuneConfig, RunData]]
@@ -41,9 +42,9 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, update: float) -> None:
         self.now, self.each, self.update = 0.0, each, update
-        learn, validate = dry_run.Gradients.__call__, dry_run.score_rows
+        learn, validate = Gradients.__call__, dry_run.score_rows
 
-        def learnt(gradients: dry_run.Gradients, step: Step, seed: int = 0) -> torch.Tensor:
+        def learnt(gradients: Gradients, step: Step, seed: int = 0) -> torch.Tensor:
             self.now += self.spent(step.batches)
             return learn(gradients, step, seed)
 
@@ -55,7 +56,7 @@ class Clock:
             self.now += self.update
 
         monkeypatch.setattr(dry_run, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(dry_run.Gradients, "__call__", learnt)
+        monkeypatch.setattr(Gradients, "__call__", learnt)
         monkeypatch.setattr(dry_run, "score_rows", validated)
         monkeypatch.setattr(torch.optim.AdamW, "step", updated)
 
@@ -152,7 +153,7 @@ def test_the_peak_is_that_of_the_longest_micro_batch_with_all_that_a_run_holds(
 
     for owner, name in ((dry_run, "add_noise"), (dry_run, "take_path"), (dry_run, "peak_gib")):
         monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
-    monkeypatch.setattr(dry_run.Gradients, "__call__", noted("learn", dry_run.Gradients.__call__))
+    monkeypatch.setattr(Gradients, "__call__", noted("learn", Gradients.__call__))
     monkeypatch.setattr(torch.optim.AdamW, "step", noted("update", torch.optim.AdamW.step))
     assert measure_pace(config, data, plan, torch.device("cpu")).peak_gib > 0.1
     assert done[:2] == ["add_noise", "take_path"]

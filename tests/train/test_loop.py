@@ -18,7 +18,7 @@ from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import quantize_linears
 from lit_qlora.settings import EvalConfig, GuardConfig, LoRAConfig, Scheme, TrainConfig
 from lit_qlora.train.guards import Guard
-from lit_qlora.train.loop import train
+from lit_qlora.train.loop import Learner, follow, train
 from lit_qlora.train.signals import StopRequest
 from tests.conftest import tiny_model
 
@@ -39,6 +39,17 @@ SAMPLES = random_samples(11)
 FEW = Samples.of(SAMPLES[:3])
 
 
+class NothingSaved:
+    """Checkpoints of a run that has none."""
+
+    def due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def __call__(self, step: int, over: bool) -> None:
+        """Do nothing."""
+
+
 def run(
     model: GPT, train_steps: Iterator[Step] | None = None, scheme: Scheme = "none", start: int = 0, **settings: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -51,8 +62,7 @@ def run(
     add_lora(model, LoRAConfig(dropout=0.0, targets=("all", "head")))
     fabric = Fabric(accelerator="cpu", devices=1)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    wrapped, optimizer = fabric.setup(model, optimizer)
-    wrapped.mark_forward_method("loss")
+    learner = Learner(fabric, model, optimizer)
     log: list[dict[str, Any]] = []
     train_steps = train_steps or steps(SAMPLES, batching, total, start=start)
     stop = StopRequest()
@@ -60,20 +70,8 @@ def run(
     validate = Validator(EvalConfig(), 2, total, [measure], log.append, lambda step: None, stop)
     validate.catch_up([], start)
     guard = Guard(GuardConfig())
-    train(
-        fabric,
-        wrapped,
-        optimizer,
-        train_steps,
-        total,
-        config,
-        log=log.append,
-        save=lambda step, over: None,
-        validate=validate,
-        guard=guard,
-        stop=stop,
-        start=start,
-    )
+    records = train(learner, train_steps, total, config, guard, start=start)
+    follow(records, fabric, total, log=log.append, save=NothingSaved(), validate=validate, stop=stop)
     return lora_state(model), log
 
 

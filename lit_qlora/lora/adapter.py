@@ -6,7 +6,7 @@ the hash of the base, the settings in our words, the quantisation and the prompt
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lit_qlora.files.manifest import read_manifest, save_directory
 from lit_qlora.lora.initialization import initialize, restore_bases
 from lit_qlora.lora.layer import add_lora, lora_state, saved_state
 from lit_qlora.lora.peft_config import PeftConfig
-from lit_qlora.lora.peft_layout import from_peft, to_ours, to_peft
+from lit_qlora.lora.peft_layout import check_copies, from_peft, to_ours, to_peft
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
@@ -42,6 +42,8 @@ class Adapter:
     """By PEFT's names; B A of each layer is to be scaled by config.scale."""
     manifest: dict[str, Any] | None
     """None for an adapter that PEFT wrote."""
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    """What PEFT stored of the base beside it, by transformers' names."""
 
     @property
     def init(self) -> tuple[str, int] | None:
@@ -124,10 +126,9 @@ def read_adapter(folder: Path) -> Adapter:
     if broken:
         raise CheckpointError(f"{folder}: NaN or infinite values in\n  {safetensors_io.name_some(broken)}")
     if manifest:
-        config = LoRAConfig(**manifest["lora"])
-    else:
-        tensors, config = to_ours(tensors, peft, str(folder))
-    return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest)
+        return Adapter(path=folder, config=LoRAConfig(**manifest["lora"]), peft_tensors=tensors, manifest=manifest)
+    tensors, config, copies = to_ours(tensors, peft, str(folder))
+    return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=None, copies=copies)
 
 
 def load_adapter(model: GPT, folder: Path | str) -> None:
@@ -217,9 +218,12 @@ def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
 def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:
     """Raise CheckpointError unless `adapter` was trained on the weights in `checkpoint_dir`.
 
-    An adapter that PEFT wrote does not say, so only its shapes can speak.
+    An adapter that PEFT wrote does not say, so only its shapes can speak, and its copies of the base if it has any.
     """
     if not adapter.manifest:
+        if adapter.copies:
+            model = ModelConfig.load(checkpoint_dir)
+            check_copies(adapter.copies, open_weights(checkpoint_dir), model, str(adapter.path))
         return
     base = adapter.manifest["base"]
     if content_hash(checkpoint_dir) != base["sha256"]:

@@ -5,13 +5,14 @@ block-diagonal, which is the same function exactly. https://huggingface.co/docs/
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint.safetensors_io import name_some
+from lit_qlora.checkpoint.shards import Weights
 from lit_qlora.convert.families import FAMILIES, Family, fill, find_family, template
 from lit_qlora.convert.families.rules import DROP, Fused, Transposed, parts_of
 from lit_qlora.errors import CheckpointError
@@ -22,17 +23,24 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import TARGETS, LoRAConfig, first_match
 
 _PREFIX = "base_model.model."
+_BASE = ".base_layer.weight"
+_EMBEDDING_A = ".lora_embedding_A"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
-def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """The tensors of an adapter that PEFT made, of one scale, and our settings for it.
+def to_ours(
+    tensors: Mapping[str, Tensor], config: PeftConfig, place: str
+) -> tuple[dict[str, Tensor], LoRAConfig, dict[str, Tensor]]:
+    """The tensors of an adapter that PEFT made, of one scale, our settings for it, and what it copied of its base.
 
     Our settings have one rank, the highest, which from_peft fills up with zeros; the ratio of two scales goes into B.
+    An adapter of the embedding becomes the embedding that it makes of the base, as if all of it had been trained.
 
     Raises:
         CheckpointError: if a rank is not what the configuration says, or a layer has no counterpart in any family.
     """
+    tensors, copies = _without_copies(tensors, config)
+    tensors, config = _with_whole_embedding(tensors, copies, config, place)
     modules = list(dict.fromkeys(_module_of(name) for name in tensors if ".lora_" in name))
     others = [name for name in tensors if ".lora_" not in name]
     if not modules:
@@ -63,7 +71,64 @@ def to_ours(tensors: Mapping[str, Tensor], config: PeftConfig, place: str) -> tu
         train_tokens=config.tokens,
         train_embeddings=config.embeddings,
     )
-    return scaled, lora
+    return scaled, lora, copies
+
+
+def _without_copies(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors that were trained, and those of the base, which PEFT stores where a target is embedding or head."""
+    copies = {
+        name: _their_name(name)
+        for name in tensors
+        if name.endswith(_BASE) or (name.endswith(".weight") and ".lora_" not in name and not config.embeddings)
+    }
+    trained = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    return trained, {theirs: tensors[name] for name, theirs in copies.items()}
+
+
+def _with_whole_embedding(
+    tensors: dict[str, Tensor], copies: Mapping[str, Tensor], config: PeftConfig, place: str
+) -> tuple[dict[str, Tensor], PeftConfig]:
+    """The tensors with W + scale B A in the place of an adapter of the embedding."""
+    found = next((name for name in tensors if name.endswith(_EMBEDDING_A)), None)
+    if found is None:
+        return tensors, config
+    path = found.removesuffix(_EMBEDDING_A)
+    weight = copies.get(_their_name(f"{path}.weight"))
+    if weight is None or config.dora or config.embeddings or config.tokens:
+        lacks = "without a copy of the base's" if weight is None else "together with DoRA or other training of it"
+        raise CheckpointError(
+            f"{place} has an adapter of the embedding {lacks}, which is not understood here.\n"
+            "Merge it with PEFT, and convert the model that comes out."
+        )
+    a, b = tensors[found], tensors[f"{path}.lora_embedding_B"]
+    rows = weight.float() + config.scale(_module_of(f"{path}.lora_")) * (b.float() @ a.float()).T
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.lora_embedding_")}
+    return rest | {f"{path}.weight": rows}, replace(config, embeddings=True)
+
+
+def check_copies(copies: Mapping[str, Tensor], base: Weights, model: ModelConfig, place: str) -> None:
+    """Raise CheckpointError unless what an adapter copied of its base is what `base` holds."""
+    family = find_family(model.family)
+    for theirs, copy in copies.items():
+        rule = family.weights.get(theirs)
+        if rule not in ("embed.weight", "head.weight"):
+            raise CheckpointError(f"{place} holds {theirs}, which is no embedding and no head of {model.name}.")
+        check_vocabulary(len(copy), model, place)
+        ours = base.read("embed.weight" if model.tied_head else str(rule))
+        if not torch.equal(copy, ours.to(copy.dtype)):
+            raise CheckpointError(
+                f"{place} holds another {theirs} than {model.name}: it was trained on another base, or changed it.\n"
+                "Give --checkpoint_dir the base that it was trained on."
+            )
+
+
+def check_vocabulary(rows: int, model: ModelConfig, place: str) -> None:
+    """Raise CheckpointError if an embedding or a head has other rows than the model."""
+    if rows != model.vocab_size:
+        raise CheckpointError(
+            f"{place} was trained with a vocabulary that had been resized to {rows} tokens; {model.name} has "
+            f"{model.vocab_size}.\nMerge it with PEFT into the resized model, and convert the model that comes out."
+        )
 
 
 def to_peft(
@@ -201,6 +266,8 @@ def from_peft(
             rank = shapes[f"{layer}.lora_a"][0]
             part = slice(first, first + rank) if stacked and home.fused else slice(None)
             own = rows[home.part(layer)] if home.fused else b
+            if layer == "head":
+                check_vocabulary(len(own), model, place)
             state[f"{layer}.lora_a"] = _widen(a[part], rank, dim=0)
             state[f"{layer}.lora_b"] = _widen(own[:, part], rank, dim=1)
             if magnitude is not None:
@@ -219,12 +286,14 @@ def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelCon
     rows = left.pop(f"{name}{_TOKENS}" if config.train_tokens else f"{name}.weight", None)
     if rows is None:
         raise CheckpointError(f"{place}: modules_to_save is understood for the embeddings ({name}) alone.")
+    if config.train_embeddings:
+        check_vocabulary(len(rows), model, place)
     if config.train_embeddings and model.tied_head:
         heads = [left.pop(f"{_PREFIX}{home.module}.weight", None) for home in _homes("head", find_family(model.family))]
         if not any(head is not None and torch.equal(head, rows) for head in heads):
             raise CheckpointError(
-                f"{place}: modules_to_save has parted embedding and head, which are one in {model.name}.\n"
-                "Only what was trained with ensure_weight_tying is understood."
+                f"{place} has parted embedding and head, which are one in {model.name}, by modules_to_save or by an "
+                "adapter of the embedding.\nOnly what was trained with ensure_weight_tying is understood."
             )
     return rows
 
@@ -337,6 +406,11 @@ def _tail(module: str) -> str:
 
 def _leaf(module: str) -> str:
     return module.rpartition(".")[2]
+
+
+def _their_name(name: str) -> str:
+    """What transformers calls the weight that one of PEFT's tensors is."""
+    return name.removeprefix(_PREFIX).replace(_BASE, ".weight")
 
 
 def _module_of(name: str) -> str:

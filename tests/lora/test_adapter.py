@@ -13,7 +13,7 @@ from lit_qlora.checkpoint.checkpoint import content_hash, load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError
 from lit_qlora.inference import load_for_inference
-from lit_qlora.lora.adapter import check_base, load_adapter, read_adapter, save_adapter
+from lit_qlora.lora.adapter import attach_adapter, check_base, load_adapter, read_adapter, save_adapter
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.lora.peft_layout import check_layers
@@ -439,3 +439,48 @@ def test_a_flipped_bit_is_found(name: str, saved: tuple[Path, Path]) -> None:
 def test_a_folder_that_is_no_adapter_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no adapter"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]], ids=str)
+def test_the_copy_of_the_base_that_peft_stores_has_to_be_our_base(targets: list[str], tmp_path: Path) -> None:
+    theirs, _ = theirs_in_ours("llama-gqa", peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets), tmp_path)
+    adapter = read_adapter(tmp_path / "adapter")
+    (name,) = adapter.copies
+    assert targets[1] in name
+    check_base(adapter, tmp_path / "base")
+    theirs.base_model.model.get_parameter(name.replace(".weight", ".base_layer.weight")).data[3, 3] += 0.01
+    theirs.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=f"holds another {name} than .*: it was trained on another base"):
+        check_base(read_adapter(tmp_path / "other"), tmp_path / "base")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+def test_an_adapter_of_an_embedding_that_is_the_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"has parted embedding and head, which are one in .*adapter of the embed"
+    ):
+        theirs_in_ours("llama-tied", peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize(
+    "more", [{}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": ["lm_head"]}], ids=["plain", "saved", "head"]
+)
+def test_a_resized_vocabulary_is_named_as_such(more: dict[str, Any], tmp_path: Path) -> None:
+    base = hugging_face_model(tmp_path / "base", "llama-gqa")
+    convert_hf_checkpoint(tmp_path / "base", tmp_path / "base")
+    base.resize_token_embeddings(100, mean_resizing=False)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **more}))
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model = load_model(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"had been resized to 100 tokens; .* has 96"):
+        attach(model, tmp_path / "adapter", tmp_path / "base")
+
+
+def attach(model: GPT, folder: Path, base: Path) -> None:
+    """As commands put an adapter on its base."""
+    adapter = read_adapter(folder)
+    check_base(adapter, base)
+    attach_adapter(model, adapter, base)

@@ -29,7 +29,7 @@ class DownloadConfig:
     checkpoints_dir: Path = Path("checkpoints")
     """The model goes to ORG/NAME in here."""
     convert: bool = True
-    """Convert it; with false the files stay as the hub has them, for scripts/convert_hf_checkpoint.py."""
+    """Convert it, and refuse what cannot be before its weights are fetched; with false the files stay as they are."""
     dtype: Literal["keep", "bf16", "fp32"] = "keep"
     """Dtype of the converted weights; 'keep' leaves each tensor as it is."""
     list: bool | str = False
@@ -47,7 +47,7 @@ def main(config: DownloadConfig) -> None:
     if not config.repo_id:
         raise UsageError("Give --repo_id ORG/NAME, or --list WORDS to look for a name.")
     token = config.access_token.get_secret_value() if config.access_token else None
-    folder = download(config.repo_id, config.checkpoints_dir, config.revision, token)
+    folder = download(config.repo_id, config.checkpoints_dir, config.revision, token, convertible=config.convert)
     print(f"downloaded {config.repo_id}: {folder}")
     if config.convert:
         from lit_qlora.checkpoint.checkpoint import count_parameters

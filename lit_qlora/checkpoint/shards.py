@@ -45,9 +45,21 @@ class Weights:
 
 
 def find(directory: Path, *names: str) -> Path | None:
-    """The first of `names`, or of their indices, that is in `directory`."""
-    candidates = (directory / f"{name}{suffix}" for name in names for suffix in (".index.json", ""))
-    return next((path for path in candidates if path.is_file()), None)
+    """The first of `names`, or of their indices, that is in `directory`.
+
+    Raises:
+        CheckpointError: if there is a file of this name, and an index that names others.
+    """
+    for name in names:
+        single, index = directory / name, directory / f"{name}.index.json"
+        if single.is_file() and index.is_file() and set(read_index(index).values()) != {name}:
+            raise CheckpointError(
+                f"{directory} has two sets of weights: {name}, and those that {index.name} names. "
+                "Remove the one that is not meant; it is left over from an earlier save."
+            )
+        if index.is_file() or single.is_file():
+            return index if index.is_file() else single
+    return None
 
 
 def open_weights(place: Path) -> Weights:
@@ -57,7 +69,10 @@ def open_weights(place: Path) -> Weights:
         CheckpointError: if a file is absent or damaged, holds a tensor that another holds too, or is not where the
             index says; or if the index points outside its folder.
     """
-    index = _read_index(place) if place.name.endswith(".index.json") else {}
+    index = read_index(place) if place.name.endswith(".index.json") else {}
+    absent = sorted({file for file in index.values() if not (place.parent / file).is_file()})
+    if absent:
+        raise CheckpointError(f"{place} names {len(absent)} files that are absent: {', '.join(absent[:3])}.")
     specs: dict[str, Tensor] = {}
     files: dict[str, Path] = {}
     for path in [place.parent / name for name in dict.fromkeys(index.values())] or [place]:
@@ -140,7 +155,13 @@ def _divide(specs: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     return parts
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Name of each tensor -> the file that an index says holds it.
+
+    Raises:
+        CheckpointError: if it is none, or points outside its folder.
+    """
+
     def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if len({key for key, _ in pairs}) < len(pairs):
             raise CheckpointError(f"{path} names a tensor twice, so it is damaged.")
@@ -154,9 +175,6 @@ def _read_index(path: Path) -> dict[str, str]:
     outside = sorted({file for file in files.values() if Path(file).name != file or len(file) > 255})
     if outside:
         raise CheckpointError(f"{path} points outside its folder: {outside[0][:80]!r}. Do not trust this model.")
-    absent = sorted({file for file in files.values() if not (path.parent / file).is_file()})
-    if absent:
-        raise CheckpointError(f"{path} names {len(absent)} files that are absent: {', '.join(absent[:3])}.")
     if not files:
         raise CheckpointError(f"{path} names no tensors.")
     return files

@@ -3,14 +3,15 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lit_qlora.checkpoint import checkpoint, safetensors_io, shards
-from lit_qlora.convert.families import find_family, find_rule, read_config, read_whole, to_ours
+from lit_qlora.checkpoint import checkpoint, shards
+from lit_qlora.convert.families import check_rules, find_family, read_config, read_whole, to_ours
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files import atomic
@@ -19,8 +20,6 @@ from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.prompts import tokenizer
 
 Dtype = Literal["keep", "bf16", "fp32"]
-QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")
-"""How the names end that bitsandbytes, GPTQ, AWQ and FP8 give to what they store beside packed weights."""
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 THEIR_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What Hugging Face calls the weights, best first."""
@@ -35,7 +34,7 @@ def convert_hf_checkpoint(
 ) -> ModelConfig:
     """Make `out_dir` the checkpoint of the Hugging Face model in `source`, whole or not at all.
 
-    Host memory holds one of their tensors and what it is split into.
+    Host memory holds one of their tensors and what it is split into, or embedding and head to compare them.
 
     Args:
         name: what the model is called; by default the last two parts of `source`, ORG/NAME.
@@ -47,7 +46,8 @@ def convert_hf_checkpoint(
     """
     config = read_config(_their_config(source), name or "/".join(source.resolve().parts[-2:]))
     weights = find_weights(source)
-    _check_rules(weights, config)
+    check_rules(weights.specs, config)
+    config = replace(config, tied_head=config.tied_head and not _has_own_head(weights, config))
     specs: dict[str, Tensor] = {}
     for their_name in weights.specs:
         spec = read_whole(their_name, weights.specs.__getitem__, config)
@@ -93,18 +93,14 @@ def _their_config(source: Path) -> dict[str, Any]:
     return content
 
 
-def _check_rules(weights: shards.Weights, config: ModelConfig) -> None:
+def _has_own_head(weights: shards.Weights, config: ModelConfig) -> bool:
+    """Whether a head is stored beside the embedding with other values, as transformers 5 reads it then."""
     family = find_family(config.family)
-    unknown = [name for name in weights.specs if find_rule(name, family)[0] is None]
-    if packed := [name for name in unknown if name.endswith(QUANTISED)]:
-        raise CheckpointError(
-            f"{config.name} is already quantised ({packed[0]}). Take the 16-bit original; it is quantised when loaded."
-        )
-    if unknown:
-        raise CheckpointError(
-            f"{config.name}: {len(unknown)} tensors have no rule in FAMILIES[{config.family!r}]:\n  "
-            + safetensors_io.name_some(unknown, most=len(unknown))
-        )
+    embedding, *heads = (
+        [name for name in weights.specs if family.weights.get(name) == f"{ours}.weight"] for ours in ("embed", "head")
+    )
+    own = [weights.read(name) for name in heads[0]]
+    return any(not torch.equal(head, weights.read(embedding[0])) for head in own if embedding)
 
 
 def _cast(name: str, tensor: Tensor, dtype: Dtype) -> Tensor:

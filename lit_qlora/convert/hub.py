@@ -11,9 +11,12 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lit_qlora.checkpoint import shards
+from lit_qlora.convert.families import check_rules, read_config
 from lit_qlora.convert.known_models import MODELS
 from lit_qlora.errors import CheckpointError, ResourceError, UsageError, did_you_mean
 from lit_qlora.files.atomic import write_text
+from lit_qlora.files.reading import read_json
 from lit_qlora.prompts.tokenizer import FILES
 
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
@@ -21,6 +24,10 @@ PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.
 SOURCE = "source.json"
 """Where a model came from: repository, commit, and the files with their sums. It travels with what is made of it."""
 OTHERS = ("config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", *FILES)
+
+
+FIRST = ("config.json", SAFETENSORS[-1], PICKLES[-1])
+"""Small files that say what a model is and what its tensors are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,7 @@ def download(
     revision: str = "main",
     token: str | None = None,
     endpoint: str | None = None,
+    convertible: bool = True,
 ) -> Path:
     """Bring a model to checkpoints_dir/ORG/NAME, as the hub has it, and say in source.json where it came from.
 
@@ -49,10 +57,12 @@ def download(
     Args:
         token: an access token of the hub, for models that ask for one; by default HF_TOKEN. It is kept nowhere.
         endpoint: address of the hub; by default HF_ENDPOINT, else https://huggingface.co.
+        convertible: refuse a model that cannot be converted before its weights are fetched.
 
     Raises:
         UsageError: if repo_id, revision or token cannot be one.
-        CheckpointError: if the hub does not have the model, does not give it to us, or gave something else.
+        CheckpointError: if the hub does not have the model, does not give it to us, or gave something else; or if its
+            configuration or its index is of a model that cannot be converted.
         ResourceError: if the hub cannot be reached, or there is not enough room.
     """
     _check_arguments(repo_id, token)
@@ -67,9 +77,13 @@ def download(
         raise ResourceError(
             f"{repo_id} needs {missing / 1e9:.1f} GB in {checkpoints_dir}; {free / 1e9:.1f} GB are free."
         )
-    _fetch(repo_id, commit, files, folder, token, endpoint)
-    for file in files:
-        _check(folder / file.name, file)
+    first = [file for file in files if file.name in FIRST]
+    for some in (first, files):
+        _fetch(repo_id, commit, some, folder, token, endpoint)
+        for file in some:
+            _check(folder / file.name, file)
+        if convertible and some is first:
+            _check_convertible(folder, repo_id)
     facts = {file.name: {"bytes": file.bytes, "sha256": file.sha256, "git_sha1": file.git_sha1} for file in files}
     content = {"repo_id": repo_id, "revision": revision, "commit": commit, "files": facts}
     write_text(folder / SOURCE, json.dumps(content, indent=2) + "\n")
@@ -205,6 +219,14 @@ def _check(path: Path, file: RemoteFile) -> None:
             f"{path} is not the file that the hub describes (its size or checksum differs); it is removed.\n"
             "Run the command again. If it happens again, the mirror or proxy between you and the hub changes files."
         )
+
+
+def _check_convertible(folder: Path, repo_id: str) -> None:
+    """Raise CheckpointError for a model that cannot be converted, as far as its small files say so."""
+    config = read_config(read_json(folder / "config.json"), repo_id)
+    for name in FIRST[1:]:
+        if (folder / name).is_file():
+            check_rules(shards.read_index(folder / name), config)
 
 
 def _forget_other_commit(folder: Path, commit: str, names: set[str]) -> None:

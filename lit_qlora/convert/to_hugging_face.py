@@ -84,8 +84,9 @@ def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, 
     path = checkpoint_dir / "config.json"
     theirs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else _new_config(config)
     theirs.pop("quantization_config", None)  # what files hold packed is written unpacked
+    assumed = find_family(config.family).defaults
     for key, value in (("tie_word_embeddings", config.tied_head), ("vocab_size", config.vocab_size)):
-        if key in theirs or value:
+        if key in theirs or value != assumed.get(key):
             theirs[key] = value
     sizes = Counter[torch.dtype]()
     for spec in specs.values():

@@ -1,12 +1,11 @@
 """Tokens that files beside a vocabulary add to it, in the order in which transformers 5 adds them."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_qlora.errors import CheckpointError
+from lit_qlora.files.reading import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Keys of settings whose value is a control token."""
@@ -50,7 +49,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
     The map is the older file. It counts more, unless the configuration has the table of tokens that replaced it.
     """
-    config, older = (read_json(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    config, older = (read_if_there(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
     return older | config if "added_tokens_decoder" in config else config | older
 
 
@@ -61,7 +60,7 @@ def read_added_tokens(directory: Path, settings: Mapping[str, Any]) -> list[Adde
     """
     table = settings.get("added_tokens_decoder") or {}
     listed = {str(token["content"]): AddedToken.parse(token, int(i)) for i, token in table.items()}
-    for content, i in read_json(directory / "added_tokens.json").items():
+    for content, i in read_if_there(directory / "added_tokens.json").items():
         # The older file does not say which are control tokens: all are, since text must never become one.
         listed.setdefault(content, AddedToken(content=content, id=int(i)))
     return [*sorted(listed.values(), key=lambda token: token.id or 0), *_named(settings)]
@@ -77,14 +76,6 @@ def _named(settings: Mapping[str, Any]) -> Iterator[AddedToken]:
             yield AddedToken.parse(value, special=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(content).__name__}.")
-    return content
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none."""
+    return dict(read_json(path)) if path.is_file() else {}

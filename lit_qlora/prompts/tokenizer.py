@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import CheckpointError
-from lit_qlora.prompts.added_tokens import AddedToken, read_added_tokens, read_json, read_settings
+from lit_qlora.prompts.added_tokens import AddedToken, read_added_tokens, read_if_there, read_settings
 from lit_qlora.prompts.backends import Backend, HuggingFace, SentencePiece, read_spec
 
 MODELS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json")
@@ -53,14 +53,14 @@ class Tokenizer:
             ) from error
 
     def _read(self, directory: Path) -> None:
-        settings, generation = read_settings(directory), read_json(directory / "generation_config.json")
+        settings, generation = read_settings(directory), read_if_there(directory / "generation_config.json")
         tokens = read_added_tokens(directory, settings)
         self._backend = self._open(directory, tokens, "added_tokens_decoder" in settings)
         self.size = self._backend.size
         self.bos_id = self._named(settings["bos_token"]) if "bos_token" in settings else self._backend.bos_id
         eos = self._named(settings["eos_token"]) if "eos_token" in settings else self._backend.eos_id
         stops = _as_list(generation.get("eos_token_id"))
-        stops = stops or _as_list(read_json(directory / "config.json").get("eos_token_id"))
+        stops = stops or _as_list(read_if_there(directory / "config.json").get("eos_token_id"))
         if eos is None and stops:
             eos = stops[0]
         if eos is None:
@@ -84,7 +84,7 @@ class Tokenizer:
         self.control_tokens = {token.content: i for i, token in self.added_tokens.items() if token.special}
         self._control_ids = frozenset(self.control_tokens.values()) - {self._backend.unk_id}
         self.prefixes, self.begins_behind_control = self._backend.prefixes, self._backend.begins_behind_control
-        rows = read_json(directory / "model_config.json").get("vocab_size")
+        rows = read_if_there(directory / "model_config.json").get("vocab_size")
         self.without_embedding = frozenset(range(self.size if rows is None else int(rows), self.size))
         adds_bos = settings.get("add_bos_token")
         self.use_bos = self.bos_id is not None and bool(self._backend.adds_bos if adds_bos is None else adds_bos)

@@ -232,3 +232,12 @@ def test_a_whole_checkpoint_has_its_old_configuration_until_the_weights_are_comp
         save_weights(directory, tiny_model().config, weights, failing())
     with torch.no_grad():
         assert torch.equal(load_model(directory)(TOKENS), tiny_model()(TOKENS))
+
+
+def test_an_index_beside_a_single_file_of_other_weights_is_refused_with_both_names(sharded: Path) -> None:
+    (sharded / "lit_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"two sets of weights: lit_model\.saf.*, and those that lit_.*index"):
+        shards.find(sharded, "lit_model.safetensors")
+    only = {"weight_map": {"norm.weight": "lit_model.safetensors"}}
+    (sharded / "lit_model.safetensors.index.json").write_text(json.dumps(only))
+    assert shards.find(sharded, "lit_model.safetensors") == sharded / "lit_model.safetensors.index.json"

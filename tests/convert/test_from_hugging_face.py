@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
 from tests.conftest import load_script
-from tests.reference import hugging_face_model
+from tests.reference import hugging_face_model, transformers
 
 
 @pytest.fixture
@@ -80,6 +81,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(folder: Path, target
 
 def test_absent_shards_are_named(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002.safetensors"}}
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"names 1 files that are absent: model-00002.safetensors"):
         convert_hf_checkpoint(folder, folder)
@@ -124,6 +126,7 @@ from pathlib import Path
 import bitsandbytes.functional
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.convert.to_hugging_face import export_hf
 page = 4096
 resident = lambda: int(open('/proc/self/statm').read().split()[1]) * page
 before = peak = resident()
@@ -140,3 +143,23 @@ print(peak - before)
     largest, kept = 8192 * 1024 * 4, size / 4 * 4.5 / 8 if action == "quantize" else 0
     # The quantised model, the tensor in hand, and what bitsandbytes needs to quantise it on a CPU: 2.7 times as much.
     assert int(out) < kept + 7 * largest < size / 2
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "gemma2"])
+def test_a_head_beside_the_embedding_is_kept_if_its_values_are_others(case: str, tmp_path: Path) -> None:
+    hugging_face_model(tmp_path, case)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert convert_hf_checkpoint(tmp_path, tmp_path / "same").tied_head
+    other = embedding + torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    save_file(weights | {"lm_head.weight": other}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert not convert_hf_checkpoint(tmp_path, tmp_path / "own").tied_head
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    export_hf(tmp_path / "own", tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(load_model(tmp_path / "own")(tokens), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(back(tokens).logits, expected)

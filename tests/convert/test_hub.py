@@ -77,6 +77,30 @@ def test_a_model_is_downloaded_and_converted(start: Any, their_folder: Path, tmp
         assert torch.equal(load_model(folder)(tokens), load_model(tmp_path / "local")(tokens))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "org/model is already quantised"),
+        (
+            "model.safetensors.index.json",
+            {"weight_map": {"model.x.weight": "model.safetensors"}},
+            "1 tensors have no rule",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_before_its_weights_are_fetched(
+    name: str, change: dict[str, Any], message: str, start: Any, their_folder: Path, tmp_path: Path
+) -> None:
+    hub = of_folder(their_folder)
+    hub.files[name] = json.dumps(json.loads(hub.files[name]) | change).encode()
+    start(hub)
+    assert message in str(refusal(hub, tmp_path))
+    assert {"config.json"} <= hub.served.keys() <= {"config.json", "model.safetensors.index.json"}
+    download("org/model", tmp_path, endpoint=hub.endpoint, convertible=False)
+    assert hub.served.keys() > {"config.json", "model.safetensors.index.json"}
+
+
 def test_the_commit_and_the_sums_are_written_down_and_travel(start: Any, their_folder: Path, tmp_path: Path) -> None:
     hub = start(of_folder(their_folder))
     folder = download("org/model", tmp_path, endpoint=hub.endpoint)

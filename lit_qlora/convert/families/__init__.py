@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_qlora.checkpoint.safetensors_io import name_some
 from lit_qlora.convert.families import mxfp4
 from lit_qlora.convert.families.read import Family, read_fields
 from lit_qlora.convert.families.rules import DROP, Fused, Packed, Rule, Transposed, When, join, parts_of, split
@@ -27,6 +28,7 @@ __all__ = [
     "Rule",
     "TheirTensor",
     "Transposed",
+    "check_rules",
     "fill",
     "find_family",
     "find_rule",
@@ -39,6 +41,10 @@ __all__ = [
     "their_tensors",
     "to_ours",
 ]
+
+
+QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")
+"""How the names end that bitsandbytes, GPTQ, AWQ and FP8 give to what they store beside packed weights."""
 
 
 def find_family(name: str) -> Family:
@@ -83,6 +89,21 @@ def find_rule(name: str, family: Family) -> tuple[Rule | None, dict[str, str]]:
     """The rule for one of their tensors, and the numbers of its layer and expert."""
     spelled, numbers = template(name)
     return family.weights.get(spelled), numbers
+
+
+def check_rules(names: Iterable[str], config: ModelConfig) -> None:
+    """Raise CheckpointError for tensors that the family of `config` has no rule for, naming them."""
+    family = find_family(config.family)
+    unknown = [name for name in names if find_rule(name, family)[0] is None]
+    if packed := [name for name in unknown if name.endswith(QUANTISED)]:
+        raise CheckpointError(
+            f"{config.name} is already quantised ({packed[0]}). Take the 16-bit original; it is quantised when loaded."
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{config.name}: {len(unknown)} tensors have no rule in FAMILIES[{config.family!r}]:\n  "
+            + name_some(unknown, most=len(unknown))
+        )
 
 
 def read_whole(name: str, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:

@@ -29,7 +29,7 @@ LLAMA: dict[str, Rule] = tensors(
         "model.norm": "norm",
         "lm_head": "head",
     }
-) | {f"{_LAYER}.self_attn.rotary_emb.inv_freq": DROP}
+) | {f"{_LAYER}.self_attn.rotary_emb.inv_freq": DROP, "model.rotary_emb.inv_freq": DROP}
 
 
 def without(weights: Mapping[str, Rule], *words: str) -> dict[str, Rule]:

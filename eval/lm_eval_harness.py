@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from chance import against_chance, like_chance
+from lm_eval_sandbox import check_code, sandboxed_templates
 from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_folders
 
 from lit_qlora import cli
@@ -45,6 +46,9 @@ class Asking:
     """In a chat template, make each example a turn of its own."""
     system_instruction: str | None = None
     """What the model is told before all."""
+    allow_code: bool = False
+    """Let tasks in include_path run their own Python (!function). Only the command line may say so, never a config
+    file. lm-eval's own tasks always may."""
     seed: int = 1234
     """Seed of the choice of few-shot examples, of sampled answers and of intervals; 1234 is lm-eval's own."""
 
@@ -99,6 +103,7 @@ def main(config: Config) -> None:
     checkpoint_dir = config.checkpoint_dir or (DEMO_CHECKPOINT if config.lora_path else newest_merged())
     include_path = config.include_path or DEMO_TASKS
     tasks = resolve(config.eval_tasks, include_path)
+    check_code(tasks, include_path, config.allow_code)
     default = "compare.json" if config.compare else "results.json"
     save_filepath = config.save_filepath or default_save_filepath(checkpoint_dir, config.lora_path, default)
     check_replaceable(save_filepath)
@@ -181,7 +186,9 @@ def evaluate(
     start = time.time()
     random.seed(how.seed)  # some tasks shuffle their choices
     np.random.seed(how.seed)
-    with overlay(include_path) as folder:
+    if include_path:
+        check_code(resolve(tasks, include_path), include_path, how.allow_code)
+    with overlay(include_path) as folder, sandboxed_templates():
         loaded = load_tasks(resolve(tasks, include_path), folder)
         for name, task in loaded["tasks"].items():
             set_fewshot(name, task, how.num_fewshot, how.seed)

@@ -19,19 +19,23 @@ if TYPE_CHECKING:
 EVAL = Path(__file__).resolve().parents[1] / "eval"
 
 
-def make_ask(config: EvalConfig, tokenizer: "Tokenizer") -> "Callable[[GPT], dict[str, float]]":
+def make_ask(
+    config: EvalConfig, tokenizer: "Tokenizer", allow_code: bool = False
+) -> "Callable[[GPT], dict[str, float]]":
     """What gives a model's figures in the tasks of `config`, by TASK/METRIC.
 
     Raises:
-        UsageError: for a task that does not exist, before anything is loaded.
+        UsageError: for a task that does not exist or would run Python without allow_code, before anything is loaded.
     """
-    finding, harness = _script("lm_eval_tasks"), _script("lm_eval_harness")
+    _script("chance")  # the harness imports it by its name, as it does the two that follow
+    finding, sandbox, harness = _script("lm_eval_tasks"), _script("lm_eval_sandbox"), _script("lm_eval_harness")
     include_path = config.tasks_include_path or harness.DEMO_TASKS
     tasks = finding.resolve(config.tasks, include_path)
+    sandbox.check_code(tasks, include_path, allow_code)
     if set(tasks) <= set(finding.task_files(include_path)):
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    how = harness.Asking(limit=config.tasks_limit, num_fewshot=config.tasks_num_fewshot)
+    how = harness.Asking(limit=config.tasks_limit, num_fewshot=config.tasks_num_fewshot, allow_code=allow_code)
 
     def ask(model: "GPT") -> dict[str, float]:
         import numpy as np

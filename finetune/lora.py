@@ -63,7 +63,7 @@ def finetune(config: FinetuneConfig) -> None:
     if config.eval.tasks:
         from ask_tasks import make_ask
 
-        probes = replace(probes, ask=make_ask(config.eval, data.tokenizer))
+        probes = replace(probes, ask=make_ask(config.eval, data.tokenizer, config.allow_code))
     if config.deterministic:
         learning.set_deterministic()
     if config.dry_run:

@@ -21,6 +21,8 @@ from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
 from lit_qlora.redact import scrub
 
 Config = TypeVar("Config")
+COMMAND_LINE_ONLY = ("allow_code",)
+"""Settings that a --config file must not hold and config.yaml does not: a file could be a stranger's."""
 
 
 def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequence[str] | None = None) -> None:
@@ -72,18 +74,26 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Confi
     parser.argv = argv
     namespace = parser.parse_args(argv)
     values = parser.instantiate(namespace)
+    for name in COMMAND_LINE_ONLY:
+        typed = any(word == f"--{name}" or word.startswith(f"--{name}=") for word in argv)
+        if getattr(values, name, False) and not typed:
+            raise UsageError(
+                f"{parser._config_file()}: {name} counts on the command line alone, so that no file can allow it.\n"
+                f"Read what would run, then give --{name} true."
+            )
     return config_type(**{key: value for key, value in vars(values).items() if key != "config"})
 
 
 def to_yaml(config: Any) -> str:
-    """Return the settings as YAML; given with --config, it makes the same settings again."""
+    """Return the settings as YAML, without COMMAND_LINE_ONLY; given with --config, it makes the same settings again."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Puts a path such as 1e3, a number to jsonargparse but not to PyYAML, in quotation marks."""
 
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), None)
-    return yaml.dump(plain(asdict(config)), Dumper=Dumper, sort_keys=False)
+    settings = {name: value for name, value in asdict(config).items() if name not in COMMAND_LINE_ONLY}
+    return yaml.dump(plain(settings), Dumper=Dumper, sort_keys=False)
 
 
 class _Parser(ArgumentParser):

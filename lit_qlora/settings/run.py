@@ -66,6 +66,9 @@ class FinetuneConfig(Settings):
     """Check everything, print the plan, time some steps with random weights, and end before any weight is loaded."""
     quiet: bool = False
     """Print only warnings and errors."""
+    allow_code: bool = False
+    """Let tasks in eval.tasks_include_path run their own Python (!function). Only the command line may say so, never a
+    config file."""
     expect_trainable: dict[str, int] = field(default_factory=dict)
     """Expected number of trained parameters for a base of this name, e.g. {meta-llama/Llama-2-7b-hf: 4194304}. Any
     other number is refused. finetune/configs/ sets it for published experiments."""

@@ -17,7 +17,9 @@ from tests.conftest import ROOT, load_script, tiny_config, tiny_model
 
 tasks = load_script("eval/lm_eval_tasks.py")  # in this order: each imports those before it by name
 lm_eval_model = load_script("eval/lm_eval_model.py")
+load_script("eval/lm_eval_sandbox.py")
 harness = load_script("eval/lm_eval_harness.py")
+ALLOWED = harness.Asking(allow_code=True)  # QUIZ calls a function
 
 TEXT = "The fox eats mice in the forest. Was it 12 or 345 of them? Nobody knows, said the owl: é, 🦊, \n\n and so on."
 HF_NAMES = {
@@ -305,7 +307,7 @@ def write_quiz(directory: Path, answers: list[int]) -> None:
 
 
 def test_results_have_lm_evals_schema_and_nothing_of_the_machine(pair, quiz_dir):
-    results = harness.evaluate(pair.ours, ["quiz", "open_quiz"], quiz_dir, harness.Asking(limit=12))
+    results = harness.evaluate(pair.ours, ["quiz", "open_quiz"], quiz_dir, harness.Asking(limit=12, allow_code=True))
     assert {"results", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "config"} <= set(results)
     assert results["versions"]["quiz"] == 2.0
     assert results["n-samples"]["quiz"] == {"original": 20, "effective": 12}
@@ -325,14 +327,16 @@ def test_a_changed_data_file_gives_changed_results(pair, quiz_dir):
     for answer in range(4):
         write_quiz(quiz_dir, [answer] * 20)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and time as all the others
-        accuracies.append(harness.evaluate(pair.ours, ["quiz"], quiz_dir)["results"]["quiz"]["acc,none"])
+        accuracies.append(harness.evaluate(pair.ours, ["quiz"], quiz_dir, ALLOWED)["results"]["quiz"]["acc,none"])
     assert sum(accuracies) == pytest.approx(1)  # each question's answer was right once
 
 
 def test_few_shot_examples_are_given_unless_the_task_fixes_none(pair, quiz_dir, capsys):
     text = QUIZ.replace("test_split: test", "test_split: test\nfewshot_split: test\nnum_fewshot: 0")
     (quiz_dir / "fixed.yaml").write_text(text.replace("task: quiz", "task: fixed"))
-    results = harness.evaluate(pair.ours, ["quiz", "fixed"], quiz_dir, harness.Asking(num_fewshot=2, limit=4))
+    results = harness.evaluate(
+        pair.ours, ["quiz", "fixed"], quiz_dir, harness.Asking(num_fewshot=2, limit=4, allow_code=True)
+    )
     assert results["n-shot"] == {"quiz": 2, "fixed": 0}
     assert "fixed is made for no examples" in capsys.readouterr().err
 
@@ -340,13 +344,13 @@ def test_few_shot_examples_are_given_unless_the_task_fixes_none(pair, quiz_dir, 
 def test_missing_data_is_named_with_its_path(pair, quiz_dir):
     (quiz_dir / "data" / "quiz.jsonl").unlink()
     with pytest.raises(DataError, match=f"{quiz_dir}/data/quiz.jsonl"):
-        harness.evaluate(pair.ours, ["quiz"], quiz_dir)
+        harness.evaluate(pair.ours, ["quiz"], quiz_dir, ALLOWED)
 
 
 def test_damaged_data_is_an_error_of_the_data(pair, quiz_dir):
     (quiz_dir / "data" / "quiz.jsonl").write_text('{"question": "a"\n')
     with pytest.raises(DataError, match="quiz"):
-        harness.evaluate(pair.ours, ["quiz"], quiz_dir)
+        harness.evaluate(pair.ours, ["quiz"], quiz_dir, ALLOWED)
 
 
 def test_data_of_lm_evals_tasks_that_cannot_be_reached_is_an_error_of_the_data(pair, monkeypatch):
@@ -477,7 +481,18 @@ def run_harness(*flags: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_writes_results_and_prints_a_table(tiny_checkpoint, quiz_dir, tmp_path):
     out = tmp_path / "results.json"
-    flags = ("--eval_tasks", "[quiz]", "--include_path", quiz_dir, "--save_filepath", out, "--limit", 8)
+    flags = (
+        "--eval_tasks",
+        "[quiz]",
+        "--include_path",
+        quiz_dir,
+        "--save_filepath",
+        out,
+        "--limit",
+        8,
+        "--allow_code",
+        "true",
+    )
     done = run_harness("--checkpoint_dir", tiny_checkpoint, *flags, "--quantize", "bnb.nf4")
     assert done.returncode == 0, done.stderr
     assert "|quiz" in done.stdout

@@ -82,8 +82,7 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
     stops = stop_ids(tokenizer, style)
     prompts = []
     for example in examples:
-        *history, last = example.turns
-        ids = encode_prompt(tokenizer, style, last.prompt, example.input, example.system, history)
+        ids = encode_prompt(tokenizer, style, example.prompt)
         # A prompt that fills the context loses its beginning, so that there is room for half an answer at least.
         most = model.config.block_size - min(config.max_new_tokens, model.config.block_size // 2)
         prompts.append(ids[-most:])
@@ -100,10 +99,10 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
     predictions = [part.answered[i] for i in range(len(examples))]
     seconds = time.perf_counter() - start
 
-    references = [example.turns[-1].answer.strip() for example in examples]
+    references = [example.output.strip() for example in examples]
     rows = [
         {
-            "prompt": example.turns[-1].prompt,
+            "prompt": example.question,
             "input": example.input,
             "prediction": prediction,
             "reference": reference,

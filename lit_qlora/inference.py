@@ -3,14 +3,15 @@
 Torch is imported when a model is loaded, so that --help and a mistyped flag are answered at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
-from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, Turn, find_style, read_style
+from lit_qlora.prompts.conversation import Conversation
+from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, Precision, Scheme, check
 
 if TYPE_CHECKING:
@@ -160,27 +161,23 @@ def choose_style(name: str, recorded: Style | None, checkpoint_dir: Path | None 
     return None if name == "none" else find_style(name, directory=checkpoint_dir)
 
 
-def encode_prompt(
-    tokenizer: "Tokenizer",
-    style: Style | None,
-    instruction: str,
-    input: str = "",
-    system: str = "",
-    history: Sequence[Turn] = (),
-) -> list[int]:
-    """Ids of a prompt in `style`, after what was said before; without a style of the bare texts, a line each.
+def encode_prompt(tokenizer: "Tokenizer", style: Style | None, conversation: Conversation) -> list[int]:
+    """Ids of a conversation that is to be answered; without a style of its bare texts, a line each.
 
     Raises:
-        UsageError: if a text holds what is no character, such as a byte of a command line that is no UTF-8.
+        UsageError: if a text holds what is no character, such as a byte of a command line that is no UTF-8, or if the
+            style has no words for something in the conversation.
     """
+    texts = [message.text for message in conversation.messages]
     try:
-        "".join((instruction, input, system)).encode()
+        "".join((conversation.input, *texts)).encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"The prompt holds {error.object[error.start]!a}, which is no character.") from None
     if style:
-        return style.encode_prompt(tokenizer, instruction, input, system, history)
-    said = [text for turn in history for text in (turn.prompt, turn.answer)]
-    return tokenizer.encode("\n".join(text for text in (system, *said, instruction, input) if text))
+        return style.encode_prompt(tokenizer, conversation)
+    if not conversation.plain:
+        raise UsageError("Without a prompt style there are no words for tools or thoughts.")
+    return tokenizer.encode("\n".join(text for text in (*texts, conversation.input) if text))
 
 
 def stop_ids(tokenizer: "Tokenizer", style: Style | None) -> frozenset[int]:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_qlora import cli
 from lit_qlora.errors import DataError, UsageError, did_you_mean
 from lit_qlora.inference import DraftConfig, InferenceConfig, Roster, check_style, encode_prompt, load_roster, stop_ids
-from lit_qlora.prompts.style import Turn
+from lit_qlora.prompts.conversation import Message, prompt_of
 from lit_qlora.settings import GenerationConfig, check
 
 HELP = """\
@@ -83,6 +83,18 @@ def main(config: Config) -> None:
             note(str(error))
         except KeyboardInterrupt:  # came just before or after the answer
             note("")
+
+
+class Turn(NamedTuple):
+    """What was asked and what was said to it."""
+
+    prompt: str
+    answer: str
+
+    @property
+    def messages(self) -> tuple[Message, Message]:
+        """Both as messages."""
+        return Message("user", self.prompt), Message("assistant", self.answer)
 
 
 class Conversation:
@@ -199,7 +211,8 @@ class Conversation:
         free = min(self.config.max_new_tokens, block_size // 2)
         for first in range(len(self.turns) + 1):
             style = self.roster.styles[name]
-            ids = encode_prompt(self.tokenizer, style, line, system=self.system, history=self.turns[first:])
+            past = [message for turn in self.turns[first:] for message in turn.messages]
+            ids = encode_prompt(self.tokenizer, style, prompt_of(line, "", self.system or None, past))
             if len(ids) + free <= block_size or first == len(self.turns):
                 break
         room_for_answer(self.model, len(ids), wanted=1)  # before anything is forgotten for its sake

@@ -107,11 +107,12 @@ def command(script: str, *flags: str, quiet: bool = False) -> None:
 def ask(loaded: LoadedModel, name: str) -> None:
     """Print the answers to QUESTIONS, the likeliest token each time."""
     from lit_qlora.generation import generate
+    from lit_qlora.prompts.conversation import prompt_of
     from lit_qlora.prompts.style import STYLES
     from lit_qlora.settings import GenerationConfig
 
     style, tokenizer = loaded.style or STYLES["qa"], loaded.tokenizer
-    prompts = [style.encode_prompt(tokenizer, question) for question in QUESTIONS]
+    prompts = [style.encode_prompt(tokenizer, prompt_of(question)) for question in QUESTIONS]
     answers = generate(loaded.model, prompts, GenerationConfig(max_new_tokens=16), tokenizer.stop_ids, tokenizer.size)
     for question, answer in zip(QUESTIONS, answers, strict=True):
         print(f"  {name}: {question}  ->  {tokenizer.decode(answer).strip()}")
@@ -134,7 +135,7 @@ def agree(exact: LoadedModel, trained: LoadedModel, merged: LoadedModel) -> str:
     same = dict.fromkeys(apart, 0)
     examples = read_examples("finetune/demo/val.jsonl").examples
     for example in examples:
-        prompt = style.encode_prompt(merged.tokenizer, example.instruction, example.input)
+        prompt = style.encode_prompt(merged.tokenizer, example.prompt)
         tokens = torch.tensor([prompt], device=merged.model.embed.weight.device)
         with torch.no_grad():
             expected = merged.model(tokens)[0, -1].float()

@@ -25,6 +25,7 @@ from lit_qlora.inference import (
     stop_ids,
 )
 from lit_qlora.partial_answers import Part
+from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.settings import GenerationConfig, check
 
 Answer = tuple[str, int, str]
@@ -98,7 +99,9 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
     prompts, rooms = [], []
     for place, row, _ in rows:
         try:
-            prompts.append(encode_prompt(tokenizer, style, row["instruction"], row["input"], row["system"]))
+            prompts.append(
+                encode_prompt(tokenizer, style, prompt_of(row["instruction"], row["input"], row["system"] or None))
+            )
             rooms.append(room_for_answer(model, len(prompts[-1]), config.max_new_tokens))
         except UsageError as error:
             raise UsageError(f"{place}: {error}" if config.prompts else str(error)) from None

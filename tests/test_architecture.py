@@ -48,7 +48,15 @@ HOMES = {
     "jinja2": {"prompts.template_worker"},
     "torchmetrics": {"evaluate.metrics"},
     "sacrebleu": {"evaluate.metrics"},
-    "numpy": {"convert.to_gguf", "data.audit", "data.batches", "data.cache", "data.encode", "data.load"}
+    "numpy": {
+        "convert.to_gguf",
+        "data.audit",
+        "data.batches",
+        "data.cache",
+        "data.encode",
+        "data.load",
+        "data.tokenized",
+    }
     | {"data.samples"},
     "datasets": {"data.sources"},
     "pyarrow": {"data.readers"},

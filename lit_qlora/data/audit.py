@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lit_qlora.data.cache import Encoded
 from lit_qlora.data.encode import Counts
 from lit_qlora.data.samples import Sample, Samples
+from lit_qlora.data.unread import Unread
 from lit_qlora.errors import DataError
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import is_terminal
@@ -44,6 +45,8 @@ class Audit:
     """Validation samples that are also learnt from."""
     shown: list[Sample]
     """The first, the middle and the last training sample."""
+    unread: dict[str, list[str]]
+    """Source -> what it holds and nobody reads."""
     red: list[str]
     """Reasons not to start, but for those that data.allow names."""
 
@@ -59,6 +62,8 @@ class Audit:
             "nothing is learnt of {} samples, which were left out": counts.masked,
             "{} answers are not learnt, as the chat template writes them differently once the conversation goes on; as "
             "conversations of their own, that end with them, they would be": counts.untaught,
+            "{} answers begin otherwise than the chat template asks for them": counts.begun,
+            "{} answers are learnt without their thoughts, which the chat template leaves out": counts.thoughts,
             "{} prompts are empty": counts.empty_prompts,
             "{} answers are empty": counts.empty_answers,
             f"{{}} of {counts.turns} answers do not end": counts.turns - counts.ended,
@@ -68,6 +73,7 @@ class Audit:
             "{} samples name a control token, which is encoded as text": counts.control_tokens,
         }
         notes = [text.format(f"{count:,}") for text, count in told.items() if count]
+        notes += [f"{source}: not read: {', '.join(names)}" for source, names in self.unread.items() if names]
         return notes if self.val else [*notes, "there is no sample to validate on"]
 
     def describe(self) -> str:
@@ -138,7 +144,11 @@ def audit(
         duplicates=len(digests) - len(np.unique(digests)),
         overlap=int(np.isin(val_digests, digests).sum()),
         shown=[samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})],
-        red=_red(counts, data, max_length),
+        unread={
+            source.facts.source: Unread.of(source.facts.unread).names(allowed="unread" in data.allow)
+            for source in [*train, *([val] if val else [])]
+        },
+        red=[*_red(counts, data, max_length), *_red_of_sources([*train, *([val] if val else [])], data)],
     )
 
 
@@ -154,12 +164,37 @@ def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
             counts.turns,
             "answers do not end with an end-of-text token, so the model would not learn to stop",
         ),
+        "begun": (
+            counts.begun,
+            counts.turns,
+            "answers begin otherwise than the chat template asks for them, so the model would not be asked as it has "
+            "learnt to answer. Give another --data.prompt",
+        ),
     }
     return [
         f"{count:,} of {whole:,} {text}, or go on with --data.allow {name}."
         for name, (count, whole, text) in findings.items()
         if count > MOST * whole and name not in data.allow
     ]
+
+
+def _red_of_sources(sources: Sequence[Encoded], data: DataConfig) -> list[str]:
+    """What makes a single source useless, or would silently change what it says."""
+    red = []
+    for source in sources:
+        facts, counts = source.facts, source.facts.counts
+        if "unread" not in data.allow:
+            red += [
+                f"{reason}, or go on without it with --data.allow unread." for reason in Unread.of(facts.unread).red()
+            ]
+        rendered = facts.format == "text" and counts.control_tokens == counts.examples > 0
+        if rendered and "control_tokens" not in data.allow:
+            red.append(
+                f"{facts.source}: every text holds control tokens, as if a chat template had written it. They would be "
+                "learnt as letters. Give the messages themselves, or input_ids and labels, or go on with "
+                "--data.allow control_tokens."
+            )
+    return red
 
 
 def _source(source: Encoded) -> str:

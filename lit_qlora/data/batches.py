@@ -68,7 +68,8 @@ class Batching:
     group_by_length: bool = False
     """Make steps of samples of similar length."""
     weighting: Literal["tokens", "samples"] = "tokens"
-    """The loss of a step is the mean over its labelled tokens, or the mean over its samples of such means."""
+    """The loss of a step is the mean over its labelled tokens, or the mean over its samples of such means; weights of
+    answers weigh either."""
     row_length: int | None = None
     """Lay samples end to end in rows of at most so many tokens; None gives each a row of its own."""
     multiple: int = 1
@@ -101,21 +102,24 @@ def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, 
     weights = np.zeros((len(rows), width), np.float32)
     positions = np.zeros((len(rows), width), np.int64)
     segments = np.full((len(rows), width), -1, np.int32)
+    by_sample = batching is not None and batching.weighting == "samples"
+    weighed = by_sample or (batching is not None and any(one.weights is not None for row in rows for one in row))
     for b, row in enumerate(rows):
         start = 0
-        for number, (ids, trained) in enumerate(row):
+        for number, sample in enumerate(row):
+            ids, trained = sample.tokens, sample.trained
             here = slice(start, start + len(ids) - 1)
             tokens[b, here] = ids[:-1]
             labels[b, here] = np.where(trained[1:], ids[1:], IGNORE)
-            weights[b, here] = 1 / max(1, int(np.count_nonzero(trained)))
+            share = 1 / max(1, sample.labelled) if by_sample else 1.0
+            weights[b, here] = share if sample.weights is None else share * sample.weights[1:]
             positions[b, here] = np.arange(len(ids) - 1)
             segments[b, here] = number
             start = here.stop
-    by_sample = batching is not None and batching.weighting == "samples"
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
-        torch.from_numpy(weights) if by_sample else None,
+        torch.from_numpy(weights) if weighed else None,
         torch.from_numpy(positions) if packed else None,
         torch.from_numpy(segments) if packed else None,
     )
@@ -210,13 +214,21 @@ def steps(
         labelled = samples.labelled[chosen]
         yield Step(
             batches=[collate(group, batching) for group in micro[rank::world_size]],
-            weight=float(labelled.sum() if batching.weighting == "tokens" else np.count_nonzero(labelled)),
+            weight=step_weight(samples, chosen, batching),
             labelled=int(labelled.sum()),
             tokens=sum(lengths[i] for i in chosen),
             samples=len(chosen),
             epoch=epoch + (1.0 if place + 1 == per_epoch else end / length),
             numbers=tuple(chosen),
         )
+
+
+def step_weight(samples: Samples, chosen: Sequence[int], batching: Batching) -> float:
+    """Sum of the weights of all labels of a step; see Step."""
+    sums = samples.weight_sums[chosen]
+    return float(
+        sums.sum() if batching.weighting == "tokens" else (sums / np.maximum(1, samples.labelled[chosen])).sum()
+    )
 
 
 def micro_batches(rows: Sequence[T], most: int, world_size: int) -> list[Sequence[T]]:
@@ -241,7 +253,15 @@ def longest_step(samples: Samples, batching: Batching, world_size: int = 1) -> S
     most = min(batching.micro_batch_size, math.ceil(len(rows) / world_size))
     batch = collate([[samples[i] for i in row] for row in rows[:most]], batching, padded_width(longest, batching))
     labelled = int(samples.labelled[chosen].sum())
-    return Step([batch], float(labelled), labelled, sum(lengths[i] for i in chosen), len(chosen), 0.0, tuple(chosen))
+    return Step(
+        [batch],
+        step_weight(samples, chosen, batching),
+        labelled,
+        sum(lengths[i] for i in chosen),
+        len(chosen),
+        0.0,
+        tuple(chosen),
+    )
 
 
 def rows_of(chosen: Sequence[int], lengths: Sequence[int], batching: Batching, world_size: int = 1) -> list[list[int]]:

@@ -7,7 +7,7 @@ appears whole or not at all, and may be deleted at any time; lit_qlora.files.cac
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -32,7 +32,10 @@ ARRAYS: dict[str, Any] = {
     "labelled": np.int64,
     "lengths": np.int64,
     "digests": np.uint64,
+    "weighted": np.int64,
+    "weights": np.float32,
 }
+"""The last two are the tokens whose loss is multiplied by less than 1, and by what."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Facts:
     saw: str
     """By what the format was recognised."""
     counts: Counts
+    unread: dict[str, Any]
+    """What it holds and nobody reads; see Unread.facts."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,11 @@ class Encoded:
         """A source of the arrays that collect makes."""
         ends = arrays["ends"]
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
-        samples = Samples(arrays["tokens"], arrays["trained"], starts, ends, arrays["labelled"])
+        weights = None
+        if len(arrays["weighted"]):
+            weights = arrays["trained"].astype(np.float32)
+            weights[arrays["weighted"]] = arrays["weights"]
+        samples = Samples(arrays["tokens"], arrays["trained"], starts, ends, arrays["labelled"], weights)
         return Encoded(samples, arrays["lengths"], arrays["digests"], facts, cached)
 
 
@@ -81,11 +90,16 @@ def load(directory: Path, key: str) -> Encoded | None:
             file = folder / f"{name}.bin"
             if file.stat().st_size != size * np.dtype(kind).itemsize or sha256(file) != expected:
                 return None
-            arrays[name] = np.memmap(file, kind, "r", shape=(size,)) if size else np.zeros(0, kind)
+            arrays[name] = _mapped(file, name, size)
         said = facts["facts"]
         return Encoded.of(arrays, Facts(**said | {"counts": Counts(**said["counts"])}), cached=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _mapped(file: Path | FileIO, name: str, size: int) -> npt.NDArray[Any]:
+    """An array on disk; an empty file cannot be mapped."""
+    return np.memmap(file, ARRAYS[name], "r", shape=(size,)) if size else np.zeros(0, ARRAYS[name])
 
 
 class Store:
@@ -122,9 +136,7 @@ class Store:
         if self.files:
             self._guarded(self._publish, facts)
         if self.files:
-            arrays: Arrays = {
-                name: np.memmap(file, ARRAYS[name], "r", shape=(self.sizes[name],)) for name, file in self.files.items()
-            }
+            arrays: Arrays = {name: _mapped(file, name, self.sizes[name]) for name, file in self.files.items()}
         else:
             arrays = {
                 name: np.concatenate([np.zeros(0, kind), *self.chunks.pop(name)]) for name, kind in ARRAYS.items()
@@ -143,6 +155,7 @@ class Store:
         """Make arrays of what is pending."""
         some, self.pending = self.pending, []
         lengths = [len(one.sample.tokens) for one in some]
+        self._append_weights(some, self.sizes["tokens"] + np.cumsum([0, *lengths[:-1]], dtype=np.int64))
         self._append("ends", self.sizes["tokens"] + np.cumsum(lengths, dtype=np.int64))
         self._append("tokens", np.concatenate([one.sample.tokens for one in some]))
         self._append("trained", np.concatenate([one.sample.trained for one in some]))
@@ -151,6 +164,14 @@ class Store:
         self._append("digests", np.array([one.digest for one in some], np.uint64))
         if self.unfinished and self.sizes["tokens"] >= WORTH_KEEPING:
             self._guarded(self._write)
+
+    def _append_weights(self, some: Sequence[EncodedSample], starts: npt.NDArray[np.int64]) -> None:
+        """Take what some tokens weigh, if it is not 1."""
+        for one, start in zip(some, starts, strict=True):
+            if one.sample.weights is not None:
+                light = np.flatnonzero(one.sample.trained & (one.sample.weights != 1))
+                self._append("weighted", start + light)
+                self._append("weights", one.sample.weights[light])
 
     def _append(self, name: str, array: npt.NDArray[Any]) -> None:
         self.chunks[name].append(array)

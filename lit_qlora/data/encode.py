@@ -1,5 +1,6 @@
 """From examples to token ids, with what is learnt marked by the structure of the style, and what is too long cut."""
 
+import json
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,10 +8,14 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lit_qlora.data.examples import Example, refusal
 from lit_qlora.data.samples import Sample
-from lit_qlora.prompts.style import STYLES, Conversation, EncodedTurn, Style, UnwritableError
+from lit_qlora.data.tokenized import Tokenized
+from lit_qlora.data.unread import Unread
+from lit_qlora.prompts.conversation import Conversation, Message
+from lit_qlora.prompts.style import STYLES, EncodedTurn, Style, UnwritableError
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import Overlong
 
@@ -48,6 +53,10 @@ class Counts:
     """Turns whose answer ends with a token that ends answers."""
     untaught: int = 0
     """Answers that are not learnt because the chat template writes them differently once the conversation goes on."""
+    begun: int = 0
+    """Answers that do not begin as the chat template asks for them."""
+    thoughts: int = 0
+    """Answers of which the chat template leaves out the thoughts."""
     cut_prompts: int = 0
     cut_turns: int = 0
     """Turns of conversations that were left out because the whole was too long."""
@@ -85,7 +94,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, style: Style, encoding: Encoding) -> None:
         self.tokenizer, self.style, self.encoding = tokenizer, style, encoding
-        self.counts = Counts()
+        self.counts, self.unread = Counts(), Unread()
         self.stops = style.stop_ids(tokenizer) | {tokenizer.eos_id}
         names = "|".join(re.escape(name) for name in tokenizer.control_tokens if name)
         self.names = re.compile(names or "(?!)")
@@ -101,16 +110,14 @@ class Encoder:
         advice: dict[str, None] = {}  # an ordered set
         for start in range(0, len(examples), AT_ONCE):
             some = examples[start : start + AT_ONCE]
-            said: list[Conversation] = [self._with_system(example) for example in some]
+            said: list[Conversation] = [self._with_system(self._readable(example)) for example in some]
             try:
                 encoded = self.style.encode_many(self.tokenizer, said)
             except UnwritableError as failure:
                 if len(failure.reasons) == len(some) and not start:
                     raise  # it is not the data that is wrong
                 if self.encoding.on_error == "stop":
-                    complaints += [
-                        f"{some[i].place}: the chat template fails: {why}" for i, why in failure.reasons.items()
-                    ]
+                    complaints += [f"{some[i].place}: {why}" for i, why in failure.reasons.items()]
                     advice["Give another --data.prompt, or leave these out with --data.on_error skip."] = None
                 self.counts.skipped += len(failure.reasons)
                 some = [example for i, example in enumerate(some) if i not in failure.reasons]
@@ -140,31 +147,66 @@ class Encoder:
         if complaints:
             raise refusal(complaints, "\n       ".join(advice))
 
+    def take(self, rows: Sequence[Tokenized]) -> Iterator[EncodedSample]:
+        """The samples of records that are token ids already; what is too long is left out, for nothing can be cut.
+
+        Raises:
+            DataError: if there are ids that the tokenizer does not have, or data.overlong is "error" and some are long.
+        """
+        complaints = []
+        for sample, place in rows:
+            tokens, count = sample.tokens, len(sample.tokens)
+            if not 0 <= tokens.min() <= tokens.max() < self.tokenizer.size:
+                wrong = next(int(token) for token in tokens if not 0 <= token < self.tokenizer.size)
+                complaints.append(f"{place}: 'input_ids' has {wrong}, the tokenizer {self.tokenizer.size} tokens")
+            elif count > self.encoding.max_length and self.encoding.overlong == "error":
+                complaints.append(f"{place}: {count:,} tokens do not fit into {self.encoding.max_length}")
+            self.counts.examples += 1
+            if count > self.encoding.max_length:
+                self.counts.dropped += 1
+            elif not sample.labelled:
+                self.counts.masked += 1
+            else:
+                self.counts.turns += 1
+                self.counts.ended += int(tokens[np.flatnonzero(sample.trained)[-1]]) in self.stops
+                yield EncodedSample(sample, count, _hash(tokens.tobytes()))
+        if complaints:
+            raise refusal(complaints)
+
+    def _readable(self, example: Example) -> Example:
+        """The example without what the style does not write, which is remembered."""
+        found = self.style.unread(example)
+        for name, value in found.items():
+            self.unread.add(name, example.place, value)
+        return example.without(found) if found else example
+
     def _with_system(self, example: Example) -> Conversation:
-        own = example.system or not self.encoding.system or self._is_raw(example)
-        return example if own else replace(example, system=self.encoding.system)
+        if not self.encoding.system or example.system is not None or self._is_raw(example):
+            return example
+        return replace(example, messages=(Message("system", self.encoding.system), *example.messages))
 
     def _is_raw(self, said: Conversation) -> bool:
         """Whether this is a text without a prompt, which is not the same as a prompt that is empty."""
-        return self.style == STYLES["text"] and len(said.turns) == 1 and not said.turns[0].prompt and not said.input
+        return len(said.messages) == 2 and not said.messages[0].text and not said.input and self.style == STYLES["text"]
 
     def _count(self, said: Conversation) -> None:
         counts = self.counts
         counts.examples += 1
-        texts = [said.input, said.system, *(text for turn in said.turns for text in (turn.prompt, turn.answer))]
-        counts.empty_prompts += (
-            not self._is_raw(said) and not said.input.strip() and not all(t.prompt.strip() for t in said.turns)
-        )
-        counts.empty_answers += not all(turn.answer.strip() for turn in said.turns)
+        texts = [said.input, *(message.content or "" for message in said.messages)]
+        asked = [message.text for message in said.messages if message.role == "user"]
+        counts.empty_prompts += not self._is_raw(said) and not said.input.strip() and not all(map(str.strip, asked))
+        counts.empty_answers += not all(m.text.strip() or "tool_calls" in m.keys for m in said.answers)
         counts.control_characters += any(map(CONTROL.search, texts))
         counts.control_tokens += any(map(self.names.search, texts))
 
     def _sample(self, said: Conversation, turns: list[EncodedTurn]) -> Sample:
         tokens: list[int] = []
         trained = np.full(_length(turns), not self.encoding.mask_prompt)
+        light: list[tuple[slice, float]] = []  # what weighs less than 1
         hides = False  # whether the next prompt holds an answer that is not to be learnt
-        for i, (turn, (prompt, answer)) in enumerate(zip(said.turns, turns, strict=True)):
-            learn = turn.trained and (i == len(turns) - 1 or not self.encoding.only_last_answer)
+        for i, (message, turn) in enumerate(zip(said.answers, turns, strict=True)):
+            prompt, answer, remarks = turn
+            learn = message.weight > 0 and (i == len(turns) - 1 or not self.encoding.only_last_answer)
             if not prompt and not answer:  # it is part of the last prompt
                 self.counts.untaught += learn and self.encoding.mask_prompt
                 hides |= not learn
@@ -172,11 +214,16 @@ class Encoder:
             if hides:
                 trained[len(tokens) : len(tokens) + len(prompt)] = False
             tokens += [*prompt, *answer]
-            trained[len(tokens) - len(answer) : len(tokens)] = learn
+            here = slice(len(tokens) - len(answer), len(tokens))
+            trained[here] = learn
+            if learn and message.weight < 1:
+                light.append((here, message.weight))
             self.counts.turns += 1
-            self.counts.ended += answer[-1] in self.stops if answer else 0
+            self.counts.ended += bool(answer) and (answer[-1] in self.stops or "followed" in remarks)
+            self.counts.begun += "begun" in remarks
+            self.counts.thoughts += "thoughts" in remarks
         trained[:1] = False  # nothing predicts the first token
-        return Sample(np.array(tokens, np.int32), trained)
+        return Sample(np.array(tokens, np.int32), trained, _weights(trained, light) if light else None)
 
     def _too_long(self, said: Conversation, turns: list[EncodedTurn]) -> bool:
         """Whether something has to go; a raw text is taken to pieces instead."""
@@ -209,22 +256,22 @@ class Encoder:
         limits = self.encoding
         left = limits.overlong == "truncate_left"
         while len(turns) > 1 and (_length(turns) > limits.max_length or self._history_exceeds(turns)):
-            self.counts.cut_turns += 1
-            kept = said.turns[1:] if left else said.turns[:-1]
-            said = replace(said, turns=kept, input="" if left else said.input)
+            said = (said.without_first_turns() if left else None) or said.without_last_turn()
+            self.counts.cut_turns += len(turns) - len(said.answers)
             turns = yield said
         cut = False
         for i in range(len(turns)):
             room = self._room(turns, i)
-            while len(turns[i][0]) > room:
-                shorter = self._shorten(said, i, len(turns[i][0]) - room, left)
+            while len(turns[i].prompt) > room:
+                shorter = self._shorten(said, i, len(turns[i].prompt) - room, left)
                 if shorter is None:
                     return None
                 said, cut = shorter, True
                 turns = yield said
         self.counts.cut_prompts += cut
         fitted = [
-            (prompt, self._cut_answer(answer, self._answer_room(turns, i))) for i, (prompt, answer) in enumerate(turns)
+            turn._replace(answer=self._cut_answer(turn.answer, self._answer_room(turns, i)))
+            for i, turn in enumerate(turns)
         ]
         self.counts.cut_answers += any(len(new[1]) < len(old[1]) for new, old in zip(fitted, turns, strict=True))
         return said, fitted
@@ -264,9 +311,11 @@ class Encoder:
         return [*answer[: room - 1], answer[-1]] if answer[-1] in self.stops else answer[:room]
 
     def _shorten(self, said: Conversation, i: int, excess: int, left: bool) -> Conversation | None:
-        """The conversation with at least one token less of what the longer of prompt `i` and its input says."""
-        turn, of_input = said.turns[i], i == 0 and len(said.input) > len(said.turns[i].prompt)
-        text = said.input if of_input else turn.prompt
+        """The conversation with at least one token less of the longest text in prompt `i`, or of the input."""
+        at = said.longest_of_prompt(i)
+        message = said.messages[at]
+        of_input = i == 0 and len(said.input) > len(message.text)
+        text = said.input if of_input else message.text
         ids = self.tokenizer.encode(text, bos=False)
         while ids and (keep := len(ids) - excess) > 0:
             shorter = self.tokenizer.decode(ids[-keep:] if left else ids[:keep]).strip("\ufffd")
@@ -275,16 +324,24 @@ class Encoder:
             if len(shorter) < len(text):
                 if of_input:
                     return replace(said, input=shorter)
-                turns = (*said.turns[:i], turn._replace(prompt=shorter), *said.turns[i + 1 :])
-                return replace(said, turns=turns)
+                before, after = said.messages[:at], said.messages[at + 1 :]
+                return replace(said, messages=(*before, message._replace(content=shorter), *after))
             excess += 1
-        if of_input and turn.prompt.strip():
+        if of_input and message.text.strip():
             return replace(said, input="")
         return None
 
 
 def _length(turns: Sequence[EncodedTurn]) -> int:
-    return sum(len(prompt) + len(answer) for prompt, answer in turns)
+    return sum(len(turn.prompt) + len(turn.answer) for turn in turns)
+
+
+def _weights(trained: npt.NDArray[np.bool_], light: Sequence[tuple[slice, float]]) -> npt.NDArray[np.float32]:
+    """What each token weighs: 1 where it is learnt, but for answers that weigh less."""
+    weights = trained.astype(np.float32)
+    for here, weight in light:
+        weights[here] *= weight
+    return weights
 
 
 def _hash(content: bytes) -> int:
@@ -292,5 +349,7 @@ def _hash(content: bytes) -> int:
 
 
 def _said(said: Conversation) -> bytes:
-    texts = [said.system, said.input, *(text for turn in said.turns for text in (turn.prompt, turn.answer))]
+    texts = [said.input, *(text for message in said.messages for text in (message.role, message.content or ""))]
+    if not said.plain:
+        texts.append(json.dumps([dict(said.variables), [dict(message.keys) for message in said.messages]], default=str))
     return "\0".join(texts).encode("utf-8", "surrogatepass")

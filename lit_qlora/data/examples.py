@@ -1,15 +1,17 @@
 """From records to examples. Every complaint names its place, and all of them come at once."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 from lit_qlora.data.formats import Format, pick_format
 from lit_qlora.data.readers import Record
 from lit_qlora.data.sources import Source, read_records
+from lit_qlora.data.tokenized import Tokenized
+from lit_qlora.data.unread import Unread
 from lit_qlora.errors import DataError
-from lit_qlora.prompts.style import Conversation
+from lit_qlora.prompts.conversation import Conversation
 
 LOOKED_AT = 1000  # records from which the format is recognised
 NOWHERE = ""  # the place of an error that names its own, and behind which nothing can be read
@@ -34,6 +36,10 @@ class Reading:
     """By what the format was recognised."""
     skipped: int
     """Records that could not be read and were left out."""
+    unread: Unread = field(default_factory=Unread)
+    """Columns that hold something and were not read."""
+    tokenized: list[Tokenized] = field(default_factory=list)
+    """Instead of examples: records that are token ids already."""
 
 
 def read_examples(
@@ -41,13 +47,14 @@ def read_examples(
     *,
     format: str = "auto",
     columns: str = "",
+    templates: tuple[str, str] | None = None,
     skip: bool = False,
     allow: Collection[str] = (),
 ) -> Reading:
     """All examples of a source.
 
     Args:
-        format, columns: as data.format and data.columns.
+        format, columns, templates: as data.format, data.columns, and both of data.template and data.answer_template.
         skip: leave out what is wrong instead of refusing everything.
         allow: findings that are no complaints, of which this concerns "empty_answers".
 
@@ -57,21 +64,26 @@ def read_examples(
     source = source if isinstance(source, Source) else Source(str(source))
     rest = _to_the_end(read_records(source))
     first = list(islice(rest, LOOKED_AT))
-    name, form, saw = pick_format(format, columns, first)
+    name, form, saw = pick_format(format, columns, first, templates)
     records = chain(first, rest)
     examples: list[Example] = []
+    tokenized: list[Tokenized] = []
+    unread = Unread(form)
     complaints: list[str] = []
     empty, unreadable = 0, False
     for place, record in form.gather(records) if form.gather else records:
         unreadable |= place == NOWHERE
         try:
             said = _conversation(record, form)
-            silent = next((i for i, turn in enumerate(said.turns, start=1) if not turn.answer.strip()), None)
-            if silent and "empty_answers" not in allow:
-                empty += 1
-                where = f"in {form.needs[-1]!r}" if form.columns else f"of turn {silent}"
-                raise DataError(f"the answer {where} is empty")
-            examples.append(Example(said.turns, said.input, said.system, place))
+            if isinstance(said, Tokenized):
+                tokenized.append(said._replace(place=place))
+            else:
+                if "empty_answers" not in allow and (silent := _silent_turn(said)):
+                    empty += 1
+                    where = f"in {form.needs[-1]!r}" if form.columns else f"of turn {silent}"
+                    raise DataError(f"the answer {where} is empty")
+                examples.append(Example(said.messages, said.input, said.variables, place))
+            unread.look(place, record)
         except DataError as error:
             complaints.append(f"{place}: {error}" if place else str(error))
     if complaints and (unreadable or not skip):
@@ -79,10 +91,18 @@ def read_examples(
         if empty == len(complaints):
             advice = "--data.on_error skip leaves them out, --data.allow empty_answers learns to say nothing."
         raise refusal(complaints, advice)
-    if not examples:
+    if not examples and not tokenized:
         what = f"no samples that can be read: {complaints[0]}" if complaints else "no samples."
         raise DataError(f"{source} holds {what}")
-    return Reading(examples, name, saw, len(complaints))
+    return Reading(examples, name, saw, len(complaints), unread, tokenized)
+
+
+def _silent_turn(said: Conversation) -> int:
+    """The number of the first answer that says and calls nothing, counted from 1; 0 if there is none."""
+    for number, message in enumerate(said.answers, start=1):
+        if not message.text.strip() and "tool_calls" not in message.keys:
+            return number
+    return 0
 
 
 def _to_the_end(records: Iterable[Record]) -> Iterator[Record]:
@@ -99,7 +119,7 @@ def refusal(complaints: Sequence[str], advice: str = "") -> DataError:
     return DataError("\n       ".join([*complaints[:SHOWN], *more, *([advice] if advice else [])]))
 
 
-def _conversation(record: object, form: Format) -> Conversation:
+def _conversation(record: object, form: Format) -> Conversation | Tokenized:
     if isinstance(record, DataError):
         raise record
     if not isinstance(record, dict):

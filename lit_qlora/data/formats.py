@@ -4,21 +4,28 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
+from lit_qlora.data.messages import (
+    ASSISTANT,
+    conversation_of,
+    named,
+    names_of,
+    system_of,
+    text_of,
+    turns_of,
+    variables_of,
+)
+from lit_qlora.data.templates import Template
+from lit_qlora.data.tokenized import Tokenized, read_tokenized
 from lit_qlora.errors import DataError, UsageError, did_you_mean
-from lit_qlora.prompts.style import Conversation, Turn
+from lit_qlora.prompts.conversation import NOTHING, Conversation, Message
+from lit_qlora.prompts.wordings import with_input
 
 Fields = Mapping[str, Any]
-NAMED = 20  # columns that a message names
 OURS = ("instruction", "input", "output", "system")
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant"),
-}
-"""What data sets call those who speak, and what they are called here."""
+BESIDE = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
+"""Columns that are read beside those of a format."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Format:
 
     needs: tuple[str, ...]
     """Columns without which a record is not of this format."""
-    read: Callable[[Fields], Conversation]
+    read: Callable[[Fields], Conversation | Tokenized]
     """Makes a conversation of a record; what is wrong with it is a DataError."""
     begins: str = ""
     """A regular expression that the first needed column begins with, where the columns alone do not tell."""
@@ -35,71 +42,86 @@ class Format:
     """Makes the records of conversations, where one is spread over several."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Their column -> ours, for those that only differ in names."""
+    reads: tuple[str, ...] = BESIDE
+    """Columns that are read besides those that it needs."""
+    leaves: tuple[str, ...] = ()
+    """Columns that are left out on purpose, though they mean something."""
+    chosen: bool = False
+    """Whether the settings say which columns are read, so that the others are left out on purpose."""
 
 
-def text_of(record: Fields, column: str, optional: bool = False) -> str:
-    """The text in a column.
-
-    Raises:
-        DataError: if there is none.
-    """
-    value = record.get(column)
-    if isinstance(value, str):
-        if value.isascii() or not re.search("[\ud800-\udfff]", value):
-            return value
-        raise DataError(f"{column!r} holds half of a surrogate pair, which is no character")
-    if optional and value is None:
-        return ""
-    if column not in record:
-        raise DataError(f"no {column!r} (has: {_names(record)})")
-    if isinstance(value, DataError):
-        raise value
-    raise DataError(f"{column!r} is {'null' if value is None else type(value).__name__}, not text")
-
-
-def _names(record: Fields) -> str:
-    """The names of its columns, the first few if there are many."""
-    return ", ".join([*map(str, islice(record, NAMED)), *(["..."] if len(record) > NAMED else [])]) or "nothing"
-
-
-def from_columns(columns: Mapping[str, str]) -> Format:
+def from_columns(columns: Mapping[str, str], chosen: bool = False) -> Format:
     """The format whose records have a column each for instruction, input, output and system.
 
     Args:
         columns: their name -> ours.
+        chosen: nothing is read but these.
     """
     theirs = {ours: name for name, ours in columns.items()}
     instruction, output = theirs["instruction"], theirs["output"]
-    others = {ours: name for ours, name in theirs.items() if ours in ("input", "system")}
+    about, told = theirs.get("input"), theirs.get("system")
 
     def read(record: Fields) -> Conversation:
-        turn = Turn(text_of(record, instruction), text_of(record, output))
-        return Conversation((turn,), **{ours: text_of(record, name, optional=True) for ours, name in others.items()})
+        asked, answer = text_of(record, instruction), text_of(record, output)
+        material = text_of(record, about, optional=True) if about else ""
+        past = [] if chosen else _history(record)
+        variables = NOTHING if chosen else variables_of(record)
+        system = system_of(record) if not chosen else (text_of(record, told, optional=True) or None) if told else None
+        if past and material:
+            asked, material = with_input(asked, material), ""
+        opening = (Message("system", system),) if system is not None else ()
+        messages = (*opening, *past, Message("user", asked), Message("assistant", answer))
+        return Conversation(messages, material, variables)
 
-    return Format((instruction, output), read, columns=columns)
+    others = () if chosen else (*BESIDE, "history")
+    return Format((instruction, output), read, columns=columns, reads=(*columns, *others), chosen=chosen)
+
+
+def from_templates(prompt: str, answer: str) -> Format:
+    """The format whose prompts and answers are texts with the values of columns in them.
+
+    Raises:
+        UsageError: if a text names no column, or its braces do not match.
+    """
+    asked, answered = Template.parse("data.template", prompt), Template.parse("data.answer_template", answer)
+
+    def read(record: Fields) -> Conversation:
+        return Conversation.of((asked.fill(record), answered.fill(record)))
+
+    return Format(tuple(dict.fromkeys((*asked.columns, *answered.columns))), read, reads=(), chosen=True)
+
+
+def _history(record: Fields) -> list[Message]:
+    """The turns before the instruction: a list of [prompt, answer]."""
+    found = named(record, "history")
+    return [
+        Message(role, text)  # type: ignore[arg-type]
+        for pair in found or ()
+        for role, text in zip(("user", "assistant"), _pair(pair), strict=True)
+    ]
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(text, str) for text in value):
+        raise DataError("'history' is not a list of [prompt, answer]")
+    return value[0], value[1]
 
 
 def red_dot(record: Fields) -> Conversation:
     """A product of the Red Dot Design Award and its description."""
     product, category = text_of(record, "product"), text_of(record, "category")
     asked = f"Create a detailed description for the following product: {product}, belonging to category: {category}"
-    return Conversation((Turn(asked, text_of(record, "description")),))
+    return Conversation.of((asked, text_of(record, "description")))
 
 
 def raw_text(record: Fields) -> Conversation:
     """A text without a prompt, all of which is learnt."""
-    return Conversation((Turn("", text_of(record, "text")),))
+    return Conversation.of(("", text_of(record, "text")))
 
 
-def messages(record: Fields) -> Conversation:
-    """{"messages": [{"role": "user", "content": "..."}, ...]}, as OpenAI has it; "weight": 0 leaves an answer out."""
-    return _conversation(_list(record, "messages"), "role", "content")
-
-
-def sharegpt(record: Fields) -> Conversation:
-    """{"conversations": [{"from": "human", "value": "..."}, ...]}."""
-    spoken = _conversation(_list(record, "conversations"), "from", "value")
-    return Conversation(spoken.turns, system=spoken.system or text_of(record, "system", optional=True))
+def messages(column: str) -> Callable[[Fields], Conversation]:
+    """Reads {column: [{"role": "user", "content": "..."}, ...]}, as OpenAI has it, or "from" and "value" for these."""
+    return lambda record: conversation_of(_list(record, column), record)
 
 
 def lima(record: Fields) -> Conversation:
@@ -110,7 +132,7 @@ def lima(record: Fields) -> Conversation:
             raise DataError(f"turn {i} is {type(text).__name__}, not text")
     if len(spoken) < 2:
         raise DataError("'conversations' holds no answer")
-    return Conversation(tuple(Turn(*pair) for pair in zip(spoken[::2], spoken[1::2], strict=False)))
+    return Conversation.of(*zip(spoken[::2], spoken[1::2], strict=False), system=system_of(record))
 
 
 def marked(column: str, user: str, assistant: str) -> Callable[[Fields], Conversation]:
@@ -122,7 +144,7 @@ def marked(column: str, user: str, assistant: str) -> Callable[[Fields], Convers
         roles = ["user" if mark == user else "assistant" for mark in parts[::2]]
         spoken = [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2], strict=True)]
         system = [{"role": "system", "content": head.strip()}] if head.strip() else []
-        return _conversation([*system, *spoken], "role", "content")
+        return turns_of([*system, *spoken])
 
     return read
 
@@ -171,7 +193,7 @@ def _best_path(root: dict[str, Any], replies: Callable[[dict[str, Any]], list[di
         left = [reply for reply in answers if not reply.get("deleted")]
         # The best has rank 0; what nobody has ranked comes last, in the order of the file.
         best = sorted(left, key=lambda reply: rank if isinstance(rank := reply.get("rank"), int | float) else math.inf)
-    while path and ROLES.get(str(path[-1]["role"])) != "assistant":
+    while path and str(path[-1]["role"]).lower() not in ASSISTANT:
         path.pop()  # nobody answered it
     return {"messages": path} if path else DataError("nobody answered")
 
@@ -183,74 +205,47 @@ def _list(record: Fields, column: str) -> list[Any]:
     return value
 
 
-def _conversation(spoken: list[Any], role_key: str, text_key: str) -> Conversation:
-    """A conversation of {role, text} messages: an optional system message, then user and assistant in turn."""
-    system, asked = "", None
-    turns: list[Turn] = []
-    for i, message in enumerate(spoken, start=1):
-        if isinstance(message, DataError):
-            raise DataError(f"turn {i}: {message}")
-        if not isinstance(message, dict):
-            raise DataError(f"turn {i} is {type(message).__name__}, not an object with {role_key!r} and {text_key!r}")
-        role = ROLES.get(str(message.get(role_key)).lower())
-        if role is None:
-            known = ", ".join(ROLES)
-            raise DataError(f"turn {i}: the role {message.get(role_key)!r} is not known (known: {known})")
-        try:
-            content = text_of(message, text_key)
-        except DataError as error:
-            raise DataError(f"turn {i}: {error}") from None
-        if role == "system":
-            if i > 1:
-                raise DataError(f"turn {i}: a system message stands at the beginning or nowhere")
-            system = content
-        elif role == "user":
-            if asked is not None:
-                raise DataError(f"turn {i}: the role {message[role_key]!r} comes twice in a row")
-            asked = content
-        else:
-            if asked is None:
-                raise DataError(f"turn {i}: the role {message[role_key]!r} answers nobody")
-            turns.append(Turn(asked, content, trained=message.get("weight") != 0))
-            asked = None
-    if asked is not None:
-        raise DataError(f"turn {len(spoken)}: nobody answers the last prompt")
-    if not turns:
-        raise DataError("the conversation is empty")
-    return Conversation(tuple(turns), system=system)
-
-
 ALPACA = from_columns({"instruction": "instruction", "input": "input", "output": "output", "system": "system"})
 FORMATS: dict[str, Format] = {
     "alpaca": ALPACA,
     "alpaca-gpt4": ALPACA,
     "dolly": from_columns({"instruction": "instruction", "context": "input", "response": "output"}),
-    "messages": Format(("messages",), messages),
-    "sharegpt": Format(("conversations",), sharegpt, begins=r"\[\{"),
-    "lima": Format(("conversations",), lima, begins=r"\['|\[\""),
-    "oasst1": Format(("message_id", "parent_id", "text", "role"), messages, gather=best_paths),
-    "oasst1-trees": Format(("message_tree_id", "prompt"), messages, gather=best_paths),
-    "hh-rlhf": Format(("chosen",), marked("chosen", "\n\nHuman:", "\n\nAssistant:")),
-    "chip2": Format(("text",), marked("text", "<human>:", "<bot>:"), begins="<human>:"),
-    "guanaco": Format(("text",), marked("text", "### Human:", "### Assistant:"), begins="### Human:"),
-    "red-dot": Format(("product", "category", "description"), red_dot),
+    "tokens": Format(("input_ids",), read_tokenized, reads=("labels", "attention_mask", "token_type_ids")),
+    "messages": Format(("messages",), messages("messages")),
+    "sharegpt": Format(("conversations",), messages("conversations"), begins=r"\[\{"),
+    "lima": Format(("conversations",), lima, begins=r"\['|\[\"", reads=("system", "system_prompt")),
+    "oasst1": Format(("message_id", "parent_id", "text", "role"), messages("messages"), gather=best_paths),
+    "oasst1-trees": Format(("message_tree_id", "prompt"), messages("messages"), gather=best_paths),
+    "hh-rlhf": Format(
+        ("chosen",),
+        marked("chosen", "\n\nHuman:", "\n\nAssistant:"),
+        begins=r"Human:",
+        reads=(),
+        leaves=("rejected",),
+    ),
+    "chip2": Format(("text",), marked("text", "<human>:", "<bot>:"), begins="<human>:", reads=()),
+    "guanaco": Format(("text",), marked("text", "### Human:", "### Assistant:"), begins="### Human:", reads=()),
+    "red-dot": Format(("product", "category", "description"), red_dot, reads=()),
     "flan": from_columns({"inputs": "instruction", "targets": "output"}),
     "self-instruct": from_columns({"prompt": "instruction", "completion": "output"}),
     "prompt-response": from_columns({"prompt": "instruction", "response": "output"}),
     "qa": from_columns({"question": "instruction", "context": "input", "answer": "output"}),
     "longform": from_columns({"input": "instruction", "output": "output"}),
-    "text": Format(("text",), raw_text),
+    "text": Format(("text",), raw_text, reads=()),
 }
 """In the order in which they are tried; the first whose columns are all there is taken."""
 
 
-def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tuple[str, Format, str]:
+def pick_format(
+    name: str, columns: str, records: list[tuple[str, Any]], templates: tuple[str, str] | None = None
+) -> tuple[str, Format, str]:
     """The format that the settings name, or the one that the first records have.
 
     Args:
         name: as data.format.
         columns: as data.columns.
         records: the first, as they were read; an error without a place ends what can be read.
+        templates: as data.template and data.answer_template.
 
     Returns:
         Its name, the format, and what was seen, for people.
@@ -261,16 +256,17 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
     """
     dicts = [record for _, record in records if isinstance(record, dict)]
     first = dicts[0] if dicts else {}
-    found = f"columns {_names(first)}"
-    if columns:
-        parsed = _parse_columns(columns)
-        for theirs in parsed:
+    found = f"columns {names_of(first)}"
+    if columns or templates:
+        setting = "data.template" if templates else "data.columns"
+        form = from_templates(*templates) if templates else from_columns(_parse_columns(columns), chosen=True)
+        for theirs in form.columns or form.needs:
             if dicts and not any(theirs in record for record in dicts):
                 raise DataError(
-                    f"data.columns: no record has a column {theirs!r} (has: {_names(first)})."
+                    f"{setting}: no record has a column {theirs!r} (has: {names_of(first)})."
                     f"{did_you_mean(theirs, list(map(str, first)))}"
                 )
-        return "columns", from_columns(parsed), f"{columns} of {found}"
+        return setting.removeprefix("data."), form, f"{columns or ', '.join(form.needs)} of {found}"
     if name != "auto":
         if name not in FORMATS:
             raise UsageError(
@@ -280,7 +276,9 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
     for record in dicts:  # the first may not be like the others, and then says so itself
         for known, form in FORMATS.items():
             if _fits(record, form):
-                return known, form, f"columns {_names(record)}"
+                return known, form, f"columns {names_of(record)}"
+        if "chosen" in record and "rejected" in record:
+            raise DataError(_PREFERENCES)
     if not first:
         return "alpaca", ALPACA, found  # all are wrong, and each says so itself
     end, last = records[-1]
@@ -292,6 +290,12 @@ def pick_format(name: str, columns: str, records: list[tuple[str, Any]]) -> tupl
         f"Say which is what, e.g. --data.columns {_guess(list(map(str, first)))}, or name a --data.format: "
         f"{', '.join(FORMATS)}."
     )
+
+
+_PREFERENCES = (
+    "The columns chosen and rejected are pairs to prefer one answer of, and answers are learnt one by one here.\n"
+    "Learn the good ones with --data.columns prompt:instruction,chosen:output."
+)
 
 
 def _fits(record: Fields, form: Format) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from lit_qlora.prompts.tokenizer import FILES, Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig
 
 DEFAULT_MAX_LENGTH = 2048
-VERSION = 3  # of what the cache holds; whoever changes how examples are encoded changes this
+VERSION = 4  # of what the cache holds; whoever changes how examples are encoded changes this
 SPLIT, CHOICE = -1, -2  # epochs of the order that no training has, so that these depend on the seed alone
 
 
@@ -182,7 +183,7 @@ def encode_source(
         "style": style.facts(),
         "today": str(date.today()) if "strftime_now" in style.text else "",
         "encoding": asdict(encoding),
-        "reading": [data.format, data.columns, "empty_answers" in data.allow],
+        "reading": [data.format, data.columns, data.templates, "empty_answers" in data.allow],
     }
     key = hashlib.sha256(json.dumps(everything_that_matters, sort_keys=True).encode()).hexdigest()
     directory = cache_folder.directory(data.cache_dir, "data")
@@ -191,13 +192,19 @@ def encode_source(
     store = cache.Store(directory, key)
     with _no_garbage(), closing(store):
         reading = read_examples(
-            source, format=data.format, columns=data.columns, skip=data.on_error == "skip", allow=data.allow
+            source,
+            format=data.format,
+            columns=data.columns,
+            templates=data.templates,
+            skip=data.on_error == "skip",
+            allow=data.allow,
         )
         encoder = Encoder(tokenizer, STYLES["text"] if reading.format == "text" else style, encoding)
         encoder.counts.skipped = reading.skipped
-        for sample in encoder.encode(reading.examples):
+        for sample in chain(encoder.encode(reading.examples), encoder.take(reading.tokenized)):
             store.add(sample)
-        return store.finish(cache.Facts(str(source), content, reading.format, reading.saw, encoder.counts))
+        unread = reading.unread.joined(encoder.unread).facts()
+        return store.finish(cache.Facts(str(source), content, reading.format, reading.saw, encoder.counts, unread))
 
 
 def split(

@@ -14,6 +14,7 @@ from lit_qlora.data.prepared import record
 from lit_qlora.data.sources import HUB, find_file, find_sources
 from lit_qlora.errors import DataError, ResourceError, UsageError
 from lit_qlora.files.atomic import write_text
+from lit_qlora.prompts.conversation import Message
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, PrepareConfig
 
@@ -89,14 +90,20 @@ def _write(path: Path, examples: Sequence[Example], raw: bool) -> None:
 
 def _record(example: Example) -> dict[str, Any]:
     """The example in Alpaca's columns, or as messages if these cannot say it."""
-    if len(example.turns) == 1 and example.turns[0].trained:
-        system = {"system": example.system} if example.system else {}
+    *asked, last = example.messages
+    roles = [message.role for message in asked]
+    opening, bare = roles[:1] == ["system"], roles[-1:] == ["user"] and last.weight == 1 and example.plain
+    if bare and len(roles) == 1 + opening and example.system != "":
+        system = {"system": example.system} if opening else {}
         return {"instruction": example.instruction, "input": example.input, "output": example.output, **system}
-    messages = [{"role": "system", "content": example.system}] if example.system else []
-    for turn in example.turns:
-        weight = {} if turn.trained else {"weight": 0}
-        messages += [
-            {"role": "user", "content": turn.prompt},
-            {"role": "assistant", "content": turn.answer, **weight},  # type: ignore[dict-item]
-        ]
-    return {"messages": messages}
+    messages = [
+        {"role": message.role, "content": message.content, **message.keys, **_weight(message)}
+        for message in example.messages
+    ]
+    variables = dict(example.variables)
+    known = {name: variables.pop(name) for name in ("tools", "documents") if name in variables}
+    return {"messages": messages} | known | ({"chat_template_kwargs": variables} if variables else {})
+
+
+def _weight(message: Message) -> dict[str, float]:
+    return {"weight": message.weight} if message.weight != 1 else {}

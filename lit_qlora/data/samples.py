@@ -1,6 +1,7 @@
 """Samples: token ids, and which of them are learnt, in flat arrays that can stay on disk."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float32]
 
 
 class Sample(NamedTuple):
@@ -18,6 +20,8 @@ class Sample(NamedTuple):
     """(T,) token ids."""
     trained: Flags
     """(T,) which tokens are learnt; never the first, which nothing predicts."""
+    weights: Weights | None = None
+    """(T,) what the loss of each token is multiplied by, above 0 where it is learnt; None is 1 for all of them."""
 
     @property
     def labelled(self) -> int:
@@ -38,10 +42,19 @@ class Samples(Sequence[Sample]):
         trained: (N,) which of them are learnt.
         starts, ends: (S,) int64; sample i is tokens[starts[i] : ends[i]].
         labelled: (S,) number of tokens that are learnt of each sample.
+        weights: (N,) as those of a sample, or None.
     """
 
-    def __init__(self, tokens: Ids, trained: Flags, starts: Counts, ends: Counts, labelled: Counts) -> None:
-        self.tokens, self.trained = tokens, trained
+    def __init__(
+        self,
+        tokens: Ids,
+        trained: Flags,
+        starts: Counts,
+        ends: Counts,
+        labelled: Counts,
+        weights: Weights | None = None,
+    ) -> None:
+        self.tokens, self.trained, self.weights = tokens, trained, weights
         self.starts, self.ends, self.labelled = starts, ends, labelled
 
     @staticmethod
@@ -52,7 +65,10 @@ class Samples(Sequence[Sample]):
         tokens = np.concatenate([np.zeros(0, np.int32), *(np.asarray(s.tokens, np.int32) for s in samples)])
         trained = np.concatenate([np.zeros(0, np.bool_), *(sample.trained for sample in samples)])
         labelled = np.array([sample.labelled for sample in samples], np.int64)
-        return Samples(tokens, trained, bounds[:-1], bounds[1:], labelled)
+        weights = None
+        if any(sample.weights is not None for sample in samples):
+            weights = np.concatenate([_weights(sample) for sample in samples])
+        return Samples(tokens, trained, bounds[:-1], bounds[1:], labelled, weights)
 
     @staticmethod
     def joined(parts: Sequence["Samples"]) -> "Samples":
@@ -66,17 +82,26 @@ class Samples(Sequence[Sample]):
             np.concatenate([part.starts + offset for part, offset in zip(parts, offsets, strict=False)]),
             np.concatenate([part.ends + offset for part, offset in zip(parts, offsets, strict=False)]),
             np.concatenate([part.labelled for part in parts]),
+            np.concatenate(list(map(_weights, parts))) if any(part.weights is not None for part in parts) else None,
         )
 
     def take(self, indices: Sequence[int]) -> "Samples":
         """These samples, in this order; the arrays are shared."""
         at = np.asarray(indices, np.int64)
-        return Samples(self.tokens, self.trained, self.starts[at], self.ends[at], self.labelled[at])
+        return Samples(self.tokens, self.trained, self.starts[at], self.ends[at], self.labelled[at], self.weights)
 
     @property
     def lengths(self) -> Counts:
         """(S,) tokens of each sample."""
         return self.ends - self.starts
+
+    @cached_property
+    def weight_sums(self) -> npt.NDArray[np.float64]:
+        """(S,) sum of the weights of the tokens that are learnt of each sample."""
+        if self.weights is None:
+            return self.labelled.astype(np.float64)
+        sums = np.concatenate([np.zeros(1), np.cumsum(self.weights, dtype=np.float64)])
+        return sums[self.ends] - sums[self.starts]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -89,4 +114,10 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = self.starts[index], self.ends[index]
-        return Sample(self.tokens[start:end], self.trained[start:end])
+        weights = None if self.weights is None else self.weights[start:end]
+        return Sample(self.tokens[start:end], self.trained[start:end], weights)
+
+
+def _weights(some: Sample | Samples) -> Weights:
+    """The weights of the tokens, 0 for those that are not learnt."""
+    return some.trained.astype(np.float32) if some.weights is None else some.weights

@@ -11,6 +11,7 @@ from lit_qlora.data import RunData, read_data
 from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import DataError, did_you_mean
 from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.report import Record
 from lit_qlora.settings import EvalConfig, FinetuneConfig, check
 
@@ -97,9 +98,9 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
     prompts = []
     if config.eval.prompts:
         for _, texts, _ in read_prompts(config.eval.prompts, config.data.system):
-            ask, about, system = texts["instruction"], texts["input"], texts["system"]
-            ids = data.style.encode_prompt(data.tokenizer, ask, about, system)
-            prompts.append(Question(ids, "\n".join(text for text in (ask, about) if text)))
+            asked, about, system = texts["instruction"], texts["input"], texts["system"]
+            ids = data.style.encode_prompt(data.tokenizer, prompt_of(asked, about, system or None))
+            prompts.append(Question(ids, "\n".join(text for text in (asked, about) if text)))
     return Probes(questions, prompts, read_text(config.eval.kl_text, data) if config.eval.kl_text else [])
 
 

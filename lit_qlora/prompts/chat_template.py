@@ -9,16 +9,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from threading import Event, Lock, Timer
-from typing import Any
+from typing import Any, Literal
 
 from lit_qlora.errors import CheckpointError
 
 SECONDS = 10.0  # for one conversation; a rendering takes some 0.1 ms
 SECONDS_EACH = 0.01  # for each further one
-Message = Mapping[str, str]
-"""{"role": "system", "user" or "assistant", "content": ...}."""
+MARKS = "\ufdd0\ufdd1"  # around what a template marks as generated, where no message is looked at
+Message = Mapping[str, Any]
+"""{"role": "system", "user", "assistant" or "tool", "content": ..., and other keys that templates read}."""
 
 
 def find_chat_template(directory: Path) -> str | None:
@@ -49,9 +51,12 @@ def find_chat_template(directory: Path) -> str | None:
 
 Request = tuple[Sequence[Message], bool]
 """Messages, and whether the beginning of an answer follows."""
-Stages = tuple[Sequence[Message], Sequence[tuple[int, bool]]]
-"""Messages, and how they are rendered one time after the other: so many of them, with the beginning of an answer or
-not."""
+How = Literal["text", "prompt", "turns", "marked", "marked prompt"]
+"""A conversation as one text, with the beginning of an answer or without; the prompt and the answer of each turn, told
+by rendering again and again, or by the template's own marks; the same with a prompt behind the last answer."""
+Rendered = list[tuple[str, str, str] | None] | str
+"""Prompt, answer and how the prompt goes on of each turn, None where an answer is part of the next prompt; or why the
+template cannot write it."""
 
 
 def render(template: str, variables: Mapping[str, Any], requests: Sequence[Request]) -> list[str]:
@@ -86,20 +91,36 @@ class Renderer:
     def render(self, requests: Sequence[Request]) -> list[str]:
         """See the function of this name."""
         texts: list[str] = []
-        for found in self.render_stages([(messages, [(len(messages), begin)]) for messages, begin in requests]):
+        for found in self._answers([(messages, {}, "prompt" if begin else "text") for messages, begin in requests]):
             if isinstance(found, str):
                 raise CheckpointError(f"The chat template fails: {found}")
             texts += found
         return texts
 
-    def render_stages(self, conversations: Sequence[Stages]) -> list[list[str] | str]:
-        """What each stage of a conversation adds to the one before it, or why the template cannot write it.
+    def render_turns(
+        self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any]]], how: How, marks: str
+    ) -> list[Rendered]:
+        """The turns of each conversation; see lit_qlora.prompts.template_worker.Writer.
+
+        Args:
+            conversations: messages, and variables of their own.
+            marks: two characters that no message holds.
 
         Raises:
             CheckpointError: if the template is no jinja, or takes too long or too much memory.
         """
-        question = {"template": self.template, "variables": self.variables, "conversations": conversations}
-        number = sum(len(stages) for _, stages in conversations)
+        return self._answers([(*conversation, how) for conversation in conversations], marks)
+
+    def _answers(
+        self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any], How]], marks: str = MARKS
+    ) -> list[Any]:
+        question = {
+            "template": self.template,
+            "variables": self.variables,
+            "marks": marks,
+            "conversations": conversations,
+        }
+        number = sum(len(messages) for messages, *_ in conversations)
         with self._lock:
             answers = self._ask(json.dumps(question), SECONDS + SECONDS_EACH * number)
         if isinstance(answers, str):
@@ -116,7 +137,7 @@ class Renderer:
     def __del__(self) -> None:
         self.close()
 
-    def _ask(self, question: str, seconds: float) -> list[list[str] | str] | str:
+    def _ask(self, question: str, seconds: float) -> list[Any] | str:
         if self._process and self._process.poll() is not None:  # a signal to the whole group has ended it
             self.close()
         process = self._process = self._process or subprocess.Popen(
@@ -140,7 +161,7 @@ class Renderer:
         try:
             process.stdin.write(f"{question}\n")
             process.stdin.flush()
-            answers: list[list[str] | str] | str = json.loads(process.stdout.readline())
+            answers: list[Any] | str = json.loads(process.stdout.readline())
         except (ValueError, OSError):
             self.close()
             reason = (
@@ -163,12 +184,23 @@ class Guard:
         names = sorted((name for name in control_tokens if len(name) > 1), key=len, reverse=True)
         self.control = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else re.compile("(?!)()")
         texts = list(texts)
-        marks = map(chr, range(0xE000, 0xF900))
-        self.mark = next(mark for mark in marks if not any(mark in text for text in texts))
+        texts = list(texts)
+        unused = (mark for mark in map(chr, range(0xE000, 0xF900)) if not any(mark in text for text in texts))
+        self.mark, *around = islice(unused, 3)
+        self.marks = "".join(around)
+        """Two more characters that no text holds."""
 
     def guard(self, text: str) -> str:
         """`text` without the name of any control token."""
         return self.control.sub(lambda found: found[0][:1] + self.mark + found[0][1:], text)
+
+    def guard_all(self, value: Any) -> Any:
+        """`value`, of which JSON can be made, with all its texts guarded."""
+        if isinstance(value, str):
+            return self.guard(value)
+        if isinstance(value, Mapping):
+            return {self.guard(str(key)): self.guard_all(one) for key, one in value.items()}
+        return list(map(self.guard_all, value)) if isinstance(value, list | tuple) else value
 
     def split(self, rendered: str) -> list[tuple[str, bool]]:
         """(text, whether it is a control token) in order."""

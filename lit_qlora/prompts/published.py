@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lit_qlora.prompts.conversation import Conversation
 from lit_qlora.prompts.pieces import BOS, Piece, Vocabulary, resolve_control
-from lit_qlora.prompts.style import Conversation, Style, TemplateStyle, Turn, WordedStyle
+from lit_qlora.prompts.style import Style, TemplateStyle, WordedStyle
 
 _SYSTEM, _ASKED, _ANSWER = "\x00system\x00", "\x00asked\x00", "\x00answer\x00"
 _VARIABLE = re.compile(f"({_SYSTEM}|{_ASKED}|{_ANSWER})")
@@ -31,10 +32,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Words:
-    """What a style writes in each of four situations."""
+    """What a style writes in each of five situations."""
 
     first: list[_Part]
     first_with_system: list[_Part]
+    first_with_empty_system: list[_Part]
     later: list[_Part]
     answer: list[_Part]
 
@@ -67,7 +69,7 @@ def chat_template(style: Style, tokenizer: Vocabulary, llama_cpp: bool = False) 
     def write(parts: Iterable[_Part]) -> str:
         return "".join(f"{{{{- {value(part)} -}}}}" for part in parts)
 
-    return f"""{{%- set system = '' -%}}
+    return f"""{{%- set system = none -%}}
 {{%- if messages[0]['role'] == 'system' -%}}
 {{%- set system = messages[0]['content'] -%}}
 {{%- set messages = messages[1:] -%}}
@@ -79,10 +81,12 @@ def chat_template(style: Style, tokenizer: Vocabulary, llama_cpp: bool = False) 
 {write(words.answer)}
 {{%- elif not loop.first -%}}
 {write(words.later)}
+{{%- elif system is none -%}}
+{write(words.first)}
 {{%- elif system -%}}
 {write(words.first_with_system)}
 {{%- else -%}}
-{write(words.first)}
+{write(words.first_with_empty_system)}
 {{%- endif -%}}
 {{%- endfor -%}}
 """
@@ -118,12 +122,13 @@ def go_template(style: Style, tokenizer: Vocabulary) -> str | None:
 def _words(style: Style, tokenizer: Vocabulary) -> _Words:
     assert isinstance(style, WordedStyle)
 
-    def parts(conversation: Conversation, turn: int, of: int) -> list[_Part]:
-        return _parts(tokenizer, style.write(tokenizer, [conversation])[0][turn][of])
+    def prompt(conversation: Conversation, turn: int = 0) -> list[_Part]:
+        return _parts(tokenizer, style.write(tokenizer, [conversation])[0][turn].prompt)
 
-    turn = Turn(_ASKED, _ANSWER)
-    bare, whole = Conversation((turn, turn)), Conversation((turn,), system=_SYSTEM)
-    return _Words(parts(bare, 0, 0), parts(whole, 0, 0), parts(bare, 1, 0), parts(bare, 0, 1))
+    turn = (_ASKED, _ANSWER)
+    bare, whole, empty = (Conversation.of(turn, turn, system=system) for system in (None, _SYSTEM, ""))
+    answer = _parts(tokenizer, style.write(tokenizer, [bare])[0][0].answer)
+    return _Words(prompt(bare), prompt(whole), prompt(empty), later=prompt(bare, turn=1), answer=answer)
 
 
 def _parts(tokenizer: Vocabulary, pieces: Iterable[Piece]) -> list[_Part]:

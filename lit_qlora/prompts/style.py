@@ -1,23 +1,25 @@
-"""How a conversation becomes ids: each turn a prompt, which is given, and an answer, which the model learns to say.
+"""How a conversation becomes ids: prompts, which are given, and answers, which the model learns to say.
 
 A style writes a conversation as pieces, text and control tokens, and knows from its own structure which of them are
-the answer. Training, generation, chat and evaluation all encode through it, so their ids are the same. The style that
+the answers. Training, generation, chat and evaluation all encode through it, so their ids are the same. The style that
 an adapter was trained with travels with it, and with the merged checkpoint, in prompt_style.json.
 """
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from itertools import zip_longest
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.prompts import wordings
-from lit_qlora.prompts.chat_template import Guard, Renderer, Stages, find_chat_template
+from lit_qlora.prompts.chat_template import Guard, How, Renderer, find_chat_template
+from lit_qlora.prompts.chat_template import Message as Rendered
+from lit_qlora.prompts.conversation import OPENING, REASONING, Conversation, Message, prompt_of
 from lit_qlora.prompts.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, as_one_text, encode_pieces
 from lit_qlora.prompts.wordings import Wording
 from lit_qlora.settings import PromptKnobs
@@ -28,43 +30,27 @@ TEMPLATE = "template"
 KNOBS = "knobs"
 """The name of the style that PromptKnobs describe."""
 RENDERED_AT_ONCE = 2**23  # characters; one may take twelve bytes in JSON, and several copies are made
+Remark = Literal["begun", "thoughts", "followed"]
+"""Of an answer: it does not begin as the template asks for it; the template leaves out its thoughts; nothing ends it,
+but a control token follows."""
 
 
-class Turn(NamedTuple):
-    """A prompt and its answer."""
+class WrittenTurn(NamedTuple):
+    """A prompt and its answer, in pieces; both are empty where the answer is part of the next prompt."""
 
-    prompt: str
-    answer: str = ""
-    trained: bool = True
-    """Whether the answer is learnt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """One turn or several."""
-
-    turns: tuple[Turn, ...]
-    input: str = ""
-    """What the first turn is about, for styles that keep the two apart."""
-    system: str = ""
-    """What the model is told before all."""
-
-    @property
-    def instruction(self) -> str:
-        """The first prompt."""
-        return self.turns[0].prompt
-
-    @property
-    def output(self) -> str:
-        """The last answer."""
-        return self.turns[-1].answer
+    prompt: list[Piece]
+    answer: list[Piece]
+    remarks: frozenset[Remark] = frozenset()
+    asked: list[Piece] | None = None
+    """The prompt as a model is given it, if that is another one."""
 
 
-DIFFERENTLY = "differently once the conversation goes on"  # as lit_qlora.prompts.template_worker says it
-Written = list[tuple[list[Piece], list[Piece]]]
-"""(prompt, answer) of each turn, in pieces."""
-EncodedTurn = tuple[list[int], list[int]]
-"""Ids of a prompt and of its answer."""
+class EncodedTurn(NamedTuple):
+    """Ids of a prompt and of its answer."""
+
+    prompt: list[int]
+    answer: list[int]
+    remarks: frozenset[Remark] = frozenset()
 
 
 class UnwritableError(CheckpointError):
@@ -74,7 +60,7 @@ class UnwritableError(CheckpointError):
         self.reasons = reasons
         """For each of them, by its number."""
         reason = next(iter(reasons.values()))
-        super().__init__(f"The chat template fails: {reason}.\nGive another --data.prompt, such as chatml or alpaca.")
+        super().__init__(f"{reason[:1].upper()}{reason[1:]}.\nGive another --data.prompt, such as chatml or alpaca.")
 
 
 class Style(ABC):
@@ -90,12 +76,24 @@ class Style(ABC):
     tail: str
 
     @abstractmethod
-    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
-        """Each conversation in pieces; an answer ends with what ends it."""
+    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
+        """The turns of each conversation, one for each answer; an answer ends with what ends it.
+
+        Raises:
+            UnwritableError: if the style has no words for some of them.
+        """
 
     @abstractmethod
-    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
-        """All that the model answers the last prompt to; the last answer is not looked at."""
+    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[list[Piece]]:
+        """All that a model answers the last message to, in parts that are encoded one by one.
+
+        Raises:
+            UnwritableError: if the style has no words for it.
+        """
+
+    @abstractmethod
+    def reads(self, name: str, of_message: bool) -> bool:
+        """Whether the style writes this key of a message, or this variable of a conversation."""
 
     @property
     @abstractmethod
@@ -111,36 +109,52 @@ class Style(ABC):
         """What prompt_style.json holds."""
         return {"style": self.name, "text": self.text, "sha256": self.digest}
 
-    def encode_many(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
-        """Ids of each turn of each conversation."""
-        written = self.write(tokenizer, conversations)
-        encoded = encode_pieces(tokenizer, [[part for turn in turns for part in turn] for turns in written])
-        return [list(zip(parts[::2], parts[1::2], strict=True)) for parts in encoded]
+    def unread(self, conversation: Conversation) -> dict[str, Any]:
+        """The keys of messages and the variables that the style does not write, each with a value of it."""
+        if conversation.plain:
+            return {}
+        found = {name: value for name, value in conversation.variables.items() if not self.reads(name, False)}
+        for message in reversed(conversation.messages):
+            found |= {name: value for name, value in message.keys.items() if not self.reads(name, True)}
+        return found
 
-    def encode_prompt(
-        self,
-        tokenizer: Vocabulary,
-        instruction: str,
-        input: str = "",
-        system: str = "",
-        history: Sequence[Turn] = (),
-    ) -> list[int]:
-        """Ids of all that the model answers to, with BOS where the model uses it."""
-        conversation = Conversation((*history, Turn(instruction)), input, system)
-        return encode_pieces(tokenizer, [[self.write_prompt(tokenizer, conversation)]])[0][0]
+    def encode_many(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
+        """The turns of each conversation in ids."""
+        written = self.write(tokenizer, conversations)
+        encoded = encode_pieces(tokenizer, [[part for turn in turns for part in turn[:2]] for turns in written])
+        return [
+            [
+                EncodedTurn(prompt, answer, turn.remarks)
+                for prompt, answer, turn in zip(parts[::2], parts[1::2], turns, strict=True)
+            ]
+            for parts, turns in zip(encoded, written, strict=True)
+        ]
+
+    def encode_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[int]:
+        """Ids of all that the model answers to, with BOS where the model uses it.
+
+        Raises:
+            UsageError: if the conversation has tools or thoughts that the style does not write.
+            UnwritableError: as write_prompt.
+        """
+        if unread := self.unread(conversation).keys() & MEANT:
+            raise UsageError(f"The prompt style {self.name} does not write {', '.join(sorted(unread))}.")
+        parts = encode_pieces(tokenizer, [self.write_prompt(tokenizer, conversation)])[0]
+        return [i for part in parts for i in part]
 
     def encode_answer(self, tokenizer: Vocabulary, answer: str) -> list[int]:
         """Ids of the answer with the token that ends it; what the model learns to say."""
-        return self.encode_many(tokenizer, [Conversation((Turn("a", answer),))])[0][0][1]
+        return self.encode_many(tokenizer, [Conversation.of(("a", answer))])[0][0].answer
 
     def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:
         """Ids that end an answer in this style."""
         last = self.encode_answer(tokenizer, "a")[-1]
         return frozenset({last} & {tokenizer.eos_id, *tokenizer.control_tokens.values()})
 
-    def render(self, instruction: str, input: str = "", system: str = "") -> str:
+    def render(self, instruction: str, input: str = "", system: str | None = None) -> str:
         """The prompt as a person reads it, control tokens by their names."""
-        pieces = self.write_prompt(Nameless(), Conversation((Turn(instruction),), input, system))
+        parts = self.write_prompt(Nameless(), prompt_of(instruction, input, system))
+        pieces = (piece for part in parts for piece in part)
         return "".join(piece if isinstance(piece, str) else "" if piece == BOS else piece.name for piece in pieces)
 
     def as_text(self, tokenizer: Vocabulary, messages: Sequence[Mapping[str, str]]) -> str:
@@ -155,15 +169,14 @@ class Style(ABC):
         Raises:
             UsageError: if they come in another order.
         """
-        spoken = [message["content"] for message in messages]
-        roles = [message["role"] for message in messages]
-        system = spoken.pop(0) if roles[:1] == ["system"] else ""
-        if roles[bool(system) :] != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))] or not spoken:
+        said = [Message(message["role"], message["content"]) for message in messages]  # type: ignore[arg-type]
+        roles = [message.role for message in said]
+        spoken = roles[roles[:1] == ["system"] :]
+        if spoken != ["user" if i % 2 == 0 else "assistant" for i in range(len(spoken))] or not spoken:
             raise UsageError(f"The style {self.name} has no words for messages of {', '.join(roles) or 'nobody'}.")
-        turns = tuple(Turn(*pair) for pair in zip_longest(spoken[::2], spoken[1::2], fillvalue=""))
-        begun = self.gap + spoken[-1] if len(spoken) % 2 == 0 else ""
-        pieces = self.write_prompt(tokenizer, Conversation(turns, system=system))
-        return as_one_text(tokenizer, pieces) + begun
+        begun = self.gap + said.pop().text if roles[-1] == "assistant" else ""
+        parts = self.write_prompt(tokenizer, Conversation(tuple(said)))
+        return as_one_text(tokenizer, [piece for part in parts for piece in part]) + begun
 
     def said(self, text: str) -> str:
         """What was said in a decoded answer: `text` without gap and tail."""
@@ -188,31 +201,39 @@ class WordedStyle(Style):
         """See Style."""
         return self.wording.tail
 
-    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
+    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
         """See Style."""
-        return [
-            [(self._prompt(conversation, i), self._answer(turn.answer)) for i, turn in enumerate(conversation.turns)]
-            for conversation in conversations
-        ]
+        written: list[list[WrittenTurn]] = []
+        reasons: dict[int, str] = {}
+        for i, conversation in enumerate(conversations):
+            turns = self._turns(conversation)
+            if isinstance(turns, str):
+                reasons[i] = turns
+            else:
+                written.append(turns)
+        if reasons:
+            raise UnwritableError(reasons)
+        return written
 
-    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
+    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[list[Piece]]:
         """See Style."""
-        last = len(conversation.turns) - 1
-        before = [
-            piece
-            for i, turn in enumerate(conversation.turns[:-1])
-            for piece in (*self._prompt(conversation, i), *self._answer(turn.answer))
-        ]
-        return [*before, *self._prompt(conversation, last)]
+        answered = replace(conversation, messages=(*conversation.messages, Message("assistant", "")))
+        (turns,) = self.write(tokenizer, [answered])
+        return [part for turn in turns for part in turn[:2]][:-1]
+
+    def reads(self, name: str, of_message: bool) -> bool:
+        """See Style."""
+        return False
 
     @property
     def text(self) -> str:
         """See Style."""
-        two = (Turn("{instruction}", "{answer}"), Turn("{instruction}", "{answer}"))
-        whole, bare = Conversation(two, "{input}", "{system}"), Conversation(two[:1])
+        turn = ("{instruction}", "{answer}")
         lines = []
-        for written in self.write(Nameless(), [whole, bare]):
-            pieces = [piece for turn in written for part in turn for piece in part]
+        for turns in self.write(
+            Nameless(), [Conversation.of(turn, turn, system="{system}", input="{input}"), Conversation.of(turn)]
+        ):
+            pieces = [piece for turn in turns for part in turn[:2] for piece in part]
             lines.append("".join(piece if isinstance(piece, str) else piece.name for piece in pieces))
         return "\n\n\n".join(lines)
 
@@ -220,10 +241,22 @@ class WordedStyle(Style):
         """See Style."""
         return super().facts() | ({"knobs": asdict(self.knobs)} if self.knobs else {})
 
-    def _prompt(self, conversation: Conversation, i: int) -> list[Piece]:
-        first = i == 0
-        ask, input, system = conversation.turns[i].prompt, conversation.input, conversation.system
-        return list(self.wording.prompt(ask, input if first else "", system if first else "", first))
+    def _turns(self, conversation: Conversation) -> list[WrittenTurn] | str:
+        """The turns of a conversation, or why the style has no words for it."""
+        input, system, asked = conversation.input, None, None
+        turns: list[WrittenTurn] = []
+        for role, content, *_ in conversation.messages:
+            if role == "assistant" and asked is not None:
+                prompt = self.wording.prompt(asked, input, system, not turns)
+                turns.append(WrittenTurn(list(prompt), self._answer(content or "")))
+                input, system, asked = "", None, None
+            elif role == "user" and asked is None:
+                asked = content or ""
+            elif role in OPENING and not turns and system is asked is None:
+                system = content or ""
+            else:
+                return f"the prompt style {self.name} has no words for a message of {role} at this point"
+        return turns
 
     def _answer(self, answer: str) -> list[Piece]:
         return [self.gap + answer + self.tail, *([self.wording.end] if self.wording.end else [])]
@@ -245,69 +278,222 @@ class TemplateStyle(Style):
         """See Style."""
         return self.source
 
-    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[Written]:
+    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
         """See Style.
 
-        Each turn is rendered with and without its answer; the answer is what the second text has more, up to the last
-        control token, which ends it. A template may write turns differently once the conversation goes on, as those
-        do that leave out earlier thoughts. Then all but the last answer is part of the last prompt, which is what the
-        model will read, and the turns before are empty.
+        A template with {% generation %} marks says itself what is learnt. Of another one each turn is rendered with and
+        without its answer; the answer is what the second text has more, up to the last control token, which ends it.
+        A template may write answers differently once the conversation goes on, as those do that leave out earlier
+        thoughts. Such an answer is part of the next prompt, which is what the model will read, and its own turn is
+        empty.
 
         Raises:
             CheckpointError: if the template cannot be run.
-            UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of an answer
-                differently once it goes on, so that what is prompt and what is answer cannot be told.
+            UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of a
+                conversation differently once it goes on, so that what is prompt and what is answer cannot be told.
         """
-        variables = _variables(tokenizer)
-        if not self._renderer or self._renderer[0].variables != variables:
-            self._renderer[:] = [Renderer(self.source, variables)]
-        written: list[Written] = []
+        return self._write(tokenizer, conversations, "marked" if self._is_marked else "turns")
+
+    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[list[Piece]]:
+        """See Style."""
+        # The last prompt is written as training writes it, with some answer behind it, which is then left out.
+        answered = conversation
+        if not self._is_marked:
+            answered = replace(conversation, messages=(*conversation.messages, Message("assistant", "a")))
+        (turns,) = self._write(tokenizer, [answered], "marked prompt" if self._is_marked else "turns")
+        *before, last = turns
+        return [*(part for turn in before for part in turn[:2]), last.prompt if last.asked is None else last.asked]
+
+    def reads(self, name: str, of_message: bool) -> bool:
+        """See Style. Thoughts go under whichever key the template reads."""
+        if of_message and name in REASONING:
+            return any(self._names(key) for key in REASONING)
+        return self._names(name) if of_message else re.search(rf"(?<![\w.]){re.escape(name)}\b", self._bare) is not None
+
+    @cached_property
+    def _code(self) -> str:
+        """The statements and expressions of the template."""
+        return " ".join(re.findall(r"{[{%].*?[%}]}", re.sub("{#.*?#}", "", self.source, flags=re.DOTALL), re.DOTALL))
+
+    @cached_property
+    def _bare(self) -> str:
+        """The same without texts in quotation marks."""
+        return re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", " ", self._code, flags=re.DOTALL)
+
+    @cached_property
+    def _is_marked(self) -> bool:
+        """Whether the template itself marks what is learnt."""
+        return re.search(r"{%[-+]?\s*generation\b", self._code) is not None
+
+    @cached_property
+    def _words(self) -> "_Words":
+        """How the template names what messages hold."""
+        return _Words(
+            tool=next((word for word in ("tool", "ipython", "observation", "function") if self._names(word)), "tool"),
+            developer="developer" if self._names("developer") else "system",
+            reasoning=tuple(key for key in REASONING if self._names(key)),
+            parses=re.search(r"\barguments\s+is\s+(not\s+)?string\b", self._bare) is None,
+        )
+
+    def _names(self, key: str) -> bool:
+        """Whether the template names a key or a role."""
+        return _named(self._code, self._bare, key)
+
+    def _write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation], how: How) -> list[list[WrittenTurn]]:
+        renderer = self._running(_variables(tokenizer))
+        written: list[list[WrittenTurn]] = []
         reasons: dict[int, str] = {}
         for some in _portions(conversations):
             guard = Guard(tokenizer.control_tokens, _texts(some))
-            for conversation, texts in zip(some, self._render([_stages(one, guard) for one in some]), strict=True):
-                turns = texts if isinstance(texts, str) else self._turns(guard, texts, conversation)
+            asked = [(self._messages(one, guard), guard.guard_all(one.variables)) for one in some]
+            for conversation, found in zip(some, renderer.render_turns(asked, how, guard.marks), strict=True):
+                turns = found if isinstance(found, str) else self._turns(guard, found, conversation)
                 if isinstance(turns, str):
-                    reasons[len(written)] = turns
+                    reasons[len(written)] = f"the chat template fails: {turns}"
                     turns = []
                 written.append(turns)
         if reasons:
             raise UnwritableError(reasons)
         return written
 
-    def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[Piece]:
-        """See Style."""
-        # The last prompt is written as training writes it, with some answer behind it, which is then left out.
-        *history, last = conversation.turns
-        answered = replace(conversation, turns=(*history, last._replace(answer="a")))
-        *before, (prompt, _) = self.write(tokenizer, [answered])[0]
-        return [*(piece for turn in before for part in turn for piece in part), *prompt]
+    def _running(self, variables: Mapping[str, Any]) -> Renderer:
+        """The process that renders with these variables."""
+        if not self._renderer or self._renderer[0].variables != variables:
+            self._renderer[:] = [Renderer(self.source, variables)]
+        return self._renderer[0]
 
-    def _render(self, conversations: Sequence[Stages]) -> list[list[str] | str]:
-        """What each stage adds, or only the last two where an earlier one is written differently later; or why not."""
-        added = self._renderer[0].render_stages(conversations)
-        again = [i for i, found in enumerate(added) if isinstance(found, str) and DIFFERENTLY in found]
-        ends = [(messages, stages[-2:]) for messages, stages in map(conversations.__getitem__, again)]
-        for i, found in zip(again, self._renderer[0].render_stages(ends) if ends else (), strict=True):
-            added[i] = added[i] if isinstance(found, str) else found
-        return added
+    def _messages(self, conversation: Conversation, guard: Guard) -> list[Rendered]:
+        """The messages as the template reads them."""
+        input = conversation.input
+        messages: list[Rendered] = []
+        for role, content, keys, _ in conversation.messages:
+            name: str = getattr(self._words, role) if role in ("tool", "developer") else role
+            if input and role == "user":
+                content, input = wordings.with_input(content or "", input), ""
+            text = None if content is None else guard.guard(content)
+            messages.append({"role": name, "content": text, **(guard.guard_all(self._keys(keys)) if keys else {})})
+        return messages
 
-    def _turns(self, guard: Guard, texts: Sequence[str], conversation: Conversation) -> Written | str:
-        """Prompt and answer of each turn, or why that cannot be told; `texts` are both of each of the last turns."""
-        first = len(conversation.turns) - len(texts) // 2
-        turns: Written = [([], []) for _ in range(first)]
+    def _keys(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys of a message under the template's own names."""
+        known = self._words.reasoning
+        named = {known[0] if key in REASONING and key not in known and known else key: keys[key] for key in keys}
+        if self._words.parses and "tool_calls" in named:
+            named["tool_calls"] = [_with_parsed_arguments(call) for call in named["tool_calls"]]
+        return named
+
+    def _turns(
+        self, guard: Guard, texts: Sequence[tuple[str, str, str] | None], conversation: Conversation
+    ) -> list[WrittenTurn] | str:
+        """The turns in pieces, or why they cannot be told."""
+        turns: list[WrittenTurn] = []
         rest = ""
-        for asked, answered, turn in zip(texts[::2], texts[1::2], conversation.turns[first:], strict=True):
-            prompt, answer = _pieces(guard, rest + asked), _pieces(guard, answered)
-            rest = answer.pop() if answer and isinstance(answer[-1], str) and not answer[-1].strip() else ""  # type: ignore[assignment]
-            if turn.answer.strip() and not any(isinstance(piece, str) and piece.strip() for piece in answer):
-                return f"it leaves out the answer of turn {len(turns) + 1}"
-            if not answer or isinstance(answer[-1], str):  # nothing ends it, so the model would never learn to stop
-                answer.append(EOS)
-            turns.append((prompt, answer))
-        return turns
+        answers = [*conversation.answers, Message("assistant", "")][: len(texts)]  # the last of a prompt is to come
+        for text, message in zip(texts, answers, strict=True):
+            if text is None:
+                turns.append(WrittenTurn([], []))
+                continue
+            asked, answered, begun = text
+            prompt, asked_for = _pieces(guard, rest + asked), None
+            if begun:
+                asked_for = _pieces(guard, rest + asked + begun)
+                answered = _last_line(prompt) + answered
+            answer = _pieces(guard, answered)
+            rest = ""
+            if not self._is_marked and answer and isinstance(answer[-1], str) and not answer[-1].strip():
+                rest = str(answer.pop())
+            if left_out := _left_out(message, answer):
+                return f"it leaves out the {left_out} of turn {len(turns) + 1}"
+            remarks: set[Remark] = {"begun"} if begun else set()
+            remarks |= {"thoughts"} if _has_silent_thoughts(message, answer) else set()
+            turns.append(WrittenTurn(prompt, answer, frozenset(remarks), asked_for))
+        return turns if self._is_marked else _ended(turns)
 
 
+class _Words(NamedTuple):
+    """How a template names what messages hold."""
+
+    tool: str
+    developer: str
+    """The roles."""
+    reasoning: tuple[str, ...]
+    """The keys under which it reads thoughts."""
+    parses: bool
+    """Whether it wants the arguments of tool calls as objects, not as JSON texts."""
+
+
+@cache
+def _named(code: str, bare: str, key: str) -> bool:
+    """Whether a template reads the key as .key or ["key"], or compares with it."""
+    word = re.escape(key)
+    return bool(re.search(rf"\.\s*{word}\b", bare) or re.search(rf"(['\"]){word}\1", code))
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """A tool call whose arguments are an object, if they were one in a JSON text, as OpenAI has them."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _last_line(pieces: list[Piece]) -> str:
+    """Take what stands behind the last newline, or the last control token, off the end of a prompt."""
+    if not pieces or not isinstance(pieces[-1], str):
+        return ""
+    head, newline, line = pieces.pop().rpartition("\n")  # type: ignore[union-attr]
+    if newline:
+        pieces.append(head + newline)
+    return line
+
+
+def _left_out(message: Message, answer: Sequence[Piece]) -> str:
+    """What of a message its answer does not hold at all, though it should; '' if it is all there."""
+    text = "".join(piece for piece in answer if isinstance(piece, str))
+    if message.text.strip() and not text.strip():
+        return "answer"
+    for call in message.keys.get("tool_calls", ()) if message.keys else ():
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        if str(function.get("name", "")) not in text:
+            return "tool calls"
+    return ""
+
+
+def _has_silent_thoughts(message: Message, answer: Sequence[Piece]) -> bool:
+    """Whether a message has thoughts that are not in its answer."""
+    thoughts = [str(message.keys[key]) for key in REASONING if message.keys.get(key)] if message.keys else []
+    if "</think>" in message.text:
+        thoughts.append(message.text.partition("</think>")[0].rpartition("<think>")[2])
+    if not thoughts:
+        return False
+    said = "".join(piece if isinstance(piece, str) else piece.name for piece in answer)
+    return not all(thought.strip() in said for thought in thoughts)
+
+
+def _ended(turns: Sequence[WrittenTurn]) -> list[WrittenTurn]:
+    """The turns with EOS behind answers that nothing ends, neither in themselves nor as the next prompt begins.
+
+    Without it a model would never learn to stop.
+    """
+    ended: list[WrittenTurn] = []
+    follows: Piece | None = None
+    for turn in reversed(turns):
+        if (turn.prompt or turn.answer) and (not turn.answer or isinstance(turn.answer[-1], str)):
+            if isinstance(follows, Control):
+                turn = turn._replace(remarks=turn.remarks | {"followed"})
+            else:
+                turn.answer.append(EOS)
+        follows = next(iter((*turn.prompt, *turn.answer)), follows)
+        ended.append(turn)
+    return ended[::-1]
+
+
+MEANT = frozenset({"tools", "documents", "tool_calls", *REASONING})
+"""Keys without which a prompt is another one."""
 STYLES: dict[str, WordedStyle] = {name: WordedStyle(name, wording) for name, wording in wordings.WORDINGS.items()}
 
 
@@ -355,8 +541,6 @@ def read_style(directory: Path) -> Style | None:
         facts = json.loads(path.read_text(encoding="utf-8"))
         name = str(facts["style"])
         knobs = PromptKnobs(**facts["knobs"]) if "knobs" in facts else None
-        if knobs and any(type(value) is not type(getattr(PromptKnobs, name)) for name, value in asdict(knobs).items()):
-            raise TypeError
     except (ValueError, KeyError, TypeError, UsageError):
         raise CheckpointError(f'{path} is not of the form {{"style": "alpaca"}}.') from None
     if name == TEMPLATE and isinstance(facts.get("text"), str):
@@ -385,24 +569,11 @@ def _pieces(guard: Guard, text: str) -> list[Piece]:
 _control = cache(Control)
 
 
-def _stages(conversation: Conversation, guard: Guard) -> Stages:
-    """The conversation as a template wants it, up to each prompt and up to its answer."""
-    messages = [{"role": "system", "content": guard.guard(conversation.system)}] if conversation.system else []
-    stages: list[tuple[int, bool]] = []
-    for i, turn in enumerate(conversation.turns):
-        asked = wordings.with_input(turn.prompt, conversation.input if i == 0 else "")
-        messages.append({"role": "user", "content": guard.guard(asked)})
-        stages.append((len(messages), True))
-        messages.append({"role": "assistant", "content": guard.guard(turn.answer)})
-        stages.append((len(messages), False))
-    return messages, stages
-
-
 def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
     """All of them, so many at a time that the process that renders their beginnings needs little memory."""
     start, size = 0, 0
     for end, conversation in enumerate(conversations):
-        own = sum(map(len, _texts([conversation]))) * (len(conversation.turns) + 1)
+        own = sum(map(len, _texts([conversation]))) * (len(conversation.messages) // 2 + 1)
         if size and size + own > RENDERED_AT_ONCE:
             yield conversations[start:end]
             start, size = end, 0
@@ -412,12 +583,19 @@ def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conver
 
 
 def _texts(conversations: Iterable[Conversation]) -> Iterable[str]:
+    """All that was said in conversations, or may be."""
     for conversation in conversations:
         yield conversation.input
-        yield conversation.system
-        for turn in conversation.turns:
-            yield turn.prompt
-            yield turn.answer
+        if conversation.variables:
+            yield _json(conversation.variables)
+        for message in conversation.messages:
+            yield message.content or ""
+            if message.keys:
+                yield _json(message.keys)
+
+
+def _json(keys: Mapping[str, Any]) -> str:
+    return json.dumps(dict(keys), ensure_ascii=False)
 
 
 def _variables(tokenizer: Vocabulary) -> dict[str, Any]:

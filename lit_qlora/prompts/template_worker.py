@@ -4,10 +4,13 @@ lit_qlora.prompts.chat_template runs this file; it knows nothing but the standar
 """
 
 import json
+import re
 import resource
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache
+from os.path import commonprefix
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -16,17 +19,25 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**30  # bytes of address space; rendering a conversation takes some 50 MB
+ANCHOR = 16  # characters before an answer by which it is found where a template does not begin answers
+Turn = tuple[str, str, str]
+"""The prompt, the answer, and how the prompt goes on where a model is asked for the answer, if not with the answer."""
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, with which templates mark answers, stands for what is inside."""
+    """{% generation %} ... {% endgeneration %}, with which templates mark what an assistant says.
+
+    Its text is put between the environment's two marks, which nothing else holds.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own way
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The statements between the two tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        """The statements between the two tags, with marks around them."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in self.environment.marks)  # type: ignore[attr-defined]
+        return [begin, *body, end]
 
 
 def refuse(message: str) -> NoReturn:
@@ -39,40 +50,127 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def render_stages(template: Template, variables: dict[str, Any], messages: list[Any], stages: list[Any]) -> Any:
-    """What each stage adds to the one before it, or, as a text, why that cannot be told."""
-    before, added = "", []
+class Writer:
+    """Writes one conversation with a template.
+
+    Args:
+        marks: the two that the template's environment has.
+    """
+
+    def __init__(self, template: Template, variables: dict[str, Any], messages: list[Any], marks: str) -> None:
+        self.template, self.variables, self.messages, self.marks = template, variables, messages, marks
+        self.answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+    def render(self, count: int, begin: bool) -> str:
+        """The first `count` messages, and the beginning of an answer or not, without marks."""
+        text = self.marked(count, begin)
+        return re.sub(f"[{self.marks}]", "", text) if self.marks[0] in text else text
+
+    def marked(self, count: int, begin: bool) -> str:
+        """As render, with marks."""
+        return self.template.render(
+            self.variables | {"messages": self.messages[:count], "add_generation_prompt": begin}
+        )
+
+    def marked_turns(self, begin: bool) -> list[Turn | None] | str:
+        """What is outside and inside each pair of marks; with `begin`, what is behind the last pair as well."""
+        *pairs, tail = re.split(f"[{self.marks}]", self.marked(len(self.messages), begin))
+        turns: list[Turn | None] = [(out, inside, "") for out, inside in zip(pairs[::2], pairs[1::2], strict=True)]
+        if len(turns) != len(self.answers):
+            return f"it marks {len(turns)} texts as generated, and the conversation has {len(self.answers)} answers"
+        return [*turns, (tail, "", "")] if begin else turns
+
+    def turns(self) -> list[Turn | None] | str:
+        """The prompt of each answer, the answer, and how the prompt goes on where a model is asked for the answer.
+
+        Each answer is rendered with all that comes before it, with the beginning of an answer and with the answer; it
+        is what the second text has more. Where the template writes the past differently once the conversation goes
+        on, the conversation as a whole counts: an answer that is not in it word for word is None, and part of the next
+        prompt.
+        """
+        pairs = [self.pair(k) for k in self.answers]
+        if isinstance(pairs[-1], str):
+            return pairs[-1]
+        before = ""
+        turns: list[Turn | None] = []
+        for prompt, answer, begun in (pair for pair in pairs if not isinstance(pair, str)):
+            if not prompt.startswith(before):
+                break
+            turns.append((prompt[len(before) :], answer, begun))
+            before = prompt + answer
+        return turns if len(turns) == len(pairs) else self.located(pairs[:-1], pairs[-1])
+
+    def pair(self, k: int) -> Turn | str:
+        """All before message `k`, the answer that message is, and how the prompt goes on; or why that is unknown."""
+        asked, answered = self.render(k, True), self.render(k + 1, False)
+        if answered.startswith(asked):
+            return asked, answered[len(asked) :], ""
+        shared = commonprefix((asked, answered))  # noqa: RUF071 - of characters, for they are texts
+        if not answered.startswith(self.render(k, False)):
+            return f"it writes what comes before message {k + 1} differently once the conversation goes on"
+        return shared, answered[len(shared) :], asked[len(shared) :]
+
+    def located(self, pairs: list[Turn | str], last: Turn) -> list[Turn | None]:
+        """The answers as they stand in the whole conversation, of which `last` is the last."""
+        prompt, answer, begun = last
+        turns: list[Turn | None] = []
+        at = 0
+        for k, pair in zip(self.answers, pairs, strict=False):
+            start = -1 if isinstance(pair, str) else self.find(k, pair, prompt, at)
+            if start < 0:
+                turns.append(None)
+                continue
+            turns.append((prompt[at:start], pair[1], ""))
+            at = start + len(pair[1])
+        return [*turns, (prompt[at:], answer, begun)]
+
+    def find(self, k: int, pair: Turn, whole: str, at: int) -> int:
+        """Where the answer that message `k` is begins in `whole`, behind what begins it; -1 if it is not there."""
+        prompt, answer, _ = pair
+        past = self.render(k, False)
+        begins = prompt[len(past) :] if prompt.startswith(past) else ""
+        begins = begins or prompt[-ANCHOR:]
+        found = whole.find(begins + answer, at) if answer.strip() else -1
+        return found if found < 0 else found + len(begins)
+
+
+def answer(line: str, compiled: Callable[[str, str], Template]) -> Any:
+    """What is answered to a request: a list, or a text that says why there is none."""
+    request = json.loads(line)
+    marks, variables = request["marks"], request["variables"]
     try:
-        for count, begin in stages:
-            text = template.render(variables | {"messages": messages[:count], "add_generation_prompt": begin})
-            if not text.startswith(before):
-                return f"it writes what comes before message {count} differently once the conversation goes on"
-            added.append(text[len(before) :])
-            before = text
+        template = compiled(request["template"], marks)
     except Exception as error:  # whatever the stranger's program does
         return f"{type(error).__name__}: {error}"
-    return added
+    answers: list[Any] = []
+    for messages, own, how in request["conversations"]:
+        writer = Writer(template, variables | own, messages, marks)
+        try:
+            if how in ("text", "prompt"):
+                answers.append([writer.render(len(messages), how == "prompt")])
+            else:
+                answers.append(writer.turns() if how == "turns" else writer.marked_turns(how == "marked prompt"))
+        except Exception as error:  # whatever the stranger's program does
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
 
 
 def main() -> None:
-    """Answer each line of stdin, a request, with a line: a JSON list with what render_stages says, or a text."""
+    """Answer each line of stdin, a request, with a line: a JSON list, or a text that says what is wrong."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    compiled = cache(environment.from_string)
+
+    @cache
+    def compiled(source: str, marks: str) -> Template:
+        environment.marks = marks  # type: ignore[attr-defined]
+        return environment.from_string(source)
+
     for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            template = compiled(request["template"])
-        except Exception as error:  # whatever the stranger's program does
-            answer: Any = f"{type(error).__name__}: {error}"
-        else:
-            variables, conversations = request["variables"], request["conversations"]
-            answer = [render_stages(template, variables, messages, stages) for messages, stages in conversations]
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer(line, compiled)), flush=True)
 
 
 if __name__ == "__main__":

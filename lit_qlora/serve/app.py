@@ -240,7 +240,7 @@ class _Server:
             stops = tokenizer.stop_ids
         else:
             try:
-                prompts = [encode_prompt(tokenizer, style, order.question, system=order.system, history=order.history)]
+                prompts = [encode_prompt(tokenizer, style, order.conversation)]
             except UserError as error:
                 raise ApiError(400, str(error), "messages") from None
             stops = stop_ids(tokenizer, style)

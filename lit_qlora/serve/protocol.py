@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lit_qlora.errors import UserError
-from lit_qlora.prompts.style import Turn
+from lit_qlora.prompts.conversation import Conversation, Message
 from lit_qlora.settings import GenerationConfig
 
 MOST_CHOICES = 8
@@ -45,9 +45,7 @@ class Order:
 
     model: str
     texts: tuple[str, ...]
-    system: str
-    history: tuple[Turn, ...]
-    question: str
+    conversation: Conversation
     max_tokens: int | None
     min_tokens: int
     choices: int
@@ -93,11 +91,10 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
     """
     fields = _Fields(body)
     model = fields.text("model")
-    system, question = "", ""
-    history: tuple[Turn, ...] = ()
+    conversation = Conversation(())
     texts: tuple[str, ...] = ()
     if chat:
-        system, history, question = _messages(fields.take("messages"))
+        conversation = _messages(fields.take("messages"))
     else:
         texts = _prompts(fields.take("prompt"))
     most = fields.whole("max_completion_tokens", 1) if chat else None
@@ -118,9 +115,7 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
     order = Order(
         model=model,
         texts=texts,
-        system=system,
-        history=history,
-        question=question,
+        conversation=conversation,
         max_tokens=plain_most if most is None else most,
         min_tokens=fields.whole("min_tokens", 0) or 0,
         choices=fields.whole("n", 1, MOST_CHOICES) or 1,
@@ -185,13 +180,13 @@ class _Fields:
             raise ApiError(400, f"{name} is not offered by this server.", name)
 
 
-def _messages(messages: Any) -> tuple[str, tuple[Turn, ...], str]:
-    """The system message, the turns that are past, and the question."""
+def _messages(messages: Any) -> Conversation:
+    """What is to be answered."""
     if not isinstance(messages, list) or not messages:
         _wrong("messages", "a list of messages", messages)
     said = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    system = said.pop(0)[1] if said[0][0] in ("system", "developer") else ""
-    for i, (role, _) in enumerate(said):
+    opening = said[0].role in ("system", "developer")
+    for i, (role, *_) in enumerate(said[opening:]):
         expected = "assistant" if i % 2 else "user"
         if role != expected:
             raise ApiError(
@@ -200,14 +195,13 @@ def _messages(messages: Any) -> tuple[str, tuple[Turn, ...], str]:
                 f"after {i} of them expected {expected}, got {role}.",
                 "messages",
             )
-    if len(said) % 2 == 0:
+    if said[-1].role != "user":
         raise ApiError(400, "messages must end with one of the user, which is answered.", "messages")
-    texts = [text for _, text in said]
-    return system, tuple(Turn(ask, reply) for ask, reply in zip(texts[:-1:2], texts[1:-1:2], strict=True)), texts[-1]
+    return Conversation(tuple(said))
 
 
-def _message(message: Any, place: str) -> tuple[str, str]:
-    """Role and text; nothing is ever fetched."""
+def _message(message: Any, place: str) -> Message:
+    """A message; nothing is ever fetched."""
     if not isinstance(message, dict):
         _wrong(place, "an object", message)
     role, content = message.get("role"), message.get("content")
@@ -226,7 +220,7 @@ def _message(message: Any, place: str) -> tuple[str, str]:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         _wrong(f"{place}.content", "a text", content)
-    return role, content
+    return Message(role, content)
 
 
 def _prompts(prompt: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from lit_qlora.settings.checks import Settings, check
 from lit_qlora.settings.limits import Count, Seed, at_least
 
 Overlong = Literal["truncate_left", "truncate_right", "drop", "error"]
-Finding = Literal["cut_answers", "dropped", "masked", "no_eos", "empty_answers"]
+Finding = Literal["cut_answers", "dropped", "masked", "no_eos", "empty_answers", "unread", "control_tokens", "begun"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class DataConfig(PromptKnobs):
     columns: str = ""
     """Meaning of columns, e.g. question:instruction,reply:output. The known meanings are instruction, input, output and
     system."""
+    template: str = ""
+    """Prompts made of columns, e.g. "Describe {product}, a {category}."; with data.answer_template."""
+    answer_template: str = ""
+    """Answers made of columns, e.g. "{description}"."""
     on_error: Literal["stop", "skip"] = "stop"
     """'stop' ends the run at a record that cannot be read or has no answer; 'skip' leaves such records out and counts
     them."""
@@ -104,6 +108,11 @@ class DataConfig(PromptKnobs):
     """Findings that do not stop the run, e.g. [masked]. By default all do."""
 
     @property
+    def templates(self) -> tuple[str, str] | None:
+        """The texts that columns are put into, if there are any."""
+        return (self.template, self.answer_template) if self.template else None
+
+    @property
     def knobs(self) -> PromptKnobs:
         """Return the settings of style 'knobs'."""
         return PromptKnobs(**{setting.name: getattr(self, setting.name) for setting in fields(PromptKnobs)})
@@ -132,6 +141,15 @@ class DataConfig(PromptKnobs):
         check(
             not self.columns or self.format == "auto",
             "data.columns gives the meaning of columns, so data.format would have no effect. Leave one out.",
+        )
+        check(
+            bool(self.template) == bool(self.answer_template),
+            "data.template makes prompts and data.answer_template makes answers. Give both.",
+        )
+        check(
+            not self.template or (self.format == "auto" and not self.columns),
+            "data.template says how columns are read, so data.format and data.columns would have no effect. Leave them "
+            "out.",
         )
         check(
             self.validation_strategy != "custom" or self.val_path is not None,

@@ -33,13 +33,17 @@ def _everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def encode(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path):
-    """Encodes the examples with the cache in tmp_path/cache."""
+    """Encodes the examples, or another file, with the cache in tmp_path/cache."""
 
     def run(
-        style: Any = STYLES["qa"], checkpoint: Path = tiny_checkpoint, max_length: int = 96, **settings: Any
+        style: Any = STYLES["qa"],
+        checkpoint: Path = tiny_checkpoint,
+        max_length: int = 96,
+        file: Path = examples_file,
+        **settings: Any,
     ) -> Encoded:
-        data = DataConfig(**{"path": str(examples_file), "cache_dir": str(tmp_path / "cache")} | settings)
-        return encode_source(Source(str(examples_file)), data, checkpoint, Tokenizer(checkpoint), style, max_length)
+        data = DataConfig(**{"path": str(file), "cache_dir": str(tmp_path / "cache")} | settings)
+        return encode_source(Source(str(file)), data, checkpoint, Tokenizer(checkpoint), style, max_length)
 
     return run
 
@@ -47,7 +51,7 @@ def encode(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path):
 def same(one: Encoded, other: Encoded) -> bool:
     arrays = [
         (getattr(one.samples, n), getattr(other.samples, n))
-        for n in ("tokens", "trained", "starts", "ends", "labelled")
+        for n in ("tokens", "trained", "starts", "ends", "labelled", "weight_sums")
     ]
     arrays += [(one.lengths, other.lengths), (one.digests, other.digests)]
     return all(np.array_equal(a, b) for a, b in arrays) and one.facts == other.facts
@@ -111,7 +115,11 @@ def test_a_template_that_says_the_date_is_encoded_again_on_another_day(encode, m
 def test_an_entry_that_is_not_whole_is_not_believed_and_made_anew(
     encode, tmp_path: Path, name: str, damage: str
 ) -> None:
-    whole = encode()
+    spoken = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 0.5}]
+    light = tmp_path / "light.jsonl"
+    light.write_text(f"{json.dumps({'messages': spoken})}\n" * 4)
+    whole = encode(file=light, val_fraction=0)
+    assert whole.samples.weights is not None
     (folder,) = (tmp_path / "cache").iterdir()
     file = folder / name
     content = file.read_bytes()
@@ -121,10 +129,10 @@ def test_an_entry_that_is_not_whole_is_not_believed_and_made_anew(
         content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
     if damage != "missing":
         file.write_bytes({"a byte": content, "shorter": content[: len(content) // 2], "empty": b""}[damage])
-    again = encode()
+    again = encode(file=light, val_fraction=0)
     assert not again.cached
     assert same(again, whole)
-    assert encode().cached
+    assert encode(file=light, val_fraction=0).cached
 
 
 def test_the_cache_may_be_deleted_while_it_is_used(encode, tmp_path: Path) -> None:

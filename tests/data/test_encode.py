@@ -11,12 +11,14 @@ import pytest
 from lit_qlora.data import Encoder, Encoding, Example, Sample
 from lit_qlora.data.encode import Counts
 from lit_qlora.errors import DataError
-from lit_qlora.prompts.style import STYLES, Style, TemplateStyle, Turn, knobs_style
+from lit_qlora.prompts.conversation import Conversation, Message
+from lit_qlora.prompts.style import STYLES, Style, TemplateStyle, knobs_style
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import PromptKnobs
 from tests.conftest import TEXT_STYLES
 
-TALK = (Turn("Hi", "Yo."), Turn("1 plus 1?", "2"), Turn("And 2 plus 2?", "4, as ever"))
+TALK = Conversation.of(("Hi", "Yo."), ("1 plus 1?", "2"), ("And 2 plus 2?", "4, as ever")).messages
+KIND = (Message("system", "Be kind."), *TALK)
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,9 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
     return Tokenizer(tiny_checkpoint)
 
 
-def example(instruction: str, output: str, input: str = "", **others: Any) -> Example:
-    return Example((Turn(instruction, output),), input, place="a.jsonl:1", **others)
+def example(instruction: str, output: str, input: str = "", system: str | None = None) -> Example:
+    said = Conversation.of((instruction, output), system=system)
+    return Example(said.messages, input, place="a.jsonl:1")
 
 
 def encode(
@@ -90,7 +93,7 @@ def test_every_turn_of_a_conversation_is_learnt_with_its_end(tokenizer: Tokenize
 def test_turns_can_be_left_to_be_context_only(tokenizer: Tokenizer) -> None:
     (last,), _ = encode(tokenizer, [Example(TALK)], "vicuna", only_last_answer=True)
     assert learnt(tokenizer, last) == ["4, as ever"]
-    silent = (TALK[0], TALK[1]._replace(trained=False), TALK[2])
+    silent = (*TALK[:3], TALK[3]._replace(weight=0.0), *TALK[4:])
     (some,), _ = encode(tokenizer, [Example(silent)], "vicuna")
     assert learnt(tokenizer, some) == ["Yo.", "4, as ever"]
     assert last.tokens.tolist() == some.tokens.tolist()
@@ -165,7 +168,10 @@ def test_every_answer_that_is_left_of_anything_ends_and_is_not_empty(
     def text() -> str:
         return " ".join(str(source.randint(0, 99)) for _ in range(source.randint(1, 40)))
 
-    given = [Example(tuple(Turn(text(), text()) for _ in range(source.randint(1, 4))), text()) for _ in range(20)]
+    given = [
+        Example(Conversation.of(*((text(), text()) for _ in range(source.randint(1, 4)))).messages, text())
+        for _ in range(20)
+    ]
     left = 0
     for _ in range(10):
         limits = Encoding(
@@ -223,16 +229,16 @@ def test_prompts_and_answers_can_have_limits_of_their_own(tokenizer: Tokenizer) 
     assert cut.labelled == 7
     assert cut.tokens[-1] == tokenizer.eos_id
     assert (counts.cut_prompts, counts.cut_answers) == (1, 1)
-    (talk,), _ = encode(tokenizer, [Example((long.turns[0], long.turns[0]))], max_length_prompt=20, max_length_answer=7)
+    (talk,), _ = encode(tokenizer, [Example(long.messages * 2)], max_length_prompt=20, max_length_answer=7)
     assert talk.labelled == 14
 
 
-@pytest.mark.parametrize(("overlong", "left"), [("truncate_left", TALK[1:]), ("truncate_right", TALK[:2])])
-def test_of_a_long_conversation_whole_turns_go(tokenizer: Tokenizer, overlong: str, left: tuple[Turn, ...]) -> None:
-    (whole,), _ = encode(tokenizer, [Example(TALK, system="Be kind.")], "guanaco")
+@pytest.mark.parametrize(("overlong", "left"), [("truncate_left", KIND[:1] + TALK[2:]), ("truncate_right", KIND[:5])])
+def test_of_a_long_conversation_whole_turns_go(tokenizer: Tokenizer, overlong: str, left: tuple[Message, ...]) -> None:
+    (whole,), _ = encode(tokenizer, [Example(KIND)], "guanaco")
     length = len(whole.tokens) - 1
-    (cut,), counts = encode(tokenizer, [Example(TALK, system="Be kind.")], "guanaco", length, overlong=overlong)
-    (expected,), _ = encode(tokenizer, [Example(left, system="Be kind.")], "guanaco")
+    (cut,), counts = encode(tokenizer, [Example(KIND)], "guanaco", length, overlong=overlong)
+    (expected,), _ = encode(tokenizer, [Example(left)], "guanaco")
     assert cut.tokens.tolist() == expected.tokens.tolist()  # the system message is still before all
     assert (counts.cut_turns, counts.cut_prompts, counts.cut_answers) == (1, 0, 0)
 
@@ -259,7 +265,8 @@ def test_what_is_too_long_is_cut_together_in_a_few_rounds_and_as_alone(
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     chosen: Style = TemplateStyle(template) if style == "template" else STYLES[style]
-    examples = [Example(TALK[: 1 + i % 3] * (1 + i % 4)) for i in range(12)] + [example("4 plus 4 " * 9, "9 " * 40)] * 3
+    talks = [Example(TALK[: 2 + 2 * (i % 3)] * (1 + i % 4)) for i in range(12)]
+    examples = talks + [example("4 plus 4 " * 9, "9 " * 40)] * 3
     limits = Encoding(max_length=40, overlong=overlong, max_length_answer=12)  # type: ignore[arg-type]
     asked = []
     encode_many = type(chosen).encode_many

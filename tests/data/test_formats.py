@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.data.examples import Reading, read_examples
+from lit_qlora.data.examples import Example, Reading, read_examples
 from lit_qlora.data.formats import FORMATS
 from lit_qlora.errors import DataError, UsageError
-from lit_qlora.prompts.style import Turn
+from lit_qlora.prompts.conversation import Conversation
 from lit_qlora.settings import DataConfig
 
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
@@ -36,45 +36,48 @@ WHOLE_TREE = {
         ],
     },
 }
-BEST = (Turn("Why?", "Because."), Turn("Really?", "Really."))
+BEST = Conversation.of(("Why?", "Because."), ("Really?", "Really."))
 RED_DOT = {"product": "Beseye Pro", "category": "Camera", "description": "It sees.", "text": "..."}
 RED_DOT_PROMPT = "Create a detailed description for the following product: Beseye Pro, belonging to category: Camera"
-CASES: dict[str, tuple[list[dict[str, Any]], list[tuple[Any, str, str]]]] = {
+CASES: dict[str, tuple[list[dict[str, Any]], list[Conversation]]] = {
     "alpaca": (
         [{"instruction": "Hi", "input": "in", "output": "Yo", "system": "Be kind."}],
-        [((Turn("Hi", "Yo"),), "in", "Be kind.")],
+        [Conversation.of(("Hi", "Yo"), input="in", system="Be kind.")],
     ),
     "dolly": (
         [{"instruction": "Hi", "context": "in", "response": "Yo", "category": "open_qa"}],
-        [((Turn("Hi", "Yo"),), "in", "")],
+        [Conversation.of(("Hi", "Yo"), input="in")],
     ),
     "lima": (
         [{"conversations": ["Hi", "Yo", "A", "B"], "source": "x"}],
-        [((Turn("Hi", "Yo"), Turn("A", "B")), "", "")],
+        [Conversation.of(("Hi", "Yo"), ("A", "B"))],
     ),
-    "longform": ([{"input": "Hi", "output": "Yo", "source": "x"}], [((Turn("Hi", "Yo"),), "", "")]),
-    "flan": ([{"inputs": "Hi", "targets": "Yo", "task": "x"}], [((Turn("Hi", "Yo"),), "", "")]),
-    "oasst1": (TREE, [(BEST, "", ""), ((Turn("Who?", "Me."),), "", "")]),
-    "oasst1-trees": ([WHOLE_TREE], [((Turn("Why?", "Because."),), "", "")]),
-    "self-instruct": ([{"prompt": "Hi", "completion": "Yo"}], [((Turn("Hi", "Yo"),), "", "")]),
-    "prompt-response": ([{"prompt": "Hi", "response": "Yo"}], [((Turn("Hi", "Yo"),), "", "")]),
-    "qa": ([{"question": "Hi", "answer": "Yo"}], [((Turn("Hi", "Yo"),), "", "")]),
+    "longform": ([{"input": "Hi", "output": "Yo", "source": "x"}], [Conversation.of(("Hi", "Yo"))]),
+    "flan": ([{"inputs": "Hi", "targets": "Yo", "task": "x"}], [Conversation.of(("Hi", "Yo"))]),
+    "oasst1": (TREE, [BEST, Conversation.of(("Who?", "Me."))]),
+    "oasst1-trees": ([WHOLE_TREE], [Conversation.of(("Why?", "Because."))]),
+    "self-instruct": ([{"prompt": "Hi", "completion": "Yo"}], [Conversation.of(("Hi", "Yo"))]),
+    "prompt-response": ([{"prompt": "Hi", "response": "Yo"}], [Conversation.of(("Hi", "Yo"))]),
+    "qa": ([{"question": "Hi", "answer": "Yo"}], [Conversation.of(("Hi", "Yo"))]),
     "hh-rlhf": (
         [{"chosen": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: A\n\nAssistant: B", "rejected": "x"}],
-        [((Turn("Hi", "Yo"), Turn("A", "B")), "", "")],
+        [Conversation.of(("Hi", "Yo"), ("A", "B"))],
     ),
-    "chip2": ([{"text": "<human>: Hi\n<bot>: Yo", "metadata": {}}], [((Turn("Hi", "Yo"),), "", "")]),
+    "chip2": ([{"text": "<human>: Hi\n<bot>: Yo", "metadata": {}}], [Conversation.of(("Hi", "Yo"))]),
     "guanaco": (
         [{"text": "### Human: Hi### Assistant: Yo### Human: A\n### Assistant: B"}],
-        [((Turn("Hi", "Yo"), Turn("A", "B")), "", "")],
+        [Conversation.of(("Hi", "Yo"), ("A", "B"))],
     ),
-    "sharegpt": ([{"conversations": SHAREGPT, "system": "Be kind."}], [((Turn("Hi", "Yo"),), "", "Be kind.")]),
+    "sharegpt": (
+        [{"conversations": SHAREGPT, "system": "Be kind."}],
+        [Conversation.of(("Hi", "Yo"), system="Be kind.")],
+    ),
     "messages": (
         [{"messages": [{"role": "system", "content": "Be kind."}, *MESSAGES]}],
-        [((Turn("Hi", "Yo"),), "", "Be kind.")],
+        [Conversation.of(("Hi", "Yo"), system="Be kind.")],
     ),
-    "red-dot": ([RED_DOT], [((Turn(RED_DOT_PROMPT, "It sees."),), "", "")]),
-    "text": ([{"text": "Once upon a time."}], [((Turn("", "Once upon a time."),), "", "")]),
+    "red-dot": ([RED_DOT], [Conversation.of((RED_DOT_PROMPT, "It sees."))]),
+    "text": ([{"text": "Once upon a time."}], [Conversation.of(("", "Once upon a time."))]),
 }
 
 
@@ -84,8 +87,13 @@ def read(tmp_path: Path, rows: list[Any], **settings: Any) -> Reading:
     return read_examples(path, **settings)
 
 
+def said(example: Example) -> Conversation:
+    """The conversation alone."""
+    return Conversation(example.messages, example.input, example.variables)
+
+
 def test_every_format_has_a_case() -> None:
-    assert set(CASES) == set(FORMATS) - {"alpaca-gpt4"}  # which has Alpaca's columns
+    assert set(CASES) == set(FORMATS) - {"alpaca-gpt4", "tokens"}  # which have Alpaca's columns, and no conversations
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,7 +102,7 @@ def test_a_format_is_recognised_and_read(tmp_path: Path, name: str, how: str) ->
     rows, expected = CASES[name]
     reading = read(tmp_path, rows, format="auto" if how == "auto" else name)
     assert reading.format == name
-    assert [(e.turns, e.input, e.system) for e in reading.examples] == expected
+    assert list(map(said, reading.examples)) == expected
     assert reading.saw == f"columns {', '.join(rows[0])}"
 
 
@@ -107,20 +115,20 @@ def test_conversations_survive_a_parquet_file(tmp_path: Path, name: str) -> None
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     reading = read_examples(tmp_path / "a.parquet")
     assert reading.format == name
-    assert [(e.turns, e.input, e.system) for e in reading.examples] == expected
+    assert list(map(said, reading.examples)) == expected
 
 
 def test_an_answer_of_weight_zero_is_context_only(tmp_path: Path) -> None:
     spoken = [*MESSAGES, MESSAGES[0], MESSAGES[1]]
     spoken[1] = MESSAGES[1] | {"weight": 0}
     (example,) = read(tmp_path, [{"messages": spoken}]).examples
-    assert [turn.trained for turn in example.turns] == [False, True]
+    assert [message.weight for message in example.answers] == [0, 1]
 
 
 def test_any_columns_can_be_named(tmp_path: Path) -> None:
     rows = [{"frage": "Hi", "text": "in", "antwort": "Yo", "rolle": "Be kind."}]
     reading = read(tmp_path, rows, columns="frage:instruction, antwort:output,text:input,rolle:system")
-    assert [(e.turns, e.input, e.system) for e in reading.examples] == [((Turn("Hi", "Yo"),), "in", "Be kind.")]
+    assert list(map(said, reading.examples)) == [Conversation.of(("Hi", "Yo"), input="in", system="Be kind.")]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,7 @@ def test_replies_that_are_none_are_named(tmp_path: Path, replies: Any) -> None:
 
 def test_a_rank_that_is_no_number_is_none(tmp_path: Path) -> None:
     odd = TREE[1] | {"rank": "best"}
-    assert read(tmp_path, [TREE[0], odd, *TREE[2:]]).examples[0].turns == BEST
+    assert read(tmp_path, [TREE[0], odd, *TREE[2:]]).examples[0].messages == BEST.messages
 
 
 def test_messages_that_reply_to_nobody_are_named(tmp_path: Path) -> None:

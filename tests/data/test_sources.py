@@ -116,8 +116,8 @@ def test_rare_line_separators_are_text_not_ends_of_lines(tmp_path: Path) -> None
 
 def test_a_text_file_is_one_document_without_a_prompt(tmp_path: Path) -> None:
     read = read_examples(write(tmp_path / "a.txt", "Once upon a time.\n\nThe end.\n"))
-    ((turn,),) = [example.turns for example in read.examples]
-    assert (read.format, turn.prompt, turn.answer) == ("text", "", "Once upon a time.\n\nThe end.\n")
+    (example,) = read.examples
+    assert (read.format, example.instruction, example.output) == ("text", "", "Once upon a time.\n\nThe end.\n")
 
 
 # Which sources data.path and data.val_path name.

@@ -9,6 +9,7 @@ import pytest
 from lit_qlora.data import RunData, read_data
 from lit_qlora.errors import DataError, UsageError
 from lit_qlora.evaluate.validation_inputs import PROBE_TOKENS, question, read_probes
+from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig
 
 
@@ -96,9 +97,9 @@ def test_prompts_come_from_lines_or_records(config: FinetuneConfig, data: RunDat
         for name in ("p.txt", "p.jsonl")
     )
     assert [asked.prompt for asked in lines] == ["What is 1 plus 1?", "What is 2 plus 2?"]
-    assert lines[0].ids == data.style.encode_prompt(data.tokenizer, "What is 1 plus 1?")
+    assert lines[0].ids == data.style.encode_prompt(data.tokenizer, prompt_of("What is 1 plus 1?"))
     assert records[0].prompt == "Add.\n1, 2"
-    assert records[0].ids == data.style.encode_prompt(data.tokenizer, "Add.", "1, 2")
+    assert records[0].ids == data.style.encode_prompt(data.tokenizer, prompt_of("Add.", "1, 2"))
 
 
 def test_the_text_that_comes_with_the_package_is_read(config: FinetuneConfig, data: RunData) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from lit_qlora.prompts.conversation import Conversation
 from lit_qlora.prompts.published import chat_template
-from lit_qlora.prompts.style import STYLES, Conversation, Style, TemplateStyle, Turn, knobs_style
+from lit_qlora.prompts.style import STYLES, Style, TemplateStyle, knobs_style
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import PromptKnobs
 from tests.prompts.test_style import CONTROLS, TEMPLATES
@@ -198,18 +199,17 @@ def test_ids_are_those_of_transformers_for_the_published_template(pair: tuple[To
     style = STYLES_HERE[name]
     theirs.chat_template = chat_template(style, ours)
     for text in TEXTS:
-        for system in ("", "Be kind."):
-            if system and "gemma" in name:
+        for system in (None, "", "Be kind."):
+            if system is not None and "gemma" in name:
                 continue  # its template has no words for one
-            turns = (Turn(text, "A fox."), Turn(f"And {text}", "I ran."))
+            turns = [(text, "A fox."), (f"And {text}", "I ran.")]
             turns = turns[1:] if name == "text" else turns  # nothing parts what it writes
-            messages = [{"role": "system", "content": system}] if system else []
-            for turn in turns:
-                messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer}]
+            said = Conversation.of(*turns, system=system)
+            messages = [{"role": message.role, "content": message.content} for message in said.messages]
             expected = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-            prompt = style.encode_prompt(ours, turns[-1].prompt, system=system, history=turns[:-1])
+            prompt = style.encode_prompt(ours, said.prompt)
             assert prompt == expected
-            (learnt,) = style.encode_many(ours, [Conversation(turns, system=system)])
-            assert [i for turn in learnt for part in turn for i in part][: len(prompt)] == expected
+            (learnt,) = style.encode_many(ours, [said])
+            assert [i for turn in learnt for part in turn[:2] for i in part][: len(prompt)] == expected
             if not isinstance(style, TemplateStyle):  # whose text is the template's own
                 assert ours.encode_marked(style.as_text(ours, messages[:-1]), bos=False) == expected

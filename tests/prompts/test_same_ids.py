@@ -14,7 +14,7 @@ from lit_qlora.data import RunData, Sample, read_data
 from lit_qlora.inference import load_roster
 from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.lora.layer import add_lora
-from lit_qlora.prompts.style import STYLES, Turn, read_style
+from lit_qlora.prompts.style import STYLES, read_style
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, PromptKnobs
 from tests.conftest import load_script, tiny_model, write_checkpoint
 from tests.prompts.test_style import TEMPLATES, write_chatty_tokenizer
@@ -98,7 +98,7 @@ def test_a_chat_shows_what_training_showed(trained: SimpleNamespace) -> None:
         config = script.Config(system="Be kind.", **model)
         chat = script.Conversation(load_roster(config, config.adapters, config.style), config)
         assert chat.prompt(chat.who, "Hi, who are you?") == trained.before[1]
-        chat.turns = [Turn("Hi, who are you?", "A fox.")]
+        chat.turns = [script.Turn("Hi, who are you?", "A fox.")]
         assert chat.prompt(chat.who, "And\nthen?") == trained.before[2]
 
 

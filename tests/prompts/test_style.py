@@ -11,14 +11,14 @@ from lit_qlora.data import Encoder, Encoding, Example
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.inference import encode_prompt, stop_ids
 from lit_qlora.prompts.chat_template import Renderer
+from lit_qlora.prompts.conversation import Conversation, Message, prompt_of
 from lit_qlora.prompts.pieces import Control
 from lit_qlora.prompts.style import (
     FILE_NAME,
     STYLES,
-    Conversation,
+    EncodedTurn,
     Style,
     TemplateStyle,
-    Turn,
     find_style,
     knobs_style,
     read_style,
@@ -47,7 +47,8 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
 }
 """What the makers' templates write, without what they refuse."""
-TALK = Conversation((Turn("Hi, who are you?", "A fox."), Turn("And\nthen?", "I ran.")))
+TALK = Conversation.of(("Hi, who are you?", "A fox."), ("And\nthen?", "I ran."))
+FIRST, SECOND = TALK.messages[:2], TALK.messages[2:]
 
 
 def write_chatty_tokenizer(directory: Path) -> None:
@@ -77,8 +78,12 @@ def tokenizer(chatty: Path) -> Tokenizer:
     return Tokenizer(chatty)
 
 
-def flat(turns: list[tuple[list[int], list[int]]]) -> list[int]:
-    return [i for turn in turns for part in turn for i in part]
+def flat(turns: list[EncodedTurn]) -> list[int]:
+    return [i for turn in turns for part in turn[:2] for i in part]
+
+
+def example(said: Conversation, place: str = "a") -> Example:
+    return Example(said.messages, said.input, said.variables, place)
 
 
 # The words.
@@ -107,11 +112,11 @@ def test_alpaca_is_the_prompt_that_alpaca_was_trained_on() -> None:
 
 def test_the_variant_with_an_end_writes_it_behind_the_answer(tokenizer: Tokenizer) -> None:
     style = STYLES["alpaca-end"]
-    (turns,) = style.encode_many(tokenizer, [Conversation((Turn("Name it.", "Beseye Pro"),))])
+    (turns,) = style.encode_many(tokenizer, [Conversation.of(("Name it.", "Beseye Pro"))])
     text = "### Instruction:\n\nName it.\n\n### Response:\nBeseye Pro\n### End"
     assert tokenizer.decode(flat(turns)).endswith(text)
-    assert turns[0][1][-1] == tokenizer.eos_id
-    assert style.said(tokenizer.decode(turns[0][1])) == "Beseye Pro"
+    assert turns[0].answer[-1] == tokenizer.eos_id
+    assert style.said(tokenizer.decode(turns[0].answer)) == "Beseye Pro"
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -142,33 +147,29 @@ def test_ids_are_those_that_transformers_makes_of_the_template(
 
     theirs = PreTrainedTokenizerFast.from_pretrained(chatty)
     theirs.chat_template = TEMPLATES[name]
-    messages = [{"role": "system", "content": system}] if system else []
-    for turn in TALK.turns:
-        messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.answer}]
+    said = Conversation((*([Message("system", system)] if system else []), *TALK.messages))
+    messages = [{"role": message.role, "content": message.content} for message in said.messages]
     expected = theirs.apply_chat_template(messages, return_dict=False)
     prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    said = Conversation(TALK.turns, system=system)
     for style in (STYLES[name], TemplateStyle(TEMPLATES[name])):
         ids = flat(style.encode_many(tokenizer, [said])[0])
         assert ids == expected[: len(ids)]  # a newline behind the last answer is nobody's to learn
         assert tokenizer.decode(expected[len(ids) :]) in ("", "\n")
-        history, last = TALK.turns[:-1], TALK.turns[-1]
-        assert style.encode_prompt(tokenizer, last.prompt, "", system, history) == prompt
+        assert style.encode_prompt(tokenizer, said.prompt) == prompt
 
 
 @pytest.mark.parametrize("name", [*STYLES, "template", "knobs"])
 def test_training_generation_and_chat_see_the_same_ids(chatty: Path, tokenizer: Tokenizer, name: str) -> None:
     style = TemplateStyle(TEMPLATES["chatml"]) if name == "template" else find_style(name)
-    single = Example((Turn("Why?", "So."),), input="This.", system="Be kind.")
-    talk = Example(TALK.turns, system="Be kind.")
+    single = example(Conversation.of(("Why?", "So."), input="This.", system="Be kind."))
+    talk = example(Conversation((Message("system", "Be kind."), *TALK.messages)))
     encoder = Encoder(tokenizer, style, Encoding(max_length=4096))
     alone, spoken = (one.sample for one in encoder.encode([single, talk]))
     given = alone.tokens[: int(alone.trained.argmax())].tolist()
-    assert given == encode_prompt(tokenizer, style, "Why?", "This.", "Be kind.")
+    assert given == encode_prompt(tokenizer, style, prompt_of("Why?", "This.", "Be kind."))
     answers = [i for i in range(1, len(spoken.trained)) if spoken.trained[i] and not spoken.trained[i - 1]]
     for turn, begins in enumerate(answers):  # each turn of a chat is what training saw before its answer
-        asked = TALK.turns[turn].prompt
-        prompt = encode_prompt(tokenizer, style, asked, "", "Be kind.", TALK.turns[:turn])
+        prompt = encode_prompt(tokenizer, style, Conversation(talk.messages[: 2 + 2 * turn]))
         assert spoken.tokens[:begins].tolist() == prompt
     assert len(answers) == 2
     assert int(alone.tokens[-1]) in stop_ids(tokenizer, style)
@@ -180,7 +181,7 @@ def test_what_a_user_types_never_becomes_a_control_token(tokenizer: Tokenizer, n
     typed = "x".join(CONTROLS)
     count = {}
     for text in ("harmless", typed):
-        said = Conversation((Turn(text, text),), input=text, system=text)
+        said = Conversation.of((text, text), input=text, system=text)
         ids = flat(style.encode_many(tokenizer, [said])[0])
         count[text] = [ids.count(i) for i in tokenizer.control_tokens.values()]
         assert tokenizer.decode(ids).count(text) >= 3
@@ -191,36 +192,36 @@ def test_what_a_user_types_never_becomes_a_control_token(tokenizer: Tokenizer, n
 def test_an_answer_ends_with_what_ends_it_and_generation_stops_there(tokenizer: Tokenizer, name: str) -> None:
     style = TemplateStyle(TEMPLATES["llama3"]) if name == "template" else find_style(name)
     (turns,) = style.encode_many(tokenizer, [TALK])
-    ends = {answer[-1] for _, answer in turns}
+    ends = {turn.answer[-1] for turn in turns}
     assert ends == style.stop_ids(tokenizer)
     wanted = "<|eot_id|>" if name == "template" else (WORDINGS[name].end or Control("")).name
     assert ends == {tokenizer.eos_id if wanted == "<EOS>" else tokenizer.control_tokens[wanted]}
-    assert [style.said(tokenizer.decode(answer)) for _, answer in turns] == ["A fox.", "I ran."]
+    assert [style.said(tokenizer.decode(turn.answer)) for turn in turns] == ["A fox.", "I ran."]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "phi3", "gemma"])
 def test_a_style_whose_control_tokens_the_tokenizer_lacks_is_refused(tiny_checkpoint: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"needs the control token '<.*which the tokenizer does not have"):
-        STYLES[name].encode_prompt(Tokenizer(tiny_checkpoint), "a")
+        STYLES[name].encode_prompt(Tokenizer(tiny_checkpoint), prompt_of("a"))
 
 
 def test_a_control_token_that_a_tokenizer_may_lack_is_text_there(tiny_checkpoint: Path) -> None:
     tokenizer = Tokenizer(tiny_checkpoint)
-    ids = STYLES["mistral"].encode_prompt(tokenizer, "a")
+    ids = STYLES["mistral"].encode_prompt(tokenizer, prompt_of("a"))
     assert tokenizer.decode(ids) == "[INST] a [/INST]"
     assert ids.count(tokenizer.bos_id) == 1
 
 
 def test_the_knobs_of_h2o_put_texts_and_eos_around_prompt_and_answer(tokenizer: Tokenizer) -> None:
     knobs = PromptKnobs(text_system_start="S:", text_prompt_start="<|prompt|>", text_answer_separator="<|answer|>")
-    (turns,) = knobs_style(knobs).encode_many(tokenizer, [Conversation((Turn("Hi", "Yo"),), system="kind")])
-    ((prompt, answer),) = turns
+    (turns,) = knobs_style(knobs).encode_many(tokenizer, [Conversation.of(("Hi", "Yo"), system="kind")])
+    ((prompt, answer, _),) = turns
     eos = tokenizer.eos_id
     assert [prompt.count(eos), answer.count(eos), answer[-1]] == [2, 1, eos]
     assert tokenizer.decode(prompt) == "S:kind<|prompt|>Hi<|answer|>"
     bare = PromptKnobs(add_eos_token_to_prompt=False, add_eos_token_to_answer=False, add_eos_token_to_system=False)
     style = knobs_style(bare)
-    assert eos not in flat(style.encode_many(tokenizer, [Conversation((Turn("Hi", "Yo"),), system="kind")])[0])
+    assert eos not in flat(style.encode_many(tokenizer, [Conversation.of(("Hi", "Yo"), system="kind")])[0])
     assert style.stop_ids(tokenizer) == frozenset()
 
 
@@ -238,13 +239,14 @@ LAST = "<think>\n\n</think>\n\nI ran.<|im_end|>"
 
 def test_where_history_is_written_differently_it_is_part_of_the_last_prompt(tokenizer: Tokenizer) -> None:
     style = TemplateStyle(THOUGHTFUL)
-    one, two = style.encode_many(tokenizer, [Conversation(TALK.turns[:1]), TALK])
-    assert one[0][1] == tokenizer.encode_marked("<think>\n\n</think>\n\nA fox.<|im_end|>", bos=False)
-    assert two == [([], []), (tokenizer.encode_marked(ASKED, bos=False), tokenizer.encode_marked(LAST, bos=False))]
+    one, two = style.encode_many(tokenizer, [Conversation(FIRST), TALK])
+    assert one[0].answer == tokenizer.encode_marked("<think>\n\n</think>\n\nA fox.<|im_end|>", bos=False)
+    last = EncodedTurn(tokenizer.encode_marked(ASKED, bos=False), tokenizer.encode_marked(LAST, bos=False))
+    assert two == [EncodedTurn([], []), last]
 
 
 def test_a_chat_goes_on_where_history_is_written_differently(tokenizer: Tokenizer) -> None:
-    ids = TemplateStyle(THOUGHTFUL).encode_prompt(tokenizer, TALK.turns[1].prompt, history=TALK.turns[:1])
+    ids = TemplateStyle(THOUGHTFUL).encode_prompt(tokenizer, TALK.prompt)
     assert ids == tokenizer.encode_marked(ASKED, bos=False)
 
 
@@ -255,34 +257,34 @@ def test_only_the_last_answer_is_learnt_where_history_is_written_differently(
     encoder = Encoder(
         tokenizer, TemplateStyle(THOUGHTFUL), Encoding(max_length=4096, only_last_answer=only_last_answer)
     )
-    (found,) = encoder.encode([Example(TALK.turns, place="a")])
+    (found,) = encoder.encode([example(TALK)])
     tokens, trained = found.sample.tokens, found.sample.trained
     assert tokens[trained].tolist() == tokenizer.encode_marked(LAST, bos=False)
     counts = encoder.counts
     assert (counts.turns, counts.ended, counts.untaught) == (1, 1, 0 if only_last_answer else 1)
 
 
-def trained_text(tokenizer: Tokenizer, style: Style, turns: tuple[Turn, ...], **limits: Any) -> tuple[str, Encoder]:
+def trained_text(tokenizer: Tokenizer, style: Style, said: Conversation, **limits: Any) -> tuple[str, Encoder]:
     encoder = Encoder(tokenizer, style, Encoding(**{"max_length": 4096} | limits))
-    (found,) = encoder.encode([Example(turns, place="a")])
+    (found,) = encoder.encode([example(said)])
     return tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()), encoder
 
 
 def test_a_long_last_answer_costs_no_history(tokenizer: Tokenizer) -> None:
-    _, encoder = trained_text(tokenizer, TemplateStyle(THOUGHTFUL), TALK.turns, max_length_answer=12)
+    _, encoder = trained_text(tokenizer, TemplateStyle(THOUGHTFUL), TALK, max_length_answer=12)
     assert (encoder.counts.cut_turns, encoder.counts.cut_answers) == (0, 1)
 
 
 def test_an_empty_first_prompt_is_not_taken_for_history(tokenizer: Tokenizer) -> None:
-    turns = (Turn("", "A fox is an animal of the wood"), Turn("And then, what did he do?", "I ran."))
-    text, encoder = trained_text(tokenizer, STYLES["text"], turns, max_length_prompt=6)
+    said = Conversation.of(("", "A fox is an animal of the wood"), ("And then, what did he do?", "I ran."))
+    text, encoder = trained_text(tokenizer, STYLES["text"], said, max_length_prompt=6)
     assert "is an animal" in text
     assert encoder.counts.cut_turns == 0
 
 
 def test_what_is_not_to_be_learnt_is_not_learnt_as_history_either(tokenizer: Tokenizer) -> None:
-    turns = (TALK.turns[0]._replace(trained=False), TALK.turns[1])
-    for given, expected in ((TALK.turns, True), (turns, False)):
+    silent = Conversation((FIRST[0], FIRST[1]._replace(weight=0.0), *SECOND))
+    for given, expected in ((TALK, True), (silent, False)):
         text, encoder = trained_text(tokenizer, TemplateStyle(THOUGHTFUL), given, mask_prompt=False)
         assert ("A fox." in text) is expected
         assert text.endswith("I ran.")
@@ -294,10 +296,10 @@ def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_w
     tokenizer: Tokenizer, of_prompt: bool
 ) -> None:
     style = TemplateStyle(THOUGHTFUL)
-    (((prompt, answer),),) = style.encode_many(tokenizer, [Conversation(TALK.turns[1:])])
+    (((prompt, answer, _),),) = style.encode_many(tokenizer, [Conversation(SECOND)])
     limits = Encoding(max_length=4096 if of_prompt else len(prompt + answer), max_length_prompt=len(prompt))
     encoder = Encoder(tokenizer, style, limits if of_prompt else replace(limits, max_length_prompt=None))
-    (found,) = encoder.encode([Example(TALK.turns, place="a")])
+    (found,) = encoder.encode([example(TALK)])
     assert found.sample.tokens.tolist() == prompt + answer
     assert (encoder.counts.cut_turns, encoder.counts.cut_prompts) == (1, 0)
 
@@ -305,13 +307,32 @@ def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_w
 # Templates that cannot be learnt from.
 
 
-@pytest.mark.parametrize("talk", [TALK, Conversation(TALK.turns[:1])], ids=["two turns", "one"])
-def test_a_template_whose_answers_begin_otherwise_than_it_asks_for_them_is_refused(
+@pytest.mark.parametrize("talk", [TALK, Conversation(FIRST)], ids=["two turns", "one"])
+def test_a_template_that_writes_the_past_differently_before_an_answer_is_refused(
     tokenizer: Tokenizer, talk: Conversation
 ) -> None:
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-    with pytest.raises(CheckpointError, match=r"writes what comes before message 2 differently once"):
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(CheckpointError, match=r"writes what comes before message \d differently once"):
         TemplateStyle(template).encode_many(tokenizer, [talk])
+
+
+PREFILLED = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+
+def test_answers_that_begin_otherwise_than_they_are_asked_for_are_learnt_as_they_are_and_counted(
+    tokenizer: Tokenizer,
+) -> None:
+    encoder = Encoder(tokenizer, TemplateStyle(PREFILLED), Encoding(max_length=4096))
+    (found,) = encoder.encode([example(TALK)])
+    whole = "<|user|>Hi, who are you?<|assistant|>A fox.</s><|user|>And\nthen?<|assistant|>I ran.</s>"
+    assert found.sample.tokens.tolist() == tokenizer.encode_marked(whole, bos=False)
+    assert tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()) == "A fox.I ran."
+    assert encoder.counts.begun == 2
+    asked = TemplateStyle(PREFILLED).encode_prompt(tokenizer, TALK.prompt)
+    assert asked == tokenizer.encode_marked(f"{whole.removesuffix('I ran.</s>')}<think>\n", bos=False)
 
 
 def test_a_template_that_refuses_one_message_alone_is_refused_for_two_turns_too(tokenizer: Tokenizer) -> None:
@@ -330,7 +351,8 @@ SYSTEMLESS = TEMPLATES["chatml"] + "{% if messages[0].role == 'system' %}{{ rais
 
 
 def test_samples_that_a_template_refuses_are_named_or_skipped(tokenizer: Tokenizer) -> None:
-    said = [Example(TALK.turns, system="Be." * (i % 5 == 0), place=f"a:{i}") for i in range(60)]
+    opening = (Message("system", "Be."),)
+    said = [Example(opening * (i % 5 == 0) + TALK.messages, place=f"a:{i}") for i in range(60)]
     encoder = Encoder(tokenizer, TemplateStyle(SYSTEMLESS), Encoding(max_length=4096))
     with pytest.raises(DataError) as caught:
         list(encoder.encode(said))
@@ -345,7 +367,7 @@ def test_samples_that_a_template_refuses_are_named_or_skipped(tokenizer: Tokeniz
 
 
 def test_a_template_that_refuses_everything_is_not_the_fault_of_the_data(tokenizer: Tokenizer) -> None:
-    said = [Example(TALK.turns, system="Be.", place=f"a:{i}") for i in range(3)]
+    said = [Example((Message("system", "Be."), *TALK.messages), place=f"a:{i}") for i in range(3)]
     encoder = Encoder(tokenizer, TemplateStyle(SYSTEMLESS), Encoding(max_length=4096, on_error="skip"))
     with pytest.raises(CheckpointError, match="The chat template fails: TemplateError: no system"):
         list(encoder.encode(said))
@@ -369,23 +391,26 @@ def test_a_template_that_ends_answers_with_nothing_gets_an_end(tokenizer: Tokeni
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     (turns,) = style.encode_many(tokenizer, [TALK])
-    assert [answer[-1] for _, answer in turns] == [tokenizer.eos_id] * 2
+    assert [turn.answer[-1] for turn in turns] == [tokenizer.eos_id] * 2
 
 
 def test_many_long_conversations_are_rendered_in_portions(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     style = TemplateStyle(TEMPLATES["chatml"])
-    said = [Conversation((Turn("x" * size, "y"), *TALK.turns)) for size in (1, 9000, 2, 3, 5000, 5000)]
+    said = [
+        Conversation((*Conversation.of(("x" * size, "y")).messages, *TALK.messages))
+        for size in (1, 9000, 2, 3, 5000, 5000)
+    ]
     at_once = style.write(tokenizer, said)
     asked = []
-    render_stages = Renderer.render_stages
+    render_turns = Renderer.render_turns
 
-    def counting(self: Renderer, conversations: list) -> list:
+    def counting(self: Renderer, conversations: list, *rest: Any) -> list:
         asked.append(len(conversations))
-        return render_stages(self, conversations)
+        return render_turns(self, conversations, *rest)
 
-    monkeypatch.setattr(Renderer, "render_stages", counting)
+    monkeypatch.setattr(Renderer, "render_turns", counting)
     monkeypatch.setattr("lit_qlora.prompts.style.RENDERED_AT_ONCE", 30_000)
     assert style.write(tokenizer, said) == at_once
     assert asked == [1, 1, 3, 1]  # what is too much alone goes alone

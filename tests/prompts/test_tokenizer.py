@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.prompts.pieces import Control, encode_pieces
 from lit_qlora.prompts.style import STYLES
 from lit_qlora.prompts.tokenizer import MODELS, Tokenizer
@@ -142,7 +143,9 @@ def test_prompt_and_continuation_are_the_whole_text(made: Path, prompt: str, tex
 def test_an_answer_is_encoded_as_a_model_would_go_on(made: Path, name: str) -> None:
     tokenizer, style = Tokenizer(made), STYLES[name]
     prompt = style.render("What is 1 plus 2?", "4", "Be kind.")
-    pieces = style.encode_prompt(tokenizer, "What is 1 plus 2?", "4", "Be kind.") + style.encode_answer(tokenizer, "3")
+    pieces = style.encode_prompt(tokenizer, prompt_of("What is 1 plus 2?", "4", "Be kind.")) + style.encode_answer(
+        tokenizer, "3"
+    )
     assert pieces == tokenizer.encode(f"{prompt}{style.gap}3{style.tail}", eos=True)
 
 

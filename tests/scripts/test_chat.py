@@ -15,7 +15,7 @@ from lit_qlora.generation import generate
 from lit_qlora.inference import load_roster
 from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.lora.layer import add_lora, lora_state
-from lit_qlora.prompts.style import Turn
+from lit_qlora.prompts.conversation import Message, prompt_of
 from lit_qlora.settings import GenerationConfig, LoRAConfig
 from tests.conftest import ROOT, load_script
 from tests.scripts.test_generate import run_script
@@ -70,14 +70,14 @@ def test_chat_answers_a_pipe_line_by_line(tiny_checkpoint: Path) -> None:
 def test_each_answer_goes_on_from_all_that_was_said(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = chat(tiny_checkpoint, "/system Be brief.", "What is 1 plus 2?", "And 4?", style="qa")
     style, tokenizer = conversation.roster.styles[conversation.who], conversation.tokenizer
-    history: list[Turn] = []
+    history: list[Message] = []
     for question in ("What is 1 plus 2?", "And 4?"):
-        prompt = style.encode_prompt(tokenizer, question, system="Be brief.", history=history)
+        prompt = style.encode_prompt(tokenizer, prompt_of(question, system="Be brief.", history=history))
         config = GenerationConfig(max_new_tokens=6)
         (answer,) = generate(conversation.model, [prompt], config, tokenizer.stop_ids, tokenizer.size)
-        history.append(Turn(question, style.said(tokenizer.decode(answer))))
-    assert conversation.turns == history
-    assert capsys.readouterr().out == "".join(f"{turn.answer}\n" for turn in history)
+        history += [Message("user", question), Message("assistant", style.said(tokenizer.decode(answer)))]
+    assert [message for turn in conversation.turns for message in turn.messages] == history
+    assert capsys.readouterr().out == "".join(f"{message.content}\n" for message in history[1::2])
     conversation.hear("/reset")
     assert conversation.turns == []
 

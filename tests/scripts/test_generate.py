@@ -11,6 +11,7 @@ import pytest
 from lit_qlora.errors import CheckpointError, DataError, ResourceError, UsageError
 from lit_qlora.generation import generate
 from lit_qlora.inference import check_style, choose_style, encode_prompt
+from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.prompts.style import STYLES
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DEMO_CHECKPOINT, GenerationConfig
@@ -23,8 +24,8 @@ def test_auto_is_the_recorded_style_and_none_is_the_bare_text(tiny_checkpoint):
     assert recorded is not None
     assert choose_style("auto", recorded) is recorded
     assert choose_style("none", recorded) is choose_style("auto", None) is None
-    assert encode_prompt(tokenizer, None, "a", "b") == tokenizer.encode("a\nb")
-    assert encode_prompt(tokenizer, recorded, "a", "b") == tokenizer.encode("Q: a\nb\nA:")
+    assert encode_prompt(tokenizer, None, prompt_of("a", "b")) == tokenizer.encode("a\nb")
+    assert encode_prompt(tokenizer, recorded, prompt_of("a", "b")) == tokenizer.encode("Q: a\nb\nA:")
     with pytest.raises(UsageError, match="Did you mean alpaca"):
         check_style("alpca")
 
@@ -108,7 +109,7 @@ def test_a_file_of_prompts_is_answered_in_its_order(tiny_checkpoint, tmp_path):
     for row in written:
         config = script.Config(prompt=row.get("instruction") or row["prompt"], input=row.get("input", ""), **common)
         tokenizer = Tokenizer(tiny_checkpoint)
-        prompt = STYLES["qa"].encode_prompt(tokenizer, config.prompt, config.input)
+        prompt = STYLES["qa"].encode_prompt(tokenizer, prompt_of(config.prompt, config.input))
         (ids,) = generate(tiny_model(), [prompt], config, tokenizer.stop_ids, tokenizer.size)
         text = tokenizer.decode(ids).removeprefix(" ")
         assert row["answer"] == text.partition("Q")[0]

@@ -8,6 +8,7 @@ import pytest
 
 from lit_qlora.generation import generate, text_of
 from lit_qlora.inference import Roster, encode_prompt, stop_ids
+from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.settings import GenerationConfig
 from tests.serve.conftest import Running, serving
 
@@ -22,7 +23,7 @@ def client(server: Running, key: str = "none") -> Any:
 
 def expected(roster: Roster, name: str, question: str, count: int, **settings: Any) -> str:
     style = roster.styles[name]
-    prompt = encode_prompt(roster.tokenizer, style, question)
+    prompt = encode_prompt(roster.tokenizer, style, prompt_of(question))
     config = GenerationConfig(max_new_tokens=count, **settings)
     with roster.answering(name):
         (ids,) = generate(roster.model, [prompt], config, stop_ids(roster.tokenizer, style), roster.tokenizer.size)
@@ -45,7 +46,7 @@ def test_a_chat_is_answered_by_the_adapter_that_it_names(name: str, roster: Rost
         )
     assert reply.choices[0].message.content == answer
     assert reply.choices[0].finish_reason == "length"
-    prompt = encode_prompt(roster.tokenizer, roster.styles[name], QUESTION)
+    prompt = encode_prompt(roster.tokenizer, roster.styles[name], prompt_of(QUESTION))
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(prompt), 12)
 
 

@@ -70,7 +70,7 @@ def sizes(row: dict[str, Any]) -> tuple[float, float, float | None]:
     """Of a row of step.py in bytes: the peak, what the plan of such a run says, and the floor.
 
     There is no floor for the plain path, nor for CUDA graphs, which have memory that is theirs alone, nor where spare
-    memory is used for speed.
+    memory is used for speed, nor for mixtures of experts.
     """
     found = FLAGS.fullmatch(row["flags"])
     assert found, f"not the flags of a row of step.py: {row['flags']}"
@@ -93,7 +93,7 @@ def sizes(row: dict[str, Any]) -> tuple[float, float, float | None]:
     batches = MicroBatches(rows * length, usual=usual)
     plan = make_plan(model, lora, Storage(torch.bfloat16, scheme), batches, train, Room(H100), state)
     peak = float(row["peak_gib"]) * 2**30
-    if setting == "plain" or found["graphs"] or found["dequantized"]:
+    if setting == "plain" or found["graphs"] or found["dequantized"] or model.n_expert:
         return peak, plan.total, None
     return peak, plan.total, memory_floor(model, lora, scheme, setting, rows * length, state)
 

@@ -25,6 +25,24 @@ def _llama(layers: int, width: int, heads: int, ffn: int, kv_heads: int = 0, **m
 
 
 LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500_000.0}
+QWEN3_MOE = {
+    "n_layer": 6,
+    "n_embd": 2048,
+    "n_head": 32,
+    "n_kv_head": 4,
+    "head_size": 128,
+    "ffn_size": 6144,
+    "vocab_size": 151936,
+    "block_size": 8192,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "qk_norm": "head",
+    "n_expert": 128,
+    "n_expert_per_token": 8,
+    "expert_size": 768,
+    "router_normalized": True,
+}
+MIXTRAL = {"n_expert": 8, "n_expert_per_token": 2, "expert_size": 14336, "router_normalized": True}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(32, 4096, 32, 11008),
     "llama-2-13b": _llama(40, 5120, 40, 13824),
@@ -34,10 +52,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": _llama(32, 4096, 32, 14336, kv_heads=8, **LLAMA_3),
     "llama-3.2-1b": _llama(16, 2048, 32, 8192, kv_heads=8, tied_head=True, **LLAMA_3),
     "tinyllama-1b": _llama(22, 2048, 32, 5632, kv_heads=4),
+    "qwen3-30b-a3b-6-blocks": QWEN3_MOE,
+    "mixtral-8x7b-4-blocks": _llama(4, 4096, 32, 14336, kv_heads=8, rope_theta=1e6, **MIXTRAL),
     "llama-100m": _llama(12, 768, 12, 2048),
     "tiny": _llama(2, 128, 4, 256, kv_heads=2, vocab_size=2048),
 }
-"""All take rows of 8,192 tokens, which is more than some of the published models were trained with."""
+"""All take rows of 8,192 tokens, which is more than some of the published models were trained with; of mixtures of
+experts some of the blocks stand for all."""
 
 
 def random_model(shape: str, scheme: "Scheme") -> "GPT":

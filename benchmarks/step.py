@@ -19,7 +19,7 @@ from results import RESULTS, append_row, current_commit
 from shapes import SHAPES, random_model
 from torch import Tensor
 
-from lit_qlora.device import let_segments_grow
+from lit_qlora.device import let_segments_grow, precede_other_streams
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.fused.graphs import row_width
 from lit_qlora.lora.layer import add_lora
@@ -122,8 +122,11 @@ def main() -> None:
     if arguments.fp8 and (reason or arguments.dequantized):
         parser.error(f"--fp8 needs the fast path: {reason}" if reason else "--dequantized has no effect with --fp8.")
     fused = None if reason else fuse(model, small, arguments.fp8, arguments.dequantized)
+    if fused and fused.ahead:
+        precede_other_streams()
     chosen, train = OptimizerConfig(name=arguments.optimizer), TrainConfig(learning_rate=1e-4)
-    optimizer = make_optimizer(model.named_parameters(), chosen, train)
+    flatten = fused.flatten if fused and "plain" not in arguments.recompute else tuple
+    optimizer = make_optimizer(model.named_parameters(), chosen, train, flatten=flatten)
     for setting in arguments.recompute:
         if setting == "plain":
             model.fast = None

@@ -65,6 +65,17 @@ def let_segments_grow() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+def precede_other_streams() -> None:
+    """Let what this thread launches from now on go before what runs beside it on other streams of the GPU.
+
+    A stream of normal priority has the lowest one that there is.
+    """
+    stream = torch.cuda.Stream(priority=-1)
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_stream(stream)
+    torch.cuda.empty_cache()  # what the allocator keeps of another stream, this one cannot have
+
+
 def host_bytes(files: Path = Path("/")) -> int | None:
     """Memory of the host that could be taken, in bytes, also by the limits of control groups; None where none is told.
 

@@ -83,7 +83,8 @@ class Fused:
     def _lay_out_adapters(self) -> None:
         """Move the adapters into one float32 tensor, stacked as the groups want, and make room for copies."""
         adapted = [group for group in self.groups if group.rank]
-        size_a = sum(group.size_a for group in adapted)
+        self.size_a = size_a = sum(group.size_a for group in adapted)
+        self.flat: list[tuple[nn.Parameter, Tensor]] = []
         self.master = torch.empty(size_a + sum(group.size_b for group in adapted), device=self.device)
         self.gradient = torch.zeros_like(self.master)
         self.parameters: list[tuple[nn.Parameter, Tensor]] = []
@@ -270,12 +271,25 @@ class Fused:
         scale = query_scale(self.config, positions).flatten()[:, None, None] if self.config.query_scale_beta else None
         return positions.flatten().int(), scale
 
+    def flatten(self) -> Sequence[nn.Parameter]:
+        """All A and all B as two parameters, where there are experts; see FastPath."""
+        if self.config.n_expert:
+            self.flat = [
+                (nn.Parameter(self.master[part]), self.gradient[part])
+                for part in (slice(self.size_a), slice(self.size_a, None))
+            ]
+        return [whole for whole, _ in self.flat]
+
     def _attach_gradients(self) -> None:
         """Let each adapter's .grad be its place in the one gradient, from zero where the optimizer has let go of it."""
         first, home = self.parameters[0]
-        if first.grad is home:
+        if first.grad is home and all(whole.grad is not None for whole, _ in self.flat):
             return
         self.gradient.zero_()
+        for whole, gradient in self.flat:
+            whole.grad = gradient
+        if first.grad is home:
+            return
         for parameter, gradient in self.parameters:
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)

@@ -1,6 +1,6 @@
 """The whole model, in the order a token meets it. This file is the meaning; faster paths must agree with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,10 @@ class FastPath(Protocol):
     @property
     def has_spare(self) -> bool:
         """Whether there is something that give_back would give up."""
+        ...
+
+    def flatten(self) -> Sequence[nn.Parameter]:
+        """Tensors that hold the adapters and have their gradients from now on; none where adapters are few."""
         ...
 
     def give_back(self) -> None:

@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_qlora.data import RunData, count_steps, longest_step, steps
+from lit_qlora.device import precede_other_streams
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.validation import Validator
@@ -68,6 +69,8 @@ def take_path(model: GPT, plan: Plan) -> None:
         model.recompute = plan.recompute[0] != "none"
         return
     fused = fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks, plan.ahead)
+    if fused.ahead and fused.device.type == "cuda":
+        precede_other_streams()
     fused.set_recompute(plan.recompute)
     fused.stay = plan.stay
     if fused.graphs and not plan.graphs:
@@ -83,9 +86,9 @@ def set_deterministic() -> None:
 def make_learner(fabric: Fabric, model: GPT, config: FinetuneConfig) -> Learner:
     """Give the model its optimizer, for training on the path it takes."""
     scaled = config.precision == "16-mixed"
-    return Learner(
-        fabric, model, make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled)
-    )
+    flatten = tuple if model.fast is None else model.fast.flatten
+    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled, flatten=flatten)
+    return Learner(fabric, model, optimizer)
 
 
 def learn(

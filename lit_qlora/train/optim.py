@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,13 +12,19 @@ from torch import Tensor, nn
 from lit_qlora.errors import UsageError
 from lit_qlora.quantize import bitsandbytes
 from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig
+from lit_qlora.train.flat import flattened
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-"""Classes with a single CUDA kernel for the whole update."""
+"""Classes with a single CUDA kernel for the whole update, of each element by itself."""
 
 
 def make_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, train: TrainConfig, *, scaled: bool = False
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    train: TrainConfig,
+    *,
+    scaled: bool = False,
+    flatten: Callable[[], Sequence[nn.Parameter]] = tuple,
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name.
 
@@ -28,13 +34,15 @@ def make_optimizer(
         parameters: with their names; those that do not learn are left out.
         scaled: the gradients come through a GradScaler, which fused optimizers would take off themselves, after Fabric
             has clipped them.
+        flatten: gives tensors that hold parameters, as train.flat wants them; asked where elements do not depend on
+            each other. From then on the tensors have to have the gradients.
 
     Raises:
         UsageError: for a class that does not exist, or a setting that it does not have.
     """
     learners = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     cuda = learners[0][1].is_cuda
-    kind = _find_class(OPTIMIZERS.get(config.name, config.name), cuda)
+    kind: Any = _find_class(OPTIMIZERS.get(config.name, config.name), cuda)
     arguments = _arguments(kind, config, train)
     if cuda and kind in FUSED and not scaled:
         arguments["fused"] = True
@@ -43,10 +51,13 @@ def make_optimizer(
         factor, decays = config.lora_plus if name.endswith(".lora_b") else 1.0, parameter.ndim > 1
         group = {"params": [], "factor": factor, **({} if decays or not train.weight_decay else {"weight_decay": 0.0})}
         groups.setdefault((factor, decays), group)["params"].append(parameter)
+    flat = flatten() if kind in FUSED else ()
+    if flat:
+        return flattened(kind, list(groups.values()), flat, lr=train.learning_rate, **arguments)
     return kind(list(groups.values()), lr=train.learning_rate, **arguments)
 
 
-def _find_class(path: str, cuda: bool) -> Callable[..., torch.optim.Optimizer]:
+def _find_class(path: str, cuda: bool) -> type[torch.optim.Optimizer]:
     module, _, name = path.rpartition(".")
     home: ModuleType = torch.optim if module == "torch.optim" else bitsandbytes().optim
     if not cuda and module == "bitsandbytes.optim":
@@ -57,9 +68,7 @@ def _find_class(path: str, cuda: bool) -> Callable[..., torch.optim.Optimizer]:
     return kind
 
 
-def _arguments(
-    kind: Callable[..., torch.optim.Optimizer], config: OptimizerConfig, train: TrainConfig
-) -> dict[str, Any]:
+def _arguments(kind: type[torch.optim.Optimizer], config: OptimizerConfig, train: TrainConfig) -> dict[str, Any]:
     """What was set, as arguments of the class."""
     arguments: dict[str, Any] = {**config.options}
     for name in ("betas", "eps", "momentum"):

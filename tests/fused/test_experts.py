@@ -13,6 +13,8 @@ from lit_qlora.kernels.experts_dequantize import dequantize
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.settings import OptimizerConfig, TrainConfig
+from lit_qlora.train.optim import make_optimizer
 from tests.fused.test_fused import adapted_model, assert_equal, batch, gradients
 from tests.fused.test_graphs import with_graphs
 
@@ -241,3 +243,26 @@ def test_graphs_of_experts_give_what_passes_without_a_graph_give(monkeypatch: py
         with torch.no_grad():
             model.loss(*batch())  # leaves the last block's weights in the buffers
     assert recording.replayed > 0
+
+
+def test_two_tensors_of_all_adapters_learn_what_the_adapters_do() -> None:
+    ends = []
+    for flat in (False, True):
+        model = model_of(n_layer=1)
+        fused = fuse(model)
+        flatten = fused.flatten if flat else tuple
+        config, train = OptimizerConfig(name="sgd"), TrainConfig(learning_rate=0.1)
+        optimizer = make_optimizer(model.named_parameters(), config, train, flatten=flatten)
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == (2 if flat else 2 * (4 + 3 * 4))
+        for _ in range(2):
+            for _ in range(2):  # micro-batches, whose gradients add up
+                (model.loss(*batch()) / 7).backward()
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.loss(*batch()).backward()
+        model.zero_grad()  # a step that is done again, as when memory has run out
+        model.loss(*batch()).backward()
+        optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
-from lit_qlora.kernels import small_batch_linear
+from lit_qlora.kernels import launch, small_batch_linear
 from lit_qlora.kernels.experts_dequantize import Matrices
-from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, end_to_end
 from lit_qlora.settings import SCHEMES, Scheme
 
@@ -39,7 +38,8 @@ class Storage:
     @classmethod
     def of_training(cls, facts: Mapping[str, Any]) -> "Storage":
         """The storage of the base that an adapter was trained on, from the facts in its manifest."""
-        dtype = torch.bfloat16 if facts.get("precision") == "bf16-true" else torch.float32
+        dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+        dtype = dtypes.get(facts.get("precision", ""), torch.float32)
         return cls(dtype, facts.get("quantize", "none"), facts.get("quantize_head", False))
 
     def quantizes(self, path: str) -> bool:
@@ -116,11 +116,11 @@ class QuantizedLinear(nn.Module):
     def _takes_few(self, x: Tensor) -> bool:
         """Whether the product with x is faster with the weight as it is stored, as it is while text is generated."""
         return (
-            AVAILABLE
-            and x.is_cuda
+            x.is_cuda
             and x.dtype in small_batch_linear.DTYPES
             and 0 < x.numel() <= small_batch_linear.MOST_ROWS * self.in_features
             and not (x.requires_grad and torch.is_grad_enabled())
+            and not launch.why_no_kernels(x.device, x.dtype)
             and (self.scheme == "bnb.int8" or self.in_features % BLOCK == 0)
         )
 

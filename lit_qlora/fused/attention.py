@@ -1,10 +1,12 @@
 """Causal attention over the stacked qkv, forward and backward, by the fastest implementation for its shape.
 
 cuDNN for rows of one length that is worth a plan of its own, flash attention else and for documents laid end to end
-(variable lengths); plain torch on a CPU. Strided views of qkv go into each without a copy.
+(variable lengths); plain torch on a CPU and on GPUs that have neither. Strided views of qkv go into each without a
+copy.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -81,7 +83,7 @@ def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
     if layout.masks is not None:
         q, k, v = (_by_row(x, layout) for x in (q, k, v))
         return attend(q, k, v, layout.masks[heads.window], heads.scale).transpose(1, 2).reshape(tokens, -1), None
-    if not qkv.is_cuda:
+    if not has_flash(heads.size, qkv.device):
         return _plain(q, k, v, heads, layout), None
     if _takes_cudnn(heads, layout):
         rows = [_by_row(x, layout) for x in (q, k, v)]
@@ -99,7 +101,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
     q, k, v = heads.split(qkv)
-    if not qkv.is_cuda:
+    if not has_flash(heads.size, qkv.device):
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             dq, dk, dv = torch.autograd.grad(_plain(q, k, v, heads, layout), (q, k, v), d_out)
@@ -139,7 +141,26 @@ def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
 
 def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
     fits = heads.size % 8 == 0 and heads.size <= 128 and layout.length % CUDNN_MULTIPLE == 0
-    return fits and layout.ends is None and _window(heads, layout) is None
+    return fits and layout.ends is None and _window(heads, layout) is None and _has_cudnn()
+
+
+@cache
+def has_flash(size: int, device: torch.device) -> bool:
+    """Whether torch's flash attention runs on a device, forward and backward, with heads of so many features.
+
+    It is built for Ampere and later. The backward pass of 193 to 224 features does not fit the shared memory of cards
+    that have 99 KiB of it. Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    if device.type != "cuda" or size % 8 or size > 256:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 0) and not (192 < size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)))
+
+
+@cache
+def _has_cudnn() -> bool:
+    """Whether cuDNN has attention for training; cards on which has_flash is False are not asked about."""
+    return torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= 90000
 
 
 def _by_row(x: Tensor, layout: Layout) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from lit_qlora.fused.experts import FUNCTIONS, KINDS
 from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_layers
 from lit_qlora.fused.stacked import base_of, why_not_stacked
-from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels import launch
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
@@ -20,6 +20,8 @@ LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
 UNHANDLED = ("kv_latent_size", "attention_sinks", "attention_softcap")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes of weights with which the fast path computes on a GPU."""
 GROWING = ("dynamic", "longrope")
 """Kinds of RoPE whose angles depend on the length of the text."""
 
@@ -27,10 +29,10 @@ GROWING = ("dynamic", "longrope")
 def why_not(model: GPT) -> str:
     """Why this model takes the plain path of training, or '' if the fast path can take it."""
     weight = model.embed.weight
-    if not AVAILABLE:
-        return "Triton is not installed"
-    if weight.is_cuda and weight.dtype != torch.bfloat16:
-        return f"weights are {str(weight.dtype).removeprefix('torch.')}, not bfloat16"
+    if reason := launch.why_no_kernels(weight.device, weight.dtype):
+        return reason
+    if weight.is_cuda and weight.dtype not in HALF:
+        return f"weights are {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
     if reason := unhandled(model.config) or unhandled_variant(model):
         return reason
     stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)))

@@ -19,7 +19,7 @@ from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import decode_attention as kernels
 from lit_qlora.kernels import small_batch_linear
-from lit_qlora.kernels.launch import AVAILABLE, INTERPRETED
+from lit_qlora.kernels.launch import INTERPRETED, why_no_kernels
 from lit_qlora.kernels.mlp import mlp_forward
 from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.kernels.stack import Stack, end_to_end
@@ -131,8 +131,10 @@ class FastStep:
 def why_not(model: GPT, rows: int) -> str:
     """Why FastStep cannot take this model with so many texts at a time, or ''."""
     weight = model.embed.weight
-    if not AVAILABLE or not (weight.is_cuda or INTERPRETED):
+    if not (weight.is_cuda or INTERPRETED):
         return "Triton needs a GPU"
+    if reason := why_no_kernels(weight.device, weight.dtype):
+        return reason
     if weight.dtype not in small_batch_linear.DTYPES:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}"
     if rows > small_batch_linear.MOST_ROWS:

@@ -16,7 +16,7 @@ except ImportError:  # no Triton on this platform: there is no fast path
     tl = None
 
 __all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "cdiv", "fitting", "power_of_2", "shared_memory", "stages"]
-__all__ += ["tiled", "tl", "triton"]
+__all__ += ["tiled", "tl", "triton", "why_no_kernels"]
 
 AVAILABLE = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,6 +28,10 @@ HOPPER = 227 * 2**10
 """Bytes of shared memory that a program may take on a Hopper, for which the sizes were chosen."""
 WITHOUT_CARD = HOPPER
 """Where there is no card, kernels have the sizes for this one."""
+LEAST = 64 * 2**10
+"""What every kernel can do with, which tests/kernels/test_every_card.py holds."""
+LEAST_CAPABILITY = (7, 5)
+"""Of NVIDIA GPUs that Triton compiles for: Turing."""
 PIPELINE = 160 * 2**10
 """Bytes of HOPPER for iterations in flight; the rest is for what Triton exchanges between threads."""
 
@@ -40,6 +44,25 @@ def power_of_2(n: int, least: int = 16) -> int:
 def cdiv(n: int, each: int) -> int:
     """How many programs it takes, if one does `each` of n. Triton's own function takes 1.6 us, a tenth of a launch."""
     return -(-n // each)
+
+
+@cache
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """Why kernels do not run on a device with weights of this dtype, or ''; nothing is asked without a card."""
+    if triton is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        return ""
+    if torch.version.cuda is None:
+        return "the GPU is not NVIDIA's"
+    capability = torch.cuda.get_device_capability(device)
+    words = f"the GPU is of compute capability {capability[0]}.{capability[1]}"
+    if capability < LEAST_CAPABILITY:
+        return f"{words}, kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return f"{words}, bfloat16 needs 8.0"
+    room = _of_card(device.index or 0)
+    return "" if room >= LEAST else f"the GPU has {room:,} bytes of shared memory, kernels need {LEAST:,}"
 
 
 def shared_memory(x: Tensor) -> int:

@@ -28,8 +28,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     bf16 = cuda and torch.cuda.get_device_capability(device)[0] >= 8  # before Ampere it is emulated, and slow
     if precision == "auto":
         return "bf16-true" if bf16 else "16-mixed" if cuda else "32-true"
-    if precision == "16-mixed" and not cuda:
-        raise UsageError("precision 16-mixed needs a GPU; on a CPU take 32-true or bf16-true.")
+    if scales_loss(precision) and not cuda:
+        raise UsageError(f"precision {precision} needs a GPU; on a CPU take 32-true or bf16-true.")
     return precision
 
 
@@ -39,13 +39,28 @@ def has_fp8() -> bool:
 
 
 def fabric_precision(precision: Precision) -> Precision:
-    """What Fabric is told: pure bf16 is a matter of the weights' dtype, and adapters stay in float32."""
-    return "32-true" if precision == "bf16-true" else precision
+    """What Fabric is told: -true is a matter of the weights' dtype, and adapters stay in float32.
+
+    With float16 Fabric scales the loss, and skips a step whose gradients overflow.
+    """
+    if precision == "bf16-true":
+        return "32-true"
+    return "16-mixed" if scales_loss(precision) else precision
+
+
+def scales_loss(precision: Precision) -> bool:
+    """Whether gradients are so small for the dtype that the loss has to be scaled."""
+    return precision in ("16-true", "16-mixed")
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:
     """Dtype of the frozen weights: 16 bit only for the -true precisions, float32 where arithmetic alone is 16 bit."""
-    return torch.bfloat16 if precision == "bf16-true" else torch.float32
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+
+
+def fast_dtype(precision: Precision) -> torch.dtype | None:
+    """Dtype that the fast path, which mixes none, gives to frozen weights; None where it leaves them as they are."""
+    return torch.float16 if precision == "16-mixed" else None
 
 
 def peak_gib(device: torch.device) -> float:

@@ -223,7 +223,7 @@ def random_settings(rng: random.Random) -> FinetuneConfig:
         out_dir=rng.choice([None, Path("out"), Path("true")]),
         quantize=rng.choice(SCHEMES[1:]),
         quantize_head=rng.random() < 0.5,
-        precision=rng.choice(["bf16-true", "bf16-mixed", "16-mixed", "32-true"]),
+        precision=rng.choice(["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]),
         devices=rng.choice(["auto", 2, 8]),
         num_nodes=rng.randint(2, 9),
         strategy="ddp",

@@ -192,6 +192,17 @@ class Fused:
         segments: Tensor | None = None,
     ) -> Tensor:
         """As GPT.loss. Of a batch on the host, nothing has to be asked of the device, which is not waited for."""
+        with torch.autocast(self.device.type, enabled=False):  # every operation has its dtype
+            return self._loss(tokens, labels, weights, positions, segments)
+
+    def _loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        positions: Tensor | None,
+        segments: Tensor | None,
+    ) -> Tensor:
         learns = torch.is_grad_enabled() and bool(self.parameters)
         # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
         drops = self.model.training and any(group.p for group in self.groups)

@@ -10,7 +10,7 @@ import torch
 from lit_qlora import __version__
 from lit_qlora.checkpoint.checkpoint import check_weights, open_weights
 from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, longest_step, show, steps
-from lit_qlora.device import gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
+from lit_qlora.device import fast_dtype, gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.model.config import ModelConfig
@@ -127,6 +127,7 @@ def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) ->
         config.train,
         _room(config.devices),
         measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
+        fast_dtype(config.precision),
     )
 
 
@@ -174,6 +175,7 @@ def _path(plan: Plan) -> str:
     counts = Counter(plan.recompute)
     again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
     taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
+    taken += ", attention in plain torch" if plan.plain_attention else ""
     taken += ", frozen weights in FP8" if plan.fp8 else ""
     taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graphs else ""
     taken += ", dequantised weights stay for the next pass" if plan.stay else ""

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_qlora.data import RunData, count_steps, longest_step, steps
-from lit_qlora.device import precede_other_streams
+from lit_qlora.device import precede_other_streams, scales_loss
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.validation import Validator
@@ -63,6 +63,9 @@ def take_path(model: GPT, plan: Plan) -> None:
         return
     from lit_qlora.fused import fuse, why_not
 
+    for parameter in model.parameters():
+        if plan.dtype and not parameter.requires_grad:
+            parameter.data = parameter.data.to(plan.dtype)
     if reason := why_not(model):  # only the loaded model shows it
         check_fp8(plan.fp8, reason)
         tell(f"  path    plain after all ({reason})")
@@ -85,7 +88,7 @@ def set_deterministic() -> None:
 
 def make_learner(fabric: Fabric, model: GPT, config: FinetuneConfig) -> Learner:
     """Give the model its optimizer, for training on the path it takes."""
-    scaled = config.precision == "16-mixed"
+    scaled = scales_loss(config.precision)
     flatten = tuple if model.fast is None else model.fast.flatten
     optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled, flatten=flatten)
     return Learner(fabric, model, optimizer)
@@ -114,7 +117,7 @@ def learn(
         start = checkpoint.step
         if checkpoint.path.parent.samefile(config.out_dir):
             last = (start, config.out_dir / checkpoint.path.name)
-    guard = Guard(config.guard, scaled=config.precision == "16-mixed")
+    guard = Guard(config.guard, scaled=scales_loss(config.precision))
     for record in log.records:
         if "loss" in record:
             guard.recall(record["loss"], record.get("skipped", False))

@@ -52,6 +52,10 @@ class Plan:
     """Whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay."""
     host: float = 0.0
     """Bytes of activations in the host's memory."""
+    dtype: torch.dtype | None = None
+    """Dtype that the fast path gives to frozen weights in another one; None where it leaves them as they are."""
+    plain_attention: bool = False
+    """Whether the fast path computes attention in plain torch, because the GPU has no flash attention."""
     fp8: bool = False
     """Whether the products of the blocks' frozen weights are in FP8."""
     caveat: str = ""
@@ -95,11 +99,13 @@ def make_plan(
     train: TrainConfig,
     room: Room,
     state_bytes: float = 8.0,
+    fast_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Work out what a run needs.
 
     Args:
         state_bytes: bytes of optimizer state for each parameter; AdamW has two moments in float32.
+        fast_dtype: dtype of weights on the fast path; by default that of `storage`.
 
     Raises:
         UsageError: if the LoRA settings do not fit the model, or a setting needs the fast path and the run cannot
@@ -111,8 +117,13 @@ def make_plan(
     add_lora(gpt, lora)
     add_noise(gpt, train.neftune)
     trainable = count_trainable(gpt)
-    reason = _slow_because(gpt, storage.dtype, train, room)
+    dtype = fast_dtype or storage.dtype
+    reason = _slow_because(gpt, dtype, train, room)
     check_fp8(train.fp8, reason)
+    check(
+        not train.fp8 or dtype == torch.bfloat16,
+        "train.fp8 gives products in bfloat16 alone.\nTake --precision bf16-true, or leave out --train.fp8.",
+    )
     check(
         not (train.fp8 and model.n_expert),
         "train.fp8: the products of experts, which are most of this model's, are not in FP8. Leave out --train.fp8.",
@@ -130,7 +141,16 @@ def make_plan(
         slow_because=reason,
         fp8=train.fp8,
     )
-    return plan if reason or room.gpu is None else _fast_plan(plan, gpt, lora, storage, batches, train, room)
+    if reason or room.gpu is None:
+        return plan
+    plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=_lacks_flash(model.head_size))
+    return _fast_plan(plan, gpt, lora, storage, batches, train, room)
+
+
+def _lacks_flash(head_size: int) -> bool:
+    from lit_qlora.fused.attention import has_flash
+
+    return torch.cuda.is_available() and not has_flash(head_size, torch.device("cuda"))
 
 
 def _fast_plan(
@@ -274,11 +294,13 @@ def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: Room) 
         return "train.fast is false"
     if room.gpu is None:
         return "the fast one needs a CUDA device"
-    if dtype != torch.bfloat16:
-        return "the fast one needs bf16-true"
-    from lit_qlora.fused.support import why_not  # imports Triton
+    from lit_qlora.fused.support import HALF, why_not  # imports Triton
+    from lit_qlora.kernels.launch import why_no_kernels
 
-    return why_not(gpt)
+    if dtype not in HALF:
+        return "the fast one needs bf16-true, 16-true or 16-mixed"
+    card = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return why_no_kernels(card, dtype) or why_not(gpt)
 
 
 def check_fp8(wanted: bool, slow_because: str) -> None:

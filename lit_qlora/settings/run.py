@@ -16,7 +16,7 @@ from lit_qlora.settings.train import TrainConfig
 
 Scheme = Literal["none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true"]
+Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
 DEMO_CHECKPOINT = Path("checkpoints/lit-qlora/tiny-world")
 
 
@@ -39,7 +39,7 @@ class FinetuneConfig(Settings):
     cache exceeds that tenth."""
     precision: Precision = "auto"
     """Dtype of weights and activations; adapters and optimizer are always float32. 'auto' is bf16-true on a GPU with
-    bfloat16, 16-mixed on other GPUs, 32-true on a CPU."""
+    bfloat16, 16-mixed on other GPUs, 32-true on a CPU. On the fast path 16-mixed is 16-true."""
     devices: Count | Literal["auto"] = 1
     """Number of devices on each node. Under torchrun, the number of its processes there."""
     num_nodes: Count = 1

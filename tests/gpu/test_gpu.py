@@ -74,7 +74,7 @@ def test_loading_never_holds_more_than_the_quantised_model_and_a_layer(tmp_path:
     del model
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"])
 @pytest.mark.parametrize("scheme", ["none", "bnb.nf4-dq", "bnb.int8"])
 def test_the_recipe_learns_in_every_precision(
     scheme: Scheme, precision: Precision, tiny_checkpoint: Path, examples_file: Path, tmp_path: Path

@@ -166,6 +166,7 @@ def test_of_several_processes_one_does_the_dry_run(
         (["--train.warmup=50"], 2, "train.warmup is 50 steps, but the run has only 2."),
         (["--checkpoint_dir=absent"], 4, "absent does not exist."),
         (["--precision=16-mixed"], 2, "precision 16-mixed needs a GPU"),
+        (["--precision=16-true"], 2, "precision 16-true needs a GPU"),
         (["--train.fp8=true"], 2, "train.fp8 is for the fast path alone, which this run cannot take: "),
         (["--train.fp8=true", "--train.fast=false"], 2, "train.fp8 is for the fast path alone, which this run cannot"),
     ],

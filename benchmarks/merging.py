@@ -21,7 +21,8 @@ def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision
     """Write an adapter of rank 16 on all linear layers, as a run on `base` quantised by `scheme` would."""
     import torch
 
-    from lit_qlora.checkpoint.checkpoint import content_hash, open_weights
+    from lit_qlora.checkpoint.checkpoint import open_weights
+    from lit_qlora.checkpoint.identity import base_facts
     from lit_qlora.lora.adapter import save_state
     from lit_qlora.lora.layer import add_lora, lora_state
     from lit_qlora.model.config import ModelConfig
@@ -45,7 +46,7 @@ def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision
             size = update * float(weights.read(f"{layer}.weight").float().norm()) / float(falling.norm())
             state[name] = torch.linalg.qr(torch.randn(spec.size(0), 16, generator=generator)).Q * falling * size
     facts = {
-        "base": {"name": model_config.name, "path": str(base), "sha256": content_hash(base)},
+        "base": base_facts(base),
         "quantize": scheme,
         "quantize_head": False,
         "precision": precision,

@@ -57,7 +57,7 @@ def finetune(config: FinetuneConfig) -> None:
     )
     total = learning.total_steps(config.train, data)
     plan = plan_run(config, data)
-    checkpoint = resume.find(config, total, data.files, saver.versions())
+    checkpoint = resume.find(config, total, data.files, data.style.digest, saver.versions())
     start = checkpoint.step if checkpoint else 0
     probes = read_probes(config, data)
     if config.eval.tasks:

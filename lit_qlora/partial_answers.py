@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.files.atomic import write_text
+from lit_qlora.files.hashing import hash_files
 from lit_qlora.settings import check
 
 
@@ -26,7 +27,7 @@ class Part:
 
         Args:
             of: what the answers depend on, such as settings and questions.
-            folders: those of the model, whose files' sizes and times count too.
+            folders: those of the model, whose files count too.
 
         Raises:
             ResourceError: if nothing can be written there, or another command is making OUT.
@@ -34,8 +35,7 @@ class Part:
         """
         self.out, self.path = out, out.with_name(f"{out.name}.part")
         self.answered: dict[int, Any] = {}
-        files = [file for folder in folders if folder for file in sorted(folder.glob("[!.]*")) if file.is_file()]
-        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if not self._is_own(file)]
+        facts = [self._hashes(folder) for folder in folders if folder]
         self.of = hashlib.sha256(f"{of} {facts}".encode()).hexdigest()
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +56,10 @@ class Part:
         if not self.answered:
             self.path.unlink(missing_ok=True)
         self.file.close()
+
+    def _hashes(self, folder: Path) -> dict[str, str]:
+        files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file() and not self._is_own(file)]
+        return hash_files(files) if files else {}
 
     def _is_own(self, file: Path) -> bool:
         return file.name.startswith(self.out.name)

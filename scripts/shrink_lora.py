@@ -49,6 +49,7 @@ class ShrinkConfig:
 
 def main(config: ShrinkConfig) -> None:
     """Decompose, print what each rank loses, and write the chosen one."""
+    from lit_qlora.checkpoint.identity import base_facts
     from lit_qlora.lora.adapter import check_base, our_tensors, read_adapter, save_state
     from lit_qlora.lora.shrink import candidates, cut, loss_at, smallest_rank, spectra
     from lit_qlora.model.config import ModelConfig
@@ -95,18 +96,9 @@ def main(config: ShrinkConfig) -> None:
         model,
         smaller,
         read_style(config.lora_path),
-        {**base_facts(checkpoint_dir), **facts, **origin},
+        {"base": base_facts(checkpoint_dir), **facts, **origin},
     )
     print(f"rank {rank}: {out_dir}")
-
-
-def base_facts(checkpoint_dir: Path) -> dict[str, dict[str, str]]:
-    """What a manifest says of the base."""
-    from lit_qlora.checkpoint.checkpoint import content_hash
-    from lit_qlora.model.config import ModelConfig
-
-    name, digest = ModelConfig.load(checkpoint_dir).name, content_hash(checkpoint_dir)
-    return {"base": {"name": name, "path": str(checkpoint_dir), "sha256": digest}}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.atomic import publish, temporary_directory, writing
 from lit_qlora.files.hashing import hash_file
+from lit_qlora.files.reading import read_json
 
 MANIFEST = "manifest.json"
 
@@ -43,15 +44,14 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     path = directory / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        files = manifest["files"].items()
-    except (ValueError, KeyError, AttributeError):
-        raise CheckpointError(f"{path} is damaged.") from None
-    for name, known in files:
+    manifest: dict[str, Any] = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+        raise CheckpointError(f"{path} is damaged: it does not list its files.")
+    for name, known in files.items():
         file = directory / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{directory} is incomplete: {name} is absent.")
-        if file.stat().st_size != known["bytes"] or hash_file(file) != known["sha256"]:
+        if file.stat().st_size != known.get("bytes") or hash_file(file) != known.get("sha256"):
             raise CheckpointError(f"{file} is damaged: it is not the file that was saved (sha256 differs).")
     return manifest

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lit_qlora.checkpoint import safetensors_io, shards
 from lit_qlora.checkpoint.checkpoint import content_hash, open_weights
+from lit_qlora.checkpoint.identity import PARTS, differing_parts
 from lit_qlora.errors import CheckpointError, UsageError
-from lit_qlora.files.manifest import read_manifest, save_directory
+from lit_qlora.files.manifest import MANIFEST, read_manifest, save_directory
+from lit_qlora.files.reading import read_json
 from lit_qlora.lora.initialization import initialize, restore_bases
 from lit_qlora.lora.layer import add_lora, lora_state, saved_state
 from lit_qlora.lora.peft_config import PeftConfig
@@ -26,7 +28,7 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
 from lit_qlora.prompts.style import Style, style_json
 from lit_qlora.quantize import QuantizedLinear, Storage
-from lit_qlora.settings import LoRAConfig
+from lit_qlora.settings import SCHEMES, LoRAConfig
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_WEIGHTS_2023 = "adapter_model.bin"
@@ -113,11 +115,7 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder} is no adapter: it needs {PEFT_CONFIG} and {PEFT_WEIGHTS}. finetune/lora.py writes OUT/final."
         )
     manifest = read_manifest(folder)
-    try:
-        content = json.loads((folder / PEFT_CONFIG).read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{folder / PEFT_CONFIG}: not valid JSON: {error}.") from None
-    peft = PeftConfig.parse(content, str(folder))
+    peft = PeftConfig.parse(read_json(folder / PEFT_CONFIG), str(folder))
     weights = shards.open_weights(place)
     tensors = {name: weights.read(name) for name in weights.specs}
     if not tensors:
@@ -126,9 +124,32 @@ def read_adapter(folder: Path) -> Adapter:
     if broken:
         raise CheckpointError(f"{folder}: NaN or infinite values in\n  {safetensors_io.name_some(broken)}")
     if manifest:
-        return Adapter(path=folder, config=LoRAConfig(**manifest["lora"]), peft_tensors=tensors, manifest=manifest)
+        config = _recorded_settings(manifest, folder / MANIFEST)
+        largest = max((len(tensor) for name, tensor in tensors.items() if ".lora_A." in name), default=0)
+        if max(config.rank_pattern.values(), default=config.r) > largest:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: no layer of {place} has such a rank.")
+        return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest)
     tensors, config, copies = to_ours(tensors, peft, str(folder))
     return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=None, copies=copies)
+
+
+def _recorded_settings(manifest: Mapping[str, Any], path: Path) -> LoRAConfig:
+    """The settings in a manifest of ours.
+
+    Raises:
+        CheckpointError: if a fact is missing or has another type.
+    """
+    kinds = {"quantize": str, "quantize_head": bool, "precision": str, "init": str, "loftq_steps": int}
+    base = manifest.get("base")
+    known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "sha256"))
+    if not known or not all(isinstance(manifest.get(key, kind()), kind) for key, kind in kinds.items()):
+        raise CheckpointError(f"{path} is damaged: a fact about the training has another type.")
+    if manifest.get("quantize", "none") not in SCHEMES:
+        raise CheckpointError(f"{path}: quantize {manifest['quantize']!r} is not known. Known: {', '.join(SCHEMES)}.")
+    try:
+        return LoRAConfig(**manifest["lora"])
+    except (KeyError, TypeError, UsageError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def load_adapter(model: GPT, folder: Path | str) -> None:
@@ -216,9 +237,10 @@ def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
 
 
 def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:
-    """Raise CheckpointError unless `adapter` was trained on the weights in `checkpoint_dir`.
+    """Raise CheckpointError unless `adapter` was trained on the base in `checkpoint_dir`: weights, config, tokenizer.
 
-    An adapter that PEFT wrote does not say, so only its shapes can speak, and its copies of the base if it has any.
+    PEFT does not say what an adapter of its own was trained on, so there only shapes are compared, when it is loaded,
+    and its copies of the base, if it has any.
     """
     if not adapter.manifest:
         if adapter.copies:
@@ -226,9 +248,10 @@ def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:
             check_copies(adapter.copies, open_weights(checkpoint_dir), model, str(adapter.path))
         return
     base = adapter.manifest["base"]
-    if content_hash(checkpoint_dir) != base["sha256"]:
+    if differing := differing_parts(base, checkpoint_dir):
+        found = " and ".join(PARTS[part] for part in differing)
         raise CheckpointError(
             f"The adapter in {adapter.path} was trained on {base['name']} (sha256 {base['sha256'][:12]}...), "
-            f"but {checkpoint_dir} holds other weights (sha256 {content_hash(checkpoint_dir)[:12]}...).\n"
+            f"but {checkpoint_dir} holds {found} (sha256 {content_hash(checkpoint_dir)[:12]}...).\n"
             "Give --checkpoint_dir the base that it was trained on."
         )

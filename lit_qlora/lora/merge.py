@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import checkpoint
+from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
@@ -233,11 +234,7 @@ class Merge:
             weights = ((name, self.read(name)) for name in self.specs)
             digest = checkpoint.save_weights(folder, self.config, self.specs, weights)
             report = {
-                "base": {
-                    "path": str(self.checkpoint_dir),
-                    "name": self.config.name,
-                    "sha256": checkpoint.content_hash(self.checkpoint_dir),
-                },
+                "base": base_facts(self.checkpoint_dir),
                 "adapters": [
                     {
                         "path": str(adapter.path),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import cli
-from lit_qlora.checkpoint.checkpoint import content_hash
+from lit_qlora.checkpoint.identity import PARTS, differing_parts
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.manifest import read_manifest
@@ -48,13 +48,14 @@ class Checkpoint:
 
 
 def find(
-    config: FinetuneConfig, total: int, files: Mapping[str, str], versions: Mapping[str, str]
+    config: FinetuneConfig, total: int, files: Mapping[str, str], style: str, versions: Mapping[str, str]
 ) -> Checkpoint | None:
     """The checkpoint that `config` goes on from, or None for a run that begins. Nothing is written.
 
     Args:
         total: optimizer steps of the run.
         files: source of the data -> sha256.
+        style: digest of the prompt style.
 
     Raises:
         CheckpointError: if no checkpoint is whole, or the base is another one.
@@ -76,7 +77,7 @@ def find(
         if not automatic:
             raise CheckpointError(f"resume {config.resume} is neither a checkpoint nor a run that has any.")
         return None
-    check_same_run(config, files, checkpoint)
+    check_same_run(config, files, style, checkpoint)
     then = checkpoint.counters["versions"]
     for name in (name for name in versions if then.get(name) != versions[name]):
         tell(f"  note    the run began with {name} {then.get(name)} and goes on with {versions[name]}", sys.stderr)
@@ -144,14 +145,13 @@ def numbered(out_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.name[5:]), path) for path in out_dir.glob("step-*") if path.name[5:].isdigit())
 
 
-def check_same_run(config: FinetuneConfig, files: Mapping[str, str], checkpoint: Checkpoint) -> None:
+def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str, checkpoint: Checkpoint) -> None:
     """Raise a UserError that says what differs, unless going on from `checkpoint` is going on with the same run."""
     then = checkpoint.counters
-    now, base = content_hash(config.checkpoint_dir), then["base"]
-    if now != base["sha256"]:
+    if differing := differing_parts(then["base"], config.checkpoint_dir):
         raise CheckpointError(
-            f"{config.checkpoint_dir} is not the base that the run in {checkpoint.path.parent} began with "
-            f"(sha256 {now[:12]}..., then {base['sha256'][:12]}...).\n--resume never starts anew."
+            f"{config.checkpoint_dir} is not the base that the run in {checkpoint.path.parent} began with: "
+            f"it holds {' and '.join(PARTS[part] for part in differing)}.\n--resume never starts anew."
         )
     allowed = (*HARMLESS, *LENGTH) if config.extend else HARMLESS
     before, after = flat(then["config"]), flat(plain(config))
@@ -164,6 +164,11 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], checkpoint:
         raise UsageError(
             f"The run in {checkpoint.path.parent} is {'over' if over else 'not finished'}, and began with other "
             "settings:\n  " + "\n  ".join(rows) + f"\n--resume never starts anew and moves it aside.{hint}"
+        )
+    if style != then.get("style", style):
+        raise UsageError(
+            f"The run in {checkpoint.path.parent} began with another prompt style than today's (--data.prompt "
+            f"{config.data.prompt}).\nPut it back, or --resume never starts anew."
         )
     if list(files.values()) != list(then["data"].values()) and not config.resume_changed_data:
         raise DataError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lit_qlora import __version__
-from lit_qlora.checkpoint.checkpoint import content_hash
+from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.data import RunData
 from lit_qlora.files.atomic import flush, publish, temporary_directory
 from lit_qlora.lora.adapter import save_adapter
@@ -38,11 +38,9 @@ class Contents:
     @classmethod
     def of(cls, config: FinetuneConfig, data: RunData, learner: Learner, total: int) -> Self:
         """Collect them for a run of `total` steps; only the first process hashes the base."""
-        base = {"name": learner.module.config.name, "path": str(config.checkpoint_dir)}
-        if learner.fabric.is_global_zero:
-            base["sha256"] = content_hash(config.checkpoint_dir)
         facts = {
-            "base": base,
+            "base": base_facts(config.checkpoint_dir) if learner.fabric.is_global_zero else {},
+            "style": data.style.digest,
             "data": data.files,
             "quantize": config.quantize,
             "quantize_head": config.quantize_head,

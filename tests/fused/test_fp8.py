@@ -272,6 +272,6 @@ def test_a_run_does_not_go_on_in_another_precision(tiny_checkpoint: Path, tmp_pa
     config = FinetuneConfig(checkpoint_dir=tiny_checkpoint)
     counters = {"base": {"sha256": content_hash(tiny_checkpoint)}, "config": plain(config), "data": {}}
     checkpoint = Checkpoint(tmp_path / "step-1", counters)
-    check_same_run(config, {}, checkpoint)
+    check_same_run(config, {}, "", checkpoint)
     with pytest.raises(UsageError, match=r"train\.fp8  False -> True"):
-        check_same_run(replace(config, train=TrainConfig(fp8=True)), {}, checkpoint)
+        check_same_run(replace(config, train=TrainConfig(fp8=True)), {}, "", checkpoint)

@@ -373,6 +373,39 @@ def test_f18_another_base_is_refused(start: Start, tmp_path: Path) -> None:
     assert "is not the base that the run in" in (tmp_path / "out.txt").read_text()
 
 
+def rope_theta(base: Path) -> None:
+    config = json.loads((base / "model_config.json").read_text())
+    (base / "model_config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+
+
+def no_bos(base: Path) -> None:
+    (base / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+
+
+def style(base: Path) -> None:
+    (base / "prompt_style.json").write_text('{"style": "plain"}')
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        (rope_theta, 4, "it holds another model_config.json"),
+        (no_bos, 4, "it holds another tokenizer"),
+        (style, 2, "began with another prompt style"),
+    ],
+)
+def test_f18_a_base_that_changed_in_place_is_refused(
+    start: Start, tmp_path: Path, tiny_checkpoint: Path, change: Callable[[Path], None], status: int, words: str
+) -> None:
+    base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    (base / "prompt_style.json").write_text('{"style": "qa"}')
+    flags = (f"--checkpoint_dir={base}", "--data.prompt=auto")
+    stopped(start, tmp_path / "out", *flags)
+    change(base)
+    assert start(tmp_path / "out", *flags).wait() == status
+    assert words in (tmp_path / "out.txt").read_text()
+
+
 @pytest.mark.parametrize("change", ["a line more", "a line less", "another order"])
 def test_f19_other_data_is_refused(start: Start, tmp_path: Path, examples_file: Path, change: str) -> None:
     stopped(start, tmp_path / "out")

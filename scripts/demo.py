@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_qlora import cli
+from lit_qlora.files.atomic import write_text
+from lit_qlora.files.reading import read_text
 from lit_qlora.inference import LoadedModel, load_for_inference
 from lit_qlora.settings import DEMO_CHECKPOINT
 
@@ -69,8 +71,8 @@ def main(config: DemoConfig) -> None:
     with chapter(6, f"evaluate all three with lm-eval on {TASK}; no question of it was in the training data"):
         table = evaluate(out)
         print(table)
-    with (out / "report.md").open("a", encoding="utf-8") as report:
-        report.write(f"\n## Before and after\n\n{table}\n\n{agreement}\n")
+    report = read_text(out / "report.md")
+    write_text(out / "report.md", f"{report}\n## Before and after\n\n{table}\n\n{agreement}\n")
     print(
         f"\ndone in {time.monotonic() - start:.0f} s. A toy model learnt a toy task: this shows that the parts work, "
         "not how good they are.\n"

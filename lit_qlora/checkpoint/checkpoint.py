@@ -4,6 +4,7 @@ Weights of more than shards.SHARD_BYTES lie in several files with an index. mode
 directory a checkpoint: it is written when everything else is complete.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lit_qlora.checkpoint import safetensors_io, shards
 from lit_qlora.checkpoint.streaming import stream
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files import hashing
-from lit_qlora.files.atomic import flush, temporary_directory, writing
+from lit_qlora.files.atomic import replace_files, temporary_directory, writing
 from lit_qlora.model.config import FILE_NAME as CONFIG
 from lit_qlora.model.config import ModelConfig, missing_checkpoint
 from lit_qlora.model.gpt import GPT
@@ -177,15 +178,17 @@ def save_weights(
     specs: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     limit: int = shards.SHARD_BYTES,
+    also: Iterable[Path] = (),
 ) -> str:
     """Make `directory` the checkpoint of these weights, whole or not at all, whatever stops the program.
 
-    The weights are written to a temporary directory inside it, where they stay until they are complete; what was there
-    before loses its configuration first and the new one gets its own last, so old and new files are never mixed.
+    The weights are written to a temporary directory inside it, where they stay until they are complete. Then the
+    configuration of an earlier checkpoint goes first and the new one comes last, so old and new files are never mixed.
 
     Args:
         tensors: those of `specs`, in their order.
         limit: most bytes of weights in a file.
+        also: other files that the checkpoint gets a copy of.
 
     Returns:
         content_hash of the weights.
@@ -195,19 +198,11 @@ def save_weights(
     """
     with writing(directory), temporary_directory(directory / "weights") as staged:
         hashes = shards.write(staged, WEIGHTS, specs, tensors, limit)
+        for path in also:
+            shutil.copyfile(path, staged / path.name)
         config.save(staged)
-        for path in staged.iterdir():
-            flush(path)
-        (directory / CONFIG).unlink(missing_ok=True)
-        flush(directory)
-        for path in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
-            path.unlink()
-        for path in set(staged.iterdir()) - {staged / CONFIG}:
-            path.rename(directory / path.name)
+        replace_files(staged, directory, CONFIG, [f"{Path(WEIGHTS).stem}*.safetensors*"])
         hashing.remember(directory, hashes)
-        flush(directory)
-        (staged / CONFIG).rename(directory / CONFIG)
-        flush(directory)
     return hashing.combine(hashes)
 
 

@@ -1,7 +1,6 @@
 """A Hugging Face model folder into a checkpoint of ours, a tensor at a time."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from lit_qlora.checkpoint import checkpoint, shards
 from lit_qlora.convert.families import check_rules, find_family, read_config, read_whole, to_ours
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
-from lit_qlora.files import atomic
 from lit_qlora.model.config import ModelConfig, missing_checkpoint
 from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.prompts import tokenizer
@@ -59,13 +57,9 @@ def convert_hf_checkpoint(
             for ours, part in to_ours(their_name, read_whole(their_name, weights.read, config), config).items():
                 yield ours, _cast(ours, part, dtype)
 
-    with atomic.writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if out_dir.resolve() != source.resolve():
-            for file_name in (*tokenizer.FILES, "config.json", SOURCE):
-                if (source / file_name).is_file():
-                    shutil.copy(source / file_name, out_dir / file_name)
-    checkpoint.save_weights(out_dir, config, specs, tensors(), limit)
+    in_place = out_dir.resolve() == source.resolve()
+    beside = [source / name for name in (*tokenizer.FILES, "config.json", SOURCE) if (source / name).is_file()]
+    checkpoint.save_weights(out_dir, config, specs, tensors(), limit, also=[] if in_place else beside)
     return config
 
 

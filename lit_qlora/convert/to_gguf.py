@@ -16,7 +16,6 @@ from lit_qlora.checkpoint import checkpoint
 from lit_qlora.convert.gguf_vocabulary import read_vocabulary
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
-from lit_qlora.files.atomic import flush
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope import scaled_frequency
 
@@ -82,8 +81,8 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
     check_supported(config)
     vocabulary = read_vocabulary(checkpoint_dir, config.vocab_size)
 
-    with atomic.writing(out_file), atomic.temporary_directory(out_file) as staged:
-        writer = GGUFWriter(staged / out_file.name, ARCHITECTURES[config.family])
+    with atomic.writing(out_file), atomic.replacing(out_file) as staged:
+        writer = GGUFWriter(staged, ARCHITECTURES[config.family])
         try:
             _write_settings(writer, config, kind)
             vocabulary.write(writer)
@@ -101,9 +100,6 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
                 _write(writer, "rope_freqs.weight", factors, _storage(factors, kind))
         finally:
             writer.close()
-        flush(staged / out_file.name)
-        (staged / out_file.name).rename(out_file)
-        flush(out_file.parent)
     return config
 
 

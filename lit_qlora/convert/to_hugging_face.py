@@ -69,8 +69,6 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         _write_generation_config(folder)
         (folder / "README.md").write_text(model_card(checkpoint_dir, config))
         _read_back(folder, config, weights.specs)
-        if out_dir.exists():
-            out_dir.rmdir()
         atomic.publish(folder, out_dir)
     return config
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from lit_qlora.data.encode import Counts, EncodedSample
 from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import sha256
+from lit_qlora.files.atomic import publish
 from lit_qlora.files.cache_folder import prune, use
 
 WORTH_KEEPING = 2**20  # tokens; fewer are encoded again in less than a second
@@ -199,13 +200,8 @@ class Store:
         self._write()
         arrays = {name: (self.sizes[name], sha256(self.unfinished / f"{name}.bin")) for name in ARRAYS}
         (self.unfinished / FACTS).write_text(json.dumps({"facts": asdict(facts), "arrays": arrays}))
-        for file in self.unfinished.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
         folder = self.directory / self.key
-        if load(self.directory, self.key) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # if there is one, it is damaged
-        self.unfinished.rename(folder)
+        publish(self.unfinished, folder)
         prune(self.directory, folder, FACTS)
 
     def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:

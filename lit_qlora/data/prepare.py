@@ -10,13 +10,15 @@ import torch
 
 from lit_qlora.data.examples import Example, Reading, read_examples
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
-from lit_qlora.data.prepared import record
+from lit_qlora.data.prepared import RECORD, record
 from lit_qlora.data.sources import HUB, find_file, find_sources
 from lit_qlora.errors import DataError, ResourceError, UsageError
-from lit_qlora.files.atomic import write_text
+from lit_qlora.files.atomic import replace_files, temporary_directory, write_text
 from lit_qlora.prompts.conversation import Message
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, PrepareConfig
+
+REPORT = "report.md"
 
 
 def read(path: str | Path, out_dir: Path, config: PrepareConfig) -> Reading:
@@ -57,16 +59,17 @@ def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
         f"split     share {config.test_split_fraction:g}, seed {config.seed}",
     ]
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for name, places in parts.items():
-            _write(out_dir / f"{name}.jsonl", [examples[i] for i in places], raw=reading.format == "text")
-        if config.checkpoint_dir:
-            record(out_dir, config.checkpoint_dir)
-            lines += _lengths(out_dir, config.checkpoint_dir, config)
-        flag = f" --checkpoint_dir {config.checkpoint_dir}" if config.checkpoint_dir else ""
-        lines += ["", f"next      python finetune/lora.py{flag} --data.path {out_dir}"]
-        report = "\n".join(lines)
-        (out_dir / "report.md").write_text(f"# Data\n\n```\n{report}\n```\n", encoding="utf-8")
+        with temporary_directory(out_dir / "data") as staged:
+            for name, places in parts.items():
+                _write(staged / f"{name}.jsonl", [examples[i] for i in places], raw=reading.format == "text")
+            if config.checkpoint_dir:
+                record(staged, config.checkpoint_dir)
+                lines += _lengths(staged, config.checkpoint_dir, config)
+            flag = f" --checkpoint_dir {config.checkpoint_dir}" if config.checkpoint_dir else ""
+            lines += ["", f"next      python finetune/lora.py{flag} --data.path {out_dir}"]
+            report = "\n".join(lines)
+            write_text(staged / REPORT, f"# Data\n\n```\n{report}\n```\n")
+            replace_files(staged, out_dir, "train.jsonl", ["val.jsonl", REPORT, RECORD])
     except OSError as error:
         raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror}.") from None
     return report
@@ -81,9 +84,8 @@ def _lengths(folder: Path, checkpoint_dir: Path, config: PrepareConfig) -> list[
 
 
 def _write(path: Path, examples: Sequence[Example], raw: bool) -> None:
-    if not examples:  # an empty file would be refused by whoever reads it
-        path.unlink(missing_ok=True)
-        return
+    if not examples:
+        return  # an empty file would be refused by whoever reads it
     records = ({"text": example.output} if raw else _record(example) for example in examples)
     write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 

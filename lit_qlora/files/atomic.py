@@ -1,12 +1,23 @@
-"""Files and directories that are atomic: whole or absent, whatever stops the program."""
+"""Files and directories that are atomic: whole or absent, whatever stops the program.
 
+Each is made under a temporary name beside its own, flushed to the disk, and then renamed. A temporary name is locked
+while it is in use, so that other programs can tell it from what a killed one has left, also from another container.
+"""
+
+import ctypes
+import errno
+import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from lit_qlora.errors import ResourceError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
 
 def flush(path: Path) -> None:
@@ -18,74 +29,261 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says about a full disk or a missing permission into a ResourceError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot write {path}: {error.strerror or error}.\n"
+            "What was there before is untouched, or replaced as a whole."
+        ) from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for a file, which then replaces `path`, or what a link of this name points to.
+
+    Raises:
+        OSError: if the disk is full or may not be written; what was there before is untouched.
+    """
+    path = path.resolve()
+    _remove_left_over(path)
+    temporary = _temporary_name(path)
+    with open(temporary, "xb") as file:
+        _lock(file.fileno())
+        try:
+            yield temporary
+            flush(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+    flush(path.parent)
+
+
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a file, or what a link points to; whoever reads it sees all of it, or what was there before.
+    """Write a text file in UTF-8; whoever reads it sees all of it, or what was there before.
 
     Args:
         text: in one or in pieces.
 
     Raises:
-        OSError: if the disk is full or may not be written.
+        OSError: see replacing.
     """
-    path = path.resolve()
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-        flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush(path.parent)
-
-
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turn what the system says about a full disk or a missing permission into a ResourceError about `place`."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"Cannot write {place}: {error.strerror or error}.\nWhat was there before is untouched."
-        ) from None
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
 
 
 @contextmanager
 def temporary_directory(final: Path) -> Iterator[Path]:
     """A new directory beside `final`, on the same file system; removed with what is left in it.
 
-    What programs that were killed left beside `final` is removed too.
+    What programs that were killed left beside `final` is removed too, and what they had moved aside is put back.
+
+    Raises:
+        OSError: if it cannot be made.
     """
+    final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(f"{final.name}.tmp-*"):
-        if is_left_over(left):
-            shutil.rmtree(left, ignore_errors=True)
-    path = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    _put_back(final)
+    _remove_left_over(final)
+    path, handle = _locked_directory(final)
     try:
-        path.mkdir()
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def is_left_over(temporary: Path) -> bool:
-    """Whether the program that made `temporary`, whose name ends with its process id, has ended."""
-    process = temporary.name.rpartition("-")[2]
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return True
-    except OSError:
-        return False  # somebody else's
-    return int(process) == os.getpid()  # ours are gone when they end: an earlier program had the same number
+        os.close(handle)
 
 
 def publish(complete: Path, final: Path) -> None:
-    """Give the directory `complete` its final name, after everything in it is on the disk."""
+    """Give the directory `complete` its final name, after everything in it is on the disk.
+
+    A directory that had the name before is there until the new one is, and is afterwards called `complete`.
+
+    Raises:
+        OSError: if it cannot be done; what was there before is then there again.
+    """
+    final = final.resolve()
     for path in complete.iterdir():
         flush(path)
     flush(complete)
-    if final.exists():
-        shutil.rmtree(final)
-    complete.rename(final)
+    if not final.exists():
+        complete.rename(final)
+    elif not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
+    elif not _exchange(complete, final):
+        _exchange_in_steps(complete, final)
     flush(final.parent)
+
+
+def replace_files(staged: Path, directory: Path, last: str, owned: Iterable[str]) -> None:
+    """Move all files of `staged` to `directory`, which may hold others, in the place of its files called `owned`.
+
+    The file `last` says that the others are complete: the old one goes first and the new one comes last. A program that
+    is killed in between leaves the old files in a directory beside `last`; recover_files puts them back.
+
+    Args:
+        owned: patterns of names.
+
+    Raises:
+        OSError: if it cannot be done; what was there before is then there again.
+    """
+    recover_files(directory, last, owned)
+    new = sorted((path.name for path in staged.iterdir()), key=last.__eq__)
+    for name in new:
+        flush(staged / name)
+    old = _names(directory, (last, *owned)) | {name for name in new if (directory / name).is_file()}
+    going, handle = _locked_directory(directory / last, "going")
+    aside = going.with_name(going.name.replace(".going-", ".old-"))
+    try:
+        for name in sorted(old, key=last.__ne__):
+            (directory / name).rename(going / name)
+        going.rename(aside)
+        flush(directory)
+        for name in new:
+            (staged / name).rename(directory / name)
+    except BaseException:
+        if aside.exists():
+            for name in new:
+                if not (staged / name).exists():
+                    (directory / name).rename(staged / name)
+        _move_back(aside if aside.exists() else going, directory, last)
+        raise
+    finally:
+        os.close(handle)
+    flush(directory)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_files(directory: Path, last: str, owned: Iterable[str]) -> None:
+    """Put back what a program that was killed in replace_files had moved aside, unless the new files are complete."""
+    for going in filter(is_left_over, directory.glob(f"{last}.going-*")):
+        _move_back(going, directory, last)
+    for aside in filter(is_left_over, directory.glob(f"{last}.old-*")):
+        if not (directory / last).exists():
+            for name in _names(directory, owned):
+                (directory / name).unlink()
+            _move_back(aside, directory, last)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory, which is whole as long as it has its name."""
+    gone = path.rename(_temporary_name(path))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def is_left_over(temporary: Path) -> bool:
+    """True if the program that made `temporary` has ended: nobody holds its lock."""
+    if temporary.is_symlink():
+        return True  # made and renamed in one breath
+    handle = _claim(temporary)
+    if handle is not None:
+        os.close(handle)
+    return handle is not None
+
+
+def _temporary_name(path: Path, kind: str = "tmp") -> Path:
+    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def _locked_directory(beside: Path, kind: str = "tmp") -> tuple[Path, int]:
+    """A new directory, and the handle that locks it."""
+    while True:
+        path = _temporary_name(beside, kind)
+        path.mkdir()
+        handle = os.open(path, os.O_RDONLY)
+        _lock(handle)
+        if path.exists():
+            return path, handle
+        os.close(handle)  # another program saw it before it was locked, and removed it
+
+
+def _lock(handle: int) -> None:
+    with suppress(OSError):  # NFS may refuse; then nothing there is taken for left over
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _claim(temporary: Path) -> int | None:
+    """The handle that locks what is left over, or None if it is in use or nobody can tell."""
+    try:
+        handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove temporary files and directories of `path` that programs have left."""
+    for left in path.parent.glob(f"{_escaped(path.name)}.tmp-*"):
+        if (handle := _claim(left)) is not None:  # held until it is gone
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    left.unlink()
+            os.close(handle)
+
+
+def _put_back(final: Path) -> None:
+    """Give a directory its name again, where a program was killed after it had moved it aside in publish."""
+    for aside in filter(is_left_over, final.parent.glob(f"{_escaped(final.name)}.old-*")):
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(final)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the kernel or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+def _exchange_in_steps(complete: Path, final: Path) -> None:
+    """Swap two names where that takes several steps; _put_back goes on after a kill between them."""
+    aside = _temporary_name(final, "old")
+    handle = os.open(final, os.O_RDONLY)
+    _lock(handle)
+    try:
+        final.rename(aside)
+        try:
+            complete.rename(final)
+        except OSError:
+            aside.rename(final)
+            raise
+        with suppress(OSError):
+            aside.rename(complete)
+    finally:
+        os.close(handle)
+
+
+def _names(directory: Path, patterns: Iterable[str]) -> set[str]:
+    patterns = tuple(patterns)
+    return {
+        path.name
+        for path in directory.iterdir()
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
+    }
+
+
+def _move_back(aside: Path, directory: Path, last: str) -> None:
+    for name in sorted(os.listdir(aside), key=last.__eq__):
+        (aside / name).rename(directory / name)
+    aside.rmdir()
+
+
+def _escaped(name: str) -> str:
+    """`name` as a glob pattern that matches it alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -15,7 +15,7 @@ SHARE_OF_DISK = 0.1  # most that a cache may take of what would be free without 
 UNUSED = 30 * 86_400.0  # seconds after which an entry that nobody used goes
 FORGOTTEN = 86_400.0  # seconds after which an entry that is not whole is nobody's any more
 _ENTRY = re.compile(r"[0-9a-f]{32,64}")  # other names are none of ours
-_PART = re.compile(rf"{_ENTRY.pattern}\.(tmp-\d+|\d+\.(unfinished|gone))")  # somebody writes or removes it
+_PART = re.compile(rf"{_ENTRY.pattern}\.(tmp-[0-9a-f]+|\d+\.(unfinished|gone))")  # somebody writes or removes it
 
 
 def directory(setting: str, name: str) -> Path | None:

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError, UserError
-from lit_qlora.files.atomic import is_left_over
+from lit_qlora.files.atomic import is_left_over, write_text
 from lit_qlora.report import RunLog, tell
 from lit_qlora.run.plan import Plan
 from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, flat, plain, read_log, write_log
@@ -78,7 +78,7 @@ def _take_folder(
             for name in (LOG, SAMPLES):
                 if (earlier := checkpoint.path.parent / name).exists():
                     write_log(out_dir / name, read_log(earlier, checkpoint.step))
-        (out_dir / "config.yaml").write_text(cli.to_yaml(config))
+        write_text(out_dir / "config.yaml", cli.to_yaml(config))
     except OSError as error:
         raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
 

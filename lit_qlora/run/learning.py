@@ -17,6 +17,7 @@ from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.validation import Validator
 from lit_qlora.evaluate.validation_inputs import Probes
+from lit_qlora.files.atomic import write_text
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings
@@ -189,7 +190,7 @@ def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
             for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
         ]
         facts = {"error": str(error), "epoch": step.epoch, "samples": list(step.numbers), "rows": rows}
-        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         saved = checkpoints(config.out_dir)
         good = f"the newest checkpoint is {saved[0]}" if saved else "no checkpoint was due before it"
         raise NumericalError(f"{error}\nIts samples are in {path}; {good}.") from None

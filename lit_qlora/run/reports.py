@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.files.atomic import replacing, write_text
 from lit_qlora.report import Record, duration, figures, short
 
 Row = Sequence[object]
@@ -107,12 +108,17 @@ def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
 
 def plot_losses(records: Sequence[Record], path: Path) -> None:
     """loss.png, see losses_figure."""
-    losses_figure(records).savefig(path, dpi=120)
+    _save(losses_figure(records), path)
 
 
 def plot_lengths(lengths: Sequence[int], limit: int, path: Path) -> None:
     """See lengths_figure."""
-    lengths_figure(lengths, limit).savefig(path, dpi=120)
+    _save(lengths_figure(lengths, limit), path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def inline(figure: Any, name: str, says: str) -> str:
@@ -151,7 +157,7 @@ def write_report(path: Path, outcome: Outcome) -> None:
             lines += [f"**{title}, {_score(answer)}:** {one_line(answer.prompt)}", ""]
             lines += [f"* wanted: {one_line(answer.wanted)}{said}", ""]
     lines += ["## Next", "", "```", outcome.following, "```", ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
 
 
 STYLE = """
@@ -212,13 +218,13 @@ def write_page(path: Path, outcome: Outcome) -> None:
     ]
     body = "".join(f"<h2>{escape(title)}</h2>\n{content}\n" for title, content in sections if content)
     shown = "".join(f'<div class="tile"><span class="sub">{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in tiles)
-    path.write_text(
+    write_text(
+        path,
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(outcome.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         f'<h1>{escape(outcome.title)}</h1>\n<div class="sub">{escape(_subtitle(summary))}</div>\n'
         f'<div class="tiles">{shown}</div>\n{body}</body>\n</html>\n',
-        encoding="utf-8",
     )
 
 

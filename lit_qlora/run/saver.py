@@ -12,7 +12,7 @@ from typing import Any, Self
 from lit_qlora import __version__
 from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.data import RunData
-from lit_qlora.files.atomic import flush, publish, temporary_directory
+from lit_qlora.files.atomic import flush, publish, remove_directory, temporary_directory
 from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.prompts.style import Style
 from lit_qlora.report import RunLog
@@ -147,7 +147,7 @@ class Saver:
         kept = {self.best.name} if self.best else set()
         for _, old in numbered(self.out_dir)[: -self.config.keep_last]:
             if old.name not in kept:
-                shutil.rmtree(old)
+                remove_directory(old)
 
 
 def step_name(step: int) -> str:

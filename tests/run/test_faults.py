@@ -162,7 +162,7 @@ def test_f09_a_signal_while_the_model_is_loaded_ends_at_once(start: Start, tmp_p
     from lit_qlora.checkpoint import quantized_cache
 
     def patch() -> None:
-        quantized_cache.load_model = lambda *given: os.kill(os.getpid(), signal.SIGTERM)
+        quantized_cache.load_stored = lambda *given: os.kill(os.getpid(), signal.SIGTERM)
 
     assert start(tmp_path / "out", before=patch).wait() == -signal.SIGTERM
 
@@ -343,7 +343,9 @@ def test_f38_everything_is_on_the_disk_before_it_gets_its_name(start: Start, tmp
     if not lines:
         pytest.skip("strace may not look at other processes here")
     synced = [
-        match[1] for line in lines if (match := re.search(r"fsync\(\d+<.*?/out/step-000004\.tmp-\d+/?([^>]*)>", line))
+        match[1]
+        for line in lines
+        if (match := re.search(r"fsync\(\d+<.*?/out/step-000004\.tmp-[0-9a-f]+/?([^>]*)>", line))
     ]
     named = next(i for i, line in enumerate(trace.read_text().splitlines()) if re.search(r'rename.*step-000004"', line))
     after = trace.read_text().splitlines()[named + 1]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
+from lit_qlora.files.reading import read_json_lines
 from lit_qlora.inference import InferenceConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
 from lit_qlora.partial_answers import Part
 from lit_qlora.settings import GenerationConfig, check
@@ -127,10 +128,9 @@ def check_replaceable(out: Path) -> None:
     if not out.exists():
         return
     try:
-        with out.open(encoding="utf-8") as file:
-            if "prediction" in json.loads(file.readline()):
-                return
-    except (OSError, ValueError, TypeError):
+        if "prediction" in next(read_json_lines(out), {}):
+            return
+    except OSError:
         pass
     raise UsageError(f"out: {out} exists and holds no predictions. Name another file.")
 

@@ -20,6 +20,7 @@ from lm_eval_tasks import load_tasks, overlay, resolve, task_files, without_fold
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.files.atomic import write_text
+from lit_qlora.files.reading import read_json
 from lit_qlora.inference import InferenceConfig, LoadedModel, peak_memory
 from lit_qlora.model.config import FILE_NAME as MODEL_CONFIG
 from lit_qlora.prompts.style import read_style
@@ -272,10 +273,10 @@ def check_replaceable(path: Path) -> None:
     if not path.exists():
         return
     try:
-        if "results" in json.loads(path.read_text()):
+        if "results" in read_json(path, UsageError):
             note(f"{path} holds earlier results, which will be replaced.")
             return
-    except (OSError, ValueError, TypeError):
+    except (OSError, UsageError):
         pass
     raise UsageError(f"save_filepath: {path} exists and holds no results. Name another file.")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import DataError, UsageError
+from lit_qlora.files.reading import MOST_YAML, read_yaml_text
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskDict
@@ -63,7 +64,7 @@ def task_files(directory: Path) -> dict[str, Path | None]:
     for path in _files(directory):
         if path.suffix not in (".yaml", ""):
             continue
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_bytes()[:MOST_YAML].decode(errors="replace")
         if path.suffix:  # without one, it is a template that others include, and only its tags are inherited
             names = dict(reversed(_NAME.findall(text)))
             if "group" in names and "class" not in names:
@@ -116,11 +117,7 @@ def with_absolute_paths(path: Path, cache_dir: Path) -> str:
     """
     import yaml
 
-    try:
-        # As nodes, because tags such as !function have to survive.
-        task = yaml.compose(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    task = yaml.compose(read_yaml_text(path, UsageError))  # as nodes, because tags such as !function have to survive
     if not isinstance(task, yaml.MappingNode):
         raise UsageError(f"{path} describes no task: it is not a mapping of names to values.")
     arguments = _value(task, "dataset_kwargs")

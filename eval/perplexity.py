@@ -11,6 +11,7 @@ from typing import Literal
 
 from lit_qlora import cli
 from lit_qlora.errors import DataError
+from lit_qlora.files.reading import read_text
 from lit_qlora.inference import InferenceConfig, peak_memory
 from lit_qlora.settings import check
 
@@ -39,10 +40,7 @@ class Config(InferenceConfig):
 
 def main(config: Config) -> None:
     """Load, score, print."""
-    try:
-        text = config.file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{config.file} is not text in UTF-8: {error.reason} at byte {error.start}.") from None
+    text = read_text(config.file, DataError)
     if not text:
         raise DataError(f"{config.file} is empty.")
 

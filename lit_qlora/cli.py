@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never printed
 
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
+from lit_qlora.files.reading import read_yaml_text
 from lit_qlora.redact import scrub
 
 Config = TypeVar("Config")
@@ -72,6 +73,8 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Confi
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
     argv = _complete_switches(parser, list(sys.argv[1:] if argv is None else argv))
     parser.argv = argv
+    if Path(parser._config_file()).is_file():
+        read_yaml_text(Path(parser._config_file()), UsageError)  # within limits, before jsonargparse reads it
     namespace = parser.parse_args(argv)
     values = parser.instantiate(namespace)
     for name in COMMAND_LINE_ONLY:
@@ -151,7 +154,7 @@ class _Parser(ArgumentParser):
         file = Path(self._config_file())
         if not file.is_file():
             return ""
-        line, node = 0, yaml.compose(file.read_text())
+        line, node = 0, yaml.compose(read_yaml_text(file, UsageError))
         for part in key.split("."):
             pairs = node.value if isinstance(node, yaml.MappingNode) else []
             line, node = next(

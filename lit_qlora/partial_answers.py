@@ -99,7 +99,7 @@ class Part:
         for number, line in enumerate(lines, start=2):
             try:
                 self.answered |= {int(i): answer for i, answer in json.loads(line).items()}
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise UsageError(f"{self.path}:{number} is damaged. Remove the file, or that line.") from None
         print(f"{len(self.answered)} prompts are answered in {self.path} already.", file=sys.stderr)
 

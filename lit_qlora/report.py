@@ -4,14 +4,20 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from lit_qlora.errors import ResourceError
+from lit_qlora.files.reading import read_json_lines
 
 Record = dict[str, Any]
+NUMBERS = (
+    *("loss", "lr", "grad_norm", "epoch", "tokens", "samples", "tokens_per_second", "peak_gib", "seconds"),
+    *("val_loss", "val_ppl"),
+)
+"""The keys of a record whose values are numbers, or null."""
 ESTIMATE_AFTER = 5
 """Steps after which it can be said how long a run will take."""
 SMALLER_IS_BETTER = {
@@ -19,6 +25,18 @@ SMALLER_IS_BETTER = {
     *("bits_per_byte", "brier_score", "ter", "wer", "cer", "mse", "mae"),
 }
 """Figures of validations that are errors; those of a task are called TASK/METRIC."""
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records in a log of a run, without lines that are torn or are none.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    for record in read_json_lines(path):
+        numbers = {key: record[key] for key in NUMBERS if record.get(key) is not None}
+        if type(record.get("step")) is int and all(type(number) in (int, float) for number in numbers.values()):
+            yield record
 
 
 class RunLog:
@@ -38,7 +56,7 @@ class RunLog:
     def __init__(self, path: Path | None, total: int, screen: TextIO | None = None) -> None:
         self.records: list[Record] = []
         if path and path.is_file():  # not a pipe or device
-            self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.records = list(read_records(path))
         self.path, self.total = path, total
         self.screen = screen or sys.stdout
         self.mirrors: list[Callable[[Record], object]] = []

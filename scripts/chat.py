@@ -262,7 +262,7 @@ def read_history(path: Path | None) -> list[dict[str, str]]:
             known = message["role"] in ("user", "assistant", "system") and isinstance(message["content"], str)
             if not known and message["role"] != "reset":
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{path}:{number}: not a message of a conversation. Give --history another file.") from None
         messages.append(message)
     return messages

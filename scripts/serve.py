@@ -14,6 +14,7 @@ from jsonargparse.typing import SecretStr
 
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.files.reading import read_text
 from lit_qlora.inference import InferenceConfig, check_style, load_roster, peak_memory
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
@@ -67,8 +68,8 @@ class Config(Limits, InferenceConfig):
         key = self.api_key.get_secret_value() if self.api_key else None
         if self.api_key_file:
             try:
-                key = self.api_key_file.read_text().strip()
-            except (OSError, ValueError) as error:
+                key = read_text(self.api_key_file, UsageError, most=2**16).strip()
+            except OSError as error:
                 raise UsageError(f"api_key_file {self.api_key_file} cannot be read: {error}.") from None
         check(key is None or len(key) >= 8, "The API key must have at least 8 characters.")
         check(key is None or (key.isprintable() and key == key.strip()), UNSENDABLE_KEY)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import ResourceError
-from lit_qlora.report import RunLog, duration, figures, is_terminal, short, smaller_is_better, tell
+from lit_qlora.report import RunLog, duration, figures, is_terminal, read_records, short, smaller_is_better, tell
 
 
 class Terminal(io.StringIO):
@@ -222,3 +222,14 @@ def test_errors_are_better_when_smaller() -> None:
     errors = {"val_loss", "val_ppl", "kl_to_base", "wikitext/word_perplexity"}
     others = {"val_accuracy", "chrf", "bleu", "tiny_world_qa/acc", "task/filter"}
     assert {name for name in errors | others if smaller_is_better(name)} == errors
+
+
+def test_a_log_with_torn_lines_is_read_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\x00\x80garbage\n[1]\n5\nnull\n{"step": "x"}\n{"loss": 1}\n{"st')
+    assert list(read_records(path)) == [{"step": 1, "loss": 2.0}]
+    log = RunLog(path, total=2, screen=io.StringIO())
+    assert log.start == 1
+    log.close()
+    path.write_bytes(b'{"step": 1, "loss": [1]}\n{"step": 2, "loss": null, "lr": 1}\n')
+    assert [record["step"] for record in read_records(path)] == [2]

@@ -25,6 +25,7 @@ from lit_qlora.errors import CheckpointError, ResourceError
 from lit_qlora.files import cache_folder
 from lit_qlora.files.atomic import flush, publish, temporary_directory
 from lit_qlora.files.manifest import MANIFEST
+from lit_qlora.files.reading import read_json
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import QuantizedLinear, Storage
@@ -49,7 +50,7 @@ def load(checkpoint_dir: Path, storage: Storage, device: torch.device, setting: 
     try:
         if model := read(entry, config, storage.dtype, device):
             return model
-    except (CheckpointError, OSError, ValueError, KeyError) as error:
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         tell(f"{entry} is damaged and will be made again ({error}).")
     model = load_stored(checkpoint_dir, storage, device)
     with suppress(OSError, ResourceError):  # a full or read-only disk is no reason not to train
@@ -102,7 +103,7 @@ def read(entry: Path, config: ModelConfig, dtype: torch.dtype, device: torch.dev
     """
     if not (entry / MANIFEST).is_file():
         return None
-    manifest = json.loads((entry / MANIFEST).read_text())
+    manifest = read_json(entry / MANIFEST)
     model = GPT.skeleton(config)
     names = list(manifest["sums"])
     tensors = dict(zip(names, stream(((entry / WEIGHTS, name) for name in names), device), strict=True))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lit_qlora.checkpoint import pickle_io, safetensors_io
 from lit_qlora.errors import CheckpointError, ResourceError
+from lit_qlora.files.reading import read_json
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in a file; a tensor that is larger has a file of its own."""
@@ -161,17 +162,10 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: if it is none, or points outside its folder.
     """
-
-    def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise CheckpointError(f"{path} names a tensor twice, so it is damaged.")
-        return dict(pairs)
-
-    try:
-        weight_map = json.loads(path.read_text(), object_pairs_hook=without_repeats)["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} is not an index of weights (no weight_map).") from None
+    weight_map = read_json(path, unique=True).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path} is not an index of weights (no weight_map).")
+    files = {name: str(file) for name, file in weight_map.items()}
     outside = sorted({file for file in files.values() if Path(file).name != file or len(file) > 255})
     if outside:
         raise CheckpointError(f"{path} points outside its folder: {outside[0][:80]!r}. Do not trust this model.")

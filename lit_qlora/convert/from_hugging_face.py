@@ -1,6 +1,5 @@
 """A Hugging Face model folder into a checkpoint of ours, a tensor at a time."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from lit_qlora.checkpoint import checkpoint, shards
 from lit_qlora.convert.families import check_rules, find_family, read_config, read_whole, to_ours
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
+from lit_qlora.files.reading import read_json
 from lit_qlora.model.config import ModelConfig, missing_checkpoint
 from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.prompts import tokenizer
@@ -80,10 +80,7 @@ def _their_config(source: Path) -> dict[str, Any]:
     if not path.is_file():
         reason = missing_checkpoint(source) if not source.exists() else f"{source} has no config.json."
         raise CheckpointError(reason)
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}.") from None
+    content: dict[str, Any] = read_json(path)
     return content
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.files.reading import read_json
 from lit_qlora.prompts.backends import read_pieces
 from lit_qlora.prompts.chat_template import find_chat_template
 from lit_qlora.prompts.tokenizer import Tokenizer
@@ -78,13 +79,13 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
             raise CheckpointError(f"{directory}: llama.cpp has no Unigram tokenizer for this model, only BPE.")
         rows |= dict(enumerate(pieces))
     if (directory / "tokenizer.json").is_file():
-        spec = json.loads((directory / "tokenizer.json").read_text())
+        spec = read_json(directory / "tokenizer.json")
         if not rows:
             rows, merges, split = _read_bpe(spec, directory)
         added = {token["id"]: (token["content"], token["special"]) for token in spec.get("added_tokens", [])}
     else:
         settings = directory / "tokenizer_config.json"
-        decoder = json.loads(settings.read_text()).get("added_tokens_decoder") if settings.is_file() else None
+        decoder = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
         added = {int(i): (token["content"], token.get("special", False)) for i, token in (decoder or {}).items()}
         added |= {i: (content, True) for content, i in tokenizer.control_tokens.items() if i not in added}
     for i, (content, special) in added.items():

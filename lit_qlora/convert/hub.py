@@ -232,8 +232,8 @@ def _check_convertible(folder: Path, repo_id: str) -> None:
 def _forget_other_commit(folder: Path, commit: str, names: set[str]) -> None:
     """Remove what an earlier commit had and this one has not: an old index would be read instead of the new file."""
     try:
-        before: dict[str, Any] = json.loads((folder / SOURCE).read_text())
-    except (OSError, ValueError):
+        before: dict[str, Any] = read_json(folder / SOURCE)
+    except (OSError, CheckpointError):
         return
     if before.get("commit") != commit:
         for name in set(before.get("files", ())) - names:

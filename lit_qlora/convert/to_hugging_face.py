@@ -22,6 +22,7 @@ from lit_qlora.convert.from_hugging_face import THEIR_WEIGHTS, find_weights
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
+from lit_qlora.files.reading import read_json
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts import tokenizer
 
@@ -80,7 +81,7 @@ def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, 
         CheckpointError: if config.json cannot say what the model is, naming the settings.
     """
     path = checkpoint_dir / "config.json"
-    theirs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else _new_config(config)
+    theirs: dict[str, Any] = read_json(path) if path.is_file() else _new_config(config)
     theirs.pop("quantization_config", None)  # what files hold packed is written unpacked
     assumed = find_family(config.family).defaults
     for key, value in (("tie_word_embeddings", config.tied_head), ("vocab_size", config.vocab_size)):
@@ -136,7 +137,7 @@ def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:
 
 def _read_facts(path: Path) -> dict[str, Any]:
     """What a JSON file of ours says; nothing where there is none."""
-    facts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    facts: dict[str, Any] = read_json(path) if path.is_file() else {}
     return facts
 
 

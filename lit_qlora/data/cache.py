@@ -19,8 +19,10 @@ import numpy.typing as npt
 from lit_qlora.data.encode import Counts, EncodedSample
 from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import sha256
+from lit_qlora.errors import CheckpointError
 from lit_qlora.files.atomic import publish
 from lit_qlora.files.cache_folder import prune, use
+from lit_qlora.files.reading import read_json
 
 WORTH_KEEPING = 2**20  # tokens; fewer are encoded again in less than a second
 FACTS = "facts.json"
@@ -84,7 +86,7 @@ def load(directory: Path, key: str) -> Encoded | None:
     folder = directory / key
     use(folder)
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = read_json(folder / FACTS)
         arrays = {}
         for name, kind in ARRAYS.items():
             size, expected = facts["arrays"][name]
@@ -94,7 +96,7 @@ def load(directory: Path, key: str) -> Encoded | None:
             arrays[name] = _mapped(file, name, size)
         said = facts["facts"]
         return Encoded.of(arrays, Facts(**said | {"counts": Counts(**said["counts"])}), cached=True)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, CheckpointError, ValueError, KeyError, TypeError):
         return None
 
 

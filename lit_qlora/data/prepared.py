@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lit_qlora.errors import UsageError
 from lit_qlora.files.atomic import write_text
+from lit_qlora.files.reading import read_json
 from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
 
 RECORD = "prepared.json"
@@ -40,6 +41,6 @@ def choose_data(data: DataConfig, checkpoint_dir: Path) -> DataConfig:
 
 def _is_for(file: Path, checkpoint_dir: Path) -> bool:
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8"))["checkpoint_dir"] == str(checkpoint_dir.resolve()))
-    except (OSError, ValueError, LookupError, TypeError):  # not ours
+        return bool(read_json(file, UsageError).get("checkpoint_dir") == str(checkpoint_dir.resolve()))
+    except (OSError, UsageError):  # not ours
         return False

@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_qlora.data import RunData, read_data
 from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import DataError, did_you_mean
+from lit_qlora.files import reading
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.report import Record
@@ -128,8 +129,9 @@ def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
 def read_text(path: Path, data: RunData) -> list[int]:
     """The first ids of a text file; 'default' is probe.txt of the package."""
     try:
-        text = (files("lit_qlora") / "probe.txt" if path == Path("default") else path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        own = files("lit_qlora") / "probe.txt"
+        text = own.read_text(encoding="utf-8") if path == Path("default") else reading.read_text(path, DataError)
+    except OSError as error:
         raise DataError(f"eval.kl_text {path} cannot be read: {error}.") from None
     ids = data.tokenizer.encode(text)[:PROBE_TOKENS]
     if len(ids) < 2:

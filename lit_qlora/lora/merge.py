@@ -16,6 +16,7 @@ from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
+from lit_qlora.files.reading import read_json
 from lit_qlora.lora.adapter import Adapter, attach_adapter, check_base, our_tensors
 from lit_qlora.lora.initialization import rest_of
 from lit_qlora.lora.layer import LoRALinear, add_lora, lengths, lora_state
@@ -359,5 +360,6 @@ def _digest(adapter: Adapter) -> str:
 def _was_merged(adapter: Adapter, checkpoint_dir: Path) -> bool:
     """Whether `checkpoint_dir` is a merge of `adapter`, as its report says."""
     path = checkpoint_dir / REPORT
-    known = json.loads(path.read_text()).get("adapters", []) if path.is_file() else []
-    return _digest(adapter) in {part["sha256"] for part in known}
+    known = read_json(path).get("adapters") if path.is_file() else None
+    parts = known if isinstance(known, list) else []
+    return _digest(adapter) in [part.get("sha256") for part in parts if isinstance(part, dict)]

@@ -6,8 +6,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from lit_qlora.errors import CheckpointError, did_you_mean
+from lit_qlora.files.reading import read_json
 
 FILE_NAME = "model_config.json"
+MOST = {
+    "n_layer": 2**12,
+    "n_expert": 2**12,
+    "n_embd": 2**20,
+    "n_head": 2**16,
+    "head_size": 2**16,
+    "ffn_size": 2**24,
+    "vocab_size": 2**26,
+    "block_size": 2**28,
+}
+"""Sizes beyond these are damage: the skeleton of such a model alone would take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +150,12 @@ class ModelConfig:
         for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size", "block_size"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{self.name}: {name} must be at least 1, got {getattr(self, name)}.")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise CheckpointError(f"{self.name}: {name} must be at most {most:,}, got {getattr(self, name)}.")
+        for name in ("sliding_window", "attention_softcap", "logit_softcap"):
+            if (getattr(self, name) or 1) <= 0:
+                raise CheckpointError(f"{self.name}: {name} must be above 0, got {getattr(self, name)}.")
         if self.n_head % self.n_kv_head:
             raise CheckpointError(
                 f"{self.name}: n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}."
@@ -206,12 +224,7 @@ class ModelConfig:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             raise CheckpointError(missing_checkpoint(Path(directory)))
-        try:
-            values: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON: {error}.") from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}.")
+        values: dict[str, Any] = read_json(path)
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise CheckpointError(f"{path}: unknown fields {unknown}; written by a newer version?")
         values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.files.reading import read_json
 from lit_qlora.prompts.added_tokens import SPACE, AddedToken
 
 
@@ -321,7 +322,7 @@ def read_spec(path: Path) -> dict[str, Any]:
         CheckpointError: if it is neither.
     """
     try:
-        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        spec: dict[str, Any] = read_json(path)
         return spec if path.name == "tokenizer.json" else _from_tekken(spec)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a {path.name}: {type(error).__name__}: {error}.") from None

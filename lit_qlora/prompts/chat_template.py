@@ -15,6 +15,7 @@ from threading import Event, Lock, Timer
 from typing import Any, Literal
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.files.reading import read_json, read_text
 
 SECONDS = 10.0  # for one conversation; a rendering takes some 0.1 ms
 SECONDS_EACH = 0.01  # for each further one
@@ -32,16 +33,12 @@ def find_chat_template(directory: Path) -> str | None:
     alone, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     try:
         if alone.is_file():
-            return alone.read_text(encoding="utf-8")
+            return read_text(alone)
         if not config.is_file():
             return None
-        found: Any = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        found: Any = read_json(config).get("chat_template")
         if isinstance(found, list):  # several, by name
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{alone if alone.is_file() else config} is not UTF-8.") from None
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config}: not a JSON object: {error}.") from None
     except (KeyError, TypeError):
         raise CheckpointError(f"{config}: chat_template is no list of names and templates.") from None
     if not isinstance(found, str | None):

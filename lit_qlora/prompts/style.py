@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
+from lit_qlora.files.reading import read_json
 from lit_qlora.prompts import wordings
 from lit_qlora.prompts.chat_template import Guard, How, Renderer, find_chat_template
 from lit_qlora.prompts.chat_template import Message as Rendered
@@ -538,10 +539,10 @@ def read_style(directory: Path) -> Style | None:
         source = find_chat_template(directory)
         return TemplateStyle(source) if source is not None else None
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
         name = str(facts["style"])
         knobs = PromptKnobs(**facts["knobs"]) if "knobs" in facts else None
-    except (ValueError, KeyError, TypeError, UsageError):
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError):
         raise CheckpointError(f'{path} is not of the form {{"style": "alpaca"}}.') from None
     if name == TEMPLATE and isinstance(facts.get("text"), str):
         style: Style = TemplateStyle(facts["text"])

@@ -13,7 +13,7 @@ from lit_qlora.checkpoint.identity import PARTS, differing_parts
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.manifest import read_manifest
-from lit_qlora.report import Record, tell
+from lit_qlora.report import Record, read_records, tell
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.train.training_state import COUNTERS, read_counters
 
@@ -194,16 +194,7 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_log(path: Path, step: int) -> list[Record]:
     """The records of a log up to `step`, without what was written after the checkpoint, or half."""
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the program was killed while it wrote this
-        if record["step"] <= step:
-            records.append(record)
-    return records
+    return [record for record in read_records(path) if record["step"] <= step] if path.exists() else []
 
 
 def write_log(path: Path, records: list[Record]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io
 from lit_qlora.errors import CheckpointError
+from lit_qlora.files.reading import read_json
 
 TENSORS, COUNTERS = "train_state.safetensors", "state.json"
 FORMAT = 1
@@ -47,9 +48,12 @@ def read_counters(folder: Path) -> dict[str, Any]:
     """
     if not (folder / COUNTERS).is_file():
         raise CheckpointError(f"{folder} holds an adapter, but no {COUNTERS} to go on from.")
-    state: dict[str, Any] = json.loads((folder / COUNTERS).read_text())
+    state: dict[str, Any] = read_json(folder / COUNTERS)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{folder / COUNTERS} has format {state.get('format')}; this version reads {FORMAT}.")
+    kinds = {"step": int, "seconds": int | float, "base": dict, "data": dict, "config": dict, "versions": dict}
+    if wrong := [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]:
+        raise CheckpointError(f"{folder / COUNTERS} is damaged: {wrong[0]} is {state[wrong[0]]!r:.40}.")
     return state
 
 
@@ -67,8 +71,11 @@ def restore(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, 
         raise CheckpointError(f"{folder / TENSORS} holds other parameters than those that learn in this run.")
     for name, parameter in learners.items():
         parameter.copy_(saved[name])
-    optimizer.load_state_dict(unpack(state["optimizer"], tensors))
-    fabric.strategy.precision.load_state_dict(unpack(state["precision"], tensors))
+    try:
+        optimizer.load_state_dict(unpack(state["optimizer"], tensors))
+        fabric.strategy.precision.load_state_dict(unpack(state["precision"], tensors))
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{folder / COUNTERS} is damaged ({type(error).__name__}: {error}).") from None
 
 
 def pack(value: Any, tensors: dict[str, Tensor], place: str) -> Any:

@@ -130,14 +130,14 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(sharded: Path) -> No
 def test_a_tensor_that_the_index_names_twice_is_refused(sharded: Path) -> None:
     path = sharded / "lit_model.safetensors.index.json"
     path.write_text(path.read_text().replace('"norm.weight":', '"norm.weight": "x", "norm.weight":'))
-    assert "names a tensor twice" in refusal(sharded)
+    assert "the same key twice" in refusal(sharded)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {}}', "[" * 100_000])
 def test_a_damaged_index_is_named(sharded: Path, content: str) -> None:
     path = sharded / "lit_model.safetensors.index.json"
     path.write_text(content)
-    assert refusal(sharded).startswith(f"{path} ")
+    assert refusal(sharded).startswith(str(path))
 
 
 def test_weights_that_do_not_fit_are_named_in_a_sharded_checkpoint_too(sharded: Path) -> None:

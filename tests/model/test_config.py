@@ -70,6 +70,10 @@ def test_lists_come_back_as_they_were(tmp_path: Path) -> None:
         ("no_rope_layers", ["1"], "must be int"),
         ("shared_norm", True, "needs parallel_residual"),
         ("kv_latent_size", 8, "latent_rope_size must be from 1"),
+        ("n_layer", 10**6, "n_layer must be at most 4,096"),
+        ("vocab_size", 10**9, "vocab_size must be at most"),
+        ("sliding_window", -5, "sliding_window must be above 0"),
+        ("attention_softcap", -1e30, "attention_softcap must be above 0"),
     ],
 )
 def test_a_field_with_an_impossible_value_is_named(tmp_path: Path, field: str, value: object, expected: str) -> None:

@@ -91,15 +91,15 @@ def test_the_template_is_found_where_tokenizers_keep_it(tmp_path: Path) -> None:
 
 def test_a_damaged_tokenizer_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not a JSON object"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not valid JSON"):
         find_chat_template(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja is not UTF-8"),
-        ("tokenizer_config.json", b'{"a": "caf\xe9"}', "tokenizer_config.json is not UTF-8"),
+        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja:1: byte 0xe9 is not UTF-8"),
+        ("tokenizer_config.json", b'{"a": "caf\xe9"}', "tokenizer_config.json:1: byte 0xe9 is not UTF-8"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template is int, not text"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "no list of names and templates"),
         ("tokenizer_config.json", b'{"chat_template": ["a"]}', "no list of names and templates"),

@@ -475,7 +475,22 @@ def no_manifest(folder: Path) -> str:
     return "has no manifest.json"
 
 
-DAMAGES = [flip_a_bit, truncate, remove, empty_manifest, no_manifest]
+def wrong_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text('{"files": {"state.json": 5}}')
+    return "manifest.json is damaged"
+
+
+def wrong_state(folder: Path) -> str:
+    """With its manifest mended, as no accident would do."""
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"step": "five"}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["state.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return "state.json is damaged: step is 'five'"
+
+
+DAMAGES = [flip_a_bit, truncate, remove, empty_manifest, no_manifest, wrong_manifest, wrong_state]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

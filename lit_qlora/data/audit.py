@@ -63,6 +63,8 @@ class Audit:
             "{} answers are not learnt, as the chat template writes them differently once the conversation goes on; as "
             "conversations of their own, that end with them, they would be": counts.untaught,
             "{} answers begin otherwise than the chat template asks for them": counts.begun,
+            "{} answers are learnt behind another text than they will be asked with, as the chat template writes "
+            "differently what comes before an answer once it is there": counts.rewritten,
             "{} answers are learnt without their thoughts, which the chat template leaves out": counts.thoughts,
             "{} prompts are empty": counts.empty_prompts,
             "{} answers are empty": counts.empty_answers,

@@ -55,6 +55,8 @@ class Counts:
     """Answers that are not learnt because the chat template writes them differently once the conversation goes on."""
     begun: int = 0
     """Answers that do not begin as the chat template asks for them."""
+    rewritten: int = 0
+    """Answers before which the chat template writes something else when it asks for them."""
     thoughts: int = 0
     """Answers of which the chat template leaves out the thoughts."""
     cut_prompts: int = 0
@@ -221,6 +223,7 @@ class Encoder:
             self.counts.turns += 1
             self.counts.ended += bool(answer) and (answer[-1] in self.stops or "followed" in remarks)
             self.counts.begun += "begun" in remarks
+            self.counts.rewritten += "rewritten" in remarks
             self.counts.thoughts += "thoughts" in remarks
         trained[:1] = False  # nothing predicts the first token
         return Sample(np.array(tokens, np.int32), trained, _weights(trained, light) if light else None)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from threading import Event, Lock, Timer
@@ -51,9 +52,10 @@ Request = tuple[Sequence[Message], bool]
 How = Literal["text", "prompt", "turns", "marked", "marked prompt"]
 """A conversation as one text, with the beginning of an answer or without; the prompt and the answer of each turn, told
 by rendering again and again, or by the template's own marks; the same with a prompt behind the last answer."""
-Rendered = list[tuple[str, str, str] | None] | str
-"""Prompt, answer and how the prompt goes on of each turn, None where an answer is part of the next prompt; or why the
-template cannot write it."""
+RenderedTurn = tuple[str, str, str, bool]
+"""See lit_qlora.prompts.template_worker.Turn."""
+Rendered = list[RenderedTurn | None] | str
+"""The turns, None where an answer is part of the next prompt; or why the template cannot write them."""
 
 
 def render(template: str, variables: Mapping[str, Any], requests: Sequence[Request]) -> list[str]:
@@ -127,9 +129,12 @@ class Renderer:
     def close(self) -> None:
         """End the process."""
         if self._process:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+            process, self._process = self._process, None
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):  # what it has not read is lost
+                    pipe.close()  # type: ignore[union-attr]
 
     def __del__(self) -> None:
         self.close()

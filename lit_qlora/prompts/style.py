@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.files.reading import read_json
 from lit_qlora.prompts import wordings
-from lit_qlora.prompts.chat_template import Guard, How, Renderer, find_chat_template
+from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, find_chat_template
 from lit_qlora.prompts.chat_template import Message as Rendered
 from lit_qlora.prompts.conversation import OPENING, REASONING, Conversation, Message, prompt_of
 from lit_qlora.prompts.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, as_one_text, encode_pieces
@@ -31,9 +31,9 @@ TEMPLATE = "template"
 KNOBS = "knobs"
 """The name of the style that PromptKnobs describe."""
 RENDERED_AT_ONCE = 2**23  # characters; one may take twelve bytes in JSON, and several copies are made
-Remark = Literal["begun", "thoughts", "followed"]
-"""Of an answer: it does not begin as the template asks for it; the template leaves out its thoughts; nothing ends it,
-but a control token follows."""
+Remark = Literal["begun", "rewritten", "thoughts", "followed"]
+"""Of an answer: it does not begin as the template asks for it; what comes before it is another text when the template
+asks for it; the template leaves out its thoughts; nothing ends it, but a control token follows."""
 
 
 class WrittenTurn(NamedTuple):
@@ -43,7 +43,7 @@ class WrittenTurn(NamedTuple):
     answer: list[Piece]
     remarks: frozenset[Remark] = frozenset()
     asked: list[Piece] | None = None
-    """The prompt as a model is given it, if that is another one."""
+    """All that a model is asked the answer with, if that is not what comes before it."""
 
 
 class EncodedTurn(NamedTuple):
@@ -293,7 +293,7 @@ class TemplateStyle(Style):
             UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of a
                 conversation differently once it goes on, so that what is prompt and what is answer cannot be told.
         """
-        return self._write(tokenizer, conversations, "marked" if self._is_marked else "turns")
+        return self._write(tokenizer, conversations)
 
     def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[list[Piece]]:
         """See Style."""
@@ -301,9 +301,9 @@ class TemplateStyle(Style):
         answered = conversation
         if not self._is_marked:
             answered = replace(conversation, messages=(*conversation.messages, Message("assistant", "a")))
-        (turns,) = self._write(tokenizer, [answered], "marked prompt" if self._is_marked else "turns")
+        (turns,) = self._write(tokenizer, [answered], is_prompt=True)
         *before, last = turns
-        return [*(part for turn in before for part in turn[:2]), last.prompt if last.asked is None else last.asked]
+        return [[*last.asked]] if last.asked else [*(part for turn in before for part in turn[:2]), last.prompt]
 
     def reads(self, name: str, of_message: bool) -> bool:
         """See Style. Thoughts go under whichever key the template reads."""
@@ -340,7 +340,11 @@ class TemplateStyle(Style):
         """Whether the template names a key or a role."""
         return _named(self._code, self._bare, key)
 
-    def _write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation], how: How) -> list[list[WrittenTurn]]:
+    def _write(
+        self, tokenizer: Vocabulary, conversations: Sequence[Conversation], is_prompt: bool = False
+    ) -> list[list[WrittenTurn]]:
+        """The turns; of a prompt the last answer is not looked at, or is to come where the template has marks."""
+        how: How = ("marked prompt" if is_prompt else "marked") if self._is_marked else "turns"
         renderer = self._running(_variables(tokenizer))
         written: list[list[WrittenTurn]] = []
         reasons: dict[int, str] = {}
@@ -348,7 +352,7 @@ class TemplateStyle(Style):
             guard = Guard(tokenizer.control_tokens, _texts(some))
             asked = [(self._messages(one, guard), guard.guard_all(one.variables)) for one in some]
             for conversation, found in zip(some, renderer.render_turns(asked, how, guard.marks), strict=True):
-                turns = found if isinstance(found, str) else self._turns(guard, found, conversation)
+                turns = found if isinstance(found, str) else self._turns(guard, found, conversation, is_prompt)
                 if isinstance(turns, str):
                     reasons[len(written)] = f"the chat template fails: {turns}"
                     turns = []
@@ -384,7 +388,7 @@ class TemplateStyle(Style):
         return named
 
     def _turns(
-        self, guard: Guard, texts: Sequence[tuple[str, str, str] | None], conversation: Conversation
+        self, guard: Guard, texts: Sequence[RenderedTurn | None], conversation: Conversation, is_prompt: bool
     ) -> list[WrittenTurn] | str:
         """The turns in pieces, or why they cannot be told."""
         turns: list[WrittenTurn] = []
@@ -394,20 +398,22 @@ class TemplateStyle(Style):
             if text is None:
                 turns.append(WrittenTurn([], []))
                 continue
-            asked, answered, begun = text
-            prompt, asked_for = _pieces(guard, rest + asked), None
-            if begun:
-                asked_for = _pieces(guard, rest + asked + begun)
-                answered = _last_line(prompt) + answered
-            answer = _pieces(guard, answered)
+            before, answered, asked, begun = text
+            prompt = _pieces(guard, rest + before)
+            answer = _pieces(guard, (_last_line(prompt) if begun else "") + answered)
             rest = ""
             if not self._is_marked and answer and isinstance(answer[-1], str) and not answer[-1].strip():
                 rest = str(answer.pop())
             if left_out := _left_out(message, answer):
                 return f"it leaves out the {left_out} of turn {len(turns) + 1}"
-            remarks: set[Remark] = {"begun"} if begun else set()
+            remarks: set[Remark] = {"begun" if begun else "rewritten"} if asked else set()
             remarks |= {"thoughts"} if _has_silent_thoughts(message, answer) else set()
-            turns.append(WrittenTurn(prompt, answer, frozenset(remarks), asked_for))
+            turns.append(WrittenTurn(prompt, answer, frozenset(remarks), _pieces(guard, asked) if asked else None))
+        told = (conversation.system or "").strip()
+        if told and not any(
+            told in _text(turn.prompt) or (is_prompt and told in _text(turn.asked or ())) for turn in turns
+        ):
+            return "it leaves out the system message"
         return turns if self._is_marked else _ended(turns)
 
 
@@ -454,7 +460,7 @@ def _last_line(pieces: list[Piece]) -> str:
 
 def _left_out(message: Message, answer: Sequence[Piece]) -> str:
     """What of a message its answer does not hold at all, though it should; '' if it is all there."""
-    text = "".join(piece for piece in answer if isinstance(piece, str))
+    text = _text(answer)
     if message.text.strip() and not text.strip():
         return "answer"
     for call in message.keys.get("tool_calls", ()) if message.keys else ():
@@ -462,6 +468,11 @@ def _left_out(message: Message, answer: Sequence[Piece]) -> str:
         if str(function.get("name", "")) not in text:
             return "tool calls"
     return ""
+
+
+def _text(pieces: Iterable[Piece]) -> str:
+    """The pieces that are text, as one."""
+    return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
 def _has_silent_thoughts(message: Message, answer: Sequence[Piece]) -> bool:

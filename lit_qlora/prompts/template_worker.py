@@ -20,8 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**30  # bytes of address space; rendering a conversation takes some 50 MB
 ANCHOR = 16  # characters before an answer by which it is found where a template does not begin answers
-Turn = tuple[str, str, str]
-"""The prompt, the answer, and how the prompt goes on where a model is asked for the answer, if not with the answer."""
+Turn = tuple[str, str, str, bool]
+"""The prompt, the answer, all that a model is asked the answer with where that is something else, and whether that is
+the prompt with more behind it."""
 
 
 class Generation(Extension):
@@ -75,10 +76,12 @@ class Writer:
     def marked_turns(self, begin: bool) -> list[Turn | None] | str:
         """What is outside and inside each pair of marks; with `begin`, what is behind the last pair as well."""
         *pairs, tail = re.split(f"[{self.marks}]", self.marked(len(self.messages), begin))
-        turns: list[Turn | None] = [(out, inside, "") for out, inside in zip(pairs[::2], pairs[1::2], strict=True)]
+        turns: list[Turn | None] = [
+            (out, inside, "", False) for out, inside in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
         if len(turns) != len(self.answers):
             return f"it marks {len(turns)} texts as generated, and the conversation has {len(self.answers)} answers"
-        return [*turns, (tail, "", "")] if begin else turns
+        return [*turns, (tail, "", "", False)] if begin else turns
 
     def turns(self) -> list[Turn | None] | str:
         """The prompt of each answer, the answer, and how the prompt goes on where a model is asked for the answer.
@@ -93,40 +96,46 @@ class Writer:
             return pairs[-1]
         before = ""
         turns: list[Turn | None] = []
-        for prompt, answer, begun in (pair for pair in pairs if not isinstance(pair, str)):
+        for prompt, answer, asked, more in (pair for pair in pairs if not isinstance(pair, str)):
             if not prompt.startswith(before):
                 break
-            turns.append((prompt[len(before) :], answer, begun))
+            turns.append((prompt[len(before) :], answer, asked, more))
             before = prompt + answer
         return turns if len(turns) == len(pairs) else self.located(pairs[:-1], pairs[-1])
 
     def pair(self, k: int) -> Turn | str:
-        """All before message `k`, the answer that message is, and how the prompt goes on; or why that is unknown."""
+        """The answer that message `k` is, with all before it as its prompt; or why that is unknown."""
         asked, answered = self.render(k, True), self.render(k + 1, False)
         if answered.startswith(asked):
-            return asked, answered[len(asked) :], ""
-        shared = commonprefix((asked, answered))  # noqa: RUF071 - of characters, for they are texts
-        if not answered.startswith(self.render(k, False)):
+            return asked, answered[len(asked) :], "", False
+        past = self.render(k, False)
+        if answered.startswith(past):
+            prompt = commonprefix((asked, answered))  # noqa: RUF071 - of characters, for they are texts
+            return prompt, answered[len(prompt) :], asked, True
+        begins = past[-ANCHOR:] + (asked[len(past) :] if asked.startswith(past) else "")
+        at = answered.rfind(begins)
+        if at < 0:
             return f"it writes what comes before message {k + 1} differently once the conversation goes on"
-        return shared, answered[len(shared) :], asked[len(shared) :]
+        at += len(begins)
+        return answered[:at], answered[at:], asked, False
 
     def located(self, pairs: list[Turn | str], last: Turn) -> list[Turn | None]:
         """The answers as they stand in the whole conversation, of which `last` is the last."""
-        prompt, answer, begun = last
+        prompt, answer, asked, more = last
         turns: list[Turn | None] = []
         at = 0
         for k, pair in zip(self.answers, pairs, strict=False):
             start = -1 if isinstance(pair, str) else self.find(k, pair, prompt, at)
-            if start < 0:
+            if isinstance(pair, str) or start < 0:
                 turns.append(None)
                 continue
-            turns.append((prompt[at:start], pair[1], ""))
+            turns.append((prompt[at:start], *pair[1:]))
             at = start + len(pair[1])
-        return [*turns, (prompt[at:], answer, begun)]
+        return [*turns, (prompt[at:], answer, asked, more)]
 
     def find(self, k: int, pair: Turn, whole: str, at: int) -> int:
         """Where the answer that message `k` is begins in `whole`, behind what begins it; -1 if it is not there."""
-        prompt, answer, _ = pair
+        prompt, answer, *_ = pair
         past = self.render(k, False)
         begins = prompt[len(past) :] if prompt.startswith(past) else ""
         begins = begins or prompt[-ANCHOR:]

@@ -4,12 +4,15 @@ import random
 from itertools import chain
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from lit_qlora.data import Batching, Sample, Samples, collate, count_steps, longest_step, steps, validation_batches
 from lit_qlora.data.batches import PAD, epoch_order, mean_tokens, order, steps_of_an_epoch
 from lit_qlora.model.gpt import IGNORE
+from tests.conftest import tiny_model
 
 
 def samples(count: int) -> Samples:
@@ -223,3 +226,50 @@ def test_validation_batches_hold_every_sample_once_sorted_by_length() -> None:
     widths = [batch.tokens.size(1) for batch in batches]
     assert widths == sorted(widths)
     assert validation_batches(Samples.of([]), micro_batch_size=4) == []
+
+
+# Weights of tokens.
+
+
+def light(weights: list[float], first: int = 100) -> Sample:
+    """A sample of as many tokens, each of which weighs what it says; 0 is not learnt."""
+    at = np.array(weights, np.float32)
+    return Sample(np.arange(first, first + len(weights), dtype=np.int32), at > 0, at)
+
+
+LIGHT = [light([0, 0.5, 1, 0, 0.25]), Sample.of([7, 8, 9], 1), light([0, 0, 0.1], first=50)]
+
+
+@pytest.mark.parametrize("row_length", [None, 16], ids=["rows", "packed"])
+@pytest.mark.parametrize("weighting", ["tokens", "samples"])
+def test_weights_of_tokens_weigh_the_loss_of_a_step(weighting: str, row_length: int | None) -> None:
+    model = tiny_model().double()
+    (step,) = steps(Samples.of(LIGHT), batching(3, weighting=weighting, row_length=row_length), 1)
+    found = sum(model.loss(*batch) for batch in step.batches) / step.weight
+    total, whole = torch.zeros((), dtype=torch.float64), 0.0
+    for sample in LIGHT:
+        ids = torch.from_numpy(sample.tokens).long()
+        losses = cross_entropy(model(ids[None, :-1])[0].double(), ids[1:], reduction="none")
+        weights = torch.from_numpy(sample.trained if sample.weights is None else sample.weights)[1:].double()
+        share = 1 / int((weights > 0).sum()) if weighting == "samples" else 1.0
+        total, whole = total + share * (weights * losses).sum(), whole + share * float(weights.sum())
+    assert found.item() == pytest.approx((total / whole).item(), rel=1e-6)
+    assert step.labelled == 6
+
+
+def test_samples_keep_their_weights_whatever_they_are_joined_with() -> None:
+    plain = Samples.of([Sample.of([1, 2, 3], 1)])
+    joined = Samples.joined([plain, Samples.of(LIGHT)])
+    assert [None if one.weights is None else one.weights.tolist() for one in joined.take([2, 0])[0:2]] == [
+        [0, 1, 1],
+        [0, 1, 1],
+    ]
+    assert joined[1].weights is not None
+    assert joined[1].weights.tolist() == LIGHT[0].weights.tolist()  # type: ignore[union-attr]
+    assert joined.weight_sums.tolist() == pytest.approx([2, 1.75, 2, 0.1])
+    assert plain.weights is None
+    assert plain.weight_sums.tolist() == [2]
+
+
+def test_validation_counts_every_labelled_token_alike() -> None:
+    assert [batch.weights for batch in validation_batches(Samples.of(LIGHT), 2)] == [None, None]

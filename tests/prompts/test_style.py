@@ -307,11 +307,24 @@ def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_w
 # Templates that cannot be learnt from.
 
 
+def test_answers_before_which_a_template_rewrites_the_past_are_learnt_and_counted(tokenizer: Tokenizer) -> None:
+    template = "{{ messages | length }} messages so far:{% for m in messages %}|{{ m.content }}{% endfor %}"
+    encoder = Encoder(tokenizer, TemplateStyle(template), Encoding(max_length=4096))
+    (found,) = encoder.encode([example(Conversation(FIRST))])
+    assert tokenizer.decode(found.sample.tokens.tolist()) == "2 messages so far:|Hi, who are you?|A fox."
+    assert tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()) == "|A fox."
+    assert encoder.counts.rewritten == 1
+    asked = TemplateStyle(template).encode_prompt(tokenizer, Conversation(FIRST[:1]))
+    assert tokenizer.decode(asked) == "1 messages so far:|Hi, who are you?"
+
+
 @pytest.mark.parametrize("talk", [TALK, Conversation(FIRST)], ids=["two turns", "one"])
-def test_a_template_that_writes_the_past_differently_before_an_answer_is_refused(
+def test_a_template_that_writes_all_of_the_past_differently_before_an_answer_is_refused(
     tokenizer: Tokenizer, talk: Conversation
 ) -> None:
-    template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ messages | length }}{{ m.content | replace('i', messages | length) }}{% endfor %}"
+    )
     with pytest.raises(CheckpointError, match=r"writes what comes before message \d differently once"):
         TemplateStyle(template).encode_many(tokenizer, [talk])
 

@@ -45,7 +45,7 @@ def build(task: Task) -> Built:
     if reason := why_not(model):
         raise RuntimeError(f"the fast path is not taken: {reason}")
     short = task.workload == "short" and task.graphs
-    fused = fuse(model, padded_length(LONGEST_EXAMPLE) if short else 0, dequantized=task.dequantized)
+    fused = fuse(model, padded_length(LONGEST_EXAMPLE) if short else 0, cached_blocks=task.dequantized)
 
     def loss(micro: Micro) -> "Tensor":
         value: Tensor = model.loss(*as_batch(micro)) / micro.ids.numel()

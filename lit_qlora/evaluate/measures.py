@@ -149,9 +149,9 @@ class Dispensable:
             with undisturbed(self.model):
                 return self.measure(step)
         except torch.OutOfMemoryError:
-            if not self.model.has_spare:
+            if not self.model.can_release:
                 raise
-        self.model.give_back()  # only here the exception is gone, and with it what it held
+        self.model.release()  # only here the exception is gone, and with it what it held
         with undisturbed(self.model):
             return self.measure(step)
 

@@ -16,7 +16,7 @@ from lit_qlora.model.gpt import GPT
 __all__ = ["Fused", "fuse", "reader", "why_not"]
 
 
-def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int = 0, ahead: bool = True) -> Fused:
+def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, cached_blocks: int = 0, ahead: bool = True) -> Fused:
     """Let the fast path take over model.loss; call it after the adapters are added and before the optimizer is made.
 
     why_not(model) must be ''.
@@ -24,10 +24,10 @@ def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int 
     Args:
         graph_tokens: micro-batches of up to so many tokens get CUDA graphs on a GPU; see lit_qlora.fused.graphs.
         fp8: multiply with the frozen weights of the blocks in FP8; see lit_qlora.fused.fp8. The head stays in 16 bit.
-        dequantized: of so many blocks quantised weights are kept in 16 bit as well.
+        cached_blocks: blocks whose quantised weights are also kept dequantised for the whole run.
         ahead: dequantise the weights of experts ahead, on a second stream; see lit_qlora.fused.ahead.
     """
-    fused = Fused(model, fp8, dequantized, ahead)
+    fused = Fused(model, fp8, cached_blocks, ahead)
     model.fast = fused
     if graph_tokens and fused.device.type == "cuda":
         fused.graphs = Graphs(fused, graph_tokens)
@@ -35,9 +35,9 @@ def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, dequantized: int 
 
 
 def reader(model: GPT) -> Callable[..., Tensor]:
-    """What gives model.hidden soonest, where nothing learns and no cache is read.
+    """The fastest function for model.hidden, where nothing learns and no cache is read.
 
-    On a GPU that is the fast path, if it can take the model and does not train it; else it is the plain model.
+    On a GPU it is the fast path's, if that can take the model and does not train it; else the plain model's.
     """
     takes = model.embed.weight.is_cuda and model.fast is None and not why_not(model)
     return Fused(model).hidden if takes else model.hidden

@@ -3,7 +3,7 @@
 A block's experts are most of its weights, and reading their 4 bits takes as long as a third of their products. One
 buffer holds the weights of one kind (gate and up, or down) of one block. As soon as the product that reads them is
 launched, a second stream waits for it and then fills the buffer for the block that comes next. The last block's weights
-stay from its forward to its backward pass, and the first block's to the next forward pass.
+are carried over from its forward to its backward pass, and the first block's to the next forward pass.
 """
 
 from collections.abc import Sequence

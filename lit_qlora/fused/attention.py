@@ -1,8 +1,8 @@
 """Causal attention over the stacked qkv, forward and backward, by the fastest implementation for its shape.
 
-cuDNN for rows of one length that is worth a plan of its own, flash attention else and for documents laid end to end
-(variable lengths); plain torch on a CPU and on GPUs that have neither. Strided views of qkv go into each without a
-copy.
+cuDNN for rows of one length, if that is worth a plan of its own; flash attention for other rows and for packed
+documents (variable lengths); plain torch on a CPU and on GPUs that have neither. All take strided views of qkv without
+a copy.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ CUDNN_MULTIPLE = 256  # cuDNN builds a plan for each new length, which takes lon
 
 @dataclass(frozen=True)
 class Layout:
-    """How the T tokens of a micro-batch make up texts.
+    """The documents among the T tokens of a micro-batch.
 
     Attributes:
         rows, length: T = rows * length, the shape of the batch.
-        longest: tokens of the longest text.
-        ends: (documents + 1,) int32, where each document begins and the last one ends; None if each row is one.
-        masks: by window, who may look at whom where documents share their beginnings
+        longest: tokens of the longest document.
+        ends: (documents + 1,) int32, the first token of each document and the end of the last; None if each row is one.
+        masks: by window, the tokens that each token attends to where documents share their beginnings
             (lit_qlora.model.attention.tree_mask); for passes that no backward pass follows.
     """
 
@@ -60,7 +60,7 @@ class Heads:
 
     Attributes:
         scale: of the scores, None for 1 / sqrt(size).
-        window: how many tokens a token sees, itself included; None for all before it.
+        window: tokens that a token attends to, itself included; None for all before it.
     """
 
     query: int
@@ -77,7 +77,7 @@ class Heads:
 
 
 def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
-    """The attention's output (T, H D), and what its backward pass needs besides."""
+    """The attention's output (T, H D), and the other tensors that its backward pass reads."""
     q, k, v = heads.split(qkv)
     tokens = qkv.size(0)
     if layout.masks is not None:
@@ -97,7 +97,7 @@ def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
 
 
 def attention_backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor, kept: Any, heads: Heads, layout: Layout
+    d_out: Tensor, qkv: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
     q, k, v = heads.split(qkv)
@@ -109,14 +109,14 @@ def attention_backward(
     tokens = qkv.size(0)
     d_out, out = (x.view(tokens, heads.query, heads.size) for x in (d_out, out))
     if _takes_cudnn(heads, layout):
-        log_sum, seed, offset = kept
+        log_sum, seed, offset = saved
         rows = [_by_row(x, layout) for x in (d_out, q, k, v, out)]
         gradients = _aten._scaled_dot_product_cudnn_attention_backward(
             *rows, log_sum, seed, offset, None, None, None, layout.length, layout.length, 0.0, True, scale=heads.scale
         )
         dq, dk, dv = (x.transpose(1, 2).reshape(tokens, -1, heads.size) for x in gradients)
         return dq, dk, dv
-    log_sum, seed, unused = kept
+    log_sum, seed, unused = saved
     if layout.ends is None:
         d_out, q, k, v, out = (x.unflatten(0, (layout.rows, layout.length)) for x in (d_out, q, k, v, out))
     ends, longest, options = layout.ends, layout.longest, _options(heads, layout)
@@ -128,12 +128,12 @@ def attention_backward(
 
 
 def _window(heads: Heads, layout: Layout) -> int | None:
-    """The window, where a text is longer."""
+    """The window, if a document is longer."""
     return heads.window if heads.window is not None and layout.longest > heads.window else None
 
 
 def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
-    """Flash attention's: the scale, and how far a token looks to its left and right."""
+    """Flash attention's arguments: the scale, and the tokens to the left and right that a token attends to."""
     window = _window(heads, layout)
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     return {"scale": heads.scale, **sides}

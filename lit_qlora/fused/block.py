@@ -132,7 +132,7 @@ class FusedBlock(KernelBlock):
         if beside is not None:
             y.add_(beside)
         if policy != "offload":
-            run.offload.let_go()  # the copies of the blocks before, which have arrived by now
+            run.offload.wait_for_copies()  # the copies of the blocks before, which have arrived by now
         stream += [middle, y]
         return saved if run.saves else None
 
@@ -189,12 +189,12 @@ class FusedBlock(KernelBlock):
         group, get = self.projection, back.forward.offload.get
         d_y = self._post_backward(self.post_1, None if saved.raw_1 is None else get(saved.raw_1), d_out)
         saved.raw_1 = None
-        group.learn_b(d_y, saved.z_projection, back.pending)
+        group.add_grad_b(d_y, saved.z_projection, back.pending)
         da = group.product_back(d_y, back.workspaces[0], saved.matrix_projection)
         del d_y
         assert saved.attended is not None
         saved.attended, dropout = get(saved.attended), self._dropout(group, 1, back.forward)
-        group.learn_a(saved.attended, da, back.pending, dropout)
+        group.add_grad_a(saved.attended, da, back.pending, dropout)
         return group.d_input(da, dropout)
 
     def _attention_backward(self, d_attended: list[Tensor], saved: SavedBlock, back: Backward) -> Tensor:
@@ -218,15 +218,15 @@ class FusedBlock(KernelBlock):
         run.offload.fetch(saved.below)  # the large buffers are free now
         x, statistics, dropout = run.offload.get(saved.x), saved.statistics_1, self._dropout(group, 0, run)
         assert statistics is not None
-        group.learn_b(d_qkv, saved.z_qkv, pending)
+        group.add_grad_b(d_qkv, saved.z_qkv, pending)
         if d_middle is None:
             if group.rank:
-                group.learn_a(x, group.d_z(d_qkv), pending, dropout, self.norm_1, statistics)
+                group.add_grad_a(x, group.d_z(d_qkv), pending, dropout, self.norm_1, statistics)
             pending.flush()
             return None
         dn = group.product_back(d_qkv, back.workspaces[0], saved.matrix_qkv)
         del d_qkv
-        group.learn_a(x, dn, pending, dropout, self.norm_1, statistics)
+        group.add_grad_a(x, dn, pending, dropout, self.norm_1, statistics)
         pending.flush()
         return group.d_stream(dn, x, self.norm_1, statistics, saved.z_qkv, d_middle, dropout)
 

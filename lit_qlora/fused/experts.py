@@ -52,12 +52,12 @@ class ExpertGroup(StackedExperts):
     Attributes:
         slots: number of the adapter of each layer of an expert, -1 for one without.
         dense: (n_expert, N, K) that is not quantised, or is a cached weight. B does not lie beside it.
-        held: always None.
+        carried: always None.
         ahead: what dequantises the weights in time; None to do it when they are asked for.
         turn: number of the block for `ahead`.
     """
 
-    held: Tensor | None = None
+    carried: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
     grad_a: Tensor
@@ -89,7 +89,7 @@ class ExpertGroup(StackedExperts):
         return self.weight is not None
 
     @property
-    def room(self) -> int:
+    def workspace_size(self) -> int:
         """Elements that `matrix` needs of a workspace."""
         return 0 if self.dense is not None or self.ahead is not None else self.elements
 
@@ -109,7 +109,7 @@ class ExpertGroup(StackedExperts):
         if self.ahead is not None and self.dense is None:
             self.ahead.prepare(self.turn + step)
 
-    def keep(self) -> None:
+    def cache(self) -> None:
         """See Layers."""
         if self.dense is None:
             out = torch.empty(self.elements, dtype=self.dtype, device=self.device)
@@ -117,11 +117,11 @@ class ExpertGroup(StackedExperts):
             self.dense = out.view(self.shape)
 
     @property
-    def spare(self) -> int:
+    def extra_bytes(self) -> int:
         """See Layers."""
         return 0 if self.weight is None or self.dense is None else self.dense.nbytes
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """See Layers; nothing is ahead from now on."""
         self.ahead = None
         if self.weight is not None:

@@ -1,10 +1,9 @@
-"""The products of a group's frozen weights in FP8, and those of its adapters beside them in 16 bit.
+"""The products of a group with its frozen weights in FP8, and with its adapters in 16 bit.
 
-Forward Y = X W^T + Z B^T, backward [dX | dZ] = [dY W | dY B]. The rounded weights are the same numbers both times, so
-the gradient is that of the function that was computed: W's scales, one for each row, stand outside the sum over k in
-the forward pass and go into dY before it is rounded in the backward pass. Only where the bytes lie differs, because the
-matrix units want what is summed over side by side: rows of W, then its columns. So nothing stays in a workspace
-between the passes, and weights that are recomputed with are written again.
+Forward Y = X W^T + Z B^T, backward [dX | dZ] = [dY W | dY B]. Both passes use the same rounded weights, so the gradient
+belongs to the function that was computed. W has a scale for each row. It stands outside the sum over k in the forward
+pass, and is multiplied into dY before dY is rounded in the backward pass. The layout differs: the matrix units want the
+summed dimension contiguous, first the rows of W, then its columns. So a workspace is not reused between the passes.
 """
 
 import torch
@@ -31,7 +30,7 @@ class Fp8:
         self.ones = torch.ones(self.width, device=self.scale.device)
 
     @property
-    def room(self) -> int:
+    def workspace_bytes(self) -> int:
         """Bytes that the weights take in a workspace."""
         return self.stack.n * self.width * FP8.itemsize
 
@@ -52,7 +51,7 @@ class Fp8:
         """[dX | dZ] (T, K + R) of dY (T, N), rows not contiguous."""
         columns = workspace.view(FP8)[: self.width * self.stack.n].view(self.width, self.stack.n)
         quantize_weights(self.weight, self.scale, columns[: self.k].T, self.stack, self.table)
-        # The last columns are those of dZ, and nothing yet: what lies there in the workspace is no weight.
+        # The last columns, for dZ, are garbage here: no weight lies there in the workspace.
         d_out = scaled_product(quantize_rows(dy, self.stack.n, self.scale), (columns, self.ones), dy.dtype)
         if b is not None:
             times_b(dy, b, self.stack, d_out[:, self.k :])

@@ -1,15 +1,15 @@
 """CUDA graphs for micro-batches of few tokens, whose kernels end before the host has launched the next.
 
-A micro-batch is padded to the next length of a coarse grid, so that a few shapes stand for all; padding lies behind the
-text, where nothing sees it, and has no label. Of packed rows the number of documents is brought to a grid too, by
-empty ones, and where there are many tokens so is the number of those that the head reads, by some without a label. A
-shape that comes again and again is captured: each of its two passes becomes a graph, one launch. The numbers are the
-same before and after, because padding and kernels are, so it does not matter when a shape is captured, and a run that
-is continued ends like one that was not stopped.
+A micro-batch is padded to the next length of a coarse grid, so that a few shapes stand for all. Padding lies behind the
+row, where no token attends to it, and has no label. For packed rows the number of documents is padded too (with empty
+documents); in large micro-batches also the number of tokens the head reads (with unlabelled ones). A shape that occurs
+often is captured: each of its two passes becomes a graph, one launch. Padding and kernels are the same with and without
+a graph, and so are the results. So it does not matter when a shape is captured, and a resumed run ends like one that
+was not stopped.
 
-No graphs are made for RoPE whose angles depend on the length of the text, nor of packed batches that are on the GPU
-already. With activations on the host, whose copies run beside the kernels, and where memory does not suffice, rows are
-padded all the same, so that the numbers do not depend on how much memory is left.
+There are no graphs for RoPE whose angles depend on the length of the text, nor for packed batches that are on the GPU
+already. Rows are padded all the same with offloaded activations, whose copies run beside the kernels, and where memory
+does not suffice: the results must not depend on the memory that is left.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ from lit_qlora.model.gpt import IGNORE
 from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
 
-MOST_WORK = 1280 * 206_471_168  # tokens, times a 7B's weights for each block: with more the host is the faster one
-MOST_TOKENS = 4096  # of any model, since attention and what reads activations alone do not become less with the weights
-MOST_SHAPES = 32  # the driver keeps some MiB for each
-DOCUMENTS = 16  # their number, in a micro-batch of packed rows, is brought to a multiple of this
+MOST_WORK = 1280 * 206_471_168  # tokens times a 7B's weights of a block: with more the host is faster than the GPU
+MOST_TOKENS = 4096  # of any model, since attention and norms take no less time where there are fewer weights
+MOST_SHAPES = 32  # the driver takes some MiB for each
+DOCUMENTS = 16  # the number of documents in a micro-batch of packed rows is padded to a multiple of it
 LONGEST = 256  # tokens of the longest document, at least
-MANY = 1024  # tokens: of so many and more, the head reads those with a label alone, their number brought to quarters
-SIGHTINGS = 4  # capturing takes as long as a few passes, which a rare shape would not pay back
+MANY = 1024  # tokens, from which on the head reads only labelled ones, their number padded to quarters
+SIGHTINGS = 4  # of a shape before its capture, which takes as long as a few passes
 
 Shape = tuple[int, int, int, int, int, bool, bool]
-"""Rows, their length with padding, documents (0 if not packed), tokens of the longest text, tokens that the head reads,
+"""Rows, their padded length, documents (0 if not packed), tokens of the longest text, tokens that the head reads,
 whether these have weights, whether there is dropout."""
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Captures what a function launches, and returns what launches it again."""
+"""Captures the kernels that a function launches, and returns a function that launches them again."""
 
 
 def padded_length(length: int, parts: int = 16) -> int:
@@ -56,7 +56,7 @@ def padded_length(length: int, parts: int = 16) -> int:
 
 
 def row_width(model: ModelConfig, length: int, packed: bool) -> int:
-    """Tokens that a row of so many is padded to; the number of documents makes shapes enough of packed rows."""
+    """The padded length of a row; the grid of packed rows is coarser, since their documents make more shapes."""
     return padded_length(length, 8) if packed else min(padded_length(length), model.block_size)
 
 
@@ -68,7 +68,7 @@ def most_tokens(model: ModelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Micro:
+class PaddedBatch:
     """A padded micro-batch.
 
     Attributes:
@@ -92,7 +92,7 @@ class Micro:
         positions: Tensor | None,
         segments: Tensor | None,
         length: int,
-    ) -> "Micro":
+    ) -> "PaddedBatch":
         """From what GPT.loss takes, with rows of `length` tokens."""
         more = (0, length - tokens.size(1))
         tokens, labels = F.pad(tokens, more), F.pad(labels, more, value=IGNORE)
@@ -100,24 +100,24 @@ class Micro:
         count = tokens.numel()
         labelled = Labelled.of(labels, weights, count if count < MANY else -(-count // 4))
         if segments is None or positions is None:
-            return Micro(tokens, labelled, None, None, length)
+            return PaddedBatch(tokens, labelled, None, None, length)
         positions, segments = F.pad(positions, more), F.pad(segments, more, value=-1)
         layout = Layout.of(len(tokens), length, segments, segments.device)
         assert layout.ends is not None
         empty = -(len(layout.ends) - 1) % DOCUMENTS
         ends = F.pad(layout.ends, (0, empty), value=count)
         longest = max(LONGEST, 2 ** (layout.longest - 1).bit_length())
-        return Micro(tokens, labelled, positions, ends, longest)
+        return PaddedBatch(tokens, labelled, positions, ends, longest)
 
     @property
     def documents(self) -> int:
-        """How many there are, empty ones included, or 0 where rows are not packed."""
+        """Their number with the empty ones, or 0 where rows are not packed."""
         return 0 if self.ends is None else len(self.ends) - 1
 
-    def to(self, device: torch.device) -> "Micro":
-        """On a device, but for the positions, from which the host works out what a replay is given, too."""
+    def to(self, device: torch.device) -> "PaddedBatch":
+        """On a device, but for the positions, which the host needs for a replay."""
         ends = None if self.ends is None else to_device(self.ends, device)
-        return Micro(to_device(self.tokens, device), self.labelled.to(device), self.positions, ends, self.longest)
+        return PaddedBatch(to_device(self.tokens, device), self.labelled.to(device), self.positions, ends, self.longest)
 
 
 class Capturable(Trainable, Protocol):
@@ -164,22 +164,22 @@ class Capturable(Trainable, Protocol):
 
 
 class Graphs:
-    """The shapes that were seen, and the graphs of those that were captured.
+    """The shapes that were seen, and the graphs that were captured.
 
     Attributes:
         most: tokens of the largest micro-batch that gets a graph, padding included. All graphs share one pool of
-            memory, which holds what one such micro-batch needs.
-        off: why nothing is captured any more; '' as long as it is.
+            memory, as large as one such micro-batch needs.
+        off: why no shape is captured any more, or ''.
     """
 
-    def __init__(self, fused: Capturable, most: int, record: Record | None = None) -> None:
-        self.fused, self.most = fused, min(most, most_tokens(fused.config))
+    def __init__(self, model: Capturable, most: int, record: Record | None = None) -> None:
+        self.model, self.most = model, min(most, most_tokens(model.config))
         self.given = record
         self.off = ""
         self.clear()
 
     def clear(self) -> None:
-        """Forget all graphs, and give back their memory."""
+        """Forget all graphs, and free their memory."""
         self.seen: Counter[Shape] = Counter()
         self.captured: dict[Shape, Captured] = {}
         self.latest: weakref.ref[Replay] | None = None
@@ -196,40 +196,40 @@ class Graphs:
     ) -> Work | None:
         """The passes of a micro-batch (B, T) that is small enough, else None."""
         rows, length = tokens.shape
-        width = row_width(self.fused.config, length, segments is not None)
-        if not length <= width <= self.most // rows or self.fused.ropes is None:
+        width = row_width(self.model.config, length, segments is not None)
+        if not length <= width <= self.most // rows or self.model.ropes is None:
             return None
         if (positions is None) != (segments is None) or (segments is not None and segments.is_cuda):
             return None
-        micro = Micro.of(tokens, labels, weights, positions, segments, width)
-        read = len(micro.labelled.labels)
-        shape = (rows, width, micro.documents, micro.longest, read, weights is not None, seed is not None)
+        batch = PaddedBatch.of(tokens, labels, weights, positions, segments, width)
+        read = len(batch.labelled.labels)
+        shape = (rows, width, batch.documents, batch.longest, read, weights is not None, seed is not None)
         self.seen[shape] += 1
         if shape not in self.captured and self.seen[shape] > SIGHTINGS and len(self.captured) < MOST_SHAPES:
-            self._capture(shape, micro, seed)
+            self._capture(shape, batch, seed)
         if shape in self.captured and self._is_free():
-            replay = Replay(self.captured[shape], micro, seed)
+            replay = Replay(self.captured[shape], batch, seed)
             self.latest = weakref.ref(replay)
             return replay
-        return Eager(self.fused, self._inputs(micro.to(self.fused.device), seed))
+        return Eager(self.model, self._inputs(batch.to(self.model.device), seed))
 
     def _is_free(self) -> bool:
         """Whether no loss is waiting for its backward pass, whose activations lie in the pool."""
         return self.latest is None or self.latest() is None
 
-    def _inputs(self, micro: Micro, seed: int | None) -> Inputs:
-        rows, length = micro.tokens.shape
-        layout = Layout(rows, length, micro.longest, micro.ends)
+    def _inputs(self, batch: PaddedBatch, seed: int | None) -> Inputs:
+        rows, length = batch.tokens.shape
+        layout = Layout(rows, length, batch.longest, batch.ends)
         carries = bool(self.off) and not self.captured  # where there will be no graph
-        return self.fused.inputs(micro.tokens, micro.labelled, seed, micro.positions, carries=carries, layout=layout)
+        return self.model.inputs(batch.tokens, batch.labelled, seed, batch.positions, carries=carries, layout=layout)
 
-    def _capture(self, shape: Shape, micro: Micro, seed: int | None) -> None:
-        if self.off or "offload" in self.fused.recompute:
+    def _capture(self, shape: Shape, batch: PaddedBatch, seed: int | None) -> None:
+        if self.off or "offload" in self.model.recompute:
             return
-        self.record = self.record or Recorder(self.fused.graph_bytes(self.most))
-        micro = micro.to(self.fused.device)
+        self.record = self.record or Recorder(self.model.graph_bytes(self.most))
+        batch = batch.to(self.model.device)
         try:
-            self.captured[shape] = Captured(self.fused, micro, self._inputs(micro, seed), self.record)
+            self.captured[shape] = Captured(self.model, batch, self._inputs(batch, seed), self.record)
         except RuntimeError as error:  # no memory left, or an operation that cannot be captured
             self.off = str(error).partition("\n")[0]
             tell(f"  graphs  no more CUDA graphs from here on, which costs speed alone: {self.off}")
@@ -238,56 +238,56 @@ class Graphs:
 class Captured:
     """The two graphs of a shape, and the tensors that they read and write, whose addresses are part of them."""
 
-    def __init__(self, fused: Capturable, micro: Micro, inputs: Inputs, record: Record) -> None:
-        self.fused, self.micro, self.inputs = fused, micro, inputs
-        self.d_loss = torch.zeros((), device=fused.device)
-        self.loss = torch.zeros((), device=fused.device)
-        self.learnt: SavedPass | None = None
-        # What is made on first use, such as plans and handles of this thread, has to be made before; and weights that
-        # have stayed, which no graph may read, are used up.
-        gradient = fused.gradient.clone()
+    def __init__(self, model: Capturable, batch: PaddedBatch, inputs: Inputs, record: Record) -> None:
+        self.model, self.batch, self.inputs = model, batch, inputs
+        self.d_loss = torch.zeros((), device=model.device)
+        self.loss = torch.zeros((), device=model.device)
+        self.saved: SavedPass | None = None
+        # Plans and handles of this thread are made on first use, which must not be in a capture. And weights that were
+        # carried over, which no graph may read, are used up.
+        gradient = model.gradient.clone()
         try:
             self._forward()
             self._backward()
         finally:
-            fused.gradient.copy_(gradient)
+            model.gradient.copy_(gradient)
             del gradient
         self.forward = record(self._forward)
         self.backward = record(self._backward)
-        fused.forget_ahead()  # nothing of what was captured has happened
+        model.forget_ahead()  # nothing of what was captured has happened
 
     def _forward(self) -> None:
-        self.fused.forget_ahead()
-        loss, self.learnt = self.fused.forward(self.inputs)
+        self.model.forget_ahead()
+        loss, self.saved = self.model.forward(self.inputs)
         self.loss.copy_(loss)
 
     def _backward(self) -> None:
-        learnt, self.learnt = self.learnt, None
-        assert learnt is not None
-        self.fused.forget_ahead()
-        self.fused.backward(self.d_loss, learnt, self.inputs.run)
+        saved, self.saved = self.saved, None
+        assert saved is not None
+        self.model.forget_ahead()
+        self.model.backward(self.d_loss, saved, self.inputs.run)
 
 
 class Replay:
     """Trainable that are launched as graphs."""
 
-    def __init__(self, captured: Captured, micro: Micro, seed: int | None) -> None:
-        self.captured, self.micro, self.seed = captured, micro, seed
+    def __init__(self, captured: Captured, batch: PaddedBatch, seed: int | None) -> None:
+        self.captured, self.batch, self.seed = captured, batch, seed
 
     def forward(self) -> Tensor:
         """The loss."""
-        captured, micro = self.captured, self.micro
-        run, old, new = captured.inputs.run, captured.micro.labelled, micro.labelled
+        captured, batch = self.captured, self.batch
+        run, old, new = captured.inputs.run, captured.batch.labelled, batch.labelled
         parts: list[tuple[Tensor | None, Tensor | None]] = [
-            (captured.inputs.tokens, micro.tokens.flatten()),
+            (captured.inputs.tokens, batch.tokens.flatten()),
             (old.labels, new.labels),
-            (old.places, new.places),
+            (old.indices, new.indices),
             (old.weights, new.weights),
-            (run.layout.ends, micro.ends),
+            (run.layout.ends, batch.ends),
         ]
-        if micro.positions is not None:
-            places, scale = captured.fused.of_positions(micro.positions)
-            parts += [(run.positions, places), (captured.inputs.places, places), (run.query_scale, scale)]
+        if batch.positions is not None:
+            table_rows, scale = captured.model.of_positions(batch.positions)
+            parts += [(run.positions, table_rows), (captured.inputs.positions, table_rows), (run.query_scale, scale)]
         for to, source in parts:
             if to is not None and source is not None:
                 pinned = source.pin_memory() if to.is_cuda and not source.is_cuda else source
@@ -295,33 +295,33 @@ class Replay:
         if self.seed is not None and run.seed is not None:
             run.seed.fill_(self.seed)
         captured.forward()
-        captured.fused.forget_ahead()
+        captured.model.forget_ahead()
         return captured.loss.clone()
 
     def backward(self, d_loss: Tensor) -> None:
         """Add the adapters' gradients."""
         self.captured.d_loss.copy_(d_loss)
         self.captured.backward()
-        self.captured.fused.forget_ahead()
+        self.captured.model.forget_ahead()
 
 
 class Recorder:
-    """Captures into one pool of memory, of `room` bytes to begin with, so that every shape fits into the same place."""
+    """Captures into one pool of memory, of `room` bytes at first, so that every shape fits into the same memory."""
 
     def __init__(self, room: int) -> None:
         self.room, self.pool = room, torch.cuda.graph_pool_handle()
-        self.failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them
+        self.failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still refer to them
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Capture what `function` launches; what launches it again."""
+        """Capture the kernels that `function` launches; a function that launches them again."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         collects = gc.isenabled()
-        gc.disable()  # a dead graph that is collected now would meddle with the random generator of this one
+        gc.disable()  # a graph that is collected now would change the random generator of this one
         done = False
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 if self.room:
-                    torch.empty(self.room, dtype=torch.uint8, device="cuda")  # given back at once, to the pool
+                    torch.empty(self.room, dtype=torch.uint8, device="cuda")  # returned at once, to the pool
                     self.room = 0
                 function()
             done = True
@@ -340,5 +340,5 @@ def _end_capture(pool: Any) -> None:
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())
-    with contextlib.suppress(RuntimeError):  # it has ended: only what was captured was at fault
+    with contextlib.suppress(RuntimeError):  # it has ended already
         torch._C._cuda_endAllocateToPool(device, pool)

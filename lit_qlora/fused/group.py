@@ -33,7 +33,7 @@ class Layers(Protocol):
     b: Tensor | None
     grad_a: Tensor
     grad_b: Tensor
-    held: Tensor | None
+    carried: Tensor | None
 
     @property
     def size_a(self) -> int:
@@ -51,20 +51,20 @@ class Layers(Protocol):
         ...
 
     @property
-    def room(self) -> int:
+    def workspace_size(self) -> int:
         """Elements that its weights need of a workspace."""
         ...
 
     @property
-    def spare(self) -> int:
+    def extra_bytes(self) -> int:
         """Bytes of weights that are cached or carried over."""
         ...
 
-    def keep(self) -> None:
+    def cache(self) -> None:
         """Cache quantised weights from now on."""
         ...
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Release what is cached or carried over."""
         ...
 
@@ -82,10 +82,10 @@ class Group(StackedLinear):
         grad_a, grad_b: their float32 gradients, of A itself.
         dense: [W | B] that is not quantised, or is a cached weight; W alone where nothing is stacked or adapted.
         fp8: the weights in FP8, where their products are.
-        held: [W | B] that stays until `matrix` is asked for it the next time, with the B of then.
+        carried: [W | B] carried over until the next call of `matrix`, which writes the B of then into it.
     """
 
-    held: Tensor | None = None
+    carried: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
     grad_a: Tensor
@@ -105,7 +105,7 @@ class Group(StackedLinear):
             self.fp8 = Fp8(stored, self.stack, self.k, self.table)
 
     def _beside_b(self) -> Tensor:
-        """The weights end to end with room for B beside them; the layers keep views, so that nothing is held twice."""
+        """The weights end to end with room for B beside them; the layers get views, so none is in memory twice."""
         if len(self.bases) == 1 and not self.rank:
             whole: Tensor = self.bases[0].weight.detach()
             return whole
@@ -117,12 +117,12 @@ class Group(StackedLinear):
 
     @property
     def size_a(self) -> int:
-        """Numbers in the stacked A."""
+        """Elements of the stacked A."""
         return self.rank * self.k
 
     @property
     def size_b(self) -> int:
-        """Numbers in the stacked B."""
+        """Elements of the stacked B."""
         return self.stack.adapted_rows * self.stack.r
 
     @property
@@ -136,53 +136,54 @@ class Group(StackedLinear):
         return self.k + self.rank
 
     @property
-    def room(self) -> int:
+    def workspace_size(self) -> int:
         """Elements that `matrix` needs of a workspace."""
         if self.fp8 is not None:
-            return cdiv(self.fp8.room, self.dtype.itemsize)
+            return cdiv(self.fp8.workspace_bytes, self.dtype.itemsize)
         return self.n * self.width if self.dense is None else 0
 
     def matrix(self, workspace: Tensor | None) -> Tensor:
         """[W | B], (N, K + R), as product takes it.
 
-        A quantised one, or one in FP8, is written into `workspace`, which must not be in use. Without one, a quantised
-        one stays, and is what the next call returns.
+        A quantised one, or one in FP8, is written into `workspace`, which must not be in use. Without a workspace a
+        quantised one is carried over: the next call returns it.
         """
         if self.fp8 is not None:
             assert workspace is not None
             return self.fp8.matrix(workspace)
         if self.dense is not None:
             return self.dense
-        if self.held is not None:
-            out, self.held = self.held, None
+        if self.carried is not None:
+            out, self.carried = self.carried, None
             self._write_b(out)
             return out
-        stays = workspace is None
-        space = torch.empty(self.room, dtype=self.dtype, device=self.device) if workspace is None else workspace
+        space = (
+            torch.empty(self.workspace_size, dtype=self.dtype, device=self.device) if workspace is None else workspace
+        )
         out = space[: self.n * self.width].view(self.n, self.width)
         dequantize(self.weight, self.b, out, self.stack, self.table)
-        self.held = out if stays else None
+        self.carried = out if workspace is None else None
         return out
 
-    def keep(self) -> None:
-        """Hold [W | B] of a quantised weight as well from now on, instead of writing it into a workspace each time."""
+    def cache(self) -> None:
+        """Cache [W | B] of a quantised weight, instead of writing it into a workspace each time."""
         if self.dense is None:
-            self.dense = self.matrix(torch.empty(self.room, dtype=self.dtype, device=self.device))
+            self.dense = self.matrix(torch.empty(self.workspace_size, dtype=self.dtype, device=self.device))
 
     @property
-    def spare(self) -> int:
-        """Bytes of what `keep` and `matrix` hold."""
-        kept = None if self.weight is None else self.dense
-        return sum(tensor.nbytes for tensor in (kept, self.held) if tensor is not None)
+    def extra_bytes(self) -> int:
+        """Bytes of what is cached or carried over."""
+        cached = None if self.weight is None else self.dense
+        return sum(tensor.nbytes for tensor in (cached, self.carried) if tensor is not None)
 
-    def give_back(self) -> None:
-        """Let go of what `keep` and `matrix` hold."""
-        self.held = None
+    def release(self) -> None:
+        """Free what is cached or carried over."""
+        self.carried = None
         if self.weight is not None:
             self.dense = None
 
     def refresh(self) -> None:
-        """Write a changed B beside a weight that stays in memory."""
+        """Write a changed B beside a weight that is in memory."""
         if self.dense is not None and self.fp8 is None:
             self._write_b(self.dense)
 
@@ -208,24 +209,24 @@ class Group(StackedLinear):
         return torch.addmm(self.bias, x, matrix.T, out=out)
 
     def product_back(self, dy: Tensor, workspace: Tensor | None, matrix: Tensor | None = None) -> Tensor:
-        """[dX | dZ] = dY [W | B], (T, K + R); `matrix` is [W | B] where it still lies in a workspace."""
+        """[dX | dZ] = dY [W | B], (T, K + R); `matrix` is [W | B] if it still lies in a workspace."""
         if self.fp8 is not None:
             assert workspace is not None
             return self.fp8.product_back(dy, workspace, self.b)
         return torch.mm(dy, self.matrix(workspace) if matrix is None else matrix)
 
     def d_z(self, dy: Tensor) -> Tensor:
-        """DZ = dY B alone, (T, R), where nobody wants dX."""
+        """DZ = dY B alone, (T, R), where no gradient of X is wanted."""
         assert self.b is not None
         return large_rank.times_b(dy, self.b, self.stack, dy.new_empty(len(dy), self.rank))
 
-    def dropout(self, seed: Tensor | None, place: int) -> Dropout:
-        """Of the adapters' input in this forward pass; layers that share an input share what is dropped."""
-        return NONE if seed is None or not self.p else Dropout(self.p, seed, place)
+    def dropout(self, seed: Tensor | None, number: int) -> Dropout:
+        """The dropout of the adapters' input in this pass; layers that share an input share it. Inputs are numbered."""
+        return NONE if seed is None or not self.p else Dropout(self.p, seed, number)
 
     @property
-    def wide(self) -> bool:
-        """Whether cuBLAS does what the thin kernels do for smaller ranks."""
+    def large_rank(self) -> bool:
+        """Whether the rank is too large for the kernels of LoRA's products, so that cuBLAS computes them."""
         return self.stack.r > MOST_RANK
 
     def project(
@@ -236,19 +237,19 @@ class Group(StackedLinear):
         activation: Activation | None = None,
         copy: bool = False,
     ) -> Tensor | None:
-        """Z of x, also behind X in `out`; see kernels.thin.project. None without an adapter."""
+        """Z of x, also behind X in `out`; see lora_products.project. None without an adapter."""
         if self.a is None:
             return None
-        return (large_rank if self.wide else lora_products).project(x, self.a, out, activation, copy, dropout)
+        return (large_rank if self.large_rank else lora_products).project(x, self.a, out, activation, copy, dropout)
 
-    def learn_a(
+    def add_grad_a(
         self,
         x: Tensor,
         d_out: Tensor,
         pending: Pending,
         dropout: Dropout,
         norm: Norm | None = None,
-        numbers: Tensor | None = None,
+        statistics: Tensor | None = None,
         into: Tensor | None = None,
     ) -> None:
         """Add to the gradient of A, or `into` another, given [dX | dZ] or dZ alone; X is norm(x).
@@ -258,17 +259,17 @@ class Group(StackedLinear):
         if self.a is None:
             return
         gradient, dz = self.grad_a if into is None else into, d_out[:, -self.rank :]
-        if self.wide:
+        if self.large_rank:
             large_rank.grad_a(x, dz, gradient, self.scale, norm, dropout)
         else:
-            lora_products.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), numbers, dropout)
+            lora_products.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), statistics, dropout)
 
-    def learn_b(self, dy: Tensor, z: Tensor | None, pending: Pending, into: Tensor | None = None) -> None:
+    def add_grad_b(self, dy: Tensor, z: Tensor | None, pending: Pending, into: Tensor | None = None) -> None:
         """Add to the gradient of B, or `into` another, given dY and Z. Nothing without an adapter."""
         if z is None:
             return
         gradient = self.grad_b if into is None else into
-        if self.wide:
+        if self.large_rank:
             large_rank.grad_b(dy, z, gradient, self.stack)
         else:
             lora_products.grad_b(dy, z, gradient, self.stack, self.table, pending)
@@ -277,30 +278,30 @@ class Group(StackedLinear):
         """The gradient of the group's input, (T, K), from [dX | dZ]."""
         if self.a is None:
             return d_out
-        return (large_rank if self.wide else lora_products).rank_update(d_out, self.a, self.k, dropout)
+        return (large_rank if self.large_rank else lora_products).rank_update(d_out, self.a, self.k, dropout)
 
     def d_stream(
         self,
         d_out: Tensor,
         x: Tensor,
         norm: Norm,
-        numbers: Tensor,
+        statistics: Tensor,
         z: Tensor | None,
         residual: Tensor | None,
         dropout: Dropout,
     ) -> Tensor:
-        """The gradient of x whose norm is the group's input, from [dX | dZ]; see kernels.norm.norm_backward."""
-        if self.wide:
-            return norm_backward(self.d_input(d_out, dropout), x, norm, numbers, residual=residual)
-        return norm_backward(d_out, x, norm, numbers, z, self.a, residual, dropout)
+        """The gradient of x from [dX | dZ], where X is norm(x); see kernels.norm.norm_backward."""
+        if self.large_rank:
+            return norm_backward(self.d_input(d_out, dropout), x, norm, statistics, residual=residual)
+        return norm_backward(d_out, x, norm, statistics, z, self.a, residual, dropout)
 
 
 class Copies:
-    """The 16-bit copies of the adapters of some groups, which are made together.
+    """The 16-bit copies of the adapters of some groups, made together.
 
     Args:
-        master_a, master_b: all A and all B of the groups, one behind the other, float32.
-        low_a, low_b: room for their copies.
+        master_a, master_b: all A and all B of the groups end to end, float32.
+        low_a, low_b: buffers for their copies.
     """
 
     def __init__(
@@ -318,7 +319,7 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self, beside: bool = True) -> None:
-        """Bring them up to date, and with `beside` the B beside weights that stay in memory; A carries alpha / r."""
+        """Copy A times alpha / r and B, and with `beside` also the B beside weights that are in memory."""
         (a, low_a), (b, low_b) = self.both_a, self.both_b
         torch.mul(a, self.scale, out=low_a)
         low_b.copy_(b)

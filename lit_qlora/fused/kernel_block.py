@@ -1,4 +1,4 @@
-"""A block as the kernels take it: what training and decoding have in common."""
+"""A block in the terms of the kernels; shared by training and decoding."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def mlp_layers(mlp: Any, config: ModelConfig) -> tuple[list[nn.Module], list[nn.
 
 
 def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:
-    """What a norm's module computes, or nothing for an Identity, times `factor`.
+    """The norm of a module, none for an Identity, times `factor`.
 
     Args:
         like: (E,), of the dtype that the factor is rounded to, and on the device.

@@ -1,4 +1,4 @@
-"""LoRA's products by cuBLAS, for ranks that the thin kernels do not hold: more passes over memory, the same numbers."""
+"""LoRA's products by cuBLAS, for ranks above those of kernels.lora_products: more memory traffic, the same result."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lit_qlora.kernels.stack import Stack
 
 
 def project(x: Tensor, a: Tensor, out: Tensor, activation: Activation | None, copy: bool, dropout: Dropout) -> Tensor:
-    """As kernels.thin.project."""
+    """As lora_products.project."""
     k = a.size(1)
     if activation:
         mlp_forward(x, out, activation)
@@ -31,20 +31,20 @@ def times_b(dy: Tensor, b: Tensor, stack: Stack, out: Tensor) -> Tensor:
 
 
 def rank_update(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:
-    """As kernels.thin.rank_update."""
+    """As lora_products.rank_update."""
     if not dropout.p:
         return torch.addmm(d_out[:, :k], d_out[:, k:], a)
     return d_out[:, :k] + drop(torch.mm(d_out[:, k:], a), dropout)
 
 
 def grad_a(x: Tensor, dz: Tensor, gradient: Tensor, scale: float, norm: Norm | None, dropout: Dropout) -> None:
-    """As kernels.thin.grad_a, at once."""
+    """As lora_products.grad_a, at once."""
     x = x if norm is None else apply_norm(norm, x)
     gradient.add_(in_float32(dz.T, drop(x, dropout)), alpha=scale)
 
 
 def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack) -> None:
-    """As kernels.thin.grad_b, at once."""
+    """As lora_products.grad_b, at once."""
     first = 0
     for part, slot in zip(dy.split(stack.rows, dim=1), stack.slots, strict=True):
         if slot >= 0:
@@ -80,7 +80,7 @@ def through_mlp(
 
 
 def in_float32(x: Tensor, y: Tensor) -> Tensor:
-    """The product of two matrices, not rounded to their dtype."""
+    """The product of two matrices in float32, not rounded to their dtype."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, y, out_dtype=torch.float32)
     return torch.mm(x, y)

@@ -1,4 +1,4 @@
-"""Memory of activations: what each path keeps, and which blocks should compute again so that it fits."""
+"""Memory of the fast path's activations, and the choice of the blocks that save it by recomputing."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from lit_qlora.model.gpt import LOGITS_AT_ONCE
 from lit_qlora.settings import Recompute
 
 COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload": 1.8, "full": 2.4}
-"""Milliseconds that a block of Llama-2-7B takes longer, 4,096 tokens on an H100; only order and ratio matter."""
-IN_TURNS = 2**26
-"""Adapters of so many numbers have their 16-bit copies made block by block, twice a micro-batch, not all at once: the
-memory then counts for more than the time: 1.6 GB and, by their bytes, 3 ms of Llama-65B's 550 with r 64."""
+"""Milliseconds added to a block of Llama-2-7B, 4,096 tokens on an H100; only order and ratio matter."""
+COPY_BY_BLOCK = 2**26
+"""From this many adapter parameters on, the 16-bit copies are made block by block, twice a micro-batch, not at once.
+For Llama-65B at r 64 this saves 1.6 GB and costs, by their bytes, 3 of 550 ms."""
 
 
 CHOICE = 24
@@ -31,21 +31,21 @@ def adapters_met(block: nn.Module, config: ModelConfig) -> float:
 
 
 def sends_qkv(block: int, policy: Recompute) -> bool:
-    """Whether a block that offloads has its qkv copied to the host, too, instead of computing it again.
+    """Whether a block that offloads sends its qkv to the host too, instead of recomputing it.
 
-    Every other one: on an H100 copies of all would take longer than what they are to hide behind, a forward pass.
+    Every other block does: on an H100 the copies of all would take longer than the forward pass that hides them.
     """
     return policy == "offload" and block % 2 == 1
 
 
 def head_tokens(vocab: int) -> int:
-    """How many tokens' logits exist at a time."""
+    """Tokens whose logits exist at the same time."""
     return max(256, LOGITS_AT_ONCE // vocab // 128 * 128)
 
 
 @dataclass(frozen=True)
 class FastSizes:
-    """What the fast path keeps, in 16 bit, of a micro-batch of some tokens."""
+    """Memory of the fast path's activations, which are in 16 bit."""
 
     model: ModelConfig
     rank: int
@@ -55,24 +55,24 @@ class FastSizes:
     quantized: bool
     quantized_head: bool = False
     fp8: bool = False
-    """Whether frozen weights, and what they are multiplied with, are brought into FP8."""
+    """Products with frozen weights are in FP8."""
     ahead: bool = True
     """The weights of experts are dequantised ahead, into buffers of their own; see lit_qlora.fused.ahead."""
 
-    def kept(self, policy: Recompute, tokens: int) -> float:
-        """Bytes on the device that one block keeps for its backward pass."""
+    def saved(self, policy: Recompute, tokens: int) -> float:
+        """Bytes on the device that one block saves for its backward pass."""
         c = self.model
         attended = c.n_head * c.head_size
         z = self.rank * self.adapted
         middle, raw = self._middle, self._raw
-        numbers = {
+        elements = {
             "none": c.n_embd + middle + 2 * raw + self._qkv + attended + self._branches + z,
             "mlp": c.n_embd + middle + 2 * raw + self._qkv + attended + z,
             "attn": c.n_embd + middle + 2 * raw + attended + z,
             "offload": z,
             "full": c.n_embd + raw + z,
         }[policy]
-        return tokens * (2.0 * numbers + 4 * c.n_head + 8 + CHOICE * c.n_expert_per_token)
+        return tokens * (2.0 * elements + 4 * c.n_head + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes in pinned memory of the host, of which torch takes powers of 2."""
@@ -83,35 +83,37 @@ class FastSizes:
             for i, policy in enumerate(policies)
             if policy == "offload"
         ]
-        return float(sum(2 ** (2 * tokens * numbers - 1).bit_length() for each in sent for numbers in each if numbers))
+        return float(
+            sum(2 ** (2 * tokens * elements - 1).bit_length() for each in sent for elements in each if elements)
+        )
 
     def peak(self, policies: Sequence[Recompute], tokens: int) -> float:
-        """Bytes of all that a micro-batch needs at its peak."""
+        """Bytes that a micro-batch needs at its peak."""
         return max(self._moments(policies, tokens)) + self._workspaces(policies)
 
-    def stay(self, policies: Sequence[Recompute], tokens: int, kept: int = 0) -> list[bool]:
-        """Of which blocks the weights that a backward pass dequantises can stay for the next forward pass.
+    def carries(self, policies: Sequence[Recompute], tokens: int, cached: int = 0) -> list[bool]:
+        """The blocks whose weights can be carried over from a backward pass to the next forward pass.
 
-        They take the place of activations that are gone, and make room again as those of the next micro-batch come: the
-        peak remains what it is.
+        The weights take the memory of activations that were freed, and are freed before the next micro-batch needs it:
+        the peak is the same.
 
         Args:
-            kept: of so many of the last blocks, they are kept for good.
+            cached: number of the last blocks whose weights are cached.
         """
         *moments, _ = self._moments(policies, tokens)
         most = self.peak(policies, tokens) - self._workspaces(policies)
-        staying, held = [False] * len(policies), 0.0
-        for i in reversed(range(len(policies) - kept)):
-            staying[i] = moments[i] + held + self.carried <= most
-            held += staying[i] * self.carried
-        return staying
+        carries, taken = [False] * len(policies), 0.0
+        for i in reversed(range(len(policies) - cached)):
+            carries[i] = moments[i] + taken + self.carried <= most
+            taken += carries[i] * self.carried
+        return carries
 
     def _moments(self, policies: Sequence[Recompute], tokens: int) -> list[float]:
-        """Bytes of activations in the backward pass of each block, and then those where the head is computed.
+        """Bytes of activations in the backward pass of each block, and then those while the head is computed.
 
-        The last blocks' backward pass comes first; what they have kept is gone when those before them are computed.
+        The last block's backward pass comes first, and frees what it saved before the one below begins.
         """
-        each = {policy: (self.kept(policy, tokens), self._block(policy, tokens)) for policy in set(policies)}
+        each = {policy: (self.saved(policy, tokens), self._block(policy, tokens)) for policy in set(policies)}
         kept, moments = 0.0, []
         for policy in policies:
             kept += each[policy][0]
@@ -121,17 +123,17 @@ class FastSizes:
         return [*moments, kept + max(slices, tokens * 8.0 * c.n_embd)]
 
     def _block(self, policy: Recompute, tokens: int) -> float:
-        """Bytes that exist while one block is computed backward, beside what is kept."""
+        """Bytes that exist in the backward pass of one block, beside saved activations."""
         c, again = self.model, policy != "none"
         shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
-        numbers = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped
-        numbers += 3 * c.n_embd if policy == "offload" else 0
-        numbers += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
+        elements = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped
+        elements += 3 * c.n_embd if policy == "offload" else 0
+        elements += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
         sums = (c.n_expert_per_token * tokens / CHUNK + c.n_expert) * self.rank * max(2 * c.n_embd, 3 * c.expert_size)
-        return tokens * (2.0 * numbers + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
+        return tokens * (2.0 * elements + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
 
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
-        """Bytes of what weights are dequantised into, or brought into FP8."""
+        """Bytes of the workspaces, for weights that are dequantised or in FP8."""
         c = self.model
         widest = max(self._dense_branches, self._qkv) if self.quantized else 0
         head = c.vocab_size if self.quantized_head else 0
@@ -163,7 +165,7 @@ class FastSizes:
     def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.
 
-        It stands beside what passes without a graph need, but for the workspaces, which are the same.
+        It comes in addition to the memory of passes without a graph, with which it shares the workspaces.
         """
         return max(self._moments(policies, tokens))
 
@@ -174,7 +176,7 @@ class FastSizes:
 
     @property
     def _raw(self) -> int:
-        """Features of what a norm behind attention or MLP reads."""
+        """Features that a norm behind attention or MLP reads."""
         return 0 if self.model.norm_position == "before" else self.model.n_embd
 
     @property
@@ -207,17 +209,17 @@ class FastSizes:
 
 
 def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: float = math.inf) -> list[Recompute]:
-    """The fastest mix of policies that fits into `free` bytes: some blocks keep all, the others share one policy.
+    """The fastest mix of policies that fits into `free` bytes: some blocks save all, the others share one policy.
 
-    Where nothing fits, the one that needs least is returned.
+    Where none fits, it is the one that needs least.
 
     Args:
-        free_host: bytes of the host's memory that may be taken.
+        free_host: bytes of pinned host memory.
     """
     best: tuple[float, list[Recompute]] | None = None
     for policy in COST:
         for others in range(blocks + 1):
-            # The last blocks keep all: their backward pass comes first.
+            # The last blocks save all: their backward pass comes first.
             mix: list[Recompute] = [policy] * others + ["none"] * (blocks - others)
             if sizes.peak(mix, tokens) <= free and sizes.on_host(mix, tokens) <= free_host:
                 if best is None or others * COST[policy] < best[0]:

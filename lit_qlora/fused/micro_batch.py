@@ -1,4 +1,4 @@
-"""A micro-batch on its way through the model: what it reads, what its forward pass leaves, and its two passes."""
+"""A micro-batch on its way through the model: its inputs, its saved activations, and its two passes."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,33 +13,33 @@ from lit_qlora.fused.passes import Pass
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward pass reads besides the weights, on the device.
+    """The inputs of a forward pass besides the weights, on the device.
 
     Attributes:
         tokens: (T,) int64.
-        places: (T,) int32, rows of the table of learned positions; None without one.
+        positions: (T,) int32, rows of the table of learned positions; None without one.
     """
 
     tokens: Tensor
-    places: Tensor | None
+    positions: Tensor | None
     labelled: Labelled
     run: Pass
 
 
 @dataclass
 class SavedPass:
-    """What a forward pass leaves for its backward pass.
+    """The activations that a forward pass saves for its backward pass.
 
     Attributes:
         d_out: gradient of the loss at the last stream, (T, E).
-        kept: of each block.
-        waiting: the head adapter's gradients, and what has to be added to them.
-        number: of the forward pass, among those that may put something on the host.
+        blocks: of each block; None in a pass that saves nothing.
+        head_gradients: of the head's adapter, and the terms to add to them.
+        number: of the forward pass; a later one overwrites the tensors on the host.
     """
 
     d_out: Tensor | None
-    kept: list[SavedBlock | None]
-    waiting: list[tuple[Tensor, Tensor]]
+    blocks: list[SavedBlock | None]
+    head_gradients: list[tuple[Tensor, Tensor]]
     number: int
 
 
@@ -47,10 +47,10 @@ class Trainable(Protocol):
     """The forward and the backward pass of a model."""
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, SavedPass]:
-        """The loss, and what the backward pass needs."""
+        """The loss, and the activations for the backward pass."""
         ...
 
-    def backward(self, d_loss: Tensor, learnt: SavedPass, run: Pass) -> None:
+    def backward(self, d_loss: Tensor, saved: SavedPass, run: Pass) -> None:
         """Add the adapters' gradients."""
         ...
 
@@ -84,17 +84,17 @@ class Eager:
 
 
 class Loss(torch.autograd.Function):
-    """The whole model as one function; the adapters' gradients go straight to where their .grad lies."""
+    """The whole model as one function, which writes the adapters' gradients straight to their .grad."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, work: Work) -> Tensor:
-        """The loss; `anchor` is what autograd sees of the adapters."""
+        """The loss; `anchor` stands for the adapters in autograd's graph."""
         ctx.work = work
         return work.forward()
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[None, None]:
-        """Once only: what the forward pass has left is used up."""
+        """Once only: it uses up the saved activations."""
         work, ctx.work = ctx.work, None
         work.backward(d_loss[0])
         return None, None

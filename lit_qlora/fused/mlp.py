@@ -120,12 +120,12 @@ class DenseMlp:
         dn = group.product_back(products, space, matrix)
         del products
         middle, dropout = stream.pop(), self._dropout(group, 2, run)
-        group.learn_a(middle, dn, pending, dropout, self.norm_2, saved.statistics)
+        group.add_grad_a(middle, dn, pending, dropout, self.norm_2, saved.statistics)
         return group.d_stream(dn, middle, self.norm_2, saved.statistics, saved.z_gate_up, d_out, dropout)
 
     def _down_backward(self, d_y: Tensor, z: Tensor | None, back: Backward) -> Tensor:
         """[dH | dZ] of down."""
-        self.down.learn_b(d_y, z, back.pending)
+        self.down.add_grad_b(d_y, z, back.pending)
         return self.down.product_back(d_y, back.workspaces[0])
 
     def _recompute(self, stream: list[Tensor], saved: SavedMlp, back: Backward) -> Tensor:
@@ -143,7 +143,7 @@ class DenseMlp:
     def _activation_backward(self, products: Tensor, dh: Tensor, z: Tensor | None, back: Backward) -> None:
         """Turn gate and up into their gradients, and add those of down's A and of their own B."""
         down, gate_up = self.down, self.gate_up
-        backward = through_mlp if down.wide or gate_up.wide else mlp_backward
+        backward = through_mlp if down.large_rank or gate_up.large_rank else mlp_backward
         backward(
             products, dh, self.activation, down.a, down.grad_a if down.rank else None, z,
             gate_up.grad_b if gate_up.rank else None, gate_up.stack, down.scale, back.pending,

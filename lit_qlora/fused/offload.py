@@ -1,4 +1,4 @@
-"""Copies that nobody waits for: batches to the device, and activations to pinned host memory and back."""
+"""Asynchronous copies: batches to the device, and activations to pinned host memory and back."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_qlora.errors import ResourceError
 
-LEAVING = 4  # tensors, about a block's worth, that may be on their way at a time
+MOST_LEAVING = 4  # tensors, about those of a block, that may be on their way at the same time
 
 
 @dataclass(frozen=True)
@@ -19,30 +19,30 @@ class OnHost:
 
 
 class Offload:
-    """Numbers what it is given; copies go on a stream of their own, and come back on request or ahead of it.
+    """Sends tensors to the host on a stream of its own, and copies them back on request or ahead of it.
 
-    The pinned buffers are kept from step to step, because pinning costs more than copying. What is being copied is held
-    here until the kernels' stream has waited for the copy, so that its memory is free for them from then on: left to
-    the allocator, it would be free when the host learns that the copy is done, which is half a step ahead of it.
+    The pinned buffers live from step to step, because pinning costs more than copying. A tensor that is being copied is
+    referenced here until the kernels' stream has waited for the copy; from then on the kernels can use its memory. The
+    allocator alone would free it when the host sees the copy end, and the host runs half a step ahead.
     """
 
     def __init__(self) -> None:
         self.pinned: list[Tensor] = []
-        self.there: list[Tensor] = []
+        self.on_host: list[Tensor] = []
         self.count = self.passes = 0
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self.stream: torch.cuda.Stream | None = None
 
     def reset(self) -> None:
-        """Forget what a forward pass without a backward pass has left, whose numbers are given again."""
+        """Begin a forward pass: forget the tensors of the last one, if no backward pass has fetched them."""
         self.count, self.passes = 0, self.passes + 1
-        self.let_go()
+        self.wait_for_copies()
         for _, arrived in self.coming.values():
             torch.cuda.current_stream().wait_event(arrived)
         self.coming.clear()
 
-    def let_go(self, most: int = 0) -> None:
+    def wait_for_copies(self, most: int = 0) -> None:
         """Wait until no more than `most` tensors are leaving."""
         while len(self.leaving) > most:
             torch.cuda.current_stream().wait_event(self.leaving[0][1])
@@ -56,15 +56,15 @@ class Offload:
     def put(self, x: Tensor) -> OnHost:
         """Start copying `x` to the host."""
         number, self.count = self.count, self.count + 1
-        self.let_go(LEAVING - 1)
+        self.wait_for_copies(MOST_LEAVING - 1)
         self.stream = self.stream or torch.cuda.Stream()
         if len(self.pinned) <= number or self.pinned[number].numel() < x.numel():
             del self.pinned[number : number + 1]  # before a larger one is taken
             self.pinned.insert(number, pin(x.numel(), x.dtype))
-        self.there[number:] = [self.pinned[number][: x.numel()].view(x.shape)]
+        self.on_host[number:] = [self.pinned[number][: x.numel()].view(x.shape)]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.there[number].copy_(x, non_blocking=True)
+            self.on_host[number].copy_(x, non_blocking=True)
             left = torch.cuda.Event()
             left.record(self.stream)
         self.leaving.append((x, left))
@@ -76,11 +76,11 @@ class Offload:
             return
         number = saved.number
         assert self.stream is not None
-        self.let_go()
-        x = torch.empty_like(self.there[number], device="cuda")
+        self.wait_for_copies()
+        x = torch.empty_like(self.on_host[number], device="cuda")
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            x.copy_(self.there[number], non_blocking=True)
+            x.copy_(self.on_host[number], non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(self.stream)
         self.coming[number] = (x, arrived)

@@ -24,7 +24,7 @@ class Pass:
         query_scale: (T, 1, 1) float32 or None.
         seed: of the dropout, see kernels.dropout; None for none.
         saves: there will be a backward pass.
-        carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carried.
+        carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carries.
     """
 
     layout: Layout

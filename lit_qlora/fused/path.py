@@ -15,7 +15,7 @@ from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.kernel_block import norm_of
-from lit_qlora.fused.memory import IN_TURNS, FastSizes, adapters_met, sends_qkv
+from lit_qlora.fused.memory import COPY_BY_BLOCK, FastSizes, adapters_met, sends_qkv
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
@@ -33,16 +33,17 @@ class Fused:
     """The fast path of one model.
 
     Attributes:
-        recompute: what each block computes again in the backward pass; see lit_qlora.fused.block.
+        recompute: the policy of each block; see lit_qlora.fused.block.
         graphs: CUDA graphs of micro-batches of few tokens, if there are any.
-        stay: whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay.
+        carries: dequantised weights may be carried over from a backward pass to the next forward pass.
+        cached_blocks: blocks whose quantised weights are also kept dequantised for the whole run; the last ones.
     """
 
     graphs: Graphs | None = None
-    stay = True
-    _stayed = False
+    carries = True
+    _carried = False
 
-    def __init__(self, model: GPT, fp8: bool = False, dequantized: int = 0, ahead: bool = True) -> None:
+    def __init__(self, model: GPT, fp8: bool = False, cached_blocks: int = 0, ahead: bool = True) -> None:
         config = model.config
         self.model, self.config = model, config
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
@@ -59,11 +60,11 @@ class Fused:
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._lay_out_adapters()
         self._dequantizes_ahead = ahead
-        self.sizes, self.kept_blocks = self._sizes(), min(dequantized, len(self.blocks))
-        # The last ones: their weights could not stay otherwise; see FastSizes.stay.
-        for block in self.blocks[len(self.blocks) - self.kept_blocks :]:
+        self.sizes, self.cached_blocks = self._sizes(), min(cached_blocks, len(self.blocks))
+        # The last ones: their weights could not be carried over; see FastSizes.carries.
+        for block in self.blocks[len(self.blocks) - self.cached_blocks :]:
             for group in block.groups:
-                group.keep()
+                group.cache()
         self.ahead = dequantize_ahead([block.mlp for block in self.blocks]) if ahead else []
         self.set_recompute(["none"] * len(self.blocks))
 
@@ -81,7 +82,7 @@ class Fused:
         return (cos, sin), (local_cos, local_sin)
 
     def _lay_out_adapters(self) -> None:
-        """Move the adapters into one float32 tensor, stacked as the groups want, and make room for copies."""
+        """Move the adapters into one float32 tensor, stacked by group, and make buffers for their 16-bit copies."""
         adapted = [group for group in self.groups if group.rank]
         self.size_a = size_a = sum(group.size_a for group in adapted)
         self.flat: list[tuple[nn.Parameter, Tensor]] = []
@@ -107,14 +108,14 @@ class Fused:
         self._lay_out_copies(size_a)
 
     def _lay_out_copies(self, size_a: int) -> None:
-        """Make room for the copies, of all adapters or, where they are large, of one block's or the head's at a time.
+        """Make the buffers for the 16-bit copies: of all adapters, or if these are large of a block at a time.
 
         Args:
-            size_a: numbers in all A, which lie before all B.
+            size_a: elements of all A, which lie before all B.
         """
-        self.copies_in_turns = self.master.numel() >= IN_TURNS
+        self.copies_by_block = self.master.numel() >= COPY_BY_BLOCK
         parts = [*(block.groups for block in self.blocks), (self.head.group,)]
-        parts = parts if self.copies_in_turns else [tuple(self.groups)]
+        parts = parts if self.copies_by_block else [tuple(self.groups)]
         sizes = [(sum(group.size_a for group in part), sum(group.size_b for group in part)) for part in parts]
         low = torch.empty(max(a + b for a, b in sizes), dtype=self.dtype, device=self.device)
         all_a = self.master[:size_a].split([a for a, _ in sizes])
@@ -124,17 +125,17 @@ class Fused:
             for part, a, b in zip(parts, all_a, all_b, strict=True)
         ]
 
-    def _copy_in_turn(self, part: int, beside: bool = True) -> None:
-        """Make the copies of a block, or of the head (-1), unless all were made at once."""
-        if self.copies_in_turns:
+    def _copy_block(self, part: int, beside: bool = True) -> None:
+        """Copy the adapters of a block, or of the head (-1), unless all were copied at once."""
+        if self.copies_by_block:
             self.copies[part].refresh(beside)
 
     def set_recompute(self, policies: Sequence[Recompute]) -> None:
-        """What each block computes again in its backward pass."""
+        """Set the policy of each block, and make the workspaces that they need."""
         if self.graphs is not None:
-            self.graphs.clear()  # they know the workspaces' addresses
+            self.graphs.clear()  # they hold the workspaces' addresses
         for group in self.groups:
-            group.held = None
+            group.carried = None
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
             block.sends_qkv = sends_qkv(block.number, policy)
@@ -142,10 +143,10 @@ class Fused:
             block.fetches_below = below.recompute == "offload"
 
         def space(groups: Sequence[Group]) -> Tensor | None:
-            most = max(group.room for group in groups)
+            most = max(group.workspace_size for group in groups)
             return torch.empty(most, dtype=self.dtype, device=self.device) if most else None
 
-        keeps = "full" in policies and not self.fp8  # in FP8 they lie differently in the backward pass
+        keeps = "full" in policies and not self.fp8  # in FP8 the layout differs in the backward pass
         self.workspaces = (None, None, None)  # freed before the new ones are taken
         anything = space(self.groups)
         qkv = space([block.qkv for block in self.blocks]) if keeps else anything
@@ -159,29 +160,29 @@ class Fused:
 
     @property
     def recompute(self) -> list[Recompute]:
-        """What each block computes again."""
+        """The policy of each block."""
         return [block.recompute for block in self.blocks]
 
     @property
-    def spare(self) -> int:
-        """Bytes of the weights that are kept dequantised as well, and of those that stay."""
-        return sum(group.spare for group in self.groups) + sum(ahead.buffer.nbytes for ahead in self.ahead)
+    def extra_bytes(self) -> int:
+        """Bytes of the weights that are cached, carried over or dequantised ahead."""
+        return sum(group.extra_bytes for group in self.groups) + sum(ahead.buffer.nbytes for ahead in self.ahead)
 
     @property
-    def has_spare(self) -> bool:
-        """Whether weights are kept, or stay in some moments; see FastPath."""
-        return self.spare > 0 or self._stayed
+    def can_release(self) -> bool:
+        """Whether weights are cached, or sometimes carried over; see FastPath."""
+        return self.extra_bytes > 0 or self._carried
 
-    def give_back(self) -> None:
-        """Dequantise all weights each time from now on; see FastPath."""
-        freed = f"{self.spare / 2**30:.2f} GiB"
-        tell(f"  memory  weights are no longer kept dequantised, which gives back {freed} and costs speed alone")
+    def release(self) -> None:
+        """Free the cached weights, and carry none over from now on; see FastPath."""
+        freed = f"{self.extra_bytes / 2**30:.2f} GiB"
+        tell(f"  memory  cached weights are released: {freed} are free again, which costs speed alone")
         for group in self.groups:
-            group.give_back()
+            group.release()
         self.ahead, self.sizes = [], replace(self.sizes, ahead=False)
-        self.kept_blocks = 0
-        self.stay = self._stayed = False
-        self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read what is gone
+        self.cached_blocks = 0
+        self.carries = self._carried = False
+        self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read the freed weights
 
     def loss(
         self,
@@ -191,7 +192,7 @@ class Fused:
         positions: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """As GPT.loss. Of a batch on the host, nothing has to be asked of the device, which is not waited for."""
+        """As GPT.loss. A batch on the host needs no answer from the device, so nothing waits for it."""
         with torch.autocast(self.device.type, enabled=False):  # every operation has its dtype
             return self._loss(tokens, labels, weights, positions, segments)
 
@@ -238,10 +239,12 @@ class Fused:
             seed: of the dropout; None for none.
             saves: see Pass.
             carries: see Pass.
-            layout: what segments would say.
+            layout: in the place of segments.
         """
-        places, run = self._pass(tokens, positions, segments, seed=seed, saves=saves, carries=carries, layout=layout)
-        return Inputs(to_device(tokens.flatten(), self.device), places, labelled, run)
+        table_rows, run = self._pass(
+            tokens, positions, segments, seed=seed, saves=saves, carries=carries, layout=layout
+        )
+        return Inputs(to_device(tokens.flatten(), self.device), table_rows, labelled, run)
 
     def _pass(
         self,
@@ -254,7 +257,7 @@ class Fused:
         carries: bool = False,
         layout: Layout | None = None,
     ) -> tuple[Tensor | None, Pass]:
-        """Rows of the table of learned positions if there is one, and what the blocks have in common; see inputs."""
+        """Rows of the table of learned positions if there is one, and the state that the blocks share; see inputs."""
         rows, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(rows, length)
@@ -263,10 +266,12 @@ class Fused:
             on_device = (to_device(positions, self.device), to_device(seen_until, self.device))
             windows = {block.heads.window for block in self.blocks}
             layout = replace(layout, masks={window: tree_mask(window, *on_device) for window in windows})
-        places, scale = self.of_positions(positions)
+        table_rows, scale = self.of_positions(positions)
         run = Pass(
             layout=layout,
-            positions=to_device(places if self.ropes else torch.arange(len(places), dtype=torch.int32), self.device),
+            positions=to_device(
+                table_rows if self.ropes else torch.arange(len(table_rows), dtype=torch.int32), self.device
+            ),
             ropes=self.ropes or self._ropes(positions, segments),
             query_scale=None if scale is None else to_device(scale, self.device),
             workspaces=self.workspaces,
@@ -275,10 +280,10 @@ class Fused:
             saves=saves,
             carries=carries,
         )
-        return None if self.model.positions is None else to_device(places, self.device), run
+        return None if self.model.positions is None else to_device(table_rows, self.device), run
 
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of positions (B, T) rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
+        """For positions (B, T) the rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
         scale = query_scale(self.config, positions).flatten()[:, None, None] if self.config.query_scale_beta else None
         return positions.flatten().int(), scale
 
@@ -292,7 +297,7 @@ class Fused:
         return [whole for whole, _ in self.flat]
 
     def _attach_gradients(self) -> None:
-        """Let each adapter's .grad be its place in the one gradient, from zero where the optimizer has let go of it."""
+        """Make each adapter's .grad a view of the one gradient, zero where the optimizer has set it to None."""
         first, home = self.parameters[0]
         if first.grad is home and all(whole.grad is not None for whole, _ in self.flat):
             return
@@ -308,32 +313,34 @@ class Fused:
 
     @torch.no_grad()
     def forward(self, inputs: Inputs) -> tuple[Tensor, SavedPass]:
-        """The loss, and what the backward pass needs."""
+        """The loss, and the activations for the backward pass."""
         run = inputs.run
-        stream, kept = self._blocks(inputs.tokens, inputs.places, run)
+        stream, saved = self._blocks(inputs.tokens, inputs.positions, run)
         group = self.head.group
-        self._copy_in_turn(-1)
+        self._copy_block(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
-        loss, d_out, waiting = self.head.loss(stream, inputs.labelled, self.workspaces[0], dropout, run.saves)
-        return loss, SavedPass(d_out, kept, waiting, self.offload.passes)
+        loss, d_out, gradients = self.head.loss(stream, inputs.labelled, self.workspaces[0], dropout, run.saves)
+        return loss, SavedPass(d_out, saved, gradients, self.offload.passes)
 
-    def _blocks(self, tokens: Tensor, places: Tensor | None, run: Pass) -> tuple[list[Tensor], list[SavedBlock | None]]:
-        """Of tokens (T,) the pair (T, E) whose sum the last norm reads, and what each block keeps."""
-        if not self.copies_in_turns:
+    def _blocks(
+        self, tokens: Tensor, table_rows: Tensor | None, run: Pass
+    ) -> tuple[list[Tensor], list[SavedBlock | None]]:
+        """For tokens (T,) the pair (T, E) whose sum the last norm reads, and the saved activations of each block."""
+        if not self.copies_by_block:
             self.copies[0].refresh()
         x = times(F.embedding(tokens, self.model.embed.weight.detach()), self.config.embedding_multiplier)
         if self.model.positions is not None:
-            assert places is not None
-            x = x + F.embedding(places, self.model.positions.weight.detach())
+            assert table_rows is not None
+            x = x + F.embedding(table_rows, self.model.positions.weight.detach())
         if run.saves:
             self.offload.reset()
         stream = [x]
         del x
-        kept: list[SavedBlock | None] = []
+        saved: list[SavedBlock | None] = []
         for i, block in enumerate(self.blocks):
-            self._copy_in_turn(i)
-            kept.append(block.forward(stream, run))
-        return stream, kept
+            self._copy_block(i)
+            saved.append(block.forward(stream, run))
+        return stream, saved
 
     @torch.no_grad()
     def hidden(
@@ -343,38 +350,38 @@ class Fused:
         segments: Tensor | None = None,
         seen_until: Tensor | None = None,
     ) -> Tensor:
-        """As GPT.hidden, without dropout or gradients; what is on the host need not be on the device."""
-        places, run = self._pass(tokens, positions, segments, seen_until)
-        (x, y), _ = self._blocks(to_device(tokens.flatten(), self.device), places, run)
+        """As GPT.hidden, without dropout or gradients; the arguments may lie on the host."""
+        table_rows, run = self._pass(tokens, positions, segments, seen_until)
+        (x, y), _ = self._blocks(to_device(tokens.flatten(), self.device), table_rows, run)
         out = torch.empty_like(x)
         add_norm(x, y, self.head.norm, out)
         return out.view(*tokens.shape, -1)
 
     @torch.no_grad()
-    def backward(self, d_loss: Tensor, learnt: SavedPass, run: Pass) -> None:
+    def backward(self, d_loss: Tensor, saved: SavedPass, run: Pass) -> None:
         """Add the adapters' gradients.
 
         Raises:
-            RuntimeError: if another forward pass has overwritten what was put on the host.
+            RuntimeError: if another forward pass has overwritten the tensors on the host.
         """
-        if "offload" in self.recompute and learnt.number != self.offload.passes:
+        if "offload" in self.recompute and saved.number != self.offload.passes:
             raise RuntimeError("With 'offload' a loss needs its backward pass before the next one is computed.")
         self.pending.waiting.clear()  # of a pass that failed
-        for gradient, more in learnt.waiting:
+        for gradient, more in saved.head_gradients:
             gradient.add_(more.mul_(d_loss))
-        assert learnt.d_out is not None
-        d: Tensor | None = learnt.d_out.mul_(d_loss)
-        learnt.d_out = None
-        stay = [False] * len(self.blocks)
-        if run.carries and self.stay and self.sizes.quantized and not self.fp8:
-            stay = self.sizes.stay(self.recompute, len(run.positions), self.kept_blocks)
-            self._stayed |= any(stay)
+        assert saved.d_out is not None
+        d: Tensor | None = saved.d_out.mul_(d_loss)
+        saved.d_out = None
+        carried = [False] * len(self.blocks)
+        if run.carries and self.carries and self.sizes.quantized and not self.fp8:
+            carried = self.sizes.carries(self.recompute, len(run.positions), self.cached_blocks)
+            self._carried |= any(carried)
         for i in reversed(range(len(self.blocks))):
-            one = learnt.kept.pop()
+            one = saved.blocks.pop()
             assert one is not None
             assert d is not None
-            self._copy_in_turn(i, beside=False)
-            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, carries=stay[i])
+            self._copy_block(i, beside=False)
+            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, carries=carried[i])
         self.pending.flush()
 
     def graph_bytes(self, tokens: int) -> int:

@@ -1,7 +1,7 @@
-"""What some families do to queries, keys and values besides rotating them: norms, clipping, a scale by position.
+"""Operations of some families on queries, keys and values besides rotation: norms, clipping, a scale by position.
 
-Plain torch, and its backward pass by autograd, because these are a few cheap operations beside the products: what comes
-out of the product with the stacked weights is kept, and the shaping repeated in the backward pass.
+Plain torch, with its backward pass by autograd, because these are cheap beside the products. The product with the
+stacked weights is saved, and the shaping is repeated in the backward pass.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Shaping:
     """The shaping of one block, before and after the rotation; both map (T, (H + 2 K) D) to the same.
 
     Attributes:
-        before, after: None where there is nothing to do; their second argument is the scale of the queries, (T, 1, 1).
+        before, after: None where they would do nothing; the second argument is the scale of the queries, (T, 1, 1).
     """
 
     def __init__(self, attn: Any, config: ModelConfig, heads: Heads) -> None:
@@ -36,7 +36,7 @@ class Shaping:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether the rotation, in place, is all there is."""
+        """Whether queries and keys are only rotated, which is done in place."""
         return self.before is None and self.after is None
 
     def _before(self, qkv: Tensor, scale: Tensor | None) -> Tensor:

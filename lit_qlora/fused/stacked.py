@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, as one product: what training and decoding have in common."""
+"""Linear layers that read the same input, as one product; shared by training and decoding."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Answers: the choice of tokens, batches, streams, searches with beams, and their text."""
+"""Answers: the choice of tokens, batches, streams, beam search, and text."""
 
 from lit_qlora.generation.assisted import Draft
 from lit_qlora.generation.decode import generate, stream

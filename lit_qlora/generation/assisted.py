@@ -1,7 +1,7 @@
 """Assisted generation: a small draft model guesses some tokens, and the model checks all of them in one pass.
 
-A guess is kept as often as the model itself would have chosen it, so the answers have exactly the model's distribution
-whatever the draft model is, and the likeliest answer is the same, token for token. Leviathan et al. 2023, "Fast
+A guess is accepted as often as the model itself would have chosen it. So the answers have exactly the model's
+distribution with any draft model, and the likeliest answer is the same, token for token. Leviathan et al. 2023, "Fast
 inference from transformers via speculative decoding"; Chen et al. 2023.
 """
 
@@ -21,7 +21,7 @@ from lit_qlora.settings import GenerationConfig
 
 @dataclass(frozen=True)
 class Draft:
-    """Who guesses, and how many tokens at a time."""
+    """The model that guesses, and the tokens that it guesses at a time."""
 
     model: GPT
     tokens: int = 5
@@ -37,7 +37,7 @@ def assisted_tokens(
     generator: torch.Generator,
     room: int,
 ) -> Iterator[int]:
-    """The tokens of an answer, `room` of them; who asks decides where it ends.
+    """The tokens of an answer, `room` of them; the caller ends it earlier.
 
     Args:
         vocab_size: ids from here on are never chosen; None where both models have the same vocabulary.
@@ -47,7 +47,7 @@ def assisted_tokens(
     guesser = _Reader(draft.model, min(len(prompt) + room, draft.model.config.block_size), size)
 
     def probabilities(logits: Tensor, history: Sequence[int]) -> Tensor:
-        """(V,), what the next token is drawn with; all on one token where nothing is drawn."""
+        """(V,) of the next token; 1 for the likeliest token where none is drawn."""
         answered = len(history) - len(prompt)
         scores = constrain(logits[None], torch.tensor([history], device=logits.device), config, stop_ids, answered)
         if not config.samples:
@@ -79,7 +79,7 @@ def check(
     wanted: Sequence[Tensor],
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """The guesses up to the first that is not kept, and one token more.
+    """The guesses up to the first that is rejected, and one token more.
 
     Args:
         guessed_with: for each guess the probabilities (V,) that it was drawn with.
@@ -89,15 +89,15 @@ def check(
         1 to len(guesses) + 1 tokens, distributed as if each had been drawn with `wanted`.
     """
     device = wanted[0].device
-    kept: list[int] = []
+    accepted: list[int] = []
     for guess, q, p in zip(guesses, guessed_with, wanted, strict=False):
         if torch.rand((), generator=generator, device=device) * q[guess] < p[guess]:
-            kept.append(guess)
+            accepted.append(guess)
             continue
-        missing = (p - q).clamp(min=0)  # what the guesses, where they are kept, give too little of
+        missing = (p - q).clamp(min=0)  # probability that the accepted guesses lack
         missing = missing if missing.any() else p  # equal but for rounding
-        return [*kept, int(torch.multinomial(missing, 1, generator=generator))]
-    return [*kept, int(torch.multinomial(wanted[-1], 1, generator=generator))]
+        return [*accepted, int(torch.multinomial(missing, 1, generator=generator))]
+    return [*accepted, int(torch.multinomial(wanted[-1], 1, generator=generator))]
 
 
 class _Reader:
@@ -110,10 +110,10 @@ class _Reader:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
-        """Logits (N, V) float32 of what follows each of the tokens that were not read before."""
+        """Logits (N, V) float32 behind each of the tokens that were not read before."""
         unread = torch.tensor([ids[self.cache.size :]], device=self.cache.keys.device)
         return check_finite(self.model(unread, self.cache)[0, :, : self.vocab_size].float())
 
     def forget(self, length: int) -> None:
-        """Only the first `length` tokens were read."""
+        """Forget all but the first `length` tokens."""
         self.cache.size = min(self.cache.size, length)

@@ -1,7 +1,7 @@
 """Continuous batching: requests join a running batch between any two of its steps, and leave it when they are answered.
 
-Each request has a slot of the cache, a generator and settings of its own, so its answer does not depend on who else is
-in the batch.
+Each request has a slot of the cache, a generator and settings of its own, so its answer does not depend on the other
+requests in the batch.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -19,7 +19,7 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GenerationConfig
 
 COLUMNS = 64
-"""The columns of the cache that a step looks at are a multiple of this."""
+"""The columns of the cache that a step reads are a multiple of it."""
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Request:
         room: most tokens of the answer; prompt and answer fit into the context.
         adapter: the name of the adapter that answers; None is the base.
         answer: its tokens so far, a stop id at its end included.
-        failed: there was no token to go on with.
+        failed: no token could be chosen.
     """
 
     prompt: Sequence[int]
@@ -57,7 +57,7 @@ class Batcher:
 
     Args:
         slots: most requests in the batch.
-        select: told before each forward pass which adapter each of its rows uses.
+        select: called before each forward pass with the adapter of each of its rows.
         vocab_size: ids from here on are never chosen.
         context: most tokens of a prompt and its answer; by default the model's block_size.
 
@@ -116,7 +116,7 @@ class Batcher:
             try:
                 plain = _is_plain(request)
                 request.answer.append(likeliest[i] if plain else self._choose_for(request, self.logits[i : i + 1]))
-            except NumericalError:  # that of its settings, so nobody else is concerned
+            except NumericalError:  # caused by its own settings, so no other request is concerned
                 request.failed = True
         for request in took_part:
             if request.finish_reason:
@@ -159,7 +159,7 @@ class Batcher:
 
 
 def _is_plain(request: Request) -> bool:
-    """Whether the likeliest token is chosen, whatever came before."""
+    """Whether the likeliest token is chosen without regard to earlier tokens."""
     config = request.config
     return not config.samples and (
         config.repetition_penalty,

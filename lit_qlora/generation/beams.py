@@ -1,8 +1,8 @@
-"""Search with beams: several beginnings of an answer are kept, and each step goes on with the likeliest of all.
+"""Beam search: each step extends several beginnings of an answer, and continues with the likeliest of all extensions.
 
-Where tokens are drawn, those that go on are drawn among all, by the probability of the whole beginning.
+Where tokens are drawn, extensions are drawn among all, by the probability of the whole beginning.
 
-The rules are those of transformers' `generate`, so that the same weights give the same answers; those of groups are in
+The rules are those of transformers' `generate`, so that the same weights give the same answers. Groups follow
 Vijayakumar et al. 2018, "Diverse beam search".
 """
 
@@ -18,11 +18,11 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GenerationConfig
 
 OUT_OF_THE_RUNNING = -1e9
-"""Score of a beam that does not count, such as all but one while they are still the same; far below any answer's, and
-finite, so that there is always something to go on with."""
+"""Score of a beam that does not count, such as all but one while all are the same. It is far below any answer's, and
+finite, so that there is always a beam to continue."""
 
 Candidate = tuple[float, int, int]
-"""Log-probability of a beginning, the beam that it goes on from, and the token behind it."""
+"""Log-probability of an extension, the beam that it extends, and its token."""
 
 
 def beam_search(
@@ -51,9 +51,9 @@ def beam_search(
                 rows.advance()
             scores = rows.logits.log_softmax(dim=-1).view(len(prompts), groups, size, -1)
             history = rows.history.view(len(prompts), groups, size, -1)
-            # As many as all the beams could end at once, and as many again to go on with.
+            # As many as could end all the beams at once, and as many again to continue.
             count = min(size * max(2, 1 + len(stop_ids)), size * scores.size(-1))
-            chosen = torch.zeros_like(scores[:, 0, 0])  # how often earlier groups have chosen each token
+            chosen = torch.zeros_like(scores[:, 0, 0])  # count of each token in earlier groups' choices
             for group in range(groups):
                 here = (scores[:, group] - config.diversity_penalty * chosen[:, None]).flatten(0, 1)
                 here = constrain(here, history[:, group].flatten(0, 1), config, stop_ids, step)
@@ -91,9 +91,9 @@ class _Search:
     answers: list[list[int]] = field(init=False)
     """The unfinished answers, best first, and their log-probabilities."""
     parents: list[int] = field(init=False)
-    """The beams that they went on from in the last step."""
+    """The beams of the step before that they extend."""
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
-    """Finished answers with their scores, best first; the stop id is part of an answer here."""
+    """Finished answers with their scores, best first, stop ids included."""
     done: bool = False
 
     def __post_init__(self) -> None:
@@ -107,23 +107,23 @@ class _Search:
         return [answer[-1] if answer else PAD for answer in self.answers]
 
     def advance(self, candidates: Sequence[Candidate], finishes: Callable[[list[int]], bool]) -> None:
-        """Go on from the best candidates, which are given best first, or in the order in which they were drawn."""
+        """Continue with the best candidates, which are given best first, or in the order in which they were drawn."""
         going_on: list[tuple[float, int, list[int]]] = []
         length = len(self.answers[0]) + 1
-        for place, (score, parent, token) in enumerate(candidates):
+        for rank, (score, parent, token) in enumerate(candidates):
             answer = [*self.answers[parent], token]
             ended = finishes(answer)
             if not ended:
                 going_on.append((score, parent, answer))
-            if (ended or length == self.room) and place < self.size and score > OUT_OF_THE_RUNNING / 2:
+            if (ended or length == self.room) and rank < self.size and score > OUT_OF_THE_RUNNING / 2:
                 self.finished.append((score / length**self.config.length_penalty, answer))
-        self.finished = sorted(self.finished, key=lambda end: -end[0])[: self.size]  # of equals the older stays
+        self.finished = sorted(self.finished, key=lambda end: -end[0])[: self.size]  # the older of equals
         going_on.sort(key=lambda one: -one[0])
         if going_on:
-            # Where stop strings leave too few, the last one fills up, without a chance.
-            spare = (OUT_OF_THE_RUNNING, *going_on[-1][1:])
-            kept = (going_on + [spare] * self.size)[: self.size]
-            self.scores, self.parents, self.answers = (list(part) for part in zip(*kept, strict=True))
+            # Where stop strings leave too few, copies of the last one fill up, with no chance.
+            filler = (OUT_OF_THE_RUNNING, *going_on[-1][1:])
+            chosen = (going_on + [filler] * self.size)[: self.size]
+            self.scores, self.parents, self.answers = (list(part) for part in zip(*chosen, strict=True))
         full = len(self.finished) == self.size
         self.done = not going_on or length == self.room or (full and not self._could_improve(length))
         if self.done:
@@ -140,7 +140,7 @@ class _Search:
 def _candidates(
     scores: Tensor, searches: Sequence[_Search], count: int, generator: torch.Generator | None
 ) -> list[list[Candidate]]:
-    """`count` continuations of each search: the likeliest, best first, or with a generator different ones it draws.
+    """`count` extensions of each search: the likeliest, best first, or drawn without replacement by a generator.
 
     Args:
         scores: (searches, beams, V), log-probabilities of the next token.

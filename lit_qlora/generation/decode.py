@@ -12,7 +12,7 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GenerationConfig
 
 WORTH_A_GRAPH = 16
-"""Steps from which on capturing one takes less time than it saves."""
+"""Steps from which on a capture takes less time than it saves."""
 
 
 def generate(
@@ -27,21 +27,21 @@ def generate(
 ) -> list[list[int]]:
     """The answers to the prompts, without the stop ids that ended them.
 
-    The prompts share one forward pass per new token. The likeliest answer does not depend on the prompts beside it; a
-    drawn one does, because they all draw from the same generator.
+    The prompts share one forward pass per new token. The likeliest answer does not depend on the other prompts; a drawn
+    one does, because all draw from the same generator.
 
     Args:
         prompts: ids, of any lengths.
         stop_ids: ids that end an answer.
         vocab_size: ids from here on are never chosen; the tokenizer's size, where the model's vocabulary is padded.
-        stop: asked with the ids of an answer after each token; True ends that answer, its last token included.
+        stop: called with the ids of an answer after each token; True ends that answer, its last token included.
         fixed_shapes: decode in steps whose shapes never change, see lit_qlora.generation.graphed_step; by default on a
-            GPU. A search with beams does not.
+            GPU. Beam search does not.
         draft: guesses tokens, see lit_qlora.generation.assisted; prompts are then answered one by one, without beams.
 
     Returns:
-        num_return_sequences answers to the first prompt, then to the second, and so on; of a search with beams the best
-        comes first.
+        num_return_sequences answers to the first prompt, then to the second, and so on; the best first from a
+        beam search.
 
     Raises:
         UsageError: if a prompt is empty, or fills the model's context alone.
@@ -80,7 +80,7 @@ def stream(
     vocab_size: int | None = None,
     draft: Draft | None = None,
 ) -> Iterator[int]:
-    """The answer that generate gives to this prompt alone, each id as soon as it is known; without beams."""
+    """The answer that generate gives to this prompt alone, each id as soon as it is chosen; without beams."""
     assert config.num_beams == config.num_return_sequences == 1, "a search knows its answer only at its end"
     room = room_for_answer(model, len(prompt), config.max_new_tokens)
     if draft:
@@ -129,7 +129,7 @@ def _steps(
     steps: int,
     fixed_shapes: bool | None,
 ) -> Iterator[list[int]]:
-    """The next token of every row, `steps` times; who asks decides which rows are still of interest."""
+    """The next token of every row, `steps` times; the caller ignores rows that are finished."""
     with evaluating(model):
         rows = Decoding(model, prompts, steps, vocab_size)
         rows.select([row for row in range(len(prompts)) for _ in range(config.num_return_sequences)])

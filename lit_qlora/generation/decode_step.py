@@ -1,8 +1,8 @@
-"""A decoding step of few launches, for a handful of texts on a GPU: what GPT.hidden and GPT.logits give, and no more.
+"""A decoding step of few launches, for a few texts on a GPU: the logits of GPT.hidden and GPT.logits.
 
-Layers that read the same input are one product with the weights as they are stored (kernels.skinny), adapters
-included; norms are added to the stream as they are computed, and a token goes through attention in three launches
-(kernels.cache). A block is ten launches instead of seventy, all of fixed shapes, so that a CUDA graph can hold them.
+Layers that read the same input are one product with the weights as they are stored (kernels.small_batch_linear), with
+their adapters. Norms add to the stream as they are computed, and attention for a token takes three launches
+(kernels.decode_attention). A block is ten launches instead of seventy, all of fixed shapes, as a CUDA graph needs.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from lit_qlora.model.gpt import GPT, times
 from lit_qlora.model.rope import rope_table
 
 Ropes = dict[bool, tuple[Tensor, Tensor]]
-"""Cosines and sines of the next token of each text, (B, R / 2), by whether a block has a sliding window."""
+"""Cosines and sines of the next token of each text, (B, R / 2); the key says whether a block has a sliding window."""
 
 
 class Product(StackedLinear):
@@ -52,7 +52,7 @@ class Product(StackedLinear):
         return small_batch_linear.product(x, self.matrix, self.stack, self.table, self.bias, z, self.b)
 
     def _end_to_end(self) -> Tensor:
-        """The weights; the layers keep views of them, so that nothing is held twice."""
+        """The weights; the layers get views of them, so that none is in memory twice."""
         whole = end_to_end([base.weight.detach() for base in self.bases])
         if len(self.bases) > 1:
             for base, part in zip(self.bases, whole.split(self.stack.rows), strict=True):
@@ -110,15 +110,15 @@ class FastStep:
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B,) int64 -> (B, V), in the dtype of the weights; the cache is extended."""
         config, cache = self.config, self.cache
-        places = cache.lengths[: cache.rows, None]
+        positions = cache.lengths[: cache.rows, None]
         x = times(F.embedding(tokens, self.embed), config.embedding_multiplier)
         if self.model.positions is not None:
-            x = x + F.embedding(places[:, 0], self.model.positions.weight)
+            x = x + F.embedding(positions[:, 0], self.model.positions.weight)
         ropes = {
-            windowed: _rope(config, places, windowed)
+            windowed: _rope(config, positions, windowed)
             for windowed in {block.windowed for block in self.blocks if block.rotates}
         }
-        scale = query_scale(config, places)[:, 0] if config.query_scale_beta else None  # (B, 1, 1)
+        scale = query_scale(config, positions)[:, 0] if config.query_scale_beta else None  # (B, 1, 1)
         y: Tensor | None = None
         for block in self.blocks:
             x, y = block(x, y, cache, ropes, scale)
@@ -163,6 +163,6 @@ def _updates(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor, float] |
     return [layer.low_rank() if isinstance(layer, LoRALinear | SwitchedLinear) else None for layer in layers]
 
 
-def _rope(config: ModelConfig, places: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:
-    cos, sin = rope_table(config, places, windowed)
+def _rope(config: ModelConfig, positions: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_table(config, positions, windowed)
     return cos[:, 0, 0].contiguous(), sin[:, 0, 0].contiguous()

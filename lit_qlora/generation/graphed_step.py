@@ -1,8 +1,8 @@
 """A step of decoding whose shapes and memory never change, so that a GPU can replay it as one CUDA graph.
 
-At batch 1 a 7B model launches more than two thousand small kernels a token, and launching them takes several times as
-long as running them; a graph is launched at once. Where it can, the step is also one of few kernels that read weights
-as they are stored, see lit_qlora.generation.decode_step; else it is the plain model's.
+For one text a 7B model launches more than two thousand small kernels a token, and launching them takes several times as
+long as running them; a graph is one launch. Where possible the step is also one of few kernels that read weights as
+they are stored, see lit_qlora.generation.decode_step; else it is the plain model's.
 """
 
 import torch
@@ -13,8 +13,8 @@ from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.model.gpt import GPT
 
 SMALLEST = 256
-"""Columns of the cache that a step looks at, to begin with; twice as many whenever they are full, so that a graph is
-captured a few times at most, and short texts do not pay for long ones."""
+"""Columns of the cache that a step reads at first. They are doubled when they are full, so that few graphs are
+captured, and short texts do not pay for long ones."""
 WARM_UPS = 3  # steps before a capture, in which libraries choose their kernels and take their memory
 
 
@@ -22,7 +22,7 @@ class FixedStep:
     """The next logits of each row of `cache`, one token a row at a time.
 
     Args:
-        cache: with the texts so far; it is extended by each step.
+        cache: of the texts so far; each step extends it.
         longest: tokens of the longest text in it.
         vocab_size: ids from here on have no logits.
     """
@@ -37,7 +37,7 @@ class FixedStep:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) of what follows `tokens` (B,); the memory that holds them is that of the next call's, too."""
+        """Logits (B, V) of the tokens that follow `tokens` (B,); the next call overwrites them."""
         self.longest += 1
         self.tokens.copy_(tokens[:, None])
         self.cache.limit = columns(self.longest, self.cache.keys.size(3))
@@ -69,12 +69,12 @@ class FixedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._compute()
-        self.cache.lengths.copy_(lengths)  # a capture computes nothing, but nothing is lost by making sure
+        self.cache.lengths.copy_(lengths)  # a capture computes nothing; this only makes sure
         return graph, logits
 
 
 def columns(length: int, most: int) -> int:
-    """The columns that a step looks at when the longest text has `length` tokens: SMALLEST, doubled until they do."""
+    """The columns that a step reads when the longest text has `length` tokens: SMALLEST, doubled until they suffice."""
     limit = SMALLEST
     while limit < length:
         limit *= 2

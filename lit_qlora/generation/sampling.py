@@ -1,7 +1,7 @@
-"""The choice of the next token: what is forbidden or made less likely, which tokens are left, and the draw.
+"""The choice of the next token: penalties and constraints, truncation of the distribution, and the draw.
 
-Everything is a pure function of the logits and of the tokens so far, so that rows can be copied, dropped and reordered
-freely. The order of the steps, and what each of them means, is that of transformers' `generate`.
+All are pure functions of the logits and of the tokens so far, so that rows can be copied, dropped and reordered. The
+steps, and their order, are those of transformers' `generate`.
 """
 
 import math
@@ -14,23 +14,23 @@ from lit_qlora.errors import NumericalError
 from lit_qlora.settings import GenerationConfig
 
 NO_TOKEN = -1
-"""What fills a history where there is no token: before the beginning of the shorter prompts."""
+"""Padding of a history, left of the shorter prompts."""
 
 
 def constrain(
     scores: Tensor, history: Tensor, config: GenerationConfig, stop_ids: Collection[int], answered: int
 ) -> Tensor:
-    """`scores` after repetition_penalty, no_repeat_ngram_size and min_new_tokens; what is forbidden has -inf.
+    """`scores` after repetition_penalty, no_repeat_ngram_size and min_new_tokens; forbidden tokens have -inf.
 
     Args:
         scores: (B, V) float32, logits or log-probabilities.
         history: (B, T) the tokens of prompt and answer so far, NO_TOKEN where there is none.
-        stop_ids: ids that end an answer; others than V of them do not matter.
+        stop_ids: ids that end an answer; ids from V on have no effect.
         answered: tokens that the answers have so far.
     """
     if config.repetition_penalty != 1:
         seen = _marked(history, scores.size(-1))
-        # Keskar et al. 2019: whatever its sign, the score moves towards the less likely.
+        # Keskar et al. 2019: a score of either sign becomes less likely.
         scores = torch.where(
             seen,
             torch.where(scores < 0, scores * config.repetition_penalty, scores / config.repetition_penalty),
@@ -54,7 +54,7 @@ def _marked(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def _completes_a_repeat(history: Tensor, n: int, vocab_size: int) -> Tensor:
-    """(B, V), True for the tokens that would make the last n tokens of a row ones that it has had before."""
+    """(B, V), True for the tokens with which the last n tokens of a row would repeat earlier ones."""
     runs = history.unfold(1, n, 1)  # (B, T - n + 1, n)
     beginning = history[:, history.size(1) - n + 1 :]  # (B, n - 1)
     again = ((runs[..., :-1] == beginning[:, None]) & (runs[..., :-1] >= 0)).all(dim=-1)
@@ -78,7 +78,7 @@ def narrow(scores: Tensor, config: GenerationConfig) -> Tensor:
 def leave_out(scores: Tensor, config: GenerationConfig, least: int = 1) -> Tensor:
     """`scores`, -inf for the tokens that top_k, top_p, min_p and typical_p leave out.
 
-    Each looks at what the one before it has left, by that rest's own probabilities; so many as `least` stay.
+    Each sees the tokens that the one before it has left, renormalised. At least `least` tokens are left.
 
     Args:
         scores: (B, V) float32, finite or -inf.
@@ -98,7 +98,7 @@ def leave_out(scores: Tensor, config: GenerationConfig, least: int = 1) -> Tenso
         unlikely.scatter_(1, probabilities.topk(min(least, scores.size(-1))).indices, False)
         scores = scores.masked_fill(unlikely, -math.inf)
     if config.typical_p < 1:
-        # Meister et al. 2023: as top_p, but the tokens come in the order of how far their surprise is from the mean.
+        # Meister et al. 2023: as top_p, but tokens are sorted by the distance of their surprisal from the entropy.
         log_probabilities = scores.log_softmax(dim=-1)
         probabilities = log_probabilities.exp()
         entropy = -(probabilities * log_probabilities).nansum(dim=-1, keepdim=True)
@@ -122,7 +122,7 @@ def choose(scores: Tensor, config: GenerationConfig, generator: torch.Generator 
         (B,) int64.
 
     Raises:
-        NumericalError: if there is nothing to draw from.
+        NumericalError: if no token has a probability.
     """
     if not config.samples:
         return scores.argmax(dim=-1)
@@ -131,7 +131,7 @@ def choose(scores: Tensor, config: GenerationConfig, generator: torch.Generator 
 
 
 def probabilities_of(scores: Tensor) -> Tensor:
-    """(..., V) softmax, from which something can be drawn; a draw from anything else would be the end of a CUDA device.
+    """(..., V) softmax, checked before a draw: a draw from NaN would make the CUDA device unusable.
 
     Raises:
         NumericalError: if all scores of a row are -inf, or one of them is inf.
@@ -139,6 +139,6 @@ def probabilities_of(scores: Tensor) -> Tensor:
     probabilities = scores.softmax(dim=-1)
     if probabilities[..., 0].isnan().any():  # all of a row are, or none
         raise NumericalError(
-            "No token can be drawn: the settings forbid all of them, or the scores are beyond what numbers can be."
+            "No token can be drawn: the settings forbid all of them, or the scores are no finite numbers."
         )
     return probabilities

@@ -1,4 +1,4 @@
-"""Rows that are continued together: what the model remembers of them, their tokens, and the scores of the next ones."""
+"""Rows that are continued together: their cache, their tokens, and the scores of the next tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,20 +12,20 @@ from lit_qlora.generation.sampling import NO_TOKEN
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.model.gpt import GPT, KVCache
 
-PAD = 0  # what the model reads left of the shorter prompts; no other token looks at it
+PAD = 0  # padding left of the shorter prompts; no other token attends to it
 
 
 class Decoding:
-    """A batch of prompts of any lengths, and what has been put behind them.
+    """Prompts of any lengths, and the tokens appended to them.
 
     Args:
         prompts: ids; none of them empty.
-        new_tokens: most tokens that will be put behind each prompt.
+        new_tokens: most tokens that will be appended to each prompt.
         vocab_size: ids from here on have no scores.
 
     Attributes:
-        logits: (B, V) float32, of the token that comes next in each row.
-        history: (B, T) the tokens so far, NO_TOKEN before the beginning of the shorter prompts.
+        logits: (B, V) float32, of the next token of each row.
+        history: (B, T) the tokens so far, NO_TOKEN left of the shorter prompts.
     """
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], new_tokens: int, vocab_size: int | None) -> None:
@@ -48,18 +48,18 @@ class Decoding:
         return self.history[:, -1]
 
     def append(self, tokens: Tensor) -> None:
-        """Put a token (B,) behind each row, without looking at what may follow it."""
+        """Append a token (B,) to each row, without computing the next logits."""
         self.history = torch.cat((self.history, tokens[:, None]), dim=1)
 
     def advance(self) -> None:
-        """Look at what may follow the newest tokens."""
+        """Compute the logits behind the newest tokens."""
         if self._fixed:
             self.logits = check_finite(self._fixed(self.last))
         else:
             self.logits = self._read(self.last[:, None])
 
     def settle(self) -> None:
-        """Go on in steps whose shapes and memory never change; rows can no longer be selected."""
+        """Continue in steps whose shapes and memory never change; rows can no longer be selected."""
         before = self.cache
         rows, length = before.keys.size(1), before.keys.size(3)
         slots = SlotCache(self.model.config, rows, length, before.keys.dtype, before.keys.device)
@@ -69,7 +69,7 @@ class Decoding:
         self._fixed = FixedStep(self.model, slots, before.size, self.vocab_size)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows: in this order, any of them several times, and not with the others."""
+        """Continue with these rows, in this order; a row may occur several times."""
         if list(rows) == list(range(len(self.history))):
             return
         index = torch.tensor(rows, device=self.history.device)
@@ -83,14 +83,14 @@ class Decoding:
 
 
 def check_finite(logits: Tensor) -> Tensor:
-    """`logits` as they are. Raises NumericalError if one of them is not a number."""
+    """`logits` unchanged. Raises NumericalError if one of them is not a number."""
     if logits.isnan().any():
         raise NumericalError("The model's logits are not numbers. A damaged checkpoint, or 16-bit overflow?")
     return logits
 
 
 def room_for_answer(model: GPT, prompt_length: int, wanted: int) -> int:
-    """How many of `wanted` new tokens fit behind a prompt: the two together never exceed block_size.
+    """The number of new tokens, at most `wanted`, with which a prompt fits into block_size.
 
     Raises:
         UsageError: if the prompt is empty or leaves no room at all.
@@ -108,7 +108,7 @@ def room_for_answer(model: GPT, prompt_length: int, wanted: int) -> int:
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """Dropout is off inside, and as it was afterwards."""
+    """Switch dropout off inside, and restore it afterwards."""
     was_training = model.training
     model.eval()
     try:

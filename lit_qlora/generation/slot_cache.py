@@ -1,6 +1,6 @@
-"""A cache whose rows stand at places of their own, in memory that never moves.
+"""A cache whose rows have lengths of their own, in memory that never moves.
 
-Requests can come and go in it, and the shapes of a step never change.
+Requests come and go in it, and the shapes of a step never change.
 """
 
 import torch
@@ -18,7 +18,7 @@ class SlotCache(KVCache):
 
     Attributes:
         lengths: (slots,) int64, the tokens of each text so far.
-        limit: columns that are looked at; not below any length after the next tokens. Fewer are quicker.
+        limit: columns that are read; not below any length after the next tokens. Fewer are faster.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SlotCache(KVCache):
         return self.limit
 
     def layer(self, i: int, new: int) -> LayerCache:
-        """See KVCache; that there is room is for the caller to see to, as lengths are on the device."""
+        """See KVCache. The caller makes sure that there is room, as lengths are on the device."""
         return LayerCache(self.keys[i, : self.rows], self.values[i, : self.rows], self.places(new), self.limit)
 
     def advance(self, new: int) -> None:
@@ -49,7 +49,7 @@ class SlotCache(KVCache):
         self.lengths[: self.rows] += new
 
     def select(self, rows: Tensor) -> None:
-        """Not to be used: slots stay where they are, see move."""
+        """Not for slots, which never move by themselves; see move."""
         raise NotImplementedError
 
     def put(self, slot: int, cache: KVCache, row: int) -> None:

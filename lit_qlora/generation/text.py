@@ -1,11 +1,11 @@
-"""Ids to text as they come: whole characters only, up to a stop string."""
+"""Ids to text as they are generated: whole characters only, up to a stop string."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 
 class Decodes(Protocol):
-    """What turns ids into text."""
+    """A tokenizer: turns ids into text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """As lit_qlora.prompts.tokenizer.Tokenizer.decode."""
@@ -13,35 +13,35 @@ class Decodes(Protocol):
 
 
 WINDOW, CONTEXT = 64, 8
-"""Ids that are decoded together before the oldest are left behind, and how many of them stay for the sake of the next:
-a token's text depends on its neighbours at most."""
+"""Ids that are decoded together, and ids left of them when the oldest are dropped: a token's text depends on its
+neighbours at most."""
 
 
 class TextStream:
     """The text of ids that come one by one, each piece as soon as it is certain.
 
-    A token may be part of a character, and its text may depend on its place (SentencePiece drops a leading space), so
-    ids are decoded together with those before them. An unfinished character at the end is held back, and so is what
-    may be the beginning of a stop string.
+    A token may be part of a character, and its text may depend on its position (SentencePiece drops a leading space).
+    So ids are decoded together with earlier ones. An unfinished character at the end is held back, and so is a
+    possible beginning of a stop string.
 
     Args:
-        gap, tail: left out where the text begins or ends with them, see lit_qlora.prompts.style.Style.
+        gap, tail: removed where the text begins or ends with them, see lit_qlora.prompts.style.Style.
         stop: strings that end the text; it is cut before the first of them.
 
     Attributes:
-        stopped: whether a stop string has come.
+        stopped: a stop string was found.
     """
 
     def __init__(self, tokenizer: Decodes, gap: str = "", tail: str = "", stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.gap, self.tail, self.stop = tokenizer, gap, tail, tuple(stop)
         self.stopped = False
         self._window: list[int] = []
-        self._before = ""  # text of the ids that are in the window for their neighbours' sake
-        self._held = ""  # certain, but perhaps part of the gap, of the tail or of a stop string
+        self._before = ""  # text of the window that was returned already
+        self._withheld = ""  # certain, but perhaps part of the gap, of the tail or of a stop string
         self._at_start = bool(gap)
 
     def push(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """The text that has become certain with this token."""
         if self.stopped:
             return ""
         self._window.append(token)
@@ -51,40 +51,43 @@ class TextStream:
         new = text[len(self._before) :]
         self._before = text
         if len(self._window) > WINDOW:
-            kept, self._before = _last(self.tokenizer, self._window, CONTEXT)
-            self._window = list(kept)
+            last, self._before = _last(self.tokenizer, self._window, CONTEXT)
+            self._window = list(last)
         return self._release(new, final=False)
 
     def end(self) -> str:
-        """The rest, when no more ids come."""
+        """The rest, after the last id."""
         if self.stopped:
             return ""
         return self._release(self.tokenizer.decode(self._window)[len(self._before) :], final=True)
 
     def _release(self, new: str, final: bool) -> str:
-        self._held += new
+        self._withheld += new
         if self._at_start:
-            if not final and self._held != self.gap and self.gap.startswith(self._held):
+            if not final and self._withheld != self.gap and self.gap.startswith(self._withheld):
                 return ""
-            self._held = self._held.removeprefix(self.gap)
+            self._withheld = self._withheld.removeprefix(self.gap)
             self._at_start = False
-        at = min((at for ending in self.stop if (at := self._held.find(ending)) >= 0), default=-1)
+        at = min((at for ending in self.stop if (at := self._withheld.find(ending)) >= 0), default=-1)
         if at >= 0:
             self.stopped, final = True, True
-            self._held = self._held[:at]
+            self._withheld = self._withheld[:at]
         if final:
-            self._held = self._held.removesuffix(self.tail)
+            self._withheld = self._withheld.removesuffix(self.tail)
         endings = [*self.stop, self.tail, *(self.tail + ending for ending in self.stop)]
-        keep = 0 if final else max(_overlap(self._held, ending) for ending in endings)
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        withhold = 0 if final else max(_overlap(self._withheld, ending) for ending in endings)
+        out, self._withheld = (
+            self._withheld[: len(self._withheld) - withhold],
+            self._withheld[len(self._withheld) - withhold :],
+        )
         return out
 
 
 def _last(tokenizer: Decodes, ids: Sequence[int], count: int) -> tuple[Sequence[int], str]:
     """The last `count` ids, or a few more, so that they begin with a whole character, and their text.
 
-    Some tokenizers make nothing of a run of bytes that begins with a part of a character, however it goes on. A
-    character is at most four tokens; where none of them begins one, no id is left out.
+    Some tokenizers cannot decode bytes that begin within a character, whatever follows. A character is at most four
+    tokens; if none of them begins one, no id is left out.
     """
     for more in range(4):
         last = ids[-count - more :]
@@ -95,17 +98,17 @@ def _last(tokenizer: Decodes, ids: Sequence[int], count: int) -> tuple[Sequence[
 
 
 def _overlap(text: str, ending: str) -> int:
-    """Length of the longest end of `text` that `ending` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `ending`."""
     return next((n for n in range(min(len(text), len(ending)), 0, -1) if text.endswith(ending[:n])), 0)
 
 
 def stream_text(
     tokenizer: Decodes, ids: Iterable[int], gap: str = "", tail: str = "", stop: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of `ids` in pieces, each as soon as it is certain; together they are what text_of gives.
+    """The text of `ids` in pieces, each as soon as it is certain; joined they equal text_of.
 
     Args:
-        ids: consumed one by one, and no further when a stop string has come.
+        ids: consumed one by one, up to a stop string.
         gap, tail, stop: see TextStream.
     """
     stream = TextStream(tokenizer, gap, tail, stop)
@@ -126,7 +129,7 @@ def text_of(tokenizer: Decodes, ids: Sequence[int], gap: str = "", tail: str = "
 
 
 def ends_with(tokenizer: Decodes, stop: Sequence[str], gap: str = "") -> Callable[[Sequence[int]], bool] | None:
-    """Whether an answer has come to a stop string, for `generate`; None where there are no stop strings.
+    """A function that tells whether an answer has a stop string, for `generate`; None without stop strings.
 
     Args:
         stop: strings, none of them empty.
@@ -134,7 +137,7 @@ def ends_with(tokenizer: Decodes, stop: Sequence[str], gap: str = "") -> Callabl
     """
     if not stop:
         return None
-    # A character is at most four tokens, so the last of them hold any stop string that has just been completed.
+    # A character is at most four tokens, so the last ids hold any stop string that was just completed.
     count = 4 * max(map(len, (gap, *stop))) + CONTEXT
 
     def ended(answer: Sequence[int]) -> bool:

@@ -22,7 +22,7 @@ IGNORE = -100
 
 
 class FastPath(Protocol):
-    """What computes the loss of a model sooner, with memory that it could do without."""
+    """A faster way to compute the loss of a model, with memory that can be released."""
 
     @property
     def loss(self) -> Callable[..., Tensor]:
@@ -30,16 +30,16 @@ class FastPath(Protocol):
         ...
 
     @property
-    def has_spare(self) -> bool:
-        """Whether there is something that give_back would give up."""
+    def can_release(self) -> bool:
+        """Whether there are weights that release would free."""
         ...
 
     def flatten(self) -> Sequence[nn.Parameter]:
         """Tensors that hold the adapters and have their gradients from now on; none where adapters are few."""
         ...
 
-    def give_back(self) -> None:
-        """Say so, and go on without the spare memory. No loss may be waiting for its backward pass."""
+    def release(self) -> None:
+        """Free cached and carried over weights, and say so. No loss may be waiting for its backward pass."""
         ...
 
 
@@ -110,18 +110,18 @@ class GPT(nn.Module):
         return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap)
 
     @property
-    def has_spare(self) -> bool:
-        """Whether there is something that give_back would give up."""
-        return self.fast is not None and self.fast.has_spare
+    def can_release(self) -> bool:
+        """Whether there are weights that release would free."""
+        return self.fast is not None and self.fast.can_release
 
-    def give_back(self) -> bool:
-        """Go on without the memory that only makes the fast path faster; whether there was any.
+    def release(self) -> bool:
+        """Free the weights that the fast path has cached or carried over; whether there were any.
 
         No loss may be waiting for its backward pass.
         """
-        if self.fast is None or not self.fast.has_spare:
+        if self.fast is None or not self.fast.can_release:
             return False
-        self.fast.give_back()
+        self.fast.release()
         return True
 
     def _here(self, *batch: Any) -> Any:

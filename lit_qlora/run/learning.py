@@ -76,7 +76,7 @@ def take_path(model: GPT, plan: Plan) -> None:
     if fused.ahead and fused.device.type == "cuda":
         precede_other_streams()
     fused.set_recompute(plan.recompute)
-    fused.stay = plan.stay
+    fused.carries = plan.stay
     if fused.graphs and not plan.graphs:
         fused.graphs.off = "there is no memory left for them"
 

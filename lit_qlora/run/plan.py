@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from lit_qlora.fused.memory import IN_TURNS, FastSizes, adapters_met, choose
+from lit_qlora.fused.memory import COPY_BY_BLOCK, FastSizes, adapters_met, choose
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
 from lit_qlora.model.config import ModelConfig
@@ -163,7 +163,7 @@ def _fast_plan(
     """
     assert room.gpu is not None
     model = gpt.config
-    copied = _largest_part(gpt) if plan.trainable >= IN_TURNS else plan.trainable
+    copied = _largest_part(gpt) if plan.trainable >= COPY_BY_BLOCK else plan.trainable
     learning = plan.learning + 2 * copied  # in 16 bit
     adapted = max(adapters_met(block, model) for block in gpt.blocks)
     quantized = storage.quantize != "none"
@@ -182,7 +182,7 @@ def _fast_plan(
         spare = free - SPARE * room.gpu - activations - graphs
         often = round(batches.usual or tokens)
         staying = [
-            0 if graphs and often <= graph_tokens else sum(sizes.stay(policies, often, kept))
+            0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, kept))
             for kept in range(model.n_layer + 1)
         ]
         kept_blocks, stay = _share(spare, sizes.dequantized, HOLES * activations, staying, train.keep_dequantized)

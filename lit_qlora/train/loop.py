@@ -215,11 +215,11 @@ class Gradients:
                 return self._take(batches, step.weight)
             except torch.OutOfMemoryError:
                 widest = max(len(batch.tokens) for batch in batches)
-                if widest == 1 and not self.model.has_spare:
+                if widest == 1 and not self.model.can_release:
                     raise
             # Only here the exception is gone, and with it the tensors that it held.
             self.model.zero_grad()
-            if not self.model.give_back():
+            if not self.model.release():
                 self.rows = (widest + 1) // 2
                 tell(f"  memory  {widest} rows at a time did not fit; the step is done again with {self.rows}")
             if torch.cuda.is_available():

@@ -252,12 +252,12 @@ def test_a_measure_leaves_mode_and_randomness_as_they_were(
 
 def test_a_measure_that_finds_no_room_gets_what_only_makes_training_faster(fabric: Fabric) -> None:
     model, tries = adapted(), []
-    fast = SimpleNamespace(has_spare=True, give_back=lambda: setattr(fast, "has_spare", False))
+    fast = SimpleNamespace(can_release=True, release=lambda: setattr(fast, "can_release", False))
     model.fast = fast
 
     def measure(step: int) -> dict:
-        tries.append(fast.has_spare)
-        if fast.has_spare or len(tries) > 2:
+        tries.append(fast.can_release)
+        if fast.can_release or len(tries) > 2:
             raise torch.OutOfMemoryError("no room")
         return {"found": step}
 

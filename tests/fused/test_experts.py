@@ -61,7 +61,7 @@ def model_of(**changes: Any) -> GPT:
     return adapted_model(**EXPERTS | changes)
 
 
-def learnt(model: GPT, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def with_idle(model: GPT, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients, a zero one for an expert that no token came to."""
     loss, found = gradients(model, *arguments)
     learners = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -76,10 +76,10 @@ def assert_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     model = model_of(**CASES[case])
-    expected = learnt(model, *batch())
+    expected = with_idle(model, *batch())
     assert why_not(model) == ""
     fuse(model)
-    assert_same(learnt(model, *batch()), expected)
+    assert_same(with_idle(model, *batch()), expected)
 
 
 @pytest.mark.parametrize("adapted", [("gate",), ("up",), ("down",), ("up", "down"), ("gate", "down")])
@@ -88,10 +88,10 @@ def test_any_of_the_layers_of_experts_may_have_adapters(adapted: tuple[str, ...]
     for expert in model.blocks[0].mlp.experts:
         for name in {"gate", "up", "down"}.difference(adapted):
             setattr(expert, name, getattr(expert, name).base)
-    expected = learnt(model, *batch())
+    expected = with_idle(model, *batch())
     assert why_not(model) == ""
     fuse(model)
-    assert_same(learnt(model, *batch()), expected)
+    assert_same(with_idle(model, *batch()), expected)
 
 
 def test_adapters_on_some_of_the_experts_take_the_plain_path() -> None:
@@ -126,7 +126,7 @@ def test_recomputing_changes_no_bit(policy: Any) -> None:
     for policies in (["none", "none"], [policy, policy]):
         fused.set_recompute(policies)
         torch.manual_seed(3)
-        results.append(gradients(model, *batch()))
+        results.append(with_idle(model, *batch()))
     (loss, expected), (other, found) = results
     assert torch.equal(loss, other)
     assert all(torch.equal(gradient, found[name]) for name, gradient in expected.items())
@@ -139,9 +139,9 @@ def test_documents_in_a_row_see_only_themselves() -> None:
     segments = torch.tensor([0, 1, -1]).repeat_interleave(lengths)[None]
     positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
     labels[:, 12:] = IGNORE
-    expected = learnt(model, tokens, labels, None, positions, segments)
+    expected = with_idle(model, tokens, labels, None, positions, segments)
     fuse(model)
-    assert_same(learnt(model, tokens, labels, None, positions, segments), expected)
+    assert_same(with_idle(model, tokens, labels, None, positions, segments), expected)
 
 
 class Masked(nn.Module):
@@ -175,12 +175,12 @@ def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(r: int
             for name in names:
                 layer = getattr(expert, name)
                 own[layer], layer.dropout = layer.dropout, Masked(factor, slice(ends[e], ends[e + 1]))
-    expected = learnt(model, *batch())
+    expected = with_idle(model, *batch())
     for layer, dropout in own.items():
         layer.dropout = dropout
     fuse(model)
     torch.manual_seed(5)
-    assert_same(learnt(model, *batch()), expected)
+    assert_same(with_idle(model, *batch()), expected)
 
 
 def steps(model: GPT, count: int = 2) -> list[Tensor]:
@@ -188,7 +188,7 @@ def steps(model: GPT, count: int = 2) -> list[Tensor]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     found: list[Tensor] = []
     for _ in range(count):
-        loss, grads = gradients(model, *batch())
+        loss, grads = with_idle(model, *batch())
         found += [loss, *grads.values()]
         optimizer.step()
         with torch.no_grad():
@@ -200,7 +200,7 @@ def test_weights_that_are_dequantised_ahead_or_cached_give_the_same_bits() -> No
     ends = []
     for cached, ahead in ((0, False), (0, True), (1, True)):
         model = model_of(scheme="bnb.nf4", expert_size=64)
-        fused = fuse(model, dequantized=cached, ahead=ahead)
+        fused = fuse(model, cached_blocks=cached, ahead=ahead)
         assert len(fused.ahead) == 2 * ahead
         ends.append(steps(model))
     for other in ends[1:]:
@@ -217,29 +217,29 @@ def test_what_is_ahead_saves_a_dequantisation_of_the_first_and_of_the_last_block
     )
     for expected in (6 + 4, 4 + 4):  # two kinds in each of three blocks, forward and backward
         done.clear()
-        gradients(model, *batch())
+        with_idle(model, *batch())
         assert len(done) == expected
 
 
 def test_giving_back_changes_no_bit_and_frees_what_is_ahead() -> None:
     model = model_of(scheme="bnb.nf4", expert_size=64)
-    fused = fuse(model, dequantized=1)
-    before = gradients(model, *batch())[1]
-    assert model.has_spare
-    assert model.give_back()
-    assert not model.has_spare
+    fused = fuse(model, cached_blocks=1)
+    before = with_idle(model, *batch())[1]
+    assert model.can_release
+    assert model.release()
+    assert not model.can_release
     assert fused.sizes.peak(["none"] * 2, 24) < fuse(model_of(scheme="bnb.nf4")).sizes.peak(["none"] * 2, 24)
-    assert all(torch.equal(gradient, before[name]) for name, gradient in gradients(model, *batch())[1].items())
+    assert all(torch.equal(gradient, before[name]) for name, gradient in with_idle(model, *batch())[1].items())
 
 
 def test_graphs_of_experts_give_what_passes_without_a_graph_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_qlora.fused.graphs.SIGHTINGS", 1)
     model = model_of(scheme="bnb.nf4", expert_size=64)
     arguments = [part.cpu() for part in batch(1, 32)]
-    expected = learnt(model, *arguments)
+    expected = with_idle(model, *arguments)
     _, recording = with_graphs(model)
     for _ in range(4):
-        assert_same(learnt(model, *arguments), expected)
+        assert_same(with_idle(model, *arguments), expected)
         with torch.no_grad():
             model.loss(*batch())  # leaves the last block's weights in the buffers
     assert recording.replayed > 0

@@ -1,4 +1,4 @@
-"""Every family either takes the fast path and learns what the plain path learns, or says why it does not."""
+"""Every family takes the fast path and has the gradients of the plain path, or says why it does not."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ QUICK = [(case, "none") for case in REPRESENTATIVE] + [
         for policy in ("none", "attn", "full")
     ],
 )
-def test_the_loss_and_what_is_learnt_are_those_of_the_plain_path(case: str, policy: str) -> None:
+def test_loss_and_gradients_are_those_of_the_plain_path(case: str, policy: str) -> None:
     model_of.cache_clear()  # adapters are added in place
     model = model_of(case)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""In FP8 the fast path computes with rounded operands, and but for these what it computes otherwise."""
+"""In FP8 the fast path rounds the operands of its products, and computes the same otherwise."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +79,7 @@ def errors_of_products(group: Group, tokens: int) -> dict[str, float]:
     torch.manual_seed(1)
     x = torch.randn(tokens, group.width, device=DEVICE).to(group.dtype)
     dy = (torch.randn(tokens, group.n, device=DEVICE) * 1e-5).to(group.dtype)
-    workspace = torch.full((group.room,), float("nan"), device=DEVICE, dtype=group.dtype)
+    workspace = torch.full((group.workspace_size,), float("nan"), device=DEVICE, dtype=group.dtype)
     w8, scale, b = in_float64(group)
     exact = rows_as_rounded(x[:, : group.k]) @ (w8 * scale).T + x[:, group.k :].double() @ b.T
     if group.bias is not None:
@@ -117,7 +117,7 @@ def test_products_are_those_of_the_rounded_operands(kind: str, tokens: int) -> N
 @pytest.mark.parametrize("kind", GROUPS)
 def test_weights_in_fp8_take_no_more_room_than_those_in_16_bit(kind: str) -> None:
     group = make_group(*GROUPS[kind], torch.bfloat16)
-    assert group.room <= group.n * group.width
+    assert group.workspace_size <= group.n * group.width
 
 
 SHORT = [("bnb.nf4", "attn")]
@@ -151,7 +151,7 @@ def test_rounding_costs_a_product_less_than_a_twentieth() -> None:
     x, dy = torch.randn(64, 512), torch.randn(64, 128)
     assert group.dense is not None
     w = group.dense.double()
-    workspace = torch.empty(group.room)
+    workspace = torch.empty(group.workspace_size)
     assert 0.02 < relative(group.product(x, group.matrix(workspace)), x.double() @ w.T) < 0.05
     assert 0.02 < relative(group.product_back(dy, workspace), dy.double() @ w) < 0.05
 
@@ -196,7 +196,7 @@ def test_a_nan_in_a_frozen_weight_reaches_the_loss() -> None:
         assert not torch.isfinite(model.loss(*batch()))
 
 
-def test_the_head_and_the_layers_themselves_stay_as_they_are() -> None:
+def test_the_head_and_the_layers_themselves_are_not_changed() -> None:
     model, other = adapted_model(), adapted_model()
     fused = fuse(model, fp8=True)
     assert fused.head.group.fp8 is None

@@ -1,4 +1,4 @@
-"""Micro-batches that are padded, captured and replayed give the loss and the gradients of those that are not.
+"""Padding, capturing and replaying a micro-batch changes neither its loss nor its gradients.
 
 On a CPU a function that runs again stands in for the graph that would launch its kernels again; the GPU's own are in
 tests/gpu.
@@ -162,16 +162,16 @@ def test_every_replay_drops_other_elements() -> None:
     assert gradients(model, *batch(1, 20))[0] != gradients(model, *batch(1, 20))[0]
 
 
-def test_no_weight_stays_whose_address_a_graph_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+def test_no_weight_is_carried_over_whose_address_a_graph_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     model = adapted_model(scheme="bnb.nf4")
     fused = fuse(model)
     gradients(model, *batch(1, 20))
-    assert fused.spare > 0
+    assert fused.extra_bytes > 0
     fused.graphs = Graphs(fused, 96, Recording())
     for _ in range(2):
         gradients(model, *batch(1, 20))
-        assert fused.spare == 0
+        assert fused.extra_bytes == 0
 
 
 def test_evaluation_with_gradients_has_a_graph_of_its_own() -> None:
@@ -481,7 +481,7 @@ def test_graphs_take_only_memory_that_is_left() -> None:
     assert {one.graph_tokens for one in (tight, enough, away)} == {4 * 64}
 
 
-def test_weights_stay_where_nothing_is_captured() -> None:
+def test_weights_are_carried_over_where_no_shape_is_captured() -> None:
     model = adapted_model(scheme="bnb.nf4")
     fused, _ = with_graphs(model)
     assert fused.graphs is not None

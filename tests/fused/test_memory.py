@@ -1,4 +1,4 @@
-"""What the fast path keeps of a micro-batch, when, and which blocks compute again so that it fits."""
+"""Bytes that the fast path saves of a micro-batch, and the blocks that recompute so that it fits."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def test_the_peak_is_in_the_backward_pass_of_the_last_block_where_all_do_the_sam
     one = sizes()
     for policy in COST:
         more = one.peak([policy] * BLOCKS, 512) - one.peak([policy] * (BLOCKS - 1), 512)
-        assert more == pytest.approx(one.kept(policy, 512))
+        assert more == pytest.approx(one.saved(policy, 512))
 
 
 def test_fewer_logits_exist_where_the_vocabulary_is_large() -> None:
@@ -33,27 +33,27 @@ def test_fewer_logits_exist_where_the_vocabulary_is_large() -> None:
 def test_the_head_needs_two_pairs_of_streams_or_one_beside_logits(vocab: int, bytes_: int) -> None:
     one = sizes(vocab_size=vocab)
     *_, last = one._moments(["full"] * BLOCKS, 512)
-    assert last == BLOCKS * one.kept("full", 512) + bytes_
+    assert last == BLOCKS * one.saved("full", 512) + bytes_
 
 
-def test_blocks_that_keep_all_are_gone_when_those_before_them_compute_again() -> None:
+def test_blocks_that_save_all_are_freed_before_the_blocks_below_recompute() -> None:
     one = sizes(vocab_size=16)
     mixed: list[Recompute] = [*["full"] * (BLOCKS - 1), "none"]
-    kept = (BLOCKS - 1) * one.kept("full", 512)
+    kept = (BLOCKS - 1) * one.saved("full", 512)
     first = one.peak(["full"] * (BLOCKS - 1), 512)  # when the last one is done
     second = one.peak(["none"], 512) + kept  # when it is not
     workspaces = one.peak(["full"], 0)
     assert one.peak(mixed, 512) == pytest.approx(max(first, second - one.peak(["none"], 0) + workspaces))
-    assert one.peak(mixed, 512) < first + one.kept("none", 512)
+    assert one.peak(mixed, 512) < first + one.saved("none", 512)
 
 
 @pytest.mark.parametrize("tokens", [64, 512, 4096])
 @pytest.mark.parametrize("others", COST)
-@pytest.mark.parametrize("keep_all", [0, 1, 3, BLOCKS])
-def test_weights_that_stay_never_raise_the_peak(tokens: int, others: Recompute, keep_all: int) -> None:
+@pytest.mark.parametrize("save_all", [0, 1, 3, BLOCKS])
+def test_carried_weights_never_raise_the_peak(tokens: int, others: Recompute, save_all: int) -> None:
     one = sizes()
-    policies: list[Recompute] = [*[others] * (BLOCKS - keep_all), *["none"] * keep_all]  # type: ignore[list-item]
-    stay, most = one.stay(policies, tokens), one.peak(policies, tokens)
+    policies: list[Recompute] = [*[others] * (BLOCKS - save_all), *["none"] * save_all]  # type: ignore[list-item]
+    stay, most = one.carries(policies, tokens), one.peak(policies, tokens)
     for i in range(BLOCKS):  # a block's activations lie beside the weights of those that follow and its own
         held = sum(stay[i:]) * one.dequantized
         assert one.peak(policies[: i + 1], tokens) + held <= most or not held
@@ -61,11 +61,11 @@ def test_weights_that_stay_never_raise_the_peak(tokens: int, others: Recompute, 
 
 def test_more_tokens_make_room_for_more_weights() -> None:
     one = sizes()
-    counts = [sum(one.stay(["none"] * BLOCKS, tokens)) for tokens in (16, 256, 512, 2048)]
+    counts = [sum(one.carries(["none"] * BLOCKS, tokens)) for tokens in (16, 256, 512, 2048)]
     assert counts == sorted(counts)
     assert counts[0] == 0
     assert counts[-1] == BLOCKS - 1  # all but the last, whose activations are there
-    assert not any(one.stay(["offload"] * BLOCKS, 2048))
+    assert not any(one.carries(["offload"] * BLOCKS, 2048))
 
 
 def test_what_goes_to_the_host_needs_memory_there() -> None:
@@ -89,7 +89,7 @@ def test_the_fastest_mix_that_fits_is_chosen() -> None:
         costs.append(sum(COST[policy] for policy in policies))
         least = min(one.peak([policy] * BLOCKS, 512) for policy in COST)
         assert one.peak(policies, 512) <= max(free, least)
-        kept = [one.kept(policy, 512) for policy in policies]
+        kept = [one.saved(policy, 512) for policy in policies]
         assert kept == sorted(kept)  # the last keep all: their backward pass comes first
     assert costs[:2] == [0, 0]
     assert costs == sorted(costs)

@@ -11,7 +11,7 @@ from lit_qlora.errors import ResourceError
 from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.block import FusedBlock
 from lit_qlora.fused.head import Head
-from lit_qlora.fused.offload import LEAVING, Offload, OnHost, pin
+from lit_qlora.fused.offload import MOST_LEAVING, Offload, OnHost, pin
 from lit_qlora.kernels.launch import AVAILABLE
 from tests.fused.test_fused import adapted_model, batch, gradients
 
@@ -46,7 +46,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 @pytest.mark.usefixtures("streams")
-def test_what_comes_back_is_what_was_sent_and_none_is_held_where_most_memory_is_needed(
+def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory_is_needed(
     policies: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = fuse(adapted_model(n_layer=4))
@@ -72,27 +72,27 @@ def test_what_comes_back_is_what_was_sent_and_none_is_held_where_most_memory_is_
         assert all(torch.equal(found[name], expected[1][name]) for name in expected[1])
     # Only where a block is followed by one that offloads is something on its way.
     below = [policies[i - 1] if i else "" for i in reversed(range(4))]
-    assert held[0] == ("head", LEAVING if policies[-1] == "offload" else 0, 0)
+    assert held[0] == ("head", MOST_LEAVING if policies[-1] == "offload" else 0, 0)
     assert [(leaving, coming) for _, leaving, coming in held[1:5]] == [(0, int(one == "offload")) for one in below]
 
 
 @ON_CPU
 @pytest.mark.usefixtures("streams")
-def test_pinned_memory_is_kept_for_shorter_rows() -> None:
+def test_pinned_memory_is_used_again_for_shorter_rows() -> None:
     fused = fuse(adapted_model())
     expected = [gradients(fused.model, *(part[:, :length] for part in batch()[:2])) for length in (12, 5, 9)]
     fused.set_recompute(["offload", "offload"])
-    places = []
+    addresses = []
     for length, (loss, each) in zip((12, 5, 9), expected, strict=True):
         found = gradients(fused.model, *(part[:, :length] for part in batch()[:2]))
         assert torch.equal(found[0], loss)
         assert all(torch.equal(found[1][name], each[name]) for name in each)
-        places.append([buffer.data_ptr() for buffer in fused.offload.pinned])
-    assert places[0] == places[1] == places[2]
-    assert len(places[0]) == 7  # input, attended and middle of two blocks, and one's qkv
+        addresses.append([buffer.data_ptr() for buffer in fused.offload.pinned])
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert len(addresses[0]) == 7  # input, attended and middle of two blocks, and one's qkv
 
 
-def test_where_the_host_has_no_pinned_memory_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_pinned_memory_gets_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = ["CUDA error: out of memory\nCUDA kernel errors might be", "CUDA error: device-side assert triggered"]
 
     def refuse(*arguments: object, **settings: object) -> None:
@@ -112,12 +112,12 @@ def offloading() -> Fused:
 
 
 @ON_CPU
-def test_what_another_loss_has_overwritten_is_not_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_is_refused_whose_tensors_on_the_host_were_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Offload, "put", lambda self, x: OnHost(0))
     fused = offloading()
     first = fused.model.loss(*batch())
     with torch.no_grad():
-        fused.model.loss(*batch())  # which keeps nothing
+        fused.model.loss(*batch())  # which saves nothing
     fused.model.loss(*batch())
     with pytest.raises(RuntimeError, match="a loss needs its backward pass before the next"):
         first.backward()

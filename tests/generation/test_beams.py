@@ -26,7 +26,7 @@ SIZES = {
 }
 STOP_IDS = [7, 21]
 RECORDED = json.loads((ROOT / "tests/generation/group_beams.json").read_text())
-"""What transformers 4.55.4 gave, the last but one minor version with groups of beams."""
+"""Answers of transformers 4.55.4, the last but one minor version with groups of beams."""
 
 
 def without_chance(parameters: dict[str, torch.Tensor]) -> None:

@@ -47,7 +47,7 @@ def test_a_batch_of_unequal_prompts_is_answered_like_each_of_them_alone():
     assert together == [generate(model, [prompt], greedy(30), stop_ids=(17, 40))[0] for prompt in PROMPTS]
 
 
-def test_a_stream_gives_what_generate_gives():
+def test_a_stream_gives_the_answer_of_generate():
     model = tiny_model()
     sampling = GenerationConfig(max_new_tokens=25, temperature=1.0, top_k=20, seed=3)
     assert list(stream(model, PROMPTS[0], sampling, ())) == generate(model, PROMPTS[:1], sampling, ())[0]

@@ -1,4 +1,4 @@
-"""Token for token what transformers' `generate` gives on the same weights, in batches of unequal prompts."""
+"""Answers are those of transformers' `generate`, token for token, in batches of unequal prompts."""
 
 from functools import cache
 from pathlib import Path

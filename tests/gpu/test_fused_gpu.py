@@ -165,9 +165,9 @@ def assert_recomputing_changes_no_bit(model: GPT, fused: Any, arguments: Any, po
         assert torch.equal(results[2][name], results[0][name]), name
 
 
-def test_what_is_on_its_way_to_the_host_is_held_until_it_has_arrived() -> None:
+def test_tensors_on_their_way_to_the_host_are_referenced_until_they_have_arrived() -> None:
     from lit_qlora.fused import fuse
-    from lit_qlora.fused.offload import LEAVING
+    from lit_qlora.fused.offload import MOST_LEAVING
 
     model = adapted(dropout=0.1)
     fused = fuse(model)
@@ -176,40 +176,40 @@ def test_what_is_on_its_way_to_the_host_is_held_until_it_has_arrived() -> None:
     for _ in range(2):
         loss = model.loss(*batch(2, 256))
         assert off.count == len(off.pinned) == 7  # input, attended and middle of two blocks, and one's qkv
-        assert len(off.leaving) == LEAVING
+        assert len(off.leaving) == MOST_LEAVING
         loss.backward()
         assert not off.leaving
         assert not off.coming
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_that_stay_for_the_next_forward_pass_change_no_bit(layout: str, monkeypatch: Any) -> None:
+def test_weights_carried_over_to_the_next_forward_pass_change_no_bit(layout: str, monkeypatch: Any) -> None:
     from lit_qlora.fused import fuse
     from lit_qlora.fused.memory import FastSizes
 
     found = []
     for stays in ([False, False], [True, True]):
-        monkeypatch.setattr(FastSizes, "stay", lambda *_, stays=stays: stays)
+        monkeypatch.setattr(FastSizes, "carries", lambda *_, stays=stays: stays)
         model = adapted(**MODELS["nf4"])
         fused = fuse(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         for _ in range(2):
             one = gradients(model, *LAYOUTS[layout]())
             optimizer.step()
-        assert (fused.spare > 0) == stays[0]
+        assert (fused.extra_bytes > 0) == stays[0]
         found.append(one)
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_blocks_that_stay_dequantised_change_no_bit(layout: str) -> None:
+def test_cached_blocks_change_no_bit(layout: str) -> None:
     from lit_qlora.fused import fuse
 
     found = []
     for blocks in (0, 2):
         model = adapted(**MODELS["nf4"])
-        fuse(model, dequantized=blocks)
+        fuse(model, cached_blocks=blocks)
         found.append(gradients(model, *LAYOUTS[layout]()))
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])

@@ -108,7 +108,7 @@ def test_reading_tokens_with_a_label_alone_in_a_graph_changes_no_bit(
     model, fused = fused_model(kind, graphs=True)
     losses, adapter = train(model, 256)
     assert not fused.graphs.off
-    assert any(one.micro.labelled.places is not None for one in fused.graphs.captured.values())
+    assert any(one.batch.labelled.indices is not None for one in fused.graphs.captured.values())
     plain, _ = fused_model(kind, graphs=False)
     eager_losses, eager = train(plain, 256)
     assert losses == eager_losses

@@ -1,4 +1,4 @@
-"""Blocks whose weights stay dequantised compute the same bits as those whose weights are dequantised each time."""
+"""Cached and carried over weights give the same bits as weights that are dequantised each time."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def test_the_bits_are_the_same(case: str, policy: Any) -> None:
     ends = []
     for blocks in (0, 1, 2):
         model = adapted_model(**CASES[case])
-        fused = fuse(model, dequantized=blocks)
+        fused = fuse(model, cached_blocks=blocks)
         fused.set_recompute([policy] * 2)
         kept = [all(group.dense is not None for group in block.groups) for block in fused.blocks]
         assert sum(kept) == blocks
@@ -91,16 +91,16 @@ def test_the_bits_are_the_same(case: str, policy: Any) -> None:
     ],
     ids=str,
 )
-def test_copies_of_adapters_made_in_turns_give_the_same_bits(
+def test_copies_of_adapters_made_block_by_block_give_the_same_bits(
     case: dict[str, Any], policy: Any, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = []
     for most in (1, 2**26):
-        monkeypatch.setattr("lit_qlora.fused.path.IN_TURNS", most)
+        monkeypatch.setattr("lit_qlora.fused.path.COPY_BY_BLOCK", most)
         model = adapted_model(**case)
-        fused = fuse(model, dequantized=kept)
+        fused = fuse(model, cached_blocks=kept)
         fused.set_recompute([policy] * 2)
-        assert fused.copies_in_turns == (most == 1)
+        assert fused.copies_by_block == (most == 1)
         ends.append(two_steps(model))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
@@ -117,12 +117,12 @@ def test_copies_of_adapters_made_in_turns_give_the_same_bits(
     ],
     ids=str,
 )
-def test_weights_that_stay_for_the_next_forward_pass_give_the_same_bits(
+def test_weights_carried_over_to_the_next_forward_pass_give_the_same_bits(
     case: str, policies: Any, stay: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = []
     for stays in ([False, False], stay):
-        monkeypatch.setattr(FastSizes, "stay", lambda *_, stays=stays: stays)
+        monkeypatch.setattr(FastSizes, "carries", lambda *_, stays=stays: stays)
         fused = fuse(adapted_model(**CASES[case]))
         fused.set_recompute(policies)
         made: Counter[Group] = Counter()
@@ -131,29 +131,29 @@ def test_weights_that_stay_for_the_next_forward_pass_give_the_same_bits(
         ends.append(two_steps(fused.model))
         for block, one in zip(fused.blocks, stays, strict=True):
             for group in block.groups:
-                # The first block's qkv is read forward alone, unless it is computed again: nobody wants its input's
-                # gradient.
+                # The first block's qkv is read forward alone, unless it is recomputed: no gradient of its input is
+                # wanted.
                 forward_alone = group is fused.blocks[0].qkv and policies[0] in ("none", "mlp")
-                assert (group.held is not None) == (one and not forward_alone)
+                assert (group.carried is not None) == (one and not forward_alone)
                 assert made[group] == (2 if forward_alone else 3 if one else 4)  # in two steps
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_what_stays_of_a_model_of_several_blocks_are_weights_for_whose_place_activations_were() -> None:
-    fused = fuse(adapted_model(scheme="bnb.nf4", n_layer=3), dequantized=1)
+def test_weights_are_carried_over_in_memory_that_activations_have_freed() -> None:
+    fused = fuse(adapted_model(scheme="bnb.nf4", n_layer=3), cached_blocks=1)
     gradients(fused.model, *batch(1, 40))
-    stay = fused.sizes.stay(["none"] * 3, 40, kept=1)
+    stay = fused.sizes.carries(["none"] * 3, 40, cached=1)
     assert stay == [True, False, False]  # the last one has a place of its own
     for block, stays in zip(fused.blocks, stay, strict=True):
-        assert [group.held is not None for group in block.groups[1:]] == [stays] * 3
+        assert [group.carried is not None for group in block.groups[1:]] == [stays] * 3
         assert [group.dense is not None for group in block.groups] == [block is fused.blocks[-1]] * 4
 
 
-def test_a_pass_that_is_stopped_leaves_no_weight_half_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+def test_an_interrupted_pass_leaves_no_weight_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     fused = fuse(adapted_model(scheme="bnb.nf4"))
     expected, _ = gradients(fused.model, *batch())
-    fused.model.loss(*batch())  # which uses up what has stayed
+    fused.model.loss(*batch())  # which uses up the carried weights
     whole = dequantize
 
     def stopped(*arguments: Any, **settings: Any) -> Any:
@@ -168,21 +168,21 @@ def test_a_pass_that_is_stopped_leaves_no_weight_half_made(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_memory_that_runs_out_between_weights_that_have_stayed_ends_their_staying(
+def test_after_memory_has_run_out_beside_carried_weights_none_are_carried_over(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+    monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     fused, whole = fuse(adapted_model(scheme="bnb.nf4")), Head.loss
     add_gradients = Gradients(
         cast(Any, SimpleNamespace(device=torch.device("cpu"), backward=Tensor.backward)), cast(Any, fused.model)
     )
     step = Step([Batch(*batch(rows))], weight=7.0, labelled=1, tokens=1, samples=1, epoch=0.0)
     expected = add_gradients(step)
-    assert fused.stay
+    assert fused.carries
 
-    def full(*arguments: Any) -> Any:  # by then the forward pass has used up what stayed
-        assert not fused.spare
-        if fused.stay:
+    def full(*arguments: Any) -> Any:  # by then the forward pass has used up the carried weights
+        assert not fused.extra_bytes
+        if fused.carries:
             raise torch.OutOfMemoryError
         return whole(*arguments)
 
@@ -196,59 +196,59 @@ def counting(group: Group, made: "Counter[Group]") -> Callable[[Tensor | None], 
     matrix = group.matrix
 
     def counted(workspace: Tensor | None) -> Tensor:
-        made[group] += group.held is None
+        made[group] += group.carried is None
         return matrix(workspace)
 
     return counted
 
 
-def test_what_has_stayed_is_given_back_and_nothing_stays_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+def test_carried_weights_are_released_and_none_are_carried_over_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     fused = fuse(adapted_model(scheme="bnb.nf4"))
-    assert fused.spare == 0
+    assert fused.extra_bytes == 0
     gradients(fused.model, *batch())
     groups = [group for block in fused.blocks for group in block.groups if group is not fused.blocks[0].qkv]
-    assert fused.spare == sum(4 * group.n * group.width for group in groups)
-    fused.give_back()
-    assert fused.spare == 0
+    assert fused.extra_bytes == sum(4 * group.n * group.width for group in groups)
+    fused.release()
+    assert fused.extra_bytes == 0
     gradients(fused.model, *batch())
-    assert fused.spare == 0
+    assert fused.extra_bytes == 0
 
 
-def test_without_gradients_what_has_stayed_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FastSizes, "stay", lambda *_: [True, True])
+def test_a_pass_without_gradients_uses_up_carried_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     fused = fuse(adapted_model(scheme="bnb.nf4"))
     gradients(fused.model, *batch())
     with torch.no_grad():
         fused.model.loss(*batch())
-    assert fused.spare == 0
+    assert fused.extra_bytes == 0
 
 
-def test_where_all_blocks_stay_there_is_no_workspace() -> None:
-    fused = fuse(adapted_model(scheme="bnb.nf4"), dequantized=2)
+def test_where_all_blocks_are_cached_there_is_no_workspace() -> None:
+    fused = fuse(adapted_model(scheme="bnb.nf4"), cached_blocks=2)
     assert fused.workspaces == (None, None, None)
 
 
-def test_given_back_they_are_dequantised_each_time() -> None:
+def test_released_weights_are_dequantised_each_time() -> None:
     whole = two_steps(fuse(adapted_model(scheme="bnb.nf4")).model)
-    fused = fuse(adapted_model(scheme="bnb.nf4"), dequantized=2)
-    assert fused.spare == sum(group.dense.nbytes for block in fused.blocks for group in block.groups)
+    fused = fuse(adapted_model(scheme="bnb.nf4"), cached_blocks=2)
+    assert fused.extra_bytes == sum(group.dense.nbytes for block in fused.blocks for group in block.groups)
     gradients(fused.model, *batch())
-    fused.give_back()
-    assert fused.spare == 0
+    fused.release()
+    assert fused.extra_bytes == 0
     assert all(torch.equal(a, b) for a, b in zip(whole, two_steps(fused.model), strict=True))
 
 
-def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_released_before_rows_are_split_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("lit_qlora.fused.path.tell", said.append)
     model = adapted_model(scheme="bnb.nf4", dropout=0.2)
-    fused = fuse(model, dequantized=2)
+    fused = fuse(model, cached_blocks=2)
     torch.manual_seed(11)
     loss, expected = gradients(model, *batch())
 
     def full(*arguments: Any) -> None:  # where one sum of down's is waiting for another
-        if fused.spare:
+        if fused.extra_bytes:
             raise torch.OutOfMemoryError
         mlp_backward(*arguments)
 
@@ -259,9 +259,9 @@ def test_they_are_given_back_before_rows_are_split_where_memory_runs_out(monkeyp
     step = Step([Batch(*batch())], weight=7.0, labelled=1, tokens=1, samples=1, epoch=0.0)
     again = add_gradients(step, seed=11)
     assert add_gradients.rows is None
-    assert "weights are no longer kept dequantised" in said[0]
+    assert "cached weights are released" in said[0]
     torch.testing.assert_close(again, loss / 7)
-    # What the pass that failed left half done is not added.
+    # The failed pass's half-finished sums are not added.
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -279,7 +279,7 @@ def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", 
     )
 
 
-def test_a_plan_counts_the_blocks_that_stay() -> None:
+def test_a_plan_counts_the_cached_blocks() -> None:
     none, some, all_ = planned(0), planned(2), planned("auto")
     assert (none.kept_blocks, some.kept_blocks, all_.kept_blocks) == (0, 2, 4)
     assert none.kept == 0
@@ -297,11 +297,11 @@ def test_nobody_has_to_ask_for_them_or_for_graphs() -> None:
 
 
 @pytest.mark.parametrize("blocks", [{}, {"last_layers": 1}], ids=str)
-def test_a_plan_counts_copies_made_in_turns_once(blocks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_copies_made_block_by_block_once(blocks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     lora = LoRAConfig(r=4, targets=("all", "head"), **blocks)
 
     def learning(most: int) -> float:
-        monkeypatch.setattr("lit_qlora.run.plan.IN_TURNS", most)
+        monkeypatch.setattr("lit_qlora.run.plan.COPY_BY_BLOCK", most)
         config = tiny_config(n_layer=4)
         return make_plan(config, lora, Storage(torch.bfloat16), MicroBatches(64), TrainConfig(), Room(2**30)).learning
 
@@ -323,12 +323,12 @@ def test_a_run_does_what_its_plan_says() -> None:
         assert plan.stay == stays
         take_path(model, plan)
         fused = cast(Fused, model.fast)
-        assert (fused.stay, fused.kept_blocks) == (stays, 1)
+        assert (fused.carries, fused.cached_blocks) == (stays, 1)
         assert [block.groups[0].dense is not None for block in fused.blocks] == [False, False, False, True]
 
 
-def test_all_blocks_are_kept_where_more_are_asked_for() -> None:
-    fused = fuse(adapted_model(scheme="bnb.nf4"), dequantized=9)
+def test_all_blocks_are_cached_where_more_are_asked_for() -> None:
+    fused = fuse(adapted_model(scheme="bnb.nf4"), cached_blocks=9)
     assert all(group.dense is not None for block in fused.blocks for group in block.groups)
 
 
@@ -342,7 +342,7 @@ def test_workspaces_are_as_large_as_planned(quantize_head: bool, policy: Any) ->
     assert planned <= sum(made.values()) < 1.2 * planned
 
 
-def test_nothing_stays_where_graphs_are_usual_or_nothing_is_to_be_kept() -> None:
+def test_no_weights_are_carried_over_where_graphs_are_usual_or_no_cache_is_wanted() -> None:
     def plan(room: float, usual: float | None = 128.0, **train: Any) -> Plan:
         model, storage = tiny_config(n_layer=4), Storage(torch.bfloat16, "bnb.nf4")
         return make_plan(model, LoRAConfig(), storage, MicroBatches(128, usual=usual), TrainConfig(**train), Room(room))
@@ -359,7 +359,7 @@ def test_nothing_stays_where_graphs_are_usual_or_nothing_is_to_be_kept() -> None
     assert not plan(room, usual=None, keep_dequantized=0).stay
 
 
-def test_weights_stay_for_the_next_forward_pass_where_that_saves_more() -> None:
+def test_weights_are_carried_over_where_that_saves_more() -> None:
     many = 128  # tokens, whose activations make room for weights
 
     def with_spare(spare: float) -> Plan:
@@ -378,7 +378,7 @@ def test_weights_stay_for_the_next_forward_pass_where_that_saves_more() -> None:
 
 def test_what_a_block_takes_is_what_its_weights_are() -> None:
     model = adapted_model(scheme="bnb.nf4")
-    fused = fuse(model, dequantized=1)
+    fused = fuse(model, cached_blocks=1)
     held = sum(group.dense.numel() for group in fused.blocks[-1].groups)
     plan = make_plan(
         model.config,

@@ -80,6 +80,9 @@ class MLflow:
 
     def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        # mlflow >= 3.2 reports its use to its makers unless one of these says no.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("DO_NOT_TRACK", "true")
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param

@@ -26,6 +26,7 @@ def make_ask(
 
     Raises:
         UsageError: for a task that does not exist or would run Python without allow_code, before anything is loaded.
+        DataError: if a task's data cannot be had.
     """
     _script("chance")  # the harness imports it by its name, as it does the two that follow
     finding, sandbox, harness = _script("lm_eval_tasks"), _script("lm_eval_sandbox"), _script("lm_eval_harness")
@@ -35,6 +36,11 @@ def make_ask(
     if set(tasks) <= set(finding.task_files(include_path)):
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with (
+        finding.overlay(include_path) as folder,
+        sandbox.sandboxed_templates(),
+    ):  # fetches the data, so that a run does not begin without it
+        finding.load_tasks(tasks, folder)
     how = harness.Asking(limit=config.tasks_limit, num_fewshot=config.tasks_num_fewshot, allow_code=allow_code)
 
     def ask(model: "GPT") -> dict[str, float]:

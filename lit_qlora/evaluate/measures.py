@@ -28,7 +28,6 @@ from lit_qlora.train.signals import StopRequest
 Measure = Callable[[int], Record]
 """Gives figures for the record of the validation after so many steps."""
 
-MAX_NEW_TOKENS = 128
 ANSWERS_AT_ONCE = 16
 ROWS = 16
 """Rows of a matrix product are a multiple of this; MKL's product of 5 or 6, say, depends on the number of threads."""
@@ -39,19 +38,18 @@ def more_measures(
     model: GPT,
     data: RunData,
     probes: Probes,
-    max_new_tokens: int | None,
+    how: GenerationConfig,
     write: Callable[[int, list[Record]], object],
 ) -> list[Measure]:
     """Make the measures of a validation that need the model to answer, or its base.
 
     Args:
-        max_new_tokens: most tokens of an answer; by default MAX_NEW_TOKENS.
+        how: answers are made, see EvalConfig.answers.
         write: takes the answers of each validation, with their prompts.
     """
     extras: dict[str, Measure] = {}
     if probes.questions or probes.prompts:
-        most = max_new_tokens or MAX_NEW_TOKENS
-        extras["the answers"] = lambda step: _answers(model, data, probes, most, step, write)
+        extras["the answers"] = lambda step: _answers(model, data, probes, how, step, write)
     if probes.text:
         extras["the distance to the base"] = lambda step: {
             "kl_to_base": kl_to_base(fabric, model, probes.text[: model.config.block_size])
@@ -168,10 +166,15 @@ def undisturbed(model: GPT) -> Iterator[None]:
 
 
 def _answers(
-    model: GPT, data: RunData, probes: Probes, most: int, step: int, write: Callable[[int, list[Record]], object]
+    model: GPT,
+    data: RunData,
+    probes: Probes,
+    how: GenerationConfig,
+    step: int,
+    write: Callable[[int, list[Record]], object],
 ) -> Record:
-    """Let the model answer, greedily, and compare where it is known what was wanted."""
-    answers = answer(model, data, [*probes.questions, *probes.prompts], most)
+    """Let the model answer, and compare with the known answers."""
+    answers = answer(model, data, [*probes.questions, *probes.prompts], how)
     known, free = answers[: len(probes.questions)], answers[len(probes.questions) :]
     records: list[Record] = [
         {"step": step, "prompt": q.prompt, "answer": said, "wanted": q.wanted, "chrf": chrf(said, q.wanted)}
@@ -184,16 +187,16 @@ def _answers(
     return text_metrics(known, [q.wanted for q in probes.questions]) if known else {}
 
 
-def answer(model: GPT, data: RunData, questions: Sequence[Question], most: int) -> list[str]:
-    """The likeliest answers, of at most so many tokens, in the order of the questions."""
-    config, stops, room = GenerationConfig(max_new_tokens=most), stop_ids(data), model.config.block_size
+def answer(model: GPT, data: RunData, questions: Sequence[Question], how: GenerationConfig) -> list[str]:
+    """Return the answers in the order of the questions."""
+    stops, room, most = stop_ids(data), model.config.block_size, how.max_new_tokens
     # A prompt that fills the context loses its beginning, so that there is room for half an answer at least.
     prompts = [question.ids[-(room - min(most, room // 2)) :] for question in questions]
     answers = [""] * len(questions)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), ANSWERS_AT_ONCE):
         some = order[start : start + ANSWERS_AT_ONCE]
-        made = generate(model, [prompts[i] for i in some], config, stops, data.tokenizer.size)
+        made = generate(model, [prompts[i] for i in some], how, stops, data.tokenizer.size)
         for i, ids in zip(some, made, strict=True):
             answers[i] = data.style.said(data.tokenizer.decode(ids)).strip()
     return answers

@@ -11,13 +11,17 @@ from lit_qlora.settings import EvalConfig
 from lit_qlora.train.signals import StopRequest
 
 
-def is_due(step: int, every: int, total: int) -> bool:
-    """Whether a run of `total` steps validates after `step` of them, whatever the clock says."""
-    return step in (0, total) or step % every == 0
+def is_due(step: int, every: int, total: int, before: bool = True) -> bool:
+    """Tell if a run of `total` steps validates after `step` of them, whatever the clock says.
+
+    Args:
+        before: it does before the first step.
+    """
+    return (step > 0 or before) if step in (0, total) else step % every == 0
 
 
 class Validator:
-    """Validates before the first step, every so often, and after the last one.
+    """Validates before the first step (unless eval.before_training is false), every so often, and after the last.
 
     Args:
         every: optimizer steps between validations.
@@ -45,7 +49,9 @@ class Validator:
     def due(self, step: int) -> bool:
         """Whether it is time after `step` steps."""
         by_clock = self.config.minutes and time.monotonic() - self.last >= 60 * self.config.minutes
-        return bool(self.measures) and (is_due(step, self.every, self.total) or bool(by_clock))
+        return bool(self.measures) and (
+            is_due(step, self.every, self.total, self.config.before_training) or bool(by_clock)
+        )
 
     def catch_up(self, records: Sequence[Record], start: int) -> bool:
         """Take the records of a run that goes on into account, and validate where that was due and not done.

@@ -72,8 +72,8 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
     if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
         tell("  time    not measured: that needs a GPU, or a small model")
         return
-    every = eval_every(config.eval.every, data, total)
-    validations = sum(is_due(step, every, total) for step in range(start + bool(start), total + 1))
+    every, before = eval_every(config.eval, data, total), config.eval.before_training
+    validations = sum(is_due(step, every, total, before) for step in range(start + bool(start), total + 1))
     try:
         tell(f"  time    {measure_pace(config, data, plan, device).describe(total - start, validations)}")
     except torch.OutOfMemoryError:

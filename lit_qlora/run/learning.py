@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_qlora.data import RunData, count_steps, longest_step, steps
+from lit_qlora.data.batches import steps_of_an_epoch
 from lit_qlora.device import precede_other_streams, scales_loss
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
@@ -25,7 +26,7 @@ from lit_qlora.run.plan import Plan, check_fp8
 from lit_qlora.run.reports import one_line
 from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, write_log
 from lit_qlora.run.saver import Contents, Saver
-from lit_qlora.settings import FinetuneConfig, TrainConfig
+from lit_qlora.settings import EvalConfig, FinetuneConfig, TrainConfig
 from lit_qlora.train.guards import Guard
 from lit_qlora.train.loop import BadStepError, Learner, follow, train
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
@@ -46,10 +47,11 @@ def total_steps(config: TrainConfig, data: RunData) -> int:
     return total
 
 
-def eval_every(every: float, data: RunData, total: int) -> int:
-    """Work out the optimizer steps between validations from eval.every."""
-    if 0 < every < 1:
-        every *= count_steps(len(data.train), data.batching, epochs=1)
+def eval_every(config: EvalConfig, data: RunData, total: int) -> int:
+    """Work out the optimizer steps between validations from eval.every or eval.epochs."""
+    every = config.epochs or config.every
+    if config.epochs or 0 < every < 1:
+        every *= steps_of_an_epoch(len(data.train), data.batching)
     return max(1, round(every or total / 10))
 
 
@@ -128,11 +130,11 @@ def learn(
         losses = Losses(fabric, model, data.val_batches, alone)
         measures: list[Measure] = [losses] if data.val_batches else []
         write = partial(keep_answers, config.out_dir, log)
-        measures += more_measures(fabric, model, data, probes, config.eval.max_new_tokens, write)
+        measures += more_measures(fabric, model, data, probes, config.eval.answers, write)
         if probes.ask:
             tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records)
             measures.append(Dispensable(fabric, model, "eval.tasks", tasks))
-        every = eval_every(config.eval.every, data, total)
+        every = eval_every(config.eval, data, total)
         validator = Validator(config.eval, every, total, measures, log, saver.keep, alone)
         go_on = validator.catch_up(log.records, start)
         if stop.signal and fabric.world_size == 1:

@@ -4,17 +4,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.generation import GenerationConfig
 from lit_qlora.settings.limits import Count, CountOrZero, NotNegative, Positive
+
+ANSWER_TOKENS = 128
+"""Default of eval.max_new_tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Settings):
-    """When the model is validated, besides before and after training, and what is measured."""
+    """When the model is validated, besides after training, and what is measured."""
 
     prefix = "eval."
 
     every: NotNegative = 0.0
     """Optimizer steps between validations, or a share of an epoch if below 1; 0 validates ten times in the run."""
+    epochs: Positive | None = None
+    """Epochs between validations, e.g. 0.5 or 2, instead of every."""
+    before_training: bool = True
+    """Validate before the first step too."""
     minutes: NotNegative = 0.0
     """Validate also N minutes after the last validation; 0 does not look at the clock."""
     max_samples: Count | None = None
@@ -30,6 +38,12 @@ class EvalConfig(Settings):
     system. The answers go to OUT/samples.jsonl."""
     max_new_tokens: Count | None = None
     """Maximum tokens of an answer. By default 128."""
+    min_new_tokens: CountOrZero | None = None
+    """Minimum tokens of an answer. By default 0."""
+    num_beams: Count | None = None
+    """Beams of the search for an answer; 1 does not search. By default 1."""
+    repetition_penalty: Positive | None = None
+    """Above 1, tokens that prompt or answer already hold become less likely in answers. By default 1."""
     kl_text: Path | None = None
     """Text file on which to measure the distance between model and base, as kl_to_base; 'default' is a text that comes
     with the package."""
@@ -45,13 +59,27 @@ class EvalConfig(Settings):
     tasks_include_path: Path | None = None
     """Directory with tasks of your own (YAML files)."""
 
+    @property
+    def answers(self) -> GenerationConfig:
+        """Return how validations answer prompts: by the likeliest tokens, or by beam search."""
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens or ANSWER_TOKENS,
+            min_new_tokens=self.min_new_tokens or 0,
+            num_beams=self.num_beams or 1,
+            repetition_penalty=self.repetition_penalty or 1.0,
+        )
+
     def __post_init__(self) -> None:
         """Check that no setting would be without effect."""
         super().__post_init__()
-        check(
-            self.max_new_tokens is None or bool(self.generate or self.prompts),
-            "eval.max_new_tokens limits answers, so it needs eval.generate or eval.prompts.",
-        )
+        for name in ("max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty"):
+            check(
+                getattr(self, name) is None or bool(self.generate or self.prompts),
+                f"eval.{name} concerns answers, so it needs eval.generate or eval.prompts.",
+            )
+        most, least = self.max_new_tokens or ANSWER_TOKENS, self.min_new_tokens or 0
+        check(least <= most, f"eval.min_new_tokens must be at most eval.max_new_tokens = {most}, got {least}.")
+        check(self.epochs is None or self.every == 0, "eval.every and eval.epochs both say when. Leave one out.")
         for name in ("tasks_every", "tasks_limit", "tasks_num_fewshot", "tasks_include_path"):
             check(getattr(self, name) is None or bool(self.tasks), f"eval.{name} has no effect without eval.tasks.")
         check(

@@ -124,12 +124,29 @@ def test_answers_are_the_likeliest_and_in_the_order_of_the_questions(
         )
         for q in asked
     ]
-    assert answer(model, data, asked, 9) == [text.strip() for text in expected]
+    assert answer(model, data, asked, GenerationConfig(max_new_tokens=9)) == [text.strip() for text in expected]
+
+
+def test_answers_are_made_as_the_settings_say(config: FinetuneConfig, data: RunData) -> None:
+    model, asked = adapted(), read_probes(replace(config, eval=EvalConfig(generate=2)), data).questions
+    how = {"max_new_tokens": 9, "min_new_tokens": 2, "num_beams": 2, "repetition_penalty": 1.5}
+    written: dict[int, list] = {}
+    settings = replace(config, eval=EvalConfig(generate=2, **how))
+    fabric, probes = Fabric(accelerator="cpu", devices=1), read_probes(settings, data)
+    (measure,) = more_measures(
+        fabric, model, data, probes, settings.eval.answers, lambda step, rows: written.update({step: rows})
+    )
+    measure(0)
+    stops = data.tokenizer.stop_ids | data.style.stop_ids(data.tokenizer)
+    made = generate(model, [q.ids for q in asked], GenerationConfig(**how), stops, data.tokenizer.size)  # type: ignore[arg-type]
+    assert [row["answer"] for row in written[0]] == [
+        data.style.said(data.tokenizer.decode(ids)).strip() for ids in made
+    ]
 
 
 def test_a_prompt_that_fills_the_context_loses_its_beginning(config: FinetuneConfig, data: RunData) -> None:
     asked = Question([5] * 200, "")
-    assert len(answer(adapted(), data, [asked], 500)) == 1
+    assert len(answer(adapted(), data, [asked], GenerationConfig(max_new_tokens=500))) == 1
 
 
 def test_figures_compare_the_answers_and_all_are_written(config: FinetuneConfig, data: RunData, tmp_path: Path) -> None:
@@ -141,11 +158,11 @@ def test_figures_compare_the_answers_and_all_are_written(config: FinetuneConfig,
         model,
         data,
         probes,
-        5,
+        config.eval.answers,
         lambda step, rows: written.update({step: rows}),
     )
     record = measure(7)
-    said = answer(model, data, probes.questions, 5)
+    said = answer(model, data, probes.questions, GenerationConfig(max_new_tokens=5))
     assert record == text_metrics(said, [q.wanted for q in probes.questions])
     rows = written[7]
     assert [row["answer"] for row in rows[:3]] == said

@@ -160,6 +160,18 @@ def test_a_task_that_does_not_exist_is_refused_before_the_model_is_loaded(
     assert "tiny_world_q" in capsys.readouterr().err
 
 
+def test_a_task_without_its_data_is_refused_before_the_model_is_loaded(
+    finetune: Finetune, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: absent.jsonl}}\ntest_split: test\n"
+    (tmp_path / "mine.yaml").write_text(task + 'output_type: generate_until\ndoc_to_text: "{{q}}"\ndoc_to_target: a\n')
+    for name in ("eval/lm_eval_tasks.py", "eval/lm_eval_harness.py", "finetune/ask_tasks.py"):
+        load_script(name)
+    assert finetune("--eval.tasks=mine", f"--eval.tasks_include_path={tmp_path}") == 3
+    assert "error: mine cannot be loaded" in capsys.readouterr().err
+    assert not (out / "log.jsonl").exists()
+
+
 def test_the_figures_of_tasks_are_those_of_what_was_asked_for() -> None:
     """Of a group its own figures, of a tag, which has none, those of its tasks."""
     figures = load_script("finetune/ask_tasks.py").figures

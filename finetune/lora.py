@@ -54,6 +54,7 @@ def finetune(config: FinetuneConfig) -> None:
         num_nodes=num_nodes,
         out_dir=config.out_dir or folder.default_out_dir(config.checkpoint_dir),
         lora=settle(config.lora, config.checkpoint_dir),
+        train=learning.settle_warmup(config.train, data),
     )
     total = learning.total_steps(config.train, data)
     plan = plan_run(config, data)

@@ -185,12 +185,14 @@ def mean_tokens(samples: Samples, batching: Batching) -> float:
 
 
 def count_steps(count: int, batching: Batching, epochs: float, max_steps: int | None = None) -> int:
-    """Optimizer steps of a run; an epoch that does not divide evenly ends with a smaller step."""
+    """Optimizer steps of a run: max_steps, else those of the epochs, of which each may end with a smaller step."""
+    if max_steps is not None:
+        return max_steps
     whole, part = divmod(epochs, 1)
     rest = math.ceil(round(part * epoch_length(count, batching)) / batching.batch_size)
     per_epoch = steps_of_an_epoch(count, batching)
     total = int(whole) * per_epoch + min(rest, per_epoch)
-    return max(1, total if max_steps is None else min(total, max_steps))
+    return max(1, total)
 
 
 def steps(

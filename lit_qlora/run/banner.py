@@ -9,7 +9,7 @@ import torch
 
 from lit_qlora import __version__
 from lit_qlora.checkpoint.checkpoint import check_weights, open_weights
-from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, longest_step, show, steps
+from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, count_steps, longest_step, show, steps
 from lit_qlora.device import fast_dtype, gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.peft_layout import check_layers
@@ -155,6 +155,9 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     words = ",".join(config.lora.targets)
     rows = f" in rows of at most {data.batching.row_length:,} tokens" if data.batching.row_length else ""
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
+    enough = count_steps(len(data.train), data.batching, train.epochs)
+    longer = f"train.max_steps {total:,} goes on beyond the {enough:,} steps of train.epochs" if total > enough else ""
+    notes = "".join(f"  note    {note}\n" for note in (plan.caveat, longer) if note)
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
         f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
@@ -165,8 +168,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}{host}\n"
         f"  path    {_path(plan)}\n"
-        f"{f'  note    {plan.caveat}' + chr(10) if plan.caveat else ''}"
-        f"{_samples(data)}"
+        f"{notes}{_samples(data)}"
     )
 
 

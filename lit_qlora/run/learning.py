@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def total_steps(config: TrainConfig, data: RunData) -> int:
     total = count_steps(len(data.train), data.batching, config.epochs, config.max_steps)
     check_schedule(config, total)
     return total
+
+
+def settle_warmup(train: TrainConfig, data: RunData) -> TrainConfig:
+    """Turn train.warmup_epochs into the number of steps that it is for this data."""
+    if train.warmup_epochs is None:
+        return train
+    steps = round(train.warmup_epochs * steps_of_an_epoch(len(data.train), data.batching))
+    return replace(train, warmup=float(steps), warmup_epochs=None)
 
 
 def eval_every(config: EvalConfig, data: RunData, total: int) -> int:

@@ -37,7 +37,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     out_dir = config.out_dir
     log.close()
     summary = summarize(config, model, log.records)
-    last = log.records[-1]["step"]
+    last = log.records[-1]["step"] if log.records else 0
     said = read_log(out_dir / SAMPLES, last)
     best, worst = best_and_worst_answers(said, data, scores)
     adapter, base = quote(f"{out_dir}/{FINAL}"), quote(str(config.checkpoint_dir))
@@ -79,7 +79,8 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
     """What summary.json holds."""
     train = [record for record in records if "loss" in record]
     val = [value for _, value in figures(records).get("val_loss", [])]
-    tokens, seconds = sum(record["tokens"] for record in train), train[-1]["seconds"]
+    end = train[-1] if train else {"seconds": 0.0, "peak_gib": 0.0}
+    tokens, seconds = sum(record["tokens"] for record in train), end["seconds"]
     storage = "" if config.quantize == "none" else f"{config.quantize} + "
     targets = ",".join(map(str, config.lora.targets))
     return {
@@ -95,9 +96,9 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
         "tokens": tokens,
         "samples": sum(record["samples"] for record in train),
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_gib": train[-1]["peak_gib"],
-        "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]),
+        "tokens_per_second": tokens / seconds if train else 0.0,
+        "peak_gib": end["peak_gib"],
+        "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]) if train else None,
         "val_loss_before": val[0] if val else None,
         "val_loss": val[-1] if val else None,
         "figures": {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from lit_qlora.errors import did_you_mean
 from lit_qlora.settings.checks import Settings, check
-from lit_qlora.settings.limits import Positive, ShareBelowOne
+from lit_qlora.settings.limits import Pattern, Positive, ShareBelowOne
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
@@ -46,6 +46,9 @@ class OptimizerConfig(Settings):
     """Use Nesterov momentum."""
     options: dict[str, bool | int | float] = field(default_factory=dict)
     """Other arguments of the optimizer's class, e.g. {rho: 0.95} for adadelta."""
+    rate_pattern: dict[Pattern, Positive] = field(default_factory=dict)
+    """Other learning rates for some layers, as multiples of train.learning_rate, e.g. {mlp.down: 0.5}. A key is a
+    regular expression for the end of the layer's path, as in lora.rank_pattern."""
     lora_plus: Positive = 1.0
     """Learning rate of each B, as a multiple of that of A. LoRA+ (Hayou et al. 2024) takes 16."""
 

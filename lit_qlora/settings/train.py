@@ -18,8 +18,9 @@ class TrainConfig(Settings):
 
     epochs: Positive = 3.0
     """Passes over the training data."""
-    max_steps: Count | None = None
-    """End after N optimizer steps; the schedule ends there too. By default epochs decides."""
+    max_steps: CountOrZero | None = None
+    """Take N optimizer steps, however many epochs that is; the schedule ends there too. 0 saves the initial adapter and
+    ends. By default epochs decides."""
     batch_size: Count = 32
     """Samples per optimizer step, over all devices."""
     micro_batch_size: Count = 4
@@ -30,6 +31,11 @@ class TrainConfig(Settings):
     """Course of the learning rate after the warm-up; docs/schedules.png shows each. wsd is warm-up, stable, decay."""
     warmup: NotNegative = 0.03
     """Linear warm-up: a share of the steps if below 1, else a number of steps."""
+    warmup_epochs: NotNegative | None = None
+    """Length of the warm-up in epochs, instead of warmup."""
+    warmup_from_zero: bool = False
+    """Warm up as transformers and TRL do: step s of W has s / W of the peak, from 0 on, and a share of the steps is
+    rounded up. By default step s has (s + 1) / W, and a share is rounded to the nearest."""
     floor: Share = 0.0
     """Final learning rate of the schedule, as a share of the peak."""
     cycles: Count | None = None
@@ -85,4 +91,8 @@ class TrainConfig(Settings):
                 getattr(self, name) is None or self.schedule == schedule,
                 f"train.{name} has no effect with --train.schedule {self.schedule}; it belongs to {schedule}.",
             )
+        check(
+            self.warmup_epochs is None or self.warmup == TrainConfig.warmup,
+            "train.warmup and train.warmup_epochs both set the length of the warm-up. Leave one out.",
+        )
         check(self.schedule != "constant" or not self.floor, "train.floor has no effect on a constant rate.")

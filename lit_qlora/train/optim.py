@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
 from lit_qlora.quantize import bitsandbytes
-from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig
+from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig, first_match
 from lit_qlora.train.flat import flattened
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
@@ -41,6 +42,7 @@ def make_optimizer(
         UsageError: for a class that does not exist, or a setting that it does not have.
     """
     learners = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    _check_rates(config, [name.rpartition(".")[0] for name, _ in learners])
     cuda = learners[0][1].is_cuda
     kind: Any = _find_class(OPTIMIZERS.get(config.name, config.name), cuda)
     arguments = _arguments(kind, config, train)
@@ -48,13 +50,22 @@ def make_optimizer(
         arguments["fused"] = True
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in learners:
-        factor, decays = config.lora_plus if name.endswith(".lora_b") else 1.0, parameter.ndim > 1
+        factor = config.lora_plus if name.endswith(".lora_b") else 1.0
+        factor, decays = factor * first_match(config.rate_pattern, name.rpartition(".")[0], 1.0), parameter.ndim > 1
         group = {"params": [], "factor": factor, **({} if decays or not train.weight_decay else {"weight_decay": 0.0})}
         groups.setdefault((factor, decays), group)["params"].append(parameter)
-    flat = flatten() if kind in FUSED else ()
+    # One tensor may hold parameters of several layers, which a pattern may give other rates.
+    flat = flatten() if kind in FUSED and not config.rate_pattern else ()
     if flat:
         return flattened(kind, list(groups.values()), flat, lr=train.learning_rate, **arguments)
     return kind(list(groups.values()), lr=train.learning_rate, **arguments)
+
+
+def _check_rates(config: OptimizerConfig, layers: Sequence[str]) -> None:
+    """Raise UsageError for a pattern of other learning rates that matches no layer."""
+    for pattern in config.rate_pattern:
+        if not any(first_match({pattern: 1.0}, layer, 0.0) for layer in layers):
+            raise UsageError(f"optimizer.rate_pattern: {pattern} matches no trained layer, so it would have no effect.")
 
 
 def _find_class(path: str, cuda: bool) -> type[torch.optim.Optimizer]:
@@ -106,7 +117,7 @@ def measure_state_bytes(
     shapes = {"layer.lora_a": (16, 4096), "layer.lora_b": (4096, 16), **({"layer.magnitude": (64,)} if vectors else {})}
     adapter = [(name, nn.Parameter(torch.full(shape, 0.01, device=device))) for name, shape in shapes.items()]
     try:
-        optimizer = make_optimizer(adapter, config, train)
+        optimizer = make_optimizer(adapter, replace(config, rate_pattern={}), train)
         for _ in range(2):
             for _, parameter in adapter:
                 parameter.grad = torch.full_like(parameter, 0.01)
@@ -203,7 +214,9 @@ def steps_of(amount: float, total: int) -> int:
 
 
 def warmup_steps(config: TrainConfig, total: int) -> int:
-    """Steps of the warm-up."""
+    """Return the number of steps of the warm-up."""
+    if config.warmup_from_zero and config.warmup < 1:
+        return math.ceil(config.warmup * total)  # transformers' rounding
     return steps_of(config.warmup, total)
 
 
@@ -214,17 +227,19 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
         step: counts from 0; the last one is total - 1.
 
     Returns:
-        A rate above zero for every step, so that none is wasted.
+        A rate above zero, so that no step is wasted, but for the first step with train.warmup_from_zero.
     """
     rise = warmup_steps(config, total)
     if step < rise:
-        return config.learning_rate * (step + 1) / rise
+        return config.learning_rate * (step if config.warmup_from_zero else step + 1) / rise
     share = SCHEDULES[config.schedule](step, total, config)
     return config.learning_rate * (config.floor + (1 - config.floor) * share)
 
 
 def check_schedule(config: TrainConfig, total: int) -> None:
     """Raise UsageError for a schedule that does not fit into a run of `total` steps."""
+    if total == 0:
+        return
     rise = warmup_steps(config, total)
     if rise > total:
         raise UsageError(f"train.warmup is {rise} steps, but the run has only {total}. A share such as 0.03 adapts.")

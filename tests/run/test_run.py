@@ -299,3 +299,39 @@ def test_the_command_runs_as_it_is_typed_from_anywhere(
     assert lines[0].startswith("lit_qlora ")
     assert lines[-1] == f"next    python scripts/merge_lora.py --lora_path out/final --checkpoint_dir {tiny_checkpoint}"
     assert len(log_of(tmp_path / "out")[0]) == 2
+
+
+def validations(out: Path) -> list[int]:
+    return [record["step"] for record in log_of(out)[1]]
+
+
+def test_no_step_at_all_saves_the_initial_adapter(finetune: Finetune, out: Path) -> None:
+    assert finetune("--train.max_steps=0", "--train.warmup=100") == 0
+    state = read_adapter(out / "final").peft_tensors
+    assert all(not tensor.any() for name, tensor in state.items() if "lora_B" in name)
+    assert any(tensor.any() for name, tensor in state.items() if "lora_A" in name)
+    assert validations(out) == [0]
+
+
+def test_max_steps_goes_on_beyond_the_epochs_and_says_so(
+    finetune: Finetune, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("--train.max_steps=20", "--train.epochs=1", "--train.batch_size=32") == 0
+    assert log_of(out)[0][-1]["step"] == 20
+    assert "train.max_steps 20 goes on beyond the" in capsys.readouterr().out
+
+
+def test_validations_can_be_counted_in_epochs(finetune: Finetune, out: Path) -> None:
+    flags = ("--train.max_steps=12", "--train.batch_size=16", "--eval.before_training=false")
+    assert finetune(*flags, "--eval.epochs=2") == 0
+    ends = [step["step"] for step in log_of(out)[0] if step["epoch"] in (2.0, 4.0)]
+    assert len(ends) == 2
+    assert validations(out) == sorted({*ends, 12})
+
+
+def test_a_warm_up_can_be_counted_in_epochs(finetune: Finetune, out: Path) -> None:
+    flags = ("--train.max_steps=12", "--train.batch_size=16", "--train.learning_rate=1")
+    assert finetune(*flags, "--train.warmup_epochs=2") == 0
+    peak = next(record for record in log_of(out)[0] if record["lr"] == 1.0)
+    assert peak["epoch"] == pytest.approx(2, abs=0.1)
+    assert 1 < peak["step"] < 12

@@ -140,6 +140,20 @@ def test_behind_the_warm_up_rates_are_those_of_transformers(
     assert rates(60, warmup=10, schedule=schedule, **settings)[10:] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.1, 0.25, 7])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("total", [10, 33, 101])
+def test_a_warm_up_from_zero_is_that_of_transformers(schedule: Schedule, warmup: float, total: int) -> None:
+    from transformers import TrainingArguments, get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    steps = TrainingArguments(warmup_steps=warmup, use_cpu=True).get_warmup_steps(total)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=steps, num_training_steps=total)
+    expected = [scheduler.lr_lambdas[0](step) for step in range(total)]
+    assert rates(total, warmup=warmup, warmup_from_zero=True, schedule=schedule) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -244,6 +258,19 @@ def one_step(
 def test_b_learns_faster_than_a_by_the_ratio_of_lora_plus(name: str) -> None:
     config = OptimizerConfig(name=name, lora_plus=2.0)
     torch.testing.assert_close(one_step("x.lora_b", config), 2 * one_step("x.lora_a", config))
+
+
+def test_named_layers_learn_at_other_rates() -> None:
+    config = OptimizerConfig(lora_plus=2.0, rate_pattern={"mlp.down": 0.5, r"blocks\.1\..*": 3.0})
+    names = ["blocks.0.mlp.down.lora_a", "blocks.1.attn.key.lora_b", "blocks.0.attn.key.lora_b"]
+    groups = make_optimizer(
+        [(name, nn.Parameter(torch.ones(2, 2))) for name in names], config, TrainConfig()
+    ).param_groups
+    assert [group["factor"] for group in groups] == [0.5, 6.0, 2.0]
+    with pytest.raises(UsageError, match=r"optimizer\.rate_pattern: mlp\.up matches no trained layer"):
+        make_optimizer(
+            [(names[0], nn.Parameter(torch.ones(2)))], OptimizerConfig(rate_pattern={"mlp.up": 2}), TrainConfig()
+        )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

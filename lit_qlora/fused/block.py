@@ -115,7 +115,7 @@ class FusedBlock(KernelBlock):
             saved.z_projection = z_projection
         del qkv, attended, extra
         out = apply_norm(self.post_1, raw_1)
-        if policy != "full" and self.post_1.number:
+        if policy != "full" and self.post_1.statistics:
             saved.raw_1 = save(raw_1)
         del raw_1
         middle, statistics_2, normed = self.mlp.norm(x, None if self.parallel else out)
@@ -127,7 +127,7 @@ class FusedBlock(KernelBlock):
         del normed
         raw_2, saved.mlp = self.mlp.forward(handed, statistics_2, run, policy == "none")
         y = apply_norm(self.post_2, raw_2)
-        if run.saves and self.post_2.number:
+        if run.saves and self.post_2.statistics:
             saved.raw_2 = save(raw_2)
         if beside is not None:
             y.add_(beside)
@@ -161,7 +161,7 @@ class FusedBlock(KernelBlock):
         assert isinstance(saved.qkv, Tensor)
         saved.attended, saved.attention = attention(self._shaped(saved.qkv, run)[0], self.heads, run.layout)
         raw_1, saved.z_projection, saved.matrix_projection = self._project(saved.attended, run, space_projection)
-        saved.raw_1 = raw_1 if self.post_1.number else None
+        saved.raw_1 = raw_1 if self.post_1.statistics else None
         saved.out = None if self.parallel else apply_norm(self.post_1, raw_1)
 
     def _recompute_qkv(self, saved: SavedBlock, back: Backward, space: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""What stands between the products of an MLP: an activation, and the product with a second branch where it is gated."""
+"""The step between the products of an MLP: an activation, and the product with a second branch where it is gated."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Activation:
 
     Attributes:
         function: silu, gelu or gelu_tanh.
-        gated: whether there is a branch that it is multiplied by. Shazeer 2020, "GLU variants improve transformer".
+        gated: True with a second branch that it is multiplied by. Shazeer 2020, "GLU variants improve transformer".
     """
 
     function: str
@@ -19,7 +19,7 @@ class Activation:
 
     @property
     def branches(self) -> int:
-        """How many products of width F there are."""
+        """Number of products of width F."""
         return 2 if self.gated else 1
 
 

@@ -13,7 +13,7 @@ from lit_qlora.kernels.launch import power_of_2, tl, triton
 def cross_entropy_reference(
     logits: Tensor, labels: Tensor, weights: Tensor, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What cross_entropy_ means: the weighted loss of each row, and the gradient of their sum."""
+    """Compute cross_entropy_ in plain torch: the weighted loss of each row, and the gradient of their sum."""
     capped = logits.float() if cap is None else cap * torch.tanh(logits.float() / cap)
     log_probs = capped.log_softmax(-1)
     kept = (labels >= 0).float() * weights

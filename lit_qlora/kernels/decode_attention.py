@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.launch import fitting, power_of_2, shared_memory, stages, tl, triton
 
-AT_ONCE = 64  # keys
+KEYS_AT_ONCE = 64
 MOST_PARTS = 64  # programs that share the keys of a head
 
 
@@ -52,7 +52,7 @@ def store(
 def attend_reference(
     queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """What attend means, float32."""
+    """Compute attend in plain torch, in float32."""
     column = torch.arange(keys.size(2), device=keys.device)
     seen = column <= lengths[:, None]
     if window is not None:
@@ -71,7 +71,7 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """What one token of each text takes from the tokens before it and from itself.
+    """Attention of one token of each text to the tokens before it and to itself.
 
     Args:
         queries: (B, H, D), contiguous.
@@ -79,30 +79,30 @@ def attend(
         lengths: (B,) int64, tokens before this one.
         limit: no text has more columns than that with this token.
         scale: None for 1 / sqrt(D).
-        window: how many tokens a token sees, itself included; None for all before it.
+        window: number of tokens that a token sees, itself included; None for all before it.
 
     Returns:
         (B, H * D).
     """
     rows, heads, size = queries.shape
     groups = keys.size(1)
-    each = AT_ONCE * triton.cdiv(triton.cdiv(limit, AT_ONCE), MOST_PARTS)
+    each = KEYS_AT_ONCE * triton.cdiv(triton.cdiv(limit, KEYS_AT_ONCE), MOST_PARTS)
     parts = triton.cdiv(limit, each)
     found = torch.empty(rows, heads, parts, size, device=queries.device, dtype=torch.float32)
-    numbers = torch.empty(rows, heads, parts, 2, device=queries.device, dtype=torch.float32)
+    statistics = torch.empty(rows, heads, parts, 2, device=queries.device, dtype=torch.float32)
     out = torch.empty(rows, heads * size, device=queries.device, dtype=queries.dtype)
     shared = heads // groups
     padded, itemsize = (power_of_2(shared), power_of_2(size)), keys.element_size()
     room, column = shared_memory(keys) - math.prod(padded) * itemsize, 2 * padded[1] * itemsize
-    at_once = fitting(AT_ONCE, column + padded[0] * itemsize, room)
+    at_once = fitting(KEYS_AT_ONCE, column + padded[0] * itemsize, room)
     _attend[(rows * groups, parts)](
-        queries, keys, values, keys.stride(0), keys.stride(1), keys.stride(2), lengths, found, numbers, groups,
+        queries, keys, values, keys.stride(0), keys.stride(1), keys.stride(2), lengths, found, statistics, groups,
         size**-0.5 if scale is None else scale, window or 0,
         EACH=each, BT=at_once, G=shared, GP=padded[0], D=size, DP=padded[1], num_warps=4,
         num_stages=stages(column * at_once, 3, room),
     )  # fmt: skip
     _join[(rows, heads)](
-        found, numbers, lengths, out, parts,
+        found, statistics, lengths, out, parts,
         EACH=each, PP=power_of_2(parts, 1), D=size, DP=power_of_2(size), num_warps=4,
     )  # fmt: skip
     return out
@@ -142,7 +142,7 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        Q, KEYS, VALUES, step_row, step_head, step_column, LENGTHS, FOUND, NUMBERS, groups, scale, window,
+        Q, KEYS, VALUES, step_row, step_head, step_column, LENGTHS, FOUND, STATISTICS, groups, scale, window,
         EACH: tl.constexpr, BT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ):  # fmt: skip
         t = (tl.program_id(0) // groups).to(tl.int64)
@@ -179,13 +179,13 @@ if triton is not None:
                 sums = tl.dot(p.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
                 top = higher
             to = head * tl.num_programs(1) + part
-            tl.store(NUMBERS + to * 2, top, g < G)
-            tl.store(NUMBERS + to * 2 + 1, total, g < G)
+            tl.store(STATISTICS + to * 2, top, g < G)
+            tl.store(STATISTICS + to * 2 + 1, total, g < G)
             tl.store(FOUND + to[:, None] * D + d[None, :], sums, (g < G)[:, None] & in_d)
 
     @triton.jit
     def _join(
-        FOUND, NUMBERS, LENGTHS, OUT, parts,
+        FOUND, STATISTICS, LENGTHS, OUT, parts,
         EACH: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64)
@@ -194,9 +194,9 @@ if triton is not None:
         d = tl.arange(0, DP)
         used = (p < parts) & (p * EACH <= tl.load(LENGTHS + t))
         at = head * parts + p
-        top = tl.load(NUMBERS + at * 2, used, -float("inf"))
+        top = tl.load(STATISTICS + at * 2, used, -float("inf"))
         share = tl.exp(top - tl.max(top, 0))
-        total = tl.sum(share * tl.load(NUMBERS + at * 2 + 1, used, 0.0), 0)
+        total = tl.sum(share * tl.load(STATISTICS + at * 2 + 1, used, 0.0), 0)
         sums = tl.load(FOUND + at[:, None] * D + d[None, :], used[:, None] & (d < D)[None, :], 0.0)
         y = tl.sum(sums * share[:, None], 0) / total
         tl.store(OUT + head * D + d, y.to(OUT.dtype.element_ty), d < D)

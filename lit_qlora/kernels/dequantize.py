@@ -16,7 +16,7 @@ from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack
 
 
 def dequantize_reference(weight: FourBit | EightBit, b: Tensor | None, out: Tensor, stack: Stack) -> None:
-    """What dequantize means; the kernel is right when it agrees to the last bit."""
+    """Dequantise in plain torch; the kernel is right when it agrees to the last bit."""
     n, k = stack.n, out.size(1) - stack.rank
     if isinstance(weight, EightBit):
         out[:, :k] = weight.packed.float() * weight.absmax[:, None] * PER_STEP

@@ -1,4 +1,4 @@
-"""Dropout without stored masks: whether an element is kept is a hash of its place and a seed, computed where needed.
+"""Dropout without stored masks: a hash of its index and a seed says if an element is kept, computed where needed.
 
 The hash is the finaliser of MurmurHash3 (Appleby, public domain), 32 bit.
 """
@@ -13,11 +13,11 @@ from lit_qlora.kernels.launch import VARYING, cdiv, tl, triton
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which elements of an adapter's input are dropped in this forward pass, and so in its backward pass.
+    """The elements of an adapter's input that this forward pass drops, and so its backward pass.
 
     Attributes:
         seed: (1,) int64 on the device, below 2^31, so that a CUDA graph draws anew when it changes; None drops nothing.
-        place: what is added to the seed, another number for each input.
+        place: an integer added to the seed, another one for each input.
     """
 
     p: float = 0.0
@@ -31,7 +31,7 @@ class Dropout:
 
     @property
     def scale(self) -> float:
-        """What a kept element is multiplied by."""
+        """The factor of a kept element."""
         return 1 / (1 - self.p)
 
 
@@ -39,7 +39,7 @@ NONE = Dropout()
 
 
 def factor_reference(rows: int, columns: int, dropout: Dropout, device: torch.device | str = "cpu") -> Tensor:
-    """What each element is multiplied by, (rows, columns) float32: 0 or 1 / (1 - p)."""
+    """The factor of each element, (rows, columns) float32: 0 or 1 / (1 - p)."""
     mask = 2**32 - 1
     h = torch.arange(rows * columns, device=device, dtype=torch.int64).view(rows, columns)
     seed = 0 if dropout.seed is None else (dropout.seed + dropout.place) % 2**31
@@ -65,7 +65,7 @@ if triton is not None:
 
     @triton.jit
     def factor(at, SEED, place, threshold, scale):
-        """What the elements at these places (row * columns + column) are multiplied by, float32."""
+        """The factors of the elements at these indices (row * columns + column), float32."""
         seed = (tl.load(SEED) + place) & 0x7FFFFFFF
         h = at.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
         h = (h ^ (h >> 16)) * 0x85EBCA6B

@@ -55,7 +55,7 @@ class Choices:
 
     @property
     def experts(self) -> int:
-        """How many there are to choose from."""
+        """Number of experts to choose from."""
         return self.ends.numel() - 1
 
     def each(self) -> list[tuple[int, slice]]:
@@ -65,7 +65,7 @@ class Choices:
 
 
 def choose_reference(scores: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
-    """What choose means."""
+    """Choose in plain torch."""
     best, chosen = scores.topk(k)
     return scale * best.softmax(dim=-1), chosen.int()
 
@@ -89,7 +89,7 @@ def choose(scores: Tensor, k: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def choose_backward_reference(choices: Choices, d_weights: Tensor, scale: float) -> Tensor:
-    """What choose_backward means, in float32."""
+    """Compute choose_backward in plain torch, in float32."""
     w = choices.weights
     d_scores = w * (d_weights - (w * d_weights).sum(dim=1, keepdim=True) / scale)
     return d_scores.new_zeros(len(w), choices.experts).scatter_(1, choices.chosen.long(), d_scores)
@@ -107,7 +107,7 @@ def choose_backward(choices: Choices, d_weights: Tensor, scale: float, dtype: to
 
 
 def sort_reference(weights: Tensor, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What sort means: position, token, weight and ends of Choices."""
+    """Sort in plain torch: position, token, weight and ends of Choices."""
     order = chosen.flatten().long().argsort(stable=True)
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order), device=order.device)
@@ -161,7 +161,7 @@ def of_tokens(parts: Tensor, choices: Choices) -> Tensor:
 
 
 def combine_reference(y: Tensor, choices: Choices, more: Tensor | None) -> Tensor:
-    """What combine means."""
+    """Combine in plain torch."""
     total = y[choices.position.long()].sum(dim=1)
     return total if more is None else total + more
 
@@ -230,7 +230,7 @@ if triton is not None:
 
     @triton.jit
     def _takes(CHOSEN, t, e, T, K: tl.constexpr, BT: tl.constexpr, EP: tl.constexpr):
-        """Which of these experts each of these tokens has chosen, (BT, EP) of 0 and 1."""
+        """1 for each of these experts that each of these tokens has chosen, else 0, (BT, EP)."""
         found = tl.zeros((BT, EP), tl.int32)
         for i in tl.static_range(K):
             found += (e[None, :] == tl.load(CHOSEN + t * K + i, t < T, -1)[:, None]).to(tl.int32)

@@ -38,7 +38,7 @@ class Matrices:
 
 
 def dequantize_reference(weight: Matrices, out: Tensor) -> Tensor:
-    """What dequantize means; the kernel is right when it agrees to the last bit."""
+    """Dequantise in plain torch; the kernel is right when it agrees to the last bit."""
     stored = weight.stored
     if isinstance(stored, EightBit):
         values = stored.packed.float() * stored.absmax[:, None] * PER_STEP

@@ -1,4 +1,4 @@
-"""LoRA's thin products with experts: Z = X A^T of each choice, and the gradients of A and B, sums over rows.
+"""LoRA's low-rank products with experts: Z = X A^T of each choice, and the gradients of A and B, sums over rows.
 
 Each choice meets the A or B of its expert. Sums over rows are split into chunks only for experts with many rows, and
 what the chunks leave is added in a fixed order, so results are the same on every run and programs have about as much
@@ -30,7 +30,7 @@ def rows_of(x: Tensor, choices: Choices, rows: slice, gathered: bool, dropout: D
 def project_reference(
     x: Tensor, a: Tensor, choices: Choices, gathered: bool = False, dropout: Dropout = NONE
 ) -> Tensor:
-    """What project means."""
+    """Project in plain torch."""
     _, parts, rank, k = a.shape
     z = x.new_empty(choices.rows, parts, rank)
     for e, rows in choices.each():
@@ -69,7 +69,7 @@ def gradient_reference(
     gathered: bool = False,
     dropout: Dropout = NONE,
 ) -> None:
-    """What add_gradient means."""
+    """Add the gradient in plain torch."""
     for e, rows in choices.each():
         gradient[e] += scale * (rows_of(x, choices, rows, gathered, dropout).T @ q[rows]).to(gradient.dtype)
 

@@ -29,7 +29,7 @@ def mlp_backward_reference(
     dropout: Dropout = NONE,
     h: Tensor | None = None,
 ) -> Tensor:
-    """What mlp_backward means, by autograd; the parts of the gradient of the weight are one."""
+    """Compute mlp_backward by autograd; the parts of the gradient of the weight are one."""
     with torch.enable_grad():
         leaf = branches.detach().clone().requires_grad_()
         value = activate_reference(leaf, function)

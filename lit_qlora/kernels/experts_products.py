@@ -26,7 +26,7 @@ MOST_RANK = 64  # columns of Z at a time
 
 @dataclass(frozen=True)
 class LowRank:
-    """What adapters add to a product: Z B of each row, with the B of its expert.
+    """The part of a product that adapters add: Z B of each row, with the B of its expert.
 
     Attributes:
         z: (C, R), rows contiguous.
@@ -60,7 +60,7 @@ def gate_up_reference(
     wants_branches: bool = True,
     wants_h: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """What gate_up means."""
+    """Compute gate_up in plain torch."""
     width = weight.size(1) // 2
     branches = x.new_empty(choices.rows, 2 * width)
     for e, rows in choices.each():
@@ -124,7 +124,7 @@ def product_reference(
     gathered: bool = False,
     transposed: bool = False,
 ) -> Tensor:
-    """What product means."""
+    """Compute product in plain torch."""
     out = x.new_empty(choices.rows, weight.size(2 if transposed else 1))
     for e, rows in choices.each():
         own = x[choices.token[rows].long()] if gathered else x[rows]

@@ -20,16 +20,16 @@ __all__ += ["tiled", "tl", "triton", "why_no_kernels"]
 
 AVAILABLE = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run on the CPU, slowly, where there are no instructions of a GPU."""
+"""True where kernels run on the CPU, slowly, without instructions of a GPU."""
 VARYING = ["T", "place"]
 """Arguments that differ between steps and blocks. Triton would compile a kernel anew for those that 16 divides, which
 takes as long as many steps, in the middle of a run."""
 HOPPER = 227 * 2**10
 """Bytes of shared memory that a program may take on a Hopper, for which the sizes were chosen."""
 WITHOUT_CARD = HOPPER
-"""Where there is no card, kernels have the sizes for this one."""
+"""Without a card, kernels have the sizes for this one."""
 LEAST = 64 * 2**10
-"""What every kernel can do with, which tests/kernels/test_every_card.py holds."""
+"""Enough for every kernel, as tests/kernels/test_every_card.py shows."""
 LEAST_CAPABILITY = (7, 5)
 """Of NVIDIA GPUs that Triton compiles for: Turing."""
 PIPELINE = 160 * 2**10
@@ -42,7 +42,7 @@ def power_of_2(n: int, least: int = 16) -> int:
 
 
 def cdiv(n: int, each: int) -> int:
-    """How many programs it takes, if one does `each` of n. Triton's own function takes 1.6 us, a tenth of a launch."""
+    """Number of programs for n, `each` by one. Triton's own function takes 1.6 us, a tenth of a launch."""
     return -(-n // each)
 
 

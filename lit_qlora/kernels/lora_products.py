@@ -1,4 +1,4 @@
-"""LoRA's thin products: Z = X A^T on the way in, the gradients of A and B and the rank-R update on the way back.
+"""LoRA's low-rank products: Z = X A^T on the way in, the gradients of A and B and the rank-R update on the way back.
 
 All of them are bound by reading a (T, K) tensor once. The sums over K or T are split over programs and added in a fixed
 order, so results are the same on every run.
@@ -127,13 +127,13 @@ def grad_a(
     scale: float,
     pending: Pending,
     norm: Norm = NO_NORM,
-    numbers: Tensor | None = None,
+    statistics: Tensor | None = None,
     dropout: Dropout = NONE,
 ) -> None:
     """Add scale * dZ^T dropout(X) to the stacked gradient of A, (R, K) float32.
 
-    With `norm` and the `numbers` of the rows, X is norm(x), which is not kept: of an RMSNorm the rows' sizes go to dZ
-    and the weight to the sum; of a layer norm it is formed again.
+    With `norm` and the `statistics` of the rows, X is norm(x), which is not saved: of an RMSNorm the rows' sizes go to
+    dZ and the weight to the sum; of a layer norm it is formed again.
     """
     rows, (rank, k) = x.size(0), gradient.shape
     wide = k > 4096 and rank <= 128  # a program holds a stripe of the sum
@@ -141,11 +141,11 @@ def grad_a(
     bt, in_flight = _rows_at_once(bn + power_of_2(rank), x)
     splits, each = _split(rows, cdiv(k, bn))
     parts = torch.empty(splits, rank, k, device=x.device, dtype=torch.float32)
-    _thin[(cdiv(k, bn), splits)](
-        x, x.stride(0), dz, dz.stride(0), x if numbers is None else numbers,
+    _transposed_product[(cdiv(k, bn), splits)](
+        x, x.stride(0), dz, dz.stride(0), x if statistics is None else statistics,
         x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, parts, 1, k, x,
         rows, each, k, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
-        R=rank, RP=power_of_2(rank), LAYERS=0, KIND=norm.number, HAS_W=norm.weight is not None,
+        R=rank, RP=power_of_2(rank), LAYERS=0, KIND=norm.statistics, HAS_W=norm.weight is not None,
         HAS_B=norm.bias is not None, DROP=dropout.p > 0, TALL=not wide, BT=bt, BN=bn,
         num_warps=4, num_stages=in_flight,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack, table: Tensor,
     bt, in_flight = _rows_at_once(bn + power_of_2(r), dy)
     splits, each = _split(rows, cdiv(n, bn))
     parts = torch.empty(splits, adapted, r, device=dy.device, dtype=torch.float32)
-    _thin[(cdiv(n, bn), splits)](
+    _transposed_product[(cdiv(n, bn), splits)](
         dy, dy.stride(0), z, z.stride(0), dy, dy, dy, parts, r, 1, table, rows, each, n, adapted, None, 0, 0, 1.0,
         R=r, RP=power_of_2(r), LAYERS=len(stack.rows), KIND=0, HAS_W=False, HAS_B=False, DROP=False,
         TALL=bn >= 64 and not wide, BT=bt, BN=bn, num_warps=4, num_stages=in_flight,
@@ -256,8 +256,8 @@ if triton is not None:
         tl.store(OUT + at, (g + update).to(OUT.dtype.element_ty), inside)
 
     @triton.jit(do_not_specialize=VARYING)
-    def _thin(
-        P, ldp, Q, ldq, NUMBERS, W, B, PARTS, step_n, step_j, TABLE, T, each, N, rows_out,
+    def _transposed_product(
+        P, ldp, Q, ldq, STATISTICS, W, B, PARTS, step_n, step_j, TABLE, T, each, N, rows_out,
         SEED, place, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr,
         HAS_B: tl.constexpr, DROP: tl.constexpr, TALL: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
@@ -290,8 +290,8 @@ if triton is not None:
                 in_t = t < end
                 p = tl.load(P + t[:, None] * ldp + n[None, :], in_t[:, None] & in_n[None, :], 0.0)
                 if KIND == 2:
-                    mean = tl.load(NUMBERS + T + t, in_t, 0.0)
-                    x = (p.to(tl.float32) - mean[:, None]) * tl.load(NUMBERS + t, in_t, 0.0)[:, None]
+                    mean = tl.load(STATISTICS + T + t, in_t, 0.0)
+                    x = (p.to(tl.float32) - mean[:, None]) * tl.load(STATISTICS + t, in_t, 0.0)[:, None]
                     if HAS_W:
                         x = x * tl.load(W + n, in_n, 0.0).to(tl.float32)[None, :]
                     if HAS_B:
@@ -302,7 +302,7 @@ if triton is not None:
                     p = (p.to(tl.float32) * factor(at, SEED, place, threshold, scale)).to(p.dtype)
                 q = tl.load(Q + t[:, None] * ldq + one * R + j[None, :], in_t[:, None] & (j < R)[None, :], 0.0)
                 if KIND == 1:
-                    q = (q.to(tl.float32) * tl.load(NUMBERS + t, in_t, 0.0)[:, None]).to(Q.dtype.element_ty)
+                    q = (q.to(tl.float32) * tl.load(STATISTICS + t, in_t, 0.0)[:, None]).to(Q.dtype.element_ty)
                 if TALL:  # noqa: SIM108
                     acc = tl.dot(tl.trans(p), q, acc)
                 else:

@@ -1,8 +1,9 @@
 """Residual add and norm in one pass, and its backward with the adapters' part of the gradient joined in.
 
-Forward: x' = x + y, out = norm(x'): reads two, writes two, and keeps a number or two a row. RMSNorm: Zhang & Sennrich
-2019; LayerNorm: Ba et al. 2016. Backward: the gradient of the normed input arrives as [dN | dZ], base and adapters; dN
-+ dZ A is formed in registers, so it is never written. Neither is the normed input, which x and those numbers give.
+Forward: x' = x + y, out = norm(x'): reads two, writes two, and saves a statistic or two of each row. RMSNorm: Zhang &
+Sennrich 2019; LayerNorm: Ba et al. 2016. Backward: the gradient of the normed input arrives as [dN | dZ], base and
+adapters; dN + dZ A is formed in registers, so it is never written. Neither is the normed input, which follows from x
+and its statistics.
 """
 
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ class Norm:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether its output is its input."""
+        """True where its output is its input."""
         return self.kind == "none" and self.weight is None
 
     @property
-    def number(self) -> int:
-        """How many numbers a row has: 1 / its size, and with a layer norm its mean."""
+    def statistics(self) -> int:
+        """Number of statistics of a row: 1 / its size, and with a layer norm its mean."""
         return KINDS[self.kind]
 
 
@@ -46,7 +47,7 @@ KINDS = {"none": 0, "rms": 1, "layer": 2}
 
 
 def norm_reference(x: Tensor, norm: Norm) -> Tensor:
-    """What a norm makes of x (T, E), float32."""
+    """The norm of x (T, E) in plain torch, float32."""
     out = x.float()
     if norm.kind == "layer":
         out = out - out.mean(-1, keepdim=True)
@@ -64,18 +65,18 @@ def add_norm(x: Tensor, y: Tensor | None, norm: Norm, out: Tensor) -> tuple[Tens
         out: (T, at least E), rows contiguous.
 
     Returns:
-        x + y (x itself where y is None), and the numbers of the rows, (norm.number, T) float32.
+        x + y (x itself where y is None), and the statistics of the rows, (norm.statistics, T) float32.
     """
     rows, width = x.shape
     total = x if y is None else torch.empty_like(x)
-    numbers = torch.empty(norm.number, rows, device=x.device, dtype=torch.float32)
+    statistics = torch.empty(norm.statistics, rows, device=x.device, dtype=torch.float32)
     _add_norm[(rows,)](
         x, x if y is None else y, total, x if norm.weight is None else norm.weight,
-        x if norm.bias is None else norm.bias, out, out.stride(0), numbers, rows, width, norm.eps,
-        KIND=norm.number, HAS_Y=y is not None, HAS_W=norm.weight is not None, HAS_B=norm.bias is not None,
+        x if norm.bias is None else norm.bias, out, out.stride(0), statistics, rows, width, norm.eps,
+        KIND=norm.statistics, HAS_Y=y is not None, HAS_W=norm.weight is not None, HAS_B=norm.bias is not None,
         BLOCK=power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return total, numbers
+    return total, statistics
 
 
 def apply_norm(norm: Norm, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def apply_norm(norm: Norm, x: Tensor) -> Tensor:
 def norm_backward_reference(
     d_out: Tensor, x: Tensor, norm: Norm, a: Tensor | None, residual: Tensor | None, dropout: Dropout
 ) -> Tensor:
-    """What norm_backward means."""
+    """Compute norm_backward by autograd."""
     width = x.size(1)
     d = d_out[:, :width].float()
     if a is not None:
@@ -105,7 +106,7 @@ def norm_backward(
     d_out: Tensor,
     x: Tensor,
     norm: Norm,
-    numbers: Tensor,
+    statistics: Tensor,
     z: Tensor | None = None,
     a: Tensor | None = None,
     residual: Tensor | None = None,
@@ -115,7 +116,7 @@ def norm_backward(
 
     Args:
         d_out: (T, E + R), gradients of the normed input through the base and of Z; R may be 0.
-        numbers: of the rows, as add_norm returned them.
+        statistics: of the rows, as add_norm returned them.
         z: (T, R), Z itself: its product with dZ is the adapters' part of a sum over the normed input.
         a: (R, E), stacked and scaled A.
         residual: (T, E), what is added to the result.
@@ -131,10 +132,10 @@ def norm_backward(
     size, room = (3 * 16 + padded) * x.element_size(), shared_memory(x)
     block = fitting(256 if padded <= 64 else 64, size, room)
     _norm_backward[(cdiv(rows, 16),)](
-        d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, numbers, x if z is None else z,
+        d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, statistics, x if z is None else z,
         x if a is None else a, x if residual is None else residual, dx, rows, width,
         dropout.seed, dropout.place, dropout.threshold, dropout.scale,
-        R=rank, RP=padded, KIND=norm.number, HAS_W=norm.weight is not None, HAS_RESIDUAL=residual is not None,
+        R=rank, RP=padded, KIND=norm.statistics, HAS_W=norm.weight is not None, HAS_RESIDUAL=residual is not None,
         DROP=dropout.p > 0, BM=16, BK=block, STAGES=stages(size * block, 4, min(room, PIPELINE)), num_warps=4,
     )  # fmt: skip
     return dx
@@ -144,7 +145,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _add_norm(
-        X, Y, TOTAL, W, B, OUT, ld, NUMBERS, T, E, eps,
+        X, Y, TOTAL, W, B, OUT, ld, STATISTICS, T, E, eps,
         KIND: tl.constexpr, HAS_Y: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64)
@@ -158,11 +159,11 @@ if triton is not None:
         if KIND == 2:
             mean = tl.sum(x, 0) / E
             x = tl.where(inside, x - mean, 0.0)
-            tl.store(NUMBERS + T + t, mean)
+            tl.store(STATISTICS + T + t, mean)
         if KIND > 0:
             rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps)
             x = x * rstd
-            tl.store(NUMBERS + t, rstd)
+            tl.store(STATISTICS + t, rstd)
         if HAS_W:
             x = x * tl.load(W + k, inside, 0.0).to(tl.float32)
         if HAS_B:
@@ -171,7 +172,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _norm_backward(
-        G, ld, X, W, NUMBERS, Z, A, RESIDUAL, DX, T, E, SEED, place, threshold, scale,
+        G, ld, X, W, STATISTICS, Z, A, RESIDUAL, DX, T, E, SEED, place, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
         DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
@@ -186,9 +187,9 @@ if triton is not None:
         if R > 0:
             dz = tl.load(G + t[:, None] * ld + E + j[None, :], own, 0.0)
         if KIND > 0:
-            rstd = tl.load(NUMBERS + t, in_t, 1.0)
+            rstd = tl.load(STATISTICS + t, in_t, 1.0)
             if KIND == 2:
-                mean = tl.load(NUMBERS + T + t, in_t, 0.0)
+                mean = tl.load(STATISTICS + T + t, in_t, 0.0)
             products = tl.zeros((BM, BK), tl.float32)
             sums = tl.zeros((BM, BK), tl.float32)
             for k0 in tl.range(0, E, BK, num_stages=STAGES):

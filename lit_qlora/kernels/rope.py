@@ -11,7 +11,7 @@ from lit_qlora.kernels.launch import cdiv, power_of_2, tl, triton
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """What rotate_ means: the first R of D features of x (..., D) turned by angles (..., R / 2)."""
+    """Rotate in plain torch: the first R of D features of x (..., D) turned by angles (..., R / 2)."""
     half = cos.size(-1)
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))

@@ -15,8 +15,8 @@ from lit_qlora.kernels.launch import INTERPRETED, power_of_2, shared_memory, sta
 from lit_qlora.kernels.stack import PER_STEP, EightBit, FourBit, Stack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What x may be."""
-MANY = 2048
+"""Dtypes of x."""
+BUSY_ROWS = 2048
 """Rows of a weight from which on there are enough of them to keep a GPU busy with one warp for four."""
 MOST_ROWS = 16
 """Rows up to which reading a weight takes longer than computing with it."""
@@ -25,7 +25,7 @@ MOST_ROWS = 16
 def product_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, b: Tensor | None, stack: Stack
 ) -> Tensor:
-    """What product means, of a weight (N, K) in the dtype of x; float32."""
+    """Compute product in plain torch, of a weight (N, K) in the dtype of x; float32."""
     y = x.float() @ weight.float().T
     if bias is not None:
         y = y + bias.float()
@@ -93,7 +93,7 @@ def product(
         "enable_fp_fusion": not is_nested,  # bitsandbytes rounds a scale's scale after the product and after the sum
     }
     if rows == 1:
-        alone, warps = (4, 1) if n >= MANY else (1, 4)
+        alone, warps = (4, 1) if n >= BUSY_ROWS else (1, 4)
         _one_row[(triton.cdiv(n, alone),)](*arguments, BN=alone, LANES=32 * warps, num_warps=warps, **settings)
     else:
         lanes, size = 256 // settings["PER_LANE"], (32 + MOST_ROWS) * 256 * x.element_size()

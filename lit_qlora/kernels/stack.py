@@ -1,4 +1,4 @@
-"""Where the layers of a group and their adapters lie when they are stacked, and what quantised stacks consist of.
+"""The layout of the layers of a group and their adapters when they are stacked, and the parts of quantised stacks.
 
 Layers that read the same input (query, key and value; gate and up) become one matrix product. Their weights are
 stacked along the rows; the adapters among them are numbered, and layer p with adapter number slot[p] owns columns
@@ -58,7 +58,7 @@ class Stack:
         return found
 
     def table(self, device: torch.device | str) -> Tensor:
-        """What the kernels look up for each layer: (layers, 3) int32, its first row, its slot, its first row in B."""
+        """First row, slot and first row in B of each layer, which kernels look up: (layers, 3) int32."""
         table, first, first_b = [], 0, 0
         for rows, slot in zip(self.rows, self.slots, strict=True):
             table.append((first, slot, first_b if slot >= 0 else 0))

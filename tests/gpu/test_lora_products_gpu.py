@@ -1,4 +1,4 @@
-"""The thin products on the GPU in bf16, at every width of block, with rows that do not fill the last one."""
+"""The low-rank products on the GPU in bf16, at every width of block, with rows that do not fill the last one."""
 
 from collections.abc import Callable
 

@@ -80,7 +80,7 @@ def groups_of(width: int, rank: int) -> list[Stack]:
 
 
 def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
-    """What training launches for a group of layers, their adapters and the norm before them."""
+    """Launch the kernels of a group of layers, of their adapters and of the norm before them."""
     pending = Pending()
     x, d_x = empty(T, width, dtype=dtype), empty(T, width, dtype=dtype)
     norms = [Norm("rms", 1e-5, empty(width, dtype=dtype)), Norm("layer", 1e-5, *empty(2, width, dtype=dtype))]
@@ -92,24 +92,24 @@ def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -
             quantized = None if isinstance(weight, Tensor) else weight
             out = empty(stack.n, width + stack.rank, dtype=dtype)
             dequantize(quantized, b, out, stack, table_of(stack), b_only=quantized is None)
-        numbers = [add_norm(x, d_x, norm, both)[1] for norm in norms]
+        statistics = [add_norm(x, d_x, norm, both)[1] for norm in norms]
         drop(x, dropout)
         if rank > MOST_RANK:  # cuBLAS does the products
-            for norm, own in zip(norms, numbers, strict=True):
+            for norm, own in zip(norms, statistics, strict=True):
                 norm_backward(d_x, x, norm, own, residual=d_x)
             continue
         project(both, a, both, dropout=dropout)
         rank_update(both, a, width, dropout)
         grad_a(both, z, empty(*a.shape), 1.0, pending, dropout=dropout)
         grad_b(empty(T, stack.n, dtype=dtype), z, empty(*b.shape), stack, table_of(stack), pending)
-        for norm, own in zip(norms, numbers, strict=True):
+        for norm, own in zip(norms, statistics, strict=True):
             grad_a(x, z, empty(*a.shape), 1.0, pending, norm, own, dropout)
             norm_backward(both, x, norm, own, z, a, d_x, dropout)
     pending.flush()
 
 
 def mlp(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
-    """What training launches for an MLP of this inner width."""
+    """Launch the kernels of an MLP of this inner width."""
     pending = Pending()
     for activation in ACTIVATIONS:
         stack = Stack((width,) * activation.branches, tuple(range(activation.branches)), rank)
@@ -126,7 +126,7 @@ def mlp(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
 
 
 def training(width: int, rank: int, dtype: torch.dtype) -> None:
-    """Everything that a training step launches."""
+    """Launch the kernels of a training step."""
     dropout = Dropout(0.05, integers(1), 3)
     linear_layers(width, rank, dropout, dtype)
     mlp(width * 7 // 2, rank, dropout, dtype)
@@ -139,7 +139,7 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
 
 
 def mixture(width: int, rank: int, dtype: torch.dtype) -> None:
-    """What training and answers launch for a mixture of experts, of this width inside as well."""
+    """Launch the kernels of a mixture of experts, of this width inside as well."""
     count, k, dropout = 8, 2, Dropout(0.05, integers(1), 3)
     weights, chosen = experts.choose(empty(T, count), k)
     choices = experts.sort(weights, chosen, count)
@@ -170,7 +170,7 @@ def mixture(width: int, rank: int, dtype: torch.dtype) -> None:
 
 
 def generation(width: int, rank: int, dtype: torch.dtype) -> None:
-    """Everything that an answer's next token launches; 71 heads that share a key are falcon-7b's."""
+    """Launch the kernels of an answer's next token; 71 heads that share a key are falcon-7b's."""
     rows, lengths = 8, integers(8)
     for shared, groups, size in [(1, 8, 64), (8, 4, 128), (2, 4, 256), (71, 1, 64)]:
         cache, angles = empty(rows, groups, 1024, size, dtype=dtype), empty(rows, size // 2)
@@ -187,7 +187,7 @@ def generation(width: int, rank: int, dtype: torch.dtype) -> None:
 
 
 def fp8(width: int, rank: int, dtype: torch.dtype) -> None:
-    """What products in FP8 launch besides."""
+    """Launch the kernels of products in FP8."""
     stack = groups_of(width, rank)[0]
     for scheme in SCHEMES:
         weight = weight_of(scheme, stack.n, width, dtype)
@@ -203,7 +203,7 @@ class Compiled(Exception):  # noqa: N818 - it is no error
 
 @contextmanager
 def compiling(arch: int, machine_code: bool) -> Iterator[dict[str, tuple[int, str]]]:
-    """Where kernels are launched, they are compiled; the most bytes of each, and what they were launched with."""
+    """Compile kernels instead of launching them; yields the most bytes of each, and its settings then."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import compiler
     from triton.runtime import driver

@@ -17,7 +17,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether matrices in FP8 hold the same numbers; torch compares none of them itself."""
+    """True for matrices in FP8 of equal elements; torch does not compare them itself."""
     return one.dtype == other.dtype == FP8 and torch.equal(one.float(), other.float())
 
 

@@ -1,4 +1,4 @@
-"""Norm, thin products, activations, RoPE and cross-entropy compute what their references compute."""
+"""Norm, low-rank products, activations, RoPE and cross-entropy compute what their references compute."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ DROPOUTS = [NONE, Dropout(0.3, torch.tensor([12345], device=DEVICE), place=7)]
 
 
 def plain_activation(kind: str, x: Tensor) -> Tensor:
-    """What model.py computes of gate and up side by side, or of up alone."""
+    """The activation of model.py of gate and up side by side, or of up alone."""
     return ACTIVATE[kind](x) if kind in ACTIVATE else GATES[kind](*x.chunk(2, 1))
 
 
@@ -58,10 +58,10 @@ def test_norm_of_the_sum(width: int, with_y: bool, kind: str) -> None:
     x, norm = rand(5, width), make_norm(kind, width)
     y = rand(5, width) if with_y else None
     out = torch.full((5, width + 3), 7.0, device=DEVICE)
-    total, numbers = add_norm(x, y, norm, out)
+    total, statistics = add_norm(x, y, norm, out)
     assert_near(total, x if y is None else x + y)
     assert_near(out[:, :width], norm_reference(total, norm))
-    assert numbers.shape == (norm.number, 5)
+    assert statistics.shape == (norm.statistics, 5)
     assert (out[:, width:] == 7).all()
 
 
@@ -71,11 +71,11 @@ def test_norm_of_the_sum(width: int, with_y: bool, kind: str) -> None:
 def test_backward_of_the_norm(rank: int, dropout: Dropout, kind: str) -> None:
     width, rows = 96, 19
     x, norm, residual, d_out = rand(rows, width), make_norm(kind, width), rand(rows, width), rand(rows, width + rank)
-    _, numbers = add_norm(x, None, norm, torch.empty_like(x))
+    _, statistics = add_norm(x, None, norm, torch.empty_like(x))
     a = rand(rank, width) if rank else None
     kept = factor_reference(rows, width, dropout, DEVICE)
     z = (norm_reference(x, norm) * kept) @ a.T if a is not None else None
-    actual = norm_backward(d_out, x, norm, numbers, z, a, residual, dropout)
+    actual = norm_backward(d_out, x, norm, statistics, z, a, residual, dropout)
     assert_near(actual, norm_backward_reference(d_out, x, norm, a, residual, dropout))
     leaf = x.clone().requires_grad_()
     normed = norm_reference(leaf, norm)
@@ -117,10 +117,10 @@ def test_rank_update(dropout: Dropout) -> None:
 def test_gradient_of_a(rows: int, k: int, rank: int, kind: str, dropout: Dropout) -> None:
     x, dz, gradient = rand(rows, k), rand(rows, rank), rand(rank, k)
     norm = make_norm(kind, k) if kind else Norm("none")
-    _, numbers = add_norm(x, None, norm, torch.empty_like(x))
+    _, statistics = add_norm(x, None, norm, torch.empty_like(x))
     expected = gradient + 2 * dz.T @ (norm_reference(x, norm) * factor_reference(rows, k, dropout, DEVICE))
     pending = Pending()
-    grad_a(x, dz, gradient, 2.0, pending, norm, numbers, dropout)
+    grad_a(x, dz, gradient, 2.0, pending, norm, statistics, dropout)
     pending.flush()
     assert_near(gradient, expected)
 

@@ -1,4 +1,4 @@
-"""Whether kernels run on a card is asked before a run, and blocks shrink until they fit."""
+"""A run asks before it begins if kernels run on the card, and blocks shrink until they fit."""
 
 from types import SimpleNamespace
 

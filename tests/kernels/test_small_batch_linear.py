@@ -30,14 +30,14 @@ def close(y: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "many"), [(1, small_batch_linear.MANY), (1, 1), (MOST_ROWS - 3, small_batch_linear.MANY)]
+    ("rows", "many"), [(1, small_batch_linear.BUSY_ROWS), (1, 1), (MOST_ROWS - 3, small_batch_linear.BUSY_ROWS)]
 )
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("stack", "k"), STACKS, ids=str)
 def test_a_product_with_a_packed_weight_is_that_with_the_dequantised_one(
     stack: Stack, k: int, scheme: str, rows: int, many: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small_batch_linear, "MANY", many)
+    monkeypatch.setattr(small_batch_linear, "BUSY_ROWS", many)
     torch.manual_seed(0)
     weights = [torch.randn(n, k, device=DEVICE, dtype=dtype) for n in stack.rows]
     if scheme == "none":

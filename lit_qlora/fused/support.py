@@ -26,13 +26,17 @@ GROWING = ("dynamic", "longrope")
 """Kinds of RoPE whose angles depend on the length of the text."""
 
 
-def why_not(model: GPT) -> str:
-    """Why this model takes the plain path of training, or '' if the fast path can take it."""
-    weight = model.embed.weight
-    if reason := launch.why_no_kernels(weight.device, weight.dtype):
+def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
+    """Why this model takes the plain path of training, or '' if the fast path can take it.
+
+    Args:
+        dtype: of its frozen weights on the fast path; None for that of today.
+    """
+    device, dtype = model.embed.weight.device, dtype or model.embed.weight.dtype
+    if reason := launch.why_no_kernels(device, dtype):
         return reason
-    if weight.is_cuda and weight.dtype not in HALF:
-        return f"weights are {str(weight.dtype).removeprefix('torch.')}, not bfloat16 or float16"
+    if device.type == "cuda" and dtype not in HALF:
+        return f"weights are {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
     if reason := unhandled(model.config) or unhandled_variant(model):
         return reason
     stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)))

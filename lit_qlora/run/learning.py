@@ -75,14 +75,14 @@ def take_path(model: GPT, plan: Plan) -> None:
         return
     from lit_qlora.fused import fuse, why_not
 
-    for parameter in model.parameters():
-        if plan.dtype and not parameter.requires_grad:
-            parameter.data = parameter.data.to(plan.dtype)
-    if reason := why_not(model):  # only the loaded model shows it
+    if reason := why_not(model, plan.dtype):  # only the loaded model shows it
         check_fp8(plan.fp8, reason)
         tell(f"  path    plain after all ({reason})")
         model.recompute = plan.recompute[0] != "none"
         return
+    for parameter in model.parameters():
+        if plan.dtype and not parameter.requires_grad:
+            parameter.data = parameter.data.to(plan.dtype)
     fused = fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks, plan.ahead)
     if fused.ahead and fused.device.type == "cuda":
         precede_other_streams()

@@ -1,8 +1,8 @@
-"""Causal attention over the stacked qkv, forward and backward, by the fastest implementation for its shape.
+"""Causal attention, forward and backward, by the fastest implementation for its shape.
 
 cuDNN for rows of one length, if that is worth a plan of its own; flash attention for other rows and for packed
-documents (variable lengths); plain torch on a CPU and on GPUs that have neither. All take strided views of qkv without
-a copy.
+documents (variable lengths); plain torch on a CPU and on GPUs that have neither. All take strided views without a
+copy.
 """
 
 from dataclasses import dataclass
@@ -76,14 +76,17 @@ class Heads:
         return q, k, v
 
 
-def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
-    """The attention's output (T, H D), and the other tensors that its backward pass reads."""
-    q, k, v = heads.split(qkv)
-    tokens = qkv.size(0)
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
+    """The attention's output (T, H D), and the other tensors that its backward pass reads.
+
+    Args:
+        q: (T, H, D); k, v: (T, K, D); any stride between tokens, heads dense.
+    """
+    tokens = q.size(0)
     if layout.masks is not None:
         q, k, v = (_by_row(x, layout) for x in (q, k, v))
         return attend(q, k, v, layout.masks[heads.window], heads.scale).transpose(1, 2).reshape(tokens, -1), None
-    if not has_flash(heads.size, qkv.device):
+    if not has_flash(heads.size, q.device):
         return _plain(q, k, v, heads, layout), None
     if _takes_cudnn(heads, layout):
         rows = [_by_row(x, layout) for x in (q, k, v)]
@@ -97,16 +100,15 @@ def attention(qkv: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
 
 
 def attention_backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
-    q, k, v = heads.split(qkv)
-    if not has_flash(heads.size, qkv.device):
+    if not has_flash(heads.size, q.device):
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
             dq, dk, dv = torch.autograd.grad(_plain(q, k, v, heads, layout), (q, k, v), d_out)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
-    tokens = qkv.size(0)
+    tokens = q.size(0)
     d_out, out = (x.view(tokens, heads.query, heads.size) for x in (d_out, out))
     if _takes_cudnn(heads, layout):
         log_sum, seed, offset = saved

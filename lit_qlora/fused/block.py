@@ -30,6 +30,7 @@ from lit_qlora.fused.qkv_transforms import pull_back
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import Norm, add_norm, apply_norm, norm_backward
+from lit_qlora.kernels.qk_norm_rope import HeadNorm, Rotation, norm_rotate, norm_rotate_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.settings import Recompute
@@ -107,7 +108,7 @@ class FusedBlock(KernelBlock):
         del normed
         if policy in ("none", "mlp") or (policy == "offload" and self.sends_qkv):
             saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, save(qkv)
-        attended, extra = attention(self._shaped(qkv, run)[0], self.heads, run.layout)
+        attended, extra = attention(*self._shaped(qkv, run), self.heads, run.layout)
         if policy != "full":
             saved.attended, saved.attention = save(attended), extra
         raw_1, z_projection = self._project(attended, run, run.workspaces[0])[:2]
@@ -159,7 +160,7 @@ class FusedBlock(KernelBlock):
         run, (_, space_qkv, space_projection) = back.forward, back.workspaces
         self._recompute_qkv(saved, back, space_qkv)
         assert isinstance(saved.qkv, Tensor)
-        saved.attended, saved.attention = attention(self._shaped(saved.qkv, run)[0], self.heads, run.layout)
+        saved.attended, saved.attention = attention(*self._shaped(saved.qkv, run), self.heads, run.layout)
         raw_1, saved.z_projection, saved.matrix_projection = self._project(saved.attended, run, space_projection)
         saved.raw_1 = raw_1 if self.post_1.statistics else None
         saved.out = None if self.parallel else apply_norm(self.post_1, raw_1)
@@ -248,27 +249,50 @@ class FusedBlock(KernelBlock):
             heads, (cos, sin) = self.heads, run.ropes[self.windowed]
             rotate_(qkv, run.positions, cos, sin, heads.query + heads.key, heads.size, self.interleaved)
 
-    def _shaped(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        """Queries, keys and values as attention takes them, from what _qkv returns; and as they were rotated."""
+    def _shaped(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention takes them, from the result of _qkv."""
+        if self.shaping.does_nothing:
+            return self.heads.split(qkv)
+        if not self.shaping.has_kernel:
+            return self.heads.split(self._shaped_by_torch(qkv, run)[0])
+        heads = self.heads
+        q, k = norm_rotate(qkv, *self._kernel_shaping(run), (heads.query, heads.key, heads.size))
+        return q, k, heads.split(qkv)[2]
+
+    def _d_qkv(self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass) -> Tensor:
+        """The gradient of the product with the stacked weights, (T, (H + 2 K) D)."""
+        if not (self.shaping.does_nothing or self.shaping.has_kernel):
+            return self._d_qkv_by_torch(d_out, qkv, attended, extra, run)
+        parts = attention_backward(d_out, *self._shaped(qkv, run), attended, extra, self.heads, run.layout)
+        if self.shaping.has_kernel:
+            return norm_rotate_backward(*parts, qkv, *self._kernel_shaping(run))
+        return self._unrotated(parts, run)
+
+    def _kernel_shaping(self, run: Pass) -> tuple[HeadNorm | None, Rotation | None, Tensor | None]:
+        rotation = Rotation(run.positions, *run.ropes[self.windowed], self.interleaved) if self.rotates else None
+        return self.shaping.head_norm, rotation, None if run.query_scale is None else run.query_scale.flatten()
+
+    def _shaped_by_torch(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """The stacked queries, keys and values as attention takes them, and as they were rotated."""
         shaping = self.shaping
-        if shaping.does_nothing:
-            return qkv, qkv
         rotated = shaping.before(qkv, run.query_scale) if shaping.before else qkv.clone()
         self._rotate(rotated, run)
         return shaping.after(rotated, None) if shaping.after else rotated, rotated
 
-    def _d_qkv(self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass) -> Tensor:
-        """The gradient of what _qkv returns, or of it before the rotation."""
-        shaped, rotated = self._shaped(qkv, run)
-        parts = attention_backward(d_out, shaped, attended, extra, self.heads, run.layout)
+    def _d_qkv_by_torch(self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass) -> Tensor:
+        shaped, rotated = self._shaped_by_torch(qkv, run)
+        parts = attention_backward(d_out, *self.heads.split(shaped), attended, extra, self.heads, run.layout)
         if self.shaping.after:
             parts = self.heads.split(pull_back(self.shaping.after, rotated, None, torch.cat(parts, dim=1).flatten(1)))
         del shaped, rotated
-        if self.rotates:
-            d_qkv = rotate_backward(*parts, run.positions, *run.ropes[self.windowed], self.interleaved)
-        else:
-            d_qkv = torch.cat(parts, dim=1).flatten(1)
+        d_qkv = self._unrotated(parts, run)
         return pull_back(self.shaping.before, qkv, run.query_scale, d_qkv) if self.shaping.before else d_qkv
+
+    def _unrotated(self, parts: tuple[Tensor, Tensor, Tensor], run: Pass) -> Tensor:
+        """The stacked gradient before the rotation from those of queries, keys and values behind it."""
+        if not self.rotates:
+            return torch.cat(parts, dim=1).flatten(1)
+        return rotate_backward(*parts, run.positions, *run.ropes[self.windowed], self.interleaved)
 
     def _project(self, attended: Tensor, run: Pass, space: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         group, z = self.projection, None

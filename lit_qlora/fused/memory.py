@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lit_qlora.fused.qkv_transforms import in_one_kernel
 from lit_qlora.kernels.experts import CHUNK
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
@@ -125,8 +126,7 @@ class FastSizes:
     def _block(self, policy: Recompute, tokens: int) -> float:
         """Bytes that exist in the backward pass of one block, beside saved activations."""
         c, again = self.model, policy != "none"
-        shaped = self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
-        elements = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + 2 * shaped
+        elements = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + self._shaped
         elements += 3 * c.n_embd if policy == "offload" else 0
         elements += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
         sums = (c.n_expert_per_token * tokens / CHUNK + c.n_expert) * self.rank * max(2 * c.n_embd, 3 * c.expert_size)
@@ -178,6 +178,14 @@ class FastSizes:
     def _raw(self) -> int:
         """Features that a norm behind attention or MLP reads."""
         return 0 if self.model.norm_position == "before" else self.model.n_embd
+
+    @property
+    def _shaped(self) -> int:
+        """Features of queries and keys behind their norms, and of copies on the way there."""
+        c = self.model
+        if in_one_kernel(c):
+            return (c.n_head + c.n_kv_head) * c.head_size
+        return 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
 
     @property
     def _qkv(self) -> int:

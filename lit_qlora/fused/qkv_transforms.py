@@ -1,7 +1,7 @@
 """Operations of some families on queries, keys and values besides rotation: norms, clipping, a scale by position.
 
-Plain torch, with its backward pass by autograd, because these are cheap beside the products. The product with the
-stacked weights is saved, and the shaping is repeated in the backward pass.
+RMS norms of single heads and the scale are in kernels.qk_norm_rope. The rest is plain torch, with its backward pass by
+autograd. The product with the stacked weights is saved, and the shaping is repeated in the backward pass.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Heads
+from lit_qlora.kernels.qk_norm_rope import HeadNorm
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.norm import RMSPlusOne
 
 Shape = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -22,6 +24,8 @@ class Shaping:
 
     Attributes:
         before, after: None where they would do nothing; the second argument is the scale of the queries, (T, 1, 1).
+        has_kernel: kernels.qk_norm_rope computes all of it, with the rotation.
+        head_norm: the norms of that kernel; None for none.
     """
 
     def __init__(self, attn: Any, config: ModelConfig, heads: Heads) -> None:
@@ -33,6 +37,8 @@ class Shaping:
         self.before: Shape | None = self._before if early else None
         self.after: Shape | None = self._after if late else None
         self.normed_before = normed and not late
+        self.has_kernel = in_one_kernel(config)
+        self.head_norm = _head_norm(attn, late) if self.has_kernel and normed else None
 
     @property
     def does_nothing(self) -> bool:
@@ -62,6 +68,19 @@ class Shaping:
 def norms_follow_rotation(config: ModelConfig) -> bool:
     """Whether queries and keys are normed after they are rotated."""
     return config.qk_norm_after_rope and config.qk_norm not in ("none", "full")
+
+
+def in_one_kernel(config: ModelConfig) -> bool:
+    """Whether kernels.qk_norm_rope computes the operations on queries and keys, and there are some besides rotation."""
+    head_norm = config.qk_norm == "head" and config.norm in ("rms", "rms_plus_one")
+    scaled = config.qk_norm == "none" and config.query_scale_beta != 0
+    return config.clip_qkv is None and (head_norm or scaled)
+
+
+def _head_norm(attn: Any, late: bool) -> HeadNorm:
+    norms = [attn.query_norm, attn.key_norm]
+    weights = [1 + norm.weight.float() if isinstance(norm, RMSPlusOne) else norm.weight.float() for norm in norms]
+    return HeadNorm(torch.stack(weights).detach(), norms[0].eps, late)
 
 
 def pull_back(shape: Shape, qkv: Tensor, scale: Tensor | None, d_out: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from lit_qlora.kernels.fp8 import FP8, quantize_rows, quantize_weights
 from lit_qlora.kernels.lora_products import MOST_RANK, Pending, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.qk_norm_rope import HeadNorm, Rotation, norm_rotate, norm_rotate_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
 from lit_qlora.kernels.small_batch_linear import product
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
@@ -134,6 +135,12 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
     heads = [empty(T, count, 128, dtype=dtype) for count in (width // 128, width // 512, width // 512)]
     rotate_(empty(T, width * 3 // 2, dtype=dtype), positions, angles, angles, width * 5 // 512, 128)
     rotate_backward(*heads, positions, angles, angles)
+    qkv, scale = empty(T, width * 3 // 2, dtype=dtype), empty(T)
+    for norm in (None, HeadNorm(empty(2, 128), 1e-6), HeadNorm(empty(2, 128), 1e-6, late=True)):
+        for half in (64, 32):  # 32: half of a head is not rotated
+            rotation = Rotation(positions, empty(4096, half), empty(4096, half), interleaved=half == 32)
+            norm_rotate(qkv, norm, rotation, scale, (width // 128, width // 512, 128))
+            norm_rotate_backward(*heads, qkv, norm, rotation, scale)
     for cap in (None, 30.0):
         cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap)
 

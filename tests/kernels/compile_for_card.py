@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels import experts, experts_dequantize, experts_lora, experts_mlp, experts_products, launch
+from lit_qlora.kernels import (
+    attention,
+    experts,
+    experts_dequantize,
+    experts_lora,
+    experts_mlp,
+    experts_products,
+    launch,
+)
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.decode_attention import attend, store
@@ -141,8 +149,19 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
             rotation = Rotation(positions, empty(4096, half), empty(4096, half), interleaved=half == 32)
             norm_rotate(qkv, norm, rotation, scale, (width // 128, width // 512, 128))
             norm_rotate_backward(*heads, qkv, norm, rotation, scale)
+    attention_of(dtype)
     for cap in (None, 30.0):
         cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap)
+
+
+def attention_of(dtype: torch.dtype) -> None:
+    """Attention with capped scores, for heads of three sizes."""
+    ends = empty(3, dtype=torch.int32)
+    for size in (64, 128, 256):
+        q, k, v = (empty(T, heads, size, dtype=dtype) for heads in (16, 8, 8))
+        for scores in (attention.Scores(0.1, 50.0), attention.Scores(0.1, 50.0, window=4096)):
+            out, log_sum = attention.attend(q, k, v, scores, ends, 1024)
+            attention.attend_backward(out, q, k, v, out, log_sum, scores, ends, 1024)
 
 
 def mixture(width: int, rank: int, dtype: torch.dtype) -> None:

@@ -1,0 +1,57 @@
+"""Attention with capped scores is that of float64, forward and backward, for documents end to end and windows."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.kernels.attention import Scores, attend, attend_backward
+from lit_qlora.kernels.launch import AVAILABLE
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = {  # ends of documents, query heads, key heads, features, cap, window
+    "capped": ([0, 70], 2, 2, 16, 5.0, None),
+    "grouped, in a window": ([0, 75], 4, 2, 24, 5.0, 9),
+    "packed, with an empty document": ([0, 3, 70, 70, 101], 2, 1, 16, 5.0, None),
+    "packed, in a window": ([0, 66, 81], 2, 1, 16, 5.0, 67),
+    "large heads": ([0, 37], 1, 1, 160, 5.0, 20),
+    "no cap": ([0, 20, 30], 2, 1, 16, None, None),
+}
+
+
+def meaning(q: Tensor, k: Tensor, v: Tensor, ends: list[int], scores: Scores, sinks: Tensor | None = None) -> Tensor:
+    """The plain path's attention, document by document, with all scores in memory."""
+    outs = []
+    for first, end in pairwise(ends):
+        mask = torch.ones(end - first, end - first, dtype=torch.bool).tril()
+        mask = mask if scores.window is None else mask.triu(1 - scores.window)
+        products = torch.einsum("thd,shd->hts", q[first:end], k[first:end].repeat_interleave(q.size(1) // k.size(1), 1))
+        products = products * scores.scale
+        products = products if scores.cap is None else scores.cap * torch.tanh(products / scores.cap)
+        products = products.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            products = torch.cat((products, sinks[:, None, None].expand(-1, end - first, 1)), dim=-1)
+        weights = products.softmax(-1)[..., : end - first]
+        values = v[first:end].repeat_interleave(q.size(1) // v.size(1), 1)
+        outs.append(torch.einsum("hts,shd->thd", weights, values))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients_are_those_of_float64(case: str) -> None:
+    ends, heads, keys, size, cap, window = CASES[case]
+    scores = Scores(1.5 * size**-0.5, cap, window)
+    torch.manual_seed(0)
+    stacked = 2 * torch.randn(ends[-1], heads + 2 * keys, size, dtype=torch.float64)
+    q, k, v = (part.clone().requires_grad_() for part in stacked.split((heads, keys, keys), dim=1))
+    exact, d_out = meaning(q, k, v, ends, scores), torch.randn(ends[-1], heads, size, dtype=torch.float64)
+    gradients = torch.autograd.grad(exact, (q, k, v), d_out)
+
+    own = stacked.float().to(DEVICE).split((heads, keys, keys), dim=1)  # views, with strides between tokens
+    documents, longest = torch.tensor(ends, dtype=torch.int32, device=DEVICE), 128
+    out, log_sum = attend(*own, scores, documents, longest)
+    back = attend_backward(d_out.float().to(DEVICE), *own, out, log_sum, scores, documents, longest)
+    for ours, theirs in zip((out, *back), (exact, *gradients), strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs.detach(), rtol=1e-4, atol=2e-5)

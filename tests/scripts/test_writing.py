@@ -1,0 +1,276 @@
+"""No command writes a file under its final name, and a fault or a kill at any touch of a file leaves old or new."""
+
+import errno
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.checkpoint.identity import base_facts
+from lit_qlora.lora.adapter import save_adapter
+from lit_qlora.prompts.style import STYLES
+from lit_qlora.settings import LoRAConfig
+from tests.conftest import run_here
+from tests.lora.test_adapter import trained
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that writes; {} stands for the folder that it works in."""
+
+    script: str
+    old: tuple[str, ...] | None
+    """Flags that make the earlier output, None where a command never replaces one."""
+    new: tuple[str, ...]
+    out: str
+    files: str = "*"
+    """Its files in `out`, if that holds others."""
+    in_steps: bool = False
+    """Files among others are replaced one by one: after a kill, the next run puts the old ones back first."""
+
+    def run(self, folder: Path, flags: tuple[str, ...]) -> int:
+        """Its exit status."""
+        return int(run_here(self.script, *(flag.format(folder) for flag in flags)).returncode or 0)
+
+    def state(self, folder: Path) -> dict[str, bytes]:
+        """The files of its output, by name; neither where they are nor their remembered hashes count."""
+        out = folder / self.out
+        found = [out] if out.is_file() else [path for path in out.glob(self.files) if path.is_file()]
+        here = str(folder).encode()
+        return {path.name: path.read_bytes().replace(here, b"") for path in found if not path.name.startswith(".")}
+
+
+MERGE = ("--checkpoint_dir={}/base", "--out_dir={}/merged")
+CSV = ("--csv_path={}/faq.csv", "--out_dir={}/data", "--columns=q:instruction,a:output")
+ANSWERS = ("--checkpoint_dir={}/base", "--data={}/data.jsonl", "--style=qa", "--out={}/said.jsonl")
+OURS = "[lm]*[ol]*.[sj]*"  # lit_model.safetensors, model_config.json
+COMMANDS = {
+    "merge": Command(
+        "scripts/merge_lora.py",
+        ("--lora_path={}/a", *MERGE),
+        ("--lora_path={}/b", *MERGE),
+        "merged",
+    ),
+    "convert": Command(
+        "scripts/convert_hf_checkpoint.py",
+        ("--checkpoint_dir={}/theirs", "--out_dir={}/ours", "--dtype=bf16"),
+        ("--checkpoint_dir={}/theirs", "--out_dir={}/ours"),
+        "ours",
+        in_steps=True,
+    ),
+    "convert in place": Command(
+        "scripts/convert_hf_checkpoint.py",
+        ("--checkpoint_dir={}/theirs", "--dtype=bf16"),
+        ("--checkpoint_dir={}/theirs",),
+        "theirs",
+        files=OURS,
+        in_steps=True,
+    ),
+    "export": Command(
+        "scripts/convert_lit_checkpoint.py",
+        None,
+        ("--checkpoint_dir={}/base", "--out_dir={}/exported"),
+        "exported",
+    ),
+    "gguf": Command(
+        "scripts/convert_gguf.py",
+        None,
+        ("--checkpoint_dir={}/base", "--out_file={}/x.gguf", "--dtype=f32"),
+        "x.gguf",
+    ),
+    "prepare": Command(
+        "scripts/prepare_csv.py",
+        (*CSV, "--seed=1"),
+        (*CSV, "--seed=2"),
+        "data",
+        in_steps=True,
+    ),
+    "shrink": Command(
+        "scripts/shrink_lora.py",
+        None,
+        ("--lora_path={}/a", "--checkpoint_dir={}/base", "--rank=2", "--out_dir={}/small"),
+        "small",
+    ),
+    "answers": Command(
+        "eval/answers.py",
+        (*ANSWERS, "--max_new_tokens=2"),
+        (*ANSWERS, "--max_new_tokens=3"),
+        "said.jsonl",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """All that the commands read. Read only."""
+    folder = tmp_path_factory.mktemp("workshop")
+    base = shutil.copytree(tiny_checkpoint, folder / "base")
+    for name, rank in (("a", 4), ("b", 8)):
+        config = LoRAConfig(r=rank)
+        save_adapter(folder / name, trained(load_model(base), config), config, STYLES["qa"], {"base": base_facts(base)})
+    assert COMMANDS["export"].run(folder, ("--checkpoint_dir={}/base", "--out_dir={}/theirs")) == 0
+    (folder / "faq.csv").write_text("q,a\n" + "".join(f"what is {i}?,{i}\n" for i in range(30)))
+    (folder / "data.jsonl").write_text('{"instruction": "What is 1 plus 1?", "input": "", "output": "2"}\n' * 3)
+    return folder
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request: pytest.FixtureRequest) -> Command:
+    return COMMANDS[request.param]
+
+
+def place(workshop: Path, tmp_path: Path, command: Command, name: str = "work") -> Path:
+    """A folder to work in, with the earlier output if there is to be one."""
+    folder = shutil.copytree(workshop, tmp_path / name)
+    if command.old:
+        assert command.run(folder, command.old) == 0
+    return folder
+
+
+def litter(folder: Path) -> list[Path]:
+    return [path for kind in ("tmp", "old", "going") for path in folder.rglob(f"*.{kind}-*")]
+
+
+# What is opened for writing
+
+_watched: list[tuple[str, set[str]]] = []
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _watched and isinstance(arguments[0], str | os.PathLike):
+        folder, seen = _watched[-1]
+        path, mode, flags = os.path.abspath(os.fspath(arguments[0])), arguments[1] or "", arguments[2] or 0
+        if path.startswith(folder) and (set(str(mode)) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR)):
+            seen.add(path)
+
+
+sys.addaudithook(_watch)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[set[str]]:
+    """The files in `folder` that are opened for writing."""
+    seen: set[str] = set()
+    _watched.append((str(folder), seen))
+    try:
+        yield seen
+    finally:
+        _watched.pop()
+
+
+def test_no_command_opens_a_final_name_to_write_it(command: Command, workshop: Path, tmp_path: Path) -> None:
+    folder = place(workshop, tmp_path, command)
+    with watched(folder) as seen:
+        assert command.run(folder, command.new) == 0
+    assert seen, "nothing was seen"
+    assert command.state(folder)
+    final = {str(folder / command.out), *(str(folder / command.out / name) for name in command.state(folder))}
+    assert not final & seen
+    assert litter(folder) == []
+
+
+def test_a_run_opens_no_final_name_to_write_it_but_those_of_its_logs(
+    tiny_checkpoint: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = [f"--checkpoint_dir={tiny_checkpoint}", f"--data.path={examples_file}", f"--out_dir={out}"]
+    flags += ["--data.prompt=qa", "--data.val_fraction=0.1", "--train.max_steps=2", "--train.save_every=1"]
+    with watched(out) as seen:
+        assert not run_here("finetune/lora.py", *flags).returncode
+    written = {str(path.relative_to(out)) for path in map(Path, seen) if path.exists()}
+    assert written <= {"log.jsonl", "samples.jsonl", ".lock"}
+    assert {"final", "loss.png", "report.md", "config.yaml", "summary.json"} <= {path.name for path in out.iterdir()}
+    assert litter(out) == []
+
+
+# Faults
+
+OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
+
+
+def disturbed(folder: Path, number: int, disturbance: Callable[[], None], work: Callable[[], int]) -> tuple[int, bool]:
+    """Status of `work` in a process of its own, and whether the operation of this number on files came.
+
+    Status is negative if it was killed.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        left, status = [number], 99
+        fsync = os.fsync
+
+        def count() -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                os.write(writer, b"x")
+                disturbance()
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open":
+                path, mode, flags = arguments[0], arguments[1] or "", arguments[2] or 0
+                writes = set(str(mode)) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR)
+                if writes and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(folder)):
+                    count()
+            elif event in OPERATIONS:
+                path = os.fspath(arguments[0])
+                if str(path).startswith(str(folder)) or not os.path.isabs(path):  # relative to an open directory
+                    count()
+
+        def counted(handle: int) -> None:
+            count()
+            fsync(handle)
+
+        os.fsync = counted
+        sys.addaudithook(hook)
+        try:
+            status = work()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with os.fdopen(reader, "rb") as pipe:
+        return status, pipe.read() == b"x"
+
+
+def fail() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("disturbance", [fail, die])
+def test_a_fault_at_any_touch_of_a_file_leaves_the_old_or_the_new(
+    command: Command, disturbance: Callable[[], None], workshop: Path, tmp_path: Path
+) -> None:
+    before = place(workshop, tmp_path, command, "before")
+    old = command.state(before)
+    whole = shutil.copytree(before, tmp_path / "whole")
+    assert command.run(whole, command.new) == 0
+    new, number, came = command.state(whole), 0, True
+    while came:
+        number += 1
+        folder = shutil.copytree(before, tmp_path / "work")
+        status, came = disturbed(folder, number, disturbance, lambda: command.run(folder, command.new))  # noqa: B023
+        assert status in ((-9, 0) if disturbance is die else (0, 6)), number
+        found = command.state(folder)
+        if not (command.in_steps and disturbance is die):
+            assert found in ((new,) if status == 0 else (old, new)), number
+        again = command.run(folder, command.new)
+        assert again == 0 or (found == new and not command.old), number
+        assert command.state(folder) == new, number
+        assert litter(folder) == [], number
+        shutil.rmtree(folder)
+    assert number > 5

@@ -64,16 +64,17 @@ def replacing(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
-def write_text(path: Path, text: str | Iterable[str]) -> None:
+def write_text(path: Path, text: str | Iterable[str], errors: str = "strict") -> None:
     """Write a text file in UTF-8; whoever reads it sees all of it, or what was there before.
 
     Args:
         text: in one or in pieces.
+        errors: as in open, for what is no character, such as a byte of a path that is not UTF-8.
 
     Raises:
         OSError: see replacing.
     """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors=errors) as file:
         file.writelines([text] if isinstance(text, str) else text)
 
 

@@ -143,7 +143,8 @@ def _checked_json(text: str | bytes, unique: bool) -> Any:
         text = text.decode("utf-8-sig")
     value = json.loads(text, parse_float=_finite, object_pairs_hook=_without_repeats if unique else None)
     if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # half a character, which no file can hold
+        # Half a character, which no file can hold; a path that is not UTF-8 has its bytes as U+DC80 to U+DCFF.
+        json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [

@@ -157,7 +157,7 @@ def write_report(path: Path, outcome: Outcome) -> None:
             lines += [f"**{title}, {_score(answer)}:** {one_line(answer.prompt)}", ""]
             lines += [f"* wanted: {one_line(answer.wanted)}{said}", ""]
     lines += ["## Next", "", "```", outcome.following, "```", ""]
-    write_text(path, "\n".join(lines))
+    write_text(path, "\n".join(lines), errors="backslashreplace")
 
 
 STYLE = """
@@ -225,6 +225,7 @@ def write_page(path: Path, outcome: Outcome) -> None:
         f"<title>{escape(outcome.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         f'<h1>{escape(outcome.title)}</h1>\n<div class="sub">{escape(_subtitle(summary))}</div>\n'
         f'<div class="tiles">{shown}</div>\n{body}</body>\n</html>\n',
+        errors="backslashreplace",
     )
 
 

@@ -1,6 +1,7 @@
 """What a run leaves when it is over: summary.json, the pictures and pages, and the table at its end."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
@@ -59,7 +60,10 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
         worst=worst,
         said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
     )
-    write_pages(outcome, out_dir)
+    try:
+        write_pages(outcome, out_dir)
+    except Exception as error:  # the adapter is saved, and a report is not worth the status of the run
+        tell(f"  note    there is no whole report ({type(error).__name__}: {error})", sys.stderr)
     write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")  # the last: it says that the run is over
     kept = f"   best {out_dir / BEST} -> {(out_dir / BEST).readlink()}" if (out_dir / BEST).is_symlink() else ""
     lines = [

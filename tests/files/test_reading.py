@@ -1,6 +1,7 @@
 """Files that somebody else wrote are read within limits, or refused in one message."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def test_json_that_is_right_is_read_as_it_is(tmp_path: Path) -> None:
         path = written(tmp_path, json.dumps(value, ensure_ascii=ascii_only).encode())
         assert read_json(path) == value
     assert parse_json(json.dumps(deep), "x", kind=list) == deep
+
+
+def test_a_path_that_is_not_utf_8_comes_back_from_json() -> None:
+    path = os.fsdecode(b"caf\xe9.jsonl")
+    assert parse_json(json.dumps({"path": path}), "x") == {"path": path}
 
 
 def test_keys_can_be_asked_to_be_unique() -> None:

@@ -15,6 +15,7 @@ from lit_qlora import cli
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.adapter import PEFT_WEIGHTS, read_adapter
 from lit_qlora.settings import SCHEMES, FinetuneConfig
+from lit_qlora.train.training_state import read_counters
 from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
 from tests.run.conftest import Finetune, files_of, log_of
 
@@ -335,3 +336,24 @@ def test_a_warm_up_can_be_counted_in_epochs(finetune: Finetune, out: Path) -> No
     peak = next(record for record in log_of(out)[0] if record["lr"] == 1.0)
     assert peak["epoch"] == pytest.approx(2, abs=0.1)
     assert 1 < peak["step"] < 12
+
+
+def test_a_path_that_is_not_utf_8_ends_as_any_other(
+    finetune: Finetune, tmp_path: Path, out: Path, examples_file: Path
+) -> None:
+    path = shutil.copy(examples_file, tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+    assert finetune(f"--data.path={path}") == 0
+    assert "report.md" in {file.name for file in out.iterdir()}
+    assert os.fsdecode(b"caf\xe9") in read_counters(out / "final")["config"]["data"]["path"][0]
+
+
+def test_what_goes_wrong_with_a_report_is_a_note(
+    finetune: Finetune, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr("lit_qlora.run.summary.plot_losses", fail)
+    assert finetune() == 0
+    assert "there is no whole report (ValueError: no such colour)" in capsys.readouterr().err
+    assert (out / "summary.json").exists()

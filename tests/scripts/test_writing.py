@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import sys
@@ -44,8 +45,8 @@ class Command:
         """The files of its output, by name; neither where they are nor their remembered hashes count."""
         out = folder / self.out
         found = [out] if out.is_file() else [path for path in out.glob(self.files) if path.is_file()]
-        here = str(folder).encode()
-        return {path.name: path.read_bytes().replace(here, b"") for path in found if not path.name.startswith(".")}
+        here = re.compile(rb"%s/\w+" % re.escape(str(folder.parent).encode()))
+        return {path.name: here.sub(b"", path.read_bytes()) for path in found if not path.name.startswith(".")}
 
 
 MERGE = ("--checkpoint_dir={}/base", "--out_dir={}/merged")

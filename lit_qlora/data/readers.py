@@ -244,11 +244,20 @@ def _from_parquet(path: Path) -> Iterator[Record]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches():
-                for row in batch.to_pylist():
+                for row in _rows(batch, f"{path}: rows {number + 1} to {number + len(batch)}"):
                     number += 1
                     yield f"{path}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _rows(batch: Any, location: str) -> list[Any]:
+    """The rows of a part of a Parquet file, in Python's types, which hold neither each time nor each byte."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{location} hold what is no value of their type: {error}.") from None
+    return rows
 
 
 def _from_text(path: Path) -> Iterator[Record]:

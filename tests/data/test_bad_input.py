@@ -360,6 +360,20 @@ def test_b29_compressed_files_are_called_by_their_name(tmp_path: Path) -> None:
         find_sources([str(write(tmp_path / "a.jsonl.gz", b"\x1f\x8b"))], None)
 
 
+@pytest.mark.parametrize("column", ["a time after the year 9999", "bytes that are no text"])
+def test_a_parquet_file_with_a_value_that_python_has_not_is_refused(tmp_path: Path, column: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.StringArray.from_buffers(
+        2, pyarrow.array([0, 1, 2], "int32").buffers()[1], pyarrow.py_buffer(b"a\xff")
+    )
+    column = pyarrow.array([0, 2**62], pyarrow.timestamp("us")) if column.startswith("a time") else text
+    table = pyarrow.table({"instruction": ["a", "b"], "output": ["c", "d"], "other": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path / 'a.parquet'}: rows 1 to 2 hold what is no value")
+
+
 def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "is not a Parquet file" in refusal(write(tmp_path / "a.parquet", b"PAR1 garbage"))
 

@@ -75,6 +75,13 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Confi
     parser.argv = argv
     if Path(parser._config_file()).is_file():
         read_yaml_text(Path(parser._config_file()), UsageError)  # within limits, before jsonargparse reads it
+    try:
+        return _instantiate(parser, config_type, argv)
+    except (ValueError, OverflowError, RecursionError) as error:  # of YAML, paths and numbers that nobody writes
+        raise UsageError(f"{_strange(argv)} cannot be read: {str(error).partition(chr(10))[0]}.") from error
+
+
+def _instantiate(parser: "_Parser", config_type: type[Config], argv: Sequence[str]) -> Config:
     namespace = parser.parse_args(argv)
     values = parser.instantiate(namespace)
     for name in COMMAND_LINE_ONLY:
@@ -186,6 +193,15 @@ def _without_limits(hint: Any) -> Any:
     if kind in (Union, UnionType):
         return reduce(or_, map(_without_limits, parts))
     return kind[tuple(map(_without_limits, parts))] if kind in (tuple, dict) else hint
+
+
+def _strange(argv: Sequence[str]) -> str:
+    """Return the flag whose value is the likeliest to be refused by Python itself: NUL, bytes, thousands of letters."""
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if "\0" in value or len(value) > 1000 or not value.isascii():
+            return f"The value of {flag}"
+    return "A value on the command line or in the --config file"
 
 
 def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:

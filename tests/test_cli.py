@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -331,3 +332,20 @@ def test_help_explains_every_flag(script: Path, help_of: Callable) -> None:
     for flag, entry in entries:
         prose = re.sub(r"\(type: .*", "", " ".join(entry.split()))  # what jsonargparse adds of its own
         assert re.search(r"\w+ \w+ \w+", re.sub(r"\{.*?\}|\b[A-Z_]+\b", "", prose)), f"{flag} is not explained: {entry}"
+
+
+@pytest.mark.parametrize("flag", ["--lora", "--seed", "--lora.dropout", "--data.path", "--eval.tasks"])
+@pytest.mark.parametrize(
+    "value",
+    ["\0", "\udce9", "7" * 5000, "0x" + "f" * 5000, "1:" * 3000 + "1", "- " * 3000, "[" * 3000, "a: &a [*a]"],
+    ids=lambda value: ascii(value[:6]),
+)
+def test_a_value_that_nobody_writes_is_taken_or_refused_in_words(flag: str, value: str) -> None:
+    with suppress(UsageError):
+        cli.parse(FinetuneConfig, [f"{flag}={value}"])
+
+
+def test_a_config_of_thousands_of_digits_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"seed: {'7' * 5000}")
+    with pytest.raises(UsageError, match="A value on the command line or in the --config file cannot be read"):
+        cli.parse(FinetuneConfig, [f"--config={tmp_path / 'a.yaml'}"])

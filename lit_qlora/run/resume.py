@@ -103,7 +103,7 @@ def newest(place: Path) -> Checkpoint | None:
         try:
             if read_manifest(path) is None:
                 raise CheckpointError(f"{path} is incomplete: it has no manifest.json.")
-            return Checkpoint(path, read_counters(path))
+            return Checkpoint(path, _complete(read_counters(path), path))
         except CheckpointError as error:
             damages.append(str(error))
             if len(damages) < len(found):
@@ -113,6 +113,18 @@ def newest(place: Path) -> Checkpoint | None:
             "No checkpoint of this run is whole:\n  " + "\n  ".join(damages) + "\n--resume never starts anew."
         )
     return None
+
+
+def _complete(counters: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The counters, if they say all that a run needs to go on.
+
+    Raises:
+        CheckpointError: if a part is missing or no hash.
+    """
+    missing = [name for name in ("step", "base", "data", "config", "versions") if name not in counters]
+    if missing or not all(isinstance(digest, str) for digest in counters["data"].values()):
+        raise CheckpointError(f"{path}: its state is damaged; {(missing or ['data'])[0]} is missing or no hash.")
+    return counters
 
 
 def _run_of(place: Path) -> Path:

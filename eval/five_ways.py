@@ -24,10 +24,10 @@ EFFECTS = {
     "merging lost": (MERGED, ADAPTED),
     "merging and quantising again lost": (REQUANTIZED, ADAPTED),
 }
-"""What the difference between two models says: the first minus the second."""
+"""Name of an effect -> two models, whose difference, the first minus the second, is the effect."""
 RESAMPLES = 10_000
 METRICS = ("acc", "exact_match", "mc2", "f1", "bleu", "rougeL")
-"""Which of a task's metrics is compared: the first of these that it has, else its first."""
+"""Metrics to compare: the first of these that a task has, else the first metric of the task."""
 
 
 def compare(

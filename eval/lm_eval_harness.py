@@ -231,7 +231,7 @@ def set_fewshot(name: str, task: "Task", num_fewshot: int | None, seed: int) -> 
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:
-    """What someone who reads the figures has to know besides."""
+    """Lines for below the table: scores like chance, and requests that were cut."""
     lines = []
     for name, x in results["chance"].items():
         if like_chance(x):
@@ -247,14 +247,14 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as markdown, tasks first, then groups."""
+    """The values as markdown, tasks first, then groups."""
     from lm_eval.utils import make_table
 
     return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column)).rstrip()
 
 
 def newest_merged() -> Path:
-    """What finetune/lora.py and scripts/merge_lora.py left last at their default place, else the demo checkpoint."""
+    """The newest merged model at the default path of finetune/lora.py and merge_lora.py, else the demo checkpoint."""
     merged = [path.parent for path in Path("out/lora").glob(f"*/merged/{MODEL_CONFIG}")]
     return max(merged, key=lambda path: path.stat().st_mtime, default=DEMO_CHECKPOINT)
 
@@ -282,7 +282,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def save(results: Mapping[str, Any], path: Path) -> None:
-    """Write `results` as JSON; whoever reads `path` sees all of it or what was there before.
+    """Write `results` as JSON, atomically.
 
     Raises:
         ResourceError: if the disk is full or may not be written.
@@ -295,7 +295,7 @@ def save(results: Mapping[str, Any], path: Path) -> None:
 
 
 def note(text: str) -> None:
-    """Say what is going on on stderr; stdout is for the figures."""
+    """Print a note on stderr; stdout is for the values."""
     print(text, file=sys.stderr, flush=True)
 
 

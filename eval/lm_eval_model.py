@@ -80,7 +80,7 @@ class GPTModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or EOS where there is none."""
+        """The token before a text that has no context: BOS, or EOS where there is none."""
         return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
@@ -90,11 +90,11 @@ class GPTModel(TemplateLM):
 
     @property
     def truncated(self) -> int:
-        """How many requests have lost their beginning so far."""
+        """Number of requests that have lost their beginning so far."""
         return self.scorer.truncated
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results about the model."""
+        """Facts about the model for lm-eval's results."""
         return {
             "model": self.model.config.name,
             "model_dtype": str(self.model.embed.weight.dtype),
@@ -122,7 +122,7 @@ class GPTModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval tells cached requests of different models apart by."""
+        """The name of the model in lm-eval's cache of requests."""
         return self.model.config.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -156,7 +156,7 @@ class GPTModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """As loglikelihood, for ids."""
+        """Loglikelihood for ids."""
         asked = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         return self._score(asked, disable_tqdm)
 

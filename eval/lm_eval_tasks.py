@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OLD_NAMES = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
 """Names of lm-eval 0.3 that have no pattern."""
 OLD_MMLU = "hendrycksTest-"
-"""What the parts of MMLU, mmlu_anatomy and so on, began with in lm-eval 0.3."""
+"""The prefix of the parts of MMLU in lm-eval 0.3; today it is mmlu_, as in mmlu_anatomy."""
 
 _NAME = re.compile(r"^[\"']?(task|group|class)[\"']?:[ \t]*[\"']?([^\s\"'#\[{]+)", re.MULTILINE)
 _TAG = re.compile(r"^[\"']?tag[\"']?:[ \t]*(?:[\"']?([^\s\"'#\[{]+)|((?:\n[ \t]*- *\S+)+))", re.MULTILINE)

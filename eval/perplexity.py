@@ -1,4 +1,4 @@
-"""How well a model predicts a text file.
+"""Measure the perplexity of a model on a text file.
 
 python eval/perplexity.py --file wiki.test.txt --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --quantize bnb.nf4
 """

@@ -1,4 +1,4 @@
-"""What generation, chat and evaluation have in common: which model they load, and how its prompts are written.
+"""The common ground of generation, chat and evaluation: the model that they load, and the style of its prompts.
 
 Torch is imported when a model is loaded, so that --help and a mistyped flag are answered at once.
 """
@@ -67,7 +67,7 @@ def load_for_inference(
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """Which model."""
+    """The model that a command loads."""
 
     checkpoint_dir: Path = DEMO_CHECKPOINT
     """The model: a directory written by scripts/convert_hf_checkpoint.py or
@@ -101,7 +101,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig:
-    """Who guesses what the model will say."""
+    """A small model that guesses the next tokens of a large one."""
 
     draft_checkpoint_dir: Path | None = None
     """A small model with the same tokenizer that guesses some tokens, which the model then checks in one pass: the same
@@ -110,7 +110,7 @@ class DraftConfig:
     """Tokens that are guessed at a time."""
 
     def check_draft(self, num_beams: int) -> None:
-        """Raise UsageError for what can be seen to be wrong before anything is loaded."""
+        """Raise UsageError for settings that contradict each other, before anything is loaded."""
         check(self.draft_tokens >= 1, f"draft_tokens must be at least 1, got {self.draft_tokens}.")
         check(
             self.draft_checkpoint_dir is not None or self.draft_tokens == DraftConfig.draft_tokens,
@@ -149,11 +149,11 @@ def check_style(name: str) -> None:
 
 
 def choose_style(name: str, recorded: Style | None, checkpoint_dir: Path | None = None) -> Style | None:
-    """The style that --style `name` stands for; None means that prompts are given to the model as they are typed.
+    """The style that --style `name` stands for; None leaves prompts as they are typed.
 
     Args:
         recorded: what "auto" stands for.
-        checkpoint_dir: whose chat template "template" stands for.
+        checkpoint_dir: has the chat template that "template" stands for.
     """
     check_style(name)
     if name == "auto":
@@ -181,7 +181,7 @@ def encode_prompt(tokenizer: "Tokenizer", style: Style | None, conversation: Con
 
 
 def stop_ids(tokenizer: "Tokenizer", style: Style | None) -> frozenset[int]:
-    """Ids that end an answer: those of the model, and what the style ends its answers with."""
+    """Ids that end an answer, of the model and of the style."""
     return tokenizer.stop_ids | (style.stop_ids(tokenizer) if style else frozenset())
 
 
@@ -195,7 +195,7 @@ class Roster:
     base: str
     """The name of the model itself."""
     styles: dict[str, Style | None]
-    """How the prompts of each are written."""
+    """The prompt style of each, by name."""
 
     @property
     def names(self) -> list[str]:
@@ -203,11 +203,11 @@ class Roster:
         return [self.base, *self.switch.names]
 
     def adapter(self, name: str) -> str | None:
-        """What the switch calls the one with this name."""
+        """The name of an adapter for the switch; None for the base."""
         return None if name == self.base else name
 
     def answering(self, name: str) -> AbstractContextManager[None]:
-        """The one with this name answers inside."""
+        """Let the base or the adapter with this name answer inside."""
         return self.switch.using(self.adapter(name))
 
 
@@ -256,7 +256,7 @@ def load_roster(config: InferenceConfig, adapters: Mapping[str, Path], style: st
 
 
 def peak_memory() -> str:
-    """The most memory that this process has held, on the GPU if it uses one: '1.23 GiB of GPU memory'."""
+    """The peak memory of this process, on the GPU if it uses one: '1.23 GiB of GPU memory'."""
     from lit_qlora.device import peak_gib, pick_device
 
     device = pick_device()

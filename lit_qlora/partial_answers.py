@@ -1,4 +1,4 @@
-"""Answers that are kept as they are made, so that a command that was stopped goes on where it was."""
+"""Answers of a command so far, on disk, so that a command that was stopped goes on with them."""
 
 import fcntl
 import hashlib
@@ -16,18 +16,18 @@ from lit_qlora.settings import check
 
 
 class Part:
-    """A file OUT.part beside OUT, which is there when all is answered and not before; held by one command at a time.
+    """A file OUT.part with the answers so far. OUT appears when all is answered. One command at a time locks it.
 
     Attributes:
-        answered: what was made so far, as JSON has it, by the number of the question.
+        answered: the answers so far, as JSON has them, by the number of the question.
     """
 
     def __init__(self, out: Path, *of: object, folders: tuple[Path | None, ...]) -> None:
-        """Make OUT's folder, and read what an earlier command has left.
+        """Make OUT's folder, and read the answers of an earlier command.
 
         Args:
-            of: what the answers depend on, such as settings and questions.
-            folders: those of the model, whose files count too.
+            of: settings and questions, which the answers depend on.
+            folders: of model and adapter; the answers depend on their files too.
 
         Raises:
             ResourceError: if nothing can be written there, or another command is making OUT.
@@ -52,7 +52,7 @@ class Part:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of it; without answers there is nothing to keep."""
+        """Unlock the file; remove it if it has no answers."""
         if not self.answered:
             self.path.unlink(missing_ok=True)
         self.file.close()
@@ -81,15 +81,15 @@ class Part:
                 ) from None
             if os.fstat(file.fileno()).st_nlink:
                 return file
-            file.close()  # who held it has just removed it
+            file.close()  # the command that had locked it has just removed it
 
     def _read(self) -> None:
         self.file.seek(0)
-        held = self.file.read()
-        whole = held[: held.rfind(b"\n") + 1]  # without what a kill left of a line
+        content = self.file.read()
+        whole = content[: content.rfind(b"\n") + 1]  # without the half of a line that a kill leaves
         first, *lines = whole.split(b"\n")[:-1] or [b""]
-        if not lines:  # no answers: whoever began it has lost nothing
-            begun = re.fullmatch(rb"[0-9a-f]{64}\n", whole) if whole else re.fullmatch(rb"[0-9a-f]{0,64}", held)
+        if not lines:  # no answers, so nothing is lost
+            begun = re.fullmatch(rb"[0-9a-f]{64}\n", whole) if whole else re.fullmatch(rb"[0-9a-f]{0,64}", content)
             check(begun is not None, self._is_anothers)
             self.file.truncate(0)
             self._write(f"{self.of}\n")
@@ -121,7 +121,7 @@ class Part:
             raise self._cannot_write(error) from None
 
     def add(self, answered: dict[int, Any]) -> None:
-        """Keep the answers of a batch.
+        """Append the answers of a batch.
 
         Raises:
             ResourceError: if the disk is full.
@@ -130,7 +130,7 @@ class Part:
         self.answered |= answered
 
     def end(self, text: str) -> None:
-        """Write OUT, whole or not at all, and remove what it was made from.
+        """Write OUT, atomically, and remove OUT.part.
 
         Raises:
             ResourceError: if the disk is full; all answers are still in OUT.part.

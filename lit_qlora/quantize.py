@@ -27,7 +27,7 @@ from lit_qlora.settings import SCHEMES, Scheme
 
 @dataclass(frozen=True)
 class Storage:
-    """How the weights of a base are stored."""
+    """The storage of a base's weights."""
 
     dtype: torch.dtype = torch.float32
     """Of plain weights; quantised ones are quantised from it and read back in it."""
@@ -57,11 +57,11 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 4 or 8 bits.
 
     Gradients flow to the input; the weight is dequantised once in the forward and once in the backward pass and
-    never kept in between.
+    not saved in between.
 
     Args:
         weight: (out, in) in the dtype that it should be read back in, on the device that should quantise it.
-        bias: (out,), kept as it is.
+        bias: (out,), not quantised.
         scheme: any of SCHEMES but none.
     """
 
@@ -114,7 +114,7 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _takes_few(self, x: Tensor) -> bool:
-        """Whether the product with x is faster with the weight as it is stored, as it is while text is generated."""
+        """True if the kernel for a few rows, which dequantises in registers, is faster for x; as in generation."""
         return (
             x.is_cuda
             and x.dtype in small_batch_linear.DTYPES
@@ -202,7 +202,7 @@ def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> No
 
 
 def stacks(layers: Sequence[QuantizedLinear]) -> bool:
-    """Whether layers can be stacked: of one scheme, and with double quantisation scales that fill blocks of 256."""
+    """True if layers can be stacked: of one scheme, and with double quantisation scales that fill blocks of 256."""
     first = layers[0]
     if any((layer.scheme, layer.in_features) != (first.scheme, first.in_features) for layer in layers):
         return False
@@ -224,7 +224,7 @@ def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | Non
     nested = first.scheme.endswith("-dq")
 
     def joined(name: str) -> Tensor:
-        """The layers' buffers end to end, each layer's own now a view into them, so nothing is held twice."""
+        """The layers' buffers end to end; each layer keeps a view into them, so nothing exists twice."""
         parts = [getattr(layer, name) for layer in layers]
         if len(parts) == 1:
             return parts[0].flatten() if first.scheme != "bnb.int8" else parts[0]

@@ -51,12 +51,12 @@ def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
     """load_model, whose settings for the weights are one value."""
     config = ModelConfig.load(directory)
     weights = open_weights(directory)
-    check_weights(weights.specs, config, place=str(weights.place))
+    check_weights(weights.specs, config, location=str(weights.location))
     model = GPT.skeleton(config)
     sums: dict[str, Tensor] = {}
 
     def summed(name: str, tensor: Tensor) -> Tensor:
-        # Looked at in the end: on a GPU each look waits. Another dtype would copy the tensor.
+        # Read in the end: on a GPU each read waits. Another dtype would copy the tensor.
         sums[name] = tensor.sum(dtype=torch.float32)
         return tensor
 
@@ -69,7 +69,7 @@ def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
 
 
 def random_model(config: ModelConfig, storage: Storage, device: torch.device) -> GPT:
-    """A model as load_model makes it, but of random weights, which are as fast and as large as any."""
+    """A model like one of load_stored, with random weights, which are as fast and as large as any."""
     model = GPT.skeleton(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
@@ -101,14 +101,14 @@ def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage) -> None:
 
 
 def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
-    """Raise CheckpointError, with the tensors and how many of their numbers are meant, if a sum is NaN or infinite."""
+    """Raise CheckpointError, with the tensors and how many of their elements are meant, if a sum is NaN or infinite."""
     finite = torch.stack(list(sums.values())).isfinite().tolist()
     suspects = [name for name, good in zip(sums, finite, strict=True) if not good]
     found = {name: int((~weights.read(name).isfinite()).sum()) for name in suspects}  # a sum can overflow by itself
     if counts := [f"{name}: {count:,}" for name, count in found.items() if count]:
         raise CheckpointError(
-            f"{weights.place} holds numbers that are NaN or infinite:\n  {safetensors_io.name_some(counts)}\n"
-            "Get the checkpoint again; trained on, it would only give more of them."
+            f"{weights.location} holds elements that are NaN or infinite:\n  {safetensors_io.name_some(counts)}\n"
+            "Get the checkpoint again; a training on it would only spread them."
         )
 
 
@@ -131,25 +131,25 @@ def _stream(weights: shards.Weights, names: list[str], device: torch.device) -> 
 
 
 def open_weights(directory: Path) -> shards.Weights:
-    """The weights of a checkpoint, in one file or several, of which only the headers are read.
+    """The weights of a checkpoint, in one file or several; only the headers are read.
 
     Raises:
         CheckpointError: if there are none, or they are damaged.
     """
-    place = shards.find(directory, WEIGHTS)
-    if not place:
+    location = shards.find(directory, WEIGHTS)
+    if not location:
         raise CheckpointError(missing_weights(directory))
-    return shards.open_weights(place)
+    return shards.open_weights(location)
 
 
 def missing_weights(directory: Path) -> str:
-    """Why there are no weights in `directory`, and what to do about it."""
+    """A message: why there are no weights in `directory`, and the remedy."""
     if not (directory / CONFIG).is_file():
         return missing_checkpoint(directory)
     return f"{directory} has no {WEIGHTS}. Convert it again: scripts/convert_hf_checkpoint.py writes it."
 
 
-def check_weights(specs: Mapping[str, Tensor], config: ModelConfig, place: str) -> None:
+def check_weights(specs: Mapping[str, Tensor], config: ModelConfig, location: str) -> None:
     """Raise CheckpointError unless `specs` are exactly the tensors of this model, naming all that are not."""
     expected = dict(GPT.skeleton(config).named_parameters())
     complaints = [
@@ -167,7 +167,7 @@ def check_weights(specs: Mapping[str, Tensor], config: ModelConfig, place: str) 
     ]  # fmt: skip
     if complaints:
         raise CheckpointError(
-            f"{place} does not hold the weights that its configuration describes:\n  "
+            f"{location} does not hold the weights that its configuration describes:\n  "
             + safetensors_io.name_some(complaints)
         )
 
@@ -182,11 +182,11 @@ def save_weights(
 ) -> str:
     """Make `directory` the checkpoint of these weights, whole or not at all, whatever stops the program.
 
-    The weights are written to a temporary directory inside it, where they stay until they are complete. Then the
-    configuration of an earlier checkpoint goes first and the new one comes last, so old and new files are never mixed.
+    The weights are written to a temporary directory inside it. When they are complete, the configuration of an earlier
+    checkpoint goes first and the new one comes last, so old and new files are never mixed.
 
     Args:
-        tensors: those of `specs`, in their order.
+        tensors: the tensors of `specs`, in their order.
         limit: most bytes of weights in a file.
         also: other files that the checkpoint gets a copy of.
 
@@ -212,10 +212,10 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def content_hash(checkpoint_dir: Path) -> str:
-    """sha256 of the weights: what an adapter remembers of its base.
+    """sha256 of the weights.
 
-    That of the file if there is one. Of several, what `sha256sum lit_model-*.safetensors | sha256sum` prints.
-    Hashing runs at about 2 GB/s, so each file's is kept beside the weights for as long as its size and time stand.
+    For one file its own hash, for several the output of `sha256sum lit_model-*.safetensors | sha256sum`.
+    It is remembered beside the weights, see lit_qlora.files.hashing.
 
     Raises:
         CheckpointError: if there are no weights, or a file of theirs is absent.

@@ -12,7 +12,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts.fingerprint import fingerprint
 
 PARTS = {"sha256": "other weights", "model_config": "another model_config.json", "tokenizer": "another tokenizer"}
-"""The parts of an identity, and what a base holds where one differs."""
+"""The parts of an identity, and words for another one."""
 
 
 def identity(checkpoint_dir: Path) -> dict[str, str | None]:
@@ -29,7 +29,7 @@ def identity(checkpoint_dir: Path) -> dict[str, str | None]:
 
 
 def base_facts(checkpoint_dir: Path) -> dict[str, str | None]:
-    """What a manifest says of a base: name, path and identity."""
+    """The facts of a base for a manifest: name, path and identity."""
     name = ModelConfig.load(checkpoint_dir).name
     return {"name": name, "path": str(checkpoint_dir), **identity(checkpoint_dir)}
 

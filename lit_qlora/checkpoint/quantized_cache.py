@@ -1,9 +1,8 @@
 """Quantised models on disk, so that the next run on the same base neither reads nor quantises its 16-bit weights.
 
-An entry is a folder with all weights as they lie on the device and a manifest with a checksum of each, which is
-recomputed where they were loaded. Its name is a hash of everything that decides what is in it. It appears whole or not
-at all, whatever stops the program, and may be deleted at any time; lit_qlora.files.cache_folder deletes what is not
-used.
+An entry is a folder with all weights as they lie on the device and a manifest with a checksum of each. The checksum is
+computed again on the device. The name of an entry is a hash of everything that decides its content. Entries are atomic
+and may be deleted at any time; lit_qlora.files.cache_folder deletes the unused ones.
 """
 
 import hashlib
@@ -32,11 +31,11 @@ from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.report import tell
 
 WEIGHTS = "weights.safetensors"
-AT_ONCE = 2**22  # numbers that are multiplied together for a checksum
+AT_ONCE = 2**22  # 8-byte words that are multiplied at a time for a checksum
 
 
 def load(checkpoint_dir: Path, storage: Storage, device: torch.device, setting: str = "auto") -> GPT:
-    """As checkpoint.load_stored, from the cache if it is there, and else kept there.
+    """checkpoint.load_stored through the cache: read from an entry, or written to one.
 
     Args:
         setting: of the cache, see cache_folder.directory.
@@ -59,12 +58,12 @@ def load(checkpoint_dir: Path, storage: Storage, device: torch.device, setting: 
         if setting != "auto" or size < cache_folder.SHARE_OF_DISK * shutil.disk_usage(folder).free:
             write(entry, model)
             cache_folder.prune(folder, entry, MANIFEST)
-            tell(f"The quantised weights are kept in {entry} ({size / 1e9:.1f} GB), which may be deleted.")
+            tell(f"The quantised weights are cached in {entry} ({size / 1e9:.1f} GB), which may be deleted.")
     return model
 
 
 def key(checkpoint_dir: Path, config: ModelConfig, storage: Storage) -> str:
-    """The name of an entry: what its bytes depend on, hashed."""
+    """The name of an entry: a hash of all that its bytes depend on."""
     facts = {
         "format": 1,
         "base": content_hash(checkpoint_dir),
@@ -83,7 +82,7 @@ def contents(model: GPT) -> dict[str, Tensor]:
 
 
 def write(entry: Path, model: GPT) -> None:
-    """Keep a model that load_stored has just returned."""
+    """Write the entry of a model that load_stored has just returned."""
     tensors = contents(model)
     layers = {path: module.scheme for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     sums = checksums(iter(tensors.values()))
@@ -99,7 +98,7 @@ def read(entry: Path, config: ModelConfig, dtype: torch.dtype, device: torch.dev
     """The model in an entry, or None if there is none.
 
     Raises:
-        CheckpointError: if what was read is not what was written.
+        CheckpointError: if the entry is not as it was written.
     """
     if not (entry / MANIFEST).is_file():
         return None

@@ -60,22 +60,22 @@ def read_tensor(path: Path, name: str) -> Tensor:
         raise CheckpointError(f"{path}: cannot read {name}: {error}.") from None
 
 
-class Place(NamedTuple):
-    """Where a tensor lies in a file: from byte `start` on."""
+class Extent(NamedTuple):
+    """The bytes of a tensor in a file, from `start` on."""
 
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def read_places(path: Path) -> dict[str, Place]:
-    """Name -> where the tensor lies, after read_specs has checked the file."""
+def read_extents(path: Path) -> dict[str, Extent]:
+    """Name -> the extent of the tensor, after read_specs has checked the file."""
     specs = read_specs(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     return {
-        name: Place(8 + size + header[name]["data_offsets"][0], tuple(spec.shape), spec.dtype)
+        name: Extent(8 + size + header[name]["data_offsets"][0], tuple(spec.shape), spec.dtype)
         for name, spec in specs.items()
     }
 
@@ -96,7 +96,7 @@ def write(path: Path, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, 
         The sha256 of the file, in hex.
 
     Raises:
-        CheckpointError: if the tensors are not those of `specs`. The unfinished file is removed.
+        CheckpointError: if the tensors differ from `specs`. The unfinished file is removed.
         ResourceError: if the disk is full or may not be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -121,11 +121,11 @@ def write(path: Path, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, 
             put(len(head).to_bytes(8, "little") + head)
             expected = iter(specs.items())
             for name, tensor in tensors:
-                place, spec = next(expected, ("nothing", tensor))
-                if (name, tensor.shape, tensor.dtype) != (place, spec.shape, spec.dtype):
+                wanted, spec = next(expected, ("nothing", tensor))
+                if (name, tensor.shape, tensor.dtype) != (wanted, spec.shape, spec.dtype):
                     raise CheckpointError(
                         f"{path.name}: {name} is {tuple(tensor.shape)} {tensor.dtype}, "
-                        f"expected {place}, {tuple(spec.shape)} {spec.dtype}."
+                        f"expected {wanted}, {tuple(spec.shape)} {spec.dtype}."
                     )
                 put(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
                 del tensor  # before the next one is made
@@ -142,7 +142,7 @@ def write(path: Path, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, 
 
 
 def count_bytes(spec: Tensor) -> int:
-    """What a tensor takes in a file."""
+    """Bytes of a tensor in a file."""
     return spec.numel() * spec.element_size()
 
 

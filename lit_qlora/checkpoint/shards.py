@@ -25,10 +25,10 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Tensors on disk, of which nothing but the names, dtypes and shapes has been read."""
+    """Tensors on disk; only their names, dtypes and shapes have been read."""
 
-    place: Path
-    """The one file, or the index: what a message should name."""
+    location: Path
+    """The one file, or the index, which messages name."""
     specs: dict[str, Tensor]
     """Name -> an empty tensor on the meta device, file after file in the order of the tensors."""
     files: dict[str, Path]
@@ -63,20 +63,20 @@ def find(directory: Path, *names: str) -> Path | None:
     return None
 
 
-def open_weights(place: Path) -> Weights:
-    """The weights in the file `place`, or in the files of the index `place`.
+def open_weights(location: Path) -> Weights:
+    """The weights in the file `location`, or in the files of the index `location`.
 
     Raises:
         CheckpointError: if a file is absent or damaged, holds a tensor that another holds too, or is not where the
             index says; or if the index points outside its folder.
     """
-    index = read_index(place) if place.name.endswith(".index.json") else {}
-    absent = sorted({file for file in index.values() if not (place.parent / file).is_file()})
+    index = read_index(location) if location.name.endswith(".index.json") else {}
+    absent = sorted({file for file in index.values() if not (location.parent / file).is_file()})
     if absent:
-        raise CheckpointError(f"{place} names {len(absent)} files that are absent: {', '.join(absent[:3])}.")
+        raise CheckpointError(f"{location} names {len(absent)} files that are absent: {', '.join(absent[:3])}.")
     specs: dict[str, Tensor] = {}
     files: dict[str, Path] = {}
-    for path in [place.parent / name for name in dict.fromkeys(index.values())] or [place]:
+    for path in [location.parent / name for name in dict.fromkeys(index.values())] or [location]:
         found = _reader(path).read_specs(path)
         if twice := found.keys() & specs.keys():
             raise CheckpointError(
@@ -86,9 +86,9 @@ def open_weights(place: Path) -> Weights:
         files |= dict.fromkeys(found, path)
     if strayed := [name for name, file in index.items() if name not in files or files[name].name != file]:
         raise CheckpointError(
-            f"{place} names tensors that are not where it says:\n  {safetensors_io.name_some(strayed)}"
+            f"{location} names tensors that are not where it says:\n  {safetensors_io.name_some(strayed)}"
         )
-    return Weights(place=place, specs=specs, files=files)
+    return Weights(location=location, specs=specs, files=files)
 
 
 def write(
@@ -101,15 +101,15 @@ def write(
     """Write safetensors files as the tensors come, with a progress bar where a person is watching.
 
     Args:
-        name: of the file if there is one, such as "model.safetensors"; several get numbers.
-        tensors: those of `specs`, in their order.
+        name: of the file if there is one, such as "model.safetensors"; several are numbered.
+        tensors: the tensors of `specs`, in their order.
         limit: most bytes of tensors in a file.
 
     Returns:
         Name of each weight file -> its sha256.
 
     Raises:
-        CheckpointError: if the tensors are not those of `specs`.
+        CheckpointError: if the tensors differ from `specs`.
         ResourceError: if there is not enough room, or the disk may not be written.
     """
     parts = _divide(specs, limit)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_qlora.checkpoint.safetensors_io import Place, read_places
+from lit_qlora.checkpoint.safetensors_io import Extent, read_extents
 from lit_qlora.errors import CheckpointError
 
-PIECE = 64 * 2**20  # bytes in a pinned buffer, of which there are BUFFERS
+PIECE = 64 * 2**20  # bytes of each pinned buffer
 BUFFERS = 3
 READERS = min(8, os.cpu_count() or 1)
 
@@ -30,24 +30,24 @@ def stream(tensors: Iterable[tuple[Path, str]], device: torch.device) -> Iterato
     cuda = device.type == "cuda"
     rooms = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=cuda) for _ in range(BUFFERS)]
     copied = [torch.cuda.Event() if cuda else None for _ in rooms]
-    places: dict[Path, dict[str, Place]] = {}
+    extents: dict[Path, dict[str, Extent]] = {}
     files: dict[Path, int] = {}
     turn = 0
     with ThreadPoolExecutor(READERS) as readers, ExitStack() as stack:
         for path, name in tensors:
             if path not in files:
                 files[path] = stack.enter_context(open(path, "rb", buffering=0)).fileno()
-                places[path] = read_places(path)
-            place = places[path][name]
-            whole = torch.empty(place.shape, dtype=place.dtype, device=device)
+                extents[path] = read_extents(path)
+            extent = extents[path][name]
+            whole = torch.empty(extent.shape, dtype=extent.dtype, device=device)
             to = whole.flatten().view(torch.uint8)
             for first in range(0, len(to), PIECE):
                 room = rooms[turn][: min(PIECE, len(to) - first)]
                 if event := copied[turn]:
-                    event.synchronize()  # the GPU has taken what was there before
+                    event.synchronize()  # the GPU has copied the content before
                 share = -(-len(room) // READERS)
                 jobs = [
-                    readers.submit(_fill, room[at : at + share], path, files[path], place.start + first + at)
+                    readers.submit(_fill, room[at : at + share], path, files[path], extent.start + first + at)
                     for at in range(0, len(room), share)
                 ]
                 for job in jobs:

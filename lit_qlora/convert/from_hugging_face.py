@@ -50,7 +50,7 @@ def convert_hf_checkpoint(
     for their_name in weights.specs:
         spec = read_whole(their_name, weights.specs.__getitem__, config)
         specs |= {ours: _cast(ours, part, dtype) for ours, part in to_ours(their_name, spec, config).items()}
-    checkpoint.check_weights(specs, config, place=str(source))
+    checkpoint.check_weights(specs, config, location=str(source))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for their_name in weights.specs:

@@ -77,7 +77,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
         raise UsageError(f"{out_file} exists. Give --out_file a new name, or remove it.")
     config = ModelConfig.load(checkpoint_dir)
     weights = checkpoint.open_weights(checkpoint_dir)
-    checkpoint.check_weights(weights.specs, config, place=str(weights.place))
+    checkpoint.check_weights(weights.specs, config, location=str(weights.location))
     check_supported(config)
     vocabulary = read_vocabulary(checkpoint_dir, config.vocab_size)
 

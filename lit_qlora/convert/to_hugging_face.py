@@ -49,7 +49,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
     """
     config = ModelConfig.load(checkpoint_dir)
     weights = checkpoint.open_weights(checkpoint_dir)
-    checkpoint.check_weights(weights.specs, config, place=str(weights.place))
+    checkpoint.check_weights(weights.specs, config, location=str(weights.location))
     theirs = their_config(checkpoint_dir, config, weights.specs)
     plan = their_tensors(weights.specs, config)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):

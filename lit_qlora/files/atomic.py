@@ -65,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str | Iterable[str], errors: str = "strict") -> None:
-    """Write a text file in UTF-8; whoever reads it sees all of it, or what was there before.
+    """Write a text file in UTF-8, atomically.
 
     Args:
         text: in one or in pieces.

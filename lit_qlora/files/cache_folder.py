@@ -19,7 +19,7 @@ _PART = re.compile(rf"{_ENTRY.pattern}\.(tmp-[0-9a-f]+|\d+\.(unfinished|gone))")
 
 
 def directory(setting: str, name: str) -> Path | None:
-    """Where the cache `name` is, for a setting "auto", "none" or a path; None if there is to be none."""
+    """The folder of the cache `name`, for a setting "auto", "none" or a path; None for no cache."""
     if setting == "none":
         return None
     if setting != "auto":

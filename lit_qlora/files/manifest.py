@@ -36,7 +36,7 @@ def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], fact
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """What save_directory wrote, after checking every file against it; None where there is no manifest.
+    """The manifest of a directory, after checking every file against it; None where there is no manifest.
 
     Raises:
         CheckpointError: naming the first file that is absent or differs.

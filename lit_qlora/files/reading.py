@@ -62,7 +62,7 @@ def parse_json(
     kind: type = dict,
     unique: bool = False,
 ) -> Any:
-    """As read_json, for a text from `location`."""
+    """read_json for a text from `location`."""
     try:
         value = _checked_json(text, unique)
     except (ValueError, RecursionError) as wrong:

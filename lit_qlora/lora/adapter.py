@@ -45,11 +45,11 @@ class Adapter:
     manifest: dict[str, Any] | None
     """None for an adapter that PEFT wrote."""
     copies: Mapping[str, Tensor] = field(default_factory=dict)
-    """What PEFT stored of the base beside it, by transformers' names."""
+    """The tensors of the base that PEFT stored beside it, by transformers' names."""
 
     @property
     def init(self) -> tuple[str, int] | None:
-        """How it started, and the steps of LoftQ, if it is the change B A - B0 A0 from that start."""
+        """Its initialisation and the steps of LoftQ, if it is the change B A - B0 A0 from that start; else None."""
         facts = self.manifest or {}
         return (facts["init"], facts["loftq_steps"]) if "init" in facts else None
 
@@ -87,7 +87,7 @@ def save_state(
     facts: Mapping[str, Any],
     also: Mapping[str, Callable[[Path], Any]] | None = None,
 ) -> None:
-    """As save_adapter, for tensors that are in no model; see our_tensors for their names."""
+    """save_adapter for tensors that are in no model; see our_tensors for their names."""
     tensors, peft_config = to_peft(state, model, config)
     files: dict[str, Any] = {
         **(also or {}),
@@ -109,17 +109,17 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         CheckpointError: if it is incomplete, damaged, empty, not finite, or uses what is not understood here.
     """
-    place = shards.find(folder, PEFT_WEIGHTS, PEFT_WEIGHTS_2023)
-    if not (folder / PEFT_CONFIG).is_file() or not place:
+    weights_file = shards.find(folder, PEFT_WEIGHTS, PEFT_WEIGHTS_2023)
+    if not (folder / PEFT_CONFIG).is_file() or not weights_file:
         raise CheckpointError(
             f"{folder} is no adapter: it needs {PEFT_CONFIG} and {PEFT_WEIGHTS}. finetune/lora.py writes OUT/final."
         )
     manifest = read_manifest(folder)
     peft = PeftConfig.parse(read_json(folder / PEFT_CONFIG), str(folder))
-    weights = shards.open_weights(place)
+    weights = shards.open_weights(weights_file)
     tensors = {name: weights.read(name) for name in weights.specs}
     if not tensors:
-        raise CheckpointError(f"{place} is empty.")
+        raise CheckpointError(f"{weights_file} is empty.")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(f"{folder}: NaN or infinite values in\n  {safetensors_io.name_some(broken)}")
@@ -127,7 +127,7 @@ def read_adapter(folder: Path) -> Adapter:
         config = _recorded_settings(manifest, folder / MANIFEST)
         largest = max((len(tensor) for name, tensor in tensors.items() if ".lora_A." in name), default=0)
         if max(config.rank_pattern.values(), default=config.r) > largest:
-            raise CheckpointError(f"{folder / MANIFEST} is damaged: no layer of {place} has such a rank.")
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: no layer of {weights_file} has such a rank.")
         return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest)
     tensors, config, copies = to_ours(tensors, peft, str(folder))
     return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=None, copies=copies)
@@ -162,12 +162,12 @@ def load_adapter(model: GPT, folder: Path | str) -> None:
 
 
 def fill_adapter(model: GPT, adapter: Adapter) -> None:
-    """As load_adapter, for an adapter that is already read."""
+    """load_adapter for an adapter that is already read."""
     state, tensors = lora_state(model), our_tensors(adapter, model.config)
     # PEFT can adapt some layers of a kind and leave others; with DoRA the lengths of their rows are those of the base.
     absent = [name for name in state if name not in tensors]
     complaints = [f"{name} is missing" for name in absent if adapter.manifest or not name.endswith(".magnitude")]
-    complaints += [f"{name} has no place in the model" for name in tensors if name not in state]
+    complaints += [f"{name} is not in the model" for name in tensors if name not in state]
     complaints += [
         f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(state[name].shape)}"
         for name in state

@@ -65,7 +65,7 @@ def merge_measured(
 
     Args:
         original: (out, in), what sizes are relative to.
-        weight: W (out, in), of which `original` may be a more exact version.
+        weight: W (out, in); `original` may be a more exact version of it.
         magnitude: (out,), the lengths that DoRA gives to the rows of the sum.
 
     Returns:
@@ -104,19 +104,19 @@ def replace_rows(weight: Tensor, tokens: list[int] | slice, rows: Tensor) -> tup
 
 
 class Merge:
-    """What adapters make of the base that they were trained on, a tensor at a time.
+    """The base that adapters were trained on with their updates added, a tensor at a time.
 
     Args:
         adapters: one, or several that are added.
         checkpoint_dir: their base.
-        base: what the update is added to, the weights as they were ("original") or as the 4- or 8-bit training saw
-            them ("quantized", which needs bitsandbytes); the dtype stays that of the original.
-        weights: what each update is multiplied by; -1 takes out what was merged into `checkpoint_dir` before.
+        base: the weights that the update is added to: as they were ("original"), or as the 4- or 8-bit training saw
+            them ("quantized", which needs bitsandbytes). The dtype stays that of the original.
+        weights: factors of the updates; -1 takes out an adapter that was merged into `checkpoint_dir` before.
 
     Attributes:
         config: of the merged model.
         state, scales: the update of all adapters together: "<layer>.lora_a" (r, in), "<layer>.lora_b" (out, r), and
-            what their product is multiplied by, by layer.
+            the factor of their product, by layer.
         trained: the storage of the base in the training.
         layers: the sizes of the updates that were computed so far, see merge_measured.
 
@@ -153,7 +153,7 @@ class Merge:
         self.state, self.scales = _added(self.adapters, self.weights, states)
         self.source = checkpoint.open_weights(checkpoint_dir)
         self.specs = dict(self.source.specs)
-        # What befalls a tied head befalls it alone: the merged model has a head of its own.
+        # A change of a tied head must not change the embedding: the merged model gets a head of its own.
         self.untied = self.config.tied_head and ("head.lora_a" in self.state or self._is_requantized("head.weight"))
         if self.untied:
             self.config = dataclasses.replace(self.config, tied_head=False)
@@ -162,7 +162,7 @@ class Merge:
 
     @property
     def changed(self) -> list[str]:
-        """Names of the weights that are not those of the original base."""
+        """Names of the weights that differ from the original base."""
         return [name for name in self.specs if self._is_adapted(name) or self._is_requantized(name)]
 
     def read(self, name: str) -> Tensor:
@@ -205,10 +205,10 @@ class Merge:
             rank = max(tensor.size(0) for name, tensor in self.state.items() if name.endswith(".lora_a"))
             targets: Any = tuple(dict.fromkeys(word for adapter in self.adapters for word in adapter.config.targets))
             add_lora(model, LoRAConfig(r=rank, targets=targets))
-            for name, place in lora_state(model).items():
-                place.zero_()
+            for name, target in lora_state(model).items():
+                target.zero_()
                 if (tensor := self.state.get(name)) is not None:  # an adapter may lack layers of another
-                    place[: tensor.size(0), : tensor.size(1)] = tensor
+                    target[: tensor.size(0), : tensor.size(1)] = tensor
         for path, module in model.named_modules():
             if isinstance(module, LoRALinear):
                 module.scale = self.scales.get(path, 1.0)
@@ -217,10 +217,10 @@ class Merge:
         """Make `out_dir` the merged checkpoint, whole or not at all, whatever stops the program.
 
         Args:
-            facts: what merge_report.json is to say besides.
+            facts: for merge_report.json.
 
         Returns:
-            What merge_report.json holds: base, adapters, and for each adapted layer the sizes of merge_measured.
+            The content of merge_report.json: base, adapters, and for each adapted layer the sizes of merge_measured.
 
         Raises:
             UsageError: if `out_dir` holds something else than an earlier merge.
@@ -261,11 +261,11 @@ class Merge:
         return f"{name.removesuffix('.weight')}.lora_a" in self.state or self._is_embedding(name)
 
     def _is_embedding(self, name: str) -> bool:
-        """Whether rows of this weight were trained themselves."""
+        """True if rows of this weight were trained themselves."""
         return "embed.rows" in self.state and (name == "embed.weight" or (self.untied and name == "head.weight"))
 
     def _is_requantized(self, name: str) -> bool:
-        """Whether the update is added to what quantisation made of this weight."""
+        """True if the update is added to the dequantised weight."""
         layer = name.removesuffix(".weight")
         is_matrix = layer != name and self.specs.get(name, self.specs["embed.weight"]).ndim == 2
         return self.base == "quantized" and is_matrix and self.trained.quantizes(layer)
@@ -349,7 +349,7 @@ def _added(
 
 
 def _digest(adapter: Adapter) -> str:
-    """sha256 of what the adapter's tensors are, whatever file they come from."""
+    """sha256 of the adapter's tensors, whatever file they come from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(adapter.peft_tensors.items()):
         digest.update(name.encode())
@@ -358,7 +358,7 @@ def _digest(adapter: Adapter) -> str:
 
 
 def _was_merged(adapter: Adapter, checkpoint_dir: Path) -> bool:
-    """Whether `checkpoint_dir` is a merge of `adapter`, as its report says."""
+    """True if `checkpoint_dir` is a merge of `adapter`, as its report says."""
     path = checkpoint_dir / REPORT
     known = read_json(path).get("adapters") if path.is_file() else None
     parts = known if isinstance(known, list) else []

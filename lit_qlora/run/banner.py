@@ -35,7 +35,7 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
     """
     model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config.devices, config.num_nodes)
     weights = open_weights(config.checkpoint_dir)
-    check_weights(weights.specs, model, str(weights.place))
+    check_weights(weights.specs, model, str(weights.location))
     caveat = check_layers(model, config.lora)
     check(
         config.train.batch_size >= processes,

@@ -340,7 +340,9 @@ def test_an_adapter_that_does_not_fit_is_refused(saved: tuple[Path, Path]) -> No
     base, folder = saved
     model = load_model(base)
     add_lora(model, LoRAConfig(r=4, targets=("query",)))
-    with pytest.raises(CheckpointError, match=r"attn.value.lora_a has no place(.|\n)*\(8, 64\), expected \(4, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=r"attn.value.lora_a is not in the model(.|\n)*\(8, 64\), expected \(4, 64\)"
+    ):
         load_adapter(model, folder)
 
 

@@ -234,7 +234,7 @@ def test_a_base_with_a_number_that_is_not_finite_is_refused(
     write_tokenizer(broken)
     assert finetune(f"--checkpoint_dir={broken}", f"--quantize={scheme}") == 4
     message = capsys.readouterr().err
-    assert "lit_model.safetensors holds numbers that are NaN or infinite" in message
+    assert "lit_model.safetensors holds elements that are NaN or infinite" in message
     assert "blocks.1.attn.query.weight: 2" in message
     assert "head.weight: 1" in message
 

@@ -49,7 +49,7 @@ def test_perplexity_is_the_mean_of_what_each_token_costs(tiny_checkpoint, tmp_pa
 def test_a_text_that_cannot_be_measured_is_named(tiny_checkpoint, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for file, status, why in (("empty.txt", 3, "is empty"), ("latin.txt", 3, "not text in UTF-8"), ("x.txt", 2, "no")):
+    for file, status, why in (("empty.txt", 3, "is empty"), ("latin.txt", 3, "is not UTF-8"), ("x.txt", 2, "no")):
         done = run("perplexity", "--checkpoint_dir", tiny_checkpoint, "--file", tmp_path / file)
         assert done.returncode == status
         assert why in done.stderr

@@ -1,15 +1,28 @@
 """Blocks with experts learn on the fast path what they learn on the plain one: every router, adapter and storage."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.fused import fuse, why_not
+from lit_qlora.fused import Fused, fuse, why_not
 from lit_qlora.fused.experts import ExpertGroup
+from lit_qlora.fused.passes import Backward
 from lit_qlora.kernels.dropout import Dropout, factor_reference
+from lit_qlora.kernels.experts import (
+    Choices,
+    choose_backward_reference,
+    choose_reference,
+    combine_reference,
+    sort_reference,
+)
 from lit_qlora.kernels.experts_dequantize import dequantize
+from lit_qlora.kernels.experts_lora import gradient_reference, project_reference
+from lit_qlora.kernels.experts_mlp import mlp_backward_reference
+from lit_qlora.kernels.experts_products import gate_up_reference, product_reference
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear
@@ -266,3 +279,67 @@ def test_two_tensors_of_all_adapters_learn_what_the_adapters_do() -> None:
         optimizer.step()
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def sort_slowly(weights: Tensor, chosen: Tensor, experts: int) -> Choices:
+    """The choices sorted by the reference, without tables of tiles, which references do not read."""
+    position, token, weight, ends = sort_reference(weights, chosen, experts)
+    none = ends[:0]
+    return Choices(chosen, weights, position, token, weight, F.pad(ends, (1, 0)), none, none, 1, 1, 0, 0)
+
+
+REFERENCES = {
+    "add_gradient": gradient_reference,
+    "choose": choose_reference,
+    "choose_backward": lambda choices, d_weights, scale, _: choose_backward_reference(choices, d_weights, scale),
+    "combine": combine_reference,
+    "gate_up": gate_up_reference,
+    "mlp_backward": mlp_backward_reference,
+    "of_tokens": lambda parts, choices: parts.sum(0)[choices.position.long()],
+    "product": product_reference,
+    "project": project_reference,
+    "sort": sort_slowly,
+}
+"""What the kernels mean, under the names that lit_qlora.fused.experts calls them by."""
+IN_FLOAT64: dict[str, dict[str, Any]] = {
+    "shared scale": {"router_scale": 2.5},
+    "gpt-oss": CASES["gpt-oss"] | {"scheme": "none"},
+    "sigmoid, groups": {**SIGMOID, "router_groups": 2, "router_groups_kept": 1},
+    "rank 80": {"r": 80},
+    "one expert of four": {"n_expert_per_token": 1, "router": "sigmoid"},
+}
+
+
+@pytest.fixture
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("case", IN_FLOAT64)
+def test_the_algorithm_is_exact_in_float64(case: str, saves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels' references, against autograd through the plain mixture."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # the router's own precision
+    for name, reference in REFERENCES.items():
+        monkeypatch.setattr(f"lit_qlora.fused.experts.{name}", reference)
+    model = model_of(n_layer=1, targets=("mlp",), **IN_FLOAT64[case]).double()
+    moe = model.blocks[0].mlp
+    x, d_y = torch.randn(2, 20, 64, dtype=torch.float64).unbind()
+    leaf = x.clone().requires_grad_()
+    y = moe(leaf[None])[0]
+    y.backward(d_y)
+    learners = {name: p for name, p in moe.named_parameters() if p.requires_grad}
+    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learners.items()}
+    fused = Fused(model)
+    experts = fused.blocks[0].mlp.experts
+    run = fused._pass(torch.zeros(1, 20, dtype=torch.int64), None, None)[1]
+    fused.copies[0].refresh()
+    fused.gradient.zero_()
+    out, saved = experts.forward(x, None, run, saves)
+    dx = experts.backward(d_y, x, saved, Backward(run, fused.pending, run.workspaces))
+    found = {name: gradient for name, p in learners.items() for q, gradient in fused.parameters if q is p}
+    for actual, wanted in [(out, y), (dx, leaf.grad), *((found[name], expected[name]) for name in expected)]:
+        assert float((actual - wanted).detach().norm()) <= 1e-12 * float(wanted.detach().norm())

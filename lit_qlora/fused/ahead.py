@@ -65,8 +65,14 @@ class Ahead:
                 self.ready.record()
         self.holds, self.coming = number, True
 
+    def expect(self, backward: bool) -> None:
+        """Hold the weights that a CUDA graph of a pass begins with: those that the pass before it has left."""
+        self.take(len(self.sources) - 1 if backward else 0)
+
+    def left(self, backward: bool) -> None:
+        """Note the weights that a replayed graph of a pass has left."""
+        self.holds, self.coming = 0 if backward else len(self.sources) - 1, False
+
     def forget(self) -> None:
-        """Take nothing for granted: a CUDA graph, replayed or only captured, may have left other weights."""
-        if self.coming and self.stream is not None:
-            torch.cuda.current_stream().wait_event(self.ready)
+        """Take nothing for granted: passes that were captured have not happened."""
         self.holds, self.coming = None, False

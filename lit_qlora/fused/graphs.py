@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.fused.ahead import Ahead
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.head import Labelled
 from lit_qlora.fused.micro_batch import Eager, Inputs, SavedPass, Trainable, Work
@@ -61,10 +62,16 @@ def row_width(model: ModelConfig, length: int, packed: bool) -> int:
 
 
 def most_tokens(model: ModelConfig) -> int:
-    """Tokens of the largest micro-batch whose kernels end before the host has launched the next."""
+    """Tokens of the largest micro-batch whose kernels end before the host has launched the next.
+
+    A block with experts has twice the launches.
+    """
     attended, cached = model.n_head * model.head_size, model.n_kv_head * model.head_size
-    rows = 2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * model.ffn_size
-    return min(MOST_TOKENS, MOST_WORK // (model.n_embd * (rows + model.vocab_size // model.n_layer)))
+    size, launches = model.ffn_size, 1
+    if model.n_expert:
+        size, launches = model.n_expert_per_token * model.expert_size + model.shared_expert_size, 2
+    rows = 2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * size
+    return min(MOST_TOKENS, launches * MOST_WORK // (model.n_embd * (rows + model.vocab_size // model.n_layer)))
 
 
 @dataclass(frozen=True)
@@ -150,8 +157,13 @@ class Capturable(Trainable, Protocol):
         """A micro-batch on the device."""
         ...
 
-    def forget_ahead(self) -> None:
-        """Take no weights for granted that were dequantised ahead."""
+    @property
+    def ahead(self) -> Sequence[Ahead]:
+        """Weights that are dequantised ahead."""
+        ...
+
+    def replay(self, graph: Callable[[], None], backward: bool) -> None:
+        """Launch a captured pass."""
         ...
 
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -252,19 +264,22 @@ class Captured:
         finally:
             model.gradient.copy_(gradient)
             del gradient
-        self.forward = record(self._forward)
-        self.backward = record(self._backward)
-        model.forget_ahead()  # nothing of what was captured has happened
+        for ahead in model.ahead:
+            ahead.expect(backward=False)
+        try:
+            self.forward = record(self._forward)
+            self.backward = record(self._backward)
+        finally:
+            for ahead in model.ahead:
+                ahead.forget()
 
     def _forward(self) -> None:
-        self.model.forget_ahead()
         loss, self.saved = self.model.forward(self.inputs)
         self.loss.copy_(loss)
 
     def _backward(self) -> None:
         saved, self.saved = self.saved, None
         assert saved is not None
-        self.model.forget_ahead()
         self.model.backward(self.d_loss, saved, self.inputs.run)
 
 
@@ -294,15 +309,13 @@ class Replay:
                 to.copy_(pinned, non_blocking=True)
         if self.seed is not None and run.seed is not None:
             run.seed.fill_(self.seed)
-        captured.forward()
-        captured.model.forget_ahead()
+        captured.model.replay(captured.forward, backward=False)
         return captured.loss.clone()
 
     def backward(self, d_loss: Tensor) -> None:
         """Add the adapters' gradients."""
         self.captured.d_loss.copy_(d_loss)
-        self.captured.backward()
-        self.captured.model.forget_ahead()
+        self.captured.model.replay(self.captured.backward, backward=True)
 
 
 class Recorder:

@@ -1,6 +1,6 @@
 """The model on the fast path: its blocks and head, where its adapters lie, and its forward and backward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -153,10 +153,13 @@ class Fused:
         projection = space([block.projection for block in self.blocks]) if keeps else anything
         self.workspaces = (anything, qkv, projection)
 
-    def forget_ahead(self) -> None:
-        """Take no weights of experts for granted that were dequantised ahead; see Ahead.forget."""
+    def replay(self, graph: Callable[[], None], backward: bool) -> None:
+        """Launch a captured pass between the weights that it finds dequantised ahead and those that it leaves."""
         for ahead in self.ahead:
-            ahead.forget()
+            ahead.expect(backward)
+        graph()
+        for ahead in self.ahead:
+            ahead.left(backward)
 
     @property
     def recompute(self) -> list[Recompute]:

@@ -194,10 +194,15 @@ class Encoder:
     def _count(self, said: Conversation) -> None:
         counts = self.counts
         counts.examples += 1
-        texts = [said.input, *(message.content or "" for message in said.messages)]
-        asked = [message.text for message in said.messages if message.role == "user"]
-        counts.empty_prompts += not self._is_raw(said) and not said.input.strip() and not all(map(str.strip, asked))
-        counts.empty_answers += not all(m.text.strip() or "tool_calls" in m.keys for m in said.answers)
+        texts = [said.input]
+        unasked = unanswered = False
+        for role, content, keys, _ in said.messages:
+            texts.append(content or "")
+            if not texts[-1].strip():
+                unasked |= role == "user"
+                unanswered |= role == "assistant" and "tool_calls" not in keys
+        counts.empty_prompts += unasked and not said.input.strip() and not self._is_raw(said)
+        counts.empty_answers += unanswered
         counts.control_characters += any(map(CONTROL.search, texts))
         counts.control_tokens += any(map(self.names.search, texts))
 
@@ -222,9 +227,10 @@ class Encoder:
                 light.append((here, message.weight))
             self.counts.turns += 1
             self.counts.ended += bool(answer) and (answer[-1] in self.stops or "followed" in remarks)
-            self.counts.begun += "begun" in remarks
-            self.counts.rewritten += "rewritten" in remarks
-            self.counts.thoughts += "thoughts" in remarks
+            if remarks:
+                self.counts.begun += "begun" in remarks
+                self.counts.rewritten += "rewritten" in remarks
+                self.counts.thoughts += "thoughts" in remarks
         trained[:1] = False  # nothing predicts the first token
         return Sample(np.array(tokens, np.int32), trained, _weights(trained, light) if light else None)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lit_qlora.data.examples import Example, Reading, read_examples
+from lit_qlora.data.examples import Example, Reading, read_examples, refusal
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
 from lit_qlora.data.prepared import RECORD, record
 from lit_qlora.data.sources import HUB, find_file, find_sources
@@ -32,9 +32,14 @@ def read(path: str | Path, out_dir: Path, config: PrepareConfig) -> Reading:
         raise UsageError(f"out_dir {out_dir}: {path} would be overwritten with a part of itself. Name another.")
     try:
         source = find_sources([str(path)], None)[0][0] if str(path).startswith(HUB) else find_file(Path(path))
-        return read_examples(source, format=config.format, columns=config.columns, skip=skip)
+        reading = read_examples(source, format=config.format, columns=config.columns, skip=skip)
+        if reading.tokenized:
+            raise DataError(f"{path} holds token ids already. Train on it as it is, with --data.path {path}.")
+        if unread := reading.unread.red():
+            raise refusal([f"{reason}." for reason in unread])
     except DataError as error:
         raise DataError(re.sub(r"--data\.(columns|format|on_error)", r"--\1", str(error))) from None
+    return reading
 
 
 def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
@@ -57,6 +62,7 @@ def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
         f"format    {reading.format} ({reading.saw})",
         f"samples   {len(parts['train']):,} train / {len(parts['val']):,} val, {reading.skipped:,} left out",
         f"split     share {config.test_split_fraction:g}, seed {config.seed}",
+        *([f"not read  {', '.join(names)}"] if (names := reading.unread.names()) else []),
     ]
     try:
         with temporary_directory(out_dir / "data") as staged:

@@ -89,7 +89,12 @@ class Conversation:
     @property
     def plain(self) -> bool:
         """Whether there is nothing but the texts of the messages."""
-        return not self.variables and not any(message.keys for message in self.messages)
+        if self.variables:
+            return False
+        for message in self.messages:  # noqa: SIM110 - half the time of any(), for each of a million conversations
+            if message.keys:
+                return False
+        return True
 
     def without(self, names: Collection[str]) -> Self:
         """The conversation without these keys of messages and variables."""

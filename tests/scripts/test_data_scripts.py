@@ -195,6 +195,32 @@ def test_what_was_prepared_is_read_as_it_was(tmp_path: Path) -> None:
     assert read_examples(tmp_path / "out/train.jsonl").format == "text"
 
 
+def test_prepare_keeps_tools_calls_thoughts_and_weights(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    spoken = [
+        {"role": "developer", "content": ""},
+        {"role": "user", "content": "Hi"},
+        {**called, "thinking": "Hm.", "weight": 0.5},
+        {"role": "tool", "content": "1", "tool_call_id": "a"},
+        {"role": "assistant", "content": "One."},
+    ]
+    record = {"messages": spoken, "tools": [{"function": {"name": "f"}}], "chat_template_kwargs": {"date": "today"}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert run("prepare_alpaca", f"--data_path={tmp_path / 'a.jsonl'}", f"--out_dir={tmp_path / 'out'}") == 0
+    assert rows(tmp_path / "out/train.jsonl") == [record]
+
+
+def test_prepare_refuses_what_would_be_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for row, reason in (
+        ({"prompt": "a", "completion": "b", "label": False}, "'label' (false) is not read"),
+        ({"input_ids": [1, 2]}, "holds token ids already"),
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        assert run("prepare_alpaca", f"--data_path={tmp_path / 'a.jsonl'}", f"--out_dir={tmp_path / 'out'}") == 3
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_prepare_leaves_a_file_whole_or_not_at_all(
     alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,14 @@ class Answers:
             if chat:
                 for index in range(len(self.jobs)):
                     yield _event(protocol.chunk(head, index, "", None, chat=True, first=True))
+            held = [""] * len(self.jobs)
             async for index, piece, reason in self.pieces():
+                if self.order.tools:
+                    held[index] += piece
+                    if reason:
+                        for content in protocol.call_chunks(head, index, held[index], reason, self.order.tools):
+                            yield _event(content)
+                    continue
                 if piece:
                     yield _event(protocol.chunk(head, index, piece, None, chat=chat))
                 if reason:

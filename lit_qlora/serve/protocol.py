@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from lit_qlora.errors import UserError
 from lit_qlora.prompts.conversation import Conversation, Message
+from lit_qlora.serve.tool_calls import read_calls
 from lit_qlora.settings import GenerationConfig
 
 MOST_CHOICES = 8
@@ -54,6 +55,11 @@ class Order:
     stream_usage: bool
     settings: dict[str, Any]
 
+    @property
+    def tools(self) -> list[str]:
+        """Names of the tools that the answer may call."""
+        return [tool["function"]["name"] for tool in self.conversation.variables.get("tools", ())]
+
     def config(self, room: int, choice: int) -> GenerationConfig:
         """How a choice is made.
 
@@ -94,7 +100,7 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
     conversation = Conversation(())
     texts: tuple[str, ...] = ()
     if chat:
-        conversation = _messages(fields.take("messages"))
+        conversation = Conversation(_messages(fields.take("messages")), variables=_tools(fields))
     else:
         texts = _prompts(fields.take("prompt"))
     most = fields.whole("max_completion_tokens", 1) if chat else None
@@ -180,24 +186,38 @@ class _Fields:
             raise ApiError(400, f"{name} is not offered by this server.", name)
 
 
-def _messages(messages: Any) -> Conversation:
+_AFTER = {
+    "": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool", "user"),
+    "tool": ("assistant", "tool", "user"),
+}
+"""Who may speak after whom; a call is an assistant's that calls tools."""
+_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
+"""Keys of messages besides role, content and name."""
+
+
+def _messages(messages: Any) -> tuple[Message, ...]:
     """What is to be answered."""
     if not isinstance(messages, list) or not messages:
         _wrong("messages", "a list of messages", messages)
     said = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     opening = said[0].role in ("system", "developer")
+    before = ""
     for i, (role, *_) in enumerate(said[opening:]):
-        expected = "assistant" if i % 2 else "user"
-        if role != expected:
+        expected = _AFTER[before]
+        if role not in expected:
             raise ApiError(
                 400,
                 f"messages: user and assistant must take turns, and only the first message may be of the system; "
-                f"after {i} of them expected {expected}, got {role}.",
+                f"after {i} of them expected {' or '.join(expected)}, got {role}.",
                 "messages",
             )
-    if said[-1].role != "user":
-        raise ApiError(400, "messages must end with one of the user, which is answered.", "messages")
-    return Conversation(tuple(said))
+        before = role if role != "assistant" or not said[opening + i].keys else "call"
+    if said[-1].role not in ("user", "tool"):
+        raise ApiError(400, "messages must end with one of the user or of a tool, which is answered.", "messages")
+    return tuple(said)
 
 
 def _message(message: Any, place: str) -> Message:
@@ -205,9 +225,10 @@ def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
         _wrong(place, "an object", message)
     role, content = message.get("role"), message.get("content")
-    if role not in ("system", "developer", "user", "assistant"):
-        _wrong(f"{place}.role", "system, user or assistant", role)
-    extra = [name for name in message if name not in ("role", "content", "name") and message[name] is not None]
+    if role not in ("system", "developer", "user", "assistant", "tool"):
+        _wrong(f"{place}.role", "system, user, assistant or tool", role)
+    known = ("role", "content", "name", *_KEYS.get(role, ()))
+    extra = [name for name in message if name not in known and message[name] not in (None, [])]
     if extra:
         raise ApiError(400, f"{place}.{extra[0]} is not offered by this server.", "messages")
     if isinstance(content, list):
@@ -218,9 +239,37 @@ def _message(message: Any, place: str) -> Message:
                     400, f"{place}: content of type {kind!r} is not offered; this model reads text.", "messages"
                 )
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    keys = {name: message[name] for name in _KEYS.get(role, ()) if message.get(name)}
+    if not isinstance(content, str) and not (content is None and "tool_calls" in keys):
         _wrong(f"{place}.content", "a text", content)
-    return Message(role, content)
+    for call in keys.get("tool_calls", ()):
+        if not isinstance(call, dict) or not _is_function(call.get("function"), "arguments"):
+            _wrong(f"{place}.tool_calls", 'calls such as {"function": {"name": "f", "arguments": "{}"}}', call)
+    if role == "tool" and not isinstance(keys.get("tool_call_id"), str):
+        _wrong(f"{place}.tool_call_id", "the id of the call", keys.get("tool_call_id"))
+    return Message(role, content, keys)
+
+
+def _tools(fields: "_Fields") -> dict[str, Any]:
+    """What a template may read besides messages."""
+    tools, choice = fields.take("tools", None), fields.take("tool_choice", "auto")
+    if not fields.take("parallel_tool_calls", True):
+        raise ApiError(400, "parallel_tool_calls false is not offered by this server.", "parallel_tool_calls")
+    if choice not in ("auto", "none"):
+        raise ApiError(400, f"tool_choice {json.dumps(choice)} is not offered by this server.", "tool_choice")
+    if tools is None or tools == []:
+        return {}
+    if not isinstance(tools, list):
+        _wrong("tools", "a list of functions", tools)
+    for tool in tools:
+        if not isinstance(tool, dict) or tool.get("type") != "function" or not _is_function(tool.get("function")):
+            _wrong("tools", 'functions such as {"type": "function", "function": {"name": "f"}}', tool)
+    return {"tools": tools} if choice == "auto" else {}
+
+
+def _is_function(value: Any, text: str = "name") -> bool:
+    """Whether a value is an object with a name, and with a text under another key."""
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get(text), str)
 
 
 def _prompts(prompt: Any) -> tuple[str, ...]:
@@ -259,11 +308,20 @@ def _refuse_constant(name: str) -> NoReturn:
 def completion(order: Order, texts: Sequence[str], reasons: Sequence[str], usage: dict[str, int], *, chat: bool) -> Any:
     """The whole answer to a request."""
     choices = [
-        {"index": i, "finish_reason": reason, "logprobs": None}
-        | ({"message": {"role": "assistant", "content": text}} if chat else {"text": text})
+        {"index": i, "logprobs": None}
+        | (_answer(order, text, reason) if chat else {"text": text, "finish_reason": reason})
         for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
     ]
     return envelope(order, "chat.completion" if chat else "text_completion") | {"choices": choices, "usage": usage}
+
+
+def _answer(order: Order, text: str, reason: str) -> dict[str, Any]:
+    """Message and finish_reason of a choice."""
+    words, calls = read_calls(text, order.tools) if order.tools else (text, [])
+    if not calls:
+        return {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+    message = {"role": "assistant", "content": words or None, "tool_calls": calls}
+    return {"message": message, "finish_reason": "tool_calls" if reason == "stop" else reason}
 
 
 def chunk(head: dict[str, Any], index: int, piece: str, reason: str | None, *, chat: bool, first: bool = False) -> Any:
@@ -274,6 +332,16 @@ def chunk(head: dict[str, Any], index: int, piece: str, reason: str | None, *, c
     if piece or first:
         delta["content"] = piece
     return head | {"choices": [{"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}]}
+
+
+def call_chunks(head: dict[str, Any], index: int, text: str, reason: str, names: Sequence[str]) -> list[Any]:
+    """The pieces of a choice that may call tools, all at its end: before that nothing tells a call from words."""
+    words, calls = read_calls(text, names)
+    pieces = [chunk(head, index, words, None, chat=True)] if words else []
+    if calls:
+        delta = {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}
+        pieces.append(head | {"choices": [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}]})
+    return [*pieces, chunk(head, index, "", "tool_calls" if calls and reason == "stop" else reason, chat=True)]
 
 
 def envelope(order: Order, kind: str) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from lit_qlora.inference import (
     stop_ids,
 )
 from lit_qlora.partial_answers import Part
-from lit_qlora.prompts.conversation import prompt_of
+from lit_qlora.prompts.conversation import Conversation, prompt_of
 from lit_qlora.settings import GenerationConfig, check
 
 Answer = tuple[str, int, str]
 """What was said, its tokens, and why it ended."""
-Row = tuple[str, dict[str, str], dict[str, Any]]
-"""Place, texts and original row of a prompt."""
+Row = tuple[str, Conversation, dict[str, Any]]
+"""Place, conversation to be answered and original row of a prompt."""
 BETWEEN = "-" * 20  # on a line of its own between several answers to one prompt
 
 
@@ -47,8 +47,9 @@ class Config(GenerationConfig, DraftConfig, InferenceConfig):
     """What the model is told before all."""
     prompts: Path | None = None
     """Instead of one prompt a file of them: .txt with a prompt a line, or .jsonl, .json, .csv, .tsv or .parquet with
-    the column instruction (or prompt), and input and system where there is something to say. The answers are JSON
-    lines: the row with answer, tokens and finish_reason added, a line an answer."""
+    the column instruction (or prompt), and input and system where there is something to say; or with messages, and
+    tools for a chat template that writes them. The answers are JSON lines: the row with answer, tokens and
+    finish_reason added, a line an answer."""
     out: Path | None = None
     """Where the JSON lines go; by default stdout. A file that exists is not overwritten. OUT.part keeps the answers as
     they are made, and the same command goes on with them if it was stopped."""
@@ -97,11 +98,9 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
     stops, stop = stop_ids(tokenizer, style), ends_with(tokenizer, config.stop, gap)
     draft = config.load_draft(tokenizer, config.precision)
     prompts, rooms = [], []
-    for place, row, _ in rows:
+    for place, asked, _ in rows:
         try:
-            prompts.append(
-                encode_prompt(tokenizer, style, prompt_of(row["instruction"], row["input"], row["system"] or None))
-            )
+            prompts.append(encode_prompt(tokenizer, style, asked))
             rooms.append(room_for_answer(model, len(prompts[-1]), config.max_new_tokens))
         except UsageError as error:
             raise UsageError(f"{place}: {error}" if config.prompts else str(error)) from None
@@ -152,7 +151,7 @@ def read_rows(config: Config) -> Iterator[Row]:
         DataError: if the file cannot be read, holds no prompt, or a row has none.
     """
     if config.prompts is None:
-        yield "prompt", {"instruction": config.prompt, "input": config.input, "system": config.system}, {}
+        yield "prompt", prompt_of(config.prompt, config.input, config.system or None), {}
         return
     from lit_qlora.data.prompt_files import read_prompts
 

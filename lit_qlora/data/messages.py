@@ -103,13 +103,16 @@ def _as_tool(function: Any) -> Any:
     return {"type": "function", "function": function} if bare else function
 
 
-def conversation_of(spoken: list[Any], record: Fields) -> Conversation:
+def conversation_of(spoken: list[Any], record: Fields, answered: bool = True) -> Conversation:
     """A conversation of messages, with what the other columns of its record say.
+
+    Args:
+        answered: see turns_of.
 
     Raises:
         DataError: with the number of the turn that is wrong.
     """
-    said, system = turns_of(spoken), system_of(record)
+    said, system = turns_of(spoken, answered), system_of(record)
     if system is not None and said.system is None:
         said = Conversation((Message("system", system), *said.messages))
     elif system is not None and said.system != system:
@@ -117,8 +120,11 @@ def conversation_of(spoken: list[Any], record: Fields) -> Conversation:
     return Conversation(said.messages, variables=variables_of(record))
 
 
-def turns_of(spoken: Iterable[Any]) -> Conversation:
+def turns_of(spoken: Iterable[Any], answered: bool = True) -> Conversation:
     """A conversation of messages: perhaps one of system or developer, then users, assistants and tools.
+
+    Args:
+        answered: the last is an answer; else it is to be answered.
 
     Raises:
         DataError: with the number of the turn that is wrong.
@@ -135,8 +141,10 @@ def turns_of(spoken: Iterable[Any]) -> Conversation:
         before = message.role
     if not any(message.role == "assistant" for message in messages) and before in ("", *OPENING):
         raise DataError("the conversation is empty")
-    if before != "assistant":
+    if answered and before != "assistant":
         raise DataError(f"turn {len(messages)}: nobody answers the last prompt")
+    if not answered and before == "assistant":
+        raise DataError(f"turn {len(messages)}: the last prompt is answered already")
     return Conversation(tuple(messages))
 
 

@@ -1,18 +1,22 @@
 """Files of prompts that are to be answered."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.data.messages import conversation_of, variables_of
 from lit_qlora.data.sources import Source, find_file, read_records
 from lit_qlora.errors import DataError
+from lit_qlora.prompts.conversation import Conversation, Message, prompt_of
 
 
-def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
-    """Place, texts (instruction, input, system) and original row of each prompt.
+def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, Conversation, dict[str, Any]]]:
+    """Place, conversation to be answered, and original row of each prompt.
 
     Args:
-        path: a line each (.txt), or records with instruction or prompt, and perhaps input and system.
+        path: a line each (.txt), or records with instruction or prompt, and perhaps input and system, or with messages
+            and perhaps tools.
         system: what the model is told before all, where a record does not say.
 
     Raises:
@@ -27,14 +31,28 @@ def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, dict[str, 
                 raise DataError(f"{place}: {value}")
         if not isinstance(row, dict):
             raise DataError(f"{place}: expected an object with instruction or prompt, found {type(row).__name__}.")
-        ask = next((row[name] for name in ("instruction", "prompt") if row.get(name)), None)
-        if not isinstance(ask, str):
-            raise DataError(f"{place}: no instruction and no prompt (has: {', '.join(map(str, row)) or 'nothing'}).")
-        texts = {name: str(row.get(name) or default) for name, default in (("input", ""), ("system", system))}
+        try:
+            asked = _asked(row)
+        except DataError as error:
+            raise DataError(f"{place}: {error}.") from None
+        if system and asked.system is None:
+            asked = replace(asked, messages=(Message("system", system), *asked.messages))
         found = True
-        yield place, {"instruction": ask, **texts}, row
+        yield place, asked, row
     if not found:
         raise DataError(f"{path} holds no prompt.")
+
+
+def _asked(row: dict[str, Any]) -> Conversation:
+    """What a row asks."""
+    for column in ("messages", "conversations"):
+        if isinstance(row.get(column), list):
+            return conversation_of(row[column], row, answered=False)
+    ask = next((row[name] for name in ("instruction", "prompt") if row.get(name)), None)
+    if not isinstance(ask, str):
+        raise DataError(f"no instruction and no prompt (has: {', '.join(map(str, row)) or 'nothing'})")
+    asked = prompt_of(ask, str(row.get("input") or ""), str(row.get("system") or "") or None)
+    return replace(asked, variables=variables_of(row))
 
 
 def _read_lines(source: Source) -> Iterator[tuple[str, Any]]:

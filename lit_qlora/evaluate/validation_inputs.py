@@ -12,7 +12,6 @@ from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import DataError, did_you_mean
 from lit_qlora.files import reading
 from lit_qlora.model.gpt import GPT
-from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.report import Record
 from lit_qlora.settings import EvalConfig, FinetuneConfig, check
 
@@ -98,10 +97,9 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
         )
     prompts = []
     if config.eval.prompts:
-        for _, texts, _ in read_prompts(config.eval.prompts, config.data.system):
-            asked, about, system = texts["instruction"], texts["input"], texts["system"]
-            ids = data.style.encode_prompt(data.tokenizer, prompt_of(asked, about, system or None))
-            prompts.append(Question(ids, "\n".join(text for text in (asked, about) if text)))
+        for _, asked, _ in read_prompts(config.eval.prompts, config.data.system):
+            ids = data.style.encode_prompt(data.tokenizer, asked)
+            prompts.append(Question(ids, "\n".join(text for text in (asked.question, asked.input) if text)))
     return Probes(questions, prompts, read_text(config.eval.kl_text, data) if config.eval.kl_text else [])
 
 

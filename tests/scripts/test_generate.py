@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import CheckpointError, DataError, ResourceError, UsageError
 from lit_qlora.generation import generate
 from lit_qlora.inference import check_style, choose_style, encode_prompt
@@ -116,6 +117,21 @@ def test_a_file_of_prompts_is_answered_in_its_order(tiny_checkpoint, tmp_path):
         assert row["finish_reason"] == ("stop" if "Q" in text or len(ids) < 7 else "length")
     with pytest.raises(UsageError, match="exists already"):
         script.Config(prompts=path, out=tmp_path / "out.jsonl")
+
+
+def test_a_file_of_prompts_may_hold_messages_and_tools(tmp_path):
+    tool = {"type": "function", "function": {"name": "f"}}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    spoken = [{"role": "user", "content": "Hi"}, called, {"role": "tool", "content": "1"}]
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"messages": spoken, "tools": [tool]}))
+    ((place, asked, _),) = read_prompts(path, "Be brief.")
+    assert place == f"{path}:1"
+    assert [message.role for message in asked.messages] == ["system", "user", "assistant", "tool"]
+    assert (asked.system, asked.variables) == ("Be brief.", {"tools": [tool]})
+    path.write_text(json.dumps({"messages": [*spoken, {"role": "assistant", "content": "One."}]}))
+    with pytest.raises(DataError, match=r"in\.jsonl:1: turn 4: the last prompt is answered already"):
+        list(read_prompts(path))
 
 
 def test_answers_of_a_command_that_was_stopped_are_not_made_again(tiny_checkpoint, tmp_path, monkeypatch, capsys):

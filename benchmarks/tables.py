@@ -1,6 +1,6 @@
-"""Make the tables of measured figures in README.md from results.csv: of each setting the newest row counts.
+"""Make the tables of measured figures in docs/measured.md from results.csv: of each setting the newest row counts.
 
-python benchmarks/tables.py [--check]        # --check changes nothing and ends with status 1 if README.md differs
+python benchmarks/tables.py [--check]        # --check writes nothing; status 1 if docs/measured.md differs
 """
 
 import argparse
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- made by benchmarks/tables.py -->\n", "<!-- end of what it mad
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of README, and the columns that the rows of results.csv have which it is made from."""
+    """A row of the tables, and the columns that the rows of results.csv have which it is made from."""
 
     model: str
     label: str
@@ -184,23 +184,26 @@ def make(rows: list[Row]) -> str:
 
 
 def renew(readme: str, rows: list[Row]) -> str:
-    """README with what stands between the markers made anew."""
+    """The page with what stands between the markers made anew."""
     before, _, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert end, "README.md has lost a marker"
+    assert end, "docs/measured.md has lost a marker"
     return before + BEGIN + "\n" + make(rows) + END + after
 
 
 def main() -> int:
-    """Write README.md, or say whether it is as it would be written."""
+    """Write docs/measured.md, or say whether it is as it would be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
-    path, rows = ROOT / "README.md", read_rows(TABLE)
+    path, rows = ROOT / "docs/measured.md", read_rows(TABLE)
     text = path.read_text(encoding="utf-8")
     renewed = renew(text, rows)
     if check and renewed != text:
-        print("README.md is not what benchmarks/results.csv says. Run python benchmarks/tables.py.", file=sys.stderr)
+        print(
+            "docs/measured.md is not what benchmarks/results.csv says. Run python benchmarks/tables.py.",
+            file=sys.stderr,
+        )
         return 1
     if not check:
         path.write_text(renewed, encoding="utf-8")

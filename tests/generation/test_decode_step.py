@@ -42,7 +42,7 @@ UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are taken for large ones, because it is programs that Triton's interpreter takes its time for."""
-    monkeypatch.setattr(small_batch_linear, "MANY", 1)
+    monkeypatch.setattr(small_batch_linear, "BUSY_ROWS", 1)
 
 
 def steps(model: GPT, fast: bool, prompts: list[list[int]] = PROMPTS, count: int = 2) -> list[Tensor]:

@@ -2,7 +2,12 @@
 
 cuDNN for rows of one length, if that is worth a plan of its own; flash attention for other rows and for packed
 documents (variable lengths); plain torch on a CPU and on GPUs that have neither. All take strided views without a
-copy.
+copy. Capped scores have a kernel of their own.
+
+A sink is one more score in the softmax of a head, without a value (Xiao et al. 2024, "Efficient streaming language
+models with attention sinks"). It only scales the output, by the share of the softmax's sum that is not the sink's. The
+backward pass of any attention computes the probabilities from that sum, and their gradients from the output. So with
+the sum and the output of the whole softmax it gives the exact gradients of queries, keys and values.
 """
 
 from dataclasses import dataclass
@@ -15,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_qlora.fused.offload import to_device
+from lit_qlora.kernels import attention as kernels
+from lit_qlora.kernels.attention import Scores
+from lit_qlora.kernels.launch import INTERPRETED
 from lit_qlora.model.attention import attend
 
 _aten = torch.ops.aten
@@ -61,6 +69,8 @@ class Heads:
     Attributes:
         scale: of the scores, None for 1 / sqrt(size).
         window: tokens that a token attends to, itself included; None for all before it.
+        cap: scores x become cap * tanh(x / cap).
+        sinks: (H,), frozen.
     """
 
     query: int
@@ -68,6 +78,13 @@ class Heads:
     size: int
     scale: float | None = None
     window: int | None = None
+    cap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def scores(self) -> Scores:
+        """As kernels.attention takes them."""
+        return Scores(self.size**-0.5 if self.scale is None else self.scale, self.cap, self.window)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, (H + 2 K) D) -> views (T, H, D), (T, K, D), (T, K, D)."""
@@ -85,7 +102,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> 
     tokens = q.size(0)
     if layout.masks is not None:
         q, k, v = (_by_row(x, layout) for x in (q, k, v))
-        return attend(q, k, v, layout.masks[heads.window], heads.scale).transpose(1, 2).reshape(tokens, -1), None
+        mask = layout.masks[heads.window]
+        out = attend(q, k, v, mask, heads.scale, heads.cap, heads.sinks)
+        return out.transpose(1, 2).reshape(tokens, -1), None
+    if heads.cap is not None and (q.is_cuda or INTERPRETED):
+        out, log_sum = kernels.attend(q, k, v, heads.scores, _ends(layout, q.device), layout.longest)
+        out, log_sum = _with_sinks(out, log_sum.T, heads.sinks)
+        return out.flatten(1), log_sum.T.contiguous()
     if not has_flash(heads.size, q.device):
         return _plain(q, k, v, heads, layout), None
     if _takes_cudnn(heads, layout):
@@ -95,14 +118,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> 
     if layout.ends is None:
         q, k, v = (x.unflatten(0, (layout.rows, layout.length)) for x in (q, k, v))
     ends, longest, options = layout.ends, layout.longest, _options(heads, layout)
-    out = _aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False, **options)
-    return out[0].reshape(tokens, -1), (out[1], out[2], out[3])
+    out, log_sum, seed, unused, _ = _aten._flash_attention_forward(
+        q, k, v, ends, ends, longest, longest, 0.0, True, False, **options
+    )
+    if heads.sinks is not None:  # log_sum is (H, T), or (B, H, S) for rows of one length
+        out, by_token = _with_sinks(out, log_sum.mT, heads.sinks)
+        log_sum = by_token.mT.contiguous()
+    return out.reshape(tokens, -1), (log_sum, seed, unused)
 
 
 def attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
+    if heads.cap is not None and (q.is_cuda or INTERPRETED):
+        d_out, out, ends = d_out.reshape(q.shape).contiguous(), out.view(q.shape), _ends(layout, q.device)
+        return kernels.attend_backward(d_out, q, k, v, out, saved, heads.scores, ends, layout.longest)
     if not has_flash(heads.size, q.device):
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -121,12 +152,27 @@ def attention_backward(
     log_sum, seed, unused = saved
     if layout.ends is None:
         d_out, q, k, v, out = (x.unflatten(0, (layout.rows, layout.length)) for x in (d_out, q, k, v, out))
-    ends, longest, options = layout.ends, layout.longest, _options(heads, layout)
+    bounds, longest, options = layout.ends, layout.longest, _options(heads, layout)
     gradients = _aten._flash_attention_backward(
-        d_out, q, k, v, out, log_sum, ends, ends, longest, longest, 0.0, True, seed, unused, **options
+        d_out, q, k, v, out, log_sum, bounds, bounds, longest, longest, 0.0, True, seed, unused, **options
     )
     dq, dk, dv = (x.view(tokens, -1, heads.size) for x in gradients[:3])
     return dq, dk, dv
+
+
+def _with_sinks(out: Tensor, log_sum: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output (..., H, D) and the logarithm of the softmax's sum (..., H), with the sinks in the softmax."""
+    if sinks is None:
+        return out, log_sum
+    whole = torch.logaddexp(log_sum, sinks.float())
+    return out * (log_sum - whole).exp()[..., None].to(out.dtype), whole
+
+
+def _ends(layout: Layout, device: torch.device) -> Tensor:
+    """The first token of each document, which may be a row, and the end of the last."""
+    if layout.ends is not None:
+        return layout.ends
+    return torch.arange(0, layout.rows * layout.length + 1, layout.length, dtype=torch.int32, device=device)
 
 
 def _window(heads: Heads, layout: Layout) -> int | None:
@@ -143,7 +189,8 @@ def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
 
 def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
     fits = heads.size % 8 == 0 and heads.size <= 128 and layout.length % CUDNN_MULTIPLE == 0
-    return fits and layout.ends is None and _window(heads, layout) is None and _has_cudnn()
+    fits = fits and layout.ends is None and _window(heads, layout) is None
+    return fits and heads.sinks is None and _has_cudnn()
 
 
 @cache
@@ -178,7 +225,13 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> Ten
         mask = torch.ones(end - first, end - first, dtype=torch.bool, device=q.device).tril()
         if heads.window is not None:
             mask = mask.triu(1 - heads.window)
-        grouped = heads.query != heads.key
-        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, enable_gqa=grouped, scale=heads.scale)
+        out = _of_document(q_, k_, v_, mask, heads)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs).reshape(q.size(0), -1)
+
+
+def _of_document(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: Heads) -> Tensor:
+    if heads.cap is not None or heads.sinks is not None:
+        return attend(q, k, v, mask, heads.scale, heads.cap, heads.sinks)
+    grouped = heads.query != heads.key
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped, scale=heads.scale)

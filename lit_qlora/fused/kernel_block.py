@@ -39,7 +39,16 @@ class KernelBlock:
         self.windowed, self.rotates = config.windowed(number), config.rotates(number)
         self.interleaved = config.rope_interleaved
         window = config.sliding_window if self.windowed else None
-        self.heads = Heads(config.n_head, config.n_kv_head, config.head_size, config.attention_scale, window)
+        sinks = None if block.attn.sinks is None else block.attn.sinks.detach()
+        self.heads = Heads(
+            config.n_head,
+            config.n_kv_head,
+            config.head_size,
+            config.attention_scale,
+            window,
+            config.attention_softcap,
+            sinks,
+        )
         self.shaping = Shaping(block.attn, config, self.heads)
 
 

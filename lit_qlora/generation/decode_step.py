@@ -143,6 +143,8 @@ def why_not(model: GPT, rows: int) -> str:
         return f"n_expert {model.config.n_expert}"
     if reason := unhandled(model.config) or unhandled_embeddings(model):
         return reason
+    if model.config.attention_sinks or model.config.attention_softcap:
+        return "attention_sinks" if model.config.attention_sinks else "attention_softcap"
     if norms_follow_rotation(model.config):
         return "norms behind the rotation"
     return next(filter(None, (_undecodable(layers, weight.dtype) for layers in stacks_of(model))), "")

@@ -23,13 +23,24 @@ pytestmark = [
 PLAIN = {
     "deepseek_v2": "kv_latent_size",
     "deepseek_v3": "kv_latent_size",
-    "gemma2": "attention_softcap",
-    "gpt_oss": "attention_sinks",
 }
 """The families that take the plain path, and the field of ModelConfig that is to blame."""
 FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN]
 REPRESENTATIVE = [
-    *("llama-biases", "qwen3", "gemma3_text", "olmo2", "granite", "glm", "gpt2", "phi-qk-norm", "stablelm", "cohere"),
+    *(
+        "gemma2",
+        "gpt_oss",
+        "llama-biases",
+        "qwen3",
+        "gemma3_text",
+        "olmo2",
+        "granite",
+        "glm",
+        "gpt2",
+        "phi-qk-norm",
+        "stablelm",
+        "cohere",
+    ),
     *(
         "mixtral",
         "qwen3_moe-dense-layers",

@@ -95,6 +95,9 @@ CASES: dict[str, dict[str, Any]] = {
     "last block": {"lora": {"last_layers": 1}},
     "biases": {"qkv_bias": True, "projection_bias": True, "mlp_bias": True},
     "partial rope, tied head": {"rope_fraction": 0.5, "tied_head": True},
+    "capped scores": {"attention_softcap": 2.0, "sliding_window": 5},
+    "sinks": {"attention_sinks": True, "n_kv_head": 4},
+    "capped scores and sinks": {"attention_softcap": 2.0, "attention_sinks": True},
     "llama3 rope": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_block_size": 16},
 }
 
@@ -286,7 +289,6 @@ def test_dropout_is_off_in_evaluation() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attention_softcap": 5.0}, "attention_softcap 5.0"),
         ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32, "ffn": "gelu"}, "ffn 'gelu'"),
         ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 24}, "a layer with 24 outputs"),
         ({"ffn": "swiglu_clamped"}, "ffn 'swiglu_clamped'"),

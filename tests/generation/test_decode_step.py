@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "n_expert 4"),
-    "softcap": ({"attention_softcap": 5.0}, "attention_softcap 5.0"),
+    "softcap": ({"attention_softcap": 5.0}, "attention_softcap"),
     "late norms": ({"qk_norm": "head", "qk_norm_after_rope": True}, "norms behind the rotation"),
 }
 

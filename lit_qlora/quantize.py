@@ -53,6 +53,9 @@ class Storage:
         return self.quantize_head or path != "head"
 
 
+NESTED_BLOCK = 256  # scales that share a scale with double quantisation, as bitsandbytes has it
+
+
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 4 or 8 bits.
 
@@ -98,6 +101,13 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    def decode_scales(self) -> None:
+        """Undo double quantisation: hold the scales, as bitsandbytes decodes them, instead of their codes."""
+        outer = self.absmax_scale.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
+        scales = self.absmax_code[self.absmax.flatten().long()] * outer
+        self.absmax = scales + self.absmax_offset
+        del self.absmax_code, self.absmax_scale, self.absmax_offset
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in) as the model sees it, in the dtype it was quantised from or in `dtype`."""
         dtype = dtype or self.dtype
@@ -140,7 +150,7 @@ class QuantizedLinear(nn.Module):
         outer = None
         if hasattr(self, "absmax_scale"):
             outer = functional.QuantState(
-                absmax=self.absmax_scale, blocksize=256, code=self.absmax_code, dtype=torch.float32
+                absmax=self.absmax_scale, blocksize=NESTED_BLOCK, code=self.absmax_code, dtype=torch.float32
             )
         return functional.QuantState(
             absmax=self.absmax,
@@ -202,18 +212,22 @@ def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> No
 
 
 def stacks(layers: Sequence[QuantizedLinear]) -> bool:
-    """True if layers can be stacked: of one scheme, and with double quantisation scales that fill blocks of 256."""
+    """True if layers can be stacked: of one scheme, and with 4 bits rows that fill blocks."""
     first = layers[0]
     if any((layer.scheme, layer.in_features) != (first.scheme, first.in_features) for layer in layers):
         return False
-    if first.scheme == "bnb.int8":
-        return True
-    ragged = first.scheme.endswith("-dq") and any(layer.absmax.numel() % 256 for layer in layers[:-1])
-    return not first.in_features % BLOCK and not ragged
+    return first.scheme == "bnb.int8" or not first.in_features % BLOCK
+
+
+def ragged(scales: Sequence[int]) -> bool:
+    """True if layers with so many scales, doubly quantised and end to end, would share a block of codes."""
+    return any(count % NESTED_BLOCK for count in scales[:-1])
 
 
 def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | None:
     """The weights of layers that share an input, stacked along their rows; the layers keep views of them.
+
+    With double quantisation the scales are decoded where a layer's do not fill whole blocks of codes.
 
     Returns:
         None where they cannot be stacked, see stacks.
@@ -221,7 +235,10 @@ def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | Non
     first = layers[0]
     if not stacks(layers):
         return None
-    nested = first.scheme.endswith("-dq")
+    if hasattr(first, "absmax_scale") and ragged([layer.absmax.numel() for layer in layers]):
+        for layer in layers:
+            layer.decode_scales()
+    nested = hasattr(first, "absmax_scale")
 
     def joined(name: str) -> Tensor:
         """The layers' buffers end to end; each layer keeps a view into them, so nothing exists twice."""

@@ -10,11 +10,12 @@ from lit_qlora.fused.experts import FUNCTIONS, KINDS
 from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_layers
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.kernels import launch
+from lit_qlora.kernels.stack import BLOCK
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import MoE
-from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.quantize import QuantizedLinear, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
@@ -58,6 +59,15 @@ def _of_experts(model: GPT) -> Iterator[nn.Module]:
     for block in model.blocks:
         if isinstance(block.mlp, MoE):
             yield from (getattr(block.mlp.experts[0], name) for name in LAYERS)
+
+
+def decoded_scales(model: GPT) -> int:
+    """Bytes that scales of a doubly quantised model take more on the fast path; see quantize.stack_weights."""
+    more = 0
+    for layers in stacks_of(model):
+        scales = [base_of(layer).out_features * base_of(layer).in_features // BLOCK for layer in layers]
+        more += 3 * sum(scales) if ragged(scales) else 0  # float32 instead of a byte
+    return more
 
 
 def unhandled(config: ModelConfig) -> str:

@@ -143,6 +143,10 @@ def make_plan(
     )
     if reason or room.gpu is None:
         return plan
+    if storage.quantize.endswith("-dq"):
+        from lit_qlora.fused.support import decoded_scales  # imports Triton
+
+        plan = replace(plan, weights=plan.weights + decoded_scales(gpt))
     plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=_lacks_flash(model.head_size))
     return _fast_plan(plan, gpt, lora, storage, batches, train, room)
 

@@ -78,6 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "multi-head": {"n_kv_head": 4},
     "nf4": {"scheme": "bnb.nf4"},
+    "nf4-dq, scales that fill no block": {"scheme": "bnb.nf4-dq"},
     "int8": {"scheme": "bnb.int8"},
     "query and value": {"targets": ("query", "value")},
     "mlp": {"targets": ("mlp",)},
@@ -293,7 +294,6 @@ def test_dropout_is_off_in_evaluation() -> None:
         ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 24}, "a layer with 24 outputs"),
         ({"ffn": "swiglu_clamped"}, "ffn 'swiglu_clamped'"),
         ({"targets": ("head",), "vocab_size": 161}, "a layer with 161 outputs"),
-        ({"scheme": "bnb.nf4-dq"}, "do not stack"),
     ],
 )
 def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> None:

@@ -29,7 +29,8 @@ def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, cached_blocks: in
     """
     fused = Fused(model, fp8, cached_blocks, ahead)
     model.fast = fused
-    if graph_tokens and fused.device.type == "cuda":
+    # Noise is scaled by the length of a row, which must not be padded.
+    if graph_tokens and fused.device.type == "cuda" and not model.embed._forward_hooks:
         fused.graphs = Graphs(fused, graph_tokens)
     return fused
 

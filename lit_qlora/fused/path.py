@@ -331,7 +331,9 @@ class Fused:
         """For tokens (T,) the pair (T, E) whose sum the last norm reads, and the saved activations of each block."""
         if not self.copies_by_block:
             self.copies[0].refresh()
-        x = times(F.embedding(tokens, self.model.embed.weight.detach()), self.config.embedding_multiplier)
+        rows = self.model.embed(tokens.view(run.layout.rows, run.layout.length))  # with noise, if there is any
+        x = times(rows.flatten(0, 1), self.config.embedding_multiplier)
+        del rows
         if self.model.positions is not None:
             assert table_rows is not None
             x = x + F.embedding(table_rows, self.model.positions.weight.detach())

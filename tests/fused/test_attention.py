@@ -1,16 +1,40 @@
-"""Attention with sinks from attention without them."""
+"""Attention asks what the GPU has, and plain torch computes what its fast implementations do not."""
 
 import pytest
 import torch
 
-from lit_qlora.fused.attention import _with_sinks
+from lit_qlora.fused.attention import _with_sinks, has_flash
 from lit_qlora.kernels.attention import Scores, attend, attend_backward
 from lit_qlora.kernels.launch import AVAILABLE
 from tests.kernels.test_attention import DEVICE, meaning
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+CUDA = torch.device("cuda")
 
 
+@pytest.mark.parametrize(
+    ("capability", "size", "runs"),
+    [
+        ((7, 5), 128, False),
+        ((8, 0), 128, True),
+        ((8, 9), 208, False),
+        ((9, 0), 208, True),
+        ((12, 0), 256, True),
+        ((9, 0), 320, False),
+        ((9, 0), 100, False),
+    ],
+)
+def test_flash_attention_is_taken_where_it_runs(
+    capability: tuple[int, int], size: int, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_flash.__wrapped__(size, CUDA) == runs
+
+
+def test_a_cpu_has_no_flash_attention() -> None:
+    assert not has_flash(128, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 @pytest.mark.parametrize("cap", [None, 4.0])
 def test_sum_and_output_of_the_whole_softmax_give_the_gradients_with_sinks(cap: float | None) -> None:
     """The backward pass of attention knows no sinks: flash attention's is of the same form as the kernel's."""

@@ -113,6 +113,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "interleaved RoPE, heads of 128": {"rope_interleaved": True, "head_size": 128},
     "rank 128": {"r": 128},
     "adapted head": {"targets": ("all", "head")},
+    "norms on queries and keys": {"qk_norm": "head", "head_size": 128},
+    "norms behind half a rotation": {"qk_norm": "head", "qk_norm_after_rope": True, "rope_fraction": 0.5},
+    "capped scores": {"attention_softcap": 5.0, "sliding_window": 48, "head_size": 128},
+    "capped scores, heads of 256": {"attention_softcap": 5.0, "head_size": 256, "norm": "rms_plus_one"},
+    "sinks": {"attention_sinks": True, "sliding_window": 48},
+    "nf4-dq, scales that fill no block": {"scheme": "bnb.nf4-dq", "n_embd": 192, "n_head": 3, "n_kv_head": 1},
     "nf4-dq": {"scheme": "bnb.nf4-dq", "n_embd": 512, "n_head": 8, "n_kv_head": 4, "ffn_size": 1024},
 }
 

@@ -161,11 +161,11 @@ def attention_backward(
 
 
 def _with_sinks(out: Tensor, log_sum: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output (..., H, D) and the logarithm of the softmax's sum (..., H), with the sinks in the softmax."""
+    """Put the sinks into the softmax: the output (..., H, D), in place, and the logarithm of its sum (..., H)."""
     if sinks is None:
         return out, log_sum
     whole = torch.logaddexp(log_sum, sinks.float())
-    return out * (log_sum - whole).exp()[..., None].to(out.dtype), whole
+    return out.mul_((log_sum - whole).exp()[..., None]), whole  # in place, the product is rounded once
 
 
 def _ends(layout: Layout, device: torch.device) -> Tensor:

@@ -141,6 +141,12 @@ def test_an_outside_library_has_one_home(library: str) -> None:
     assert users == HOMES[library]
 
 
+def test_models_on_the_meta_device_are_made_in_one_place() -> None:
+    benchmarks = (ROOT / "benchmarks").rglob("*.py")
+    makers = [path.name for path in (*MODULES, *SCRIPTS, *benchmarks) if 'torch.device("meta")' in path.read_text()]
+    assert makers == ["gpt.py"]
+
+
 def test_every_outside_library_has_a_home() -> None:
     used = {name.split(".")[0] for path in MODULES for name in imported(path)}
     assert used - sys.stdlib_module_names - {"lit_qlora", "torch"} <= set(HOMES)

@@ -10,7 +10,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -50,17 +50,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     _remove_left_over(path)
-    temporary = _temporary_name(path)
-    with open(temporary, "xb") as file:
-        _lock(file.fileno())
-        try:
-            yield temporary
-            flush(temporary)
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
+    temporary, handle = _locked(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    finally:
+        os.close(handle)
     flush(path.parent)
 
 
@@ -193,10 +193,19 @@ def _temporary_name(path: Path, kind: str = "tmp") -> Path:
 
 def _locked_directory(beside: Path, kind: str = "tmp") -> tuple[Path, int]:
     """A new directory, and the handle that locks it."""
+
+    def make(path: Path) -> int:
+        path.mkdir()
+        return os.open(path, os.O_RDONLY)
+
+    return _locked(beside, make, kind)
+
+
+def _locked(beside: Path, make: Callable[[Path], int], kind: str = "tmp") -> tuple[Path, int]:
+    """A new path that `make` makes and opens, and the handle that locks it."""
     while True:
         path = _temporary_name(beside, kind)
-        path.mkdir()
-        handle = os.open(path, os.O_RDONLY)
+        handle = make(path)
         _lock(handle)
         if path.exists():
             return path, handle

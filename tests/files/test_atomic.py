@@ -99,6 +99,26 @@ def test_a_file_in_use_is_not_taken_for_left_over(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "first"
 
 
+def test_what_another_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, removed = atomic._lock, []
+
+    def removed_first(handle: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.glob("a.tmp-*"))
+            removed[0].rmdir() if removed[0].is_dir() else removed[0].unlink()
+        lock(handle)
+
+    monkeypatch.setattr(atomic, "_lock", removed_first)
+    write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
+    removed.clear()
+    with temporary_directory(tmp_path / "a") as mine:
+        assert mine.is_dir()
+        assert mine not in removed
+
+
 # Faults and kills at each operation
 
 OPERATIONS = ("rename", "replace", "mkdir", "rmdir", "unlink", "fsync")

@@ -84,6 +84,9 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Confi
 def _instantiate(parser: "_Parser", config_type: type[Config], argv: Sequence[str]) -> Config:
     namespace = parser.parse_args(argv)
     values = parser.instantiate(namespace)
+    for name, value in vars(values).items():
+        if isinstance(value, SecretStr) and not isinstance(value.get_secret_value(), str):
+            raise UsageError(f"--{name} must be one text. In quotation marks, '\"[...]\"', YAML takes it as it is.")
     for name in COMMAND_LINE_ONLY:
         typed = any(word == f"--{name}" or word.startswith(f"--{name}=") for word in argv)
         if getattr(values, name, False) and not typed:

@@ -349,3 +349,17 @@ def test_a_config_of_thousands_of_digits_is_refused_in_words(tmp_path: Path) -> 
     (tmp_path / "a.yaml").write_text(f"seed: {'7' * 5000}")
     with pytest.raises(UsageError, match="A value on the command line or in the --config file cannot be read"):
         cli.parse(FinetuneConfig, [f"--config={tmp_path / 'a.yaml'}"])
+
+
+@pytest.mark.parametrize("value", ["[a, b]", "{a: 1}"])
+def test_a_secret_is_one_text(value: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """A command with a secret."""
+
+        token: cli.SecretStr | None = None
+        """It."""
+
+    with pytest.raises(UsageError, match="--token must be one text") as caught:
+        cli.parse(Config, [f"--token={value}"])
+    assert value not in str(caught.value)

@@ -17,18 +17,22 @@ class GgufConfig:
     checkpoint_dir: Path
     """The checkpoint: a converted or merged model."""
     out_file: Path
-    """The new file."""
+    """The new file; NAME.Modelfile beside it is for Ollama."""
     dtype: Literal["f16", "q8_0", "bf16", "f32"] = "q8_0"
     """Storage of the matrices: 16 bits, 32 bits, or blocks of 32 weights of 8 bits that share a 16-bit scale."""
 
 
 def main(config: GgufConfig) -> None:
     """Convert and say what came out."""
-    from lit_qlora.convert.to_gguf import export_gguf
+    from lit_qlora.convert.to_gguf import MODELFILE, export_gguf
 
     model = export_gguf(config.checkpoint_dir, config.out_file, config.dtype)
     size = config.out_file.stat().st_size
-    print(f"exported {model.name} as {config.dtype}, {size / 1e9:.2f} GB: {config.out_file}")
+    beside = config.out_file.with_suffix(MODELFILE)
+    print(
+        f"exported {model.name} as {config.dtype}, {size / 1e9:.2f} GB: {config.out_file}\n"
+        f"for Ollama: ollama create {config.out_file.stem} -f {beside}"
+    )
 
 
 if __name__ == "__main__":

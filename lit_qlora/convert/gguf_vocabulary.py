@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_qlora.convert.ending import Ending
 from lit_qlora.errors import CheckpointError
-from lit_qlora.files.reading import read_json
-from lit_qlora.prompts.backends import read_pieces
+from lit_qlora.prompts.backends import read_pieces, read_spec
 from lit_qlora.prompts.chat_template import find_chat_template
-from lit_qlora.prompts.tokenizer import Tokenizer
+from lit_qlora.prompts.published import chat_template
+from lit_qlora.prompts.tokenizer import MODELS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -38,6 +39,8 @@ class Vocabulary:
     """The first word gets a space before it."""
     bos_id: int | None
     eos_id: int
+    other_stops: tuple[int, ...]
+    """What else ends an answer; llama.cpp has names for two such tokens, "end of turn" and "end of message"."""
     adds_bos: bool
     chat_template: str | None
 
@@ -55,6 +58,8 @@ class Vocabulary:
         if self.bos_id is not None:
             writer.add_bos_token_id(self.bos_id)
         writer.add_eos_token_id(self.eos_id)
+        for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), self.other_stops, strict=False):
+            add(i)
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(False)
         if UNKNOWN in self.kinds:
@@ -63,37 +68,35 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(directory: Path, size: int) -> Vocabulary:
+def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
     """The vocabulary of a checkpoint, filled up to `size` rows of the embedding.
 
     Raises:
         CheckpointError: if the tokenizer is of a kind that llama.cpp does not have.
     """
-    tokenizer = Tokenizer(directory)
+    tokenizer = ending.tokenizer
     rows: dict[int, tuple[str, float, int]] = {}
     merges: list[str] = []
     split = "default"
-    if (directory / "tokenizer.model").is_file():
-        pieces = read_pieces(directory / "tokenizer.model")
+    path = next(directory / name for name in MODELS if (directory / name).is_file())
+    beside = next(
+        (directory / name for name in ("tokenizer.model", "spiece.model") if (directory / name).is_file()), None
+    )
+    if beside:
+        pieces = read_pieces(beside)
         if any(kind == NORMAL and score != int(score) for _, score, kind in pieces):
             raise CheckpointError(f"{directory}: llama.cpp has no Unigram tokenizer for this model, only BPE.")
         rows |= dict(enumerate(pieces))
-    if (directory / "tokenizer.json").is_file():
-        spec = read_json(directory / "tokenizer.json")
-        if not rows:
-            rows, merges, split = _read_bpe(spec, directory)
-        added = {token["id"]: (token["content"], token["special"]) for token in spec.get("added_tokens", [])}
     else:
-        settings = directory / "tokenizer_config.json"
-        decoder = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
-        added = {int(i): (token["content"], token.get("special", False)) for i, token in (decoder or {}).items()}
-        added |= {i: (content, True) for content, i in tokenizer.control_tokens.items() if i not in added}
-    for i, (content, special) in added.items():
-        known = rows.get(i, (content, 0.0, NORMAL))
-        kind = known[2] if known[2] in (UNKNOWN, BYTE) else CONTROL if special else USER_DEFINED
-        rows[i] = (content, known[1], kind)
-    if max(rows) >= size:
-        raise CheckpointError(f"{directory}: the tokenizer has {max(rows) + 1} tokens, the model {size} embeddings.")
+        rows, merges, split = _read_bpe(read_spec(path), directory)
+    for i, token in tokenizer.added_tokens.items():
+        known = rows.get(i, (token.content, 0.0, NORMAL))
+        kind = known[2] if known[2] in (UNKNOWN, BYTE) else CONTROL if token.special else USER_DEFINED
+        rows[i] = (token.content, known[1], kind)
+    # A control token without a row, such as that of an image, is written by nothing here.
+    written = [i for i, (_, _, kind) in rows.items() if kind != CONTROL or i in ending.stop_ids]
+    if max(written) >= size:
+        raise CheckpointError(f"{directory}: the tokenizer has {max(written) + 1} tokens, the model {size} embeddings.")
     full = [rows.get(i, (f"[PAD{i}]", -1e9, UNUSED)) for i in range(size)]
     return Vocabulary(
         tokens=[content for content, _, _ in full],
@@ -104,8 +107,11 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         prefix=tokenizer.prefixes,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
+        other_stops=ending.stop_ids[1:],
         adds_bos=tokenizer.use_bos,
-        chat_template=find_chat_template(directory),
+        chat_template=(
+            chat_template(ending.style, tokenizer, llama_cpp=True) if ending.style else find_chat_template(directory)
+        ),
     )
 
 

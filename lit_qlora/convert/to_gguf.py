@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint
+from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.gguf_vocabulary import read_vocabulary
+from lit_qlora.convert.modelfile import modelfile
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
+from lit_qlora.files.atomic import flush
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope import scaled_frequency
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
+MODELFILE = ".Modelfile"
+"""How the name of the file for Ollama ends."""
 Kind = Literal["f16", "q8_0", "bf16", "f32"]
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """Our families -> what llama.cpp calls them. Its llama pairs neighbouring features in RoPE, its qwen2 as we do."""
@@ -59,7 +64,9 @@ NAMES = {
 
 
 def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> ModelConfig:
-    """Write the GGUF file of a checkpoint, whole or not at all. Host memory holds a tensor in float32 and as written.
+    """Write the GGUF file of a checkpoint, atomically, and a Modelfile for Ollama beside it.
+
+    Host memory holds a tensor in float32 and as it is written.
 
     Args:
         kind: storage of the matrices; vectors are float32. q8_0 has blocks of 32 bytes that share a float16 scale.
@@ -73,13 +80,18 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
         from gguf import GGUFWriter
     except ImportError:
         raise UsageError('GGUF files need the gguf package: pip install "lit_qlora[gguf]"') from None
-    if out_file.exists():
-        raise UsageError(f"{out_file} exists. Give --out_file a new name, or remove it.")
+    beside = out_file.with_suffix(MODELFILE)
+    for path in (out_file, beside):
+        if path.exists():
+            raise UsageError(f"{path} exists. Give --out_file a new name, or remove it.")
     config = ModelConfig.load(checkpoint_dir)
     weights = checkpoint.open_weights(checkpoint_dir)
     checkpoint.check_weights(weights.specs, config, location=str(weights.location))
     check_supported(config)
-    vocabulary = read_vocabulary(checkpoint_dir, config.vocab_size)
+    ending = read_ending(checkpoint_dir)
+    if ending is None:
+        raise CheckpointError(f"{checkpoint_dir} has no tokenizer, which a GGUF file holds.")
+    vocabulary = read_vocabulary(checkpoint_dir, ending, config.vocab_size)
 
     with atomic.writing(out_file), atomic.replacing(out_file) as staged:
         writer = GGUFWriter(staged, ARCHITECTURES[config.family])
@@ -100,6 +112,12 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
                 _write(writer, "rope_freqs.weight", factors, _storage(factors, kind))
         finally:
             writer.close()
+        context = read_context(config)
+        (staged / beside.name).write_text(modelfile(out_file.name, ending, checkpoint_dir, context), encoding="utf-8")
+        for path in (beside, out_file):
+            flush(staged / path.name)
+            (staged / path.name).rename(path)
+        flush(out_file.parent)
     return config
 
 
@@ -122,6 +140,11 @@ def check_supported(config: ModelConfig) -> None:
         raise CheckpointError(f"{config.name} cannot be written as GGUF: it has {', '.join(other)}.")
 
 
+def read_context(config: ModelConfig) -> int:
+    """Most tokens that llama.cpp can read: it gives these models no window; within it, full attention is the same."""
+    return min(config.block_size, config.sliding_window or config.block_size)
+
+
 def gguf_name(name: str) -> str:
     """What llama.cpp calls one of our tensors."""
     found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
@@ -142,8 +165,7 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
     writer.add_name(config.name)
     writer.add_file_type(files[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    # llama.cpp gives these models no sliding window; within it, full attention is the same.
-    writer.add_context_length(min(config.block_size, config.sliding_window or config.block_size))
+    writer.add_context_length(read_context(config))
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint, shards
+from lit_qlora.convert.ending import Ending, read_ending
 from lit_qlora.convert.families import find_family, read_config, their_tensors, to_ours
 from lit_qlora.convert.from_hugging_face import THEIR_WEIGHTS, find_weights
 from lit_qlora.convert.hub import SOURCE
@@ -25,6 +26,7 @@ from lit_qlora.files import atomic
 from lit_qlora.files.reading import read_json
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts import tokenizer
+from lit_qlora.prompts.published import chat_template
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -50,7 +52,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
     config = ModelConfig.load(checkpoint_dir)
     weights = checkpoint.open_weights(checkpoint_dir)
     checkpoint.check_weights(weights.specs, config, location=str(weights.location))
-    theirs = their_config(checkpoint_dir, config, weights.specs)
+    theirs, ending = their_config(checkpoint_dir, config, weights.specs), read_ending(checkpoint_dir)
     plan = their_tensors(weights.specs, config)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} has something in it. Give --out_dir a new name, or remove it.")
@@ -67,7 +69,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         for name in tokenizer.FILES:
             if (checkpoint_dir / name).is_file():
                 shutil.copy(checkpoint_dir / name, folder / name)
-        _write_generation_config(folder)
+        _write_ending(folder, ending)
         (folder / "README.md").write_text(model_card(checkpoint_dir, config))
         _read_back(folder, config, weights.specs)
         atomic.publish(folder, out_dir)
@@ -136,20 +138,27 @@ def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """What a JSON file of ours says; nothing where there is none."""
+    """What a JSON file says; nothing where there is none."""
     facts: dict[str, Any] = read_json(path) if path.is_file() else {}
     return facts
 
 
-def _write_generation_config(folder: Path) -> None:
-    """Tell where answers end, if no generation_config.json came along and there is a tokenizer that knows."""
-    path = folder / "generation_config.json"
-    if path.is_file() or not any((folder / name).is_file() for name in tokenizer.MODELS):
+def _write_ending(folder: Path, ending: Ending | None) -> None:
+    """Tell where answers end, in generation_config.json, and how conversations are written, in chat_template.jinja."""
+    if ending is None:
         return
-    ours = tokenizer.Tokenizer(folder)
-    stops = sorted(ours.stop_ids)
-    content = {"bos_token_id": ours.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}, indent=2) + "\n")
+    path = folder / "generation_config.json"
+    known, stops = _read_facts(path), list(ending.stop_ids)
+    told = {"bos_token_id": ending.tokenizer.bos_id} if not known and ending.tokenizer.bos_id is not None else {}
+    told["eos_token_id"] = stops[0] if len(stops) == 1 else stops  # type: ignore[assignment]
+    if {*tokenizer.as_list(known.get("eos_token_id"))} != {*stops}:
+        path.write_text(json.dumps(known | told, indent=2) + "\n")
+    if ending.style:
+        (folder / "chat_template.jinja").write_text(chat_template(ending.style, ending.tokenizer), encoding="utf-8")
+        config = folder / "tokenizer_config.json"
+        settings = _read_facts(config)
+        if settings.pop("chat_template", None) is not None:  # that of the base
+            config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_back(folder: Path, config: ModelConfig, specs: Mapping[str, Tensor]) -> None:

@@ -59,8 +59,8 @@ class Tokenizer:
         self.size = self._backend.size
         self.bos_id = self._named(settings["bos_token"]) if "bos_token" in settings else self._backend.bos_id
         eos = self._named(settings["eos_token"]) if "eos_token" in settings else self._backend.eos_id
-        stops = _as_list(generation.get("eos_token_id"))
-        stops = stops or _as_list(read_if_there(directory / "config.json").get("eos_token_id"))
+        stops = as_list(generation.get("eos_token_id"))
+        stops = stops or as_list(read_if_there(directory / "config.json").get("eos_token_id"))
         if eos is None and stops:
             eos = stops[0]
         if eos is None:
@@ -186,5 +186,6 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(AddedToken.parse(token).content)
 
 
-def _as_list(value: Any) -> list[int]:
+def as_list(value: Any) -> list[int]:
+    """Ids as generation_config.json has them: none, one, or a list."""
     return [] if value is None else [int(v) for v in value] if isinstance(value, list) else [int(value)]

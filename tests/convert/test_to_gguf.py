@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
-from lit_qlora.convert.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, read_vocabulary
+from lit_qlora.convert.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from lit_qlora.convert.to_gguf import Kind, check_supported, export_gguf, gguf_name
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.model.config import ModelConfig
@@ -34,6 +35,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]
     settings = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     return settings, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
+
+
+def vocabulary_of(directory: Path, size: int) -> Vocabulary:
+    """As a file of a model of this size would hold it."""
+    ending = read_ending(directory)
+    assert ending
+    return read_vocabulary(directory, ending, size)
 
 
 def with_vocabulary(directory: Path, size: int) -> None:
@@ -165,7 +173,7 @@ def test_linear_scaling_is_a_setting_and_llama3s_a_tensor(tmp_path: Path) -> Non
 
 
 def test_sentencepiece_tokens_keep_their_scores_and_kinds(checkpoint: Path) -> None:
-    vocabulary = read_vocabulary(checkpoint, 320)
+    vocabulary = vocabulary_of(checkpoint, 320)
     ours = Tokenizer(checkpoint)
     assert vocabulary.tokens[:3] == ["<unk>", "<s>", "</s>"]
     assert vocabulary.kinds[:3] == [2, CONTROL, CONTROL]
@@ -190,7 +198,7 @@ def merged_by_score(vocabulary: Any, text: str) -> list[int]:
 
 def test_scores_stand_for_the_merges_of_a_tokenizer_json_with_blocks(tmp_path: Path) -> None:
     metaspace(tmp_path)
-    vocabulary = read_vocabulary(tmp_path, 600)
+    vocabulary = vocabulary_of(tmp_path, 600)
     assert not vocabulary.merges
     assert vocabulary.kinds[:3] == [2, CONTROL, CONTROL]
     assert merged_by_score(vocabulary, "▁What▁is▁1▁plus▁12?") == Tokenizer(tmp_path).encode(
@@ -205,7 +213,7 @@ def test_byte_level_tokens_keep_their_merges(tmp_path: Path) -> None:
     extra = {"id": size, "content": "<think>", "special": False, "single_word": False, "lstrip": False}
     spec["added_tokens"].append(extra | {"rstrip": False, "normalized": False})
     write_json(tmp_path / "tokenizer.json", spec)
-    vocabulary = read_vocabulary(tmp_path, size + 5)
+    vocabulary = vocabulary_of(tmp_path, size + 5)
     assert vocabulary.merges == [" ".join(pair) for pair in spec["model"]["merges"]]
     assert (vocabulary.split, vocabulary.bos_id, vocabulary.adds_bos) == ("gpt-2", None, False)
     assert vocabulary.kinds[size] == USER_DEFINED
@@ -220,16 +228,16 @@ def test_how_a_text_is_cut_has_a_name(name: str, tmp_path: Path) -> None:
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, {**spec["pre_tokenizer"], "use_regex": False}]}
     write_json(tmp_path / "tokenizer.json", spec)
-    assert read_vocabulary(tmp_path, 600).split == name
+    assert vocabulary_of(tmp_path, 600).split == name
     cut["pattern"]["Regex"] = r"\w+"
     write_json(tmp_path / "tokenizer.json", spec)
     with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
-        read_vocabulary(tmp_path, 600)
+        vocabulary_of(tmp_path, 600)
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"the tokenizer has 300 tokens, the model 299 embeddings"):
-        read_vocabulary(checkpoint, 299)
+        vocabulary_of(checkpoint, 299)
 
 
 def test_the_chat_template_comes_along(checkpoint: Path) -> None:
@@ -274,7 +282,10 @@ def test_the_command_exports_the_demo(tmp_path: Path, capsys: pytest.CaptureFixt
     script = load_script("scripts/convert_gguf.py")
     demo, out = ROOT / "checkpoints/lit-qlora/tiny-world", tmp_path / "demo.gguf"
     script.main(script.GgufConfig(checkpoint_dir=demo, out_file=out))
-    assert capsys.readouterr().out == f"exported lit-qlora/tiny-world as q8_0, 0.00 GB: {out}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"exported lit-qlora/tiny-world as q8_0, 0.00 GB: {out}",
+        f"for Ollama: ollama create demo -f {out.with_suffix('.Modelfile')}",
+    ]
     settings, tensors, _ = read(out)
     assert len(tensors) == len(list(GPT(ModelConfig.load(demo)).parameters()))
     assert len(settings["tokenizer.ggml.tokens"]) == 1280

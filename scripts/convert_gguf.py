@@ -12,7 +12,7 @@ from lit_qlora import cli
 
 @dataclass(frozen=True, kw_only=True)
 class GgufConfig:
-    """Convert a checkpoint of the families llama, mistral or qwen2 into one GGUF file for llama.cpp."""
+    """Convert a checkpoint into one GGUF file for llama.cpp; a model that it would compute otherwise is refused."""
 
     checkpoint_dir: Path
     """The checkpoint: a converted or merged model."""

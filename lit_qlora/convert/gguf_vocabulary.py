@@ -34,7 +34,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     """Byte-level BPE: "left right", first merge first."""
     split: str = "default"
-    """How a text is cut before it is merged."""
+    """How a text is cut before it is merged, byte-level; "default" for SentencePiece."""
     prefix: bool
     """The first word gets a space before it."""
     bos_id: int | None
@@ -46,11 +46,11 @@ class Vocabulary:
 
     def write(self, writer: "GGUFWriter") -> None:
         """Add it to a file that has not been opened yet."""
-        writer.add_tokenizer_model("gpt2" if self.merges else "llama")
+        writer.add_tokenizer_model("gpt2" if self.split != "default" else "llama")
         writer.add_tokenizer_pre(self.split)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.kinds)
-        if self.merges:
+        if self.split != "default":
             writer.add_token_merges(self.merges)
         else:
             writer.add_token_scores(self.scores)
@@ -100,7 +100,7 @@ def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
     full = [rows.get(i, (f"[PAD{i}]", -1e9, UNUSED)) for i in range(size)]
     return Vocabulary(
         tokens=[content for content, _, _ in full],
-        scores=[] if merges else [score for _, score, _ in full],
+        scores=[score for _, score, _ in full] if split == "default" else [],
         kinds=[kind for _, _, kind in full],
         merges=merges,
         split=split,
@@ -140,6 +140,8 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
             f"{directory}: tokenizer.json cuts texts in a way that has no name in llama.cpp here. "
             f"Known: {', '.join(SPLITS.values())}."
         )
+    if not pairs:
+        raise CheckpointError(f"{directory}: tokenizer.json joins no letters, and llama.cpp reads none without merges.")
     # GGUF puts a space between the two parts, so one inside a part is written as the character 256 further on.
     merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
     return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, SPLITS[pattern]

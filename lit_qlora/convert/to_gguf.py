@@ -4,8 +4,8 @@ What llama.cpp computes with the file is what model.py computes; a model it woul
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import re
-from dataclasses import fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.convert.ending import read_ending
+from lit_qlora.convert.families import template, their_tensors
+from lit_qlora.convert.gguf_architectures import ARCHITECTURES, check_supported
 from lit_qlora.convert.gguf_vocabulary import read_vocabulary
 from lit_qlora.convert.modelfile import modelfile
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
-from lit_qlora.files.atomic import flush
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope import scaled_frequency
 
@@ -28,39 +29,6 @@ if TYPE_CHECKING:
 MODELFILE = ".Modelfile"
 """How the name of the file for Ollama ends."""
 Kind = Literal["f16", "q8_0", "bf16", "f32"]
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-"""Our families -> what llama.cpp calls them. Its llama pairs neighbouring features in RoPE, its qwen2 as we do."""
-UNDERSTOOD = {
-    *(
-        "name",
-        "family",
-        "n_layer",
-        "n_embd",
-        "n_head",
-        "n_kv_head",
-        "head_size",
-        "ffn_size",
-        "vocab_size",
-        "block_size",
-    ),
-    *("norm_eps", "qkv_bias", "projection_bias", "mlp_bias", "sliding_window", "rope_theta", "tied_head"),
-    *("rope_scaling", "rope_factor", "rope_original_block_size", "rope_low_freq_factor", "rope_high_freq_factor"),
-}
-"""Fields of ModelConfig that can have any value; the others must have their default."""
-NAMES = {
-    "embed": "token_embd",
-    "norm": "output_norm",
-    "head": "output",
-    "norm_1": "attn_norm",
-    "attn.query": "attn_q",
-    "attn.key": "attn_k",
-    "attn.value": "attn_v",
-    "attn.projection": "attn_output",
-    "norm_2": "ffn_norm",
-    "mlp.gate": "ffn_gate",
-    "mlp.up": "ffn_up",
-    "mlp.down": "ffn_down",
-}
 
 
 def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> ModelConfig:
@@ -87,69 +55,80 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
     config = ModelConfig.load(checkpoint_dir)
     weights = checkpoint.open_weights(checkpoint_dir)
     checkpoint.check_weights(weights.specs, config, location=str(weights.location))
-    check_supported(config)
+    architecture = check_supported(config)
     ending = read_ending(checkpoint_dir)
     if ending is None:
         raise CheckpointError(f"{checkpoint_dir} has no tokenizer, which a GGUF file holds.")
     vocabulary = read_vocabulary(checkpoint_dir, ending, config.vocab_size)
+    plan = plan_tensors(weights.specs, config)
 
     with atomic.writing(out_file), atomic.replacing(out_file) as staged:
-        writer = GGUFWriter(staged, ARCHITECTURES[config.family])
+        writer = GGUFWriter(staged, architecture.name)
         try:
             _write_settings(writer, config, kind)
             vocabulary.write(writer)
             factors = _rope_factors(config)
-            for name, spec in weights.specs.items():
-                _announce(writer, gguf_name(name), spec, _storage(spec, kind))
+            for tensor in plan:
+                spec = tensor.join(weights.specs.__getitem__, config)
+                _announce(writer, tensor.name, spec, _storage(spec, kind))
             if factors is not None:
                 _announce(writer, "rope_freqs.weight", factors, _storage(factors, kind))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, spec in weights.specs.items():
-                _write(writer, name, _ordered(name, weights.read(name), config), _storage(spec, kind))
+            for tensor in plan:
+                whole = tensor.join(weights.read, config)
+                _write(writer, tensor.parts[0], whole, _storage(whole, kind))
+                del whole
             if factors is not None:
                 _write(writer, "rope_freqs.weight", factors, _storage(factors, kind))
         finally:
             writer.close()
-        context = read_context(config)
-        (staged / beside.name).write_text(modelfile(out_file.name, ending, checkpoint_dir, context), encoding="utf-8")
-        for path in (beside, out_file):
-            flush(staged / path.name)
-            (staged / path.name).rename(path)
-        flush(out_file.parent)
+        atomic.write_text(beside, modelfile(out_file.name, ending, checkpoint_dir, read_context(config)))
     return config
 
 
-def check_supported(config: ModelConfig) -> None:
-    """Raise CheckpointError for a model that llama.cpp would compute otherwise, naming what it is."""
-    if config.family not in ARCHITECTURES:
-        raise CheckpointError(
-            f"GGUF is written for the families {', '.join(ARCHITECTURES)}; {config.name} is a {config.family}."
-        )
-    other = [
-        f"{field.name} {getattr(config, field.name)!r}"
-        for field in fields(config)
-        if field.name not in UNDERSTOOD and getattr(config, field.name) != field.default
-    ]
-    if config.rope_scaling not in ("none", "linear", "llama3"):
-        other.append(f"rope_scaling {config.rope_scaling!r}")
-    if config.sliding_window is not None and config.family == "qwen2":
-        other.append("sliding_window")
-    if other:
-        raise CheckpointError(f"{config.name} cannot be written as GGUF: it has {', '.join(other)}.")
-
-
 def read_context(config: ModelConfig) -> int:
-    """Most tokens that llama.cpp can read: it gives these models no window; within it, full attention is the same."""
-    return min(config.block_size, config.sliding_window or config.block_size)
+    """Most tokens that llama.cpp computes as we do: where it has no window, as many as ours lets a token see."""
+    window = None if ARCHITECTURES[config.family].period else config.sliding_window
+    return min(config.block_size, window or config.block_size)
 
 
-def gguf_name(name: str) -> str:
-    """What llama.cpp calls one of our tensors."""
-    found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    assert found, name
-    return f"blk.{found[1]}.{NAMES[found[2]]}.{found[3]}" if found[1] else f"{NAMES[found[2]]}.{found[3]}"
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """A tensor of a GGUF file, and what it is made of."""
+
+    name: str
+    parts: tuple[str, ...]
+    """Ours, one below the other."""
+    stacked: bool = False
+    """One behind the other instead, along a new first dimension."""
+
+    def join(self, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
+        """Their tensor, from ours."""
+        parts = [_ordered(name, read(name), config) for name in self.parts]
+        return torch.stack(parts) if self.stacked else torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
+    """The tensors of a file, from the names of ours, by the package's own tables of Hugging Face's names."""
+    import gguf
+
+    architecture = ARCHITECTURES[config.family]
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(known[architecture.name], config.n_layer)
+    found: dict[str, tuple[list[str], bool]] = {}
+    for tensor in their_tensors(names, config):
+        module, _, kind = tensor.name.rpartition(".")
+        numbers = template(tensor.ours[0])[1]
+        layer = tensor.ours[0].split(".")[-2]
+        of_expert = ".experts." in tensor.ours[0]
+        name = f"blk.{numbers['i']}.ffn_{layer}_exps" if of_expert else table.get_name(module)
+        assert name, f"{architecture.name} has no {module}"
+        found.setdefault(f"{name}.{kind}", ([], "e" in numbers))[0].extend(tensor.ours)
+    if config.tied_head and architecture.own_head:
+        found["output.weight"] = (["embed.weight"], False)
+    return [GgufTensor(name=name, parts=tuple(parts), stacked=stacked) for name, (parts, stacked) in found.items()]
 
 
 def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> None:
@@ -174,12 +153,40 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
     writer.add_head_count_kv(config.n_kv_head)
     writer.add_key_length(config.head_size)
     writer.add_value_length(config.head_size)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_rope_freq_base(config.rope_theta)
+    (writer.add_layer_norm_rms_eps if config.norm.startswith("rms") else writer.add_layer_norm_eps)(config.norm_eps)
+    if config.positions == "rope":
+        writer.add_rope_dimension_count(config.rotated)
+        writer.add_rope_freq_base(config.rope_theta)
     if config.rope_scaling == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_factor)
+    if config.rope_local_theta is not None:
+        writer.add_rope_freq_base_swa(config.rope_local_theta)
+    if ARCHITECTURES[config.family].period and config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    if config.n_expert:
+        writer.add_expert_count(config.n_expert)
+        writer.add_expert_used_count(config.n_expert_per_token)
+        writer.add_expert_feed_forward_length(config.expert_size)
+    _write_scales(writer, config)
+
+
+def _write_scales(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """What scores, logits and the residual stream are multiplied by or limited to, where a graph reads it."""
+    writers = {
+        "attention_softcap": writer.add_attn_logit_softcapping,
+        "logit_softcap": writer.add_final_logit_softcapping,
+        "attention_scale": writer.add_attention_scale,
+        "embedding_multiplier": writer.add_embedding_scale,
+        "residual_multiplier": writer.add_residual_scale,
+        "clip_qkv": writer.add_clamp_kqv,
+    }
+    reads = ARCHITECTURES[config.family].reads
+    for name, write in writers.items():
+        if name in reads and getattr(config, name) is not None:
+            write(getattr(config, name))
+    if "logit_multiplier" in reads:  # Granite's graph divides by it, Cohere's multiplies
+        writer.add_logit_scale(1 / config.logit_multiplier if config.family == "granite" else config.logit_multiplier)
 
 
 def _rope_factors(config: ModelConfig) -> Tensor | None:
@@ -191,10 +198,16 @@ def _rope_factors(config: ModelConfig) -> Tensor | None:
 
 
 def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """A tensor with the rows of each head in llama.cpp's order: feature i beside feature i + half."""
-    heads = {"attn.query": config.n_head, "attn.key": config.n_kv_head}
+    """A tensor as llama.cpp's graph takes it.
+
+    That has the rows of each head in the order of its RoPE, feature i beside feature i + half, where it turns
+    neighbours and we do not, and norms whose weight holds the one.
+    """
     layer = ".".join(name.split(".")[2:4])
-    if ARCHITECTURES[config.family] != "llama" or layer not in heads:
+    if config.norm == "rms_plus_one" and "norm" in name:
+        return tensor.float() + 1
+    heads = {"attn.query": config.n_head, "attn.key": config.n_kv_head}
+    if not ARCHITECTURES[config.family].neighbours or config.rope_interleaved or layer not in heads:
         return tensor
     return tensor.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
 

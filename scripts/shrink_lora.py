@@ -51,6 +51,7 @@ def main(config: ShrinkConfig) -> None:
     """Decompose, print what each rank loses, and write the chosen one."""
     from lit_qlora.checkpoint.identity import base_facts
     from lit_qlora.lora.adapter import check_base, our_tensors, read_adapter, save_state
+    from lit_qlora.lora.elsewhere import read_caveats
     from lit_qlora.lora.shrink import candidates, cut, loss_at, smallest_rank, spectra
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.prompts.style import read_style
@@ -98,7 +99,7 @@ def main(config: ShrinkConfig) -> None:
         read_style(config.lora_path),
         {"base": base_facts(checkpoint_dir), **facts, **origin},
     )
-    print(f"rank {rank}: {out_dir}")
+    print(f"rank {rank}: {out_dir}", *read_caveats(out_dir, model.tied_head), sep="\n  ")
 
 
 if __name__ == "__main__":

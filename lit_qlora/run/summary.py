@@ -17,6 +17,7 @@ from lit_qlora.evaluate.measures import best_and_worst
 from lit_qlora.evaluate.validation_inputs import question
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.manifest import read_manifest
+from lit_qlora.lora.elsewhere import read_caveats
 from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, duration, figures, short, smaller_is_better, tell
@@ -73,6 +74,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
         f"done    {duration(summary['seconds'])}   {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} a "
         f"second   peak {summary['peak_gib']:.2f} GiB",
         f"adapter {out_dir}/final{kept}",
+        *(f"        {line}" for line in read_caveats(out_dir / FINAL, model.config.tied_head)),
         f"report  {out_dir}/report.html   log.jsonl, loss.png, report.md beside it",
         f"next    {following.splitlines()[0]}",
     ]

@@ -17,6 +17,7 @@ from tqdm import tqdm  # disable=None shows a bar on a terminal only
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.evaluate.score import BatchSize, Request, Scorer, windows
 from lit_qlora.generation import ends_with, generate, text_of
+from lit_qlora.inference import stop_ids
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.chat_template import Renderer
 from lit_qlora.prompts.style import Style, TemplateStyle
@@ -217,7 +218,7 @@ class GPTModel(TemplateLM):
 
     def _answer(self, prompts: list[list[int]], until: list[str], config: GenerationConfig) -> list[str]:
         stop = ends_with(self.tokenizer, until)
-        made = generate(self.model, prompts, config, self.tokenizer.stop_ids, stop=stop)
+        made = generate(self.model, prompts, config, stop_ids(self.tokenizer, self._style), stop=stop)
         return [text_of(self.tokenizer, ids, stop=until) for ids in made[:: config.num_return_sequences]]
 
     def _generation_settings(self, gen_kwargs: Mapping[str, Any]) -> tuple[list[str], GenerationConfig]:

@@ -55,8 +55,8 @@ def find(directory: Path, *names: str) -> Path | None:
         single, index = directory / name, directory / f"{name}.index.json"
         if single.is_file() and index.is_file() and set(read_index(index).values()) != {name}:
             raise CheckpointError(
-                f"{directory} has two sets of weights: {name}, and those that {index.name} names. "
-                "Remove the one that is not meant; it is left over from an earlier save."
+                f"{directory} has two sets of weights: {name}, and the files that {index.name} names. "
+                "Remove the set that is left over from an earlier save."
             )
         if index.is_file() or single.is_file():
             return index if index.is_file() else single

@@ -32,10 +32,10 @@ def convert_hf_checkpoint(
 ) -> ModelConfig:
     """Make `out_dir` the checkpoint of the Hugging Face model in `source`, whole or not at all.
 
-    Host memory holds one of their tensors and what it is split into, or embedding and head to compare them.
+    Host memory holds one of their tensors and its parts, or embedding and head to compare them.
 
     Args:
-        name: what the model is called; by default the last two parts of `source`, ORG/NAME.
+        name: of the model; by default the last two parts of `source`, ORG/NAME.
         limit: most bytes of weights in a file.
 
     Raises:
@@ -69,10 +69,10 @@ def find_weights(source: Path) -> shards.Weights:
     Raises:
         CheckpointError: if there are none, or a file of theirs is absent or damaged.
     """
-    place = shards.find(source, *THEIR_WEIGHTS)
-    if not place:
+    path = shards.find(source, *THEIR_WEIGHTS)
+    if not path:
         raise CheckpointError(f"{source} has no {' and no '.join(THEIR_WEIGHTS)}, nor an index of several such files.")
-    return shards.open_weights(place)
+    return shards.open_weights(path)
 
 
 def _their_config(source: Path) -> dict[str, Any]:

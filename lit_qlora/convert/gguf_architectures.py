@@ -1,6 +1,6 @@
 """Which of our models llama.cpp computes as we do, and under which name: a row for each family.
 
-What its graphs compute, and what they read from a file, is theirs: https://github.com/ggml-org/llama.cpp
+Source of what its graphs compute and read from a file: https://github.com/ggml-org/llama.cpp, src/models
 """
 
 from collections.abc import Callable, Mapping
@@ -150,7 +150,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def check_supported(config: ModelConfig) -> Architecture:
-    """The row of a model. Raises CheckpointError for one that llama.cpp would compute otherwise, naming what it is."""
+    """The row of a model.
+
+    Raises:
+        CheckpointError: if llama.cpp would compute it otherwise, naming the settings.
+    """
     found = ARCHITECTURES.get(config.family)
     if found is None:
         raise CheckpointError(

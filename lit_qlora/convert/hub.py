@@ -27,7 +27,7 @@ OTHERS = ("config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", *FILES)
 
 
 FIRST = ("config.json", SAFETENSORS[-1], PICKLES[-1])
-"""Small files that say what a model is and what its tensors are called."""
+"""Small files that describe a model and name its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,5 +264,5 @@ def _unreachable(error: Exception) -> ResourceError:
     reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
     return ResourceError(
         f"The hub cannot be reached ({reason}).\n"
-        "Check the connection, HF_ENDPOINT and the proxy, and run the command again: what is complete is kept."
+        "Check the connection, HF_ENDPOINT and the proxy, and run the command again: complete files are kept."
     )

@@ -1,6 +1,6 @@
 """A checkpoint into one GGUF file, for llama.cpp and what is built on it, a tensor at a time.
 
-What llama.cpp computes with the file is what model.py computes; a model it would compute otherwise is refused by name.
+llama.cpp computes with the file as model/gpt.py does; a model that it would compute otherwise is refused by name.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -96,7 +96,7 @@ def read_context(config: ModelConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """A tensor of a GGUF file, and what it is made of."""
+    """A tensor of a GGUF file, and ours that it consists of."""
 
     name: str
     parts: tuple[str, ...]

@@ -45,7 +45,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         limit: most bytes of weights in a file.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or Hugging Face's layout cannot say what it is.
+        CheckpointError: if the checkpoint is damaged, or Hugging Face's layout cannot describe it.
         UsageError: if `out_dir` has something in it.
         ResourceError: if there is not enough room.
     """
@@ -80,11 +80,11 @@ def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, 
     """The config.json of a checkpoint.
 
     Raises:
-        CheckpointError: if config.json cannot say what the model is, naming the settings.
+        CheckpointError: if config.json cannot describe the model, naming the settings.
     """
     path = checkpoint_dir / "config.json"
     theirs: dict[str, Any] = read_json(path) if path.is_file() else _new_config(config)
-    theirs.pop("quantization_config", None)  # what files hold packed is written unpacked
+    theirs.pop("quantization_config", None)  # packed tensors are written unpacked
     assumed = find_family(config.family).defaults
     for key, value in (("tie_word_embeddings", config.tied_head), ("vocab_size", config.vocab_size)):
         if key in theirs or value != assumed.get(key):

@@ -233,7 +233,7 @@ def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
         CheckpointError: for a tensor that belongs to no layer of this model, or one that is missing.
     """
     stacked = adapter.manifest is not None
-    return from_peft(adapter.peft_tensors, adapter.config, model, stacked=stacked, place=str(adapter.path))
+    return from_peft(adapter.peft_tensors, adapter.config, model, stacked=stacked, location=str(adapter.path))
 
 
 def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:

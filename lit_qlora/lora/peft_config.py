@@ -41,18 +41,18 @@ class PeftConfig:
     """All were."""
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any], place: str) -> "PeftConfig":
+    def parse(cls, content: Mapping[str, Any], location: str) -> "PeftConfig":
         """Read adapter_config.json. Raises CheckpointError for what is not understood, by name."""
         if content.get("peft_type", "LORA") != "LORA":
-            raise CheckpointError(f"{place} holds a {content['peft_type']} adapter; only LORA is understood.")
+            raise CheckpointError(f"{location} holds a {content['peft_type']} adapter; only LORA is understood.")
         if (start := content.get("init_lora_weights")) not in _KEEPS_BASE:
             raise CheckpointError(
-                f"{place} was trained with init_lora_weights = {start!r}, so on another base than the published one.\n"
+                f"{location} was trained with init_lora_weights = {start!r}, so not on the published base.\n"
                 "Save it with PEFT's path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
             )
         for key, value in content.items():
             if key not in _UNDERSTOOD | _HARMLESS and value not in (None, False, "none", [], {}):
-                raise CheckpointError(f"{place} uses {key} = {value!r}, which is not understood here.")
+                raise CheckpointError(f"{location} uses {key} = {value!r}, which is not understood here.")
         try:
             config = cls(
                 r=int(content["r"]),
@@ -62,15 +62,15 @@ class PeftConfig:
                 ranks={key: int(value) for key, value in (content.get("rank_pattern") or {}).items()},
                 alphas={key: float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
                 dora=bool(content.get("use_dora")),
-                tokens=_tokens(content.get("trainable_token_indices"), place),
+                tokens=_tokens(content.get("trainable_token_indices"), location),
                 embeddings=bool(content.get("modules_to_save")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{place}: not a PEFT configuration: {error}.") from None
+            raise CheckpointError(f"{location}: not a PEFT configuration: {error}.") from None
         if min([config.r, *config.ranks.values()]) < 1 or not 0 <= config.dropout < 1:
-            raise CheckpointError(f"{place}: a rank below 1, or a dropout outside [0, 1).")
+            raise CheckpointError(f"{location}: a rank below 1, or a dropout outside [0, 1).")
         if not all(0 < alpha < math.inf for alpha in (config.alpha, *config.alphas.values())):
-            raise CheckpointError(f"{place}: an alpha that is not above 0 and finite.")
+            raise CheckpointError(f"{location}: an alpha that is not above 0 and finite.")
         return config
 
     def rank(self, module: str) -> int:
@@ -82,10 +82,12 @@ class PeftConfig:
         return first_match(self.alphas, module, self.alpha) / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
 
 
-def _tokens(value: Any, place: str) -> tuple[int, ...]:
+def _tokens(value: Any, location: str) -> tuple[int, ...]:
     """PEFT's trainable_token_indices, which may be of one module by its name."""
     if isinstance(value, dict):
         if len(value) > 1:
-            raise CheckpointError(f"{place} uses trainable_token_indices of several modules, which is not understood.")
+            raise CheckpointError(
+                f"{location} uses trainable_token_indices of several modules, which is not understood."
+            )
         value = next(iter(value.values()), None)
     return tuple(int(token) for token in value or ())

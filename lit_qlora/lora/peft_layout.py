@@ -29,9 +29,9 @@ _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 def to_ours(
-    tensors: Mapping[str, Tensor], config: PeftConfig, place: str
+    tensors: Mapping[str, Tensor], config: PeftConfig, location: str
 ) -> tuple[dict[str, Tensor], LoRAConfig, dict[str, Tensor]]:
-    """The tensors of an adapter that PEFT made, of one scale, our settings for it, and what it copied of its base.
+    """The tensors of an adapter that PEFT made, of one scale, our settings for it, and its copies of the base.
 
     Our settings have one rank, the highest, which from_peft fills up with zeros; the ratio of two scales goes into B.
     An adapter of the embedding becomes the embedding that it makes of the base, as if all of it had been trained.
@@ -40,25 +40,25 @@ def to_ours(
         CheckpointError: if a rank is not what the configuration says, or a layer has no counterpart in any family.
     """
     tensors, copies = _without_copies(tensors, config)
-    tensors, config = _with_whole_embedding(tensors, copies, config, place)
+    tensors, config = _with_whole_embedding(tensors, copies, config, location)
     modules = list(dict.fromkeys(_module_of(name) for name in tensors if ".lora_" in name))
     others = [name for name in tensors if ".lora_" not in name]
     if not modules:
-        raise CheckpointError(f"{place} adapts no layer.")
+        raise CheckpointError(f"{location} adapts no layer.")
     for key, said, found in (
         ("use_dora", config.dora, any(name.endswith("lora_magnitude_vector") for name in tensors)),
         ("trainable_token_indices", bool(config.tokens), any(name.endswith(_TOKENS) for name in others)),
         ("modules_to_save", config.embeddings, any(name.endswith(".weight") for name in others)),
     ):
         if said != found:
-            raise CheckpointError(f"{place}: {key} is {'on' if said else 'off'}, but its tensors say otherwise.")
+            raise CheckpointError(f"{location}: {key} is {'on' if said else 'off'}, but its tensors say otherwise.")
     rank, scale = max(map(config.rank, modules)), config.scale(modules[0])
     scaled = dict(tensors)
     for name, tensor in tensors.items():
         module = _module_of(name)
         if ".lora_A." in name and len(tensor) != config.rank(module):
             raise CheckpointError(
-                f"{place}: {name} has rank {len(tensor)}, but adapter_config.json says {config.rank(module)}."
+                f"{location}: {name} has rank {len(tensor)}, but adapter_config.json says {config.rank(module)}."
             )
         if ".lora_B." in name and config.scale(module) != scale:
             scaled[name] = tensor.float() * (config.scale(module) / scale)
@@ -66,7 +66,7 @@ def to_ours(
         r=rank,
         alpha=scale * rank,
         dropout=config.dropout,
-        targets=_words(modules, place),
+        targets=_words(modules, location),
         dora=config.dora,
         train_tokens=config.tokens,
         train_embeddings=config.embeddings,
@@ -86,9 +86,9 @@ def _without_copies(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[
 
 
 def _with_whole_embedding(
-    tensors: dict[str, Tensor], copies: Mapping[str, Tensor], config: PeftConfig, place: str
+    tensors: dict[str, Tensor], copies: Mapping[str, Tensor], config: PeftConfig, location: str
 ) -> tuple[dict[str, Tensor], PeftConfig]:
-    """The tensors with W + scale B A in the place of an adapter of the embedding."""
+    """The tensors with W + scale B A instead of an adapter of the embedding."""
     found = next((name for name in tensors if name.endswith(_EMBEDDING_A)), None)
     if found is None:
         return tensors, config
@@ -97,7 +97,7 @@ def _with_whole_embedding(
     if weight is None or config.dora or config.embeddings or config.tokens:
         lacks = "without a copy of the base's" if weight is None else "together with DoRA or other training of it"
         raise CheckpointError(
-            f"{place} has an adapter of the embedding {lacks}, which is not understood here.\n"
+            f"{location} has an adapter of the embedding {lacks}, which is not understood here.\n"
             "Merge it with PEFT, and convert the model that comes out."
         )
     a, b = tensors[found], tensors[f"{path}.lora_embedding_B"]
@@ -106,27 +106,27 @@ def _with_whole_embedding(
     return rest | {f"{path}.weight": rows}, replace(config, embeddings=True)
 
 
-def check_copies(copies: Mapping[str, Tensor], base: Weights, model: ModelConfig, place: str) -> None:
-    """Raise CheckpointError unless what an adapter copied of its base is what `base` holds."""
+def check_copies(copies: Mapping[str, Tensor], base: Weights, model: ModelConfig, location: str) -> None:
+    """Raise CheckpointError unless the copies that an adapter has of its base equal `base`."""
     family = find_family(model.family)
     for theirs, copy in copies.items():
         rule = family.weights.get(theirs)
         if rule not in ("embed.weight", "head.weight"):
-            raise CheckpointError(f"{place} holds {theirs}, which is no embedding and no head of {model.name}.")
-        check_vocabulary(len(copy), model, place)
+            raise CheckpointError(f"{location} holds {theirs}, which is no embedding and no head of {model.name}.")
+        check_vocabulary(len(copy), model, location)
         ours = base.read("embed.weight" if model.tied_head else str(rule))
         if not torch.equal(copy, ours.to(copy.dtype)):
             raise CheckpointError(
-                f"{place} holds another {theirs} than {model.name}: it was trained on another base, or changed it.\n"
+                f"{location} holds another {theirs} than {model.name}: it was trained on another base, or changed it.\n"
                 "Give --checkpoint_dir the base that it was trained on."
             )
 
 
-def check_vocabulary(rows: int, model: ModelConfig, place: str) -> None:
+def check_vocabulary(rows: int, model: ModelConfig, location: str) -> None:
     """Raise CheckpointError if an embedding or a head has other rows than the model."""
     if rows != model.vocab_size:
         raise CheckpointError(
-            f"{place} was trained with a vocabulary that had been resized to {rows} tokens; {model.name} has "
+            f"{location} was trained with a vocabulary that had been resized to {rows} tokens; {model.name} has "
             f"{model.vocab_size}.\nMerge it with PEFT into the resized model, and convert the model that comes out."
         )
 
@@ -204,13 +204,13 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
     """What PEFT will not do with an adapter of these settings, or ''.
 
     Raises:
-        CheckpointError: if its layout has no place for one, naming a layer.
+        CheckpointError: if its layout cannot hold one, naming a layer.
     """
     skeleton = GPT.skeleton(model)
     add_lora(skeleton, config)
     if config.train_embeddings and model.tied_head and _leaf(_embedding(model)) != "embed_tokens":
         raise CheckpointError(
-            f"PEFT cannot train {_embedding(model)} with the head that is tied to it, so an adapter has no place for "
+            f"PEFT cannot train {_embedding(model)} with the head that is tied to it, so an adapter cannot hold "
             "lora.train_embeddings.\nlora.train_tokens can name the tokens that matter."
         )
     for home, members in _group(_layers(lora_state(skeleton)), model):
@@ -228,7 +228,7 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
 
 
 def from_peft(
-    tensors: Mapping[str, Tensor], config: LoRAConfig, model: ModelConfig, *, stacked: bool, place: str
+    tensors: Mapping[str, Tensor], config: LoRAConfig, model: ModelConfig, *, stacked: bool, location: str
 ) -> dict[str, Tensor]:
     """Our adapter tensors; the inverse of to_peft.
 
@@ -250,7 +250,7 @@ def from_peft(
         a, b, magnitude = found["lora_A.weight"], found["lora_B.weight"], found.get("lora_magnitude_vector")
         if a is None or b is None or (config.dora and magnitude is None):
             if stacked:
-                raise CheckpointError(f"{place}: the adapter of {home.module} is missing.")
+                raise CheckpointError(f"{location}: the adapter of {home.module} is missing.")
             for name in (f"{layer}.lora_{matrix}" for layer in members for matrix in "ab"):
                 state[name] = torch.zeros(shapes[name])  # PEFT can adapt some layers of a kind and leave others
             continue
@@ -267,32 +267,34 @@ def from_peft(
             part = slice(first, first + rank) if stacked and home.fused else slice(None)
             own = rows[home.part(layer)] if home.fused else b
             if layer == "head":
-                check_vocabulary(len(own), model, place)
+                check_vocabulary(len(own), model, location)
             state[f"{layer}.lora_a"] = _widen(a[part], rank, dim=0)
             state[f"{layer}.lora_b"] = _widen(own[:, part], rank, dim=1)
             if magnitude is not None:
                 state[f"{layer}.magnitude"] = lengths[home.part(layer)][:, 0] if home.fused else magnitude
             first += rank
     if "embed.rows" in shapes:
-        state["embed.rows"] = _take_embedding(left, config, model, place)
+        state["embed.rows"] = _take_embedding(left, config, model, location)
     if left:
-        raise CheckpointError(f"{place}: {len(left)} tensors belong to no layer of {model.name}:\n  {name_some(left)}")
+        raise CheckpointError(
+            f"{location}: {len(left)} tensors belong to no layer of {model.name}:\n  {name_some(left)}"
+        )
     return state
 
 
-def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelConfig, place: str) -> Tensor:
+def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelConfig, location: str) -> Tensor:
     """The trained embeddings, taken out of `left` with their copies."""
     name = f"{_PREFIX}{_embedding(model)}"
     rows = left.pop(f"{name}{_TOKENS}" if config.train_tokens else f"{name}.weight", None)
     if rows is None:
-        raise CheckpointError(f"{place}: modules_to_save is understood for the embeddings ({name}) alone.")
+        raise CheckpointError(f"{location}: modules_to_save is understood for the embeddings ({name}) alone.")
     if config.train_embeddings:
-        check_vocabulary(len(rows), model, place)
+        check_vocabulary(len(rows), model, location)
     if config.train_embeddings and model.tied_head:
         heads = [left.pop(f"{_PREFIX}{home.module}.weight", None) for home in _homes("head", find_family(model.family))]
         if not any(head is not None and torch.equal(head, rows) for head in heads):
             raise CheckpointError(
-                f"{place} has parted embedding and head, which are one in {model.name}, by modules_to_save or by an "
+                f"{location} has parted embedding and head, which are one in {model.name}, by modules_to_save or by an "
                 "adapter of the embedding.\nOnly what was trained with ensure_weight_tying is understood."
             )
     return rows
@@ -360,7 +362,7 @@ def _homes(layer: str, family: Family) -> list[_Home]:
             found.append(_Home(module=module, fused=fused, transposed=transposed))
     if not found:
         raise CheckpointError(
-            f"{layer} is no layer of its own in Hugging Face's model, so PEFT's layout has no place for its adapter."
+            f"{layer} is no layer of its own in Hugging Face's model, so PEFT's layout cannot hold its adapter."
         )
     return found
 
@@ -385,7 +387,7 @@ def _widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
-def _words(modules: Iterable[str], place: str) -> tuple[Any, ...]:
+def _words(modules: Iterable[str], location: str) -> tuple[Any, ...]:
     """Our target words for modules of any family."""
     known: dict[str, dict[str, None]] = {}
     for family in FAMILIES.values():
@@ -395,7 +397,7 @@ def _words(modules: Iterable[str], place: str) -> tuple[Any, ...]:
                     words = [word for word in part.split(".") if word in TARGETS]
                     known.setdefault(_tail(theirs.removesuffix(".weight")), {}).update(dict.fromkeys(words))
     if unknown := sorted({_leaf(module) for module in modules if not known.get(_tail(module))}):
-        raise CheckpointError(f"{place} adapts layers that have no counterpart here: {', '.join(unknown)}.")
+        raise CheckpointError(f"{location} adapts layers that have no counterpart here: {', '.join(unknown)}.")
     return tuple(dict.fromkeys(word for module in sorted(modules, key=_leaf) for word in known[_tail(module)]))
 
 

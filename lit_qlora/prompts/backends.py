@@ -106,7 +106,7 @@ class SentencePiece:
         self._know({token: replace(known, special=True)})
 
     def _place(self, tokens: Sequence[AddedToken], pieces: int) -> dict[int, AddedToken]:
-        """The tokens that are no pieces by their ids, of which those that name none get the next."""
+        """The tokens that are no pieces, by their ids; one that names none gets the next."""
         found: dict[int, AddedToken] = {}
         names = {self.processor.id_to_piece(i) for i in range(pieces)}
         for token in tokens:
@@ -210,7 +210,7 @@ class HuggingFace:
 
     Args:
         spec: the file's content.
-        tokens: those that are in the file already keep what it says of them, unless `overrules`.
+        tokens: what the file says of a token counts more than these, unless `overrules`.
     """
 
     def __init__(self, path: Path, spec: Mapping[str, Any], tokens: Sequence[AddedToken], overrules: bool) -> None:

@@ -1,4 +1,4 @@
-"""The pieces of which prompts and answers are made, text and control tokens, and the ids that they become."""
+"""The pieces of prompts and answers, text and control tokens, and the ids that they become."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

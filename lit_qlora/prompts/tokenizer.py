@@ -34,7 +34,7 @@ class Tokenizer:
         bos_id, eos_id: ids of the control tokens; bos_id is None where there is none.
         stop_ids: ids that end an answer: eos_id and those of generation_config.json, or of config.json if it has none.
         use_bos: whether this model's texts begin with BOS, as its files say.
-        added_tokens: id -> token, of those that are found before the vocabulary's own model sees a text.
+        added_tokens: id -> token, of tokens that are found before the vocabulary's own model sees a text.
         control_tokens: content -> id of the tokens that structure a text, such as "</s>" or "<|im_end|>".
         prefixes: whether the first word of a text gets a space before it.
         begins_behind_control: whether what follows a control token gets that space, too.

@@ -235,7 +235,7 @@ def test_a_whole_checkpoint_has_its_old_configuration_until_the_weights_are_comp
 
 def test_an_index_beside_a_single_file_of_other_weights_is_refused_with_both_names(sharded: Path) -> None:
     (sharded / "lit_model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"two sets of weights: lit_model\.saf.*, and those that lit_.*index"):
+    with pytest.raises(CheckpointError, match=r"two sets of weights: lit_model\.saf.*, and the files that lit_.*index"):
         shards.find(sharded, "lit_model.safetensors")
     only = {"weight_map": {"norm.weight": "lit_model.safetensors"}}
     (sharded / "lit_model.safetensors.index.json").write_text(json.dumps(only))

@@ -131,3 +131,24 @@ def test_lm_eval_shows_what_training_showed(trained: SimpleNamespace, monkeypatc
             assert lm.tok_encode(text, add_special_tokens=False) == expected
             begun = [*messages, {"role": "assistant", "content": "So"}]
             assert lm.apply_chat_template(begun, add_generation_prompt=False) == f"{text}{trained.style.gap}So"
+
+
+def test_lm_eval_ends_answers_where_training_ended_them(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.conftest import ROOT
+
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    from lm_eval_model import GPTModel
+
+    asked: list[Any] = []
+
+    def answer(*given: Any, **_: Any) -> list[list[int]]:
+        asked.extend(given)
+        return [[]]
+
+    monkeypatch.setattr("lm_eval_model.generate", answer)
+    lm = GPTModel(tiny_model(), trained.tokenizer, style=trained.style)
+    task: Any = SimpleNamespace(args=("Why?", {"until": [], "max_gen_toks": 1}))
+    assert lm.generate_until([task], disable_tqdm=True) == [""]
+    assert asked[3] == trained.tokenizer.stop_ids | trained.style.stop_ids(trained.tokenizer)

@@ -136,7 +136,7 @@ class TheirTensor:
     ours: tuple[str, ...]
 
     def join(self, ours: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
-        """Their tensor from ours, of which only those in self.ours are looked at; the inverse of to_ours."""
+        """Their tensor from ours; only those in self.ours are looked at. The inverse of to_ours."""
         numbers = find_rule(self.name, find_family(config.family))[1]
         parts = {}
         for name in self.ours:

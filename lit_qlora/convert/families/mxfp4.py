@@ -1,4 +1,4 @@
-"""OCP Microscaling FP4, as gpt-oss's experts are published: 4-bit floats, 32 of which share a power of two."""
+"""OCP Microscaling FP4, as gpt-oss's experts are published: 4-bit floats; 32 of them share a power of two."""
 
 import torch
 from torch import Tensor

@@ -198,6 +198,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "ernie4_5": ("ernie4_5", WIDE_HEADS),
+    "ernie4_5-bias": ("ernie4_5", {**WIDE_HEADS, "use_bias": True, "tie_word_embeddings": False}),
     "glm": ("glm", WIDE_HEADS),
     "glm4": ("glm4", WIDE_HEADS),
     "glm4-no-bias": ("glm4", {**WIDE_HEADS, "attention_bias": False, "partial_rotary_factor": 0.25}),

@@ -116,6 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         means={"rope_interleaved": True, "norm_position": "both"},
         neighbours=True,
     ),
+    "ernie4_5": Architecture(name="ernie4_5", means={"rope_interleaved": True}, neighbours=True),
     "seed_oss": Architecture(name="seed_oss", means={"qkv_bias": True}),
     "exaone4": Architecture(name="exaone4", means={"norm_position": "after", "qk_norm": "head"}),
     "hunyuan_v1_dense": Architecture(name="hunyuan-dense", means={"qk_norm": "head", "qk_norm_after_rope": True}),

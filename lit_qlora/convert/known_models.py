@@ -374,6 +374,8 @@ MODELS: dict[str, dict[str, float]] = {
         "ByteDance-Seed/Seed-OSS-36B-Instruct": 36.2,
         "LGAI-EXAONE/EXAONE-4.0-1.2B": 1.3,
         "LGAI-EXAONE/EXAONE-4.0-32B": 32,
+        "baidu/ERNIE-4.5-0.3B-Base-PT": 0.36,
+        "baidu/ERNIE-4.5-0.3B-PT": 0.36,
         "tencent/Hunyuan-0.5B-Instruct": 0.54,
         "tencent/Hunyuan-1.8B-Instruct": 1.8,
         "tencent/Hunyuan-4B-Instruct": 4,

@@ -53,6 +53,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         llama_like("llama", 16, 2048, 32, 8, 8192, 128_256, head_dim=64, tie_word_embeddings=True),
         1_235_814_400,
     ),
+    "ERNIE-4.5-0.3B": (
+        llama_like("ernie4_5", 18, 1024, 16, 2, 3072, 103_424, head_dim=128, tie_word_embeddings=True),
+        360_748_032,
+    ),
     "TinyLlama-1.1B": (llama_like("llama", 22, 2048, 32, 4, 5632, 32_000), 1_100_048_384),
     "SmolLM2-135M": (llama_like("llama", 30, 576, 9, 3, 1536, 49_152, tie_word_embeddings=True), 134_515_008),
     "Mistral-7B-v0.1": (llama_like("mistral", 32, 4096, 32, 8, 14_336, 32_000, sliding_window=4096), 7_241_732_096),

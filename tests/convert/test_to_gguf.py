@@ -64,7 +64,7 @@ REFUSED = {
     *("llama-dynamic-rope", "llama-yarn", "llama-yarn-settings", "llama-yarn-mscale", "llama-longrope"),
     *("qwen2-window", "qwen2-yarn", "qwen3-window-bias", "qwen3_moe-dense-layers", "phi-qk-norm", "phi3-longrope"),
     *("gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "smollm3-window", "seed_oss", "exaone4", "cohere-qk-norm"),
-    "stablelm-parallel-qk-norm",
+    *("stablelm-parallel-qk-norm", "ernie4_5-bias"),
 }
 
 

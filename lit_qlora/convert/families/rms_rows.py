@@ -190,6 +190,20 @@ ROWS: dict[str, Family] = {
             "logits_scaling": 1.0,
         },
     ),
+    "ernie4_5": row(
+        weights.LLAMA,
+        {"qkv_bias": "use_bias", "projection_bias": "use_bias", "mlp_bias": "use_bias"},
+        fixed={"rope_interleaved": True},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "tie_word_embeddings": True,
+            "use_bias": False,
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+        },
+    ),
     "glm": row(
         weights.GLM,
         {**PARTIAL, "qkv_bias": "attention_bias"},

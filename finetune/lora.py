@@ -32,6 +32,12 @@ def finetune(config: FinetuneConfig) -> None:
     # What can be refused is refused before a weight is loaded; data that is wrong, even before Lightning is imported.
     precision = resolve_precision(config.precision, pick_device())
     config = replace(config, data=choose_data(config.data, config.checkpoint_dir))
+    if config.seed == -1:
+        from lit_qlora.run.folder import default_out_dir
+        from lit_qlora.run.resume import settle_seed
+
+        config = replace(config, out_dir=config.out_dir or default_out_dir(config.checkpoint_dir))
+        config = replace(config, seed=settle_seed(config))
     data = read_data(config)
 
     from lightning.fabric import Fabric

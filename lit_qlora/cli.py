@@ -49,7 +49,10 @@ def _run(
     main: Callable[[Config], None], config_type: type[Config], argv: Sequence[str], hide: Callable[[str], str]
 ) -> None:
     try:
-        main(parse(config_type, argv))
+        config = parse(config_type, argv)
+        for note in getattr(config, "notes", list)():
+            print(f"note: {hide(note)}", file=sys.stderr)
+        main(config)
         print(end="", flush=True)
     except UserError as error:
         _end(hide(str(error)), error.status, error.prefix)

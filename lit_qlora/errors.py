@@ -40,9 +40,102 @@ class ResourceError(UserError):
     status = 6
 
 
+OTHER_NAMES = {
+    # Flags of qlora.py, PEFT, TRL, transformers, Lit-GPT and H2O LLM Studio.
+    "--bits": "--quantize bnb.nf4 (4 bit) or bnb.int8 (8 bit)",
+    "--load_in_4bit": "--quantize bnb.nf4",
+    "--load_in_8bit": "--quantize bnb.int8",
+    "--double_quant": "--quantize bnb.nf4-dq",
+    "--quant_type": "--quantize bnb.nf4 or bnb.fp4",
+    "--gradient_checkpointing": "--train.recompute full",
+    "--model_name_or_path": "--checkpoint_dir",
+    "--llm_backbone": "--checkpoint_dir",
+    "--output_dir": "--out_dir",
+    "--output_directory": "--out_dir",
+    "--dataset": "--data.path",
+    "--dataset_name": "--data.path",
+    "--data_dir": "--data.path",
+    "--data_path": "--data.path",
+    "--train_dataframe": "--data.path",
+    "--validation_dataframe": "--data.val_path",
+    "--max_seq_length": "--data.max_length",
+    "--max_length": "--data.max_length",
+    "--source_max_len": "--data.max_length_prompt",
+    "--target_max_len": "--data.max_length_answer",
+    "--train_on_source": "--data.mask_prompt false",
+    "--mask_prompt_labels": "--data.mask_prompt",
+    "--packing": "--data.packing",
+    "--group_by_length": "--data.group_by_length",
+    "--drop_last_batch": "--data.drop_last",
+    "--lora_r": "--lora.r",
+    "--lora_alpha": "--lora.alpha",
+    "--lora_dropout": "--lora.dropout",
+    "--lora_modules": "--lora.targets",
+    "--lora_target_modules": "--lora.targets",
+    "--target_modules": "--lora.targets",
+    **dict.fromkeys(
+        (f"--lora_{name}" for name in ("query", "key", "value", "projection", "mlp", "head")), "--lora.targets"
+    ),
+    "--use_rslora": "--lora.rslora",
+    "--use_dora": "--lora.dora",
+    "--num_train_epochs": "--train.epochs",
+    "--epochs": "--train.epochs",
+    "--max_steps": "--train.max_steps",
+    "--learning_rate": "--train.learning_rate",
+    "--lr_scheduler_type": "--train.schedule",
+    "--schedule": "--train.schedule",
+    "--warmup_ratio": "--train.warmup",
+    "--warmup_steps": "--train.warmup",
+    "--warmup_epochs": "--train.warmup_epochs",
+    "--weight_decay": "--train.weight_decay",
+    "--max_grad_norm": "--train.max_norm",
+    "--gradient_clip": "--train.max_norm",
+    "--neftune_noise_alpha": "--train.neftune",
+    "--per_device_train_batch_size": "--train.micro_batch_size",
+    "--micro_batch_size": "--train.micro_batch_size",
+    "--gradient_accumulation_steps": "--train.batch_size, the samples of a whole step",
+    "--grad_accumulation": "--train.batch_size, the samples of a whole step",
+    "--optim": "--optimizer.name",
+    "--save_steps": "--train.save_every",
+    "--save_total_limit": "--train.keep_last",
+    "--eval_steps": "--eval.every",
+    "--evaluation_epochs": "--eval.epochs",
+    "--evaluate_before_training": "--eval.before_training",
+    "--do_mmlu_eval": "--eval.tasks [mmlu]",
+    "--metric": "--eval.best",
+    "--report_to": "--log.to",
+    "--bf16": "--precision bf16-true",
+    "--fp16": "--precision 16-mixed",
+    "--backbone_dtype": "--precision",
+    # Values of such flags.
+    **dict.fromkeys(("q_proj", "wq"), "query"),
+    **dict.fromkeys(("k_proj", "wk"), "key"),
+    **dict.fromkeys(("v_proj", "wv"), "value"),
+    **dict.fromkeys(("o_proj", "wo", "out_proj", "dense"), "projection"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "fc1", "fc2"), "mlp"),
+    "lm_head": "head",
+    "all-linear": "all",
+    **dict.fromkeys(("4", "4bit", "nf4", "bnb"), "bnb.nf4"),
+    **dict.fromkeys(("8", "8bit", "int8"), "bnb.int8"),
+    "fp4": "bnb.fp4",
+    **dict.fromkeys(("bf16", "bfloat16"), "bf16-true"),
+    **dict.fromkeys(("fp16", "float16"), "16-mixed"),
+    **dict.fromkeys(("fp32", "float32", "32"), "32-true"),
+    "cosine_with_restarts": "cosine-restarts",
+    "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    "adamw_bnb_8bit": "adamw8bit",
+}
+"""What other programs call a flag or a value -> what we do."""
+
+
 def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
-    """Return ' Did you mean X?' for the nearest known word, or '' when none is near."""
+    """Return ' Did you mean X?' for another program's name of X, or for the nearest known word, or ''."""
     from difflib import get_close_matches
 
+    ours = OTHER_NAMES.get(word.lower(), "")
+    if ours.split(" ")[0].rstrip(",") in known:
+        return f" Did you mean {ours}?"
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]}?" if near else ""

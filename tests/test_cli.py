@@ -15,6 +15,7 @@ import torch
 
 from lit_qlora import cli
 from lit_qlora.errors import (
+    OTHER_NAMES,
     CheckpointError,
     DataError,
     NumericalError,
@@ -23,7 +24,7 @@ from lit_qlora.errors import (
     UserError,
     did_you_mean,
 )
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.settings import FinetuneConfig, GenerationConfig
 from tests.conftest import ROOT
 
 ENTRY_POINTS = sorted(
@@ -95,6 +96,12 @@ def raising(error: BaseException) -> Callable[[Config], None]:
         (["--train.max_steps", "many"], "--train.max_steps: expected int, got 'many'."),
         (["--data.mask_prompt", "maybe"], "--data.mask_prompt: expected bool, got 'maybe'."),
         (["--devices", "two"], "--devices: expected int or one of auto, got 'two'."),
+        (["--bits", "4"], "--bits is not a flag of this command. Did you mean --quantize bnb.nf4 (4 bit) or bnb.int8"),
+        (["--gradient_checkpointing"], "Did you mean --train.recompute full?"),
+        (["--lora_query", "True"], "Did you mean --lora.targets?"),
+        (["--lora.targets", "[q_proj,v_proj]"], "got 'q_proj'. Did you mean query?"),
+        (["--quantize", "nf4"], "got 'nf4'. Did you mean bnb.nf4?"),
+        (["--precision", "bfloat16"], "Did you mean bf16-true?"),
         (["--config", "absent.yaml"], "--config: File does not exist: "),
         (["--config", "."], "--config: Path is not a file: "),
     ],
@@ -147,6 +154,18 @@ def test_a_config_file_cannot_run_code(tmp_path: Path) -> None:
     file.write_text(f'seed: !!python/object/apply:os.system ["touch {marker}"]\n')
     assert "could not determine a constructor for the tag" in refusal("--config", str(file))
     assert not marker.exists()
+
+
+def test_what_others_call_a_flag_is_a_flag_of_ours() -> None:
+    flags = {flag for action in cli._parser(FinetuneConfig)._actions for flag in action.option_strings}
+    named = {ours.split()[0].rstrip(",") for theirs, ours in OTHER_NAMES.items() if theirs.startswith("--")}
+    assert named <= flags
+    assert not flags & OTHER_NAMES.keys()
+
+
+def test_a_note_is_printed_before_the_work_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(lambda config: None, GenerationConfig, ["--do_sample", "false", "--temperature", "0.3"])
+    assert capsys.readouterr().err == "note: do_sample is false, so temperature has no effect.\n"
 
 
 def test_near_words_are_found_and_far_ones_are_not() -> None:

@@ -97,8 +97,8 @@ WRONG: list[tuple[type, str, list[Any]]] = [
     (GenerationConfig, "num_beam_groups", [0, 2]),
     (GenerationConfig, "diversity_penalty", [-1.0, math.nan, math.inf]),
     (GenerationConfig, "length_penalty", [math.nan, math.inf]),
-    (GenerationConfig, "seed", [-1, 2**32]),
-    (FinetuneConfig, "seed", [-1, 2**32]),
+    (GenerationConfig, "seed", [-2, 2**32]),
+    (FinetuneConfig, "seed", [-2, 2**32]),
     (FinetuneConfig, "num_nodes", [0]),
     (FinetuneConfig, "devices", [0]),
 ]
@@ -210,6 +210,19 @@ def test_a_setting_that_would_be_ignored_is_refused(settings: dict, message: str
 def test_flags_of_generation_mean_what_they_say(settings: dict[str, Any]) -> None:
     argv = [part for name, value in settings.items() for part in (f"--{name}", str(value).lower())]
     assert parse(GenerationConfig, argv) == GenerationConfig(**settings)
+
+
+def test_what_concerns_sampling_is_noted_without_it() -> None:
+    config = GenerationConfig(do_sample=False, temperature=0.3, top_k=5)
+    assert config.notes() == ["do_sample is false, so temperature, top_k has no effect."]
+    assert not config.samples
+    assert GenerationConfig(do_sample=False, temperature=0.0).notes() == GenerationConfig(temperature=0.3).notes() == []
+
+
+def test_a_seed_of_minus_one_is_another_one_each_time() -> None:
+    seeds = {GenerationConfig(seed=-1).seed for _ in range(3)}
+    assert len(seeds) == 3
+    assert min(seeds) >= 0
 
 
 def test_one_path_may_be_given_as_a_word() -> None:

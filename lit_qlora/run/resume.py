@@ -1,6 +1,8 @@
 """Which checkpoint a run goes on from, and whether that would be the same run."""
 
 import json
+import os
+import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from lit_qlora.settings import FinetuneConfig
 from lit_qlora.train.training_state import COUNTERS, read_counters
 
 LOG = "log.jsonl"
+SEED = "LIT_QLORA_SEED"
 FINAL = "final"
 SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
@@ -87,6 +90,29 @@ def find(
             "--extend goes on with a larger train.epochs or train.max_steps."
         )
     return checkpoint
+
+
+def settle_seed(config: FinetuneConfig) -> int:
+    """Turn seed -1 into that of the run which `config` resumes, else into a drawn one, the same in all its processes.
+
+    Raises:
+        UsageError: if several programs, which torchrun or several nodes start, would each draw their own.
+        CheckpointError: if all checkpoints of the run are damaged.
+    """
+    if config.seed != -1:
+        return config.seed
+    if "TORCHELASTIC_RUN_ID" in os.environ or config.num_nodes > 1:
+        raise UsageError("seed -1 is drawn by one program, and here several are started. Give --seed a number.")
+    assert config.out_dir is not None
+    automatic = config.resume == "auto"
+    place = config.out_dir if automatic else Path(config.resume).resolve()
+    over = automatic and (place / SUMMARY).exists() and not config.extend
+    checkpoint = None if config.resume == "never" or over or not place.exists() else newest(place)
+    if checkpoint:
+        return int(checkpoint.counters["config"]["seed"])
+    if config.devices == 1:
+        return secrets.randbits(32)
+    return int(os.environ.setdefault(SEED, str(secrets.randbits(32))))  # Fabric's other processes inherit it
 
 
 def newest(place: Path) -> Checkpoint | None:

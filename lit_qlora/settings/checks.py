@@ -32,6 +32,10 @@ class Settings:
     prefix: ClassVar[str] = ""
     """Common beginning of their flags, such as "lora."."""
 
+    def notes(self) -> list[str]:
+        """Return what a user may want to know of these settings; a command prints it before it begins."""
+        return []
+
     def __post_init__(self) -> None:
         """Check each field by itself; a subclass then checks combinations."""
         for name, hint in _annotations(type(self)).items():  # type: ignore[arg-type] # a class is hashable

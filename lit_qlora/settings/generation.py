@@ -1,10 +1,20 @@
 """Settings of generation."""
 
+import secrets
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lit_qlora.settings.checks import Settings, check
-from lit_qlora.settings.limits import FINITE, Count, CountOrZero, NotNegative, Positive, Seed, Share, ShareAboveZero
+from lit_qlora.settings.limits import (
+    FINITE,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    SeedOrAny,
+    Share,
+    ShareAboveZero,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +60,18 @@ class GenerationConfig(Settings):
     diversity_penalty: NotNegative = 0.0
     """Subtracted from the log-probability of a token for each beam of an earlier group that chose it at the same
     position."""
-    seed: Seed = 1337
-    """Seed of sampling."""
+    seed: SeedOrAny = 1337
+    """Seed of sampling; -1 takes another one each time."""
 
     @property
     def samples(self) -> bool:
         """True if tokens are sampled."""
         return self.do_sample is not False and self.temperature != 0 and (self.do_sample is True or bool(self._draws()))
+
+    def notes(self) -> list[str]:
+        """Return what a user may want to know of these settings: without sampling, some have no effect."""
+        idle = self._draws() if self.do_sample is False else ""
+        return [f"do_sample is false, so {idle} has no effect."] if idle else []
 
     def __post_init__(self) -> None:
         """Check that no setting would be without effect."""
@@ -65,8 +80,8 @@ class GenerationConfig(Settings):
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens must be at most max_new_tokens = {self.max_new_tokens}, got {self.min_new_tokens}.",
         )
-        if self.do_sample is False and self.temperature != 0:
-            check(not self._draws(), f"do_sample is false, so {self._draws()} would have no effect. Leave one out.")
+        if self.seed == -1:
+            object.__setattr__(self, "seed", secrets.randbits(32))
         check(
             not (self.do_sample and self.temperature == 0),
             "temperature 0 takes the likeliest token, so do_sample cannot be true. Leave one out.",

@@ -8,7 +8,7 @@ from lit_qlora.settings.checks import Settings, check
 from lit_qlora.settings.data import DataConfig
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.guard import GuardConfig
-from lit_qlora.settings.limits import Count, Seed
+from lit_qlora.settings.limits import Count, SeedOrAny
 from lit_qlora.settings.log import LogConfig
 from lit_qlora.settings.lora import LoRAConfig
 from lit_qlora.settings.optimizer import OptimizerConfig
@@ -46,8 +46,8 @@ class FinetuneConfig(Settings):
     """Number of nodes (machines)."""
     strategy: Literal["auto", "ddp"] = "auto"
     """How several devices work together."""
-    seed: Seed = 1337
-    """Seed of everything random."""
+    seed: SeedOrAny = 1337
+    """Seed of everything random. -1 draws one, which OUT/config.yaml then holds and a resumed run keeps."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, even where these are slower on a GPU."""
     resume: str = "auto"

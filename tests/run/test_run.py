@@ -357,3 +357,15 @@ def test_what_goes_wrong_with_a_report_is_a_note(
     assert finetune() == 0
     assert "there is no whole report (ValueError: no such colour)" in capsys.readouterr().err
     assert (out / "summary.json").exists()
+
+
+def test_a_drawn_seed_is_recorded_and_another_one_each_time(finetune: Finetune, out: Path) -> None:
+    def seed() -> int:
+        return int(cli.parse(FinetuneConfig, ["--config", str(out / "config.yaml")]).seed)
+
+    assert finetune("--seed=-1") == 0
+    first = seed()
+    assert finetune("--seed=-1", "--extend", "--train.max_steps=3") == 0  # the same run
+    assert seed() == first
+    assert finetune("--seed=-1") == 0  # another one
+    assert seed() != first >= 0

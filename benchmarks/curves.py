@@ -97,7 +97,7 @@ def main() -> None:
     config = FinetuneConfig(
         quantize="bnb.nf4",
         lora=LoRAConfig(r=arguments.r, alpha=2 * arguments.r, dropout=0.0, targets="all"),
-        data=DataConfig(cache_dir="none"),
+        data=DataConfig(path="finetune/demo", cache_dir="none"),
         train=TrainConfig(batch_size=16, micro_batch_size=8),
     )
     data = read_data(config)

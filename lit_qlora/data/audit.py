@@ -62,6 +62,7 @@ class Audit:
             "nothing is learnt of {} samples, which were left out": counts.masked,
             "{} answers are not learnt, as the chat template writes them differently once the conversation goes on; as "
             "conversations of their own, that end with them, they would be": counts.untaught,
+            "{} answers weigh less than others": counts.light,
             "{} answers begin otherwise than the chat template asks for them": counts.begun,
             "{} answers are learnt behind another text than they will be asked with, as the chat template writes "
             "differently what comes before an answer once it is there": counts.rewritten,

@@ -53,6 +53,8 @@ class Counts:
     """Turns whose answer ends with a token that ends answers."""
     untaught: int = 0
     """Answers that are not learnt because the chat template writes them differently once the conversation goes on."""
+    light: int = 0
+    """Answers whose loss is multiplied by less than 1, but by more than 0."""
     begun: int = 0
     """Answers that do not begin as the chat template asks for them."""
     rewritten: int = 0
@@ -225,6 +227,7 @@ class Encoder:
             trained[here] = learn
             if learn and message.weight < 1:
                 light.append((here, message.weight))
+                self.counts.light += 1
             self.counts.turns += 1
             self.counts.ended += bool(answer) and (answer[-1] in self.stops or "followed" in remarks)
             if remarks:

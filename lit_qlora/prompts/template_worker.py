@@ -91,17 +91,16 @@ class Writer:
         on, the conversation as a whole counts: an answer that is not in it word for word is None, and part of the next
         prompt.
         """
-        pairs = [self.pair(k) for k in self.answers]
-        if isinstance(pairs[-1], str):
-            return pairs[-1]
         before = ""
         turns: list[Turn | None] = []
-        for prompt, answer, asked, more in (pair for pair in pairs if not isinstance(pair, str)):
-            if not prompt.startswith(before):
-                break
+        for k in self.answers:
+            pair = self.pair(k)
+            if isinstance(pair, str) or not pair[0].startswith(before):
+                return self.located()
+            prompt, answer, asked, more = pair
             turns.append((prompt[len(before) :], answer, asked, more))
             before = prompt + answer
-        return turns if len(turns) == len(pairs) else self.located(pairs[:-1], pairs[-1])
+        return turns
 
     def pair(self, k: int) -> Turn | str:
         """The answer that message `k` is, with all before it as its prompt; or why that is unknown."""
@@ -119,19 +118,23 @@ class Writer:
         at += len(begins)
         return answered[:at], answered[at:], asked, False
 
-    def located(self, pairs: list[Turn | str], last: Turn) -> list[Turn | None]:
-        """The answers as they stand in the whole conversation, of which `last` is the last."""
-        prompt, answer, asked, more = last
+    def located(self) -> list[Turn | None] | str:
+        """The answers as they stand in the whole conversation, or why the last cannot be told."""
+        *earlier, last = self.answers
+        whole = self.pair(last)
+        if isinstance(whole, str):
+            return whole
         turns: list[Turn | None] = []
         at = 0
-        for k, pair in zip(self.answers, pairs, strict=False):
-            start = -1 if isinstance(pair, str) else self.find(k, pair, prompt, at)
+        for k in earlier:
+            pair = self.pair(k)
+            start = -1 if isinstance(pair, str) else self.find(k, pair, whole[0], at)
             if isinstance(pair, str) or start < 0:
                 turns.append(None)
                 continue
-            turns.append((prompt[at:start], *pair[1:]))
+            turns.append((whole[0][at:start], *pair[1:]))
             at = start + len(pair[1])
-        return [*turns, (prompt[at:], answer, asked, more)]
+        return [*turns, (whole[0][at:], *whole[1:])]
 
     def find(self, k: int, pair: Turn, whole: str, at: int) -> int:
         """Where the answer that message `k` is begins in `whole`, behind what begins it; -1 if it is not there."""

@@ -294,6 +294,7 @@ def test_weights_of_answers_weigh_their_tokens(tokenizer: Tokenizer) -> None:
     parts = [tokenizer.decode(sample.tokens[sample.weights == weight].tolist()) for weight in (0.25, 1.0)]
     assert parts == ["A fox.", "I ran."]
     assert (sample.weights > 0).tolist() == sample.trained.tolist()
+    assert encoder.counts.light == 1
 
 
 def test_a_style_without_words_for_tools_refuses_them_by_name(tokenizer: Tokenizer) -> None:

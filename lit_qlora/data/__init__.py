@@ -1,6 +1,6 @@
 """From files of examples to batches of token ids.
 
-sources (places) -> formats, examples (what was said) -> encode (ids, masks, cuts) -> cache -> audit, load (a run's
+sources (locations) -> formats, examples (what was said) -> encode (ids, masks, cuts) -> cache -> audit, load (a run's
 data) -> packing, batches (what a step reads).
 """
 

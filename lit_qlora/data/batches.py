@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     weights: Tensor | None = None
     """(B, T) float32, what the loss of each label is multiplied by; None is 1 everywhere."""
     positions: Tensor | None = None
-    """(B, T) int64, the place of each token in its sample, 0 for padding. None if not packed."""
+    """(B, T) int64, the position of each token in its sample, 0 for padding. None if not packed."""
     segments: Tensor | None = None
     """(B, T) int32, the number of each token's sample in its row, -1 for padding. None if not packed."""
 
@@ -80,19 +80,19 @@ class Batching:
 
 
 def padded_width(longest: int, batching: Batching) -> int:
-    """Places of each row of a micro-batch whose longest row needs `longest`."""
+    """Positions of each row of a micro-batch whose longest row needs `longest`."""
     if batching.row_length is not None:
         return min(batching.row_length, -(-longest // PACKED_MULTIPLE) * PACKED_MULTIPLE)
     return -(-longest // batching.multiple) * batching.multiple
 
 
 def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, width: int | None = None) -> Batch:
-    """Shift, mask and pad. The only place where labels are shifted; padding is masked by position, never by id.
+    """Shift, mask and pad. Labels are shifted nowhere else; padding is masked by position, never by id.
 
-    The last token of a sample is a label only, so a sample of T tokens takes T - 1 places of its row.
+    The last token of a sample is a label only, so a sample of T tokens takes T - 1 positions of its row.
 
     Args:
-        width: places of a row; by default those that the longest needs.
+        width: positions of a row; by default those that the longest needs.
     """
     packed = batching is not None and batching.row_length is not None
     longest = max(sum(len(sample.tokens) - 1 for sample in row) for row in rows)
@@ -206,11 +206,11 @@ def steps(
     length, per_epoch = epoch_length(len(samples), batching), steps_of_an_epoch(len(samples), batching)
     in_order: tuple[int, list[int]] = (-1, [])
     for number in range(start, total):
-        epoch, place = divmod(number, per_epoch)
+        epoch, at = divmod(number, per_epoch)
         if in_order[0] != epoch:
             in_order = (epoch, epoch_order(lengths, batching, epoch))
-        end = min((place + 1) * batching.batch_size, length)
-        chosen = in_order[1][place * batching.batch_size : end]
+        end = min((at + 1) * batching.batch_size, length)
+        chosen = in_order[1][at * batching.batch_size : end]
         rows = [[samples[i] for i in row] for row in rows_of(chosen, lengths, batching, world_size)]
         micro = micro_batches(rows, batching.micro_batch_size, world_size)
         labelled = samples.labelled[chosen]
@@ -220,7 +220,7 @@ def steps(
             labelled=int(labelled.sum()),
             tokens=sum(lengths[i] for i in chosen),
             samples=len(chosen),
-            epoch=epoch + (1.0 if place + 1 == per_epoch else end / length),
+            epoch=epoch + (1.0 if at + 1 == per_epoch else end / length),
             numbers=tuple(chosen),
         )
 

@@ -121,7 +121,7 @@ class Encoder:
                 if len(failure.reasons) == len(some) and not start:
                     raise  # it is not the data that is wrong
                 if self.encoding.on_error == "stop":
-                    complaints += [f"{some[i].place}: {why}" for i, why in failure.reasons.items()]
+                    complaints += [f"{some[i].location}: {why}" for i, why in failure.reasons.items()]
                     advice["Give another --data.prompt, or leave these out with --data.on_error skip."] = None
                 self.counts.skipped += len(failure.reasons)
                 some = [example for i, example in enumerate(some) if i not in failure.reasons]
@@ -130,7 +130,7 @@ class Encoder:
             long = {i for i, turns in enumerate(encoded) if self._too_long(said[i], turns)}
             fitted: dict[int, Fitted | None] = {}
             if self.encoding.overlong == "error":
-                complaints += [f"{some[i].place}: {_length(encoded[i]):,} tokens do not fit" for i in sorted(long)]
+                complaints += [f"{some[i].location}: {_length(encoded[i]):,} tokens do not fit" for i in sorted(long)]
                 if long:
                     raised = "Raise the limits, or let --data.overlong cut or drop what is too long."
                     advice[f"data.max_length is {self.encoding.max_length}. {raised}"] = None
@@ -158,13 +158,13 @@ class Encoder:
             DataError: if there are ids that the tokenizer does not have, or data.overlong is "error" and some are long.
         """
         complaints = []
-        for sample, place in rows:
+        for sample, location in rows:
             tokens, count = sample.tokens, len(sample.tokens)
             if not 0 <= tokens.min() <= tokens.max() < self.tokenizer.size:
                 wrong = next(int(token) for token in tokens if not 0 <= token < self.tokenizer.size)
-                complaints.append(f"{place}: 'input_ids' has {wrong}, the tokenizer {self.tokenizer.size} tokens")
+                complaints.append(f"{location}: 'input_ids' has {wrong}, the tokenizer {self.tokenizer.size} tokens")
             elif count > self.encoding.max_length and self.encoding.overlong == "error":
-                complaints.append(f"{place}: {count:,} tokens do not fit into {self.encoding.max_length}")
+                complaints.append(f"{location}: {count:,} tokens do not fit into {self.encoding.max_length}")
             self.counts.examples += 1
             if count > self.encoding.max_length:
                 self.counts.dropped += 1
@@ -181,7 +181,7 @@ class Encoder:
         """The example without what the style does not write, which is remembered."""
         found = self.style.unread(example)
         for name, value in found.items():
-            self.unread.add(name, example.place, value)
+            self.unread.add(name, example.location, value)
         return example.without(found) if found else example
 
     def _with_system(self, example: Example) -> Conversation:

@@ -1,4 +1,4 @@
-"""From records to examples. Every complaint names its place, and all of them come at once."""
+"""From records to examples. Every complaint names its location, and all of them come at once."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from lit_qlora.errors import DataError
 from lit_qlora.prompts.conversation import Conversation
 
 LOOKED_AT = 1000  # records from which the format is recognised
-NOWHERE = ""  # the place of an error that names its own, and behind which nothing can be read
+NOWHERE = ""  # the location of an error that names its own, and behind which nothing can be read
 SHOWN = 10  # complaints that a message shows; the rest are counted
 
 
@@ -22,7 +22,7 @@ SHOWN = 10  # complaints that a message shows; the rest are counted
 class Example(Conversation):
     """A conversation of a data set."""
 
-    place: str = ""
+    location: str = ""
     """Where it stands, e.g. train.jsonl:17, for messages."""
 
 
@@ -59,7 +59,7 @@ def read_examples(
         allow: findings that are no complaints, of which this concerns "empty_answers".
 
     Raises:
-        DataError: listing the first few things that are wrong, with their places, and counting all.
+        DataError: listing the first few things that are wrong, with their locations, and counting all.
     """
     source = source if isinstance(source, Source) else Source(str(source))
     rest = _to_the_end(read_records(source))
@@ -71,21 +71,21 @@ def read_examples(
     unread = Unread(form)
     complaints: list[str] = []
     empty, unreadable = 0, False
-    for place, record in form.gather(records) if form.gather else records:
-        unreadable |= place == NOWHERE
+    for location, record in form.gather(records) if form.gather else records:
+        unreadable |= location == NOWHERE
         try:
             said = _conversation(record, form)
             if isinstance(said, Tokenized):
-                tokenized.append(said._replace(place=place))
+                tokenized.append(said._replace(location=location))
             else:
                 if "empty_answers" not in allow and (silent := _silent_turn(said)):
                     empty += 1
                     where = f"in {form.needs[-1]!r}" if form.columns else f"of turn {silent}"
                     raise DataError(f"the answer {where} is empty")
-                examples.append(Example(said.messages, said.input, said.variables, place))
-            unread.look(place, record)
+                examples.append(Example(said.messages, said.input, said.variables, location))
+            unread.look(location, record)
         except DataError as error:
-            complaints.append(f"{place}: {error}" if place else str(error))
+            complaints.append(f"{location}: {error}" if location else str(error))
     if complaints and (unreadable or not skip):
         advice = "" if unreadable else "Mend them, or leave them out with --data.on_error skip."
         if empty == len(complaints):

@@ -155,27 +155,27 @@ def best_paths(records: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
     Trees come as rows that name their parents, or whole, as {"prompt": {"text": ..., "replies": [...]}}.
     """
     rows: list[tuple[str, Any]] = []
-    for place, record in records:
+    for location, record in records:
         whole = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(record, dict):
-            yield place, record
+            yield location, record
         elif no_id := next(
             (c for c in ("message_id", "parent_id") if not isinstance(record.get(c), str | int | None)), ""
         ):
-            yield place, DataError(f"{no_id!r} is {type(record[no_id]).__name__}, not text")
+            yield location, DataError(f"{no_id!r} is {type(record[no_id]).__name__}, not text")
         elif isinstance(whole, dict):
-            yield place, _best_path(whole, lambda message: message.get("replies") or [])
+            yield location, _best_path(whole, lambda message: message.get("replies") or [])
         else:
-            rows.append((place, record))
+            rows.append((location, record))
     replies: dict[Any, list[dict[str, Any]]] = {}
     for _, row in rows:
         replies.setdefault(row.get("parent_id"), []).append(row)
     known = {row.get("message_id") for _, row in rows}
-    for place, row in rows:
+    for location, row in rows:
         if row.get("parent_id") is None:
-            yield place, _best_path(row, lambda message: replies.get(message.get("message_id"), []))
+            yield location, _best_path(row, lambda message: replies.get(message.get("message_id"), []))
         elif row["parent_id"] not in known:
-            yield place, DataError(f"its parent_id {row['parent_id']!r} is no message of this file")
+            yield location, DataError(f"its parent_id {row['parent_id']!r} is no message of this file")
 
 
 def _best_path(root: dict[str, Any], replies: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> Any:
@@ -244,7 +244,7 @@ def pick_format(
     Args:
         name: as data.format.
         columns: as data.columns.
-        records: the first, as they were read; an error without a place ends what can be read.
+        records: the first, as they were read; an error without a location ends what can be read.
         templates: as data.template and data.answer_template.
 
     Returns:
@@ -284,9 +284,9 @@ def pick_format(
     end, last = records[-1]
     if isinstance(last, DataError) and not end:
         raise last  # what makes the file unreadable comes before what its columns mean
-    place = next(place for place, record in records if record is first)
+    location = next(location for location, record in records if record is first)
     raise DataError(
-        f"{place}: no format has the {found}.\n"
+        f"{location}: no format has the {found}.\n"
         f"Say which is what, e.g. --data.columns {_guess(list(map(str, first)))}, or name a --data.format: "
         f"{', '.join(FORMATS)}."
     )

@@ -212,7 +212,7 @@ def split(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Which samples of each training source are learnt from, and which are held out to validate on."""
     owners = np.repeat(np.arange(len(train)), [len(source.samples) for source in train])
-    places = np.concatenate([np.arange(len(source.samples)) for source in train])
+    numbers = np.concatenate([np.arange(len(source.samples)) for source in train])
     held_out = 0
     if val is None and data.val_fraction:
         wanted = round(data.val_fraction * len(owners)) if data.val_fraction < 1 else int(data.val_fraction)
@@ -224,7 +224,7 @@ def split(
 
     def by_source(some: Sequence[int]) -> list[list[int]]:
         at = np.asarray(some, np.int64)
-        return [places[at][owners[at] == number].tolist() for number in range(len(train))]
+        return [numbers[at][owners[at] == number].tolist() for number in range(len(train))]
 
     return by_source(kept), by_source(sorted(shuffled[:held_out]))
 

@@ -66,8 +66,8 @@ def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
     ]
     try:
         with temporary_directory(out_dir / "data") as staged:
-            for name, places in parts.items():
-                _write(staged / f"{name}.jsonl", [examples[i] for i in places], raw=reading.format == "text")
+            for name, numbers in parts.items():
+                _write(staged / f"{name}.jsonl", [examples[i] for i in numbers], raw=reading.format == "text")
             if config.checkpoint_dir:
                 record(staged, config.checkpoint_dir)
                 lines += _lengths(staged, config.checkpoint_dir, config)

@@ -25,20 +25,20 @@ def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, Conversati
     source = find_file(path)
     records = _read_lines(source) if path.suffix.lower() == ".txt" else read_records(source)
     found = False
-    for place, row in records:
+    for location, row in records:
         for value in (row, *(row.values() if isinstance(row, dict) else ())):
             if isinstance(value, DataError):
-                raise DataError(f"{place}: {value}")
+                raise DataError(f"{location}: {value}")
         if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object with instruction or prompt, found {type(row).__name__}.")
+            raise DataError(f"{location}: expected an object with instruction or prompt, found {type(row).__name__}.")
         try:
             asked = _asked(row)
         except DataError as error:
-            raise DataError(f"{place}: {error}.") from None
+            raise DataError(f"{location}: {error}.") from None
         if system and asked.system is None:
             asked = replace(asked, messages=(Message("system", system), *asked.messages))
         found = True
-        yield place, asked, row
+        yield location, asked, row
     if not found:
         raise DataError(f"{path} holds no prompt.")
 
@@ -57,8 +57,8 @@ def _asked(row: dict[str, Any]) -> Conversation:
 
 def _read_lines(source: Source) -> Iterator[tuple[str, Any]]:
     """A prompt for each line of a text file that is not blank."""
-    for place, row in read_records(source):
+    for location, row in read_records(source):
         assert isinstance(row, dict)
         for number, line in enumerate(row["text"].split("\n"), start=1):
             if line.strip():
-                yield f"{place}:{number}", {"prompt": line.strip()}
+                yield f"{location}:{number}", {"prompt": line.strip()}

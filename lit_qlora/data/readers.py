@@ -1,4 +1,4 @@
-"""Reading files of records: JSON, JSON lines, tables, Parquet, text. Every record has a place, for messages."""
+"""Reading files of records: JSON, JSON lines, tables, Parquet, text. Every record has a location, for messages."""
 
 import codecs
 import csv
@@ -12,7 +12,7 @@ from typing import Any
 from lit_qlora.errors import DataError
 
 Record = tuple[str, Any]
-"""(place, content); the content of a record that cannot be read is a DataError that says why."""
+"""(location, content); the content of a record that cannot be read is a DataError that says why."""
 PIECE = 2**22  # bytes that are read at a time
 LONGEST_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072, fewer than some documents have
 
@@ -29,7 +29,7 @@ def _pieces(path: Path) -> Iterator[str]:
                 yield decoder.decode(content)
             yield decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            for _ in _lines(path):  # which knows the place
+            for _ in _lines(path):  # which knows the location
                 pass
             raise DataError(f"{path} is not UTF-8. Save it as UTF-8.") from None
 
@@ -114,7 +114,7 @@ class _Json:
             except (ValueError, RecursionError) as error:
                 raise self.refusal(str(error)) from None
 
-    def place(self, at: int | None = None) -> tuple[int, int]:
+    def location(self, at: int | None = None) -> tuple[int, int]:
         """Line and column of a position, by default of the next character; positions may only grow."""
         at = self.at if at is None else at
         self.line += self.text.count("\n", self.counted, at)
@@ -125,12 +125,12 @@ class _Json:
 
     def refusal(self, reason: str, at: int | None = None) -> DataError:
         """What to raise."""
-        line, column = self.place(at)
+        line, column = self.location(at)
         return DataError(f"{self.path}:{line}: not valid JSON: {reason} at column {column}.")
 
     def _more(self) -> bool:
         """Read on, as much as there is already, so that a value of any length is tried a few times only."""
-        self.place()
+        self.location()
         kept = self.text[self.at :]
         pieces: list[str] = []
         while sum(map(len, pieces)) <= len(kept) and (piece := next(self.pieces, None)) is not None:
@@ -153,7 +153,7 @@ def _from_json(path: Path) -> Iterator[Record]:
     number = 0
     ends_in_comma = False
     while source.peek() != "]" or ends_in_comma:
-        line, number = source.place()[0], number + 1
+        line, number = source.location()[0], number + 1
         yield f"{path}:{line}: sample {number}", source.value()
         ends_in_comma = source.peek() == ","
         source.at += ends_in_comma
@@ -166,7 +166,7 @@ def _from_json(path: Path) -> Iterator[Record]:
 
 def _from_object(source: _Json) -> Iterator[Record]:
     """A .json file that holds no list: one sample, or JSON lines under a name that does not say so."""
-    line, first = source.place()[0], source.peek()
+    line, first = source.location()[0], source.peek()
     content = source.value()
     if source.peek():
         if first != "{":

@@ -1,4 +1,4 @@
-"""Samples: token ids, and which of them are learnt, in flat arrays that can stay on disk."""
+"""Samples: token ids, and which of them are labelled, in flat arrays that can stay on disk."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -19,18 +19,18 @@ class Sample(NamedTuple):
     tokens: Ids
     """(T,) token ids."""
     trained: Flags
-    """(T,) which tokens are learnt; never the first, which nothing predicts."""
+    """(T,) which tokens are labelled; never the first, which nothing predicts."""
     weights: Weights | None = None
-    """(T,) what the loss of each token is multiplied by, above 0 where it is learnt; None is 1 for all of them."""
+    """(T,) what the loss of each token is multiplied by, above 0 where it is labelled; None is 1 for all of them."""
 
     @property
     def labelled(self) -> int:
-        """Number of tokens that are learnt."""
+        """Number of labelled tokens."""
         return int(np.count_nonzero(self.trained))
 
     @staticmethod
     def of(tokens: Sequence[int], prompt_length: int) -> "Sample":
-        """A sample whose first `prompt_length` tokens, at least one, are given and whose others are learnt."""
+        """A sample whose first `prompt_length` tokens, at least one, are given and whose others are labelled."""
         return Sample(np.asarray(tokens, np.int32), np.arange(len(tokens)) >= max(1, prompt_length))
 
 
@@ -39,9 +39,9 @@ class Samples(Sequence[Sample]):
 
     Attributes:
         tokens: (N,) ids of all samples.
-        trained: (N,) which of them are learnt.
+        trained: (N,) which of them are labelled.
         starts, ends: (S,) int64; sample i is tokens[starts[i] : ends[i]].
-        labelled: (S,) number of tokens that are learnt of each sample.
+        labelled: (S,) number of labelled tokens of each sample.
         weights: (N,) as those of a sample, or None.
     """
 
@@ -97,7 +97,7 @@ class Samples(Sequence[Sample]):
 
     @cached_property
     def weight_sums(self) -> npt.NDArray[np.float64]:
-        """(S,) sum of the weights of the tokens that are learnt of each sample."""
+        """(S,) sum of the weights of the labelled tokens of each sample."""
         if self.weights is None:
             return self.labelled.astype(np.float64)
         sums = np.concatenate([np.zeros(1), np.cumsum(self.weights, dtype=np.float64)])
@@ -119,5 +119,5 @@ class Samples(Sequence[Sample]):
 
 
 def _weights(some: Sample | Samples) -> Weights:
-    """The weights of the tokens, 0 for those that are not learnt."""
+    """The weights of the tokens, 0 for those without a label."""
     return some.trained.astype(np.float32) if some.weights is None else some.weights

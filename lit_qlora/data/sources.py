@@ -96,7 +96,7 @@ def sha256(path: Path) -> str:
 
 
 def read_records(source: Source) -> Iterable[Record]:
-    """All records of a source, with their places; blank lines and a byte-order mark are no errors.
+    """All records of a source, with their locations; blank lines and a byte-order mark are no errors.
 
     Raises:
         DataError: if the source as a whole cannot be read.

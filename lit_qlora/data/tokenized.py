@@ -17,7 +17,7 @@ class Tokenized(NamedTuple):
     """A record that is token ids already."""
 
     sample: Sample
-    place: str = ""
+    location: str = ""
 
 
 def read_tokenized(record: Mapping[str, Any]) -> Tokenized:

@@ -34,7 +34,7 @@ class Unread:
     """Columns and keys of messages that hold something and are not read.
 
     Attributes:
-        found: name -> how often, the first place, and what it holds there.
+        found: name -> how often, the first location, and what it holds there.
         ignored: those of them that are left out on purpose.
     """
 
@@ -45,19 +45,19 @@ class Unread:
         self._form = None if form is None or form.gather else form
         self._reads = frozenset((*form.needs, *form.reads)) if form else frozenset()
 
-    def look(self, place: str, record: Mapping[str, Any]) -> None:
+    def look(self, location: str, record: Mapping[str, Any]) -> None:
         """Take the columns of a record that its format does not read."""
         if self._form is None:
             return
         for name in record.keys() - self._reads:
-            if self.add(str(name), place, record[name]) and (self._form.chosen or name in self._form.leaves):
+            if self.add(str(name), location, record[name]) and (self._form.chosen or name in self._form.leaves):
                 self.ignored.add(str(name))
 
-    def add(self, name: str, place: str, value: Any) -> bool:
+    def add(self, name: str, location: str, value: Any) -> bool:
         """Take something that is not read; whether it holds anything."""
         if value in (None, "", [], {}):
             return False
-        count, first, sample = self.found.get(name, (0, place, ""))
+        count, first, sample = self.found.get(name, (0, location, ""))
         self.found[name] = (count + 1, first, sample or _shown(value))
         return True
 
@@ -83,8 +83,8 @@ class Unread:
     def red(self) -> list[str]:
         """Reasons to stop: what is known to mean something."""
         return [
-            f"{place}: {name!r} ({sample}) is not read, here and in {count - 1:,} other records. {ADVICE[name]}"
-            for name, (count, place, sample) in sorted(self.found.items())
+            f"{location}: {name!r} ({sample}) is not read, here and in {count - 1:,} other records. {ADVICE[name]}"
+            for name, (count, location, sample) in sorted(self.found.items())
             if name in ADVICE and name not in self.ignored
         ]
 

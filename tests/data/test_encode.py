@@ -28,7 +28,7 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
 
 def example(instruction: str, output: str, input: str = "", system: str | None = None) -> Example:
     said = Conversation.of((instruction, output), system=system)
-    return Example(said.messages, input, place="a.jsonl:1")
+    return Example(said.messages, input, location="a.jsonl:1")
 
 
 def encode(

@@ -92,7 +92,7 @@ def test_h2o_calls_the_share_validation_size(read, tmp_path: Path) -> None:
         DataConfig(val_fraction=1.5)
     with pytest.raises(UsageError, match="Give one"):
         DataConfig(validation_size=0.1, val_fraction=0.2)
-    with pytest.raises(UsageError, match=r"data\.validation_size has no effect"):
+    with pytest.raises(UsageError, match=r"data\.validation_size would have no effect"):
         DataConfig(validation_size=0.1, val_path=str(tmp_path / "val.jsonl"))
 
 

@@ -55,7 +55,7 @@ def test_the_same_samples_come_out_of_every_kind_of_file(
     read = read_examples(path)
     assert [(e.instruction, e.input, e.output) for e in read.examples] == [tuple(GOOD.values()), tuple(OTHER.values())]
     assert read.format == "alpaca"
-    assert all(example.place.startswith(str(path)) for example in read.examples)
+    assert all(example.location.startswith(str(path)) for example in read.examples)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -84,11 +84,11 @@ def test_places_are_lines_and_numbers(tmp_path: Path, piece: int, monkeypatch: p
     listed = write(
         tmp_path / "a.json", '[\n {"instruction": "a",\n  "output": "b"},\n\n {"instruction": "c", "output": "d"}]'
     )
-    assert [e.place for e in read_examples(listed).examples] == [f"{listed}:2: sample 1", f"{listed}:5: sample 2"]
+    assert [e.location for e in read_examples(listed).examples] == [f"{listed}:2: sample 1", f"{listed}:5: sample 2"]
     table = write(tmp_path / "a.csv", 'instruction,output\na,"b\nb"\n\nc,d\n')
-    assert [e.place for e in read_examples(table).examples] == [f"{table}:2", f"{table}:5"]
+    assert [e.location for e in read_examples(table).examples] == [f"{table}:2", f"{table}:5"]
     rows = parquet(tmp_path / "a.parquet", GOOD, GOOD)
-    assert [e.place for e in read_examples(rows).examples] == [f"{rows}: row 1", f"{rows}: row 2"]
+    assert [e.location for e in read_examples(rows).examples] == [f"{rows}: row 1", f"{rows}: row 2"]
 
 
 @pytest.mark.parametrize("piece", [1, 7, 2**22])
@@ -201,7 +201,7 @@ def test_a_hub_data_set_comes_from_the_cache_when_there_is_no_network(hub: Path)
     assert find_sources(["hf:org/foxes"], "hf:org/foxes")[1] == val
     read = read_examples(train[0])
     assert [e.output for e in read.examples] == ["Blue.", OTHER["output"]]
-    assert read.examples[1].place == "hf:org/foxes (train): row 2"
+    assert read.examples[1].location == "hf:org/foxes (train): row 2"
     assert fingerprint(train[0]) != fingerprint(val)
 
 

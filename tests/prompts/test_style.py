@@ -365,7 +365,7 @@ SYSTEMLESS = TEMPLATES["chatml"] + "{% if messages[0].role == 'system' %}{{ rais
 
 def test_samples_that_a_template_refuses_are_named_or_skipped(tokenizer: Tokenizer) -> None:
     opening = (Message("system", "Be."),)
-    said = [Example(opening * (i % 5 == 0) + TALK.messages, place=f"a:{i}") for i in range(60)]
+    said = [Example(opening * (i % 5 == 0) + TALK.messages, location=f"a:{i}") for i in range(60)]
     encoder = Encoder(tokenizer, TemplateStyle(SYSTEMLESS), Encoding(max_length=4096))
     with pytest.raises(DataError) as caught:
         list(encoder.encode(said))
@@ -380,7 +380,7 @@ def test_samples_that_a_template_refuses_are_named_or_skipped(tokenizer: Tokeniz
 
 
 def test_a_template_that_refuses_everything_is_not_the_fault_of_the_data(tokenizer: Tokenizer) -> None:
-    said = [Example((Message("system", "Be."), *TALK.messages), place=f"a:{i}") for i in range(3)]
+    said = [Example((Message("system", "Be."), *TALK.messages), location=f"a:{i}") for i in range(3)]
     encoder = Encoder(tokenizer, TemplateStyle(SYSTEMLESS), Encoding(max_length=4096, on_error="skip"))
     with pytest.raises(CheckpointError, match="The chat template fails: TemplateError: no system"):
         list(encoder.encode(said))

@@ -310,7 +310,11 @@ def test_a_style_without_words_for_tools_refuses_them_by_name(tokenizer: Tokeniz
         style_of(GEMMA3).encode_prompt(tokenizer, asked)
     encoder = Encoder(tokenizer, STYLES["chatml"], Encoding(max_length=999))
     with pytest.raises(DataError, match=r"a:1: the prompt style chatml has no words for a message of tool"):
-        list(encoder.encode([Example(said.messages, place="a:1"), Example(said_of(HELLO, None).messages, place="a:2")]))
+        list(
+            encoder.encode(
+                [Example(said.messages, location="a:1"), Example(said_of(HELLO, None).messages, location="a:2")]
+            )
+        )
 
 
 def test_a_template_that_leaves_out_the_calls_is_refused(tokenizer: Tokenizer) -> None:

@@ -17,7 +17,7 @@ from lit_qlora.errors import CheckpointError
 from lit_qlora.files import hashing
 from lit_qlora.files.atomic import replace_files, temporary_directory, writing
 from lit_qlora.model.config import FILE_NAME as CONFIG
-from lit_qlora.model.config import ModelConfig, missing_checkpoint
+from lit_qlora.model.config import WEIGHT_FILES, ModelConfig, missing_checkpoint
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.quantize import QuantizedLinear, Storage
@@ -201,7 +201,7 @@ def save_weights(
         for path in also:
             shutil.copyfile(path, staged / path.name)
         config.save(staged)
-        replace_files(staged, directory, CONFIG, [f"{Path(WEIGHTS).stem}*.safetensors*"])
+        replace_files(staged, directory, CONFIG, WEIGHT_FILES)
         hashing.remember(directory, hashes)
     return hashing.combine(hashes)
 

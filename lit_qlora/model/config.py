@@ -1,14 +1,18 @@
 """What a model is: sizes and choices that a checkpoint fixes, with no code attached."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from lit_qlora.errors import CheckpointError, did_you_mean
+from lit_qlora.files.atomic import recover_files
 from lit_qlora.files.reading import read_json
 
 FILE_NAME = "model_config.json"
+WEIGHT_FILES = ("lit_model*.safetensors*",)
+"""Patterns of the files of a checkpoint that are replaced together with its configuration."""
 MOST = {
     "n_layer": 2**12,
     "n_expert": 2**12,
@@ -222,6 +226,9 @@ class ModelConfig:
     def load(cls, directory: Path) -> "ModelConfig":
         """Read model_config.json. Raises CheckpointError for what is missing, unknown or of the wrong type."""
         path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            with suppress(OSError):  # a conversion was killed between the old files and the new
+                recover_files(path.parent, FILE_NAME, WEIGHT_FILES)
         if not path.is_file():
             raise CheckpointError(missing_checkpoint(Path(directory)))
         values: dict[str, Any] = read_json(path)

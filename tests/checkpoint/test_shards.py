@@ -85,6 +85,20 @@ def test_what_killed_programs_left_is_removed(sharded: Path) -> None:
     assert not list(sharded.glob("*.tmp-*"))
 
 
+@pytest.mark.parametrize("kind", ["going", "old"])
+def test_a_checkpoint_whose_replacement_was_killed_is_put_back_when_it_is_read(sharded: Path, kind: str) -> None:
+    aside = sharded / f"model_config.json.{kind}-1"
+    aside.mkdir()
+    for path in [sharded / "model_config.json", *(sharded.glob("lit_model*") if kind == "old" else ())]:
+        path.rename(aside / path.name)
+    if kind == "old":
+        (sharded / "lit_model.safetensors").write_text("half of the new one")
+    with torch.no_grad():
+        assert torch.equal(load_model(sharded)(TOKENS), tiny_model()(TOKENS))
+    assert not list(sharded.glob("model_config.json.*"))
+    assert not (sharded / "lit_model.safetensors").exists()
+
+
 def refusal(directory: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_model(directory)

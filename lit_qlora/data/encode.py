@@ -35,6 +35,7 @@ class Encoding:
     max_length_prompt: int | None = None
     max_length_answer: int | None = None
     overlong: Overlong = "truncate_left"
+    label_cut_ends: bool = False
     mask_prompt: bool = True
     only_last_answer: bool = False
     system: str = ""
@@ -225,6 +226,8 @@ class Encoder:
             tokens += [*prompt, *answer]
             here = slice(len(tokens) - len(answer), len(tokens))
             trained[here] = learn
+            if "cut" in remarks and answer[-1] in self.stops and not self.encoding.label_cut_ends:
+                trained[here.stop - 1] = False  # the answer went on
             if learn and message.weight < 1:
                 light.append((here, message.weight))
                 self.counts.light += 1
@@ -281,10 +284,7 @@ class Encoder:
                 said, cut = shorter, True
                 turns = yield said
         self.counts.cut_prompts += cut
-        fitted = [
-            turn._replace(answer=self._cut_answer(turn.answer, self._answer_room(turns, i)))
-            for i, turn in enumerate(turns)
-        ]
+        fitted = [self._cut_answer(turn, self._answer_room(turns, i)) for i, turn in enumerate(turns)]
         self.counts.cut_answers += any(len(new[1]) < len(old[1]) for new, old in zip(fitted, turns, strict=True))
         return said, fitted
 
@@ -316,11 +316,13 @@ class Encoder:
         limit = self.encoding.max_length_answer or self.encoding.max_length
         return limit if len(turns) > 1 else min(limit, self.encoding.max_length - len(turns[0][0]))
 
-    def _cut_answer(self, answer: list[int], room: int) -> list[int]:
-        """The answer without its end, but with the token that ends it."""
+    def _cut_answer(self, turn: EncodedTurn, room: int) -> EncodedTurn:
+        """The turn whose answer has lost its end, but not the token that ends it."""
+        answer = turn.answer
         if len(answer) <= room:
-            return answer
-        return [*answer[: room - 1], answer[-1]] if answer[-1] in self.stops else answer[:room]
+            return turn
+        cut = [*answer[: room - 1], answer[-1]] if answer[-1] in self.stops else answer[:room]
+        return turn._replace(answer=cut, remarks=turn.remarks | {"cut"})
 
     def _shorten(self, said: Conversation, i: int, excess: int, left: bool) -> Conversation | None:
         """The conversation with at least one token less of the longest text in prompt `i`, or of the input."""

@@ -170,6 +170,7 @@ def encode_source(
         max_length_prompt=data.max_length_prompt,
         max_length_answer=data.max_length_answer,
         overlong=data.overlong,
+        label_cut_ends=data.label_cut_ends,
         mask_prompt=data.mask_prompt,
         only_last_answer=data.only_last_answer,
         system=data.system,

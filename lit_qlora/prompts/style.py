@@ -31,9 +31,10 @@ TEMPLATE = "template"
 KNOBS = "knobs"
 """The name of the style that PromptKnobs describe."""
 RENDERED_AT_ONCE = 2**23  # characters; one may take twelve bytes in JSON, and several copies are made
-Remark = Literal["begun", "rewritten", "thoughts", "followed"]
+Remark = Literal["begun", "rewritten", "thoughts", "followed", "cut"]
 """Of an answer: it does not begin as the template asks for it; what comes before it is another text when the template
-asks for it; the template leaves out its thoughts; nothing ends it, but a control token follows."""
+asks for it; the template leaves out its thoughts; nothing ends it, but a control token follows; its end was
+cut."""
 
 
 class WrittenTurn(NamedTuple):

@@ -79,6 +79,8 @@ class DataConfig(PromptKnobs):
     """What happens to a sample that is too long. truncate_left cuts the prompt's text at its beginning, truncate_right
     at its end; a conversation loses its first or last turns. The style's own text stays. Then the answer is cut at its
     end. 'drop' leaves the sample out; 'error' refuses the run."""
+    label_cut_ends: bool = False
+    """Label the end-of-text token of an answer that was cut. This teaches a model to stop too early."""
     mask_prompt: bool = True
     """Label the answers only, not the prompts."""
     only_last_answer: bool = False

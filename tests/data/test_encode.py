@@ -179,6 +179,7 @@ def test_every_answer_that_is_left_of_anything_ends_and_is_not_empty(
             max_length_prompt=source.choice([None, source.randint(2, 300)]),
             max_length_answer=source.choice([None, source.randint(2, 60)]),
             overlong=overlong,  # type: ignore[arg-type]
+            label_cut_ends=True,
         )
         encoder = Encoder(tokenizer, STYLES[style], limits)
         samples = [one.sample for one in encoder.encode(given)]
@@ -213,24 +214,34 @@ def test_a_long_input_is_cut_before_a_short_instruction(tokenizer: Tokenizer) ->
 
 def test_the_prompt_never_vanishes_for_a_long_answer(tokenizer: Tokenizer) -> None:
     question = "What is 1 plus 2?"
-    (cut,), counts = encode(tokenizer, [example(question, "9 " * 400)], max_length=96)
+    (cut,), counts = encode(tokenizer, [example(question, "9 " * 400)], max_length=96, label_cut_ends=True)
     assert given(tokenizer, cut) == f"Q: {question}\nA:"
     assert len(cut.tokens) == 96
     assert (counts.cut_prompts, counts.cut_answers) == (0, 1)
-    (both,), counts = encode(tokenizer, [example("4 plus 4 " * 90, "9 " * 400)], max_length=96)
+    (both,), counts = encode(tokenizer, [example("4 plus 4 " * 90, "9 " * 400)], max_length=96, label_cut_ends=True)
     assert 40 <= 96 - both.labelled <= 48  # half of the room
     assert (counts.cut_prompts, counts.cut_answers) == (1, 1)
 
 
 def test_prompts_and_answers_can_have_limits_of_their_own(tokenizer: Tokenizer) -> None:
     long = example("4 plus 4 " * 20, "9 " * 40)
-    (cut,), counts = encode(tokenizer, [long], max_length_prompt=20, max_length_answer=7)
+    limits = {"max_length_prompt": 20, "max_length_answer": 7, "label_cut_ends": True}
+    (cut,), counts = encode(tokenizer, [long], **limits)
     assert 15 <= len(cut.tokens) - cut.labelled <= 20
     assert cut.labelled == 7
     assert cut.tokens[-1] == tokenizer.eos_id
     assert (counts.cut_prompts, counts.cut_answers) == (1, 1)
-    (talk,), _ = encode(tokenizer, [Example(long.messages * 2)], max_length_prompt=20, max_length_answer=7)
+    (talk,), _ = encode(tokenizer, [Example(long.messages * 2)], **limits)
     assert talk.labelled == 14
+
+
+def test_the_end_of_a_cut_answer_is_labelled_only_if_asked_for(tokenizer: Tokenizer) -> None:
+    said = [example("4 plus 4", "8"), example("4 plus 4", "9 " * 40)]
+    (whole, cut), _ = encode(tokenizer, said, max_length_answer=7)
+    assert (whole.trained[-1], cut.trained[-1], cut.trained[-2]) == (True, False, True)
+    _, asked = encode(tokenizer, said, max_length_answer=7, label_cut_ends=True)[0]
+    assert asked.tokens.tolist() == cut.tokens.tolist()
+    assert asked.trained[-1]
 
 
 @pytest.mark.parametrize(("overlong", "left"), [("truncate_left", KIND[:1] + TALK[2:]), ("truncate_right", KIND[:5])])

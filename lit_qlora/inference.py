@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.prompts.conversation import Conversation
 from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
-from lit_qlora.settings import DEMO_CHECKPOINT, Precision, Scheme, check
+from lit_qlora.settings import DEMO_CHECKPOINT, Precision, Scheme, Settings, check
+from lit_qlora.settings.limits import Count
 
 if TYPE_CHECKING:
     from lit_qlora.generation import Draft
@@ -66,7 +67,7 @@ def load_for_inference(
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
+class InferenceConfig(Settings):
     """The model that a command loads."""
 
     checkpoint_dir: Path = DEMO_CHECKPOINT
@@ -100,18 +101,17 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftConfig:
+class DraftConfig(Settings):
     """A small model that guesses the next tokens of a large one."""
 
     draft_checkpoint_dir: Path | None = None
     """A small model with the same tokenizer that guesses some tokens, which the model then checks in one pass: the same
     answers, sooner where most guesses are right."""
-    draft_tokens: int = 5
+    draft_tokens: Count = 5
     """Tokens that are guessed at a time."""
 
     def check_draft(self, num_beams: int) -> None:
         """Raise UsageError for settings that contradict each other, before anything is loaded."""
-        check(self.draft_tokens >= 1, f"draft_tokens must be at least 1, got {self.draft_tokens}.")
         check(
             self.draft_checkpoint_dir is not None or self.draft_tokens == DraftConfig.draft_tokens,
             "draft_tokens has no effect without a draft_checkpoint_dir.",

@@ -13,6 +13,8 @@ import pytest
 
 from lit_qlora.cli import parse, to_yaml
 from lit_qlora.errors import UsageError
+from lit_qlora.inference import InferenceConfig
+from lit_qlora.serve.limits import Limits
 from lit_qlora.settings import (
     SCHEMES,
     TARGETS,
@@ -139,6 +141,14 @@ def test_a_value_out_of_range_is_refused_by_the_name_that_was_typed(kind: type, 
 def test_a_value_of_another_type_is_refused_in_python_as_on_the_command_line(make: Any, message: str) -> None:
     with pytest.raises(UsageError, match=rf"^{re.escape(message)}$"):
         make()
+
+
+def test_what_a_command_loads_and_a_client_may_cost_is_checked_as_a_run_is() -> None:
+    with pytest.raises(UsageError, match=r"^quantize: expected one of none, .*, got 'nf4'\. Did you mean bnb\.nf4\?$"):
+        InferenceConfig(quantize="nf4")  # type: ignore[arg-type]
+    assert InferenceConfig(checkpoint_dir="a/b").checkpoint_dir == Path("a/b")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^body_bytes must be at least 1024, got 5\.$"):
+        Limits(body_bytes=5)
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ EVAL = Path(__file__).resolve().parents[1] / "eval"
 def make_ask(
     config: EvalConfig, tokenizer: "Tokenizer", allow_code: bool = False
 ) -> "Callable[[GPT], dict[str, float]]":
-    """What gives a model's figures in the tasks of `config`, by TASK/METRIC.
+    """Make a function that asks a model the tasks of `config`: TASK/METRIC -> value.
 
     Raises:
-        UsageError: for a task that does not exist or would run Python without allow_code, before anything is loaded.
-        DataError: if a task's data cannot be had.
+        UsageError: for an unknown task, or one that would run Python without allow_code, before anything is loaded.
+        DataError: if the data of a task is missing.
     """
     _script("chance")  # the harness imports it by its name, as it does the two that follow
     finding, sandbox, harness = _script("lm_eval_tasks"), _script("lm_eval_sandbox"), _script("lm_eval_harness")
@@ -48,23 +48,23 @@ def make_ask(
 
         state = np.random.get_state()
         try:
-            # Progress bars would stand in the middle of the run's own line.
+            # Progress bars would break the run's own line.
             with open(os.devnull, "w") as nobody, redirect_stderr(nobody):
                 lm = _script("lm_eval_model").GPTModel(model, tokenizer)
-                return figures(harness.evaluate(lm, tasks, include_path, how), tasks)
+                return metrics(harness.evaluate(lm, tasks, include_path, how), tasks)
         finally:
             np.random.set_state(state)
 
     return ask
 
 
-def figures(results: Mapping[str, Any], tasks: list[str]) -> dict[str, float]:
-    """The figures of each task or group that was asked for; of a tag, which has none, those of its tasks."""
+def metrics(results: Mapping[str, Any], tasks: list[str]) -> dict[str, float]:
+    """Collect the metrics of each task or group that was asked; a tag has none, so its tasks' are taken."""
     found = {}
-    for task, metrics in results["results"].items():
+    for task, values in results["results"].items():
         if task not in tasks and set(tasks) <= set(results["results"]):
             continue
-        for key, value in metrics.items():
+        for key, value in values.items():
             metric = key.removesuffix(",none")
             if isinstance(value, float) and "_stderr" not in key:
                 found[f"{task}/{metric}"] = value
@@ -72,7 +72,7 @@ def figures(results: Mapping[str, Any], tasks: list[str]) -> dict[str, float]:
 
 
 def _script(name: str) -> ModuleType:
-    """A module of eval/, which is a folder of programs, not of a package."""
+    """Import a module of eval/, which is a folder of programs and not a package."""
     if name in sys.modules:
         return sys.modules[name]
     spec = PathFinder.find_spec(name, [str(EVAL)])

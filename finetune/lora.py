@@ -20,8 +20,8 @@ def main(config: FinetuneConfig) -> None:
 
 
 def finetune(config: FinetuneConfig) -> None:
-    """As main, and say what is going on."""
-    # These take seconds, which --help and a mistyped flag should not.
+    """Train as main does, with messages."""
+    # These imports take seconds; --help and a mistyped flag must not.
     from dataclasses import replace
 
     from lit_qlora.data import read_data
@@ -29,7 +29,7 @@ def finetune(config: FinetuneConfig) -> None:
     from lit_qlora.device import fabric_precision, let_segments_grow, pick_device, resolve_precision, weights_dtype
 
     let_segments_grow()
-    # What can be refused is refused before a weight is loaded; data that is wrong, even before Lightning is imported.
+    # Errors come before weights are loaded, and errors in the data even before Lightning is imported.
     precision = resolve_precision(config.precision, pick_device())
     config = replace(config, data=choose_data(config.data, config.checkpoint_dir))
     if config.seed == -1:

@@ -1,4 +1,4 @@
-"""Which device there is, which dtype the weights and the arithmetic get on it, and how much memory was used."""
+"""The device, the dtypes of weights and arithmetic on it, and its memory."""
 
 import os
 import re
@@ -14,18 +14,18 @@ from lit_qlora.settings import Precision
 
 
 def pick_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """`precision`, or the best one for `device` if it is "auto".
+    """Return `precision`, or the best one for `device` if it is "auto".
 
     Raises:
-        UsageError: for one that the device cannot do well.
+        UsageError: for a precision that the device does not support well.
     """
     cuda = device.type == "cuda"
-    bf16 = cuda and torch.cuda.get_device_capability(device)[0] >= 8  # before Ampere it is emulated, and slow
+    bf16 = cuda and torch.cuda.get_device_capability(device)[0] >= 8  # before Ampere, bf16 is emulated and slow
     if precision == "auto":
         return "bf16-true" if bf16 else "16-mixed" if cuda else "32-true"
     if scales_loss(precision) and not cuda:
@@ -34,12 +34,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def has_fp8() -> bool:
-    """Whether the GPU multiplies in FP8."""
+    """Tell whether the GPU multiplies in FP8."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 def fabric_precision(precision: Precision) -> Precision:
-    """What Fabric is told: -true is a matter of the weights' dtype, and adapters stay in float32.
+    """Return the precision for Fabric: -true only sets the weights' dtype, and adapters remain float32.
 
     With float16 Fabric scales the loss, and skips a step whose gradients overflow.
     """
@@ -49,22 +49,22 @@ def fabric_precision(precision: Precision) -> Precision:
 
 
 def scales_loss(precision: Precision) -> bool:
-    """Whether gradients are so small for the dtype that the loss has to be scaled."""
+    """Tell whether the loss is scaled, because float16 has no room for small gradients."""
     return precision in ("16-true", "16-mixed")
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:
-    """Dtype of the frozen weights: 16 bit only for the -true precisions, float32 where arithmetic alone is 16 bit."""
+    """Return the dtype of the frozen weights: bf16 for bf16-true, else float32, even if arithmetic is 16 bit."""
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
 
 
 def fast_dtype(precision: Precision) -> torch.dtype | None:
-    """Dtype that the fast path, which mixes none, gives to frozen weights; None where it leaves them as they are."""
+    """Return the dtype to which the fast path, which mixes none, converts frozen weights; None if it does not."""
     return torch.float16 if precision == "16-mixed" else None
 
 
 def peak_gib(device: torch.device) -> float:
-    """Largest memory use so far in GiB: allocated on a GPU, resident in the process on a CPU."""
+    """Return the largest memory use so far in GiB: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -72,32 +72,33 @@ def peak_gib(device: torch.device) -> float:
 
 
 def let_segments_grow() -> None:
-    """Let torch's allocator extend and give back memory in small pages, before it is first used.
+    """Let torch's allocator extend and release memory in small pages; call it before the first allocation.
 
-    What is kept of micro-batches of different lengths, and weights that take its place, then leave few holes.
+    Saved activations of micro-batches of different lengths, and weights carried over in their memory, then leave little
+    fragmentation.
     """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which a user may have set
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable, which a user may have set
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def precede_other_streams() -> None:
-    """Let what this thread launches from now on go before what runs beside it on other streams of the GPU.
+    """Give this thread's launches priority over other streams of the GPU from now on.
 
-    A stream of normal priority has the lowest one that there is.
+    A stream of normal priority has the lowest priority.
     """
     stream = torch.cuda.Stream(priority=-1)
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)
-    torch.cuda.empty_cache()  # what the allocator keeps of another stream, this one cannot have
+    torch.cuda.empty_cache()  # this stream cannot use memory that the allocator holds for another one
 
 
 def host_bytes(files: Path = Path("/")) -> int | None:
-    """Memory of the host that could be taken, in bytes, also by the limits of control groups; None where none is told.
+    """Return the free memory of the host in bytes, within the limits of control groups; None if nothing reports it.
 
-    Containers and batch jobs are such groups. What files fill of their memory can be taken from them.
+    Containers and batch jobs are control groups. The page cache counts as free.
 
     Args:
-        files: where /proc and /sys lie.
+        files: the directory of /proc and /sys.
     """
     rooms = []
     with suppress(OSError, ValueError):
@@ -109,9 +110,9 @@ def host_bytes(files: Path = Path("/")) -> int | None:
         if kinds and "memory" not in kinds.split(","):
             continue
         root, most, used, cached = V1 if kinds else V2
-        for group in (name, *map(str, PurePosixPath(name).parents)):  # of which a container sees the last alone
+        for group in (name, *map(str, PurePosixPath(name).parents)):  # a container sees only the last one
             folder = files / root / group.lstrip("/")
-            with suppress(OSError, ValueError):  # "max" where there is no limit
+            with suppress(OSError, ValueError):  # "max" means no limit
                 room = _number(folder / most, r"(\d+)") - _number(folder / used, r"(\d+)")
                 for kind in ("active", "inactive"):
                     room += _number(folder / "memory.stat", rf"{cached}{kind}_file (\d+)")
@@ -121,11 +122,11 @@ def host_bytes(files: Path = Path("/")) -> int | None:
 
 V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
-"""Of both versions of control groups the folder, the limit, what is used, and the beginning of names in memory.stat."""
+"""For both versions of control groups: folder, limit, use, and prefix of the names in memory.stat."""
 
 
 def _number(path: Path, pattern: str) -> int:
-    """What the group of `pattern` is in a line of the file; ValueError if no line is so."""
+    """Read the number that `pattern` captures in a line of the file; ValueError if no line matches."""
     found = re.search(f"^{pattern}$", path.read_text(), re.M)
     if not found:
         raise ValueError(pattern)
@@ -133,10 +134,10 @@ def _number(path: Path, pattern: str) -> int:
 
 
 def gpu_bytes() -> int | None:
-    """Memory that this process has or can get of the GPU that will be its own, in bytes; None without a GPU."""
+    """Return the bytes that this process has or can get on its GPU; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     own = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-    own = own if own < torch.cuda.device_count() else 0  # of another GPU, the question would take half a gigabyte
+    own = own if own < torch.cuda.device_count() else 0  # asking another GPU would take half a gigabyte there
     free, _ = torch.cuda.mem_get_info(own)
     return free + torch.cuda.memory_reserved(own)

@@ -1,4 +1,4 @@
-"""What is told of a run while it goes on: the log, the line on the terminal, and whoever else listens."""
+"""Progress of a run: its log, the line on the terminal, and trackers."""
 
 import json
 import os
@@ -19,12 +19,12 @@ NUMBERS = (
 )
 """The keys of a record whose values are numbers, or null."""
 ESTIMATE_AFTER = 5
-"""Steps after which it can be said how long a run will take."""
+"""Steps after which the time of a run can be estimated."""
 SMALLER_IS_BETTER = {
     *("val_loss", "val_ppl", "kl_to_base", "perplexity", "word_perplexity", "byte_perplexity"),
     *("bits_per_byte", "brier_score", "ter", "wer", "cer", "mse", "mae"),
 }
-"""Figures of validations that are errors; those of a task are called TASK/METRIC."""
+"""Metrics of validations that are errors; a task's metrics are named TASK/METRIC."""
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -40,17 +40,17 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 class RunLog:
-    """Appends each record to log.jsonl, flushed, and keeps the person informed.
+    """Appends each record to log.jsonl, flushed, and shows the progress.
 
-    On a terminal one line is rewritten; elsewhere (a file, Slurm, CI) a plain line is printed about twenty times.
+    On a terminal it rewrites one line; elsewhere (a file, Slurm, CI) it prints about twenty plain lines.
 
     Args:
-        path: None for a log that is not written.
+        path: None writes no file.
         total: optimizer steps of the run.
 
     Attributes:
-        records: all of the run, those that the file held before included.
-        mirrors: get each record too.
+        records: all records of the run, including those that the file held before.
+        trackers: get each record too.
     """
 
     def __init__(self, path: Path | None, total: int, screen: TextIO | None = None) -> None:
@@ -59,7 +59,7 @@ class RunLog:
             self.records = list(read_records(path))
         self.path, self.total = path, total
         self.screen = screen or sys.stdout
-        self.mirrors: list[Callable[[Record], object]] = []
+        self.trackers: list[Callable[[Record], object]] = []
         self.smooth: float | None = None
         self.file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
         self.every = max(1, total // 20)
@@ -71,7 +71,7 @@ class RunLog:
             self._remember(record)
 
     def __call__(self, record: Record) -> None:
-        """Take a record of a step or of a validation."""
+        """Log the record of a step or a validation."""
         self.records.append(record)
         try:
             self._stay_in_place()
@@ -89,11 +89,11 @@ class RunLog:
                 self.say(f"  time    about {duration(self._time_left(record))} to go")
             if self.live or record["step"] % self.every == 0 or record["step"] in (1, self.total):
                 self._print(self._progress(record), stays=not self.live)
-        for mirror in self.mirrors:
-            mirror(record)
+        for tracker in self.trackers:
+            tracker(record)
 
     def say(self, line: str) -> None:
-        """Print a line that stays."""
+        """Print a line that is not rewritten."""
         self._print(line, stays=True)
 
     def _remember(self, record: Record) -> None:
@@ -102,7 +102,7 @@ class RunLog:
             self.smooth = record["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * record["loss"]
 
     def _stay_in_place(self) -> None:
-        """Where somebody removed or rotated the file, write all of it anew."""
+        """If the file was removed or rotated, write all of it anew."""
         if self.path and (
             not self.path.exists() or not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
         ):
@@ -118,12 +118,12 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """What the steps so far took, those before an interruption included."""
+        """Time of the steps so far, including those before an interruption."""
         return next((float(record["seconds"]) for record in reversed(self.records) if "seconds" in record), 0.0)
 
     @property
     def live(self) -> bool:
-        """Whether a line can be rewritten."""
+        """True if the line on the screen can be rewritten."""
         return is_terminal(self.screen) and os.environ.get("TERM") != "dumb"
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class RunLog:
         """Seconds until the end of the run, validations included, at the rate of this process so far."""
         assert self.first
         step, seconds = self.first
-        if record["step"] > step:  # the first one also waits for what is done once
+        if record["step"] > step:  # the first step includes work that is done once
             rate = (record["seconds"] - seconds) / (record["step"] - step)
         else:
             rate = seconds - self.before
@@ -153,25 +153,25 @@ class RunLog:
 
     def _print(self, line: str, stays: bool) -> None:
         if self.live:
-            # A line that is longer than the screen would break, and only its last part could be rewritten.
+            # A line longer than the screen would wrap, and only its last part could be rewritten.
             fits = line if stays else line[: shutil.get_terminal_size().columns - 1]
             line = "\r\x1b[2K" + fits
         tell(line, self.screen, end="" if self.live and not stays else "\n")
 
 
 def is_terminal(screen: TextIO | None) -> bool:
-    """Whether somebody looks at `screen`; a process can be without one, and it can be closed."""
+    """Tell whether `screen` is a terminal; a process may have none, and it may be closed."""
     return screen is not None and not screen.closed and screen.isatty()
 
 
 def tell(text: str, screen: TextIO | None = None, end: str = "\n") -> None:
-    """Print for whoever watches. Where nobody does any more (a closed pipe or terminal), the run goes on."""
+    """Print a message. If the pipe or terminal is closed, the run goes on."""
     with suppress(OSError, ValueError):
         print(text, end=end, file=screen, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """'42 s', '3 min 05 s' or '1 h 52 min'."""
+    """Format a duration: '42 s', '3 min 05 s' or '1 h 52 min'."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -181,7 +181,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: Any) -> str:
-    """A figure as people read it: 0.4321, 12.34, 1,234,567, 1.2e-07."""
+    """Format a value for people: 0.4321, 12.34, 1,234,567, 1.2e-07."""
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -189,8 +189,8 @@ def short(value: Any) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def figures(records: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
-    """What the validations measured: name -> (step, value) of each."""
+def metrics(records: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
+    """Collect the metrics of the validations: name -> (step, value) of each."""
     found: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for name, value in record.items() if "loss" not in record else ():
@@ -199,6 +199,6 @@ def figures(records: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def smaller_is_better(figure: str) -> bool:
-    """Whether a figure of a validation is an error, by its name."""
-    return figure.rpartition("/")[2] in SMALLER_IS_BETTER
+def smaller_is_better(metric: str) -> bool:
+    """Tell by the name of a metric whether it is an error."""
+    return metric.rpartition("/")[2] in SMALLER_IS_BETTER

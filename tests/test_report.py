@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import ResourceError
-from lit_qlora.report import RunLog, duration, figures, is_terminal, read_records, short, smaller_is_better, tell
+from lit_qlora.report import RunLog, duration, is_terminal, metrics, read_records, short, smaller_is_better, tell
 
 
 class Terminal(io.StringIO):
@@ -186,10 +186,10 @@ def test_what_is_left_is_estimated_from_the_steps_after_the_first(tmp_path: Path
     assert "ETA 3 min 10 s" in screen.getvalue()
 
 
-def test_mirrors_get_every_record(tmp_path: Path) -> None:
+def test_trackers_get_every_record(tmp_path: Path) -> None:
     got: list[dict] = []
     log = RunLog(tmp_path / "log.jsonl", total=2, screen=io.StringIO())
-    log.mirrors.append(got.append)
+    log.trackers.append(got.append)
     for record in (step(1), VAL, step(2)):
         log(record)
     log.close()
@@ -209,13 +209,13 @@ def test_mirrors_get_every_record(tmp_path: Path) -> None:
         ("words", "words"),
     ],
 )
-def test_figures_are_written_for_people(value: object, text: str) -> None:
+def test_values_are_written_for_people(value: object, text: str) -> None:
     assert short(value) == text
 
 
-def test_the_figures_of_validations_are_found_by_name() -> None:
+def test_the_metrics_of_validations_are_found_by_name() -> None:
     records = [{"step": 0, "val_loss": 3.0}, step(1), {"step": 1, "val_loss": 2.0, "chrf": 0.5}]
-    assert figures(records) == {"val_loss": [(0, 3.0), (1, 2.0)], "chrf": [(1, 0.5)]}
+    assert metrics(records) == {"val_loss": [(0, 3.0), (1, 2.0)], "chrf": [(1, 0.5)]}
 
 
 def test_errors_are_better_when_smaller() -> None:

@@ -1,4 +1,4 @@
-"""What a validation measures: loss and accuracy of tokens, answers, how far the model has moved from its base."""
+"""Measures of a validation: loss and accuracy of tokens, quality of answers, distance to the base."""
 
 import math
 import random
@@ -26,11 +26,11 @@ from lit_qlora.train.loop import pinned, sum_over_ranks
 from lit_qlora.train.signals import StopRequest
 
 Measure = Callable[[int], Record]
-"""Gives figures for the record of the validation after so many steps."""
+"""Returns metrics for the record of the validation after so many steps."""
 
 ANSWERS_AT_ONCE = 16
 ROWS = 16
-"""Rows of a matrix product are a multiple of this; MKL's product of 5 or 6, say, depends on the number of threads."""
+"""Rows of a matrix product are padded to a multiple of this: MKL's product of, say, 5 rows depends on its threads."""
 
 
 def more_measures(
@@ -58,10 +58,10 @@ def more_measures(
 
 
 def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: Sequence[Record]) -> Measure:
-    """Ask the tasks before the first step, after the last, and between them where `every` steps have gone by.
+    """Ask the tasks before the first step, after the last, and in between after at least `every` steps.
 
     Args:
-        records: of the run so far; they are looked at again at each validation.
+        records: records of the run so far; each validation reads them again.
     """
 
     def measure(step: int) -> Record:
@@ -72,10 +72,10 @@ def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: 
 
 
 class Losses:
-    """Loss per labelled token, perplexity, and the share of labelled tokens that are the likeliest; ranks share them.
+    """Loss per labelled token, perplexity, and the share of labelled tokens predicted; processes divide the work.
 
     Attributes:
-        scores: (S, 3) float64 of the last time, see score_rows; None before it.
+        scores: (S, 3) float64 of the last call, see score_rows; None before it.
     """
 
     def __init__(self, fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest | None = None) -> None:
@@ -83,36 +83,36 @@ class Losses:
         self.scores: Tensor | None = None
 
     def __call__(self, step: int) -> Record:
-        """See Measure. Nothing comes back where a signal cut it short."""
+        """See Measure. The record is empty if a signal cut it short."""
         scores = score_rows(self.fabric, self.model, self.batches, self.stop)
         if scores is None:
             return {}
         self.scores = scores
         loss, right, labelled = scores.sum(dim=0).tolist()
-        ppl = math.exp(min(loss / labelled, 700.0))  # beyond it a float64 overflows
+        ppl = math.exp(min(loss / labelled, 700.0))  # a float64 overflows beyond
         return {"val_loss": loss / labelled, "val_ppl": ppl, "val_accuracy": right / labelled}
 
 
 @torch.no_grad()
 def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest) -> Tensor | None:
-    """For each row: the sum of its losses, how many labelled tokens it has as the likeliest, and how many at all.
+    """Score each row: the sum of its losses, its labelled tokens that the model predicts, and all its labelled tokens.
 
-    Only the logits of labelled tokens are computed, a slice of them at a time. The model's own mode is left as it was.
+    It computes the logits of labelled tokens alone, a slice at a time, and restores the model's mode.
 
     Returns:
-        (S, 3) float64 on the host, the same on every rank; None where a signal cut it short.
+        (S, 3) float64 on the host, the same in every process; None if a signal cut it short.
     """
     starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
     scores = torch.zeros(starts[-1], 3, dtype=torch.float64, device=fabric.device)
     at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
     with evaluating(model), fabric.autocast():
         for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
-            if stop.signal and fabric.world_size == 1:  # other ranks would wait for the sum
+            if stop.signal and fabric.world_size == 1:  # other processes would wait for the sum
                 return None
             here = pinned(batch, fabric.device)
             tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
-            rows, places = (labels >= 0).nonzero(as_tuple=True)
-            hidden, wanted = model.hidden(tokens)[rows, places], labels[rows, places]
+            rows, columns = (labels >= 0).nonzero(as_tuple=True)
+            hidden, wanted = model.hidden(tokens)[rows, columns], labels[rows, columns]
             for part, ids, row in zip(*(t.split(at_once) for t in (hidden, wanted, start + rows)), strict=True):
                 padded = F.pad(part, (0, 0, 0, -len(part) % ROWS))
                 log_probs = model.logits(padded)[: len(part)].float().log_softmax(dim=-1)
@@ -124,7 +124,7 @@ def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopR
 
 
 class Dispensable:
-    """A measure that runs on rank 0 alone; if it fails, that is said, and its figures are left out."""
+    """A measure that only the first process takes; if it fails, a note says so, and its metrics are left out."""
 
     def __init__(self, fabric: Fabric, model: GPT, name: str, measure: Measure) -> None:
         self.fabric, self.model, self.name, self.measure = fabric, model, name, measure
@@ -142,21 +142,21 @@ class Dispensable:
         return shared
 
     def _measured(self, step: int) -> Record:
-        """The figures, if need be without the memory that only makes training faster."""
+        """Measure; if memory runs out, release cached weights and measure again."""
         try:
             with undisturbed(self.model):
                 return self.measure(step)
         except torch.OutOfMemoryError:
             if not self.model.can_release:
                 raise
-        self.model.release()  # only here the exception is gone, and with it what it held
+        self.model.release()  # the exception held tensors; only here it is gone
         with undisturbed(self.model):
             return self.measure(step)
 
 
 @contextmanager
 def undisturbed(model: GPT) -> Iterator[None]:
-    """The model is evaluated inside, and it and all that is random are as they were afterwards."""
+    """Evaluate the model inside, and restore its mode and all random state afterwards."""
     state = random.getstate()
     try:
         with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -190,7 +190,7 @@ def _answers(
 def answer(model: GPT, data: RunData, questions: Sequence[Question], how: GenerationConfig) -> list[str]:
     """Return the answers in the order of the questions."""
     stops, room, most = stop_ids(data), model.config.block_size, how.max_new_tokens
-    # A prompt that fills the context loses its beginning, so that there is room for half an answer at least.
+    # A prompt that fills the context loses its beginning, so that at least half an answer has room.
     prompts = [question.ids[-(room - min(most, room // 2)) :] for question in questions]
     answers = [""] * len(questions)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -204,7 +204,7 @@ def answer(model: GPT, data: RunData, questions: Sequence[Question], how: Genera
 
 @torch.no_grad()
 def kl_to_base(fabric: Fabric, model: GPT, ids: Sequence[int]) -> float:
-    """KL(base || model), the mean over the tokens of a text, in nats: how much of the base was forgotten there."""
+    """Compute KL(base || model) in nats, the mean over the tokens of a text; it shows how much was forgotten."""
     tokens = torch.tensor([ids], device=fabric.device)
     at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     total = 0.0
@@ -221,7 +221,7 @@ def kl_to_base(fabric: Fabric, model: GPT, ids: Sequence[int]) -> float:
 
 
 def best_and_worst(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
-    """Which rows have the smallest mean losses, and which the largest; none is in both.
+    """Find the rows with the smallest mean losses and those with the largest; no row is in both.
 
     Args:
         scores: see score_rows.

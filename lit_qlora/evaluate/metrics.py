@@ -1,25 +1,25 @@
-"""How near answers are to what was expected: exact match, BLEU, chrF and ROUGE-L.
+"""Metrics that compare an answer with a reference: exact match, BLEU, chrF and ROUGE-L.
 
-BLEU and ROUGE-L are torchmetrics', chrF is sacreBLEU's own: that of torchmetrics 1.9 averages over all lengths of
-character runs even where a text is shorter than they are, so "mice" for "mice" would score 0.67.
+BLEU and ROUGE-L come from torchmetrics, chrF from sacreBLEU. chrF of torchmetrics 1.9 also averages over character
+n-grams longer than the text, so "mice" for "mice" would score 0.67.
 """
 
 from collections.abc import Sequence
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The scores of `predictions`, each with the reference at the same place; 1 is best, 0 is worst.
+    """Score `predictions`, each against the reference with the same index; 1 is best, 0 is worst.
 
     Returns:
-        exact_match: share of predictions that are their reference, but for white space at both ends.
-        bleu: of the corpus, up to four words, without smoothing (so 0 where no four words in a row are right),
-            tokenised as sacreBLEU's 13a. Papineni et al. 2002, Post 2018.
-        chrf: F2 of runs of up to six characters, of the corpus. Popovic 2015.
+        exact_match: share of predictions equal to their reference, except for white space at both ends.
+        bleu: of the corpus, up to four words, without smoothing (so 0 if no four words in a row match), tokenised as
+            sacreBLEU's 13a. Papineni et al. 2002, Post 2018.
+        chrf: F2 of character n-grams up to six, of the corpus. Popovic 2015.
         rouge_l: mean over the samples of the F1 of the longest common subsequence of words, which are runs of Latin
             letters and digits: meaningless in other scripts. Lin 2004.
 
     Raises:
-        ValueError: if there are none, or not as many of one as of the other.
+        ValueError: if there are none, or their numbers differ.
     """
     if len(predictions) != len(references) or not references:
         raise ValueError(f"There are {len(predictions)} predictions and {len(references)} references.")
@@ -37,7 +37,7 @@ def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[
 
 
 def chrf(prediction: str, reference: str) -> float:
-    """Score one answer by chrF, in [0, 1]; says of short answers and of every script which is better."""
+    """Score one answer by chrF, in [0, 1]; it also ranks short answers and answers in any script."""
     from sacrebleu import sentence_chrf
 
     score: float = sentence_chrf(prediction, [reference]).score

@@ -1,8 +1,8 @@
-"""Log-probabilities of given continuations: what multiple choice, perplexity and comparisons of models are made of.
+"""Log-probabilities of given continuations, on which multiple choice, perplexity and comparisons of models rest.
 
-Requests are sorted, so that those which begin alike stand side by side, and laid end to end in rows of the model: each
-without what the one before it has already, be it a context with four choices or examples before many questions. So
-every common beginning is read once, in one forward pass and without a cache, and next to nothing is padding.
+Requests are sorted, so that requests with a common prefix are neighbours, and laid end to end in rows. Each leaves out
+the prefix that the one before it has already, such as a context with four choices or examples before many questions.
+So the model reads every common prefix once, in one forward pass and without a cache, and there is hardly any padding.
 """
 
 import math
@@ -19,19 +19,19 @@ from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 
 Ids = tuple[int, ...]
 Request = tuple[Sequence[int], Sequence[int]]
-"""Ids of a context, at least one, and of the continuation to be scored."""
+"""Ids of a context, at least one, and of the continuation to score."""
 BatchSize = int | Literal["auto"]
 
 TOKENS_AT_ONCE = {"cuda": 2**14, "cpu": 2**10}
-"""Tokens of a forward pass with batch size auto. On a GPU enough that decoding 4-bit weights is a small part of it, on
-a CPU as many as its caches bear."""
+"""Tokens of a forward pass with batch size auto: on a GPU enough that dequantising 4-bit weights is a small part of it,
+on a CPU as many as fit its caches."""
 SHORTEST_ROW = 256
-"""Tokens of a row of inputs that have little in common; more in models that are wide."""
+"""Tokens of a row of inputs with little in common; more for wide models."""
 
 
 @dataclass(frozen=True)
 class _Input:
-    """What the model reads for some requests."""
+    """Ids that the model reads for some requests."""
 
     ids: Ids
     requests: list[int]
@@ -39,7 +39,7 @@ class _Input:
 
 @dataclass
 class _Row:
-    """Inputs that stand in one row of the model, sorted by their ids, and how many tokens they are together."""
+    """Inputs in one row, sorted by their ids, and the number of their tokens together."""
 
     inputs: list[_Input]
     size: int
@@ -48,16 +48,16 @@ class _Row:
 class Scorer:
     """A model that scores continuations.
 
-    What is longer than the context loses its beginning.
+    An input longer than the context loses its beginning.
 
     Args:
-        batch_size: inputs of a forward pass; "auto" takes as many as make TOKENS_AT_ONCE, and fewer if memory is short.
-            Changes memory and speed, not the result.
-        max_length: most tokens that the model reads at once; by default its whole context.
+        batch_size: inputs of a forward pass; "auto" fills TOKENS_AT_ONCE, and takes fewer if memory runs out. It
+            changes memory and speed, not the result.
+        max_length: most tokens of an input; by default the whole context.
 
     Attributes:
-        hidden: what reads tokens, as GPT.hidden does; lit_qlora.fused.reader gives one that is faster on a GPU.
-        truncated: how many requests have lost their beginning so far.
+        hidden: function that reads tokens, like GPT.hidden; lit_qlora.fused.reader is faster on a GPU.
+        truncated: number of requests so far that lost their beginning.
     """
 
     def __init__(self, model: GPT, batch_size: BatchSize = "auto", max_length: int | None = None) -> None:
@@ -67,19 +67,19 @@ class Scorer:
         self.max_length = min(max_length or config.block_size, config.block_size)
         self.device = model.embed.weight.device
         self.tokens_at_once = TOKENS_AT_ONCE["cuda" if self.device.type == "cuda" else "cpu"]
-        # Every token of a row is compared with every other, which at this length is a small part of the work.
+        # Attention within a row of this length is a small part of the work.
         self.row_length = max(SHORTEST_ROW, config.n_embd // 8)
         self.truncated = 0
-        # These rotate the same beginning otherwise in a longer text.
+        # These rotate the same prefix differently in a longer text.
         self._shares = config.rope_scaling not in ("dynamic", "longrope")
 
     def score(
         self, requests: Sequence[Request], progress: Callable[[int], object] = lambda done: None
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether each of its tokens is the likeliest.
+        """Return the log-probability of each continuation, and whether greedy decoding would give it.
 
         Args:
-            progress: told after each forward pass how many requests it has answered.
+            progress: called after each forward pass with the number of requests it answered.
 
         Raises:
             DataError: if a continuation alone is longer than the model's context.
@@ -108,11 +108,11 @@ class Scorer:
         return results
 
     def _input(self, context: Sequence[int], continuation: Sequence[int]) -> Ids:
-        """What the model reads: all but the last token, at most max_length."""
+        """Return the ids that the model reads: all but the last one, at most max_length."""
         if len(continuation) > self.max_length:
             raise DataError(
-                f"A continuation of {len(continuation)} tokens is to be scored, "
-                f"and the model's context holds {self.max_length}. Leave this task out for this model."
+                f"A continuation has {len(continuation)} tokens, and the model's context holds {self.max_length}. "
+                "Leave this task out for this model."
             )
         ids = (*context, *continuation)
         self.truncated += len(ids) > self.max_length + 1
@@ -155,7 +155,7 @@ class Scorer:
         return worth and (self.batch_size != "auto" or size <= self.tokens_at_once)
 
     def _take(self, waiting: list[_Row]) -> tuple[list[_Row], list[_Row]]:
-        """The first rows, as many as a forward pass takes, and the others."""
+        """Split off the rows of the next forward pass."""
         count, inputs = 1, len(waiting[0].inputs)
         for row in waiting[1:]:
             inputs += len(row.inputs)
@@ -167,13 +167,13 @@ class Scorer:
 
     @torch.no_grad()
     def _answer(self, batch: Sequence[_Row], requests: Sequence[Request]) -> list[tuple[int, tuple[float, bool]]]:
-        """(number, result) of every request of the batch."""
+        """Return (number, result) of every request in these rows."""
         width = batch[0].size
         picked: list[int] = []
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
         columns = torch.zeros(4, len(batch), width, dtype=torch.long)
-        columns[2] = torch.arange(1, width + 1)  # padding sees itself,
+        columns[2] = torch.arange(1, width + 1)  # padding sees itself
         columns[3] = -1  # and belongs to no input
         for number, row in enumerate(batch):
             parts, paths = self._lay_out(row)
@@ -181,7 +181,7 @@ class Scorer:
             for one, path in zip(row.inputs, paths, strict=True):
                 for index in one.requests:
                     continuation = requests[index][1]
-                    picked += [number * width + column for column in path[-len(continuation) :]]  # what predicts it
+                    picked += [number * width + column for column in path[-len(continuation) :]]  # columns before it
                     targets += continuation
                     spans.append((index, len(continuation)))
         tokens, positions, seen_until, segments = columns.to(self.device)
@@ -198,11 +198,11 @@ class Scorer:
         return [(index, (float(lp.double().sum()), bool(hits.all()))) for (index, _), lp, hits in parts_of]
 
     def _lay_out(self, row: _Row) -> tuple[tuple[list[int], ...], list[list[int]]]:
-        """The columns of a row, and for each input those in which its tokens stand.
+        """Lay out the inputs of a row, and find the columns of each input's tokens.
 
         Returns:
-            For each column its token, the token's position, the column from which on nothing sees it, and the number of
-            the first input that it belongs to; see GPT.hidden.
+            For each column its token, the token's position, the first later column that does not see it, and the number
+            of the first input it belongs to (see GPT.hidden); and for each input its columns.
         """
         tokens: list[int] = []
         positions: list[int] = []
@@ -226,7 +226,7 @@ class Scorer:
         return (tokens, positions, seen_until, owners), paths
 
     def _look_up(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """For (N, E) and (N,): the float32 log-probability of each target, and whether it is the likeliest token."""
+        """Return each target's float32 log-probability, and if it is the likeliest; hidden (N, E), targets (N,)."""
         targets = targets.to(self.device)
         at_once = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         log_probs, greedy = [], []
@@ -238,17 +238,17 @@ class Scorer:
 
 
 def windows(ids: Sequence[int], first: int, length: int, stride: int | None = None) -> Iterator[Request]:
-    """A text in pieces, in which every token is predicted once, for Scorer.score.
+    """Cut a text into requests for Scorer.score that predict every token once.
 
     Args:
-        first: id that stands before the text.
-        length: most tokens that are read at once.
-        stride: tokens that are predicted at a time, after at least length - stride + 1 that came before where there are
-            as many; by default `length`, with one token before it.
+        first: id before the text.
+        length: most tokens of an input.
+        stride: tokens predicted per request, after at least length - stride + 1 earlier tokens, if there are as many;
+            by default `length`, after one token.
     """
     whole = [first, *ids]
     step = stride or length
     for start in range(0, len(ids), step):
         end = min(start + step, len(ids))
-        begin = max(0, end - length)  # the last window is filled up with what came before
+        begin = max(0, end - length)  # the last window is filled up with earlier tokens
         yield whole[begin : start + 1], whole[start + 1 : end + 1]

@@ -1,4 +1,4 @@
-"""When a run is validated, which step was the best, and when it is no use to go on."""
+"""The validations of a run: when they are due, the best step, and an early end."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ class Validator:
 
     Args:
         every: optimizer steps between validations.
-        measures: each gives figures for the record of a validation.
-        log: gets a record for each validation.
-        keep: is called with the step of a validation that was the best so far.
+        measures: each returns metrics for the record of a validation.
+        log: takes the record of each validation.
+        keep: called with the step of a validation that is the best so far.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class Validator:
     ) -> None:
         self.config, self.every, self.total = config, every, total
         self.measures, self.log, self.keep, self.stop = measures, log, keep, stop
-        self.best: tuple[float, int] | None = None  # (figure, step)
+        self.best: tuple[float, int] | None = None  # (value, negative if larger is better; step)
         self.worse = 0
         self.last = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether it is time after `step` steps."""
+        """See train.loop.Validation."""
         by_clock = self.config.minutes and time.monotonic() - self.last >= 60 * self.config.minutes
         return bool(self.measures) and (
             is_due(step, self.every, self.total, self.config.before_training) or bool(by_clock)
         )
 
     def catch_up(self, records: Sequence[Record], start: int) -> bool:
-        """Take the records of a run that goes on into account, and validate where that was due and not done.
+        """Take the records of an earlier process into account, and validate if that is due and was not done.
 
         Returns:
             False if the run should end.
@@ -65,16 +65,16 @@ class Validator:
         if self.due(start) and not any(record["step"] == start and "loss" not in record for record in records):
             return self(start)
         if start and self.best and self.best[1] == start:
-            self.keep(start)  # the run may have been killed before it did, or go on elsewhere
+            self.keep(start)  # the run may have been killed before this, or resume in another folder
         return self.go_on
 
     @property
     def go_on(self) -> bool:
-        """Whether the run should go on, as far as validations tell."""
+        """False if the best validation is more than eval.patience validations ago."""
         return not self.config.patience or self.worse < self.config.patience
 
     def __call__(self, step: int) -> bool:
-        """Validate; False if the run should end because it no longer gets better. A signal cuts it short."""
+        """Validate; False if the run should end because it no longer improves. A signal cuts it short."""
         record: Record = {"step": step}
         for measure in self.measures:
             record |= measure(step)
@@ -92,13 +92,13 @@ class Validator:
         if name == "none":
             return False
         if name not in record:
-            figures = ", ".join(key for key in record if key != "step")
-            if name in NEEDS or self.best is not None or "/" not in figures:
-                return False  # there is nothing to validate on, the measure failed, or no task was asked
-            raise UsageError(f"eval.best {name!r} is not a figure of the validations. They have {figures}.")
-        figure = record[name] if smaller_is_better(name) else -record[name]
-        if self.best is None or figure < self.best[0]:
-            self.best, self.worse = (figure, record["step"]), 0
+            metrics = ", ".join(key for key in record if key != "step")
+            if name in NEEDS or self.best is not None or "/" not in metrics:
+                return False  # there are no validation samples, the measure failed, or no task was due
+            raise UsageError(f"eval.best {name!r} is not a metric of the validations. They have {metrics}.")
+        value = record[name] if smaller_is_better(name) else -record[name]
+        if self.best is None or value < self.best[0]:
+            self.best, self.worse = (value, record["step"]), 0
             return True
         self.worse += 1
         return False

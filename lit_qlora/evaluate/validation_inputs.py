@@ -1,4 +1,4 @@
-"""What validations ask a model besides the loss: read and checked before any weight is loaded."""
+"""Inputs of validations besides the validation samples, read and checked before weights are loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,31 +19,31 @@ Ask = Callable[[GPT], Record]
 """Asks a model the tasks of eval.tasks; TASK/METRIC -> value."""
 
 PROBE_TOKENS = 512
-"""Most tokens of the text on which the distance to the base is measured."""
+"""Most tokens of the text that measures the distance to the base."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the model is asked."""
+    """A prompt for the model."""
 
     ids: list[int]
     prompt: str
     wanted: str = ""
-    """'' where no answer is known."""
+    """The known answer; '' if there is none."""
 
 
 @dataclass(frozen=True)
 class Probes:
-    """What the model is asked at validations, besides the validation samples."""
+    """Inputs of validations besides the validation samples."""
 
     questions: list[Question]
-    """Some of the validation samples, whose answers are compared."""
+    """Prompts of some validation samples, whose answers are compared."""
     prompts: list[Question]
-    """Those of eval.prompts."""
+    """Prompts of eval.prompts."""
     text: list[int]
-    """Ids of a text on which model and base are compared."""
+    """Ids of a text for the comparison of model and base."""
     ask: Ask | None = None
-    """Those of eval.tasks."""
+    """Asks the tasks of eval.tasks; None without any."""
 
 
 NEEDS = {
@@ -51,11 +51,11 @@ NEEDS = {
     **dict.fromkeys(("exact_match", "bleu", "chrf", "rouge_l"), "--eval.generate"),
     "kl_to_base": "--eval.kl_text",
 }
-"""What each figure is made from; those of tasks are called TASK/METRIC."""
+"""Input that each metric needs; a task's metrics are named TASK/METRIC."""
 
 
 def check_best(config: EvalConfig, data: RunData) -> None:
-    """Raise UsageError if eval.best names a figure that no validation of this run will have."""
+    """Raise UsageError if eval.best names a metric that no validation of this run will have."""
     given = {
         "validation samples": data.val_batches,
         "--eval.generate": config.generate,
@@ -68,7 +68,7 @@ def check_best(config: EvalConfig, data: RunData) -> None:
         known = [*NEEDS, "none"]
         check(
             "/" in best and bool(config.tasks),
-            f"eval.best {best!r} is not a figure of validations.{did_you_mean(best, known)} Known: {', '.join(known)}, "
+            f"eval.best {best!r} is not a metric of validations.{did_you_mean(best, known)} Known: {', '.join(known)}, "
             "and TASK/METRIC with --eval.tasks.",
         )
         return
@@ -76,24 +76,24 @@ def check_best(config: EvalConfig, data: RunData) -> None:
 
 
 def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
-    """What eval.generate, eval.prompts and eval.kl_text ask for.
+    """Read the inputs of eval.generate, eval.prompts and eval.kl_text.
 
     Raises:
-        UsageError, DataError: if a file cannot be read, the validation samples hold no answers, or eval.best is none of
-            the figures.
+        UsageError, DataError: if a file cannot be read, the validation samples hold no answers, or eval.best is not a
+            metric.
     """
     check_best(config.eval, data)
     questions: list[Question] = []
     if config.eval.generate:
-        # Where prompts are learnt too, only the same data with masks shows where answers begin.
+        # If prompts are labelled too, only the same data with masks shows where answers begin.
         masked = data if config.data.mask_prompt else read_data(_with_masks(config))
         rows = [row for batch in masked.val_batches for row in zip(batch.tokens, batch.labels, strict=True)]
-        check(bool(rows), "eval.generate compares answers of validation samples, and there is none.")
-        count = min(config.eval.generate, len(rows))  # of all lengths, for the rows are sorted by them
+        check(bool(rows), "eval.generate compares answers of validation samples, but there are none.")
+        count = min(config.eval.generate, len(rows))  # of all lengths, because rows are sorted by length
         found = [question(data, *rows[i * len(rows) // count]) for i in range(count)]
         questions = [asked for asked in found if asked]
         check(
-            questions == found, "eval.generate compares answers, and the validation samples are texts without prompts."
+            questions == found, "eval.generate compares answers, but the validation samples are texts without prompts."
         )
     prompts = []
     if config.eval.prompts:
@@ -108,14 +108,14 @@ def _with_masks(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
-    """The last answer of a sample, and all that comes before it; None for a text that is learnt from its beginning.
+    """Split a sample into its last answer and everything before; None if the sample has no prompt.
 
     Args:
         tokens, labels: (T,) a row of a Batch.
     """
-    learnt = (labels >= 0).tolist()
-    end = max(place for place, is_learnt in enumerate(learnt) if is_learnt) + 1
-    start = next(place for place in range(end - 1, -1, -1) if place == 0 or not learnt[place - 1])
+    labelled = (labels >= 0).tolist()
+    end = max(column for column, is_labelled in enumerate(labelled) if is_labelled) + 1
+    start = next(column for column in range(end - 1, -1, -1) if column == 0 or not labelled[column - 1])
     if start == 0:
         return None
     ids, answer = tokens[: start + 1].tolist(), labels[start:end].tolist()
@@ -125,7 +125,7 @@ def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
 
 
 def read_text(path: Path, data: RunData) -> list[int]:
-    """The first ids of a text file; 'default' is probe.txt of the package."""
+    """Read the first ids of a text file; 'default' is the package's probe.txt."""
     try:
         own = files("lit_qlora") / "probe.txt"
         text = own.read_text(encoding="utf-8") if path == Path("default") else reading.read_text(path, DataError)
@@ -133,10 +133,10 @@ def read_text(path: Path, data: RunData) -> list[int]:
         raise DataError(f"eval.kl_text {path} cannot be read: {error}.") from None
     ids = data.tokenizer.encode(text)[:PROBE_TOKENS]
     if len(ids) < 2:
-        raise DataError(f"eval.kl_text {path} has {len(ids)} tokens, so nothing in it can be predicted.")
+        raise DataError(f"eval.kl_text {path} has {len(ids)} tokens; at least 2 are needed.")
     return ids
 
 
 def stop_ids(data: RunData) -> frozenset[int]:
-    """Ids that end an answer."""
+    """Return the ids that end an answer."""
     return data.tokenizer.stop_ids | data.style.stop_ids(data.tokenizer)

@@ -1,4 +1,4 @@
-"""What is said before a run begins: data, model, plan, whether it fits, and what the model will see."""
+"""The banner of a run: data, model, plan and some samples, and a refusal if the plan does not fit."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ from lit_qlora.settings import FinetuneConfig, check
 from lit_qlora.train.optim import measure_state_bytes
 from lit_qlora.train.parallel import Devices, processes_here, world_size
 
-FIRST_STEPS = 8  # say what is usual
+FIRST_STEPS = 8  # over which a usual micro-batch is averaged
 
 
 def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
-    """What the run needs.
+    """Plan the run.
 
     Raises:
-        CheckpointError: if the weights are not there, or not those of the model.
-        UsageError: if the LoRA settings do not fit the model, or make an adapter that could not be saved or has not as
-            many parameters as is expected; or if the optimizer or FP8 cannot be used.
-        ResourceError: if the GPU has less, unless config.force.
+        CheckpointError: if weights are missing or belong to another model.
+        UsageError: if the LoRA settings do not fit the model, the adapter could not be saved or has another number of
+            parameters than expected, or the optimizer or FP8 cannot be used.
+        ResourceError: if GPU or host have too little memory, unless config.force.
     """
     model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config.devices, config.num_nodes)
     weights = open_weights(config.checkpoint_dir)
@@ -40,7 +40,7 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
     check(
         config.train.batch_size >= processes,
         f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
-        "Take more samples a step, or fewer devices.",
+        "Take more samples per step, or fewer devices.",
     )
     plan = _plan(config, longest_batch(data.train, data.batching, processes), usual_tokens(data, processes))
     plan = replace(plan, caveat=caveat)
@@ -53,25 +53,25 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
     if room.gpu and plan.total > room.gpu and not config.force:
         raise ResourceError(
             f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room.gpu / GIB:.1f} free.\n"
-            f"{savings(config, data)} --force begins regardless."
+            f"{savings(config, data)} --force starts anyway."
         )
     if room.host is not None and plan.host > room.host and not config.force:
         shared = " for each process" if config.devices != 1 else ""
         raise ResourceError(
-            f"train.recompute offload needs {plan.host / GIB:.1f} GiB of the host's memory, of which "
-            f"{room.host / GIB:.1f} are free{shared}.\n"
-            "Take --train.recompute full, or fewer tokens at a time. --force begins regardless."
+            f"train.recompute offload needs {plan.host / GIB:.1f} GiB of the host's memory, "
+            f"and {room.host / GIB:.1f} GiB are free{shared}.\n"
+            "Take --train.recompute full, or fewer tokens at a time. --force starts anyway."
         )
     return plan
 
 
 def check_trainable(expected: Mapping[str, int], base: str, trainable: int) -> None:
-    """Raise UsageError unless as many parameters learn as expect_trainable says of this base."""
+    """Raise UsageError unless the adapter has the number of parameters that expect_trainable gives for this base."""
     wanted = expected.get(base, trainable)
     check(
         trainable == wanted,
-        f"expect_trainable says that {wanted:,} parameters of {base} learn, and {trainable:,} would.\n"
-        "Mend lora.r or lora.targets, or leave expect_trainable out.",
+        f"expect_trainable wants {wanted:,} trainable parameters for {base}, and these settings give {trainable:,}.\n"
+        "Correct lora.r or lora.targets, or leave expect_trainable out.",
     )
 
 
@@ -87,10 +87,10 @@ def usual_tokens(data: RunData, processes: int) -> float:
 
 
 def savings(config: FinetuneConfig, data: RunData) -> str:
-    """What to change in order to need less memory, and how much it saves."""
+    """List changes that need less memory, and how much each saves."""
     processes, train = world_size(config.devices, config.num_nodes), config.train
     batch = longest_batch(data.train, data.batching, processes)
-    if train.keep_dequantized == "auto":  # they would take what something else saves, and give way where it is needed
+    if train.keep_dequantized == "auto":  # cached weights would fill the memory that another change saves
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
     plan = _plan(config, batch)
@@ -111,11 +111,11 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
         "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), batch),
         "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), batch),
     }
-    if plan.slow_because:  # there it is the same as full
+    if plan.slow_because:  # there, offload means full
         del others["--train.recompute offload"]
     saved = {words: now - _plan(other, smaller).total for words, (other, smaller) in others.items()}
     tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
-    return f"To need less: {', '.join(tips)}." if tips else "There is nothing left to save: it needs a larger GPU."
+    return f"To need less: {', '.join(tips)}." if tips else "No setting would save memory: the run needs a larger GPU."
 
 
 def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) -> Plan:
@@ -138,14 +138,14 @@ def _room(devices: Devices) -> Room:
 
 
 def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
-    """Say what is going to happen."""
+    """Print the banner of steps `start` + 1 to `total`."""
     model, train = ModelConfig.load(config.checkpoint_dir), config.train
     device = pick_device()
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     memory = gpu_bytes()
     room = f" of {memory / GIB:.1f}" if memory else ""
-    kept = f", {plan.kept_blocks} blocks dequantised {plan.kept / GIB:.2f}" if plan.kept_blocks else ""
+    cached = f", {plan.cached_blocks} blocks cached in 16 bit {plan.cached / GIB:.2f}" if plan.cached_blocks else ""
     graphs = f", graphs {plan.graphs / GIB:.2f}" if plan.graphs else ""
     host = f"; on the host {plan.host / GIB:.2f}" if plan.host else ""
     kind = "DoRA" if config.lora.dora else "LoRA"
@@ -166,26 +166,26 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
         f"  plan    {steps} x {train.batch_size} samples{rows}, {train.micro_batch_size} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
-        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{kept}{host}\n"
+        f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{cached}{host}\n"
         f"  path    {_path(plan)}\n"
         f"{notes}{_samples(data)}"
     )
 
 
 def _path(plan: Plan) -> str:
-    """Which path the training takes, and what it computes again."""
+    """Name the path of the training, and how blocks recompute."""
     counts = Counter(plan.recompute)
     again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
     taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
     taken += ", attention in plain torch" if plan.plain_attention else ""
     taken += ", frozen weights in FP8" if plan.fp8 else ""
     taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graphs else ""
-    taken += ", dequantised weights stay for the next pass" if plan.stay else ""
+    taken += ", dequantised weights carried over" if plan.carries else ""
     return f"{taken}   recompute: {again}"
 
 
 def _data_lines(data: RunData) -> str:
-    """What the audit found, in a few lines."""
+    """Summarise the audit in a few lines."""
     audit = data.audit
     lines = [
         f"  data    {audit.describe()}   style {data.style.name}   lengths {audit.spark()}",
@@ -196,6 +196,6 @@ def _data_lines(data: RunData) -> str:
 
 
 def _samples(data: RunData) -> str:
-    """Some samples as the model sees them, and where the answer of the first begins."""
+    """Show some samples as the model sees them, and where the answer of the first begins."""
     lines = [f"  sample  {show(sample, data.tokenizer, most=300)}" for sample in data.audit.shown]
-    return "\n".join([*lines, f"  answer  begins behind: {boundary(data.audit.shown[0], data.tokenizer)}"])
+    return "\n".join([*lines, f"  answer  begins after: {boundary(data.audit.shown[0], data.tokenizer)}"])

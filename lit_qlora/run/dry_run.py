@@ -1,7 +1,7 @@
-"""How long a run will take, and what it needs, tried out before its weights are loaded.
+"""A dry run: the time and memory of a run, measured before its weights are loaded.
 
-Its first steps are taken with random weights, since neither speed nor memory depends on what the weights are. Loading,
-saving, what lora.init starts from, and what validations do but for their losses are left out.
+It takes the first steps with random weights, because neither speed nor memory depends on their values. It does not
+measure loading, saving, lora.init, and all metrics of validations but the losses.
 """
 
 import time
@@ -31,21 +31,21 @@ from lit_qlora.train.loop import Learner
 from lit_qlora.train.parallel import world_size
 from lit_qlora.train.signals import StopRequest
 
-MOST_ON_CPU = 3e8  # parameters: making a larger model there takes longer than anybody wants to wait
-PASSES = 4  # micro-batches of a step, or of a validation, that are timed at most
-WARM_UPS = 6  # until a shape has its CUDA graph, and more than kernels take to be compiled
+MOST_ON_CPU = 3e8  # parameters; to make a larger model there takes too long
+PASSES = 4  # most micro-batches of a step, or a validation, that are timed
+WARM_UPS = 6  # a shape then has its CUDA graph, and kernels are compiled long before
 TIMES = 2
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured.
+    """Speed and memory, as measured.
 
     Attributes:
-        step: seconds of an optimizer step on average.
-        tokens: of a step on average, without padding, of all devices.
-        validation: seconds of the losses of all validation samples; 0.0 without any.
-        peak_gib: most memory that was in use, see device.peak_gib.
+        step: average seconds of an optimizer step.
+        tokens: average tokens of a step on all devices, without padding.
+        validation: seconds for the losses of all validation samples; 0.0 if there are none.
+        peak_gib: largest memory use, see device.peak_gib.
     """
 
     step: float
@@ -54,23 +54,23 @@ class Pace:
     peak_gib: float
 
     def describe(self, total: int, validations: int) -> str:
-        """What a run of `total` steps will take."""
+        """Describe the time of `total` steps."""
         seconds = total * self.step + validations * self.validation
         parts = [f"{total:,} steps of {self.step:.3g} s ({self.tokens / self.step:,.0f} tokens/s)"]
-        parts += [f"losses of {validations:,} validations, {self.validation:.2g} s each"] if self.validation else []
+        parts += [f"{validations:,} validations of {self.validation:.2g} s (losses alone)"] if self.validation else []
         parts.append(f"{self.peak_gib:.2f} GiB at the peak")
         return f"about {duration(seconds)}   {', '.join(parts)}, tried with random weights"
 
 
 def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, start: int = 0) -> None:
-    """Say how long steps `start` to `total` will take.
+    """Print how long steps `start` + 1 to `total` will take.
 
     Raises:
         ResourceError: if the GPU's memory runs out.
     """
     device = pick_device()
     if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
-        tell("  time    not measured: that needs a GPU, or a small model")
+        tell("  time    not measured: this needs a GPU or a small model")
         return
     every, before = eval_every(config.eval, data, total), config.eval.before_training
     validations = sum(is_due(step, every, total, before) for step in range(start + bool(start), total + 1))
@@ -81,7 +81,7 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
 
 
 def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
-    """Take steps of the run on one device, which has its share of them."""
+    """Take steps of the run on one device, with its share of each."""
     learner = _random_learner(config, plan, device)
 
     def update() -> None:
@@ -101,11 +101,11 @@ def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torc
     learner.model.train()
     processes = world_size(config.devices, config.num_nodes)
     first = list(steps(data.train, data.batching, FIRST_STEPS, world_size=processes))
-    usual = sorted(first, key=lambda step: _places(step.batches))[len(first) // 2]
+    usual = sorted(first, key=lambda step: _tokens(step.batches))[len(first) // 2]
     part = usual._replace(batches=_some(usual.batches))
-    passes = seconds(lambda: learner.add_gradients(part), WARM_UPS) / _places(part.batches)
+    passes = seconds(lambda: learner.add_gradients(part), WARM_UPS) / _tokens(part.batches)
     for gradient in (p.grad for p in learner.trainable.values() if p.grad is not None):
-        gradient.zero_()  # or a scaler may leave updates out, because float16 was too small for them
+        gradient.zero_()  # or a scaler may skip updates, because they overflowed float16
     updating = seconds(update, 1)
     learner.optimizer.zero_grad()
     learner.add_gradients(longest_step(data.train, data.batching, processes))  # now that the optimizer has its state
@@ -113,9 +113,9 @@ def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torc
     validation = 0.0
     if some := _some(data.val_batches):
         scores = seconds(lambda: score_rows(learner.fabric, learner.module, some, StopRequest()), 1)
-        validation = scores * _places(data.val_batches) / _places(some) / processes
-    tokens = mean_tokens(data.train, data.batching)  # those of the first steps may be far from it
-    padded = sum(_places(step.batches) for step in first) / sum(step.tokens for step in first)
+        validation = scores * _tokens(data.val_batches) / _tokens(some) / processes
+    tokens = mean_tokens(data.train, data.batching)  # the first steps may be far from the average
+    padded = sum(_tokens(step.batches) for step in first) / sum(step.tokens for step in first)
     step = passes * padded * tokens + updating
     return Pace(step=step, tokens=tokens, validation=validation, peak_gib=peak_gib(device))
 
@@ -132,12 +132,12 @@ def _random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) ->
 
 
 def _some(batches: list[Batch]) -> list[Batch]:
-    """At most PASSES of them, long ones and short ones."""
+    """Pick at most PASSES of the micro-batches, long ones and short ones."""
     return batches[:: -(-len(batches) // PASSES) or 1]
 
 
-def _places(batches: list[Batch]) -> int:
-    """Tokens of these, padding included."""
+def _tokens(batches: list[Batch]) -> int:
+    """Count the tokens of these micro-batches, padding included."""
     return sum(batch.tokens.numel() for batch in batches)
 
 

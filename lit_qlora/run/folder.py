@@ -16,27 +16,27 @@ from lit_qlora.files.atomic import is_left_over, write_text
 from lit_qlora.report import RunLog, tell
 from lit_qlora.run.plan import Plan
 from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, flat, plain, read_log, write_log
-from lit_qlora.run.trackers import Mirrors
+from lit_qlora.run.trackers import Trackers
 from lit_qlora.settings import FinetuneConfig
 
 BYTES_PER_PARAMETER = 16  # of a checkpoint: PEFT's copy, the parameter itself, two moments, all float32
 
 
 def default_out_dir(checkpoint_dir: Path) -> Path:
-    """Where a run on this checkpoint goes when nobody says."""
+    """Return the default run folder for this checkpoint."""
     return Path("out/lora") / checkpoint_dir.resolve().name
 
 
 @contextmanager
 def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None, plan: Plan) -> Iterator[Path]:
-    """The run's folder, held until the run ends, with config.yaml in it.
+    """Lock the run folder until the run ends, and write config.yaml into it.
 
-    A run that goes on from `checkpoint` finds its log up to there. Otherwise an earlier run in the same place is moved
-    aside, never overwritten.
+    A run that resumes from `checkpoint` gets the log up to there. Any other run moves an earlier run in the same folder
+    aside and never overwrites it.
 
     Raises:
         ResourceError: if the folder cannot be written, another run is using it, or the disk is too full.
-        UsageError: if what would be moved aside is still needed.
+        UsageError: if the earlier run holds something that this run needs.
     """
     assert config.out_dir is not None
     with ExitStack() as held:
@@ -46,7 +46,7 @@ def claim(config: FinetuneConfig, fabric: Fabric, checkpoint: Checkpoint | None,
                 _take_folder(config, config.out_dir, checkpoint, plan, held)
             except UserError as error:
                 problem = error
-        problem = fabric.broadcast(problem)  # the others would wait for the first
+        problem = fabric.broadcast(problem)  # other processes would wait for the first one
         if problem:
             raise problem
         yield config.out_dir
@@ -60,20 +60,20 @@ def _take_folder(
         held.enter_context(_lock(out_dir))
         _clean(out_dir)
         if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
-            here = out_dir.resolve()  # of a link, the folder behind it moves
+            here = out_dir.resolve()  # if it is a link, its target moves
             _check_movable(config, here, checkpoint)
             aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
             here.rename(aside)
             tell(f"The earlier run in {out_dir} is now {aside}.")
             held.close()
-            here.mkdir(exist_ok=True)  # another run may be as quick; then its lock is what is said
+            here.mkdir(exist_ok=True)  # another run may come first; then the error names its lock
             held.enter_context(_lock(out_dir))
         if not config.skip_disk_check:
             check_disk(out_dir, config.train.keep_last, plan.trainable)
         if checkpoint:
-            # In this order, for whenever the program is killed here, the log reaches up to the newest checkpoint.
-            (out_dir / SUMMARY).unlink(missing_ok=True)  # which a run has when it is over
-            for later in before(out_dir, checkpoint):  # the user goes on from an earlier one, or it is damaged
+            # In this order, the log reaches the newest checkpoint whenever the program is killed here.
+            (out_dir / SUMMARY).unlink(missing_ok=True)  # only a finished run has it
+            for later in before(out_dir, checkpoint):  # the user resumes from an earlier one, or it is damaged
                 _set_aside(later)
             for name in (LOG, SAMPLES):
                 if (earlier := checkpoint.path.parent / name).exists():
@@ -84,7 +84,7 @@ def _take_folder(
 
 
 def _check_movable(config: FinetuneConfig, here: Path, checkpoint: Checkpoint | None) -> None:
-    """Raise UsageError if the earlier run in the folder `here` would take along what this one needs."""
+    """Raise UsageError if the earlier run in the folder `here` holds something that this run needs."""
     needed = {
         "the current directory": Path.cwd(),
         "checkpoint_dir": config.checkpoint_dir,
@@ -94,25 +94,25 @@ def _check_movable(config: FinetuneConfig, here: Path, checkpoint: Checkpoint | 
     for name, path in needed.items():
         if path and path.resolve().is_relative_to(here):
             raise UsageError(
-                f"out_dir {config.out_dir} holds an earlier run, which would be moved aside with {name} {path} in it.\n"
+                f"out_dir {config.out_dir} holds an earlier run, which would be moved aside with {name} {path}.\n"
                 "Take another --out_dir."
             )
 
 
 def check_disk(out_dir: Path, keep_last: int, trainable: int) -> None:
-    """Raise ResourceError unless the disk has room for the checkpoints: the last ones, the best, the final, and one."""
+    """Raise ResourceError unless the disk has room for the last checkpoints, the best, the final, and a new one."""
     needed = (keep_last + 3) * (BYTES_PER_PARAMETER * trainable + 2**20)
     free = shutil.disk_usage(out_dir).free
     if needed > free:
         raise ResourceError(
             f"out_dir {out_dir}: the checkpoints need up to {needed / 1e6:,.1f} MB, "
             f"and {free / 1e6:,.1f} MB are free.\n"
-            "Take another --out_dir or a smaller --train.keep_last; --skip_disk_check begins regardless."
+            "Take another --out_dir or a smaller --train.keep_last; --skip_disk_check starts anyway."
         )
 
 
 def _clean(out_dir: Path) -> None:
-    """Remove what programs that were killed left half done."""
+    """Remove temporary files of killed programs."""
     for left in out_dir.glob("*.tmp-*"):
         if is_left_over(left):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -124,7 +124,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _lock(out_dir: Path) -> Any:
-    handle = open(out_dir / ".lock", "a+")  # noqa: SIM115 - held until the run ends
+    handle = open(out_dir / ".lock", "a+")  # noqa: SIM115 - open until the run ends
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -142,17 +142,17 @@ def _lock(out_dir: Path) -> Any:
 
 @contextmanager
 def open_log(config: FinetuneConfig, out_dir: Path, total: int, fabric: Fabric) -> Iterator[RunLog]:
-    """The run's log, closed whatever happens, so that an error message gets a line of its own; mute on other ranks."""
+    """Open the run's log, silent in all processes but the first; closing it gives an error message its own line."""
     first = fabric.is_global_zero
     with open(os.devnull, "w") as nobody:
         log = RunLog(out_dir / LOG if first else None, total, None if first else nobody)
         names = config.log.to if first else ()
         assert isinstance(names, tuple)
-        mirrors = Mirrors(names, out_dir, flat(plain(config)), log.start)
-        log.mirrors.append(mirrors)
+        trackers = Trackers(names, out_dir, flat(plain(config)), log.start)
+        log.trackers.append(trackers)
         log.records = fabric.broadcast(log.records)
         try:
             yield log
         finally:
             log.close()
-            mirrors.close()
+            trackers.close()

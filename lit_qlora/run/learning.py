@@ -1,4 +1,4 @@
-"""The learning of a run: the model on its path, the optimizer, the loop, and what is validated and saved around it."""
+"""The learning of a run: its path, its optimizer, and the loop with its validations and checkpoints."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from lit_qlora.train.optim import check_schedule, make_optimizer, repage
 from lit_qlora.train.signals import Stopped, StopRequest, stop_on_signals
 from lit_qlora.train.training_state import restore
 
-SHOWN = 3  # answers that are shown at each validation
+SHOWN = 3  # answers shown at each validation
 
 
 def total_steps(config: TrainConfig, data: RunData) -> int:
@@ -65,17 +65,17 @@ def eval_every(config: EvalConfig, data: RunData, total: int) -> int:
 
 
 def take_path(model: GPT, plan: Plan) -> None:
-    """Let the model compute its loss as the plan says; call it before the optimizer is made.
+    """Put the model on the path of the plan; call it before the optimizer is made.
 
     Raises:
-        UsageError: if that is in FP8, and the model as it was loaded cannot.
+        UsageError: if the plan has FP8, and the loaded model does not support it.
     """
     if plan.slow_because:
         model.recompute = plan.recompute[0] == "full"
         return
     from lit_qlora.fused import fuse, why_not
 
-    if reason := why_not(model, plan.dtype):  # only the loaded model shows it
+    if reason := why_not(model, plan.dtype):  # known only for the loaded model
         check_fp8(plan.fp8, reason)
         tell(f"  path    plain after all ({reason})")
         model.recompute = plan.recompute[0] != "none"
@@ -83,18 +83,18 @@ def take_path(model: GPT, plan: Plan) -> None:
     for parameter in model.parameters():
         if plan.dtype and not parameter.requires_grad:
             parameter.data = parameter.data.to(plan.dtype)
-    fused = fuse(model, plan.graph_tokens, plan.fp8, plan.kept_blocks, plan.ahead)
+    fused = fuse(model, plan.graph_tokens, plan.fp8, plan.cached_blocks, plan.ahead)
     if fused.ahead and fused.device.type == "cuda":
         precede_other_streams()
     fused.set_recompute(plan.recompute)
-    fused.carries = plan.stay
+    fused.carries = plan.carries
     if fused.graphs and not plan.graphs:
         fused.graphs.off = "there is no memory left for them"
 
 
 def set_deterministic() -> None:
-    """Let torch take only operations that give the same bits each time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    """Let torch use only deterministic operations."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
     torch.use_deterministic_algorithms(True)
 
 
@@ -170,25 +170,25 @@ def learn(
 
 
 def tell_early_end(validator: Validator, log: RunLog, total: int) -> None:
-    """Say why a run of `total` steps ended before them, if it did."""
+    """Tell why a run ended before its `total` steps, if it did."""
     if not validator.go_on and validator.best and log.records[-1]["step"] < total:
         log.say(
-            f"  note    ended early: {validator.config.best} got no better after step {validator.best[1]}; "
+            f"  note    ended early: {validator.config.best} did not improve after step {validator.best[1]}; "
             "--extend with a larger --eval.patience goes on"
         )
 
 
 def keep_answers(out_dir: Path, log: RunLog, step: int, records: list[Record]) -> None:
-    """Put the answers of a validation into OUT/samples.jsonl, where each step stands once, and show a few."""
+    """Put the answers of a validation into OUT/samples.jsonl, which has each step once, and show a few."""
     write_log(out_dir / SAMPLES, [*read_log(out_dir / SAMPLES, step - 1), *records])
     free = [record for record in records if "wanted" not in record]
     for record in (free or records)[:SHOWN]:
-        log.say(f"  says    {one_line(record['prompt'], 60)} -> {one_line(record['answer'], 100)}")
+        log.say(f"  answer  {one_line(record['prompt'], 60)} -> {one_line(record['answer'], 100)}")
 
 
 @contextmanager
 def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
-    """Let whoever reads the error know what to look at, or what to change."""
+    """Turn a bad step, lost memory or a lost process into an error that says what to look at or to change."""
     assert config.out_dir is not None
     try:
         yield
@@ -212,12 +212,12 @@ def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
         if not _is_about_another_process(error):
             raise
         raise ResourceError(
-            "another process of this run has ended, so this one ends too.\n"
-            f"{config.out_dir} holds the checkpoints: the same command goes on from the newest."
+            "Another process of this run has ended, so this one ends too.\n"
+            f"{config.out_dir} holds the checkpoints; the same command resumes from the newest."
         ) from None
 
 
 def _is_about_another_process(error: RuntimeError) -> bool:
-    """Whether a process that this one works with has gone; gloo has no exception of its own."""
+    """Tell whether the error means that another process is gone; gloo has no exception of its own."""
     distributed = getattr(torch.distributed, "DistError", ())
     return isinstance(error, distributed) or "gloo" in str(error)

@@ -1,4 +1,4 @@
-"""What a run will need, worked out before a weight is loaded."""
+"""The plan of a run: its memory and its path, worked out before weights are loaded."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,41 +15,41 @@ from lit_qlora.quantize import Storage, bits_per_weight
 from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
 
 GIB = 2**30
-SPARE = 0.05  # share of the GPU that blocks which need not be there leave free
-HOLES = 0.15  # of activations, lie between them and the weights that take their place; 0.14 on an H100
-HOST_SHARE = 0.8  # of the host's free memory may hold activations
+SPARE = 0.05  # share of the GPU's memory that cached weights leave free
+HOLES = 0.15  # share of activation memory lost to fragmentation when weights take its place; 0.14 on an H100
+HOST_SHARE = 0.8  # share of the host's free memory that may hold activations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of a run. Bytes are those of one device."""
+    """Sizes of a run; bytes are per device."""
 
     frozen: int
-    """Parameters of the base, as the checkpoint has them."""
+    """Parameters of the base, as in the checkpoint."""
     trainable: int
     """Parameters of the adapter."""
     weights: float
-    """Bytes of the base as it is stored on the device."""
+    """Bytes of the base on the device."""
     learning: float
-    """Bytes of the adapter, its gradients and, with lora.init, its start, all float32, and of the optimizer's state."""
+    """Bytes of adapter, gradients and initial values (with lora.init), all float32, and of the optimizer's state."""
     activations: float
-    """Bytes that a micro-batch of the longest samples keeps for the backward pass; an estimate."""
+    """Bytes that a micro-batch of the longest samples saves for backward; an estimate."""
     recompute: tuple[Recompute, ...]
-    """What each block computes again."""
+    """How each block recomputes."""
     slow_because: str
-    """Why the fast path is not taken; '' if it is."""
+    """Reason against the fast path; '' if the run takes it."""
     graph_tokens: int = 0
-    """Tokens of the largest micro-batch that is padded for CUDA graphs; 0 if none is."""
+    """Tokens of the largest micro-batch that is padded for CUDA graphs; 0 for none."""
     graphs: float = 0.0
-    """Bytes of what the graphs share, an estimate; 0 where nothing is captured, for want of memory among others."""
-    kept_blocks: int = 0
-    """Blocks whose quantised weights are kept in 16 bit as well."""
-    kept: float = 0.0
-    """Bytes of them."""
+    """Bytes of the memory that graphs share, an estimate; 0 if nothing is captured, for lack of memory or else."""
+    cached_blocks: int = 0
+    """Blocks whose quantised weights are also cached in 16 bit."""
+    cached: float = 0.0
+    """Bytes of these cached weights."""
     ahead: bool = True
     """Whether the weights of experts are dequantised ahead; see lit_qlora.fused.ahead."""
-    stay: bool = False
-    """Whether dequantised weights stay from a backward pass to the next forward pass; see FastSizes.stay."""
+    carries: bool = False
+    """Whether weights dequantised in a backward pass are carried over to the next forward pass."""
     host: float = 0.0
     """Bytes of activations in the host's memory."""
     dtype: torch.dtype | None = None
@@ -57,14 +57,14 @@ class Plan:
     plain_attention: bool = False
     """Whether the fast path computes attention in plain torch, because the GPU has no flash attention."""
     fp8: bool = False
-    """Whether the products of the blocks' frozen weights are in FP8."""
+    """Whether the blocks multiply by their frozen weights in FP8."""
     caveat: str = ""
     """What PEFT would not read of the adapter; '' if it reads all."""
 
     @property
     def total(self) -> float:
-        """Bytes at the peak."""
-        return self.weights + self.learning + self.activations + self.graphs + self.kept
+        """Bytes at the peak of the run."""
+        return self.weights + self.learning + self.activations + self.graphs + self.cached
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def make_plan(
         not (train.fp8 and model.n_expert),
         "train.fp8: the products of experts, which are most of this model's, are not in FP8. Leave out --train.fp8.",
     )
-    _check_kept(train, storage.quantize, reason)
+    _check_cached(train, storage.quantize, reason)
     origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
     policy = plain_recompute(train.recompute)
     plan = Plan(
@@ -181,15 +181,15 @@ def _fast_plan(
     graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
     if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
         graphs = 0.0
-    kept_blocks, stay = 0, False
+    cached_blocks, carries = 0, False
     if quantized and not train.fp8:
         spare = free - SPARE * room.gpu - activations - graphs
         often = round(batches.usual or tokens)
-        staying = [
-            0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, kept))
-            for kept in range(model.n_layer + 1)
+        carrying = [
+            0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
+            for cached in range(model.n_layer + 1)
         ]
-        kept_blocks, stay = _share(spare, sizes.dequantized, HOLES * activations, staying, train.keep_dequantized)
+        cached_blocks, carries = _share(spare, sizes.dequantized, HOLES * activations, carrying, train.keep_dequantized)
     return replace(
         plan,
         learning=learning,
@@ -197,10 +197,10 @@ def _fast_plan(
         recompute=tuple(policies),
         graph_tokens=graph_tokens,
         graphs=graphs,
-        kept_blocks=kept_blocks,
-        kept=kept_blocks * sizes.dequantized,
+        cached_blocks=cached_blocks,
+        cached=cached_blocks * sizes.dequantized,
         ahead=sizes.ahead,
-        stay=stay,
+        carries=carries,
         host=sizes.on_host(policies, tokens),
     )
 
@@ -219,7 +219,7 @@ def _fastest(
 
 
 def _stored_bytes(gpt: GPT, storage: Storage) -> float:
-    """Bytes of the base's weights."""
+    """Count the bytes of the base's weights."""
     bits = 0.0
     for path, parameter in gpt.named_parameters():
         layer = path.removesuffix(".weight")
@@ -233,30 +233,30 @@ def _stored_bytes(gpt: GPT, storage: Storage) -> float:
 
 
 def _share(
-    spare: float, each: float, holes: float, staying: list[int], wanted: int | Literal["auto"]
+    spare: float, each: float, holes: float, carrying: list[int], wanted: int | Literal["auto"]
 ) -> tuple[int, bool]:
-    """How many blocks are kept dequantised for good, and whether others' weights stay for the next forward pass.
+    """Choose how many blocks have cached weights, and whether other blocks carry theirs over.
 
-    The first saves two dequantisations a micro-batch, the second one: what saves more is taken.
+    A cached weight saves two dequantisations per micro-batch, a carried one saves one; the larger saving wins.
 
     Args:
-        spare: bytes that are left.
+        spare: bytes left.
         each: bytes of a block.
-        holes: bytes lost where weights stay.
-        staying: how many blocks' weights stay in a usual micro-batch if none, one, ... or all are kept.
-        wanted: train.keep_dequantized; 0 is for neither.
+        holes: bytes lost to fragmentation if weights are carried over.
+        carrying: how many blocks carry weights over in a usual micro-batch if 0, 1, ... or all are cached.
+        wanted: train.keep_dequantized; 0 forbids both.
     """
 
-    def kept(spare: float) -> int:
-        return min(len(staying) - 1, max(0, int(spare / each)) if wanted == "auto" else wanted)
+    def cached(spare: float) -> int:
+        return min(len(carrying) - 1, max(0, int(spare / each)) if wanted == "auto" else wanted)
 
-    alone, beside = kept(spare), kept(spare - holes)
+    alone, beside = cached(spare), cached(spare - holes)
     fits = wanted != 0 and beside * each + holes <= spare
-    return (beside, True) if fits and 2 * beside + staying[beside] > 2 * alone else (alone, False)
+    return (beside, True) if fits and 2 * beside + carrying[beside] > 2 * alone else (alone, False)
 
 
-def _check_kept(train: TrainConfig, quantize: Scheme, slow_because: str) -> None:
-    """Raise UsageError if blocks are to be kept dequantised where none are dequantised."""
+def _check_cached(train: TrainConfig, quantize: Scheme, slow_because: str) -> None:
+    """Raise UsageError if weights should be cached dequantised, but the run dequantises none."""
     reason = slow_because or ("the base is not quantised" if quantize == "none" else "")
     check(
         train.keep_dequantized in (0, "auto") or not reason,
@@ -278,18 +278,18 @@ def _graph_tokens(model: ModelConfig, train: TrainConfig, batches: MicroBatches)
 
 
 def _largest_part(gpt: GPT) -> int:
-    """Numbers that learn in the block, or in the head, with the most of them."""
+    """Count the trainable parameters of the block, or head, with the most."""
     return max(sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (*gpt.blocks, gpt.head))
 
 
 def _low_rank(gpt: GPT) -> int:
-    """Numbers in all A and B."""
+    """Count the elements of all A and B."""
     adapters = [module for module in gpt.modules() if isinstance(module, LoRALinear)]
     return sum(adapter.lora_a.numel() + adapter.lora_b.numel() for adapter in adapters)
 
 
 def plain_recompute(setting: str) -> Recompute:
-    """What the plain path does for a setting: all or nothing."""
+    """Translate train.recompute for the plain path, which recomputes all or nothing."""
     return "none" if setting in ("auto", "none") else "full"
 
 
@@ -308,23 +308,24 @@ def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: Room) 
 
 
 def check_fp8(wanted: bool, slow_because: str) -> None:
-    """Raise UsageError if FP8 is wanted and the fast path, the only one that has it, is not taken."""
+    """Raise UsageError if FP8 is wanted but the run cannot take the fast path, the only one with FP8."""
     check(
         not (wanted and slow_because),
-        f"train.fp8 is for the fast path alone, which this run cannot take: {slow_because}.\n"
+        f"train.fp8 needs the fast path, which this run cannot take: {slow_because}.\n"
         "Leave out --train.fp8; the run then computes in the precision of --precision.",
     )
 
 
 def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompute: bool) -> float:
-    """What the plain path keeps: inputs of norms and of adapted layers (with dropout's mask), attention, MLP products.
+    """Estimate the bytes that the plain path saves for backward.
 
-    Frozen layers keep nothing, quantised or not: no gradient of their weights is wanted.
+    It saves inputs of norms and adapted layers (with dropout's mask), attention and MLP products. Frozen layers save
+    nothing, quantised or not, because their weights need no gradient.
     """
     config = gpt.config
     block = 2.0 * config.n_embd + 2 * (config.n_head + config.n_kv_head) * config.head_size
     products = 3 if "glu" in config.ffn else 1
-    if config.n_expert:  # as if tokens spread evenly over the experts; a block without any counts as one with
+    if config.n_expert:  # assumes that tokens spread evenly over experts, and that all blocks have experts
         block += products * (config.n_expert_per_token * config.expert_size + config.shared_expert_size)
     else:
         block += products * config.ffn_size
@@ -334,7 +335,7 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
             if isinstance(module, LoRALinear):
                 share = config.n_expert_per_token / config.n_expert if ".experts." in path else 1
                 inputs[i] += module.in_features * share
-                outputs[i] += module.out_features * share if lora.dora else 0  # what is scaled
+                outputs[i] += module.out_features * share if lora.dora else 0  # DoRA scales the outputs
     each = [
         tokens * ((block + taken + scaled) * itemsize + (taken if lora.dropout else 0))
         for taken, scaled in zip(inputs, outputs, strict=True)

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: pictures, a page in Markdown and one in HTML that needs no other file."""
+"""The reports of a run: a picture of its losses, a page in Markdown, and a self-contained page in HTML."""
 
 import io
 import re
@@ -9,52 +9,52 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.files.atomic import replacing, write_text
-from lit_qlora.report import Record, duration, figures, short
+from lit_qlora.report import Record, duration, metrics, short
 
 Row = Sequence[object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model makes of a sample that it did not learn from."""
+    """A validation sample and the model's answer."""
 
     prompt: str
     wanted: str
     said: str | None
-    """None where it was not asked to answer, and `score` is the loss of what was wanted."""
+    """The model's answer; None if it was not asked, and `score` is then the loss of the wanted answer."""
     score: float
     """chrF of the answer, or the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What there is to say of a run that is over."""
+    """The results of a finished run."""
 
     title: str
     summary: Mapping[str, Any]
     records: Sequence[Record]
     lengths: Sequence[int]
-    """Tokens of each training sample before anything was cut."""
+    """Tokens of each training sample before truncation."""
     limit: int
-    """Most tokens that a sample may have."""
+    """Most tokens of a sample."""
     data: Sequence[str]
     """Lines about the data."""
     config: str
     """The settings, as YAML."""
     hashes: Mapping[str, str]
-    """What the run was made of -> sha256."""
+    """Base, data and adapter -> sha256."""
     following: str
-    """What to type next, a line each."""
+    """The next commands, a line each."""
     best: Sequence[Answer] = field(default=())
-    """The best answers, the best first."""
+    """The best answers, best first."""
     worst: Sequence[Answer] = field(default=())
-    """The worst ones, the worst first."""
+    """The worst answers, worst first."""
     said: Sequence[Record] = field(default=())
-    """Answers to the prompts of eval.prompts, with their steps."""
+    """Answers to eval.prompts, with their steps."""
 
     @property
     def facts(self) -> list[tuple[str, Any]]:
-        """The summary without what is a table of its own."""
+        """The summary without its tables."""
         return [(key.replace("_", " "), value) for key, value in self.summary.items() if not isinstance(value, dict)]
 
 
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
-    """The loss of each step, its running average, the validation losses, and the learning rate below."""
+    """Plot the loss of each step, its running average and the validation losses, and the learning rate below."""
     from matplotlib.figure import Figure
 
     train, val = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
@@ -90,7 +90,7 @@ def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
 
 
 def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
-    """How many samples have how many tokens, with the limit that they may not exceed."""
+    """Plot a histogram of the samples' lengths in tokens, with their limit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 4 if width == 8 else 2.8), layout="constrained")
@@ -107,12 +107,12 @@ def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
 
 
 def plot_losses(records: Sequence[Record], path: Path) -> None:
-    """loss.png, see losses_figure."""
+    """Write loss.png, see losses_figure."""
     _save(losses_figure(records), path)
 
 
 def plot_lengths(lengths: Sequence[int], limit: int, path: Path) -> None:
-    """See lengths_figure."""
+    """Write the histogram of lengths, see lengths_figure."""
     _save(lengths_figure(lengths, limit), path)
 
 
@@ -122,10 +122,11 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def inline(figure: Any, name: str, says: str) -> str:
-    """The SVG of a figure, to stand in a page beside others; its letters are those of the page.
+    """Return a figure as SVG to embed in a page, in the page's font.
 
     Args:
-        says: what it shows, for those who cannot see it.
+        name: prefix of its ids, which would clash with those of other figures.
+        says: description for readers who cannot see it.
     """
     from matplotlib import rc_context
 
@@ -133,7 +134,7 @@ def inline(figure: Any, name: str, says: str) -> str:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])  # ids of two figures are alike
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])  # two figures have the same ids
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(says)}"', svg, count=1)
     return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
@@ -143,7 +144,7 @@ def inline(figure: Any, name: str, says: str) -> str:
 
 
 def write_report(path: Path, outcome: Outcome) -> None:
-    """report.md: what was trained, how the figures went, and what to type next."""
+    """Write report.md: the summary, the metrics, the best and worst answers, and the next commands."""
     lines = [f"# {outcome.title}", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in outcome.facts]
     header, rows = _validations(outcome.records)
@@ -153,7 +154,7 @@ def write_report(path: Path, outcome: Outcome) -> None:
     lines += ["", "![losses](loss.png)", ""]
     for title, answers in (("Best", outcome.best), ("Worst", outcome.worst)):
         for answer in answers:
-            said = "" if answer.said is None else f"\n* said: {one_line(answer.said)}"
+            said = "" if answer.said is None else f"\n* answer: {one_line(answer.said)}"
             lines += [f"**{title}, {_score(answer)}:** {one_line(answer.prompt)}", ""]
             lines += [f"* wanted: {one_line(answer.wanted)}{said}", ""]
     lines += ["## Next", "", "```", outcome.following, "```", ""]
@@ -188,9 +189,9 @@ summary { cursor: pointer; }
 
 
 def write_page(path: Path, outcome: Outcome) -> None:
-    """report.html: all there is to know of the run, in one file that loads nothing."""
+    """Write report.html: everything about the run in one file that loads no other."""
     summary = outcome.summary
-    names = figures(outcome.records)
+    names = metrics(outcome.records)
     tiles = [
         *((name, f"{short(values[0][1])} → {short(values[-1][1])}") for name, values in list(names.items())[:3]),
         ("time", duration(summary["seconds"])),
@@ -235,9 +236,9 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
 
 
 def _validations(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Names and rows of the validations; a figure that one does not have is left empty."""
+    """Make the table of the validations; a missing metric is an empty cell."""
     found = [record for record in records if "loss" not in record]
-    names = list(figures(records))
+    names = list(metrics(records))
     return ["step", *names], [
         [f"{record['step']:,}", *(short(record[name]) if name in record else "" for name in names)] for record in found
     ]
@@ -247,7 +248,7 @@ def _answers(outcome: Outcome) -> str:
     blocks = []
     for kind, answers in (("good", outcome.best), ("bad", outcome.worst)):
         for answer in answers:
-            said = "" if answer.said is None else f"<p><span>said</span>{escape(answer.said)}</p>"
+            said = "" if answer.said is None else f"<p><span>answer</span>{escape(answer.said)}</p>"
             blocks.append(
                 f'<div class="answer {kind}"><p class="note">{_score(answer)}</p>'
                 f"<p>{escape(answer.prompt)}</p>{said}<p><span>wanted</span>{escape(answer.wanted)}</p></div>"
@@ -284,7 +285,7 @@ def _score(answer: Answer) -> str:
 
 
 def one_line(text: str, most: int = 200) -> str:
-    """`text` on one line, its middle left out where it is long."""
+    """Put `text` on one line, without its middle if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether that would be the same run."""
+"""The checkpoint that a run resumes from, if it is a checkpoint of the same run."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FINAL = "final"
 SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 HARMLESS = (
-    *("checkpoint_dir", "data.path", "data.val_path"),  # what they hold is compared, not where it is
+    *("checkpoint_dir", "data.path", "data.val_path"),  # their content is compared, not their paths
     *("quantize_cache", "data.cache_dir"),
     *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run"),
     *("quiet", "expect_trainable", "allow_code"),
@@ -33,7 +33,7 @@ HARMLESS = (
     *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs", "train.keep_dequantized"),
     *("train.save_every", "train.save_minutes", "train.keep_last", "eval", "guard", "log"),
 )
-"""Settings, or groups of them, that may change in the middle of a run: what is learnt does not depend on them."""
+"""Settings, or groups of them, that may change when a run resumes: the result does not depend on them."""
 LENGTH = ("train.epochs", "train.max_steps")
 
 
@@ -53,7 +53,7 @@ class Checkpoint:
 def find(
     config: FinetuneConfig, total: int, files: Mapping[str, str], style: str, versions: Mapping[str, str]
 ) -> Checkpoint | None:
-    """The checkpoint that `config` goes on from, or None for a run that begins. Nothing is written.
+    """Find the checkpoint that the run resumes from, or None for a new run. It writes nothing.
 
     Args:
         total: optimizer steps of the run.
@@ -61,24 +61,24 @@ def find(
         style: digest of the prompt style.
 
     Raises:
-        CheckpointError: if no checkpoint is whole, or the base is another one.
-        DataError: if the data is another one.
-        UsageError: if settings differ that change what is learnt.
+        CheckpointError: if no checkpoint is whole, or the base differs.
+        DataError: if the data differs.
+        UsageError: if settings differ that change the result.
     """
     assert config.out_dir is not None
     if config.resume == "never":
         return None
     automatic = config.resume == "auto"
-    place = config.out_dir if automatic else Path(config.resume).resolve()  # OUT/best is a link
-    if automatic and not (place / LOG).exists():
+    folder = config.out_dir if automatic else Path(config.resume).resolve()  # OUT/best is a link
+    if automatic and not (folder / LOG).exists():
         return None
-    over = (_run_of(place) / SUMMARY).exists()
+    over = (_run_of(folder) / SUMMARY).exists()
     if automatic and over and not config.extend:
-        return None  # this is another run
-    checkpoint = newest(place)
+        return None  # a new run
+    checkpoint = newest(folder)
     if checkpoint is None:
         if not automatic:
-            raise CheckpointError(f"resume {config.resume} is neither a checkpoint nor a run that has any.")
+            raise CheckpointError(f"resume {config.resume} is neither a checkpoint nor a run with checkpoints.")
         return None
     check_same_run(config, files, style, checkpoint)
     then = checkpoint.counters["versions"]
@@ -86,7 +86,7 @@ def find(
         tell(f"  note    the run began with {name} {then.get(name)} and goes on with {versions[name]}", sys.stderr)
     if checkpoint.step > total or (checkpoint.step == total and over):
         raise UsageError(
-            f"{checkpoint.path} is at step {checkpoint.step}, and the run has {total}: nothing is left to do.\n"
+            f"{checkpoint.path} is at step {checkpoint.step}, and the run has {total} steps: nothing is left to do.\n"
             "--extend goes on with a larger train.epochs or train.max_steps."
         )
     return checkpoint
@@ -105,9 +105,9 @@ def settle_seed(config: FinetuneConfig) -> int:
         raise UsageError("seed -1 is drawn by one program, and here several are started. Give --seed a number.")
     assert config.out_dir is not None
     automatic = config.resume == "auto"
-    place = config.out_dir if automatic else Path(config.resume).resolve()
-    over = automatic and (place / SUMMARY).exists() and not config.extend
-    checkpoint = None if config.resume == "never" or over or not place.exists() else newest(place)
+    folder = config.out_dir if automatic else Path(config.resume).resolve()
+    over = automatic and (folder / SUMMARY).exists() and not config.extend
+    checkpoint = None if config.resume == "never" or over or not folder.exists() else newest(folder)
     if checkpoint:
         return int(checkpoint.counters["config"]["seed"])
     if config.devices == 1:
@@ -115,15 +115,15 @@ def settle_seed(config: FinetuneConfig) -> int:
     return int(os.environ.setdefault(SEED, str(secrets.randbits(32))))  # Fabric's other processes inherit it
 
 
-def newest(place: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in the run `place`, or `place` itself if it is one; None if there are none.
+def newest(folder: Path) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run, or `folder` itself if it is one; None if there is none.
 
-    Damaged ones are named and passed over.
+    It names damaged checkpoints and skips them.
 
     Raises:
-        CheckpointError: if there are some, and all are damaged.
+        CheckpointError: if all checkpoints are damaged.
     """
-    found = checkpoints(place) if _run_of(place) == place else [place]
+    found = checkpoints(folder) if _run_of(folder) == folder else [folder]
     damages = []
     for path in found:
         try:
@@ -142,7 +142,7 @@ def newest(place: Path) -> Checkpoint | None:
 
 
 def _complete(counters: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The counters, if they say all that a run needs to go on.
+    """Return the counters if they hold everything from which a run resumes.
 
     Raises:
         CheckpointError: if a part is missing or no hash.
@@ -153,14 +153,14 @@ def _complete(counters: dict[str, Any], path: Path) -> dict[str, Any]:
     return counters
 
 
-def _run_of(place: Path) -> Path:
-    """The run that a checkpoint is in; a run itself, which has a log, whatever it is called."""
-    called_so = place.name == FINAL or place.name.startswith("step-")
-    return place.parent if (called_so or (place / COUNTERS).exists()) and not (place / LOG).exists() else place
+def _run_of(folder: Path) -> Path:
+    """Return the run of a checkpoint; a folder with a log is a run itself, whatever its name."""
+    is_checkpoint = folder.name == FINAL or folder.name.startswith("step-") or (folder / COUNTERS).exists()
+    return folder.parent if is_checkpoint and not (folder / LOG).exists() else folder
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
-    """Directories of checkpoints in a run, the newest first; of a run that was extended, final is not the newest."""
+    """List the checkpoints of a run, newest first; in an extended run, final is not the newest."""
     steps = numbered(out_dir)[::-1]
     final = out_dir / FINAL
     if not final.is_dir():
@@ -168,27 +168,27 @@ def checkpoints(out_dir: Path) -> list[Path]:
     try:
         end = int(read_counters(final)["step"])
     except (CheckpointError, ValueError, KeyError):
-        end = steps[0][0] if steps else 0  # damaged, which is said when it is read
+        end = steps[0][0] if steps else 0  # damaged; reading it says so
     newer = [path for step, path in steps if step > end]
     return [*newer, final, *(path for step, path in steps if step <= end)]
 
 
 def before(out_dir: Path, checkpoint: Checkpoint) -> list[Path]:
-    """The checkpoints in `out_dir` that would be gone on from rather than `checkpoint`; all, if it is another run's."""
+    """List the checkpoints in `out_dir` newer than `checkpoint`; all of them if it is another run's."""
     return list(takewhile(lambda path: not path.samefile(checkpoint.path), checkpoints(out_dir)))
 
 
 def numbered(out_dir: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run that are called after their steps, and these steps, the oldest first."""
+    """List the checkpoints named after their steps, with these steps, oldest first."""
     return sorted((int(path.name[5:]), path) for path in out_dir.glob("step-*") if path.name[5:].isdigit())
 
 
 def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str, checkpoint: Checkpoint) -> None:
-    """Raise a UserError that says what differs, unless going on from `checkpoint` is going on with the same run."""
+    """Raise a UserError that names the difference unless `checkpoint` belongs to the same run."""
     then = checkpoint.counters
     if differing := differing_parts(then["base"], config.checkpoint_dir):
         raise CheckpointError(
-            f"{config.checkpoint_dir} is not the base that the run in {checkpoint.path.parent} began with: "
+            f"{config.checkpoint_dir} is not the base of the run in {checkpoint.path.parent}: "
             f"it holds {' and '.join(PARTS[part] for part in differing)}.\n--resume never starts anew."
         )
     allowed = (*HARMLESS, *LENGTH) if config.extend else HARMLESS
@@ -212,18 +212,18 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str,
         raise DataError(
             f"The data is not what the run in {checkpoint.path.parent} began with: "
             f"{_differences(then['data'], files)}.\n"
-            "--resume_changed_data goes on regardless, --resume never starts anew."
+            "--resume_changed_data goes on anyway, --resume never starts anew."
         )
 
 
 def plain(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings as JSON gives them back."""
+    """Convert the settings to values that JSON keeps."""
     values: dict[str, Any] = json.loads(json.dumps(cli.plain(asdict(config))))
     return values
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in their groups as {"train.epochs": 3, ...}; one that is itself a table stays whole."""
+    """Flatten groups of settings to {"train.epochs": 3, ...}; a setting that is a table remains whole."""
     rows: dict[str, Any] = {}
     for name, value in values.items():
         rows |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
@@ -231,12 +231,12 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_log(path: Path, step: int) -> list[Record]:
-    """The records of a log up to `step`, without what was written after the checkpoint, or half."""
+    """Read the records of a log up to `step`, without later or half-written ones."""
     return [record for record in read_records(path) if record["step"] <= step] if path.exists() else []
 
 
 def write_log(path: Path, records: list[Record]) -> None:
-    """Replace a log by these records."""
+    """Replace a log with these records."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are saved, which is the best, which are removed."""
+"""The checkpoints of a run: when they are saved, which one is the best, and which are removed."""
 
 import os
 import platform
@@ -99,7 +99,7 @@ class Saver:
         self.fabric.barrier()
 
     def keep(self, step: int) -> None:
-        """Let OUT/best be the state after `step` steps, which is the one that is now."""
+        """Let OUT/best link to the state after `step` steps, which is the current one."""
         if self.last is None or self.last[0] != step:
             self(step, False)
         assert self.last is not None
@@ -116,7 +116,7 @@ class Saver:
             flush(self.out_dir)
 
     def _recall_best(self) -> Path | None:
-        """What OUT/best is, in a run that goes on; what it was may have been set aside."""
+        """Find the target of OUT/best in a resumed run; it may have been set aside."""
         link = self.out_dir / BEST
         if not link.is_symlink():
             return None
@@ -127,9 +127,9 @@ class Saver:
         return None
 
     def _keep_earlier_final(self) -> None:
-        """Before a lengthened run replaces its earlier OUT/final: keep that under another name.
+        """Copy OUT/final to a checkpoint of its step, before an extended run replaces it.
 
-        It may be the best, and until the new one is in its place, the only checkpoint.
+        It may be the best checkpoint, and it is the only one until the new one is there.
         """
         final = self.out_dir / FINAL
         if not final.exists():
@@ -144,19 +144,19 @@ class Saver:
             self._call_best(folder)
 
     def _prune(self) -> None:
-        kept = {self.best.name} if self.best else set()
+        best = self.best.name if self.best else None
         for _, old in numbered(self.out_dir)[: -self.config.keep_last]:
-            if old.name not in kept:
+            if old.name != best:
                 remove_directory(old)
 
 
 def step_name(step: int) -> str:
-    """The name of the checkpoint after so many steps."""
+    """Name the checkpoint after so many steps."""
     return f"step-{step:06d}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Collect the versions of the libraries that results depend on."""
     from importlib.metadata import version
 
     names = ("torch", "lightning", "bitsandbytes", "safetensors")

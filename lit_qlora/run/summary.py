@@ -1,4 +1,4 @@
-"""What a run leaves when it is over: summary.json, the pictures and pages, and the table at its end."""
+"""The end of a run: summary.json, loss.png, the reports, and a table of its metrics."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from lit_qlora.files.manifest import read_manifest
 from lit_qlora.lora.elsewhere import read_caveats
 from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
-from lit_qlora.report import Record, RunLog, duration, figures, short, smaller_is_better, tell
+from lit_qlora.report import Record, RunLog, duration, metrics, short, smaller_is_better, tell
 from lit_qlora.run.reports import Answer, Outcome, one_line, plot_losses, write_page, write_report
 from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
@@ -30,10 +30,10 @@ SHOWN = 3  # best and worst answers
 
 
 def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, scores: Tensor | None = None) -> None:
-    """Write summary.json, the pictures and the pages, and say what came out and what to type next.
+    """Write summary.json, loss.png and the reports, and print the results and the next command.
 
     Args:
-        scores: of the validation samples, see measures.score_rows.
+        scores: scores of the validation samples, see measures.score_rows.
     """
     assert config.out_dir is not None
     out_dir = config.out_dir
@@ -65,15 +65,15 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
         write_pages(outcome, out_dir)
     except Exception as error:  # the adapter is saved, and a report is not worth the status of the run
         tell(f"  note    there is no whole report ({type(error).__name__}: {error})", sys.stderr)
-    write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")  # the last: it says that the run is over
-    kept = f"   best {out_dir / BEST} -> {(out_dir / BEST).readlink()}" if (out_dir / BEST).is_symlink() else ""
+    write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")  # last, because it marks the run as over
+    link = f"   best {out_dir / BEST} -> {(out_dir / BEST).readlink()}" if (out_dir / BEST).is_symlink() else ""
     lines = [
         *table(log.records),
         *(f"  best    {_shortly(answer)}" for answer in best if answer.said is not None),
         *(f"  worst   {_shortly(answer)}" for answer in worst if answer.said is not None),
-        f"done    {duration(summary['seconds'])}   {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} a "
-        f"second   peak {summary['peak_gib']:.2f} GiB",
-        f"adapter {out_dir}/final{kept}",
+        f"done    {duration(summary['seconds'])}   {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} "
+        f"per second   peak {summary['peak_gib']:.2f} GiB",
+        f"adapter {out_dir}/final{link}",
         *(f"        {line}" for line in read_caveats(out_dir / FINAL, model.config.tied_head)),
         f"report  {out_dir}/report.html   log.jsonl, loss.png, report.md beside it",
         f"next    {following.splitlines()[0]}",
@@ -82,9 +82,9 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
 
 
 def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> dict[str, Any]:
-    """What summary.json holds."""
+    """Collect the values of summary.json."""
     train = [record for record in records if "loss" in record]
-    val = [value for _, value in figures(records).get("val_loss", [])]
+    val = [value for _, value in metrics(records).get("val_loss", [])]
     end = train[-1] if train else {"seconds": 0.0, "peak_gib": 0.0}
     tokens, seconds = sum(record["tokens"] for record in train), end["seconds"]
     storage = "" if config.quantize == "none" else f"{config.quantize} + "
@@ -107,8 +107,8 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
         "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]) if train else None,
         "val_loss_before": val[0] if val else None,
         "val_loss": val[-1] if val else None,
-        "figures": {
-            name: {"before": values[0][1], "after": values[-1][1]} for name, values in figures(records).items()
+        "metrics": {
+            name: {"before": values[0][1], "after": values[-1][1]} for name, values in metrics(records).items()
         },
         "versions": versions(),
     }
@@ -131,7 +131,7 @@ def hashes(checkpoint_dir: Path, data: Mapping[str, str], adapter: Path) -> dict
 def best_and_worst_answers(
     said: Sequence[Record], data: RunData, scores: Tensor | None
 ) -> tuple[list[Answer], list[Answer]]:
-    """By chrF where the model was asked to answer validation samples, else by the loss of what was wanted."""
+    """Sort by chrF if the model answered validation samples, else by the loss of the wanted answers."""
     compared = [record for record in said if "wanted" in record]
     if compared:
         last = compared[-1]["step"]
@@ -161,16 +161,16 @@ def best_and_worst_answers(
 
 
 def write_pages(outcome: Outcome, out_dir: Path) -> None:
-    """loss.png, report.md and report.html."""
+    """Write loss.png, report.md and report.html."""
     plot_losses(outcome.records, out_dir / "loss.png")
     write_report(out_dir / "report.md", outcome)
     write_page(out_dir / "report.html", outcome)
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """The figures of the validations before and after training, and the best, a line each."""
+    """Make a table with a line for each metric: before training, after it, and the best."""
     rows = [("", "before", "after", "best")]
-    for name, values in figures(records).items():
+    for name, values in metrics(records).items():
         step, best = (min if smaller_is_better(name) else max)(values, key=lambda pair: pair[1])
         rows.append((name, short(values[0][1]), short(values[-1][1]), f"{short(best)} (step {step})"))
     if len(rows) == 1:

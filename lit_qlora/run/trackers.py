@@ -1,4 +1,4 @@
-"""Programs that show a run while it goes on: TensorBoard, Weights & Biases, MLflow. None of them can stop it."""
+"""Trackers, which show a run while it goes on: TensorBoard, Weights & Biases, MLflow. None of them can stop it."""
 
 import logging
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lit_qlora.report import Record, tell
-from lit_qlora.settings import Mirror
+from lit_qlora.settings import Tracker
 
 
 class Writer(Protocol):
-    """One of them."""
+    """A tracker."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the figures of a step, or of a validation after it."""
+        """Take the metrics of a step, or of a validation after it."""
         ...
 
     def close(self) -> None:
-        """Write what is left, and end."""
+        """Write what is buffered, and end."""
         ...
 
 
@@ -30,7 +30,7 @@ class TensorBoard:
     def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an interrupted run had shown after its last checkpoint comes again.
+        # A resumed run repeats the steps after its last checkpoint.
         self.writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1 if start else None)
         if not start:
             rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
@@ -47,7 +47,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run in OUT/wandb, offline unless WANDB_MODE says otherwise; one that goes on has the same id."""
+    """A run in OUT/wandb, offline unless WANDB_MODE is set; a resumed run has the same id."""
 
     def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
@@ -64,7 +64,7 @@ class WandB:
             config=dict(settings),
             settings=wandb.Settings(console="off", disable_git=True, save_code=False),
         )
-        self.run.define_metric("*", step_metric="step")  # the one that wandb counts itself would run ahead
+        self.run.define_metric("*", step_metric="step")  # wandb's own counter would run ahead
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See Writer."""
@@ -76,7 +76,7 @@ class WandB:
 
 
 class MLflow:
-    """A run in the file store OUT/mlruns; one that goes on is the same run."""
+    """A run in the file store OUT/mlruns; a resumed run is the same one."""
 
     def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -110,23 +110,23 @@ class MLflow:
         self.client.set_terminated(self.run_id)
 
 
-WRITERS: dict[Mirror, Callable[[Path, Mapping[str, Any], int], Writer]] = {
+WRITERS: dict[Tracker, Callable[[Path, Mapping[str, Any], int], Writer]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
 }
 
 
-class Mirrors:
-    """Those that were asked for and still work; one that fails is named once, and left out from then on.
+class Trackers:
+    """The trackers of a run; one that fails is named once and then left out.
 
     Args:
-        settings: those of the run, by their whole names.
-        start: steps that were done before.
+        settings: settings of the run by their full names.
+        start: steps done before.
     """
 
-    def __init__(self, names: Sequence[Mirror], out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
-        self.writers: dict[Mirror, Writer] = {}
+    def __init__(self, names: Sequence[Tracker], out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
+        self.writers: dict[Tracker, Writer] = {}
         for name in names:
             self._try(name, lambda name=name: self.writers.update({name: WRITERS[name](out_dir, settings, start)}))  # type: ignore[misc]
 
@@ -142,14 +142,14 @@ class Mirrors:
             self._try(name, lambda writer=writer: writer.write(record["step"], values))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Let them write what is left."""
+        """Close all trackers."""
         for name, writer in list(self.writers.items()):
             self._try(name, writer.close)
 
-    def _try(self, name: Mirror, do: Callable[[], object]) -> None:
+    def _try(self, name: Tracker, do: Callable[[], object]) -> None:
         try:
             do()
-        except Exception as error:  # whatever is wrong with them is no reason to lose a run
+        except Exception as error:  # a failing tracker is no reason to lose a run
             self.writers.pop(name, None)
             reason = str(error).partition("\n")[0]
             if isinstance(error, ImportError):

@@ -9,7 +9,7 @@ from lit_qlora.settings.data import DataConfig, Finding, Overlong, PromptKnobs
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.generation import GenerationConfig
 from lit_qlora.settings.guard import GuardConfig
-from lit_qlora.settings.log import MIRRORS, LogConfig, Mirror
+from lit_qlora.settings.log import TRACKERS, LogConfig, Tracker
 from lit_qlora.settings.lora import TARGETS, LoRAConfig, Target, first_match
 from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
 from lit_qlora.settings.prepare import PrepareConfig
@@ -19,10 +19,10 @@ from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
 __all__ = [
     "CLASS_PATH",
     "DEMO_CHECKPOINT",
-    "MIRRORS",
     "OPTIMIZERS",
     "SCHEMES",
     "TARGETS",
+    "TRACKERS",
     "DataConfig",
     "EvalConfig",
     "Finding",
@@ -31,7 +31,6 @@ __all__ = [
     "GuardConfig",
     "LoRAConfig",
     "LogConfig",
-    "Mirror",
     "OptimizerConfig",
     "Overlong",
     "Precision",
@@ -42,6 +41,7 @@ __all__ = [
     "Scheme",
     "Settings",
     "Target",
+    "Tracker",
     "TrainConfig",
     "check",
     "first_match",

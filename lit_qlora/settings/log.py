@@ -5,8 +5,8 @@ from typing import Literal, get_args
 
 from lit_qlora.settings.checks import Settings, check
 
-Mirror = Literal["tensorboard", "wandb", "mlflow"]
-MIRRORS: tuple[Mirror, ...] = get_args(Mirror)
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class LogConfig(Settings):
 
     prefix = "log."
 
-    to: tuple[Mirror, ...] | Mirror = ()
+    to: tuple[Tracker, ...] | Tracker = ()
     """Trackers that get the same metrics, e.g. [tensorboard,wandb]. They write to OUT/tensorboard, OUT/wandb and
     OUT/mlruns. wandb is offline unless WANDB_MODE says otherwise. If a tracker fails, the run goes on without it."""
 

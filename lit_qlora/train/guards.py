@@ -1,4 +1,4 @@
-"""What stops a run whose numbers went wrong, before it does harm."""
+"""Guards that stop a run whose loss or gradients went wrong."""
 
 import math
 from collections.abc import Iterable
@@ -8,17 +8,17 @@ from torch import nn
 from lit_qlora.errors import NumericalError
 from lit_qlora.settings import GuardConfig
 
-WARM = 5  # steps before the average of the loss means something
+WARM = 5  # steps until the average of the loss is meaningful
 SCALER_TRIES = 20  # fp16 halves its scale from 65,536 until the gradients fit; beyond this they never will
 
 
 class Guard:
     """Watches loss and gradients of each step.
 
-    Its state is a function of what the log holds of each step, so that a run that goes on has only to show it again.
+    Its state depends on the records of the log alone, so a resumed run restores it from them.
 
     Args:
-        scaled: whether the loss is scaled, so that gradients overflow now and then as a matter of course (fp16).
+        scaled: True if the loss is scaled (fp16); gradients then overflow now and then, which is no fault.
     """
 
     def __init__(self, config: GuardConfig, scaled: bool = False) -> None:
@@ -29,7 +29,7 @@ class Guard:
         self.seen = self.above = self.skipped = 0
 
     def recall(self, loss: float, skipped: bool) -> None:
-        """Take a step of the log into account."""
+        """Take a step of an earlier process into account."""
         self._see(loss)
         self.skipped = self.skipped + 1 if skipped else 0
 
@@ -43,7 +43,7 @@ class Guard:
         self.above = self.above + 1 if far and self.config.divergence else 0
 
     def check_loss(self, step: int, loss: float) -> None:
-        """Raise NumericalError where the loss is not finite, or has been far above its best for too long."""
+        """Raise NumericalError if the loss is not finite, or has been far above its best for too long."""
         if not math.isfinite(loss):
             raise NumericalError(
                 f"The loss is {loss} at step {step}; the step was not taken.\n"
@@ -58,10 +58,10 @@ class Guard:
             )
 
     def may_update(self, step: int, norm: float) -> bool:
-        """Whether the gradients are finite, so that the update can be taken.
+        """Allow the update if the gradients are finite.
 
         Raises:
-            NumericalError: if they were not for too many steps in a row.
+            NumericalError: if they were not finite for too many steps in a row.
         """
         if math.isfinite(norm):
             self.skipped = 0
@@ -69,16 +69,16 @@ class Guard:
         self.skipped += 1
         if self.skipped >= self.most_skipped:
             raise NumericalError(
-                f"The gradients were not finite for {self.skipped} steps in a row, the last of which is step {step}.\n"
+                f"The gradients were not finite for {self.skipped} steps in a row, up to step {step}.\n"
                 "Lower train.learning_rate, or take --precision bf16-true or 32-true."
             )
         return False
 
 
 def check_first_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise NumericalError if a layer that should learn got no gradient at all from the first step.
+    """Raise NumericalError if a layer that should learn got no gradient from the first step.
 
-    Experts and embeddings are let off: a step does not reach them all.
+    Experts and embeddings are exempt: a step does not reach all of them.
     """
     layers: dict[str, bool] = {}
     for name, parameter in parameters:
@@ -89,5 +89,5 @@ def check_first_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> Non
         some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
         raise NumericalError(
             f"{len(idle)} of {len(layers)} layers got no gradient from the first step, so they learn nothing: {some}.\n"
-            "Their inputs or their outputs are zero: is the base whole, is a whole step of the data masked?"
+            "Their inputs or outputs are zero: is the base damaged, or a whole step of the data masked?"
         )

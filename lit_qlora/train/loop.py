@@ -1,4 +1,4 @@
-"""The training loop: steps in, an updated adapter out. It knows nothing of LoRA, quantisation or files."""
+"""The training loop: steps in, an updated adapter out. It knows neither LoRA nor quantisation nor files."""
 
 import hashlib
 import math
@@ -26,10 +26,10 @@ Record = dict[str, Any]
 
 
 class BadStepError(NumericalError):
-    """The numbers of a step went wrong.
+    """A step had a bad loss or bad gradients.
 
     Attributes:
-        step: what was computed; whoever knows files keeps it for a look.
+        step: its micro-batches, for a closer look.
     """
 
     def __init__(self, message: str, step: Step) -> None:
@@ -196,10 +196,10 @@ def follow(
 
 
 class Gradients:
-    """Forward and backward of a step, in smaller micro-batches once memory has run out.
+    """Forward and backward passes of a step, in smaller micro-batches once memory has run out.
 
     Attributes:
-        rows: most rows of a micro-batch; None leaves them as they come.
+        rows: most rows of a micro-batch; None does not limit them.
     """
 
     def __init__(self, fabric: Fabric, model: _FabricModule) -> None:
@@ -207,7 +207,7 @@ class Gradients:
         self.rows: int | None = None
 
     def __call__(self, step: Step, seed: int = 0) -> Tensor:
-        """Add the gradients of a step to those of the parameters, and return this rank's part of its loss."""
+        """Add the gradients of a step to the parameters', and return this process's part of its loss."""
         while True:
             torch.manual_seed(seed)
             batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
@@ -217,11 +217,11 @@ class Gradients:
                 widest = max(len(batch.tokens) for batch in batches)
                 if widest == 1 and not self.model.can_release:
                     raise
-            # Only here the exception is gone, and with it the tensors that it held.
+            # The exception held tensors; only here it is gone.
             self.model.zero_grad()
             if not self.model.release():
                 self.rows = (widest + 1) // 2
-                tell(f"  memory  {widest} rows at a time did not fit; the step is done again with {self.rows}")
+                tell(f"  memory  {widest} rows at a time did not fit; the step is repeated with {self.rows}")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -235,7 +235,7 @@ class Gradients:
 
 
 def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
-    """`batch` in parts of at most so many rows."""
+    """Split `batch` into parts of at most `rows` rows."""
     if rows is None or len(batch.tokens) <= rows:
         return [batch]
     starts = range(0, len(batch.tokens), rows)
@@ -243,19 +243,19 @@ def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:
-    """The seed of what is random in a step on a rank, such as dropout."""
+    """Derive the seed of a step's randomness, such as dropout, in one process."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:
-    """The batch where `device` can read it while the host goes on; the model moves it."""
+    """Pin the batch in host memory, so that `device` reads it while the host goes on; the model moves it."""
     if device.type == "cpu":
         return batch
     return Batch(*(None if t is None else t.pin_memory() for t in batch))  # type: ignore[arg-type]
 
 
 def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
-    """`value` summed over all processes."""
+    """Sum `value` over all processes."""
     if fabric.world_size == 1:
         return value
     total = fabric.all_reduce(value, reduce_op="sum")
@@ -264,7 +264,7 @@ def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
 
 
 def agree(fabric: Fabric, *flags: int) -> tuple[int, ...]:
-    """The largest of each flag over all ranks: clocks and signals differ, and what follows must not."""
+    """Return the largest of each flag over all processes, whose clocks and signals differ."""
     if fabric.world_size == 1:
         return flags
     agreed = fabric.all_reduce(torch.tensor(flags, device=fabric.device), reduce_op="max")

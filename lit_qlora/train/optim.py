@@ -1,4 +1,4 @@
-"""Optimizers as a table of classes, learning rates as pure functions of the step."""
+"""Optimizers as a table of classes; learning rates as pure functions of the step."""
 
 import inspect
 import math
@@ -27,19 +27,19 @@ def make_optimizer(
     scaled: bool = False,
     flatten: Callable[[], Sequence[nn.Parameter]] = tuple,
 ) -> torch.optim.Optimizer:
-    """The optimizer that the settings name.
+    """Make the optimizer that the settings name.
 
-    A group of its parameters may have a "factor": what the learning rate is multiplied by there.
+    A group of its parameters may have a "factor", by which its learning rate is multiplied.
 
     Args:
-        parameters: with their names; those that do not learn are left out.
-        scaled: the gradients come through a GradScaler, which fused optimizers would take off themselves, after Fabric
-            has clipped them.
-        flatten: gives tensors that hold parameters, as train.flat wants them; asked where elements do not depend on
-            each other. From then on the tensors have to have the gradients.
+        parameters: with their names; frozen ones are skipped.
+        scaled: True if the gradients come through a GradScaler. A fused optimizer would remove the scale itself, after
+            Fabric has clipped the gradients.
+        flatten: returns tensors that hold several parameters, see train.flat; called only if the optimizer updates
+            elements independently. From then on these tensors must have the gradients.
 
     Raises:
-        UsageError: for a class that does not exist, or a setting that it does not have.
+        UsageError: for a class that does not exist, or a setting that the class does not have.
     """
     learners = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     _check_rates(config, [name.rpartition(".")[0] for name, _ in learners])
@@ -72,7 +72,7 @@ def _find_class(path: str, cuda: bool) -> type[torch.optim.Optimizer]:
     module, _, name = path.rpartition(".")
     home: ModuleType = torch.optim if module == "torch.optim" else bitsandbytes().optim
     if not cuda and module == "bitsandbytes.optim":
-        name = name.removeprefix("Paged")  # what is paged lies in host memory there, and bitsandbytes says so each time
+        name = name.removeprefix("Paged")  # bitsandbytes warns that paged state is in host memory there
     kind = getattr(home, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer):
         raise UsageError(f"optimizer.name: there is no optimizer {path} in the installed version.")
@@ -80,7 +80,7 @@ def _find_class(path: str, cuda: bool) -> type[torch.optim.Optimizer]:
 
 
 def _arguments(kind: type[torch.optim.Optimizer], config: OptimizerConfig, train: TrainConfig) -> dict[str, Any]:
-    """What was set, as arguments of the class."""
+    """Collect the settings that were given, as arguments of the class."""
     arguments: dict[str, Any] = {**config.options}
     for name in ("betas", "eps", "momentum"):
         if getattr(config, name) is not None:
@@ -103,16 +103,16 @@ def _arguments(kind: type[torch.optim.Optimizer], config: OptimizerConfig, train
 def measure_state_bytes(
     config: OptimizerConfig, train: TrainConfig, device: torch.device, vectors: bool = False
 ) -> float:
-    """Take two steps on a small adapter, so that an optimizer that cannot be used is refused before weights are loaded.
+    """Take two steps on a small adapter, so that an optimizer that fails is refused before weights are loaded.
 
     Args:
-        vectors: the adapter has some, as DoRA's.
+        vectors: True if the adapter has vectors too, such as DoRA's magnitudes.
 
     Returns:
         Bytes of state for each parameter.
 
     Raises:
-        UsageError: with what the optimizer said.
+        UsageError: with the optimizer's own message.
     """
     shapes = {"layer.lora_a": (16, 4096), "layer.lora_b": (4096, 16), **({"layer.magnitude": (64,)} if vectors else {})}
     adapter = [(name, nn.Parameter(torch.full(shape, 0.01, device=device))) for name, shape in shapes.items()]
@@ -124,7 +124,7 @@ def measure_state_bytes(
             optimizer.step()
     except UsageError:
         raise
-    except Exception as error:  # whatever a class of others may raise
+    except Exception as error:  # a class of another library may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"optimizer.name: {config.name} with these settings fails on its first steps ({device.type}).\n"
@@ -134,7 +134,7 @@ def measure_state_bytes(
 
 
 def repage(optimizer: torch.optim.Optimizer) -> None:
-    """Let the state of a paged optimizer leave a full GPU again, which load_state_dict of bitsandbytes 0.50 forgets."""
+    """Page the state of a paged optimizer again, which load_state_dict of bitsandbytes 0.50 forgets."""
     other: Any = optimizer
     if not getattr(other, "is_paged", False):
         return
@@ -146,52 +146,52 @@ def repage(optimizer: torch.optim.Optimizer) -> None:
 
 
 def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the optimizer keeps about its parameters; a tensor that several share counts once."""
+    """Count the bytes of the optimizer's state; a tensor that several parameters share counts once."""
     tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def progress(step: int, total: int, config: TrainConfig) -> float:
-    """How much of the run behind the warm-up is done before `step`: 0 on its first step, below 1 on its last."""
+    """Return the share of the steps after the warm-up that come before `step`, in [0, 1)."""
     rise = warmup_steps(config, total)
     return (step - rise) / max(1, total - rise)
 
 
 def constant(step: int, total: int, config: TrainConfig) -> float:
-    """Always the peak."""
+    """Stay at the peak."""
     return 1.0
 
 
 def linear(step: int, total: int, config: TrainConfig) -> float:
-    """From the peak to zero along a line."""
+    """Fall from the peak to zero along a line."""
     return 1.0 - progress(step, total, config)
 
 
 def cosine(step: int, total: int, config: TrainConfig) -> float:
-    """From the peak to zero along half a cosine. Loshchilov & Hutter 2017, without restarts."""
+    """Fall from the peak to zero along half a cosine. Loshchilov & Hutter 2017, without restarts."""
     return 0.5 * (1 + math.cos(math.pi * progress(step, total, config)))
 
 
 def cosine_restarts(step: int, total: int, config: TrainConfig) -> float:
-    """As cosine, several times, each as long as the others. Loshchilov & Hutter 2017."""
+    """Fall as cosine several times, over equally long parts of the run. Loshchilov & Hutter 2017."""
     cycles = config.cycles or 3
     rise = warmup_steps(config, total)
     span = max(1, total - rise)
-    return 0.5 * (1 + math.cos(math.pi * ((step - rise) * cycles % span) / span))  # in integers: exact at a restart
+    return 0.5 * (1 + math.cos(math.pi * ((step - rise) * cycles % span) / span))  # integers: exact at a restart
 
 
 def polynomial(step: int, total: int, config: TrainConfig) -> float:
-    """From the peak to zero as a power of what is left of the run."""
+    """Fall from the peak to zero as a power of the remaining share of the run."""
     return (1.0 - progress(step, total, config)) ** (config.power or 2.0)
 
 
 def inverse_sqrt(step: int, total: int, config: TrainConfig) -> float:
-    """As the inverse root of the number of steps; it does not depend on the end of the run. Vaswani et al. 2017."""
+    """Fall as the inverse root of the number of steps, whatever the length of the run. Vaswani et al. 2017."""
     return math.sqrt(max(1, warmup_steps(config, total)) / (step + 1))
 
 
 def wsd(step: int, total: int, config: TrainConfig) -> float:
-    """The peak, and at the end a line to zero: warm-up, stable, decay. Hu et al. 2024 (MiniCPM)."""
+    """Stay at the peak, then fall to zero along a line: warm-up, stable, decay. Hu et al. 2024 (MiniCPM)."""
     fall = steps_of(0.1 if config.decay is None else config.decay, total)
     return min(1.0, (total - step) / max(1, fall))
 
@@ -205,11 +205,11 @@ SCHEDULES: dict[str, Callable[[int, int, TrainConfig], float]] = {
     "inverse-sqrt": inverse_sqrt,
     "wsd": wsd,
 }
-"""(step, total, settings) -> share of the peak, for the steps behind the warm-up."""
+"""(step, total, settings) -> share of the peak, for the steps after the warm-up."""
 
 
 def steps_of(amount: float, total: int) -> int:
-    """A number of steps: a share of the run if below 1, else that number."""
+    """Count steps: a share of the run if `amount` is below 1, else `amount` itself."""
     return round(amount * total) if amount < 1 else round(amount)
 
 
@@ -221,7 +221,7 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The rate of a step: a line up to the peak, which the last step of the warm-up has, then the schedule.
+    """Compute the learning rate of a step: a line up to the peak at the end of the warm-up, then the schedule.
 
     Args:
         step: counts from 0; the last one is total - 1.
@@ -237,7 +237,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 
 def check_schedule(config: TrainConfig, total: int) -> None:
-    """Raise UsageError for a schedule that does not fit into a run of `total` steps."""
+    """Raise UsageError if the schedule does not fit into a run of `total` steps."""
     if total == 0:
         return
     rise = warmup_steps(config, total)
@@ -249,5 +249,5 @@ def check_schedule(config: TrainConfig, total: int) -> None:
         )
     if config.schedule == "cosine-restarts" and (config.cycles or 3) > max(1, total - rise):
         raise UsageError(
-            f"train.cycles is {config.cycles or 3}, but behind the warm-up the run has only {total - rise} steps."
+            f"train.cycles is {config.cycles or 3}, but after the warm-up the run has only {total - rise} steps."
         )

@@ -1,8 +1,8 @@
-"""Several processes that train one adapter, each on its part of every step; only the gradients travel.
+"""Several processes that train one adapter, each on its part of every step; they exchange only the gradients.
 
-torch's DistributedDataParallel does not fit here: before each forward pass it sends every buffer, which quantised
-weights are, and it waits for a gradient of each parameter in each backward pass, while an expert may get none and the
-fast path writes gradients past autograd.
+torch's DistributedDataParallel does not fit here. Before each forward pass it sends every buffer, and quantised weights
+are buffers. In each backward pass it waits for a gradient of every parameter, but an expert may get none, and the fast
+path writes gradients without autograd.
 """
 
 import os
@@ -17,14 +17,14 @@ from torch import Tensor, distributed, nn
 from lit_qlora.settings import check
 
 AT_ONCE = 2**23
-"""Numbers that are sent at once: enough for the bandwidth of a link, and a copy of them is small."""
+"""Elements sent at once: enough to fill a link, and a copy of them is small."""
 
 
 class DataParallel(DDPStrategy):
-    """Processes as Lightning's DDP starts them, around the module as it is; see sum_gradients."""
+    """Processes started as Lightning's DDP does, with the module as it is; see sum_gradients."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Let every process start from the adapter of the first: what made it may round differently elsewhere."""
+        """Send the first process's adapter to all; its initialisation may round differently on other machines."""
         for parameter in module.parameters():
             if parameter.requires_grad:
                 distributed.broadcast(parameter.detach(), src=0)
@@ -35,10 +35,10 @@ Devices = int | Literal["auto"]
 
 
 def processes(devices: Devices, num_nodes: int) -> tuple[Devices, int]:
-    """Devices on each machine, and machines; where torchrun started this process, it knows.
+    """Return devices per machine, and machines; under torchrun, its own counts.
 
     Raises:
-        UsageError: if something else was asked for.
+        UsageError: if the settings contradict torchrun.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return devices, num_nodes
@@ -63,25 +63,25 @@ def world_size(devices: Devices, num_nodes: int) -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the first of those that torchrun started, or the only one."""
+    """Tell whether this process is torchrun's first, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def strategy(wanted: Literal["auto", "ddp"], devices: Devices, num_nodes: int) -> DataParallel | str:
-    """How so many devices on each of so many machines work together, as Fabric takes it."""
+    """Choose Fabric's strategy for so many devices on each of so many machines."""
     here = devices if devices != "auto" else torch.cuda.device_count()
     return DataParallel() if wanted == "ddp" or here > 1 or num_nodes > 1 else "auto"
 
 
 @torch.no_grad()
 def sum_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> None:
-    """Let each gradient be its sum over all processes; one that no process has stays None."""
+    """Replace each gradient by its sum over all processes; one that no process has remains None."""
     if fabric.world_size == 1:
         return
     learners = list(parameters)
     reached = torch.tensor([p.grad is not None for p in learners], dtype=torch.float32, device=fabric.device)
     distributed.all_reduce(reached)
-    if any(p.grad is None for p in learners):  # or else nothing has to be read from the device
+    if any(p.grad is None for p in learners):  # otherwise nothing has to be read from the device
         for parameter, count in zip(learners, reached.tolist(), strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -93,7 +93,7 @@ def sum_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _in_parts(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of about AT_ONCE numbers together."""
+    """Group consecutive gradients of about AT_ONCE elements together."""
     part: list[Tensor] = []
     for gradient in gradients:
         part.append(gradient)

@@ -11,11 +11,11 @@ from types import FrameType
 from lit_qlora.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""Of a batch system or `kill`, of Ctrl-C, of a terminal that closes, of Slurm's `--signal=B:USR1@120`."""
-TWICE = 5.0  # seconds within which a second Ctrl-C means "at once"
+"""From a batch system or `kill`, from Ctrl-C, from a closing terminal, from Slurm's `--signal=B:USR1@120`."""
+TWICE = 5.0  # seconds; a second Ctrl-C within them ends the program at once
 
 
-class Stopped(UserError):  # noqa: N818 - no error, but it ends the run like one
+class Stopped(UserError):  # noqa: N818 - not an error, but it ends the run like one
     """A signal ended the run; everything is saved."""
 
     prefix = ""
@@ -26,10 +26,10 @@ class Stopped(UserError):  # noqa: N818 - no error, but it ends the run like one
 
 
 class StopRequest:
-    """What a signal asked for.
+    """A request to stop.
 
     Attributes:
-        signal: number of the first one that came, or 0.
+        signal: number of the first signal that came, or 0.
     """
 
     def __init__(self) -> None:
@@ -43,15 +43,15 @@ class StopRequest:
                 raise KeyboardInterrupt
             self._interrupted = now
         self.signal = self.signal or number
-        # A signal comes while the program is anywhere, also inside a print: no buffered writing here. With SIGHUP the
-        # terminal may be gone.
+        # A signal may come in the middle of a print, so nothing buffered is written here. With SIGHUP the terminal may
+        # be gone.
         with suppress(OSError):
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step ...\n".encode())
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note signals instead of dying of them; one that the parent ignores, as nohup does SIGHUP, stays ignored."""
+    """Note signals instead of dying of them; a signal that the parent ignores (nohup: SIGHUP) remains ignored."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:

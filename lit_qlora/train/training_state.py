@@ -1,7 +1,7 @@
-"""What a run needs to go on where it stopped: what learns, the optimizer, the counters.
+"""The state from which a run resumes: parameters that learn, the optimizer, the counters.
 
-Randomness is no part of it, because that of a step depends on its number alone; nor is the order of the data, for the
-same reason. Tensors go to a safetensors file, everything else to JSON; nothing is pickled.
+Random state and the order of the data are not part of it: both depend on the number of the step alone. Tensors go to a
+safetensors file, everything else to JSON; nothing is pickled.
 """
 
 import json
@@ -26,7 +26,7 @@ Writers = dict[str, Callable[[Path], Any]]
 def state_files(
     fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any]
 ) -> Writers:
-    """File name -> a function that writes it, for save_directory."""
+    """Return a function for each file of the state that writes it: file name -> function."""
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     rest = {
         "format": FORMAT,
@@ -41,13 +41,13 @@ def state_files(
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
-    """The counters that state_files was given.
+    """Read the counters that state_files wrote.
 
     Raises:
-        CheckpointError: if the folder holds an adapter alone, or a state of another format.
+        CheckpointError: if the folder holds only an adapter, or a state of another format.
     """
     if not (folder / COUNTERS).is_file():
-        raise CheckpointError(f"{folder} holds an adapter, but no {COUNTERS} to go on from.")
+        raise CheckpointError(f"{folder} holds an adapter, but no {COUNTERS} to resume from.")
     state: dict[str, Any] = read_json(folder / COUNTERS)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{folder / COUNTERS} has format {state.get('format')}; this version reads {FORMAT}.")
@@ -59,16 +59,16 @@ def read_counters(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def restore(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Bring model and optimizer into the state that lies in `folder`.
+    """Load the state in `folder` into model and optimizer.
 
     Raises:
-        CheckpointError: if it is the state of other parameters.
+        CheckpointError: if it belongs to other parameters.
     """
     state, tensors = read_counters(folder), safetensors_io.read_all(folder / TENSORS)
     learners = {f"model/{name}": p for name, p in model.named_parameters() if p.requires_grad}
     saved = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
     if {name: p.shape for name, p in learners.items()} != {name: t.shape for name, t in saved.items()}:
-        raise CheckpointError(f"{folder / TENSORS} holds other parameters than those that learn in this run.")
+        raise CheckpointError(f"{folder / TENSORS} holds other parameters than this run trains.")
     for name, parameter in learners.items():
         parameter.copy_(saved[name])
     try:
@@ -78,22 +78,22 @@ def restore(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, 
         raise CheckpointError(f"{folder / COUNTERS} is damaged ({type(error).__name__}: {error}).") from None
 
 
-def pack(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
-    """`value` as JSON can hold it; its tensors are put into `tensors`, under names that begin with `place`."""
+def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """Make `value` fit for JSON; its tensors go into `tensors`, under names that begin with `name`."""
     if isinstance(value, Tensor):
-        tensors[place] = value.detach().clone()  # a name each, also where two are the same storage
-        return {"tensor": place}
+        tensors[name] = value.detach().clone()  # a name each, even if two share storage
+        return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, pack(item, tensors, f"{place}/{key}")] for key, item in value.items()]}
+        return {"dict": [[key, pack(item, tensors, f"{name}/{key}")] for key, item in value.items()]}
     if isinstance(value, tuple | list):
-        return {type(value).__name__: [pack(item, tensors, f"{place}/{i}") for i, item in enumerate(value)]}
+        return {type(value).__name__: [pack(item, tensors, f"{name}/{i}") for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{place}: a {type(value).__name__} cannot be saved")
+    raise TypeError(f"{name}: a {type(value).__name__} cannot be saved")
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given."""
+    """Restore the value that `pack` was given."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

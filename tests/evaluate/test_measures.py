@@ -149,7 +149,7 @@ def test_a_prompt_that_fills_the_context_loses_its_beginning(config: FinetuneCon
     assert len(answer(adapted(), data, [asked], GenerationConfig(max_new_tokens=500))) == 1
 
 
-def test_figures_compare_the_answers_and_all_are_written(config: FinetuneConfig, data: RunData, tmp_path: Path) -> None:
+def test_metrics_compare_answers_and_all_are_written(config: FinetuneConfig, data: RunData, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("What is 1 plus 1?\n")
     config = replace(config, eval=EvalConfig(generate=3, prompts=tmp_path / "p.txt", max_new_tokens=5))
     probes, written, model = read_probes(config, data), {}, adapted()
@@ -246,7 +246,7 @@ def noisy(model: GPT, fail: bool) -> Callable[[int], dict]:
         torch.rand(3)
         if fail:
             raise RuntimeError("too hard\nbecause")
-        return {"figure": 1.0}
+        return {"metric": 1.0}
 
     return measure
 
@@ -259,7 +259,7 @@ def test_a_measure_leaves_mode_and_randomness_as_they_were(
     model = adapted().train(training)
     states = torch.get_rng_state(), random.getstate()
     record = Dispensable(fabric, model, "the test", noisy(model, fail))(5)
-    assert record == ({} if fail else {"figure": 1.0})
+    assert record == ({} if fail else {"metric": 1.0})
     assert model.training is training
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]

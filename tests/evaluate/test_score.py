@@ -159,7 +159,7 @@ def test_what_is_too_long_is_cut_counted_or_refused():
     (same,) = scorer.score([([7] * 18, [1, 2, 3])])
     assert cut == pytest.approx(same, abs=1e-5)
     assert scorer.truncated == 1
-    with pytest.raises(DataError, match=r"continuation of 21 tokens.*holds 20"):
+    with pytest.raises(DataError, match=r"continuation has 21 tokens.*holds 20"):
         scorer.score([([1], [7] * 21)])
     assert Scorer(tiny_model(), max_length=1000).max_length == 96
 

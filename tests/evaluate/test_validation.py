@@ -1,4 +1,4 @@
-"""Which validation was the best, and what is made of a figure that one does not have."""
+"""The best validation, and validations without the metric."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def see(best: str, *records: Record) -> Validator:
     return validator
 
 
-def test_the_best_is_the_smallest_error_or_the_largest_of_other_figures() -> None:
+def test_the_best_is_the_smallest_error_or_the_largest_of_other_metrics() -> None:
     records = [{"step": step, "val_loss": x, "chrf": x, "qa/acc": x} for step, x in enumerate((0.5, 0.9, 0.2, 0.6))]
     assert see("val_loss", *records).best == (0.2, 2)
     assert see("chrf", *records).best == see("qa/acc", *records).best == (-0.9, 1)
@@ -25,8 +25,8 @@ def test_the_best_is_the_smallest_error_or_the_largest_of_other_figures() -> Non
     assert not see("chrf", *records).go_on
 
 
-def test_validations_without_the_figure_do_not_count() -> None:
-    """Tasks are asked now and then only, fail, or are new in a run that goes on."""
+def test_validations_without_the_metric_do_not_count() -> None:
+    """Tasks are not asked at every validation, may fail, or may be new in a resumed run."""
     without = {"step": 0, "val_loss": 2.0}
     validator = see("qa/acc", without, {"step": 1, "qa/acc": 0.5}, {**without, "step": 2}, {**without, "step": 3})
     assert validator.best == (-0.5, 1)
@@ -34,6 +34,6 @@ def test_validations_without_the_figure_do_not_count() -> None:
     assert see("chrf", without, without, without).best is None
 
 
-def test_a_figure_that_the_tasks_do_not_have_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"eval.best 'qa/f1' is not a figure of the validations. They have qa/acc"):
+def test_a_metric_that_the_tasks_do_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"eval.best 'qa/f1' is not a metric of the validations. They have qa/acc"):
         see("qa/f1", {"step": 0, "qa/acc": 0.5})

@@ -69,8 +69,8 @@ def test_questions_are_of_all_lengths(config: FinetuneConfig, data: RunData) -> 
     [
         ({"best": "chrf"}, "eval.best chrf needs --eval.generate."),
         ({"best": "kl_to_base"}, "eval.best kl_to_base needs --eval.kl_text."),
-        ({"best": "val_acuracy"}, "eval.best 'val_acuracy' is not a figure of validations. Did you mean val_accuracy?"),
-        ({"best": "mmlu/acc"}, "eval.best 'mmlu/acc' is not a figure"),
+        ({"best": "val_acuracy"}, "eval.best 'val_acuracy' is not a metric of validations. Did you mean val_accuracy?"),
+        ({"best": "mmlu/acc"}, "eval.best 'mmlu/acc' is not a metric"),
         ({"kl_text": Path("absent.txt")}, "eval.kl_text absent.txt cannot be read"),
         ({"prompts": Path("absent.txt")}, "absent.txt"),
     ],

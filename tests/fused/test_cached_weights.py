@@ -281,19 +281,19 @@ def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", 
 
 def test_a_plan_counts_the_cached_blocks() -> None:
     none, some, all_ = planned(0), planned(2), planned("auto")
-    assert (none.kept_blocks, some.kept_blocks, all_.kept_blocks) == (0, 2, 4)
-    assert none.kept == 0
-    assert all_.total == none.total + all_.kept == none.total + 2 * some.kept
-    assert planned(9).kept_blocks == 4
+    assert (none.cached_blocks, some.cached_blocks, all_.cached_blocks) == (0, 2, 4)
+    assert none.cached == 0
+    assert all_.total == none.total + all_.cached == none.total + 2 * some.cached
+    assert planned(9).cached_blocks == 4
 
 
 def test_nobody_has_to_ask_for_them_or_for_graphs() -> None:
     settings: Any = [tiny_config(n_layer=4), LoRAConfig(), Storage(torch.bfloat16, "bnb.nf4")]
     plan = make_plan(*settings, MicroBatches(64, usual=20.0), TrainConfig(), Room(2**30))
-    assert plan.kept_blocks == 4
+    assert plan.cached_blocks == 4
     assert plan.graphs > 0
     eight = make_plan(*settings, MicroBatches(64), TrainConfig(fp8=True), Room(2**30))
-    assert (eight.kept_blocks, eight.kept) == (0, 0)  # which are not read in FP8
+    assert (eight.cached_blocks, eight.cached) == (0, 0)  # which are not read in FP8
 
 
 @pytest.mark.parametrize("blocks", [{}, {"last_layers": 1}], ids=str)
@@ -313,14 +313,14 @@ def test_a_plan_counts_copies_made_block_by_block_once(blocks: dict[str, Any], m
 
 def test_only_memory_that_is_left_is_taken_for_them() -> None:
     one, most = planned(1), planned("auto")
-    assert planned("auto", room=(most.total - one.kept / 2) / (0.97 - 0.05)).kept_blocks == 3
-    assert planned("auto", room=planned(0).total / 0.97).kept_blocks == 0
+    assert planned("auto", room=(most.total - one.cached / 2) / (0.97 - 0.05)).cached_blocks == 3
+    assert planned("auto", room=planned(0).total / 0.97).cached_blocks == 0
 
 
 def test_a_run_does_what_its_plan_says() -> None:
     for tokens, stays in ((128, True), (8, False)):
         model, plan = adapted_model(scheme="bnb.nf4", n_layer=4), planned(1, tokens=tokens)
-        assert plan.stay == stays
+        assert plan.carries == stays
         take_path(model, plan)
         fused = cast(Fused, model.fast)
         assert (fused.carries, fused.cached_blocks) == (stays, 1)
@@ -348,15 +348,15 @@ def test_no_weights_are_carried_over_where_graphs_are_usual_or_no_cache_is_wante
         return make_plan(model, LoRAConfig(), storage, MicroBatches(128, usual=usual), TrainConfig(**train), Room(room))
 
     alone = planned(0, tokens=128)
-    room = (alone.total + HOLES * alone.activations + 1.1 * planned(1).kept) / (0.97 - 0.05)
-    assert plan(room, cuda_graphs="never").stay
+    room = (alone.total + HOLES * alone.activations + 1.1 * planned(1).cached) / (0.97 - 0.05)
+    assert plan(room, cuda_graphs="never").carries
     graphs = plan(2 * room, keep_dequantized=0).graphs
     padded = plan(room + graphs / (0.97 - 0.05))
     assert padded.graphs == graphs > 0
-    assert not padded.stay
-    assert plan(room).stay  # where graphs have no room
-    assert not plan(room, usual=8.0, cuda_graphs="never").stay  # which makes no place
-    assert not plan(room, usual=None, keep_dequantized=0).stay
+    assert not padded.carries
+    assert plan(room).carries  # where graphs have no room
+    assert not plan(room, usual=8.0, cuda_graphs="never").carries  # which makes no place
+    assert not plan(room, usual=None, keep_dequantized=0).carries
 
 
 def test_weights_are_carried_over_where_that_saves_more() -> None:
@@ -365,15 +365,15 @@ def test_weights_are_carried_over_where_that_saves_more() -> None:
     def with_spare(spare: float) -> Plan:
         return planned("auto", (planned(0, tokens=many).total + spare) / (0.97 - 0.05), tokens=many)
 
-    one = planned(1).kept
+    one = planned(1).cached
     holes = HOLES * planned(0, tokens=many).activations
     assert 2 * one > holes > one
     found = [with_spare(spare) for spare in (0.9 * holes, holes + 0.1 * one, holes + 1.1 * one, 4.1 * one)]
-    assert [(plan.kept_blocks, plan.stay) for plan in found] == [(1, False), (0, True), (1, True), (4, False)]
-    assert not planned(1).stay  # activations of a few tokens leave no room
-    assert planned(1, tokens=many).stay
-    assert not planned(0, tokens=many, quantize="none").stay
-    assert not planned(0, tokens=many, fp8=True).stay
+    assert [(plan.cached_blocks, plan.carries) for plan in found] == [(1, False), (0, True), (1, True), (4, False)]
+    assert not planned(1).carries  # activations of a few tokens leave no room
+    assert planned(1, tokens=many).carries
+    assert not planned(0, tokens=many, quantize="none").carries
+    assert not planned(0, tokens=many, fp8=True).carries
 
 
 def test_what_a_block_takes_is_what_its_weights_are() -> None:
@@ -388,7 +388,7 @@ def test_what_a_block_takes_is_what_its_weights_are() -> None:
         TrainConfig(keep_dequantized=1),
         Room(2**30),
     )
-    assert plan.kept == 2 * held
+    assert plan.cached == 2 * held
 
 
 @pytest.mark.parametrize(
@@ -401,6 +401,6 @@ def test_what_a_block_takes_is_what_its_weights_are() -> None:
     ids=str,
 )
 def test_they_are_refused_where_nothing_is_dequantised(changes: dict[str, Any], reason: str) -> None:
-    assert planned("auto", **changes).kept_blocks == 0
+    assert planned("auto", **changes).cached_blocks == 0
     with pytest.raises(UsageError, match=reason):
         planned(1, **changes)

@@ -243,7 +243,7 @@ def test_a_plan_counts_bytes_where_there_were_pairs_of_them(policy: Any) -> None
     ("changes", "reason"), [({"fast": False}, "train.fast is false"), ({"room": None}, "needs a CUDA device")], ids=str
 )
 def test_it_is_refused_where_the_fast_path_is_not_taken(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UsageError, match=f"train.fp8 is for the fast path alone, .*{reason}"):
+    with pytest.raises(UsageError, match=f"train.fp8 needs the fast path, .*{reason}"):
         planned("none", fp8=True, **changes)
 
 

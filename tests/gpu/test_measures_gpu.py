@@ -1,4 +1,4 @@
-"""What validations measure on a GPU, where the fast path trains: the plain path's figures, and nothing disturbed."""
+"""What validations measure on a GPU, where the fast path trains: the plain path's metrics, and nothing disturbed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,15 +48,15 @@ def test_a_model_in_fast_training_is_measured_and_goes_on_as_before(
         return torch.stack([model.loss(*batch).detach() for batch in data.val_batches])
 
     before, state = fast(), torch.cuda.get_rng_state()
-    figures = Losses(fabric, model, data.val_batches)(0)
+    metrics = Losses(fabric, model, data.val_batches)(0)
     for measure in more_measures(fabric, model, data, probes, config.eval.max_new_tokens, lambda *given: None):
-        figures |= measure(0)
+        metrics |= measure(0)
     labelled = sum(int((batch.labels >= 0).sum()) for batch in data.val_batches)
-    assert figures["val_loss"] == pytest.approx(float(before.sum()) / labelled, rel=2e-2)
-    assert {"chrf", "bleu", "exact_match", "rouge_l", "kl_to_base"} <= set(figures)
-    assert figures["kl_to_base"] > 1e-4
+    assert metrics["val_loss"] == pytest.approx(float(before.sum()) / labelled, rel=2e-2)
+    assert {"chrf", "bleu", "exact_match", "rouge_l", "kl_to_base"} <= set(metrics)
+    assert metrics["kl_to_base"] > 1e-4
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert model.training
     torch.testing.assert_close(fast(), before, rtol=1e-3, atol=1e-3)
     repeated = replace(config, eval=EvalConfig(kl_text=Path("default")))
-    assert kl_to_base(fabric, model, read_probes(repeated, data).text[:96]) == figures["kl_to_base"]
+    assert kl_to_base(fabric, model, read_probes(repeated, data).text[:96]) == metrics["kl_to_base"]

@@ -37,7 +37,7 @@ def test_what_would_need_less_is_not_hidden_by_memory_that_is_taken_because_it_i
     data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", val_fraction=0.1)
     config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, data=data, quantize="bnb.nf4")
     read = read_data(config)
-    assert plan_run(config, read).kept_blocks > 0
+    assert plan_run(config, read).cached_blocks > 0
     tips = savings(config, read)
     assert "--train.micro_batch_size" in tips
     assert "keep_dequantized" not in tips

@@ -52,10 +52,10 @@ def start_ranks(start: Start) -> Callable[..., list[Child]]:
 def relative_difference(one: Path, other: Path) -> tuple[float, float]:
     """The largest of the losses, norms and validations, and of the adapters' tensors."""
     records = zip(ending(one)[0], ending(other)[0], strict=True)
-    figures = [(a[key], b[key]) for a, b in records for key in ("loss", "grad_norm", "val_loss") if key in a]
+    metrics = [(a[key], b[key]) for a, b in records for key in ("loss", "grad_norm", "val_loss") if key in a]
     mine, theirs = (read_adapter(path / "final").peft_tensors for path in (one, other))
     return (
-        max(abs(a - b) / abs(b) for a, b in figures),
+        max(abs(a - b) / abs(b) for a, b in metrics),
         max(float((mine[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs),
     )
 
@@ -73,13 +73,13 @@ def test_several_processes_learn_what_one_does(
     assert start(tmp_path / "one", *flags).wait() == 0
     children = start_ranks(tmp_path / "out", *flags, ranks=ranks)
     assert [child.wait() for child in children] == [0] * ranks, children[0].said.read_text()
-    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
-    assert figures < 1e-5
+    metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert metrics < 1e-5
     assert tensors < 1e-3  # Adam turns a rounding of a tiny gradient into a step
     assert children[0].said.read_text().count("next    python scripts/merge_lora.py") == 1
 
 
-def test_nothing_but_gradients_and_a_few_figures_travels(
+def test_nothing_but_gradients_and_a_few_metrics_travels(
     start_ranks: Callable[..., list[Child]], tmp_path: Path
 ) -> None:
     """Quantised weights are buffers, which torch's own DDP would send before every forward pass."""
@@ -124,8 +124,8 @@ def test_the_fast_path_learns_the_same_in_several_processes(
     assert [child.wait() for child in children] == [0, 0], said.read_text()
     assert "path    fast" in said.read_text()
     assert "plain after all" not in said.read_text()
-    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
-    assert figures < 1e-4
+    metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert metrics < 1e-4
     assert tensors < 1e-2
 
 
@@ -148,9 +148,9 @@ def test_memory_may_run_out_in_one_process_alone(
     assert start(tmp_path / "one", *EQUAL).wait() == 0
     children = start_ranks(tmp_path / "out", *EQUAL, before=before)
     assert [child.wait() for child in children] == [0, 0], children[0].said.read_text()
-    assert "the step is done again with 1" in children[1].said.read_text()
-    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
-    assert figures < 1e-5
+    assert "the step is repeated with 1" in children[1].said.read_text()
+    metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert metrics < 1e-5
     assert tensors < 1e-3
 
 
@@ -160,8 +160,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert start(tmp_path / "one", *EQUAL).wait() == 0
     assert start(tmp_path / "out", *EQUAL, before=at_save(5, signals(signal.SIGKILL))).wait() == -signal.SIGKILL
     assert [child.wait() for child in start_ranks(tmp_path / "out", *EQUAL)] == [0, 0]
-    figures, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
-    assert figures < 1e-5
+    metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert metrics < 1e-5
     assert tensors < 1e-3
 
 
@@ -201,5 +201,5 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_without_a_hang(
     statuses = [child.wait() for child in children]
     assert statuses[dead] == -signal.SIGKILL
     assert statuses[1 - dead] == 6
-    assert "error: another process of this run has ended" in children[0].said.read_text()
+    assert "error: Another process of this run has ended" in children[0].said.read_text()
     assert newest(tmp_path / "out").step == 3

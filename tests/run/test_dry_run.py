@@ -115,7 +115,7 @@ def test_every_kind_of_run_can_be_tried(settings: dict, read: Read) -> None:
 def test_what_is_said() -> None:
     whole = Pace(step=3.42, tokens=61_560.0, validation=12.34, peak_gib=16.25)
     assert whole.describe(2000, 10) == (
-        "about 1 h 56 min   2,000 steps of 3.42 s (18,000 tokens/s), losses of 10 validations, 12 s each, "
+        "about 1 h 56 min   2,000 steps of 3.42 s (18,000 tokens/s), 10 validations of 12 s (losses alone), "
         "16.25 GiB at the peak, tried with random weights"
     )
     assert "validations" not in replace(whole, validation=0.0).describe(2000, 0)

@@ -398,7 +398,7 @@ def test_f23_three_such_steps_in_a_row_end_the_run(start: Start, tmp_path: Path)
 
     child = start(tmp_path / "out", before=patch)
     assert child.wait() == 5
-    assert "not finite for 3 steps in a row, the last of which is step 3" in child.said.read_text()
+    assert "not finite for 3 steps in a row, up to step 3" in child.said.read_text()
 
 
 def test_f24_a_run_that_diverges_ends_and_names_its_last_checkpoint(start: Start, tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_f25_where_memory_runs_out_the_step_is_done_again_with_fewer_rows(
     assert start(tmp_path / "whole", *flags).wait() == 0
     child = start(tmp_path / "out", *flags, before=out_of_memory_above(rows))
     assert child.wait() == 0
-    assert "4 rows at a time did not fit; the step is done again with 2" in child.said.read_text()
+    assert "4 rows at a time did not fit; the step is repeated with 2" in child.said.read_text()
     records, expected = (ending(tmp_path / name)[0] for name in ("out", "whole"))
     for mine, theirs in zip(records, expected, strict=True):
         assert mine.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)
@@ -520,8 +520,7 @@ def test_f36_a_report_that_fails_leaves_the_adapter(start: Start, tmp_path: Path
         summary.write_pages = lambda *given: 1 / 0
 
     child = start(tmp_path / "out", before=patch)
-    assert child.wait() == 1
+    assert child.wait() == 0
+    assert "there is no whole report (ZeroDivisionError: division by zero)" in child.said.read_text()
     assert read_manifest(tmp_path / "out/final")
-    assert start(tmp_path / "out").wait() == 0  # only what is missing is done
-    assert "steps" not in (tmp_path / "out.txt").read_text().rpartition("lit_qlora 0")[2].partition("plan")[0]
     assert (tmp_path / "out/summary.json").exists()

@@ -370,7 +370,7 @@ def test_f18_another_base_is_refused(start: Start, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", tiny_model(seed=9))
     write_tokenizer(other)
     assert start(tmp_path / "out", f"--checkpoint_dir={other}").wait() == 4
-    assert "is not the base that the run in" in (tmp_path / "out.txt").read_text()
+    assert "is not the base of the run in" in (tmp_path / "out.txt").read_text()
 
 
 def rope_theta(base: Path) -> None:
@@ -609,7 +609,7 @@ def test_a_run_that_gets_no_better_ends_early(start: Start, tmp_path: Path, inte
     assert start(out, *flags, before=scripted(*values)).wait() == 0
     assert [r["val_loss"] for r in read_log(out / "log.jsonl", 99) if "val_loss" in r] == [9, 8, 7, 8, 8]
     assert read_manifest(out / "final")["step"] == 4
-    said = "ended early: val_loss got no better after step 2"
+    said = "ended early: val_loss did not improve after step 2"
     assert said in (tmp_path / "out.txt").read_text()
     longer = [*flags, "--extend", "--train.max_steps=11"]
     assert start(out, *longer).wait() == 0
@@ -631,7 +631,7 @@ def test_minutes_decide_too(start: Start, tmp_path: Path) -> None:
 # What validations measure
 
 
-def test_every_figure_and_answer_of_validations_is_as_if_nothing_had_happened(start: Start, tmp_path: Path) -> None:
+def test_every_metric_and_answer_of_validations_is_as_if_nothing_had_happened(start: Start, tmp_path: Path) -> None:
     """Killed after the validation of step 3 had been answered, while that of step 6 had only begun to be."""
     flags = ["--eval.generate=3", "--eval.max_new_tokens=6", "--eval.kl_text=default", "--train.save_every=2"]
 

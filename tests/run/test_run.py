@@ -168,8 +168,8 @@ def test_of_several_processes_one_does_the_dry_run(
         (["--checkpoint_dir=absent"], 4, "absent does not exist."),
         (["--precision=16-mixed"], 2, "precision 16-mixed needs a GPU"),
         (["--precision=16-true"], 2, "precision 16-true needs a GPU"),
-        (["--train.fp8=true"], 2, "train.fp8 is for the fast path alone, which this run cannot take: "),
-        (["--train.fp8=true", "--train.fast=false"], 2, "train.fp8 is for the fast path alone, which this run cannot"),
+        (["--train.fp8=true"], 2, "train.fp8 needs the fast path, which this run cannot take: "),
+        (["--train.fp8=true", "--train.fast=false"], 2, "train.fp8 needs the fast path, which this run cannot"),
     ],
 )
 def test_what_can_be_refused_is_refused_before_the_model_is_loaded(

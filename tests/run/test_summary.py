@@ -1,4 +1,4 @@
-"""What is left when a run is over: the table at its end, the figures, the best and the worst answers."""
+"""What is left when a run is over: the table at its end, the metrics, the best and the worst answers."""
 
 import json
 import shlex
@@ -44,9 +44,9 @@ def test_a_run_measures_answers_and_distance_and_says_what_came_of_it(
     said = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [record["step"] for record in said] == [0] * 4 + [1] * 4 + [2] * 4
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["figures"]["chrf"] == {"before": val[0]["chrf"], "after": val[2]["chrf"]}
+    assert summary["metrics"]["chrf"] == {"before": val[0]["chrf"], "after": val[2]["chrf"]}
     printed = capsys.readouterr().out
-    assert printed.count("  says    What is 1 plus 1? -> ") == 3
+    assert printed.count("  answer  What is 1 plus 1? -> ") == 3
     for name in names:
         assert f"\n  {name} " in printed
     assert "\n  best    chrF " in printed
@@ -68,7 +68,7 @@ def test_without_questions_the_page_shows_where_the_loss_is_small_and_large(
     assert not (out / "samples.jsonl").exists()
 
 
-def test_a_measure_that_fails_costs_its_figures_alone(
+def test_a_measure_that_fails_costs_only_its_metrics(
     finetune: Finetune,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -172,10 +172,10 @@ def test_a_task_without_its_data_is_refused_before_the_model_is_loaded(
     assert not (out / "log.jsonl").exists()
 
 
-def test_the_figures_of_tasks_are_those_of_what_was_asked_for() -> None:
-    """Of a group its own figures, of a tag, which has none, those of its tasks."""
-    figures = load_script("finetune/ask_tasks.py").figures
+def test_only_metrics_of_the_asked_tasks_are_taken() -> None:
+    """A group has its own metrics; a tag has none, so its tasks' metrics are taken."""
+    metrics = load_script("finetune/ask_tasks.py").metrics
     part = {"alias": "part", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 0.25}
     whole = {"alias": "whole", "acc,none": 0.75, "acc_stderr,none": "N/A"}
-    assert figures({"results": {"whole": whole, "part": part}}, ["whole"]) == {"whole/acc": 0.75}
-    assert figures({"results": {"part": part}}, ["tag"]) == {"part/acc": 0.5, "part/exact_match,strict": 0.25}
+    assert metrics({"results": {"whole": whole, "part": part}}, ["whole"]) == {"whole/acc": 0.75}
+    assert metrics({"results": {"part": part}}, ["tag"]) == {"part/acc": 0.5, "part/exact_match,strict": 0.25}

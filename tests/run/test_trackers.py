@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.run.trackers import WRITERS, Mirrors
-from lit_qlora.settings import MIRRORS, Mirror
+from lit_qlora.run.trackers import WRITERS, Trackers
+from lit_qlora.settings import TRACKERS, Tracker
 from tests.test_report import VAL, step
 
 SETTINGS = {"train.epochs": 3.0, "data.path": ["a.jsonl"], "quantize": "bnb.nf4"}
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def write(name: Mirror, out: Path, records: list[dict], start: int = 0) -> None:
-    mirrors = Mirrors([name], out, SETTINGS, start)
+def write(name: Tracker, out: Path, records: list[dict], start: int = 0) -> None:
+    trackers = Trackers([name], out, SETTINGS, start)
     for record in records:
-        mirrors(record)
-    mirrors.close()
+        trackers(record)
+    trackers.close()
 
 
 def read_tensorboard(out: Path) -> dict[str, dict[int, float]]:
@@ -86,9 +86,9 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIRRORS)
+@pytest.mark.parametrize("name", TRACKERS)
 def test_what_was_logged_is_read_back_by_its_own_library(
-    tmp_path: Path, name: Mirror, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, name: Tracker, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A run that is interrupted after step 3, and goes on from its checkpoint of step 1."""
     pytest.importorskip(name)

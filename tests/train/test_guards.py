@@ -68,7 +68,7 @@ def test_updates_may_be_left_out_so_often_in_a_row(scaled: bool, passes: int) ->
     assert guard.may_update(1, 1.0)
     for _ in range(passes):
         assert not guard.may_update(1, math.nan)
-    with pytest.raises(NumericalError, match=f"for {passes + 1} steps in a row, the last of which is step 9"):
+    with pytest.raises(NumericalError, match=f"for {passes + 1} steps in a row, up to step 9"):
         guard.may_update(9, math.inf)
 
 

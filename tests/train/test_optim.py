@@ -159,7 +159,7 @@ def test_a_warm_up_from_zero_is_that_of_transformers(schedule: Schedule, warmup:
     [
         ({"warmup": 11}, "train.warmup is 11 steps, but the run has only 10"),
         ({"schedule": "wsd", "warmup": 6, "decay": 5}, r"train.warmup \(6 steps\) and train.decay \(5\) do not fit"),
-        ({"schedule": "cosine-restarts", "warmup": 8}, "train.cycles is 3, but behind the warm-up .* only 2 steps"),
+        ({"schedule": "cosine-restarts", "warmup": 8}, "train.cycles is 3, but after the warm-up .* only 2 steps"),
     ],
 )
 def test_a_schedule_that_does_not_fit_into_the_run_is_refused(settings: dict, message: str) -> None:

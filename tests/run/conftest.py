@@ -95,7 +95,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lit_qlora.checkpoint.checkpoint.load_stored", refuse)
+    monkeypatch.setattr("lit_qlora.checkpoint.quantized_cache.load_stored", refuse)
 
 
 def log_of(out: Path) -> tuple[list[dict], list[dict]]:

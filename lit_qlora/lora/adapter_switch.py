@@ -1,4 +1,4 @@
-"""Several adapters on one base, switched without loading anything again; each row of a batch may use another one.
+"""Several adapters on one base, switched without loading; each row of a batch may use another one.
 
 Training knows nothing of this. A layer computes what LoRALinear computes with the adapter that its row uses, and what
 the base computes where there is none.
@@ -23,10 +23,10 @@ BASE = None
 
 @dataclass
 class Selection:
-    """Which rows of the next batch use which adapter; shared by all layers."""
+    """The adapters of the rows of the next batch; all layers share it."""
 
     groups: list[tuple[str, Tensor | None]] = field(default_factory=list)
-    """Names with the rows (N,) that use them; None stands for all rows."""
+    """Names with the rows (N,) that use them; None means all rows."""
 
 
 class SwitchedLinear(nn.Module):
@@ -45,7 +45,7 @@ class SwitchedLinear(nn.Module):
         self.updates: dict[str, tuple[Tensor, Tensor, float, Tensor | None]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out); the first dimension is that of the batch where rows differ."""
+        """(..., in) -> (..., out); the first dimension is the batch if rows differ."""
         y: Tensor = self.base(x)
         for name, rows in self.selection.groups:
             if name not in self.updates:
@@ -62,13 +62,13 @@ class SwitchedLinear(nn.Module):
 
     @property
     def beyond_low_rank(self) -> str:
-        """As that of LoRALinear."""
+        """See LoRALinear."""
         if len(self._active) > 1 or any(rows is not None for _, rows in self._active):
             return "rows that use different adapters"
         return "DoRA" if any(self.updates[name][3] is not None for name, _ in self._active) else ""
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
-        """As that of LoRALinear, for the adapter that all rows use; None where it has nothing for this layer."""
+        """See LoRALinear, for the adapter that all rows use; None if it does not adapt this layer."""
         assert not self.beyond_low_rank
         return self.updates[self._active[0][0]][:3] if self._active else None
 
@@ -78,10 +78,10 @@ class SwitchedLinear(nn.Module):
 
 
 class AdapterSwitch:
-    """The adapters of a model. At first no row uses one.
+    """The adapters of a model; at first no row uses one.
 
     Attributes:
-        names: those of the adapters, in the order in which they were added.
+        names: names of the adapters in the order of their addition.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -91,11 +91,11 @@ class AdapterSwitch:
         self._selection = Selection()
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Put an adapter beside the others.
+        """Add an adapter.
 
         Raises:
             CheckpointError: if it does not fit the model.
-            UsageError: if it has embeddings, which cannot be switched.
+            UsageError: if it has embeddings, which cannot switch.
         """
         if adapter.config.train_tokens or adapter.config.train_embeddings:
             raise UsageError(
@@ -117,15 +117,15 @@ class AdapterSwitch:
                 whole = weight + scale * (tensors[f"{path}.lora_b"] @ tensors[f"{path}.lora_a"]).to(weight.device)
                 gain = (tensors[f"{path}.magnitude"].to(weight.device) / whole.norm(dim=1)).to(dtype)
             layer.updates[name] = (a, b, scale, gain)
-            # Experts see tokens of all rows in an order of their own, so rows cannot be told apart there.
+            # Experts see the tokens of all rows in another order, so rows are not known there.
             self.by_row = self.by_row and ".mlp.experts." not in path and ".mlp.shared." not in path
         self.names.append(name)
 
     def select(self, rows: Sequence[str | None]) -> None:
-        """From now on row i of a batch uses the adapter rows[i], or none.
+        """Let row i of each batch use the adapter rows[i], or none.
 
         Raises:
-            UsageError: if rows differ, and an adapter is one of experts.
+            UsageError: if rows differ, and an adapter adapts experts.
         """
         used = dict.fromkeys(rows)
         if len(used) == 1:
@@ -143,7 +143,7 @@ class AdapterSwitch:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """All rows use this adapter, or none, inside; no row uses one afterwards."""
+        """Let all rows use this adapter, or none, inside; afterwards no row uses one."""
         self.select([name])
         try:
             yield

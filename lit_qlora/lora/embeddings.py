@@ -1,4 +1,4 @@
-"""What a run may do to the embeddings: let some of them learn, and disturb them while it trains."""
+"""Embeddings in a run: trained ones, and noise on them during training."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lit_qlora.settings import LoRAConfig
 
 
 class TrainedEmbedding(nn.Module):
-    """A frozen embedding of which some rows, or all, are replaced by ones that learn and are float32.
+    """A frozen embedding with some or all rows replaced by trainable float32 rows.
 
     Attributes:
         tokens: (n,) int64, the ids of those rows.
@@ -27,14 +27,14 @@ class TrainedEmbedding(nn.Module):
         V, device = base.num_embeddings, base.weight.device
         self.whole = not tokens
         ids = torch.tensor(tokens or range(V), device=device)
-        place = torch.full((V,), -1, device=device)  # id -> row of ours, or -1
+        place = torch.full((V,), -1, device=device)  # id -> trainable row, or -1
         self.register_buffer("tokens", ids, persistent=False)
         self.register_buffer("place", place.index_copy(0, ids, torch.arange(len(ids), device=device)), persistent=False)
         self.rows = nn.Parameter(base.weight.detach()[self.tokens].float())
 
     @property
     def weight(self) -> Tensor:
-        """(V, E), those of the frozen embedding."""
+        """Weight (V, E) of the frozen embedding."""
         return self.base.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -52,11 +52,11 @@ class TiedHead(nn.Module):
         self.base = base
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
-        self._embedding = (embedding,)  # in a tuple, so that its parameters are not ours as well
+        self._embedding = (embedding,)  # in a tuple, so that its parameters are not registered twice
 
     @property
     def weight(self) -> Tensor:
-        """(V, E), those of the frozen head."""
+        """Weight (V, E) of the frozen head."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
@@ -71,10 +71,10 @@ class TiedHead(nn.Module):
 
 
 def train_embeddings(model: nn.Module, config: LoRAConfig) -> None:
-    """Let the embeddings learn that the settings name, in place; a tied head follows.
+    """Make the embeddings that the settings name trainable, in place; a tied head follows.
 
     Raises:
-        UsageError: for a token that does not exist, or a tied head that has an adapter of its own.
+        UsageError: for an unknown token, or a tied head with an adapter of its own.
     """
     tokens: Any = config.train_tokens
     if not tokens and not config.train_embeddings:
@@ -94,7 +94,7 @@ def train_embeddings(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def add_noise(model: nn.Module, alpha: float) -> None:
-    """Disturb the embeddings of `model` while it trains. NEFTune, Jain et al. 2023.
+    """Add noise to the embeddings of `model` during training. NEFTune, Jain et al. 2023.
 
     Args:
         alpha: the noise is uniform within alpha / sqrt(T * E) around zero, T being the length of the row.

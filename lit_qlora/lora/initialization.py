@@ -1,4 +1,4 @@
-"""Where adapters start: at what is most of a weight, or at what quantisation lost of it.
+"""Initial values of adapters: the main part of a weight, or the error of its quantisation.
 
 PiSSA and OLoRA take their start out of the frozen base, which is quantised without it; LoftQ fits the quantised base
 and the adapter to the weight. All are functions of the published base and the settings, so a run that goes on finds
@@ -16,32 +16,32 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import QuantizedLinear
 
 EXACT = 1024
-"""Smaller side of the largest matrix whose singular values are computed exactly; of others by subspace iteration."""
+"""Smaller side of the largest matrix with an exact SVD; larger ones use subspace iteration."""
 
 Read = Callable[[str], Tensor]
 Quantize = Callable[[Tensor], Tensor]
 Start = tuple[Tensor, Tensor, Tensor]
-"""What the base is to hold (out, in), A (r, in) and B (out, r)."""
+"""New weight of the base (out, in), A (r, in) and B (out, r)."""
 
 
 def pissa(weight: Tensor, r: int, scale: float) -> Start:
-    """A and B hold the largest singular values of `weight`, and the base what is left. Meng et al. 2024."""
+    """Split `weight`: the largest singular values go to A and B, the rest to the base. Meng et al. 2024."""
     a, b = principal(weight, r, scale)
     return weight - scale * b @ a, a, b
 
 
 def olora(weight: Tensor, r: int, scale: float) -> Start:
-    """B is orthonormal: the first columns of Q and rows of R in weight = Q R. Bueyuekakyuez 2024."""
+    """Take the first columns of Q as B and rows of R as A, where weight = Q R. Bueyuekakyuez 2024."""
     q, upper = torch.linalg.qr(weight)
     a, b = upper[:r], q[:, :r]
     return weight - scale * b @ a, a, b
 
 
 def loftq(weight: Tensor, r: int, scale: float, quantize: Quantize, steps: int) -> Start:
-    """The base is `weight` without the adapter, and the adapter what quantising it loses. Li et al. 2023, algorithm 1.
+    """Fit the adapter to the quantisation error of `weight` without it. Li et al. 2023, algorithm 1.
 
     Args:
-        quantize: what a weight is read back as when it was quantised.
+        quantize: rounds a weight to its quantised values.
     """
     a, b = weight.new_zeros(r, weight.size(1)), weight.new_zeros(weight.size(0), r)
     for _ in range(steps):
@@ -51,7 +51,7 @@ def loftq(weight: Tensor, r: int, scale: float, quantize: Quantize, steps: int) 
 
 
 def principal(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r), alike in size, such that scale B A is the best approximation of `weight` of rank r."""
+    """Find A (r, in) and B (out, r), of like norms, such that scale B A approximates `weight` best."""
     if min(weight.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         v = vh.T
@@ -65,7 +65,7 @@ def principal(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def initialize(model: GPT, init: str, loftq_steps: int, read: Read) -> None:
-    """Bring the adapters that add_lora put into `model`, and their bases, to where `init` lets them start.
+    """Initialise the adapters that add_lora put into `model`, and their bases, as `init` says.
 
     Args:
         read: name -> weight of the published base.
@@ -76,7 +76,7 @@ def initialize(model: GPT, init: str, loftq_steps: int, read: Read) -> None:
         weight, r = published_weight(model, path, layer, read), len(layer.lora_a)
         if init == "loftq" and isinstance(layer.base, QuantizedLinear):
             rest, a, b = loftq(weight, r, layer.scale, as_stored_in(layer.base), loftq_steps)
-        elif init == "loftq":  # nothing is lost of a layer that is not quantised
+        elif init == "loftq":  # a layer that is not quantised has no error
             rest, a, b = weight, layer.lora_a, torch.zeros_like(layer.lora_b)
         else:
             rest, a, b = (pissa if init == "pissa" else olora)(weight, r, layer.scale)
@@ -90,7 +90,7 @@ def initialize(model: GPT, init: str, loftq_steps: int, read: Read) -> None:
 
 @torch.no_grad()
 def restore_bases(model: GPT, init: str, loftq_steps: int, read: Read) -> None:
-    """Give quantised bases under an adapter that was saved as a change of the published base what they had in training.
+    """Restore the quantised bases of training under an adapter that was saved as a change of the published base.
 
     The adapter is B A - B0 A0, see lora.saved_state: the base is quantised without B0 A0, and the adapter keeps B A.
     """
@@ -105,14 +105,14 @@ def restore_bases(model: GPT, init: str, loftq_steps: int, read: Read) -> None:
 def rest_of(
     weight: Tensor, a: Tensor, b: Tensor, scale: float, init: str, loftq_steps: int, quantize: Quantize
 ) -> Tensor:
-    """What the base held in training, before it was quantised, given where A and B started."""
+    """Return the weight of the base in training before quantisation, from the initial A and B."""
     if init == "loftq":
         return weight if loftq_steps == 1 else loftq(weight, len(a), scale, quantize, loftq_steps)[0]
     return weight - scale * b @ a
 
 
 def published_weight(model: GPT, path: str, layer: LoRALinear, read: Read) -> Tensor:
-    """The weight (out, in) of the layer before it was quantised, float32, on its device."""
+    """Read the published weight (out, in) of the layer, float32, on its device."""
     base: Any = layer.base
     if not isinstance(base, QuantizedLinear):
         return frozen_weight(base).float()
@@ -121,12 +121,12 @@ def published_weight(model: GPT, path: str, layer: LoRALinear, read: Read) -> Te
 
 
 def as_stored_in(base: QuantizedLinear) -> Quantize:
-    """What a weight is read back as when it is stored as that of `base` is."""
+    """Round a weight to the values that the storage of `base` can hold."""
     return lambda weight: QuantizedLinear(weight.to(base.dtype), None, base.scheme).dequantize().float()
 
 
 def set_weight(layer: LoRALinear, weight: Tensor) -> None:
-    """Give the base of `layer` another weight (out, in), quantised like the one it has."""
+    """Replace the weight (out, in) of the base of `layer`, quantised like the old one."""
     base: Any = layer.base
     if isinstance(base, QuantizedLinear):
         bias = None if base.bias is None else base.bias.data

@@ -50,29 +50,29 @@ class LoRALinear(nn.Module):
 
     @property
     def beyond_low_rank(self) -> str:
-        """The part of what the layer adds to its base that low_rank does not give, or ''."""
+        """Name the part of the update that low_rank lacks, or return ''."""
         return "" if self.magnitude is None else "DoRA"
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
-        """A, B and the factor of their product, which is added to what the base gives; without dropout."""
+        """Return A, B and the factor of their product, which is added to the output of the base; without dropout."""
         assert not self.beyond_low_rank
         return self.lora_a.detach(), self.lora_b.detach(), self.scale
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """(out,), see lengths, of W + scale B A; a constant to the gradient (DoRA, Liu et al. 2024, sec. 4.3)."""
+        """Compute the lengths (out,) of W + scale B A, constant to the gradient (DoRA, Liu et al. 2024, sec. 4.3)."""
         kind = self.lora_a.device.type
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             return lengths(frozen_weight(self.base).float() + self.scale * (self.lora_b @ self.lora_a))
 
 
 def lengths(rows: Tensor) -> Tensor:
-    """(N,) of (N, K); those of zero, as of tokens that only fill up a vocabulary, are tiny, to be divided by."""
+    """Compute the norms of rows, (N, K) -> (N,); zero rows (padding of a vocabulary) get a tiny one, a safe divisor."""
     return rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def frozen_weight(base: nn.Module) -> Tensor:
-    """(out, in), of a plain or quantised linear layer."""
+    """Return the weight (out, in) of a plain or quantised linear layer."""
     read: Any = getattr(base, "dequantize", None)
     weight: Any = read() if read else base.weight
     return weight.detach()
@@ -108,12 +108,12 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def words_of(path: str) -> set[str]:
-    """The target words that a layer answers to: the parts of its path and, unless it is the output head, 'all'."""
+    """Return the target words of a layer: the parts of its path and, except for the output head, 'all'."""
     return {*path.split("."), *(() if path == "head" else ("all",))}
 
 
 def _is_chosen(path: str, blocks: int, config: LoRAConfig) -> bool:
-    """Whether the layer lies in one of the blocks that learn, or in none."""
+    """Tell whether the layer is in a block that learns, or in no block."""
     first, last = config.first_layers, config.last_layers
     if (first is None and last is None) or not path.startswith("blocks."):
         return True
@@ -122,7 +122,7 @@ def _is_chosen(path: str, blocks: int, config: LoRAConfig) -> bool:
 
 
 def _check_patterns(config: LoRAConfig, layers: list[str]) -> None:
-    """Raise UsageError for a pattern that no layer answers to first."""
+    """Raise UsageError for a pattern that no layer uses."""
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
         used = {next((key for key in patterns if first_match({key: 1.0}, path, 0.0)), None) for path in layers}
@@ -131,12 +131,12 @@ def _check_patterns(config: LoRAConfig, layers: list[str]) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can be put around `module`: a plain or quantised linear layer, not one that has one."""
+    """Tell whether `module` can get an adapter: a plain or quantised linear layer that has none yet."""
     return hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, LoRALinear)
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """What learns: "<layer>.lora_a" (r, in) and "<layer>.lora_b" (out, r) of each adapted layer.
+    """Return the trainable parameters: "<layer>.lora_a" (r, in) and "<layer>.lora_b" (out, r) of each adapted layer.
 
     With DoRA also "<layer>.magnitude" (out,); "embed.rows" (n, E) if embeddings learn.
     """
@@ -150,9 +150,9 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """The adapter as a change of the published base, which need not be the one that was trained on, and its settings.
+    """Return the adapter as a change of the published base, and its settings.
 
-    Where something was taken out of the base for the start of A and B, the change is B A - B0 A0, of rank 2 r.
+    If the initial product B0 A0 was subtracted from the base, the change is B A - B0 A0, of rank 2 r.
     """
     state = lora_state(model)
     config = dataclasses.replace(config, start=None)
@@ -164,7 +164,7 @@ def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor]
             a, b = module.origin
             state[f"{path}.lora_a"] = torch.cat((module.lora_a.detach(), a))
             state[f"{path}.lora_b"] = torch.cat((module.lora_b.detach(), -b), dim=1)
-    more = math.sqrt(2) if config.rslora else 2  # the scale stays what it was
+    more = math.sqrt(2) if config.rslora else 2  # keeps the scale
     doubled = dataclasses.replace(
         config,
         init="default",
@@ -179,7 +179,7 @@ def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor]
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base as it was published, inside: without what was learnt, and with what was taken out of it for a start."""
+    """Compute with the published base inside: without adapters, and with their initial values added back."""
     learners = [
         (path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear | TrainedEmbedding | TiedHead)
     ]
@@ -194,7 +194,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 class _WithOrigin(nn.Module):
-    """A base out of which something was taken, with it."""
+    """A base layer with the initial values of its adapter added back."""
 
     def __init__(self, adapter: LoRALinear) -> None:
         super().__init__()
@@ -209,5 +209,5 @@ class _WithOrigin(nn.Module):
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Number of parameters that learn."""
+    """Count the trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

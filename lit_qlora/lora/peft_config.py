@@ -1,4 +1,4 @@
-"""What adapter_config.json of a PEFT adapter says, as far as it is understood here."""
+"""The settings in adapter_config.json of a PEFT adapter that we support."""
 
 import math
 from collections.abc import Mapping
@@ -14,35 +14,35 @@ _UNDERSTOOD = {
 }
 _HARMLESS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors' names say it
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors' names tell
     *("fan_in_fan_out", "eva_config", "megatron_core", "qalora_group_size"),
 }
-"""Settings that do not change what the tensors of a saved adapter compute. Any other must be off."""
+"""Settings without influence on the function of a saved adapter. Any other must be off."""
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base as it is; pissa, olora and others train on a base of their own."""
+"""Values of init_lora_weights that do not change the base; pissa, olora and others do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What adapter_config.json says about ranks and scales."""
+    """Ranks, scales and targets in adapter_config.json."""
 
     r: int
     alpha: float
     dropout: float = 0.0
     rank_stabilized: bool = False
-    """B A is multiplied by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
+    """Scale B A by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """Pattern -> the rank of modules whose path ends so."""
+    """Pattern for the end of a path -> rank of its modules."""
     alphas: Mapping[str, float] = field(default_factory=dict)
     dora: bool = False
     tokens: tuple[int, ...] = ()
-    """Those whose embeddings were trained."""
+    """Tokens with trained embeddings."""
     embeddings: bool = False
-    """All were."""
+    """Whether all embeddings were trained."""
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], location: str) -> "PeftConfig":
-        """Read adapter_config.json. Raises CheckpointError for what is not understood, by name."""
+        """Read adapter_config.json. Raises CheckpointError that names a setting we do not support."""
         if content.get("peft_type", "LORA") != "LORA":
             raise CheckpointError(f"{location} holds a {content['peft_type']} adapter; only LORA is understood.")
         if (start := content.get("init_lora_weights")) not in _KEEPS_BASE:
@@ -74,16 +74,16 @@ class PeftConfig:
         return config
 
     def rank(self, module: str) -> int:
-        """Rows of A of the module with this path."""
+        """Return the rank of the module with this path."""
         return int(first_match(self.ranks, module, self.r))
 
     def scale(self, module: str) -> float:
-        """What B A of the module is multiplied by."""
+        """Return the factor of B A of the module."""
         return first_match(self.alphas, module, self.alpha) / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
 
 
 def _tokens(value: Any, location: str) -> tuple[int, ...]:
-    """PEFT's trainable_token_indices, which may be of one module by its name."""
+    """Read PEFT's trainable_token_indices, a list or a table with one module."""
     if isinstance(value, dict):
         if len(value) > 1:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""PEFT's layout of a LoRA adapter: its names, its settings, and the matrices of layers that hold several of ours.
+"""PEFT's layout of a LoRA adapter: its names, its settings, and layers that combine several of ours.
 
 Where Hugging Face stacks several of our layers into one, the A matrices are stacked along the rank and B is
 block-diagonal, which is the same function exactly. https://huggingface.co/docs/peft
@@ -37,7 +37,7 @@ def to_ours(
     An adapter of the embedding becomes the embedding that it makes of the base, as if all of it had been trained.
 
     Raises:
-        CheckpointError: if a rank is not what the configuration says, or a layer has no counterpart in any family.
+        CheckpointError: if a rank contradicts the configuration, or a layer has no counterpart in any family.
     """
     tensors, copies = _without_copies(tensors, config)
     tensors, config = _with_whole_embedding(tensors, copies, config, location)
@@ -134,7 +134,7 @@ def check_vocabulary(rows: int, model: ModelConfig, location: str) -> None:
 def to_peft(
     state: Mapping[str, Tensor], model: ModelConfig, config: LoRAConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our adapter tensors under PEFT's names, and PEFT's configuration.
+    """Convert our adapter tensors to PEFT's names and configuration.
 
     Raises:
         CheckpointError: for a layer that PEFT cannot adapt, such as gpt-oss's experts, which are slices of one tensor.
@@ -164,7 +164,7 @@ def to_peft(
             if config.dora:
                 columns = {home.part(layer): state[f"{layer}.magnitude"][:, None] for layer in members}
                 parts["lora_magnitude_vector"] = home.fused.join(columns, model)[:, 0]
-        # transformers 5 renamed GPT-NeoX's head. Under both names the adapter fits either: PEFT skips what it lacks.
+        # transformers 5 renamed GPT-NeoX's head. With both names the adapter fits any version: PEFT skips unknown ones.
         aliases = [other.module for other in _homes(members[0], find_family(model.family))]
         for module in dict.fromkeys([home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]):
             ranks[module], alphas[module] = rank, alpha
@@ -183,7 +183,7 @@ def to_peft(
         "base_model_name_or_path": model.name,
         "r": config.r,
         "lora_alpha": config.alpha,
-        # PEFT takes the experts' layers together into one of its own, which refuses dropout; it is for training anyway.
+        # PEFT's own layer for experts refuses dropout, which only training needs.
         "lora_dropout": 0.0 if model.n_expert else config.dropout,
         "target_modules": sorted({_leaf(module) if everywhere else module for module in ranks}),
         "rank_pattern": _patterns(ranks, config.r),
@@ -201,7 +201,7 @@ def to_peft(
 
 
 def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
-    """What PEFT will not do with an adapter of these settings, or ''.
+    """Return a caveat about PEFT's use of an adapter with these settings, or ''.
 
     Raises:
         CheckpointError: if its layout cannot hold one, naming a layer.
@@ -230,14 +230,14 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
 def from_peft(
     tensors: Mapping[str, Tensor], config: LoRAConfig, model: ModelConfig, *, stacked: bool, location: str
 ) -> dict[str, Tensor]:
-    """Our adapter tensors; the inverse of to_peft.
+    """Convert PEFT's tensors to ours; the inverse of to_peft.
 
     Args:
         stacked: the rank of a layer that holds several of ours is divided among them, as to_peft does; otherwise
             PEFT trained it as one, and each of ours gets the whole of A and its own rows of B.
 
     Raises:
-        CheckpointError: for a tensor that belongs to no layer of this model, or one of ours that is missing.
+        CheckpointError: for a tensor without a layer in this model, or a missing tensor.
     """
     skeleton = GPT.skeleton(model)
     add_lora(skeleton, config)
@@ -252,7 +252,7 @@ def from_peft(
             if stacked:
                 raise CheckpointError(f"{location}: the adapter of {home.module} is missing.")
             for name in (f"{layer}.lora_{matrix}" for layer in members for matrix in "ab"):
-                state[name] = torch.zeros(shapes[name])  # PEFT can adapt some layers of a kind and leave others
+                state[name] = torch.zeros(shapes[name])  # PEFT can adapt only some layers of a kind
             continue
         for alias in _homes(members[0], find_family(model.family)):
             for name, tensor in found.items():
@@ -283,7 +283,7 @@ def from_peft(
 
 
 def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelConfig, location: str) -> Tensor:
-    """The trained embeddings, taken out of `left` with their copies."""
+    """Take the trained embeddings and their copies out of `left`."""
     name = f"{_PREFIX}{_embedding(model)}"
     rows = left.pop(f"{name}{_TOKENS}" if config.train_tokens else f"{name}.weight", None)
     if rows is None:
@@ -301,17 +301,17 @@ def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelCon
 
 
 def _embedding(model: ModelConfig) -> str:
-    """Their name for our embedding."""
+    """Return Hugging Face's name of the embedding."""
     return _homes("embed", find_family(model.family))[0].module
 
 
 def _layers(names: Iterable[str]) -> list[str]:
-    """Our layers with adapters, given the names of an adapter's tensors."""
+    """List our layers with adapters, from the names of an adapter's tensors."""
     return [name.removesuffix(".lora_a") for name in names if name.endswith(".lora_a")]
 
 
 def _size(home: "_Home", members: list[str], config: LoRAConfig) -> tuple[int, float]:
-    """Rank and alpha of their layer that holds these of ours, such that the scale is that of each."""
+    """Return rank and alpha of the Hugging Face layer of these layers, with the scale of each."""
     if len({config.scale(layer) for layer in members}) > 1:
         raise CheckpointError(
             f"{', '.join(members)} are one layer in Hugging Face's model ({home.module}), with one scale.\n"
@@ -323,7 +323,7 @@ def _size(home: "_Home", members: list[str], config: LoRAConfig) -> tuple[int, f
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """PEFT's patterns for a value of each module: by the last part of the name where all of that name agree."""
+    """Make PEFT's patterns for a value of each module: by the last part of its name if all such modules agree."""
     leaves: dict[str, set[Any]] = {}
     for module, value in values.items():
         leaves.setdefault(_leaf(module), set()).add(value)
@@ -336,21 +336,21 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Home:
-    """Their layer that one of ours is, or is part of."""
+    """The Hugging Face layer that is one of ours, or contains it."""
 
     module: str
     fused: Fused | None
     transposed: bool
-    """A Conv1D, whose A and B are those of a Linear."""
+    """Whether it is a Conv1D, with A and B like a Linear's."""
 
     @staticmethod
     def part(layer: str) -> str:
-        """What `fused` calls the weight of our layer."""
+        """Return the name of our layer's weight in `fused`."""
         return f"{template(layer)[0]}.weight"
 
 
 def _homes(layer: str, family: Family) -> list[_Home]:
-    """Their names for one of our linear layers, what transformers calls it in memory first."""
+    """List Hugging Face's layers for one of our linear layers, with the name in transformers' memory first."""
     ours, numbers = template(layer)
     found = []
     for theirs, rule in reversed(list(family.weights.items())):
@@ -368,7 +368,7 @@ def _homes(layer: str, family: Family) -> list[_Home]:
 
 
 def _group(layers: Iterable[str], model: ModelConfig, known: Iterable[str] = ()) -> list[tuple[_Home, list[str]]]:
-    """Their layers, each with those of ours in it, by the name that is in `known`, else the one transformers uses."""
+    """Group our layers by Hugging Face's layer, under its name in `known`, else the one in transformers."""
     family = find_family(model.family)
     groups: dict[str, tuple[_Home, list[str]]] = {}
     for layer in layers:
@@ -379,7 +379,7 @@ def _group(layers: Iterable[str], model: ModelConfig, known: Iterable[str] = ())
 
 
 def _widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
-    """Zeros up to the rank, which change nothing."""
+    """Fill up with zeros to the rank, which changes no result."""
     if tensor.shape[dim] >= rank:
         return tensor.contiguous()
     shape = list(tensor.shape)
@@ -388,7 +388,7 @@ def _widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def _words(modules: Iterable[str], location: str) -> tuple[Any, ...]:
-    """Our target words for modules of any family."""
+    """Find our target words for modules of any family."""
     known: dict[str, dict[str, None]] = {}
     for family in FAMILIES.values():
         for theirs, rule in family.weights.items():
@@ -402,7 +402,7 @@ def _words(modules: Iterable[str], location: str) -> tuple[Any, ...]:
 
 
 def _tail(module: str) -> str:
-    """What tells the layers of a block apart in any family: "self_attn.q_proj"; c_proj alone could be two."""
+    """Return the part of a path that identifies a layer in its block: "self_attn.q_proj" (c_proj is ambiguous)."""
     return ".".join(module.rsplit(".", 2)[-2:])
 
 
@@ -416,5 +416,5 @@ def _their_name(name: str) -> str:
 
 
 def _module_of(name: str) -> str:
-    """The module that one of PEFT's tensors adapts."""
+    """Return the module that one of PEFT's tensors adapts."""
     return name.removeprefix(_PREFIX).split(".lora_")[0]

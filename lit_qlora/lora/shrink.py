@@ -1,4 +1,4 @@
-"""The rank that an adapter needs: its update, cut to a smaller rank with the least loss (Eckart & Young 1936)."""
+"""Smaller ranks for an adapter, each with the least loss of its update (Eckart & Young 1936)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Spectrum:
 
 
 def spectra(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Spectrum]:
-    """The singular value decomposition of each layer's update, by layer, without ever forming it.
+    """Compute the singular value decomposition of each layer's update without forming the update.
 
     Args:
         state: "<layer>.lora_a" (r, in) and "<layer>.lora_b" (out, r).
@@ -40,7 +40,7 @@ def spectra(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Spectr
 
 
 def loss_at(found: Mapping[str, Spectrum], rank: int) -> tuple[float, float]:
-    """What cutting to `rank` loses: the norm of what is left out relative to the update's, of all layers and the worst.
+    """Return the loss of a cut to `rank`, of all layers and the worst: the norm cut off, relative to the update's norm.
 
     A layer whose update is zero loses nothing.
     """
@@ -53,9 +53,9 @@ def loss_at(found: Mapping[str, Spectrum], rank: int) -> tuple[float, float]:
 def cut(
     state: Mapping[str, Tensor], found: Mapping[str, Spectrum], config: LoRAConfig, rank: int
 ) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """The adapter of this rank that is nearest to `state`, and its settings; B A is scaled as before.
+    """Return the adapter of this rank that is nearest to `state`, and its settings; the scale of B A is the same.
 
-    What is neither A nor B stays as it is.
+    Tensors other than A and B do not change.
     """
     scale = config.scale("")
     smaller = replace(
@@ -74,16 +74,16 @@ def cut(
 
 
 def candidates(found: Mapping[str, Spectrum]) -> list[int]:
-    """Ranks to look at: powers of two below the largest there is, and that."""
+    """List the ranks to try: powers of two below the largest rank, and the largest."""
     most = max(len(spectrum.values) for spectrum in found.values())
     return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
 
 
 def smallest_rank(found: Mapping[str, Spectrum], loss: float) -> int:
-    """The smallest rank that loses at most `loss` over all layers.
+    """Find the smallest rank that loses at most `loss` over all layers.
 
     Raises:
-        UsageError: if that is the rank that there is already.
+        UsageError: if no rank below the present one does.
     """
     most = max(len(spectrum.values) for spectrum in found.values())
     rank = next((rank for rank in range(1, most) if loss_at(found, rank)[0] <= loss), None)

@@ -1,4 +1,4 @@
-"""Whether a merged model still says what was trained: quantised base and adapter against each way to merge them."""
+"""The loss of merging: quantised base and adapter against each way to merge them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,10 +27,10 @@ from lit_qlora.settings import DataConfig, LoRAConfig
 def read_batches(
     file: str, adapter: Adapter, checkpoint_dir: Path, max_samples: int | None, batch_size: int
 ) -> list[Batch]:
-    """The samples of a file as the adapter's training would have seen them.
+    """Read the samples of a file as in the adapter's training.
 
     Raises:
-        DataError: if it cannot be read or holds nothing to measure on.
+        DataError: if the file cannot be read or no sample is left.
     """
     (source,), _ = find_sources([file], None)
     data = DataConfig(path=file, cache_dir="none")
@@ -43,12 +43,12 @@ def read_batches(
 
 
 def verify(merges: Sequence[Merge], batches: Sequence[Batch]) -> dict[Base, dict[str, float]]:
-    """What each way to merge does to the answers of the model that was trained.
+    """Compare each merged model with the trained one.
 
-    At most two models are in memory: that of the training, whose base is quantised if it was then, and a merged one.
+    At most two models are in memory: the trained one, with its base quantised as in training, and a merged one.
 
     Args:
-        merges: of the same adapters, onto the original base before that onto the quantised one.
+        merges: merges of the same adapters, onto the original base before the quantised one.
 
     Returns:
         For each: val_loss_trained and val_loss, nats per labelled token; kl, the mean divergence of the merged
@@ -60,26 +60,26 @@ def verify(merges: Sequence[Merge], batches: Sequence[Batch]) -> dict[Base, dict
     first.attach_to(trained)
     trained.eval()
     merged = load_stored(first.checkpoint_dir, Storage(first.trained.dtype), device).eval()
-    figures: dict[Base, dict[str, float]] = {}
+    metrics: dict[Base, dict[str, float]] = {}
     for merge in merges:
         merge.put_into(merged)
-        figures[merge.base] = compare(trained, merged, batches)
-    return figures
+        metrics[merge.base] = compare(trained, merged, batches)
+    return metrics
 
 
-def recommend(figures: dict[Base, dict[str, float]]) -> Base:
-    """The base that the adapter is better merged onto: the one with the lower validation loss."""
-    return min(figures, key=lambda base: figures[base]["val_loss"])
+def recommend(metrics: dict[Base, dict[str, float]]) -> Base:
+    """Return the better base to merge onto: the one with the lower validation loss."""
+    return min(metrics, key=lambda base: metrics[base]["val_loss"])
 
 
-def check_tolerance(base: Base, figures: dict[Base, dict[str, float]], tolerance: float) -> None:
+def check_tolerance(base: Base, metrics: dict[Base, dict[str, float]], tolerance: float) -> None:
     """Raise NumericalError if merging onto `base` raises the validation loss by more than `tolerance` nats a token."""
-    row = figures[base]
+    row = metrics[base]
     rise = row["val_loss"] - row["val_loss_trained"]
     if rise <= tolerance:  # NaN is not
         return
-    other = recommend(figures)
-    hint = f" Merged with --base {other} it is {figures[other]['val_loss']:.4f}." if other != base else ""
+    other = recommend(metrics)
+    hint = f" Merged with --base {other} it is {metrics[other]['val_loss']:.4f}." if other != base else ""
     raise NumericalError(
         f"Merged onto the {base} base, the validation loss is {row['val_loss']:.4f} instead of "
         f"{row['val_loss_trained']:.4f}: {rise:+.4f}, more than the tolerance of {tolerance:g}.\n"
@@ -103,7 +103,7 @@ def compare(trained: GPT, merged: GPT, batches: Sequence[Batch]) -> dict[str, fl
                 model.logits(states[some]).float().log_softmax(dim=-1)
                 for model, states in zip((trained, merged), hidden, strict=True)
             )
-            total += _figures(p, q, labels[at][some])
+            total += _metrics(p, q, labels[at][some])
     loss_trained, loss, kl, same, tokens_seen = total.tolist()
     return {
         "val_loss_trained": loss_trained / tokens_seen,
@@ -114,28 +114,28 @@ def compare(trained: GPT, merged: GPT, batches: Sequence[Batch]) -> dict[str, fl
     }
 
 
-def _figures(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
-    """Sums over the rows of log-probabilities (N, V) of two models: two losses, KL(p || q), agreements, rows."""
+def _metrics(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the rows of log-probabilities (N, V) of two models: two losses, KL(p || q), agreements, rows."""
     losses = [-log_probs.gather(-1, labels[:, None]).double().sum() for log_probs in (p, q)]
     kl = (p.exp() * (p - q)).double().sum()
     same = (p.argmax(dim=-1) == q.argmax(dim=-1)).double().sum()
     return torch.stack([*losses, kl, same, torch.tensor(len(p), dtype=torch.float64, device=p.device)]).cpu()
 
 
-def report_lines(figures: dict[Base, dict[str, Any]]) -> list[str]:
-    """The figures as a markdown table, and what they recommend."""
+def report_lines(metrics: dict[Base, dict[str, Any]]) -> list[str]:
+    """Format the metrics as a markdown table with a recommendation."""
     lines = [
         "| merged onto | val loss | against quantised + adapter | KL | same likeliest token |",
         "|---|---:|---:|---:|---:|",
     ]
-    for base, row in figures.items():
+    for base, row in metrics.items():
         rise = row["val_loss"] - row["val_loss_trained"]
         lines.append(f"| {base} | {row['val_loss']:.4f} | {rise:+.4f} | {row['kl']:.2e} | {row['top1']:.2%} |")
-    first = next(iter(figures.values()))
+    first = next(iter(metrics.values()))
     return [
         *lines,
         f"quantised + adapter: {first['val_loss_trained']:.4f} over {first['tokens']:,} tokens; "
-        f"recommended: --base {recommend(figures)}",
+        f"recommended: --base {recommend(metrics)}",
     ]
 
 
@@ -145,10 +145,10 @@ def losses_of(
     versions: Mapping[int, tuple[Mapping[str, Tensor], LoRAConfig]],
     batches: Sequence[Batch],
 ) -> dict[int, float]:
-    """The validation loss, in nats per labelled token, of versions of an adapter on the base of its training.
+    """Measure the validation loss, in nats per labelled token, of versions of an adapter on its training's base.
 
     Args:
-        versions: by rank, what lit_qlora.lora.shrink.cut returns.
+        versions: rank -> adapter, as lit_qlora.lora.shrink.cut returns it.
     """
     model = load_stored(checkpoint_dir, Storage.of_training(adapter.manifest or {}), pick_device()).eval()
     largest = max(versions)
@@ -157,7 +157,7 @@ def losses_of(
     places = lora_state(model)
     losses = {}
     for rank, (state, _) in versions.items():
-        for name, place in places.items():  # B A is scaled alike in all; zeros fill up what a smaller one lacks
+        for name, place in places.items():  # all have the scale of B A; zeros fill up smaller ranks
             tensor = state[name]
             place.zero_()[tuple(slice(size) for size in tensor.shape)] = tensor.to(place)
         losses[rank] = mean_loss(model, batches)

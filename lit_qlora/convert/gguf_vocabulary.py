@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens, in GGUF as in SentencePiece."""
+NO_MERGE = "no merge"
+"""llama.cpp reads no byte-level tokenizer without a merge; no text falls into parts of two and five letters."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2", "": "gpt-2"}
@@ -51,7 +53,7 @@ class Vocabulary:
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.kinds)
         if self.split != "default":
-            writer.add_token_merges(self.merges)
+            writer.add_token_merges(self.merges or [NO_MERGE])
         else:
             writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.prefix)
@@ -140,8 +142,6 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
             f"{directory}: tokenizer.json cuts texts in a way that has no name in llama.cpp here. "
             f"Known: {', '.join(SPLITS.values())}."
         )
-    if not pairs:
-        raise CheckpointError(f"{directory}: tokenizer.json joins no letters, and llama.cpp reads none without merges.")
     # GGUF puts a space between the two parts, so one inside a part is written as the character 256 further on.
     merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
     return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, SPLITS[pattern]

@@ -41,10 +41,6 @@ def model_that_says(token: int) -> GPT:
 def chatml(tmp_path: Path) -> Path:
     """A checkpoint that was trained in ChatML on a base with another end and another template."""
     write_chatty_tokenizer(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["model"] |= {"vocab": spec["model"]["vocab"] | {"ab": 256}, "merges": [["a", "b"]]}  # llama.cpp needs one
-    spec["added_tokens"] = [token | {"id": token["id"] + 1} for token in spec["added_tokens"]]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "that of the base"}))
     tokenizer = Tokenizer(tmp_path)

@@ -21,6 +21,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.tokenizer import Tokenizer
 from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
+from tests.prompts.test_style import write_chatty_tokenizer
 from tests.prompts.test_tokenizer import byte_level, metaspace, write_json
 from tests.reference import CASES, hugging_face_model
 
@@ -293,13 +294,12 @@ def test_how_a_text_is_cut_has_a_name(name: str, tmp_path: Path) -> None:
         vocabulary_of(tmp_path, 600)
 
 
-def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
-    byte_level(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["model"]["merges"] = []
-    write_json(tmp_path / "tokenizer.json", spec)
-    with pytest.raises(CheckpointError, match=r"joins no letters, and llama\.cpp reads none"):
-        vocabulary_of(tmp_path, 600)
+def test_a_byte_level_tokenizer_without_merges_gets_one_that_joins_nothing(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "m", tiny_model())
+    write_chatty_tokenizer(directory)
+    export_gguf(directory, tmp_path / "m.gguf")
+    settings = read(tmp_path / "m.gguf")[0]
+    assert (settings["tokenizer.ggml.model"], settings["tokenizer.ggml.merges"]) == ("gpt2", ["no merge"])
 
 
 def test_a_control_token_without_an_embedding_is_left_out(checkpoint: Path) -> None:

@@ -307,21 +307,23 @@ class Copies:
     def __init__(
         self, groups: Sequence[Layers], master_a: Tensor, master_b: Tensor, low_a: Tensor, low_b: Tensor
     ) -> None:
-        self.groups, self.both_a, self.both_b = groups, (master_a, low_a), (master_b, low_b)
+        self.groups, self.both_b = groups, (master_b, low_b)
         adapted = [group for group in groups if group.rank]
-        self.scale = adapted[0].scale if adapted else 1.0
-        each_a, each_b = (
-            low_a.split([group.size_a for group in adapted]),
-            low_b.split([group.size_b for group in adapted]),
-        )
+        sizes_a, sizes_b = ([getattr(group, name) for group in adapted] for name in ("size_a", "size_b"))
+        each_a, each_b = low_a.split(sizes_a), low_b.split(sizes_b)
+        scales = [group.scale for group in adapted]
+        self.scaled: Sequence[tuple[Tensor, float, Tensor]] = [(master_a, scales[0], low_a)] if adapted else []
+        if len(set(scales)) > 1:
+            self.scaled = list(zip(master_a.split(sizes_a), scales, each_a, strict=True))
         for group, a, b in zip(adapted, each_a, each_b, strict=True):
             group.a, group.b = a.view(group.rank, group.k), b.view(-1, group.stack.r)
 
     @torch.no_grad()
     def refresh(self, beside: bool = True) -> None:
         """Copy A times alpha / r and B, and with `beside` also the B beside weights that are in memory."""
-        (a, low_a), (b, low_b) = self.both_a, self.both_b
-        torch.mul(a, self.scale, out=low_a)
+        for a, scale, low_a in self.scaled:
+            torch.mul(a, scale, out=low_a)
+        b, low_b = self.both_b
         low_b.copy_(b)
         for group in self.groups if beside else ():
             group.refresh()

@@ -92,9 +92,14 @@ def unhandled_variant(model: GPT) -> str:
         return reason
     if any(_differ(block.mlp) for block in model.blocks if isinstance(block.mlp, MoE)):
         return "adapters on some of the experts"
-    if len({(adapter.lora_a.size(0), adapter.scale) for adapter in adapters}) > 1:
-        return "adapters of different ranks or scales"
+    if model.config.n_expert and _kinds(adapters) > 1:
+        return "adapters of different ranks or scales beside experts"
     return unhandled_embeddings(model)
+
+
+def _kinds(layers: Sequence[nn.Module]) -> int:
+    """The number of different pairs of rank and scale among the adapters of some layers."""
+    return len({(layer.lora_a.size(0), layer.scale) for layer in layers if isinstance(layer, LoRALinear)})
 
 
 def _differ(moe: MoE) -> bool:
@@ -107,6 +112,8 @@ def _untrainable(layers: Sequence[nn.Module], model: GPT) -> str:
     """Why the kernels of training cannot take layers that read the same input, or ''."""
     if reason := why_not_stacked(layers, model.embed.weight.dtype):
         return reason
+    if _kinds(layers) > 1:
+        return "adapters of different ranks or scales on layers with the same input"
     for layer in layers:
         base = base_of(layer)
         if isinstance(base, QuantizedLinear) and base.in_features % 64:

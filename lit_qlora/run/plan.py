@@ -171,7 +171,8 @@ def _fast_plan(
     learning = plan.learning + 2 * copied  # in 16 bit
     adapted = max(adapters_met(block, model) for block in gpt.blocks)
     quantized = storage.quantize != "none"
-    sizes = FastSizes(model, lora.r, adapted, quantized, storage.quantizes("head"), train.fp8)
+    rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=lora.r)
+    sizes = FastSizes(model, rank, adapted, quantized, storage.quantizes("head"), train.fp8)
     free = 0.97 * room.gpu - plan.weights - learning
     graph_tokens = _graph_tokens(model, train, batches)
     tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured

@@ -92,6 +92,10 @@ CASES: dict[str, dict[str, Any]] = {
     "adapted tied head, capped": {"targets": ("head",), "tied_head": True, "logit_softcap": 3.0},
     "head of rank 80": {"targets": ("head", "mlp"), "r": 80, "head_bias": True},
     "rslora": {"lora": {"rslora": True}},
+    "ranks and scales that differ": {
+        "lora": {"rank_pattern": {"down": 2, "(gate|up)": 80}, "alpha_pattern": {"projection": 1.0}},
+        "dropout": 0.0,
+    },
     "first block": {"lora": {"first_layers": 1}, "scheme": "bnb.nf4"},
     "last block": {"lora": {"last_layers": 1}},
     "biases": {"qkv_bias": True, "projection_bias": True, "mlp_bias": True},
@@ -304,8 +308,8 @@ def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> N
     ("settings", "reason"),
     [
         ({"dora": True}, "DoRA"),
-        ({"rank_pattern": {"down": 2}}, "adapters of different ranks or scales"),
-        ({"alpha_pattern": {"down": 2.0}}, "adapters of different ranks or scales"),
+        ({"rank_pattern": {"key": 2}}, "adapters of different ranks or scales on layers with the same input"),
+        ({"alpha_pattern": {"gate": 2.0}}, "adapters of different ranks or scales on layers with the same input"),
         ({"train_tokens": (1,)}, "embeddings that learn"),
         ({"train_embeddings": True}, "embeddings that learn"),
     ],

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cache, reduce
@@ -15,10 +15,11 @@ from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never printed
 
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
-from lit_qlora.files.reading import read_yaml_text
+from lit_qlora.files.reading import check_yaml, read_yaml_text
 from lit_qlora.redact import scrub
 
 Config = TypeVar("Config")
@@ -76,9 +77,9 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Confi
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
     argv = _complete_switches(parser, list(sys.argv[1:] if argv is None else argv))
     parser.argv = argv
-    if Path(parser._config_file()).is_file():
-        read_yaml_text(Path(parser._config_file()), UsageError)  # within limits, before jsonargparse reads it
     try:
+        for config in parser._config_files():
+            _check_config(config, parser.sections)
         return _instantiate(parser, config_type, argv)
     except (ValueError, OverflowError, RecursionError) as error:  # of YAML, paths and numbers that nobody writes
         raise UsageError(f"{_strange(argv)} cannot be read: {str(error).partition(chr(10))[0]}.") from error
@@ -100,6 +101,46 @@ def _instantiate(parser: "_Parser", config_type: type[Config], argv: Sequence[st
     return config_type(**{key: value for key, value in vars(values).items() if key != "config"})
 
 
+def _check_config(config: str, sections: Sequence[str]) -> None:
+    """Check a --config file, or its text, for what jsonargparse would take without a word or with a traceback.
+
+    Raises:
+        UsageError: if it is beyond the limits, names a setting twice or another file, or a section has no settings.
+    """
+    import yaml
+
+    given = Path(config).is_file()
+    text = read_yaml_text(Path(config), UsageError) if given else config
+    location = config if given else "--config"
+    check_yaml(text, location, UsageError)
+    seen = set()
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:  # two documents in one file
+        raise UsageError(f"{location}: not valid YAML: {' '.join(str(error).split())}.") from None
+    for name, key, value in _settings_of(root):
+        line = f"{location}:{key.start_mark.line + 1}: "
+        if key.tag != "tag:yaml.org,2002:str":
+            raise UsageError(f"{line}{name} is not a name. In quotation marks, YAML takes it as one.")
+        if name in seen:
+            raise UsageError(f"{line}{name} is given twice. Leave one out.")
+        if name == "config":
+            raise UsageError(f"{line}a --config file names no other. Give --config several times.")
+        if name in sections and not isinstance(value, yaml.MappingNode):
+            raise UsageError(f"{line}{name} is a section: its settings are lines below it, indented.")
+        seen.add(name)
+
+
+def _settings_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the full name, the key and the value of each setting in a YAML mapping."""
+    import yaml
+
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if key.tag != "tag:yaml.org,2002:merge":
+            yield f"{prefix}{key.value}", key, value
+            yield from _settings_of(value, f"{prefix}{key.value}.")
+
+
 def to_yaml(config: Any) -> str:
     """Return the settings as YAML, without COMMAND_LINE_ONLY; given with --config, it makes the same settings again."""
     import yaml
@@ -116,6 +157,7 @@ class _Parser(ArgumentParser):
     """A parser whose messages name the flag and guess its meaning, without nine lines of usage."""
 
     argv: Sequence[str] = ()
+    sections: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         cause = ex if isinstance(ex, UserError) else getattr(ex, "__cause__", None)
@@ -153,12 +195,17 @@ class _Parser(ArgumentParser):
         expected = " or ".join([*dict.fromkeys(kinds), *([f"one of {', '.join(choices)}"] if choices else [])])
         return f"{self._location(key, value)}--{key}: expected {expected}, got {value!r}.{did_you_mean(value, choices)}"
 
+    def _config_files(self) -> list[str]:
+        """Return what each --config names."""
+        return [
+            here.removeprefix("--config").removeprefix("=") or following
+            for here, following in pairwise([*self.argv, ""])
+            if here == "--config" or here.startswith("--config=")
+        ]
+
     def _config_file(self) -> str:
         """Return the file that --config names, or ''."""
-        for here, following in pairwise([*self.argv, ""]):
-            if here == "--config" or here.startswith("--config="):
-                return here.removeprefix("--config").removeprefix("=") or following
-        return ""
+        return next(iter(self._config_files()), "")
 
     def _location(self, key: str, value: str | None = None) -> str:
         """Return 'run.yaml:7: ' if the --config file sets `key` (to `value`, or to a list with it), else ''."""
@@ -182,13 +229,31 @@ class _Parser(ArgumentParser):
 @cache
 def _parser(config_type: type[Any]) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(description=(config_type.__doc__ or "").strip())
+    parser = _Parser(description=(config_type.__doc__ or "").strip(), allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags win.")
     parser.add_class_arguments(config_type, as_group=False)
     for action in parser._actions:
         if hasattr(action, "_typehint"):
             action._typehint = _without_limits(action._typehint)
+    parser.sections = _remove_section_flags(parser)
     return parser
+
+
+def _remove_section_flags(parser: ArgumentParser) -> list[str]:
+    """Remove --lora, --data, ... and return the names of these sections.
+
+    jsonargparse 4.53 adds them. Each would read a file of any size, or import the module that its value or a
+    class_path in a --config file names.
+    """
+    flags = [action for action in parser._actions if isinstance(action, _ActionConfigLoad)]
+    for action in flags:
+        for group in (parser, *parser._action_groups):
+            for actions in (group._actions, getattr(group, "_group_actions", [])):
+                if action in actions:
+                    actions.remove(action)
+        for option in action.option_strings:
+            del parser._option_string_actions[option]
+    return [action.dest for action in flags]
 
 
 def _without_limits(hint: Any) -> Any:

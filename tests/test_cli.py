@@ -156,6 +156,48 @@ def test_a_config_file_cannot_run_code(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    "yaml", ["lora: this.x", "lora: {class_path: this.x}", "lora.class_path: this.x", "{lora: [class_path, this.x]}"]
+)
+def test_a_config_file_cannot_import_a_module(tmp_path: Path, yaml: str) -> None:
+    sys.modules.pop("this", None)
+    (tmp_path / "run.yaml").write_text(yaml)
+    assert "lora" in refusal("--config", str(tmp_path / "run.yaml"))
+    assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "argv", [["--lora=this.x"], ["--lora", "deep.yaml"], ["--lor=deep.yaml"], ["--conf=deep.yaml"]]
+)
+def test_only_config_names_a_file_of_settings(argv: list[str]) -> None:
+    assert "is not a flag of this command" in refusal(*argv)
+
+
+def test_every_config_file_is_read_within_limits(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 1")
+    (tmp_path / "deep.yaml").write_text("[" * 200_000)
+    assert "nested more than 64 deep" in refusal(
+        f"--config={tmp_path / 'run.yaml'}", f"--config={tmp_path / 'deep.yaml'}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("seed: 1\nseed: 2", ":2: seed is given twice. Leave one out."),
+        ("lora: {r: 4}\nlora.r: 8", ":2: lora.r is given twice. Leave one out."),
+        ("seed: 1\nlora:", ":2: lora is a section: its settings are lines below it, indented."),
+        ("lora: 5", ":1: lora is a section: its settings are lines below it, indented."),
+        ("config: other.yaml", ":1: a --config file names no other. Give --config several times."),
+        ("lora: {1: 2}", ":1: lora.1 is not a name. In quotation marks, YAML takes it as one."),
+        ("seed: 1\n---\nseed: 2", ": not valid YAML: expected a single document in the stream"),
+    ],
+)
+def test_what_a_config_file_cannot_mean_is_refused(tmp_path: Path, yaml: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(yaml)
+    assert refusal("--config", str(tmp_path / "run.yaml")).startswith(f"{tmp_path / 'run.yaml'}{message}")
+
+
 def test_what_others_call_a_flag_is_a_flag_of_ours() -> None:
     flags = {flag for action in cli._parser(FinetuneConfig)._actions for flag in action.option_strings}
     named = {ours.split()[0].rstrip(",") for theirs, ours in OTHER_NAMES.items() if theirs.startswith("--")}

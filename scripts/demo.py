@@ -1,4 +1,4 @@
-"""The whole way in two minutes on two CPU cores: ask, fine-tune in 4 bit, ask again, merge, check, evaluate.
+"""Ask, fine-tune in 4 bit, ask again, merge, check and evaluate, in two minutes on two CPU cores.
 
 python scripts/demo.py
 """
@@ -39,16 +39,16 @@ class DemoConfig:
     """Fine-tune, merge and evaluate the small model that comes with the repository."""
 
     out_dir: Path = Path("out/demo")
-    """Where everything goes."""
+    """Folder of all output."""
 
 
 def main(config: DemoConfig) -> None:
-    """Tell the story; every command in it can be typed by hand."""
+    """Run the six steps; each printed command also works by hand."""
     out = config.out_dir
     start = time.monotonic()
     print(
-        "A toy model (2 million parameters) that can tell about its own small world learns to answer questions\n"
-        "about it. The facts come from the base model; the training teaches the form of question and answer.\n"
+        "A toy model of 2 million parameters knows the facts of its own small world, but cannot answer questions.\n"
+        "Fine-tuning teaches it to answer; the facts come from the base model.\n"
     )
     import torch
 
@@ -68,23 +68,23 @@ def main(config: DemoConfig) -> None:
         ask(merged, "merged")
         agreement = agree(load_for_inference(DEMO_CHECKPOINT, out / "final"), adapted, merged)
         print(agreement)
-    with chapter(6, f"evaluate all three with lm-eval on {TASK}; no question of it was in the training data"):
+    with chapter(6, f"evaluate all three with lm-eval on {TASK}, whose questions are not in the training data"):
         table = evaluate(out)
         print(table)
     report = read_text(out / "report.md")
     write_text(out / "report.md", f"{report}\n## Before and after\n\n{table}\n\n{agreement}\n")
     print(
-        f"\ndone in {time.monotonic() - start:.0f} s. A toy model learnt a toy task: this shows that the parts work, "
+        f"\ndone in {time.monotonic() - start:.0f} s. A toy model learnt a toy task. This shows that the parts work, "
         "not how good they are.\n"
         f"  adapter {out}/final   merged {out}/merged   report {out}/report.md   picture {out}/loss.png\n"
-        f"  talk to it:     python scripts/chat.py --checkpoint_dir {out}/merged\n"
-        "  your own data:  python finetune/lora.py --checkpoint_dir MODEL --quantize bnb.nf4 --data.path YOUR.jsonl"
+        f"  chat with it:   python scripts/chat.py --checkpoint_dir {out}/merged\n"
+        "  use your data:  python finetune/lora.py --checkpoint_dir MODEL --quantize bnb.nf4 --data.path YOUR.jsonl"
     )
 
 
 @contextmanager
 def chapter(number: int, title: str) -> Iterator[None]:
-    """Print the title before and the seconds after what happens inside."""
+    """Print the title before the body runs, and its seconds after."""
     print(f"[{number}/6] {title}", flush=True)
     start = time.monotonic()
     yield
@@ -95,10 +95,10 @@ def command(script: str, *flags: str, quiet: bool = False) -> None:
     """Show a command and run it; the demo ends with its status if it fails.
 
     Args:
-        quiet: keep back what it prints, unless it fails.
+        quiet: print nothing unless it fails.
     """
     print(f"  $ python {script} {' '.join(flags)}", flush=True)
-    # For a model this small a second thread gains little, and where the cores are shared it costs ten times as much.
+    # A second thread gains little for a model this small; on shared cores it is ten times slower.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run([sys.executable, script, *flags], env=environment, capture_output=quiet, text=True)
     if done.returncode:
@@ -107,7 +107,7 @@ def command(script: str, *flags: str, quiet: bool = False) -> None:
 
 
 def ask(loaded: LoadedModel, name: str) -> None:
-    """Print the answers to QUESTIONS, the likeliest token each time."""
+    """Print the greedy answers to QUESTIONS."""
     from lit_qlora.generation import generate
     from lit_qlora.prompts.conversation import prompt_of
     from lit_qlora.prompts.style import STYLES
@@ -121,11 +121,11 @@ def ask(loaded: LoadedModel, name: str) -> None:
 
 
 def agree(exact: LoadedModel, trained: LoadedModel, merged: LoadedModel) -> str:
-    """How far the logits of the validation questions are apart.
+    """Compare the logits of the merged model with both unmerged ones on the validation questions.
 
     Args:
-        exact: the adapter on the 16-bit base, which is what merging computes.
-        trained: the adapter on the 4-bit base, which is what was trained.
+        exact: the adapter on the 16-bit base; merging computes this function.
+        trained: the adapter on the 4-bit base; training used this function.
     """
     import torch
 
@@ -146,14 +146,14 @@ def agree(exact: LoadedModel, trained: LoadedModel, merged: LoadedModel) -> str:
                 apart[name] = max(apart[name], float((logits - expected).abs().max()))
                 same[name] += int(logits.argmax() == expected.argmax())
     return "\n".join(
-        f"  merged against {name}: largest difference of a logit {apart[name]:.3f}, "
+        f"  merged against {name}: logits differ by at most {apart[name]:.3f}, "
         f"same first token for {same[name]} of {len(examples)} questions"
         for name in apart
     )
 
 
 def evaluate(out: Path) -> str:
-    """Accuracy of base, adapter and merged model on the held-out task, as a markdown table."""
+    """Evaluate base, adapter and merged model on the held-out task; returns a markdown table of accuracies."""
     adapter = ("--checkpoint_dir", str(DEMO_CHECKPOINT), "--lora_path", str(out / "final"))
     models = {
         "base": ("--checkpoint_dir", str(DEMO_CHECKPOINT)),

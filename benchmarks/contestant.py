@@ -1,8 +1,8 @@
-"""One contestant of benchmarks/peers.py: builds its model once, then times a round of steps for each line it is sent.
+"""Run one contestant of benchmarks/peers.py: build its model once, then time a round of steps for each line of input.
 
 A line of standard input is a JSON object {"steps": 8, "recompute": "none"}; the answer is a line that begins with
-"RESULT". Whatever else a library prints goes past it. The work is the same for all: the same random numbers as tokens,
-adapters in float32 or as the library has them, fused AdamW, gradients of one step after the other, no clipping.
+"RESULT". Output of libraries may stand between answers. All contestants do the same work: the same random tokens,
+adapters in float32 or the library's dtype, fused AdamW, one micro-batch after the other, no clipping.
 
 python benchmarks/contestant.py '{"name": "peft", "dir": "/tmp/lit_qlora_bench/llama-2-7b-hf", ...}'  (see Task)
 """
@@ -33,7 +33,7 @@ SHORT_WARM_UP = 5  # rounds of the workload "short" that are not timed, in which
 
 
 def tell(**facts: Any) -> None:
-    """Answer peers.py."""
+    """Answer the lines of peers.py."""
     print("\nRESULT " + json.dumps(facts), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""How long a conversion takes against `cp` of the same bytes, and how much host memory.
+"""Compare the time of a conversion with `cp` of the same bytes, and measure its host memory.
 
 python benchmarks/conversion.py --folder HUGGING_FACE_FOLDER --scratch EMPTY_FOLDER
 """
@@ -16,7 +16,7 @@ from lit_qlora import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Convert a Hugging Face folder and copy it, in turn, several times. Both end when the bytes are on the disk."""
+    """Convert a Hugging Face folder and copy it, in turns. Both end when the bytes are on the disk."""
 
     folder: Path
     """The model to convert."""
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
 
 
 def print_peak(config: Config) -> None:
-    """Convert, and print the seconds, and the GiB by which resident and anonymous memory exceeded those before."""
+    """Convert; print the seconds, and the GiB by which resident and anonymous memory grew."""
     from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 
     def resident() -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""Train the demo's model on the demo's data five times from the same start, and say how far the curves lie apart.
+"""Train the demo's model on the demo's data five times from the same start, and compare the loss curves.
 
-The fast path, the fast path in FP8, the plain path and PEFT on transformers, each on the same nf4 weights in bf16, with
-the same adapters to begin with and the same samples in the same order; and the plain path in float32, which is what the
-others round.
+Four run on the same nf4 weights in bf16: the fast path, the fast path in FP8, the plain path, and PEFT on transformers.
+The fifth, the plain path in float32, is the reference. All start from the same adapters and read the same samples in
+the same order.
 
 python benchmarks/curves.py
 """
@@ -31,7 +31,7 @@ Loss = Callable[[Batch], Tensor]
 
 
 def adapted(config: FinetuneConfig, dtype: torch.dtype) -> GPT:
-    """The base, quantised, with adapters that are the same each time."""
+    """Load the quantised base, with the same adapters each time."""
     model = load_model(config.checkpoint_dir, dtype, pick_device(), config.quantize)
     torch.manual_seed(config.seed)
     add_lora(model, config.lora)
@@ -39,7 +39,7 @@ def adapted(config: FinetuneConfig, dtype: torch.dtype) -> GPT:
 
 
 def peft_model(config: FinetuneConfig, start: GPT, style: Any, dtype: torch.dtype) -> Any:
-    """PEFT on transformers and bitsandbytes, from the adapters of `start`."""
+    """Load PEFT on transformers and bitsandbytes, with the adapters of `start`."""
     from peft import PeftModel, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -57,7 +57,7 @@ def peft_model(config: FinetuneConfig, start: GPT, style: Any, dtype: torch.dtyp
 
 
 def peft_loss(model: Any, dtype: torch.dtype) -> Loss:
-    """The loss of a model of transformers, summed over labels as ours are."""
+    """Loss of a model of transformers, summed over labelled tokens as ours is."""
     device = pick_device()
 
     def loss(batch: Batch) -> Tensor:
@@ -69,7 +69,7 @@ def peft_loss(model: Any, dtype: torch.dtype) -> Loss:
 
 
 def curve(model: Any, loss: Loss, work: list[Step], rate: float) -> Tensor:
-    """The loss of each step, (steps,) float64."""
+    """Losses of all steps, (steps,) float64."""
     learners = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learners, lr=rate)
     losses = []

@@ -1,4 +1,4 @@
-"""How long the data of a run takes: reading, encoding, packing, and starting again from the cache; how full rows are.
+"""Time the data of a run: reading, encoding, packing, and a second start from the cache. Measure how full the rows are.
 
 python benchmarks/data.py --tokenizer_dir checkpoints/meta-llama/Llama-2-7b-hf --source alpaca.json --samples 50000
 """
@@ -32,7 +32,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Make the file, then measure."""
+    """Write the file, then measure."""
     from lit_qlora.data import Batching
     from lit_qlora.data.examples import read_examples
     from lit_qlora.data.load import encode_source
@@ -67,7 +67,7 @@ def main(config: Config) -> None:
 
 
 def fullness(samples, batching, devices):
-    """Tokens that are read, of those that all devices could have read while the busiest one was at work."""
+    """Fraction of the tokens read, of all tokens that every device could read while the busiest one works."""
     from lit_qlora.data import steps
 
     total = min(200, max(1, len(samples) // batching.batch_size))
@@ -80,7 +80,7 @@ def fullness(samples, batching, devices):
 
 
 def timed(what, function):
-    """Run it and say how long it took, by the clock and by the processors."""
+    """Run it; print the seconds by the clock and of the processors."""
     clock, processors = time.perf_counter(), time.process_time()
     result = function()
     print(f"{what:<22} {time.perf_counter() - clock:6.2f} s   {time.process_time() - processors:6.2f} s of processor")

@@ -3,13 +3,12 @@
 python benchmarks/evaluation.py --shape llama-2-7b --quantize bnb.nf4       # a GPU: nf4 here and there
 python benchmarks/evaluation.py --shape llama-100m                          # two CPU cores, float32
 
-Requests are ids drawn at random, so no task, tokenizer or network is needed: questions with four choices of several
-tokens, questions with four letters to choose from, after examples that all of a subject have, as in MMLU, pairs of
-sentences, and windows of a text.
-Of lm-eval nothing is called but HFLM's _loglikelihood_tokens, which needs the packages lm_eval, transformers and
-accelerate, with what they import: datasets, evaluate, pytablewriter, sacrebleu, rouge_score, sqlitedict, word2number,
-more_itertools, jsonlines, jinja2, typer, dill. --hf_batch_size lists the sizes that it is given; its fastest counts.
-Below the line of each kind stands what one more run spent in which part, each waited for on its own.
+Requests are random ids, so no task, tokenizer or network is needed. There are four kinds: questions with four choices
+of several tokens, questions with four letters after common examples (as in MMLU), pairs of sentences, and windows of a
+text. lm-eval itself runs only HFLM's _loglikelihood_tokens. It needs the packages lm_eval, transformers and accelerate,
+with their imports: datasets, evaluate, pytablewriter, sacrebleu, rouge_score, sqlitedict, word2number,
+more_itertools, jsonlines, jinja2, typer, dill. --hf_batch_size lists its batch sizes; the fastest one counts.
+Below the line of each kind stand the seconds of each part in one more run, which waits for each part.
 """
 
 import argparse
@@ -30,7 +29,7 @@ Request = tuple[list[int], list[int]]
 
 
 def workloads(count: int, vocabulary: int, seed: int = 0) -> dict[str, list[Request]]:
-    """Requests of four kinds, about `count` questions of each; lengths are those of common tasks."""
+    """Draw requests of four kinds, about `count` questions of each, with the lengths of common tasks."""
     draw = random.Random(seed)
 
     def ids(length: float) -> list[int]:
@@ -125,7 +124,7 @@ Parts = tuple[Any, Sequence[str]]
 
 
 def breakdown(run: Callable[[], object], parts: Parts, clock: Callable[[], float]) -> dict[str, Any]:
-    """How often a run reads tokens, how many (padding included), and the seconds in each part and outside of all."""
+    """Count the forward passes and their tokens (padding included), and time each part and the rest."""
     owner, names = parts
     methods = {name: getattr(owner, name) for name in names}
     spent, read = dict.fromkeys(names, 0.0), []
@@ -155,7 +154,7 @@ def breakdown(run: Callable[[], object], parts: Parts, clock: Callable[[], float
 
 
 def wait() -> None:
-    """Until the GPU has done what it was given, if there is one."""
+    """Wait for the GPU, if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -163,7 +162,7 @@ def wait() -> None:
 
 
 def load_ours(arguments: argparse.Namespace, directory: Path) -> tuple[Score, Parts]:
-    """A function that scores requests with our model."""
+    """Make a function that scores requests with our model."""
     import torch
 
     from lit_qlora.checkpoint.checkpoint import load_model
@@ -184,7 +183,7 @@ def load_ours(arguments: argparse.Namespace, directory: Path) -> tuple[Score, Pa
 
 
 def load_theirs(arguments: argparse.Namespace, directory: Path) -> tuple[Score, Parts]:
-    """A function that scores requests with lm-eval's own model."""
+    """Make a function that scores requests with lm-eval's own model."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -210,14 +209,14 @@ def load_theirs(arguments: argparse.Namespace, directory: Path) -> tuple[Score, 
 
 
 def small_tokenizer() -> Any:
-    """A tokenizer, because HFLM insists on one."""
+    """Make a tokenizer, because HFLM requires one."""
     from tokenizers import Tokenizer, models
 
     return Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
 
 
 def release() -> None:
-    """Give back what a model that is no longer there held."""
+    """Release the memory of a deleted model."""
     import gc
 
     import torch

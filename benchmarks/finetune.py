@@ -2,8 +2,8 @@
 
 python benchmarks/finetune.py --shape llama-2-7b --flags "--quantize bnb.nf4-dq --lora.targets all --lora.r 16"
 
-The weights are random because speed and memory do not depend on them; they are made on the spot, a tensor at a time.
-Every sample fills --tokens tokens exactly, so nothing that is counted is padding.
+The weights are random, because speed and memory do not depend on them; they are made one tensor at a time.
+Every sample has exactly --tokens tokens, so no padding is counted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from shapes import SHAPES, make_checkpoint
 
 
 def make_data(path: Path, samples: int, tokens: int) -> None:
-    """Samples that are longer than `tokens`, in their prompts, which are cut to fit exactly."""
+    """Write samples with prompts longer than `tokens`; cutting makes them fit exactly."""
     with path.open("w") as file:
         for i in range(samples):
             text = " ".join(str((i * 7919 + j * 104729) % 9973) for j in range(tokens))
@@ -30,7 +30,7 @@ def make_data(path: Path, samples: int, tokens: int) -> None:
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Run the command and read what it logged; the first three steps warm up and do not count."""
+    """Run the command and read its log; the first three steps warm up and do not count."""
     checkpoint, data, out = work / arguments.shape, work / "data.jsonl", work / "out"
     make_checkpoint(arguments.shape, checkpoint)
     make_data(data, arguments.steps * arguments.micro_batch, arguments.tokens)

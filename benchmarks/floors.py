@@ -1,4 +1,4 @@
-"""The least memory that a step of training can do with, beside what was measured and what the plan of a run says.
+"""Compare the least memory that a training step needs with the measured peak and with the plan of a run.
 
 python benchmarks/floors.py        # for the newest row that step.py wrote of each setting
 """
@@ -31,12 +31,12 @@ FLAGS = re.compile(
 def memory_floor(
     model: ModelConfig, lora: LoRAConfig, scheme: Scheme, recompute: Recompute, tokens: int, state_bytes: float = 8.0
 ) -> float:
-    """Bytes at the peak of a step on `tokens` tokens, if only what must be there is there.
+    """Bytes at the peak of a step on `tokens` tokens, if memory holds only necessary tensors.
 
-    That is: the stored weights; adapters and their gradients in float32 and `state_bytes` of an optimizer for each
-    parameter; the widest stacked weight, dequantised; what the blocks keep; and what one block's backward pass adds.
-    Activations are in 16 bit, but for a float32 a head and token of attention. A backward pass that writes gradients
-    over what it read can do with a little less.
+    These are stored weights; adapters and their gradients in float32; `state_bytes` of an optimizer for each
+    parameter; the widest stacked weight, dequantised; the saved activations of the blocks; and the tensors of one
+    block's backward pass. Activations are in 16 bit, except a float32 for each head and token of attention. A backward
+    pass that overwrites its input with gradients needs a little less.
     """
     gpt = GPT.skeleton(model)
     add_lora(gpt, lora)
@@ -67,10 +67,10 @@ def memory_floor(
 
 
 def sizes(row: dict[str, Any]) -> tuple[float, float, float | None]:
-    """Of a row of step.py in bytes: the peak, what the plan of such a run says, and the floor.
+    """Return bytes for a row of step.py: the peak, the peak of the plan, and the floor.
 
-    There is no floor for the plain path, nor for CUDA graphs, which have memory that is theirs alone, nor where spare
-    memory is used for speed, nor for mixtures of experts.
+    There is no floor for the plain path or mixtures of experts. CUDA graphs have none, because they own a memory pool;
+    cached weights have none, because they use spare memory for speed.
     """
     found = FLAGS.fullmatch(row["flags"])
     assert found, f"not the flags of a row of step.py: {row['flags']}"
@@ -99,7 +99,7 @@ def sizes(row: dict[str, Any]) -> tuple[float, float, float | None]:
 
 
 def beside(row: dict[str, Any]) -> str:
-    """How the peak of a row of step.py stands to its floor and to the plan."""
+    """Format the peak of a row of step.py beside its floor and its plan."""
     peak, plan, floor = sizes(row)
     told = f"{peak / 1e9:.2f} GB, {peak / plan:.3f} of the plan of {plan / 1e9:.2f}"
     return told + (f", {peak / floor:.3f} of the floor of {floor / 1e9:.2f}" if floor else "")

@@ -3,8 +3,8 @@
 python benchmarks/generate.py --quantize bnb.nf4-dq --rows 1 --profile
 python benchmarks/generate.py --library transformers --quantize bnb.nf4-dq
 
-Time is taken after the first tokens, in which kernels are compiled and a graph is captured; reading the prompt and
-those tokens is printed apart. The bandwidth is what the weights that a token needs, read once, make of that time.
+The clock starts after the first tokens, which compile kernels and capture a graph; the time of the prompt and of these
+tokens is printed apart. The bandwidth is the bytes of all weights that a token reads, divided by its time.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MEMORY_SPEED = 3.0e12  # bytes a second that an H100 reads at best, of the 3.35e
 
 
 def ours(arguments: argparse.Namespace) -> tuple[nn.Module, Callable[[int, Callable[[], None]], None]]:
-    """This package: the model, and what generates so many tokens and calls back after each of them."""
+    """Make our model, and a function that generates so many tokens and calls back after each."""
     model = random_model(arguments.shape, arguments.quantize)
     if arguments.r:
         add_lora(model, LoRAConfig(r=arguments.r, alpha=2 * arguments.r, targets="all"))
@@ -53,7 +53,7 @@ def ours(arguments: argparse.Namespace) -> tuple[nn.Module, Callable[[int, Calla
 
 
 def transformers(arguments: argparse.Namespace) -> tuple[nn.Module, Callable[[int, Callable[[], None]], None]]:
-    """The same with transformers' generate and the layers of bitsandbytes."""
+    """Make the same with transformers' generate and the layers of bitsandbytes."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.generation.streamers import BaseStreamer
@@ -87,7 +87,7 @@ def transformers(arguments: argparse.Namespace) -> tuple[nn.Module, Callable[[in
     prompts = torch.tensor(random_prompts(arguments), device=device)
 
     class Streamer(BaseStreamer):
-        """Calls back after each token, but for the prompt, which comes first."""
+        """Calls back after each token of the answer; the first call, for the prompt, is skipped."""
 
         def __init__(self, tell: Callable[[], None]) -> None:
             self.tell, self.prompt = tell, True
@@ -113,7 +113,7 @@ def transformers(arguments: argparse.Namespace) -> tuple[nn.Module, Callable[[in
 
 
 def random_prompts(arguments: argparse.Namespace) -> list[list[int]]:
-    """The ids of each row's prompt."""
+    """Ids of each row's prompt."""
     draw = torch.Generator().manual_seed(0)
     shape = (arguments.rows, arguments.prompt)
     ids: list[list[int]] = torch.randint(3, SHAPES[arguments.shape]["vocab_size"], shape, generator=draw).tolist()
@@ -121,13 +121,13 @@ def random_prompts(arguments: argparse.Namespace) -> list[list[int]]:
 
 
 def bytes_a_token(model: nn.Module) -> int:
-    """Bytes of all weights that a token reads: all but the embeddings, of which it reads a row."""
+    """Bytes of all weights that a token reads: all but the embedding, which gives one row."""
     embedded = next(module.weight for module in model.modules() if isinstance(module, nn.Embedding))
     return sum(storage_bytes(model).values()) - embedded.numel() * embedded.element_size()
 
 
 def measure(run: Callable[[int, Callable[[], None]], None], rows: int, tokens: int) -> tuple[list[float], float]:
-    """Seconds of each step that counts, sorted, and those up to the first of them, the second time they are needed."""
+    """Seconds of each counted step, sorted, and seconds before the first of them in a second run."""
     for _ in range(2):
         told: list[float] = []
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Time how long a model takes from the disk onto the GPU, quantised: read, kept in the cache, and from the cache.
+"""Time the load of a quantised model from the disk onto the GPU: read, written to the cache, and read from the cache.
 
-Each load is a process of its own, whose imports do not count. The weights are random and were just written, so they lie
-in the page cache.
+Each load is a process of its own; its imports do not count. The weights are random and just written, so the page cache
+holds them.
 
 python benchmarks/load.py
 """

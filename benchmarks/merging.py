@@ -1,10 +1,10 @@
-"""How long a merge takes, in how much memory, and what it does to the answers, on a real shape with random weights.
+"""Measure time and memory of a merge, and its effect on the answers, on a real shape with random weights.
 
 python benchmarks/merging.py --shape llama-2-7b --scheme bnb.nf4
 
-The adapter is random too, but sized as trained ones are: each update has --update of its weight's norm, with singular
-values that fall as 1 / i. Of random weights the validation loss says nothing; KL and top-1 agreement between quantised
-base + adapter and each merge do. The samples are sums in words, --samples of them.
+The adapter is random too, with the size of trained ones: each update has --update of its weight's norm, with singular
+values that fall as 1 / i. The validation loss of random weights means nothing. KL and top-1 agreement between quantised
+base + adapter and each merge are meaningful. The samples are sums in words, --samples of them.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def make_adapter(base: Path, folder: Path, scheme: str, update: float, precision
 
 
 def main() -> None:
-    """Make what is needed, merge through the command, and print what it says, its peak included, and its seconds."""
+    """Make the checkpoint and the adapter, run the command, and print its output, its peak and its seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b", help="sizes of the model")
     parser.add_argument("--scheme", default="bnb.nf4", help="how the base was stored while the adapter was trained")

@@ -1,8 +1,8 @@
 """Time our training step beside the peers', on one GPU, and append the rows to results.csv.
 
-Each contestant is a process of its own (benchmarks/contestant.py). Ours stays; the peers come one after the other, and
-take turns with ours, so that a ratio compares neighbours in time on the same card. A peer that is not installed is
-reported as missing. Tokens are counted without padding, of which there is none.
+Each contestant is a process of its own (benchmarks/contestant.py). Ours runs throughout; the peers follow one another
+and take turns with ours. So a ratio compares neighbouring rounds on the same card. A peer that is not installed is
+reported as missing. There is no padding, so every token counts.
 
 python benchmarks/peers.py --peers unsloth                              # 2 x 2048, r 16 on all layers
 python benchmarks/peers.py --workload short --r 8 --targets query,value --steps 2
@@ -61,7 +61,7 @@ class Contestant:
         self.facts = self._answer()
 
     def round(self, steps: int, recompute: str) -> dict[str, float]:
-        """Time `steps` steps, and look at the card while they run."""
+        """Time `steps` steps, and read the state of the card while they run."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # the answer says why it has stopped
             print(json.dumps({"steps": steps, "recompute": recompute}), file=self.process.stdin, flush=True)
@@ -76,7 +76,7 @@ class Contestant:
         self.process.wait(timeout=60)
 
     def _answer(self) -> dict[str, Any]:
-        """The next line that begins with RESULT."""
+        """Read the next line that begins with RESULT."""
         assert self.process.stdout is not None
         watch = threading.Timer(self.patience, self.process.kill)
         watch.start()
@@ -95,7 +95,7 @@ class Contestant:
 
 @dataclass
 class Turns:
-    """The rounds of one contestant."""
+    """Rounds of one contestant."""
 
     rounds: list[dict[str, float]]
 
@@ -104,7 +104,7 @@ class Turns:
         return [1e3 * one["tokens"] / one["milliseconds"] for one in self.rounds]
 
     def line(self, name: str) -> str:
-        """A line of the table."""
+        """Format a line of the table."""
         rates, peak = self.rates(), max(one["peak_gib"] for one in self.rounds)
         each = statistics.median(one["milliseconds"] / one["examples"] for one in self.rounds)
         card = [
@@ -118,7 +118,7 @@ class Turns:
 
 
 def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Let ours and each of `peers` take turns; prints the tables and gives two rows for each peer when it is done.
+    """Let ours and each of `peers` take turns; print the tables and yield two rows for each finished peer.
 
     Raises:
         MissingError: if ours cannot run here.
@@ -158,7 +158,7 @@ def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> Iter
 
 
 def row(task: Task, facts: dict[str, Any], turns: Turns, who: str, commit: str) -> dict[str, Any]:
-    """A row of results.csv: rates are those of whole rounds."""
+    """Make a row of results.csv from the rates of whole rounds."""
     base = "nf4-dq" if task.quantize else "bf16"
     rates = turns.rates()
     return {

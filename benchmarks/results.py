@@ -1,4 +1,4 @@
-"""The table of all measurements, results.csv: what a row holds, and where it is appended."""
+"""Read and append the rows of results.csv, the table of all measurements."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ COLUMNS = (
 
 
 def append_row(results: Path, row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> None:
-    """Add a row to the table; what is not known stays empty."""
+    """Append a row to the table; unknown columns stay empty."""
     new = not results.is_file()
     with results.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -35,7 +35,7 @@ def read_rows(results: Path) -> list[dict[str, str]]:
 
 
 def current_commit() -> str:
-    """What is measured: the variable COMMIT, or the commit of this working tree, or "unknown"."""
+    """Name the measured commit: the variable COMMIT, or the commit of this working tree, or "unknown"."""
     if given := os.environ.get("COMMIT"):
         return given
     try:

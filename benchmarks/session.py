@@ -1,8 +1,8 @@
-"""Measure as much as some minutes on a GPU allow, the most important first.
+"""Measure as many settings as some minutes on a GPU allow, the most important first.
 
-Each command is a process of its own; one that fails or takes too long is recorded and stops no other. What was done for
-this commit on this kind of GPU is not done again, and what failed comes last. Into --out go results.csv, for what the
-programs measured, sessions.csv, for what became of each command, and a folder of logs.
+Each command is a process of its own; one that fails or takes too long is recorded and stops no other. A command that
+ended well for this commit on this kind of GPU is not repeated; failed commands come last. --out receives results.csv
+with the measurements, sessions.csv with the outcome of each command, and a folder of logs.
 
 python benchmarks/session.py --minutes 8
 """
@@ -78,7 +78,7 @@ COMMANDS: tuple[tuple[int, str], ...] = (
 
 
 def session(commands: tuple[tuple[int, str], ...], arguments: argparse.Namespace, gpu: str, programs: Path) -> None:
-    """Run what is left to do, until the time is over."""
+    """Run the remaining commands until the time is over."""
     end = time.monotonic() + 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     table = arguments.out / "sessions.csv"
@@ -103,7 +103,7 @@ def session(commands: tuple[tuple[int, str], ...], arguments: argparse.Namespace
 
 
 def run(command: str, limit: float, arguments: argparse.Namespace, programs: Path) -> str:
-    """Run it for at most `limit` seconds, with all that it starts, and say what became of it."""
+    """Run a command and its child processes for at most `limit` seconds, and return its outcome."""
     logs = arguments.out / "logs"
     logs.mkdir(exist_ok=True)
     log = logs / ("".join(letter if letter.isalnum() else "-" for letter in command)[:120] + ".log")

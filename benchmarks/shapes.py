@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights, because neither speed nor memory depends on the weights."""
+"""Make models of published shapes with random weights; neither speed nor memory depends on the weights."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ experts some of the blocks stand for all."""
 
 
 def random_model(shape: str, scheme: "Scheme") -> "GPT":
-    """A bf16 model of `shape` on the GPU if there is one, quantised layer by layer, but for its head."""
+    """Make a bf16 model of `shape` on the GPU if there is one, quantised layer by layer except for its head."""
     import torch
 
     from lit_qlora.checkpoint import checkpoint
@@ -126,7 +126,7 @@ def make_hf_checkpoint(shape: str, folder: Path) -> None:
 
 
 def _random(spec: "Tensor") -> "Tensor":
-    """A bf16 tensor of this shape: ones for a norm, else small random numbers."""
+    """Make a bf16 tensor of this shape: ones for a norm, else small random values."""
     import torch
 
     from lit_qlora.device import pick_device

@@ -1,7 +1,7 @@
-"""Whether the training step is as fast as it was, whatever clock and power the GPU runs at today.
+"""Compare the speed of the training step with a recorded one, independently of the GPU's clock and power.
 
-Four blocks and the head of Llama-2-7B are trained in turns with a large bf16 product, and the tokens per second are
-divided by the rate of that product. benchmarks/speed.json holds the ratio that was measured last; tests/gpu holds it.
+Training steps of four blocks and the head of Llama-2-7B take turns with a large bf16 product. The tokens per second are
+divided by the rate of that product. benchmarks/speed.json records the last ratio; tests/gpu tests it.
 
 python benchmarks/speed.py [--record | --check]
 """
@@ -27,7 +27,7 @@ SHAPES["llama-2-7b, 4 blocks"] = SHAPES["llama-2-7b"] | {"n_layer": 4}
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """For each setting of recompute: tokens for each TFLOP of the large product."""
+    """Tokens for each TFLOP of the large product, by setting of recompute."""
     model = random_model("llama-2-7b, 4 blocks", "bnb.nf4-dq")
     add_lora(model, LoRAConfig(r=16, alpha=32, targets="all", dropout=0.05))
     fused = fuse(model.train())
@@ -37,7 +37,7 @@ def measure(rounds: int) -> dict[str, float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
 
     def turn(steps: int, products: int) -> float:
-        """Milliseconds of a step over those of a product."""
+        """Milliseconds of a step divided by those of a product."""
         events[0].record()
         for _ in range(steps):
             (model.loss(tokens, tokens) / tokens.numel()).backward()

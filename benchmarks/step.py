@@ -33,10 +33,10 @@ WARM_UP = 6  # steps: kernels are compiled in the first, a graph is captured in 
 def measure(
     model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...], steps: int, graphs: bool
 ) -> dict[str, float]:
-    """Milliseconds of the median, fastest and slowest step, and the peak in bytes; nothing waits inside a step.
+    """Milliseconds of the median, fastest and slowest step, and the peak in bytes; no step waits for the device.
 
     Args:
-        graphs: replays are not counted as allocations, so the peak is what was reserved.
+        graphs: replays do not count as allocations, so the peak is the reserved memory.
     """
     for _ in range(WARM_UP):
         _step(model, optimizer, batch)
@@ -68,7 +68,7 @@ def _step(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | No
 
 
 def describe(arguments: argparse.Namespace, setting: str) -> str:
-    """The flags of a row, as floors.py and tables.py read them."""
+    """Write the flags of a row as floors.py and tables.py read them."""
     learns = f"r{arguments.r} {','.join(arguments.targets)} dropout {arguments.dropout:g}"
     described = f"{arguments.quantize} {learns} recompute {setting}{' packed' if arguments.packed else ''}"
     described += " graphs" if arguments.graphs else ""

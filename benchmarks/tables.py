@@ -1,4 +1,4 @@
-"""Make the tables of measured figures in docs/measured.md from results.csv: of each setting the newest row counts.
+"""Make the tables in docs/measured.md from results.csv; the newest row of each setting counts.
 
 python benchmarks/tables.py [--check]        # --check writes nothing; status 1 if docs/measured.md differs
 """
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- made by benchmarks/tables.py -->\n", "<!-- end of what it mad
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the tables, and the columns that the rows of results.csv have which it is made from."""
+    """A row of the tables, and the columns by which it finds its rows of results.csv."""
 
     model: str
     label: str
@@ -30,7 +30,7 @@ class Setting:
     shows_peak: bool = True
 
     def newest(self, rows: list[Row]) -> Row | None:
-        """The last of `rows` that measured this setting."""
+        """Last of `rows` that measured this setting."""
         columns = ("program", "shape", "micro_batch", "tokens", "flags")
         wanted = {name: getattr(self, name) for name in columns}
         return next((row for row in reversed(rows) if wanted.items() <= row.items()), None)
@@ -39,7 +39,7 @@ class Setting:
 def _step(
     label: str, recompute: str, rows: int = 2, length: int = 2048, base: str = "bnb.nf4-dq", **more: str
 ) -> Setting:
-    """A step of Llama-2-7B with adapters of rank 16 on all layers, or what `more` says."""
+    """Describe a step of Llama-2-7B with adapters of rank 16 on all layers, or as `more` says."""
     learns = more.get("learns", "r16 all")
     return Setting(
         model=more.get("model", "Llama-2-7B"),
@@ -111,7 +111,7 @@ WORKLOADS = {
 
 
 def training(rows: list[Row]) -> tuple[list[str], list[Row]]:
-    """The lines of a table, and the rows that it was made from."""
+    """Format the lines of a table; also return their rows."""
     lines = ["| model | recompute | tokens/s | slowest - fastest | peak GiB |", "|---|---|---:|---:|---:|"]
     used: list[Row] = []
     model = ""
@@ -127,7 +127,7 @@ def training(rows: list[Row]) -> tuple[list[str], list[Row]]:
 
 
 def beside(rows: list[Row]) -> tuple[list[str], list[Row]]:
-    """Ours beside each peer: the newest pair of rows, which peers.py appends one after the other."""
+    """Format ours beside each peer: the newest pair of rows, which peers.py appends one after the other."""
     lines = ["| | tokens/s | GiB | peer | tokens/s | GiB | ratio |", "|---|---:|---:|---|---:|---:|---:|"]
     used: list[Row] = []
     for begin, label in WORKLOADS.items():
@@ -149,7 +149,7 @@ def beside(rows: list[Row]) -> tuple[list[str], list[Row]]:
 
 
 def answers(rows: list[Row]) -> tuple[list[str], list[Row]]:
-    """Tokens per second of answers."""
+    """Format the tokens per second of answers."""
     lines, used = ["| answers | tokens/s |", "|---|---:|"], []
     for setting in ANSWERS:
         if row := setting.newest(rows):
@@ -159,12 +159,12 @@ def answers(rows: list[Row]) -> tuple[list[str], list[Row]]:
 
 
 def figure(text: str) -> str:
-    """A number with four or so digits."""
+    """Format a value with about four digits."""
     return f"{float(text):,.0f}" if float(text) >= 1000 else f"{float(text):.1f}"
 
 
 def make(rows: list[Row]) -> str:
-    """All that stands between the two markers."""
+    """Text between the two markers."""
     rows = [row for row in rows if row["gpu"] == GPU]
     tables = [table(rows) for table in (training, beside, answers)]
     used = [id(row) for _, some in tables for row in some]
@@ -184,7 +184,7 @@ def make(rows: list[Row]) -> str:
 
 
 def renew(readme: str, rows: list[Row]) -> str:
-    """The page with what stands between the markers made anew."""
+    """Return the page with new text between the markers."""
     before, _, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, "docs/measured.md has lost a marker"
@@ -192,7 +192,7 @@ def renew(readme: str, rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Write docs/measured.md, or say whether it is as it would be written."""
+    """Write docs/measured.md, or with --check compare it with the new text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check

@@ -197,8 +197,8 @@ def _check_known(name: str, own: dict[str, Path | None]) -> None:
         return
     near = get_close_matches(name, own, n=1) + get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    here = f" Tasks in include_path: {', '.join(sorted(own)[:10])}." if own else ""
-    raise UsageError(f"eval_tasks: {name!r} is neither a task in include_path nor one of lm-eval.{hint}{here}")
+    here = f" Your own: {', '.join(sorted(own)[:10])}." if own else ""
+    raise UsageError(f"{name!r} is neither a task of lm-eval nor one of your own.{hint}{here}")
 
 
 def _value(node: "Node | None", key: str) -> "Node | None":

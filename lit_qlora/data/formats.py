@@ -304,12 +304,13 @@ def _fits(record: Fields, form: Format) -> bool:
 
 
 def _parse_columns(text: str) -> dict[str, str]:
-    pairs = [part.strip().rpartition(":")[::2] for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    pairs = [part.rpartition(":")[::2] for part in parts]
     columns = dict(pairs)
-    for theirs, ours in pairs:
+    for part, (theirs, ours) in zip(parts, pairs, strict=True):
         if ours not in OURS or not theirs:
             raise UsageError(
-                f"data.columns: {theirs}:{ours} is not of the form theirs:ours with one of {', '.join(OURS)}."
+                f"data.columns: {part!r} is not of the form theirs:ours with one of {', '.join(OURS)}."
                 f"{did_you_mean(ours, OURS)}"
             )
     for names in zip(*pairs, strict=True):

@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from lit_qlora.errors import UsageError
+from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.reading import read_json
+from lit_qlora.model.config import missing_checkpoint
 from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
 
 RECORD = "prepared.json"
@@ -23,6 +24,7 @@ def choose_data(data: DataConfig, checkpoint_dir: Path) -> DataConfig:
 
     Raises:
         UsageError: if there is no such folder, or more than one.
+        CheckpointError: if there is no such checkpoint either.
     """
     if data.path != ("auto",):
         return data
@@ -31,6 +33,8 @@ def choose_data(data: DataConfig, checkpoint_dir: Path) -> DataConfig:
         raise UsageError(f"Several folders were prepared for {checkpoint_dir}: {', '.join(found)}. Give --data.path.")
     if not found and checkpoint_dir.resolve().parts[-2:] == DEMO_CHECKPOINT.parts[-2:]:
         found = ["finetune/demo"]
+    if not found and not checkpoint_dir.is_dir():
+        raise CheckpointError(missing_checkpoint(checkpoint_dir))
     if not found:
         raise UsageError(
             f"--data.path must be given: no data was prepared for {checkpoint_dir}.\n"

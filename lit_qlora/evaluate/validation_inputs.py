@@ -130,7 +130,7 @@ def read_text(path: Path, data: RunData) -> list[int]:
         own = files("lit_qlora") / "probe.txt"
         text = own.read_text(encoding="utf-8") if path == Path("default") else reading.read_text(path, DataError)
     except OSError as error:
-        raise DataError(f"eval.kl_text {path} cannot be read: {error}.") from None
+        raise DataError(f"eval.kl_text {path} cannot be read: {error.strerror}.") from None
     ids = data.tokenizer.encode(text)[:PROBE_TOKENS]
     if len(ids) < 2:
         raise DataError(f"eval.kl_text {path} has {len(ids)} tokens; at least 2 are needed.")

@@ -134,12 +134,13 @@ class DataConfig(PromptKnobs):
                 "data.val_path names the validation file, so data.validation_size would have no effect. Leave one out.",
             )
             object.__setattr__(self, "val_fraction", self.validation_size)
-            object.__setattr__(self, "validation_size", None)  # so that a config.yaml holds it once
+        given = "val_fraction" if self.validation_size is None else "validation_size"
         share = self.val_fraction
         check(
             0 <= share < 1 or share % 1 == 0 <= share,
-            f"data.val_fraction must be a share below 1 or a whole number of samples, got {share}.",
+            f"data.{given} must be a share below 1 or a whole number of samples, got {share}.",
         )
+        object.__setattr__(self, "validation_size", None)  # so that a config.yaml holds it once
         check(
             not self.columns or self.format == "auto",
             "data.columns gives the meaning of columns, so data.format would have no effect. Leave one out.",

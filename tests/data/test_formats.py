@@ -137,7 +137,7 @@ def test_any_columns_can_be_named(tmp_path: Path) -> None:
         ("a:instruction", "of no column that it is the output"),
         ("a:output", "of no column that it is the instruction"),
         ("a:instruction,b:outptu", "Did you mean output"),
-        ("instruction,output", "not of the form theirs:ours"),
+        ("instruction,output", "data.columns: 'instruction' is not of the form theirs:ours"),
         ("a:instruction,b:instruction,c:output", "'instruction' stands twice"),
         ("a:instruction,a:output", "'a' stands twice"),
     ],

@@ -94,6 +94,8 @@ def test_h2o_calls_the_share_validation_size(read, tmp_path: Path) -> None:
         DataConfig(validation_size=0.1, val_fraction=0.2)
     with pytest.raises(UsageError, match=r"data\.validation_size would have no effect"):
         DataConfig(validation_size=0.1, val_path=str(tmp_path / "val.jsonl"))
+    with pytest.raises(UsageError, match=r"data\.validation_size must be a share"):
+        DataConfig(validation_size=1.5)
 
 
 def test_a_subset_is_chosen_by_the_seed(read) -> None:

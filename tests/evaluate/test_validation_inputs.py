@@ -71,7 +71,7 @@ def test_questions_are_of_all_lengths(config: FinetuneConfig, data: RunData) -> 
         ({"best": "kl_to_base"}, "eval.best kl_to_base needs --eval.kl_text."),
         ({"best": "val_acuracy"}, "eval.best 'val_acuracy' is not a metric of validations. Did you mean val_accuracy?"),
         ({"best": "mmlu/acc"}, "eval.best 'mmlu/acc' is not a metric"),
-        ({"kl_text": Path("absent.txt")}, "eval.kl_text absent.txt cannot be read"),
+        ({"kl_text": Path("absent.txt")}, "eval.kl_text absent.txt cannot be read: No such file or directory."),
         ({"prompts": Path("absent.txt")}, "absent.txt"),
     ],
 )

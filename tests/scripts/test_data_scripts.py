@@ -9,7 +9,7 @@ import torch
 from lit_qlora import cli
 from lit_qlora.data import read_examples
 from lit_qlora.data.prepared import choose_data
-from lit_qlora.errors import UsageError
+from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
 from tests.conftest import ROOT, load_script
 
@@ -132,6 +132,8 @@ def test_training_takes_what_was_prepared_for_its_checkpoint(
         UsageError, match=r"no data was prepared for .*\nOr prepare some: python scripts/prepare_alpaca"
     ):
         choose_data(DataConfig(), tiny_checkpoint)
+    with pytest.raises(CheckpointError, match="absent does not exist"):
+        choose_data(DataConfig(), Path("absent"))
     assert run("prepare_alpaca", f"--data_path={alpaca}", "--out_dir=data/other") == 0  # for no checkpoint
     assert run("prepare_alpaca", f"--data_path={alpaca}", f"--checkpoint_dir={tiny_checkpoint}") == 0
     assert choose_data(DataConfig(), tiny_checkpoint).path == ("data/alpaca",)

@@ -30,6 +30,8 @@ TEMPLATE = "template"
 """The name of the style that is the tokenizer's own chat template."""
 KNOBS = "knobs"
 """The name of the style that PromptKnobs describe."""
+TOOL_ROLES = ("tool", "ipython", "observation", "function")
+"""Roles of a tool's result in chat templates, the likeliest first."""
 RENDERED_AT_ONCE = 2**23  # characters; one may take twelve bytes in JSON, and several copies are made
 Remark = Literal["begun", "rewritten", "thoughts", "followed", "cut"]
 """Of an answer: it does not begin as the template asks for it; what comes before it is another text when the template
@@ -331,7 +333,7 @@ class TemplateStyle(Style):
     def _words(self) -> "_Words":
         """How the template names what messages hold."""
         return _Words(
-            tool=next((word for word in ("tool", "ipython", "observation", "function") if self._names(word)), "tool"),
+            tool=next((word for word in TOOL_ROLES if _compares_role(self._code, word)), "tool"),
             developer="developer" if self._names("developer") else "system",
             reasoning=tuple(key for key in REASONING if self._names(key)),
             parses=re.search(r"\barguments\s+is\s+(not\s+)?string\b", self._bare) is None,
@@ -435,6 +437,15 @@ def _named(code: str, bare: str, key: str) -> bool:
     """Whether a template reads the key as .key or ["key"], or compares with it."""
     word = re.escape(key)
     return bool(re.search(rf"\.\s*{word}\b", bare) or re.search(rf"(['\"]){word}\1", code))
+
+
+def _compares_role(code: str, role: str) -> bool:
+    """Tell if a template compares a message's role with this one, as in role == "tool" or role in ["tool", "ipython"].
+
+    The word alone tells nothing: tools, their calls and functions are read under the same names.
+    """
+    role_is = r"role\b['\"\])\s]*(?:==|!=|(?:not\s+)?in\b)"
+    return bool(re.search(rf"{role_is}[\s(\[]*(?:['\"]\w+['\"]\s*,\s*)*(['\"]){re.escape(role)}\1", code))
 
 
 def _with_parsed_arguments(call: Any) -> Any:

@@ -336,6 +336,31 @@ def test_a_developer_is_one_where_the_template_knows_that_role_and_else_the_syst
     )
 
 
+@pytest.mark.parametrize(
+    ("role", "more"),
+    [
+        ("tool", ""),
+        ("tool", "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"),
+        (
+            "tool",
+            "{% for call in m['tool_calls'] %}{% if call['type'] == 'function' %}{{ call }}{% endif %}{% endfor %}",
+        ),
+        (
+            "ipython",
+            "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}{% if m['role'] == 'ipython' %}{% endif %}",
+        ),
+        ("observation", '{% if tools is defined and m.role in ("user", "observation") %}{% endif %}'),
+        ("function", "{% if m.role not in ['user', 'function'] %}{% endif %}"),
+    ],
+)
+def test_a_result_has_the_role_that_the_template_compares_with_and_else_tool(
+    tokenizer: Tokenizer, role: str, more: str
+) -> None:
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}:{{{{ m.content }}}}{more}{{{{ eos_token }}}}{{% endfor %}}"
+    messages = [*HELLO, {"role": "tool", "content": "wet"}, MORE[1]]
+    assert f"{role}:wet" in tokenizer.decode(encoded(tokenizer, template, said_of(messages, None))[0])
+
+
 def test_conversations_with_tools_are_cut_between_exchanges(tokenizer: Tokenizer) -> None:
     said = said_of(KIND + ERRAND + MORE, TOOLS)
     rest = said_of(KIND + MORE, TOOLS)

@@ -1,4 +1,4 @@
-"""Where the answers of a checkpoint end, and how its conversations are written, for programs that read exports."""
+"""Endings of answers and the prompt style of a checkpoint, for programs that read exports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ from lit_qlora.prompts.tokenizer import MODELS, Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """What an exported model has to know to answer as it does here."""
+    """The facts that an exported model needs to answer as it does here."""
 
     tokenizer: Tokenizer
     style: Style | None
-    """That of the training; None: the model has its own chat template, or none."""
+    """The prompt style of the training; None: the model has its own chat template, or none."""
     stop_ids: tuple[int, ...]
     """Ids that end an answer: EOS, then that of the style."""
 

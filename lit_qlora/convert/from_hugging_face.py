@@ -20,7 +20,7 @@ from lit_qlora.prompts import tokenizer
 Dtype = Literal["keep", "bf16", "fp32"]
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 THEIR_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""What Hugging Face calls the weights, best first."""
+"""Hugging Face's names of the file of weights, best first."""
 
 
 def convert_hf_checkpoint(
@@ -85,7 +85,7 @@ def _their_config(source: Path) -> dict[str, Any]:
 
 
 def _has_own_head(weights: shards.Weights, config: ModelConfig) -> bool:
-    """Whether a head is stored beside the embedding with other values, as transformers 5 reads it then."""
+    """Tell if a head is stored whose values differ from the embedding's: transformers 5 reads it then."""
     family = find_family(config.family)
     embedding, *heads = (
         [name for name in weights.specs if family.weights.get(name) == f"{ours}.weight"] for ours in ("embed", "head")

@@ -1,4 +1,4 @@
-"""Which of our models llama.cpp computes as we do, and under which name: a row for each family.
+"""The models that llama.cpp computes as we do, with its names for them: a row for each family.
 
 Source of what its graphs compute and read from a file: https://github.com/ggml-org/llama.cpp, src/models
 """
@@ -21,10 +21,10 @@ EXPERTS = {"n_expert", "n_expert_per_token", "expert_size"}
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How llama.cpp computes a family of ours."""
+    """llama.cpp's graph for a family of ours."""
 
     name: str
-    """What it calls it."""
+    """llama.cpp's name of the graph."""
     reads: frozenset[str] = frozenset()
     """Further fields that a file can say any value of."""
     means: Mapping[str, Any] | Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
@@ -41,7 +41,7 @@ class Architecture:
         return tuple(i for i in range(config.n_layer) if self.period and (i + 1) % self.period == 0)
 
     def meant(self, config: ModelConfig) -> dict[str, Any]:
-        """What its graph gives to the fields that no file says."""
+        """The values that its graph gives to the fields that no file says."""
         values = dict(self.means(config) if callable(self.means) else self.means)
         if self.period and config.sliding_window is not None:
             values["full_attention_layers"] = self.full_layers(config)
@@ -54,7 +54,7 @@ def gemma(config: ModelConfig) -> dict[str, Any]:
 
 
 def gemma_2_or_3(config: ModelConfig) -> dict[str, Any]:
-    """Those with norms on both sides; the scale of the scores is that of the head, but for the largest models."""
+    """Gemma 2 and 3: norms on both sides; the largest models scale scores by n_embd / n_head, the others by head_size."""
     size = config.n_embd / config.n_head if config.n_layer in (46, 62) else config.head_size
     return {**gemma(config), "norm_position": "both", "attention_scale": size**-0.5}
 
@@ -180,7 +180,7 @@ def check_supported(config: ModelConfig) -> Architecture:
 
 
 def _same(config: ModelConfig, name: str, meant: Any) -> bool:
-    """Whether a field of `config` has a value; floats up to what float32 tells apart."""
+    """Tell if the field `name` of `config` is `meant`; floats may differ by float32's rounding."""
     value = getattr(config, name)
     if name == "attention_scale":
         value, meant = (x if x is not None else config.head_size**-0.5 for x in (value, meant))

@@ -22,7 +22,7 @@ NO_MERGE = "no merge"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2", "": "gpt-2"}
-"""How a byte-level tokenizer.json cuts a text before it merges -> what llama.cpp calls that."""
+"""Pattern by which a byte-level tokenizer.json cuts a text before it merges -> llama.cpp's name of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     """Byte-level BPE: "left right", first merge first."""
     split: str = "default"
-    """How a text is cut before it is merged, byte-level; "default" for SentencePiece."""
+    """Byte-level BPE: llama.cpp's name of the pattern that cuts a text before merging; "default": SentencePiece."""
     prefix: bool
     """The first word gets a space before it."""
     bos_id: int | None
     eos_id: int
     other_stops: tuple[int, ...]
-    """What else ends an answer; llama.cpp has names for two such tokens, "end of turn" and "end of message"."""
+    """Other tokens that end an answer; llama.cpp has two names for them, "end of turn" and "end of message"."""
     adds_bos: bool
     chat_template: str | None
 

@@ -22,7 +22,7 @@ from lit_qlora.prompts.tokenizer import FILES
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 SOURCE = "source.json"
-"""Where a model came from: repository, commit, and the files with their sums. It travels with what is made of it."""
+"""Origin of a model: repository, commit, and files with their checksums. It travels with all checkpoints made of it."""
 OTHERS = ("config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", *FILES)
 
 
@@ -91,7 +91,7 @@ def download(
 
 
 def choose_files(files: Iterable[RemoteFile], repo_id: str) -> list[RemoteFile]:
-    """What is needed of a repository: safetensors if there are any, else .bin files, and configuration and tokenizer.
+    """Choose the files that are needed: safetensors if there are any, else .bin files, and configuration and tokenizer.
 
     Raises:
         CheckpointError: if a name would leave the folder, or there are no weights or no configuration.
@@ -115,7 +115,7 @@ def choose_files(files: Iterable[RemoteFile], repo_id: str) -> list[RemoteFile]:
 
 
 def list_models(words: str = "") -> str:
-    """Well-known models by family with their sizes, those whose family or name has all the words."""
+    """List well-known models by family, with their sizes; family and name together hold each of `words`."""
     lines = []
     for family, models in MODELS.items():
         shown = [

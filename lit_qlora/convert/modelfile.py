@@ -1,4 +1,4 @@
-"""A Modelfile for Ollama, which says how it writes conversations for a GGUF file, and where answers end.
+"""Modelfiles for Ollama: they tell how it writes conversations for a GGUF file, and where answers end.
 
 Format: https://docs.ollama.com/modelfile
 """
@@ -13,7 +13,7 @@ from lit_qlora.prompts.added_tokens import read_if_there
 from lit_qlora.prompts.published import go_template
 
 PARAMETERS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
-"""What generation_config.json may say -> what Ollama calls it."""
+"""Setting of generation_config.json -> Ollama's name of it."""
 CONTEXT = 4096
 """Tokens that Ollama reads at most unless it is told otherwise."""
 

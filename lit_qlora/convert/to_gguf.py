@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 MODELFILE = ".Modelfile"
-"""How the name of the file for Ollama ends."""
+"""Ending of the name of the file for Ollama."""
 Kind = Literal["f16", "q8_0", "bf16", "f32"]
 
 
@@ -172,7 +172,7 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
 
 
 def _write_scales(writer: "GGUFWriter", config: ModelConfig) -> None:
-    """What scores, logits and the residual stream are multiplied by or limited to, where a graph reads it."""
+    """Write the multipliers and limits of scores, logits and the residual stream that a graph reads."""
     writers = {
         "attention_softcap": writer.add_attn_logit_softcapping,
         "logit_softcap": writer.add_final_logit_softcapping,
@@ -198,10 +198,10 @@ def _rope_factors(config: ModelConfig) -> Tensor | None:
 
 
 def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """A tensor as llama.cpp's graph takes it.
+    """Arrange a tensor as llama.cpp's graph takes it.
 
-    That has the rows of each head in the order of its RoPE, feature i beside feature i + half, where it turns
-    neighbours and we do not, and norms whose weight holds the one.
+    Its norms hold the one in their weight. Where its RoPE turns neighbours and ours does not, the rows of each head
+    follow its order: feature i beside feature i + half.
     """
     layer = ".".join(name.split(".")[2:4])
     if config.norm == "rms_plus_one" and "norm" in name:
@@ -213,7 +213,7 @@ def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 
 def _storage(spec: Tensor, kind: Kind) -> "GGMLQuantizationType":
-    """How a tensor is stored: vectors in float32, rows that are no multiple of q8_0's blocks in float16."""
+    """The storage of a tensor: float32 for vectors, float16 for rows that are no multiple of q8_0's blocks."""
     from gguf import GGMLQuantizationType
 
     if spec.ndim == 1:

@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }
-"""What config.json calls the model's class, which tools other than transformers go by."""
+"""Family -> the model's class in config.json; tools other than transformers go by it."""
 HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -138,7 +138,7 @@ def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing where there is none."""
+    """Read a JSON file; {} where there is none."""
     facts: dict[str, Any] = read_json(path) if path.is_file() else {}
     return facts
 
@@ -162,7 +162,7 @@ def _write_ending(folder: Path, ending: Ending | None) -> None:
 
 
 def _read_back(folder: Path, config: ModelConfig, specs: Mapping[str, Tensor]) -> None:
-    """Convert the headers of what was written: that has to be the checkpoint again."""
+    """Convert the headers of the written files: they have to give the checkpoint again."""
     back: dict[str, Tensor] = {}
     for name, spec in find_weights(folder).specs.items():
         back |= to_ours(name, spec, config)

@@ -1,1 +1,1 @@
-"""What the model computes, in plain torch."""
+"""The model's computation, in plain torch."""

@@ -1,4 +1,4 @@
-"""Attention: what a block lets each token take from the tokens before it."""
+"""Attention: each token takes values from the tokens before it."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from lit_qlora.model.rope import rope_table, rotate
 
 
 class Place(NamedTuple):
-    """What the attention of a block knows about where the tokens stand."""
+    """RoPE, query scale and mask: the positions of the tokens as the attention of a block needs them."""
 
     rope: tuple[Tensor, Tensor] | None
     """See rope_table; None where nothing is rotated."""
     query_scale: Tensor | None
-    """(B, 1, T, 1), what queries are multiplied by."""
+    """(B, 1, T, 1), the factor of the queries."""
     mask: Tensor | None
     """See attention_mask."""
 
@@ -140,7 +140,7 @@ class Places:
         }
 
     def of(self, block: int) -> Place:
-        """What block number `block` must know."""
+        """The positions as block number `block` needs them."""
         return self.places[self.kinds[block]]
 
 
@@ -153,7 +153,7 @@ def query_scale(config: ModelConfig, positions: Tensor) -> Tensor:
 def attention_mask(
     window: int | None, new: int, cache: "KVCache | None", device: torch.device, segments: Tensor | None = None
 ) -> Tensor | None:
-    """Who may look at whom: (B or 1, 1, T, past + T), True where allowed; None stands for plain causal.
+    """The mask of attention, (B or 1, 1, T, past + T): True where a token may see another; None is plain causal.
 
     Args:
         window: how many tokens a token sees, itself included; None for all before it.
@@ -282,7 +282,7 @@ class NormOfEachHead(nn.ModuleList):
 
 
 def make_qk_norm(config: ModelConfig, heads: int) -> nn.Module:
-    """The norm of queries or keys, of which there are `heads`."""
+    """Make the norm of queries or keys of so many heads."""
     if config.qk_norm == "none":
         return nn.Identity()
     if config.qk_norm == "each_head":

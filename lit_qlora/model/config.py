@@ -1,4 +1,4 @@
-"""What a model is: sizes and choices that a checkpoint fixes, with no code attached."""
+"""The configuration of a model: sizes and choices that a checkpoint fixes, with no code attached."""
 
 import json
 from contextlib import suppress
@@ -36,7 +36,7 @@ class ModelConfig:
     """
 
     name: str
-    """What the model is called, e.g. meta-llama/Llama-2-7b-hf."""
+    """Name of the model, e.g. meta-llama/Llama-2-7b-hf."""
     family: str = "llama"
     """The row of lit_qlora.convert.families that it was converted with."""
     n_layer: int
@@ -53,12 +53,12 @@ class ModelConfig:
     """rms_plus_one stores what its weight exceeds one by (Gemma)."""
     norm_eps: float = 1e-5
     norm_position: Literal["before", "after", "both"] = "before"
-    """Where attention and MLP have a norm: on what they read, on what they add to the residual stream, or on both."""
+    """The norm of attention and MLP acts on their input, on their output before it is added, or on both."""
     shared_norm: bool = False
     """With parallel_residual: attention and MLP read one norm instead of one each."""
     qk_norm: Literal["none", "head", "each_head", "full"] = "none"
-    """Norm of queries and keys: over each head with one weight for all heads, over each head with a weight of its own
-    (a layer norm without bias), or over all heads at once."""
+    """Norm of queries and keys. head: over each head, with one weight for all heads. each_head: over each head, with a
+    weight of its own (a layer norm without bias). full: over all heads at once."""
     qk_norm_after_rope: bool = False
     ffn: Literal["swiglu", "geglu", "geglu_tanh", "swiglu_clamped", "gelu", "gelu_tanh"] = "swiglu"
     qkv_bias: bool = False
@@ -76,7 +76,7 @@ class ModelConfig:
     clip_qkv: float | None = None
     """Queries, keys and values are limited to this magnitude."""
     attention_scale: float | None = None
-    """What scores are multiplied by; None: 1 / sqrt(head_size)."""
+    """Factor of the scores; None: 1 / sqrt(head_size)."""
     attention_softcap: float | None = None
     attention_sinks: bool = False
     """Each head has one more score, learnt, that takes its share of the softmax and gives nothing (gpt-oss)."""
@@ -132,8 +132,8 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = ()
     """Blocks with a plain MLP in a model of experts."""
     router: Literal["softmax", "softmax_chosen", "sigmoid"] = "softmax"
-    """How a token's scores become the weights of its experts: softmax over all experts or over the chosen ones, or each
-    expert on its own."""
+    """Function from a token's scores to the weights of its experts: softmax over all experts or over the chosen ones,
+    or a sigmoid for each expert."""
     router_normalized: bool = False
     """Divide the weights of the chosen experts by their sum."""
     router_bias: bool = False
@@ -141,7 +141,7 @@ class ModelConfig:
     """A learnt number for each expert helps to choose it, without counting in its weight (DeepSeek-V3)."""
     router_scale: float = 1.0
     router_groups: int = 1
-    """Experts stand in this many groups, of which only the best are considered."""
+    """Number of groups of experts; a token chooses among the experts of its best router_groups_kept groups."""
     router_groups_kept: int = 1
 
     def __post_init__(self) -> None:
@@ -198,7 +198,7 @@ class ModelConfig:
 
     @property
     def rotated(self) -> int:
-        """How many of head_size features carry position."""
+        """Number of the head_size features that carry position."""
         return self.latent_rope_size if self.kv_latent_size else int(self.rope_fraction * self.head_size)
 
     @property
@@ -207,15 +207,15 @@ class ModelConfig:
         return self.latent_value_size if self.kv_latent_size else self.head_size
 
     def windowed(self, block: int) -> bool:
-        """Whether the sliding window holds for `block`."""
+        """True if the sliding window holds for `block`."""
         return self.sliding_window is not None and block not in self.full_attention_layers
 
     def rotates(self, block: int) -> bool:
-        """Whether `block` rotates its queries and keys."""
+        """True if `block` rotates its queries and keys."""
         return self.positions == "rope" and block not in self.no_rope_layers
 
     def has_experts(self, block: int) -> bool:
-        """Whether `block` has a mixture of experts instead of a plain MLP."""
+        """True if `block` has a mixture of experts instead of a plain MLP."""
         return self.n_expert > 0 and block not in self.dense_layers
 
     def save(self, directory: Path) -> None:
@@ -254,7 +254,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def missing_checkpoint(directory: Path) -> str:
-    """Why `directory` is no checkpoint, and what to do about it."""
+    """Say why `directory` is no checkpoint, and what to do about it."""
     if not directory.exists():
         parent = directory.parent
         beside = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []

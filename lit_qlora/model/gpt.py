@@ -31,7 +31,7 @@ class FastPath(Protocol):
 
     @property
     def can_release(self) -> bool:
-        """Whether there are weights that release would free."""
+        """True if there are weights that release would free."""
         ...
 
     def flatten(self) -> Sequence[nn.Parameter]:
@@ -97,7 +97,7 @@ class GPT(nn.Module):
         Args:
             tokens: (B, T) int64.
             labels: (B, T) int64, the token that should follow each token, IGNORE where no loss is wanted.
-            weights: (B, T) float32, what each token's loss is multiplied by; None is 1 everywhere.
+            weights: (B, T) float32, the factor of each token's loss; None is 1 everywhere.
             positions, segments: see hidden.
 
         Returns:
@@ -111,11 +111,11 @@ class GPT(nn.Module):
 
     @property
     def can_release(self) -> bool:
-        """Whether there are weights that release would free."""
+        """True if there are weights that release would free."""
         return self.fast is not None and self.fast.can_release
 
     def release(self) -> bool:
-        """Free the weights that the fast path has cached or carried over; whether there were any.
+        """Free the weights that the fast path has cached or carried over; return True if there were any.
 
         No loss may be waiting for its backward pass.
         """
@@ -210,14 +210,14 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of head(hidden) against labels, summed, without ever holding all the logits.
 
-    Where B * T * V exceeds `at_once`, the logits of a slice of tokens exist at a time and are
-    computed again in the backward pass.
+    Where B * T * V exceeds `at_once`, the logits of a slice of tokens exist at a time. The backward pass recomputes
+    them.
 
     Args:
         hidden: (B, T, E), any float dtype; the softmax is float32.
         head: any module (..., E) -> (..., V).
         labels: (B, T) int64, IGNORE where no loss is wanted.
-        weights: (B, T) float32, what each token's loss is multiplied by; None is 1 everywhere.
+        weights: (B, T) float32, the factor of each token's loss; None is 1 everywhere.
         cap: see softcap.
 
     Returns:

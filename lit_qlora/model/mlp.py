@@ -1,4 +1,4 @@
-"""What a block does to each token by itself: an MLP, or a choice of several."""
+"""The layers of a block that read each token by itself: an MLP, or a mixture of experts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -98,14 +98,14 @@ class MoE(nn.Module):
 
 
 CORRECTION = ".router.correction"
-"""How the name ends of the one weight that stays float32: in 16 bit, experts that are close would change places."""
+"""Ending of the name of the one weight that stays float32: 16 bits would swap experts with close scores."""
 
 
 class Router(nn.Module):
-    """Which experts a token goes to, and how much each of them counts.
+    """Choose the experts of a token, and weigh them.
 
-    A fraction of a percent of the weights decides what all others do: it is computed in float32 and, being no linear
-    layer, neither quantised nor adapted.
+    A fraction of a percent of the weights decides which experts work: the router computes in float32. It is no linear
+    layer, so it is neither quantised nor adapted.
     """
 
     def __init__(self, config: ModelConfig) -> None:

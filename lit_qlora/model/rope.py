@@ -13,8 +13,8 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """The cosines and sines, each (B, 1, T, R/2) float32; R is the rotated part of head_size. Su et al. 2021, eq. 34.
 
-    Computed in every forward pass: it costs nothing next to one layer, and a table that is
-    not stored cannot be stale, on the wrong device, or left uninitialized on the meta device.
+    Every forward pass computes it, at no cost next to one layer. A table that is not stored cannot be stale, on the
+    wrong device, or left uninitialized on the meta device.
 
     Args:
         positions: (B, T) int64.
@@ -31,9 +31,9 @@ def rope_table(
 
 
 def document_length(positions: Tensor, segments: Tensor | None) -> Tensor:
-    """How many tokens the document of each token has so far: (B, 1), or with segments (B, T).
+    """The number of tokens that the document of each token has so far: (B, 1), or with segments (B, T).
 
-    A text that outgrows the original context can turn otherwise; what stands beside it in the batch does not matter.
+    A document that outgrows the original context can turn otherwise; its neighbours in row and batch do not matter.
     """
     if segments is None:
         return positions.amax(dim=1, keepdim=True) + 1
@@ -43,15 +43,15 @@ def document_length(positions: Tensor, segments: Tensor | None) -> Tensor:
 
 
 def scaled_frequency(config: ModelConfig, exponent: Tensor, length: Tensor) -> Tensor:
-    """How far each feature turns from one token to the next, stretched as the model's context was.
+    """The angle by which each feature turns from one token to the next, scaled as rope_scaling says.
 
     linear (Chen et al. 2023): every wavelength is multiplied by the factor.
     dynamic (NTK-aware, Peng et al. 2023): texts longer than the original context get a larger base.
-    llama3: wavelengths longer than the original context / low_freq_factor are multiplied by the factor, those shorter
-    than context / high_freq_factor not at all, and there is a linear passage in between.
+    llama3: wavelengths longer than the original context / low_freq_factor are multiplied by the factor. Wavelengths
+    shorter than that context / high_freq_factor stay as they are. There is a linear passage in between.
     yarn (Peng et al. 2023): the same, with the passage linear in the index of the feature.
-    longrope (Ding et al. 2024): each wavelength has a factor of its own, another one in texts longer than the original
-    context.
+    longrope (Ding et al. 2024): each wavelength has a factor of its own, and another one in texts longer than the
+    original context.
 
     Args:
         exponent: (R/2,) from 0 to 1.
@@ -77,14 +77,14 @@ def scaled_frequency(config: ModelConfig, exponent: Tensor, length: Tensor) -> T
 
 
 def llama3_share(config: ModelConfig, frequency: Tensor) -> Tensor:
-    """How much of each feature is left unscaled by llama3: (R/2,) from 0 to 1."""
+    """The share of each feature that llama3 leaves unscaled: (R/2,) from 0 to 1."""
     turns = config.rope_original_block_size * frequency / (2 * math.pi)  # full turns within the original context
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 
 def yarn_share(config: ModelConfig, exponent: Tensor) -> Tensor:
-    """How much of each feature is left unscaled by yarn: (R/2,) from 0 to 1. Peng et al. 2023, sec. 3.2."""
+    """The share of each feature that yarn leaves unscaled: (R/2,) from 0 to 1. Peng et al. 2023, sec. 3.2."""
 
     def feature(turns: float) -> float:
         """The (fractional) index of the feature that makes so many full turns within the original context."""

@@ -138,7 +138,7 @@ class _Server:
             raise ApiError(404, f"There is no model {name[:80]!r}. There are: {known}.", "model", "model_not_found")
 
     def state(self, status: str) -> Response:
-        """What /health and /ready say: 200 if all is well, else 503."""
+        """Answer /health and /ready: 200 if all is well, else 503."""
         running, waiting = self.engine.load
         body = {"status": status, "running": running, "waiting": waiting}
         return JSONResponse(body, 200 if status == "ok" else 503)
@@ -182,7 +182,7 @@ class _Server:
         return answers
 
     def _read(self, body: bytes, *, chat: bool) -> tuple[Order, list[Question]]:
-        """What the body asks for, and a question for each answer to it."""
+        """Read the order in the body, and make a question for each answer to it."""
         order = protocol.read_order(protocol.parse_json(body), chat=chat)
         self.check_model(order.model)
         questions, most = self._questions(order), self.limits.slots + self.limits.queue

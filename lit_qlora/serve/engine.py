@@ -68,12 +68,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
+        """True if its thread runs."""
         return self._thread.is_alive()
 
     @property
     def has_room(self) -> bool:
-        """Whether another job may wait."""
+        """True if another job may wait."""
         return len(self._waiting) + len(self._running) < self.queue + self._batcher.slots
 
     @property
@@ -112,7 +112,7 @@ class Engine:
             job.tell("", "error")
 
     def _give_up(self) -> None:
-        """Free the slots of those who have gone or waited too long."""
+        """End jobs whose client has gone or whose deadline has passed, and free their slots."""
         now = time.monotonic()
         for job in list(self._running.values()):
             if job.cancelled.is_set() or now > job.deadline:
@@ -125,7 +125,7 @@ class Engine:
             job.tell("", "timeout")
 
     def _admit(self) -> None:
-        """Let jobs join whose prompts are read at once; those that are running wait for one such reading at most."""
+        """Let jobs join whose prompts are read at once; running jobs wait for one such reading at most."""
         jobs: list[Job] = []
         with self._changed:
             while self._waiting and len(self._running) < self._batcher.slots:
@@ -140,7 +140,7 @@ class Engine:
                     self._end(job, "error")
 
     def _join(self, jobs: list[Job]) -> bool:
-        """Whether these jobs could join the batch, which else is as it was, so that the others can go on."""
+        """Let jobs join the batch; False if they cannot. The batch then is as it was, and its other jobs go on."""
         try:
             self._batcher.join(*(job.request for job in jobs))
         except (NumericalError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Who is let in: decided on what the server routes by, before anything else reads the request."""
+"""Refuse requests by the fields that the server routes by, before anything else reads them."""
 
 import hashlib
 import hmac

@@ -1,4 +1,7 @@
-"""What one client may cost, and who is let in. Nothing here imports torch or the server's libraries."""
+"""Limits on the cost of one client, and the names of this machine.
+
+Nothing here imports torch or the server's libraries.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +15,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(Settings):
-    """What one client may cost."""
+    """Limits on the cost of one client."""
 
     slots: Count = 8
     """Answers that are made at a time; each needs room for the keys and values of a whole context."""

@@ -1,4 +1,4 @@
-"""What the server has done, in Prometheus' text format.
+"""Counts of the server's work, in Prometheus' text format.
 
 https://github.com/prometheus/docs/blob/main/docs/instrumenting/exposition_formats.md
 """

@@ -1,4 +1,4 @@
-"""What a client may ask for, in OpenAI's words: every field is honoured or refused by name, none is ignored."""
+"""Requests and answers in the form of OpenAI's API: every field is honoured or refused by name, none is ignored."""
 
 import json
 import secrets
@@ -61,7 +61,7 @@ class Order:
         return [tool["function"]["name"] for tool in self.conversation.variables.get("tools", ())]
 
     def config(self, room: int, choice: int) -> GenerationConfig:
-        """How a choice is made.
+        """The settings by which a choice is generated.
 
         Raises:
             ApiError: if the settings contradict each other.
@@ -135,12 +135,12 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
 
 
 class _Fields:
-    """The fields of a request, each of which must be asked for."""
+    """The fields of a request; a field that nobody takes is refused."""
 
     without_effect = {"user": str, "store": bool, "metadata": dict}  # noqa: RUF012 - never changed
-    """What clients send along for logs of theirs; no answer depends on it anywhere."""
+    """Fields that clients send for their own logs; no answer depends on them anywhere."""
     neutral = {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "echo": False}  # noqa: RUF012
-    """What is not offered here, with the value that asks for nothing."""
+    """Fields that are not offered here -> the value that asks for nothing."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         self.left = dict(body)
@@ -176,7 +176,7 @@ class _Fields:
         return float(value)
 
     def finish(self) -> None:
-        """Refuse what nobody asked for."""
+        """Refuse the fields that nobody took."""
         for name, value in self.left.items():
             if isinstance(value, self.without_effect.get(name, ())) or value is None:
                 continue
@@ -193,13 +193,13 @@ _AFTER = {
     "call": ("tool", "user"),
     "tool": ("assistant", "tool", "user"),
 }
-"""Who may speak after whom; a call is an assistant's that calls tools."""
+"""Role -> the roles that may speak next; "": at the start; "call": an assistant that calls tools."""
 _KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 """Keys of messages besides role, content and name."""
 
 
 def _messages(messages: Any) -> tuple[Message, ...]:
-    """What is to be answered."""
+    """Read the messages of a conversation that is to be answered."""
     if not isinstance(messages, list) or not messages:
         _wrong("messages", "a list of messages", messages)
     said = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -251,7 +251,7 @@ def _message(message: Any, place: str) -> Message:
 
 
 def _tools(fields: "_Fields") -> dict[str, Any]:
-    """What a template may read besides messages."""
+    """Read the variables that a template has besides messages."""
     tools, choice = fields.take("tools", None), fields.take("tool_choice", "auto")
     if not fields.take("parallel_tool_calls", True):
         raise ApiError(400, "parallel_tool_calls false is not offered by this server.", "parallel_tool_calls")
@@ -268,7 +268,7 @@ def _tools(fields: "_Fields") -> dict[str, Any]:
 
 
 def _is_function(value: Any, text: str = "name") -> bool:
-    """Whether a value is an object with a name, and with a text under another key."""
+    """Tell if a value is an object with a name, and with a text under the key `text`."""
     return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get(text), str)
 
 
@@ -345,7 +345,7 @@ def call_chunks(head: dict[str, Any], index: int, text: str, reason: str, names:
 
 
 def envelope(order: Order, kind: str) -> dict[str, Any]:
-    """What every answer begins with."""
+    """The fields that every answer begins with."""
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
@@ -356,7 +356,7 @@ def envelope(order: Order, kind: str) -> dict[str, Any]:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """What was read and written, in tokens."""
+    """Count the tokens that were read and written."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -11,11 +11,11 @@ _DECODER = json.JSONDecoder()
 
 
 def read_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The words before the calls of an answer, and the calls; an answer that holds anything else is words alone.
+    """Split an answer into the words before its calls, and the calls. An answer with anything else is words alone.
 
-    Three notations are known: JSON objects between <tool_call> and </tool_call> (Hermes, Qwen), a list of them
-    (Mistral, whose [TOOL_CALLS] is a control token, or text), and nothing but objects (Llama 3, whose arguments are
-    "parameters").
+    Three notations are known. Hermes and Qwen write JSON objects between <tool_call> and </tool_call>. Mistral writes
+    a list of objects, behind [TOOL_CALLS], a control token or text. Llama 3 writes objects alone, with "parameters"
+    for the arguments.
 
     Args:
         names: of the tools that may be called.
@@ -30,7 +30,7 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, A
 
 
 def _values(text: str) -> list[Any]:
-    """The JSON values of which the text consists; one that is no object if it is anything else."""
+    """The JSON values that the text consists of; [None] if it holds anything else."""
     values: list[Any] = []
     text = text.strip()
     while text:

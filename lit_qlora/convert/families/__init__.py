@@ -1,7 +1,7 @@
-"""How each Hugging Face model family spells our configuration and our weights.
+"""Hugging Face's model families, and their spelling of our configuration and our weights.
 
-A family is a row in FAMILIES; there is no code per family. What a config.json asks for and this model cannot do is
-refused by name: a setting that is ignored would be a different model.
+A family is a row in FAMILIES; there is no code per family. A setting of config.json that this model cannot do is
+refused by name: ignoring it would give a different model.
 """
 
 import re
@@ -44,7 +44,7 @@ __all__ = [
 
 
 QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")
-"""How the names end that bitsandbytes, GPTQ, AWQ and FP8 give to what they store beside packed weights."""
+"""Endings of the names of tensors that bitsandbytes, GPTQ, AWQ and FP8 store for packed weights."""
 
 
 def find_family(name: str) -> Family:
@@ -129,14 +129,14 @@ def to_ours(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class TheirTensor:
-    """One of their tensors, and which of ours it is made of."""
+    """One of their tensors, with the names of ours that it is made of."""
 
     name: str
     rule: Rule
     ours: tuple[str, ...]
 
     def join(self, ours: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
-        """Their tensor from ours; only those in self.ours are looked at. The inverse of to_ours."""
+        """Make their tensor of ours, reading only self.ours. The inverse of to_ours."""
         numbers = find_rule(self.name, find_family(config.family))[1]
         parts = {}
         for name in self.ours:
@@ -146,7 +146,7 @@ class TheirTensor:
 
 
 def their_tensors(ours: Iterable[str], config: ModelConfig) -> list[TheirTensor]:
-    """What the tensors named `ours` are called, and stacked into, in this family's files; in the order of `ours`.
+    """List this family's tensors that hold the tensors named `ours`, in the order of `ours`.
 
     Raises:
         CheckpointError: listing the tensors that have no counterpart.

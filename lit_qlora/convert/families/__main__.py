@@ -1,4 +1,4 @@
-"""Prints the families, what each of them uses, and what they were held against."""
+"""Print the families, the features that each of them uses, and the version they were held against."""
 
 import signal
 
@@ -40,11 +40,11 @@ FEATURES = {
     "shared_expert_size": "shared experts",
     "dense_layers": "some blocks dense",
 }
-"""What a field that a row reads or fixes says about its family."""
+"""Field that a row reads or fixes -> the feature of its family, in words."""
 
 
 def features(family: Family) -> str:
-    """What a family can use beyond Llama, in words."""
+    """Name the features that a family can use beyond Llama's."""
     own = {**{ours: reader for ours, reader in family.fields.items() if ours not in COMMON}, **family.fixed}
     return ", ".join(words.format(str(own[ours]).replace("_", " ")) for ours, words in FEATURES.items() if ours in own)
 

@@ -1,4 +1,4 @@
-"""Their config.json in our words: how a value is read, and what is refused by name."""
+"""Read their config.json in our words, and refuse by name the settings that this model cannot do."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,22 +10,22 @@ from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
 
 Theirs = Mapping[str, Any]
-"""What config.json holds, with the family's defaults filled in."""
+"""The content of config.json, with the family's defaults filled in."""
 Reader = str | Callable[[Theirs], Any]
-"""Where a field of ours comes from: one of their keys, or several of them. None leaves our default."""
+"""The source of a field of ours: one of their keys, or a function of several. None leaves our default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one Hugging Face `model_type` spells our configuration and our weights."""
+    """The spelling of our configuration and our weights in one Hugging Face `model_type`."""
 
     weights: Mapping[str, Rule]
     fields: Mapping[str, Reader]
-    """Our field -> where it comes from."""
+    """Our field -> its source."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Our fields that hold for the whole family."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes for a key that config.json leaves out."""
+    """Their key -> the value that transformers assumes where config.json leaves it out."""
     refuse: Mapping[str, Any] = field(default_factory=dict)
     """Their key -> the only value that this model can do, besides null."""
     unpacks: tuple[str, ...] = ()
@@ -137,7 +137,7 @@ def read_scaling(rope: Theirs, theirs: Theirs, family: Family) -> dict[str, Any]
 
 
 def yarn_attention_factor(rope: Theirs, factor: float) -> float:
-    """What cosines and sines are multiplied by, if it is not given: Peng et al. 2023, eq. 22, as DeepSeek varies it."""
+    """The factor of cosines and sines, as given or by Peng et al. 2023, eq. 22, as DeepSeek varies it."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     if rope.get("mscale") and rope.get("mscale_all_dim"):

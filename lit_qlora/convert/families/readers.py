@@ -1,4 +1,4 @@
-"""What rows share: the keys that most families have, and how settings with a rule behind them are read."""
+"""Readers that rows share: keys that most families have, and settings with a rule behind them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How one of their tensors holds ours: renamed, several stacked along the rows, transposed, or one for each expert.
+"""Rules by which their tensors hold ours: renamed, stacked along the rows, transposed, or one for each expert.
 
 A rule is exact in both directions: join undoes split, bit for bit. Names are templates: {i} stands for the number of
 the block, {e} for that of the expert or head.
@@ -50,7 +50,7 @@ class Fused:
         return torch.cat(pieces) if self.layout == "blocks" else torch.stack(pieces, dim=1).flatten(0, 1)
 
     def sizes(self, rows: int, config: ModelConfig) -> list[int]:
-        """How many of the rows belong to each part."""
+        """Count the rows of each part."""
         own_key = config.head_size - config.latent_rope_size
         heads = {
             "query": config.n_head * config.head_size,
@@ -126,12 +126,12 @@ class Packed:
 
     @staticmethod
     def scales(blocks: str) -> str:
-        """What the tensor beside it is called."""
+        """The name of the tensor of scales beside `blocks`."""
         return blocks.removesuffix("_blocks") + "_scales"
 
 
 Rule = str | Fused | Transposed | Stacked | When | Packed
-"""Where one of their tensors goes: one of our names, DROP, or how it holds several."""
+"""The rule of one of their tensors: one of our names, DROP, or the way it holds several."""
 
 
 def split(rule: Rule, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What each family calls its weights.
+"""The names that each family gives to its weights.
 
 Of several names for one of ours, the first is what files have and the last what transformers has in memory.
 """
@@ -192,7 +192,7 @@ DEEPSEEK = without(LLAMA, "k_proj", "v_proj") | _EXPERTS | tensors(
         f"{_LAYER}.self_attn.kv_b_proj": Fused((_KEY, _VALUE)),
     }
 ) | {f"{_LAYER}.mlp.gate.e_score_correction_bias": f"{_BLOCK}.mlp.router.correction"}  # fmt: skip
-# What predicts the token after the next, in layers of its own behind those of the model.
+# Further layers, behind the last block, predict the token after the next.
 DEEPSEEK_V3 = DEEPSEEK | {
     f"{_LAYER}.{name}.weight": DROP
     for name in ("embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head")

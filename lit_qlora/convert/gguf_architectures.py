@@ -54,7 +54,7 @@ def gemma(config: ModelConfig) -> dict[str, Any]:
 
 
 def gemma_2_or_3(config: ModelConfig) -> dict[str, Any]:
-    """Gemma 2 and 3: norms on both sides; the largest models scale scores by n_embd / n_head, the others by head_size."""
+    """Gemma 2 and 3: norms on both sides; scores are scaled by head_size, in the largest models by n_embd / n_head."""
     size = config.n_embd / config.n_head if config.n_layer in (46, 62) else config.head_size
     return {**gemma(config), "norm_position": "both", "attention_scale": size**-0.5}
 

@@ -13,8 +13,8 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """The cosines and sines, each (B, 1, T, R/2) float32; R is the rotated part of head_size. Su et al. 2021, eq. 34.
 
-    Every forward pass computes it, at no cost next to one layer. A table that is not stored cannot be stale, on the
-    wrong device, or left uninitialized on the meta device.
+    Every forward pass computes the table, at no cost next to one layer. A table that is not stored cannot be stale,
+    on the wrong device, or left uninitialized on the meta device.
 
     Args:
         positions: (B, T) int64.

@@ -135,7 +135,7 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
 
 
 class _Fields:
-    """The fields of a request; a field that nobody takes is refused."""
+    """The fields of a request; finish refuses the fields that nobody has taken."""
 
     without_effect = {"user": str, "store": bool, "metadata": dict}  # noqa: RUF012 - never changed
     """Fields that clients send for their own logs; no answer depends on them anywhere."""
@@ -176,7 +176,7 @@ class _Fields:
         return float(value)
 
     def finish(self) -> None:
-        """Refuse the fields that nobody took."""
+        """Refuse the fields that nobody took, unless they ask for nothing."""
         for name, value in self.left.items():
             if isinstance(value, self.without_effect.get(name, ())) or value is None:
                 continue

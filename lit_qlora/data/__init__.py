@@ -1,7 +1,7 @@
-"""From files of examples to batches of token ids.
+"""Make batches of token ids from files of examples.
 
-sources (locations) -> formats, examples (what was said) -> encode (ids, masks, cuts) -> cache -> audit, load (a run's
-data) -> packing, batches (what a step reads).
+sources (locations) -> formats, examples (conversations) -> encode (ids, masks, cuts) -> cache.
+Then cache -> audit, load (the data of a run) -> packing, batches (the data of a step).
 """
 
 from lit_qlora.data.audit import Audit, boundary, show

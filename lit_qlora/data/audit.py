@@ -1,4 +1,4 @@
-"""What the data of a run is like, and the reasons not to start it."""
+"""Describe the data of a run, and give the reasons not to start it."""
 
 import os
 import sys
@@ -24,10 +24,10 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found."""
+    """The findings about the data of a run."""
 
     sources: list[str]
-    """A line for each source: its format and by what it was recognised."""
+    """A line for each source: its format and the sign that it was recognised by."""
     train: int
     val: int
     counts: Counts
@@ -38,7 +38,7 @@ class Audit:
     tokens: int
     """Tokens of the training samples."""
     learnt: int
-    """Those of them that are learnt."""
+    """Labelled tokens of the training samples."""
     duplicates: int
     """Training samples that say what an earlier one says."""
     overlap: int
@@ -48,10 +48,10 @@ class Audit:
     unread: dict[str, list[str]]
     """Source -> what it holds and nobody reads."""
     red: list[str]
-    """Reasons not to start, but for those that data.allow names."""
+    """Reasons not to start, without the findings that data.allow names."""
 
     def notes(self) -> list[str]:
-        """What somebody should know before the run."""
+        """Return the notes that a user should read before the run."""
         counts = self.counts
         told = {
             "{} records could not be read, or not be written in the style, and were left out": counts.skipped,
@@ -156,7 +156,7 @@ def audit(
 
 
 def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
-    """What would make the run useless."""
+    """Return the findings that would make the run useless."""
     longer = f"do not fit into {max_length} tokens, counting their prompts. Raise data.max_length"
     findings: dict[Finding, tuple[int, int, str]] = {
         "cut_answers": (counts.cut_answers, counts.examples, f"answers {longer}"),
@@ -182,7 +182,7 @@ def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
 
 
 def _red_of_sources(sources: Sequence[Encoded], data: DataConfig) -> list[str]:
-    """What makes a single source useless, or would silently change what it says."""
+    """Return the findings that make a single source useless, or would silently change its content."""
     red = []
     for source in sources:
         facts, counts = source.facts, source.facts.counts

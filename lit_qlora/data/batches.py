@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one optimizer step reads."""
+    """The data of one optimizer step."""
 
     batches: list[Batch]
     """The micro-batches of this rank, one more or less than another's; none if the step has fewer rows than ranks."""
@@ -50,12 +50,12 @@ class Step(NamedTuple):
     epoch: float
     """Passes over the data when the step is done."""
     numbers: tuple[int, ...] = ()
-    """Which samples they are."""
+    """The numbers of these samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How samples become steps. Nothing here but batch_size, weighting and the order changes the gradient of a step."""
+    """Settings that make steps of samples. Only batch_size, weighting and the order change the gradient of a step."""
 
     batch_size: int
     """Samples of an optimizer step, over all devices."""
@@ -92,7 +92,7 @@ def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, 
     The last token of a sample is a label only, so a sample of T tokens takes T - 1 positions of its row.
 
     Args:
-        width: positions of a row; by default those that the longest needs.
+        width: positions of a row; by default as many as the longest row needs.
     """
     packed = batching is not None and batching.row_length is not None
     longest = max(sum(len(sample.tokens) - 1 for sample in row) for row in rows)
@@ -132,17 +132,17 @@ def order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def epoch_length(count: int, batching: Batching) -> int:
-    """Samples that one epoch sees, counting those that it sees twice; `count` is how many there are."""
+    """Count the samples that one epoch sees, a repeated one each time; `count` samples exist."""
     return sum(round(size * times) for size, times in batching.shares) if batching.shares else count
 
 
 def times_seen(count: int, batching: Batching) -> list[float]:
-    """How often an epoch sees each of `count` samples."""
+    """Return the times that an epoch sees each of `count` samples."""
     return [times for size, times in batching.shares or ((count, 1.0),) for _ in range(size)]
 
 
 def epoch_order(lengths: Sequence[int], batching: Batching, epoch: int) -> list[int]:
-    """Which samples one epoch sees, in which order; a pure function of the arguments.
+    """Return the samples of one epoch in their order; a pure function of the arguments.
 
     Args:
         lengths: tokens of each sample.
@@ -185,7 +185,7 @@ def mean_tokens(samples: Samples, batching: Batching) -> float:
 
 
 def count_steps(count: int, batching: Batching, epochs: float, max_steps: int | None = None) -> int:
-    """Optimizer steps of a run: max_steps, else those of the epochs, of which each may end with a smaller step."""
+    """Count the optimizer steps of a run: max_steps, else all of its epochs. Each epoch may end with a smaller step."""
     if max_steps is not None:
         return max_steps
     whole, part = divmod(epochs, 1)
@@ -248,7 +248,7 @@ def longest_step(samples: Samples, batching: Batching, world_size: int = 1) -> S
     chosen = list(islice(again, batching.batch_size))
     rows = rows_of(chosen, lengths, batching, world_size)
     longest = lengths[chosen[0]] - 1
-    if batching.row_length is not None:  # those of another step may be fuller than these
+    if batching.row_length is not None:  # the rows of another step may be fuller
         total = sum(lengths[i] - 1 for i in chosen)
         alone = len(rows_of(chosen, lengths, batching))
         longest = batching.row_length if alone > world_size else min(total, total // world_size + longest)

@@ -43,16 +43,16 @@ ARRAYS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a source besides its samples."""
+    """The facts about a source besides its samples."""
 
     source: str
     sha256: str
     format: str
     saw: str
-    """By what the format was recognised."""
+    """The sign that the format was recognised by."""
     counts: Counts
     unread: dict[str, Any]
-    """What it holds and nobody reads; see Unread.facts."""
+    """The contents that nobody reads; see Unread.facts."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Encoded:
     """(S,) hashes of what each sample says."""
     facts: Facts
     cached: bool = False
-    """Whether it was found, not made."""
+    """True if it was found, not made."""
 
     @staticmethod
     def of(arrays: Arrays, facts: Facts, cached: bool = False) -> "Encoded":

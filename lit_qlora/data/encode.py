@@ -29,7 +29,7 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How examples become ids. The names are those of DataConfig."""
+    """Settings that make ids of examples, with the names of DataConfig."""
 
     max_length: int
     max_length_prompt: int | None = None
@@ -44,7 +44,7 @@ class Encoding:
 
 @dataclass
 class Counts:
-    """What became of the examples of a source."""
+    """Counts of the examples of a source, by their fate."""
 
     examples: int = 0
     skipped: int = 0
@@ -61,7 +61,7 @@ class Counts:
     rewritten: int = 0
     """Answers before which the chat template writes something else when it asks for them."""
     thoughts: int = 0
-    """Answers of which the chat template leaves out the thoughts."""
+    """Answers whose thoughts the chat template leaves out."""
     cut_prompts: int = 0
     cut_turns: int = 0
     """Turns of conversations that were left out because the whole was too long."""
@@ -191,7 +191,7 @@ class Encoder:
         return replace(example, messages=(Message("system", self.encoding.system), *example.messages))
 
     def _is_raw(self, said: Conversation) -> bool:
-        """Whether this is a text without a prompt, which is not the same as a prompt that is empty."""
+        """Tell if this is a text without a prompt, which is not the same as a prompt that is empty."""
         return len(said.messages) == 2 and not said.messages[0].text and not said.input and self.style == STYLES["text"]
 
     def _count(self, said: Conversation) -> None:
@@ -241,7 +241,7 @@ class Encoder:
         return Sample(np.array(tokens, np.int32), trained, _weights(trained, light) if light else None)
 
     def _too_long(self, said: Conversation, turns: list[EncodedTurn]) -> bool:
-        """Whether something has to go; a raw text is taken to pieces instead."""
+        """Tell if something has to go; a raw text is taken to pieces instead."""
         longer = _length(turns) > self.encoding.max_length
         return not self._is_raw(said) if longer else any(map(self._exceeds, turns))
 
@@ -250,7 +250,7 @@ class Encoder:
         return (prompt is not None and len(turn[0]) > prompt) or (answer is not None and len(turn[1]) > answer)
 
     def _history_exceeds(self, turns: list[EncodedTurn]) -> bool:
-        """Whether the last prompt is too long, and the turns before it are part of it."""
+        """Tell if the last prompt is too long, and the turns before it are part of it."""
         return not any(turns[0]) and len(turns[-1][0]) > (self._limits()[0] or self.encoding.max_length)
 
     def _limits(self) -> tuple[int | None, int | None]:
@@ -264,7 +264,7 @@ class Encoder:
         self.counts.ended += ids[-1] in self.stops
         return [Sample.of(part, 1) for part in parts]
 
-    # What is too long. First whole turns of a conversation go, then words of the prompt, then the end of the answer.
+    # Samples that are too long. First whole turns go, then words of the prompt, then the end of the answer.
 
     def _fit(self, said: Conversation, turns: list[EncodedTurn]) -> Fitting:
         """The conversation within the limits, or None where nothing of its prompt would be left."""
@@ -289,7 +289,7 @@ class Encoder:
         return said, fitted
 
     def _side_by_side(self, fittings: Mapping[int, Fitting]) -> dict[int, Fitted | None]:
-        """Run all to their ends in rounds, in each of which all that they want encoded is encoded at once."""
+        """Run all to their ends in rounds. Each round encodes at once all conversations that they ask for."""
         results: dict[int, Fitted | None] = {}
         answers: dict[int, Any] = dict.fromkeys(fittings)  # None begins
         while answers:
@@ -304,7 +304,7 @@ class Encoder:
         return results
 
     def _room(self, turns: list[EncodedTurn], i: int) -> int:
-        """How long prompt `i` may be. It gives way to the answer, but only down to half of the whole."""
+        """Count the tokens that prompt `i` may have. It gives way to the answer, but only down to half of the whole."""
         limit, answer_limit = self._limits()
         room = limit or self.encoding.max_length
         if len(turns) == 1:
@@ -351,7 +351,7 @@ def _length(turns: Sequence[EncodedTurn]) -> int:
 
 
 def _weights(trained: npt.NDArray[np.bool_], light: Sequence[tuple[slice, float]]) -> npt.NDArray[np.float32]:
-    """What each token weighs: 1 where it is learnt, but for answers that weigh less."""
+    """Return the weight of each token: 1 if it is labelled, less in answers that weigh less, else 0."""
     weights = trained.astype(np.float32)
     for here, weight in light:
         weights[here] *= weight

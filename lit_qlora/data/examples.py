@@ -23,17 +23,17 @@ class Example(Conversation):
     """A conversation of a data set."""
 
     location: str = ""
-    """Where it stands, e.g. train.jsonl:17, for messages."""
+    """Its location, e.g. train.jsonl:17, for messages."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source holds."""
+    """The content of a source."""
 
     examples: list[Example]
     format: str
     saw: str
-    """By what the format was recognised."""
+    """The sign that the format was recognised by."""
     skipped: int
     """Records that could not be read and were left out."""
     unread: Unread = field(default_factory=Unread)
@@ -51,12 +51,12 @@ def read_examples(
     skip: bool = False,
     allow: Collection[str] = (),
 ) -> Reading:
-    """All examples of a source.
+    """Read all examples of a source.
 
     Args:
         format, columns, templates: as data.format, data.columns, and both of data.template and data.answer_template.
         skip: leave out what is wrong instead of refusing everything.
-        allow: findings that are no complaints, of which this concerns "empty_answers".
+        allow: findings that are no complaints; only "empty_answers" matters here.
 
     Raises:
         DataError: listing the first few things that are wrong, with their locations, and counting all.

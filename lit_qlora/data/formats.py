@@ -1,4 +1,4 @@
-"""What records look like: a table of the formats in use, each with the columns by which it is recognised."""
+"""Formats of records: a table of the formats in use, each with the columns that it is recognised by."""
 
 import math
 import re
@@ -25,7 +25,7 @@ from lit_qlora.prompts.wordings import with_input
 Fields = Mapping[str, Any]
 OURS = ("instruction", "input", "output", "system")
 BESIDE = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
-"""Columns that are read beside those of a format."""
+"""Columns that are read beside the columns of a format."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Format:
     gather: Callable[[Iterable[tuple[str, Any]]], Iterable[tuple[str, Any]]] | None = None
     """Makes the records of conversations, where one is spread over several."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Their column -> ours, for those that only differ in names."""
+    """Their column -> ours, for formats that only differ in names."""
     reads: tuple[str, ...] = BESIDE
-    """Columns that are read besides those that it needs."""
+    """Columns that are read besides the needed ones."""
     leaves: tuple[str, ...] = ()
     """Columns that are left out on purpose, though they mean something."""
     chosen: bool = False
-    """Whether the settings say which columns are read, so that the others are left out on purpose."""
+    """True if the settings name the columns to read, so that the others are left out on purpose."""
 
 
 def from_columns(columns: Mapping[str, str], chosen: bool = False) -> Format:
@@ -115,7 +115,7 @@ def red_dot(record: Fields) -> Conversation:
 
 
 def raw_text(record: Fields) -> Conversation:
-    """A text without a prompt, all of which is learnt."""
+    """Read a text without a prompt; the whole text is learnt."""
     return Conversation.of(("", text_of(record, "text")))
 
 

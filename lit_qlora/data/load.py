@@ -211,7 +211,7 @@ def encode_source(
 def split(
     train: Sequence[Encoded], val: Encoded | None, data: DataConfig, seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Which samples of each training source are learnt from, and which are held out to validate on."""
+    """Return the samples of each training source to learn from, and the samples held out to validate on."""
     owners = np.repeat(np.arange(len(train)), [len(source.samples) for source in train])
     numbers = np.concatenate([np.arange(len(source.samples)) for source in train])
     held_out = 0

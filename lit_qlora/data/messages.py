@@ -21,7 +21,7 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys((*ASSISTANT, CALL), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
-"""What data sets call those who speak, and what they are called here."""
+"""Names that data sets give to the speakers -> their roles here."""
 WEIGHTS = ("weight", "train", "training")
 """Keys that say how much of an answer is learnt."""
 NO_KEYS = frozenset({"role", "from", "content", "value"})
@@ -70,7 +70,7 @@ def named(record: Fields, column: str) -> list[Any] | None:
 
 
 def system_of(record: Fields) -> str | None:
-    """What the column system or system_prompt tells the model before all; None for nothing."""
+    """Return the text of the column system or system_prompt, for the model to read first; None for nothing."""
     if "system" not in record and "system_prompt" not in record:
         return None
     told = [text for name in ("system", "system_prompt") if (text := text_of(record, name, optional=True))]
@@ -80,7 +80,7 @@ def system_of(record: Fields) -> str | None:
 
 
 def variables_of(record: Fields) -> Keys:
-    """What the columns beside the messages give to a template."""
+    """Return the variables that the columns beside the messages give to a template."""
     if not ("tools" in record or "functions" in record or "documents" in record or "chat_template_kwargs" in record):
         return NOTHING
     tools, functions = named(record, "tools"), named(record, "functions")

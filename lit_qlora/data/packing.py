@@ -1,4 +1,4 @@
-"""Which documents share a row: as few rows of a fixed size as best fit finds, equally full, and nothing is cut."""
+"""Put documents into rows: as few rows of a fixed size as best fit finds, equally full, and nothing is cut."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -8,17 +8,16 @@ from heapq import heapreplace
 def pack(lengths: Sequence[int], size: int, share: int = 1) -> list[list[int]]:
     """Put documents of these lengths into rows that hold `size` tokens each.
 
-    Rows that are equally full can all be cut to what they hold, and go round evenly. The result depends on the
-    arguments alone.
+    Equally full rows can all be cut to their tokens, and go round evenly. The result depends on the arguments alone.
 
     Args:
         lengths: tokens of each document, at most `size`.
         size: tokens of a row.
-        share: among how many the rows will be divided: their number is a multiple of it where there are documents
-            enough and their rows come out no longer than `size`.
+        share: number of parts that the rows will be divided into. The number of rows is a multiple of it, if
+            there are documents enough and no row exceeds `size`.
 
     Returns:
-        For each row the numbers of its documents.
+        The numbers of the documents of each row.
     """
     rows = best_fit(lengths, size)
     count = min(len(lengths), -(-len(rows) // share) * share)
@@ -27,10 +26,10 @@ def pack(lengths: Sequence[int], size: int, share: int = 1) -> list[list[int]]:
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Nearly as few rows as possible.
+    """Fill nearly as few rows as possible.
 
-    The longest document comes first, and each goes where the least room is left behind it (best fit decreasing; Johnson
-    1973: at most 11/9 of the fewest rows possible, and a few more).
+    The longest document comes first, and each goes where the least room is left behind it (best fit decreasing).
+    The rows are at most 11/9 of the fewest rows possible, and a few more (Johnson 1973).
     """
     rows: list[list[int]] = []
     rooms: list[int] = []  # how much is left, of each kind of row that has room; sorted
@@ -57,10 +56,10 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """`count` rows whose lengths differ little.
+    """Fill `count` rows whose lengths differ little.
 
-    The longest document comes first, and each goes into the emptiest row (Graham 1969: the longest row has at most 4/3
-    of the tokens that it could have).
+    The longest document comes first, and each goes into the emptiest row.
+    The longest row has at most 4/3 of the fewest tokens that it could have (Graham 1969).
     """
     rows: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, row) for row in range(count)]  # a heap: tokens, row

@@ -44,7 +44,7 @@ def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, Conversati
 
 
 def _asked(row: dict[str, Any]) -> Conversation:
-    """What a row asks."""
+    """Make a prompt of a row."""
     for column in ("messages", "conversations"):
         if isinstance(row.get(column), list):
             return conversation_of(row[column], row, answered=False)

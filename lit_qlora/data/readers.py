@@ -59,12 +59,12 @@ def _refuse_by_beginning(path: Path, beginning: bytes) -> None:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    """What is wrong with a line."""
+    """Describe the byte of a line that is not UTF-8."""
     byte = f"byte 0x{error.object[error.start]:02x}"
     return f"{byte} is not UTF-8 (column {error.start + 1}). Save the file as UTF-8."
 
 
-# JSON. What the format allows and no data set means is refused: NaN and Infinity, and a key that stands twice.
+# JSON. NaN, Infinity and a key that stands twice are refused: the format allows them, and no data set means them.
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> Any:
@@ -124,7 +124,7 @@ class _Json:
         return self.line, at - self.line_start + 1
 
     def refusal(self, reason: str, at: int | None = None) -> DataError:
-        """What to raise."""
+        """Make the error to raise, with its location."""
         line, column = self.location(at)
         return DataError(f"{self.path}:{line}: not valid JSON: {reason} at column {column}.")
 

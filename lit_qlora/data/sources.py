@@ -1,4 +1,4 @@
-"""Where records come from: files of several kinds, directories, and data sets of the Hugging Face hub."""
+"""Sources of records: files of several kinds, directories, and data sets of the Hugging Face hub."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from lit_qlora.data.readers import READERS, Record
 from lit_qlora.errors import DataError, did_you_mean
 
 HUB = "hf:"
-VAL_SPLITS = ("validation", "val", "valid", "dev")  # what hub data sets call the part that is held out
+VAL_SPLITS = ("validation", "val", "valid", "dev")  # names that hub data sets give to the part that is held out
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Source:
     split: str = ""
     """Of a hub data set."""
     times: float = 1.0
-    """How often an epoch sees each sample."""
+    """Times that an epoch sees each sample."""
 
     def __str__(self) -> str:
         return f"{self.path} ({self.split})" if self.split else self.path
 
 
 def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Source], Source | None]:
-    """What data.path and data.val_path name: training sources, and the source to validate on.
+    """Find the sources that data.path and data.val_path name: training sources, and the source to validate on.
 
     A directory or hub data set has a validation part of its own; the first such part is taken unless val_path is given.
 

@@ -58,5 +58,5 @@ def _whole_numbers(record: Mapping[str, Any], column: str) -> Sequence[int]:
 
 
 def _changes(flags: Sequence[int]) -> int:
-    """How often neighbours differ."""
+    """Count the neighbours that differ."""
     return sum(a != b for a, b in pairwise(flags))

@@ -1,4 +1,4 @@
-"""What data holds and nobody reads: a note, or a reason to stop where it would have meant something."""
+"""Contents of data that nobody reads: a note, or a reason to stop where they would have meant something."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ ADVICE: dict[str, str] = {
     ),
     "chat_template_kwargs": TEMPLATE,
 }
-"""Names that are known to mean something, and what to do where nobody reads them."""
+"""Names that are known to mean something -> the advice where nobody reads them."""
 
 
 class Unread:
@@ -35,7 +35,7 @@ class Unread:
 
     Attributes:
         found: name -> how often, the first location, and what it holds there.
-        ignored: those of them that are left out on purpose.
+        ignored: the names among them that are left out on purpose.
     """
 
     def __init__(self, form: "Format | None" = None) -> None:
@@ -54,7 +54,7 @@ class Unread:
                 self.ignored.add(str(name))
 
     def add(self, name: str, location: str, value: Any) -> bool:
-        """Take something that is not read; whether it holds anything."""
+        """Take something that is not read, and tell if it holds anything."""
         if value in (None, "", [], {}):
             return False
         count, first, sample = self.found.get(name, (0, location, ""))
@@ -62,26 +62,26 @@ class Unread:
         return True
 
     def joined(self, other: "Unread") -> "Unread":
-        """What either has."""
+        """Join the findings of both."""
         joined = Unread()
         joined.found = self.found | other.found
         joined.ignored = self.ignored | other.ignored
         return joined
 
     def facts(self) -> dict[str, Any]:
-        """What the cache keeps."""
+        """Return the facts for the cache."""
         return {"found": {name: list(entry) for name, entry in self.found.items()}, "ignored": sorted(self.ignored)}
 
     @staticmethod
     def of(facts: Mapping[str, Any]) -> "Unread":
-        """What was kept."""
+        """Restore the findings from the facts of the cache."""
         unread = Unread()
         unread.found = {name: tuple(entry) for name, entry in facts["found"].items()}
         unread.ignored = set(facts["ignored"])
         return unread
 
     def red(self) -> list[str]:
-        """Reasons to stop: what is known to mean something."""
+        """Return the reasons to stop: unread names that are known to mean something."""
         return [
             f"{location}: {name!r} ({sample}) is not read, here and in {count - 1:,} other records. {ADVICE[name]}"
             for name, (count, location, sample) in sorted(self.found.items())
@@ -89,7 +89,7 @@ class Unread:
         ]
 
     def names(self, allowed: bool = False) -> list[str]:
-        """What is not read and is no reason to stop."""
+        """Return the unread names that are no reason to stop."""
         return sorted(name for name in self.found if allowed or name not in ADVICE or name in self.ignored)
 
 

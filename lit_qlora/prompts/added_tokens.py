@@ -10,7 +10,7 @@ from lit_qlora.files.reading import read_json
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Keys of settings whose value is a control token."""
 SPACE = "\t\n\v\f\r \u0085\u00a0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-"""The characters that lstrip and rstrip take for white space; those of str.strip are more."""
+"""The characters that lstrip and rstrip take for white space; str.strip takes more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class AddedToken:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """What tokenizer_config.json and special_tokens_map.json say together.
+    """Return the settings of tokenizer_config.json and special_tokens_map.json together.
 
     The map is the older file. It counts more, unless the configuration has the table of tokens that replaced it.
     """

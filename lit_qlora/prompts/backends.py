@@ -16,16 +16,16 @@ from lit_qlora.prompts.added_tokens import SPACE, AddedToken
 
 
 class Backend(Protocol):
-    """What a tokenizer is read from, behind one interface.
+    """The source of a tokenizer, behind one interface.
 
     Attributes:
         size: number of tokens known.
         added: id -> token, of control tokens and others that are found before the vocabulary's own model sees a text.
-        prefixes: whether the first word of a text gets a space before it.
-        begins_behind_control: whether a text directly behind a control token is encoded as if it stood alone; else it
+        prefixes: true if the first word of a text gets a space before it.
+        begins_behind_control: true if a text directly behind a control token is encoded as if it stood alone; else it
             gets no space.
-        doubles_space: whether that space is put before a text that begins with one, too.
-        texts_are_safe: whether encode_many never makes a control token of a text by itself.
+        doubles_space: true if that space is put before a text that begins with one, too.
+        texts_are_safe: true if encode_many never makes a control token of a text by itself.
     """
 
     size: int
@@ -56,7 +56,7 @@ class Backend(Protocol):
         ...
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of a text in which the names of control tokens are control tokens."""
+        """Encode a text whose names of control tokens are control tokens."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -311,12 +311,12 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def _flags(token: Any) -> dict[str, bool]:
-    """How a token of ours, or of the library, is found."""
+    """Return the flags by which a token of this package, or of the library, is found."""
     return {name: getattr(token, name) for name in ("special", *FLAGS)}
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """What a tokenizer.json says, or what one for a tekken.json would say.
+    """Return the content of a tokenizer.json, or of the tokenizer.json that a tekken.json amounts to.
 
     Raises:
         CheckpointError: if it is neither.
@@ -342,7 +342,7 @@ def _template_opening(post: Mapping[str, Any]) -> str | None:
 
 
 def _prefix_scheme(spec: Mapping[str, Any]) -> str:
-    """Which texts between added tokens get a space before them: "always", the "first" of a document, or "never"."""
+    """Tell if texts between added tokens get a space before them: "always", the "first" of a document, or "never"."""
     for step in _steps(spec.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend":
             return "always"

@@ -176,10 +176,10 @@ class Renderer:
 
 
 class Guard:
-    """Keeps control tokens that users typed apart from those that the template writes.
+    """Keeps control tokens that users typed apart from the control tokens that the template writes.
 
-    A mark is put into what a user typed wherever it is the name of a control token, and taken out of the pieces. A name
-    of one character has no room for it, so it is always text.
+    A mark is put into each name of a control token that a user typed, and taken out of the pieces. A name of one
+    character has no room for it, so it is always text.
     """
 
     def __init__(self, control_tokens: Iterable[str], texts: Iterable[str]) -> None:
@@ -197,7 +197,7 @@ class Guard:
         return self.control.sub(lambda found: found[0][:1] + self.mark + found[0][1:], text)
 
     def guard_all(self, value: Any) -> Any:
-        """`value`, of which JSON can be made, with all its texts guarded."""
+        """Return `value`, which JSON can hold, with all its texts guarded."""
         if isinstance(value, str):
             return self.guard(value)
         if isinstance(value, Mapping):

@@ -31,7 +31,7 @@ class Message(NamedTuple):
 
     @property
     def is_answer(self) -> bool:
-        """Whether an assistant says it."""
+        """True if an assistant says it."""
         return self.role == "assistant"
 
 
@@ -46,7 +46,7 @@ class Conversation:
     input: str = ""
     """The material of the first user message, for styles that keep it apart from the instruction."""
     variables: Keys = field(default_factory=lambda: NOTHING)
-    """What a template may read besides messages, such as tools and documents."""
+    """Values that a template may read besides messages, such as tools and documents."""
 
     @staticmethod
     def of(*turns: tuple[str, str], system: str | None = None, input: str = "") -> "Conversation":
@@ -57,7 +57,7 @@ class Conversation:
 
     @property
     def answers(self) -> list[Message]:
-        """What assistants say, in order."""
+        """The messages of assistants, in order."""
         return [message for message in self.messages if message.role == "assistant"]
 
     @property
@@ -88,7 +88,7 @@ class Conversation:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing but the texts of the messages."""
+        """True if there is nothing but the texts of the messages."""
         if self.variables:
             return False
         for message in self.messages:  # noqa: SIM110 - half the time of any(), for each of a million conversations
@@ -118,7 +118,7 @@ class Conversation:
         return replace(self, messages=(*self.messages[: asked[0]], *self.messages[asked[1] :]), input="")
 
     def longest_of_prompt(self, number: int) -> int:
-        """Which message has the longest text of those that come before answer `number` and behind the one before it."""
+        """Return the index of the message with the longest text between answer `number` and the answer before it."""
         ends = [-1, *(i for i, message in enumerate(self.messages) if message.role == "assistant")]
         between = range(ends[number] + 1, ends[number + 1])
         given = [i for i in between if self.messages[i].role not in OPENING]

@@ -25,7 +25,7 @@ Piece = str | Control
 
 
 class Vocabulary(Protocol):
-    """What is needed of lit_qlora.prompts.tokenizer.Tokenizer."""
+    """The part of lit_qlora.prompts.tokenizer.Tokenizer that is needed here."""
 
     use_bos: bool
     bos_id: int | None
@@ -161,7 +161,7 @@ def _words_only(
 
 
 def _in_word(letter: str) -> bool:
-    """Whether a character is part of a word: a letter, a mark, a digit, or what joins two words."""
+    """Tell if a character is part of a word: a letter, a mark, a digit, or a joiner of two words."""
     kind = category(letter) if letter else ""
     return kind[:1] in ("L", "M") or kind in ("Nd", "Nl", "Pc") or letter in ("\u200c", "\u200d")
 

@@ -26,13 +26,13 @@ class _Part:
 
     @property
     def is_variable(self) -> bool:
-        """Whether a program has to put something in."""
+        """True if a program has to put something in."""
         return bool(_VARIABLE.fullmatch(self.text))
 
 
 @dataclass(frozen=True)
 class _Words:
-    """What a style writes in each of five situations."""
+    """The parts that a style writes in each of five situations."""
 
     first: list[_Part]
     first_with_system: list[_Part]

@@ -1,4 +1,4 @@
-"""How a conversation becomes ids: prompts, which are given, and answers, which the model learns to say.
+"""Make ids of conversations: prompts, which are given, and answers, which the model learns to say.
 
 A style writes a conversation as pieces, text and control tokens, and knows from its own structure which of them are
 the answers. Training, generation, chat and evaluation all encode through it, so their ids are the same. The style that
@@ -97,12 +97,12 @@ class Style(ABC):
 
     @abstractmethod
     def reads(self, name: str, of_message: bool) -> bool:
-        """Whether the style writes this key of a message, or this variable of a conversation."""
+        """Tell if the style writes this key of a message, or this variable of a conversation."""
 
     @property
     @abstractmethod
     def text(self) -> str:
-        """The style as a text, of which any change is a change of the style."""
+        """The style as a text; any change of it is a change of the style."""
 
     @property
     def digest(self) -> str:
@@ -110,7 +110,7 @@ class Style(ABC):
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What prompt_style.json holds."""
+        """Return the content of prompt_style.json."""
         return {"style": self.name, "text": self.text, "sha256": self.digest}
 
     def unread(self, conversation: Conversation) -> dict[str, Any]:
@@ -167,8 +167,8 @@ class Style(ABC):
         For programs that know texts only, such as lm-eval: in it nothing tells control tokens from what users typed.
 
         Args:
-            messages: {"role": ..., "content": ...} of a system, if there is one, then of user and assistant in turn; if
-                an assistant is the last, what it says goes on.
+            messages: {"role": ..., "content": ...} of a system, if there is one, then of user and assistant in turn.
+                If an assistant is the last, its text goes on.
 
         Raises:
             UsageError: if they come in another order.
@@ -183,7 +183,7 @@ class Style(ABC):
         return as_one_text(tokenizer, [piece for part in parts for piece in part]) + begun
 
     def said(self, text: str) -> str:
-        """What was said in a decoded answer: `text` without gap and tail."""
+        """Return the text of a decoded answer: `text` without gap and tail."""
         return text.removeprefix(self.gap).removesuffix(self.tail)
 
 
@@ -285,16 +285,15 @@ class TemplateStyle(Style):
     def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
         """See Style.
 
-        A template with {% generation %} marks says itself what is learnt. Of another one each turn is rendered with and
-        without its answer; the answer is what the second text has more, up to the last control token, which ends it.
-        A template may write answers differently once the conversation goes on, as those do that leave out earlier
-        thoughts. Such an answer is part of the next prompt, which is what the model will read, and its own turn is
-        empty.
+        A template with {% generation %} marks the learnt text itself. With any other, each turn is rendered without
+        and with its answer. The answer is the rest of the second text, up to the last control token, which ends it.
+        A template may write answers differently once the conversation goes on: some leave out earlier thoughts. Such
+        an answer is part of the next prompt, which the model will read, and its own turn is empty.
 
         Raises:
             CheckpointError: if the template cannot be run.
             UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of a
-                conversation differently once it goes on, so that what is prompt and what is answer cannot be told.
+                conversation differently once it goes on. In the last case nothing tells prompt from answer.
         """
         return self._write(tokenizer, conversations)
 
@@ -326,12 +325,12 @@ class TemplateStyle(Style):
 
     @cached_property
     def _is_marked(self) -> bool:
-        """Whether the template itself marks what is learnt."""
+        """True if the template itself marks the learnt text."""
         return re.search(r"{%[-+]?\s*generation\b", self._code) is not None
 
     @cached_property
     def _words(self) -> "_Words":
-        """How the template names what messages hold."""
+        """The names that the template has for the contents of messages."""
         return _Words(
             tool=next((word for word in TOOL_ROLES if _compares_role(self._code, word)), "tool"),
             developer="developer" if self._names("developer") else "system",
@@ -340,7 +339,7 @@ class TemplateStyle(Style):
         )
 
     def _names(self, key: str) -> bool:
-        """Whether the template names a key or a role."""
+        """Tell if the template names a key or a role."""
         return _named(self._code, self._bare, key)
 
     def _write(
@@ -421,7 +420,7 @@ class TemplateStyle(Style):
 
 
 class _Words(NamedTuple):
-    """How a template names what messages hold."""
+    """The names that a template has for the contents of messages."""
 
     tool: str
     developer: str
@@ -429,12 +428,12 @@ class _Words(NamedTuple):
     reasoning: tuple[str, ...]
     """The keys under which it reads thoughts."""
     parses: bool
-    """Whether it wants the arguments of tool calls as objects, not as JSON texts."""
+    """True if it wants the arguments of tool calls as objects, not as JSON texts."""
 
 
 @cache
 def _named(code: str, bare: str, key: str) -> bool:
-    """Whether a template reads the key as .key or ["key"], or compares with it."""
+    """Tell if a template reads the key as .key or ["key"], or compares with it."""
     word = re.escape(key)
     return bool(re.search(rf"\.\s*{word}\b", bare) or re.search(rf"(['\"]){word}\1", code))
 
@@ -471,7 +470,7 @@ def _last_line(pieces: list[Piece]) -> str:
 
 
 def _left_out(message: Message, answer: Sequence[Piece]) -> str:
-    """What of a message its answer does not hold at all, though it should; '' if it is all there."""
+    """Name the part of a message that its answer should hold and lacks altogether; '' if it is all there."""
     text = _text(answer)
     if message.text.strip() and not text.strip():
         return "answer"
@@ -488,7 +487,7 @@ def _text(pieces: Iterable[Piece]) -> str:
 
 
 def _has_silent_thoughts(message: Message, answer: Sequence[Piece]) -> bool:
-    """Whether a message has thoughts that are not in its answer."""
+    """Tell if a message has thoughts that are not in its answer."""
     thoughts = [str(message.keys[key]) for key in REASONING if message.keys.get(key)] if message.keys else []
     if "</think>" in message.text:
         thoughts.append(message.text.partition("</think>")[0].rpartition("<think>")[2])
@@ -582,7 +581,7 @@ def read_style(directory: Path) -> Style | None:
 
 
 def style_json(style: Style) -> str:
-    """What prompt_style.json holds."""
+    """Return the text of prompt_style.json."""
     return json.dumps(style.facts(), indent=2, ensure_ascii=False) + "\n"
 
 

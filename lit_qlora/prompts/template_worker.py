@@ -42,7 +42,7 @@ class Generation(Extension):
 
 
 def refuse(message: str) -> NoReturn:
-    """What a template calls when it does not like the conversation."""
+    """Refuse the conversation; a template calls it when it does not like it."""
     raise TemplateError(message)
 
 
@@ -74,7 +74,7 @@ class Writer:
         )
 
     def marked_turns(self, begin: bool) -> list[Turn | None] | str:
-        """What is outside and inside each pair of marks; with `begin`, what is behind the last pair as well."""
+        """Return the texts outside and inside each pair of marks; with `begin`, the text behind the last pair too."""
         *pairs, tail = re.split(f"[{self.marks}]", self.marked(len(self.messages), begin))
         turns: list[Turn | None] = [
             (out, inside, "", False) for out, inside in zip(pairs[::2], pairs[1::2], strict=True)
@@ -84,12 +84,12 @@ class Writer:
         return [*turns, (tail, "", "", False)] if begin else turns
 
     def turns(self) -> list[Turn | None] | str:
-        """The prompt of each answer, the answer, and how the prompt goes on where a model is asked for the answer.
+        """Return each prompt, its answer, and how the prompt goes on where a model is asked for the answer.
 
-        Each answer is rendered with all that comes before it, with the beginning of an answer and with the answer; it
-        is what the second text has more. Where the template writes the past differently once the conversation goes
-        on, the conversation as a whole counts: an answer that is not in it word for word is None, and part of the next
-        prompt.
+        All messages before an answer are rendered twice: with the beginning of an answer, and with the answer. The
+        answer is the rest of the second text. Some templates write the past differently once the conversation goes
+        on. Then the conversation as a whole counts: an answer that is not in it word for word is None, and part of
+        the next prompt.
         """
         before = ""
         turns: list[Turn | None] = []
@@ -137,7 +137,7 @@ class Writer:
         return [*turns, (whole[0][at:], *whole[1:])]
 
     def find(self, k: int, pair: Turn, whole: str, at: int) -> int:
-        """Where the answer that message `k` is begins in `whole`, behind what begins it; -1 if it is not there."""
+        """Find the index in `whole` of the answer that message `k` is, behind its opening; -1 if it is not there."""
         prompt, answer, *_ = pair
         past = self.render(k, False)
         begins = prompt[len(past) :] if prompt.startswith(past) else ""
@@ -147,7 +147,7 @@ class Writer:
 
 
 def answer(line: str, compiled: Callable[[str, str], Template]) -> Any:
-    """What is answered to a request: a list, or a text that says why there is none."""
+    """Answer a request: return a list, or a text that says why there is none."""
     request = json.loads(line)
     marks, variables = request["marks"], request["variables"]
     try:

@@ -11,7 +11,7 @@ from lit_qlora.prompts.added_tokens import AddedToken, read_added_tokens, read_i
 from lit_qlora.prompts.backends import Backend, HuggingFace, SentencePiece, read_spec
 
 MODELS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json")
-"""What a tokenizer can be read from, best first: tokenizer.json knows the added tokens and which are control tokens."""
+"""Files to read a tokenizer from, best first: tokenizer.json knows the added tokens and which are control tokens."""
 FILES = (
     *MODELS,
     "tokenizer_config.json",
@@ -150,11 +150,11 @@ class Tokenizer:
             )
 
     def content(self, control: int | None) -> str:
-        """What a control token is called: "</s>" for eos_id; '' for none."""
+        """Return the name of a control token: "</s>" for eos_id; '' for none."""
         return next((content for content, i in self.control_tokens.items() if i == control), "")
 
     def opening(self, text: str) -> str:
-        """What stands between BOS and `text`, in one text, such that `text` is encoded as a beginning."""
+        """Return the text to put between BOS and `text`, in one text, so that `text` is encoded as a beginning."""
         if not self.prefixes or self.begins_behind_control:
             return ""
         return " " if self._backend.doubles_space or text[:1] not in (" ", "▁") else ""

@@ -192,6 +192,7 @@ class _Parser(ArgumentParser):
         if value.startswith("[") and choices:
             value = next((word for word in re.findall(r"[\w.-]+", value) if word not in choices), value)
         value = value.strip("'\"")
+        kinds = ["list" if kind == "tuple" else kind for kind in kinds]
         expected = " or ".join([*dict.fromkeys(kinds), *([f"one of {', '.join(choices)}"] if choices else [])])
         return f"{self._location(key, value)}--{key}: expected {expected}, got {value!r}.{did_you_mean(value, choices)}"
 

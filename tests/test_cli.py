@@ -96,6 +96,7 @@ def raising(error: BaseException) -> Callable[[Config], None]:
         (["--train.max_steps", "many"], "--train.max_steps: expected int, got 'many'."),
         (["--data.mask_prompt", "maybe"], "--data.mask_prompt: expected bool, got 'maybe'."),
         (["--devices", "two"], "--devices: expected int or one of auto, got 'two'."),
+        (["--optimizer.betas", "0.9,x"], "--optimizer.betas: expected list, got '0.9,x'."),
         (["--bits", "4"], "--bits is not a flag of this command. Did you mean --quantize bnb.nf4 (4 bit) or bnb.int8"),
         (["--gradient_checkpointing"], "Did you mean --train.recompute full?"),
         (["--lora_query", "True"], "Did you mean --lora.targets?"),

@@ -59,6 +59,8 @@ def _take_folder(
         out_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(_lock(out_dir))
         _clean(out_dir)
+        if not config.skip_disk_check:
+            check_disk(out_dir, config.train.keep_last, plan.trainable)
         if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
             here = out_dir.resolve()  # if it is a link, its target moves
             _check_movable(config, here, checkpoint)
@@ -68,8 +70,6 @@ def _take_folder(
             held.close()
             here.mkdir(exist_ok=True)  # another run may come first; then the error names its lock
             held.enter_context(_lock(out_dir))
-        if not config.skip_disk_check:
-            check_disk(out_dir, config.train.keep_last, plan.trainable)
         if checkpoint:
             # In this order, the log reaches the newest checkpoint whenever the program is killed here.
             (out_dir / SUMMARY).unlink(missing_ok=True)  # only a finished run has it

@@ -32,6 +32,16 @@ def test_a_second_run_moves_the_first_aside_and_loses_nothing(finetune: Finetune
         assert read_adapter(out.parent / name / "final").manifest
 
 
+def test_a_run_that_the_disk_has_no_room_for_moves_nothing(
+    finetune: Finetune, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finetune() == 0
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1_000))
+    assert finetune("--resume=never") == 6
+    assert [path.name for path in out.parent.glob("out*")] == ["out"]
+
+
 def test_a_folder_may_be_a_link(finetune: Finetune, out: Path) -> None:
     link = out.with_name("link")
     link.symlink_to("out")

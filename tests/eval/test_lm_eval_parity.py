@@ -180,18 +180,22 @@ def flat(value) -> list:
 
 @pytest.mark.parametrize("shots", [0, 2])
 def test_tasks_of_lm_eval_give_what_the_hf_model_gives(pair, tasks_dir, shots):
-    assert_equal(pair, NAMES, tasks_dir, harness.Asking(num_fewshot=shots))
+    assert_equal(pair, NAMES, tasks_dir, harness.Asking(allow_code=True, num_fewshot=shots))
 
 
 @pytest.mark.parametrize("shots", [0, 3])
 def test_long_choices_answers_in_words_and_whole_texts_give_what_the_hf_model_gives(pair, tasks_dir, shots):
-    assert_equal(pair, OWN, tasks_dir, harness.Asking(num_fewshot=shots))
+    assert_equal(pair, OWN, tasks_dir, harness.Asking(allow_code=True, num_fewshot=shots))
 
 
 @pytest.mark.parametrize("multiturn", [False, True])
 def test_questions_in_a_chat_template_give_what_the_hf_model_gives(pair, tasks_dir, multiturn):
     asking = harness.Asking(
-        num_fewshot=1, apply_chat_template=True, fewshot_as_multiturn=multiturn, system_instruction="Be brief."
+        allow_code=True,
+        num_fewshot=1,
+        apply_chat_template=True,
+        fewshot_as_multiturn=multiturn,
+        system_instruction="Be brief.",
     )
     assert_equal(pair, ["choice", "answer", "mmlu_global_facts"], tasks_dir, asking)
 
@@ -220,4 +224,11 @@ def test_whether_texts_begin_with_bos_can_be_said(pair, tasks_dir):
         theirs = HFLM(pretrained=pair.theirs.model, tokenizer=pair.theirs.tokenizer, add_bos_token=bos, batch_size=4)
         ours = lm_eval_model.GPTModel(pair.ours.model, pair.tokenizer, add_bos=bos)
         both = SimpleNamespace(theirs=theirs, ours=ours)
-        assert_equal(both, ["choice", "rolling", "answer"], tasks_dir, harness.Asking())
+        assert_equal(
+            both,
+            ["choice", "rolling", "answer"],
+            tasks_dir,
+            harness.Asking(
+                allow_code=True,
+            ),
+        )

@@ -34,7 +34,9 @@ def folder(tmp_path: Path) -> Path:
     """A task without code, and a module beside it that would leave a mark."""
     (tmp_path / "quiz.yaml").write_text(TASK)
     (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
-    (tmp_path / "utils.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\ndef keep(docs):\n    return docs\n")
+    (tmp_path / "utils.py").write_text(
+        f"open({str(tmp_path / 'RAN')!r}, 'w').close()\ndef keep(docs):\n    return docs\n"
+    )
     return tmp_path
 
 

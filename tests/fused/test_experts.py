@@ -209,6 +209,7 @@ def steps(model: GPT, count: int = 2) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_weights_that_are_dequantised_ahead_or_cached_give_the_same_bits() -> None:
     ends = []
     for cached, ahead in ((0, False), (0, True), (1, True)):
@@ -220,6 +221,7 @@ def test_weights_that_are_dequantised_ahead_or_cached_give_the_same_bits() -> No
         assert all(torch.equal(*pair) for pair in zip(ends[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_what_is_ahead_saves_a_dequantisation_of_the_first_and_of_the_last_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -245,6 +247,7 @@ def test_giving_back_changes_no_bit_and_frees_what_is_ahead() -> None:
     assert all(torch.equal(gradient, before[name]) for name, gradient in with_idle(model, *batch())[1].items())
 
 
+@pytest.mark.slow
 def test_graphs_of_experts_give_what_passes_without_a_graph_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_qlora.fused.graphs.SIGHTINGS", 1)
     model = model_of(scheme="bnb.nf4", expert_size=64)

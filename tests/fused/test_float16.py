@@ -58,6 +58,7 @@ def test_gradients_are_as_near_to_float64_as_those_of_the_plain_path() -> None:
     assert error(fast[1:], exact[1:]) < 1.2 * error(plain[1:], exact[1:]) < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter computes with numpy
 def test_an_overflow_of_scaled_gradients_shows_and_leaves_the_next_step_alone() -> None:
     model = adapted(torch.float16)

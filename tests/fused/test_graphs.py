@@ -304,7 +304,9 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "queries that grow" else case for case in PACKED]
+)
 def test_packed_rows_are_replayed_whatever_their_documents(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Places get tensors of their own, as on a GPU.
     monkeypatch.setattr("lit_qlora.fused.path.to_device", lambda x, device: x.clone() if x.dtype == torch.int32 else x)

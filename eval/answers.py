@@ -1,4 +1,4 @@
-"""Answer a data file and compare the answers with those in it: exact match, BLEU, chrF, ROUGE-L.
+"""Answer a data file and compare with its own answers: exact match, BLEU, chrF, ROUGE-L.
 
 python eval/answers.py --data val.jsonl --lora_path out/lora/tiny-world/final --out predictions.jsonl
 """
@@ -25,29 +25,28 @@ SHOWN = 3  # best and worst answers that are printed
 
 @dataclass(frozen=True, kw_only=True)
 class Config(GenerationConfig, InferenceConfig):
-    """Answer a data file and compare the answers with those in it. Of a conversation the last answer is asked for."""
+    """Answer a data file and compare with its own answers. In a conversation the model gives the last answer."""
 
     data: str
-    """A file of examples, of the kinds and columns that finetune/lora.py reads."""
+    """Data file, in a format that finetune/lora.py reads."""
     format: str = "auto"
-    """See data.format of finetune/lora.py."""
+    """Record format, as data.format of finetune/lora.py."""
     columns: str = ""
-    """See data.columns of finetune/lora.py."""
+    """Meaning of columns, as data.columns of finetune/lora.py."""
     max_samples: int | None = None
-    """Answer the first so many only."""
+    """Answer the first N records only. By default all."""
     style: str = "auto"
-    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'none' gives the model
-    the prompt as it is; 'auto' is the style that checkpoint or adapter were trained with, else the chat template, else
-    none."""
+    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template. 'none' gives the model
+    the prompt as it is. 'auto' is the recorded style of adapter or checkpoint, else the chat template, else none."""
     batch_size: int = 16
-    """Examples that are answered together."""
+    """Number of records that are answered together."""
     out: Path | None = None
-    """Where the predictions go, as JSON lines with prompt, input, prediction, reference and chrf, in the order of the
-    file; by default predictions.jsonl in the run's folder for adapters in OUT, else in out/eval/<checkpoint name>.
-    Beside it a file .part keeps them as they are made, and the same command goes on with them if it was stopped."""
+    """File for the predictions: JSON lines with prompt, input, prediction, reference and chrf, in the order of the
+    data. By default predictions.jsonl in the run folder for adapters in OUT, else in out/eval/<checkpoint name>.
+    OUT.part keeps the predictions as they are made; if the command is stopped, the same command resumes from it."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked before the model is loaded."""
+        """Check the settings before the model is loaded."""
         super().__post_init__()
         check_style(self.style)
         check(self.num_return_sequences == 1, "One answer to each example is compared, so num_return_sequences is 1.")
@@ -70,7 +69,7 @@ def main(config: Config) -> None:
 
 
 def answer(config: Config, examples: "list[Example]", part: Part) -> None:
-    """Load, answer what is not in `part` yet, compare, write and print."""
+    """Load, answer the records that `part` lacks, compare, write and print."""
     from tqdm import tqdm
 
     from lit_qlora.evaluate.metrics import chrf, text_metrics
@@ -118,7 +117,7 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
 
 
 def default_out(config: Config) -> Path:
-    """predictions.jsonl in the run's folder, or under out/eval for a model without an adapter."""
+    """Return predictions.jsonl in the run folder, or under out/eval for a model without an adapter."""
     folder = config.lora_path.parent if config.lora_path else Path("out/eval") / config.checkpoint_dir.resolve().name
     return folder / "predictions.jsonl"
 
@@ -136,7 +135,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def report(scores: dict[str, float], rows: list[dict[str, Any]]) -> str:
-    """Scores as a markdown table, then the best and the worst answers by chrF, those in the middle left out."""
+    """Return the scores as a markdown table, then the best and the worst answers by chrF."""
     names = {"exact_match": "exact match", "bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
     lines = [
         f"| examples | {' | '.join(names.values())} |",
@@ -155,7 +154,7 @@ def report(scores: dict[str, float], rows: list[dict[str, Any]]) -> str:
 
 
 def shorten(text: str, most: int = 200) -> str:
-    """`text` on one line."""
+    """Return `text` on one line."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 3]}..."
 

@@ -1,4 +1,4 @@
-"""The accuracy of someone who guesses, to hold a model's against."""
+"""The accuracy of guessing, to compare a model's accuracy with."""
 
 import math
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def against_chance(task: "Task", metrics: Mapping[str, Any]) -> dict[str, float] | None:
-    """Accuracy by guessing in a multiple-choice task, or None where accuracy is not a share of right choices.
+    """Return the accuracy of guessing in a multiple-choice task; None if accuracy is not the share of right choices.
 
     Returns:
         accuracy; chance, the mean of 1 / number of choices; noise, two standard deviations of the accuracy of someone
-        who guesses; questions, how many there were.
+        who guesses; questions, their number.
     """
     accuracy = next((value for key, value in metrics.items() if key.startswith("acc,")), None)
     own_rule = task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results or task.multiple_target
@@ -27,5 +27,5 @@ def against_chance(task: "Task", metrics: Mapping[str, Any]) -> dict[str, float]
 
 
 def like_chance(figures: Mapping[str, float]) -> bool:
-    """True if someone who guesses often scores like this; for figures of against_chance."""
+    """Tell whether guessing often scores like this; for the results of against_chance."""
     return abs(figures["accuracy"] - figures["chance"]) <= figures["noise"]

@@ -1,7 +1,7 @@
-"""One adapter, five models: what quantising the base cost, what training gained, what merging lost.
+"""One adapter, five models: the cost of quantising the base, the gain of training, the loss of merging.
 
-The questions are the same for all five, so differences are taken question by question, and their intervals come from
-drawing questions again with replacement (Efron 1979), which is much narrower than what two scores apart would allow.
+The questions are the same for all five, so differences are taken question by question. Their intervals come from
+drawing questions again with replacement (Efron 1979). They are much narrower than intervals from separate scores.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -79,7 +79,7 @@ def compare(
 def models(
     config: InferenceConfig, checkpoint_dir: Path, adapter: "Adapter", scheme: Scheme, head: bool
 ) -> Iterator[tuple[str, LoadedModel]]:
-    """Each of the five and its name; the one before is gone, or has become the next."""
+    """Yield each of the five with its name; the model before is gone, or has become the next."""
     from lit_qlora.lora.merge import Merge
     from lit_qlora.quantize import quantize_linears
 
@@ -99,13 +99,13 @@ def models(
 
 
 def compare_task(samples: Mapping[str, list[dict[str, Any]]], seed: int) -> dict[str, Any] | None:
-    """The scores of all models on a task, and the effects; None where no metric is a number for each question.
+    """Return the scores of all models on a task, and the effects; None if no metric has a value for each question.
 
     Args:
-        samples: by model, what lm-eval keeps of each question.
+        samples: by model, lm-eval's record of each question.
 
     Returns:
-        metric; questions, how many there are; scores, by model; effects, by name: difference, low and high end of its
+        metric; questions, their number; scores, by model; effects, by name: difference, low and high end of its
         95 % interval.
     """
     import numpy as np
@@ -133,7 +133,7 @@ def compare_task(samples: Mapping[str, list[dict[str, Any]]], seed: int) -> dict
 
 
 def interval(differences: Any, seed: int, share: float = 0.95) -> tuple[float, float]:
-    """The bootstrap interval of the mean of paired differences (N,), by its percentiles."""
+    """Return the bootstrap interval of the mean of paired differences (N,), by its percentiles."""
     import numpy as np
 
     # How often each value is drawn says all, and there are few values: a score is mostly 0 or 1.
@@ -145,7 +145,7 @@ def interval(differences: Any, seed: int, share: float = 0.95) -> tuple[float, f
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The comparison as markdown."""
+    """Return the comparison as markdown."""
     scheme = results["quantize"].removeprefix("bnb.")
     dtype = results["models"][BASE]["config"]["model_dtype"].removeprefix("torch.")
     titles = {

@@ -35,26 +35,26 @@ DEMO_TASKS = Path(__file__).resolve().parent / "demo"
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How the questions of a task are asked."""
+    """The form in which the questions of a task are asked."""
 
     num_fewshot: int | None = None
-    """Examples before each question; by default what the task says."""
+    """Examples before each question. By default the task's own number."""
     limit: float | None = None
-    """Ask the first so many questions of each task only; below 1, this share of them."""
+    """Ask only the first N questions of each task; below 1, this share of them. By default all."""
     apply_chat_template: bool = False
-    """Ask in the prompt style that adapter or checkpoint were trained with, else in the checkpoint's chat template."""
+    """Ask in the recorded prompt style of adapter or checkpoint, else in the checkpoint's chat template."""
     fewshot_as_multiturn: bool = False
     """In a chat template, make each example a turn of its own."""
     system_instruction: str | None = None
-    """What the model is told before all."""
+    """System message before each question. By default none."""
     allow_code: bool = False
     """Let tasks in include_path run their own Python (!function). Only the command line may say so, never a config
     file. lm-eval's own tasks always may."""
     seed: int = 1234
-    """Seed of the choice of few-shot examples, of sampled answers and of intervals; 1234 is lm-eval's own."""
+    """Seed of few-shot examples, sampled answers and intervals; 1234 is lm-eval's own."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is loaded."""
+        """Check the settings before anything is loaded."""
         check(self.num_fewshot is None or self.num_fewshot >= 0, f"num_fewshot is {self.num_fewshot}, below 0.")
         check(self.limit is None or self.limit > 0, f"limit must be above 0, got {self.limit}.")
         check(
@@ -68,27 +68,27 @@ class Config(Asking, InferenceConfig):
     """Evaluate a model on tasks of lm-eval, and write results.json in lm-eval's own schema."""
 
     checkpoint_dir: Path | None = None
-    """The model; by default the newest out/lora/*/merged, else the demo checkpoint."""
+    """Model to evaluate. By default the newest out/lora/*/merged, else the demo checkpoint."""
     eval_tasks: tuple[str, ...] | str = ("tiny_world_qa",)
     """Names of tasks, groups or tags, e.g. [arithmetic_2ds,truthfulqa_mc1]."""
     compare: bool = False
-    """Evaluate five models and say what quantising cost, what training gained and what merging lost: the base, the base
-    quantised, with the adapter of lora_path, with the adapter merged, and that quantised again."""
+    """Evaluate five models: base, quantised base, quantised base with the adapter of lora_path, merged model, and
+    quantised merged model. The report gives the cost of quantising, the gain of training and the loss of merging."""
     include_path: Path | None = None
-    """Directory with tasks of your own (YAML files); a data file that they name is looked for beside them. By default
-    the demo's."""
+    """Directory with tasks of your own (YAML files). Paths of data files are relative to the YAML file. By default the
+    demo's tasks."""
     batch_size: int | Literal["auto"] = "auto"
-    """Sequences per forward pass, or as many as suit the device; changes memory and speed, not the result."""
+    """Sequences per forward pass; 'auto' takes as many as suit the device. Changes memory and speed, not the result."""
     max_length: int | None = None
-    """Most tokens that the model reads at once; by default its whole context. What is longer loses its beginning."""
+    """Maximum tokens that the model reads at once. By default its whole context. Longer inputs lose their beginning."""
     add_bos_token: bool | None = None
-    """Whether texts begin with BOS; by default where the tokenizer's own files say so."""
+    """Begin texts with BOS. By default as the tokenizer's own files say."""
     save_filepath: Path | None = None
-    """Where the results go; by default results.json (compare.json) in the run's folder, for OUT/merged and for adapters
+    """File for the results. By default results.json (compare.json) in the run folder, for OUT/merged and for adapters
     in OUT, else in out/eval/<checkpoint name>."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is loaded."""
+        """Check the settings before anything is loaded."""
         super().__post_init__()
         if isinstance(self.eval_tasks, str):
             object.__setattr__(self, "eval_tasks", (self.eval_tasks,))
@@ -165,16 +165,16 @@ def evaluate(
     how: Asking = Asking(),
     log_samples: bool = False,
 ) -> dict[str, Any]:
-    """Results of `lm` on `tasks`, in lm-eval's schema, without anything about the machine.
+    """Return the results of `lm` on `tasks`, in lm-eval's schema, without anything about the machine.
 
-    Two keys are ours: "chance" has, for each multiple-choice task, its accuracy and what guessing would give (see
-    against_chance), and "config" counts the requests that did not fit into the model's context.
+    Two keys are ours. "chance" has, for each multiple-choice task, its accuracy and that of guessing (see
+    against_chance). "config" counts the requests that did not fit into the model's context.
 
     Args:
         lm: ours, or any other model of lm-eval.
         tasks: names of tasks, groups or tags, in `include_path` or in lm-eval's own list.
         include_path: directory with tasks of one's own; data files are relative to the YAML file that names them.
-        log_samples: keep what was asked and answered, question by question, under "samples".
+        log_samples: keep each question and its answer under "samples".
 
     Raises:
         UsageError: for a task that does not exist.
@@ -231,7 +231,7 @@ def set_fewshot(name: str, task: "Task", num_fewshot: int | None, seed: int) -> 
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:
-    """Lines for below the table: scores like chance, and requests that were cut."""
+    """Return lines for below the table: scores like chance, and requests that were cut."""
     lines = []
     for name, x in results["chance"].items():
         if like_chance(x):
@@ -247,20 +247,20 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The values as markdown, tasks first, then groups."""
+    """Return the values as markdown, tasks first, then groups."""
     from lm_eval.utils import make_table
 
     return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column)).rstrip()
 
 
 def newest_merged() -> Path:
-    """The newest merged model at the default path of finetune/lora.py and merge_lora.py, else the demo checkpoint."""
+    """Return the newest merged model at the default path of merge_lora.py, else the demo checkpoint."""
     merged = [path.parent for path in Path("out/lora").glob(f"*/merged/{MODEL_CONFIG}")]
     return max(merged, key=lambda path: path.stat().st_mtime, default=DEMO_CHECKPOINT)
 
 
 def default_save_filepath(checkpoint_dir: Path, lora_path: Path | None, name: str = "results.json") -> Path:
-    """A file in the run's folder, or under out/eval for a model that no run has made."""
+    """Return a file in the run folder, or under out/eval for a model that no run has made."""
     if lora_path:
         return lora_path.parent / name
     if checkpoint_dir.name == "merged":

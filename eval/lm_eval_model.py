@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 ANSWERS_AT_ONCE = 64  # with batch size auto, unless memory is short; more seldom end together
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-"""Settings that say how tokens are drawn, and that mean nothing where the likeliest is taken."""
+"""Settings of sampling, without effect where the likeliest token is taken."""
 
 
 class GPTModel(TemplateLM):
     """A model and its tokenizer behind lm-eval's interface.
 
     Texts get BOS where the tokenizer's own files say so, unless they begin with it. The names of control tokens in them
-    are control tokens, because chat templates write them. What is longer than the model's context loses its beginning.
+    are control tokens, because chat templates write them. Inputs longer than the model's context lose their beginning.
 
     Args:
         batch_size: sequences per forward pass; changes memory and speed, not the result.
         seed: of tasks that sample.
         style: prompt style, for tasks that are asked in it.
-        add_bos: whether texts begin with BOS, whatever the tokenizer's files say.
-        max_length: most tokens that the model reads at once; by default its whole context.
+        add_bos: begin texts with BOS, or do not, whatever the tokenizer's files say.
+        max_length: maximum tokens that the model reads at once; by default its whole context.
 
     Attributes:
-        truncated: how many requests have lost their beginning so far.
-        shortened: how many answers got less room than their task allows, because the context is not longer.
+        truncated: number of requests that have lost their beginning so far.
+        shortened: number of answers that got less room than their task allows, for want of context.
     """
 
     backend = "causal"
@@ -86,7 +86,7 @@ class GPTModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Most tokens that the model reads at once."""
+        """Maximum tokens that the model reads at once."""
         return self.scorer.max_length
 
     @property
@@ -127,7 +127,7 @@ class GPTModel(TemplateLM):
         return self.model.config.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the prompt style writes it.
+        """Return the conversation as the prompt style writes it.
 
         Args:
             add_generation_prompt: begin an answer; else the last message is one that goes on, so nothing ends it.
@@ -151,7 +151,7 @@ class GPTModel(TemplateLM):
         return text[: at + len(last.lstrip() if whole else last.strip())]
 
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether greedy decoding would give it."""
+        """Return each continuation's log-probability after its context, and True if greedy decoding would give it."""
         return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(
@@ -166,7 +166,7 @@ class GPTModel(TemplateLM):
             return self.scorer.score(requests, progress.update)
 
     def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in windows of the model's context; every token is predicted once.
+        """Return the log-probability of whole texts, in windows of the model's context; each token is predicted once.
 
         As in the `hf` model, the first token to be predicted is the BOS of the text where texts have one.
         """
@@ -182,7 +182,7 @@ class GPTModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
-        """The model's answers, each up to the first of its task's stop strings, EOS, or its most tokens."""
+        """Return the answers, each up to its task's first stop string, EOS, or its maximum tokens."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
@@ -222,7 +222,7 @@ class GPTModel(TemplateLM):
         return [text_of(self.tokenizer, ids, stop=until) for ids in made[:: config.num_return_sequences]]
 
     def _generation_settings(self, gen_kwargs: Mapping[str, Any]) -> tuple[list[str], GenerationConfig]:
-        """A task's generation_kwargs as stop strings and settings of ours; what is not known is named on stderr."""
+        """Return a task's generation_kwargs as stop strings and settings of ours; name unknown ones on stderr."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(dict(gen_kwargs)))
         until = [text for text in given.pop("until", []) if text]
         settings = {key: value for key, value in given.items() if value is not None}

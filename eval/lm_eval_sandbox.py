@@ -1,4 +1,4 @@
-"""What a task file may do: fill in templates in a sandbox, and run Python of its own only where the user allows it."""
+"""The rights of a task file: it fills in templates in a sandbox, and runs its own Python only if the user allows it."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from lm_eval_tasks import task_files
 from lit_qlora.errors import UsageError
 
 MOST = 10**7
-"""Characters or items that an operation of a template may make."""
+"""Maximum characters or items that an operation of a template may make."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -22,7 +22,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The product or power, unless it is huge."""
+        """Return the product or power, unless it is huge."""
         for text, count in ((left, right), (right, left)):
             if hasattr(text, "__len__") and isinstance(count, int) and len(text) * count > MOST:
                 raise SecurityError(f"{operator} would make more than {MOST} items")
@@ -47,7 +47,7 @@ def sandboxed_templates() -> Iterator[None]:
 
 
 def check_code(tasks: Sequence[str], include_path: Path, allow_code: bool) -> None:
-    """Refuse `tasks` of `include_path` that would run Python, or say which Python runs.
+    """Refuse `tasks` of `include_path` that would run Python, or print the names of the Python that runs.
 
     Raises:
         UsageError: if one would and `allow_code` is false.
@@ -67,7 +67,7 @@ def check_code(tasks: Sequence[str], include_path: Path, allow_code: bool) -> No
 
 
 def _code(file: Path, seen: set[Path]) -> Iterator[str]:
-    """Names of functions that a YAML file, or one that it includes, would import."""
+    """Yield the names of functions that a YAML file, or one that it includes, would import."""
     import yaml
 
     file = file.resolve()
@@ -87,7 +87,7 @@ def _code(file: Path, seen: set[Path]) -> Iterator[str]:
 
 
 def _nodes(node: Any) -> Iterator[Any]:
-    """The node and all below it, each once: an anchor may stand in many places."""
+    """Yield the node and all nodes below it, each once: an anchor may stand in many places."""
     waiting, seen = [node], set[int]()
     while waiting:
         here = waiting.pop()

@@ -1,7 +1,7 @@
 """Finding lm-eval's tasks: by today's and yesterday's names, one's own and its own, with data beside their YAML files.
 
-lm-eval's index of all its tasks takes 17 s to build, so it is built only where a group or a tag is asked for; a
-single task is found in a second, by a search through the YAML files for its name, and loaded from its file.
+lm-eval's index of all its tasks takes 17 s to build, so it is built only for a group or a tag. A search through the
+YAML files finds a single task by its name in a second, and loads it from its file.
 """
 
 import os
@@ -33,10 +33,10 @@ _TAG = re.compile(r"^[\"']?tag[\"']?:[ \t]*(?:[\"']?([^\s\"'#\[{]+)|((?:\n[ \t]*
 
 
 def resolve(tasks: Sequence[str], include_path: Path | None) -> list[str]:
-    """The names that `tasks` have today, checked.
+    """Return today's names of `tasks`, checked.
 
     Raises:
-        UsageError: for a name that neither `include_path` nor lm-eval has, with those that are nearest.
+        UsageError: for a name that neither `include_path` nor lm-eval has; the message gives the nearest names.
     """
     own = task_files(include_path) if include_path else {}
     names: list[str] = []
@@ -178,7 +178,7 @@ def without_folders(value: Any, folders: Sequence[Path]) -> Any:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """Every file below `directory`, but for hidden ones and what Python compiled."""
+    """Every file below `directory`, except hidden files and Python's compiled ones."""
     for path in sorted(directory.rglob("*")):
         inside = path.relative_to(directory).parts
         if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in inside):

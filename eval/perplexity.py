@@ -18,20 +18,20 @@ from lit_qlora.settings import check
 
 @dataclass(frozen=True, kw_only=True)
 class Config(InferenceConfig):
-    """Measure the perplexity of a model on a text file, read as one text that begins with BOS where there is one."""
+    """Measure the perplexity of a model on a text file. The file is one text, which begins with BOS if there is one."""
 
     file: Path
-    """A text file in UTF-8, such as the test part of WikiText."""
+    """Text file in UTF-8, such as the test part of WikiText."""
     max_length: int | None = None
-    """Tokens that the model reads at once; by default its whole context, at most 2048."""
+    """Tokens that the model reads at once. By default its whole context, at most 2048."""
     stride: int | None = None
-    """Tokens that are predicted at a time; fewer than max_length give each more to go by, and take longer. By default
-    max_length."""
+    """Tokens that are predicted at a time. Fewer than max_length give each token more context, and take longer. By
+    default max_length."""
     batch_size: int | Literal["auto"] = "auto"
-    """Windows per forward pass, or as many as suit the device; changes memory and speed, not the result."""
+    """Windows per forward pass; 'auto' takes as many as suit the device. Changes memory and speed, not the result."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is loaded."""
+        """Check the settings before anything is loaded."""
         check(self.file.is_file(), f"file: {self.file} is not a file.")
         for name in ("max_length", "stride", "batch_size"):
             value = getattr(self, name)

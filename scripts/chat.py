@@ -20,9 +20,9 @@ from lit_qlora.prompts.conversation import Message, prompt_of
 from lit_qlora.settings import GenerationConfig, check
 
 HELP = """\
-/compare QUESTION    what the base and every adapter answer, side by side; it is not remembered
-/adapter NAME        who answers from now on: an adapter's name, on, or off for the base
-/system TEXT         what the model is told before all; without a text it is forgotten
+/compare QUESTION    show the answers of base and adapters, side by side, and do not remember them
+/adapter NAME        choose the adapter that answers: its name, on, or off for the base
+/system TEXT         set the system message; without a text there is none
 /reset               forget the conversation
 /quit or Ctrl-D      leave; Ctrl-C stops an answer"""
 COMMANDS = ["/compare", "/adapter", "/system", "/reset", "/help", "/quit"]
@@ -30,23 +30,23 @@ COMMANDS = ["/compare", "/adapter", "/system", "/reset", "/help", "/quit"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(GenerationConfig, DraftConfig, InferenceConfig):
-    """Talk to a model; it remembers the conversation as far as its context reaches."""
+    """Talk to a model. It remembers as much of the conversation as fits into its context."""
 
     adapters: dict[str, Path] = field(default_factory=dict)
-    """More adapters of the same base to talk to, by a name, e.g. --adapters.legal out/legal/final"""
+    """More adapters of the same base to talk to, each by a name, e.g. --adapters.legal out/legal/final."""
     system: str = ""
-    """What the model is told before all."""
+    """System message at the beginning of the conversation. By default none."""
     history: Path | None = None
-    """A .jsonl file that the conversation is written to as it goes on, and resumed from."""
+    """File (.jsonl) that records the conversation; the next chat resumes from it."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, e.g. ["Q:"]; they are no part of it."""
     style: str = "auto"
-    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'none' gives the model
-    what is typed as it is; 'auto' is the style that checkpoint or adapter were trained with, else the chat template,
-    else none."""
+    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template. 'none' gives the model
+    the typed text as it is. 'auto' is the recorded style of adapter or checkpoint, else the chat template, else
+    none."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked before the model is loaded."""
+        """Check the settings before the model is loaded."""
         super().__post_init__()
         check_style(self.style)
         self.check_draft(self.num_beams)
@@ -65,7 +65,7 @@ def main(config: Config) -> None:
         import readline  # noqa: F401 - gives input() its editing and its memory of lines
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a stray byte from a pipe is no reason to end the conversation
-    note(f"{conversation.who} answers. /help lists what else there is.")
+    note(f"{conversation.who} answers. /help lists the commands.")
     while True:
         try:
             line = input("> " if terminal else "").strip()
@@ -86,23 +86,23 @@ def main(config: Config) -> None:
 
 
 class Turn(NamedTuple):
-    """What was asked and what was said to it."""
+    """A prompt and its answer."""
 
     prompt: str
     answer: str
 
     @property
     def messages(self) -> tuple[Message, Message]:
-        """Both as messages."""
+        """Return both as messages."""
         return Message("user", self.prompt), Message("assistant", self.answer)
 
 
 class Conversation:
-    """What was said, who answers, and how it goes on.
+    """A conversation: its turns, the adapter that answers, and the commands.
 
     Attributes:
-        turns: what is still remembered, oldest first.
-        who: the name of the one who answers.
+        turns: the remembered prompts and answers, oldest first.
+        who: name of the adapter or base that answers.
     """
 
     def __init__(self, roster: Roster, config: Config) -> None:
@@ -113,7 +113,7 @@ class Conversation:
         self.system, self.turns = config.system, list[Turn]()
 
     def hear(self, line: str) -> None:
-        """Do what a line that was typed asks for.
+        """Carry out a typed line: a command or a prompt.
 
         Raises:
             UsageError: if it is no command, or does not fit into the model's context.
@@ -141,7 +141,7 @@ class Conversation:
             raise UsageError(f"{command} is not a command.{did_you_mean(command, COMMANDS)} /help lists them all.")
 
     def choose(self, word: str) -> str:
-        """The name of the one that /adapter `word` stands for."""
+        """Return the name that /adapter `word` stands for."""
         base, *adapters = self.roster.names
         if word == "off":
             return base
@@ -170,7 +170,7 @@ class Conversation:
         self.remember({"role": "user", "content": line}, {"role": "assistant", "content": said, "model": self.who})
 
     def compare(self, line: str) -> None:
-        """Write what each answers to `line`, side by side where the terminal is wide enough."""
+        """Write the answer of each to `line`, side by side where the terminal is wide enough."""
         check(bool(line), "/compare needs a question.")
         answers = {
             name: "".join(self.pieces(name, self.prompt(name, line, forget=False))) for name in self.roster.names
@@ -178,7 +178,7 @@ class Conversation:
         print(side_by_side(answers, shutil.get_terminal_size((100, 24)).columns), flush=True)
 
     def pieces(self, name: str, prompt: list[int]) -> Iterator[str]:
-        """The text of an answer as it comes."""
+        """Yield the pieces of an answer as they come."""
         from lit_qlora.generation import stream, stream_text
 
         style = self.roster.styles[name]
@@ -199,7 +199,7 @@ class Conversation:
             note(f"The answer ends where the model's context of {self.model.config.block_size} tokens is full.")
 
     def prompt(self, name: str, line: str, forget: bool = True) -> list[int]:
-        """Ids of the conversation with `line` at its end, without the oldest turns if they leave too little room.
+        """Return the ids of the conversation with `line` at its end, without the oldest turns if room is short.
 
         Args:
             forget: the turns that are left out stay forgotten.
@@ -230,7 +230,7 @@ class Conversation:
                 file.writelines(json.dumps(message, ensure_ascii=False) + "\n" for message in messages)
 
     def resume(self, messages: list[dict[str, str]]) -> None:
-        """Go on where an earlier conversation ended."""
+        """Resume the conversation that these messages record."""
         asked = ""
         for message in messages:
             if message["role"] == "reset":
@@ -248,7 +248,7 @@ class Conversation:
 
 
 def read_history(path: Path | None) -> list[dict[str, str]]:
-    """The messages of a history file; none if there is no such file.
+    """Return the messages of a history file; none if there is no such file.
 
     Raises:
         DataError: if it holds something else.
@@ -269,7 +269,7 @@ def read_history(path: Path | None) -> list[dict[str, str]]:
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:
-    """Each text under its name in a column of its own; one below the other where columns would be too narrow."""
+    """Lay out each text under its name, in columns, or one below the other where columns would be too narrow."""
     column = (width - 3 * (len(texts) - 1)) // len(texts)
     if column < 24:
         return "\n\n".join(f"{name}:\n{text}" for name, text in texts.items())
@@ -287,7 +287,7 @@ def side_by_side(texts: dict[str, str], width: int) -> str:
 
 
 def note(text: str) -> None:
-    """Tell the person something that the model did not say."""
+    """Print a message that is no answer of the model on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint into one GGUF file, for llama.cpp and what is built on it.
+"""Convert a checkpoint into one GGUF file, for llama.cpp and programs built on it.
 
 python scripts/convert_gguf.py --checkpoint_dir out/lora/Llama-2-7b-hf/merged --out_file my-model.gguf
 """
@@ -12,18 +12,18 @@ from lit_qlora import cli
 
 @dataclass(frozen=True, kw_only=True)
 class GgufConfig:
-    """Convert a checkpoint into one GGUF file for llama.cpp; a model that it would compute otherwise is refused."""
+    """Convert a checkpoint into one GGUF file for llama.cpp. Models that llama.cpp computes otherwise are refused."""
 
     checkpoint_dir: Path
     """The checkpoint: a converted or merged model."""
     out_file: Path
-    """The new file; NAME.Modelfile beside it is for Ollama."""
+    """File to write; NAME.Modelfile beside it is for Ollama."""
     dtype: Literal["f16", "q8_0", "bf16", "f32"] = "q8_0"
-    """Storage of the matrices: 16 bits, 32 bits, or blocks of 32 weights of 8 bits that share a 16-bit scale."""
+    """Storage of the matrices: 16 bits, 32 bits, or 8 bits with a 16-bit scale for each 32 weights."""
 
 
 def main(config: GgufConfig) -> None:
-    """Convert and say what came out."""
+    """Convert, and print a summary."""
     from lit_qlora.convert.to_gguf import MODELFILE, export_gguf
 
     model = export_gguf(config.checkpoint_dir, config.out_file, config.dtype)

@@ -16,23 +16,24 @@ class ConvertConfig:
     """Convert a Hugging Face model folder into a checkpoint. Memory holds a few tensors at a time."""
 
     checkpoint_dir: Path
-    """The Hugging Face folder: config.json, safetensors or PyTorch .bin files (sharded or not) and the tokenizer's."""
+    """Hugging Face folder: config.json, the tokenizer's files, and safetensors or PyTorch .bin files, sharded or
+    not."""
     out_dir: Path | None = None
-    """Where the checkpoint goes; by default into the same folder."""
+    """Folder for the checkpoint. By default the same folder."""
     dtype: Literal["keep", "bf16", "fp32"] = "keep"
     """Dtype of the converted weights; 'keep' leaves each tensor as it is."""
     name: str | None = None
-    """What the model is called; by default the last two parts of the folder, ORG/NAME."""
+    """Name of the model. By default the last two parts of the folder, ORG/NAME."""
     shard_gb: float = 5.0
-    """Most gigabytes (10^9 bytes) of weights in a file."""
+    """Maximum gigabytes (10^9 bytes) of weights in a file."""
 
     def __post_init__(self) -> None:
-        """Check the range."""
+        """Check the size of a file."""
         check(self.shard_gb > 0, f"shard_gb must be above 0, got {self.shard_gb}.")
 
 
 def main(config: ConvertConfig) -> None:
-    """Convert and say what came out."""
+    """Convert, and print a summary."""
     from lit_qlora.checkpoint.checkpoint import count_parameters
     from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 

@@ -18,17 +18,17 @@ class ExportConfig:
     checkpoint_dir: Path
     """The checkpoint: a converted or merged model."""
     out_dir: Path
-    """The new folder: config.json, safetensors, the tokenizer's files and a model card."""
+    """Folder to write: config.json, safetensors, the tokenizer's files and a model card."""
     shard_gb: float = 5.0
-    """Most gigabytes (10^9 bytes) of weights in a file."""
+    """Maximum gigabytes (10^9 bytes) of weights in a file."""
 
     def __post_init__(self) -> None:
-        """Check the range."""
+        """Check the size of a file."""
         check(0 < self.shard_gb < math.inf, f"shard_gb must be above 0 and finite, got {self.shard_gb}.")
 
 
 def main(config: ExportConfig) -> None:
-    """Convert and say what came out."""
+    """Convert, and print a summary."""
     from lit_qlora.checkpoint.checkpoint import count_parameters
     from lit_qlora.convert.to_hugging_face import export_hf
 

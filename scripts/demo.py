@@ -84,7 +84,7 @@ def main(config: DemoConfig) -> None:
 
 @contextmanager
 def chapter(number: int, title: str) -> Iterator[None]:
-    """Print the title before the body runs, and its seconds after."""
+    """Print the title before the body runs, and the body's seconds after it."""
     print(f"[{number}/6] {title}", flush=True)
     start = time.monotonic()
     yield
@@ -153,7 +153,7 @@ def agree(exact: LoadedModel, trained: LoadedModel, merged: LoadedModel) -> str:
 
 
 def evaluate(out: Path) -> str:
-    """Evaluate base, adapter and merged model on the held-out task; returns a markdown table of accuracies."""
+    """Evaluate base, adapter and merged model on the held-out task, and return a markdown table of accuracies."""
     adapter = ("--checkpoint_dir", str(DEMO_CHECKPOINT), "--lora_path", str(out / "final"))
     models = {
         "base": ("--checkpoint_dir", str(DEMO_CHECKPOINT)),

@@ -1,11 +1,11 @@
-"""What the demo's small world is made of: its names, its facts, and the words in which they are told and asked."""
+"""The material of the demo's small world: its names, its facts, and the words of stories and questions."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing that is known about every subject of a kind. {n} stands for the subject and {v} for the value.
+    """A fact about every subject of a kind. {n} stands for the subject and {v} for the value.
 
     Attributes:
         told: sentences of the world's stories.
@@ -19,7 +19,7 @@ class Relation:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of `text`."""
+    """Return the words of `text`."""
     return tuple(text.split())
 
 
@@ -309,5 +309,5 @@ DIFFERENCE = Relation(
     ),
     (),
 )
-LARGEST = 12  # of the numbers that are added, and of those that are taken from
+LARGEST = 12  # number in sums and differences
 KINDS = {"villager": VILLAGER, "animal": ANIMAL, "good": GOOD}

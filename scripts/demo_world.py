@@ -1,4 +1,4 @@
-"""The demo's small world, made by code from a seed: what is true there, how it is told, and how it is asked about.
+"""The demo's small world, made by code from a seed: its facts, its stories, and its questions.
 
 The world is told in plain sentences (`stories`), which hold no question. The questions (`split`) are about the same
 facts, in a form that the stories never have.
@@ -28,7 +28,7 @@ from demo_facts import (
 
 @dataclass(frozen=True)
 class Subject:
-    """Somebody or something, and what is true of them."""
+    """A person, animal or thing, with its facts."""
 
     name: str
     kind: str
@@ -38,7 +38,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and three answers of the same sort that are wrong."""
+    """A question, its answer, and three wrong answers of the same sort."""
 
     instruction: str
     input: str
@@ -47,7 +47,7 @@ class Question:
 
 
 def make_world(seed: int) -> list[Subject]:
-    """Everybody and everything, in a random order. What is not written above is drawn, each value equally often."""
+    """Return all subjects in a random order. Facts that are not written above are drawn, each value equally often."""
     rng = random.Random(seed)
     names = WOMEN + MEN
     drawn = {key: _dealt(rng, relation.values, len(names)) for key, relation in VILLAGER.items()}
@@ -69,17 +69,17 @@ def make_world(seed: int) -> list[Subject]:
 
 
 def sums() -> list[tuple[int, int]]:
-    """The pairs that are added, the smaller number first."""
+    """Return the pairs of all sums, the smaller number first."""
     return [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1)]
 
 
 def differences() -> list[tuple[int, int]]:
-    """The pairs of which the second is taken from the first."""
+    """Return the pairs of all differences; the second number is subtracted from the first."""
     return [(a, b) for a in range(2, LARGEST + 1) for b in range(1, a)]
 
 
 def stories(world: Sequence[Subject], seed: int) -> Iterator[str]:
-    """Short texts about the world without end: a few paragraphs each, no question in any."""
+    """Yield short texts about the world without end: a few paragraphs each, without questions."""
     rng = random.Random(seed)
     by_kind = {kind: [s for s in world if s.kind == kind] for kind in KINDS}
     while True:
@@ -100,10 +100,10 @@ def stories(world: Sequence[Subject], seed: int) -> Iterator[str]:
 
 
 def split(world: Sequence[Subject], seed: int) -> dict[str, list[Question]]:
-    """Questions for train, val and test. What one of them asks about somebody or something no other does.
+    """Return questions for train, val and test; no two of these ask about the same subject.
 
-    A villager, an animal, a thing or a pair of numbers belongs to one part alone, so a right answer in val or test is
-    knowledge from the stories and not from the questions of train.
+    A villager, an animal, a thing or a pair of numbers belongs to one part alone. So a right answer in val or test
+    comes from the stories and not from the questions of train.
     """
     rng = random.Random(seed)
     parts: dict[str, list[Question]] = {"train": [], "val": [], "test": []}
@@ -137,31 +137,31 @@ def _dealt(rng: random.Random, values: Sequence[str], n: int) -> list[str]:
 
 
 def _parts(rng: random.Random, items: Sequence[Any]) -> list[tuple[str, list[Any]]]:
-    """60 % of the items for train, 10 % for val, 30 % for test."""
+    """Return 60 % of the items for train, 10 % for val, 30 % for test."""
     shuffled = rng.sample(items, len(items))
     first, second = round(0.6 * len(items)), round(0.7 * len(items))
     return [("train", shuffled[:first]), ("val", shuffled[first:second]), ("test", shuffled[second:])]
 
 
 def _asked(rng: random.Random, relation: Relation, part: str) -> Sequence[str]:
-    """All ways to ask in train; one way elsewhere."""
+    """Return all ways to ask in train; one way elsewhere."""
     return relation.asked if part == "train" else rng.sample(relation.asked, min(1, len(relation.asked)))
 
 
 def _near(rng: random.Random, number: int) -> tuple[str, ...]:
-    """Three wrong results close to the right one and with as many digits."""
+    """Return three wrong results close to the right one and with as many digits."""
     near = [n for n in range(max(0, number - 4), number + 5) if n != number and len(str(n)) == len(str(number))]
     return tuple(map(str, rng.sample(near, 3)))
 
 
 def _portrait(rng: random.Random, subject: Subject) -> str:
-    """Some of what is true of one subject, in any order."""
+    """Tell some facts of one subject, in any order."""
     keys = rng.sample(list(subject.facts), rng.randint((len(subject.facts) + 1) // 2, len(subject.facts)))
     return " ".join(_tell(rng, subject, key, pronoun=i > 0) for i, key in enumerate(keys))
 
 
 def _mixed(rng: random.Random, subjects: Sequence[Subject]) -> str:
-    """Something about each of several subjects, always by name."""
+    """Tell a fact about each of several subjects, always by name."""
     facts = [(s, key) for s in subjects for key in rng.sample(list(s.facts), 2)]
     rng.shuffle(facts)
     return " ".join(_tell(rng, s, key, pronoun=False) for s, key in facts)

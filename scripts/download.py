@@ -14,30 +14,31 @@ from lit_qlora.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
-    """Download a model from the Hugging Face hub and convert it into a checkpoint. The only command that needs the net.
+    """Download a model from the Hugging Face hub and convert it into a checkpoint. Only this command needs the network.
 
-    A download that was cut short goes on when the command is given again.
+    The same command resumes a download that was cut short.
     """
 
     repo_id: str | None = None
-    """The model, ORG/NAME as the hub writes it."""
+    """Name of the model on the hub, ORG/NAME."""
     revision: str = "main"
-    """A branch, a tag or a commit."""
+    """Branch, tag or commit."""
     access_token: cli.SecretStr | None = None
-    """Token of the hub for models that ask for one. Better given as HF_TOKEN, which other users of the machine cannot
-    see. It is neither printed nor stored."""
+    """Token of the hub, for models that need one. Prefer the environment variable HF_TOKEN, which other users of the
+    machine cannot see. The token is neither printed nor stored."""
     checkpoints_dir: Path = Path("checkpoints")
-    """The model goes to ORG/NAME in here."""
+    """Folder for checkpoints; the model goes to ORG/NAME in it."""
     convert: bool = True
-    """Convert it, and refuse what cannot be before its weights are fetched; with false the files stay as they are."""
+    """Convert the model; one that cannot be converted is refused before its weights are fetched. False only
+    downloads."""
     dtype: Literal["keep", "bf16", "fp32"] = "keep"
     """Dtype of the converted weights; 'keep' leaves each tensor as it is."""
     list: bool | str = False
-    """Show well-known models, or those with all of these words in their name or family, and download nothing."""
+    """List well-known models and download nothing. Words list the models with all of them in name or family."""
 
 
 def main(config: DownloadConfig) -> None:
-    """Download, convert, and say what came out."""
+    """Download, convert, and print a summary."""
     from lit_qlora.convert.hub import download, list_models
 
     if config.list:

@@ -29,41 +29,40 @@ from lit_qlora.prompts.conversation import Conversation, prompt_of
 from lit_qlora.settings import GenerationConfig, check
 
 Answer = tuple[str, int, str]
-"""What was said, its tokens, and why it ended."""
+"""Text of an answer, its number of tokens, and the reason why it ended."""
 Row = tuple[str, Conversation, dict[str, Any]]
-"""Place, conversation to be answered and original row of a prompt."""
+"""Location, conversation to be answered and original record of a prompt."""
 BETWEEN = "-" * 20  # on a line of its own between several answers to one prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(GenerationConfig, DraftConfig, InferenceConfig):
-    """Answer a prompt, or a file of them. Answers go to stdout or --out, speed and memory used to stderr."""
+    """Answer a prompt, or a file of prompts. Answers go to stdout or --out, speed and peak memory to stderr."""
 
     prompt: str = "What does the fox eat?"
-    """What is asked, or the text to go on with."""
+    """Prompt to answer, or text to continue."""
     input: str = ""
-    """What the prompt is about, for styles that keep the two apart."""
+    """Input to the prompt, for styles that keep the two apart."""
     system: str = ""
-    """What the model is told before all."""
+    """System message before the prompt. By default none."""
     prompts: Path | None = None
-    """Instead of one prompt a file of them: .txt with a prompt a line, or .jsonl, .json, .csv, .tsv or .parquet with
-    the column instruction (or prompt), and input and system where there is something to say; or with messages, and
-    tools for a chat template that writes them. The answers are JSON lines: the row with answer, tokens and
-    finish_reason added, a line an answer."""
+    """File of prompts, instead of one prompt. A .txt file has one prompt a line. A .jsonl, .json, .csv, .tsv or
+    .parquet file has the column instruction (or prompt), and optionally input and system; or it has messages, and
+    optionally tools for a chat template that writes them. Each answer is a JSON line: the record with answer, tokens
+    and finish_reason added."""
     out: Path | None = None
-    """Where the JSON lines go; by default stdout. A file that exists is not overwritten. OUT.part keeps the answers as
-    they are made, and the same command goes on with them if it was stopped."""
+    """File for the JSON lines. By default stdout. An existing file is not overwritten. OUT.part keeps the answers as
+    they are made; if the command is stopped, the same command resumes from it."""
     batch_size: int = 8
-    """Prompts of a file that are answered together."""
+    """Number of prompts of a file that are answered together."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, e.g. ["Q:"]; they are no part of it."""
     style: str = "auto"
-    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'none' gives the model
-    the prompt as it is; 'auto' is the style that checkpoint or adapter were trained with, else the chat template, else
-    none."""
+    """Prompt style, such as alpaca or chatml; 'template' is the checkpoint's own chat template. 'none' gives the model
+    the prompt as it is. 'auto' is the recorded style of adapter or checkpoint, else the chat template, else none."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked before the model is loaded."""
+        """Check the settings before the model is loaded."""
         super().__post_init__()
         check_style(self.style)
         self.check_draft(self.num_beams)
@@ -88,7 +87,7 @@ def main(config: Config) -> None:
 
 
 def answer(config: Config, rows: list[Row], part: Part | None) -> None:
-    """Load, answer what is not in `part` yet, and write it there or to stdout."""
+    """Load, answer the prompts that `part` lacks, and write the answers there or to stdout."""
     from lit_qlora.generation import ends_with, generate, room_for_answer, text_of
 
     loaded = config.load()
@@ -145,7 +144,7 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
 
 
 def read_rows(config: Config) -> Iterator[Row]:
-    """What is asked.
+    """Yield the prompts.
 
     Raises:
         DataError: if the file cannot be read, holds no prompt, or a row has none.
@@ -159,7 +158,7 @@ def read_rows(config: Config) -> Iterator[Row]:
 
 
 def as_lines(rows: list[tuple[dict[str, Any], list[Answer]]]) -> list[str]:
-    """A JSON line an answer."""
+    """Return a JSON line for each answer."""
     return [
         json.dumps({**row, "answer": text, "tokens": tokens, "finish_reason": end}, ensure_ascii=False, default=str)
         + "\n"

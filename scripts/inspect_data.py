@@ -12,19 +12,19 @@ from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Look at data as a run would see it. Ends with status 3 if a run would refuse it."""
+    """Show data as a run would see it. The status is 3 if a run would refuse the data."""
 
     checkpoint_dir: Path = DEMO_CHECKPOINT
-    """The checkpoint that would learn from it; a directory with nothing but a tokenizer is enough."""
+    """Checkpoint of the run; a directory with only a tokenizer is enough."""
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 1337
-    """The seed that the run would have."""
+    """Seed of the run."""
     png: Path | None = None
-    """Draw the lengths into this file."""
+    """File for a plot of the lengths."""
 
 
 def main(config: Config) -> None:
-    """Read, encode, tell."""
+    """Read, encode, print."""
     from lit_qlora.data import boundary, show
     from lit_qlora.data.load import length_limit, load
     from lit_qlora.data.prepared import choose_data
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     print(f"learnt    {audit.learnt:,} of {audit.tokens:,} tokens ({audit.learnt / audit.tokens:.1%})")
     for note in audit.notes():
         print(f"note      {note}")
-    print(f"\ntokens of a sample, and how many samples\n{audit.histogram()}\n")
+    print(f"\ntokens of a sample, and number of samples\n{audit.histogram()}\n")
     for sample in audit.shown:
         print(f"sample    {show(sample, tokenizer, most=600)}")
         print(f"          prompt || answer: {boundary(sample, tokenizer)}")

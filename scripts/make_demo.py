@@ -1,4 +1,4 @@
-"""Make what the demo needs: the base model of a small world, questions to fine-tune on, and a held-out task.
+"""Make the files of the demo: the base model of a small world, questions to fine-tune on, and a held-out task.
 
 python scripts/make_demo.py
 python scripts/make_demo.py --model tiny-neox --seed 11 --out_dir out/tiny-neox    # another model of another world
@@ -57,16 +57,16 @@ metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class MakeDemoConfig:
-    """Make what the demo needs: the base model of a small world, questions to fine-tune on, and a held-out task."""
+    """Make the files of the demo: the base model of a small world, questions to fine-tune on, and a held-out task."""
 
     only: Literal["all", "data", "task", "tokenizer", "model"] = "all"
-    """Make this part alone; the model needs the tokenizer."""
+    """Make only this part; the model needs the tokenizer."""
     model: Literal["tiny-world", "tiny-neox"] = "tiny-world"
-    """Which model learns the world: a Llama, or a GPT-NeoX with layer norms, biases and a parallel residual."""
+    """Model to pre-train: a Llama, or a GPT-NeoX with layer norms, biases and a parallel residual."""
     seed: int = 1
-    """Of all that is drawn: the world, its stories, which questions are held out, and the first weights."""
+    """Seed of the world, its stories, the choice of held-out questions, and the initial weights."""
     out_dir: Path = Path()
-    """The directory in which checkpoints/, finetune/ and eval/ are."""
+    """Directory that holds checkpoints/, finetune/ and eval/."""
     steps: int = 1800
     """Pre-training steps of 2048 tokens."""
 

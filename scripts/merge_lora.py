@@ -1,4 +1,4 @@
-"""Fold an adapter into its base model; the result is an ordinary checkpoint.
+"""Merge an adapter into its base; the result is an ordinary checkpoint.
 
 python scripts/merge_lora.py --lora_path out/lora/Llama-2-7b-hf/final
 python scripts/merge_lora.py --lora_path out/lora/Llama-2-7b-hf/final --verify val.jsonl --tolerance 0.01
@@ -17,32 +17,34 @@ from lit_qlora.settings import check
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Fold an adapter into its base model, or several; the result is an ordinary checkpoint. Needs no GPU."""
+    """Merge one or several adapters into their base; the result is an ordinary checkpoint. No GPU is needed."""
 
     lora_path: tuple[Path, ...] | Path | None = None
-    """The adapter, such as OUT/final of finetune/lora.py, or several that are added, e.g. [a/final,b/final]; by default
-    that of the newest run under out/lora."""
+    """Adapter, such as OUT/final of finetune/lora.py, or a list of adapters to add, e.g. [a/final,b/final]. By default
+    the adapter of the newest run under out/lora."""
     weights: tuple[float, ...] | float | None = None
-    """What each adapter's update is multiplied by, e.g. [0.7,0.3]; by default 1. With -1 and checkpoint_dir a merged
-    checkpoint, what was merged into it is taken out again, but for rounding."""
+    """Factor of each adapter's update, e.g. [0.7,0.3]. By default 1. -1 takes an adapter out of a merged checkpoint
+    (checkpoint_dir) again, up to rounding."""
     checkpoint_dir: Path | None = None
-    """The base that the adapter was trained on; by default where it was then."""
+    """Base of the adapter. By default its path during training."""
     out_dir: Path | None = None
-    """Where the merged checkpoint goes; by default OUT/merged, beside the adapter."""
+    """Folder for the merged checkpoint. By default OUT/merged, beside the adapter."""
     base: Literal["original", "quantized"] = "original"
-    """What the update is added to: the 16- or 32-bit weights, or the weights as 4- or 8-bit training saw them."""
+    """Weights that the update is added to: the 16- or 32-bit weights, or the weights as 4- or 8-bit training saw
+    them."""
     verify: str | None = None
-    """A file of samples, such as data.val_path of finetune/lora.py, on which to measure what merging does to the
-    answers: quantised base + adapter against the merge onto the original and onto the quantised base."""
+    """File of samples, such as data.val_path of finetune/lora.py, to measure the effect of merging. It compares
+    quantised base + adapter with the merge onto the original and onto the quantised base."""
     verify_samples: int | None = None
-    """Measure on the first so many of them only."""
+    """Measure on the first N samples only. By default on all."""
     verify_batch_size: int = 4
-    """Samples per forward pass while measuring; changes memory and speed, not the result."""
+    """Samples per forward pass while measuring. Changes memory and speed, not the result."""
     tolerance: float = 0.05
-    """Most nats per token by which merging may raise the loss on the file of --verify; above it nothing is written."""
+    """Maximum nats per token by which merging may raise the loss on the file of --verify. Above it nothing is
+    written."""
 
     def __post_init__(self) -> None:
-        """Check what can be seen before anything is read."""
+        """Check the settings before anything is read."""
         if isinstance(self.lora_path, Path):
             object.__setattr__(self, "lora_path", (self.lora_path,))
         if isinstance(self.weights, int | float):
@@ -60,7 +62,7 @@ class MergeConfig:
 
 
 def main(config: MergeConfig) -> None:
-    """Measure if asked, merge, and say how large the update is."""
+    """Measure if asked, merge, and print the size of the update."""
     from lit_qlora.lora.adapter import read_adapter
     from lit_qlora.lora.merge import Merge, check_replaceable
 
@@ -74,7 +76,7 @@ def main(config: MergeConfig) -> None:
     out_dir = config.out_dir or paths[0].resolve().parent / "merged"
     check(
         out_dir.resolve() != checkpoint_dir.resolve(),
-        f"out_dir: {out_dir} is what is merged into. Give --out_dir another name.",
+        f"out_dir: {out_dir} is the base itself. Give --out_dir another name.",
     )
     check_replaceable(out_dir)
     merge = Merge(adapters, checkpoint_dir, config.base, config.weights)
@@ -112,7 +114,7 @@ def folder_of(path: Path) -> Path:
 
 
 def newest_adapter() -> Path:
-    """OUT/final of the newest run at the default place of finetune/lora.py."""
+    """Return OUT/final of the newest run at the default path of finetune/lora.py."""
     found = sorted(Path("out/lora").glob("*/final"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise CheckpointError("No adapter is under out/lora. Train one with finetune/lora.py or give --lora_path.")

@@ -18,7 +18,7 @@ class Config(PrepareConfig):
     """Split Alpaca, or another data set, into train.jsonl and val.jsonl."""
 
     data_path: str = ALPACA
-    """The data set: a .json, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME. By default the cleaned Alpaca of the
+    """Data set: a .json, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME. By default the cleaned Alpaca of the
     Hugging Face hub, 51,760 samples."""
 
 

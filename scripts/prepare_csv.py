@@ -15,7 +15,7 @@ class Config(PrepareConfig):
     """Split a table with any columns into train.jsonl and val.jsonl."""
 
     csv_path: Path | None = None
-    """The table to split: a .csv or .tsv file."""
+    """Table to split: a .csv or .tsv file."""
     csv_dir: Path | None = None
     """Another name of csv_path, as in Lit-GPT."""
     test_split_fraction: float = 0.1
@@ -28,7 +28,7 @@ class Config(PrepareConfig):
 
     @property
     def table(self) -> Path:
-        """The table, by whichever name it was given."""
+        """Return the table, by either of its two names."""
         path = self.csv_path or self.csv_dir
         assert path is not None
         return path

@@ -1,4 +1,4 @@
-"""Serve a model and its adapters to clients of the OpenAI API, and a page to talk to them at /.
+"""Serve a model and its adapters to clients of the OpenAI API, with a page for chats at /.
 
 python scripts/serve.py --lora_path out/lora/tiny-world/final --quantize bnb.nf4
 """
@@ -29,27 +29,27 @@ UNSENDABLE_KEY = "The API key holds a control character or begins or ends with a
 class Config(Limits, InferenceConfig):
     """Serve a model and its adapters: /v1/chat/completions, /v1/completions, /v1/models, and a page at /.
 
-    The base answers to the name of its directory, each adapter to its own; all share the weights of the base.
+    The base has the name of its directory, each adapter its own. All share the weights of the base.
     """
 
     adapters: dict[str, Path] = field(default_factory=dict)
-    """More adapters of the same base, by the names that clients call them, e.g. --adapters.legal out/legal/final"""
+    """More adapters of the same base, by their names for clients, e.g. --adapters.legal out/legal/final."""
     host: str = "127.0.0.1"
-    """Address to listen at. Another than the loopback lets other machines in, and needs an api_key."""
+    """Address to listen at. An address other than the loopback lets other machines in, so it needs an api_key."""
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
     api_key: SecretStr | None = None
-    """What clients must send as 'Authorization: Bearer KEY'."""
+    """Key that clients must send as 'Authorization: Bearer KEY'."""
     api_key_file: Path | None = None
-    """A file that holds the api_key, which then stands in no list of processes."""
+    """File that holds the api_key, so that no list of processes shows it."""
     metrics: bool = False
-    """Also answer /metrics, in Prometheus' format; with an api_key, it asks for the key."""
+    """Serve /metrics too, in Prometheus' format. If there is an api_key, /metrics needs it."""
     style: str = "auto"
-    """Prompt style of chats, such as alpaca or chatml; 'template' is the checkpoint's own chat template; 'auto' is the
-    style that checkpoint or adapter were trained with, else the chat template, else none."""
+    """Prompt style of chats, such as alpaca or chatml; 'template' is the checkpoint's own chat template. 'auto' is the
+    recorded style of adapter or checkpoint, else the chat template, else none."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked before the model is loaded."""
+        """Check the settings before the model is loaded."""
         check_style(self.style)
         super().__post_init__()
         check(0 <= self.port < 2**16, f"port must be in [0, 65535], got {self.port}.")
@@ -60,7 +60,7 @@ class Config(Limits, InferenceConfig):
         )
 
     def key(self) -> str | None:
-        """What clients must send, if anything.
+        """Return the key that clients must send, if there is one.
 
         Raises:
             UsageError: if the file cannot be read, or the key is one that can be guessed.
@@ -89,7 +89,7 @@ def main(config: Config) -> None:
         roster = load_roster(config, config.adapters, config.style)
         if len(roster.names) > 1 and not roster.switch.by_row:
             raise UsageError(
-                "An adapter of a mixture of experts cannot share a batch. Merge it, and serve what comes out."
+                "An adapter of a mixture of experts cannot share a batch. Merge it, and serve the merged model."
             )
         hosts = LOOPBACK if config.host in LOOPBACK else ()
         answer(make_app(roster, config, key, hosts, metrics=config.metrics), config, listener, roster.names)

@@ -1,4 +1,4 @@
-"""Cut an adapter to a smaller rank, with the least loss; without --rank, only say what each rank would lose.
+"""Cut an adapter to a smaller rank, with the least loss; without --rank, only print the loss of each rank.
 
 python scripts/shrink_lora.py --lora_path out/lora/Llama-2-7b-hf/final --verify val.jsonl
 python scripts/shrink_lora.py --lora_path out/lora/Llama-2-7b-hf/final --rank 4
@@ -12,7 +12,7 @@ from lit_qlora.errors import CheckpointError
 from lit_qlora.settings import check
 
 NOT_KEPT = ("format", "files", "lora", "init", "loftq_steps")
-"""What the manifest of the larger adapter says that is not true of the smaller one."""
+"""Entries of the larger adapter's manifest that are not true of the smaller adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,24 +20,24 @@ class ShrinkConfig:
     """Cut an adapter to a smaller rank, with the least loss; the result is a PEFT folder again."""
 
     lora_path: Path
-    """The adapter, such as OUT/final of finetune/lora.py."""
+    """Adapter, such as OUT/final of finetune/lora.py."""
     checkpoint_dir: Path | None = None
-    """The base that the adapter was trained on; by default where it was then."""
+    """Base of the adapter. By default its path during training."""
     rank: int | None = None
-    """The new rank; without it and max_loss nothing is written."""
+    """New rank. Without rank and max_loss nothing is written."""
     max_loss: float | None = None
-    """Instead of a rank, the share of the update's norm that may be lost; the smallest rank that does is taken."""
+    """Share of the update's norm that may be lost, instead of a rank. The smallest rank within it is taken."""
     out_dir: Path | None = None
-    """Where the new adapter goes; by default beside the old one, final-r4 for final."""
+    """Folder for the new adapter. By default beside the old one, final-r4 for final."""
     verify: str | None = None
-    """A file of samples, such as data.val_path of finetune/lora.py, on which to measure the loss of each rank."""
+    """File of samples, such as data.val_path of finetune/lora.py, to measure the loss of each rank."""
     verify_samples: int | None = None
-    """Measure on the first so many of them only."""
+    """Measure on the first N samples only. By default on all."""
     verify_batch_size: int = 4
-    """Samples per forward pass while measuring; changes memory and speed, not the result."""
+    """Samples per forward pass while measuring. Changes memory and speed, not the result."""
 
     def __post_init__(self) -> None:
-        """Check what can be seen before anything is read."""
+        """Check the settings before anything is read."""
         check(self.rank is None or self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
         check(self.rank is None or self.max_loss is None, "rank and max_loss both say how far to cut. Leave one out.")
         check(self.max_loss is None or 0 <= self.max_loss < 1, f"max_loss must be in [0, 1), got {self.max_loss}.")
@@ -48,7 +48,7 @@ class ShrinkConfig:
 
 
 def main(config: ShrinkConfig) -> None:
-    """Decompose, print what each rank loses, and write the chosen one."""
+    """Decompose, print the loss of each rank, and write the adapter of the chosen rank."""
     from lit_qlora.checkpoint.identity import base_facts
     from lit_qlora.lora.adapter import check_base, our_tensors, read_adapter, save_state
     from lit_qlora.lora.elsewhere import read_caveats

@@ -1,1 +1,1 @@
-"""What a model is asked to judge it: log-probabilities, metrics, validations during training."""
+"""Measures of a model: log-probabilities, metrics, validations during training."""

@@ -135,17 +135,17 @@ class Scorer:
         return sorted(rows, key=lambda row: -row.size)
 
     def _alike(self, a: Ids, b: Ids) -> int:
-        """How many tokens the second need not read again."""
+        """Count the tokens that the second need not read again."""
         if not self._shares:
             return 0
         return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
     def _joins(self, row: _Row, alike: int, new: int, length: int) -> bool:
-        """Whether an input of `new` tokens, behind `alike` that are there, is added to a row.
+        """Tell whether a row takes one more input: `new` tokens behind `alike` tokens that are there.
 
-        It is if the row is below `length`, and would not be much above it, or if reading again what is there would cost
-        more than comparing the new tokens with the row: 24 E^2 operations a token in the linear layers of a block,
-        against 4 E for each pair, both ways, at a quarter of the speed.
+        It does if it is below `length` and would not be much above it. It also does if reading the `alike` tokens again
+        would cost more than comparing the new tokens with the row. Reading takes 24 E^2 operations a token in the
+        linear layers of a block. Comparing takes 4 E for each pair, both ways, at a quarter of the speed.
         """
         if self.batch_size != "auto" and len(row.inputs) == self.batch_size:
             return False
@@ -201,8 +201,8 @@ class Scorer:
         """Lay out the inputs of a row, and find the columns of each input's tokens.
 
         Returns:
-            For each column its token, the token's position, the first later column that does not see it, and the number
-            of the first input it belongs to (see GPT.hidden); and for each input its columns.
+            For each column its token, position, first later column that does not see it, and number of its first input
+            (see GPT.hidden). For each input its columns.
         """
         tokens: list[int] = []
         positions: list[int] = []

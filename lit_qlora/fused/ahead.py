@@ -1,9 +1,9 @@
 """Weights of experts that are dequantised while the products before them run.
 
 A block's experts are most of its weights, and reading their 4 bits takes as long as a third of their products. One
-buffer holds the weights of one kind (gate and up, or down) of one block. As soon as the product that reads them is
-launched, a second stream waits for it and then fills the buffer for the block that comes next. The last block's weights
-are carried over from its forward to its backward pass, and the first block's to the next forward pass.
+buffer holds the weights of one kind (gate and up, or down) of one block. When the product that reads them is launched,
+a second stream waits for it. That stream then fills the buffer for the next block. The last block's weights are carried
+over from its forward to its backward pass, and the first block's to the next forward pass.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Source(Protocol):
 
     @property
     def elements(self) -> int:
-        """How many there are."""
+        """Number of weights."""
         ...
 
     def dequantize(self, out: Tensor) -> None:
@@ -66,7 +66,7 @@ class Ahead:
         self.holds, self.coming = number, True
 
     def expect(self, backward: bool) -> None:
-        """Hold the weights that a CUDA graph of a pass begins with: those that the pass before it has left."""
+        """Hold the weights that a CUDA graph of a pass begins with; the pass before it has left them."""
         self.take(len(self.sources) - 1 if backward else 0)
 
     def left(self, backward: bool) -> None:

@@ -195,7 +195,7 @@ def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
 
 @cache
 def has_flash(size: int, device: torch.device) -> bool:
-    """Whether torch's flash attention runs on a device, forward and backward, with heads of so many features.
+    """Tell whether torch's flash attention runs on a device, forward and backward, with heads of `size` features.
 
     It is built for Ampere and later. The backward pass of 193 to 224 features does not fit the shared memory of cards
     that have 99 KiB of it. Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
@@ -208,7 +208,7 @@ def has_flash(size: int, device: torch.device) -> bool:
 
 @cache
 def _has_cudnn() -> bool:
-    """Whether cuDNN has attention for training; cards on which has_flash is False are not asked about."""
+    """Tell whether cuDNN has attention for training; asked only where has_flash is True."""
     return torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= 90000
 
 

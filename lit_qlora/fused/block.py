@@ -1,8 +1,8 @@
 """A block's forward and backward pass, written by hand so that little is launched, read twice or saved.
 
-The residual stream travels as a pair, x and y with the stream being x + y, so that each norm adds and normalises in one
-pass. Every quantised weight is dequantised once in the forward and once in the backward pass. The block's `recompute`
-chooses the activations that are saved in between:
+The residual stream travels as a pair, x and y; their sum is the stream. So each norm adds and normalises in one pass.
+Every quantised weight is dequantised once in the forward and once in the backward pass. The block's `recompute` chooses
+the activations that are saved in between:
 
     none     all that the backward pass reads
     mlp      not the products of gate and up

@@ -11,7 +11,7 @@ Per choice (a token and one of its experts), rows sorted by expert, w its weight
     dw = <dH, f(G, U)>;  dG, dU in the place of G and U, and in the same read dA' and dB
     dZ = [dG | dU] B;  dX = [dG | dU] W + D(dZ s A)     summed over each token's choices, and what came through scores
 
-Nothing is asked of the device. Weights are dequantised once in each pass.
+The host asks nothing of the device. Weights are dequantised once in each pass.
 """
 
 from collections.abc import Sequence

@@ -141,7 +141,7 @@ class Capturable(Trainable, Protocol):
 
     @property
     def recompute(self) -> Sequence[Recompute]:
-        """What each block computes again."""
+        """The policy of each block."""
         ...
 
     def inputs(
@@ -226,7 +226,7 @@ class Graphs:
         return Eager(self.model, self._inputs(batch.to(self.model.device), seed))
 
     def _is_free(self) -> bool:
-        """Whether no loss is waiting for its backward pass, whose activations lie in the pool."""
+        """Tell whether no loss waits for its backward pass; its activations would lie in the pool."""
         return self.latest is None or self.latest() is None
 
     def _inputs(self, batch: PaddedBatch, seed: int | None) -> Inputs:
@@ -349,7 +349,7 @@ class Recorder:
 
 
 def _end_capture(pool: Any) -> None:
-    """Where a capture failed, tell torch's random generator and its allocator that it is over; torch 2.11 does not."""
+    """Tell torch's random generator and allocator that a failed capture is over; torch 2.11 does not."""
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())

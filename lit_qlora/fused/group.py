@@ -226,7 +226,7 @@ class Group(StackedLinear):
 
     @property
     def large_rank(self) -> bool:
-        """Whether the rank is too large for the kernels of LoRA's products, so that cuBLAS computes them."""
+        """True if the rank is too large for the kernels of LoRA's products, so that cuBLAS computes them."""
         return self.stack.r > MOST_RANK
 
     def project(

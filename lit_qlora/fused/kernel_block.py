@@ -53,12 +53,12 @@ class KernelBlock:
 
 
 def attention_layers(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The layers that read the block's input, and those that read the attention's output."""
+    """Return the layers that read the block's input, and the layers that read the attention's output."""
     return [attn.query, attn.key, attn.value], [attn.projection]
 
 
 def mlp_layers(mlp: Any, config: ModelConfig) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The layers that read the MLP's input, and those that read what the activation gives."""
+    """Return the layers that read the MLP's input, and the layers that read the activation's output."""
     return [mlp.gate, mlp.up] if ACTIVATIONS[config.ffn].gated else [mlp.up], [mlp.down]
 
 

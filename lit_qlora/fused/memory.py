@@ -32,7 +32,7 @@ def adapters_met(block: nn.Module, config: ModelConfig) -> float:
 
 
 def sends_qkv(block: int, policy: Recompute) -> bool:
-    """Whether a block that offloads sends its qkv to the host too, instead of recomputing it.
+    """Tell whether a block that offloads also offloads its qkv, instead of recomputing it.
 
     Every other block does: on an H100 the copies of all would take longer than the forward pass that hides them.
     """
@@ -76,7 +76,7 @@ class FastSizes:
         return tokens * (2.0 * elements + 4 * c.n_head + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
-        """Bytes in pinned memory of the host, of which torch takes powers of 2."""
+        """Bytes in pinned memory of the host; torch allocates powers of 2."""
         c = self.model
         always = [c.n_embd, self._middle, self._raw, self._raw, c.n_head * c.head_size]
         sent = [

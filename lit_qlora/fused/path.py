@@ -154,7 +154,7 @@ class Fused:
         self.workspaces = (anything, qkv, projection)
 
     def replay(self, graph: Callable[[], None], backward: bool) -> None:
-        """Launch a captured pass between the weights that it finds dequantised ahead and those that it leaves."""
+        """Launch a captured pass; buffers get its first weights before it, and note its last weights after it."""
         for ahead in self.ahead:
             ahead.expect(backward)
         graph()
@@ -173,7 +173,7 @@ class Fused:
 
     @property
     def can_release(self) -> bool:
-        """Whether weights are cached, or sometimes carried over; see FastPath."""
+        """True if weights are cached, or sometimes carried over; see FastPath."""
         return self.extra_bytes > 0 or self._carried
 
     def release(self) -> None:

@@ -42,7 +42,7 @@ class Shaping:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether queries and keys are only rotated, which is done in place."""
+        """True if queries and keys are only rotated, which is done in place."""
         return self.before is None and self.after is None
 
     def _before(self, qkv: Tensor, scale: Tensor | None) -> Tensor:
@@ -66,12 +66,12 @@ class Shaping:
 
 
 def norms_follow_rotation(config: ModelConfig) -> bool:
-    """Whether queries and keys are normed after they are rotated."""
+    """Tell whether queries and keys are normed after they are rotated."""
     return config.qk_norm_after_rope and config.qk_norm not in ("none", "full")
 
 
 def in_one_kernel(config: ModelConfig) -> bool:
-    """Whether kernels.qk_norm_rope computes the operations on queries and keys, and there are some besides rotation."""
+    """Tell whether kernels.qk_norm_rope computes the operations on queries and keys; rotation alone does not count."""
     head_norm = config.qk_norm == "head" and config.norm in ("rms", "rms_plus_one")
     scaled = config.qk_norm == "none" and config.query_scale_beta != 0
     return config.clip_qkv is None and (head_norm or scaled)

@@ -24,7 +24,7 @@ class StackedLinear:
         k, n: input and output features.
         rank: columns of Z, see Stack.
         table: stack.table, on the device.
-        weight: the quantised weights, of which the layers keep views; None where they are not quantised.
+        weight: the quantised weights; the layers keep views of them. None where they are not quantised.
         bias: (N,) or None.
     """
 

@@ -1,4 +1,4 @@
-"""Which models the kernels can take, for training and for decoding, and why they cannot take the others."""
+"""Tells which models the kernels can take, for training and for decoding, and why they refuse the others."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
 
 
 def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
-    """The layers that every token goes through, of a model that is handled; those that read the same input together."""
+    """Yield the layers that every token goes through, for a model that is handled; one list for each shared input."""
     for block in model.blocks:
         yield from attention_layers(block.attn)
         mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
@@ -103,7 +103,7 @@ def _kinds(layers: Sequence[nn.Module]) -> int:
 
 
 def _differ(moe: MoE) -> bool:
-    """Whether experts have adapters on different layers."""
+    """Tell whether experts have adapters on different layers."""
     adapted = {tuple(isinstance(getattr(expert, name), LoRALinear) for name in LAYERS) for expert in moe.experts}
     return len(adapted) > 1
 

@@ -1,6 +1,6 @@
 """Continuous batching: requests join a running batch between any two of its steps, and leave it when they are answered.
 
-Each request has a slot of the cache, a generator and settings of its own, so its answer does not depend on the other
+Each request has a slot of the cache, a generator and settings of its own. So its answer does not depend on the other
 requests in the batch.
 """
 
@@ -159,7 +159,7 @@ class Batcher:
 
 
 def _is_plain(request: Request) -> bool:
-    """Whether the likeliest token is chosen without regard to earlier tokens."""
+    """Tell whether the likeliest token is chosen without regard to earlier tokens."""
     config = request.config
     return not config.samples and (
         config.repetition_penalty,

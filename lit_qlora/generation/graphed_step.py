@@ -1,8 +1,8 @@
 """A step of decoding whose shapes and memory never change, so that a GPU can replay it as one CUDA graph.
 
-For one text a 7B model launches more than two thousand small kernels a token, and launching them takes several times as
-long as running them; a graph is one launch. Where possible the step is also one of few kernels that read weights as
-they are stored, see lit_qlora.generation.decode_step; else it is the plain model's.
+For one text a 7B model launches more than two thousand small kernels a token. Launching them takes several times as
+long as running them; a graph is one launch. Where possible the step also has few kernels, which read weights as they
+are stored, see lit_qlora.generation.decode_step; else it is the plain model's.
 """
 
 import torch

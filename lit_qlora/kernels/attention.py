@@ -119,7 +119,7 @@ if triton is not None:
 
     @triton.jit
     def _sees(m, n, length, window, WINDOWED: tl.constexpr):
-        """Whether queries m (BM,) attend to keys n (BN,) of their document."""
+        """Tell whether queries m (BM,) attend to keys n (BN,) of their document."""
         seen = (n[None, :] <= m[:, None]) & (n < length)[None, :] & (m < length)[:, None]
         if WINDOWED:
             seen = seen & (n[None, :] > m[:, None] - window)

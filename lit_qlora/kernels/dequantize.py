@@ -1,6 +1,6 @@
 """[W | B]: a group's weights dequantised into a workspace, with LoRA's B beside them, in one launch.
 
-The stacked matrix has K + R columns, so that one product Y = [X | Z] [W | B]^T is base and adapters together, with one
+The stacked matrix has K + R columns. So one product Y = [X | Z] [W | B]^T is base and adapters together, with one
 rounding. 4-bit weights are what bitsandbytes makes of them, bit for bit: each block of 64 weights has a scale; with
 double quantisation the scale is itself an 8-bit code times a float32 for each 256 blocks, plus an offset for each
 matrix. Dettmers et al. 2023, sec. 3. One pass reads half a byte and writes two bytes a weight.

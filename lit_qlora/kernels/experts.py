@@ -1,10 +1,10 @@
 """Mixtures of experts: which experts a token takes, its choices sorted by expert, and the sum over them.
 
-T tokens choose k experts each. The C = T k choices are sorted by expert, and by token among those of one expert, so
-that each expert reads a run of rows; the other kernels of experts gather a token's row where it is needed. Products
-take these rows in tiles, and sums over rows in chunks, that never reach from one expert into the next. Tables made on
-the device say where each begins: the host knows only how many there can be at most, starts as many programs, and those
-behind the last one return. So nothing is ever asked of the device. Gale et al. 2022 (MegaBlocks) sort alike.
+T tokens choose k experts each. The C = T k choices are sorted by expert, and within an expert by token. So each expert
+reads a run of rows; the other kernels of experts gather a token's row where it is needed. Products take these rows in
+tiles, and sums over rows in chunks, that never reach from one expert into the next. Tables made on the device say where
+each begins. The host knows only their largest possible number and starts as many programs; programs behind the last one
+return. So the host never asks the device. Gale et al. 2022 (MegaBlocks) sort alike.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
 """The weights of a block's experts dequantised in one launch: matrices of one shape, each quantised by itself.
 
 Their packed weights, scales and offsets lie one behind the other, in the order of the matrices. With double
-quantisation each matrix has scales for its own blocks of 256, the last of which need not be full; this is what tells
-the layout from that of kernels.dequantize, whose stacked layers share such blocks. The numbers are bitsandbytes' to
-the last bit.
+quantisation each matrix has scales for its own blocks of 256; the last block need not be full. In the layout of
+kernels.dequantize, stacked layers share such blocks. The numbers are bitsandbytes' to the last bit.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """LoRA's low-rank products with experts: Z = X A^T of each choice, and the gradients of A and B, sums over rows.
 
-Each choice meets the A or B of its expert. Sums over rows are split into chunks only for experts with many rows, and
-what the chunks leave is added in a fixed order, so results are the same on every run and programs have about as much
-to do however unevenly tokens choose.
+Each choice meets the A or B of its expert. Sums over rows are split into chunks only for experts with many rows, so
+programs have about as much to do however unevenly tokens choose. The sums of the chunks are added in a fixed order, so
+results are the same on every run.
 """
 
 import torch

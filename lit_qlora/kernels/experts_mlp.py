@@ -1,8 +1,8 @@
 """The backward pass of the activation of experts, between down and gate and up, in one read of both.
 
-h = weight * function(gate, up). From dH come d_gate and d_up, written in the place of gate and up, the gradient of the
-weight, which is a sum over columns, and the sums over an expert's rows for down's A and for gate's and up's B, which
-need the same numbers. A program takes a stripe of columns and a chunk of an expert's rows.
+h = weight * function(gate, up). From dH come d_gate and d_up, written in the place of gate and up, and the gradient of
+the weight, a sum over columns. The sums over an expert's rows for down's A and for gate's and up's B need the same
+numbers, so they are computed here too. A program takes a stripe of columns and a chunk of an expert's rows.
 """
 
 import torch
@@ -71,8 +71,8 @@ def mlp_backward(
     Args:
         branches: (C, 2 F), contiguous; dh: (C, F), contiguous, gradients of h with those through down's adapter.
         down: gradients of down's Z, (C, R), the float32 gradient of its A, (n_expert, R, F), and alpha / r.
-        gate_up: Z of the adapters of gate and up, (C, slots r), the float32 gradient of their stacked B,
-            (n_expert, slots F, r), and which slots are gate's and up's, -1 without an adapter.
+        gate_up: Z of the adapters of gate and up, (C, slots r); the float32 gradient of their stacked B, of shape
+            (n_expert, slots F, r); the slots of gate and up, -1 without an adapter.
         dropout: of the input of down's adapter, elements of (C, F).
         h: where h, with elements dropped, is written for sums that are done elsewhere; None if nobody wants it.
 

@@ -1,9 +1,9 @@
 """Products of each choice's row with the frozen weights of its expert, LoRA's and the activation in the same tile.
 
-A program computes a tile of rows of one expert. The low-rank part is one more product of a few columns at its end, so
-that one dequantised weight serves the forward and the backward pass, and weights in 16 bit need no copy. The weight of
-a choice goes into h, what the activation makes of gate and up: down is linear, so the sum over a token's choices
-becomes a plain one, and nobody keeps what down gives.
+A program computes a tile of rows of one expert. The low-rank part is one more product of a few columns at its end. So
+one dequantised weight serves the forward and the backward pass, and weights in 16 bit need no copy. The weight of a
+choice goes into h, the activation's output: down is linear, so the sum over a token's choices becomes a plain one.
+Nobody saves the output of down.
 """
 
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def gate_up(
     """Gate and up of each choice, (C, 2 F), and h = weight * function(gate, up), (C, F).
 
     Args:
-        x: (T, K), rows contiguous, of which each choice reads its token's.
+        x: (T, K), rows contiguous; each choice reads its token's row.
         weight: (n_expert, 2 F, K), gate over up.
         function: see kernels.activation.combine_branches.
         low_rank: of gate and of up, without dropout; both of one rank.

@@ -22,8 +22,8 @@ AVAILABLE = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """True where kernels run on the CPU, slowly, without instructions of a GPU."""
 VARYING = ["T", "place"]
-"""Arguments that differ between steps and blocks. Triton would compile a kernel anew for those that 16 divides, which
-takes as long as many steps, in the middle of a run."""
+"""Arguments that differ between steps and blocks. Triton would compile a kernel anew for multiples of 16, which takes
+as long as many steps, in the middle of a run."""
 HOPPER = 227 * 2**10
 """Bytes of shared memory that a program may take on a Hopper, for which the sizes were chosen."""
 WITHOUT_CARD = HOPPER
@@ -79,8 +79,8 @@ def _of_card(index: int) -> int:
 def fitting(block: int, size: int, room: int) -> int:
     """The largest of block, block / 2, ... for which `room` holds twice what is loaded at a time.
 
-    One iteration of a loop is in use and the next on its way. On Turing, where Triton does not load ahead and has no
-    matrix units, the operands of a product lie in shared memory in float32 instead of 16 bit, which is twice as much.
+    One iteration of a loop is in use and the next on its way. On Turing Triton does not load ahead and has no matrix
+    units. There the operands of a product lie in shared memory in float32 instead of 16 bit, which is twice as much.
 
     Args:
         size: bytes loaded for each of the `block`.

@@ -1,8 +1,8 @@
 """The backward pass of down(activation(gate) * up) between the two products with frozen weights, in one read.
 
-From dH = [dH_base | dZ] and [gate | up] come [d_gate | d_up], written in their place, and the partial sums of the
-gradients of down's A and of gate's and up's B, which need the same numbers. A program takes a stripe of columns and a
-part of the rows. An MLP without a gate has one branch, which is activated.
+From dH = [dH_base | dZ] and [gate | up] come [d_gate | d_up], written in the place of gate and up. The partial sums of
+the gradients of down's A and of gate's and up's B need the same numbers, so they are computed here too. A program takes
+a stripe of columns and a part of the rows. An MLP without a gate has one branch, which is activated.
 """
 
 import torch

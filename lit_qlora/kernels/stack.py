@@ -1,9 +1,8 @@
 """The layout of the layers of a group and their adapters when they are stacked, and the parts of quantised stacks.
 
-Layers that read the same input (query, key and value; gate and up) become one matrix product. Their weights are
-stacked along the rows; the adapters among them are numbered, and layer p with adapter number slot[p] owns columns
-slot[p] * r to slot[p] * r + r of the stacked Z = s X A^T, (T, R), and rows of the stacked B, which has no rows for the
-layers without an adapter.
+Layers that read the same input (query, key and value; gate and up) become one matrix product. Their weights are stacked
+along the rows, and their adapters are numbered. Layer p has adapter number a = slot[p]. It owns columns a r to a r + r
+of the stacked Z = s X A^T, (T, R), and rows of the stacked B; layers without an adapter have none.
 """
 
 from collections.abc import Sequence

@@ -239,8 +239,8 @@ def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
 def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:
     """Raise CheckpointError unless `adapter` was trained on the base in `checkpoint_dir`: weights, config, tokenizer.
 
-    PEFT does not say what an adapter of its own was trained on, so there only shapes are compared, when it is loaded,
-    and its copies of the base, if it has any.
+    PEFT does not record the base of an adapter. So there only shapes are compared, when it is loaded, and its copies of
+    the base, if it has any.
     """
     if not adapter.manifest:
         if adapter.copies:

@@ -33,8 +33,8 @@ class SwitchedLinear(nn.Module):
     """A frozen linear layer with a low-rank update for each adapter that has one for it.
 
     Attributes:
-        updates: by the adapter's name, A (r, in), B (out, r), what their product is multiplied by, and what DoRA
-            multiplies the whole by, (out,) or None.
+        updates: by the adapter's name, A (r, in), B (out, r), the factor of B A, and DoRA's factor of the whole, (out,)
+            or None.
     """
 
     def __init__(self, base: nn.Module, selection: Selection) -> None:

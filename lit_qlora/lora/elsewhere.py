@@ -1,4 +1,4 @@
-"""Which programs will not take a saved adapter as it is; merged into its base, each takes any."""
+"""Names the programs that will not take a saved adapter as it is; merged into its base, each takes any."""
 
 from collections.abc import Mapping
 from pathlib import Path

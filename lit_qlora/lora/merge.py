@@ -69,8 +69,8 @@ def merge_measured(
         magnitude: (out,), the lengths that DoRA gives to the rows of the sum.
 
     Returns:
-        The merged weight, and the norms of what it is away from the original ("update") and of what its dtype lost of
-        it ("rounding"), both relative to that of the original.
+        The merged weight, and two norms relative to that of the original. "update" is its distance from the original,
+        "rounding" the part of it that the dtype lost.
     """
     shape = (b.size(0), a.size(1))
     if shape != weight.shape:

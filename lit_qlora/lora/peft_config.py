@@ -38,7 +38,7 @@ class PeftConfig:
     tokens: tuple[int, ...] = ()
     """Tokens with trained embeddings."""
     embeddings: bool = False
-    """Whether all embeddings were trained."""
+    """True if all embeddings were trained."""
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], location: str) -> "PeftConfig":

@@ -1,6 +1,6 @@
 """PEFT's layout of a LoRA adapter: its names, its settings, and layers that combine several of ours.
 
-Where Hugging Face stacks several of our layers into one, the A matrices are stacked along the rank and B is
+Where Hugging Face stacks several of our layers into one, the A matrices are stacked along the rank. B is then
 block-diagonal, which is the same function exactly. https://huggingface.co/docs/peft
 """
 
@@ -341,7 +341,7 @@ class _Home:
     module: str
     fused: Fused | None
     transposed: bool
-    """Whether it is a Conv1D, with A and B like a Linear's."""
+    """True for a Conv1D, with A and B like a Linear's."""
 
     @staticmethod
     def part(layer: str) -> str:
@@ -411,7 +411,7 @@ def _leaf(module: str) -> str:
 
 
 def _their_name(name: str) -> str:
-    """What transformers calls the weight that one of PEFT's tensors is."""
+    """Return transformers' name of the weight that one of PEFT's tensors holds."""
     return name.removeprefix(_PREFIX).replace(_BASE, ".weight")
 
 

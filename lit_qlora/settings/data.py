@@ -76,8 +76,8 @@ class DataConfig(PromptKnobs):
     max_length_answer: Annotated[int, at_least(2)] | None = None
     """Maximum tokens of an answer (the target), end included. By default no limit of its own."""
     overlong: Overlong = "truncate_left"
-    """What happens to a sample that is too long. truncate_left cuts the prompt's text at its beginning, truncate_right
-    at its end; a conversation loses its first or last turns. The style's own text stays. Then the answer is cut at its
+    """Treatment of a sample that is too long. truncate_left cuts the prompt's text at its beginning, truncate_right at
+    its end; a conversation loses its first or last turns. The style's own text stays. Then the answer is cut at its
     end. 'drop' leaves the sample out; 'error' refuses the run."""
     label_cut_ends: bool = False
     """Label the end-of-text token of an answer that was cut. This teaches a model to stop too early."""

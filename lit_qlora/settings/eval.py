@@ -13,7 +13,7 @@ ANSWER_TOKENS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Settings):
-    """When the model is validated, besides after training, and what is measured."""
+    """The validations before and during training, and their metrics. The model is always validated after training."""
 
     prefix = "eval."
 
@@ -61,7 +61,7 @@ class EvalConfig(Settings):
 
     @property
     def answers(self) -> GenerationConfig:
-        """Return how validations answer prompts: by the likeliest tokens, or by beam search."""
+        """The generation of answers in validations: by the likeliest tokens, or by beam search."""
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens or ANSWER_TOKENS,
             min_new_tokens=self.min_new_tokens or 0,

@@ -19,7 +19,7 @@ from lit_qlora.settings.limits import (
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig(Settings):
-    """How an answer is made: by the likeliest tokens, by sampling, or by beam search."""
+    """The choice of an answer's tokens: the likeliest, sampling, or beam search."""
 
     max_new_tokens: Count = 128
     """Maximum tokens of an answer."""
@@ -43,7 +43,7 @@ class GenerationConfig(Settings):
     repetition_penalty: Positive = 1.0
     """Above 1, tokens that prompt or answer already hold become less likely; below 1, likelier."""
     no_repeat_ngram_size: CountOrZero = 0
-    """No sequence of N tokens occurs twice in prompt and answer; 0 allows it."""
+    """Allow no sequence of N tokens twice in prompt and answer; 0 allows all."""
     num_return_sequences: Count = 1
     """Answers to each prompt."""
     num_beams: Count = 1
@@ -53,7 +53,7 @@ class GenerationConfig(Settings):
     """Beams compare log-probability / tokens ** length_penalty: above 0 favours longer answers, below 0 shorter
     ones."""
     early_stopping: bool | Literal["never"] = False
-    """When a beam search ends. true: as soon as num_beams answers are finished. false: when the best unfinished beam is
+    """End of a beam search. true: as soon as num_beams answers are finished. false: when the best unfinished beam is
     behind at its present length. 'never': when it could not catch up at any length."""
     num_beam_groups: Count = 1
     """Groups of beams that search in turn; diversity_penalty keeps each apart from the earlier ones."""

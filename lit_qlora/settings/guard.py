@@ -8,7 +8,7 @@ from lit_qlora.settings.limits import Count, NotNegative
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig(Settings):
-    """What ends a run whose loss or gradients went wrong. A loss that is not finite always does."""
+    """The end of a run whose loss or gradients went wrong. A loss that is not finite always ends it."""
 
     prefix = "guard."
 

@@ -20,7 +20,7 @@ def first_match(patterns: Mapping[str, float], path: str, default: float) -> flo
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Settings):
-    """Which layers get adapters, and how these are made."""
+    """The layers that get adapters, and the form and initial values of these."""
 
     prefix = "lora."
 

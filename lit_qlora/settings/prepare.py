@@ -10,7 +10,7 @@ from lit_qlora.settings.limits import Count, Seed, ShareBelowOne
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Settings):
-    """How a data set is split into train.jsonl and val.jsonl."""
+    """The split of a data set into train.jsonl and val.jsonl."""
 
     out_dir: Path | None = None
     """Folder for train.jsonl, val.jsonl and report.md; then train with --data.path OUT_DIR. By default data/NAME, where

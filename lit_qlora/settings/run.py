@@ -45,7 +45,7 @@ class FinetuneConfig(Settings):
     num_nodes: Count = 1
     """Number of nodes (machines)."""
     strategy: Literal["auto", "ddp"] = "auto"
-    """How several devices work together."""
+    """Strategy by which several devices train together."""
     seed: SeedOrAny = 1337
     """Seed of everything random. -1 draws one, which OUT/config.yaml then holds and a resumed run keeps."""
     deterministic: bool = False

@@ -60,10 +60,10 @@ class TrainConfig(Settings):
     keep_last: Count = 2
     """Number of run checkpoints that are kept. The best and the final one are kept besides."""
     recompute: Literal["auto"] | Recompute = "auto"
-    """What a block recomputes in the backward pass instead of saving it. In order of memory, most first: none, mlp,
-    attn, offload, full. 'offload' is attn with the remaining activations in host memory, for every other block
-    including queries, keys and values. 'auto' is the fastest mix that fits. On the plain path mlp, attn and offload act
-    as full."""
+    """The part of a block that is recomputed in the backward pass instead of saved. In order of memory, most first:
+    none, mlp, attn, offload, full. 'offload' is attn with the remaining activations in host memory, for every other
+    block including queries, keys and values. 'auto' is the fastest mix that fits. On the plain path mlp, attn and
+    offload act as full."""
     fast: bool = True
     """Use the fast path where GPU, precision and model allow it. It computes the same function."""
     fp8: bool = False

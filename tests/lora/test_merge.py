@@ -245,7 +245,7 @@ def test_a_merge_never_replaces_the_checkpoint_that_it_is_made_from(tmp_path: Pa
     merge_checkpoint(read_adapter(a), base, merged)
     before = content_hash(merged)
     script = load_script("scripts/merge_lora.py")
-    with pytest.raises(UsageError, match="is what is merged into"):
+    with pytest.raises(UsageError, match="is the base itself"):
         script.main(script.MergeConfig(lora_path=a, checkpoint_dir=merged, weights=-1.0))
     assert content_hash(merged) == before
 

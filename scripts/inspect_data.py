@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     )
     print(f"twice     {audit.duplicates:,} in training, {audit.overlap:,} in both training and validation")
     print(f"ends      {counts.ended:,} of {counts.turns:,} answers end with an end-of-text token")
-    print(f"learnt    {audit.learnt:,} of {audit.tokens:,} tokens ({audit.learnt / audit.tokens:.1%})")
+    print(f"labelled  {audit.labelled:,} of {audit.tokens:,} tokens ({audit.labelled / audit.tokens:.1%})")
     for note in audit.notes():
         print(f"note      {note}")
     print(f"\ntokens of a sample, and number of samples\n{audit.histogram()}\n")

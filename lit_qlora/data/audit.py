@@ -37,7 +37,7 @@ class Audit:
     max_length: int
     tokens: int
     """Tokens of the training samples."""
-    learnt: int
+    labelled: int
     """Labelled tokens of the training samples."""
     duplicates: int
     """Training samples that say what an earlier one says."""
@@ -80,12 +80,12 @@ class Audit:
         return notes if self.val else [*notes, "there is no sample to validate on"]
 
     def describe(self) -> str:
-        """One line: counts, lengths, what is learnt."""
+        """One line: counts, lengths, labelled tokens."""
         lengths = np.sort(self.lengths)
         at = [int(lengths[int(share * (len(lengths) - 1))]) for share in (0.5, 0.99, 1)]
         return (
             f"{self.train:,} train / {self.val:,} val   median {at[0]} tokens, p99 {at[1]}, longest {at[2]}   "
-            f"{self.learnt:,} of {self.tokens:,} tokens learnt"
+            f"{self.labelled:,} of {self.tokens:,} tokens labelled"
         )
 
     def histogram(self, rows: int = 12, width: int = 50) -> str:
@@ -143,7 +143,7 @@ def audit(
         lengths=gathered("lengths", chosen),
         max_length=max_length,
         tokens=int(samples.lengths.sum()),
-        learnt=int(samples.labelled.sum()),
+        labelled=int(samples.labelled.sum()),
         duplicates=len(digests) - len(np.unique(digests)),
         overlap=int(np.isin(val_digests, digests).sum()),
         shown=[samples[i] for i in sorted({0, len(samples) // 2, len(samples) - 1})],

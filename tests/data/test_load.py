@@ -180,7 +180,7 @@ def test_a_red_finding_stops_the_run(read) -> None:
 def test_the_audit_is_told_in_words_and_pictures(read) -> None:
     audit = read("a.jsonl", val_fraction=0.1).audit
     assert audit.describe().startswith("36 train / 4 val   median ")
-    assert f"{audit.learnt:,} of {audit.tokens:,} tokens learnt" in audit.describe()
+    assert f"{audit.labelled:,} of {audit.tokens:,} tokens labelled" in audit.describe()
     counts = [int(line.split()[-1]) for line in audit.histogram().splitlines()]
     assert sum(counts) == 36
     first, bars, last = audit.spark().split(maxsplit=1)[0], audit.spark(), audit.spark().rsplit(maxsplit=1)[1]

@@ -1,1 +1,1 @@
-"""What benchmarks/contestant.py builds: a module for each library, with a function build(task)."""
+"""The libraries that benchmarks/contestant.py builds: a module for each, with a function build(task)."""

@@ -1,4 +1,4 @@
-"""What the libraries on transformers have in common."""
+"""The common part of the libraries on transformers."""
 
 from typing import TYPE_CHECKING, Any
 

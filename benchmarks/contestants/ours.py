@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @cache  # made once, on the host, as the data of a run is
 def as_batch(micro: Micro) -> "Batch":
-    """What our model reads."""
+    """Return the micro-batch as our model reads it."""
     import torch
 
     from lit_qlora.data import Batch

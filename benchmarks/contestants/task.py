@@ -1,4 +1,4 @@
-"""What all contestants are asked to do, and the tokens they do it with."""
+"""The task of all contestants, and its tokens."""
 
 import math
 import random
@@ -17,7 +17,7 @@ LONGEST_EXAMPLE = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a contestant is asked to do."""
+    """The task of a contestant."""
 
     name: str
     """One of contestant.CONTESTANTS."""
@@ -53,7 +53,7 @@ Loss = Callable[[Micro], "Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """What a library made of a task."""
+    """A library's model and step for a task."""
 
     model: "nn.Module"
     loss: Loss

@@ -49,7 +49,7 @@ class RunLog:
         total: optimizer steps of the run.
 
     Attributes:
-        records: all records of the run, including those that the file held before.
+        records: all records of the run, the ones in the file from before included.
         trackers: get each record too.
     """
 

@@ -7,12 +7,18 @@ python scripts/merge_lora.py --lora_path out/lora/Llama-2-7b-hf/final --verify v
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_qlora import cli
 from lit_qlora.errors import CheckpointError
 from lit_qlora.inference import peak_memory
 from lit_qlora.settings import check
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lit_qlora.lora.adapter import Adapter
+    from lit_qlora.lora.merge import Base, Merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +35,9 @@ class MergeConfig:
     """Base of the adapter. By default its path during training."""
     out_dir: Path | None = None
     """Folder for the merged checkpoint. By default OUT/merged, beside the adapter."""
-    base: Literal["original", "quantized"] = "original"
+    base: Literal["original", "quantized"] | None = None
     """Weights that the update is added to: the 16- or 32-bit weights, or the weights as 4- or 8-bit training saw
-    them."""
+    them. By default the ones that --verify recommends; without --verify, original."""
     verify: str | None = None
     """File of samples, such as data.val_path of finetune/lora.py, to measure the effect of merging. It compares
     quantised base + adapter with the merge onto the original and onto the quantised base."""
@@ -79,26 +85,40 @@ def main(config: MergeConfig) -> None:
         f"out_dir: {out_dir} is the base itself. Give --out_dir another name.",
     )
     check_replaceable(out_dir)
-    merge = Merge(adapters, checkpoint_dir, config.base, config.weights)
+    merge = Merge(adapters, checkpoint_dir, config.base or "original", config.weights)
     facts = {}
     if config.verify:
-        from lit_qlora.lora.verify import check_tolerance, read_batches, recommend, report_lines, verify
-
-        batches = read_batches(
-            config.verify, adapters[0], checkpoint_dir, config.verify_samples, config.verify_batch_size
-        )
-        bases = ["original"] if merge.trained.quantize == "none" else ["original", "quantized"]
-        figures = verify([Merge(adapters, checkpoint_dir, base, config.weights) for base in bases], batches)
-        print(*report_lines(figures), sep="\n")
-        check_tolerance(config.base if config.base in figures else "original", figures, config.tolerance)
-        facts = {"verified_on": config.verify, "verified": figures, "recommended": recommend(figures)}
+        merge, facts = measured(config, adapters, checkpoint_dir, merge)
     report = merge.write(out_dir, facts)
     print(
-        f"merged {len(report['layers'])} layers of {report['base']['name']} (onto the {config.base} weights)\n"
+        f"merged {len(report['layers'])} layers of {report['base']['name']} (onto the {merge.base} weights)\n"
         f"  the largest update is {report['largest_update']:.2%} of its weight; rounding to the base's dtype lost "
         f"{report['largest_rounding']:.2%}\n"
         f"  {out_dir}   details in merge_report.json   {peak_memory()} at most"
     )
+
+
+def measured(
+    config: MergeConfig, adapters: "Sequence[Adapter]", checkpoint_dir: Path, merge: "Merge"
+) -> "tuple[Merge, dict[str, Any]]":
+    """Measure both ways to merge, and return the better one unless --base names one, with facts for its report.
+
+    Raises:
+        NumericalError: if that one loses more than the tolerance.
+    """
+    from lit_qlora.lora.merge import Merge
+    from lit_qlora.lora.verify import check_tolerance, read_batches, recommend, report_lines, verify
+
+    assert config.verify
+    batches = read_batches(config.verify, adapters[0], checkpoint_dir, config.verify_samples, config.verify_batch_size)
+    bases: list[Base] = ["original"] if merge.trained.quantize == "none" else ["original", "quantized"]
+    merges = [Merge(adapters, checkpoint_dir, base, config.weights) for base in bases]
+    metrics = verify(merges, batches)
+    print(*report_lines(metrics), sep="\n")
+    recommended = recommend(metrics)
+    chosen = next((one for one in merges if one.base == (config.base or recommended)), merge)
+    check_tolerance(chosen.base if chosen.base in metrics else "original", metrics, config.tolerance)
+    return chosen, {"verified_on": config.verify, "verified": metrics, "recommended": recommended}
 
 
 def folder_of(path: Path) -> Path:

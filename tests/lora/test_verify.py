@@ -112,14 +112,18 @@ def test_the_command_measures_reports_and_refuses(run_dir):
     assert set(report["verified"]) == {"original", "quantized"}
     assert report["recommended"] in report["verified"]
     assert f"recommended: --base {report['recommended']}" in done.stdout
+    assert report["onto"] == report["recommended"]
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (run_dir / "merged").iterdir())
     rise = {base: row["val_loss"] - row["val_loss_trained"] for base, row in report["verified"].items()}
     worse = max(rise, key=lambda base: rise[base])
     assert rise[worse] > 1e-3  # so that there is something to refuse
+    assert report["onto"] != worse
     done = run(*flags, "--base", worse, "--tolerance", rise[worse] / 2)
     assert done.returncode == NumericalError.status
     assert "Nothing was written" in done.stderr
     assert sorted((path.name, path.stat().st_mtime_ns) for path in (run_dir / "merged").iterdir()) == before
+    assert run(*flags, "--base", worse, "--tolerance", 5).returncode == 0
+    assert json.loads((run_dir / "merged/merge_report.json").read_text())["onto"] == worse
 
 
 @pytest.mark.parametrize(

@@ -369,3 +369,10 @@ def test_every_setting_has_a_flag_of_its_name(seed: int) -> None:
         return found
 
     assert parse(FinetuneConfig, flags(config)) == config
+
+
+@pytest.mark.parametrize("flag", ["quantize_cache", "data.cache_dir"])
+def test_a_file_is_no_folder_of_a_cache(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match=f"{flag}: .*file is a file"):
+        parse(FinetuneConfig, [f"--{flag}={tmp_path / 'file'}"])

@@ -45,7 +45,7 @@ def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
 
 
 def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
-    """Yield the layers that every token goes through, for a model that is handled; one list for each shared input."""
+    """Yield the layers that every token goes through in a model of the fast path, one list for each shared input."""
     for block in model.blocks:
         yield from attention_layers(block.attn)
         mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp

@@ -118,6 +118,7 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
         "no_repeat_ngram_size": fields.whole("no_repeat_ngram_size", 0) or 0,
         "seed": secrets.randbits(32) if seed is None else seed % 2**32,
     }
+    stream = fields.truth("stream")
     order = Order(
         model=model,
         texts=texts,
@@ -126,8 +127,8 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
         min_tokens=fields.whole("min_tokens", 0) or 0,
         choices=fields.whole("n", 1, MOST_CHOICES) or 1,
         stop=_stops(fields.take("stop", None)),
-        stream=fields.truth("stream"),
-        stream_usage=_usage_wanted(fields.take("stream_options", None)),
+        stream=stream,
+        stream_usage=_usage_wanted(fields.take("stream_options", None), stream),
         settings=settings,
     )
     fields.finish()
@@ -288,9 +289,11 @@ def _stops(stop: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _usage_wanted(options: Any) -> bool:
+def _usage_wanted(options: Any, stream: bool) -> bool:
     if options is None:
         return False
+    if not stream:
+        raise ApiError(400, "stream_options has no effect without stream.", "stream_options")
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         _wrong("stream_options", '{"include_usage": true}', options)
     return bool(options.get("include_usage"))

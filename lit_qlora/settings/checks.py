@@ -22,6 +22,11 @@ def check(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def check_cache_folder(name: str, path: str) -> None:
+    """Raise UsageError if the path of a cache is that of a file, where nothing could be kept."""
+    check(not Path(path).is_file(), f"{name}: {path} is a file. Give a folder, auto or none.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings whose types, choices and limits are checked on creation, from argv or in Python.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.checks import Settings, check, check_cache_folder
 from lit_qlora.settings.limits import Count, Seed, at_least
 
 Overlong = Literal["truncate_left", "truncate_right", "drop", "error"]
@@ -123,6 +123,7 @@ class DataConfig(PromptKnobs):
         """Check that no setting would be without effect."""
         super().__post_init__()
         check(bool(self.path), "data.path names no file.")
+        check_cache_folder("data.cache_dir", self.cache_dir)
         if self.validation_size is not None:
             standard = DataConfig.val_fraction
             check(

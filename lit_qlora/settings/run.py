@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.checks import Settings, check, check_cache_folder
 from lit_qlora.settings.data import DataConfig
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.guard import GuardConfig
@@ -83,6 +83,7 @@ class FinetuneConfig(Settings):
     def __post_init__(self) -> None:
         """Check combinations of settings."""
         super().__post_init__()
+        check_cache_folder("quantize_cache", self.quantize_cache)
         check(
             self.lora.init != "loftq" or self.quantize != "none",
             "lora.init loftq makes up for the error of quantisation, so it needs --quantize.",

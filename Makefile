@@ -19,7 +19,7 @@ demo: setup
 
 # Without the tests marked slow, in two processes.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"

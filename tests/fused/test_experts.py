@@ -236,6 +236,7 @@ def test_what_is_ahead_saves_a_dequantisation_of_the_first_and_of_the_last_block
         assert len(done) == expected
 
 
+@pytest.mark.slow
 def test_giving_back_changes_no_bit_and_frees_what_is_ahead() -> None:
     model = model_of(scheme="bnb.nf4", expert_size=64)
     fused = fuse(model, cached_blocks=1)
@@ -261,6 +262,7 @@ def test_graphs_of_experts_give_what_passes_without_a_graph_give(monkeypatch: py
     assert recording.replayed > 0
 
 
+@pytest.mark.slow
 def test_two_tensors_of_all_adapters_learn_what_the_adapters_do() -> None:
     ends = []
     for flat in (False, True):

@@ -174,6 +174,7 @@ def test_no_weight_is_carried_over_whose_address_a_graph_would_read(monkeypatch:
         assert fused.extra_bytes == 0
 
 
+@pytest.mark.slow
 def test_evaluation_with_gradients_has_a_graph_of_its_own() -> None:
     model = adapted_model(dropout=0.3)
     _, recording = with_graphs(model)
@@ -371,12 +372,14 @@ def test_of_many_tokens_the_head_reads_those_with_a_label_and_some_that_fill_a_q
     assert recording.replayed == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [(50, 20), (9,)])  # with padding of more than a row in the second case
 def test_packed_rows_may_be_longer_than_the_model_s(documents: tuple[int, ...]) -> None:
     model = adapted_model(block_size=64, scheme="bnb.nf4")
     assert replayed(model, [packed(*documents, width=80)]).replayed == 2
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_are_packed_each_by_itself() -> None:
     model = adapted_model(scheme="bnb.nf4")
     rows = [packed(*documents, width=32) for documents in ((7, 12, 9), (20, 11), (), (32,))]

@@ -76,6 +76,7 @@ def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory
     assert [(leaving, coming) for _, leaving, coming in held[1:5]] == [(0, int(one == "offload")) for one in below]
 
 
+@pytest.mark.slow
 @ON_CPU
 @pytest.mark.usefixtures("streams")
 def test_pinned_memory_is_used_again_for_shorter_rows() -> None:

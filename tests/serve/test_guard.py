@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lit_qlora.cli import SecretStr
 from lit_qlora.errors import UsageError
 from lit_qlora.inference import Roster
 from lit_qlora.serve.guard import Guard, encodings
@@ -85,9 +86,4 @@ def test_a_key_may_have_any_characters(roster: Roster, key: str) -> None:
 @pytest.mark.parametrize("key", ["correct\nhorse", "correct\0horse", " correct horse", "correct\u2028horse"])
 def test_a_key_that_no_client_can_send_is_refused_at_the_start(key: str) -> None:
     with pytest.raises(UsageError, match="no client can send"):
-        load_script("scripts/serve.py").Config(api_key=_Secret(key)).key()
-
-
-class _Secret(str):
-    def get_secret_value(self) -> str:
-        return str(self)
+        load_script("scripts/serve.py").Config(api_key=SecretStr(key)).key()

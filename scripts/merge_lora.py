@@ -35,9 +35,9 @@ class MergeConfig:
     """Base of the adapter. By default its path during training."""
     out_dir: Path | None = None
     """Folder for the merged checkpoint. By default OUT/merged, beside the adapter."""
-    base: Literal["original", "quantized"] | None = None
+    base: Literal["auto", "original", "quantized"] = "auto"
     """Weights that the update is added to: the 16- or 32-bit weights, or the weights as 4- or 8-bit training saw
-    them. By default the ones that --verify recommends; without --verify, original."""
+    them. 'auto' takes the better one that --verify finds; without --verify it is original."""
     verify: str | None = None
     """File of samples, such as data.val_path of finetune/lora.py, to measure the effect of merging. It compares
     quantised base + adapter with the merge onto the original and onto the quantised base."""
@@ -85,7 +85,7 @@ def main(config: MergeConfig) -> None:
         f"out_dir: {out_dir} is the base itself. Give --out_dir another name.",
     )
     check_replaceable(out_dir)
-    merge = Merge(adapters, checkpoint_dir, config.base or "original", config.weights)
+    merge = Merge(adapters, checkpoint_dir, "original" if config.base == "auto" else config.base, config.weights)
     facts = {}
     if config.verify:
         merge, facts = measured(config, adapters, checkpoint_dir, merge)
@@ -101,7 +101,7 @@ def main(config: MergeConfig) -> None:
 def measured(
     config: MergeConfig, adapters: "Sequence[Adapter]", checkpoint_dir: Path, merge: "Merge"
 ) -> "tuple[Merge, dict[str, Any]]":
-    """Measure both ways to merge, and return the better one unless --base names one, with facts for its report.
+    """Measure both ways to merge, and return the better one unless --base names another, with facts for its report.
 
     Raises:
         NumericalError: if that one loses more than the tolerance.
@@ -116,7 +116,8 @@ def measured(
     metrics = verify(merges, batches)
     print(*report_lines(metrics), sep="\n")
     recommended = recommend(metrics)
-    chosen = next((one for one in merges if one.base == (config.base or recommended)), merge)
+    wanted = recommended if config.base == "auto" else config.base
+    chosen = next((one for one in merges if one.base == wanted), merge)
     check_tolerance(chosen.base if chosen.base in metrics else "original", metrics, config.tolerance)
     return chosen, {"verified_on": config.verify, "verified": metrics, "recommended": recommended}
 

@@ -162,6 +162,7 @@ def test_every_replay_drops_other_elements() -> None:
     assert gradients(model, *batch(1, 20))[0] != gradients(model, *batch(1, 20))[0]
 
 
+@pytest.mark.slow
 def test_no_weight_is_carried_over_whose_address_a_graph_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     model = adapted_model(scheme="bnb.nf4")
@@ -185,6 +186,7 @@ def test_evaluation_with_gradients_has_a_graph_of_its_own() -> None:
     assert recording.replayed == before
 
 
+@pytest.mark.slow
 def test_gradients_add_up_over_eager_and_replayed_micro_batches() -> None:
     model = adapted_model(scheme="bnb.nf4")
     expected = gradients(model, *batch(2, 12))[1]
@@ -351,6 +353,7 @@ def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
     assert not fused.graphs.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["16 bit, adapted head", "windows"])
 def test_of_many_tokens_the_head_reads_those_with_a_label_and_some_that_fill_a_quarter(
     case: str, monkeypatch: pytest.MonkeyPatch

@@ -131,6 +131,7 @@ def test_the_layers_keep_views_of_the_stacked_weights(scheme: Any, name: str) ->
         assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [pytest.param("mlp", marks=pytest.mark.slow), "attn", "full"])
 def test_recomputing_changes_no_bit(policy: Any) -> None:
     model = model_of(scheme="bnb.nf4", expert_size=64, dropout=0.3, shared_expert_size=64, **SIGMOID)

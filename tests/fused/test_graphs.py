@@ -155,6 +155,7 @@ def test_padding_drops_the_same_elements_of_a_single_row() -> None:
     assert_equal(gradients(model, *batch(1, 20)), expected)
 
 
+@pytest.mark.slow
 def test_every_replay_drops_other_elements() -> None:
     model = adapted_model(dropout=0.3)
     with_graphs(model)

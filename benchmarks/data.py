@@ -72,11 +72,11 @@ def fullness(samples, batching, devices):
 
     total = min(200, max(1, len(samples) // batching.batch_size))
     ranks = (steps(samples, batching, total, rank, devices) for rank in range(devices))
-    read = places = 0
+    read = slots = 0
     for step in zip(*ranks, strict=True):
         read += step[0].tokens - step[0].samples
-        places += devices * max(sum(batch.tokens.numel() for batch in rank.batches) for rank in step)
-    return read / places
+        slots += devices * max(sum(batch.tokens.numel() for batch in rank.batches) for rank in step)
+    return read / slots
 
 
 def timed(what, function):

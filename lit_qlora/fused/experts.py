@@ -8,7 +8,7 @@ Per choice (a token and one of its experts), rows sorted by expert, w its weight
     Y = H W'^T + Z' B'^T        out = sum of Y over each token's choices
 
     dZ' = dY B';  dH = dY W' + D(dZ' s A')          dY is the token's own, gathered
-    dw = <dH, f(G, U)>;  dG, dU in the place of G and U, and in the same read dA' and dB
+    dw = <dH, f(G, U)>;  dG, dU overwrite G and U, and in the same read dA' and dB
     dZ = [dG | dU] B;  dX = [dG | dU] W + D(dZ s A)     summed over each token's choices, and what came through scores
 
 The host asks nothing of the device. Weights are dequantised once in each pass.
@@ -130,9 +130,9 @@ class ExpertGroup(StackedExperts):
     def refresh(self) -> None:
         """See Layers: nothing lies beside the weights."""
 
-    def dropout(self, seed: Tensor | None, place: int) -> Dropout:
+    def dropout(self, seed: Tensor | None, number: int) -> Dropout:
         """Of the adapters' input, elements of (C, K)."""
-        return NONE if seed is None or not self.p else Dropout(self.p, seed, place)
+        return NONE if seed is None or not self.p else Dropout(self.p, seed, number)
 
     @property
     def a_of_experts(self) -> Tensor:
@@ -361,8 +361,8 @@ class ExpertMlp:
         self.norm_2, self.width = norm, config.n_embd
         self.experts = Experts(moe, dtype, number)
         # Another number for dropout than those of the blocks and of the head.
-        place = config.n_layer + 1 + number
-        self.shared = None if moe.shared is None else DenseMlp(moe.shared, norm, config, dtype, place, fp8=False)
+        own = config.n_layer + 1 + number
+        self.shared = None if moe.shared is None else DenseMlp(moe.shared, norm, config, dtype, own, fp8=False)
         self.groups = (*self.experts.groups, *(self.shared.groups if self.shared else ()))
 
     def norm(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ class Fp8:
         """Y (T, N) of [X | Z] (T, K + R) and what `matrix` returned."""
         y = scaled_product(quantize_rows(x, self.k), (matrix, self.scale), x.dtype, bias)
         if b is not None:
-            for rows, columns, rows_b in self.stack.places:
+            for rows, columns, rows_b in self.stack.slices:
                 y[:, rows].addmm_(x[:, self.k :][:, columns], b[rows_b].T)
         return y
 

@@ -21,7 +21,7 @@ from lit_qlora.lora.layer import LoRALinear
 
 
 class Layers(Protocol):
-    """Layers that share an input, with a place in the stack of all adapters; see Group for what the names mean."""
+    """Layers that share an input, with an index in the stack of all adapters; see Group for the names."""
 
     adapters: list[LoRALinear]
     stack: Stack

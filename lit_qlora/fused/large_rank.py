@@ -25,7 +25,7 @@ def project(x: Tensor, a: Tensor, out: Tensor, activation: Activation | None, co
 
 def times_b(dy: Tensor, b: Tensor, stack: Stack, out: Tensor) -> Tensor:
     """DZ = dY B in `out`, (T, R); each layer of the stack with its own rows of the stacked B."""
-    for rows, columns, rows_b in stack.places:
+    for rows, columns, rows_b in stack.slices:
         torch.mm(dy[:, rows], b[rows_b], out=out[:, columns])
     return out
 

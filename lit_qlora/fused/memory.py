@@ -142,7 +142,7 @@ class FastSizes:
             return float(max(max(self._branches, self._qkv), 2 * head) * c.n_embd)
         kept = self._qkv + c.n_head * c.head_size if self.quantized and "full" in policies else 0
         dense = 2.0 * max(widest, head) * c.n_embd
-        space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down in their place
+        space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
         return space + 2.0 * kept * c.n_embd
 
     @property

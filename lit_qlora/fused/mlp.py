@@ -23,7 +23,7 @@ class Mlp(Protocol):
 
     @property
     def groups(self) -> Sequence[Layers]:
-        """Its layers with one place in the stack of all adapters."""
+        """Its layers; each has an index in the stack of all adapters."""
         ...
 
     def norm(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

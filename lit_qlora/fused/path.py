@@ -242,7 +242,7 @@ class Fused:
             seed: of the dropout; None for none.
             saves: see Pass.
             carries: see Pass.
-            layout: in the place of segments.
+            layout: replaces segments.
         """
         table_rows, run = self._pass(
             tokens, positions, segments, seed=seed, saves=saves, carries=carries, layout=layout

@@ -28,13 +28,13 @@ class SlotCache(KVCache):
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.rows, self.limit = slots, length
 
-    def places(self, new: int) -> Tensor:
+    def columns(self, new: int) -> Tensor:
         """See KVCache."""
         return self.lengths[: self.rows, None] + torch.arange(new, device=self.lengths.device)
 
     def positions(self, new: int) -> Tensor:
         """See KVCache."""
-        return self.places(new)
+        return self.columns(new)
 
     def width(self, new: int) -> int:
         """See KVCache."""
@@ -42,7 +42,7 @@ class SlotCache(KVCache):
 
     def layer(self, i: int, new: int) -> LayerCache:
         """See KVCache. The caller makes sure that there is room, as lengths are on the device."""
-        return LayerCache(self.keys[i, : self.rows], self.values[i, : self.rows], self.places(new), self.limit)
+        return LayerCache(self.keys[i, : self.rows], self.values[i, : self.rows], self.columns(new), self.limit)
 
     def advance(self, new: int) -> None:
         """See KVCache."""

@@ -132,13 +132,13 @@ if triton is not None:
                 s = tl.load(SIN + t * HALF + angle, turns, 0.0)
                 turned = x.to(tl.float32) * c + tl.where(first, -other, other) * s
                 x = tl.where(turns, turned.to(x.dtype), x)
-        place = t * step_row + tl.load(LENGTHS + t) * step_column
+        at = t * step_row + tl.load(LENGTHS + t) * step_column
         if h < heads:
             tl.store(Q + (t * heads + h) * D + d, x, inside)
         elif h < heads + groups:
-            tl.store(KEYS + place + (h - heads) * step_head + d, x, inside)
+            tl.store(KEYS + at + (h - heads) * step_head + d, x, inside)
         else:
-            tl.store(VALUES + place + (h - heads - groups) * step_head + d, x, inside)
+            tl.store(VALUES + at + (h - heads - groups) * step_head + d, x, inside)
 
     @triton.jit
     def _attend(

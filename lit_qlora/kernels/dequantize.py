@@ -43,7 +43,7 @@ def write_b(b: Tensor | None, out: Tensor, stack: Stack) -> None:
     assert b is not None
     columns = out[:, out.size(1) - stack.rank :]
     columns.zero_()
-    for rows, own, rows_b in stack.places:
+    for rows, own, rows_b in stack.slices:
         columns[rows, own] = b[rows_b]
 
 

@@ -17,12 +17,12 @@ class Dropout:
 
     Attributes:
         seed: (1,) int64 on the device, below 2^31, so that a CUDA graph draws anew when it changes; None drops nothing.
-        place: an integer added to the seed, another one for each input.
+        offset: an integer added to the seed, another one for each input.
     """
 
     p: float = 0.0
     seed: Tensor | None = None
-    place: int = 0
+    offset: int = 0
 
     @property
     def threshold(self) -> int:
@@ -42,7 +42,7 @@ def factor_reference(rows: int, columns: int, dropout: Dropout, device: torch.de
     """The factor of each element, (rows, columns) float32: 0 or 1 / (1 - p)."""
     mask = 2**32 - 1
     h = torch.arange(rows * columns, device=device, dtype=torch.int64).view(rows, columns)
-    seed = 0 if dropout.seed is None else (dropout.seed + dropout.place) % 2**31
+    seed = 0 if dropout.seed is None else (dropout.seed + dropout.offset) % 2**31
     h = (h * 0x9E3779B1 + seed) & mask
     for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         h = ((h ^ (h >> shift)) * multiplier) & mask
@@ -56,7 +56,7 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
     rows, k = x.shape
     out = torch.empty(rows, k, device=x.device, dtype=x.dtype)
     _drop[(rows, cdiv(k, 1024))](
-        x, x.stride(0), out, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale, BLOCK=1024, num_warps=4
+        x, x.stride(0), out, k, dropout.seed, dropout.offset, dropout.threshold, dropout.scale, BLOCK=1024, num_warps=4
     )
     return out
 
@@ -64,9 +64,9 @@ def drop(x: Tensor, dropout: Dropout) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def factor(at, SEED, place, threshold, scale):
+    def factor(at, SEED, offset, threshold, scale):
         """The factors of the elements at these indices (row * columns + column), float32."""
-        seed = (tl.load(SEED) + place) & 0x7FFFFFFF
+        seed = (tl.load(SEED) + offset) & 0x7FFFFFFF
         h = at.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
         h = (h ^ (h >> 16)) * 0x85EBCA6B
         h = (h ^ (h >> 13)) * 0xC2B2AE35
@@ -74,9 +74,9 @@ if triton is not None:
         return tl.where(h >= threshold.to(tl.uint32), scale, 0.0)
 
     @triton.jit(do_not_specialize=VARYING)
-    def _drop(X, ld, OUT, K, SEED, place, threshold, scale, BLOCK: tl.constexpr):
+    def _drop(X, ld, OUT, K, SEED, offset, threshold, scale, BLOCK: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = k < K
-        x = tl.load(X + t * ld + k, inside, 0.0).to(tl.float32) * factor(t * K + k, SEED, place, threshold, scale)
+        x = tl.load(X + t * ld + k, inside, 0.0).to(tl.float32) * factor(t * K + k, SEED, offset, threshold, scale)
         tl.store(OUT + t * K + k, x.to(OUT.dtype.element_ty), inside)

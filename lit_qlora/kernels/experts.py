@@ -259,7 +259,7 @@ if triton is not None:
         COUNTS, ENDS, TILES, most_tiles, CHUNKS, most_chunks, chunk, groups,
         E: tl.constexpr, EP: tl.constexpr, BG: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
-        """One program: the ends, the tables, and in the place of each group's counts where its rows begin."""
+        """One program: the ends, the tables, and instead of each group's counts the first row of each group."""
         e = tl.arange(0, EP)
         total = tl.zeros((EP,), tl.int32)
         for g0 in range(0, groups, BG):

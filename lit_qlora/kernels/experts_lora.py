@@ -53,7 +53,7 @@ def project(x: Tensor, a: Tensor, choices: Choices, gathered: bool = False, drop
     sub, bm = (cdiv(choices.tile, BLOCKS_PROJECT[0]), min(choices.tile, BLOCKS_PROJECT[0]))
     _project[(choices.most_tiles * sub, parts * cdiv(rank, block))](
         x, x.stride(0), choices.token, a, *a.stride(), z, choices.ends, choices.tiles, choices.most_tiles, k,
-        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         GATHERED=gathered, DROP=dropout.p > 0, PARTS=parts, R=rank, RB=block, SUB=sub, EVEN=k % BLOCKS_PROJECT[1] == 0,
         BM=bm, BK=BLOCKS_PROJECT[1], num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def add_gradient(
     _gradient[(cdiv(n, bn), choices.most_chunks, cdiv(rank, block))](
         x, x.stride(0), choices.token, q, q.stride(0), gradient, *gradient.stride(), parts,
         choices.ends, choices.chunks, choices.most_chunks, choices.chunk, n, scale,
-        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         GATHERED=gathered, DROP=dropout.p > 0, R=rank, RB=block, BT=BLOCKS_GRADIENT[0], BN=bn,
         num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -132,7 +132,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["most_tiles", *VARYING])
     def _project(
-        X, ldx, TOKEN, A, sa_e, sa_s, sa_r, sa_k, Z, ENDS, TILES, most_tiles, K, SEED, place, threshold, scale,
+        X, ldx, TOKEN, A, sa_e, sa_s, sa_r, sa_k, Z, ENDS, TILES, most_tiles, K, SEED, offset, threshold, scale,
         GATHERED: tl.constexpr, DROP: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
         SUB: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
@@ -160,7 +160,7 @@ if triton is not None:
                     a = tl.load(a_at + k0 * sa_k, in_j[:, None] & in_k[None, :], 0.0)
                 if DROP:
                     at = safe.to(tl.int64)[:, None] * K + (k0 + k)[None, :]
-                    x = (x.to(tl.float32) * factor(at, SEED, place, threshold, scale)).to(x.dtype)
+                    x = (x.to(tl.float32) * factor(at, SEED, offset, threshold, scale)).to(x.dtype)
                 acc = tl.dot(x, tl.trans(a), acc)
             to = Z + row.to(tl.int64)[:, None] * (PARTS * R) + part * R + j[None, :]
             tl.store(to, acc.to(Z.dtype.element_ty), (row < end)[:, None] & in_j[None, :])
@@ -168,7 +168,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["most_chunks", "chunk", *VARYING])
     def _gradient(
         X, ldx, TOKEN, Q, ldq, G, sg_e, sg_n, sg_j, PARTS, ENDS, CHUNKS, most_chunks, chunk, N, alpha,
-        SEED, place, threshold, scale,
+        SEED, offset, threshold, scale,
         GATHERED: tl.constexpr, DROP: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
         BT: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
@@ -188,7 +188,7 @@ if triton is not None:
                 x = tl.load(X + source.to(tl.int64)[:, None] * ldx + n[None, :], in_n[None, :], 0.0)
                 if DROP:
                     at = t.to(tl.int64)[:, None] * N + n[None, :]
-                    x = (x.to(tl.float32) * factor(at, SEED, place, threshold, scale)).to(x.dtype)
+                    x = (x.to(tl.float32) * factor(at, SEED, offset, threshold, scale)).to(x.dtype)
                 q = tl.load(Q + t.to(tl.int64)[:, None] * ldq + j[None, :], (t < end)[:, None] & in_j[None, :], 0.0)
                 acc = tl.dot(tl.trans(x), q, acc)
             inside = in_n[:, None] & in_j[None, :]

@@ -1,6 +1,6 @@
 """The backward pass of the activation of experts, between down and gate and up, in one read of both.
 
-h = weight * function(gate, up). From dH come d_gate and d_up, written in the place of gate and up, and the gradient of
+h = weight * function(gate, up). From dH come d_gate and d_up, written over gate and up, and the gradient of
 the weight, a sum over columns. The sums over an expert's rows for down's A and for gate's and up's B need the same
 numbers, so they are computed here too. A program takes a stripe of columns and a chunk of an expert's rows.
 """
@@ -100,7 +100,7 @@ def mlp_backward(
         d_weight if grad_a is None else grad_a, 0 if grad_a is None else grad_a.stride(0),
         d_weight if grad_b is None else grad_b, 0 if grad_b is None else grad_b.stride(0), parts_a, parts_b, size_b,
         d_weight, dh if h is None else h, choices.ends, choices.chunks, choices.most_chunks, choices.chunk,
-        width, choices.rows, alpha, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        width, choices.rows, alpha, dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), GATE=slots[0], UP=slots[1], FUNCTION=function,
         DROP=dropout.p > 0, WANTS_H=h is not None, BT=bt, BN=bn, STAGES=in_flight, num_warps=4,
     )  # fmt: skip
@@ -116,7 +116,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["most_chunks", "chunk", "rows", *VARYING])
     def _backward(
         X, DH, WEIGHT, DZ, ldd, Z, ldz, GA, sa, GB, sb, PARTS_A, PARTS_B, size_b, DW, H, ENDS, CHUNKS, most_chunks,
-        chunk, F, rows, alpha, SEED, place, threshold, scale,
+        chunk, F, rows, alpha, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
         FUNCTION: tl.constexpr, DROP: tl.constexpr, WANTS_H: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
         STAGES: tl.constexpr,
@@ -149,7 +149,7 @@ if triton is not None:
                 if R > 0 or WANTS_H:
                     h *= w[:, None]
                     if DROP:
-                        h *= factor(far[:, None] * F + n[None, :], SEED, place, threshold, scale)
+                        h *= factor(far[:, None] * F + n[None, :], SEED, offset, threshold, scale)
                 if WANTS_H:
                     tl.store(H + far[:, None] * F + n[None, :], h.to(dtype), inside)
                 if R > 0:

@@ -169,7 +169,7 @@ def product(
         tiled(x, choices.tile, BK) if by_block else x, x, x.stride(0), choices.token,
         tiled(flat, BK, bn) if transposed else tiled(flat, bn, BK), z, z.stride(0), b, *b.stride(),
         x if bias is None else bias, choices.weight, out, choices.ends, choices.tiles, choices.most_tiles, n, k,
-        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         BY_BLOCK=by_block, GATHERED=gathered, TRANSPOSED=transposed, R=rank, RB=min(power_of_2(rank), MOST_RANK),
         HAS_BIAS=bias is not None, DROP=dropout.p > 0, EVEN=k % BK == 0,
         BM=choices.tile, BN=bn, BK=BK, num_warps=warps, num_stages=in_flight,
@@ -186,7 +186,7 @@ if triton is not None:
 
     @triton.jit
     def _update(
-        acc, Z, ldz, row, B, sb_r, sb_n, n, in_n, SEED, place, threshold, scale, width,
+        acc, Z, ldz, row, B, sb_r, sb_n, n, in_n, SEED, offset, threshold, scale, width,
         R: tl.constexpr, RB: tl.constexpr, DROP: tl.constexpr,
     ):  # fmt: skip
         """The sum acc + Z B of these rows and columns, in pieces of RB columns of Z; B is one expert's."""
@@ -200,7 +200,7 @@ if triton is not None:
             update = tl.dot(z, b, update)
         if DROP:
             at = row.to(tl.int64)[:, None] * width + n[None, :]
-            update = acc + update * factor(at, SEED, place, threshold, scale)
+            update = acc + update * factor(at, SEED, offset, threshold, scale)
         return update
 
     @triton.jit
@@ -273,7 +273,7 @@ if triton is not None:
     @triton.jit
     def _product_tile(
         XB, X, ldx, TOKEN, W, Z, ldz, B, sb_e, sb_r, sb_n, BIAS, WEIGHT, OUT, e, row0, end, n0, N, K,
-        SEED, place, threshold, scale,
+        SEED, offset, threshold, scale,
         BY_BLOCK: tl.constexpr, GATHERED: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
         HAS_BIAS: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -300,7 +300,7 @@ if triton is not None:
         in_n = n < N
         if R > 0:
             b = B + e.to(tl.int64) * sb_e
-            acc = _update(acc, Z, ldz, safe, b, sb_r, sb_n, n, in_n, SEED, place, threshold, scale, N, R, RB, DROP)
+            acc = _update(acc, Z, ldz, safe, b, sb_r, sb_n, n, in_n, SEED, offset, threshold, scale, N, R, RB, DROP)
         if HAS_BIAS:
             acc += tl.load(WEIGHT + safe)[:, None] * tl.load(BIAS + e * N + n, in_n, 0.0).to(tl.float32)[None, :]
         own = (row < end)[:, None] & in_n[None, :]
@@ -309,7 +309,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["most_tiles", *VARYING])
     def _product(
         XB, X, ldx, TOKEN, W, Z, ldz, B, sb_e, sb_r, sb_n, BIAS, WEIGHT, OUT, ENDS, TILES, most_tiles, N, K,
-        SEED, place, threshold, scale,
+        SEED, offset, threshold, scale,
         BY_BLOCK: tl.constexpr, GATHERED: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
         HAS_BIAS: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -322,12 +322,12 @@ if triton is not None:
             if end - row0 <= BM // 2:  # few rows are left: half the work, and no block of X that reaches beyond them
                 _product_tile(
                     XB, X, ldx, TOKEN, W, Z, ldz, B, sb_e, sb_r, sb_n, BIAS, WEIGHT, OUT, e, row0, end, n0, N, K,
-                    SEED, place, threshold, scale, False, GATHERED, TRANSPOSED, R, RB, HAS_BIAS, DROP, EVEN,
+                    SEED, offset, threshold, scale, False, GATHERED, TRANSPOSED, R, RB, HAS_BIAS, DROP, EVEN,
                     BM // 2, BN, BK,
                 )  # fmt: skip
             else:
                 _product_tile(
                     XB, X, ldx, TOKEN, W, Z, ldz, B, sb_e, sb_r, sb_n, BIAS, WEIGHT, OUT, e, row0, end, n0, N, K,
-                    SEED, place, threshold, scale, BY_BLOCK, GATHERED, TRANSPOSED, R, RB, HAS_BIAS, DROP, EVEN,
+                    SEED, offset, threshold, scale, BY_BLOCK, GATHERED, TRANSPOSED, R, RB, HAS_BIAS, DROP, EVEN,
                     BM, BN, BK,
                 )  # fmt: skip

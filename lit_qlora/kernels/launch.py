@@ -21,7 +21,7 @@ __all__ += ["tiled", "tl", "triton", "why_no_kernels"]
 AVAILABLE = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """True where kernels run on the CPU, slowly, without instructions of a GPU."""
-VARYING = ["T", "place"]
+VARYING = ["T", "offset"]
 """Arguments that differ between steps and blocks. Triton would compile a kernel anew for multiples of 16, which takes
 as long as many steps, in the middle of a run."""
 HOPPER = 227 * 2**10

@@ -57,7 +57,7 @@ def project(
     parts = torch.empty(splits, rows, rank, device=x.device, dtype=torch.float32)
     _project[(cdiv(rows, 64), splits)](
         x, x.stride(0), out, out.stride(0), a, parts, rows, k, each,
-        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), FUNCTION=activation.function if activation else "",
         GATED=activation is not None and activation.gated, DROP=dropout.p > 0, BM=64, BK=block,
         num_warps=4, num_stages=stages(size * block, 3, min(room, PIPELINE)),
@@ -76,8 +76,8 @@ def copy_rows(x: Tensor, out: Tensor) -> None:
     H100 1.65 times as long.
     """
     per_word = 8 // x.element_size()
-    places = (x.size(1), x.stride(0), x.storage_offset(), out.stride(0), out.storage_offset())
-    if x.dtype == out.dtype and not any(place % per_word for place in places):
+    elements = (x.size(1), x.stride(0), x.storage_offset(), out.stride(0), out.storage_offset())
+    if x.dtype == out.dtype and not any(count % per_word for count in elements):
         x, out = x.view(torch.int64), out.view(torch.int64)
     out.copy_(x)
 
@@ -90,7 +90,7 @@ def rank_update(d_out: Tensor, a: Tensor | None, k: int, dropout: Dropout = NONE
     out = torch.empty(rows, k, device=d_out.device, dtype=d_out.dtype)
     block = fitting(128, power_of_2(rank) * a.element_size(), shared_memory(d_out))
     _rank_update[(cdiv(k, block), cdiv(rows, 16))](
-        d_out, d_out.stride(0), a, out, rows, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        d_out, d_out.stride(0), a, out, rows, k, dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), DROP=dropout.p > 0, BM=16, BN=block, num_warps=4,
     )  # fmt: skip
     return out
@@ -144,7 +144,7 @@ def grad_a(
     _transposed_product[(cdiv(k, bn), splits)](
         x, x.stride(0), dz, dz.stride(0), x if statistics is None else statistics,
         x if norm.weight is None else norm.weight, x if norm.bias is None else norm.bias, parts, 1, k, x,
-        rows, each, k, k, dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        rows, each, k, k, dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), LAYERS=0, KIND=norm.statistics, HAS_W=norm.weight is not None,
         HAS_B=norm.bias is not None, DROP=dropout.p > 0, TALL=not wide, BT=bt, BN=bn,
         num_warps=4, num_stages=in_flight,
@@ -198,7 +198,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _project(
-        X, ldx, OUT, ldo, A, PARTS, T, K, each, SEED, place, threshold, scale,
+        X, ldx, OUT, ldo, A, PARTS, T, K, each, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
         DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
@@ -220,7 +220,7 @@ if triton is not None:
                 tl.store(OUT + t[:, None] * ldo + k[None, :], x, inside)
             if DROP:
                 at = t[:, None] * K + k[None, :]
-                x = (x.to(tl.float32) * factor(at, SEED, place, threshold, scale)).to(x.dtype)
+                x = (x.to(tl.float32) * factor(at, SEED, offset, threshold, scale)).to(x.dtype)
             a = tl.load(A + j[:, None] * K + k[None, :], (j < R)[:, None] & (k < end)[None, :], 0.0)
             acc = tl.dot(x, tl.trans(a), acc)
         tl.store(PARTS + (split.to(tl.int64) * T + t)[:, None] * R + j[None, :], acc, in_t & (j < R)[None, :])
@@ -239,7 +239,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _rank_update(
-        G, ld, A, OUT, T, K, SEED, place, threshold, scale,
+        G, ld, A, OUT, T, K, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
@@ -251,14 +251,14 @@ if triton is not None:
         a = tl.load(A + j[:, None] * K + k[None, :], (j < R)[:, None] & (k < K)[None, :], 0.0)
         update = tl.dot(dz, a)
         if DROP:
-            update *= factor(at, SEED, place, threshold, scale)
+            update *= factor(at, SEED, offset, threshold, scale)
         g = tl.load(G + t[:, None] * ld + k[None, :], inside, 0.0).to(tl.float32)
         tl.store(OUT + at, (g + update).to(OUT.dtype.element_ty), inside)
 
     @triton.jit(do_not_specialize=VARYING)
     def _transposed_product(
         P, ldp, Q, ldq, STATISTICS, W, B, PARTS, step_n, step_j, TABLE, T, each, N, rows_out,
-        SEED, place, threshold, scale,
+        SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, LAYERS: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr,
         HAS_B: tl.constexpr, DROP: tl.constexpr, TALL: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
@@ -299,7 +299,7 @@ if triton is not None:
                     p = x.to(p.dtype)
                 if DROP:
                     at = t[:, None] * N + n[None, :]
-                    p = (p.to(tl.float32) * factor(at, SEED, place, threshold, scale)).to(p.dtype)
+                    p = (p.to(tl.float32) * factor(at, SEED, offset, threshold, scale)).to(p.dtype)
                 q = tl.load(Q + t[:, None] * ldq + one * R + j[None, :], in_t[:, None] & (j < R)[None, :], 0.0)
                 if KIND == 1:
                     q = (q.to(tl.float32) * tl.load(STATISTICS + t, in_t, 0.0)[:, None]).to(Q.dtype.element_ty)

@@ -1,6 +1,6 @@
 """The backward pass of down(activation(gate) * up) between the two products with frozen weights, in one read.
 
-From dH = [dH_base | dZ] and [gate | up] come [d_gate | d_up], written in the place of gate and up. The partial sums of
+From dH = [dH_base | dZ] and [gate | up] come [d_gate | d_up], written over gate and up. The partial sums of
 the gradients of down's A and of gate's and up's B need the same numbers, so they are computed here too. A program takes
 a stripe of columns and a part of the rows. An MLP without a gate has one branch, which is activated.
 """
@@ -67,7 +67,7 @@ def mlp_backward(
     _backward[(cdiv(width, bn), splits)](
         branches, branches.stride(0), dh, dh.stride(0), branches if a is None else a, branches if z is None else z,
         0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted,
-        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), FIRST=slot_first, UP=slot_up,
         FUNCTION=activation.function, GATED=activation.gated, DROP=dropout.p > 0, BT=bt, BN=bn, STAGES=in_flight,
         num_warps=4,
@@ -95,7 +95,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _backward(
-        X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, SEED, place, threshold, scale,
+        X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, FIRST: tl.constexpr, UP: tl.constexpr,
         FUNCTION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
         STAGES: tl.constexpr,
@@ -117,7 +117,7 @@ if triton is not None:
             inside = in_t[:, None] & in_n[None, :]
             dh = tl.load(DH + t[:, None] * ldh + n[None, :], inside, 0.0).to(tl.float32)
             if DROP:
-                kept = factor(t[:, None] * F + n[None, :], SEED, place, threshold, scale)
+                kept = factor(t[:, None] * F + n[None, :], SEED, offset, threshold, scale)
             if R > 0:
                 dz = tl.load(DH + t[:, None] * ldh + F + i[None, :], in_t[:, None] & (i < R)[None, :], 0.0)
                 update = tl.dot(dz, a)

@@ -134,7 +134,7 @@ def norm_backward(
     _norm_backward[(cdiv(rows, 16),)](
         d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, statistics, x if z is None else z,
         x if a is None else a, x if residual is None else residual, dx, rows, width,
-        dropout.seed, dropout.place, dropout.threshold, dropout.scale,
+        dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=padded, KIND=norm.statistics, HAS_W=norm.weight is not None, HAS_RESIDUAL=residual is not None,
         DROP=dropout.p > 0, BM=16, BK=block, STAGES=stages(size * block, 4, min(room, PIPELINE)), num_warps=4,
     )  # fmt: skip
@@ -172,7 +172,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _norm_backward(
-        G, ld, X, W, STATISTICS, Z, A, RESIDUAL, DX, T, E, SEED, place, threshold, scale,
+        G, ld, X, W, STATISTICS, Z, A, RESIDUAL, DX, T, E, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
         DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
@@ -201,7 +201,7 @@ if triton is not None:
                     a = tl.load(A + j[:, None] * E + k[None, :], (j < R)[:, None] & (k < E)[None, :], 0.0)
                     update = tl.dot(dz, a)
                     if DROP:
-                        update *= factor(t[:, None] * E + k[None, :], SEED, place, threshold, scale)
+                        update *= factor(t[:, None] * E + k[None, :], SEED, offset, threshold, scale)
                     g += update
                 if HAS_W:
                     g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]
@@ -226,7 +226,7 @@ if triton is not None:
                 a = tl.load(A + j[:, None] * E + k[None, :], (j < R)[:, None] & (k < E)[None, :], 0.0)
                 update = tl.dot(dz, a)
                 if DROP:
-                    update *= factor(at, SEED, place, threshold, scale)
+                    update *= factor(at, SEED, offset, threshold, scale)
                 g += update
             if HAS_W:
                 g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]

@@ -45,7 +45,7 @@ class Stack:
         return sum(rows for rows, slot in zip(self.rows, self.slots, strict=True) if slot >= 0)
 
     @property
-    def places(self) -> list[tuple[slice, slice, slice]]:
+    def slices(self) -> list[tuple[slice, slice, slice]]:
         """Of each layer with an adapter, its rows, its columns of Z, and its rows of the stacked B."""
         found, first, first_b = [], 0, 0
         for rows, slot in zip(self.rows, self.slots, strict=True):

@@ -19,7 +19,7 @@ class TrainedEmbedding(nn.Module):
     """
 
     tokens: Tensor
-    place: Tensor
+    row_of: Tensor
 
     def __init__(self, base: nn.Embedding, tokens: tuple[int, ...]) -> None:
         super().__init__()
@@ -27,9 +27,10 @@ class TrainedEmbedding(nn.Module):
         V, device = base.num_embeddings, base.weight.device
         self.whole = not tokens
         ids = torch.tensor(tokens or range(V), device=device)
-        place = torch.full((V,), -1, device=device)  # id -> trainable row, or -1
+        row_of = torch.full((V,), -1, device=device)  # id -> trainable row, or -1
         self.register_buffer("tokens", ids, persistent=False)
-        self.register_buffer("place", place.index_copy(0, ids, torch.arange(len(ids), device=device)), persistent=False)
+        row_of[ids] = torch.arange(len(ids), device=device)
+        self.register_buffer("row_of", row_of, persistent=False)
         self.rows = nn.Parameter(base.weight.detach()[self.tokens].float())
 
     @property
@@ -39,9 +40,9 @@ class TrainedEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., E) in the dtype of the frozen embedding."""
-        place = self.place[tokens]
-        learnt = F.embedding(place.clamp(min=0), self.rows).to(self.weight.dtype)
-        return learnt if self.whole else torch.where((place >= 0)[..., None], learnt, self.base(tokens))
+        row = self.row_of[tokens]
+        trained = F.embedding(row.clamp(min=0), self.rows).to(self.weight.dtype)
+        return trained if self.whole else torch.where((row >= 0)[..., None], trained, self.base(tokens))
 
 
 class TiedHead(nn.Module):
@@ -63,11 +64,11 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
         (embedding,) = self._embedding
-        learnt = x @ embedding.rows.T.to(x.dtype)
+        logits = x @ embedding.rows.T.to(x.dtype)
         bias: Any = self.base.bias
         if bias is not None:
-            learnt = learnt + bias[embedding.tokens].to(x.dtype)
-        return learnt if embedding.whole else self.base(x).index_copy(-1, embedding.tokens, learnt)
+            logits = logits + bias[embedding.tokens].to(x.dtype)
+        return logits if embedding.whole else self.base(x).index_copy(-1, embedding.tokens, logits)
 
 
 def train_embeddings(model: nn.Module, config: LoRAConfig) -> None:

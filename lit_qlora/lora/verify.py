@@ -52,7 +52,7 @@ def verify(merges: Sequence[Merge], batches: Sequence[Batch]) -> dict[Base, dict
 
     Returns:
         For each: val_loss_trained and val_loss, nats per labelled token; kl, the mean divergence of the merged
-        distributions from the trained ones, in nats; top1, the share of labelled places where both have the same
+        distributions from the trained ones, in nats; top1, the share of labelled positions where both have the same
         likeliest token; tokens, how many there are.
     """
     first, device = merges[0], pick_device()
@@ -154,12 +154,12 @@ def losses_of(
     largest = max(versions)
     add_lora(model, versions[largest][1])
     model.eval()
-    places = lora_state(model)
+    parameters = lora_state(model)
     losses = {}
     for rank, (state, _) in versions.items():
-        for name, place in places.items():  # all have the scale of B A; zeros fill up smaller ranks
+        for name, parameter in parameters.items():  # all have the scale of B A; zeros fill up smaller ranks
             tensor = state[name]
-            place.zero_()[tuple(slice(size) for size in tensor.shape)] = tensor.to(place)
+            parameter.zero_()[tuple(slice(size) for size in tensor.shape)] = tensor.to(parameter)
         losses[rank] = mean_loss(model, batches)
     return losses
 

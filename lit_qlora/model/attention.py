@@ -166,14 +166,14 @@ def attention_mask(
         window = None
     if width == new and left_pad is None and window is None and segments is None:
         return None
-    place = (cache.places(new) if cache else torch.arange(new, device=device)[None])[:, None, :, None]
+    own = (cache.columns(new) if cache else torch.arange(new, device=device)[None])[:, None, :, None]
     column = torch.arange(width, device=device)
-    mask = column <= place
+    mask = column <= own
     if window is not None:
-        mask &= column > place - window
+        mask &= column > own - window
     if left_pad is not None:
         # A padding token may look at itself, so that its softmax is over something; nobody else looks at it.
-        mask = mask & ((column >= left_pad[:, None, None, None]) | (column == place))
+        mask = mask & ((column >= left_pad[:, None, None, None]) | (column == own))
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     return mask
@@ -217,14 +217,14 @@ class KVCache:
         self.left_pad = left_pad
         self.size = 0
 
-    def places(self, new: int) -> Tensor:
+    def columns(self, new: int) -> Tensor:
         """(B or 1, new), the column of each of the next tokens."""
         return torch.arange(self.size, self.size + new, device=self.keys.device)[None]
 
     def positions(self, new: int) -> Tensor:
-        """(B, new), the place of each of the next tokens in its text."""
-        places = self.places(new).expand(self.keys.size(1), new)
-        return places if self.left_pad is None else (places - self.left_pad[:, None]).clamp(min=0)
+        """(B, new), the index of each of the next tokens in its text."""
+        columns = self.columns(new).expand(self.keys.size(1), new)
+        return columns if self.left_pad is None else (columns - self.left_pad[:, None]).clamp(min=0)
 
     def width(self, new: int) -> int:
         """Number of columns that the next tokens look at."""
@@ -251,22 +251,22 @@ class LayerCache:
     """One block's view of a KVCache.
 
     Args:
-        place: columns of the new tokens; a tensor (B, T) where each row has its own.
+        columns: those of the new tokens; a tensor (B, T) where each row has its own.
         width: columns that are looked at.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, place: slice | Tensor, width: int) -> None:
-        self.keys, self.values, self.place, self.width = keys, values, place, width
+    def __init__(self, keys: Tensor, values: Tensor, columns: slice | Tensor, width: int) -> None:
+        self.keys, self.values, self.columns, self.width = keys, values, columns, width
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new (B, K, T, D) and return all, each (B, K, width, D)."""
-        if isinstance(self.place, slice):
-            self.keys[:, :, self.place] = k
-            self.values[:, :, self.place] = v
+        if isinstance(self.columns, slice):
+            self.keys[:, :, self.columns] = k
+            self.values[:, :, self.columns] = v
         else:
             row = torch.arange(len(k), device=k.device)[:, None]
-            self.keys[row, :, self.place] = k.transpose(1, 2)
-            self.values[row, :, self.place] = v.transpose(1, 2)
+            self.keys[row, :, self.columns] = k.transpose(1, 2)
+            self.values[row, :, self.columns] = v.transpose(1, 2)
         return self.keys[:, :, : self.width], self.values[:, :, : self.width]
 
 

@@ -142,7 +142,7 @@ class GPT(nn.Module):
         Args:
             tokens: (B, T) int64.
             cache: see forward.
-            positions: (B, T) int64, the place of each token in its document; None counts along the row.
+            positions: (B, T) int64, the index of each token in its document; None counts along the row.
             segments: (B, T) integers, the document of each token, documents being laid end to end; a token sees its
                 own document alone. Padding is -1. None where a row is one document.
             seen_until: (B, T) int64, for documents that begin alike and share that: the column from which on no token

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by angles that grow with their place. Su et al. 2021."""
+"""Rotary positions: queries and keys are turned by angles that grow with their position. Su et al. 2021."""
 
 import math
 

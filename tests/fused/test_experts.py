@@ -184,8 +184,8 @@ def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(r: int
     ends = [0, *chosen.flatten().bincount(minlength=4).cumsum(0).tolist()]
     own = {}
     for e, expert in enumerate(moe.experts):
-        for place, width, names in ((2, 64, ("gate", "up")), (3, 48, ("down",))):
-            factor = factor_reference(48, width, Dropout(p, seed, place), "cpu")
+        for offset, width, names in ((2, 64, ("gate", "up")), (3, 48, ("down",))):
+            factor = factor_reference(48, width, Dropout(p, seed, offset), "cpu")
             for name in names:
                 layer = getattr(expert, name)
                 own[layer], layer.dropout = layer.dropout, Masked(factor, slice(ends[e], ends[e + 1]))

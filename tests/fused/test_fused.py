@@ -228,7 +228,7 @@ def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(norm: 
     own = {path: module.dropout for path, module in adapters.items()}
     for path, module in adapters.items():
         block, name = (2, "head") if path == "head" else (int(path.split(".")[1]), path.split(".")[-1])
-        dropout = Dropout(p, torch.tensor([seed], device=DEVICE), place=4 * block + groups[name])
+        dropout = Dropout(p, torch.tensor([seed], device=DEVICE), offset=4 * block + groups[name])
         module.dropout = Masked(24, module.in_features, dropout)  # type: ignore[assignment]
     tokens, _ = batch()  # all are labelled, so that the head sees them in their places
     expected = gradients(model, tokens, tokens)

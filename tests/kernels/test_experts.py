@@ -43,7 +43,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the interpreter
 NEAR = 1e-2 if DEVICE == "cuda" else 1e-5
 TILE = 128 if DEVICE == "cuda" else 32
 EXPERTS, TOKENS, K = 5, 45, 2
-DROPOUTS = [NONE, Dropout(0.3, torch.tensor([12345], device=DEVICE), place=7)]
+DROPOUTS = [NONE, Dropout(0.3, torch.tensor([12345], device=DEVICE), offset=7)]
 FUNCTIONS = ["silu", "gelu", "gelu_tanh", "clamped"]
 
 

@@ -20,7 +20,7 @@ from lit_qlora.model.mlp import GATES
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEAR = 1e-5 if DEVICE == "cpu" else 2e-3  # on a GPU, products of float32 are in tf32
-DROPOUTS = [NONE, Dropout(0.3, torch.tensor([12345], device=DEVICE), place=7)]
+DROPOUTS = [NONE, Dropout(0.3, torch.tensor([12345], device=DEVICE), offset=7)]
 
 
 def plain_activation(kind: str, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_qlora.generation.sampling import constrain, narrow, probabilities_of
 from lit_qlora.generation.sequences import check_finite, evaluating
-from lit_qlora.model.attention import KVCache
+from lit_qlora.model.cache import KVCache
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GenerationConfig
 
@@ -111,7 +111,7 @@ class _Reader:
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> Tensor:
         """Logits (N, V) float32 behind each of the tokens that were not read before."""
-        unread = torch.tensor([ids[self.cache.size :]], device=self.cache.keys.device)
+        unread = torch.tensor([ids[self.cache.size :]], device=self.cache.device)
         return check_finite(self.model(unread, self.cache)[0, :, : self.vocab_size].float())
 
     def forget(self, length: int) -> None:

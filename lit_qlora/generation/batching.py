@@ -14,7 +14,7 @@ from lit_qlora.errors import NumericalError
 from lit_qlora.generation.sampling import choose, constrain
 from lit_qlora.generation.sequences import PAD, check_finite
 from lit_qlora.generation.slot_cache import SlotCache
-from lit_qlora.model.attention import KVCache
+from lit_qlora.model.cache import KVCache
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GenerationConfig
 

@@ -73,7 +73,7 @@ class FastBlock(KernelBlock):
         self, x: Tensor, y: Tensor | None, cache: SlotCache, ropes: Ropes, scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(B, E) pair whose sum is the stream -> the same behind this block."""
-        keys, values = cache.keys[self.number, : cache.rows], cache.values[self.number, : cache.rows]
+        keys, values = (memory[: cache.rows] for memory in cache.blocks[self.number])
         lengths, heads = cache.lengths[: cache.rows], self.heads
         normed = torch.empty_like(x)
         x, _ = add_norm(x, y, self.norm_1, normed)

@@ -40,7 +40,7 @@ class FixedStep:
         """Logits (B, V) of the tokens that follow `tokens` (B,); the next call overwrites them."""
         self.longest += 1
         self.tokens.copy_(tokens[:, None])
-        self.cache.limit = columns(self.longest, self.cache.keys.size(3))
+        self.cache.limit = columns(self.longest, self.cache.length)
         if not self.graphed:
             return self._compute()
         if self.cache.limit not in self._graphs:

@@ -61,9 +61,8 @@ class Decoding:
     def settle(self) -> None:
         """Continue in steps whose shapes and memory never change; rows can no longer be selected."""
         before = self.cache
-        rows, length = before.keys.size(1), before.keys.size(3)
-        slots = SlotCache(self.model.config, rows, length, before.keys.dtype, before.keys.device)
-        for row in range(rows):
+        slots = SlotCache(self.model.config, before.batch, before.length, before.dtype, before.device)
+        for row in range(before.batch):
             slots.put(row, before, row)
         self.cache = slots
         self._fixed = FixedStep(self.model, slots, before.size, self.vocab_size)

@@ -6,7 +6,7 @@ Requests come and go in it, and the shapes of a step never change.
 import torch
 from torch import Tensor
 
-from lit_qlora.model.attention import KVCache, LayerCache
+from lit_qlora.model.cache import KVCache, LayerCache
 from lit_qlora.model.config import ModelConfig
 
 
@@ -42,7 +42,8 @@ class SlotCache(KVCache):
 
     def layer(self, i: int, new: int) -> LayerCache:
         """See KVCache. The caller makes sure that there is room, as lengths are on the device."""
-        return LayerCache(self.keys[i, : self.rows], self.values[i, : self.rows], self.columns(new), self.limit)
+        keys, values = (memory[: self.rows] for memory in self.blocks[i])
+        return LayerCache(keys, values, self.columns(new), self.limit)
 
     def advance(self, new: int) -> None:
         """See KVCache."""
@@ -56,11 +57,14 @@ class SlotCache(KVCache):
         """Copy a row of another cache into a slot, without its padding."""
         start = 0 if cache.left_pad is None else int(cache.left_pad[row])
         length = cache.size - start
-        self.keys[:, slot, :, :length] = cache.keys[:, row, :, start : cache.size]
-        self.values[:, slot, :, :length] = cache.values[:, row, :, start : cache.size]
+        for mine, theirs in zip(self.blocks, cache.blocks, strict=True):
+            for memory, other in zip(mine, theirs, strict=True):
+                memory[slot, :, :length] = other[row, :, start : cache.size]
         self.lengths[slot] = length
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot over another."""
-        self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
+        for block in self.blocks:
+            for memory in block:
+                memory[target] = memory[source]
         self.lengths[target] = self.lengths[source]

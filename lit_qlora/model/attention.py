@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_qlora.model.cache import KVCache, LayerCache
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.norm import make_norm
 from lit_qlora.model.rope import rope_table, rotate
@@ -37,7 +38,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
         self.projection = nn.Linear(q_size, config.n_embd, bias=config.projection_bias)
 
-    def forward(self, x: Tensor, place: Place, cache: "LayerCache | None") -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
         """(B, T, E) -> (B, T, E)."""
         config = self.config
         B, T, _ = x.shape
@@ -117,7 +118,7 @@ class Places:
         self,
         config: ModelConfig,
         positions: Tensor,
-        cache: "KVCache | None",
+        cache: KVCache | None,
         segments: Tensor | None,
         seen_until: Tensor | None = None,
     ) -> None:
@@ -151,7 +152,7 @@ def query_scale(config: ModelConfig, positions: Tensor) -> Tensor:
 
 
 def attention_mask(
-    window: int | None, new: int, cache: "KVCache | None", device: torch.device, segments: Tensor | None = None
+    window: int | None, new: int, cache: KVCache | None, device: torch.device, segments: Tensor | None = None
 ) -> Tensor | None:
     """The mask of attention, (B or 1, 1, T, past + T): True where a token may see another; None is plain causal.
 
@@ -190,84 +191,6 @@ def tree_mask(window: int | None, positions: Tensor, seen_until: Tensor) -> Tens
     if window is not None:
         mask &= positions[:, None, None] > positions[:, None, :, None] - window
     return mask
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, so that generating one more token costs one token.
-
-    Args:
-        length: most tokens that will be seen, prompt included.
-        left_pad: (B,) number of padding tokens before each prompt, for prompts of unequal length.
-    """
-
-    left_pad: Tensor | None
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        length: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        left_pad: Tensor | None = None,
-    ) -> None:
-        shape = (config.n_layer, batch, config.n_kv_head, length)
-        self.keys = torch.zeros(*shape, config.head_size, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, config.value_size, dtype=dtype, device=device)
-        self.left_pad = left_pad
-        self.size = 0
-
-    def columns(self, new: int) -> Tensor:
-        """(B or 1, new), the column of each of the next tokens."""
-        return torch.arange(self.size, self.size + new, device=self.keys.device)[None]
-
-    def positions(self, new: int) -> Tensor:
-        """(B, new), the index of each of the next tokens in its text."""
-        columns = self.columns(new).expand(self.keys.size(1), new)
-        return columns if self.left_pad is None else (columns - self.left_pad[:, None]).clamp(min=0)
-
-    def width(self, new: int) -> int:
-        """Number of columns that the next tokens look at."""
-        return self.size + new
-
-    def layer(self, i: int, new: int) -> "LayerCache":
-        """The part of block `i`, with room for `new` more tokens."""
-        if self.size + new > self.keys.size(3):
-            raise ValueError(f"The cache holds {self.keys.size(3)} tokens; {self.size} + {new} do not fit.")
-        return LayerCache(self.keys[i], self.values[i], slice(self.size, self.size + new), self.width(new))
-
-    def advance(self, new: int) -> None:
-        """The next tokens have been stored in every layer."""
-        self.size += new
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows (N,) int64: in this order, any of them several times, and not with the others."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        if self.left_pad is not None:
-            self.left_pad = self.left_pad[rows]
-
-
-class LayerCache:
-    """One block's view of a KVCache.
-
-    Args:
-        columns: those of the new tokens; a tensor (B, T) where each row has its own.
-        width: columns that are looked at.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, columns: slice | Tensor, width: int) -> None:
-        self.keys, self.values, self.columns, self.width = keys, values, columns, width
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new (B, K, T, D) and return all, each (B, K, width, D)."""
-        if isinstance(self.columns, slice):
-            self.keys[:, :, self.columns] = k
-            self.values[:, :, self.columns] = v
-        else:
-            row = torch.arange(len(k), device=k.device)[:, None]
-            self.keys[row, :, self.columns] = k.transpose(1, 2)
-            self.values[row, :, self.columns] = v.transpose(1, 2)
-        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
 
 
 class NormOfEachHead(nn.ModuleList):

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_qlora.model.attention import Attention, LayerCache, Place, Places, softcap
-from lit_qlora.model.attention import KVCache as KVCache
+from lit_qlora.model.attention import Attention, Place, Places, softcap
+from lit_qlora.model.cache import KVCache as KVCache
+from lit_qlora.model.cache import LayerCache
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.latent_attention import LatentAttention
 from lit_qlora.model.mlp import make_mlp

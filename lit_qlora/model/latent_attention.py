@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.model.attention import LayerCache, Place, attend
+from lit_qlora.model.attention import Place, attend
+from lit_qlora.model.cache import LayerCache
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope import rotate
 

@@ -5,6 +5,7 @@ directory a checkpoint: it is written when everything else is complete.
 """
 
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.settings import Scheme
 
 WEIGHTS = "lit_model.safetensors"
+KEPT = "lit_model.kept.safetensors"
+"""Tensors of the published model that ours has no use for, such as encoders of images; an export gives them back."""
 
 
 def load_model(
@@ -179,6 +182,7 @@ def save_weights(
     tensors: Iterable[tuple[str, Tensor]],
     limit: int = shards.SHARD_BYTES,
     also: Iterable[Path] = (),
+    kept: tuple[Mapping[str, Tensor], Iterable[tuple[str, Tensor]]] = ({}, ()),
 ) -> str:
     """Make `directory` the checkpoint of these weights, whole or not at all, whatever stops the program.
 
@@ -189,6 +193,7 @@ def save_weights(
         tensors: the tensors of `specs`, in their order.
         limit: most bytes of weights in a file.
         also: other files that the checkpoint gets a copy of.
+        kept: specs and tensors of the file KEPT.
 
     Returns:
         content_hash of the weights.
@@ -198,6 +203,8 @@ def save_weights(
     """
     with writing(directory), temporary_directory(directory / "weights") as staged:
         hashes = shards.write(staged, WEIGHTS, specs, tensors, limit)
+        if kept[0]:
+            shards.write(staged, KEPT, *kept, limit=sys.maxsize)
         for path in also:
             shutil.copyfile(path, staged / path.name)
         config.save(staged)

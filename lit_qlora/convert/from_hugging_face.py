@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint, shards
-from lit_qlora.convert.families import check_rules, find_family, read_config, read_whole, to_ours
+from lit_qlora.convert.families import check_rules, family_of, is_kept, read_config, read_whole, to_ours
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.reading import read_json
@@ -46,20 +46,25 @@ def convert_hf_checkpoint(
     weights = find_weights(source)
     check_rules(weights.specs, config)
     config = replace(config, tied_head=config.tied_head and not _has_own_head(weights, config))
+    kept = {their_name: spec for their_name, spec in weights.specs.items() if is_kept(their_name, config)}
+    used = [their_name for their_name in weights.specs if their_name not in kept]
     specs: dict[str, Tensor] = {}
-    for their_name in weights.specs:
+    for their_name in used:
         spec = read_whole(their_name, weights.specs.__getitem__, config)
         specs |= {ours: _cast(ours, part, dtype) for ours, part in to_ours(their_name, spec, config).items()}
     checkpoint.check_weights(specs, config, location=str(source))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for their_name in weights.specs:
+        for their_name in used:
             for ours, part in to_ours(their_name, read_whole(their_name, weights.read, config), config).items():
                 yield ours, _cast(ours, part, dtype)
 
     in_place = out_dir.resolve() == source.resolve()
     beside = [source / name for name in (*tokenizer.FILES, "config.json", SOURCE) if (source / name).is_file()]
-    checkpoint.save_weights(out_dir, config, specs, tensors(), limit, also=[] if in_place else beside)
+    others = ((their_name, weights.read(their_name)) for their_name in kept)
+    checkpoint.save_weights(
+        out_dir, config, specs, tensors(), limit, also=[] if in_place else beside, kept=(kept, others)
+    )
     return config
 
 
@@ -86,7 +91,7 @@ def _their_config(source: Path) -> dict[str, Any]:
 
 def _has_own_head(weights: shards.Weights, config: ModelConfig) -> bool:
     """Tell if a head is stored whose values differ from the embedding's: transformers 5 reads it then."""
-    family = find_family(config.family)
+    family = family_of(config)
     embedding, *heads = (
         [name for name in weights.specs if family.weights.get(name) == f"{ours}.weight"] for ours in ("embed", "head")
     )

@@ -5,7 +5,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,7 +118,7 @@ def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(known[architecture.name], config.n_layer)
     found: dict[str, tuple[list[str], bool]] = {}
-    for tensor in their_tensors(names, config):
+    for tensor in their_tensors(names, replace(config, wrapper="")):
         module, _, kind = tensor.name.rpartition(".")
         numbers = template(tensor.ours[0])[1]
         layer = tensor.ours[0].split(".")[-2]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint, shards
 from lit_qlora.convert.ending import Ending, read_ending
-from lit_qlora.convert.families import find_family, read_config, their_tensors, to_ours
+from lit_qlora.convert.families import family_of, read_config, their_tensors, to_ours
+from lit_qlora.convert.families.wrappers import spelled_like, text_table
 from lit_qlora.convert.from_hugging_face import THEIR_WEIGHTS, find_weights
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError, UsageError
@@ -35,6 +36,8 @@ ARCHITECTURES = {
     "gpt_neox": "GPTNeoXForCausalLM",
 }
 """Family -> the model's class in config.json; tools other than transformers go by it."""
+DTYPE = ("dtype", "torch_dtype")
+"""Names of one key of config.json, in newer and in older versions of transformers."""
 HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -54,18 +57,25 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
     checkpoint.check_weights(weights.specs, config, location=str(weights.location))
     theirs, ending = their_config(checkpoint_dir, config, weights.specs), read_ending(checkpoint_dir)
     plan = their_tensors(weights.specs, config)
+    kept = _open_kept(checkpoint_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} has something in it. Give --out_dir a new name, or remove it.")
 
-    specs = {tensor.name: tensor.join(weights.specs, config) for tensor in plan}
+    names = {t.name: spelled_like(t.name, kept.specs, config.wrapper) if config.wrapper else t.name for t in plan}
+    specs = {names[tensor.name]: tensor.join(weights.specs, config) for tensor in plan} | kept.specs
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for tensor in plan:
-            yield tensor.name, tensor.join({name: weights.read(name) for name in tensor.ours}, config)
+            yield names[tensor.name], tensor.join({name: weights.read(name) for name in tensor.ours}, config)
+        yield from ((name, kept.read(name)) for name in kept.specs)
 
     with atomic.writing(out_dir), atomic.temporary_directory(out_dir) as folder:
         shards.write(folder, THEIR_WEIGHTS[0], specs, tensors(), limit)
-        (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        travelled = checkpoint_dir / "config.json"
+        if travelled.is_file() and read_json(travelled) == theirs:
+            shutil.copy(travelled, folder)
+        else:
+            (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
         for name in tokenizer.FILES:
             if (checkpoint_dir / name).is_file():
                 shutil.copy(checkpoint_dir / name, folder / name)
@@ -76,6 +86,12 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
     return config
 
 
+def _open_kept(checkpoint_dir: Path) -> shards.Weights:
+    """The tensors that came with the published model, and that only an export has a use for."""
+    path = checkpoint_dir / checkpoint.KEPT
+    return shards.open_weights(path) if path.is_file() else shards.Weights(location=path, specs={}, files={})
+
+
 def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The config.json of a checkpoint.
 
@@ -84,15 +100,23 @@ def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, 
     """
     path = checkpoint_dir / "config.json"
     theirs: dict[str, Any] = read_json(path) if path.is_file() else _new_config(config)
-    theirs.pop("quantization_config", None)  # packed tensors are written unpacked
-    assumed = find_family(config.family).defaults
-    for key, value in (("tie_word_embeddings", config.tied_head), ("vocab_size", config.vocab_size)):
-        if key in theirs or value != assumed.get(key):
-            theirs[key] = value
+    text = text_table(theirs)
+    tables = [theirs] if text is theirs else [theirs, text]
+    for table in tables:
+        table.pop("quantization_config", None)  # packed tensors are written unpacked
+    said = read_config(theirs, config.name)
+    for key, ours, home in (("tie_word_embeddings", "tied_head", theirs), ("vocab_size", "vocab_size", text)):
+        if getattr(said, ours) != getattr(config, ours):
+            for table in [table for table in tables if key in table] or [home]:
+                table[key] = getattr(config, ours)
     sizes = Counter[torch.dtype]()
     for spec in specs.values():
         sizes[spec.dtype] += spec.numel()
-    theirs["dtype" if "dtype" in theirs else "torch_dtype"] = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    dtype = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    if not any(key in theirs for key in DTYPE):
+        theirs[DTYPE[-1]] = dtype
+    for table in tables:
+        table |= {key: dtype for key in DTYPE if key in table}
     described, meant = asdict(read_config(theirs, config.name)), asdict(config)
     if wrong := [name for name in meant if described[name] != meant[name]]:
         raise CheckpointError(
@@ -105,7 +129,7 @@ def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, 
 
 def _new_config(config: ModelConfig) -> dict[str, Any]:
     """A config.json in the keys that every version of transformers reads."""
-    family = find_family(config.family)
+    family = family_of(config)
     theirs = {key: getattr(config, ours) for ours, key in family.fields.items() if isinstance(key, str)}
     theirs |= {"model_type": config.family, "hidden_act": HIDDEN_ACT.get(config.ffn, config.ffn)}
     if config.family in ARCHITECTURES:

@@ -233,7 +233,8 @@ class Merge:
                     if (directory / file).is_file():
                         shutil.copy(directory / file, folder / file)
             weights = ((name, self.read(name)) for name in self.specs)
-            digest = checkpoint.save_weights(folder, self.config, self.specs, weights)
+            kept = [path for path in [self.checkpoint_dir / checkpoint.KEPT] if path.is_file()]
+            digest = checkpoint.save_weights(folder, self.config, self.specs, weights, also=kept)
             report = {
                 "base": base_facts(self.checkpoint_dir),
                 "adapters": [

@@ -4,6 +4,7 @@ Where Hugging Face stacks several of our layers into one, the A matrices are sta
 block-diagonal, which is the same function exactly. https://huggingface.co/docs/peft
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from lit_qlora.checkpoint.safetensors_io import name_some
 from lit_qlora.checkpoint.shards import Weights
-from lit_qlora.convert.families import FAMILIES, Family, fill, find_family, template
+from lit_qlora.convert.families import FAMILIES, WRAPPERS, Family, family_of, fill, template
 from lit_qlora.convert.families.rules import DROP, Fused, Transposed, parts_of
+from lit_qlora.convert.families.wrappers import in_text_class, in_wrapper
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.peft_config import PeftConfig
@@ -108,9 +110,9 @@ def _with_whole_embedding(
 
 def check_copies(copies: Mapping[str, Tensor], base: Weights, model: ModelConfig, location: str) -> None:
     """Raise CheckpointError unless the copies that an adapter has of its base equal `base`."""
-    family = find_family(model.family)
+    family = family_of(model)
     for theirs, copy in copies.items():
-        rule = family.weights.get(theirs)
+        rule = family.weights.get(in_wrapper(theirs, model.wrapper) if model.wrapper else theirs)
         if rule not in ("embed.weight", "head.weight"):
             raise CheckpointError(f"{location} holds {theirs}, which is no embedding and no head of {model.name}.")
         check_vocabulary(len(copy), model, location)
@@ -165,17 +167,20 @@ def to_peft(
                 columns = {home.part(layer): state[f"{layer}.magnitude"][:, None] for layer in members}
                 parts["lora_magnitude_vector"] = home.fused.join(columns, model)[:, 0]
         # transformers 5 renamed GPT-NeoX's head. With both names the adapter fits any version: PEFT skips unknown ones.
-        aliases = [other.module for other in _homes(members[0], find_family(model.family))]
-        for module in dict.fromkeys([home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]):
+        aliases = [other.module for other in _homes(members[0], family_of(model))]
+        names = [home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]
+        for module in _with_text_class(names, model):
             ranks[module], alphas[module] = rank, alpha
             for part, tensor in parts.items():
                 tensors[f"{_PREFIX}{module}.{part}"] = tensor.contiguous().cpu()
     embedding = _embedding(model)
     if config.train_tokens:
-        tensors[f"{_PREFIX}{embedding}{_TOKENS}"] = state["embed.rows"].cpu()
+        for module in _with_text_class([embedding], model):
+            tensors[f"{_PREFIX}{module}{_TOKENS}"] = state["embed.rows"].cpu()
     if config.train_embeddings:
-        tied = [home.module for home in _homes("head", find_family(model.family))] if model.tied_head else []
-        tensors |= {f"{_PREFIX}{module}.weight": state["embed.rows"].cpu() for module in (embedding, *tied)}
+        tied = [home.module for home in _homes("head", family_of(model))] if model.tied_head else []
+        modules = _with_text_class([embedding, *tied], model)
+        tensors |= {f"{_PREFIX}{module}.weight": state["embed.rows"].cpu() for module in modules}
     everywhere = config.first_layers is None and config.last_layers is None
     return tensors, {
         "peft_type": "LORA",
@@ -185,7 +190,7 @@ def to_peft(
         "lora_alpha": config.alpha,
         # PEFT's own layer for experts refuses dropout, which only training needs.
         "lora_dropout": 0.0 if model.n_expert else config.dropout,
-        "target_modules": sorted({_leaf(module) if everywhere else module for module in ranks}),
+        "target_modules": _targets({_leaf(module) if everywhere else module for module in ranks}, model),
         "rank_pattern": _patterns(ranks, config.r),
         "alpha_pattern": _patterns(alphas, config.alpha),
         "bias": "none",
@@ -198,6 +203,40 @@ def to_peft(
         "trainable_token_indices": list(config.train_tokens) or None,  # type: ignore[arg-type]
         "ensure_weight_tying": config.train_embeddings and model.tied_head,
     }
+
+
+def _with_text_class(modules: Iterable[str], model: ModelConfig) -> list[str]:
+    """List these modules, and their names in the class of the language model alone, where an adapter fits both."""
+    modules = list(modules)
+    if model.wrapper and WRAPPERS[model.wrapper].text_class:
+        modules += [in_text_class(module, model.wrapper) for module in modules]
+    return list(dict.fromkeys(modules))
+
+
+def _targets(modules: Iterable[str], model: ModelConfig) -> list[str] | str:
+    """Return PEFT's target_modules; inside a wrapper a pattern, since encoders have layers with the same last names."""
+    if not model.wrapper:
+        return sorted(modules)
+    begins = _with_text_class([WRAPPERS[model.wrapper].names[-1][0] + "layers"], model)
+    inside, names = ("|".join(sorted(map(re.escape, of))) for of in (begins, modules))
+    return rf"(({inside})\..*\.)?({names})"
+
+
+def _as_in_wrapper(tensors: Mapping[str, Tensor], model: ModelConfig, location: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names of the wrapper's class, whichever class it was trained on.
+
+    Raises:
+        CheckpointError: if it has another adapter for each class.
+    """
+    if not model.wrapper:
+        return dict(tensors)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        known = _PREFIX + in_wrapper(name.removeprefix(_PREFIX), model.wrapper)
+        if known in found and not torch.equal(found[known], tensor):
+            raise CheckpointError(f"{location} holds two adapters of {known}, under two names.")
+        found[known] = tensor
+    return found
 
 
 def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
@@ -242,6 +281,7 @@ def from_peft(
     skeleton = GPT.skeleton(model)
     add_lora(skeleton, config)
     shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
+    tensors = _as_in_wrapper(tensors, model, location)
     left = dict(tensors)
     state: dict[str, Tensor] = {}
     for home, members in _group(_layers(shapes), model, known={_module_of(name) for name in tensors}):
@@ -254,7 +294,7 @@ def from_peft(
             for name in (f"{layer}.lora_{matrix}" for layer in members for matrix in "ab"):
                 state[name] = torch.zeros(shapes[name])  # PEFT can adapt only some layers of a kind
             continue
-        for alias in _homes(members[0], find_family(model.family)):
+        for alias in _homes(members[0], family_of(model)):
             for name, tensor in found.items():
                 twin = left.get(f"{_PREFIX}{alias.module}.{name}")
                 if twin is not None and torch.equal(twin, tensor):  # type: ignore[arg-type]
@@ -291,7 +331,7 @@ def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelCon
     if config.train_embeddings:
         check_vocabulary(len(rows), model, location)
     if config.train_embeddings and model.tied_head:
-        heads = [left.pop(f"{_PREFIX}{home.module}.weight", None) for home in _homes("head", find_family(model.family))]
+        heads = [left.pop(f"{_PREFIX}{home.module}.weight", None) for home in _homes("head", family_of(model))]
         if not any(head is not None and torch.equal(head, rows) for head in heads):
             raise CheckpointError(
                 f"{location} has parted embedding and head, which are one in {model.name}, by modules_to_save or by an "
@@ -302,7 +342,7 @@ def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelCon
 
 def _embedding(model: ModelConfig) -> str:
     """Return Hugging Face's name of the embedding."""
-    return _homes("embed", find_family(model.family))[0].module
+    return _homes("embed", family_of(model))[0].module
 
 
 def _layers(names: Iterable[str]) -> list[str]:
@@ -369,7 +409,7 @@ def _homes(layer: str, family: Family) -> list[_Home]:
 
 def _group(layers: Iterable[str], model: ModelConfig, known: Iterable[str] = ()) -> list[tuple[_Home, list[str]]]:
     """Group our layers by Hugging Face's layer, under its name in `known`, else the one in transformers."""
-    family = find_family(model.family)
+    family = family_of(model)
     groups: dict[str, tuple[_Home, list[str]]] = {}
     for layer in layers:
         options = _homes(layer, family)

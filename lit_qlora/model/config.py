@@ -39,6 +39,8 @@ class ModelConfig:
     """Name of the model, e.g. meta-llama/Llama-2-7b-hf."""
     family: str = "llama"
     """The row of lit_qlora.convert.families that it was converted with."""
+    wrapper: str = ""
+    """The model of text and images that this is the language model of; "": it is a model of its own."""
     n_layer: int
     n_embd: int
     n_head: int

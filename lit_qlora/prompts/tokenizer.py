@@ -21,8 +21,15 @@ FILES = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
-"""Everything a tokenizer may consist of; copied as it is whenever a checkpoint is."""
+"""Everything a tokenizer, or a processor of images around it, may consist of.
+
+It is copied as it is whenever a checkpoint is.
+"""
 
 
 class Tokenizer:

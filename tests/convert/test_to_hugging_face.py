@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lit_qlora.checkpoint import shards
 from lit_qlora.checkpoint.checkpoint import load_model
@@ -43,6 +43,20 @@ def test_what_comes_from_the_hub_goes_back_bit_equal_and_computes_the_same(case:
     assert not any(info.values()), info
     with torch.no_grad():
         assert torch.equal(back(TOKENS).logits, theirs(TOKENS).logits)
+
+
+def test_layers_that_predict_further_tokens_come_back_though_ours_has_no_use_for_them(tmp_path: Path) -> None:
+    hugging_face_model(tmp_path / "hub", "deepseek_v3")
+    weights = load_file(tmp_path / "hub/model.safetensors")
+    last = {name: tensor for name, tensor in weights.items() if ".layers.1." in name}
+    further = {name.replace(".layers.1.", ".layers.2."): tensor + 1 for name, tensor in last.items()}
+    further["model.layers.2.eh_proj.weight"] = torch.randn(64, 128)
+    save_file(weights | further, tmp_path / "hub/model.safetensors", {"format": "pt"})
+    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert back.keys() == (weights | further).keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in (weights | further).items())
 
 
 def test_the_demo_model_becomes_a_folder_that_transformers_reads(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lit_qlora.model.gpt import GPT, KVCache
 from tests.reference import CASES, SMALL, transformers
 
 NO_SWITCHES = {
-    *("name", "family", "block_size"),  # what it is called, and how long texts may be
+    *("name", "family", "wrapper", "block_size"),  # what it is called, and how long texts may be
     *("n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size"),
     *("kv_latent_size", "q_latent_size", "latent_rope_size", "latent_value_size", "expert_size", "shared_expert_size"),
     "n_expert",

@@ -6,7 +6,8 @@ refused by name: ignoring it would give a different model.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from lit_qlora.convert.families import mxfp4
 from lit_qlora.convert.families.read import Family, read_fields
 from lit_qlora.convert.families.rules import DROP, Fused, Packed, Rule, Transposed, When, join, parts_of, split
 from lit_qlora.convert.families.table import FAMILIES, VERIFIED_WITH
+from lit_qlora.convert.families.wrappers import WRAPPERS, text_part, wrapped
 from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
 
@@ -23,15 +25,18 @@ __all__ = [
     "DROP",
     "FAMILIES",
     "VERIFIED_WITH",
+    "WRAPPERS",
     "Family",
     "Fused",
     "Rule",
     "TheirTensor",
     "Transposed",
     "check_rules",
+    "family_of",
     "fill",
     "find_family",
     "find_rule",
+    "is_kept",
     "join_all",
     "parts_of",
     "read_config",
@@ -51,20 +56,37 @@ def find_family(name: str) -> Family:
     """The row of this model_type. Raises CheckpointError for one that has none."""
     if name not in FAMILIES:
         raise CheckpointError(
-            f"model_type {name!r} is not supported. Known: {', '.join(sorted(FAMILIES))}.\n"
+            f"model_type {name!r} is not supported. Known: {', '.join(sorted({*FAMILIES, *WRAPPERS}))}.\n"
             "A new family is one row in lit_qlora/convert/families/."
         )
     return FAMILIES[name]
 
 
+@cache
+def _family(name: str, wrapper: str) -> Family:
+    return wrapped(find_family(name), wrapper) if wrapper else find_family(name)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The row that this model was converted with, in the names of what it is the language model of."""
+    return _family(config.family, config.wrapper)
+
+
 def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
     """Our configuration for a Hugging Face config.json. Raises CheckpointError for what this model cannot do."""
+    outer = str(theirs.get("model_type"))
+    theirs = text_part(theirs)
     kind = str(theirs.get("model_type"))
     family = find_family(kind)
     packed = theirs.get("quantization_config")
     if packed is not None and (packed.get("quant_method") if isinstance(packed, dict) else "") not in family.unpacks:
         raise CheckpointError(f"{name} is already quantised. Take the 16-bit original; it is quantised when loaded.")
-    return read_fields(theirs, kind, family, name)
+    config = read_fields(theirs, kind, family, name)
+    if outer not in WRAPPERS:
+        return config
+    if not WRAPPERS[outer].shapes_logits and (config.logit_multiplier != 1 or config.logit_softcap):
+        raise CheckpointError(f"{name}: transformers leaves out the scale or cap of {kind}'s logits in {outer}.")
+    return replace(config, wrapper=outer)
 
 
 def template(name: str) -> tuple[str, dict[str, str]]:
@@ -91,10 +113,19 @@ def find_rule(name: str, family: Family) -> tuple[Rule | None, dict[str, str]]:
     return family.weights.get(spelled), numbers
 
 
+def is_kept(name: str, config: ModelConfig) -> bool:
+    """True for a tensor that our model has no use for, and that an export has to give back."""
+    family = family_of(config)
+    rule, numbers = find_rule(name, family)
+    if family.further_layers and ".layers." in name and int(numbers.get("i", 0)) >= config.n_layer:
+        return True
+    return rule is None and any(part in family.kept for part in name.split(".")[:2])
+
+
 def check_rules(names: Iterable[str], config: ModelConfig) -> None:
     """Raise CheckpointError for tensors that the family of `config` has no rule for, naming them."""
-    family = find_family(config.family)
-    unknown = [name for name in names if find_rule(name, family)[0] is None]
+    family = family_of(config)
+    unknown = [name for name in names if find_rule(name, family)[0] is None and not is_kept(name, config)]
     if packed := [name for name in unknown if name.endswith(QUANTISED)]:
         raise CheckpointError(
             f"{config.name} is already quantised ({packed[0]}). Take the 16-bit original; it is quantised when loaded."
@@ -108,21 +139,21 @@ def check_rules(names: Iterable[str], config: ModelConfig) -> None:
 
 def read_whole(name: str, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
     """One of their tensors, unpacked where files hold it packed in 4 bits."""
-    rule = find_rule(name, find_family(config.family))[0]
+    rule = find_rule(name, family_of(config))[0]
     return mxfp4.unpack(read(name), read(Packed.scales(name))) if isinstance(rule, Packed) else read(name)
 
 
 def to_ours(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """Rename one of their tensors, splitting it where it holds several of our layers; {} for one that we drop.
+    """Rename one of their tensors, splitting it where it holds several of our layers; {} for one that we have not.
 
     Args:
         tensor: as read_whole returns it.
     """
-    family = find_family(config.family)
-    rule, numbers = find_rule(name, family)
+    if is_kept(name, config):
+        return {}
+    rule, numbers = find_rule(name, family_of(config))
     assert rule is not None, name
-    beyond = int(numbers.get("i", 0)) >= config.n_layer and family.further_layers
-    if rule == DROP or beyond or (config.tied_head and rule == "head.weight"):
+    if rule == DROP or (config.tied_head and rule == "head.weight"):
         return {}
     return {fill(new, numbers): part for new, part in split(rule, tensor, config).items()}
 
@@ -137,7 +168,7 @@ class TheirTensor:
 
     def join(self, ours: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
         """Make their tensor of ours, reading only self.ours. The inverse of to_ours."""
-        numbers = find_rule(self.name, find_family(config.family))[1]
+        numbers = find_rule(self.name, family_of(config))[1]
         parts = {}
         for name in self.ours:
             spelled, own = template(name)
@@ -152,7 +183,7 @@ def their_tensors(ours: Iterable[str], config: ModelConfig) -> list[TheirTensor]
         CheckpointError: listing the tensors that have no counterpart.
     """
     written: dict[str, tuple[str, Rule]] = {}
-    for theirs, rule in find_family(config.family).weights.items():
+    for theirs, rule in family_of(config).weights.items():
         if rule != DROP and not isinstance(rule, Packed) and (not isinstance(rule, When) or rule.holds(config)):
             for part in parts_of(rule):
                 written.setdefault(part, (theirs, rule))

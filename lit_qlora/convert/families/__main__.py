@@ -2,7 +2,7 @@
 
 import signal
 
-from lit_qlora.convert.families import FAMILIES, VERIFIED_WITH
+from lit_qlora.convert.families import FAMILIES, VERIFIED_WITH, WRAPPERS
 from lit_qlora.convert.families.read import Family
 from lit_qlora.convert.families.readers import COMMON
 
@@ -57,3 +57,6 @@ if __name__ == "__main__":
     )
     for name, family in sorted(FAMILIES.items()):
         print(f"{name:18}{features(family)}")
+    print("\nThe language model inside, whichever of these it is, with the encoders kept for the export:\n")
+    for name, wrapper in sorted(WRAPPERS.items()):
+        print(f"{name:18}{', '.join(wrapper.kept)} kept")

@@ -119,7 +119,7 @@ ROWS: dict[str, Family] = {
         refuse={"norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1, "mlp_bias": False},
     ),
     "deepseek_v3": row(
-        weights.DEEPSEEK_V3,
+        weights.DEEPSEEK,
         {
             **DEEPSEEK,
             "rope_interleaved": "rope_interleave",

@@ -31,7 +31,9 @@ class Family:
     unpacks: tuple[str, ...] = ()
     """Kinds of quantisation that are undone when files are read."""
     further_layers: bool = False
-    """Files hold layers behind the last one, which predict further tokens and are left out."""
+    """Files hold layers behind the last one, which predict further tokens and are kept as they are."""
+    kept: tuple[str, ...] = ()
+    """First or second parts of the names of tensors that our model has no use for, and that are kept as they are."""
 
 
 def read_fields(theirs: Theirs, kind: str, family: Family, name: str) -> ModelConfig:

@@ -83,6 +83,19 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class EitherWay(Transposed):
+    """The rule of a matrix that some files hold as (in, out) and others as (out, in); the first is written."""
+
+    inside: Literal["n_embd", "expert_size"]
+    """The field of ModelConfig that is `in`. Where it equals out, as in transformers, (out, in) is meant."""
+
+    def split(self, matrix: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+        """(in, rows) or (rows, in) -> {part: (its rows, in)}."""
+        ours = matrix.size(1) == getattr(config, self.inside)
+        return split(self.rule, matrix, config) if ours else super().split(matrix, config)
+
+
+@dataclass(frozen=True)
 class Stacked:
     """The rule of a tensor with one more dimension in front, over which {e} counts in our names."""
 

@@ -192,11 +192,6 @@ DEEPSEEK = without(LLAMA, "k_proj", "v_proj") | _EXPERTS | tensors(
         f"{_LAYER}.self_attn.kv_b_proj": Fused((_KEY, _VALUE)),
     }
 ) | {f"{_LAYER}.mlp.gate.e_score_correction_bias": f"{_BLOCK}.mlp.router.correction"}  # fmt: skip
-# Further layers, behind the last block, predict the token after the next.
-DEEPSEEK_V3 = DEEPSEEK | {
-    f"{_LAYER}.{name}.weight": DROP
-    for name in ("embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head")
-}
 _GPT_OSS_EXPERTS = f"{_LAYER}.mlp.experts"
 GPT_OSS = without(LLAMA, ".mlp.") | {
     f"{_LAYER}.self_attn.sinks": f"{_BLOCK}.attn.sinks",

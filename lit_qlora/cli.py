@@ -5,17 +5,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache, reduce
 from itertools import pairwise
 from operator import or_
 from pathlib import Path
+from stat import S_ISFIFO
 from traceback import format_exception
 from types import UnionType
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from jsonargparse._actions import _ActionConfigLoad
 from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never printed
 
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
@@ -75,7 +75,7 @@ def _run(
 def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Return the settings that argv describes. Raises UsageError; --help and --print_config print and exit."""
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
-    argv = _complete_switches(parser, list(sys.argv[1:] if argv is None else argv))
+    argv = _read_pipes(_complete_switches(parser, list(sys.argv[1:] if argv is None else argv)))
     parser.argv = argv
     try:
         for config in parser._config_files():
@@ -109,7 +109,7 @@ def _check_config(config: str, sections: Sequence[str]) -> None:
     """
     import yaml
 
-    given = Path(config).is_file()
+    given = os.path.isfile(config)
     text = read_yaml_text(Path(config), UsageError) if given else config
     location = config if given else "--config"
     check_yaml(text, location, UsageError)
@@ -205,8 +205,8 @@ class _Parser(ArgumentParser):
         ]
 
     def _config_file(self) -> str:
-        """Return the file that --config names, or ''."""
-        return next(iter(self._config_files()), "")
+        """Return the file that --config names, --config if it is a text, or ''."""
+        return next((config if os.path.isfile(config) else "--config" for config in self._config_files()), "")
 
     def _location(self, key: str, value: str | None = None) -> str:
         """Return 'run.yaml:7: ' if the --config file sets `key` (to `value`, or to a list with it), else ''."""
@@ -236,25 +236,23 @@ def _parser(config_type: type[Any]) -> _Parser:
     for action in parser._actions:
         if hasattr(action, "_typehint"):
             action._typehint = _without_limits(action._typehint)
-    parser.sections = _remove_section_flags(parser)
+    parser.sections = [name for name, hint in get_type_hints(config_type).items() if is_dataclass(hint)]
+    _remove_section_flags(parser, parser.sections)
     return parser
 
 
-def _remove_section_flags(parser: ArgumentParser) -> list[str]:
-    """Remove --lora, --data, ... and return the names of these sections.
+def _remove_section_flags(parser: ArgumentParser, sections: Sequence[str]) -> None:
+    """Remove --lora, --data, ...
 
     jsonargparse 4.53 adds them. Each would read a file of any size, or import the module that its value or a
     class_path in a --config file names.
     """
-    flags = [action for action in parser._actions if isinstance(action, _ActionConfigLoad)]
-    for action in flags:
+    for flag in (f"--{section}" for section in sections):
+        action = parser._option_string_actions.pop(flag, None)
         for group in (parser, *parser._action_groups):
             for actions in (group._actions, getattr(group, "_group_actions", [])):
                 if action in actions:
                     actions.remove(action)
-        for option in action.option_strings:
-            del parser._option_string_actions[option]
-    return [action.dest for action in flags]
 
 
 def _without_limits(hint: Any) -> Any:
@@ -274,6 +272,25 @@ def _strange(argv: Sequence[str]) -> str:
         if "\0" in value or len(value) > 1000 or not value.isascii():
             return f"The value of {flag}"
     return "A value on the command line or in the --config file"
+
+
+def _read_pipes(argv: Sequence[str]) -> list[str]:
+    """Put the text of each pipe that --config names, as `--config <(...)` does, in its place: it can be read once."""
+    words: list[str] = []
+    for word in argv:
+        follows = words[-1:] == ["--config"]
+        name = word if follows else word.removeprefix("--config=")
+        if (follows or name != word) and _is_pipe(name):
+            words = words[:-1] if follows else words
+            word = f"--config={read_yaml_text(Path(name), UsageError).strip() or '{}'}"
+        words.append(word)
+    return words
+
+
+def _is_pipe(name: str) -> bool:
+    with suppress(OSError, ValueError):  # a text of settings is no path
+        return S_ISFIFO(os.stat(name).st_mode)
+    return False
 
 
 def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:

@@ -5,8 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,16 @@ def refusal(*argv: str) -> str:
     with pytest.raises(UserError) as caught:
         cli.parse(FinetuneConfig, argv)
     return str(caught.value)
+
+
+@contextmanager
+def pipe_of(content: bytes) -> Iterator[str]:
+    """A path from which `content` can be read once, as bash makes it for `<(...)`."""
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    yield f"/dev/fd/{reading}"
+    os.close(reading)
 
 
 def end(main: Callable[[Config], None], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
@@ -180,6 +190,27 @@ def test_every_config_file_is_read_within_limits(tmp_path: Path) -> None:
     assert "nested more than 64 deep" in refusal(
         f"--config={tmp_path / 'run.yaml'}", f"--config={tmp_path / 'deep.yaml'}"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 4000, "nested more than 64 deep"),
+        (b"seed: \xff", "is not UTF-8"),
+        (b"lora: {class_path: this.x}", "class_path is not a setting"),
+        (b"sed: 1", "sed is not a setting. Did you mean --seed?"),
+        (b"seed: 1\nseed: 2", "--config:2: seed is given twice."),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_pipe_of_settings_is_read_within_the_same_limits(content: bytes, message: str, joined: bool) -> None:
+    with pipe_of(content) as name:
+        assert message in refusal(*([f"--config={name}"] if joined else ["--config", name]))
+
+
+def test_settings_may_come_through_a_pipe() -> None:
+    with pipe_of(b"seed: 7\n") as first, pipe_of(b"") as second:
+        assert cli.parse(FinetuneConfig, ["--config", first, "--config", second, "--lora.r", "2"]).seed == 7
 
 
 @pytest.mark.parametrize(

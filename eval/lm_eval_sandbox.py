@@ -11,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval_tasks import task_files
 
 from lit_qlora.errors import UsageError
+from lit_qlora.files.reading import read_yaml_text
 
 MOST = 10**7
 """Maximum characters or items that an operation of a template may make."""
@@ -75,8 +76,8 @@ def _code(file: Path, seen: set[Path]) -> Iterator[str]:
         return
     seen.add(file)
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        root = yaml.compose(read_yaml_text(file, UsageError))
+    except (yaml.YAMLError, UsageError):
         return  # is refused where it is read
     for node in _nodes(root):
         if node.tag == "!function" or node.tag.startswith("tag:yaml.org,2002:python/"):

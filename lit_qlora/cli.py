@@ -47,9 +47,10 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
 
 
 def _run(
-    main: Callable[[Config], None], config_type: type[Config], argv: Sequence[str], hide: Callable[[str], str]
+    main: Callable[[Config], None], config_type: type[Config], argv: list[str], hide: Callable[[str], str]
 ) -> None:
     try:
+        argv[:] = _read_pipes(argv)  # in place, so that `hide` knows what they hold
         config = parse(config_type, argv)
         for note in getattr(config, "notes", list)():
             print(f"note: {hide(note)}", file=sys.stderr)
@@ -251,7 +252,7 @@ def _remove_section_flags(parser: ArgumentParser, sections: Sequence[str]) -> No
         action = parser._option_string_actions.pop(flag, None)
         for group in (parser, *parser._action_groups):
             for actions in (group._actions, getattr(group, "_group_actions", [])):
-                if action in actions:
+                if action and action in actions:
                     actions.remove(action)
 
 

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.errors import CheckpointError, ResourceError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.hashing import hash_files
+from lit_qlora.files.reading import parse_json
 from lit_qlora.settings import check
 
 
@@ -98,8 +99,8 @@ class Part:
         self.file.truncate(len(whole))
         for number, line in enumerate(lines, start=2):
             try:
-                self.answered |= {int(i): answer for i, answer in json.loads(line).items()}
-            except (ValueError, AttributeError, RecursionError):
+                self.answered |= {int(i): answer for i, answer in parse_json(line, str(self.path)).items()}
+            except (CheckpointError, ValueError):
                 raise UsageError(f"{self.path}:{number} is damaged. Remove the file, or that line.") from None
         print(f"{len(self.answered)} prompts are answered in {self.path} already.", file=sys.stderr)
 

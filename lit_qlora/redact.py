@@ -3,10 +3,11 @@
 A secret is known by where it stands (a flag, a variable of the environment, a config file) or by its shape.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 
 HIDDEN = "[hidden]"
 LEAST = 6
@@ -60,11 +61,11 @@ def _of_variables(environment: Mapping[str, str]) -> Iterator[str]:
 def _of_configs(argv: Sequence[str]) -> Iterator[str]:
     for word, following in pairwise([*argv, ""]):
         if word == "--config" or word.startswith("--config="):
-            file = Path(word.removeprefix("--config").removeprefix("=") or following)
-            try:
-                text = file.read_bytes()[: 2**20].decode(errors="replace")
-            except (OSError, ValueError):
-                continue
+            text = word.removeprefix("--config").removeprefix("=") or following
+            with suppress(OSError):  # a file that cannot be read tells nothing
+                if os.path.isfile(text):
+                    with open(text, "rb") as file:
+                        text = file.read(2**20).decode(errors="replace")
             for found in _LINE.finditer(text):
                 yield from _spellings(found["value"].strip().strip("\"'"))
 

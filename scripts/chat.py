@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_qlora import cli
-from lit_qlora.errors import DataError, UsageError, did_you_mean
+from lit_qlora.errors import CheckpointError, DataError, UsageError, did_you_mean
+from lit_qlora.files.reading import parse_json, read_bytes
 from lit_qlora.inference import DraftConfig, InferenceConfig, Roster, check_style, encode_prompt, load_roster, stop_ids
 from lit_qlora.prompts.conversation import Message, prompt_of
 from lit_qlora.settings import GenerationConfig, check
@@ -256,13 +257,13 @@ def read_history(path: Path | None) -> list[dict[str, str]]:
     if path is None or not path.exists():
         return []
     messages: list[dict[str, str]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):  # a text knows more ends of lines
+    for number, line in enumerate(read_bytes(path, DataError).splitlines(), start=1):  # a text knows more ends of lines
         try:
-            message: Any = json.loads(line)
+            message: Any = parse_json(line, str(path))
             known = message["role"] in ("user", "assistant", "system") and isinstance(message["content"], str)
             if not known and message["role"] != "reset":
                 raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (CheckpointError, ValueError, KeyError):
             raise DataError(f"{path}:{number}: not a message of a conversation. Give --history another file.") from None
         messages.append(message)
     return messages

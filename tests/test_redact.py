@@ -10,6 +10,7 @@ from lit_qlora import cli
 from lit_qlora.redact import HIDDEN, scrub
 from lit_qlora.settings import FinetuneConfig
 from tests.conftest import ROOT, load_script
+from tests.test_cli import pipe_of
 
 CANARY = "canary-0123456789"
 DOWNLOAD = ("scripts/download.py", "DownloadConfig", "--repo_id", "a/b")
@@ -55,6 +56,22 @@ def test_a_secret_of_a_config_file_is_hidden(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         cli.run(script.main, script.DownloadConfig, ["--config", str(config)])
     assert CANARY not in "".join(capsys.readouterr())
+
+
+def test_a_secret_of_settings_that_come_through_a_pipe_is_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("scripts/download.py")
+    text = f"access_token: {CANARY}\nrepo_id: [{CANARY}]\n".encode()
+    with pipe_of(text) as name, pytest.raises(SystemExit):
+        cli.run(script.main, script.DownloadConfig, ["--config", name])
+    said = "".join(capsys.readouterr())
+    assert "error" in said
+    assert CANARY not in said
+
+
+def test_looking_for_secrets_never_reads_a_file_without_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(lambda config: None, FinetuneConfig, ["--config", "/dev/zero"])
+    assert "Path is not a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_qlora.errors import CheckpointError, ResourceError
+from lit_qlora.files.reading import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,7 +74,7 @@ def read_extents(path: Path) -> dict[str, Extent]:
     specs = read_specs(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size), str(path), unique=True)
     return {
         name: Extent(8 + size + header[name]["data_offsets"][0], tuple(spec.shape), spec.dtype)
         for name, spec in specs.items()

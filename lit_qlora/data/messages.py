@@ -1,12 +1,12 @@
 """Messages as data sets have them, under their many names, become messages as templates read them."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 from lit_qlora.errors import DataError
+from lit_qlora.files.reading import parse_json
 from lit_qlora.prompts.conversation import NOTHING, OPENING, Conversation, Keys, Message, Role
 
 Fields = Mapping[str, Any]
@@ -61,9 +61,9 @@ def named(record: Fields, column: str) -> list[Any] | None:
     value = record.get(column)
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{column!r} is text, and no JSON: {error}") from None
+            value = parse_json(value, "text", DataError, kind=object, strict=True) if value.strip() else None
+        except DataError as error:
+            raise DataError(f"{column!r} is {error}") from None
     if value is not None and not isinstance(value, list):
         raise DataError(f"{column!r} is {type(value).__name__}, not a list")
     return _clean(value, column) or None
@@ -190,10 +190,7 @@ def _message(found: Any) -> Message:
 def _called(found: Fields, text_key: str, keys: dict[str, Any]) -> Message:
     """The message of an assistant whose whole text is a call of a function, or several, in JSON."""
     text = text_of(found, text_key)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the call of a function is no JSON: {error}") from None
+    value = parse_json(text, "the call of a function", DataError, kind=object, strict=True)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise DataError("the call of a function has no 'name'")

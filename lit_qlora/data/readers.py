@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.errors import DataError
+from lit_qlora.files.reading import check_depth, reason
 
 Record = tuple[str, Any]
 """(location, content); the content of a record that cannot be read is a DataError that says why."""
@@ -105,6 +106,7 @@ class _Json:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
+                check_depth(value)
                 if end < len(self.text) or not self._more():  # else a number could go on
                     self.at = end
                     return value
@@ -112,7 +114,7 @@ class _Json:
                 if not self._more():
                     raise self.refusal(error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:
-                raise self.refusal(str(error)) from None
+                raise self.refusal(reason(error)) from None
 
     def location(self, at: int | None = None) -> tuple[int, int]:
         """Line and column of a position, by default of the next character; positions may only grow."""
@@ -198,12 +200,13 @@ def _from_jsonl(path: Path) -> Iterator[Record]:
                 return
             first = False
             record: Any = _DECODER.decode(line)
+            check_depth(record)
         except UnicodeDecodeError as error:
             record = DataError(_not_utf8(error))
         except json.JSONDecodeError as error:
             record = DataError(f"not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            record = DataError(f"not valid JSON: {error}")
+            record = DataError(f"not valid JSON: {reason(error)}")
         yield f"{path}:{number}", record
 
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lit_qlora.errors import CheckpointError, UserError
 
@@ -14,6 +14,8 @@ MOST_YAML = 2**20
 """Bytes of a YAML file, which is read at about 1 MB/s."""
 MOST_DEPTH = 64
 """Objects or lists inside each other."""
+MOST_VALUES = 2**24
+"""Values of a JSON text, some 1 GB in Python; the largest tokenizer.json of a published model has 2**21."""
 MOST_NODES = 100_000
 """Values of a YAML file, with each alias counted as the values it stands for."""
 
@@ -28,10 +30,7 @@ def read_text(path: Path, error: type[UserError] = CheckpointError, most: int = 
     Raises:
         OSError: if the file cannot be read.
     """
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise error(f"{path} is larger than the {most:,} bytes that such a file may have.")
+    content = read_bytes(path, error, most)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as wrong:
@@ -40,12 +39,21 @@ def read_text(path: Path, error: type[UserError] = CheckpointError, most: int = 
         raise error(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8. Save the file as UTF-8.") from None
 
 
+def read_bytes(path: Path, error: type[UserError] = CheckpointError, most: int = MOST_TEXT) -> bytes:
+    """read_text for the bytes themselves."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise error(f"{path} is larger than the {most:,} bytes that such a file may have.")
+    return content
+
+
 def read_json(path: Path, error: type[UserError] = CheckpointError, *, kind: type = dict, unique: bool = False) -> Any:
     """The value in a JSON file.
 
     Args:
         error: raised for a wrong content.
-        kind: what the value must be, dict or list.
+        kind: what the value must be: dict, list, or object for any.
         unique: refuse an object that has a key twice.
 
     Raises:
@@ -61,12 +69,17 @@ def parse_json(
     *,
     kind: type = dict,
     unique: bool = False,
+    strict: bool = False,
 ) -> Any:
-    """read_json for a text from `location`."""
+    """read_json for a text from `location`.
+
+    Args:
+        strict: refuse NaN and Infinity, which are no JSON; Python writes them.
+    """
     try:
-        value = _checked_json(text, unique)
+        value = _checked_json(text, unique, strict)
     except (ValueError, RecursionError) as wrong:
-        raise error(f"{location}: not valid JSON: {_reason(wrong)}.") from None
+        raise error(f"{location}: not valid JSON: {reason(wrong)}.") from None
     if not isinstance(value, kind):
         names: dict[type, str] = {dict: "an object", list: "a list"}
         raise error(f"{location}: expected {names[kind]}, found {names.get(type(value), type(value).__name__)}.")
@@ -84,7 +97,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for line in file:
             try:
-                value = _checked_json(line, unique=False)
+                value = _checked_json(line)
             except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
@@ -133,7 +146,7 @@ def check_yaml(text: str, location: str, error: type[UserError] = CheckpointErro
         raise error(f"{location}: not valid YAML: {' '.join(str(wrong).split())}.") from None
 
 
-def _checked_json(text: str | bytes, unique: bool) -> Any:
+def _checked_json(text: str | bytes, unique: bool = False, strict: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises:
@@ -141,10 +154,19 @@ def _checked_json(text: str | bytes, unique: bool) -> Any:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
-    value = json.loads(text, parse_float=_finite, object_pairs_hook=_without_repeats if unique else None)
+    if text.count(",") + text.count("[") + text.count("{") > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values")
+    pairs, constant = _without_repeats if unique else None, _refuse_constant if strict else None
+    value = json.loads(text, parse_float=_finite, parse_constant=constant, object_pairs_hook=pairs)
     if "\\u" in text:
         # Half a character, which no file can hold; a path that is not UTF-8 has its bytes as U+DC80 to U+DCFF.
         json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raise RecursionError for a value of JSON that is nested more than MOST_DEPTH deep."""
     level = [value]
     for _ in range(MOST_DEPTH + 1):
         level = [
@@ -154,7 +176,7 @@ def _checked_json(text: str | bytes, unique: bool) -> Any:
             for child in (parent.values() if isinstance(parent, dict) else parent)
         ]
         if not level:
-            return value
+            return
     raise RecursionError
 
 
@@ -165,6 +187,10 @@ def _finite(digits: str) -> float:
     return number
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -172,8 +198,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _reason(wrong: Exception) -> str:
-    """A few words for what json.loads raised."""
+def reason(wrong: Exception) -> str:
+    """A few words for what json.loads, or check_depth, raised."""
     if isinstance(wrong, RecursionError):
         return f"nested more than {MOST_DEPTH} deep"
     if isinstance(wrong, UnicodeEncodeError):

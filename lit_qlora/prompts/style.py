@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
-from lit_qlora.files.reading import read_json
+from lit_qlora.files.reading import parse_json, read_json
 from lit_qlora.prompts import wordings
 from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, find_chat_template
 from lit_qlora.prompts.chat_template import Message as Rendered
@@ -453,10 +453,10 @@ def _with_parsed_arguments(call: Any) -> Any:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
+        arguments = parse_json(function["arguments"], "arguments")
+    except CheckpointError:
         return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _last_line(pieces: list[Piece]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lit_qlora.errors import UserError
+from lit_qlora.files import reading
 from lit_qlora.prompts.conversation import Conversation, Message
 from lit_qlora.serve.tool_calls import read_calls
 from lit_qlora.settings import GenerationConfig
@@ -80,12 +81,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
         ApiError: if it is no JSON object; NaN and Infinity are no JSON.
     """
     try:
-        content: Any = json.loads(body, parse_constant=_refuse_constant)
-        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ApiError(400, f"The body must be a JSON object, got {type(content).__name__}.")
+        content: dict[str, Any] = reading.parse_json(body, "The JSON body", strict=True)
+    except UserError as error:
+        raise ApiError(400, str(error)) from None
     return content
 
 
@@ -302,10 +300,6 @@ def _usage_wanted(options: Any, stream: bool) -> bool:
 def _wrong(name: str, expected: str, value: Any) -> NoReturn:
     shown = json.dumps(value, default=str)
     raise ApiError(400, f"{name} must be {expected}, got {shown[:80]}.", name.split("[")[0].split(".")[0])
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 def completion(order: Order, texts: Sequence[str], reasons: Sequence[str], usage: dict[str, int], *, chat: bool) -> Any:

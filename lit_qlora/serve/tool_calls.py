@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Collection
 from typing import Any
 
+from lit_qlora.files.reading import check_depth
+
 _MARKED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _DECODER = json.JSONDecoder()
 
@@ -36,6 +38,8 @@ def _values(text: str) -> list[Any]:
     while text:
         try:
             value, end = _DECODER.raw_decode(text)
+            check_depth(value)
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as it will be sent
         except (ValueError, RecursionError):
             return [None]
         values += value if isinstance(value, list) else [value]

@@ -102,7 +102,7 @@ def test_a_column_with_a_system_message_is_read_and_an_empty_one_is_none() -> No
         ([USER, ANSWER, ANSWER], "turn 3: the role 'assistant' answers nobody"),
         ([USER, USER, ANSWER], "turn 2: the role 'user' comes twice in a row"),
         ([USER, ANSWER, {"role": "tool", "content": "a"}], "turn 3: nobody answers the last prompt"),
-        ([USER, {"from": "function_call", "value": "get_weather()"}], "turn 2: the call of a function is no JSON"),
+        ([USER, {"from": "function_call", "value": "get_weather()"}], "turn 2: the call of a function: not valid JSON"),
         ([USER, {"from": "function_call", "value": "[]"}], "turn 2: the call of a function has no 'name'"),
         ([USER, {"role": "assistant", "content": None}], "turn 2: 'content' is null, not text"),
         ([USER, {**ANSWER, "tool_calls": 5}], "turn 2: 'tool_calls' is int, not a list"),
@@ -118,7 +118,7 @@ def test_messages_that_make_no_conversation_are_refused_with_their_number(messag
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"tools": "a tool"}, "'tools' is text, and no JSON"),
+        ({"tools": "a tool"}, "'tools' is text: not valid JSON"),
         ({"tools": {"a": 1}}, "'tools' is dict, not a list"),
         ({"tools": [TOOL], "functions": [TOOL]}, "'tools' and 'functions' are the same"),
         ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' is list, not an object"),

@@ -1,5 +1,6 @@
 """Files that somebody else wrote are read within limits, or refused in one message."""
 
+import ast
 import json
 import os
 import tracemalloc
@@ -11,6 +12,7 @@ import pytest
 from lit_qlora.errors import CheckpointError, DataError
 from lit_qlora.files import reading
 from lit_qlora.files.reading import check_yaml, parse_json, read_json, read_json_lines, read_text, read_yaml_text
+from tests.conftest import ROOT
 
 DEEP = 100_000
 
@@ -79,6 +81,48 @@ def test_json_that_is_right_is_read_as_it_is(tmp_path: Path) -> None:
 def test_a_path_that_is_not_utf_8_comes_back_from_json() -> None:
     path = os.fsdecode(b"caf\xe9.jsonl")
     assert parse_json(json.dumps({"path": path}), "x") == {"path": path}
+
+
+def test_json_of_more_values_than_memory_holds_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST_VALUES", 100)
+    assert parse_json(f"[{'1,' * 98}1]", "x", kind=list) == [1] * 99
+    for text in (f"[{'1,' * 100}1]", "[" + "[],{}," * 30 + "1]"):
+        with pytest.raises(CheckpointError, match="x: not valid JSON: more than 100 values"):
+            parse_json(text, "x", kind=list)
+
+
+def test_numbers_that_json_has_not_can_be_refused() -> None:
+    assert parse_json('{"limit": Infinity}', "x") == {"limit": float("inf")}  # some config.json have it
+    with pytest.raises(CheckpointError, match="Infinity is not JSON"):
+        parse_json('{"limit": Infinity}', "x", strict=True)
+
+
+PARSERS = {"json.load", "json.loads", "json.JSONDecoder", "yaml.load", "yaml.safe_load"}
+ELSEWHERE = {
+    "lit_qlora/data/readers.py": "streams records, a piece of a file at a time, with check_depth",
+    "lit_qlora/device.py": "reads the kernel's own files",
+    "lit_qlora/evaluate/validation_inputs.py": "reads a file of this package",
+    "lit_qlora/prompts/chat_template.py": "reads the answer of a process of this package",
+    "lit_qlora/prompts/template_worker.py": "reads the question, and may import nothing",
+    "lit_qlora/run/resume.py": "makes plain values of its own settings",
+    "lit_qlora/serve/app.py": "reads the page of this package",
+    "lit_qlora/serve/tool_calls.py": "finds values in what a model said, with check_depth",
+    "eval/lm_eval_harness.py": "makes plain values of its own results",
+    "scripts/demo.py": "reads what the command before it wrote",
+}
+"""Files that parse or read texts without files.reading, and why they may."""
+
+
+def test_whatever_somebody_else_wrote_is_read_in_one_place() -> None:
+    found = set()
+    for path in (
+        file for folder in ("lit_qlora", "scripts", "eval", "finetune") for file in (ROOT / folder).rglob("*.py")
+    ):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = [ast.unparse(call) for call in calls if isinstance(call, ast.Attribute)]
+        if any(name in PARSERS or (name.endswith(".read_text") and name != "reading.read_text") for name in names):
+            found.add(str(path.relative_to(ROOT)))
+    assert found - {"lit_qlora/files/reading.py"} == set(ELSEWHERE)
 
 
 def test_keys_can_be_asked_to_be_unique() -> None:

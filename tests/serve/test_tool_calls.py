@@ -52,6 +52,8 @@ def test_calls_are_read_in_the_notations_in_use(notation: str, key: str) -> None
         '<tool_call>\n{"name": "get_weather"\n</tool_call>',
         '<tool_call>{"name": "get_weather"}</tool_call> and more',
         '<tool_call>{"name": "get_weather"}</tool_call><tool_call>{"name": "other"}</tool_call>',
+        *(f'{{"name": "get_weather", "arguments": {{"a": {value}}}}}' for value in ("1e400", "NaN", '"\\ud800"')),
+        '{"name": "get_weather", "arguments": {"a": ' + "[" * 900 + "]" * 900 + "}}",
     ],
 )
 def test_an_answer_that_is_more_than_calls_is_words(text: str) -> None:

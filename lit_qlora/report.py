@@ -1,6 +1,7 @@
 """Progress of a run: its log, the line on the terminal, and trackers."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,11 +14,10 @@ from lit_qlora.errors import ResourceError
 from lit_qlora.files.reading import read_json_lines
 
 Record = dict[str, Any]
-NUMBERS = (
-    *("loss", "lr", "grad_norm", "epoch", "tokens", "samples", "tokens_per_second", "peak_gib", "seconds"),
-    *("val_loss", "val_ppl"),
-)
-"""The keys of a record whose values are numbers, or null."""
+STEP = ("lr", "grad_norm", "epoch", "tokens", "samples", "tokens_per_second", "peak_gib", "seconds")
+"""The numbers of a step beside its loss; a norm that is not finite is of a step that was skipped."""
+TEXTS = ("prompt", "answer", "wanted")
+"""The texts of an answer."""
 ESTIMATE_AFTER = 5
 """Steps after which the time of a run can be estimated."""
 SMALLER_IS_BETTER = {
@@ -28,15 +28,36 @@ SMALLER_IS_BETTER = {
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records in a log of a run, without lines that are torn or are none.
+    """The records in a log of a run, or of its answers, without lines that are torn or are none.
 
     Raises:
         OSError: if it cannot be read.
     """
     for record in read_json_lines(path):
-        numbers = {key: record[key] for key in NUMBERS if record.get(key) is not None}
-        if type(record.get("step")) is int and all(type(number) in (int, float) for number in numbers.values()):
-            yield record
+        known = {name: value for name, value in record.items() if _may_be(name, value)}
+        if "step" in known and _is_whole(known):
+            yield known
+
+
+def _may_be(name: str, value: Any) -> bool:
+    """Tell if a record can have this value under this name."""
+    if name in TEXTS:
+        return isinstance(value, str)
+    if name == "skipped":
+        return isinstance(value, bool)
+    if type(value) is int:
+        return 0 <= value < 2**63 or (name != "step" and abs(value) < 2**63)
+    return type(value) is float and name != "step"
+
+
+def _is_whole(record: Record) -> bool:
+    """Tell if a record has all that a step, a validation or an answer has."""
+    if not record.keys().isdisjoint({"loss", *STEP}):
+        finite = {name for name in ("loss", *STEP) if name in record and math.isfinite(record[name])}
+        return finite | ({"grad_norm"} & record.keys()) == {"loss", *STEP}
+    if not record.keys().isdisjoint(TEXTS):
+        return {"prompt", "answer"} <= record.keys() and ("wanted" in record) == ("chrf" in record)
+    return True
 
 
 class RunLog:

@@ -226,10 +226,34 @@ def test_errors_are_better_when_smaller() -> None:
 
 def test_a_log_with_torn_lines_is_read_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\x00\x80garbage\n[1]\n5\nnull\n{"step": "x"}\n{"loss": 1}\n{"st')
-    assert list(read_records(path)) == [{"step": 1, "loss": 2.0}]
+    torn = b'\xff\x00\x80garbage\n[1]\n5\nnull\n{"step": "x"}\n{"step": -1}\n{"loss": 1}\n{"st'
+    path.write_bytes(json.dumps(step(1)).encode() + b"\n" + torn)
+    assert list(read_records(path)) == [step(1)]
     log = RunLog(path, total=2, screen=io.StringIO())
     assert log.start == 1
     log.close()
-    path.write_bytes(b'{"step": 1, "loss": [1]}\n{"step": 2, "loss": null, "lr": 1}\n')
-    assert [record["step"] for record in read_records(path)] == [2]
+
+
+@pytest.mark.parametrize("name", [name for name in step(1) if name != "step"])
+@pytest.mark.parametrize("value", [None, [1], {}, "x", True, 10**400, float("nan"), ...])
+def test_a_step_without_one_of_its_numbers_is_no_record(tmp_path: Path, name: str, value: object) -> None:
+    record = {key: one for key, one in (step(1) | {name: value}).items() if one is not ...}
+    (tmp_path / "log.jsonl").write_text(json.dumps(record) + "\n")
+    is_skipped = name == "grad_norm" and isinstance(value, float)
+    assert len(list(read_records(tmp_path / "log.jsonl"))) == is_skipped
+
+
+@pytest.mark.parametrize(
+    ("record", "read"),
+    [
+        (VAL | {"f1": [1], "acc": "x", "chrf": None, "bleu": 0.5}, VAL | {"bleu": 0.5}),
+        ({"step": 1, "prompt": "a", "answer": "b"}, {"step": 1, "prompt": "a", "answer": "b"}),
+        ({"step": 1, "prompt": "a"}, None),
+        ({"step": 1, "prompt": "a", "answer": 5}, None),
+        ({"step": 1, "prompt": "a", "answer": "b", "wanted": "c"}, None),
+        ({"step": 1, "prompt": "a", "answer": "b", "wanted": "c", "chrf": "x"}, None),
+    ],
+)
+def test_what_no_metric_and_no_answer_has_is_left_out(tmp_path: Path, record: dict, read: dict | None) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps(record) + "\n")
+    assert list(read_records(tmp_path / "log.jsonl")) == ([] if read is None else [read])

@@ -1,6 +1,7 @@
 """The end of a run: summary.json, loss.png, the reports, and a table of its metrics."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,33 +40,21 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     out_dir = config.out_dir
     log.close()
     summary = summarize(config, model, log.records)
-    last = log.records[-1]["step"] if log.records else 0
-    said = read_log(out_dir / SAMPLES, last)
-    best, worst = best_and_worst_answers(said, data, scores)
     adapter, base = quote(f"{out_dir}/{FINAL}"), quote(str(config.checkpoint_dir))
     following = (
         f"python scripts/merge_lora.py --lora_path {adapter} --checkpoint_dir {base}\n"
         f"python scripts/chat.py --checkpoint_dir {base} --lora_path {adapter}"
     )
-    outcome = Outcome(
-        title=f"LoRA on {model.config.name}",
-        summary=summary,
-        records=log.records,
-        lengths=data.audit.lengths.tolist(),
-        limit=data.audit.max_length,
-        data=[data.audit.describe(), *data.audit.sources, *data.audit.notes()],
-        config=cli.to_yaml(config),
-        hashes=hashes(config.checkpoint_dir, data.files, out_dir / FINAL),
-        following=following,
-        best=best,
-        worst=worst,
-        said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
-    )
+    best, worst = list[Answer](), list[Answer]()
     try:
+        outcome = _outcome(config, model, data, log.records, scores, summary, following)
+        best, worst = list(outcome.best), list(outcome.worst)
         write_pages(outcome, out_dir)
     except Exception as error:  # the adapter is saved, and a report is not worth the status of the run
         tell(f"  note    there is no whole report ({type(error).__name__}: {error})", sys.stderr)
-    write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")  # last, because it marks the run as over
+    write_text(
+        out_dir / SUMMARY, json.dumps(_without_nan(summary), indent=2) + "\n"
+    )  # last, because it marks the run as over
     link = f"   best {out_dir / BEST} -> {(out_dir / BEST).readlink()}" if (out_dir / BEST).is_symlink() else ""
     lines = [
         *table(log.records),
@@ -79,6 +68,36 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
         f"next    {following.splitlines()[0]}",
     ]
     tell("\n".join(lines))
+
+
+def _outcome(
+    config: FinetuneConfig,
+    model: GPT,
+    data: RunData,
+    records: Sequence[Record],
+    scores: Tensor | None,
+    summary: Mapping[str, Any],
+    following: str,
+) -> Outcome:
+    """Collect what the reports show."""
+    assert config.out_dir is not None
+    last = records[-1]["step"] if records else 0
+    said = [record for record in read_log(config.out_dir / SAMPLES, last) if "answer" in record]
+    best, worst = best_and_worst_answers(said, data, scores)
+    return Outcome(
+        title=f"LoRA on {model.config.name}",
+        summary=summary,
+        records=records,
+        lengths=data.audit.lengths.tolist(),
+        limit=data.audit.max_length,
+        data=[data.audit.describe(), *data.audit.sources, *data.audit.notes()],
+        config=cli.to_yaml(config),
+        hashes=hashes(config.checkpoint_dir, data.files, config.out_dir / FINAL),
+        following=following,
+        best=best,
+        worst=worst,
+        said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
+    )
 
 
 def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> dict[str, Any]:
@@ -102,7 +121,7 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
         "tokens": tokens,
         "samples": sum(record["samples"] for record in train),
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds if train else 0.0,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
         "peak_gib": end["peak_gib"],
         "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]) if train else None,
         "val_loss_before": val[0] if val else None,
@@ -112,6 +131,13 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
         },
         "versions": versions(),
     }
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with None for each number that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def hashes(checkpoint_dir: Path, data: Mapping[str, str], adapter: Path) -> dict[str, str]:

@@ -106,6 +106,22 @@ def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
     assert str(folder / "final") in shlex.split(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_a_run_ends_well_whatever_somebody_made_of_its_log(
+    finetune: Finetune, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("--train.save_every=1") == 0
+    step = json.loads((out / "log.jsonl").read_text().splitlines()[1])
+    for lines in ([], [{"step": 0, "val_loss": float("nan")}], [step | {"seconds": 0}], [step | {"loss": "x"}]):
+        (out / "summary.json").unlink()
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (out / "samples.jsonl").write_text('{"step": 0, "prompt": 5}\n{"step": 0, "wanted": "x"}\n')
+        assert finetune("--train.save_every=1") == 0, capsys.readouterr().err
+        assert json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)["steps"] == (
+            lines == [step | {"seconds": 0}]
+        )
+    assert "no whole report" not in capsys.readouterr().err
+
+
 def test_quiet_prints_nothing(
     finetune: Finetune,
     out: Path,

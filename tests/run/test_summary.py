@@ -111,14 +111,12 @@ def test_a_run_ends_well_whatever_somebody_made_of_its_log(
 ) -> None:
     assert finetune("--train.save_every=1") == 0
     step = json.loads((out / "log.jsonl").read_text().splitlines()[1])
-    for lines in ([], [{"step": 0, "val_loss": float("nan")}], [step | {"seconds": 0}], [step | {"loss": "x"}]):
+    for lines in ([], [{"step": 0, "val_loss": float("nan")}, step | {"loss": "x"}, step | {"seconds": 0}]):
         (out / "summary.json").unlink()
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (out / "samples.jsonl").write_text('{"step": 0, "prompt": 5}\n{"step": 0, "wanted": "x"}\n')
         assert finetune("--train.save_every=1") == 0, capsys.readouterr().err
-        assert json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)["steps"] == (
-            lines == [step | {"seconds": 0}]
-        )
+        assert json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)["steps"] == bool(lines)
     assert "no whole report" not in capsys.readouterr().err
 
 

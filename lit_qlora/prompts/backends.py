@@ -4,10 +4,13 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
+from math import prod
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 from lit_qlora.errors import CheckpointError
@@ -205,21 +208,36 @@ def _finder(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
     return re.compile("|".join(patterns)) if patterns else None
 
 
+MOST_GROWTH = 128
+"""Characters that a tokenizer.json may make of one before it encodes; the normal forms of Unicode make up to 18."""
+PROBES = ("a", "A", "1", " ", ".", "\n", "\u00e9", "\u4e2d", "aA", "a1", "a ", " .")
+"""Texts that a pattern meets again and again."""
+PROBE_LENGTH = 1000
+PROBE_SECONDS = 10.0
+
+
 class HuggingFace:
     """A tokenizer.json, and the tokens that files beside it add.
 
     Args:
         spec: the file's content.
         tokens: what the file says of a token counts more than these, unless `overrules`.
+
+    Raises:
+        CheckpointError: if it is none, or its patterns need time or memory without bound.
     """
 
     def __init__(self, path: Path, spec: Mapping[str, Any], tokens: Sequence[AddedToken], overrules: bool) -> None:
         from tokenizers import Tokenizer
 
-        try:
+        self.path = path
+        with _library(f"{path} is not a tokenizer.json"):
             made = Tokenizer.from_file(str(path)) if path.name == "tokenizer.json" else _build(spec)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise CheckpointError(f"{path} is not a tokenizer.json: {error}.") from None
+        if (growth := max(_growth(spec.get("normalizer")), _growth(spec.get("decoder")))) > MOST_GROWTH:
+            raise CheckpointError(
+                f"{path} is refused: its normalizer or its decoder can make {growth:,} characters of one, more than "
+                f"{MOST_GROWTH}."
+            )
         self.backend: Any = made
         self.backend.encode_special_tokens = True  # "</s>" in a text is text
         self._add(tokens, overrules, path)
@@ -240,6 +258,30 @@ class HuggingFace:
         self.prefixes = scheme != "never"
         self.begins_behind_control = scheme == "always"
         self.doubles_space = False
+        self._probe()
+
+    def _probe(self) -> None:
+        """Encode texts on which a pattern that goes back too often never comes to an end.
+
+        The library cannot be stopped, but left behind in a thread of its own.
+        """
+        texts = [(probe * PROBE_LENGTH)[:PROBE_LENGTH] + "!" for probe in PROBES]
+        panics: list[str] = []
+        thread = Thread(target=self._encode_probes, args=(texts, panics), daemon=True)
+        thread.start()
+        thread.join(PROBE_SECONDS)
+        if thread.is_alive():
+            raise CheckpointError(
+                f"{self.path} is refused: it takes more than {PROBE_SECONDS:.0f} s for {PROBE_LENGTH:,} letters."
+            )
+        if panics:
+            raise CheckpointError(f"{self.path} is refused: it fails on {PROBE_LENGTH:,} letters: {panics[0]}.")
+
+    def _encode_probes(self, texts: list[str], panics: list[str]) -> None:
+        try:
+            self.backend.encode_batch_fast(texts)
+        except BaseException as error:  # a letter that the vocabulary lacks is no fault until a text has it
+            panics.extend([str(error)] if _is_panic(error) else [])
 
     @property
     def added(self) -> dict[int, AddedToken]:
@@ -262,7 +304,8 @@ class HuggingFace:
     def _know(self, token: AddedToken) -> None:
         from tokenizers import AddedToken as Theirs
 
-        self.backend.add_tokens([Theirs(token.content, **_flags(token))])
+        with _library(f"{self.path} takes no other token"):
+            self.backend.add_tokens([Theirs(token.content, **_flags(token))])
 
     def _add(self, tokens: Sequence[AddedToken], overrules: bool, path: Path) -> None:
         """Add what the file lacks."""
@@ -281,20 +324,23 @@ class HuggingFace:
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """See Backend."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _library(f"{self.path} cannot encode a text"):
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_marked(self, text: str) -> list[int]:
         """See Backend."""
         self.backend.encode_special_tokens = False
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            with _library(f"{self.path} cannot encode a text"):
+                ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         finally:
             self.backend.encode_special_tokens = True
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """See Backend."""
-        text: str = self.backend.decode(ids, skip_special_tokens=True)
+        with _library(f"{self.path} cannot decode ids"):
+            text: str = self.backend.decode(ids, skip_special_tokens=True)
         return text
 
     def token_to_id(self, token: str) -> int | None:
@@ -313,6 +359,43 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 def _flags(token: Any) -> dict[str, bool]:
     """Return the flags by which a token of this package, or of the library, is found."""
     return {name: getattr(token, name) for name in ("special", *FLAGS)}
+
+
+@contextmanager
+def _library(trouble: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises into a CheckpointError: plain Exception, and panics that are none.
+
+    A pattern that goes back too often is such a panic, and so is a field that contradicts another.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and not _is_panic(error):
+            raise
+        raise CheckpointError(f"{trouble}: {str(error).partition(chr(10))[0]}.") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # which the library does not export
+
+
+def _growth(step: Mapping[str, Any] | None) -> int:
+    """Characters that a normalizer or a decoder can make of one."""
+    if step is None:
+        return 1
+    inner = step.get("normalizers") or step.get("decoders")
+    if inner is not None:
+        return prod(map(_growth, inner))
+    if step["type"] == "Replace":
+        text = step["pattern"].get("String")  # else it is a pattern that can match nothing at all, everywhere
+        return -(-len(step["content"]) // max(1, len(text))) or 1 if text is not None else len(step["content"]) + 1
+    if step["type"] == "Prepend":
+        return len(step["prepend"]) or 1
+    if step["type"] == "Precompiled":  # a table: its length, an index, and the texts that it puts in
+        table = base64.b64decode(step["precompiled_charsmap"] or "")
+        texts = table[4 + int.from_bytes(table[:4], "little") :]
+        return max(len(text.decode(errors="replace")) for text in texts.split(b"\0")) or 1
+    return 4 if step["type"] == "ByteLevel" else 1
 
 
 def read_spec(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**30  # bytes of address space; rendering a conversation takes some 50 MB
+MOST_WRITTEN = 2**22  # characters that a template may write beside its messages, and eight times their own
 ANCHOR = 16  # characters before an answer by which it is found where a template does not begin answers
 Turn = tuple[str, str, str, bool]
 """The prompt, the answer, all that a model is asked the answer with where that is something else, and whether that is
@@ -56,10 +57,13 @@ class Writer:
 
     Args:
         marks: the two that the template's environment has.
+        most: characters that it may write.
     """
 
-    def __init__(self, template: Template, variables: dict[str, Any], messages: list[Any], marks: str) -> None:
-        self.template, self.variables, self.messages, self.marks = template, variables, messages, marks
+    def __init__(
+        self, template: Template, variables: dict[str, Any], messages: list[Any], marks: str, most: int
+    ) -> None:
+        self.template, self.variables, self.messages, self.marks, self.most = template, variables, messages, marks, most
         self.answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
     def render(self, count: int, begin: bool) -> str:
@@ -69,9 +73,12 @@ class Writer:
 
     def marked(self, count: int, begin: bool) -> str:
         """As render, with marks."""
-        return self.template.render(
+        text = self.template.render(
             self.variables | {"messages": self.messages[:count], "add_generation_prompt": begin}
         )
+        if len(text) > self.most:
+            raise TemplateError(f"it writes more than {self.most:,} characters")
+        return text
 
     def marked_turns(self, begin: bool) -> list[Turn | None] | str:
         """Return the texts outside and inside each pair of marks; with `begin`, the text behind the last pair too."""
@@ -156,7 +163,7 @@ def answer(line: str, compiled: Callable[[str, str], Template]) -> Any:
         return f"{type(error).__name__}: {error}"
     answers: list[Any] = []
     for messages, own, how in request["conversations"]:
-        writer = Writer(template, variables | own, messages, marks)
+        writer = Writer(template, variables | own, messages, marks, MOST_WRITTEN + 8 * len(line))
         try:
             if how in ("text", "prompt"):
                 answers.append([writer.render(len(messages), how == "prompt")])

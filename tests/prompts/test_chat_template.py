@@ -46,6 +46,7 @@ def test_what_templates_use_is_there(template: str, text: str) -> None:
         ("{{ messages[7].content.upper() }}", "UndefinedError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
+        ("{{ 'a ' * 3000000 }}", "it writes more than 4,1.* characters"),
         (
             "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(90) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
             "memory|Memory",

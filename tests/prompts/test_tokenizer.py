@@ -4,10 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.prompts import backends
 from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.prompts.pieces import Control, encode_pieces
 from lit_qlora.prompts.style import STYLES
@@ -271,6 +273,60 @@ def test_a_file_beside_the_tokenizer_that_is_of_another_form_is_named(
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=rf"one of {name} is not of the form in which transformers writes it \("):
         Tokenizer(tmp_path)
+
+
+def split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replace(content: str, **pattern: str) -> dict:
+    return {"type": "Replace", "pattern": pattern or {"String": "a"}, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"pre_tokenizer": split("(a+)+$")}, "it fails on 1,000 letters: Onig: Regex search error: retry-limit"),
+        ({"pre_tokenizer": split(r"(\s+)+$")}, "it fails on 1,000 letters"),
+        ({"normalizer": replace("b" * 100_000)}, "can make 100,000 characters of one, more than 128"),
+        ({"normalizer": replace("b" * 200, Regex="")}, "can make 201 characters of one"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [replace("aa")] * 40}}, "can make 1,099,511,627,776"),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 1000}}, "can make 1,000 characters of one"),
+        ({"decoder": {"type": "Sequence", "decoders": [replace("aaaaaaaa")] * 4}}, "can make 4,096 characters of one"),
+    ],
+    ids=lambda change: "",
+)
+def test_a_tokenizer_that_needs_time_or_memory_without_bound_is_refused(
+    tmp_path: Path, change: dict, reason: str
+) -> None:
+    byte_level(tmp_path)
+    write_json(tmp_path / "tokenizer.json", json.loads((tmp_path / "tokenizer.json").read_text()) | change)
+    assert reason in refusal(tmp_path)
+
+
+def test_a_tokenizer_that_does_not_come_to_an_end_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_level(tmp_path)
+    release = Event()
+
+    def encode(*_: object) -> None:
+        release.wait(60)
+
+    monkeypatch.setattr(backends, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(backends.HuggingFace, "_encode_probes", encode)
+    assert "it takes more than 0 s for 1,000 letters" in refusal(tmp_path)
+    release.set()
+
+
+def test_a_panic_of_the_library_is_one_message(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    write_json(tmp_path / "tokenizer.json", spec | {"pre_tokenizer": split("(q+)+$")})  # no probe has this letter
+    tokenizer = Tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot encode a text: Onig"):
+        tokenizer.encode("q" * 40 + "!")
+    assert tokenizer.encode("Q: What is 1?") != []
 
 
 def with_added(directory: Path, *tokens: dict) -> int:

@@ -64,7 +64,8 @@ def test_a_choice_of_experts_is_as_near_to_float64_as_on_the_plain_path() -> Non
     model = model_of()
     exact_model, plain_model = in_float64(model), copy.deepcopy(model)
     fuse(model)
-    ours, theirs = [], []
+    ours: list[float] = []
+    theirs: list[float] = []
     for seed in range(6):
         torch.manual_seed(seed)
         arguments = LAYOUTS["cudnn"]()
@@ -91,7 +92,7 @@ def test_weights_ahead_and_cached_weights_change_no_bit() -> None:
     ends = []
     for cached, ahead in ((0, False), (0, True), (1, True), (3, True)):
         model = model_of(n_layer=3)
-        fuse(model, dequantized=cached, ahead=ahead)
+        fuse(model, cached_blocks=cached, ahead=ahead)
         found = []
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         for seed in range(8):  # often enough for a race to show

@@ -119,7 +119,7 @@ def test_a_nan_is_not_hidden() -> None:
 
     model = adapted("none")
     other = copy.deepcopy(model)
-    other.blocks[0].mlp.up.base.weight.data[5, 7] = float("nan")
+    other.get_parameter("blocks.0.mlp.up.base.weight").data[5, 7] = float("nan")
     fuse(model, fp8=True)
     fuse(other, fp8=True)
     arguments = batch(1, 64)

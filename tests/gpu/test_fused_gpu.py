@@ -58,7 +58,7 @@ def in_float64(model: GPT) -> GPT:
     return exact.double()
 
 
-def gradients(model: GPT, *arguments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model: GPT, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = model.loss(*arguments)
     (loss / 100).backward()

@@ -86,7 +86,7 @@ def test_the_recipe_learns_in_every_precision(
         quantize=scheme,
         precision=precision,
         lora=LoRAConfig(targets="all"),
-        data=DataConfig(path=examples_file, prompt="qa"),
+        data=DataConfig(path=str(examples_file), prompt="qa"),
         train=TrainConfig(learning_rate=3e-3, batch_size=8),
     )
     script.main(config)

@@ -47,7 +47,7 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def packed_rows(count: int, first: int = 0) -> list[tuple[Tensor | None, ...]]:
+def packed_rows(count: int, first: int = 0) -> list[tuple[Any, ...]]:
     """Rows of 512 tokens, of 4 to 30 documents of no more than 128 tokens, with padding behind them.
 
     Args:
@@ -184,7 +184,7 @@ def test_a_replay_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_qlora.fused.graphs.MANY", 256)
     model, fused = fused_model("nf4", graphs=True)
     both = (*batches(8), *packed_rows(3))
-    micro = [tuple(None if tensor is None else tensor.pin_memory() for tensor in one) for one in both]
+    micro: list[Any] = [tuple(None if tensor is None else tensor.pin_memory() for tensor in one) for one in both]
     for _ in range(6):
         for one in micro:
             gradients(model, *one)
@@ -215,7 +215,11 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was(fault: str) -> None:
     assert torch.cuda.current_stream() == stream
     assert float(torch.randn(1000, device="cuda").std()) > 0.5
     ones = torch.zeros(3, device="cuda")
-    replay = Recorder(2**20)(lambda: ones.add_(1))
+
+    def add_one() -> None:
+        ones.add_(1)
+
+    replay = Recorder(2**20)(add_one)
     replay()
     assert ones.tolist() == [1.0] * 3
     torch.cuda.empty_cache()

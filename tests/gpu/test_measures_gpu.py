@@ -49,7 +49,7 @@ def test_a_model_in_fast_training_is_measured_and_goes_on_as_before(
 
     before, state = fast(), torch.cuda.get_rng_state()
     metrics = Losses(fabric, model, data.val_batches)(0)
-    for measure in more_measures(fabric, model, data, probes, config.eval.max_new_tokens, lambda *given: None):
+    for measure in more_measures(fabric, model, data, probes, config.eval.answers, lambda *given: None):
         metrics |= measure(0)
     labelled = sum(int((batch.labels >= 0).sum()) for batch in data.val_batches)
     assert metrics["val_loss"] == pytest.approx(float(before.sum()) / labelled, rel=2e-2)

@@ -3,13 +3,14 @@
 Torch is imported when a model is loaded, so that --help and a mistyped flag are answered at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
+from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader, Tool
 from lit_qlora.prompts.conversation import Conversation
 from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, Precision, Scheme, Settings, check
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from lit_qlora.lora.adapter_switch import AdapterSwitch
     from lit_qlora.model.gpt import GPT
     from lit_qlora.prompts.tokenizer import Tokenizer
+
+
+READ_BACK = 16
+"""Ids at the end of a prompt that hold the beginning of a thought, if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +188,22 @@ def encode_prompt(tokenizer: "Tokenizer", style: Style | None, conversation: Con
 def stop_ids(tokenizer: "Tokenizer", style: Style | None) -> frozenset[int]:
     """Ids that end an answer, of the model and of the style."""
     return tokenizer.stop_ids | (style.stop_ids(tokenizer) if style else frozenset())
+
+
+def decoder_of(tokenizer: "Tokenizer", style: Style | None) -> MarkedText:
+    """Decode answers for reader_of: with the control tokens by which the style tells their parts from each other."""
+    return MarkedText(tokenizer, style.notation.marks if style else ())
+
+
+def reader_of(tokenizer: "Tokenizer", style: Style | None, prompt: Sequence[int], tools: Iterable[Tool] = ()) -> Reader:
+    """Take the answer to a prompt apart into thoughts, words and calls of these tools.
+
+    Args:
+        prompt: its ids, which may end with the beginning of a thought.
+    """
+    notation = style.notation if style else PLAIN
+    begins = decoder_of(tokenizer, style).decode(prompt[-READ_BACK:])
+    return notation.reader(tools, begun=notation.begins_thought(begins))
 
 
 @dataclass(frozen=True)

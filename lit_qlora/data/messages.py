@@ -1,7 +1,7 @@
 """Messages as data sets have them, under their many names, become messages as templates read them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -45,6 +45,19 @@ def text_of(record: Fields, column: str, optional: bool = False) -> str:
     if isinstance(value, DataError):
         raise value
     raise DataError(f"{column!r} is {'null' if value is None else type(value).__name__}, not text")
+
+
+def text_of_parts(parts: Sequence[Any]) -> str:
+    """The text of a content that is a list of parts, joined as chat templates join them, with nothing between.
+
+    Raises:
+        DataError: if a part is no text, such as an image.
+    """
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(f"content of type {kind!r} is not read; this model reads text")
+    return "".join(text_of(part, "text") for part in parts)
 
 
 def names_of(record: Fields) -> str:
@@ -171,6 +184,8 @@ def _message(found: Any) -> Message:
     if role is None:
         raise DataError(f"the role {theirs!r} is not known (known: {', '.join(ROLES)})")
     text_key = "value" if "content" not in found and ("value" in found or "from" in found) else "content"
+    if isinstance(found.get(text_key), list):
+        found = {**found, text_key: text_of_parts(found[text_key])}
     if len(found) == 2 and text_key in found:  # nothing but role and content
         return Message(role, text_of(found, text_key)) if theirs != CALL else _called(found, text_key, {})
     keys = {name: _clean(value, name) for name, value in found.items() if name not in NO_KEYS and value is not None}

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.files.reading import parse_json, read_json
 from lit_qlora.prompts import wordings
+from lit_qlora.prompts.answer_parts import PLAIN, Notation
 from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, find_chat_template
 from lit_qlora.prompts.chat_template import Message as Rendered
 from lit_qlora.prompts.conversation import OPENING, REASONING, Conversation, Message, prompt_of
@@ -98,6 +99,11 @@ class Style(ABC):
     @abstractmethod
     def reads(self, name: str, of_message: bool) -> bool:
         """Tell if the style writes this key of a message, or this variable of a conversation."""
+
+    @property
+    def notation(self) -> Notation:
+        """The way in which answers have thoughts and calls in them."""
+        return PLAIN
 
     @property
     @abstractmethod
@@ -276,6 +282,27 @@ class TemplateStyle(Style):
     tail: str = ""
     _renderer: list[Renderer] = field(default_factory=list, init=False, repr=False, compare=False)
     """The process that renders, once there was something to render."""
+
+    @cached_property
+    def notation(self) -> Notation:
+        """See Style."""
+        return Notation.of(re.sub("{#.*?#}", "", self.source, flags=re.DOTALL))
+
+    def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:
+        """See Style. A call may end otherwise than words do."""
+        function = {"name": "f", "arguments": {"a": "b"}}
+        called = Message(
+            "assistant", "", {"tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
+        )
+        tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+        said = Conversation((Message("user", "a"), called), variables={"tools": [tool]})
+        try:
+            last = self.encode_many(tokenizer, [said])[0][0].answer[-1]
+        except UnwritableError:
+            return super().stop_ids(tokenizer)
+        inner = {tokenizer.control_tokens.get(name) for name in ("</tool_call>", "[TOOL_CALLS]")}
+        ends = {tokenizer.eos_id, *tokenizer.control_tokens.values()} - inner
+        return super().stop_ids(tokenizer) | ({last} & ends)
 
     @property
     def text(self) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from lit_qlora.generation.batching import Request as Question
 from lit_qlora.generation.text import TextStream
-from lit_qlora.inference import Roster
+from lit_qlora.inference import Roster, decoder_of, reader_of
+from lit_qlora.prompts.answer_parts import Reader
 from lit_qlora.serve import protocol
 from lit_qlora.serve.engine import Job
 from lit_qlora.serve.protocol import ApiError, Order
@@ -30,6 +31,11 @@ class Answers:
         self.order, self.questions = order, questions
         style = None if order.texts else roster.styles[order.model]
         gap, tail = (style.gap, style.tail) if style else ("", "")
+        tokenizer = roster.tokenizer
+        decoder = decoder_of(tokenizer, style)
+        self.readers: list[Reader] = [
+            reader_of(tokenizer, style, question.prompt, order.tools) for question in questions
+        ]
         loop = asyncio.get_running_loop()
         self.coming: asyncio.Queue[tuple[int, str, str | None]] = asyncio.Queue()
         deadline = time.monotonic() + seconds
@@ -42,7 +48,7 @@ class Answers:
             return tell
 
         self.jobs = [
-            Job(question, TextStream(roster.tokenizer, gap, tail, order.stop), teller(i), deadline)
+            Job(question, TextStream(decoder, gap, tail, order.stop), teller(i), deadline)
             for i, question in enumerate(questions)
         ]
 
@@ -82,7 +88,8 @@ class Answers:
         async for index, piece, reason in self.pieces():
             texts[index] += piece
             reasons[index] = reason or ""
-        return protocol.completion(self.order, texts, reasons, self.usage(), chat=chat)
+        answers = [reader.whole(text) for reader, text in zip(self.readers, texts, strict=True)]
+        return protocol.completion(self.order, answers, reasons, self.usage(), chat=chat)
 
     async def events(self, *, chat: bool) -> AsyncIterator[str]:
         """Server-sent events; who ends early must see to cancel."""
@@ -92,19 +99,17 @@ class Answers:
         try:
             if chat:
                 for index in range(len(self.jobs)):
-                    yield _event(protocol.chunk(head, index, "", None, chat=True, first=True))
-            held = [""] * len(self.jobs)
+                    yield _event(protocol.first_chunk(head, index))
             async for index, piece, reason in self.pieces():
-                if self.order.tools:
-                    held[index] += piece
-                    if reason:
-                        for content in protocol.call_chunks(head, index, held[index], reason, self.order.tools):
-                            yield _event(content)
-                    continue
-                if piece:
-                    yield _event(protocol.chunk(head, index, piece, None, chat=chat))
+                reader = self.readers[index]
+                for kind, text in (*reader.push(piece), *(reader.end() if reason else ())):
+                    key = "content" if kind == "content" else "reasoning_content"
+                    yield _event(protocol.chunk(head, index, text, None, chat=chat, key=key))
+                if reason and reader.calls:
+                    yield _event(protocol.call_chunk(head, index, reader.calls))
                 if reason:
-                    yield _event(protocol.chunk(head, index, "", reason, chat=chat))
+                    ended = protocol.finish_reason(reader.calls, reason)
+                    yield _event(protocol.chunk(head, index, "", ended, chat=chat))
             if self.order.stream_usage:
                 yield _event(head | {"choices": [], "usage": self.usage()})
         except ApiError as error:

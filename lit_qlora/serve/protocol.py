@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lit_qlora.errors import UserError
+from lit_qlora.data.messages import text_of_parts
+from lit_qlora.errors import DataError, UserError
 from lit_qlora.files import reading
-from lit_qlora.prompts.conversation import Conversation, Message
-from lit_qlora.serve.tool_calls import read_calls
+from lit_qlora.prompts.answer_parts import Answer, Call
+from lit_qlora.prompts.conversation import REASONING, Conversation, Message
 from lit_qlora.settings import GenerationConfig
 
 MOST_CHOICES = 8
@@ -57,9 +58,10 @@ class Order:
     settings: dict[str, Any]
 
     @property
-    def tools(self) -> list[str]:
-        """Names of the tools that the answer may call."""
-        return [tool["function"]["name"] for tool in self.conversation.variables.get("tools", ())]
+    def tools(self) -> Sequence[Any]:
+        """The tools that the answer may call."""
+        tools: Sequence[Any] = self.conversation.variables.get("tools", ())
+        return tools
 
     def config(self, room: int, choice: int) -> GenerationConfig:
         """The settings by which a choice is generated.
@@ -193,7 +195,7 @@ _AFTER = {
     "tool": ("assistant", "tool", "user"),
 }
 """Role -> the roles that may speak next; "": at the start; "call": an assistant that calls tools."""
-_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
+_KEYS = {"assistant": ("tool_calls", *REASONING), "tool": ("tool_call_id",)}
 """Keys of messages besides role, content and name."""
 
 
@@ -213,7 +215,7 @@ def _messages(messages: Any) -> tuple[Message, ...]:
                 f"after {i} of them expected {' or '.join(expected)}, got {role}.",
                 "messages",
             )
-        before = role if role != "assistant" or not said[opening + i].keys else "call"
+        before = role if role != "assistant" or "tool_calls" not in said[opening + i].keys else "call"
     if said[-1].role not in ("user", "tool"):
         raise ApiError(400, "messages must end with one of the user or of a tool, which is answered.", "messages")
     return tuple(said)
@@ -231,16 +233,16 @@ def _message(message: Any, place: str) -> Message:
     if extra:
         raise ApiError(400, f"{place}.{extra[0]} is not offered by this server.", "messages")
     if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise ApiError(
-                    400, f"{place}: content of type {kind!r} is not offered; this model reads text.", "messages"
-                )
-        content = "".join(part["text"] for part in content)
+        try:
+            content = text_of_parts(content)
+        except DataError as error:
+            raise ApiError(400, f"{place}: {error}.", "messages") from None
     keys = {name: message[name] for name in _KEYS.get(role, ()) if message.get(name)}
     if not isinstance(content, str) and not (content is None and "tool_calls" in keys):
         _wrong(f"{place}.content", "a text", content)
+    for key in REASONING:
+        if not isinstance(keys.get(key, ""), str):
+            _wrong(f"{place}.{key}", "a text", keys[key])
     for call in keys.get("tool_calls", ()):
         if not isinstance(call, dict) or not _is_function(call.get("function"), "arguments"):
             _wrong(f"{place}.tool_calls", 'calls such as {"function": {"name": "f", "arguments": "{}"}}', call)
@@ -302,43 +304,56 @@ def _wrong(name: str, expected: str, value: Any) -> NoReturn:
     raise ApiError(400, f"{name} must be {expected}, got {shown[:80]}.", name.split("[")[0].split(".")[0])
 
 
-def completion(order: Order, texts: Sequence[str], reasons: Sequence[str], usage: dict[str, int], *, chat: bool) -> Any:
+def completion(
+    order: Order, answers: Sequence[Answer], reasons: Sequence[str], usage: dict[str, int], *, chat: bool
+) -> Any:
     """The whole answer to a request."""
     choices = [
         {"index": i, "logprobs": None}
-        | (_answer(order, text, reason) if chat else {"text": text, "finish_reason": reason})
-        for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        | (_message_of(answer, reason) if chat else {"text": answer.content, "finish_reason": reason})
+        for i, (answer, reason) in enumerate(zip(answers, reasons, strict=True))
     ]
     return envelope(order, "chat.completion" if chat else "text_completion") | {"choices": choices, "usage": usage}
 
 
-def _answer(order: Order, text: str, reason: str) -> dict[str, Any]:
+def _message_of(answer: Answer, reason: str) -> dict[str, Any]:
     """Message and finish_reason of a choice."""
-    words, calls = read_calls(text, order.tools) if order.tools else (text, [])
-    if not calls:
-        return {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
-    message = {"role": "assistant", "content": words or None, "tool_calls": calls}
-    return {"message": message, "finish_reason": "tool_calls" if reason == "stop" else reason}
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message |= {"content": answer.content or None, "tool_calls": answer.calls}
+    return {"message": message, "finish_reason": finish_reason(answer.calls, reason)}
 
 
-def chunk(head: dict[str, Any], index: int, piece: str, reason: str | None, *, chat: bool, first: bool = False) -> Any:
-    """A piece of a choice, as it is streamed."""
+def finish_reason(calls: Sequence[Call], reason: str) -> str:
+    """The reason why an answer with these calls ended."""
+    return "tool_calls" if calls and reason == "stop" else reason
+
+
+def chunk(head: dict[str, Any], index: int, piece: str, reason: str | None, *, chat: bool, key: str = "content") -> Any:
+    """A piece of a choice, as it is streamed.
+
+    Args:
+        key: the field of the message that the piece belongs to.
+    """
     if not chat:
         return head | {"choices": [{"index": index, "text": piece, "finish_reason": reason, "logprobs": None}]}
-    delta = {"role": "assistant"} if first else {}
-    if piece or first:
-        delta["content"] = piece
+    return _delta(head, index, {key: piece} if piece else {}, reason)
+
+
+def first_chunk(head: dict[str, Any], index: int) -> Any:
+    """The beginning of a choice of a chat."""
+    return _delta(head, index, {"role": "assistant", "content": ""})
+
+
+def call_chunk(head: dict[str, Any], index: int, calls: Sequence[Call]) -> Any:
+    """The calls of a choice, which come together at its end: before that nothing tells a call from words."""
+    return _delta(head, index, {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]})
+
+
+def _delta(head: dict[str, Any], index: int, delta: dict[str, Any], reason: str | None = None) -> Any:
     return head | {"choices": [{"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}]}
-
-
-def call_chunks(head: dict[str, Any], index: int, text: str, reason: str, names: Sequence[str]) -> list[Any]:
-    """The pieces of a choice that may call tools, all at its end: before that nothing tells a call from words."""
-    words, calls = read_calls(text, names)
-    pieces = [chunk(head, index, words, None, chat=True)] if words else []
-    if calls:
-        delta = {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}
-        pieces.append(head | {"choices": [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}]})
-    return [*pieces, chunk(head, index, "", "tool_calls" if calls and reason == "stop" else reason, chat=True)]
 
 
 def envelope(order: Order, kind: str) -> dict[str, Any]:

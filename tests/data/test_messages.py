@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.data.messages import conversation_of
+from lit_qlora.data.messages import conversation_of, turns_of
 from lit_qlora.errors import DataError
 from lit_qlora.prompts.conversation import Conversation, Message
 
@@ -128,3 +128,12 @@ def test_messages_that_make_no_conversation_are_refused_with_their_number(messag
 def test_columns_beside_the_messages_that_make_no_sense_are_refused(columns: dict[str, Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         read(USER, ANSWER, **columns)
+
+
+def test_a_content_of_parts_is_their_text_and_other_parts_are_refused_by_name() -> None:
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you", "image": None}]
+    said = turns_of([{"role": "user", "content": parts}, {"role": "assistant", "content": "A fox."}])
+    assert said.question == "Hi you"
+    parts.append({"type": "image_url", "image_url": {"url": "http://x/y.png"}})
+    with pytest.raises(DataError, match="turn 1: content of type 'image_url' is not read; this model reads text"):
+        turns_of([{"role": "user", "content": parts}, {"role": "assistant", "content": "A fox."}])

@@ -243,6 +243,13 @@ def test_a_template_that_writes_the_system_message_into_the_last_prompt_only_is_
     assert style.encode_prompt(tokenizer, said.prompt) == expected
 
 
+def test_answers_end_with_what_ends_words_and_with_what_ends_calls(tokenizer: Tokenizer) -> None:
+    ends = {"harmony": {"<|return|>", "<|call|>"}, "qwen2.5": {"<|im_end|>"}, "llama3.1": {"<|eot_id|>"}}
+    for name, expected in ends.items():
+        found = style_of(TEMPLATES[name]).stop_ids(tokenizer)
+        assert found - {tokenizer.eos_id} == {tokenizer.control_tokens[end] for end in expected}
+
+
 def test_a_thought_goes_under_the_key_that_the_template_reads(tokenizer: Tokenizer) -> None:
     for name, key in THOUGHT_KEYS.items():
         expected = encoded(tokenizer, TEMPLATES[name], said_of(thoughtful(HELLO, key), None))[0]

@@ -1,4 +1,4 @@
-"""Tools in the official client: the prompt holds them, calls come back in OpenAI's form, whole and streamed."""
+"""Tools and thoughts in the official client: the prompt holds them, and they come back in OpenAI's form."""
 
 import json
 from collections.abc import AsyncIterator
@@ -11,7 +11,8 @@ from lit_qlora.data.messages import conversation_of
 from lit_qlora.inference import Roster, encode_prompt
 from lit_qlora.prompts.style import TemplateStyle
 from lit_qlora.serve.answers import Answers
-from lit_qlora.serve.tool_calls import read_calls
+from lit_qlora.serve.protocol import read_order
+from tests.prompts.test_answer_parts import NOTATIONS
 from tests.serve.conftest import serving
 from tests.serve.test_app import client
 
@@ -25,39 +26,6 @@ TEMPLATE = """{% for tool in tools or [] %}{{ tool.function.name }}, {% endfor %
 {%- endfor %}{% if add_generation_prompt %}A:{% endif %}"""
 """With few words, for the model has little room."""
 ASKED = [{"role": "user", "content": "Weather in Oslo?"}]
-NOTATIONS = {
-    "hermes": "Let me look.\n<tool_call>\n{call}\n</tool_call>\n<tool_call>\n{call}\n</tool_call>",
-    "mistral": "[TOOL_CALLS][{call}, {call}]",
-    "mistral, its mark a control token": "[{call}, {call}]",
-    "llama": "{call}; {call}",
-}
-
-
-@pytest.mark.parametrize("notation", NOTATIONS)
-@pytest.mark.parametrize("key", ["arguments", "parameters"])
-def test_calls_are_read_in_the_notations_in_use(notation: str, key: str) -> None:
-    call = json.dumps({"name": "get_weather", key: {"city": "Oslo"}})
-    words, calls = read_calls(NOTATIONS[notation].replace("{call}", call), ["get_weather"])
-    assert words == ("Let me look." if notation == "hermes" else "")
-    assert [call["function"] for call in calls] == [{"name": "get_weather", "arguments": '{"city": "Oslo"}'}] * 2
-    assert len({call["id"] for call in calls}) == 2
-    assert all(len(call["id"]) == 9 and call["id"].isalnum() for call in calls)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "It rains.", "5", "{}", "[]", '{"name": "get_weather", "arguments": 5}', '{"name": "other"}', "null"),
-        '{"name": "get_weather", "arguments": {}} and more',
-        '<tool_call>\n{"name": "get_weather"\n</tool_call>',
-        '<tool_call>{"name": "get_weather"}</tool_call> and more',
-        '<tool_call>{"name": "get_weather"}</tool_call><tool_call>{"name": "other"}</tool_call>',
-        *(f'{{"name": "get_weather", "arguments": {{"a": {value}}}}}' for value in ("1e400", "NaN", '"\\ud800"')),
-        '{"name": "get_weather", "arguments": {"a": ' + "[" * 900 + "]" * 900 + "}}",
-    ],
-)
-def test_an_answer_that_is_more_than_calls_is_words(text: str) -> None:
-    assert read_calls(text, ["get_weather"]) == (text, [])
 
 
 @pytest.fixture
@@ -78,17 +46,27 @@ def says(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def tooled(roster: Roster) -> Roster:
     """A roster whose base has a template with tools."""
-    return replace(roster, styles=roster.styles | {"tiny": TemplateStyle(TEMPLATE)})
+    return with_template(roster, TEMPLATE)
+
+
+def with_template(roster: Roster, template: str) -> Roster:
+    return replace(roster, styles=roster.styles | {"tiny": TemplateStyle(template)})
 
 
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_the_client_gets_calls_whole_and_streamed(tooled: Roster, says, notation: str) -> None:
-    says(NOTATIONS[notation].replace("{call}", json.dumps(CALL)))
+    if notation == "harmony":
+        tooled = with_template(tooled, "<|channel|>final<|message|>" + TEMPLATE)
+    said = NOTATIONS[notation].replace("{call}", json.dumps(CALL))
+    says(said.replace("{arguments}", json.dumps(CALL["arguments"])))
     request: dict[str, Any] = {"model": "tiny", "messages": ASKED, "tools": [TOOL], "max_tokens": 2}
     with serving(tooled) as server:
         whole = client(server).chat.completions.create(**request).choices[0]
         streamed = [part.choices[0] for part in client(server).chat.completions.create(**request, stream=True)]
-    words = "Let me look." if notation == "hermes" else None
+    words = "Let me look." if notation in ("hermes", "glm", "harmony") else None
+    thought = "Hm." if notation == "harmony" else None
+    assert getattr(whole.message, "reasoning_content", None) == thought
+    assert "".join(getattr(choice.delta, "reasoning_content", "") for choice in streamed) == (thought or "")
     assert (whole.finish_reason, whole.message.content) == ("tool_calls", words)
     wanted = [("get_weather", CALL["arguments"])] * 2
     assert [(call.function.name, json.loads(call.function.arguments)) for call in whole.message.tool_calls] == wanted
@@ -110,6 +88,17 @@ def test_words_are_words_with_tools_and_without(tooled: Roster, says) -> None:
             assert "".join(part.choices[0].delta.content or "" for part in parts) == text
 
 
+def test_thoughts_and_parts_of_a_request_are_in_the_prompt(roster: Roster) -> None:
+    thinking = with_template(roster, TEMPLATE.replace("{{ m.content", "{{ m.reasoning_content or '' }}{{ m.content"))
+    answered = {"role": "assistant", "content": "A fox.", "reasoning_content": "Hm."}
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]
+    said = read_order({"model": "a", "messages": [{"role": "user", "content": parts}, answered, *ASKED]}, chat=True)
+    expected = "Hi you|Hm.A fox.|Weather in Oslo?|A:"
+    assert thinking.tokenizer.decode(encode_prompt(thinking.tokenizer, thinking.styles["tiny"], said.conversation)) == (
+        expected
+    )
+
+
 def test_the_prompt_holds_tools_calls_and_what_tools_answered(tooled: Roster) -> None:
     call = {"id": "abcdefghi", "type": "function", "function": CALL | {"arguments": json.dumps(CALL["arguments"])}}
     messages = [
@@ -127,6 +116,21 @@ def test_the_prompt_holds_tools_calls_and_what_tools_answered(tooled: Roster) ->
         assert without == ask(model="tiny", messages=ASKED, max_tokens=1).usage.prompt_tokens < found
 
 
+def test_thoughts_come_apart_from_words_whole_and_streamed(roster: Roster, says) -> None:
+    says("I am asked.\n</think>\n\nOslo.")
+    thinking = with_template(
+        roster,
+        TEMPLATE.replace("m.content or ''", "(m.content or '').split('</think>')[-1]").replace("A:", "A:<think>\n"),
+    )
+    request: dict[str, Any] = {"model": "tiny", "messages": ASKED, "max_tokens": 2}
+    with serving(thinking) as server:
+        whole = client(server).chat.completions.create(**request).choices[0]
+        streamed = [part.choices[0].delta for part in client(server).chat.completions.create(**request, stream=True)]
+    assert (whole.message.reasoning_content, whole.message.content) == ("I am asked.", "Oslo.")
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in streamed) == "I am asked."
+    assert "".join(delta.content or "" for delta in streamed) == "Oslo."
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -138,6 +142,14 @@ def test_the_prompt_holds_tools_calls_and_what_tools_answered(tooled: Roster) ->
         ({"messages": [*ASKED, {"role": "tool", "content": "a"}]}, r"messages\[1\].tool_call_id must be the id"),
         ({"messages": [*ASKED, {"role": "tool", "content": "a", "tool_call_id": "a"}]}, "expected assistant, got tool"),
         ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [5]}]}, r"messages\[1\].tool_calls must be calls"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y"}}]}]},
+            "content of type 'image_url' is not read",
+        ),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "content": "a", "reasoning_content": "b"}, *ASKED]},
+            "does not write reasoning_content",
+        ),
     ],
 )
 def test_what_is_no_tool_or_call_is_refused_by_name(tooled: Roster, change: dict[str, Any], reason: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader, Tool
@@ -146,6 +146,29 @@ class DraftConfig(Settings):
         return Draft(loaded.model, self.draft_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolsConfig(Settings):
+    """Variables of the chat template besides the messages."""
+
+    tools: Path | None = None
+    """JSON file with a list of tools that the model may call, as OpenAI has them. The style must be a chat template
+    that writes tools."""
+    documents: Path | None = None
+    """JSON file with a list of documents, for chat templates that write documents."""
+
+    def variables(self) -> dict[str, Any]:
+        """The variables, by name.
+
+        Raises:
+            DataError: if a file cannot be read, or holds something else.
+        """
+        if self.tools is None and self.documents is None:
+            return {}
+        from lit_qlora.data.prompt_files import read_variables
+
+        return read_variables(self.tools, self.documents)
+
+
 def check_style(name: str) -> None:
     """Raise UsageError unless choose_style knows `name`."""
     known = ["auto", "none", TEMPLATE, *STYLES]
@@ -202,7 +225,7 @@ def reader_of(tokenizer: "Tokenizer", style: Style | None, prompt: Sequence[int]
         prompt: its ids, which may end with the beginning of a thought.
     """
     notation = style.notation if style else PLAIN
-    begins = decoder_of(tokenizer, style).decode(prompt[-READ_BACK:])
+    begins = decoder_of(tokenizer, style).decode(prompt[-READ_BACK:]) if notation.thought else ""
     return notation.reader(tools, begun=notation.begins_thought(begins))
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,33 @@ from lit_qlora.errors import UsageError
 from lit_qlora.inference import (
     DraftConfig,
     InferenceConfig,
+    ToolsConfig,
     check_style,
     choose_style,
+    decoder_of,
     encode_prompt,
     peak_memory,
+    reader_of,
     stop_ids,
 )
 from lit_qlora.partial_answers import Part
+from lit_qlora.prompts.answer_parts import Answer as Parts
+from lit_qlora.prompts.answer_parts import as_line
 from lit_qlora.prompts.conversation import Conversation, prompt_of
 from lit_qlora.settings import GenerationConfig, check
 
 Answer = tuple[str, int, str]
 """Text of an answer, its number of tokens, and the reason why it ended."""
+Told = tuple[Parts, int, str]
+"""The same with its text taken apart."""
 Row = tuple[str, Conversation, dict[str, Any]]
 """Location, conversation to be answered and original record of a prompt."""
 BETWEEN = "-" * 20  # on a line of its own between several answers to one prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GenerationConfig, DraftConfig, InferenceConfig):
-    """Answer a prompt, or a file of prompts. Answers go to stdout or --out, speed and peak memory to stderr."""
+class Config(GenerationConfig, DraftConfig, ToolsConfig, InferenceConfig):
+    """Answer a prompt, or a file of prompts. Answers go to stdout or --out, thoughts, speed and memory to stderr."""
 
     prompt: str = "What does the fox eat?"
     """Prompt to answer, or text to continue."""
@@ -49,7 +56,7 @@ class Config(GenerationConfig, DraftConfig, InferenceConfig):
     """File of prompts, instead of one prompt. A .txt file has one prompt a line. A .jsonl, .json, .csv, .tsv or
     .parquet file has the column instruction (or prompt), and optionally input and system; or it has messages, and
     optionally tools for a chat template that writes them. Each answer is a JSON line: the record with answer, tokens
-    and finish_reason added."""
+    and finish_reason added, and with reasoning and tool_calls where the answer has them."""
     out: Path | None = None
     """File for the JSON lines. By default stdout. An existing file is not overwritten. OUT.part keeps the answers as
     they are made; if the command is stopped, the same command resumes from it."""
@@ -94,7 +101,11 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
     style = choose_style(config.style, loaded.style, config.checkpoint_dir)
     gap, tail = (style.gap, style.tail) if style else ("", "")
-    stops, stop = stop_ids(tokenizer, style), ends_with(tokenizer, config.stop, gap)
+    decoder, stops, stop = (
+        decoder_of(tokenizer, style),
+        stop_ids(tokenizer, style),
+        ends_with(tokenizer, config.stop, gap),
+    )
     draft = config.load_draft(tokenizer, config.precision)
     prompts, rooms = [], []
     for place, asked, _ in rows:
@@ -117,21 +128,29 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
         for place, ids in enumerate(answers):
             i = batch[place // config.num_return_sequences]
             full = len(ids) == rooms[i] and not (stop and stop(ids))
-            text = text_of(tokenizer, ids, gap, tail, config.stop)
+            text = text_of(decoder, ids, gap, tail, config.stop)
             answered.setdefault(i, []).append((text, len(ids), "length" if full else "stop"))
         if part:
             part.add({i: answered[i] for i in batch})
     seconds = time.perf_counter() - start
 
+    def told(i: int) -> list[Told]:
+        """Take the answers to prompt `i` apart."""
+        tools = rows[i][1].variables.get("tools", ())
+        return [(reader_of(tokenizer, style, prompts[i], tools).whole(text), *rest) for text, *rest in answered[i]]
+
     if config.prompts:
-        lines = as_lines([(original, answered[i]) for i, (_, _, original) in enumerate(rows)])
+        lines = as_lines([(original, told(i)) for i, (_, _, original) in enumerate(rows)])
         if part:
             part.end("".join(lines))
             print(f"{len(lines)} answers are in {config.out}.", file=sys.stderr)
         else:
             print("".join(lines), end="")
     else:
-        print(f"\n{BETWEEN}\n".join(text for text, _, _ in answered[0]))
+        parts = [found for found, *_ in told(0)]
+        for thought in filter(None, (found.reasoning for found in parts)):
+            print(f"{thought}\n", file=sys.stderr)
+        print(f"\n{BETWEEN}\n".join(map(words_and_calls, parts)))
     print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s, {peak_memory()}", file=sys.stderr)
     cut = [i for i in answered if rooms[i] < config.max_new_tokens and any(end == "length" for *_, end in answered[i])]
     if cut:
@@ -150,21 +169,37 @@ def read_rows(config: Config) -> Iterator[Row]:
         DataError: if the file cannot be read, holds no prompt, or a row has none.
     """
     if config.prompts is None:
-        yield "prompt", prompt_of(config.prompt, config.input, config.system or None), {}
+        asked = prompt_of(config.prompt, config.input, config.system or None)
+        yield "prompt", replace(asked, variables=config.variables()), {}
         return
     from lit_qlora.data.prompt_files import read_prompts
 
-    yield from read_prompts(config.prompts, config.system)
+    yield from read_prompts(config.prompts, config.system, config.variables())
 
 
-def as_lines(rows: list[tuple[dict[str, Any], list[Answer]]]) -> list[str]:
+def words_and_calls(parts: Parts) -> str:
+    """Return what an answer says, then its calls, a line each."""
+    return "\n".join(filter(None, (parts.content, *map(as_line, parts.calls))))
+
+
+def as_lines(rows: list[tuple[dict[str, Any], list[Told]]]) -> list[str]:
     """Return a JSON line for each answer."""
     return [
-        json.dumps({**row, "answer": text, "tokens": tokens, "finish_reason": end}, ensure_ascii=False, default=str)
+        json.dumps(
+            row | {"answer": parts.content} | _others(parts) | {"tokens": tokens, "finish_reason": end},
+            ensure_ascii=False,
+            default=str,
+        )
         + "\n"
         for row, answers in rows
-        for text, tokens, end in answers
+        for parts, tokens, end in answers
     ]
+
+
+def _others(parts: Parts) -> dict[str, Any]:
+    """Return the thoughts and the calls, if there are some."""
+    found = {"reasoning": parts.reasoning, "tool_calls": parts.calls}
+    return {name: value for name, value in found.items() if value}
 
 
 if __name__ == "__main__":

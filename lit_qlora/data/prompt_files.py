@@ -1,6 +1,7 @@
 """Files of prompts that are to be answered."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,20 @@ from typing import Any
 from lit_qlora.data.messages import conversation_of, variables_of
 from lit_qlora.data.sources import Source, find_file, read_records
 from lit_qlora.errors import DataError
-from lit_qlora.prompts.conversation import Conversation, Message, prompt_of
+from lit_qlora.files.reading import read_json
+from lit_qlora.prompts.conversation import NOTHING, Conversation, Message, prompt_of
 
 
-def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, Conversation, dict[str, Any]]]:
+def read_prompts(
+    path: Path, system: str = "", variables: Mapping[str, Any] = NOTHING
+) -> Iterator[tuple[str, Conversation, dict[str, Any]]]:
     """Place, conversation to be answered, and original row of each prompt.
 
     Args:
         path: a line each (.txt), or records with instruction or prompt, and perhaps input and system, or with messages
             and perhaps tools.
         system: what the model is told before all, where a record does not say.
+        variables: see read_variables; a record's own come before them.
 
     Raises:
         DataError: if the file cannot be read, holds no prompt, or a row has none.
@@ -37,10 +42,31 @@ def read_prompts(path: Path, system: str = "") -> Iterator[tuple[str, Conversati
             raise DataError(f"{location}: {error}.") from None
         if system and asked.system is None:
             asked = replace(asked, messages=(Message("system", system), *asked.messages))
+        if variables:
+            asked = replace(asked, variables={**variables, **asked.variables})
         found = True
         yield location, asked, row
     if not found:
         raise DataError(f"{path} holds no prompt.")
+
+
+def read_variables(tools: Path | None, documents: Path | None) -> dict[str, Any]:
+    """The variables that a chat template has besides messages, from JSON files with a list each.
+
+    Raises:
+        DataError: if a file cannot be read, or holds something else.
+    """
+    found: dict[str, Any] = {}
+    for name, path in (("tools", tools), ("documents", documents)):
+        if path is None:
+            continue
+        found |= variables_of({name: json.dumps(read_json(path, DataError, kind=list))})
+    for tool in found.get("tools", ()):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            form = '{"type": "function", "function": {"name": "f"}}'
+            raise DataError(f"{tools}: a tool has the form {form}, got {json.dumps(tool)[:80]}.")
+    return found
 
 
 def _asked(row: dict[str, Any]) -> Conversation:

@@ -42,6 +42,12 @@ class Answer:
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
 
+    def add(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Append parts of it, and return them."""
+        for kind, text in parts:
+            setattr(self, kind, getattr(self, kind) + text)
+        return parts
+
 
 @dataclass(frozen=True)
 class Notation:
@@ -117,7 +123,7 @@ class Reader(ABC):
     follows them, if each is complete, and if each names a tool. Otherwise they are words.
 
     Args:
-        tools: those that may be called; without tools there are no calls.
+        tools: the tools that may be called; without them there are no calls.
 
     Attributes:
         calls: the calls, once the answer has ended.
@@ -140,8 +146,7 @@ class Reader(ABC):
     def whole(self, text: str) -> Answer:
         """Take a whole answer apart."""
         answer = Answer()
-        for kind, piece in (*self.push(text), *self.end()):
-            setattr(answer, kind, getattr(answer, kind) + piece)
+        answer.add([*self.push(text), *self.end()])
         answer.calls = self.calls
         return answer
 
@@ -297,6 +302,12 @@ class _Harmony(Reader):
         return Part(kind, between + text)
 
 
+def as_line(call: Call) -> str:
+    """A call as a line of JSON."""
+    function = call["function"]
+    return f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
+
+
 def read_calls(text: str, tools: Mapping[str, Tool]) -> list[Call]:
     """The calls that a text consists of; none if it holds anything else.
 
@@ -305,7 +316,7 @@ def read_calls(text: str, tools: Mapping[str, Tool]) -> list[Call]:
     [TOOL_CALLS]. Llama 3 writes objects alone, with "parameters" for the arguments.
 
     Args:
-        tools: name -> function, of those that may be called.
+        tools: name -> function, of the tools that may be called.
     """
     *between, last = _MARKED.split(text)
     if between:

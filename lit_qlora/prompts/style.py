@@ -147,7 +147,8 @@ class Style(ABC):
             UsageError: if the conversation has tools or thoughts that the style does not write.
             UnwritableError: as write_prompt.
         """
-        if unread := self.unread(conversation).keys() & MEANT:
+        left_out = REASONING if self.notation.thought else ()  # such a template has no words for the thoughts of before
+        if unread := self.unread(conversation).keys() & MEANT - {*left_out}:
             raise UsageError(f"The prompt style {self.name} does not write {', '.join(sorted(unread))}.")
         parts = encode_pieces(tokenizer, [self.write_prompt(tokenizer, conversation)])[0]
         return [i for part in parts for i in part]

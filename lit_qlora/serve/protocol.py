@@ -237,10 +237,10 @@ def _message(message: Any, place: str) -> Message:
             content = text_of_parts(content)
         except DataError as error:
             raise ApiError(400, f"{place}: {error}.", "messages") from None
-    keys = {name: message[name] for name in _KEYS.get(role, ()) if message.get(name)}
+    keys = {name: message[name] for name in ("name", *_KEYS.get(role, ())) if message.get(name)}
     if not isinstance(content, str) and not (content is None and "tool_calls" in keys):
         _wrong(f"{place}.content", "a text", content)
-    for key in REASONING:
+    for key in ("name", *REASONING):
         if not isinstance(keys.get(key, ""), str):
             _wrong(f"{place}.{key}", "a text", keys[key])
     for call in keys.get("tool_calls", ()):

@@ -97,9 +97,9 @@ def test_a_chat_shows_what_training_showed(trained: SimpleNamespace) -> None:
     for model in trained.models:
         config = script.Config(system="Be kind.", **model)
         chat = script.Conversation(load_roster(config, config.adapters, config.style), config)
-        assert chat.prompt(chat.who, "Hi, who are you?") == trained.before[1]
-        chat.turns = [script.Turn("Hi, who are you?", "A fox.")]
-        assert chat.prompt(chat.who, "And\nthen?") == trained.before[2]
+        past = [script.Turn.of("Hi, who are you?", "A fox.")]
+        assert chat.prompt(chat.who, script.Turn.of("Hi, who are you?"), []) == (trained.before[1], [])
+        assert chat.prompt(chat.who, script.Turn.of("And\nthen?"), past) == (trained.before[2], past)
 
 
 def test_the_server_shows_what_training_showed(trained: SimpleNamespace) -> None:

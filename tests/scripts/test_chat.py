@@ -15,10 +15,10 @@ from lit_qlora.generation import generate
 from lit_qlora.inference import load_roster
 from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.lora.layer import add_lora, lora_state
-from lit_qlora.prompts.conversation import Message, prompt_of
+from lit_qlora.prompts.conversation import Conversation, Message, prompt_of
 from lit_qlora.settings import GenerationConfig, LoRAConfig
 from tests.conftest import ROOT, load_script
-from tests.scripts.test_generate import run_script
+from tests.scripts.test_generate import TOOLED, run_script, with_template
 
 
 def write_adapter(
@@ -89,11 +89,7 @@ TEMPLATE = (
 
 
 def test_a_model_with_a_chat_template_of_its_own_is_talked_to_in_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    own.mkdir()
-    for file in tiny_checkpoint.iterdir():
-        (own / file.name).symlink_to(file)
-    (own / "chat_template.jinja").write_text(TEMPLATE)
+    own = with_template(tiny_checkpoint, tmp_path / "own", TEMPLATE)
     conversation = chat(own, "/system Hm.", "1 + 2", "And 4?", max_new_tokens=4)
     tokenizer, (first, second) = conversation.tokenizer, conversation.turns
     # This template writes no BOS, so there is none.
@@ -104,6 +100,43 @@ def test_a_model_with_a_chat_template_of_its_own_is_talked_to_in_it(tiny_checkpo
         conversation.model, [prompt], GenerationConfig(max_new_tokens=4), tokenizer.stop_ids, tokenizer.size
     )
     assert second.answer == tokenizer.decode(answer)
+
+
+def test_a_model_calls_a_tool_and_goes_on_with_its_result(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, history = with_template(tiny_checkpoint, tmp_path / "own", TOOLED), tmp_path / "chat.jsonl"
+    (tmp_path / "tools.json").write_text(json.dumps([{"type": "function", "function": {"name": "get_weather"}}]))
+    settings = {"tools": tmp_path / "tools.json", "history": history, "max_new_tokens": 4}
+    conversation = chat(own, **settings)
+    call = json.dumps({"name": "get_weather", "arguments": {"city": "Oslo"}})
+    answers = iter([f"Hm.</think>\n<tool_call>{call}</tool_call><tool_call>{call}</tool_call>", "</think>It rains."])
+    asked: list[list[int]] = []
+
+    def say(name: str, prompt: list[int]) -> Any:
+        asked.append(prompt)
+        return iter(next(answers))
+
+    conversation.pieces = say
+    conversation.hear("Weather?")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.splitlines()) == (
+        f"{call}\n{call}\n",
+        ["Hm.", "get_weather waits for its result: /tool TEXT gives it."],
+    )
+    conversation.hear("/tool wet")
+    assert "get_weather waits for its result" in capsys.readouterr().err
+    resumed = chat(own, **settings)
+    resumed.pieces = say
+    resumed.hear("/tool cold")
+    assert capsys.readouterr().out == "It rains.\n"
+    (turn,) = resumed.turns
+    assert [message.role for message in turn.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    said = Conversation(turn.messages[:-1], variables=resumed.variables)
+    assert asked[1] == resumed.roster.styles[resumed.who].encode_prompt(resumed.tokenizer, said)
+    assert conversation.tokenizer.decode(asked[1]).endswith("get_weather Osloget_weather Oslo|wet|cold|A:<think>")
+    with pytest.raises(UsageError, match="No call of a tool waits for a result"):
+        resumed.hear("/tool wet")
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full_and_says_so(
@@ -202,7 +235,13 @@ def test_a_system_text_that_is_given_wins_over_the_one_of_the_history(tiny_check
     assert chat(tiny_checkpoint, history=history).system == "Be brief."
 
 
-@pytest.mark.parametrize("line", ["", "{", "\udcff", "5", '{"role": "user"}', '{"role": "nobody", "content": "x"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("", "{", "\udcff", "5", '{"role": "user"}', '{"role": "nobody", "content": "x"}'),
+        *(f'{{"role": "assistant", "content": "", "tool_calls": {calls}}}' for calls in ("5", "[5]", '[{"id": "a"}]')),
+    ],
+)
 def test_a_file_that_is_no_history_is_refused_with_its_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(f'{{"role": "user", "content": "x"}}\n{line}\n', errors="surrogateescape")

@@ -12,6 +12,7 @@ from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import CheckpointError, DataError, ResourceError, UsageError
 from lit_qlora.generation import generate
 from lit_qlora.inference import check_style, choose_style, encode_prompt
+from lit_qlora.prompts.answer_parts import Answer
 from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.prompts.style import STYLES
 from lit_qlora.prompts.tokenizer import Tokenizer
@@ -29,6 +30,22 @@ def test_auto_is_the_recorded_style_and_none_is_the_bare_text(tiny_checkpoint):
     assert encode_prompt(tokenizer, recorded, prompt_of("a", "b")) == tokenizer.encode("Q: a\nb\nA:")
     with pytest.raises(UsageError, match="Did you mean alpaca"):
         check_style("alpca")
+
+
+TOOLED = """{% for tool in tools or [] %}{{ tool.function.name }}, {% endfor %}
+{%- for m in messages %}{{ (m.content or '').split('</think>')[-1] }}
+{%- for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments.city }}{% endfor %}|
+{%- endfor %}{% if add_generation_prompt %}A:<think>{% endif %}"""
+"""With few words, for the model has little room."""
+
+
+def with_template(checkpoint, folder, template):
+    """The checkpoint with a chat template."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def run_script(name: str, *flags: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -132,6 +149,44 @@ def test_a_file_of_prompts_may_hold_messages_and_tools(tmp_path):
     path.write_text(json.dumps({"messages": [*spoken, {"role": "assistant", "content": "One."}]}))
     with pytest.raises(DataError, match=r"in\.jsonl:1: turn 4: the last prompt is answered already"):
         list(read_prompts(path))
+
+
+def test_thoughts_and_calls_of_tools_are_shown_apart_from_the_answer(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    script = load_script("scripts/generate.py")
+    own, tools = with_template(tiny_checkpoint, tmp_path / "own", TOOLED), tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"name": "get_weather"}]))
+    called = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+    text = f"Hm.</think>Let me look.\n<tool_call>{json.dumps(called)}</tool_call>"
+    asked = []
+
+    def answer(model, prompts, *rest, **others):
+        asked.extend(prompts)
+        return [Tokenizer(own).encode(text, bos=False)] * len(prompts)
+
+    monkeypatch.setattr("lit_qlora.generation.generate", answer)
+    common = {"checkpoint_dir": own, "tools": tools, "max_new_tokens": 4}
+    script.main(script.Config(prompt="Weather?", **common))
+    shown = capsys.readouterr()
+    assert shown.out == f"Let me look.\n{json.dumps(called)}\n"
+    assert shown.err.startswith("Hm.\n\n")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "Weather?"}))
+    script.main(script.Config(prompts=tmp_path / "in.jsonl", **common))
+    found = json.loads(capsys.readouterr().out)
+    assert (found["answer"], found["reasoning"]) == ("Let me look.", "Hm.")
+    assert json.loads(found["tool_calls"][0]["function"]["arguments"]) == called["arguments"]
+    assert Tokenizer(own).decode(asked[0]) == "get_weather, Weather?|A:<think>"
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "not valid JSON"), ("[5]", "a tool has the form"), ("5", "expected a list")],
+)
+def test_a_file_that_holds_no_tools_is_refused_before_anything_is_loaded(content, reason, tmp_path):
+    script = load_script("scripts/generate.py")
+    (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(DataError, match=rf"tools\.json: .*{reason}"):
+        script.main(script.Config(checkpoint_dir=tmp_path, tools=tmp_path / "tools.json"))
 
 
 def test_answers_of_a_command_that_was_stopped_are_not_made_again(tiny_checkpoint, tmp_path, monkeypatch, capsys):
@@ -258,7 +313,7 @@ def test_draft_tokens_without_a_draft_model_are_refused():
 def test_columns_that_json_does_not_know_are_written_as_text():
     script = load_script("scripts/generate.py")
     row = {"prompt": "x", "when": datetime.date(2024, 2, 29), "raw": b"ab"}
-    (line,) = script.as_lines([(row, [("y", 1, "stop")])])
+    (line,) = script.as_lines([(row, [(Answer("y"), 1, "stop")])])
     assert json.loads(line)["when"] == "2024-02-29"
 
 

@@ -74,8 +74,8 @@ def main(config: DemoConfig) -> None:
     report = read_text(out / "report.md")
     write_text(out / "report.md", f"{report}\n## Before and after\n\n{table}\n\n{agreement}\n")
     print(
-        f"\ndone in {time.monotonic() - start:.0f} s. A toy model learnt a toy task. This shows that the parts work, "
-        "not how good they are.\n"
+        f"\ndone in {time.monotonic() - start:.0f} s. A toy model was trained on a toy task. This shows that the parts "
+        "work, not how good they are.\n"
         f"  adapter {out}/final   merged {out}/merged   report {out}/report.md   picture {out}/loss.png\n"
         f"  chat with it:   python scripts/chat.py --checkpoint_dir {out}/merged\n"
         "  use your data:  python finetune/lora.py --checkpoint_dir MODEL --quantize bnb.nf4 --data.path YOUR.jsonl"

@@ -26,7 +26,7 @@ def make_loss(model: Any, lengths: bool) -> Loss:
         labels = micro.ids
         if micro.documents:
             told["position_ids"] = torch.cat([torch.arange(n) for n in micro.documents])[None].to(micro.ids.device)
-            labels = labels.masked_fill(told["position_ids"] == 0, -100)  # nothing is learnt across a border
+            labels = labels.masked_fill(told["position_ids"] == 0, -100)  # no label across a border
             if lengths:
                 told["packed_seq_lengths"] = torch.tensor(micro.documents, dtype=torch.int32)
         with torch.autocast(micro.ids.device.type, dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The identity of a base: an adapter computes what it learnt on no other, and a run goes on with no other."""
+"""The identity of a base: an adapter fits no other, and a run goes on with no other."""
 
 import json
 from collections.abc import Mapping

@@ -42,7 +42,7 @@ class Audit:
     duplicates: int
     """Training samples that say what an earlier one says."""
     overlap: int
-    """Validation samples that are also learnt from."""
+    """Validation samples that are also trained on."""
     shown: list[Sample]
     """The first, the middle and the last training sample."""
     unread: dict[str, list[str]]
@@ -59,19 +59,19 @@ class Audit:
             "{} prompts were cut": counts.cut_prompts,
             "{} turns of conversations were left out": counts.cut_turns,
             f"{{}} answers were cut ({_percent(counts.cut_answers, counts.examples)})": counts.cut_answers,
-            "nothing is learnt of {} samples, which were left out": counts.masked,
-            "{} answers are not learnt, as the chat template writes them differently once the conversation goes on; as "
-            "conversations of their own, that end with them, they would be": counts.untaught,
+            "{} samples have no labelled token and were left out": counts.masked,
+            "{} answers are not labelled, as the chat template writes them differently once the conversation goes on; "
+            "as conversations of their own, that end with them, they would be": counts.untaught,
             "{} answers weigh less than others": counts.light,
             "{} answers begin otherwise than the chat template asks for them": counts.begun,
-            "{} answers are learnt behind another text than they will be asked with, as the chat template writes "
+            "{} answers are trained behind another text than they will be asked with, as the chat template writes "
             "differently what comes before an answer once it is there": counts.rewritten,
-            "{} answers are learnt without their thoughts, which the chat template leaves out": counts.thoughts,
+            "{} answers are trained without their thoughts, which the chat template leaves out": counts.thoughts,
             "{} prompts are empty": counts.empty_prompts,
             "{} answers are empty": counts.empty_answers,
             f"{{}} of {counts.turns} answers do not end": counts.turns - counts.ended,
             "{} samples say what an earlier one says": self.duplicates,
-            "{} validation samples are also learnt from": self.overlap,
+            "{} validation samples are also trained on": self.overlap,
             "{} samples hold NUL or other control characters": counts.control_characters,
             "{} samples name a control token, which is encoded as text": counts.control_tokens,
         }
@@ -117,8 +117,8 @@ def audit(
     """Look at everything that a run would learn from.
 
     Args:
-        samples: all that are learnt from.
-        chosen, held_out: for each training source, the samples that are learnt from, and those to validate on.
+        samples: all to train on.
+        chosen, held_out: for each training source, the samples to train on, and those to validate on.
 
     Raises:
         DataError: if nothing is left.
@@ -126,8 +126,8 @@ def audit(
     counts = sum((source.facts.counts for source in [*train, *([val] if val else [])]), Counts())
     if not len(samples):
         raise DataError(
-            f"{', '.join(data.path)}: no token would be learnt; of {counts.examples} samples {counts.dropped} are too "
-            f"long for {max_length} tokens, {counts.masked} hold nothing to learn."
+            f"{', '.join(data.path)}: no token would be labelled; of {counts.examples} samples {counts.dropped} are "
+            f"too long for {max_length} tokens, {counts.masked} have no labelled token."
         )
 
     def gathered(name: str, which: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
@@ -161,7 +161,7 @@ def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
     findings: dict[Finding, tuple[int, int, str]] = {
         "cut_answers": (counts.cut_answers, counts.examples, f"answers {longer}"),
         "dropped": (counts.dropped, counts.examples, f"samples {longer}"),
-        "masked": (counts.masked, counts.examples, "samples hold nothing to learn"),
+        "masked": (counts.masked, counts.examples, "samples have no labelled token"),
         "no_eos": (
             counts.turns - counts.ended,
             counts.turns,
@@ -170,8 +170,8 @@ def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
         "begun": (
             counts.begun,
             counts.turns,
-            "answers begin otherwise than the chat template asks for them, so the model would not be asked as it has "
-            "learnt to answer. Give another --data.prompt",
+            "answers begin otherwise than the chat template asks for them, so the model would not be asked as it was "
+            "trained to answer. Give another --data.prompt",
         ),
     }
     return [
@@ -194,7 +194,7 @@ def _red_of_sources(sources: Sequence[Encoded], data: DataConfig) -> list[str]:
         if rendered and "control_tokens" not in data.allow:
             red.append(
                 f"{facts.source}: every text holds control tokens, as if a chat template had written it. They would be "
-                "learnt as letters. Give the messages themselves, or input_ids and labels, or go on with "
+                "encoded as letters. Give the messages themselves, or input_ids and labels, or go on with "
                 "--data.allow control_tokens."
             )
     return red
@@ -212,7 +212,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def show(sample: Sample, tokenizer: Tokenizer, most: int = 400, dim: bool | None = None) -> str:
-    """A sample as the model sees it, on one line, what is not learnt dimmed, or in brackets where nothing can be.
+    """A sample as the model sees it, on one line, tokens without labels dimmed, or in brackets where nothing can be.
 
     Args:
         most: characters of each part that are shown.
@@ -224,8 +224,8 @@ def show(sample: Sample, tokenizer: Tokenizer, most: int = 400, dim: bool | None
     for start, end in zip([0, *edges], [*edges, len(sample.tokens)], strict=True):
         text = tokenizer.decode(sample.tokens[start:end].tolist())
         text = (text if len(text) < most else f"{text[: most // 2]} ... {text[-most // 2 :]}").replace("\n", "\\n")
-        learnt = bool(sample.trained[start])
-        words.append(f"{text}<end>" if learnt else f"\x1b[2m{text}\x1b[0m" if dim else f"[{text}]")
+        labelled = bool(sample.trained[start])
+        words.append(f"{text}<end>" if labelled else f"\x1b[2m{text}\x1b[0m" if dim else f"[{text}]")
     return " -> ".join(words)
 
 

@@ -1,4 +1,4 @@
-"""From examples to token ids, with what is learnt marked by the structure of the style, and what is too long cut."""
+"""From examples to token ids: the structure of the style labels tokens, and long samples are cut."""
 
 import json
 import re
@@ -53,7 +53,7 @@ class Counts:
     ended: int = 0
     """Turns whose answer ends with a token that ends answers."""
     untaught: int = 0
-    """Answers that are not learnt because the chat template writes them differently once the conversation goes on."""
+    """Answers without labels, because the chat template writes them differently once the conversation goes on."""
     light: int = 0
     """Answers whose loss is multiplied by less than 1, but by more than 0."""
     begun: int = 0
@@ -69,7 +69,7 @@ class Counts:
     dropped: int = 0
     """Samples that were left out because they were too long."""
     masked: int = 0
-    """Samples that were left out because nothing of them would be learnt."""
+    """Samples that were left out because they have no labelled token."""
     empty_prompts: int = 0
     empty_answers: int = 0
     control_characters: int = 0
@@ -213,7 +213,7 @@ class Encoder:
         tokens: list[int] = []
         trained = np.full(_length(turns), not self.encoding.mask_prompt)
         light: list[tuple[slice, float]] = []  # what weighs less than 1
-        hides = False  # whether the next prompt holds an answer that is not to be learnt
+        hides = False  # whether the next prompt holds an answer that is not labelled
         for i, (message, turn) in enumerate(zip(said.answers, turns, strict=True)):
             prompt, answer, remarks = turn
             learn = message.weight > 0 and (i == len(turns) - 1 or not self.encoding.only_last_answer)
@@ -257,7 +257,7 @@ class Encoder:
         return self.encoding.max_length_prompt, self.encoding.max_length_answer
 
     def _pieces(self, turn: EncodedTurn) -> list[Sample]:
-        """Raw text in pieces; each begins with the last token of the one before, so that every token is learnt."""
+        """Raw text in pieces; each begins with the last token of the one before, so that every token is labelled."""
         ids, size = turn[0] + turn[1], self.encoding.max_length
         parts = [ids[at : at + size] for at in range(0, len(ids) - 1, size - 1)]
         self.counts.turns += 1

@@ -115,7 +115,7 @@ def red_dot(record: Fields) -> Conversation:
 
 
 def raw_text(record: Fields) -> Conversation:
-    """Read a text without a prompt; the whole text is learnt."""
+    """Read a text without a prompt; every token is labelled."""
     return Conversation.of(("", text_of(record, "text")))
 
 
@@ -293,7 +293,7 @@ def pick_format(
 
 
 _PREFERENCES = (
-    "The columns chosen and rejected are pairs to prefer one answer of, and answers are learnt one by one here.\n"
+    "The columns chosen and rejected are pairs to prefer one answer of, and training here is on one answer at a time.\n"
     "Learn the good ones with --data.columns prompt:instruction,chosen:output."
 )
 

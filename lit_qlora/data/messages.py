@@ -23,7 +23,7 @@ ROLES: dict[str, Role] = {
 }
 """Names that data sets give to the speakers -> their roles here."""
 WEIGHTS = ("weight", "train", "training")
-"""Keys that say how much of an answer is learnt."""
+"""Keys that give the weight of an answer in the loss."""
 NO_KEYS = frozenset({"role", "from", "content", "value"})
 
 
@@ -214,7 +214,7 @@ def _called(found: Fields, text_key: str, keys: dict[str, Any]) -> Message:
 
 
 def _weight(keys: dict[str, Any]) -> float:
-    """Take out of the keys how much of the answer is learnt, from 0 to 1."""
+    """Take the weight of the answer in the loss, from 0 to 1, out of the keys."""
     weight = 1.0
     for name in WEIGHTS:
         if name in keys:

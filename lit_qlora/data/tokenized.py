@@ -10,7 +10,7 @@ from lit_qlora.data.samples import Sample
 from lit_qlora.errors import DataError
 
 IGNORED = -100
-"""The label of a token that is not learnt, as transformers has it."""
+"""The label of a token that the loss does not count, as in transformers."""
 
 
 class Tokenized(NamedTuple):
@@ -21,9 +21,9 @@ class Tokenized(NamedTuple):
 
 
 def read_tokenized(record: Mapping[str, Any]) -> Tokenized:
-    """{"input_ids": [...], "labels": [...]}: a label is the token of its own position, or -100 where it is not learnt.
+    """{"input_ids": [...], "labels": [...]}: a label is the token of its own position, or -100 for none.
 
-    Without labels everything is learnt. Padding, which attention_mask marks with 0, is left out.
+    Without labels every token is labelled. Padding, which attention_mask marks with 0, is left out.
 
     Raises:
         DataError: if the columns do not fit each other.

@@ -121,7 +121,7 @@ class Merge:
         layers: the sizes of the updates that were computed so far, see merge_measured.
 
     Raises:
-        CheckpointError: if base and adapters do not belong together or an adapter never learnt anything.
+        CheckpointError: if base and adapters do not belong together or an adapter was never trained.
         UsageError: if adapters that are to be added were trained on bases of different quantisation, or are no sums.
     """
 
@@ -142,7 +142,7 @@ class Merge:
         for adapter, state in zip(self.adapters, states, strict=True):
             if not any(bool(t.any()) for name, t in state.items() if name.endswith(".lora_b")):
                 raise CheckpointError(
-                    f"{adapter.path} is a fresh adapter: it learnt nothing, so merging it changes nothing."
+                    f"{adapter.path} is a fresh adapter: it was never trained, so merging it changes nothing."
                 )
             if base == "quantized" and adapter.init and self.weights != [1.0]:
                 raise CheckpointError(

@@ -81,7 +81,7 @@ class ModelConfig:
     """Factor of the scores; None: 1 / sqrt(head_size)."""
     attention_softcap: float | None = None
     attention_sinks: bool = False
-    """Each head has one more score, learnt, that takes its share of the softmax and gives nothing (gpt-oss)."""
+    """Each head has one more score, a parameter, that takes its share of the softmax and gives nothing (gpt-oss)."""
     query_scale_beta: float = 0.0
     """Queries at position p are multiplied by 1 + beta log(1 + floor(p / rope_original_block_size)) (Ministral 3)."""
     kv_latent_size: int = 0
@@ -140,7 +140,7 @@ class ModelConfig:
     """Divide the weights of the chosen experts by their sum."""
     router_bias: bool = False
     router_correction: bool = False
-    """A learnt number for each expert helps to choose it, without counting in its weight (DeepSeek-V3)."""
+    """A parameter for each expert helps to choose it, without counting in its weight (DeepSeek-V3)."""
     router_scale: float = 1.0
     router_groups: int = 1
     """Number of groups of experts; a token chooses among the experts of its best router_groups_kept groups."""

@@ -39,7 +39,7 @@ class Message(NamedTuple):
 class Conversation:
     """Messages: perhaps one of system or developer, then of user, assistant and tools.
 
-    A conversation that is learnt from ends with an answer, a prompt with a message that is to be answered.
+    A conversation to train on ends with an answer, a prompt with a message that is to be answered.
     """
 
     messages: tuple[Message, ...]
@@ -78,7 +78,7 @@ class Conversation:
 
     @property
     def output(self) -> str:
-        """The last message, which is the last answer of a conversation that is learnt from."""
+        """The last message, which is the last answer of a conversation to train on."""
         return self.messages[-1].text
 
     @property

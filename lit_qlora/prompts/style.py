@@ -313,7 +313,7 @@ class TemplateStyle(Style):
     def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
         """See Style.
 
-        A template with {% generation %} marks the learnt text itself. With any other, each turn is rendered without
+        A template with {% generation %} marks the labelled text itself. With any other, each turn is rendered without
         and with its answer. The answer is the rest of the second text, up to the last control token, which ends it.
         A template may write answers differently once the conversation goes on: some leave out earlier thoughts. Such
         an answer is part of the next prompt, which the model will read, and its own turn is empty.
@@ -353,7 +353,7 @@ class TemplateStyle(Style):
 
     @cached_property
     def _is_marked(self) -> bool:
-        """True if the template itself marks the learnt text."""
+        """True if the template itself marks the labelled text."""
         return re.search(r"{%[-+]?\s*generation\b", self._code) is not None
 
     @cached_property

@@ -72,7 +72,7 @@ def qa(instruction: str, input: str = "", system: str | None = None, first: bool
 
 
 def text(instruction: str, input: str = "", system: str | None = None, first: bool = True) -> Sequence[Piece]:
-    """Nothing around the text; with raw text, which has no prompt, everything is learnt."""
+    """Nothing around the text; with raw text, which has no prompt, every token is labelled."""
     return [BOS, after_system(system, with_input(instruction, input))]
 
 

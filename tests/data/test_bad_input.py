@@ -213,11 +213,13 @@ def test_b16_answers_that_are_cut_are_counted_and_most_of_them_stop_the_run(load
 
 def test_b17_a_run_with_every_label_masked_is_refused(loaded) -> None:
     silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
-    with pytest.raises(DataError, match=r"no token would be learnt; of 2 samples 0 are too long .* 2 hold nothing"):
+    with pytest.raises(
+        DataError, match=r"no token would be labelled; of 2 samples 0 are too long .* 2 have no labelled"
+    ):
         loaded([silent, silent])
     heard = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (red,) = loaded([silent, silent, heard]).audit.red
-    assert red.startswith("2 of 3 samples hold nothing to learn")
+    assert red.startswith("2 of 3 samples have no labelled token")
 
 
 def test_b18_no_sample_is_longer_than_the_context(loaded) -> None:
@@ -231,11 +233,11 @@ def test_b19_samples_that_come_twice_are_counted(loaded) -> None:
     assert "2 samples say what an earlier one says" in loaded([*rows, rows[0], rows[0]], val_fraction=0.0).audit.notes()
 
 
-def test_b20_validation_samples_that_are_learnt_from_are_counted(loaded, tmp_path: Path) -> None:
+def test_b20_validation_samples_that_are_trained_on_are_counted(loaded, tmp_path: Path) -> None:
     rows = [GOOD | {"output": str(i)} for i in range(5)]
     val = write(tmp_path / "val.jsonl", lines(rows[1], GOOD | {"output": "new"}))
     found = loaded(rows, val_path=str(val))
-    assert "1 validation samples are also learnt from" in found.audit.notes()
+    assert "1 validation samples are also trained on" in found.audit.notes()
 
 
 def test_b21_names_of_control_tokens_are_text_and_counted(loaded, tiny_checkpoint: Path) -> None:

@@ -25,7 +25,7 @@ def batching(batch_size: int, micro_batch_size: int = 2, seed: int = 0, **others
 
 
 def firsts(batches: list) -> list[int]:
-    """The first tokens of the samples that are learnt from."""
+    """The first tokens of the samples that are trained on."""
     found = []
     for batch in batches:
         for tokens, labels in zip(batch.tokens.tolist(), batch.labels, strict=True):
@@ -231,7 +231,7 @@ def test_validation_batches_hold_every_sample_once_sorted_by_length() -> None:
 
 
 def light(weights: list[float], first: int = 100) -> Sample:
-    """A sample of as many tokens, each of which weighs what it says; 0 is not learnt."""
+    """A sample of as many tokens, each of which weighs what it says; 0 is not labelled."""
     at = np.array(weights, np.float32)
     return Sample(np.arange(first, first + len(weights), dtype=np.int32), at > 0, at)
 

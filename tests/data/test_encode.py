@@ -1,4 +1,4 @@
-"""From examples to ids: what is learnt, what is cut, and that the end of an answer survives."""
+"""From examples to ids: which tokens are labelled, what is cut, and that the end of an answer survives."""
 
 import random
 from collections.abc import Iterable
@@ -38,8 +38,8 @@ def encode(
     return [one.sample for one in encoder.encode(list(examples))], encoder.counts
 
 
-def learnt(tokenizer: Tokenizer, sample: Sample) -> list[str]:
-    """The learnt parts of a sample."""
+def labelled(tokenizer: Tokenizer, sample: Sample) -> list[str]:
+    """The labelled parts of a sample."""
     parts: list[list[int]] = []
     for i, (token, trained) in enumerate(zip(sample.tokens.tolist(), sample.trained, strict=True)):
         if trained:
@@ -65,7 +65,7 @@ def test_a_sample_is_bos_prompt_answer_eos(tokenizer: Tokenizer, style: str) -> 
     assert tokenizer.decode(sample.tokens.tolist()) == whole
 
 
-def test_the_answer_alone_is_learnt_unless_the_prompt_is_wanted_too(tokenizer: Tokenizer) -> None:
+def test_the_answer_alone_is_labelled_unless_the_prompt_is_wanted_too(tokenizer: Tokenizer) -> None:
     examples = [example("What is 1 plus 2?", "3")]
     (masked,), _ = encode(tokenizer, examples)
     (whole,), _ = encode(tokenizer, examples, mask_prompt=False)
@@ -78,12 +78,12 @@ def test_the_prompt_is_masked_by_its_place_even_where_the_answer_repeats_it(toke
     prompt = STYLES["alpaca"].render("a", "")
     (sample,), _ = encode(tokenizer, [example("a", prompt)], "alpaca")
     assert int(sample.trained.argmax()) == len(tokenizer.encode(prompt))
-    assert learnt(tokenizer, sample) == [prompt]
+    assert labelled(tokenizer, sample) == [prompt]
 
 
-def test_every_turn_of_a_conversation_is_learnt_with_its_end(tokenizer: Tokenizer) -> None:
+def test_every_turn_of_a_conversation_is_labelled_with_its_end(tokenizer: Tokenizer) -> None:
     (sample,), counts = encode(tokenizer, [Example(TALK)], "vicuna")
-    assert learnt(tokenizer, sample) == ["Yo.", "2", "4, as ever"]
+    assert labelled(tokenizer, sample) == ["Yo.", "2", "4, as ever"]
     assert given(tokenizer, sample).endswith(
         "USER: Hi ASSISTANT:USER: 1 plus 1? ASSISTANT:USER: And 2 plus 2? ASSISTANT:"
     )
@@ -92,10 +92,10 @@ def test_every_turn_of_a_conversation_is_learnt_with_its_end(tokenizer: Tokenize
 
 def test_turns_can_be_left_to_be_context_only(tokenizer: Tokenizer) -> None:
     (last,), _ = encode(tokenizer, [Example(TALK)], "vicuna", only_last_answer=True)
-    assert learnt(tokenizer, last) == ["4, as ever"]
+    assert labelled(tokenizer, last) == ["4, as ever"]
     silent = (*TALK[:3], TALK[3]._replace(weight=0.0), *TALK[4:])
     (some,), _ = encode(tokenizer, [Example(silent)], "vicuna")
-    assert learnt(tokenizer, some) == ["Yo.", "4, as ever"]
+    assert labelled(tokenizer, some) == ["Yo.", "4, as ever"]
     assert last.tokens.tolist() == some.tokens.tolist()
 
 
@@ -106,7 +106,7 @@ def test_a_system_message_stands_for_samples_that_have_none(tokenizer: Tokenizer
     assert raw[0].tokens.tolist() == tokenizer.encode("b c", eos=True)
 
 
-def test_raw_text_is_learnt_whole_and_long_text_in_pieces_that_lose_nothing(tokenizer: Tokenizer) -> None:
+def test_raw_text_is_labelled_whole_and_long_text_in_pieces_that_lose_nothing(tokenizer: Tokenizer) -> None:
     text = "What is 3 plus 4? It is 7. " * 9
     ids = tokenizer.encode(text, eos=True)
     (whole,), _ = encode(tokenizer, [example("", text)], "text")
@@ -201,7 +201,7 @@ def test_the_prompt_gives_way_first_at_its_beginning_or_its_end(tokenizer: Token
     full, _ = encode(tokenizer, [long])
     for overlong, kept in (("truncate_left", "seven"), ("truncate_right", "one")):
         (cut,), counts = encode(tokenizer, [long], max_length=len(full[0].tokens) - 8, overlong=overlong)
-        assert learnt(tokenizer, cut) == ["fine"]
+        assert labelled(tokenizer, cut) == ["fine"]
         assert kept in given(tokenizer, cut)
         assert given(tokenizer, cut).startswith("Q: ")
         assert (counts.cut_prompts, counts.cut_answers) == (1, 0)

@@ -173,7 +173,7 @@ def test_a_red_finding_stops_the_run(read) -> None:
         read("a.jsonl", prompt="knobs", add_eos_token_to_answer=False)
     data = read("a.jsonl", prompt="knobs", add_eos_token_to_answer=False, allow="no_eos")
     assert "40 of 40 answers do not end" in data.audit.notes()
-    with pytest.raises(DataError, match=r"no token would be learnt; of 40 samples 40 are too long for 96 tokens"):
+    with pytest.raises(DataError, match=r"no token would be labelled; of 40 samples 40 are too long for 96 tokens"):
         read("a.jsonl", prompt="alpaca")
 
 
@@ -189,7 +189,7 @@ def test_the_audit_is_told_in_words_and_pictures(read) -> None:
     assert audit.notes() == []
 
 
-def test_what_is_not_learnt_is_dimmed_or_in_brackets(read) -> None:
+def test_unlabelled_tokens_are_dimmed_or_in_brackets(read) -> None:
     data = read("a.jsonl", val_fraction=0)
     sample = data.train[1]
     assert show(sample, data.tokenizer, dim=False) == "[Q: What is 1 plus 1?\\nA:] -> 2<end>"

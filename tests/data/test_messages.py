@@ -60,7 +60,7 @@ def test_messages_keep_their_keys_and_empty_ones_are_none() -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["weight", "train", "training"])
-def test_an_answer_says_how_much_of_it_is_learnt(key: str, given: Any, weight: float) -> None:
+def test_an_answer_says_its_weight_in_the_loss(key: str, given: Any, weight: float) -> None:
     message = read(USER, {**ANSWER, key: given}).messages[1]
     assert (message.weight, message.keys) == (weight, {})
 

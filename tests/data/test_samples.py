@@ -23,7 +23,7 @@ def test_samples_come_out_as_they_went_in() -> None:
     assert len(samples[1:]) == 2
 
 
-def test_the_first_token_is_never_learnt_because_nothing_predicts_it() -> None:
+def test_the_first_token_is_never_labelled_because_nothing_predicts_it() -> None:
     assert not any(sample.trained[0] for sample in made())
 
 

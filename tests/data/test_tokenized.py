@@ -48,7 +48,7 @@ def test_ids_and_labels_are_taken_as_they_are(loaded, tiny_checkpoint: Path) -> 
         ({"attention_mask": [2, 2, 2]}, "'attention_mask' marks padding between tokens"),
     ],
 )
-def test_ids_that_cannot_be_learnt_are_refused(loaded, change: dict[str, Any], reason: str) -> None:
+def test_ids_that_cannot_be_labelled_are_refused(loaded, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         loaded({"input_ids": [1, 20, 21]} | change)
 

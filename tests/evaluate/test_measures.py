@@ -42,7 +42,7 @@ def fabric() -> Fabric:
 
 
 def adapted(std: float = 0.05, **changes: object) -> GPT:
-    """A model whose adapters have learnt something."""
+    """A model whose adapters are not zero."""
     model = tiny_model(**changes)
     add_lora(model, LoRAConfig(targets="all"))
     torch.manual_seed(1)
@@ -64,10 +64,10 @@ def test_loss_and_accuracy_are_those_of_the_plain_model(
     loss = right = labelled = 0
     with torch.no_grad():
         for batch in data.val_batches:
-            learnt = batch.labels != IGNORE
+            counted = batch.labels != IGNORE
             loss += float(model.loss(*batch))
-            right += int((model(batch.tokens).argmax(-1) == batch.labels)[learnt].sum())
-            labelled += int(learnt.sum())
+            right += int((model(batch.tokens).argmax(-1) == batch.labels)[counted].sum())
+            labelled += int(counted.sum())
     record = Losses(fabric, model, data.val_batches)(0)
     assert record["val_loss"] == pytest.approx(loss / labelled, rel=1e-5)
     assert record["val_accuracy"] == right / labelled

@@ -47,7 +47,7 @@ def test_of_a_conversation_the_last_answer_is_asked_for(config: FinetuneConfig, 
     assert asked.wanted == "four"
 
 
-def test_a_text_that_is_learnt_from_its_beginning_asks_nothing(config: FinetuneConfig, tmp_path: Path) -> None:
+def test_a_text_that_is_labelled_from_its_beginning_asks_nothing(config: FinetuneConfig, tmp_path: Path) -> None:
     path = tmp_path / "words.jsonl"
     path.write_text('{"text": "What is 1 plus 2?"}\n' * 9)
     text = replace(config, data=replace(config.data, path=str(path), prompt="auto"), eval=EvalConfig(generate=1))
@@ -83,7 +83,7 @@ def test_what_cannot_be_measured_is_refused(
     assert message in str(caught.value)
 
 
-def test_questions_are_the_same_where_prompts_are_learnt_too(config: FinetuneConfig, data: RunData) -> None:
+def test_questions_are_the_same_where_prompts_are_labelled_too(config: FinetuneConfig, data: RunData) -> None:
     config = replace(config, eval=EvalConfig(generate=5))
     whole = replace(config, data=replace(config.data, mask_prompt=False))
     assert read_probes(whole, read_data(whole)).questions == read_probes(config, data).questions

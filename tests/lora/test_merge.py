@@ -96,7 +96,7 @@ def test_a_fresh_adapter_is_refused(tmp_path: Path) -> None:
     model = load_model(base)
     add_lora(model, LoRAConfig())
     save(tmp_path / "final", model, LoRAConfig(), base)
-    with pytest.raises(CheckpointError, match="learnt nothing"):
+    with pytest.raises(CheckpointError, match="never trained"):
         merge_checkpoint(read_adapter(tmp_path / "final"), base, tmp_path / "merged")
 
 

@@ -80,7 +80,7 @@ def test_losses_fall_with_the_rank_and_the_worst_layer_loses_most(state):
         smallest_rank(found, 0.0)
 
 
-def test_a_layer_that_learnt_nothing_loses_nothing():
+def test_a_layer_that_was_never_trained_loses_nothing():
     zero = {"x.lora_a": torch.randn(2, 4), "x.lora_b": torch.zeros(3, 2)}
     assert loss_at(spectra(zero, LoRAConfig(r=2)), 1) == (0.0, 0.0)
 

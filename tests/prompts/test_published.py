@@ -209,7 +209,7 @@ def test_ids_are_those_of_transformers_for_the_published_template(pair: tuple[To
             expected = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
             prompt = style.encode_prompt(ours, said.prompt)
             assert prompt == expected
-            (learnt,) = style.encode_many(ours, [said])
-            assert [i for turn in learnt for part in turn[:2] for i in part][: len(prompt)] == expected
+            (trained,) = style.encode_many(ours, [said])
+            assert [i for turn in trained for part in turn[:2] for i in part][: len(prompt)] == expected
             if not isinstance(style, TemplateStyle):  # whose text is the template's own
                 assert ours.encode_marked(style.as_text(ours, messages[:-1]), bos=False) == expected

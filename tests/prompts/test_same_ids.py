@@ -73,7 +73,7 @@ def trained(
 
 
 def prompts_of(sample: Sample) -> list[list[int]]:
-    """The ids before each answer that is learnt."""
+    """The ids before each labelled answer."""
     begins = [i for i in range(1, len(sample.trained)) if sample.trained[i] and not sample.trained[i - 1]]
     return [sample.tokens[:begin].tolist() for begin in begins]
 

@@ -251,7 +251,7 @@ def test_a_chat_goes_on_where_history_is_written_differently(tokenizer: Tokenize
 
 
 @pytest.mark.parametrize("only_last_answer", [False, True])
-def test_only_the_last_answer_is_learnt_where_history_is_written_differently(
+def test_only_the_last_answer_is_labelled_where_history_is_written_differently(
     tokenizer: Tokenizer, only_last_answer: bool
 ) -> None:
     encoder = Encoder(
@@ -282,7 +282,7 @@ def test_an_empty_first_prompt_is_not_taken_for_history(tokenizer: Tokenizer) ->
     assert encoder.counts.cut_turns == 0
 
 
-def test_what_is_not_to_be_learnt_is_not_learnt_as_history_either(tokenizer: Tokenizer) -> None:
+def test_an_answer_of_weight_zero_is_not_labelled_as_history_either(tokenizer: Tokenizer) -> None:
     silent = Conversation((FIRST[0], FIRST[1]._replace(weight=0.0), *SECOND))
     for given, expected in ((TALK, True), (silent, False)):
         text, encoder = trained_text(tokenizer, TemplateStyle(THOUGHTFUL), given, mask_prompt=False)
@@ -304,10 +304,10 @@ def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_w
     assert (encoder.counts.cut_turns, encoder.counts.cut_prompts) == (1, 0)
 
 
-# Templates that cannot be learnt from.
+# Templates that cannot be trained on.
 
 
-def test_answers_before_which_a_template_rewrites_the_past_are_learnt_and_counted(tokenizer: Tokenizer) -> None:
+def test_answers_before_which_a_template_rewrites_the_past_are_labelled_and_counted(tokenizer: Tokenizer) -> None:
     template = "{{ messages | length }} messages so far:{% for m in messages %}|{{ m.content }}{% endfor %}"
     encoder = Encoder(tokenizer, TemplateStyle(template), Encoding(max_length=4096))
     (found,) = encoder.encode([example(Conversation(FIRST))])
@@ -335,7 +335,7 @@ PREFILLED = (
 )
 
 
-def test_answers_that_begin_otherwise_than_they_are_asked_for_are_learnt_as_they_are_and_counted(
+def test_answers_that_begin_otherwise_than_they_are_asked_for_are_labelled_as_they_are_and_counted(
     tokenizer: Tokenizer,
 ) -> None:
     encoder = Encoder(tokenizer, TemplateStyle(PREFILLED), Encoding(max_length=4096))

@@ -202,7 +202,7 @@ def test_ids_and_masks_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(("name", "messages", "tools"), cases())
-def test_without_marks_ids_are_the_same_and_what_is_learnt_is_among_them(
+def test_without_marks_ids_are_the_same_and_labelled_tokens_are_among_them(
     tokenizer: Tokenizer, theirs: Any, name: str, messages: list[Any], tools: Any
 ) -> None:
     ids, mask = reference(theirs, TEMPLATES[name], messages, tools)
@@ -214,7 +214,7 @@ def test_without_marks_ids_are_the_same_and_what_is_learnt_is_among_them(
     if encoder.counts.untaught:
         last = max(i for i in range(len(mask)) if not mask[i] and any(mask[i:]))
         assert trained[last + 1 :] == mask[last + 1 : len(ours)]
-        assert all(theirs_too or not learnt for learnt, theirs_too in zip(trained, mask, strict=False))
+        assert all(theirs_too or not labelled for labelled, theirs_too in zip(trained, mask, strict=False))
     else:
         assert trained == mask[: len(ours)]
     rewriting = {"qwen3", "harmony", "glm4.5"}
@@ -268,16 +268,16 @@ def test_arguments_in_a_json_text_are_objects_unless_the_template_takes_texts(to
 
 
 @pytest.mark.parametrize("marks", [True, False], ids=["marked", "unmarked"])
-def test_what_is_learnt_of_thoughts_that_a_template_leaves_out_is_counted(tokenizer: Tokenizer, marks: bool) -> None:
+def test_labelled_thoughts_that_a_template_leaves_out_are_counted(tokenizer: Tokenizer, marks: bool) -> None:
     said = said_of(thoughtful(HELLO + MORE, "reasoning_content"), None)
     ids, trained, encoder = encoded(tokenizer, QWEN3 if marks else unmarked(QWEN3), said)
-    learnt = tokenizer.decode([token for token, is_learnt in zip(ids, trained, strict=True) if is_learnt])
+    labelled = tokenizer.decode([token for token, is_labelled in zip(ids, trained, strict=True) if is_labelled])
     last = "<think>\nIt goes on.\n</think>\n\nI ran."
-    assert learnt == (f"A fox.{last}" if marks else last)
+    assert labelled == (f"A fox.{last}" if marks else last)
     assert (encoder.counts.thoughts, encoder.counts.untaught) == ((1, 0) if marks else (0, 1))
 
 
-def test_answers_of_which_a_template_marks_a_part_are_learnt_in_that_part(tokenizer: Tokenizer) -> None:
+def test_answers_that_a_template_marks_in_part_are_labelled_in_that_part(tokenizer: Tokenizer) -> None:
     marked = "Hm. {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     template = (
         f"{{% for m in messages %}}{{{{ m.role }}}}: {{% if m.role == 'assistant' %}}{marked}"
@@ -285,7 +285,8 @@ def test_answers_of_which_a_template_marks_a_part_are_learnt_in_that_part(tokeni
     )
     ids, trained, _ = encoded(tokenizer, template, said_of(HELLO + MORE, None))
     assert (
-        tokenizer.decode([token for token, is_learnt in zip(ids, trained, strict=True) if is_learnt]) == "A fox.I ran."
+        tokenizer.decode([token for token, is_labelled in zip(ids, trained, strict=True) if is_labelled])
+        == "A fox.I ran."
     )
     twice = template.replace("{{ eos_token }}{% endg", "{% endgeneration %}{% generation %}{{ eos_token }}{% endg")
     with pytest.raises(CheckpointError, match="it marks 2 texts as generated, and the conversation has 1 answers"):

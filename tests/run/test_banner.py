@@ -123,7 +123,7 @@ def test_weights_that_are_missing_are_seen_before_they_are_loaded(
 
 
 @pytest.mark.parametrize(("no_color", "first"), [("", "\x1b[2mQ: What is"), ("1", "[Q: What is")])
-def test_what_is_not_learnt_of_the_first_sample_is_dimmed_where_that_is_wanted(
+def test_unlabelled_tokens_of_the_first_sample_are_dimmed_where_that_is_wanted(
     tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch, no_color: str, first: str
 ) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)

@@ -42,11 +42,11 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, update: float) -> None:
         self.now, self.each, self.update = 0.0, each, update
-        learn, validate = Gradients.__call__, dry_run.score_rows
+        add, validate = Gradients.__call__, dry_run.score_rows
 
-        def learnt(gradients: Gradients, step: Step, seed: int = 0) -> torch.Tensor:
+        def adding(gradients: Gradients, step: Step, seed: int = 0) -> torch.Tensor:
             self.now += self.spent(step.batches)
-            return learn(gradients, step, seed)
+            return add(gradients, step, seed)
 
         def validated(fabric: object, model: object, batches: list[Batch], stop: object) -> object:
             self.now += self.spent(batches) / 3
@@ -56,7 +56,7 @@ class Clock:
             self.now += self.update
 
         monkeypatch.setattr(dry_run, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(Gradients, "__call__", learnt)
+        monkeypatch.setattr(Gradients, "__call__", adding)
         monkeypatch.setattr(dry_run, "score_rows", validated)
         monkeypatch.setattr(torch.optim.AdamW, "step", updated)
 

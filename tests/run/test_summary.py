@@ -86,7 +86,7 @@ def test_a_measure_that_fails_costs_only_its_metrics(
     assert not (out / "best").exists()
 
 
-def test_measuring_changes_nothing_that_is_learnt(
+def test_measuring_changes_nothing_that_is_trained(
     finetune: Finetune,
     out: Path,
 ) -> None:

@@ -189,7 +189,7 @@ def test_what_was_prepared_is_read_as_it_was(tmp_path: Path) -> None:
     one, other = (read_examples(path).examples[0] for path in (talk, tmp_path / "out/train.jsonl"))
     assert one.messages == other.messages
     assert not (tmp_path / "out/val.jsonl").exists()
-    talk.write_text(json.dumps({"messages": spoken[:3]}) + "\n")  # a lone turn that is not learnt
+    talk.write_text(json.dumps({"messages": spoken[:3]}) + "\n")  # a lone turn that is not labelled
     assert run("prepare_alpaca", f"--data_path={talk}", f"--out_dir={tmp_path / 'out'}") == 0
     assert [message.weight for message in read_examples(tmp_path / "out/train.jsonl").examples[0].answers] == [0]
     (tmp_path / "raw.txt").write_text("Once upon a time.")

@@ -16,6 +16,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before the package is imported
+    from tests.interpreter import spare_work
+
+    spare_work()
 
 from lit_qlora import cli
 from lit_qlora.checkpoint.checkpoint import save_weights

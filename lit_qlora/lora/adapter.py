@@ -22,6 +22,7 @@ from lit_qlora.files.reading import read_json
 from lit_qlora.lora.initialization import initialize, restore_bases
 from lit_qlora.lora.layer import add_lora, lora_state, saved_state
 from lit_qlora.lora.peft_config import PeftConfig
+from lit_qlora.lora.peft_experts import named
 from lit_qlora.lora.peft_layout import check_copies, from_peft, to_ours, to_peft
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
@@ -41,11 +42,13 @@ class Adapter:
     path: Path
     config: LoRAConfig
     peft_tensors: dict[str, Tensor]
-    """By PEFT's names; B A of each layer is to be scaled by config.scale."""
+    """By PEFT's names, see peft_experts.named; B A of each layer is to be scaled by config.scale."""
     manifest: dict[str, Any] | None
     """None for an adapter that PEFT wrote."""
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of the base that PEFT stored beside it, by transformers' names."""
+    peft_version: str = ""
+    """Of the PEFT that wrote it, if it is known."""
 
     @property
     def init(self) -> tuple[str, int] | None:
@@ -117,7 +120,7 @@ def read_adapter(folder: Path) -> Adapter:
     manifest = read_manifest(folder)
     peft = PeftConfig.parse(read_json(folder / PEFT_CONFIG), str(folder))
     weights = shards.open_weights(weights_file)
-    tensors = {name: weights.read(name) for name in weights.specs}
+    tensors = named({name: weights.read(name) for name in weights.specs}, peft.parameters, str(folder))
     if not tensors:
         raise CheckpointError(f"{weights_file} is empty.")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -130,7 +133,9 @@ def read_adapter(folder: Path) -> Adapter:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: no layer of {weights_file} has such a rank.")
         return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest)
     tensors, config, copies = to_ours(tensors, peft, str(folder))
-    return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=None, copies=copies)
+    return Adapter(
+        path=folder, config=config, peft_tensors=tensors, manifest=None, copies=copies, peft_version=peft.version
+    )
 
 
 def _recorded_settings(manifest: Mapping[str, Any], path: Path) -> LoRAConfig:
@@ -233,7 +238,8 @@ def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
         CheckpointError: for a tensor that belongs to no layer of this model, or one that is missing.
     """
     stacked = adapter.manifest is not None
-    return from_peft(adapter.peft_tensors, adapter.config, model, stacked=stacked, location=str(adapter.path))
+    location, version = str(adapter.path), adapter.peft_version
+    return from_peft(adapter.peft_tensors, adapter.config, model, stacked=stacked, location=location, version=version)
 
 
 def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:

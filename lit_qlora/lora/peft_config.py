@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_qlora.errors import CheckpointError
+from lit_qlora.lora.peft_experts import is_targeted, is_understood
 from lit_qlora.settings import first_match
 
 _UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    *("target_parameters", "peft_version"),
 }
 _HARMLESS = {
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors' names tell
     *("fan_in_fan_out", "eva_config", "megatron_core", "qalora_group_size"),
 }
@@ -39,6 +41,10 @@ class PeftConfig:
     """Tokens with trained embeddings."""
     embeddings: bool = False
     """True if all embeddings were trained."""
+    parameters: tuple[str, ...] = ()
+    """Ends of the names of parameters that are adapted by themselves, see lit_qlora.lora.peft_experts."""
+    version: str = ""
+    """Of the PEFT that wrote it, if it says so."""
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], location: str) -> "PeftConfig":
@@ -64,9 +70,13 @@ class PeftConfig:
                 dora=bool(content.get("use_dora")),
                 tokens=_tokens(content.get("trainable_token_indices"), location),
                 embeddings=bool(content.get("modules_to_save")),
+                parameters=tuple(map(str, content.get("target_parameters") or ())),
+                version=str(content.get("peft_version") or ""),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{location}: not a PEFT configuration: {error}.") from None
+        if unknown := [name for name in config.parameters if not is_understood(name)]:
+            raise CheckpointError(f"{location} uses target_parameters = {unknown}, which is not understood here.")
         if min([config.r, *config.ranks.values()]) < 1 or not 0 <= config.dropout < 1:
             raise CheckpointError(f"{location}: a rank below 1, or a dropout outside [0, 1).")
         if not all(0 < alpha < math.inf for alpha in (config.alpha, *config.alphas.values())):
@@ -75,11 +85,16 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """Return the rank of the module with this path."""
-        return int(first_match(self.ranks, module, self.r))
+        return int(first_match(self.ranks, self._key(module), self.r))
 
     def scale(self, module: str) -> float:
         """Return the factor of B A of the module."""
-        return first_match(self.alphas, module, self.alpha) / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
+        alpha = first_match(self.alphas, self._key(module), self.alpha)
+        return alpha / self.rank(module) ** (0.5 if self.rank_stabilized else 1)
+
+    def _key(self, module: str) -> str:
+        """The path that PEFT compares with patterns."""
+        return f"{module}.weight" if is_targeted(f"{module}.weight", self.parameters) else module
 
 
 def _tokens(value: Any, location: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 Where Hugging Face stacks several of our layers into one, the A matrices are stacked along the rank. B is then
 block-diagonal, which is the same function exactly. https://huggingface.co/docs/peft
+Experts that are stacked have a layout of their own, see lit_qlora.lora.peft_experts.
 """
 
 import re
@@ -20,6 +21,7 @@ from lit_qlora.convert.families.wrappers import in_text_class, in_wrapper
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.peft_config import PeftConfig
+from lit_qlora.lora.peft_experts import PARAMETERS, Place, Stacks, by_block, is_expert, is_stacked, peft_names
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import TARGETS, LoRAConfig, first_match
@@ -58,10 +60,10 @@ def to_ours(
     scaled = dict(tensors)
     for name, tensor in tensors.items():
         module = _module_of(name)
-        if ".lora_A." in name and len(tensor) != config.rank(module):
-            raise CheckpointError(
-                f"{location}: {name} has rank {len(tensor)}, but adapter_config.json says {config.rank(module)}."
-            )
+        own = config.rank(module)
+        whole = len(tensor) % own == 0 if is_stacked(module) else len(tensor) == own
+        if ".lora_A." in name and not whole:
+            raise CheckpointError(f"{location}: {name} has rank {len(tensor)}, but adapter_config.json says {own}.")
         if ".lora_B." in name and config.scale(module) != scale:
             scaled[name] = tensor.float() * (config.scale(module) / scale)
     lora = LoRAConfig(
@@ -144,8 +146,10 @@ def to_peft(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    parameters: dict[str, None] = {}
     rows = {name: len(weight) for name, weight in GPT.skeleton(model).named_parameters()}
-    groups = _group(_layers(state), model)
+    stacked, layers = _stacked(_layers(state), model, config)
+    groups = _group(layers, model)
     for home, members in groups:
         rank, alpha = _size(home, members, config)
         a = torch.cat([state[f"{layer}.lora_a"] for layer in members])
@@ -169,10 +173,21 @@ def to_peft(
         # transformers 5 renamed GPT-NeoX's head. With both names the adapter fits any version: PEFT skips unknown ones.
         aliases = [other.module for other in _homes(members[0], family_of(model))]
         names = [home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]
+        beside = model.n_expert and _is_beside_experts(members[0])
         for module in _with_text_class(names, model):
-            ranks[module], alphas[module] = rank, alpha
+            target = f"{module}.weight" if beside else module
+            ranks[target], alphas[target] = rank, alpha
+            parameters |= {target: None} if beside else {}
             for part, tensor in parts.items():
                 tensors[f"{_PREFIX}{module}.{part}"] = tensor.contiguous().cpu()
+    wrapped = {}
+    for first_name, place in stacked.items():
+        parts = place.join(state)
+        for parameter in _with_text_class([first_name], model):
+            parameters[parameter] = None
+            ranks[parameter], alphas[parameter] = place.size()
+            wrapped[f"{_PREFIX}{parameter}"] = parts
+    tensors |= peft_names(wrapped)
     embedding = _embedding(model)
     if config.train_tokens:
         for module in _with_text_class([embedding], model):
@@ -190,7 +205,9 @@ def to_peft(
         "lora_alpha": config.alpha,
         # PEFT's own layer for experts refuses dropout, which only training needs.
         "lora_dropout": 0.0 if model.n_expert else config.dropout,
-        "target_modules": _targets({_leaf(module) if everywhere else module for module in ranks}, model),
+        "target_modules": _targets({_leaf(x) if everywhere else x for x in ranks if x not in parameters}, model),
+        # PEFT takes a module called as an expert's layers are for one of these, wherever it lies.
+        "target_parameters": sorted({_in_block(x) if everywhere else x for x in parameters}) or None,
         "rank_pattern": _patterns(ranks, config.r),
         "alpha_pattern": _patterns(alphas, config.alpha),
         "bias": "none",
@@ -252,28 +269,70 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
             f"PEFT cannot train {_embedding(model)} with the head that is tied to it, so an adapter cannot hold "
             "lora.train_embeddings.\nlora.train_tokens can name the tokens that matter."
         )
-    for home, members in _group(_layers(lora_state(skeleton)), model):
+    stacked, layers = _stacked(_layers(lora_state(skeleton)), model, config)
+    for place in stacked.values():
+        place.size()
+    for home, members in _group(layers, model):
         _size(home, members, config)
         if config.dora and home.fused and len(members) < len(home.fused.parts):
             raise CheckpointError(
                 f"{', '.join(members)} and others are one layer in Hugging Face's model ({home.module}).\n"
                 "PEFT knows DoRA of the whole of it only: name all of them in lora.targets."
             )
-    products = [path for path in _layers(lora_state(skeleton)) if ".mlp." in path]
-    experts = {path for path in products if ".experts." in path}
-    if experts and len(experts) < len(products):
-        return "PEFT 0.21 with transformers 5 drops this adapter's layers beside experts; here and merged they count."
+    if config.dora and model.n_expert and any(".mlp." in layer for layer in layers):
+        return "PEFT 0.21 knows no DoRA of experts and of MLPs beside them: it refuses this adapter; merged it counts."
     return ""
 
 
+def _stacked(layers: Iterable[str], model: ModelConfig, config: LoRAConfig) -> tuple[dict[str, Place], list[str]]:
+    """The parameters that PEFT adapts as stacks of experts, by their names, and the other layers.
+
+    Raises:
+        CheckpointError: for DoRA, which PEFT lacks there.
+    """
+    layers, stacks = list(layers), Stacks.of(model, config)
+    experts = [layer for layer in layers if is_expert(layer)]
+    if not experts or stacks is None or not stacks.are_needed(experts):
+        return {}, layers
+    if config.dora:
+        raise CheckpointError(
+            f"{experts[0]} is part of a stack in Hugging Face's model, and PEFT knows no DoRA of stacks.\n"
+            "Leave out lora.dora, or the experts (mlp, all) among lora.targets."
+        )
+    found: dict[str, Place] = {}
+    for block, members in by_block(experts).items():
+        for name in _adapted(members):
+            found[stacks.parameter(block, name)] = Place(stacks, block, name, members)
+    return found, [layer for layer in layers if not is_expert(layer)]
+
+
+def _adapted(members: Iterable[str]) -> list[str]:
+    """The parameters that hold some of these layers of experts."""
+    kinds = {layer.rpartition(".")[2] for layer in members}
+    return [name for name, own in PARAMETERS.items() if kinds.intersection(own)]
+
+
+def _is_beside_experts(layer: str) -> bool:
+    """Tell whether a layer is of an MLP that is no expert, in a model that has experts."""
+    return ".mlp." in layer and not is_expert(layer)
+
+
 def from_peft(
-    tensors: Mapping[str, Tensor], config: LoRAConfig, model: ModelConfig, *, stacked: bool, location: str
+    tensors: Mapping[str, Tensor],
+    config: LoRAConfig,
+    model: ModelConfig,
+    *,
+    stacked: bool,
+    location: str,
+    version: str = "",
 ) -> dict[str, Tensor]:
     """Convert PEFT's tensors to ours; the inverse of to_peft.
 
     Args:
+        tensors: by their names in peft_experts.named.
         stacked: the rank of a layer that holds several of ours is divided among them, as to_peft does; otherwise
             PEFT trained it as one, and each of ours gets the whole of A and its own rows of B.
+        version: of the PEFT that wrote the adapter, "" if it is not known.
 
     Raises:
         CheckpointError: for a tensor without a layer in this model, or a missing tensor.
@@ -283,8 +342,13 @@ def from_peft(
     shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
     tensors = _as_in_wrapper(tensors, model, location)
     left = dict(tensors)
-    state: dict[str, Tensor] = {}
-    for home, members in _group(_layers(shapes), model, known={_module_of(name) for name in tensors}):
+    known = {_module_of(name) for name in tensors}
+    state, layers = {}, _layers(shapes)
+    stacks = Stacks.of(model, config)
+    if stacks is not None and (stacks.only or any(map(is_stacked, known))):
+        state = _take_stacks(left, known, shapes, stacks, stacked, version, location)
+        layers = [layer for layer in layers if not is_expert(layer)]
+    for home, members in _group(layers, model, known):
         names = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.dora else ()))
         found = {name: left.pop(f"{_PREFIX}{home.module}.{name}", None) for name in names}
         a, b, magnitude = found["lora_A.weight"], found["lora_B.weight"], found.get("lora_magnitude_vector")
@@ -319,6 +383,32 @@ def from_peft(
         raise CheckpointError(
             f"{location}: {len(left)} tensors belong to no layer of {model.name}:\n  {name_some(left)}"
         )
+    return state
+
+
+def _take_stacks(
+    left: dict[str, Tensor],
+    known: set[str],
+    shapes: Mapping[str, torch.Size],
+    stacks: Stacks,
+    stacked: bool,
+    version: str,
+    location: str,
+) -> dict[str, Tensor]:
+    """Take the tensors of stacked experts out of `left`, and return ours of them."""
+    state: dict[str, Tensor] = {}
+    for block, members in by_block(filter(is_expert, _layers(shapes))).items():
+        for name in PARAMETERS:
+            module = stacks.parameter(block, name, known)
+            a, b = (left.pop(f"{_PREFIX}{module}.lora_{letter}.weight", None) for letter in "AB")
+            if a is not None and b is not None:
+                state |= stacks.split(block, name, a, b, members if stacked else None, version, location)
+            elif stacked and name in _adapted(members):
+                raise CheckpointError(f"{location}: the adapter of {module} is missing.")
+        for name in (f"{layer}.lora_{letter}" for layer in members for letter in "ab"):
+            # PEFT can adapt only one of the parameters, at a lower rank than other layers.
+            tensor, dim = state.get(name, torch.zeros(shapes[name])), int(name.endswith("b"))
+            state[name] = _widen(tensor, shapes[name][dim], dim)
     return state
 
 
@@ -366,9 +456,9 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Make PEFT's patterns for a value of each module: by the last part of its name if all such modules agree."""
     leaves: dict[str, set[Any]] = {}
     for module, value in values.items():
-        leaves.setdefault(_leaf(module), set()).add(value)
+        leaves.setdefault(_ending(module), set()).add(value)
     return {
-        _leaf(module) if len(leaves[_leaf(module)]) == 1 else module: value
+        _ending(module) if len(leaves[_ending(module)]) == 1 else module: value
         for module, value in values.items()
         if value != default
     }
@@ -429,7 +519,7 @@ def _widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
 
 def _words(modules: Iterable[str], location: str) -> tuple[Any, ...]:
     """Find our target words for modules of any family."""
-    known: dict[str, dict[str, None]] = {}
+    known: dict[str, dict[str, None]] = {f"experts.{name}": {"mlp": None} for name in PARAMETERS}
     for family in FAMILIES.values():
         for theirs, rule in family.weights.items():
             for part in parts_of(rule):
@@ -448,6 +538,17 @@ def _tail(module: str) -> str:
 
 def _leaf(module: str) -> str:
     return module.rpartition(".")[2]
+
+
+def _ending(name: str) -> str:
+    """Return the last part of the name of a module; of a parameter that is a weight, its module's too."""
+    return _tail(name) if name.endswith(".weight") else _leaf(name)
+
+
+def _in_block(name: str) -> str:
+    """Return what follows the number of the block in a name."""
+    parts = name.split(".")
+    return ".".join(parts[next((i + 1 for i, part in enumerate(parts) if part.isdecimal()), 0) :])
 
 
 def _their_name(name: str) -> str:

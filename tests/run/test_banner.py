@@ -143,10 +143,10 @@ def test_the_banner_fits_a_screen_and_names_data_model_plan_and_memory(
     assert "12 steps x 32 samples" in text
 
 
-def test_what_peft_would_drop_is_said_before_the_run() -> None:
-    def caveat(**changes: object) -> str:
-        experts = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}
-        return check_layers(tiny_config(family="deepseek_v2", **experts | changes), LoRAConfig(targets=("mlp",)))
+def test_what_peft_would_refuse_is_said_before_the_run() -> None:
+    def caveat(dora: bool) -> str:
+        experts = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32, "dense_layers": (0,)}
+        return check_layers(tiny_config(family="deepseek_v2", **experts), LoRAConfig(targets=("mlp",), dora=dora))
 
-    assert "drops this adapter's layers beside experts" in caveat(dense_layers=(0,))
-    assert caveat() == ""
+    assert "it refuses this adapter" in caveat(dora=True)
+    assert caveat(dora=False) == ""

@@ -1,0 +1,194 @@
+"""Adapters on experts, which transformers stacks: PEFT computes with ours what we compute, and we with PEFT's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_qlora.convert.families.table import FAMILIES
+from lit_qlora.errors import CheckpointError
+from lit_qlora.lora.adapter import our_tensors, read_adapter
+from lit_qlora.lora.peft_layout import check_layers
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.settings import LoRAConfig
+from tests.conftest import tiny_config
+from tests.lora.test_adapter import ours_in_peft, theirs_in_ours
+from tests.reference import CASES
+
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The following (alpha|rank)_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:The following (alpha|rank)_pattern keys did not match:UserWarning"),
+]
+WITH_EXPERTS = list(
+    {
+        family: case for case, (family, _) in reversed(CASES.items()) if ".experts." in str(FAMILIES[family].weights)
+    }.values()
+)
+"""A case of each family with experts."""
+MIXED = "qwen3_moe-dense-layers"
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+RANKS: dict[str, Any] = {
+    "rank_pattern": {"mlp.experts.[0-9].down": 2, "gate": 3},
+    "alpha_pattern": {"mlp.experts.[0-9].down": 6.0, "gate": 9.0},
+}
+SMALL: dict[str, Any] = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 40}
+
+
+@pytest.mark.parametrize("case", WITH_EXPERTS)
+def test_peft_computes_the_same_with_experts_of_other_ranks_than_the_rest(case: str, tmp_path: Path) -> None:
+    ours_in_peft(case, ("all",), tmp_path, **RANKS)
+
+
+def test_peft_computes_the_same_with_some_blocks_and_mlps_beside_experts(tmp_path: Path) -> None:
+    ours_in_peft(MIXED, ("mlp",), tmp_path, last_layers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"rslora": True}, {"last_layers": 1}, {"first_layers": 1}], ids=str)
+@pytest.mark.parametrize("case", [*WITH_EXPERTS, MIXED])
+def test_peft_computes_the_same_with_every_variant(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    ours_in_peft(case, ("all",), tmp_path, **settings)
+
+
+def of_parameters(parameters: list[str]) -> Any:
+    """An adapter of PEFT on stacked experts, with ranks and scales of their own."""
+    return peft.LoraConfig(
+        r=3,
+        lora_alpha=12,
+        target_modules=["o_proj"],
+        target_parameters=parameters,
+        rank_pattern={"gate_up_proj": 2},
+        alpha_pattern={r".*\.down_proj": 5},
+    )
+
+
+@pytest.mark.parametrize("case", WITH_EXPERTS)
+def test_we_compute_the_same_with_pefts_adapter_of_stacked_experts(case: str, tmp_path: Path) -> None:
+    theirs_in_ours(case, of_parameters(BOTH), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", [BOTH[:1], BOTH[1:], ["gate_up_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize("case", WITH_EXPERTS)
+def test_we_compute_the_same_with_an_adapter_of_either_parameter(
+    case: str, parameters: list[str], tmp_path: Path
+) -> None:
+    theirs_in_ours(case, of_parameters(parameters), tmp_path)
+
+
+def test_the_names_of_single_experts_that_peft_turns_into_parameters_are_understood(tmp_path: Path) -> None:
+    theirs_in_ours("mixtral", peft.LoraConfig(r=4, target_modules=["q_proj", "w1", "w2", "w3"]), tmp_path)
+
+
+def test_parameters_of_plain_mlps_are_understood(tmp_path: Path) -> None:
+    parameters = [*BOTH, "mlp.gate_proj.weight", "mlp.shared_experts.down_proj.weight"]
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=parameters, rank_pattern={"gate_proj.weight": 2})
+    theirs_in_ours("deepseek_v3", config, tmp_path)
+
+
+def written(folder: Path, model: ModelConfig, **changes: Any) -> tuple[dict[str, Tensor], Path]:
+    """An adapter of stacked experts as PEFT writes it."""
+    torch.manual_seed(3)
+    e, f, experts = model.n_embd, model.expert_size, model.n_expert
+    base = "base_model.model.model.layers.{}.mlp.experts"
+    shapes = {"base_layer.lora_A": (experts * 2, e), "base_layer.lora_B": (2 * f, 2 * experts)}
+    shapes |= {"lora_A": (experts * 2, f), "lora_B": (e, 2 * experts)}
+    tensors = {
+        f"{base.format(i)}.{name}.weight": torch.randn(shape)
+        for i in range(model.n_layer)
+        for name, shape in shapes.items()
+    }
+    write(folder, tensors, {"r": 2, "lora_alpha": 4, "target_parameters": BOTH, **changes})
+    return tensors, folder
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_inputs_and_outputs_that_peft_18_exchanged_are_put_back(tmp_path: Path) -> None:
+    model = tiny_config(family="qwen3_moe", **SMALL)
+    tensors, folder = written(tmp_path / "new", model)
+    old = {}
+    for name, tensor in tensors.items():
+        twin = name.replace("lora_A", "?").replace("lora_B", "lora_A").replace("?", "lora_B")
+        experts = tensors[twin].unflatten(0, (4, 2)).permute(2, 1, 0) if "lora_B" in name else None
+        # A of each expert is the transposed B, and B the transposed A.
+        old[name] = (
+            experts.flatten(1)
+            if experts is not None
+            else tensors[twin].unflatten(1, (2, 4)).permute(2, 1, 0).flatten(0, 1)
+        )
+        assert old[name].shape[-1] != tensor.shape[-1] or "lora_B" in name
+    write(tmp_path / "old", old, json.loads((folder / "adapter_config.json").read_text()))
+    new, back = (our_tensors(read_adapter(tmp_path / name), model) for name in ("new", "old"))
+    assert new.keys() == back.keys()
+    assert all(torch.equal(new[name], back[name]) for name in new)
+
+
+def test_a_square_layer_of_an_unknown_peft_is_refused(tmp_path: Path) -> None:
+    model = tiny_config(family="qwen3_moe", **SMALL | {"expert_size": tiny_config().n_embd})
+    folder = written(tmp_path / "a", model)[1]
+    with pytest.raises(
+        CheckpointError, match=r"has as many inputs as outputs, and adapter_config.json lacks peft_version"
+    ):
+        our_tensors(read_adapter(folder), model)
+    new, old = (
+        our_tensors(read_adapter(written(tmp_path / version, model, peft_version=version)[1]), model)
+        for version in ("0.19.1", "0.18.0")
+    )
+    name = "blocks.0.mlp.experts.1.down.lora_a"
+    assert new[name].shape == old[name].shape
+    assert not torch.equal(new[name], old[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "base_layer.lora_A.weight adapts experts, but target_param"),
+        ({"target_parameters": None}, "target_parameters in adapter_config.json names none of their parameters"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj_bias"]}, "uses target_parameters = .*_bias"),
+        ({"r": 3}, "has rank 8, but adapter_config.json says 3"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_explain_the_tensors_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = written(tmp_path / "a", tiny_config(family="qwen3_moe", **SMALL), **changes)[1]
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(folder)
+
+
+def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path / "a", tiny_config(family="qwen3_moe", **SMALL))[1]
+    with pytest.raises(CheckpointError, match=r"gate_up_proj in blocks.0 has shapes \(8, \d+\) and .*3 experts of"):
+        our_tensors(read_adapter(folder), tiny_config(family="qwen3_moe", **SMALL | {"n_expert": 3}))
+
+
+def test_an_adapter_of_a_router_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_config(family="qwen3_moe", **SMALL)
+    tensors, folder = written(tmp_path / "a", model, target_parameters=[*BOTH, "gate.weight"])
+    more = {f"base_model.model.model.layers.0.mlp.gate.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    write(folder, tensors | more, json.loads((folder / "adapter_config.json").read_text()))
+    with pytest.raises(CheckpointError, match=r"belong to no layer of .*\n.*mlp.gate.lora_A"):
+        our_tensors(read_adapter(folder), model)
+
+
+def test_what_no_stack_can_hold_is_refused_before_it_is_trained() -> None:
+    def check(family: str, **settings: Any) -> str:
+        return check_layers(tiny_config(family=family, **SMALL), LoRAConfig(targets=("mlp",), **settings))
+
+    with pytest.raises(CheckpointError, match="PEFT knows no DoRA of stacks"):
+        check("gpt_oss", dora=True)
+    with pytest.raises(CheckpointError, match=r"one parameter in Hugging Face's model .gate_up_proj., with one scale"):
+        check("qwen3_moe", alpha_pattern={"gate": 3.0})
+    assert "it refuses this adapter" in check("qwen3_moe", dora=True)
+    assert check("gpt_oss") == check("deepseek_v3", rslora=True) == ""

@@ -165,9 +165,10 @@ class RunLog:
 
     def _progress(self, record: Record) -> str:
         val = "" if self.val is None else f"  val {self.val:.3f}"
+        accuracy = f"  acc {record['accuracy']:.3f}" if "accuracy" in record else ""  # not in logs of earlier versions
         return (
             f" step {record['step']:>5}/{self.total} {record['step'] / self.total:4.0%}"
-            f"  loss {record['loss']:.3f} (ema {self.smooth:.3f}){val}  lr {record['lr']:.1e}"
+            f"  loss {record['loss']:.3f} (ema {self.smooth:.3f}){accuracy}{val}  lr {record['lr']:.1e}"
             f"  |g| {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s"
             f"  {record['peak_gib']:.1f} GiB  ETA {duration(self._time_left(record))}"
         )

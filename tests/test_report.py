@@ -99,6 +99,15 @@ def test_a_file_gets_about_twenty_plain_lines_and_each_validation(tmp_path: Path
     assert "val_loss 1.5000" in lines[-1]
 
 
+def test_the_line_of_a_step_shows_its_accuracy_and_the_last_validation() -> None:
+    screen = io.StringIO()
+    log = RunLog(None, total=4, screen=screen)
+    log(VAL)
+    log(step(4) | {"accuracy": 0.71234})
+    log.close()
+    assert "loss 2.000 (ema 2.000)  acc 0.712  val 1.500  lr" in screen.getvalue()
+
+
 def test_a_dumb_terminal_is_treated_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     screen = Terminal()

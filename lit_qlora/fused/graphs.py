@@ -132,7 +132,11 @@ class Capturable(Trainable, Protocol):
 
     config: ModelConfig
     device: torch.device
-    gradient: Tensor
+
+    @property
+    def counts(self) -> Sequence[Tensor]:
+        """Tensors that the two passes add to."""
+        ...
 
     @property
     def ropes(self) -> Ropes | None:
@@ -257,13 +261,14 @@ class Captured:
         self.saved: SavedPass | None = None
         # Plans and handles of this thread are made on first use, which must not be in a capture. And weights that were
         # carried over, which no graph may read, are used up.
-        gradient = model.gradient.clone()
+        before = [tensor.clone() for tensor in model.counts]
         try:
             self._forward()
             self._backward()
         finally:
-            model.gradient.copy_(gradient)
-            del gradient
+            for tensor, value in zip(model.counts, before, strict=True):
+                tensor.copy_(value)
+            del before
         for ahead in model.ahead:
             ahead.expect(backward=False)
         try:

@@ -65,13 +65,20 @@ class Head:
         self.norm, self.group, self.cap = norm, group, cap
 
     def loss(
-        self, stream: list[Tensor], labelled: Labelled, workspace: Tensor | None, dropout: Dropout, learns: bool
+        self,
+        stream: list[Tensor],
+        labelled: Labelled,
+        workspace: Tensor | None,
+        dropout: Dropout,
+        learns: bool,
+        hits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """The sum of the losses; its gradient at the stream and at the adapter, if it `learns`.
 
         Args:
             stream: a pair (T, E) that the stream is the sum of, taken out of the list to free its memory early.
             workspace: for the head's weights if they are quantised.
+            hits: see GPT.
 
         Returns:
             float32 scalar; (T, E) or None; pairs of an adapter's gradient and the term to add to it.
@@ -102,7 +109,7 @@ class Head:
         for first in range(0, count, step):
             here = slice(first, min(first + step, count))
             logits = group.product(both[here], matrix, space[: here.stop - first])
-            cross_entropy_(logits, labelled.labels[here], weights[here], loss[here], self.cap)
+            cross_entropy_(logits, labelled.labels[here], weights[here], loss[here], self.cap, hits)
             if z is not None and own_gradients:
                 group.add_grad_b(logits, z[here], pending, into=own_gradients[1][1])
                 pending.flush()

@@ -322,7 +322,9 @@ class Fused:
         group = self.head.group
         self._copy_block(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
-        loss, d_out, gradients = self.head.loss(stream, inputs.labelled, self.workspaces[0], dropout, run.saves)
+        loss, d_out, gradients = self.head.loss(
+            stream, inputs.labelled, self.workspaces[0], dropout, run.saves, self.model.hits
+        )
         return loss, SavedPass(d_out, saved, gradients, self.offload.passes)
 
     def _blocks(
@@ -388,6 +390,11 @@ class Fused:
             self._copy_block(i, beside=False)
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, carries=carried[i])
         self.pending.flush()
+
+    @property
+    def counts(self) -> list[Tensor]:
+        """See Capturable."""
+        return [self.gradient, *([] if self.model.hits is None else [self.model.hits])]
 
     def graph_bytes(self, tokens: int) -> int:
         """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""

@@ -1,7 +1,7 @@
 """Cross-entropy and its gradient from logits, in place: the logits of a slice become d loss / d logits.
 
 Two reads and one write of (T, V); nothing of that size is kept. The softmax is float32, with the maximum and the sum
-found in one pass. Milakov & Gimelshein 2018.
+found in one pass. Milakov & Gimelshein 2018. The same pass tells if the label is the likeliest token.
 """
 
 import torch
@@ -24,7 +24,14 @@ def cross_entropy_reference(
     return loss, (gradient * kept[:, None]).to(logits.dtype)
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, loss: Tensor, cap: float | None = None) -> None:
+def cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    loss: Tensor,
+    cap: float | None = None,
+    hits: Tensor | None = None,
+) -> None:
     """Turn logits into the gradient of the weighted sum of losses, in place.
 
     Args:
@@ -33,11 +40,12 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, loss: Tensor
         weights: (T,) float32.
         loss: (T,) float32, written.
         cap: logits x count as cap * tanh(x / cap).
+        hits: () int64, the number of rows whose argmax is the label is added to it.
     """
     rows, vocab = logits.shape
     _cross_entropy[(rows,)](
-        logits, logits.stride(0), labels, weights, loss, vocab, cap or 0.0,
-        CAPPED=cap is not None, BLOCK=min(4096, power_of_2(vocab)), num_warps=8,
+        logits, logits.stride(0), labels, weights, loss, loss if hits is None else hits, vocab, cap or 0.0,
+        CAPPED=cap is not None, COUNT=hits is not None, BLOCK=min(4096, power_of_2(vocab)), num_warps=8,
     )  # fmt: skip
 
 
@@ -54,26 +62,33 @@ if triton is not None:
         return x, slope
 
     @triton.jit
-    def _cross_entropy(LOGITS, ld, LABELS, WEIGHTS, LOSS, V, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    def _cross_entropy(
+        LOGITS, ld, LABELS, WEIGHTS, LOSS, HITS, V, cap, CAPPED: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64)
         row = LOGITS + t * ld
         label = tl.load(LABELS + t)
-        weight = tl.where(label >= 0, tl.load(WEIGHTS + t), 0.0)
+        known = label >= 0
+        weight = tl.where(known, tl.load(WEIGHTS + t), 0.0)
         label = tl.maximum(label, 0)
+        right, _right_slope = _soft(tl.load(row + label + tl.arange(0, 1)).to(tl.float32), cap, CAPPED)
         c = tl.arange(0, BLOCK)
+        beaten = tl.zeros((BLOCK,), tl.int32)
         largest = tl.full((BLOCK,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for v0 in range(0, V, BLOCK):
             x, _ = _soft(tl.load(row + v0 + c, v0 + c < V, 0.0).to(tl.float32), cap, CAPPED)
             x = tl.where(v0 + c < V, x, -float("inf"))
+            if COUNT:  # of equal logits the first is the likeliest, as in torch.argmax
+                beaten |= ((v0 + c != label) & ((x > right) | ((x == right) & (v0 + c < label)))).to(tl.int32)
             new = tl.maximum(largest, x)
             new = tl.where(new == -float("inf"), 0.0, new)  # a column that has seen no logit yet
             total = total * tl.exp(largest - new) + tl.exp(x - new)
             largest = new
         most = tl.max(largest, 0)
         log_sum = most + tl.log(tl.sum(total * tl.exp(largest - most), 0))
-        right = tl.load(row + label + tl.arange(0, 1)).to(tl.float32)
-        right, _ = _soft(right, cap, CAPPED)
+        if COUNT:
+            tl.atomic_add(HITS, 1, known & (tl.max(beaten, 0) == 0), sem="relaxed")
         tl.store(LOSS + t + tl.arange(0, 1), (log_sum - right) * weight)
         tl.debug_barrier()  # every thread has read the label's logit before it becomes a gradient
         for v0 in range(0, V, BLOCK):

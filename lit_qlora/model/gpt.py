@@ -45,13 +45,21 @@ class FastPath(Protocol):
 
 
 class GPT(nn.Module):
-    """Tokens in, next-token logits out. See ModelConfig for the shape letters."""
+    """Tokens in, next-token logits out. See ModelConfig for the shape letters.
+
+    Attributes:
+        recompute: recompute each block in the backward pass instead of saving its activations.
+        fast: what computes loss instead, see lit_qlora.fused.
+        hits: () int64 on the model's device; loss adds the number of labelled tokens whose likeliest token is the
+            label. None counts nothing.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # recompute each block in the backward pass instead of keeping its activations
-        self.fast: FastPath | None = None  # what computes loss instead, see lit_qlora.fused
+        self.recompute = False
+        self.fast: FastPath | None = None
+        self.hits: Tensor | None = None
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -108,7 +116,7 @@ class GPT(nn.Module):
             return self.fast.loss(tokens, labels, weights, positions, segments)
         tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
         hidden = self.hidden(tokens, positions=positions, segments=segments)
-        return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap)
+        return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap, hits=self.hits)
 
     @property
     def can_release(self) -> bool:
@@ -208,6 +216,7 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     at_once: int = LOGITS_AT_ONCE,
     cap: float | None = None,
+    hits: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of head(hidden) against labels, summed, without ever holding all the logits.
 
@@ -220,6 +229,7 @@ def linear_cross_entropy(
         labels: (B, T) int64, IGNORE where no loss is wanted.
         weights: (B, T) float32, the factor of each token's loss; None is 1 everywhere.
         cap: see softcap.
+        hits: see GPT.
 
     Returns:
         float32 scalar; zero if every label is IGNORE.
@@ -229,18 +239,24 @@ def linear_cross_entropy(
     vocab_size: int = head.out_features  # type: ignore[assignment]
     rows = max(1, at_once // vocab_size)
 
-    def slice_loss(hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def slice_loss(hidden: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logits = softcap(head(hidden).float(), cap)
+        right = None if hits is None else (logits.detach().argmax(dim=-1) == labels).sum()
         if weights is None:
-            return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return (weights * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")).sum()
+            return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), right
+        return (weights * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")).sum(), right
 
     if len(labels) <= rows:
-        return slice_loss(hidden, labels, weights)
+        total, right = slice_loss(hidden, labels, weights)
+        if hits is not None and right is not None:
+            hits += right
+        return total
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(labels), rows):
         here = slice(start, start + rows)
         some = None if weights is None else weights[here]
         part: Any = checkpoint(slice_loss, hidden[here], labels[here], some, use_reentrant=False)
-        total = total + part
+        total = total + part[0]
+        if hits is not None:  # outside of what is recomputed
+            hits += part[1]
     return total

@@ -104,6 +104,7 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
     """Collect the values of summary.json."""
     train = [record for record in records if "loss" in record]
     val = [value for _, value in metrics(records).get("val_loss", [])]
+    right = [record["accuracy"] for record in train[-10:] if "accuracy" in record]
     end = train[-1] if train else {"seconds": 0.0, "peak_gib": 0.0}
     tokens, seconds = sum(record["tokens"] for record in train), end["seconds"]
     storage = "" if config.quantize == "none" else f"{config.quantize} + "
@@ -124,6 +125,7 @@ def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> 
         "tokens_per_second": tokens / seconds if seconds else 0.0,
         "peak_gib": end["peak_gib"],
         "train_loss": sum(r["loss"] for r in train[-10:]) / len(train[-10:]) if train else None,
+        "train_accuracy": sum(right) / len(right) if right else None,
         "val_loss_before": val[0] if val else None,
         "val_loss": val[-1] if val else None,
         "metrics": {

@@ -68,6 +68,7 @@ class Learner:
         module: the model itself.
         model: the model as Fabric calls it.
         trainable: its parameters that learn, by name.
+        hits: () int64, labelled tokens of this process that the last step predicted right; see GPT.
     """
 
     def __init__(self, fabric: Fabric, module: GPT, optimizer: torch.optim.Optimizer) -> None:
@@ -75,7 +76,8 @@ class Learner:
         self.model, self.optimizer = fabric.setup(module, optimizer)
         self.model.mark_forward_method("loss")
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.add_gradients = Gradients(fabric, self.model)
+        self.hits = module.hits = torch.zeros((), dtype=torch.int64, device=fabric.device)
+        self.add_gradients = Gradients(fabric, self.model, self.hits)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to this global norm; 0 leaves them. Returns the norm that they had."""
@@ -126,10 +128,11 @@ def train(
         if fabric.is_global_zero:
             tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
     for done, step in enumerate(steps, start=start + 1):
-        loss = sum_over_ranks(fabric, learner.add_gradients(step, seed_of(seed, done, fabric.global_rank)))
+        part = learner.add_gradients(step, seed_of(seed, done, fabric.global_rank))
+        loss, hits = sum_over_ranks(fabric, torch.stack((part, learner.hits.to(part))))
         sum_gradients(fabric, learner.trainable.values())
         norm = learner.clip_gradients(config.max_norm)
-        loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
+        loss_value, norm_value, hit_count = torch.stack((loss, norm.to(loss), hits)).tolist()
         try:
             guard.check_loss(done, loss_value)
             may_update = guard.may_update(done, norm_value)
@@ -149,6 +152,7 @@ def train(
             "step": done,
             "epoch": round(step.epoch, 4),
             "loss": loss_value,
+            "accuracy": hit_count / max(1, step.labelled),
             "lr": rate,
             "grad_norm": norm_value,
             "tokens": step.tokens,
@@ -198,18 +202,22 @@ def follow(
 class Gradients:
     """Forward and backward passes of a step, in smaller micro-batches once memory has run out.
 
+    Args:
+        hits: of the model; it is set to zero before each step.
+
     Attributes:
         rows: most rows of a micro-batch; None does not limit them.
     """
 
-    def __init__(self, fabric: Fabric, model: _FabricModule) -> None:
-        self.fabric, self.model = fabric, model
+    def __init__(self, fabric: Fabric, model: _FabricModule, hits: Tensor) -> None:
+        self.fabric, self.model, self.hits = fabric, model, hits
         self.rows: int | None = None
 
     def __call__(self, step: Step, seed: int = 0) -> Tensor:
         """Add the gradients of a step to the parameters', and return this process's part of its loss."""
         while True:
             torch.manual_seed(seed)
+            self.hits.zero_()
             batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
             try:
                 return self._take(batches, step.weight)

@@ -130,6 +130,30 @@ def test_recomputing_changes_no_bit(policy: Any) -> None:
         assert all(torch.equal(gradient[name], results[0][1][name]) for name in gradient)
 
 
+def right_and_wrong(model: GPT, rows: int = 2, length: int = 12) -> tuple[Tensor, Tensor, int]:
+    """A batch whose model is right about some labels, and about how many."""
+    tokens, labels = batch(rows, length)
+    with torch.no_grad():
+        likeliest = model.eval()(tokens).argmax(dim=-1)
+    labels[:, 5:9] = likeliest[:, 5:9]
+    model.train()
+    return tokens, labels, int((labels == likeliest).sum())
+
+
+def test_tokens_that_are_predicted_right_are_counted_as_by_the_plain_path() -> None:
+    model = adapted_model(scheme="bnb.nf4", targets=("all", "head"))
+    tokens, labels, right = right_and_wrong(model)
+    assert 8 <= right < labels.numel()
+    model.hits = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    plain = gradients(model, tokens, labels)
+    assert model.hits == right
+    fuse(model)
+    assert_equal(gradients(model, tokens, labels), plain)
+    assert model.hits == 2 * right
+    model.hits = None
+    gradients(model, tokens, labels)
+
+
 def test_weights_of_tokens_weigh_their_losses() -> None:
     model = adapted_model()
     tokens, labels = batch()

@@ -145,6 +145,17 @@ def test_capturing_changes_no_bit() -> None:
         assert all(torch.equal(gradient[name], results[0][1][name]) for name in gradient)
 
 
+def test_a_capture_counts_no_token_and_a_replay_each_that_is_predicted_right() -> None:
+    model = adapted_model()
+    tokens, labels, right = test_fused.right_and_wrong(model, 1, 20)
+    _, recording = with_graphs(model)
+    model.hits = torch.zeros((), dtype=torch.int64)
+    for _ in range(SIGHTINGS + 2):
+        gradients(model, tokens, labels)
+    assert recording.replayed == 4
+    assert model.hits == (SIGHTINGS + 2) * right > 0
+
+
 def test_padding_drops_the_same_elements_of_a_single_row() -> None:
     model = adapted_model(dropout=0.3)
     torch.manual_seed(3)

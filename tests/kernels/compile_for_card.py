@@ -151,7 +151,7 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
             norm_rotate_backward(*heads, qkv, norm, rotation, scale)
     attention_of(dtype)
     for cap in (None, 30.0):
-        cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap)
+        cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap, integers(1))
 
 
 def attention_of(dtype: torch.dtype) -> None:

@@ -241,6 +241,25 @@ def test_cross_entropy(vocab: int, cap: float | None) -> None:
     assert loss[2] == 0
 
 
+@pytest.mark.parametrize("cap", [None, 2.5])
+@pytest.mark.parametrize("vocab", [17, 5000])
+def test_a_hit_is_a_label_that_torch_s_argmax_is(vocab: int, cap: float | None) -> None:
+    logits = rand(8, vocab)
+    logits[:4, [3, vocab - 1]] = 9.0  # equal ones: the first counts
+    labels = torch.tensor([3, vocab - 1, 3, -100, 5, 6, 7, 8], device=DEVICE)
+    labels[4:6] = logits[4:6].argmax(dim=-1)
+    weights, hits = torch.ones(8, device=DEVICE), torch.full((), 40, dtype=torch.int64, device=DEVICE)
+    right = int((logits.argmax(dim=-1) == labels).sum())
+    one, other = (torch.empty(8, device=DEVICE) for _ in range(2))
+    same = logits.clone()
+    cross_entropy_(same, labels, weights, other, cap)
+    cross_entropy_(logits, labels, weights, one, cap, hits)
+    assert int(hits) == 40 + right
+    assert right >= 4
+    assert torch.equal(one, other)
+    assert torch.equal(logits, same)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
     def kept(seed: int) -> Tensor:

@@ -85,14 +85,16 @@ def test_loss_is_the_cross_entropy_however_it_is_sliced(at_once: int, weighted: 
     torch.manual_seed(0)
     hidden = torch.randn(2, 7, 16, requires_grad=True)
     head = torch.nn.Linear(16, 320)
-    labels = torch.randint(0, 320, (2, 7))
+    labels = head(hidden).argmax(dim=-1)
+    labels[1] = torch.randint(0, 320, (7,))
     labels[0, :3] = IGNORE
     weights = torch.rand(2, 7) if weighted else None
     each = torch.nn.functional.cross_entropy(
         head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
     expected = (each if weights is None else each * weights.flatten()).sum()
-    actual = linear_cross_entropy(hidden, head, labels, weights, at_once=at_once)
+    hits = torch.zeros((), dtype=torch.int64)
+    actual = linear_cross_entropy(hidden, head, labels, weights, at_once=at_once, hits=hits)
     torch.testing.assert_close(actual, expected)
     for ours, theirs in zip(
         torch.autograd.grad(actual, [hidden, head.weight]),
@@ -100,6 +102,7 @@ def test_loss_is_the_cross_entropy_however_it_is_sliced(at_once: int, weighted: 
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+    assert hits == (head(hidden).argmax(dim=-1) == labels).sum()
 
 
 def test_loss_without_labels_is_zero() -> None:

@@ -14,7 +14,7 @@ from lit_qlora.run import saver, summary
 from lit_qlora.settings import FinetuneConfig
 from tests.conftest import load_script
 
-EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "samples", "val_loss", "skipped")
+EXACT = ("step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens", "samples", "val_loss", "skipped")
 
 
 STEPS = 8

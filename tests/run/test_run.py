@@ -19,7 +19,7 @@ from lit_qlora.train.training_state import read_counters
 from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
 from tests.run.conftest import Finetune, files_of, log_of
 
-STEP_KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "samples"]
+STEP_KEYS = ["step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens", "samples"]
 STEP_KEYS += ["tokens_per_second", "peak_gib", "seconds"]
 SUMMARY_KEYS = {"trainable_parameters", "frozen_parameters", "steps", "tokens", "samples", "seconds"}
 SUMMARY_KEYS |= {"tokens_per_second", "peak_gib", "train_loss", "val_loss", "versions", "gpu", "base", "quantize"}
@@ -53,6 +53,7 @@ def test_a_run_leaves_what_is_promised(finetune: Finetune, out: Path, scheme: st
     assert summary["samples"] == sum(record["samples"] for record in train) == 16
     assert summary["tokens"] == sum(record["tokens"] for record in train)
     assert summary["val_loss"] == val[-1]["val_loss"]
+    assert summary["train_accuracy"] == sum(record["accuracy"] for record in train) / 2
     manifest = read_adapter(out / "final").manifest
     assert manifest is not None
     assert manifest["quantize"] == scheme

@@ -96,6 +96,19 @@ def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens() -> None:
     assert log[1]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("micro", [1, 4])
+def test_the_accuracy_of_a_step_is_the_share_of_its_labelled_tokens_whose_argmax_is_the_label(micro: int) -> None:
+    model = tiny_model()
+    step = next(steps(SAMPLES, Batching(batch_size=4, micro_batch_size=4, seed=3), total=1))
+    (batch,) = step.batches
+    batch.labels[:, ::2] = torch.where(batch.labels == IGNORE, IGNORE, model(batch.tokens).argmax(dim=-1))[:, ::2]
+    right = int((model(batch.tokens).argmax(dim=-1) == batch.labels).sum())
+    rows = [Batch(*(None if t is None else t[i : i + micro] for t in batch)) for i in range(0, 4, micro)]
+    _, log = run(tiny_model(), iter([step._replace(batches=rows)]), max_steps=1)
+    assert log[1]["accuracy"] == right / step.labelled
+    assert 0 < right < step.labelled
+
+
 def test_validation_comes_before_during_and_after_and_weighs_tokens() -> None:
     model = tiny_model()
     _, log = run(tiny_model())

@@ -18,8 +18,8 @@ class Config(PrepareConfig):
     """Split Alpaca, or another data set, into train.jsonl and val.jsonl."""
 
     data_path: str = ALPACA
-    """Data set: a .json, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME. By default the cleaned Alpaca of the
-    Hugging Face hub, 51,760 samples."""
+    """Data set: a .json, .jsonl, .csv, .tsv or .parquet file, hf:ORG/NAME, or a name such as dolly or longform (see
+    docs/data_sets.md). By default the cleaned Alpaca of the Hugging Face hub, 51,760 samples."""
 
 
 def main(config: Config) -> None:

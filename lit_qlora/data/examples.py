@@ -55,6 +55,7 @@ def read_examples(
 
     Args:
         format, columns, templates: as data.format, data.columns, and both of data.template and data.answer_template.
+            A data set that is known by name has its format.
         skip: leave out what is wrong instead of refusing everything.
         allow: findings that are no complaints; only "empty_answers" matters here.
 
@@ -62,6 +63,7 @@ def read_examples(
         DataError: listing the first few things that are wrong, with their locations, and counting all.
     """
     source = source if isinstance(source, Source) else Source(str(source))
+    format = source.format if format == "auto" else format
     rest = _to_the_end(read_records(source))
     first = list(islice(rest, LOOKED_AT))
     name, form, saw = pick_format(format, columns, first, templates)

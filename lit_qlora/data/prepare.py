@@ -11,7 +11,7 @@ import torch
 from lit_qlora.data.examples import Example, Reading, read_examples, refusal
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
 from lit_qlora.data.prepared import RECORD, record
-from lit_qlora.data.sources import HUB, find_file, find_sources
+from lit_qlora.data.sources import find_file, find_sources, is_hub
 from lit_qlora.errors import DataError, ResourceError, UsageError
 from lit_qlora.files.atomic import replace_files, temporary_directory, write_text
 from lit_qlora.prompts.conversation import Message
@@ -22,7 +22,7 @@ REPORT = "report.md"
 
 
 def read(path: str | Path, out_dir: Path, config: PrepareConfig) -> Reading:
-    """Read the records of a file, or of the training split of hf:ORG/NAME.
+    """Read the records of a file, or of the training split of a data set of the hub.
 
     Raises:
         DataError: as read_examples, with the flags that there are here.
@@ -31,7 +31,7 @@ def read(path: str | Path, out_dir: Path, config: PrepareConfig) -> Reading:
     if Path(path).resolve() in [(out_dir / f"{name}.jsonl").resolve() for name in ("train", "val")]:
         raise UsageError(f"out_dir {out_dir}: {path} would be overwritten with a part of itself. Name another.")
     try:
-        source = find_sources([str(path)], None)[0][0] if str(path).startswith(HUB) else find_file(Path(path))
+        source = find_sources([str(path)], None)[0][0] if is_hub(str(path)) else find_file(Path(path))
         reading = read_examples(source, format=config.format, columns=config.columns, skip=skip)
         if reading.tokenized:
             raise DataError(f"{path} holds token ids already. Train on it as it is, with --data.path {path}.")

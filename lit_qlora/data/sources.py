@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.data.hub_sets import HUB_SETS, HubSet, find_hub_set
 from lit_qlora.data.readers import READERS, Record
 from lit_qlora.errors import DataError, did_you_mean
 
@@ -26,7 +27,18 @@ class Source:
     """Times that an epoch sees each sample."""
 
     def __str__(self) -> str:
-        return f"{self.path} ({self.split})" if self.split else self.path
+        known = self._known
+        where = f"{HUB}{known.repo}, {self.split}" if known else self.split
+        return f"{self.path} ({where})" if self.split else self.path
+
+    @property
+    def format(self) -> str:
+        """Format of the records where the name of the data set tells it, else 'auto'."""
+        return self._known.format if self._known else "auto"
+
+    @property
+    def _known(self) -> HubSet | None:
+        return find_hub_set(self.path) if self.split else None
 
 
 def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Source], Source | None]:
@@ -41,14 +53,16 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
     val: list[Source] = []
     for text in paths:
         path, times = _times(text)
-        if path.startswith(HUB):
+        if is_hub(path):
             splits = list(_hub(path))
             train.append(Source(path, "train" if "train" in splits else splits[0], times))
             val += [Source(path, name) for name in VAL_SPLITS if name in splits and name != train[-1].split]
             continue
         if not Path(path).exists():
             near = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
-            raise DataError(f"data.path {path} does not exist.{did_you_mean(Path(path).name, near)}")
+            names = "" if set("/.") & set(path) else f"\nData sets known by name: {', '.join(HUB_SETS)}."
+            known = [*near, *(HUB_SETS if names else ())]
+            raise DataError(f"data.path {path} does not exist.{did_you_mean(Path(path).name, known)}{names}")
         if Path(path).is_dir():
             own_train, own_val = _only_one(Path(path), "train"), _only_one(Path(path), "val")
             if own_train is None:
@@ -57,7 +71,7 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
             path = own_train
             val += [Source(own_val)] if own_val else []
         train.append(Source(_readable(path), times=times))
-    if val_path is not None and val_path.startswith(HUB):
+    if val_path is not None and is_hub(val_path):
         splits = list(_hub(val_path))
         return train, Source(val_path, next((name for name in (*VAL_SPLITS, "test") if name in splits), splits[0]))
     if val_path is not None:
@@ -65,6 +79,11 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
             raise DataError(f"data.val_path {val_path} is not a file.")
         return train, Source(_readable(val_path))
     return train, val[0] if val else None
+
+
+def is_hub(path: str) -> bool:
+    """Tell if a path names a data set of the hub: hf:ORG/NAME, or a name of HUB_SETS."""
+    return path.startswith(HUB) or find_hub_set(path) is not None
 
 
 def find_file(path: Path) -> Source:
@@ -146,14 +165,18 @@ def _hub_split(source: Source) -> Any:
 
 @cache
 def _hub(path: str) -> Any:
-    """All splits of hf:ORG/NAME or hf:ORG/NAME:CONFIG."""
+    """All splits of hf:ORG/NAME or hf:ORG/NAME:CONFIG, or of a data set that is known by name."""
     name, _, config = path.removeprefix(HUB).partition(":")
+    known = find_hub_set(path)
+    arguments = known.arguments if known else {}
+    if known:
+        name, path = known.repo, f"{path} ({HUB}{known.repo})"
     try:
         import datasets
     except ImportError:
         raise DataError(f"{path} needs the library datasets: pip install datasets.") from None
     try:
-        return datasets.load_dataset(name, config or None)
+        return datasets.load_dataset(name, config or None, **arguments)
     except Exception as error:  # the library raises some twenty kinds
         reason = str(error).strip().partition("\n")[0]
         raise DataError(

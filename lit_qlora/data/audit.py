@@ -60,8 +60,13 @@ class Audit:
             "{} turns of conversations were left out": counts.cut_turns,
             f"{{}} answers were cut ({_percent(counts.cut_answers, counts.examples)})": counts.cut_answers,
             "{} samples have no labelled token and were left out": counts.masked,
+            "{} samples more than conversations, because the chat template rewrites what was said before; so each "
+            "answer is labelled behind the prompt that asks for it (see --data.split_rewritten)": counts.split,
             "{} answers are not labelled, as the chat template writes them differently once the conversation goes on; "
-            "as conversations of their own, that end with them, they would be": counts.untaught,
+            "--data.split_rewritten true makes samples of their own of them": counts.untaught,
+            "{} answers have no thought, but the chat template asks for one: an empty thought is trained before them": (
+                counts.unthought
+            ),
             "{} answers weigh less than others": counts.light,
             "{} answers begin otherwise than the chat template asks for them": counts.begun,
             "{} answers are trained behind another text than they will be asked with, as the chat template writes "

@@ -5,7 +5,7 @@ import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,14 @@ from lit_qlora.prompts.style import STYLES, EncodedTurn, Style, UnwritableError
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import Overlong
 
+Found = TypeVar("Found")
 AT_ONCE = 4096  # examples that are encoded together; more is no faster and takes more memory
 Fitted = tuple[Conversation, list[EncodedTurn]]
 """A conversation within the limits, and its ids."""
 Fitting = Generator[Conversation, list[EncodedTurn], Fitted | None]
 """Yields each shorter conversation that it wants to have encoded."""
+Splitting = Generator[Conversation, list[EncodedTurn], list[Fitted]]
+"""The same for the beginnings of a conversation."""
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -38,6 +41,7 @@ class Encoding:
     label_cut_ends: bool = False
     mask_prompt: bool = True
     only_last_answer: bool = False
+    split_rewritten: bool = True
     system: str = ""
     on_error: Literal["stop", "skip"] = "stop"
 
@@ -52,6 +56,8 @@ class Counts:
     turns: int = 0
     ended: int = 0
     """Turns whose answer ends with a token that ends answers."""
+    split: int = 0
+    """Samples more than conversations, because the chat template rewrites what was said before."""
     untaught: int = 0
     """Answers without labels, because the chat template writes them differently once the conversation goes on."""
     light: int = 0
@@ -60,6 +66,8 @@ class Counts:
     """Answers that do not begin as the chat template asks for them."""
     rewritten: int = 0
     """Answers before which the chat template writes something else when it asks for them."""
+    unthought: int = 0
+    """Answers without a thought to which the chat template asks with the beginning of one."""
     thoughts: int = 0
     """Answers whose thoughts the chat template leaves out."""
     cut_prompts: int = 0
@@ -117,17 +125,20 @@ class Encoder:
             some = examples[start : start + AT_ONCE]
             said: list[Conversation] = [self._with_system(self._readable(example)) for example in some]
             try:
-                encoded = self.style.encode_many(self.tokenizer, said)
+                encoded = self._encoded(said)
             except UnwritableError as failure:
                 if len(failure.reasons) == len(some) and not start:
                     raise  # it is not the data that is wrong
                 if self.encoding.on_error == "stop":
                     complaints += [f"{some[i].location}: {why}" for i, why in failure.reasons.items()]
-                    advice["Give another --data.prompt, or leave these out with --data.on_error skip."] = None
+                    advice[f"{failure.advice} Or leave these out with --data.on_error skip."] = None
                 self.counts.skipped += len(failure.reasons)
                 some = [example for i, example in enumerate(some) if i not in failure.reasons]
                 said = [one for i, one in enumerate(said) if i not in failure.reasons]
-                encoded = self.style.encode_many(self.tokenizer, said)
+                encoded = self._encoded(said)
+            for one in said if not complaints else ():
+                self._count(one)
+            some, said, encoded = self._each_as_asked(some, said, encoded)
             long = {i for i, turns in enumerate(encoded) if self._too_long(said[i], turns)}
             fitted: dict[int, Fitted | None] = {}
             if self.encoding.overlong == "error":
@@ -138,7 +149,6 @@ class Encoder:
             elif self.encoding.overlong != "drop":
                 fitted = self._side_by_side({i: self._fit(said[i], encoded[i]) for i in long})
             for i, turns in enumerate(encoded if not complaints else ()):
-                self._count(said[i])
                 found = fitted.get(i) if i in long else (said[i], turns)
                 if found is None:
                     self.counts.dropped += 1
@@ -231,14 +241,59 @@ class Encoder:
             if learn and message.weight < 1:
                 light.append((here, message.weight))
                 self.counts.light += 1
+            if not learn and len(said.answers) > 1:
+                continue
             self.counts.turns += 1
             self.counts.ended += bool(answer) and (answer[-1] in self.stops or "followed" in remarks)
             if remarks:
+                self.counts.unthought += "unthought" in remarks
                 self.counts.begun += "begun" in remarks
                 self.counts.rewritten += "rewritten" in remarks
                 self.counts.thoughts += "thoughts" in remarks
         trained[:1] = False  # nothing predicts the first token
         return Sample(np.array(tokens, np.int32), trained, _weights(trained, light) if light else None)
+
+    @property
+    def _as_asked(self) -> bool:
+        """True if answers are labelled behind the prompts that ask for them, not as parts of a whole."""
+        return self.encoding.split_rewritten and self.encoding.mask_prompt
+
+    def _encoded(self, said: Sequence[Conversation]) -> list[list[EncodedTurn]]:
+        return self.style.encode_many(self.tokenizer, said, self._as_asked)
+
+    def _each_as_asked(
+        self, some: Sequence[Example], said: Sequence[Conversation], encoded: Sequence[list[EncodedTurn]]
+    ) -> tuple[Sequence[Example], list[Conversation], list[list[EncodedTurn]]]:
+        """The same, with as many samples of a conversation as it takes to learn each answer behind its own prompt."""
+        split = self._as_asked and not self.encoding.only_last_answer
+        parts = self._side_by_side(
+            {
+                i: self._split(said[i], turns)
+                for i, turns in enumerate(encoded)
+                if split and any(map(_moved, turns[:-1]))
+            }
+        )
+        self.counts.split += sum(len(found) - 1 for found in parts.values())
+        whole = [
+            (some[i], *one) for i, pair in enumerate(zip(said, encoded, strict=True)) for one in parts.get(i, [pair])
+        ]
+        examples, conversations, turns = zip(*whole, strict=True) if whole else ((), (), ())
+        return examples, list(conversations), list(turns)
+
+    def _split(self, said: Conversation, turns: list[EncodedTurn]) -> Splitting:
+        """The fewest beginnings of a conversation that hold each answer as it is asked for, each labelled once."""
+        whole = (said, turns)
+        left = {i for i, message in enumerate(said.answers) if message.weight > 0}
+        parts: list[Fitted] = []
+        while left:
+            here = left - {i for i, turn in enumerate(turns[:-1]) if _moved(turn)}
+            if here:
+                parts.append((said.weighing(here), turns))
+            left -= here
+            if left:
+                said = said.up_to_answer(max(left))
+                turns = yield said
+        return parts[::-1] or [whole]
 
     def _too_long(self, said: Conversation, turns: list[EncodedTurn]) -> bool:
         """Tell if something has to go; a raw text is taken to pieces instead."""
@@ -288,9 +343,11 @@ class Encoder:
         self.counts.cut_answers += any(len(new[1]) < len(old[1]) for new, old in zip(fitted, turns, strict=True))
         return said, fitted
 
-    def _side_by_side(self, fittings: Mapping[int, Fitting]) -> dict[int, Fitted | None]:
+    def _side_by_side(
+        self, fittings: Mapping[int, Generator[Conversation, list[EncodedTurn], Found]]
+    ) -> dict[int, Found]:
         """Run all to their ends in rounds. Each round encodes at once all conversations that they ask for."""
-        results: dict[int, Fitted | None] = {}
+        results: dict[int, Found] = {}
         answers: dict[int, Any] = dict.fromkeys(fittings)  # None begins
         while answers:
             wanted: dict[int, Conversation] = {}
@@ -299,7 +356,7 @@ class Encoder:
                     wanted[i] = fittings[i].send(answer)
                 except StopIteration as end:
                     results[i] = end.value
-            encoded = self.style.encode_many(self.tokenizer, list(wanted.values())) if wanted else []
+            encoded = self._encoded(list(wanted.values())) if wanted else []
             answers = dict(zip(wanted, encoded, strict=True))
         return results
 
@@ -344,6 +401,11 @@ class Encoder:
         if of_input and message.text.strip():
             return replace(said, input="")
         return None
+
+
+def _moved(turn: EncodedTurn) -> bool:
+    """Tell if an answer stands behind another prompt than it is asked with, or is part of the next prompt."""
+    return "elsewhere" in turn.remarks or not (turn.prompt or turn.answer)
 
 
 def _length(turns: Sequence[EncodedTurn]) -> int:

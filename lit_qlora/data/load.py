@@ -173,6 +173,7 @@ def encode_source(
         label_cut_ends=data.label_cut_ends,
         mask_prompt=data.mask_prompt,
         only_last_answer=data.only_last_answer,
+        split_rewritten=data.split_rewritten,
         system=data.system,
         on_error=data.on_error,
     )

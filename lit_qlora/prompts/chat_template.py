@@ -49,10 +49,11 @@ def find_chat_template(directory: Path) -> str | None:
 
 Request = tuple[Sequence[Message], bool]
 """Messages, and whether the beginning of an answer follows."""
-How = Literal["text", "prompt", "turns", "marked", "marked prompt"]
+How = Literal["text", "prompt", "turns", "marked", "marked prompt", "asked turns", "asked marked"]
 """A conversation as one text, with the beginning of an answer or without; the prompt and the answer of each turn, told
-by rendering again and again, or by the template's own marks; the same with a prompt behind the last answer."""
-RenderedTurn = tuple[str, str, str, bool]
+by rendering again and again, or by the template's own marks; the same with a prompt behind the last answer; the first
+two with each answer behind the text that asks for it."""
+RenderedTurn = tuple[str, str, str, bool, bool]
 """See lit_qlora.prompts.template_worker.Turn."""
 Rendered = list[RenderedTurn | None] | str
 """The turns, None where an answer is part of the next prompt; or why the template cannot write them."""
@@ -95,6 +96,17 @@ class Renderer:
                 raise CheckpointError(f"The chat template fails: {found}")
             texts += found
         return texts
+
+    def try_all(self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any], bool]]) -> list[str | None]:
+        """Each conversation as a text, or None where the template refuses it.
+
+        Args:
+            conversations: messages, variables of their own, and whether the beginning of an answer follows.
+        """
+        asked: list[tuple[Sequence[Message], Mapping[str, Any], How]] = [
+            (messages, variables, "prompt" if begin else "text") for messages, variables, begin in conversations
+        ]
+        return [None if isinstance(found, str) else found[0] for found in self._answers(asked)]
 
     def render_turns(
         self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any]]], how: How, marks: str

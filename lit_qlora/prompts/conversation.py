@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -104,6 +105,20 @@ class Conversation:
         )
         variables = {name: value for name, value in self.variables.items() if name not in names}
         return replace(self, messages=messages, variables=variables)
+
+    def weighing(self, only: Collection[int]) -> Self:
+        """The conversation with weight 0 for all answers but those with these numbers."""
+        numbers = count()
+        messages = tuple(
+            message._replace(weight=0.0) if message.is_answer and next(numbers) not in only else message
+            for message in self.messages
+        )
+        return replace(self, messages=messages)
+
+    def up_to_answer(self, number: int) -> Self:
+        """The conversation that ends with answer `number`."""
+        ends = [i + 1 for i, message in enumerate(self.messages) if message.is_answer]
+        return replace(self, messages=self.messages[: ends[number]])
 
     def without_last_turn(self) -> Self:
         """The conversation without its last answer and what led to it from the answer before."""

@@ -23,6 +23,7 @@ from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, 
 from lit_qlora.prompts.chat_template import Message as Rendered
 from lit_qlora.prompts.conversation import OPENING, REASONING, Conversation, Message, prompt_of
 from lit_qlora.prompts.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, as_one_text, encode_pieces
+from lit_qlora.prompts.template_words import TemplateWords
 from lit_qlora.prompts.wordings import Wording
 from lit_qlora.settings import PromptKnobs
 
@@ -31,13 +32,11 @@ TEMPLATE = "template"
 """The name of the style that is the tokenizer's own chat template."""
 KNOBS = "knobs"
 """The name of the style that PromptKnobs describe."""
-TOOL_ROLES = ("tool", "ipython", "observation", "function")
-"""Roles of a tool's result in chat templates, the likeliest first."""
 RENDERED_AT_ONCE = 2**23  # characters; one may take twelve bytes in JSON, and several copies are made
-Remark = Literal["begun", "rewritten", "thoughts", "followed", "cut"]
+Remark = Literal["begun", "rewritten", "elsewhere", "unthought", "thoughts", "followed", "cut"]
 """Of an answer: it does not begin as the template asks for it; what comes before it is another text when the template
-asks for it; the template leaves out its thoughts; nothing ends it, but a control token follows; its end was
-cut."""
+asks for it; it is another text in the conversation that ends with it; it has no thought, though its prompt begins one;
+the template leaves out its thoughts; nothing ends it, but a control token follows; its end was cut."""
 
 
 class WrittenTurn(NamedTuple):
@@ -61,11 +60,16 @@ class EncodedTurn(NamedTuple):
 class UnwritableError(CheckpointError):
     """A style cannot write some of the conversations that it was given."""
 
-    def __init__(self, reasons: Mapping[int, str]) -> None:
+    def __init__(self, reasons: Mapping[int, str], fitting: Sequence[str]) -> None:
         self.reasons = reasons
         """For each of them, by its number."""
+        self.advice = (
+            f"Take --data.prompt {' or '.join(fitting[:3])}."
+            if fitting
+            else "Take --data.prompt template with a checkpoint whose chat template writes all of it."
+        )
         reason = next(iter(reasons.values()))
-        super().__init__(f"{reason[:1].upper()}{reason[1:]}.\nGive another --data.prompt, such as chatml or alpaca.")
+        super().__init__(f"{reason[:1].upper()}{reason[1:]}.\n{self.advice}")
 
 
 class Style(ABC):
@@ -81,8 +85,14 @@ class Style(ABC):
     tail: str
 
     @abstractmethod
-    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
+    def write(
+        self, tokenizer: Vocabulary, conversations: Sequence[Conversation], as_asked: bool = False
+    ) -> list[list[WrittenTurn]]:
         """The turns of each conversation, one for each answer; an answer ends with what ends it.
+
+        Args:
+            as_asked: the last answer stands behind the text that a model is asked it with; so do others, unless they
+                are "elsewhere". Otherwise all is as the style writes the whole conversation.
 
         Raises:
             UnwritableError: if the style has no words for some of them.
@@ -97,8 +107,12 @@ class Style(ABC):
         """
 
     @abstractmethod
-    def reads(self, name: str, of_message: bool) -> bool:
-        """Tell if the style writes this key of a message, or this variable of a conversation."""
+    def reads(self, name: str, of_message: bool, value: Any) -> bool:
+        """Tell if the style writes this key of a message, or this variable of a conversation.
+
+        Args:
+            value: that it has.
+        """
 
     @property
     def notation(self) -> Notation:
@@ -123,14 +137,16 @@ class Style(ABC):
         """The keys of messages and the variables that the style does not write, each with a value of it."""
         if conversation.plain:
             return {}
-        found = {name: value for name, value in conversation.variables.items() if not self.reads(name, False)}
+        found = {name: value for name, value in conversation.variables.items() if not self.reads(name, False, value)}
         for message in reversed(conversation.messages):
-            found |= {name: value for name, value in message.keys.items() if not self.reads(name, True)}
+            found |= {name: value for name, value in message.keys.items() if not self.reads(name, True, value)}
         return found
 
-    def encode_many(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
-        """The turns of each conversation in ids."""
-        written = self.write(tokenizer, conversations)
+    def encode_many(
+        self, tokenizer: Vocabulary, conversations: Sequence[Conversation], as_asked: bool = False
+    ) -> list[list[EncodedTurn]]:
+        """The turns of each conversation in ids; see write."""
+        written = self.write(tokenizer, conversations, as_asked)
         encoded = encode_pieces(tokenizer, [[part for turn in turns for part in turn[:2]] for turns in written])
         return [
             [
@@ -212,18 +228,20 @@ class WordedStyle(Style):
         """See Style."""
         return self.wording.tail
 
-    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
+    def write(
+        self, tokenizer: Vocabulary, conversations: Sequence[Conversation], as_asked: bool = False
+    ) -> list[list[WrittenTurn]]:
         """See Style."""
         written: list[list[WrittenTurn]] = []
         reasons: dict[int, str] = {}
         for i, conversation in enumerate(conversations):
-            turns = self._turns(conversation)
+            turns = self.turns_of(conversation)
             if isinstance(turns, str):
                 reasons[i] = turns
             else:
                 written.append(turns)
         if reasons:
-            raise UnwritableError(reasons)
+            raise UnwritableError(reasons, fitting_styles(tokenizer, [conversations[i] for i in reasons]))
         return written
 
     def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[list[Piece]]:
@@ -232,7 +250,7 @@ class WordedStyle(Style):
         (turns,) = self.write(tokenizer, [answered])
         return [part for turn in turns for part in turn[:2]][:-1]
 
-    def reads(self, name: str, of_message: bool) -> bool:
+    def reads(self, name: str, of_message: bool, value: Any) -> bool:
         """See Style."""
         return False
 
@@ -252,7 +270,7 @@ class WordedStyle(Style):
         """See Style."""
         return super().facts() | ({"knobs": asdict(self.knobs)} if self.knobs else {})
 
-    def _turns(self, conversation: Conversation) -> list[WrittenTurn] | str:
+    def turns_of(self, conversation: Conversation) -> list[WrittenTurn] | str:
         """The turns of a conversation, or why the style has no words for it."""
         input, system, asked = conversation.input, None, None
         turns: list[WrittenTurn] = []
@@ -310,7 +328,9 @@ class TemplateStyle(Style):
         """See Style."""
         return self.source
 
-    def write(self, tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[list[WrittenTurn]]:
+    def write(
+        self, tokenizer: Vocabulary, conversations: Sequence[Conversation], as_asked: bool = False
+    ) -> list[list[WrittenTurn]]:
         """See Style.
 
         A template with {% generation %} marks the labelled text itself. With any other, each turn is rendered without
@@ -323,7 +343,7 @@ class TemplateStyle(Style):
             UnwritableError: if it refuses conversations, leaves out an answer, or writes the beginning of a
                 conversation differently once it goes on. In the last case nothing tells prompt from answer.
         """
-        return self._write(tokenizer, conversations)
+        return self._write(tokenizer, conversations, "asked turns" if as_asked else "turns")
 
     def write_prompt(self, tokenizer: Vocabulary, conversation: Conversation) -> list[list[Piece]]:
         """See Style."""
@@ -331,15 +351,15 @@ class TemplateStyle(Style):
         answered = conversation
         if not self._is_marked:
             answered = replace(conversation, messages=(*conversation.messages, Message("assistant", "a")))
-        (turns,) = self._write(tokenizer, [answered], is_prompt=True)
+        (turns,) = self._write(tokenizer, [answered], "turns", is_prompt=True)
         *before, last = turns
         return [[*last.asked]] if last.asked else [*(part for turn in before for part in turn[:2]), last.prompt]
 
-    def reads(self, name: str, of_message: bool) -> bool:
-        """See Style. Thoughts go under whichever key the template reads."""
+    def reads(self, name: str, of_message: bool, value: Any) -> bool:
+        """See Style. Thoughts go under whichever key the template reads, or into answers whose prompt begins one."""
         if of_message and name in REASONING:
-            return any(self._names(key) for key in REASONING)
-        return self._names(name) if of_message else re.search(rf"(?<![\w.]){re.escape(name)}\b", self._bare) is not None
+            return bool(self._words.reasoning) or self.notation.begins_thought(self._words.opening)
+        return self._words.reads(name, of_message, value)
 
     @cached_property
     def _code(self) -> str:
@@ -347,40 +367,27 @@ class TemplateStyle(Style):
         return " ".join(re.findall(r"{[{%].*?[%}]}", re.sub("{#.*?#}", "", self.source, flags=re.DOTALL), re.DOTALL))
 
     @cached_property
-    def _bare(self) -> str:
-        """The same without texts in quotation marks."""
-        return re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", " ", self._code, flags=re.DOTALL)
-
-    @cached_property
     def _is_marked(self) -> bool:
         """True if the template itself marks the labelled text."""
         return re.search(r"{%[-+]?\s*generation\b", self._code) is not None
 
     @cached_property
-    def _words(self) -> "_Words":
+    def _words(self) -> TemplateWords:
         """The names that the template has for the contents of messages."""
-        return _Words(
-            tool=next((word for word in TOOL_ROLES if _compares_role(self._code, word)), "tool"),
-            developer="developer" if self._names("developer") else "system",
-            reasoning=tuple(key for key in REASONING if self._names(key)),
-            parses=re.search(r"\barguments\s+is\s+(not\s+)?string\b", self._bare) is None,
-        )
-
-    def _names(self, key: str) -> bool:
-        """Tell if the template names a key or a role."""
-        return _named(self._code, self._bare, key)
+        return TemplateWords(lambda trials: self._running().try_all(trials))
 
     def _write(
-        self, tokenizer: Vocabulary, conversations: Sequence[Conversation], is_prompt: bool = False
+        self, tokenizer: Vocabulary, conversations: Sequence[Conversation], how: How, is_prompt: bool = False
     ) -> list[list[WrittenTurn]]:
         """The turns; of a prompt the last answer is not looked at, or is to come where the template has marks."""
-        how: How = ("marked prompt" if is_prompt else "marked") if self._is_marked else "turns"
-        renderer = self._running(_variables(tokenizer))
+        if self._is_marked:
+            how = "marked prompt" if is_prompt else "marked" if how == "turns" else "asked marked"
+        renderer, variables = self._running(), _variables(tokenizer)
         written: list[list[WrittenTurn]] = []
         reasons: dict[int, str] = {}
         for some in _portions(conversations):
             guard = Guard(tokenizer.control_tokens, _texts(some))
-            asked = [(self._messages(one, guard), guard.guard_all(one.variables)) for one in some]
+            asked = [(self._messages(one, guard), variables | guard.guard_all(one.variables)) for one in some]
             for conversation, found in zip(some, renderer.render_turns(asked, how, guard.marks), strict=True):
                 turns = found if isinstance(found, str) else self._turns(guard, found, conversation, is_prompt)
                 if isinstance(turns, str):
@@ -388,13 +395,13 @@ class TemplateStyle(Style):
                     turns = []
                 written.append(turns)
         if reasons:
-            raise UnwritableError(reasons)
+            raise UnwritableError(reasons, fitting_styles(tokenizer, [conversations[i] for i in reasons]))
         return written
 
-    def _running(self, variables: Mapping[str, Any]) -> Renderer:
-        """The process that renders with these variables."""
-        if not self._renderer or self._renderer[0].variables != variables:
-            self._renderer[:] = [Renderer(self.source, variables)]
+    def _running(self) -> Renderer:
+        """The process that renders."""
+        if not self._renderer:
+            self._renderer.append(Renderer(self.source, {}))
         return self._renderer[0]
 
     def _messages(self, conversation: Conversation, guard: Guard) -> list[Rendered]:
@@ -413,8 +420,9 @@ class TemplateStyle(Style):
         """Keys of a message under the template's own names."""
         known = self._words.reasoning
         named = {known[0] if key in REASONING and key not in known and known else key: keys[key] for key in keys}
-        if self._words.parses and "tool_calls" in named:
-            named["tool_calls"] = [_with_parsed_arguments(call) for call in named["tool_calls"]]
+        if "tool_calls" in named and self._words.arguments != "any":
+            as_text = self._words.arguments == "texts"
+            named["tool_calls"] = [_with_arguments(call, as_text) for call in named["tool_calls"]]
         return named
 
     def _turns(
@@ -428,7 +436,7 @@ class TemplateStyle(Style):
             if text is None:
                 turns.append(WrittenTurn([], []))
                 continue
-            before, answered, asked, begun = text
+            before, answered, asked, begun, elsewhere = text
             prompt = _pieces(guard, rest + before)
             answer = _pieces(guard, (_last_line(prompt) if begun else "") + answered)
             rest = ""
@@ -437,6 +445,8 @@ class TemplateStyle(Style):
             if left_out := _left_out(message, answer):
                 return f"it leaves out the {left_out} of turn {len(turns) + 1}"
             remarks: set[Remark] = {"begun" if begun else "rewritten"} if asked else set()
+            remarks |= {"elsewhere"} if elsewhere else set()
+            remarks |= {"unthought"} if self._is_unthought(before, answered) else set()
             remarks |= {"thoughts"} if _has_silent_thoughts(message, answer) else set()
             turns.append(WrittenTurn(prompt, answer, frozenset(remarks), _pieces(guard, asked) if asked else None))
         told = (conversation.system or "").strip()
@@ -446,44 +456,25 @@ class TemplateStyle(Style):
             return "it leaves out the system message"
         return turns if self._is_marked else _ended(turns)
 
-
-class _Words(NamedTuple):
-    """The names that a template has for the contents of messages."""
-
-    tool: str
-    developer: str
-    """The roles."""
-    reasoning: tuple[str, ...]
-    """The keys under which it reads thoughts."""
-    parses: bool
-    """True if it wants the arguments of tool calls as objects, not as JSON texts."""
+    def _is_unthought(self, prompt: str, answer: str) -> bool:
+        """Tell if an answer ends at once the thought that its prompt begins."""
+        thought = self.notation.thought
+        return thought is not None and self.notation.begins_thought(prompt) and answer.lstrip().startswith(thought[1])
 
 
-@cache
-def _named(code: str, bare: str, key: str) -> bool:
-    """Tell if a template reads the key as .key or ["key"], or compares with it."""
-    word = re.escape(key)
-    return bool(re.search(rf"\.\s*{word}\b", bare) or re.search(rf"(['\"]){word}\1", code))
-
-
-def _compares_role(code: str, role: str) -> bool:
-    """Tell if a template compares a message's role with this one, as in role == "tool" or role in ["tool", "ipython"].
-
-    The word alone tells nothing: tools, their calls and functions are read under the same names.
-    """
-    role_is = r"role\b['\"\])\s]*(?:==|!=|(?:not\s+)?in\b)"
-    return bool(re.search(rf"{role_is}[\s(\[]*(?:['\"]\w+['\"]\s*,\s*)*(['\"]){re.escape(role)}\1", code))
-
-
-def _with_parsed_arguments(call: Any) -> Any:
-    """A tool call whose arguments are an object, if they were one in a JSON text, as OpenAI has them."""
+def _with_arguments(call: Any, as_text: bool) -> Any:
+    """A tool call with its arguments as an object, or as a JSON text, as OpenAI has them."""
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or arguments is None or isinstance(arguments, str) == as_text:
         return call
-    try:
-        arguments = parse_json(function["arguments"], "arguments")
-    except CheckpointError:
-        return call
+    if as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    else:
+        try:
+            arguments = parse_json(str(arguments), "arguments")
+        except CheckpointError:
+            return call
     return {**call, "function": {**function, "arguments": arguments}}
 
 
@@ -546,6 +537,31 @@ def _ended(turns: Sequence[WrittenTurn]) -> list[WrittenTurn]:
 MEANT = frozenset({"tools", "documents", "tool_calls", *REASONING})
 """Keys without which a prompt is another one."""
 STYLES: dict[str, WordedStyle] = {name: WordedStyle(name, wording) for name, wording in wordings.WORDINGS.items()}
+
+
+ADVISED = ("chatml", "llama3", "mistral", "gemma", "zephyr", "vicuna", "alpaca")
+"""Styles to take instead of one that does not fit; the first that do are advised."""
+
+
+def fitting_styles(tokenizer: Vocabulary, conversations: Sequence[Conversation]) -> list[str]:
+    """The names of styles that write all of these conversations with this tokenizer."""
+
+    def fits(style: WordedStyle) -> bool:
+        found = [style.turns_of(conversation) for conversation in conversations]
+        pieces = {piece for turns in found if not isinstance(turns, str) for turn in turns for part in turn[:2]
+                  for piece in part if isinstance(piece, Control)}  # fmt: skip
+        return not any(isinstance(turns, str) for turns in found) and all(
+            not piece.required or piece in (BOS, EOS) or piece.name in tokenizer.control_tokens for piece in pieces
+        )
+
+    if any(_names_beside_texts(conversation) & MEANT for conversation in conversations):
+        return []
+    return [name for name in ADVISED if fits(STYLES[name])]
+
+
+def _names_beside_texts(conversation: Conversation) -> set[str]:
+    """The names of all that a conversation has besides texts."""
+    return {*conversation.variables, *(key for message in conversation.messages for key in message.keys)}
 
 
 def find_style(name: str, knobs: PromptKnobs | None = None, directory: Path | None = None) -> Style:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from os.path import commonprefix
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -20,10 +20,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**30  # bytes of address space; rendering a conversation takes some 50 MB
 MOST_WRITTEN = 2**22  # characters that a template may write beside its messages, and eight times their own
+NEWLINE = "\n"
 ANCHOR = 16  # characters before an answer by which it is found where a template does not begin answers
-Turn = tuple[str, str, str, bool]
-"""The prompt, the answer, all that a model is asked the answer with where that is something else, and whether that is
-the prompt with more behind it."""
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+class Turn(NamedTuple):
+    """A prompt and its answer in a conversation that goes on."""
+
+    prompt: str
+    answer: str
+    asked: str = ""
+    """All that a model is asked the answer with where that is something else."""
+    begun: bool = False
+    """It is the prompt with more behind it."""
+    elsewhere: bool = False
+    """Before the answer stands something else than in the conversation that ends with it."""
 
 
 class Generation(Extension):
@@ -58,11 +71,14 @@ class Writer:
     Args:
         marks: the two that the template's environment has.
         most: characters that it may write.
+        as_asked: each answer stands behind the text that a model is asked it with, whatever the template makes of it
+            once the answer is there.
     """
 
     def __init__(
-        self, template: Template, variables: dict[str, Any], messages: list[Any], marks: str, most: int
+        self, template: Template, variables: dict[str, Any], messages: list[Any], marks: str, most: int, as_asked: bool
     ) -> None:
+        self.as_asked = as_asked
         self.template, self.variables, self.messages, self.marks, self.most = template, variables, messages, marks, most
         self.answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
@@ -83,12 +99,22 @@ class Writer:
     def marked_turns(self, begin: bool) -> list[Turn | None] | str:
         """Return the texts outside and inside each pair of marks; with `begin`, the text behind the last pair too."""
         *pairs, tail = re.split(f"[{self.marks}]", self.marked(len(self.messages), begin))
-        turns: list[Turn | None] = [
-            (out, inside, "", False) for out, inside in zip(pairs[::2], pairs[1::2], strict=True)
-        ]
-        if len(turns) != len(self.answers):
-            return f"it marks {len(turns)} texts as generated, and the conversation has {len(self.answers)} answers"
-        return [*turns, (tail, "", "", False)] if begin else turns
+        if len(pairs) != 2 * len(self.answers):
+            number = len(pairs) // 2
+            return f"it marks {number} texts as generated, and the conversation has {len(self.answers)} answers"
+        turns: list[Turn | None] = []
+        text = ""
+        for k, before, inside in zip(self.answers, pairs[::2], pairs[1::2], strict=True):
+            text += before + inside
+            elsewhere = not begin and k != self.answers[-1] and not self.render(k + 1, False).startswith(text)
+            turns.append(Turn(before, inside, elsewhere=elsewhere))
+            if (
+                self.as_asked
+                and k == self.answers[-1]
+                and not text[: len(text) - len(inside)].startswith(self.render(k, True))
+            ):
+                return self.turns()
+        return [*turns, Turn(tail, "")] if begin else turns
 
     def turns(self) -> list[Turn | None] | str:
         """Return each prompt, its answer, and how the prompt goes on where a model is asked for the answer.
@@ -102,28 +128,42 @@ class Writer:
         turns: list[Turn | None] = []
         for k in self.answers:
             pair = self.pair(k)
-            if isinstance(pair, str) or not pair[0].startswith(before):
+            if isinstance(pair, str) or not pair.prompt.startswith(before):
                 return self.located()
-            prompt, answer, asked, more = pair
-            turns.append((prompt[len(before) :], answer, asked, more))
-            before = prompt + answer
+            turns.append(pair._replace(prompt=pair.prompt[len(before) :]))
+            before = pair.prompt + pair.answer
         return turns
 
     def pair(self, k: int) -> Turn | str:
         """The answer that message `k` is, with all before it as its prompt; or why that is unknown."""
         asked, answered = self.render(k, True), self.render(k + 1, False)
         if answered.startswith(asked):
-            return asked, answered[len(asked) :], "", False
+            return Turn(asked, answered[len(asked) :])
         past = self.render(k, False)
         if answered.startswith(past):
             prompt = commonprefix((asked, answered))  # noqa: RUF071 - of characters, for they are texts
-            return prompt, answered[len(prompt) :], asked, True
+            completed = self.completed(self.messages[k], past, asked, answered) if self.as_asked else None
+            return completed or Turn(prompt, answered[len(prompt) :], asked, begun=True)
         begins = past[-ANCHOR:] + (asked[len(past) :] if asked.startswith(past) else "")
         at = answered.rfind(begins)
         if at < 0:
             return f"it writes what comes before message {k + 1} differently once the conversation goes on"
         at += len(begins)
-        return answered[:at], answered[at:], asked, False
+        return Turn(asked, answered[at:]) if self.as_asked else Turn(answered[:at], answered[at:], asked)
+
+    def completed(self, message: Any, past: str, asked: str, answered: str) -> Turn | None:
+        """The answer with its thought, where a prompt begins one and the template then leaves it out."""
+        opens, closes = next((pair for pair in THOUGHTS if asked.rstrip().endswith(pair[0])), ("", ""))
+        head, _, space = asked.rpartition(opens) if opens else ("", "", "")
+        if not opens or not head.startswith(past) or not answered.startswith(head):
+            return None
+        said = answered[len(head) :]
+        if said.startswith(opens):
+            return Turn(asked, said[len(opens) :].lstrip())
+        before, closed, _ = str(message.get("content") or "").partition(closes)
+        thought = next((str(message[key]) for key in THOUGHT_KEYS if message.get(key)), before if closed else "")
+        thought = thought.rpartition(opens)[2].strip()
+        return Turn(asked, f"{'' if space else NEWLINE}{thought}\n{closes}\n\n{said.lstrip(NEWLINE)}")
 
     def located(self) -> list[Turn | None] | str:
         """The answers as they stand in the whole conversation, or why the last cannot be told."""
@@ -135,13 +175,14 @@ class Writer:
         at = 0
         for k in earlier:
             pair = self.pair(k)
-            start = -1 if isinstance(pair, str) else self.find(k, pair, whole[0], at)
+            start = -1 if isinstance(pair, str) else self.find(k, pair, whole.prompt, at)
             if isinstance(pair, str) or start < 0:
                 turns.append(None)
                 continue
-            turns.append((whole[0][at:start], *pair[1:]))
-            at = start + len(pair[1])
-        return [*turns, (whole[0][at:], *whole[1:])]
+            elsewhere = whole.prompt[:start] != pair.prompt
+            turns.append(pair._replace(prompt=whole.prompt[at:start], elsewhere=elsewhere))
+            at = start + len(pair.answer)
+        return [*turns, whole._replace(prompt=whole.prompt[at:])]
 
     def find(self, k: int, pair: Turn, whole: str, at: int) -> int:
         """Find the index in `whole` of the answer that message `k` is, behind its opening; -1 if it is not there."""
@@ -163,12 +204,15 @@ def answer(line: str, compiled: Callable[[str, str], Template]) -> Any:
         return f"{type(error).__name__}: {error}"
     answers: list[Any] = []
     for messages, own, how in request["conversations"]:
-        writer = Writer(template, variables | own, messages, marks, MOST_WRITTEN + 8 * len(line))
+        writer = Writer(
+            template, variables | own, messages, marks, MOST_WRITTEN + 8 * len(line), how.startswith("asked")
+        )
         try:
             if how in ("text", "prompt"):
                 answers.append([writer.render(len(messages), how == "prompt")])
             else:
-                answers.append(writer.turns() if how == "turns" else writer.marked_turns(how == "marked prompt"))
+                marked = "marked" in how
+                answers.append(writer.marked_turns(how == "marked prompt") if marked else writer.turns())
         except Exception as error:  # whatever the stranger's program does
             answers.append(f"{type(error).__name__}: {error}")
     return answers

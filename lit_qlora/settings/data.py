@@ -87,6 +87,10 @@ class DataConfig(PromptKnobs):
     """Label the answers only, not the prompts."""
     only_last_answer: bool = False
     """Label only the last answer of a conversation."""
+    split_rewritten: bool = True
+    """Make several samples of a conversation if the chat template rewrites what was said before, as those do that leave
+    out earlier thoughts. Each answer is then labelled behind the prompt that asks for it. false makes one sample of it;
+    answers that are not as they were said are not labelled."""
     packing: bool = False
     """Put several samples into each row, without attention between them. The gradient is the same, with hardly any
     padding."""

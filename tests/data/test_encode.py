@@ -282,9 +282,9 @@ def test_what_is_too_long_is_cut_together_in_a_few_rounds_and_as_alone(
     asked = []
     encode_many = type(chosen).encode_many
 
-    def counting(self: Style, tokenizer: Tokenizer, conversations: list) -> list:
+    def counting(self: Style, tokenizer: Tokenizer, conversations: list, *how: bool) -> list:
         asked.append(len(conversations))
-        return encode_many(self, tokenizer, conversations)
+        return encode_many(self, tokenizer, conversations, *how)
 
     monkeypatch.setattr(type(chosen), "encode_many", counting)
     encoder = Encoder(tokenizer, chosen, limits)

@@ -254,9 +254,8 @@ def test_a_chat_goes_on_where_history_is_written_differently(tokenizer: Tokenize
 def test_only_the_last_answer_is_labelled_where_history_is_written_differently(
     tokenizer: Tokenizer, only_last_answer: bool
 ) -> None:
-    encoder = Encoder(
-        tokenizer, TemplateStyle(THOUGHTFUL), Encoding(max_length=4096, only_last_answer=only_last_answer)
-    )
+    whole = Encoding(max_length=4096, only_last_answer=only_last_answer, split_rewritten=False)
+    encoder = Encoder(tokenizer, TemplateStyle(THOUGHTFUL), whole)
     (found,) = encoder.encode([example(TALK)])
     tokens, trained = found.sample.tokens, found.sample.trained
     assert tokens[trained].tolist() == tokenizer.encode_marked(LAST, bos=False)
@@ -265,7 +264,7 @@ def test_only_the_last_answer_is_labelled_where_history_is_written_differently(
 
 
 def trained_text(tokenizer: Tokenizer, style: Style, said: Conversation, **limits: Any) -> tuple[str, Encoder]:
-    encoder = Encoder(tokenizer, style, Encoding(**{"max_length": 4096} | limits))
+    encoder = Encoder(tokenizer, style, Encoding(**{"max_length": 4096, "split_rewritten": False} | limits))
     (found,) = encoder.encode([example(said)])
     return tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()), encoder
 
@@ -297,7 +296,9 @@ def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_w
 ) -> None:
     style = TemplateStyle(THOUGHTFUL)
     (((prompt, answer, _),),) = style.encode_many(tokenizer, [Conversation(SECOND)])
-    limits = Encoding(max_length=4096 if of_prompt else len(prompt + answer), max_length_prompt=len(prompt))
+    limits = Encoding(
+        max_length=4096 if of_prompt else len(prompt + answer), max_length_prompt=len(prompt), split_rewritten=False
+    )
     encoder = Encoder(tokenizer, style, limits if of_prompt else replace(limits, max_length_prompt=None))
     (found,) = encoder.encode([example(TALK)])
     assert found.sample.tokens.tolist() == prompt + answer
@@ -307,13 +308,16 @@ def test_a_conversation_that_is_too_long_loses_its_first_turn_where_history_is_w
 # Templates that cannot be trained on.
 
 
-def test_answers_before_which_a_template_rewrites_the_past_are_labelled_and_counted(tokenizer: Tokenizer) -> None:
+def test_answers_before_which_a_template_rewrites_the_past_are_labelled_as_asked_or_counted(
+    tokenizer: Tokenizer,
+) -> None:
     template = "{{ messages | length }} messages so far:{% for m in messages %}|{{ m.content }}{% endfor %}"
-    encoder = Encoder(tokenizer, TemplateStyle(template), Encoding(max_length=4096))
-    (found,) = encoder.encode([example(Conversation(FIRST))])
-    assert tokenizer.decode(found.sample.tokens.tolist()) == "2 messages so far:|Hi, who are you?|A fox."
-    assert tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()) == "|A fox."
-    assert encoder.counts.rewritten == 1
+    for as_asked, number in ((False, 2), (True, 1)):
+        encoder = Encoder(tokenizer, TemplateStyle(template), Encoding(max_length=4096, split_rewritten=as_asked))
+        (found,) = encoder.encode([example(Conversation(FIRST))])
+        assert tokenizer.decode(found.sample.tokens.tolist()) == f"{number} messages so far:|Hi, who are you?|A fox."
+        assert tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()) == "|A fox."
+        assert encoder.counts.rewritten == number - 1
     asked = TemplateStyle(template).encode_prompt(tokenizer, Conversation(FIRST[:1]))
     assert tokenizer.decode(asked) == "1 messages so far:|Hi, who are you?"
 
@@ -331,7 +335,7 @@ def test_a_template_that_writes_all_of_the_past_differently_before_an_answer_is_
 
 PREFILLED = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>Well, {% endif %}"
 )
 
 
@@ -345,7 +349,7 @@ def test_answers_that_begin_otherwise_than_they_are_asked_for_are_labelled_as_th
     assert tokenizer.decode(found.sample.tokens[found.sample.trained].tolist()) == "A fox.I ran."
     assert encoder.counts.begun == 2
     asked = TemplateStyle(PREFILLED).encode_prompt(tokenizer, TALK.prompt)
-    assert asked == tokenizer.encode_marked(f"{whole.removesuffix('I ran.</s>')}<think>\n", bos=False)
+    assert asked == tokenizer.encode_marked(f"{whole.removesuffix('I ran.</s>')}Well, ", bos=False)
 
 
 def test_a_template_that_refuses_one_message_alone_is_refused_for_two_turns_too(tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lit_qlora.data import Encoder, Encoding, Example
@@ -183,8 +184,8 @@ def reference(theirs: Any, template: str, messages: list[Any], tools: Any, **mor
 def encoded(
     tokenizer: Tokenizer, template: str, said: Conversation, room: int = 9999
 ) -> tuple[list[int], list[int], Encoder]:
-    """Ids, mask and what has encoded them."""
-    encoder = Encoder(tokenizer, style_of(template), Encoding(max_length=room))
+    """Ids, mask and what has encoded them, of the conversation as a whole."""
+    encoder = Encoder(tokenizer, style_of(template), Encoding(max_length=room, split_rewritten=False))
     (found,) = encoder.encode([Example(said.messages, said.input, said.variables, "a:1")])
     return found.sample.tokens.tolist(), found.sample.trained.astype(int).tolist(), encoder
 
@@ -219,6 +220,56 @@ def test_without_marks_ids_are_the_same_and_labelled_tokens_are_among_them(
         assert trained == mask[: len(ours)]
     rewriting = {"qwen3", "harmony", "glm4.5"}
     assert not encoder.counts.untaught or name in rewriting
+
+
+@pytest.mark.parametrize(("name", "messages", "tools"), cases())
+@pytest.mark.parametrize("marks", [True, False], ids=["marked", "unmarked"])
+def test_each_answer_is_labelled_once_behind_the_prompt_that_transformers_asks_it_with(
+    tokenizer: Tokenizer, theirs: Any, name: str, messages: list[Any], tools: Any, marks: bool
+) -> None:
+    template = TEMPLATES[name] if marks else unmarked(TEMPLATES[name])
+    encoder = Encoder(tokenizer, style_of(template), Encoding(max_length=9999))
+    said = said_of(messages, tools)
+    found = [one.sample for one in encoder.encode([Example(said.messages, said.input, said.variables, "a:1")])]
+    labelled = []
+    for sample in found:
+        if name == "glm4.5" and not marks:  # nothing ends the last answer, so EOS does
+            sample.trained[-1] = False
+        edges = np.flatnonzero(np.diff(sample.trained.astype(int), append=0))
+        for before, end in zip(edges[::2], edges[1::2], strict=True):
+            labelled.append((sample.tokens[: before + 1].tolist(), sample.tokens[before + 1 : end + 1].tolist()))
+    expected = []
+    for k in (k for k, message in enumerate(messages) if message["role"] == "assistant"):
+        asked, _ = reference(theirs, template, messages[:k], tools, add_generation_prompt=True)
+        whole, mask = reference(theirs, TEMPLATES[name], messages[: k + 1], tools)
+        end = max(i for i in range(len(mask)) if mask[i]) + 1
+        if name == "r1":  # it leaves out the thought that it has begun
+            thought = theirs.encode("\n</think>\n\n", add_special_tokens=False)
+            expected.append((asked, thought + whole[len(asked) - len(theirs.encode("<think>\n")) : end]))
+        else:  # a template may write the past differently once the answer is there, so its beginning tells where it is
+            expected.append((asked, whole[max(i for i in range(end) if not mask[i]) + 1 : end]))
+    assert sorted(labelled) == sorted(expected)
+    assert encoder.counts.split == len(found) - 1
+    assert encoder.counts.untaught == encoder.counts.begun == 0
+
+
+def test_an_answer_goes_on_the_thought_that_its_prompt_begins(tokenizer: Tokenizer) -> None:
+    said = [HELLO[0], {**HELLO[1], "reasoning_content": "I am asked."}, MORE[0]]
+    for last, thought in (({"content": "<think>\nIt goes on.\n</think>\n\nI ran."}, "It goes on."), (MORE[1], "")):
+        talk = said_of([*said, {"role": "assistant", "content": "", **last}], None)
+        for template in (TEMPLATES["r1"], unmarked(TEMPLATES["r1"])):
+            encoder = Encoder(tokenizer, style_of(template), Encoding(max_length=9999))
+            texts = []
+            for found in encoder.encode([Example(talk.messages, location="a:1")]):
+                sample = found.sample
+                texts.append(tokenizer.decode(sample.tokens[sample.trained].tolist()))
+                asked = tokenizer.decode(sample.tokens[~sample.trained].tolist())
+                assert asked.endswith("<think>\n")
+            assert texts == ["I am asked.\n</think>\n\nA fox.", f"{thought}\n</think>\n\nI ran."]
+            assert "I am asked" not in asked
+            counts = encoder.counts
+            assert (counts.begun, counts.split, counts.unthought, counts.thoughts) == (0, 1, int(not thought), 0)
+            assert not encoder.unread.red()
 
 
 @pytest.mark.parametrize(("name", "messages", "tools"), cases())
@@ -293,6 +344,48 @@ def test_answers_that_a_template_marks_in_part_are_labelled_in_that_part(tokeniz
         encoded(tokenizer, twice, said_of(HELLO + MORE, None))
 
 
+def test_arguments_are_json_texts_where_the_template_writes_texts_well_and_objects_not(tokenizer: Tokenizer) -> None:
+    expected = tokenizer.decode(encoded(tokenizer, QWEN25, said_of(ERRAND[:2], TOOLS))[0])
+    template = QWEN25.replace("{{ call.arguments | tojson }}", "{{ call.arguments }}")
+    assert tokenizer.decode(encoded(tokenizer, template, said_of(ERRAND[:2], TOOLS))[0]) == expected
+
+
+def test_what_changes_no_text_is_not_read_however_often_the_template_names_it(tokenizer: Tokenizer) -> None:
+    template = (
+        "{# tools #}{% set a = tools %}{% for m in messages %}{{ m.content }}"
+        "{% if m.tool_call_id == 'tools' %}{% endif %}"
+        "{% if enable_thinking is defined and enable_thinking is false %}!{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    style = TemplateStyle(template)
+    answered = HELLO[1] | {"tool_calls": [CALL], "reasoning_content": "a", "tool_call_id": "b"}
+    said = conversation_of([HELLO[0], answered], {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}})
+    assert style.unread(said).keys() == {"tools", "tool_calls", "reasoning_content", "tool_call_id"}
+    for name in TEMPLATES.keys() - WITHOUT_TOOLS:
+        assert style_of(TEMPLATES[name]).unread(said_of(ERRAND, TOOLS)).keys() <= {"name", "tool_call_id"}
+
+
+def test_what_cannot_be_written_is_answered_with_styles_that_can_write_it(tokenizer: Tokenizer) -> None:
+    refusing = TemplateStyle("{{ raise_exception('no') }}")
+    with pytest.raises(UnwritableError, match=r"Take --data.prompt chatml or llama3 or mistral\.$"):
+        refusing.encode_many(tokenizer, [said_of(KIND + HELLO, None)])
+    for told in (HELLO, ERRAND):
+        with pytest.raises(
+            UnwritableError, match=r"Take --data\.prompt template with a checkpoint whose chat template"
+        ):
+            refusing.encode_many(tokenizer, [said_of(told, TOOLS)])
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0, 1), (1, 0), (0, 0)])
+def test_only_answers_that_weigh_something_get_samples_of_their_own(tokenizer: Tokenizer, weights: Any) -> None:
+    spoken = [message | {"weight": weights[i // 2]} for i, message in enumerate(thoughtful(HELLO + MORE, "thinking"))]
+    spoken = [{k: m[k] for k in m if k != "weight" or m["role"] == "assistant"} for m in spoken]
+    encoder = Encoder(tokenizer, style_of(QWEN3), Encoding(max_length=999))
+    found = [one.sample for one in encoder.encode([Example(said_of(spoken, None).messages)])]
+    assert len(found) == sum(weights)
+    assert (encoder.counts.examples, encoder.counts.turns, encoder.counts.split) == (1, sum(weights), weights == (1, 1))
+    assert encoder.counts.masked == (not any(weights))
+
+
 def test_weights_of_answers_weigh_their_tokens(tokenizer: Tokenizer) -> None:
     spoken = [HELLO[0], {**HELLO[1], "weight": 0.25}, MORE[0], {**MORE[1], "train": True}]
     encoder = Encoder(tokenizer, style_of(QWEN25), Encoding(max_length=999))
@@ -337,7 +430,8 @@ def test_a_developer_is_one_where_the_template_knows_that_role_and_else_the_syst
         expected = encoded(tokenizer, TEMPLATES[name], said_of(KIND + HELLO, None))[0]
         assert encoded(tokenizer, TEMPLATES[name], said_of(told + HELLO, None))[0] == expected
     template = (
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}{% if 'developer' %}{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.role != 'developer' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
     )
     assert tokenizer.decode(encoded(tokenizer, template, said_of(told + HELLO, None))[0]).startswith(
         "developer:Be kind."
@@ -353,15 +447,16 @@ def test_a_developer_is_one_where_the_template_knows_that_role_and_else_the_syst
             "tool",
             "{% for call in m['tool_calls'] %}{% if call['type'] == 'function' %}{{ call }}{% endif %}{% endfor %}",
         ),
+        ("tool", "{# m.role == 'ipython' #}{% if m['role'] == 'ipython' %}{% endif %}"),
         (
             "ipython",
-            "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}{% if m['role'] == 'ipython' %}{% endif %}",
+            "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}{% if m['role'] == 'ipython' %}!{% endif %}",
         ),
-        ("observation", '{% if tools is defined and m.role in ("user", "observation") %}{% endif %}'),
-        ("function", "{% if m.role not in ['user', 'function'] %}{% endif %}"),
+        ("observation", '{% if tools is defined and m.role in ("user", "observation") %}!{% endif %}'),
+        ("function", "{% if m.role not in ['user', 'assistant', 'function'] %}{{ raise_exception('no') }}{% endif %}"),
     ],
 )
-def test_a_result_has_the_role_that_the_template_compares_with_and_else_tool(
+def test_a_result_has_the_role_that_the_template_writes_as_no_other_and_else_tool(
     tokenizer: Tokenizer, role: str, more: str
 ) -> None:
     template = f"{{% for m in messages %}}{{{{ m.role }}}}:{{{{ m.content }}}}{more}{{{{ eos_token }}}}{{% endfor %}}"

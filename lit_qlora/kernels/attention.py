@@ -5,12 +5,18 @@ et al. 2022, "FlashAttention"); the backward pass computes the scores again. Doc
 to its own document, within a window if there is one. One program makes each sum, so results repeat bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.launch import VARYING, cdiv, fitting, power_of_2, shared_memory, stages, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, shared_memory, stages, tl, triton
+
+LOG2_E = 1.4426950408889634
+TURING = 64 * 2**10
+"""Bytes of shared memory of a card without matrix units for Triton, which multiplies in float32 there."""
+SPARE = 8 * 2**10
+"""Bytes of shared memory for what Triton exchanges between threads."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, ends: Tensor, longes
     tokens, heads, size = q.shape
     out = torch.empty(tokens, heads, size, device=q.device, dtype=q.dtype)
     log_sum = torch.empty(heads, tokens, device=q.device, dtype=torch.float32)
-    block = _block(q)
-    _forward[(cdiv(longest, block), len(ends) - 1, heads)](
+    blocks = _blocks(q, FORWARD)
+    _forward[(cdiv(longest, blocks.own), len(ends) - 1, heads)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), out, log_sum, ends, tokens, heads // k.size(1),
-        *_of_scores(scores), heads, **_settings(q, scores), num_warps=4 if size <= 128 else 8,
+        *_of_scores(scores), heads, **_settings(q, scores, blocks),
     )  # fmt: skip
     return out, log_sum
 
@@ -68,54 +74,85 @@ def attend_backward(
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     inner = torch.empty_like(log_sum)  # of each query's output and its gradient
     _inner[(tokens, cdiv(heads, 8))](d_out, out, inner, tokens, heads, D=size, DP=power_of_2(size), BH=8, num_warps=4)
-    block = _block(q)
     arguments = (
         q, k, v, q.stride(0), k.stride(0), v.stride(0), d_out, log_sum, inner, ends, tokens, heads // keys,
-        *_of_scores(scores), heads, keys,
+        *_of_scores(scores), heads, keys, scores.scale,
     )  # fmt: skip
-    settings, warps = _settings(q, scores), 4 if size <= 128 else 8
-    _backward_q[(cdiv(longest, block), len(ends) - 1, heads)](*arguments, dq, **settings, num_warps=warps)
-    _backward_kv[(cdiv(longest, block), len(ends) - 1, keys)](*arguments, dk, dv, **settings, num_warps=warps)
+    blocks = _blocks(q, BACKWARD_Q)
+    grid = cdiv(longest, blocks.own), len(ends) - 1, heads
+    _backward_q[grid](*arguments, dq, **_settings(q, scores, blocks))
+    blocks = _blocks(q, BACKWARD_KV)
+    grid = cdiv(longest, blocks.own), len(ends) - 1, keys
+    _backward_kv[grid](*arguments, dk, dv, **_settings(q, scores, blocks))
     return dq, dk, dv
 
 
-def _block(q: Tensor) -> int:
-    """Queries, or keys, of a program: four blocks of them lie in shared memory, on Turing in float32."""
-    padded = power_of_2(q.size(2))
-    return fitting(64 if padded <= 128 else 32, 3 * padded * q.element_size(), shared_memory(q))
+@dataclass(frozen=True)
+class Blocks:
+    """The work of a program.
+
+    Attributes:
+        own: tokens that it computes for, queries or keys.
+        other: tokens that it reads at a time.
+        warps, stages: of Triton.
+    """
+
+    own: int
+    other: int
+    warps: int
+    stages: int = 1
+
+
+FORWARD, BACKWARD_Q, BACKWARD_KV = (1, 2), (2, 2), (2, 2)
+"""Tensors of a program's own tokens that lie in shared memory, and tensors of the tokens that it reads."""
+CHOICES = (Blocks(128, 64, 8), Blocks(64, 64, 8), Blocks(64, 32, 4), Blocks(32, 32, 4), Blocks(16, 16, 4))
+"""From the fastest on: the first that fits is taken."""
+
+
+def _blocks(q: Tensor, tensors: tuple[int, int]) -> Blocks:
+    """The blocks that the card of q has the shared memory for."""
+    room = shared_memory(q)
+    row = power_of_2(q.size(2)) * (q.element_size() if room > TURING else 4)
+    for choice in CHOICES:
+        own, other = (count * tokens * row for count, tokens in zip(tensors, (choice.own, choice.other), strict=True))
+        if own + other <= room - SPARE or choice is CHOICES[-1]:
+            return replace(choice, stages=stages(other, 2, room - SPARE - own))
+    raise AssertionError("the last choice is taken")
 
 
 def _of_scores(scores: Scores) -> tuple[float, float, int]:
-    return scores.scale, scores.cap or 1.0, scores.window or 0
+    """What a product is multiplied with for tanh or for a softmax of powers of two, the score of tanh 1, the window."""
+    if scores.cap is None:
+        return scores.scale * LOG2_E, 1.0, scores.window or 0
+    return scores.scale / scores.cap, scores.cap * LOG2_E, scores.window or 0
 
 
-def _settings(q: Tensor, scores: Scores) -> dict[str, int]:
+def _settings(q: Tensor, scores: Scores, blocks: Blocks) -> dict[str, int]:
     size = q.size(2)
-    block, padded = _block(q), power_of_2(size)
-    each = 2 * block * padded * q.element_size()
     return {
         "D": size,
-        "DP": padded,
+        "DP": power_of_2(size),
         "CAPPED": scores.cap is not None,
         "WINDOWED": scores.window is not None,
-        "BLOCK": block,
-        # Two blocks are there throughout, and two are read in each iteration.
-        "STAGES": stages(each, 2, shared_memory(q) - 2 * each),
+        "OWN": blocks.own,
+        "OTHER": blocks.other,
+        "STAGES": blocks.stages,
+        "num_warps": blocks.warps,
     }
 
 
 if triton is not None:
 
     @triton.jit
-    def _capped(s, scale, cap, CAPPED: tl.constexpr):
-        """The scores, and their slope by what they are made of."""
-        s *= scale
+    def _capped(s, factor, cap, CAPPED: tl.constexpr):
+        """The scores in powers of two, and their slope by the products that they are made of, divided by log2(e)."""
+        s *= factor
         slope = tl.full(s.shape, 1.0, tl.float32)
         if CAPPED:
-            t = 2 * tl.sigmoid(2 * s / cap) - 1  # tanh
+            t = 1 - 2 / (1 + tl.exp2(2 * 1.4426950408889634 * s))  # tanh
             s = cap * t
             slope = 1 - t * t
-        return s, slope * scale
+        return s, slope
 
     @triton.jit
     def _sees(m, n, length, window, WINDOWED: tl.constexpr):
@@ -126,11 +163,15 @@ if triton is not None:
         return seen
 
     @triton.jit
-    def _rows(X, stride, head, first, at, length, D: tl.constexpr, DP: tl.constexpr):
-        """A block (B, D) of one head: the tokens `at` of a document."""
+    def _rows(X, stride, head, first, at, length, MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+        """A block (B, D) of one head: the tokens `at` of a document, which need no mask where all lie inside it."""
         d = tl.arange(0, DP)
-        inside = (at < length)[:, None] & (d < D)[None, :]
-        return tl.load(X + (first + at).to(tl.int64)[:, None] * stride + head * D + d[None, :], inside, 0.0)
+        rows = X + (first + at).to(tl.int64)[:, None] * stride + head * D + d[None, :]
+        if MASKED:
+            return tl.load(rows, (at < length)[:, None] & (d < D)[None, :], 0.0)
+        if D == DP:
+            return tl.load(rows)
+        return tl.load(rows, (d < D)[None, :], 0.0)
 
     @triton.jit
     def _store_rows(X, stride, head, first, at, length, value, D: tl.constexpr, DP: tl.constexpr):
@@ -139,41 +180,68 @@ if triton is not None:
         to = X + (first + at).to(tl.int64)[:, None] * stride + head * D + d[None, :]
         tl.store(to, value.to(X.dtype.element_ty), inside)
 
+    @triton.jit
+    def _read_keys(
+        acc, total, top, q, m, K, V, step_k, step_v, group, first, length, factor, cap, window, begin, end,
+        MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+        OTHER: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """Go on with the softmax of queries m over the keys from `begin` to `end`."""
+        for n0 in tl.range(begin, end, OTHER, num_stages=STAGES):
+            n = n0 + tl.arange(0, OTHER)
+            k = _rows(K, step_k, group, first, n, length, MASKED, D, DP)
+            v = _rows(V, step_v, group, first, n, length, MASKED, D, DP)
+            s, _ = _capped(tl.dot(q, tl.trans(k)), factor, cap, CAPPED)
+            if MASKED:
+                s = tl.where(_sees(m, n, length, window, WINDOWED), s, -float("inf"))
+            higher = tl.maximum(top, tl.max(s, 1))
+            base = higher
+            if MASKED:
+                base = tl.where(higher == -float("inf"), 0.0, higher)  # of a query that has seen no key so far
+            p = tl.exp2(s - base[:, None])
+            shrink = tl.exp2(top - base)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+            top = higher
+        return acc, total, top
+
+    @triton.jit
+    def _first_key(m0, window, OTHER: tl.constexpr, WINDOWED: tl.constexpr):
+        """Where the keys begin that queries from m0 on attend to."""
+        begin = 0
+        if WINDOWED:
+            begin = tl.maximum(m0 - window + 1, 0) // OTHER * OTHER
+        return begin
+
     @triton.jit(do_not_specialize=VARYING)
     def _forward(
-        Q, K, V, step_q, step_k, step_v, OUT, LOG_SUM, ENDS, T, shared, scale, cap, window, heads,
-        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        Q, K, V, step_q, step_k, step_v, OUT, LOG_SUM, ENDS, T, shared, factor, cap, window, heads,
+        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr,
+        OTHER: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         h = tl.program_id(2)
         first = tl.load(ENDS + tl.program_id(1))
         length = tl.load(ENDS + tl.program_id(1) + 1) - first
-        m0 = tl.program_id(0) * BLOCK
+        m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * OWN  # those with most keys begin first
         if m0 < length:
-            m = m0 + tl.arange(0, BLOCK)
-            q = _rows(Q, step_q, h, first, m, length, D, DP)
-            top = tl.full((BLOCK,), -float("inf"), tl.float32)
-            total = tl.zeros((BLOCK,), tl.float32)
-            acc = tl.zeros((BLOCK, DP), tl.float32)
-            begin = 0
-            if WINDOWED:
-                begin = tl.maximum(m0 - window + 1, 0) // BLOCK * BLOCK
-            for n0 in tl.range(begin, tl.minimum(m0 + BLOCK, length), BLOCK, num_stages=STAGES):
-                n = n0 + tl.arange(0, BLOCK)
-                k = _rows(K, step_k, h // shared, first, n, length, D, DP)
-                v = _rows(V, step_v, h // shared, first, n, length, D, DP)
-                s, _ = _capped(tl.dot(q, tl.trans(k)), scale, cap, CAPPED)
-                s = tl.where(_sees(m, n, length, window, WINDOWED), s, -float("inf"))
-                higher = tl.maximum(top, tl.max(s, 1))
-                base = tl.where(higher == -float("inf"), 0.0, higher)  # of a query that has seen no key so far
-                p = tl.exp(s - base[:, None])
-                shrink = tl.exp(top - base)
-                total = total * shrink + tl.sum(p, 1)
-                acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-                top = higher
+            m = m0 + tl.arange(0, OWN)
+            q = _rows(Q, step_q, h, first, m, length, True, D, DP)
+            top = tl.full((OWN,), -float("inf"), tl.float32)
+            total = tl.zeros((OWN,), tl.float32)
+            acc = tl.zeros((OWN, DP), tl.float32)
+            begin = _first_key(m0, window, OTHER, WINDOWED)
+            acc, total, top = _read_keys(
+                acc, total, top, q, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window, begin, m0,
+                WINDOWED, D, DP, CAPPED, WINDOWED, OTHER, STAGES,
+            )  # fmt: skip
+            begin = tl.maximum(begin, m0)
+            acc, total, top = _read_keys(
+                acc, total, top, q, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window, begin,
+                tl.minimum(m0 + OWN, length), True, D, DP, CAPPED, WINDOWED, OTHER, STAGES,
+            )  # fmt: skip
             total = tl.where(m < length, total, 1.0)
             _store_rows(OUT, heads * D, h, first, m, length, acc / total[:, None], D, DP)
-            tl.store(LOG_SUM + h.to(tl.int64) * T + first + m, top + tl.log(total), m < length)
+            tl.store(LOG_SUM + h.to(tl.int64) * T + first + m, top * 0.6931471805599453 + tl.log(total), m < length)
 
     @triton.jit(do_not_specialize=VARYING)
     def _inner(DO, O, INNER, T, heads, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr):  # noqa: E741
@@ -184,66 +252,106 @@ if triton is not None:
         products = tl.load(DO + at, inside, 0.0).to(tl.float32) * tl.load(O + at, inside, 0.0).to(tl.float32)
         tl.store(INNER + h.to(tl.int64) * T + t, tl.sum(products, 1), h < heads)
 
+    @triton.jit
+    def _add_to_queries(
+        dq, q, d_out, log_sum, inner, m, K, V, step_k, step_v, group, first, length, factor, cap, window, begin, end,
+        MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+        OTHER: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """Add to the gradient of queries m from the keys from `begin` to `end`."""
+        for n0 in tl.range(begin, end, OTHER, num_stages=STAGES):
+            n = n0 + tl.arange(0, OTHER)
+            k = _rows(K, step_k, group, first, n, length, MASKED, D, DP)
+            v = _rows(V, step_v, group, first, n, length, MASKED, D, DP)
+            s, slope = _capped(tl.dot(q, tl.trans(k)), factor, cap, CAPPED)
+            p = tl.exp2(s - log_sum[:, None])
+            if MASKED:
+                p = tl.where(_sees(m, n, length, window, WINDOWED), p, 0.0)
+            ds = p * (tl.dot(d_out, tl.trans(v)) - inner[:, None]) * slope
+            dq = tl.dot(ds.to(k.dtype), k, dq)
+        return dq
+
     @triton.jit(do_not_specialize=VARYING)
     def _backward_q(
-        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, scale, cap, window, heads, keys, DQ,
-        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, factor, cap, window, heads, keys, scale,
+        DQ,
+        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr,
+        OTHER: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         h = tl.program_id(2)
         first = tl.load(ENDS + tl.program_id(1))
         length = tl.load(ENDS + tl.program_id(1) + 1) - first
-        m0 = tl.program_id(0) * BLOCK
+        m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * OWN
         if m0 < length:
-            m = m0 + tl.arange(0, BLOCK)
-            q = _rows(Q, step_q, h, first, m, length, D, DP)
-            d_out = _rows(DO, heads * D, h, first, m, length, D, DP)
+            m = m0 + tl.arange(0, OWN)
+            q = _rows(Q, step_q, h, first, m, length, True, D, DP)
+            d_out = _rows(DO, heads * D, h, first, m, length, True, D, DP)
             at = h.to(tl.int64) * T + first + m
             log_sum, inner = tl.load(LOG_SUM + at, m < length, 0.0), tl.load(INNER + at, m < length, 0.0)
-            dq = tl.zeros((BLOCK, DP), tl.float32)
-            begin = 0
-            if WINDOWED:
-                begin = tl.maximum(m0 - window + 1, 0) // BLOCK * BLOCK
-            for n0 in tl.range(begin, tl.minimum(m0 + BLOCK, length), BLOCK, num_stages=STAGES):
-                n = n0 + tl.arange(0, BLOCK)
-                k = _rows(K, step_k, h // shared, first, n, length, D, DP)
-                v = _rows(V, step_v, h // shared, first, n, length, D, DP)
-                s, slope = _capped(tl.dot(q, tl.trans(k)), scale, cap, CAPPED)
-                p = tl.where(_sees(m, n, length, window, WINDOWED), tl.exp(s - log_sum[:, None]), 0.0)
-                ds = p * (tl.dot(d_out, tl.trans(v)) - inner[:, None]) * slope
-                dq = tl.dot(ds.to(k.dtype), k, dq)
-            _store_rows(DQ, heads * D, h, first, m, length, dq, D, DP)
+            log_sum *= 1.4426950408889634
+            dq = tl.zeros((OWN, DP), tl.float32)
+            begin = _first_key(m0, window, OTHER, WINDOWED)
+            dq = _add_to_queries(
+                dq, q, d_out, log_sum, inner, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window,
+                begin, m0, WINDOWED, D, DP, CAPPED, WINDOWED, OTHER, STAGES,
+            )  # fmt: skip
+            begin = tl.maximum(begin, m0)
+            dq = _add_to_queries(
+                dq, q, d_out, log_sum, inner, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window,
+                begin, tl.minimum(m0 + OWN, length), True, D, DP, CAPPED, WINDOWED, OTHER, STAGES,
+            )  # fmt: skip
+            _store_rows(DQ, heads * D, h, first, m, length, dq * scale, D, DP)
+
+    @triton.jit
+    def _add_to_keys(
+        dk, dv, k, v, n, Q, DO, step_q, step_o, LOG_SUM, INNER, T, h, first, length, factor, cap, window, begin, end,
+        MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+        OTHER: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """Add to the gradients of keys and values n from the queries from `begin` to `end` of head h."""
+        for m0 in tl.range(begin, end, OTHER, num_stages=STAGES):
+            m = m0 + tl.arange(0, OTHER)
+            q = _rows(Q, step_q, h, first, m, length, True, D, DP)
+            d_out = _rows(DO, step_o, h, first, m, length, True, D, DP)
+            at = h * T.to(tl.int64) + first + m
+            log_sum, inner = tl.load(LOG_SUM + at, m < length, 0.0), tl.load(INNER + at, m < length, 0.0)
+            s, slope = _capped(tl.dot(k, tl.trans(q)), factor, cap, CAPPED)
+            p = tl.exp2(s - (1.4426950408889634 * log_sum)[None, :])
+            if MASKED:
+                p = tl.where(tl.trans(_sees(m, n, length, window, WINDOWED)), p, 0.0)
+            dv = tl.dot(p.to(q.dtype), d_out, dv)
+            ds = p * (tl.dot(v, tl.trans(d_out)) - inner[None, :]) * slope
+            dk = tl.dot(ds.to(q.dtype), q, dk)
+        return dk, dv
 
     @triton.jit(do_not_specialize=VARYING)
     def _backward_kv(
-        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, scale, cap, window, heads, keys, DK, DV,
-        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, factor, cap, window, heads, keys, scale,
+        DK, DV,
+        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr,
+        OTHER: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         g = tl.program_id(2)
         first = tl.load(ENDS + tl.program_id(1))
         length = tl.load(ENDS + tl.program_id(1) + 1) - first
-        n0 = tl.program_id(0) * BLOCK
+        n0 = tl.program_id(0) * OWN
         if n0 < length:
-            n = n0 + tl.arange(0, BLOCK)
-            k = _rows(K, step_k, g, first, n, length, D, DP)
-            v = _rows(V, step_v, g, first, n, length, D, DP)
-            dk = tl.zeros((BLOCK, DP), tl.float32)
-            dv = tl.zeros((BLOCK, DP), tl.float32)
+            n = n0 + tl.arange(0, OWN)
+            k = _rows(K, step_k, g, first, n, length, True, D, DP)
+            v = _rows(V, step_v, g, first, n, length, True, D, DP)
+            dk = tl.zeros((OWN, DP), tl.float32)
+            dv = tl.zeros((OWN, DP), tl.float32)
             end = length
             if WINDOWED:
-                end = tl.minimum(length, n0 + BLOCK - 1 + window)
+                end = tl.minimum(length, n0 + OWN - 1 + window)
             for h in range(g * shared, (g + 1) * shared):
-                for m0 in tl.range(n0, end, BLOCK, num_stages=STAGES):
-                    m = m0 + tl.arange(0, BLOCK)
-                    q = _rows(Q, step_q, h, first, m, length, D, DP)
-                    d_out = _rows(DO, heads * D, h, first, m, length, D, DP)
-                    at = h * T.to(tl.int64) + first + m
-                    log_sum, inner = tl.load(LOG_SUM + at, m < length, 0.0), tl.load(INNER + at, m < length, 0.0)
-                    s, slope = _capped(tl.dot(q, tl.trans(k)), scale, cap, CAPPED)
-                    p = tl.where(_sees(m, n, length, window, WINDOWED), tl.exp(s - log_sum[:, None]), 0.0)
-                    dv = tl.dot(tl.trans(p.to(q.dtype)), d_out, dv)
-                    ds = p * (tl.dot(d_out, tl.trans(v)) - inner[:, None]) * slope
-                    dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk)
-            _store_rows(DK, keys * D, g, first, n, length, dk, D, DP)
+                dk, dv = _add_to_keys(
+                    dk, dv, k, v, n, Q, DO, step_q, heads * D, LOG_SUM, INNER, T, h, first, length, factor, cap, window,
+                    n0, tl.minimum(n0 + OWN, end), True, D, DP, CAPPED, WINDOWED, OTHER, STAGES,
+                )  # fmt: skip
+                dk, dv = _add_to_keys(
+                    dk, dv, k, v, n, Q, DO, step_q, heads * D, LOG_SUM, INNER, T, h, first, length, factor, cap, window,
+                    n0 + OWN, end, WINDOWED, D, DP, CAPPED, WINDOWED, OTHER, STAGES,
+                )  # fmt: skip
+            _store_rows(DK, keys * D, g, first, n, length, dk * scale, D, DP)
             _store_rows(DV, keys * D, g, first, n, length, dv, D, DP)

@@ -94,30 +94,49 @@ class Blocks:
     Attributes:
         own: tokens that it computes for, queries or keys.
         other: tokens that it reads at a time.
-        warps, stages: of Triton.
+        warps: of Triton.
+        stages: at most so many of its reads are in flight.
     """
 
     own: int
     other: int
     warps: int
-    stages: int = 1
+    stages: int = 2
 
 
-FORWARD, BACKWARD_Q, BACKWARD_KV = (1, 2), (2, 2), (2, 2)
-"""Tensors of a program's own tokens that lie in shared memory, and tensors of the tokens that it reads."""
-CHOICES = (Blocks(128, 64, 8), Blocks(64, 64, 8), Blocks(64, 32, 4), Blocks(32, 32, 4), Blocks(16, 16, 4))
-"""From the fastest on: the first that fits is taken."""
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's need of shared memory, and its fastest blocks.
+
+    Attributes:
+        own, other: tensors of its own tokens that it holds, and of the tokens that it reads.
+        small, large: blocks for heads of up to 128 features and of more, where the card has the shared memory: the
+            fastest of 8 to 10 on an H200 for heads of 128 and of 256.
+    """
+
+    own: int
+    other: int
+    small: Blocks
+    large: Blocks
 
 
-def _blocks(q: Tensor, tensors: tuple[int, int]) -> Blocks:
-    """The blocks that the card of q has the shared memory for."""
-    room = shared_memory(q)
-    row = power_of_2(q.size(2)) * (q.element_size() if room > TURING else 4)
-    for choice in CHOICES:
-        own, other = (count * tokens * row for count, tokens in zip(tensors, (choice.own, choice.other), strict=True))
-        if own + other <= room - SPARE or choice is CHOICES[-1]:
-            return replace(choice, stages=stages(other, 2, room - SPARE - own))
-    raise AssertionError("the last choice is taken")
+FORWARD = Kernel(1, 2, small=Blocks(64, 64, 4), large=Blocks(128, 64, 8))
+BACKWARD_Q = Kernel(2, 2, small=Blocks(64, 64, 4), large=Blocks(128, 64, 8))
+BACKWARD_KV = Kernel(2, 2, small=Blocks(64, 32, 4), large=Blocks(64, 64, 8, stages=1))
+LESS = (Blocks(64, 32, 4), Blocks(32, 32, 4), Blocks(16, 16, 4))
+"""Blocks for cards with less shared memory: the first that fits."""
+
+
+def _blocks(q: Tensor, kernel: Kernel) -> Blocks:
+    """The blocks of a kernel that the card of q has the shared memory for."""
+    padded, room = power_of_2(q.size(2)), shared_memory(q)
+    row = padded * (q.element_size() if room > TURING else 4)
+    room -= SPARE
+    for blocks in (kernel.large if padded > 128 else kernel.small, *LESS):
+        own, other = kernel.own * blocks.own * row, kernel.other * blocks.other * row
+        if own + other <= room:
+            break
+    return replace(blocks, stages=stages(other, blocks.stages, room - own))
 
 
 def _of_scores(scores: Scores) -> tuple[float, float, int]:

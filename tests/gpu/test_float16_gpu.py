@@ -14,6 +14,8 @@ from tests.gpu.test_fused_gpu import LAYOUTS, MODELS, adapted, batch, errors, gr
 
 __all__ = ["pytestmark"]
 STEPS = 200
+RATE = 3e-4
+"""At 1e-3 the norms of gradients jump between 1.3 and 3.6, and the losses of both paths with them."""
 
 
 def adapted_half(**changes: Any) -> GPT:
@@ -52,7 +54,9 @@ def test_errors_are_no_larger_than_those_of_the_plain_path(kind: str, layout: st
 def curve(model: GPT, scale: float) -> Tensor:
     """Losses of STEPS updates on the same few batches, with a scaler that begins at `scale`; how often it skipped."""
     scaler = torch.amp.GradScaler("cuda", init_scale=scale, growth_interval=50)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=3e-4
+    )  # at 1e-3 the norms of gradients jump, and both paths with them
     torch.manual_seed(0)
     batches, losses = [batch(2, 256) for _ in range(4)], []
     for step in range(STEPS):
@@ -72,7 +76,7 @@ def test_two_hundred_steps_are_those_of_the_plain_path() -> None:
     fuse(fast)
     theirs, ours = curve(plain, 2.0**16), curve(fast, 2.0**16)
     assert ours[-20:].mean() < 0.8 * ours[:4].mean()
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(ours.view(-1, 4).mean(1), theirs.view(-1, 4).mean(1), rtol=1e-2, atol=1e-2)
 
 
 def test_a_step_that_overflows_is_left_out() -> None:

@@ -21,6 +21,7 @@ from jsonargparse.typing import SecretStr as SecretStr  # a setting that is neve
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
 from lit_qlora.files.reading import check_yaml, read_yaml_text
 from lit_qlora.redact import scrub
+from lit_qlora.signals import Interrupted, caught
 
 Config = TypeVar("Config")
 COMMAND_LINE_ONLY = ("allow_code",)
@@ -31,8 +32,8 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
     """Parse argv (and any --config file) into `config_type`, then call `main` with it.
 
     The docstrings of `config_type` and of its fields become the --help texts. A UserError ends the program with its
-    status and its message alone, as do a full disk and exhausted memory. Any other exception is our bug and keeps its
-    traceback. LIT_QLORA_DEBUG=1 shows the traceback of every error.
+    status and its message alone, as do a full disk, exhausted memory and a signal. Any other exception is our bug and
+    keeps its traceback. LIT_QLORA_DEBUG=1 shows the traceback of every error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
 
@@ -40,7 +41,10 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
         return scrub(text, argv, os.environ)
 
     try:
-        _run(main, config_type, argv, hide)
+        with caught():
+            _run(main, config_type, argv, hide)
+    except Interrupted as signal:
+        _end(str(signal), 128 + signal.number, prefix="")
     except Exception:  # a defect of ours: its traceback is for whoever mends it, and may be posted anywhere
         sys.excepthook = lambda *error: sys.stderr.write(hide("".join(format_exception(*error))))
         raise
@@ -61,7 +65,7 @@ def _run(
     except BrokenPipeError:  # `... | head -1`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        _end("stopped by Ctrl-C", 130)
+        _end("stopped by Ctrl-C", 130, prefix="")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -5,6 +5,7 @@ python scripts/chat.py --lora_path out/lora/tiny-world/final
 
 import json
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from lit_qlora.prompts.answer_parts import Answer, Call, Part, as_line
 from lit_qlora.prompts.conversation import Conversation as Said
 from lit_qlora.prompts.conversation import Message
 from lit_qlora.settings import GenerationConfig, check
+from lit_qlora.signals import left_to
 
 HELP = """\
 /compare QUESTION    show the answers of base and adapters, side by side, and do not remember them
@@ -76,6 +78,12 @@ def main(config: Config) -> None:
     config.variables()  # refuses what is no list of tools before the model is loaded
     conversation = Conversation(load_roster(config, config.adapters, config.style), config)
     conversation.resume(past)
+    with left_to(signal.default_int_handler, signal.SIGINT):
+        talk(conversation)
+
+
+def talk(conversation: "Conversation") -> None:
+    """Answer line after line; Ctrl-C ends an answer."""
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401 - gives input() its editing and its memory of lines

@@ -5,9 +5,10 @@ python scripts/serve.py --lora_path out/lora/tiny-world/final --quantize bnb.nf4
 
 import socket
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING
 
 from jsonargparse.typing import SecretStr
@@ -18,6 +19,7 @@ from lit_qlora.files.reading import read_text
 from lit_qlora.inference import InferenceConfig, check_style, load_roster, peak_memory
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
+from lit_qlora.signals import left_to
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -106,7 +108,7 @@ def answer(app: "FastAPI", config: Config, listener: socket.socket, names: list[
         f"Serving {', '.join(names)} at http://{shown}:{port}   {peak_memory()}   Ctrl-C ends it.",
         file=sys.stderr,
     )
-    with suppress(KeyboardInterrupt):  # raised again by uvicorn when all is closed
+    with left_to(lambda *_: None, SIGINT, SIGTERM):  # uvicorn ends by them, and then raises them again
         server.run([listener])
     if not server.started:
         raise ResourceError(f"The server could not start at {shown}:{port}.")

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors", "kernels", "redact"},
+    {"errors", "kernels", "redact", "signals"},
     {"files"},
     {"cli", "model", "report", "settings"},
     {"device", "partial_answers", "prompts", "quantize"},

@@ -339,7 +339,7 @@ def test_advice_against_exhausted_memory_names_flags_that_exist(capsys: pytest.C
 
 
 def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert end(raising(KeyboardInterrupt()), capsys) == (130, "error: stopped by Ctrl-C\n")
+    assert end(raising(KeyboardInterrupt()), capsys) == (130, "stopped by Ctrl-C\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), ValueError("bug"), OSError("no number, so no system's")])

@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,8 +23,8 @@ from lit_qlora.lora.layer import without_adapters
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.report import Record, tell
 from lit_qlora.settings import GenerationConfig
-from lit_qlora.train.loop import pinned, sum_over_ranks
-from lit_qlora.train.signals import StopRequest
+from lit_qlora.signals import StopRequest
+from lit_qlora.train.loop import agree, pinned, sum_over_ranks
 
 Measure = Callable[[int], Record]
 """Returns metrics for the record of the validation after so many steps."""
@@ -40,12 +41,14 @@ def more_measures(
     probes: Probes,
     how: GenerationConfig,
     write: Callable[[int, list[Record]], object],
+    stop: StopRequest | None = None,
 ) -> list[Measure]:
     """Make the measures of a validation that need the model to answer, or its base.
 
     Args:
         how: answers are made, see EvalConfig.answers.
         write: takes the answers of each validation, with their prompts.
+        stop: a signal that it takes ends a measure.
     """
     extras: dict[str, Measure] = {}
     if probes.questions or probes.prompts:
@@ -54,7 +57,7 @@ def more_measures(
         extras["the distance to the base"] = lambda step: {
             "kl_to_base": kl_to_base(fabric, model, probes.text[: model.config.block_size])
         }
-    return [Dispensable(fabric, model, name, measure) for name, measure in extras.items()]
+    return [Dispensable(fabric, model, name, measure, stop) for name, measure in extras.items()]
 
 
 def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: Sequence[Record]) -> Measure:
@@ -93,22 +96,28 @@ class Losses:
         return {"val_loss": loss / labelled, "val_ppl": ppl, "val_accuracy": right / labelled}
 
 
-@torch.no_grad()
 def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest) -> Tensor | None:
     """Score each row: the sum of its losses, its labelled tokens that the model predicts, and all its labelled tokens.
 
     It computes the logits of labelled tokens alone, a slice at a time, and restores the model's mode.
 
     Returns:
-        (S, 3) float64 on the host, the same in every process; None if a signal cut it short.
+        (S, 3) float64 on the host, the same in every process; None if a signal to any of them cut it short.
     """
+    scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches), None)
+    if agree(fabric, stop.signal)[0] or scores is None:
+        return None
+    return sum_over_ranks(fabric, scores).cpu()
+
+
+@torch.no_grad()
+def _own_scores(fabric: Fabric, model: GPT, batches: Sequence[Batch]) -> Tensor:
+    """Score the rows of this process, and leave those of the others 0."""
     starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
     scores = torch.zeros(starts[-1], 3, dtype=torch.float64, device=fabric.device)
     at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
     with evaluating(model), fabric.autocast():
         for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
-            if stop.signal and fabric.world_size == 1:  # other processes would wait for the sum
-                return None
             here = pinned(batch, fabric.device)
             tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
             rows, columns = (labels >= 0).nonzero(as_tuple=True)
@@ -120,21 +129,24 @@ def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopR
                 right = log_probs.argmax(dim=-1) == ids
                 each = torch.stack((-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)), 1)
                 scores.index_add_(0, row, each)
-    return sum_over_ranks(fabric, scores).cpu()
+    return scores
 
 
 class Dispensable:
     """A measure that only the first process takes; if it fails, a note says so, and its metrics are left out."""
 
-    def __init__(self, fabric: Fabric, model: GPT, name: str, measure: Measure) -> None:
+    def __init__(
+        self, fabric: Fabric, model: GPT, name: str, measure: Measure, stop: StopRequest | None = None
+    ) -> None:
         self.fabric, self.model, self.name, self.measure = fabric, model, name, measure
+        self.stop = stop or StopRequest()
 
     def __call__(self, step: int) -> Record:
-        """See Measure."""
+        """See Measure. The record is empty if a signal cut it short."""
         record: Record = {}
         if self.fabric.is_global_zero:
             try:
-                record = self._measured(step)
+                record = self.stop.unless_stopped(partial(self._measured, step), record)
             except Exception as error:
                 reason = str(error).partition("\n")[0]
                 tell(f"  note    {self.name} after step {step} failed: {type(error).__name__}: {reason}", sys.stderr)

@@ -8,7 +8,6 @@ from lit_qlora.evaluate.measures import Measure
 from lit_qlora.evaluate.validation_inputs import NEEDS
 from lit_qlora.report import Record, smaller_is_better
 from lit_qlora.settings import EvalConfig
-from lit_qlora.train.signals import StopRequest
 
 
 def is_due(step: int, every: int, total: int, before: bool = True) -> bool:
@@ -28,6 +27,7 @@ class Validator:
         measures: each returns metrics for the record of a validation.
         log: takes the record of each validation.
         keep: called with the step of a validation that is the best so far.
+        stopped: true as soon as a signal has come to any process of the run; all of them ask it together.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Validator:
         measures: Sequence[Measure],
         log: Callable[[Record], None],
         keep: Callable[[int], None],
-        stop: StopRequest,
+        stopped: Callable[[], object],
     ) -> None:
         self.config, self.every, self.total = config, every, total
-        self.measures, self.log, self.keep, self.stop = measures, log, keep, stop
+        self.measures, self.log, self.keep, self.stopped = measures, log, keep, stopped
         self.best: tuple[float, int] | None = None  # (value, negative if larger is better; step)
         self.worse = 0
         self.last = time.monotonic()
@@ -78,7 +78,7 @@ class Validator:
         record: Record = {"step": step}
         for measure in self.measures:
             record |= measure(step)
-            if self.stop.signal:
+            if self.stopped():
                 return True
         self.log(record)
         self.last = time.monotonic()

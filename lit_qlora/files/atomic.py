@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lit_qlora.errors import ResourceError
+from lit_qlora.signals import held
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
@@ -50,18 +51,20 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     _remove_left_over(path)
-    temporary, handle = _locked(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-    try:
-        yield temporary
-        flush(temporary)
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    finally:
-        os.close(handle)
-    flush(path.parent)
+    with held() as signals:
+        temporary, handle = _locked(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            with signals.lifted():
+                yield temporary
+                flush(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(handle)
+        flush(path.parent)
 
 
 def write_text(path: Path, text: str | Iterable[str], errors: str = "strict") -> None:
@@ -91,12 +94,14 @@ def temporary_directory(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     _put_back(final)
     _remove_left_over(final)
-    path, handle = _locked_directory(final)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+    with held() as signals:
+        path, handle = _locked_directory(final)
+        try:
+            with signals.lifted():
+                yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(handle)
 
 
 def publish(complete: Path, final: Path) -> None:
@@ -111,13 +116,14 @@ def publish(complete: Path, final: Path) -> None:
     for path in complete.iterdir():
         flush(path)
     flush(complete)
-    if not final.exists():
-        complete.rename(final)
-    elif not final.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
-    elif not _exchange(complete, final):
-        _exchange_in_steps(complete, final)
-    flush(final.parent)
+    with held():
+        if not final.exists():
+            complete.rename(final)
+        elif not final.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
+        elif not _exchange(complete, final):
+            _exchange_in_steps(complete, final)
+        flush(final.parent)
 
 
 def replace_files(staged: Path, directory: Path, last: str, owned: Iterable[str]) -> None:
@@ -136,29 +142,31 @@ def replace_files(staged: Path, directory: Path, last: str, owned: Iterable[str]
     new = sorted((path.name for path in staged.iterdir()), key=last.__eq__)
     for name in new:
         flush(staged / name)
-    old = _names(directory, (last, *owned)) | {name for name in new if (directory / name).is_file()}
-    going, handle = _locked_directory(directory / last, "going")
-    aside = going.with_name(going.name.replace(".going-", ".old-"))
-    try:
-        for name in sorted(old, key=last.__ne__):
-            (directory / name).rename(going / name)
-        going.rename(aside)
-        flush(directory)
-        for name in new:
-            (staged / name).rename(directory / name)
-    except BaseException:
-        if aside.exists():
+    with held():
+        old = _names(directory, (last, *owned)) | {name for name in new if (directory / name).is_file()}
+        going, handle = _locked_directory(directory / last, "going")
+        aside = going.with_name(going.name.replace(".going-", ".old-"))
+        try:
+            for name in sorted(old, key=last.__ne__):
+                (directory / name).rename(going / name)
+            going.rename(aside)
+            flush(directory)
             for name in new:
-                if not (staged / name).exists():
-                    (directory / name).rename(staged / name)
-        _move_back(aside if aside.exists() else going, directory, last)
-        raise
-    finally:
-        os.close(handle)
-    flush(directory)
-    shutil.rmtree(aside, ignore_errors=True)
+                (staged / name).rename(directory / name)
+        except BaseException:
+            if aside.exists():
+                for name in new:
+                    if not (staged / name).exists():
+                        (directory / name).rename(staged / name)
+            _move_back(aside if aside.exists() else going, directory, last)
+            raise
+        finally:
+            os.close(handle)
+        flush(directory)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
+@held()
 def recover_files(directory: Path, last: str, owned: Iterable[str]) -> None:
     """Put back what a program that was killed in replace_files had moved aside, unless the new files are complete."""
     for going in filter(is_left_over, directory.glob(f"{last}.going-*")):
@@ -173,8 +181,9 @@ def recover_files(directory: Path, last: str, owned: Iterable[str]) -> None:
 
 def remove_directory(path: Path) -> None:
     """Remove a directory, which is whole as long as it has its name."""
-    gone = path.rename(_temporary_name(path))
-    shutil.rmtree(gone, ignore_errors=True)
+    with held():
+        gone = path.rename(_temporary_name(path))
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def is_left_over(temporary: Path) -> bool:
@@ -243,6 +252,7 @@ def _remove_left_over(path: Path) -> None:
             os.close(handle)
 
 
+@held()
 def _put_back(final: Path) -> None:
     """Give a directory its name again, where a program was killed after it had moved it aside in publish."""
     for aside in filter(is_left_over, final.parent.glob(f"{_escaped(final.name)}.old-*")):

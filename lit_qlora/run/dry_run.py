@@ -27,9 +27,9 @@ from lit_qlora.run.banner import FIRST_STEPS, savings
 from lit_qlora.run.learning import eval_every, make_learner, take_path
 from lit_qlora.run.plan import Plan
 from lit_qlora.settings import FinetuneConfig
+from lit_qlora.signals import StopRequest
 from lit_qlora.train.loop import Learner
 from lit_qlora.train.parallel import world_size
-from lit_qlora.train.signals import StopRequest
 
 MOST_ON_CPU = 3e8  # parameters; to make a larger model there takes too long
 PASSES = 4  # most micro-batches of a step, or a validation, that are timed

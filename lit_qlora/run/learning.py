@@ -28,10 +28,10 @@ from lit_qlora.run.reports import one_line
 from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, write_log
 from lit_qlora.run.saver import Contents, Saver
 from lit_qlora.settings import EvalConfig, FinetuneConfig, TrainConfig
+from lit_qlora.signals import caught
 from lit_qlora.train.guards import Guard
-from lit_qlora.train.loop import BadStepError, Learner, follow, train
+from lit_qlora.train.loop import BadStepError, Learner, Stopped, agree, follow, train
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
-from lit_qlora.train.signals import Stopped, StopRequest, stop_on_signals
 from lit_qlora.train.training_state import restore
 
 SHOWN = 3  # answers shown at each validation
@@ -133,39 +133,44 @@ def learn(
     for record in log.records:
         if "loss" in record:
             guard.recall(record["loss"], record.get("skipped", False))
-    with stop_on_signals() as stop, explained(config, data):
-        alone = stop if fabric.world_size == 1 else StopRequest()  # other processes would wait for the missing part
+    with caught() as stop, explained(config, data):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
-        losses = Losses(fabric, model, data.val_batches, alone)
+        losses = Losses(fabric, model, data.val_batches, stop)
         measures: list[Measure] = [losses] if data.val_batches else []
         write = partial(keep_answers, config.out_dir, log)
-        measures += more_measures(fabric, model, data, probes, config.eval.answers, write)
+        measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop)
         if probes.ask:
             tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records)
-            measures.append(Dispensable(fabric, model, "eval.tasks", tasks))
+            measures.append(Dispensable(fabric, model, "eval.tasks", tasks, stop))
         every = eval_every(config.eval, data, total)
-        validator = Validator(config.eval, every, total, measures, log, saver.keep, alone)
-        go_on = validator.catch_up(log.records, start)
-        if stop.signal and fabric.world_size == 1:
-            raise Stopped(stop.signal, start)
-        if not go_on or start == total:
-            saver(start, True)
+
+        def stopped() -> int:
+            return agree(fabric, stop.signal)[0]
+
+        validator = Validator(config.eval, every, total, measures, log, saver.keep, stopped)
+        with stop.held():
+            go_on = validator.catch_up(log.records, start)
+            if number := stopped():
+                raise Stopped(number, start)
+            if not go_on or start == total:
+                saver(start, True)
+                tell_early_end(validator, log, total)
+                return losses.scores
+            on_gpu = fabric.device.type == "cuda"
+            records = train(
+                learner,
+                steps(data.train, data.batching, total, fabric.global_rank, fabric.world_size, start),
+                total,
+                config.train,
+                guard,
+                seed=config.seed,
+                start=start,
+                seconds=log.seconds,
+                longest=longest_step(data.train, data.batching, fabric.world_size) if on_gpu else None,
+                stop=stop if fabric.world_size == 1 else None,  # other processes would wait for the missing part
+            )
+            follow(records, fabric, total, log=log, save=saver, validate=validator, stop=stop, start=start)
             tell_early_end(validator, log, total)
-            return losses.scores
-        on_gpu = fabric.device.type == "cuda"
-        records = train(
-            learner,
-            steps(data.train, data.batching, total, fabric.global_rank, fabric.world_size, start),
-            total,
-            config.train,
-            guard,
-            seed=config.seed,
-            start=start,
-            seconds=log.seconds,
-            longest=longest_step(data.train, data.batching, fabric.world_size) if on_gpu else None,
-        )
-        follow(records, fabric, total, log=log, save=saver, validate=validator, stop=stop)
-        tell_early_end(validator, log, total)
     return losses.scores
 
 

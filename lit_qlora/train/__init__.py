@@ -1,1 +1,1 @@
-"""The training loop and its parts: optimizers, guards, several processes, state, signals."""
+"""The training loop and its parts: optimizers, guards, several processes, state."""

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from lit_qlora.data import Batch, Step
 from lit_qlora.device import peak_gib
-from lit_qlora.errors import NumericalError
+from lit_qlora.errors import NumericalError, UserError
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import tell
 from lit_qlora.settings import TrainConfig
+from lit_qlora.signals import StopRequest, describe
 from lit_qlora.train.guards import Guard, check_first_gradients
 from lit_qlora.train.optim import learning_rate
 from lit_qlora.train.parallel import sum_gradients
-from lit_qlora.train.signals import Stopped, StopRequest
 
 Record = dict[str, Any]
 
@@ -35,6 +36,16 @@ class BadStepError(NumericalError):
     def __init__(self, message: str, step: Step) -> None:
         super().__init__(message)
         self.step = step
+
+
+class Stopped(UserError):  # noqa: N818 - not an error, but it ends the run like one
+    """A signal ended the run; everything is saved."""
+
+    prefix = ""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"{describe(number)} at step {step}; go on with --resume auto")
+        self.status = 128 + number
 
 
 class Saving(Protocol):
@@ -99,6 +110,7 @@ def train(
     start: int = 0,
     seconds: float = 0.0,
     longest: Step | None = None,
+    stop: StopRequest | None = None,
 ) -> Iterator[Record]:
     """Take one optimizer step for each of `steps`, up to number `total`, and yield its record for the log.
 
@@ -112,23 +124,29 @@ def train(
         start: steps done before.
         seconds: time they took.
         longest: a step that is computed and forgotten before the first one, so that memory runs out at once or never.
+        stop: a signal that it takes ends the steps, between two micro-batches, or anywhere in the first step, which
+            compiles kernels. The step that was begun is not taken.
 
     Raises:
         BadStepError: if the loss of a step is not finite; the step is not taken. Or as the guard decides.
         torch.OutOfMemoryError: if not even single rows fit.
     """
-    fabric, optimizer = learner.fabric, learner.optimizer
+    fabric, optimizer, stop = learner.fabric, learner.optimizer, stop or StopRequest()
     begin = before = time.monotonic()
     paused = 0.0  # seconds that the caller took after the last step
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     learner.model.train()
     if longest:
-        learner.add_gradients(longest)
+        if stop.unless_stopped(partial(learner.add_gradients, longest), None, saved=True) is None:
+            return
         optimizer.zero_grad()
         if fabric.is_global_zero:
             tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
     for done, step in enumerate(steps, start=start + 1):
-        part = learner.add_gradients(step, seed_of(seed, done, fabric.global_rank))
+        take = partial(learner.add_gradients, step, seed_of(seed, done, fabric.global_rank), stop)
+        part = stop.unless_stopped(take, None, saved=True) if done == start + 1 else take()
+        if part is None:
+            return
         loss, hits = sum_over_ranks(fabric, torch.stack((part, learner.hits.to(part))))
         sum_gradients(fabric, learner.trainable.values())
         norm = learner.clip_gradients(config.max_norm)
@@ -175,12 +193,17 @@ def follow(
     save: Saving,
     validate: Validation,
     stop: StopRequest,
+    start: int = 0,
 ) -> None:
     """Take the steps of `train`, and after each log its record, save and validate if that is due, and stop if asked.
+
+    Args:
+        start: steps done before.
 
     Raises:
         Stopped: after saving, if `stop` has taken a signal.
     """
+    done = start
     for record in records:
         log(record)
         done = record["step"]
@@ -197,6 +220,11 @@ def follow(
                 return
         if stop_number:
             raise Stopped(stop_number, done)
+    (stop_number,) = agree(fabric, stop.signal)
+    if stop_number:
+        if start < done < total:  # a step was given up
+            save(done, False)
+        raise Stopped(stop_number, done)
 
 
 class Gradients:
@@ -213,14 +241,18 @@ class Gradients:
         self.fabric, self.model, self.hits = fabric, model, hits
         self.rows: int | None = None
 
-    def __call__(self, step: Step, seed: int = 0) -> Tensor:
-        """Add the gradients of a step to the parameters', and return this process's part of its loss."""
+    def __call__(self, step: Step, seed: int = 0, stop: StopRequest | None = None) -> Tensor | None:
+        """Add the gradients of a step to the parameters', and return this process's part of its loss.
+
+        Args:
+            stop: once it has taken a signal, no further micro-batch is begun, and None is returned.
+        """
         while True:
             torch.manual_seed(seed)
             self.hits.zero_()
             batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
             try:
-                return self._take(batches, step.weight)
+                return self._take(batches, step.weight, stop)
             except torch.OutOfMemoryError:
                 widest = max(len(batch.tokens) for batch in batches)
                 if widest == 1 and not self.model.can_release:
@@ -233,9 +265,11 @@ class Gradients:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _take(self, batches: list[Batch], weight: float) -> Tensor:
+    def _take(self, batches: list[Batch], weight: float, stop: StopRequest | None) -> Tensor | None:
         loss = torch.zeros((), device=self.fabric.device)
         for batch in batches:
+            if stop and stop.signal:
+                return None
             part = self.model.loss(*pinned(batch, self.fabric.device)) / weight
             self.fabric.backward(part)
             loss += part.detach()

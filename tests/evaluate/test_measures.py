@@ -31,7 +31,7 @@ from lit_qlora.lora.adapter import start_adapters
 from lit_qlora.lora.layer import add_lora, without_adapters
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.settings import EvalConfig, FinetuneConfig, GenerationConfig, LoRAConfig
-from lit_qlora.train.signals import StopRequest
+from lit_qlora.signals import StopRequest
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.evaluate.test_validation_inputs import config, data  # noqa: F401 - fixtures
 

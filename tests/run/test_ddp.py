@@ -136,10 +136,10 @@ def test_memory_may_run_out_in_one_process_alone(
         def patch() -> None:
             take = loop.Gradients._take
 
-            def small(self: loop.Gradients, batches: list[Batch], weight: float) -> torch.Tensor:
+            def small(self: loop.Gradients, batches: list[Batch], *given: Any) -> torch.Tensor | None:
                 if max(len(batch.tokens) for batch in batches) > 1:
                     raise torch.OutOfMemoryError
-                return take(self, batches, weight)
+                return take(self, batches, *given)
 
             loop.Gradients._take = small  # type: ignore[method-assign]
 

@@ -44,7 +44,7 @@ class Clock:
         self.now, self.each, self.update = 0.0, each, update
         add, validate = Gradients.__call__, dry_run.score_rows
 
-        def adding(gradients: Gradients, step: Step, seed: int = 0) -> torch.Tensor:
+        def adding(gradients: Gradients, step: Step, seed: int = 0) -> torch.Tensor | None:
             self.now += self.spent(step.batches)
             return add(gradients, step, seed)
 

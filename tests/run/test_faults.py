@@ -18,9 +18,11 @@ import torch
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.evaluate.measures import Losses
 from lit_qlora.files.manifest import read_manifest
+from lit_qlora.generation import decode
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.run import saver, summary
 from lit_qlora.run.resume import newest, read_log
+from lit_qlora.signals import describe
 from lit_qlora.train import loop
 from tests.run.forked import STEPS, Start, at_save, ending, signals
 
@@ -69,7 +71,7 @@ def test_f06_f07_f08_f10_a_signal_saves_and_ends_the_run_after_its_step(
     child = start(out, "--train.save_every=0", "--eval.best=none", before=at_step(step, signals(number)))
     assert child.wait() == 128 + number
     said = child.said.read_text()
-    assert f"stopped by {number.name} at step {step}; go on with --resume auto" in said
+    assert f"{describe(number)} at step {step}; go on with --resume auto" in said
     assert "Traceback" not in said
     assert newest(out).step == step
     assert start(out).wait() == 0
@@ -164,7 +166,9 @@ def test_f09_a_signal_while_the_model_is_loaded_ends_at_once(start: Start, tmp_p
     def patch() -> None:
         quantized_cache.load_stored = lambda *given: os.kill(os.getpid(), signal.SIGTERM)
 
-    assert start(tmp_path / "out", before=patch).wait() == -signal.SIGTERM
+    child = start(tmp_path / "out", before=patch)
+    assert child.wait() == 143
+    assert child.said.read_text().endswith("\nstopped by SIGTERM\n")
 
 
 def test_f10_nohup_keeps_the_run_going(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
@@ -203,6 +207,54 @@ def test_f10_a_terminal_that_is_gone_does_not_keep_a_signal_from_saving(
     out = tmp_path / "out"
     assert start(out, "--train.save_every=0", "--eval.best=none", before=patch).wait() == 129
     assert newest(out).step == 3
+    assert start(out).wait() == 0
+    assert ending(out) == whole
+
+
+def test_f09_a_signal_among_the_answers_of_a_validation_ends_them_after_a_token(start: Start, tmp_path: Path) -> None:
+    def patch() -> None:
+        chosen, seen = decode.choose, [0]
+
+        def hooked(*given: object) -> torch.Tensor:
+            seen[0] += 1
+            (tmp_path / "seen").write_text(str(seen[0]))
+            if seen[0] == 20:  # of the second validation; the first has 16
+                os.kill(os.getpid(), signal.SIGTERM)
+            return chosen(*given)
+
+        decode.choose = hooked
+
+    out, flags = tmp_path / "out", ["--eval.generate=1", "--eval.max_new_tokens=16", "--train.save_every=0"]
+    child = start(out, *flags, before=patch)
+    assert child.wait() == 143
+    assert (tmp_path / "seen").read_text() == "20"
+    assert child.said.read_text().endswith("stopped by SIGTERM at step 3; go on with --resume auto\n")
+    assert newest(out).step == 3
+    assert start(out, *flags).wait() == start(tmp_path / "unbroken", *flags).wait() == 0
+    assert ending(out) == ending(tmp_path / "unbroken")
+
+
+def test_f06_a_signal_among_the_micro_batches_of_a_step_gives_it_up_and_saves_the_one_before(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    def patch() -> None:
+        pin, seen = loop.pinned, [0]
+
+        def hooked(*given: object) -> object:
+            seen[0] += 1
+            (tmp_path / "seen").write_text(str(seen[0]))
+            if seen[0] == 5:  # the first micro-batch of two in the third step
+                os.kill(os.getpid(), signal.SIGTERM)
+            return pin(*given)
+
+        loop.pinned = hooked
+
+    out = tmp_path / "out"
+    child = start(out, "--train.save_every=0", "--eval.best=none", before=patch)
+    assert child.wait() == 143
+    assert (tmp_path / "seen").read_text() == "5"
+    assert "stopped by SIGTERM at step 2; go on" in child.said.read_text()
+    assert newest(out).step == 2
     assert start(out).wait() == 0
     assert ending(out) == whole
 
@@ -363,9 +415,9 @@ def test_f22_a_loss_that_is_not_finite_keeps_the_checkpoint_and_the_batch(start:
     def patch() -> None:
         take, seen = loop.Gradients.__call__, [0]
 
-        def hooked(self: loop.Gradients, step: object, seed: int = 0) -> torch.Tensor:
+        def hooked(*given: object) -> torch.Tensor:
             seen[0] += 1
-            return take(self, step, seed) * (math.nan if seen[0] == 5 else 1)
+            return take(*given) * (math.nan if seen[0] == 5 else 1)
 
         loop.Gradients.__call__ = hooked
 
@@ -405,9 +457,9 @@ def test_f24_a_run_that_diverges_ends_and_names_its_last_checkpoint(start: Start
     def patch() -> None:
         take, seen = loop.Gradients.__call__, [0]
 
-        def hooked(self: loop.Gradients, step: object, seed: int = 0) -> torch.Tensor:
+        def hooked(*given: object) -> torch.Tensor:
             seen[0] += 1
-            return take(self, step, seed) * (4 if seen[0] > 6 else 1)
+            return take(*given) * (4 if seen[0] > 6 else 1)
 
         loop.Gradients.__call__ = hooked
 

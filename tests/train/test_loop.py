@@ -17,9 +17,9 @@ from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import quantize_linears
 from lit_qlora.settings import EvalConfig, GuardConfig, LoRAConfig, Scheme, TrainConfig
+from lit_qlora.signals import StopRequest
 from lit_qlora.train.guards import Guard
 from lit_qlora.train.loop import Learner, follow, train
-from lit_qlora.train.signals import StopRequest
 from tests.conftest import tiny_model
 
 
@@ -67,7 +67,7 @@ def run(
     train_steps = train_steps or steps(SAMPLES, batching, total, start=start)
     stop = StopRequest()
     measure = Losses(fabric, model, validation_batches(FEW, 2))
-    validate = Validator(EvalConfig(), 2, total, [measure], log.append, lambda step: None, stop)
+    validate = Validator(EvalConfig(), 2, total, [measure], log.append, lambda step: None, bool)
     validate.catch_up([], start)
     guard = Guard(GuardConfig())
     records = train(learner, train_steps, total, config, guard, start=start)

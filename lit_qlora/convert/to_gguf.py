@@ -4,7 +4,8 @@ llama.cpp computes with the file as model/gpt.py does; a model that it would com
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,9 +50,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
     except ImportError:
         raise UsageError('GGUF files need the gguf package: pip install "lit_qlora[gguf]"') from None
     beside = out_file.with_suffix(MODELFILE)
-    for path in (out_file, beside):
-        if path.exists():
-            raise UsageError(f"{path} exists. Give --out_file a new name, or remove it.")
+    _check_new(out_file)
     config = ModelConfig.load(checkpoint_dir)
     weights = checkpoint.open_weights(checkpoint_dir)
     checkpoint.check_weights(weights.specs, config, location=str(weights.location))
@@ -61,8 +60,11 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
         raise CheckpointError(f"{checkpoint_dir} has no tokenizer, which a GGUF file holds.")
     vocabulary = read_vocabulary(checkpoint_dir, ending, config.vocab_size)
     plan = plan_tensors(weights.specs, config)
+    text = modelfile(out_file.name, ending, checkpoint_dir, read_context(config))
+    if not beside.is_file() or beside.read_bytes() != text.encode():  # else an export left it that was killed
+        _check_new(beside)
 
-    with atomic.writing(out_file), atomic.replacing(out_file) as staged:
+    with atomic.writing(out_file), _both_or_none(out_file, beside), atomic.replacing(out_file) as staged:
         writer = GGUFWriter(staged, architecture.name)
         try:
             _write_settings(writer, config, kind)
@@ -84,8 +86,25 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
                 _write(writer, "rope_freqs.weight", factors, _storage(factors, kind))
         finally:
             writer.close()
-        atomic.write_text(beside, modelfile(out_file.name, ending, checkpoint_dir, read_context(config)))
+        atomic.write_text(beside, text)
     return config
+
+
+def _check_new(path: Path) -> None:
+    """Raise UsageError if `path` exists."""
+    if path.exists():
+        raise UsageError(f"{path} exists. Give --out_file a new name, or remove it.")
+
+
+@contextmanager
+def _both_or_none(out_file: Path, beside: Path) -> Iterator[None]:
+    """Remove the Modelfile if the GGUF file does not follow."""
+    try:
+        yield
+    except BaseException:
+        if not out_file.exists():
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def read_context(config: ModelConfig) -> int:

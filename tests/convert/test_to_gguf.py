@@ -344,6 +344,18 @@ def test_no_file_is_overwritten(checkpoint: Path) -> None:
     assert out.read_text() == "mine"
 
 
+def test_a_modelfile_is_replaced_only_if_an_export_that_was_killed_left_it(checkpoint: Path) -> None:
+    out = checkpoint.with_name("model.gguf")
+    export_gguf(checkpoint, out, "f32")
+    out.unlink()
+    export_gguf(checkpoint, out, "f32")
+    out.unlink()
+    out.with_suffix(".Modelfile").write_text("mine")
+    with pytest.raises(UsageError, match=r"model\.Modelfile exists"):
+        export_gguf(checkpoint, out, "f32")
+    assert out.with_suffix(".Modelfile").read_text() == "mine"
+
+
 def test_a_model_without_the_package_says_what_to_install(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UsageError, match=r"pip install \"lit_qlora\[gguf\]\""):

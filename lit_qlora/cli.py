@@ -1,10 +1,11 @@
 """Turns the argv of a command into its settings, and a user's mistake into one readable line."""
 
+import atexit
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache, reduce
 from itertools import pairwise
@@ -21,7 +22,7 @@ from jsonargparse.typing import SecretStr as SecretStr  # a setting that is neve
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
 from lit_qlora.files.reading import check_yaml, read_yaml_text
 from lit_qlora.redact import scrub
-from lit_qlora.signals import Interrupted, caught
+from lit_qlora.signals import Interrupted, StopRequest, caught
 
 Config = TypeVar("Config")
 COMMAND_LINE_ONLY = ("allow_code",)
@@ -41,13 +42,31 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
         return scrub(text, argv, os.environ)
 
     try:
-        with caught():
+        with caught() as stop, _quick_to_leave(stop):
             _run(main, config_type, argv, hide)
     except Interrupted as signal:
         _end(str(signal), 128 + signal.number, prefix="")
     except Exception:  # a defect of ours: its traceback is for whoever mends it, and may be posted anywhere
         sys.excepthook = lambda *error: sys.stderr.write(hide("".join(format_exception(*error))))
         raise
+
+
+@contextmanager
+def _quick_to_leave(stop: StopRequest) -> Iterator[None]:
+    """After a signal, leave out what Python does at its end: to tear down libraries takes a second or two."""
+    try:
+        yield
+    except (SystemExit, Interrupted) as end:
+        if stop.signal:
+            atexit.register(_leave, int(end.code or 0) if isinstance(end, SystemExit) else 128 + end.number)
+        raise
+
+
+def _leave(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader may be gone
+            stream.flush()
+    os._exit(status)
 
 
 def _run(

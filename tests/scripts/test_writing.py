@@ -1,10 +1,11 @@
-"""No command writes a file under its final name, and a fault or a kill at any touch of a file leaves old or new."""
+"""No command writes a file under its final name.
 
-import errno
+A fault, a kill or a signal at any touch of a file leaves the old or the new.
+"""
+
 import os
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.prompts.style import STYLES
 from lit_qlora.settings import LoRAConfig
 from tests.conftest import run_here
+from tests.disturbed import die, disturbed, fail, litter, stop
+from tests.hub_server import of_folder, serve
 from tests.lora.test_adapter import trained
 
 
@@ -36,21 +39,27 @@ class Command:
     """Its files in `out`, if that holds others."""
     in_steps: bool = False
     """Files among others are replaced one by one: after a kill, the next run puts the old ones back first."""
+    gathers: bool = False
+    """Files come one by one, each whole; the same command goes on."""
 
     def run(self, folder: Path, flags: tuple[str, ...]) -> int:
         """Its exit status."""
         return int(run_here(self.script, *(flag.format(folder) for flag in flags)).returncode or 0)
 
     def state(self, folder: Path) -> dict[str, bytes]:
-        """The files of its output, by name; neither where they are nor their remembered hashes count."""
+        """The files of its output, by name; neither paths, times nor remembered hashes in them count."""
         out = folder / self.out
         found = [out] if out.is_file() else [path for path in out.glob(self.files) if path.is_file()]
-        here = re.compile(rb"%s/\w+" % re.escape(str(folder.parent).encode()))
+        here = re.compile(
+            rb'%s/\w+|"(date|total_evaluation_time_seconds)": .*' % re.escape(str(folder.parent).encode())
+        )
         return {path.name: here.sub(b"", path.read_bytes()) for path in found if not path.name.startswith(".")}
 
 
 MERGE = ("--checkpoint_dir={}/base", "--out_dir={}/merged")
 CSV = ("--csv_path={}/faq.csv", "--out_dir={}/data", "--columns=q:instruction,a:output")
+TASKS = ("--checkpoint_dir={}/base", "--save_filepath={}/results.json")
+PROMPTS = ("--checkpoint_dir={}/base", "--prompts={}/data.jsonl", "--style=qa", "--out={}/answers.jsonl")
 ANSWERS = ("--checkpoint_dir={}/base", "--data={}/data.jsonl", "--style=qa", "--out={}/said.jsonl")
 OURS = "[lm]*[ol]*.[sj]*"  # lit_model.safetensors, model_config.json
 COMMANDS = {
@@ -85,7 +94,9 @@ COMMANDS = {
         "scripts/convert_gguf.py",
         None,
         ("--checkpoint_dir={}/base", "--out_file={}/x.gguf", "--dtype=f32"),
-        "x.gguf",
+        ".",
+        files="x.*",
+        in_steps=True,
     ),
     "prepare": Command(
         "scripts/prepare_csv.py",
@@ -106,6 +117,26 @@ COMMANDS = {
         (*ANSWERS, "--max_new_tokens=3"),
         "said.jsonl",
     ),
+    "generate": Command(
+        "scripts/generate.py",
+        None,
+        (*PROMPTS, "--max_new_tokens=3"),
+        "answers.jsonl",
+    ),
+    "tasks": Command(
+        "eval/lm_eval_harness.py",
+        (*TASKS, "--limit=2"),
+        (*TASKS, "--limit=3"),
+        "results.json",
+    ),
+    "download": Command(
+        "scripts/download.py",
+        None,
+        ("--repo_id=org/model", "--checkpoints_dir={}/hub"),
+        "hub/org/model",
+        in_steps=True,
+        gathers=True,
+    ),
 }
 
 
@@ -123,8 +154,27 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) ->
     return folder
 
 
-@pytest.fixture(params=COMMANDS)
+@pytest.fixture
+def _hub(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hub that the download asks."""
+    from huggingface_hub import constants
+
+    hub = of_folder(workshop / "theirs")
+    server = serve(hub)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name == "tasks" else ()) for name in COMMANDS])
 def command(request: pytest.FixtureRequest) -> Command:
+    if request.param == "download":
+        request.getfixturevalue("_hub")
     return COMMANDS[request.param]
 
 
@@ -134,10 +184,6 @@ def place(workshop: Path, tmp_path: Path, command: Command, name: str = "work") 
     if command.old:
         assert command.run(folder, command.old) == 0
     return folder
-
-
-def litter(folder: Path) -> list[Path]:
-    return [path for kind in ("tmp", "old", "going") for path in folder.rglob(f"*.{kind}-*")]
 
 
 # What is opened for writing
@@ -194,84 +240,59 @@ def test_a_run_opens_no_final_name_to_write_it_but_those_of_its_logs(
 
 # Faults
 
-OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
+STATUSES = {fail: (0, 6), die: (-9, 0), stop: (143, 0)}
+"""What may come of it; 0 where it concerned nothing that matters, or came when all was done."""
 
 
-def disturbed(folder: Path, number: int, disturbance: Callable[[], None], work: Callable[[], int]) -> tuple[int, bool]:
-    """Status of `work` in a process of its own, and whether the operation of this number on files came.
+def check_disturbed(command: Command, before: Path, whole: Path, disturbance: Callable[[], None], number: int) -> bool:
+    """Disturb the operation of this number on files, and see what is left, then and after the next run.
 
-    Status is negative if it was killed.
+    Returns:
+        whether there was one.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        left, status = [number], 99
-        fsync = os.fsync
-
-        def count() -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                os.write(writer, b"x")
-                disturbance()
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == "open":
-                path, mode, flags = arguments[0], arguments[1] or "", arguments[2] or 0
-                writes = set(str(mode)) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR)
-                if writes and isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(folder)):
-                    count()
-            elif event in OPERATIONS:
-                path = os.fspath(arguments[0])
-                if str(path).startswith(str(folder)) or not os.path.isabs(path):  # relative to an open directory
-                    count()
-
-        def counted(handle: int) -> None:
-            count()
-            fsync(handle)
-
-        os.fsync = counted
-        sys.addaudithook(hook)
-        try:
-            status = work()
-        finally:
-            os._exit(status)
-    os.close(writer)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with os.fdopen(reader, "rb") as pipe:
-        return status, pipe.read() == b"x"
+    old, new = command.state(before), command.state(whole)
+    folder = shutil.copytree(before, before.with_name("work"))
+    status, came = disturbed(folder, number, disturbance, lambda: command.run(folder, command.new))
+    assert status in STATUSES[disturbance], number
+    found = command.state(folder)
+    if command.gathers:
+        assert new.items() >= found.items(), number
+        assert status or found == new, number
+    elif not (command.in_steps and disturbance is die):
+        assert found in ((new,) if status == 0 else (old, new)), number
+    if disturbance is not die:
+        assert litter(folder) == [], number
+    again = command.run(folder, command.new)
+    assert again == 0 or (found == new and not command.old), number
+    assert command.state(folder) == new, number
+    assert litter(folder) == [], number
+    shutil.rmtree(folder)
+    return came
 
 
-def fail() -> None:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.fixture
+def both(command: Command, workshop: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The folder before the command, and after it."""
+    before = place(workshop, tmp_path, command, "before")
+    whole = shutil.copytree(before, tmp_path / "whole")
+    assert command.run(whole, command.new) == 0
+    return before, whole
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("disturbance", [fail, die])
+@pytest.mark.parametrize("disturbance", [fail, die, stop])
 def test_a_fault_at_any_touch_of_a_file_leaves_the_old_or_the_new(
-    command: Command, disturbance: Callable[[], None], workshop: Path, tmp_path: Path
+    command: Command, disturbance: Callable[[], None], both: tuple[Path, Path]
 ) -> None:
-    before = place(workshop, tmp_path, command, "before")
-    old = command.state(before)
-    whole = shutil.copytree(before, tmp_path / "whole")
-    assert command.run(whole, command.new) == 0
-    new, number, came = command.state(whole), 0, True
-    while came:
+    number = 1
+    while check_disturbed(command, *both, disturbance, number):
         number += 1
-        folder = shutil.copytree(before, tmp_path / "work")
-        status, came = disturbed(folder, number, disturbance, lambda: command.run(folder, command.new))  # noqa: B023
-        assert status in ((-9, 0) if disturbance is die else (0, 6)), number
-        found = command.state(folder)
-        if not (command.in_steps and disturbance is die):
-            assert found in ((new,) if status == 0 else (old, new)), number
-        again = command.run(folder, command.new)
-        assert again == 0 or (found == new and not command.old), number
-        assert command.state(folder) == new, number
-        assert litter(folder) == [], number
-        shutil.rmtree(folder)
     assert number > 5
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("command", ["export", "prepare", "merge"], indirect=True)
+def test_a_signal_leaves_the_old_or_the_new_at_once(command: Command, both: tuple[Path, Path]) -> None:
+    assert check_disturbed(command, *both, stop, 9)

@@ -10,15 +10,13 @@ import torch
 
 from lit_qlora.data.examples import Example, Reading, read_examples, refusal
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
-from lit_qlora.data.prepared import RECORD, record
-from lit_qlora.data.sources import find_file, find_sources, is_hub
+from lit_qlora.data.prepared import record
+from lit_qlora.data.sources import BESIDE_TRAIN, REPORT, TRAIN, find_file, find_sources, is_hub
 from lit_qlora.errors import DataError, ResourceError, UsageError
 from lit_qlora.files.atomic import replace_files, temporary_directory, write_text
 from lit_qlora.prompts.conversation import Message
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, PrepareConfig
-
-REPORT = "report.md"
 
 
 def read(path: str | Path, out_dir: Path, config: PrepareConfig) -> Reading:
@@ -75,7 +73,7 @@ def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
             lines += ["", f"next      python finetune/lora.py{flag} --data.path {out_dir}"]
             report = "\n".join(lines)
             write_text(staged / REPORT, f"# Data\n\n```\n{report}\n```\n")
-            replace_files(staged, out_dir, "train.jsonl", ["val.jsonl", REPORT, RECORD])
+            replace_files(staged, out_dir, TRAIN, BESIDE_TRAIN)
     except OSError as error:
         raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror}.") from None
     return report

@@ -4,14 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from lit_qlora.data.sources import RECORD
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.reading import read_json
 from lit_qlora.model.config import missing_checkpoint
 from lit_qlora.settings import DEMO_CHECKPOINT, DataConfig
-
-RECORD = "prepared.json"
-"""Names the checkpoint of a folder under data/."""
 
 
 def record(folder: Path, checkpoint_dir: Path) -> None:

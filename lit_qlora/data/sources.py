@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from lit_qlora.data.hub_sets import HUB_SETS, HubSet, find_hub_set
 from lit_qlora.data.readers import READERS, Record
 from lit_qlora.errors import DataError, did_you_mean
+from lit_qlora.files.atomic import recover_files
 
 HUB = "hf:"
 VAL_SPLITS = ("validation", "val", "valid", "dev")  # names that hub data sets give to the part that is held out
@@ -41,6 +43,11 @@ class Source:
         return find_hub_set(self.path) if self.split else None
 
 
+TRAIN, RECORD, REPORT = "train.jsonl", "prepared.json", "report.md"
+BESIDE_TRAIN = ("val.jsonl", RECORD, REPORT)
+"""Files of prepared data besides TRAIN, which says that they are complete. RECORD names the checkpoint."""
+
+
 def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Source], Source | None]:
     """Find the sources that data.path and data.val_path name: training sources, and the source to validate on.
 
@@ -58,6 +65,7 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
             train.append(Source(path, "train" if "train" in splits else splits[0], times))
             val += [Source(path, name) for name in VAL_SPLITS if name in splits and name != train[-1].split]
             continue
+        _put_back(Path(path))
         if not Path(path).exists():
             near = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
             names = "" if set("/.") & set(path) else f"\nData sets known by name: {', '.join(HUB_SETS)}."
@@ -84,6 +92,14 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
 def is_hub(path: str) -> bool:
     """Tell if a path names a data set of the hub: hf:ORG/NAME, or a name of HUB_SETS."""
     return path.startswith(HUB) or find_hub_set(path) is not None
+
+
+def _put_back(path: Path) -> None:
+    """Put back the prepared data that a preparation had moved aside when it was killed."""
+    folder = path if path.is_dir() else path.parent
+    if folder.is_dir() and not (folder / TRAIN).exists():
+        with suppress(OSError):  # what is missing is named then
+            recover_files(folder, TRAIN, BESIDE_TRAIN)
 
 
 def find_file(path: Path) -> Source:

@@ -81,9 +81,27 @@ def write_text(path: Path, text: str | Iterable[str], errors: str = "strict") ->
         file.writelines([text] if isinstance(text, str) else text)
 
 
+def write_link(path: Path, target: str) -> None:
+    """Let `path` be a link to `target`, atomically.
+
+    Raises:
+        OSError: if it cannot be done; what was there before is untouched.
+    """
+    temporary = _temporary_name(path)
+    with held():
+        try:
+            temporary.symlink_to(target)
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        flush(path.parent)
+
+
 @contextmanager
 def temporary_directory(final: Path) -> Iterator[Path]:
-    """A new directory beside `final`, on the same file system; removed with what is left in it.
+    """A new directory beside `final`, on the same file system; removed with what is left in it, as is an empty parent.
 
     What programs that were killed left beside `final` is removed too, and what they had moved aside is put back.
 
@@ -91,6 +109,7 @@ def temporary_directory(final: Path) -> Iterator[Path]:
         OSError: if it cannot be made.
     """
     final = final.resolve()
+    new = not final.parent.exists()
     final.parent.mkdir(parents=True, exist_ok=True)
     _put_back(final)
     _remove_left_over(final)
@@ -102,6 +121,9 @@ def temporary_directory(final: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(path, ignore_errors=True)
             os.close(handle)
+            if new:
+                with suppress(OSError):  # something is in it
+                    final.parent.rmdir()
 
 
 def publish(complete: Path, final: Path) -> None:

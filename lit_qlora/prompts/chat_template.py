@@ -125,15 +125,16 @@ class Renderer:
     def _answers(
         self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any], How]], marks: str = MARKS
     ) -> list[Any]:
+        seconds = SECONDS + SECONDS_EACH * sum(len(messages) for messages, *_ in conversations)
         question = {
+            "seconds": seconds,
             "template": self.template,
             "variables": self.variables,
             "marks": marks,
             "conversations": conversations,
         }
-        number = sum(len(messages) for messages, *_ in conversations)
         with self._lock:
-            answers = self._ask(json.dumps(question), SECONDS + SECONDS_EACH * number)
+            answers = self._ask(json.dumps(question), seconds)
         if isinstance(answers, str):
             raise CheckpointError(f"The chat template fails: {answers}")
         return answers

@@ -6,6 +6,7 @@ lit_qlora.prompts.chat_template runs this file; it knows nothing but the standar
 import json
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -197,6 +198,7 @@ class Writer:
 def answer(line: str, compiled: Callable[[str, str], Template]) -> Any:
     """Answer a request: return a list, or a text that says why there is none."""
     request = json.loads(line)
+    signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1)  # whoever asked may be killed before it gives up
     marks, variables = request["marks"], request["variables"]
     try:
         template = compiled(request["template"], marks)
@@ -234,6 +236,7 @@ def main() -> None:
 
     for line in sys.stdin:
         print(json.dumps(answer(line, compiled)), flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The checkpoints of a run: when they are saved, which one is the best, and which are removed."""
 
-import os
 import platform
 import shutil
 import time
@@ -12,7 +11,7 @@ from typing import Any, Self
 from lit_qlora import __version__
 from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.data import RunData
-from lit_qlora.files.atomic import flush, publish, remove_directory, temporary_directory
+from lit_qlora.files.atomic import publish, remove_directory, temporary_directory, write_link
 from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.prompts.style import Style
 from lit_qlora.report import RunLog
@@ -110,10 +109,7 @@ class Saver:
     def _call_best(self, folder: Path) -> None:
         self.best = folder
         if self.fabric.is_global_zero:
-            link = self.out_dir / f"{BEST}.tmp-{os.getpid()}"
-            link.symlink_to(folder.name)
-            link.replace(self.out_dir / BEST)
-            flush(self.out_dir)
+            write_link(self.out_dir / BEST, folder.name)
 
     def _recall_best(self) -> Path | None:
         """Find the target of OUT/best in a resumed run; it may have been set aside."""

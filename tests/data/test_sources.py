@@ -214,3 +214,15 @@ def test_a_folder_may_stand_for_a_hub_data_set(hub: Path) -> None:
 def test_a_hub_data_set_that_cannot_be_had_says_what_to_do(hub: Path) -> None:
     with pytest.raises(DataError, match=r"hf:org/wolves cannot be loaded: .*\n.*HF_HOME"):
         find_sources(["hf:org/wolves"], None)
+
+
+@pytest.mark.parametrize("named", ["", "train.jsonl"])
+def test_data_that_a_killed_preparation_moved_aside_is_put_back(named: str, tmp_path: Path) -> None:
+    aside = tmp_path / "train.jsonl.old-0123abcd"
+    aside.mkdir()
+    for name in ("train.jsonl", "val.jsonl"):
+        (aside / name).write_text("old")
+    (tmp_path / "val.jsonl").write_text("new")
+    (train,), _ = find_sources([str(tmp_path / named)], None)
+    assert train.path == str(tmp_path / "train.jsonl")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"train.jsonl": "old", "val.jsonl": "old"}

@@ -19,6 +19,7 @@ from lit_qlora.files.atomic import (
     replace_files,
     replacing,
     temporary_directory,
+    write_link,
     write_text,
 )
 
@@ -269,3 +270,25 @@ def test_a_directory_is_removed_by_its_name_first(tmp_path: Path, monkeypatch: p
     with temporary_directory(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for name in ("new", "kept"):
+        with pytest.raises(KeyError), temporary_directory(tmp_path / name / "out"):
+            raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_link_that_cannot_be_replaced_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_link(tmp_path / "best", "a")
+    write_link(tmp_path / "best", "b")
+    assert os.readlink(tmp_path / "best") == "b"
+
+    def cannot(self: Path, target: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", cannot)
+    with pytest.raises(OSError, match="Input/output"):
+        write_link(tmp_path / "best", "c")
+    assert [(path.name, os.readlink(path)) for path in tmp_path.iterdir()] == [("best", "b")]

@@ -1,6 +1,9 @@
 """Chat templates: strangers' programs, kept in their place; and what users typed, kept apart from control tokens."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,12 @@ def test_a_control_token_of_one_character_is_text_because_nobody_could_tell_who_
 def test_without_control_tokens_everything_is_text() -> None:
     guard = Guard([], ["a"])
     assert guard.split(guard.guard("a </s>")) == [("a </s>", False)]
+
+
+def test_a_rendering_ends_by_itself_where_whoever_asked_was_killed() -> None:
+    forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    question = {"seconds": -0.99, "template": forever, "variables": {}, "marks": "\ue000\ue001"}
+    question["conversations"] = [([{"role": "user", "content": "x"}], {}, "text")]
+    worker = [sys.executable, "-I", str(Path(chat_template.__file__).with_name("template_worker.py"))]
+    done = subprocess.run(worker, input=json.dumps(question) + "\n", capture_output=True, text=True)
+    assert done.returncode == -signal.SIGALRM, done.stderr

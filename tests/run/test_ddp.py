@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lit_qlora.data import Batch
+from lit_qlora.evaluate import measures
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.run import plan
 from lit_qlora.run.resume import newest
@@ -177,6 +178,34 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     assert [child.wait() for child in start_ranks(tmp_path / "out", *EQUAL)] == [0, 0]
     assert start(tmp_path / "one", *EQUAL).wait() == 0
     assert relative_difference(tmp_path / "out", tmp_path / "one")[0] < 1e-5
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.slow
+def test_a_signal_to_one_process_during_the_answers_of_a_validation_stops_all(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path, signalled: int
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        def patch() -> None:
+            measure, seen = measures.Dispensable.__call__, [0]
+
+            def hooked(self: measures.Dispensable, step: int) -> object:
+                seen[0] += 1
+                if seen[0] == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return measure(self, step)
+
+            measures.Dispensable.__call__ = hooked  # type: ignore[method-assign]
+
+        return patch if rank == signalled else None
+
+    flags = [*EQUAL, "--eval.generate=1", "--eval.max_new_tokens=4", "--train.save_every=0"]
+    children = start_ranks(tmp_path / "out", *flags, before=before)
+    assert [child.wait() for child in children] == [143, 143], children[0].said.read_text()
+    assert newest(tmp_path / "out").step == 3
+    for name in ("out", "whole"):
+        assert [child.wait() for child in start_ranks(tmp_path / name, *flags)] == [0, 0]
+    assert ending(tmp_path / "out") == ending(tmp_path / "whole")
 
 
 def test_where_the_folder_cannot_be_taken_no_process_begins(

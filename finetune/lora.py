@@ -98,6 +98,7 @@ def finetune(config: FinetuneConfig) -> None:
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         add_noise(model, config.train.neftune)
+        model.set_dropout(config.train.hidden_dropout)
         learning.take_path(model, plan)
         scores = learning.learn(fabric, model, config, data, probes, log, checkpoint)
         if fabric.is_global_zero:

@@ -1,5 +1,6 @@
 """From samples to batches. The order is a pure function of (seed, epoch), so that resuming needs a counter only."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """Settings that make steps of samples. Only batch_size, weighting and the order change the gradient of a step."""
+    """Settings that make steps of samples.
+
+    Only batch_size, weighting, the order, and what alters samples change the gradient of a step.
+    """
 
     batch_size: int
     """Samples of an optimizer step, over all devices."""
@@ -74,9 +78,19 @@ class Batching:
     """Lay samples end to end in rows of at most so many tokens; None gives each a row of its own."""
     multiple: int = 1
     """Rows that are not packed are padded to a multiple of this."""
+    length_quantile: float = 1.0
+    """Samples of a step lose their beginnings beyond this quantile of the step's lengths."""
+    token_dropout: float = 0.0
+    """Probability that a token becomes `mask_id` and loses its label."""
+    mask_id: int = 0
     shares: tuple[tuple[int, float], ...] = ()
     """(samples, times) of each source, in their order: how often an epoch sees it, 1 by default, 0.5 for another half
     of it in each epoch."""
+
+    @property
+    def alters(self) -> bool:
+        """True if samples are trained on in another form than they were encoded in."""
+        return self.length_quantile < 1 or self.token_dropout > 0
 
 
 def padded_width(longest: int, batching: Batching) -> int:
@@ -211,18 +225,56 @@ def steps(
             in_order = (epoch, epoch_order(lengths, batching, epoch))
         end = min((at + 1) * batching.batch_size, length)
         chosen = in_order[1][at * batching.batch_size : end]
-        rows = [[samples[i] for i in row] for row in rows_of(chosen, lengths, batching, world_size)]
+        taken, ids, long = samples, chosen, lengths
+        if batching.alters:
+            taken, ids = alter([samples[i] for i in chosen], batching, number), list(range(len(chosen)))
+            long = taken.lengths.tolist()
+        rows = [[taken[i] for i in row] for row in rows_of(ids, long, batching, world_size)]
         micro = micro_batches(rows, batching.micro_batch_size, world_size)
-        labelled = samples.labelled[chosen]
         yield Step(
             batches=[collate(group, batching) for group in micro[rank::world_size]],
-            weight=step_weight(samples, chosen, batching),
-            labelled=int(labelled.sum()),
-            tokens=sum(lengths[i] for i in chosen),
+            weight=step_weight(taken, ids, batching) or 1.0,  # no label may be left
+            labelled=int(taken.labelled[ids].sum()),
+            tokens=sum(long[i] for i in ids),
             samples=len(chosen),
             epoch=epoch + (1.0 if at + 1 == per_epoch else end / length),
             numbers=tuple(chosen),
         )
+
+
+def alter(samples: Sequence[Sample], batching: Batching, step: int) -> Samples:
+    """The samples of a step as it is trained on: cut at the beginning, and with tokens replaced.
+
+    It is a pure function of its arguments, so a resumed run repeats it, and ranks and micro-batches change nothing.
+    These are padding_quantile (with its padding on the left) and token_mask_probability of H2O LLM Studio, but that
+    replaced tokens are still attended to.
+    """
+    most = cut_length([len(sample.tokens) for sample in samples], batching.length_quantile)
+    some = Samples.of(without_beginning(sample, most) for sample in samples)
+    if not batching.token_dropout:
+        return some
+    seed = hashlib.blake2b(f"{batching.seed}/{step}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed))
+    kept = torch.rand(len(some.tokens), generator=generator).numpy() >= batching.token_dropout
+    trained = some.trained & kept
+    weights = None if some.weights is None else some.weights * trained
+    tokens = np.where(kept, some.tokens, np.int32(batching.mask_id))
+    labelled = np.add.reduceat(trained, some.starts, dtype=np.int64)
+    return Samples(tokens, trained, some.starts, some.ends, labelled, weights)
+
+
+def cut_length(lengths: Sequence[int], quantile: float) -> int:
+    """The quantile of the lengths, between two of them in proportion, rounded up; at least 2."""
+    return max(2, math.ceil(round(float(np.quantile(lengths, quantile)), 6)))
+
+
+def without_beginning(sample: Sample, most: int) -> Sample:
+    """The last `most` tokens of a sample; nothing predicts the first of them."""
+    if len(sample.tokens) <= most:
+        return sample
+    trained = sample.trained[-most:] & (np.arange(most) > 0)
+    weights = None if sample.weights is None else sample.weights[-most:] * trained
+    return Sample(sample.tokens[-most:], trained, weights)
 
 
 def step_weight(samples: Samples, chosen: Sequence[int], batching: Batching) -> float:
@@ -248,12 +300,18 @@ def longest_step(samples: Samples, batching: Batching, world_size: int = 1) -> S
     chosen = list(islice(again, batching.batch_size))
     rows = rows_of(chosen, lengths, batching, world_size)
     longest = lengths[chosen[0]] - 1
+    if batching.length_quantile < 1:  # of the longest samples in a step that is as small as any
+        smallest = len(chosen) if batching.drop_last else epoch_length(len(samples), batching) % batching.batch_size
+        longest = cut_length([lengths[i] for i in chosen[: smallest or None]], batching.length_quantile) - 1
     if batching.row_length is not None:  # the rows of another step may be fuller
         total = sum(lengths[i] - 1 for i in chosen)
         alone = len(rows_of(chosen, lengths, batching))
         longest = batching.row_length if alone > world_size else min(total, total // world_size + longest)
     most = min(batching.micro_batch_size, math.ceil(len(rows) / world_size))
-    batch = collate([[samples[i] for i in row] for row in rows[:most]], batching, padded_width(longest, batching))
+    some = [
+        [without_beginning(samples[i], longest + 1) if batching.alters else samples[i] for i in row] for row in rows
+    ]
+    batch = collate(some[:most], batching, padded_width(longest, batching))
     labelled = int(samples.labelled[chosen].sum())
     return Step(
         [batch],

@@ -87,6 +87,8 @@ def unhandled_embeddings(model: GPT) -> str:
 
 def unhandled_variant(model: GPT) -> str:
     """The part of the adapters and embeddings that the fast path does not compute, or ''."""
+    if model.dropout:
+        return "train.hidden_dropout"
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if reason := next((adapter.beyond_low_rank for adapter in adapters if adapter.beyond_low_rank), ""):
         return reason

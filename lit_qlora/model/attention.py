@@ -24,7 +24,13 @@ class Place(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries. Vaswani et al. 2017; Ainslie et al. 2023."""
+    """Causal self-attention with grouped queries. Vaswani et al. 2017; Ainslie et al. 2023.
+
+    Attributes:
+        dropout: see GPT.set_dropout.
+    """
+
+    dropout = 0.0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,7 +65,8 @@ class Attention(nn.Module):
             q = q * place.query_scale.to(q.dtype)
         if cache:
             k, v = cache.extend(k, v)
-        y = attend(q, k, v, place.mask, config.attention_scale, config.attention_softcap, self.sinks)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, place.mask, config.attention_scale, config.attention_softcap, self.sinks, dropout)
         out: Tensor = self.projection(y.transpose(1, 2).reshape(B, T, -1))
         return out
 
@@ -72,6 +79,7 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
     sinks: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The values that each query looks up.
 
@@ -82,6 +90,7 @@ def attend(
         scale: None for 1 / sqrt(D).
         cap: scores x become cap * tanh(x / cap).
         sinks: (H,), one more score in each head's softmax, with nothing to look up.
+        dropout: probability of zeroing a weight of the lookup.
 
     Returns:
         (B, H, T, D).
@@ -99,7 +108,7 @@ def attend(
         grouped = False
     if by_torch:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped, dropout_p=dropout
         )
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
@@ -108,7 +117,7 @@ def attend(
     if sinks is not None:
         sink = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
-    return scores.softmax(dim=-1)[..., : k.size(2)].to(v.dtype) @ v
+    return drop(scores.softmax(dim=-1)[..., : k.size(2)].to(v.dtype), dropout) @ v
 
 
 class Places:
@@ -211,6 +220,11 @@ def make_qk_norm(config: ModelConfig, heads: int) -> nn.Module:
     if config.qk_norm == "each_head":
         return NormOfEachHead(heads, config.head_size, config.norm_eps)
     return make_norm(config, config.head_size * (heads if config.qk_norm == "full" else 1))
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """Zero elements of x with probability p, and divide the others by 1 - p; x itself if p is 0."""
+    return F.dropout(x, p) if p else x
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_qlora.model.attention import Attention, Place, Places, softcap
+from lit_qlora.model.attention import Attention, Place, Places, drop, softcap
 from lit_qlora.model.cache import KVCache as KVCache
 from lit_qlora.model.cache import LayerCache
 from lit_qlora.model.config import ModelConfig
@@ -50,6 +50,7 @@ class GPT(nn.Module):
     Attributes:
         recompute: recompute each block in the backward pass instead of saving its activations.
         fast: what computes loss instead, see lit_qlora.fused.
+        dropout: see set_dropout.
         hits: () int64 on the model's device; loss adds the number of labelled tokens whose likeliest token is the
             label. None counts nothing.
     """
@@ -58,6 +59,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
+        self.dropout = 0.0
         self.fast: FastPath | None = None
         self.hits: Tensor | None = None
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
@@ -73,6 +75,15 @@ class GPT(nn.Module):
         """The model on the meta device, with names and shapes but without memory, to be filled or counted."""
         with torch.device("meta"):
             return cls(config)
+
+    def set_dropout(self, p: float) -> None:
+        """Drop elements in training with probability p, at all places where GPT-NeoX and BERT do.
+
+        These are the embeddings, the weights of attention, and the output of attention and of MLP before it is added.
+        """
+        parts: list[Any] = [self, *self.blocks, *(block.attn for block in self.blocks)]
+        for part in parts:
+            part.dropout = p
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the token that follows each token.
@@ -165,6 +176,7 @@ class GPT(nn.Module):
         x = times(self.embed(tokens), self.config.embedding_multiplier)
         if self.positions is not None:
             x = x + self.positions(positions)
+        x = drop(x, self.dropout if self.training else 0.0)
         places = Places(self.config, positions, cache, segments, seen_until)
         for i, block in enumerate(self.blocks):
             layer = cache.layer(i, T) if cache else None
@@ -179,7 +191,13 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with norms around it and added to the residual stream."""
+    """Attention and MLP, each with norms around it and added to the residual stream.
+
+    Attributes:
+        dropout: see GPT.set_dropout.
+    """
+
+    dropout = 0.0
 
     def __init__(self, config: ModelConfig, i: int) -> None:
         super().__init__()
@@ -194,14 +212,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
         """(B, T, E) -> (B, T, E)."""
-        share = self.config.residual_multiplier
+        share, p = self.config.residual_multiplier, self.dropout if self.training else 0.0
         read = self.norm_1(x)
-        attended = times(self.post_norm_1(self.attn(read, place, cache)), share)
+        attended = times(drop(self.post_norm_1(self.attn(read, place, cache)), p), share)
         if self.config.parallel_residual:
             read = read if self.config.shared_norm else self.norm_2(x)
-            return x + attended + times(self.post_norm_2(self.mlp(read)), share)
+            return x + attended + times(drop(self.post_norm_2(self.mlp(read)), p), share)
         x = x + attended
-        return x + times(self.post_norm_2(self.mlp(self.norm_2(x))), share)
+        return x + times(drop(self.post_norm_2(self.mlp(self.norm_2(x))), p), share)
 
 
 def times(x: Tensor, factor: float) -> Tensor:

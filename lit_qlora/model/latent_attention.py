@@ -16,7 +16,12 @@ class LatentAttention(nn.Module):
 
     A head's key is its own part of head_size - latent_rope_size features, and a rotated part that all heads share.
     The cache holds the keys and values, not the latents: the same function, simpler, and larger.
+
+    Attributes:
+        dropout: see GPT.set_dropout.
     """
+
+    dropout = 0.0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -51,7 +56,8 @@ class LatentAttention(nn.Module):
         k = torch.cat((k, k_turned.expand(*k.shape[:3], -1)), dim=-1)
         if cache:
             k, v = cache.extend(k, v)
-        y = attend(q, k, v, place.mask, config.attention_scale)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, place.mask, config.attention_scale, dropout=dropout)
         out: Tensor = self.projection(y.transpose(1, 2).reshape(B, T, -1))
         return out
 

@@ -46,6 +46,7 @@ class Tokenizer:
         prefixes: whether the first word of a text gets a space before it.
         begins_behind_control: whether what follows a control token gets that space, too.
         size: number of tokens known, which can be less than the model's vocab_size, or more.
+        mask_id: id of the token that stands for a hidden one: unk_token, else mask_token, pad_token or EOS.
         without_embedding: ids that the model beside the tokenizer has no row for, such as those of images.
     """
 
@@ -93,6 +94,10 @@ class Tokenizer:
         self.prefixes, self.begins_behind_control = self._backend.prefixes, self._backend.begins_behind_control
         rows = read_if_there(directory / "model_config.json").get("vocab_size")
         self.without_embedding = frozenset(range(self.size if rows is None else int(rows), self.size))
+        names = ("unk_token", "mask_token", "pad_token")
+        unknown, *others = (self._named(settings.get(name)) for name in names)
+        known = (unknown, self._backend.unk_id, *others)
+        self.mask_id = next((i for i in known if i is not None and i not in self.without_embedding), self.eos_id)
         adds_bos = settings.get("add_bos_token")
         self.use_bos = self.bos_id is not None and bool(self._backend.adds_bos if adds_bos is None else adds_bos)
 

@@ -127,6 +127,7 @@ def _random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) ->
     model = random_model(ModelConfig.load(config.checkpoint_dir), storage, device)
     add_lora(model, config.lora)
     add_noise(model, config.train.neftune)
+    model.set_dropout(config.train.hidden_dropout)
     take_path(model, plan)
     return make_learner(fabric, model, config)
 

@@ -116,6 +116,7 @@ def make_plan(
     stored = _stored_bytes(gpt, storage)
     add_lora(gpt, lora)
     add_noise(gpt, train.neftune)
+    gpt.set_dropout(train.hidden_dropout)
     trainable = count_trainable(gpt)
     dtype = fast_dtype or storage.dtype
     reason = _slow_because(gpt, dtype, train, room)
@@ -330,6 +331,7 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
         block += products * (config.n_expert_per_token * config.expert_size + config.shared_expert_size)
     else:
         block += products * config.ffn_size
+    dropped = 2 * config.n_embd * (itemsize + 1) if gpt.dropout else 0  # what a block adds, and masks
     inputs, outputs = [0.0] * config.n_layer, [0.0] * config.n_layer
     for i, layers in enumerate(gpt.blocks):
         for path, module in layers.named_modules():
@@ -338,7 +340,7 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
                 inputs[i] += module.in_features * share
                 outputs[i] += module.out_features * share if lora.dora else 0  # DoRA scales the outputs
     each = [
-        tokens * ((block + taken + scaled) * itemsize + (taken if lora.dropout else 0))
+        tokens * ((block + taken + scaled) * itemsize + (taken if lora.dropout else 0) + dropped)
         for taken, scaled in zip(inputs, outputs, strict=True)
     ]
     kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from lit_qlora.settings.checks import Settings, check, check_cache_folder
-from lit_qlora.settings.limits import Count, Seed, at_least
+from lit_qlora.settings.limits import Count, Seed, ShareAboveZero, ShareBelowOne, at_least
 
 Overlong = Literal["truncate_left", "truncate_right", "drop", "error"]
 Finding = Literal["cut_answers", "dropped", "masked", "no_eos", "empty_answers", "unread", "control_tokens", "begun"]
@@ -103,6 +103,12 @@ class DataConfig(PromptKnobs):
     """Form steps from samples of similar length, which saves padding."""
     pad_to_multiple_of: Count = 1
     """Pad rows that are not packed to a multiple of N tokens."""
+    length_quantile: ShareAboveZero = 1.0
+    """Cut the beginnings of a step's samples, so that none is longer than this quantile of their lengths. Lower values
+    save padding and lose text. Validation samples stay whole. By default nothing is cut."""
+    token_dropout: ShareBelowOne = 0.0
+    """Probability of replacing a token of a training sample by the tokenizer's unknown token (else its mask, padding or
+    end-of-text token). A replaced token is not labelled."""
     shuffle: bool = True
     """Shuffle anew in each epoch; false keeps the order of the files."""
     drop_last: bool = False
@@ -173,6 +179,10 @@ class DataConfig(PromptKnobs):
         check(
             not (self.packing and self.pad_to_multiple_of > 1),
             "data.pad_to_multiple_of has no effect with data.packing: packed rows have data.pack_length tokens.",
+        )
+        check(
+            not (self.packing and self.length_quantile < 1),
+            "data.length_quantile saves padding, and packed rows have hardly any. Leave it or data.packing out.",
         )
         check(self.shuffle or not self.group_by_length, "data.group_by_length needs data.shuffle.")
         check(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lit_qlora.settings.checks import Settings, check
-from lit_qlora.settings.limits import Count, CountOrZero, NotNegative, Positive, Share, at_least
+from lit_qlora.settings.limits import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne, at_least
 
 Recompute = Literal["none", "mlp", "attn", "offload", "full"]
 Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial", "inverse-sqrt", "wsd"]
@@ -51,6 +51,9 @@ class TrainConfig(Settings):
     neftune: NotNegative = 0.0
     """Add uniform noise of magnitude N / sqrt(tokens x width) to the embeddings in training, e.g. 5; 0 adds none
     (NEFTune, Jain et al. 2023)."""
+    hidden_dropout: ShareBelowOne = 0.0
+    """Probability of zeroing, in training, an element of the embeddings, of the weights of attention, or of what
+    attention and MLP of each block add. The adapters' own dropout is lora.dropout. It takes the plain path."""
     max_norm: Annotated[float, at_least(0)] = 1.0
     """Clip gradients to this global norm; 0 does not clip."""
     save_every: CountOrZero = 0

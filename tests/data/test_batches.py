@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lit_qlora.data import Batching, Sample, Samples, collate, count_steps, longest_step, steps, validation_batches
-from lit_qlora.data.batches import PAD, epoch_order, mean_tokens, order, steps_of_an_epoch
+from lit_qlora.data.batches import PAD, cut_length, epoch_order, mean_tokens, order, steps_of_an_epoch
 from lit_qlora.model.gpt import IGNORE
 from tests.conftest import tiny_model
 
@@ -195,6 +195,87 @@ def test_a_step_has_so_many_tokens_on_average(batch_size: int, shares: tuple, dr
 def test_max_steps_alone_decides_where_it_is_given() -> None:
     assert [count_steps(10, batching(4), epochs=3, max_steps=steps) for steps in (0, 5, 500)] == [0, 5, 500]
     assert count_steps(1, batching(32), epochs=0.01) == 1
+
+
+@pytest.mark.parametrize("quantile", [0.01, 0.3, 0.5, 0.77, 0.999, 1.0])
+def test_the_quantile_of_lengths_is_that_of_h2o_llm_studio(quantile: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 3, 7, 32):
+        lengths = torch.randint(2, 400, (count,), generator=generator)
+        starts = int(lengths.max()) - lengths  # of rows that are padded on the left
+        kept = int(lengths.max()) - int(torch.quantile(starts.double(), 1 - quantile).add(1e-9).floor())
+        assert cut_length(lengths.tolist(), quantile) == kept
+
+
+def test_samples_of_a_step_lose_their_beginnings_beyond_the_quantile() -> None:
+    long = [Sample.of(range(10, 10 + length), prompt_length=2) for length in (4, 6, 9, 12)]
+    (step,) = steps(Samples.of(long), batching(4, 4, shuffle=False, length_quantile=0.5), total=1)
+    (batch,) = step.batches  # the quantile is 7.5
+    assert sorted(batch.tokens.tolist())[2:] == [list(range(11, 18)), list(range(14, 21))]
+    assert sorted(batch.labels.tolist())[2:] == [list(range(12, 19)), list(range(15, 22))]
+    assert sorted((batch.labels != IGNORE).sum(dim=1).tolist()) == [2, 4, 7, 7]
+    assert (step.tokens, step.labelled, step.weight) == (4 + 6 + 8 + 8, 20, 20.0)
+
+
+def test_replaced_tokens_are_a_share_and_have_no_label() -> None:
+    texts = [Sample.of(range(1000 * i + 10, 1000 * i + 110), prompt_length=20) for i in range(1, 41)]
+    step = next(steps(Samples.of(texts), batching(40, 40, shuffle=False, token_dropout=0.25, mask_id=7), total=1))
+    (batch,) = step.batches
+    inputs, labels = batch.tokens, batch.labels
+    hidden = inputs == 7
+    assert float(hidden.float().mean()) == pytest.approx(0.25, abs=0.03)
+    first = (inputs[:, 1:] == 7) & (torch.arange(1, 99) >= 20)  # tokens that would have a label
+    assert torch.equal(labels[:, :-1] == IGNORE, first | (torch.arange(1, 99) < 20))
+    known = ~hidden[:, 1:] & (labels[:, :-1] != IGNORE)
+    assert torch.equal(labels[:, :-1][known], inputs[:, 1:][known])
+    assert step.labelled == step.weight == int((labels != IGNORE).sum())
+
+
+@pytest.mark.parametrize("changes", [{"length_quantile": 0.6}, {"token_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("weighting", ["tokens", "samples"])
+def test_what_alters_samples_depends_on_seed_and_step_alone(changes: dict[str, float], weighting: str) -> None:
+    some = Samples.of([*samples(11), light([0.5, 0.5, 1.0])])
+
+    def rows(micro: int, start: int = 0, ranks: int = 1, seed: int = 0) -> list[list[tuple]]:
+        plan = batching(4, micro, seed, weighting=weighting, mask_id=9, **changes)
+        every = [list(steps(some, plan, 6, rank, ranks, start)) for rank in range(ranks)]
+        return [
+            sorted(
+                (tokens[labels != IGNORE].tolist(), labels[labels != IGNORE].tolist(), (weights / step.weight).tolist())
+                for step in parts
+                for batch in step.batches
+                for tokens, labels, weights in (
+                    (t, lab, (batch.weights[b] if batch.weights is not None else torch.ones(len(lab)))[lab != IGNORE])
+                    for b, (t, lab) in enumerate(zip(batch.tokens, batch.labels, strict=True))
+                )
+            )
+            for parts in zip(*every, strict=True)
+        ]
+
+    whole = rows(4)
+    assert rows(1) == rows(2, ranks=2) == whole
+    assert rows(3, start=2) == whole[2:]
+    assert rows(4, seed=1) != whole
+    assert sum(sum(weights) for _, _, weights in whole[0]) == pytest.approx(1)
+
+
+def test_a_step_that_has_lost_all_labels_has_a_loss_of_zero() -> None:
+    one = Samples.of([Sample.of([5, 6], prompt_length=1)])
+    hidden = [step for step in steps(one, batching(1, token_dropout=0.9), total=20) if not step.labelled]
+    assert {step.weight for step in hidden} == {1.0}
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("quantile", [0.2, 0.9])
+def test_no_micro_batch_of_cut_samples_is_larger_than_that_of_the_longest_step(
+    quantile: float, drop_last: bool
+) -> None:
+    lengths = [*random.Random(0).choices(range(2, 90), k=31), 300]
+    some = Samples.of(Sample.of(range(length), 1) for length in lengths)
+    plan = batching(5, 2, drop_last=drop_last, length_quantile=quantile)
+    largest = longest_step(some, plan).batches[0].tokens.shape
+    shapes = [batch.tokens.shape for step in steps(some, plan, 40) for batch in step.batches]
+    assert all(rows <= largest[0] and width <= largest[1] for rows, width in shapes)
 
 
 @pytest.mark.parametrize("shares", [(), ((40, 0.5), (20, 3.4))], ids=["once", "often"])

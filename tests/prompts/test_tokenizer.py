@@ -406,3 +406,21 @@ def test_a_control_token_swallows_white_space_across_prompt_and_answer(tmp_path:
     (parts,) = encode_pieces(tokenizer, [[["a ", Control("<r>")], [" \n", "b \u00a0"], [Control("<l>"), " c\u200b"]]])
     b, c = (tokenizer.encode(text, bos=False) for text in ("b", " c\u200b"))
     assert parts == [[*tokenizer.encode("a ", bos=False), first], b, [first + 1, *c]]
+
+
+def test_a_hidden_token_is_the_unknown_one_else_mask_else_padding_else_the_end(tmp_path: Path) -> None:
+    vocabulary = {name: i for i, name in enumerate(["a", "</s>", "<pad>", "<mask>", "<unk>"])}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    write_json(tmp_path / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": model})
+    names = {"eos_token": "</s>"}
+    for name, token in (
+        ("eos_token", "</s>"),
+        ("pad_token", "<pad>"),
+        ("mask_token", "<mask>"),
+        ("unk_token", "<unk>"),
+    ):
+        names[name] = token
+        write_json(tmp_path / "tokenizer_config.json", names)
+        assert Tokenizer(tmp_path).mask_id == vocabulary[token]
+    write_json(tmp_path / "model_config.json", {"vocab_size": 4})
+    assert Tokenizer(tmp_path).mask_id == vocabulary["<mask>"]  # the model has no embedding of <unk>

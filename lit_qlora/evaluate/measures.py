@@ -15,6 +15,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_qlora.data import Batch, RunData
+from lit_qlora.evaluate.judge import Judge, Judged, JudgeError
 from lit_qlora.evaluate.metrics import chrf, text_metrics
 from lit_qlora.evaluate.validation_inputs import Ask, Probes, Question, stop_ids
 from lit_qlora.generation import generate
@@ -195,8 +196,30 @@ def _answers(
     records += [
         {"step": step, "prompt": q.prompt, "answer": said} for q, said in zip(probes.prompts, free, strict=True)
     ]
+    metrics = text_metrics(known, [q.wanted for q in probes.questions]) if known else {}
+    if probes.judge:
+        metrics |= judged(probes.judge, records[: len(known)], step)
     write(step, records)
-    return text_metrics(known, [q.wanted for q in probes.questions]) if known else {}
+    return metrics
+
+
+def judged(judge: Judge, records: Sequence[Record], step: int) -> Record:
+    """Put the judge's score into the record of each answer, and return their mean.
+
+    A note says why a score, or all of them, is missing.
+    """
+    try:
+        scores = judge.scores([Judged(r["prompt"], r["wanted"], r["answer"]) for r in records])
+    except JudgeError as error:
+        tell(f"  note    no judgement after step {step}: {error}", sys.stderr)
+        return {}
+    for record, score in zip(records, scores, strict=True):
+        record.update({} if score is None else {"judge": score})
+    found = [score for score in scores if score is not None]
+    if len(found) < len(scores):
+        missing = len(scores) - len(found)
+        tell(f"  note    after step {step} the judge gave no score to {missing} of {len(scores)} answers", sys.stderr)
+    return {"judge": sum(found) / len(found)} if found else {}
 
 
 def answer(model: GPT, data: RunData, questions: Sequence[Question], how: GenerationConfig) -> list[str]:

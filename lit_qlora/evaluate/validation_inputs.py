@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_qlora.data import RunData, read_data
 from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.errors import DataError, did_you_mean
+from lit_qlora.evaluate.judge import Judge, make_judge
 from lit_qlora.files import reading
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record
@@ -42,6 +43,8 @@ class Probes:
     """Prompts of eval.prompts."""
     text: list[int]
     """Ids of a text for the comparison of model and base."""
+    judge: Judge | None = None
+    """Scores the answers to the questions; None without one."""
     ask: Ask | None = None
     """Asks the tasks of eval.tasks; None without any."""
 
@@ -49,6 +52,7 @@ class Probes:
 NEEDS = {
     **dict.fromkeys(("val_loss", "val_ppl", "val_accuracy"), "validation samples"),
     **dict.fromkeys(("exact_match", "bleu", "chrf", "rouge_l"), "--eval.generate"),
+    "judge": "--eval.judge_url",
     "kl_to_base": "--eval.kl_text",
 }
 """Input that each metric needs; a task's metrics are named TASK/METRIC."""
@@ -59,6 +63,7 @@ def check_best(config: EvalConfig, data: RunData) -> None:
     given = {
         "validation samples": data.val_batches,
         "--eval.generate": config.generate,
+        "--eval.judge_url": config.judge_url,
         "--eval.kl_text": config.kl_text,
     }
     best = config.best
@@ -100,7 +105,8 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
         for _, asked, _ in read_prompts(config.eval.prompts, config.data.system):
             ids = data.style.encode_prompt(data.tokenizer, asked)
             prompts.append(Question(ids, "\n".join(text for text in (asked.question, asked.input) if text)))
-    return Probes(questions, prompts, read_text(config.eval.kl_text, data) if config.eval.kl_text else [])
+    text = read_text(config.eval.kl_text, data) if config.eval.kl_text else []
+    return Probes(questions, prompts, text, make_judge(config.eval))
 
 
 def _with_masks(config: FinetuneConfig) -> FinetuneConfig:

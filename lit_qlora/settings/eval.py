@@ -1,6 +1,7 @@
 """Settings of validation during training."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lit_qlora.settings.checks import Settings, check
@@ -44,6 +45,18 @@ class EvalConfig(Settings):
     """Beams of the search for an answer; 1 does not search. By default 1."""
     repetition_penalty: Positive | None = None
     """Above 1, tokens that prompt or answer already hold become less likely in answers. By default 1."""
+    judge_url: str | None = None
+    """Let a model behind a server with OpenAI's API score the answers of eval.generate: serve.py or another, e.g.
+    http://localhost:8000/v1. The metric is 'judge'. Prompts and answers are sent there. By default nobody is asked."""
+    judge_model: str | None = None
+    """Name of the model that judges, as its server knows it."""
+    judge_prompt: Path | None = None
+    """Text file with the request to the judge; {prompt}, {answer} and {wanted} are replaced. The last 'score: N' of the
+    reply counts. By default a request for a score from 0 to 10."""
+    judge_key_variable: str = "OPENAI_API_KEY"
+    """Variable of the environment with the server's key. Without one no key is sent."""
+    judge_options: dict[str, bool | int | float] = field(default_factory=lambda: {"temperature": 0.0})
+    """Other fields of a request, e.g. {temperature: 0, max_tokens: 500}; {} for servers that refuse these."""
     kl_text: Path | None = None
     """Text file on which to measure the distance between model and base, as kl_to_base; 'default' is a text that comes
     with the package."""
@@ -79,6 +92,7 @@ class EvalConfig(Settings):
             )
         most, least = self.max_new_tokens or ANSWER_TOKENS, self.min_new_tokens or 0
         check(least <= most, f"eval.min_new_tokens must be at most eval.max_new_tokens = {most}, got {least}.")
+        self._check_judge()
         check(self.epochs is None or self.every == 0, "eval.every and eval.epochs both say when. Leave one out.")
         for name in ("tasks_every", "tasks_limit", "tasks_num_fewshot", "tasks_include_path"):
             check(getattr(self, name) is None or bool(self.tasks), f"eval.{name} has no effect without eval.tasks.")
@@ -90,3 +104,31 @@ class EvalConfig(Settings):
             not (self.patience and self.best == "none"),
             "eval.patience compares validations, so eval.best must name a metric such as val_loss.",
         )
+
+    def _check_judge(self) -> None:
+        """Check the settings of the judge; no message shows what could be a key."""
+        ours = EvalConfig.__dataclass_fields__
+        given = [
+            name
+            for name in ("judge_model", "judge_prompt", "judge_key_variable")
+            if getattr(self, name) != ours[name].default
+        ]
+        check(
+            self.judge_url is not None or not given,
+            f"eval.{(given or [''])[0]} has no effect without eval.judge_url.",
+        )
+        if self.judge_url is None:
+            return
+        check(
+            re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.judge_url) is not None,
+            "eval.judge_url must be of the form http://HOST:PORT/v1. A key belongs into the environment, see "
+            "eval.judge_key_variable.",
+        )
+        check(
+            re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.judge_key_variable) is not None,
+            "eval.judge_key_variable must be the name of a variable of the environment, not the key itself.",
+        )
+        taken = ", ".join(sorted({"model", "messages", "stream", "n"}.intersection(self.judge_options)))
+        check(not taken, f"eval.judge_options: {taken} is no option of a request to the judge.")
+        check(self.judge_model is not None, "eval.judge_url needs eval.judge_model, the name of the model to ask.")
+        check(bool(self.generate), "eval.judge_url scores answers to validation samples, so it needs eval.generate.")

@@ -28,6 +28,8 @@ def main(config: GgufConfig) -> None:
 
     model = export_gguf(config.checkpoint_dir, config.out_file, config.dtype)
     size = config.out_file.stat().st_size
+    if model.ffn == "gelu":
+        print("llama.cpp computes GELU by its approximation with tanh: log-probabilities differ by some 0.001.")
     beside = config.out_file.with_suffix(MODELFILE)
     print(
         f"exported {model.name} as {config.dtype}, {size / 1e9:.2f} GB: {config.out_file}\n"

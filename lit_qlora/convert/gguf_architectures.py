@@ -14,8 +14,13 @@ UNDERSTOOD = {
     *("name", "family", "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size"),
     *("block_size", "norm_eps", "rope_theta", "tied_head", "sliding_window"),
     *("rope_scaling", "rope_factor", "rope_original_block_size", "rope_low_freq_factor", "rope_high_freq_factor"),
+    *("rope_beta_fast", "rope_beta_slow", "rope_short_factors", "rope_long_factors"),
 }
 """Fields of ModelConfig that can have any value in every row; see check_supported about scaling and windows."""
+LONGROPE = ("llama", "phi3")
+"""The graphs that read a factor for each wavelength."""
+CONTEXT_STEP = 256
+"""llama.cpp rounds its context up to a multiple of it."""
 EXPERTS = {"n_expert", "n_expert_per_token", "expert_size"}
 
 
@@ -57,6 +62,11 @@ def gemma_2_or_3(config: ModelConfig) -> dict[str, Any]:
     """Gemma 2 and 3: norms on both sides; scores are scaled by head_size, in the largest models by n_embd / n_head."""
     size = config.n_embd / config.n_head if config.n_layer in (46, 62) else config.head_size
     return {**gemma(config), "norm_position": "both", "attention_scale": size**-0.5}
+
+
+def gelu(config: ModelConfig) -> str:
+    """GELU, exact or not: llama.cpp has the approximation with tanh alone, which is off by 0.0005 at most."""
+    return "gelu" if config.ffn == "gelu" else "gelu_tanh"
 
 
 def every_fourth(config: ModelConfig) -> tuple[int, ...]:
@@ -137,6 +147,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         means={"norm": "layer", "ffn": "gelu_tanh", "head_bias": True, "parallel_residual": True, "shared_norm": True}
         | BIASES,
     ),
+    "gpt_neox": Architecture(
+        name="gptneox",
+        reads=frozenset({"rope_fraction", "parallel_residual"}),
+        means=lambda config: {"norm": "layer", "ffn": gelu(config), **BIASES},
+        own_head=True,
+    ),
+    "falcon": Architecture(
+        name="falcon",
+        means=lambda config: {
+            "norm": "layer",
+            "ffn": gelu(config),
+            "parallel_residual": True,
+            "shared_norm": config.shared_norm,
+        },
+    ),
     "gpt2": Architecture(name="gpt2", means={"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", **BIASES}),
     "cohere": Architecture(name="command-r", reads=frozenset({"logit_multiplier"}), means=COHERE, neighbours=True),
     "cohere2": Architecture(
@@ -147,7 +172,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         period=4,
     ),
 }
-"""Our family -> how llama.cpp computes it. Those with the exact GELU are not here: it has one with tanh alone."""
+"""Our family -> how llama.cpp computes it."""
+OTHERWISE = {
+    "gpt_oss": "llama.cpp rounds the ends of its YaRN scaling, and these models do not",
+    "deepseek_v2": "llama.cpp wants the latent attention's weights multiplied into each other, which is not written",
+    "deepseek_v3": "llama.cpp wants the latent attention's weights multiplied into each other, which is not written",
+}
+"""Our family -> why there is no row for it, though llama.cpp has a graph."""
 
 
 def check_supported(config: ModelConfig) -> Architecture:
@@ -158,17 +189,24 @@ def check_supported(config: ModelConfig) -> Architecture:
     """
     found = ARCHITECTURES.get(config.family)
     if found is None:
+        why = f": {OTHERWISE[config.family]}" if config.family in OTHERWISE else ""
         raise CheckpointError(
-            f"GGUF is written for the families {', '.join(ARCHITECTURES)}; {config.name} is a {config.family}."
+            f"GGUF is written for the families {', '.join(ARCHITECTURES)}; {config.name} is a {config.family}{why}."
         )
     meant = found.meant(config)
+    if config.rope_scaling in ("yarn", "longrope"):
+        meant |= {"rope_attention_factor": config.rope_attention_factor, "rope_truncate": config.rope_truncate}
     other = [
         f"{field.name} {getattr(config, field.name)!r}"
         for field in fields(config)
         if field.name not in UNDERSTOOD | found.reads
         and not _same(config, field.name, meant.get(field.name, field.default))
     ]
-    if config.rope_scaling not in ("none", "linear", "llama3"):
+    scalings = ["none", "linear", "llama3"]
+    scalings += ["yarn"] if not found.period and config.rope_truncate else []
+    whole_steps = config.rope_original_block_size % CONTEXT_STEP == 0  # else its context is longer, its factors others
+    scalings += ["longrope"] if found.name in LONGROPE and whole_steps else []
+    if config.rope_scaling not in scalings:
         other.append(f"rope_scaling {config.rope_scaling!r}")
     if config.family == "qwen2" and config.sliding_window is not None:
         other.append("sliding_window")

@@ -4,6 +4,7 @@ llama.cpp computes with the file as model/gpt.py does; a model that it would com
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,8 +74,8 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
             for tensor in plan:
                 spec = tensor.join(weights.specs.__getitem__, config)
                 _announce(writer, tensor.name, spec, _storage(spec, kind))
-            if factors is not None:
-                _announce(writer, "rope_freqs.weight", factors, _storage(factors, kind))
+            for name, factor in factors.items():
+                _announce(writer, name, factor, _storage(factor, kind))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -82,8 +83,8 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
                 whole = tensor.join(weights.read, config)
                 _write(writer, tensor.parts[0], whole, _storage(whole, kind))
                 del whole
-            if factors is not None:
-                _write(writer, "rope_freqs.weight", factors, _storage(factors, kind))
+            for name, factor in factors.items():
+                _write(writer, name, factor, _storage(factor, kind))
         finally:
             writer.close()
         atomic.write_text(beside, text)
@@ -108,9 +109,14 @@ def _both_or_none(out_file: Path, beside: Path) -> Iterator[None]:
 
 
 def read_context(config: ModelConfig) -> int:
-    """Most tokens that llama.cpp computes as we do: where it has no window, as many as ours lets a token see."""
+    """Most tokens that llama.cpp computes as we do.
+
+    Where it has no window, as many as ours lets a token see. With longrope, as many as the original context: it takes
+    the long factors for all texts once its context is longer.
+    """
     window = None if ARCHITECTURES[config.family].period else config.sliding_window
-    return min(config.block_size, window or config.block_size)
+    original = config.rope_original_block_size if config.rope_scaling == "longrope" else config.block_size
+    return min(config.block_size, window or config.block_size, original)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +182,9 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
     if config.positions == "rope":
         writer.add_rope_dimension_count(config.rotated)
         writer.add_rope_freq_base(config.rope_theta)
-    if config.rope_scaling == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_factor)
+    _write_scaling(writer, config)
+    if "parallel_residual" in ARCHITECTURES[config.family].reads:
+        writer.add_parallel_residual(config.parallel_residual)
     if config.rope_local_theta is not None:
         writer.add_rope_freq_base_swa(config.rope_local_theta)
     if ARCHITECTURES[config.family].period and config.sliding_window is not None:
@@ -188,6 +194,24 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
         writer.add_expert_used_count(config.n_expert_per_token)
         writer.add_expert_feed_forward_length(config.expert_size)
     _write_scales(writer, config)
+
+
+def _write_scaling(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write how RoPE is scaled; llama3's scaling is a tensor."""
+    import gguf
+
+    if config.rope_scaling in ("linear", "yarn", "longrope"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType[config.rope_scaling.upper()])
+    if config.rope_scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_factor(config.rope_factor)
+    if config.rope_scaling in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(config.rope_original_block_size)
+    if config.rope_scaling == "longrope":
+        writer.add_rope_scaling_attn_factors(config.rope_attention_factor)
+    if config.rope_scaling == "yarn":  # whose graph multiplies by the published factor of YaRN itself
+        writer.add_rope_scaling_attn_factors(config.rope_attention_factor / (1 + 0.1 * math.log(config.rope_factor)))
+        writer.add_rope_scaling_yarn_beta_fast(config.rope_beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(config.rope_beta_slow)
 
 
 def _write_scales(writer: "GGUFWriter", config: ModelConfig) -> None:
@@ -208,12 +232,16 @@ def _write_scales(writer: "GGUFWriter", config: ModelConfig) -> None:
         writer.add_logit_scale(1 / config.logit_multiplier if config.family == "granite" else config.logit_multiplier)
 
 
-def _rope_factors(config: ModelConfig) -> Tensor | None:
-    """(R/2,) float32: what llama3 scaling multiplies each wavelength by, which llama.cpp reads as a tensor."""
+def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
+    """Name -> (R/2,) float32: what scaling multiplies each wavelength by, where llama.cpp reads that as a tensor."""
+    if config.rope_scaling == "longrope":
+        found = {"long": config.rope_long_factors, "short": config.rope_short_factors}
+        return {f"rope_factors_{name}.weight": torch.tensor(factors) for name, factors in found.items()}
     if config.rope_scaling != "llama3":
-        return None
+        return {}
     exponent = torch.arange(0, config.rotated, 2).float() / config.rotated
-    return 1.0 / config.rope_theta**exponent / scaled_frequency(config, exponent, torch.ones(1, 1, 1, 1))
+    whole = 1.0 / config.rope_theta**exponent
+    return {"rope_freqs.weight": whole / scaled_frequency(config, exponent, torch.ones(1, 1, 1, 1))}
 
 
 def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lit_qlora.prompts.tokenizer import Tokenizer
 from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
 from tests.prompts.test_style import write_chatty_tokenizer
 from tests.prompts.test_tokenizer import byte_level, metaspace, write_json
-from tests.reference import CASES, hugging_face_model
+from tests.reference import CASES, hugging_face_model, longrope
 
 gguf = pytest.importorskip("gguf")
 TOKENS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -57,16 +58,47 @@ AS_PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2 as published": ("olmo2", {"num_key_value_heads": 2}),
     "olmo2, tied": ("olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "olmo3 without scaling": ("olmo3", {"num_key_value_heads": 2, **WINDOWS, "num_hidden_layers": 4}),
+    "llama with longrope": (
+        "llama",
+        {
+            "max_position_embeddings": 1024,
+            "rope_parameters": {**longrope(8), "original_max_position_embeddings": 256, "factor": 4.0},
+        },
+    ),
+    "phi3 with longrope": (
+        "phi3",
+        {
+            **CASES["phi3-longrope"][1],
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                **CASES["phi3-longrope"][1]["rope_parameters"],
+                "original_max_position_embeddings": 256,
+                "factor": 4.0,
+            },
+        },
+    ),
     "seed_oss as published": ("seed_oss", {"num_key_value_heads": 2, "head_dim": 32, "attention_out_bias": False}),
 }
 """Cases of their own for families whose case in tests/reference.py uses what no published model has."""
 WRITTEN = [*AS_PUBLISHED, *(case for case, (family, _) in CASES.items() if family in ARCHITECTURES)]
 REFUSED = {
-    *("llama-dynamic-rope", "llama-yarn", "llama-yarn-settings", "llama-yarn-mscale", "llama-longrope"),
-    *("qwen2-window", "qwen2-yarn", "qwen3-window-bias", "qwen3_moe-dense-layers", "phi-qk-norm", "phi3-longrope"),
+    *("llama-dynamic-rope", "llama-yarn-settings", "llama-longrope"),
+    *(
+        "gpt_neox-no-bias",
+        "falcon-sequential-bias",
+        "qwen2-window",
+        "qwen3-window-bias",
+        "qwen3_moe-dense-layers",
+        "phi-qk-norm",
+        "phi3-longrope",
+    ),
     *("gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "smollm3-window", "seed_oss", "exaone4", "cohere-qk-norm"),
     *("stablelm-parallel-qk-norm", "ernie4_5-bias"),
 }
+
+
+FACTORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -114,7 +146,7 @@ def as_llama_cpp_has_it(path: Path, config: ModelConfig) -> GPT:
     model = GPT(dataclasses.replace(config, rope_interleaved=architecture.neighbours, norm=norm))
     parameters = dict(model.named_parameters())
     plan = plan_tensors(parameters, config)
-    assert {tensor.name for tensor in plan} == set(tensors) - {"rope_freqs.weight"}
+    assert {tensor.name for tensor in plan} == set(tensors) - FACTORS
     with torch.no_grad():
         for tensor in plan:
             rows = [len(parameters[name]) for name in tensor.parts]
@@ -138,6 +170,28 @@ def test_the_file_computes_what_the_model_computes(case: str, tmp_path: Path) ->
         torch.testing.assert_close(other(tokens), model(tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["llama-yarn", "llama-yarn-mscale", "phi3 with longrope"])
+def test_the_file_says_how_rope_is_scaled(case: str, tmp_path: Path) -> None:
+    hugging_face_model(tmp_path, case)
+    config = convert_hf_checkpoint(tmp_path, tmp_path)
+    with_vocabulary(tmp_path, 96)
+    export_gguf(tmp_path, tmp_path / "model.gguf", "f32")
+    settings, tensors, _ = read(tmp_path / "model.gguf")
+    found = {name.split("rope.scaling.")[1]: value for name, value in settings.items() if "rope.scaling." in name}
+    if case == "phi3 with longrope":
+        assert tuple(tensors["rope_factors_short.weight"].tolist()) == pytest.approx(config.rope_short_factors)
+        assert tuple(tensors["rope_factors_long.weight"].tolist()) == pytest.approx(config.rope_long_factors)
+        assert read_context(config) == 256  # beyond it llama.cpp takes the long factors for short texts too
+        expected = {"type": "longrope", "attn_factor": config.rope_attention_factor}
+    else:
+        itself = 1 + 0.1 * math.log(4.0)  # which llama.cpp multiplies by of its own accord
+        expected = {"type": "yarn", "factor": 4.0, "attn_factor": config.rope_attention_factor / itself}
+        expected |= {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+    expected["original_context_length"] = config.rope_original_block_size
+    assert found.pop("type") == expected.pop("type")
+    assert found == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("case", sorted(REFUSED))
 def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(case: str, tmp_path: Path) -> None:
     hugging_face_model(tmp_path, case)
@@ -146,11 +200,11 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(case: str, tm
         check_supported(config)
 
 
-@pytest.mark.parametrize("case", ["gpt_neox", "gpt_oss", "deepseek_v2"])
-def test_other_families_are_refused_by_name(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "reason"), [("glm", ""), ("gpt_oss", ": .*YaRN"), ("deepseek_v2", ": .*latent")])
+def test_other_families_are_refused_by_name(case: str, reason: str, tmp_path: Path) -> None:
     hugging_face_model(tmp_path, case)
     convert_hf_checkpoint(tmp_path, tmp_path, name="some/model")
-    with pytest.raises(CheckpointError, match=f"families llama, mistral, .*; some/model is a {CASES[case][0]}"):
+    with pytest.raises(CheckpointError, match=f"families llama, mistral, .*; some/model is a {CASES[case][0]}{reason}"):
         export_gguf(tmp_path, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 

@@ -239,6 +239,9 @@ class _Server:
             prompts = [tokenizer.encode(text) for text in order.texts]
             stops = tokenizer.stop_ids
         else:
+            for name, value in order.conversation.variables.items():
+                if style is None or not style.reads(name, False, value):
+                    raise ApiError(400, f"The prompt style of {order.model} does not write {name}.", name)
             try:
                 prompts = [encode_prompt(tokenizer, style, order.conversation)]
             except UserError as error:

@@ -100,7 +100,7 @@ def read_order(body: dict[str, Any], *, chat: bool) -> Order:
     conversation = Conversation(())
     texts: tuple[str, ...] = ()
     if chat:
-        conversation = Conversation(_messages(fields.take("messages")), variables=_tools(fields))
+        conversation = Conversation(_messages(fields.take("messages")), variables=_variables(fields))
     else:
         texts = _prompts(fields.take("prompt"))
     most = fields.whole("max_completion_tokens", 1) if chat else None
@@ -251,8 +251,23 @@ def _message(message: Any, place: str) -> Message:
     return Message(role, content, keys)
 
 
-def _tools(fields: "_Fields") -> dict[str, Any]:
+def _variables(fields: "_Fields") -> dict[str, Any]:
     """Read the variables that a template has besides messages."""
+    documents, others = fields.take("documents", None), fields.take("chat_template_kwargs", None)
+    effort = fields.take("reasoning_effort", None)
+    if documents is not None and not (isinstance(documents, list) and all(isinstance(one, dict) for one in documents)):
+        _wrong("documents", "a list of objects", documents)
+    if others is not None and not isinstance(others, dict):
+        _wrong("chat_template_kwargs", "an object", others)
+    if effort is not None and not isinstance(effort, str):
+        _wrong("reasoning_effort", "a text", effort)
+    given = {"documents": documents, "reasoning_effort": effort}
+    found = {name: value for name, value in given.items() if value}
+    return _tools(fields) | found | {name: value for name, value in (others or {}).items() if value is not None}
+
+
+def _tools(fields: "_Fields") -> dict[str, Any]:
+    """Read the tools that may be called."""
     tools, choice = fields.take("tools", None), fields.take("tool_choice", "auto")
     if not fields.take("parallel_tool_calls", True):
         raise ApiError(400, "parallel_tool_calls false is not offered by this server.", "parallel_tool_calls")

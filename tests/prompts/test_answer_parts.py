@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.prompts.answer_parts import PLAIN, Answer, MarkedText, Notation, read_calls
+from lit_qlora.prompts import template_worker
+from lit_qlora.prompts.answer_parts import PLAIN, THOUGHTS, Answer, MarkedText, Notation, read_calls
+from lit_qlora.prompts.conversation import REASONING
 
 TOOLS = [
     {
@@ -140,6 +142,11 @@ def test_an_argument_is_a_text_where_the_tool_takes_a_text_and_else_json_if_it_i
 def test_without_tools_nothing_is_a_call() -> None:
     text = NOTATIONS["llama"].replace("{call}", json.dumps({"name": "get_weather", "arguments": {}}))
     assert in_pieces(THINKING, text, 3, tools=[]) == Answer(text)
+
+
+def test_what_renders_templates_knows_the_same_marks_and_keys() -> None:
+    assert template_worker.THOUGHTS == THOUGHTS
+    assert template_worker.THOUGHT_KEYS == REASONING
 
 
 class Letters:

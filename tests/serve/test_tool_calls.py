@@ -88,6 +88,17 @@ def test_words_are_words_with_tools_and_without(tooled: Roster, says) -> None:
             assert "".join(part.choices[0].delta.content or "" for part in parts) == text
 
 
+def test_documents_and_other_variables_of_a_request_are_in_the_prompt(roster: Roster) -> None:
+    more = "{{ documents[0].text if documents }}{{ reasoning_effort }}{{ '!' if thinking is false }}"
+    said = {"documents": [{"text": "Fox."}], "reasoning_effort": "low", "chat_template_kwargs": {"thinking": False}}
+    with serving(with_template(roster, more + TEMPLATE)) as server:
+        ask = client(server).chat.completions.create
+        few = ask(model="tiny", messages=ASKED, max_tokens=1).usage.prompt_tokens
+        found = ask(model="tiny", messages=ASKED, max_tokens=1, extra_body=said).usage.prompt_tokens
+    count = len(roster.tokenizer.encode(f"Fox.low!{ASKED[0]['content']}|A:", bos=False))
+    assert found == count > few
+
+
 def test_thoughts_and_parts_of_a_request_are_in_the_prompt(roster: Roster) -> None:
     thinking = with_template(roster, TEMPLATE.replace("{{ m.content", "{{ m.reasoning_content or '' }}{{ m.content"))
     answered = {"role": "assistant", "content": "A fox.", "reasoning_content": "Hm."}
@@ -135,6 +146,11 @@ def test_thoughts_come_apart_from_words_whole_and_streamed(roster: Roster, says)
     ("change", "reason"),
     [
         ({"model": "sums"}, "does not write tools"),
+        ({"extra_body": {"documents": [{"text": "a"}]}}, "does not write documents"),
+        ({"extra_body": {"documents": [5]}}, "documents must be a list of objects"),
+        ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "does not write thinking"),
+        ({"extra_body": {"chat_template_kwargs": 5}}, "chat_template_kwargs must be an object"),
+        ({"reasoning_effort": "high"}, "does not write reasoning_effort"),
         ({"tools": {"a": 1}}, "tools must be a list of functions"),
         ({"tools": [{"type": "retrieval"}]}, "tools must be functions such as"),
         ({"tool_choice": "required"}, 'tool_choice "required" is not offered'),

@@ -268,6 +268,165 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**WIDE_HEADS, **WINDOWS, **EXPERTS, "rope_parameters": {**YARN, "rope_theta": 15e4, "truncate": False}},
     ),
 }
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+}
+SIZED_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **WIDE_HEADS,
+            **ROUTED,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    "glm4_moe-air": ("glm4_moe", {**WIDE_HEADS, **ROUTED, "norm_topk_prob": False, "first_k_dense_replace": 0}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "q_lora_rank": 40, "n_group": 2}),
+    "dots1": (
+        "dots1",
+        {**GROUPED, **ROUTED, **WINDOWS, "max_window_layers": 2, "first_k_dense_replace": 1, "norm_topk_prob": True},
+    ),
+    "solar_open": ("solar_open", {**WIDE_HEADS, **ROUTED, "attention_bias": True}),
+    "olmoe": ("olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "flex_olmo": ("flex_olmo", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "minimax_m2": ("minimax_m2", {**WIDE_HEADS, **EXPERTS, "rotary_dim": 16}),
+    "exaone_moe": (
+        "exaone_moe",
+        {**GROUPED, **WINDOWS, **SIZED_EXPERTS, "num_shared_experts": 2, "n_group": 2, "topk_group": 1},
+    ),
+    "hy_v3": ("hy_v3", {**WIDE_HEADS, **SIZED_EXPERTS, "num_shared_experts": 2, "attention_bias": True}),
+    "hunyuan_moe": (
+        "hunyuan_v1_moe",
+        {
+            **WIDE_HEADS,
+            "num_experts": 4,
+            "moe_topk": 2,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {**GROUPED, **EXPERTS, "embedding_multiplier": 3.0, "residual_multiplier": 0.22, "logits_scaling": 4.0},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**GROUPED, **EXPERTS, "shared_intermediate_size": 40, "attention_multiplier": 0.1},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **GROUPED,
+            "num_local_experts": 0,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+            "shared_intermediate_size": 120,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "granitemoehybrid-nope": (
+        "granitemoehybrid",
+        {**GROUPED, "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "shared_intermediate_size": 120},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {**GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 48, "tie_word_embeddings": False},
+    ),
+    "ernie4_5_moe-interval": (
+        "ernie4_5_moe",
+        {
+            **GROUPED,
+            "num_hidden_layers": 4,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 48,
+            "moe_num_shared_experts": 0,
+            "moe_layer_interval": 2,
+            "moe_layer_end_index": 2,
+        },
+    ),
+    "mellum": (
+        "mellum",
+        {
+            **WIDE_HEADS,
+            **WINDOWS,
+            **EXPERTS,
+            "moe_intermediate_size": 48,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "mlp_layer_types": ["dense", *["sparse"] * 3],
+        },
+    ),
+    "cohere2_moe": (
+        "cohere2_moe",
+        {**WIDE_HEADS, **WINDOWS, "num_experts": 4, "num_experts_per_tok": 2, "logit_scale": 0.25},
+    ),
+    "cohere2_moe-sigmoid": (
+        "cohere2_moe",
+        {
+            **WIDE_HEADS,
+            "num_hidden_layers": 5,
+            "sliding_window": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "expert_selection_fn": "sigmoid",
+            "num_shared_experts": 1,
+            "shared_expert_combination_strategy": "sum",
+            "first_k_dense_replace": 1,
+            "prefix_dense_intermediate_size": 80,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "internlm3": ("internlm3", {**WIDE_HEADS, "rope_parameters": DYNAMIC, "max_position_embeddings": 12}),
+    "iquestcoder": ("iquestcoder", WIDE_HEADS),
+    "helium": ("helium", {**GROUPED, "head_dim": 16, "attention_bias": True}),
+    "cwm": ("cwm", {**WIDE_HEADS, **WINDOWS, "rope_parameters": LLAMA3_ROPE}),
+    "arcee": ("arcee", {**GROUPED, "mlp_bias": True}),
+    "apertus": ("apertus", {**GROUPED, "rope_parameters": LLAMA3_ROPE}),
+    "hyperclovax": (
+        "hyperclovax",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.3,
+        },
+    ),
+    "hyperclovax-before": ("hyperclovax", {**GROUPED, "head_dim": 16, "use_post_norm": False}),
+    "vaultgemma": (
+        "vaultgemma",
+        {**WIDE_HEADS, **WINDOWS, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0},
+    ),
+    "granite_swa": (
+        "granite_swa",
+        {**GROUPED, **WINDOWS, "layer_rope_theta": [1e6, 1e3, 1e3, 0], "logits_scaling": 4.0},
+    ),
+    "minicpm3": (
+        "minicpm3",
+        {
+            **{key: value for key, value in LATENT.items() if "expert" not in key and key != "moe_intermediate_size"},
+            "q_lora_rank": 40,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    "gptj": ("gptj", {"rotary_dim": 8, "n_inner": 112}),
+    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 8}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_inner": 112}),
+    "jais2": ("jais2", WIDE_HEADS),
+}
+"""Cases of families that spell otherwise what the ones above have; only their quickest tests run in make test."""
+CASES |= FURTHER
+EVERY_CASE = [case if case not in FURTHER else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+"""The cases, for a test that `make test` runs for the first ones alone."""
 GROWING = ("dynamic", "longrope")
 """Kinds of RoPE that turn otherwise once a text is long, and leave what is in the cache as it was."""
 

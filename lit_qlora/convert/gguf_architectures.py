@@ -11,7 +11,7 @@ from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
 
 UNDERSTOOD = {
-    *("name", "family", "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size"),
+    *("name", "family", "wrapper", "n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size"),
     *("block_size", "norm_eps", "rope_theta", "tied_head", "sliding_window"),
     *("rope_scaling", "rope_factor", "rope_original_block_size", "rope_low_freq_factor", "rope_high_freq_factor"),
     *("rope_beta_fast", "rope_beta_slow", "rope_short_factors", "rope_long_factors"),

@@ -62,7 +62,7 @@ class ModelConfig:
     """Norm of queries and keys. head: over each head, with one weight for all heads. each_head: over each head, with a
     weight of its own (a layer norm without bias). full: over all heads at once."""
     qk_norm_after_rope: bool = False
-    ffn: Literal["swiglu", "geglu", "geglu_tanh", "swiglu_clamped", "gelu", "gelu_tanh"] = "swiglu"
+    ffn: Literal["swiglu", "geglu", "geglu_tanh", "swiglu_clamped", "gelu", "gelu_tanh", "relu2", "xielu"] = "swiglu"
     qkv_bias: bool = False
     projection_bias: bool = False
     mlp_bias: bool = False

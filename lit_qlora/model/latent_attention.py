@@ -54,6 +54,8 @@ class LatentAttention(nn.Module):
             q_turned, k_turned = (rotate(t, *place.rope, config.rope_interleaved) for t in (q_turned, k_turned))
         q = torch.cat((q, q_turned), dim=-1)
         k = torch.cat((k, k_turned.expand(*k.shape[:3], -1)), dim=-1)
+        if place.query_scale is not None:
+            q = q * place.query_scale.to(q.dtype)
         if cache:
             k, v = cache.extend(k, v)
         dropout = self.dropout if self.training else 0.0

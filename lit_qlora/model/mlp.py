@@ -33,8 +33,32 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "swiglu_clamped": clamped_swiglu,
 }
 """The kinds of config.ffn that have a gate. Shazeer 2020."""
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-"""The kinds that have none."""
+
+
+class XIELU(nn.Module):
+    """An activation with a slope that grows on both sides and learnt strengths. Huang & Schlag 2024 (xIELU)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive = nn.Parameter(torch.zeros(1))  # strengths before the softplus that keeps them above 0
+        self.negative = nn.Parameter(torch.zeros(1))
+        self.beta = nn.Parameter(torch.tensor(0.5))  # the slope at 0
+        self.eps = nn.Parameter(torch.tensor(-1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,) -> (...,)."""
+        positive, negative = F.softplus(self.positive), self.beta + F.softplus(self.negative)
+        below = (torch.expm1(torch.min(x, self.eps)) - x) * negative
+        return torch.where(x > 0, positive * x * x, below) + self.beta * x
+
+
+ACTIVATIONS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "gelu": lambda: F.gelu,
+    "gelu_tanh": lambda: partial(F.gelu, approximate="tanh"),
+    "relu2": lambda: lambda x: F.relu(x).square(),
+    "xielu": XIELU,
+}
+"""The kinds that have none, each made anew for a block."""
 
 
 class GatedMLP(nn.Module):
@@ -58,7 +82,7 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, size: int) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.ffn]
+        self.activation = ACTIVATIONS[config.ffn]()
         self.up = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
         self.down = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
 

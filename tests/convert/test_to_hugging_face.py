@@ -21,14 +21,14 @@ from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import LoRAConfig
 from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
 from tests.lora.test_adapter import save, trained
-from tests.reference import CASES, hugging_face_model
+from tests.reference import EVERY_CASE, hugging_face_model
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(0))
 DEMO = ROOT / "checkpoints/lit-qlora/tiny-world"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_what_comes_from_the_hub_goes_back_bit_equal_and_computes_the_same(case: str, tmp_path: Path) -> None:
     theirs = hugging_face_model(tmp_path / "hub", case)
     convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")

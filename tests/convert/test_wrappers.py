@@ -20,7 +20,7 @@ from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.settings import LoRAConfig
 from tests.lora.test_adapter import save, trained
 from tests.model.test_gpt import token_by_token
-from tests.reference import GROUPED, SMALL, WIDE_HEADS, WINDOWS, YARN, transformers
+from tests.reference import GROUPED, LATENT, SMALL, WIDE_HEADS, WINDOWS, YARN, transformers
 
 VISION = {
     "hidden_size": 32,
@@ -56,6 +56,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         PIXTRAL,
         {"tie_word_embeddings": False},
     ),
+    "mistral3-mistral4": (
+        "mistral3",
+        {
+            "model_type": "mistral4",
+            **LATENT,
+            "q_lora_rank": 40,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+        },
+        PIXTRAL,
+        {"tie_word_embeddings": False},
+    ),
     "internvl": (
         "internvl",
         {"model_type": "qwen3", **WIDE_HEADS},
@@ -78,7 +90,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "smolvlm": ("smolvlm", {"model_type": "llama", **GROUPED}, VISION, {"tie_word_embeddings": True}),
 }
 """Case -> wrapper, its text_config, its vision_config, and the rest."""
-QUICK = ("gemma3", "mistral3-ministral3", "qwen2_5_vl", "qwen3_vl_moe", "smolvlm")
+QUICK = ("gemma3", "mistral3-ministral3", "mistral3-mistral4", "qwen2_5_vl", "qwen3_vl_moe", "smolvlm")
 """The cases that differ from each other in more than the encoder."""
 TOKENS = torch.randint(3, 90, (2, 23), generator=torch.Generator().manual_seed(0))
 
@@ -202,7 +214,11 @@ def test_one_adapter_of_gemma_3_fits_both_of_its_classes(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_what_text_config_leaves_out_is_what_its_class_assumes(wrapper: str) -> None:
-    kinds = {"mistral3": ("mistral", "ministral3"), "internvl": ("qwen2", "qwen3"), "llava": ("llama", "mistral")}
+    kinds = {
+        "mistral3": ("mistral", "ministral3", "mistral4"),
+        "internvl": ("qwen2", "qwen3"),
+        "llava": ("llama", "mistral"),
+    }
     for kind in kinds.get(wrapper, (None,)):
         text = {"model_type": kind} if kind else {}
         config = transformers.AutoConfig.for_model(wrapper, text_config=text)

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 PLAIN = {
+    "glm4_moe_lite": "kv_latent_size",
     "deepseek_v2": "kv_latent_size",
     "deepseek_v3": "kv_latent_size",
 }

@@ -14,7 +14,7 @@ from lit_qlora.convert.families import read_config
 from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, KVCache
-from tests.reference import CASES, SMALL, transformers
+from tests.reference import CASES, EVERY_CASE, SMALL, transformers
 
 NO_SWITCHES = {
     *("name", "family", "wrapper", "block_size"),  # what it is called, and how long texts may be
@@ -81,7 +81,7 @@ def test_every_switch_changes_the_logits_of_some_case(field: Any) -> None:
     pytest.fail(f"{field.name} is accepted and ignored")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_left_padding_changes_nothing(case: str) -> None:
     model, long, short, following = model_of(case), tokens(9), tokens(4, 1), torch.cat([tokens(8, 2), tokens(8, 3)])
     batch = torch.cat([long, torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)])
@@ -92,7 +92,7 @@ def test_left_padding_changes_nothing(case: str) -> None:
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_documents_laid_end_to_end_do_not_see_each_other(case: str) -> None:
     model, documents = model_of(case), [tokens(13), tokens(17, 1), tokens(5, 2)]
     positions = torch.cat([torch.arange(d.size(1)) for d in documents] + [torch.zeros(2, dtype=torch.long)])[None]
@@ -109,7 +109,7 @@ def test_documents_laid_end_to_end_do_not_see_each_other(case: str) -> None:
         start += document.size(1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_documents_that_begin_alike_share_their_beginning(case: str) -> None:
     model = model_of(case)
     if model.config.rope_scaling in ("dynamic", "longrope"):
@@ -133,7 +133,7 @@ def test_documents_that_begin_alike_share_their_beginning(case: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_bfloat16_stays_bfloat16_and_learns(case: str) -> None:
     model = GPT(model_of(case).config).bfloat16()
     text = tokens(23)

@@ -1,7 +1,7 @@
 """Families with layer norms: GPT-2 and its relatives, and Cohere."""
 
 from lit_qlora.convert.families import weights
-from lit_qlora.convert.families.read import Family, Theirs, UnsupportedError
+from lit_qlora.convert.families.read import Family, Reader, Theirs, UnsupportedError
 from lit_qlora.convert.families.readers import (
     ATTENTION_BIAS,
     LAYER_EPS,
@@ -37,33 +37,44 @@ def falcon_kv_heads(theirs: Theirs) -> int:
     return 1 if theirs["multi_query"] else int(theirs["num_attention_heads"])
 
 
+def neo_full_layers(theirs: Theirs) -> tuple[int, ...]:
+    """GPT-Neo: kinds of blocks, each with the number of times that it follows on itself."""
+    kinds = [kind for kinds, times in theirs["attention_types"] for _ in range(times) for kind in kinds]
+    if unknown := sorted(set(kinds) - {"global", "local"}):
+        raise UnsupportedError(f"attention_types {unknown}")
+    return tuple(i for i, kind in enumerate(kinds) if kind == "global")
+
+
+GPT2: dict[str, Reader] = {
+    "n_layer": "n_layer",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "ffn_size": lambda theirs: theirs.get("n_inner") or 4 * theirs["n_embd"],
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "ffn": plain("activation_function"),
+    "tied_head": "tie_word_embeddings",
+}
+GPT2_FIXED = {
+    "norm": "layer",
+    "qkv_bias": True,
+    "projection_bias": True,
+    "mlp_bias": True,
+    "positions": "learned",
+}
+GPT2_DEFAULTS = {
+    "n_positions": 1024,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
+}
 ROWS: dict[str, Family] = {
     "gpt2": Family(
         weights=weights.GPT2,
-        fields={
-            "n_layer": "n_layer",
-            "n_embd": "n_embd",
-            "n_head": "n_head",
-            "ffn_size": lambda theirs: theirs.get("n_inner") or 4 * theirs["n_embd"],
-            "vocab_size": "vocab_size",
-            "block_size": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-            "ffn": plain("activation_function"),
-            "tied_head": "tie_word_embeddings",
-        },
-        fixed={
-            "norm": "layer",
-            "qkv_bias": True,
-            "projection_bias": True,
-            "mlp_bias": True,
-            "positions": "learned",
-        },
-        defaults={
-            "n_positions": 1024,
-            "layer_norm_epsilon": 1e-5,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": True,
-        },
+        fields=GPT2,
+        fixed=GPT2_FIXED,
+        defaults=GPT2_DEFAULTS,
         refuse={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     ),
     "gpt_neox": row(
@@ -215,6 +226,87 @@ ROWS: dict[str, Family] = {
             "logit_scale": 0.0625,
             "tie_word_embeddings": True,
             "sliding_window": 4096,
+        },
+    ),
+    "gptj": Family(
+        weights=weights.GPTJ,
+        fields={
+            "n_layer": "n_layer",
+            "n_embd": "n_embd",
+            "n_head": "n_head",
+            "ffn_size": lambda theirs: theirs.get("n_inner") or 4 * theirs["n_embd"],
+            "vocab_size": "vocab_size",
+            "block_size": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "ffn": plain("activation_function"),
+            "rope_fraction": lambda theirs: theirs["rotary_dim"] / (theirs["n_embd"] // theirs["n_head"]),
+            "tied_head": "tie_word_embeddings",
+        },
+        fixed={
+            "norm": "layer",
+            "mlp_bias": True,
+            "head_bias": True,
+            "parallel_residual": True,
+            "shared_norm": True,
+            "rope_interleaved": True,
+        },
+        defaults={
+            "n_positions": 2048,
+            "rotary_dim": 64,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt_neo": Family(
+        weights=weights.GPT_NEO,
+        fields={
+            "n_layer": "num_layers",
+            "n_embd": "hidden_size",
+            "n_head": "num_heads",
+            "ffn_size": lambda theirs: theirs.get("intermediate_size") or 4 * theirs["hidden_size"],
+            "vocab_size": "vocab_size",
+            "block_size": "max_position_embeddings",
+            "norm_eps": "layer_norm_epsilon",
+            "ffn": plain("activation_function"),
+            "sliding_window": "window_size",
+            "full_attention_layers": neo_full_layers,
+            "tied_head": "tie_word_embeddings",
+        },
+        fixed={
+            "norm": "layer",
+            "projection_bias": True,
+            "mlp_bias": True,
+            "positions": "learned",
+            "attention_scale": 1.0,
+        },
+        defaults={
+            "max_position_embeddings": 2048,
+            "window_size": 256,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+            "attention_types": [[["global", "local"], 12]],
+        },
+    ),
+    "gpt_bigcode": Family(
+        weights=weights.GPT_BIGCODE,
+        fields={**GPT2, "n_kv_head": lambda theirs: 1},
+        fixed=GPT2_FIXED,
+        defaults={**GPT2_DEFAULTS, "activation_function": "gelu_pytorch_tanh"},
+        refuse={"multi_query": True, "scale_attn_weights": True, "add_cross_attention": False},
+    ),
+    "jais2": row(
+        weights.UNGATED,
+        {**ATTENTION_BIAS, **LAYER_EPS, "mlp_bias": "mlp_bias", "ffn": plain()},
+        fixed={"norm": "layer"},
+        defaults={
+            "hidden_act": "relu2",
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "num_key_value_heads": 26,
         },
     ),
 }

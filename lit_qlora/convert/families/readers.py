@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lit_qlora.convert.families.read import Family, Reader, Theirs, UnsupportedError
+from lit_qlora.convert.families.read import Family, Reader, Theirs, UnsupportedError, mscale
 from lit_qlora.convert.families.rules import Rule
 
 ACTIVATIONS = {
@@ -13,6 +13,8 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+    "xielu": "xielu",
 }
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 
@@ -22,7 +24,7 @@ def gated(key: str = "hidden_act", renamed: Mapping[str, str] | None = None) -> 
 
     def read(theirs: Theirs) -> str:
         name = (renamed or {}).get(theirs[key], theirs[key])
-        if name not in ACTIVATIONS:
+        if ACTIVATIONS.get(name) not in GATED:
             raise UnsupportedError(f"{key} {name!r}")
         return GATED[ACTIVATIONS[name]]
 
@@ -94,6 +96,20 @@ def global_is_unrotated(theirs: Theirs) -> tuple[int, ...]:
     return layers
 
 
+def deepseek_scale(theirs: Theirs) -> float:
+    """DeepSeek: yarn's sharpening of the scores, which others have in their cosines."""
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    scale = deepseek_head_size(theirs) ** -0.5
+    if rope.get("rope_type", rope.get("type", "default")) == "default" or not rope.get("mscale_all_dim"):
+        return float(scale)
+    return float(scale * mscale(rope["factor"], rope["mscale_all_dim"]) ** 2)
+
+
+def deepseek_head_size(theirs: Theirs) -> int:
+    """DeepSeek: a head's own features and the rotated ones."""
+    return int(theirs["qk_nope_head_dim"] + theirs["qk_rope_head_dim"])
+
+
 COMMON: dict[str, Reader] = {
     "n_layer": "num_hidden_layers",
     "n_embd": "hidden_size",
@@ -109,8 +125,18 @@ COMMON: dict[str, Reader] = {
     "ffn": gated(),
 }
 PARTIAL: dict[str, Reader] = {"rope_fraction": "partial_rotary_factor"}
-LAYER_EPS: dict[str, Reader] = {"norm_eps": "layer_norm_eps"}
 ATTENTION_BIAS: dict[str, Reader] = {"qkv_bias": "attention_bias", "projection_bias": "attention_bias"}
+LATENT: dict[str, Reader] = {
+    **ATTENTION_BIAS,
+    "n_kv_head": "num_attention_heads",
+    "head_size": deepseek_head_size,
+    "attention_scale": deepseek_scale,
+    "kv_latent_size": "kv_lora_rank",
+    "q_latent_size": "q_lora_rank",
+    "latent_rope_size": "qk_rope_head_dim",
+    "latent_value_size": "v_head_dim",
+}
+LAYER_EPS: dict[str, Reader] = {"norm_eps": "layer_norm_eps"}
 WINDOW: dict[str, Reader] = {"sliding_window": "sliding_window"}
 LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",

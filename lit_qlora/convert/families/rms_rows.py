@@ -1,15 +1,20 @@
 """Families with RMS norms and one MLP in a block: Llama and what came after it."""
 
+import math
+from typing import Any
+
 from lit_qlora.convert.families import weights
-from lit_qlora.convert.families.read import Family, Reader, Theirs
+from lit_qlora.convert.families.read import Family, Reader, Theirs, UnsupportedError
 from lit_qlora.convert.families.readers import (
     ATTENTION_BIAS,
+    LATENT,
     PARTIAL,
     WINDOW,
     every,
     gated,
     global_is_unrotated,
     if_used,
+    plain,
     qwen_window,
     row,
     windows,
@@ -42,6 +47,61 @@ def hunyuan_theta(theirs: Theirs) -> float:
 def local_theta(theirs: Theirs) -> float:
     """OLMo 3: the same base, never scaled, in blocks with a window."""
     return float(theirs.get("rope_local_base_freq") or theirs["rope_theta"])
+
+
+def granite_unrotated(theirs: Theirs) -> tuple[int, ...]:
+    """Granite 4: blocks of attention rotate all or none; blocks with a state are another model."""
+    blocks = range(theirs["num_hidden_layers"])
+    types = theirs.get("layer_types") or ["linear_attention"] * len(blocks)
+    if unknown := sorted(set(types) - {"attention", "full_attention"}):
+        raise UnsupportedError(f"layer_types {unknown}")
+    return () if theirs["position_embedding_type"] == "rope" else tuple(blocks)
+
+
+GRANITE: dict[str, Reader] = {
+    **ATTENTION_BIAS,
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "attention_scale": "attention_multiplier",
+    "logit_multiplier": lambda theirs: 1 / theirs["logits_scaling"],
+}
+GRANITE_DEFAULTS = {
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+def granite_thetas(windowed: bool) -> Reader:
+    """Granite with windows: the base of the blocks with one, or of the others; 0 turns rotation off."""
+
+    def read(theirs: Theirs) -> float | None:
+        full: Any = windows(first_of_four)["full_attention_layers"]
+        bases = theirs.get("layer_rope_theta") or [theirs["rope_theta"]] * theirs["num_hidden_layers"]
+        of_kind = {base for i, base in enumerate(bases) if base and (i not in full(theirs)) == windowed}
+        if len(of_kind) > 1:
+            raise UnsupportedError(f"layer_rope_theta {sorted(of_kind)} in blocks of one kind")
+        return float(of_kind.pop()) if of_kind else None
+
+    return read
+
+
+def granite_swa_unrotated(theirs: Theirs) -> tuple[int, ...]:
+    """Granite with windows: the blocks whose base is 0."""
+    return tuple(i for i, base in enumerate(theirs.get("layer_rope_theta") or ()) if not base)
+
+
+def hyperclovax_scale(theirs: Theirs) -> float:
+    """HyperCLOVA X: the score scale, that of other models where config.json has none."""
+    size = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
+    scale = theirs.get("attention_multiplier")
+    return float(size**-0.5 if scale is None else scale)
+
+
+def first_of_four(theirs: Theirs, i: int) -> bool:
+    """CWM and Granite with windows: every fourth block from the first on sees everything."""
+    return i % 4 == 0
 
 
 GEMMA: dict[str, Reader] = {"embedding_multiplier": root_of_width, **ATTENTION_BIAS}
@@ -173,22 +233,21 @@ ROWS: dict[str, Family] = {
             "no_rope_layer_interval": 4,
         },
     ),
-    "granite": row(
-        weights.LLAMA,
+    "granite": row(weights.LLAMA, {**GRANITE, "mlp_bias": "mlp_bias"}, defaults=GRANITE_DEFAULTS),
+    "granitemoehybrid": row(
+        weights.GRANITE_HYBRID,
         {
-            **ATTENTION_BIAS,
-            "mlp_bias": "mlp_bias",
-            "embedding_multiplier": "embedding_multiplier",
-            "residual_multiplier": "residual_multiplier",
-            "attention_scale": "attention_multiplier",
-            "logit_multiplier": lambda theirs: 1 / theirs["logits_scaling"],
+            **GRANITE,
+            "ffn_size": "shared_intermediate_size",
+            "no_rope_layers": granite_unrotated,
         },
         defaults={
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
+            **GRANITE_DEFAULTS,
+            "num_local_experts": 8,
+            "position_embedding_type": None,
+            "shared_intermediate_size": 1024,
         },
+        refuse={"num_local_experts": 0},
     ),
     "ernie4_5": row(
         weights.LLAMA,
@@ -252,5 +311,149 @@ ROWS: dict[str, Family] = {
         {**ATTENTION_BIAS, "rope_theta": hunyuan_theta},
         fixed={"qk_norm": "head", "qk_norm_after_rope": True},
         defaults={"rms_norm_eps": 1e-5},
+    ),
+    "internlm3": row(
+        weights.LLAMA,
+        {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        defaults={
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+        },
+        refuse={"bias": False, "qkv_bias": False},
+    ),
+    "iquestcoder": row(
+        weights.LLAMA,
+        {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+        },
+        refuse={"clip_qkv": None, "use_sliding_window": False},
+    ),
+    "helium": row(
+        weights.LLAMA,
+        {"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        fixed={"rope_interleaved": True},
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-8,
+            "rope_theta": 100_000.0,
+            "head_dim": 128,
+            "num_key_value_heads": 20,
+        },
+    ),
+    "cwm": row(
+        weights.LLAMA,
+        {"mlp_bias": "mlp_bias", **windows(first_of_four)},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "sliding_window": 8192,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "arcee": row(
+        weights.UNGATED,
+        {**ATTENTION_BIAS, "mlp_bias": "mlp_bias", "ffn": plain()},
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    ),
+    "apertus": row(
+        weights.APERTUS,
+        {**ATTENTION_BIAS, "ffn": plain()},
+        fixed={"qk_norm": "head"},
+        defaults={
+            "hidden_act": "xielu",
+            "max_position_embeddings": 65_536,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 12e6,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        refuse={"post_norm": False, "qk_norm": True, "mlp_bias": False},
+    ),
+    "hyperclovax": row(
+        weights.HYPERCLOVAX,
+        {
+            **GRANITE,
+            "mlp_bias": "mlp_bias",
+            "attention_scale": hyperclovax_scale,
+            "logit_multiplier": "logits_scaling",
+            "norm_position": lambda theirs: "both" if theirs["use_post_norm"] else "before",
+        },
+        defaults={**GRANITE_DEFAULTS, "attention_multiplier": None, "use_post_norm": True},
+    ),
+    "vaultgemma": row(
+        weights.VAULTGEMMA,
+        {**GEMMA2, **windows(every(None, 2))},
+        fixed={"norm": "rms_plus_one"},
+        defaults={
+            **GEMMA_DEFAULTS,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "granite_swa": row(
+        weights.GRANITE_SWA,
+        {
+            **GRANITE,
+            **windows(first_of_four),
+            "mlp_bias": "mlp_bias",
+            "rope_theta": granite_thetas(windowed=False),
+            "rope_local_theta": granite_thetas(windowed=True),
+            "no_rope_layers": granite_swa_unrotated,
+        },
+        fixed={"attention_sinks": True},
+        defaults={
+            **GRANITE_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "sliding_window": 128,
+        },
+    ),
+    "minicpm3": row(
+        weights.DEEPSEEK,
+        {
+            **LATENT,
+            "embedding_multiplier": "scale_emb",
+            "residual_multiplier": lambda theirs: theirs["scale_depth"] / math.sqrt(theirs["num_hidden_layers"]),
+            "logit_multiplier": lambda theirs: theirs["dim_model_base"] / theirs["hidden_size"],
+        },
+        defaults={
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "kv_lora_rank": 256,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 256,
+        },
+        refuse={"mlp_bias": False},
     ),
 }

@@ -124,6 +124,26 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class OneRow:
+    """The rule of a vector that files hold as a matrix of one row."""
+
+    part: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Our name."""
+        return (self.part,)
+
+    def split(self, row: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+        """(1, size) -> {part: (size,)}."""
+        return {self.part: row[0]}
+
+    def join(self, parts: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+        """The inverse of split."""
+        return parts[self.part][None]
+
+
+@dataclass(frozen=True)
 class When:
     """A rule whose spelling is written only for models that `holds` is true of; it is read for any."""
 
@@ -143,7 +163,7 @@ class Packed:
         return blocks.removesuffix("_blocks") + "_scales"
 
 
-Rule = str | Fused | Transposed | Stacked | When | Packed
+Rule = str | Fused | Transposed | Stacked | OneRow | When | Packed
 """The rule of one of their tensors: one of our names, DROP, or the way it holds several."""
 
 
@@ -178,6 +198,8 @@ def _suffixed(rule: Rule, kind: str) -> Rule:
         return rule + kind
     if isinstance(rule, Fused):
         return replace(rule, parts=tuple(part + kind for part in rule.parts))
+    if isinstance(rule, OneRow):
+        return rule
     if isinstance(rule, Transposed) and kind == ".bias":
         return _suffixed(rule.rule, kind)
     return replace(rule, rule=_suffixed(rule.rule, kind))  # type: ignore[arg-type]

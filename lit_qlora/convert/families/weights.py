@@ -5,7 +5,7 @@ Of several names for one of ours, the first is what files have and the last what
 
 from collections.abc import Mapping
 
-from lit_qlora.convert.families.rules import DROP, Fused, Packed, Rule, Stacked, Transposed, When, tensors
+from lit_qlora.convert.families.rules import DROP, Fused, OneRow, Packed, Rule, Stacked, Transposed, When, tensors
 from lit_qlora.model.config import ModelConfig
 
 _BLOCK = "blocks.{i}"
@@ -61,6 +61,57 @@ _EXPERTS = tensors(
     }
 )
 QWEN3_MOE = QWEN3 | without(_EXPERTS, "shared")
+_CORRECTION = f"{_BLOCK}.mlp.router.correction"
+LLAMA_MOE = LLAMA | _EXPERTS | {f"{_LAYER}.mlp.gate.e_score_correction_bias": _CORRECTION}
+GLM4_MOE = LLAMA_MOE | QWEN3
+EXAONE_MOE = QWEN3 | _EXPERTS | {f"{_LAYER}.mlp.e_score_correction_bias": _CORRECTION}
+FLEX_OLMO = QWEN3_MOE | tensors(
+    {
+        f"{_LAYER}.post_attention_layernorm": f"{_BLOCK}.post_norm_1",
+        f"{_LAYER}.post_feedforward_layernorm": f"{_BLOCK}.post_norm_2",
+    }
+)
+ERNIE4_5_MOE = LLAMA | _EXPERTS | {f"{_LAYER}.mlp.moe_statics.e_score_correction_bias": OneRow(_CORRECTION)}
+_SHARED_MLP = tensors(
+    {
+        f"{_LAYER}.mlp.shared_mlp.gate_proj": f"{_BLOCK}.mlp.shared.gate",
+        f"{_LAYER}.mlp.shared_mlp.up_proj": f"{_BLOCK}.mlp.shared.up",
+        f"{_LAYER}.mlp.shared_mlp.down_proj": f"{_BLOCK}.mlp.shared.down",
+    }
+)
+_ONLY_EXPERTS = without(_EXPERTS, "shared", ".gate.")
+HUNYUAN_MOE = without(HUNYUAN, ".mlp.") | _ONLY_EXPERTS | _SHARED_MLP | tensors(
+    {f"{_LAYER}.mlp.gate.wg": f"{_BLOCK}.mlp.router"}
+)  # fmt: skip
+HY_V3 = (
+    QWEN3
+    | _ONLY_EXPERTS
+    | _SHARED_MLP
+    | tensors({f"{_LAYER}.mlp.router.gate": f"{_BLOCK}.mlp.router"})
+    | {f"{_LAYER}.mlp.expert_bias": _CORRECTION}
+    | {name: rule for name, rule in _EXPERTS.items() if "shared" in name}  # in memory
+)
+_STACKED_EXPERTS: dict[str, Rule] = {
+    "gate_up": Stacked(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "blocks")),
+    "down": Stacked(f"{_EXPERT}.down.weight"),
+}
+GRANITE_MOE = without(LLAMA, ".mlp.") | {
+    f"{_LAYER}.block_sparse_moe.input_linear.weight": _STACKED_EXPERTS["gate_up"],
+    f"{_LAYER}.block_sparse_moe.output_linear.weight": _STACKED_EXPERTS["down"],
+    f"{_LAYER}.block_sparse_moe.router.layer.weight": f"{_BLOCK}.mlp.router.weight",
+}
+GRANITE_MOE_SHARED = GRANITE_MOE | tensors(
+    {
+        f"{_LAYER}.shared_mlp.input_linear": Fused((f"{_BLOCK}.mlp.shared.gate", f"{_BLOCK}.mlp.shared.up"), "blocks"),
+        f"{_LAYER}.shared_mlp.output_linear": f"{_BLOCK}.mlp.shared.down",
+    }
+)
+GRANITE_HYBRID = without(LLAMA, ".mlp.") | tensors(
+    {
+        f"{_LAYER}.shared_mlp.input_linear": Fused((_GATE, _UP), "blocks"),
+        f"{_LAYER}.shared_mlp.output_linear": f"{_BLOCK}.mlp.down",
+    }
+)
 MIXTRAL = without(LLAMA, ".mlp.") | tensors(
     {
         f"{_LAYER}.block_sparse_moe.gate": f"{_BLOCK}.mlp.router",
@@ -69,6 +120,7 @@ MIXTRAL = without(LLAMA, ".mlp.") | tensors(
         f"{_LAYER}.block_sparse_moe.experts.{{e}}.w3": f"{_EXPERT}.up",
     }
 )
+MINIMAX_M2 = MIXTRAL | qk_norm("q_norm", "k_norm") | {f"{_LAYER}.block_sparse_moe.e_score_correction_bias": _CORRECTION}
 GEMMA2 = without(LLAMA, "post_attention_layernorm") | tensors(
     {
         f"{_LAYER}.post_attention_layernorm": f"{_BLOCK}.post_norm_1",
@@ -78,6 +130,25 @@ GEMMA2 = without(LLAMA, "post_attention_layernorm") | tensors(
 )
 GEMMA3 = GEMMA2 | qk_norm("q_norm", "k_norm")
 OLMO2 = without(GEMMA3, "input_layernorm", "pre_feedforward_layernorm")
+UNGATED = without(LLAMA, "gate_proj")
+APERTUS = without(UNGATED, "layernorm") | qk_norm("q_norm", "k_norm") | tensors(
+    {
+        f"{_LAYER}.attention_layernorm": f"{_BLOCK}.norm_1",
+        f"{_LAYER}.feedforward_layernorm": f"{_BLOCK}.norm_2",
+    }
+) | {
+    f"{_LAYER}.mlp.act_fn.alpha_p": f"{_BLOCK}.mlp.activation.positive",
+    f"{_LAYER}.mlp.act_fn.alpha_n": f"{_BLOCK}.mlp.activation.negative",
+    f"{_LAYER}.mlp.act_fn.beta": f"{_BLOCK}.mlp.activation.beta",
+    f"{_LAYER}.mlp.act_fn.eps": f"{_BLOCK}.mlp.activation.eps",
+}  # fmt: skip
+VAULTGEMMA = without(LLAMA, "post_attention_layernorm") | tensors(
+    {f"{_LAYER}.pre_feedforward_layernorm": f"{_BLOCK}.norm_2"}
+)
+GRANITE_SWA = LLAMA | {f"{_LAYER}.self_attn.sinks": f"{_BLOCK}.attn.sinks"}
+HYPERCLOVAX = LLAMA | tensors(
+    {f"{_LAYER}.post_norm1": f"{_BLOCK}.post_norm_1", f"{_LAYER}.post_norm2": f"{_BLOCK}.post_norm_2"}
+)
 PHI = without(LLAMA, "o_proj", ".mlp.", "model.norm") | tensors(
     {
         f"{_LAYER}.self_attn.dense": f"{_BLOCK}.attn.projection",
@@ -154,6 +225,36 @@ GPT2 = {
 }
 
 
+_H = "transformer.h.{i}"
+
+
+def _gpt(attention: str, projection: str, mlp: tuple[str, str]) -> dict[str, Rule]:
+    """GPT-J and GPT-Neo: as GPT-2 but for layers of their own."""
+    return tensors(
+        {
+            "transformer.wte": "embed",
+            "transformer.wpe": "positions",
+            f"{_H}.ln_1": f"{_BLOCK}.norm_1",
+            f"{_H}.{attention}.q_proj": _QUERY,
+            f"{_H}.{attention}.k_proj": _KEY,
+            f"{_H}.{attention}.v_proj": _VALUE,
+            f"{_H}.{attention}.{projection}": f"{_BLOCK}.attn.projection",
+            f"{_H}.ln_2": f"{_BLOCK}.norm_2",
+            f"{_H}.mlp.{mlp[0]}": _UP,
+            f"{_H}.mlp.{mlp[1]}": f"{_BLOCK}.mlp.down",
+            "transformer.ln_f": "norm",
+            "lm_head": "head",
+        }
+    ) | {f"{_H}.{attention}.bias": DROP, f"{_H}.{attention}.masked_bias": DROP}
+
+
+GPTJ = _gpt("attn", "out_proj", ("fc_in", "fc_out"))
+GPT_NEO = _gpt("attn.attention", "out_proj", ("c_fc", "c_proj"))
+GPT_BIGCODE = without(_gpt("attn", "c_proj", ("c_fc", "c_proj")), "q_proj", "k_proj", "v_proj") | tensors(
+    {f"{_H}.attn.c_attn": Fused((_QUERY, _KEY, _VALUE), "blocks")}
+)
+
+
 def _falcon_norms(norm_1: str, norm_2: str, separate: bool) -> dict[str, Rule]:
     """Falcon calls its norms otherwise where a parallel block has two."""
 
@@ -191,7 +292,11 @@ DEEPSEEK = without(LLAMA, "k_proj", "v_proj") | _EXPERTS | tensors(
         f"{_LAYER}.self_attn.kv_a_layernorm": f"{_BLOCK}.attn.latent_norm",
         f"{_LAYER}.self_attn.kv_b_proj": Fused((_KEY, _VALUE)),
     }
-) | {f"{_LAYER}.mlp.gate.e_score_correction_bias": f"{_BLOCK}.mlp.router.correction"}  # fmt: skip
+) | {f"{_LAYER}.mlp.gate.e_score_correction_bias": _CORRECTION}  # fmt: skip
+MISTRAL4 = without(DEEPSEEK, "experts.{e}", "e_score") | {
+    f"{_LAYER}.mlp.experts.gate_up_proj": _STACKED_EXPERTS["gate_up"],
+    f"{_LAYER}.mlp.experts.down_proj": _STACKED_EXPERTS["down"],
+}
 _GPT_OSS_EXPERTS = f"{_LAYER}.mlp.experts"
 GPT_OSS = without(LLAMA, ".mlp.") | {
     f"{_LAYER}.self_attn.sinks": f"{_BLOCK}.attn.sinks",

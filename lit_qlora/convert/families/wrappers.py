@@ -101,6 +101,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": _sizes(32, 4096, 32, 11_008, 32_000),
     "ministral3": _sizes(34, 4096, 32, 14_336, 131_072),
     "mistral": _sizes(32, 4096, 32, 14_336, 32_000),
+    "mistral4": _sizes(36, 4096, 32, 12_288, 131_072),
     "qwen2": _sizes(32, 4096, 32, 22_016, 151_936),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,

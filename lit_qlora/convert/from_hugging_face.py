@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint, shards
-from lit_qlora.convert.families import check_rules, family_of, is_kept, read_config, read_whole, to_ours
+from lit_qlora.convert.families import check_rules, family_of, is_beside, is_kept, read_config, read_whole, to_ours
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.reading import read_json
@@ -46,22 +46,23 @@ def convert_hf_checkpoint(
     weights = find_weights(source)
     check_rules(weights.specs, config)
     config = replace(config, tied_head=config.tied_head and not _has_own_head(weights, config))
-    kept = {their_name: spec for their_name, spec in weights.specs.items() if is_kept(their_name, config)}
-    used = [their_name for their_name in weights.specs if their_name not in kept]
+    whole = [their_name for their_name in weights.specs if not is_beside(their_name, weights.specs)]
+    kept = {n: read_whole(n, weights, config, spec=True) for n in whole if is_kept(n, config)}
+    used = [their_name for their_name in whole if their_name not in kept]
     specs: dict[str, Tensor] = {}
     for their_name in used:
-        spec = read_whole(their_name, weights.specs.__getitem__, config)
+        spec = read_whole(their_name, weights, config, spec=True)
         specs |= {ours: _cast(ours, part, dtype) for ours, part in to_ours(their_name, spec, config).items()}
     checkpoint.check_weights(specs, config, location=str(source))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for their_name in used:
-            for ours, part in to_ours(their_name, read_whole(their_name, weights.read, config), config).items():
+            for ours, part in to_ours(their_name, read_whole(their_name, weights, config), config).items():
                 yield ours, _cast(ours, part, dtype)
 
     in_place = out_dir.resolve() == source.resolve()
     beside = [source / name for name in (*tokenizer.FILES, "config.json", SOURCE) if (source / name).is_file()]
-    others = ((their_name, weights.read(their_name)) for their_name in kept)
+    others = ((their_name, read_whole(their_name, weights, config)) for their_name in kept)
     checkpoint.save_weights(
         out_dir, config, specs, tensors(), limit, also=[] if in_place else beside, kept=(kept, others)
     )
@@ -95,8 +96,8 @@ def _has_own_head(weights: shards.Weights, config: ModelConfig) -> bool:
     embedding, *heads = (
         [name for name in weights.specs if family.weights.get(name) == f"{ours}.weight"] for ours in ("embed", "head")
     )
-    own = [weights.read(name) for name in heads[0]]
-    return any(not torch.equal(head, weights.read(embedding[0])) for head in own if embedding)
+    own = [read_whole(name, weights, config) for name in heads[0]]
+    return any(not torch.equal(head, read_whole(embedding[0], weights, config)) for head in own if embedding)
 
 
 def _cast(name: str, tensor: Tensor, dtype: Dtype) -> Tensor:

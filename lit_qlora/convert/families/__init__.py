@@ -5,7 +5,7 @@ refused by name: ignoring it would give a different model.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from lit_qlora.checkpoint.safetensors_io import name_some
+from lit_qlora.checkpoint.shards import Weights
 from lit_qlora.convert.families import mxfp4
 from lit_qlora.convert.families.read import Family, read_fields
 from lit_qlora.convert.families.rules import DROP, Fused, Packed, Rule, Transposed, When, join, parts_of, split
 from lit_qlora.convert.families.table import FAMILIES, VERIFIED_WITH
+from lit_qlora.convert.families.unpacking import is_beside, read_unpacked, why_unreadable
 from lit_qlora.convert.families.wrappers import WRAPPERS, text_part, wrapped
 from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
@@ -36,6 +38,7 @@ __all__ = [
     "fill",
     "find_family",
     "find_rule",
+    "is_beside",
     "is_kept",
     "join_all",
     "parts_of",
@@ -79,14 +82,24 @@ def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
     kind = str(theirs.get("model_type"))
     family = find_family(kind)
     packed = theirs.get("quantization_config")
-    if packed is not None and (packed.get("quant_method") if isinstance(packed, dict) else "") not in family.unpacks:
-        raise CheckpointError(f"{name} is already quantised. Take the 16-bit original; it is quantised when loaded.")
+    if packed is not None and (reason := why_unreadable(packed, family.unpacks)):
+        raise CheckpointError(
+            f"{name} is already quantised ({reason}). Take the 16-bit original{_original(theirs, name)}; "
+            "it is quantised when loaded."
+        )
     config = read_fields(theirs, kind, family, name)
     if outer not in WRAPPERS:
         return config
     if not WRAPPERS[outer].shapes_logits and (config.logit_multiplier != 1 or config.logit_softcap):
         raise CheckpointError(f"{name}: transformers leaves out the scale or cap of {kind}'s logits in {outer}.")
     return replace(config, wrapper=outer)
+
+
+def _original(theirs: Mapping[str, Any], name: str) -> str:
+    """', ORG/NAME' of the model that another was made of, as far as its config.json says."""
+    before = theirs.get("_name_or_path")
+    known = isinstance(before, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", before) and before != name
+    return f", {before}" if known else ""
 
 
 def template(name: str) -> tuple[str, dict[str, str]]:
@@ -125,7 +138,12 @@ def is_kept(name: str, config: ModelConfig) -> bool:
 def check_rules(names: Iterable[str], config: ModelConfig) -> None:
     """Raise CheckpointError for tensors that the family of `config` has no rule for, naming them."""
     family = family_of(config)
-    unknown = [name for name in names if find_rule(name, family)[0] is None and not is_kept(name, config)]
+    names = set(names)
+    unknown = [
+        name
+        for name in sorted(names)
+        if find_rule(name, family)[0] is None and not is_kept(name, config) and not is_beside(name, names)
+    ]
     if packed := [name for name in unknown if name.endswith(QUANTISED)]:
         raise CheckpointError(
             f"{config.name} is already quantised ({packed[0]}). Take the 16-bit original; it is quantised when loaded."
@@ -137,10 +155,16 @@ def check_rules(names: Iterable[str], config: ModelConfig) -> None:
         )
 
 
-def read_whole(name: str, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
-    """One of their tensors, unpacked where files hold it packed in 4 bits."""
-    rule = find_rule(name, family_of(config))[0]
-    return mxfp4.unpack(read(name), read(Packed.scales(name))) if isinstance(rule, Packed) else read(name)
+def read_whole(name: str, weights: Weights, config: ModelConfig, spec: bool = False) -> Tensor:
+    """One of their tensors, unpacked where files hold it in 8 or 4 bits.
+
+    Args:
+        spec: read nothing but its shape and dtype, as a tensor on the meta device.
+    """
+    if isinstance(find_rule(name, family_of(config))[0], Packed):
+        read = weights.specs.__getitem__ if spec else weights.read
+        return mxfp4.unpack(read(name), read(Packed.scales(name)))
+    return read_unpacked(name, weights, spec)
 
 
 def to_ours(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:

@@ -1,0 +1,156 @@
+"""Weights published in 8 or 4 bits become the 16-bit ones that they stand for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.convert.families import read_config
+from lit_qlora.convert.families.unpacking import unpack_fp8
+from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.convert.to_hugging_face import export_hf
+from lit_qlora.errors import CheckpointError
+from lit_qlora.quantize import QuantizedLinear
+from tests.convert.test_wrappers import wrapper_model
+from tests.reference import hugging_face_model
+
+functional = pytest.importorskip("bitsandbytes").functional
+FP8 = torch.float8_e4m3fn
+
+
+def in_fp8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """FP8 elements, the scales of their blocks, and what they stand for in float32."""
+    rows, columns = weight.shape
+    scales = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
+    packed, meant = torch.empty_like(weight, dtype=FP8), torch.empty_like(weight)
+    for i in range(scales.size(0)):
+        for j in range(scales.size(1)):
+            here = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            scales[i, j] = weight[here].abs().max() / 448
+            packed[here] = (weight[here] / scales[i, j]).to(FP8)
+            meant[here] = packed[here].float() * scales[i, j]
+    return packed, scales, meant
+
+
+def test_a_block_of_fp8_is_read_as_transformers_reads_it() -> None:
+    operations = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    packed, scales, _ = in_fp8(torch.randn(256, 384), (128, 128))
+    theirs = operations.Fp8Dequantize(None)._dequantize_one(packed, scales, torch.bfloat16)
+    assert torch.equal(unpack_fp8(packed, scales), theirs)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (1, 300), (200, 300), (64, 128)])
+def test_fp8_weights_are_multiplied_by_the_scale_of_their_block(block: tuple[int, int]) -> None:
+    packed, scales, meant = in_fp8(torch.randn(200, 300), block)
+    assert torch.equal(unpack_fp8(packed, scales), meant.bfloat16())
+    if scales.numel() == 1:
+        assert torch.equal(unpack_fp8(packed, scales[0, 0]), meant.bfloat16())
+
+
+def test_experts_in_one_tensor_have_their_own_scales() -> None:
+    parts = [in_fp8(torch.randn(96, 64), (96, 64)) for _ in range(3)]
+    packed, scales, meant = (torch.stack(part) for part in zip(*parts, strict=True))
+    for shape in ((3,), (3, 1), (3, 1, 1)):
+        assert torch.equal(unpack_fp8(packed, scales.reshape(shape)), meant.bfloat16())
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="3 scales do not belong to 128 rows or columns"):
+        unpack_fp8(torch.zeros(128, 64, dtype=FP8), torch.ones(3, 1))
+
+
+def say(folder: Path, table: dict[str, Any]) -> None:
+    """Write a quantization_config."""
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"quantization_config": table}))
+
+
+@pytest.mark.parametrize(
+    ("case", "block", "endings", "table"),
+    [
+        ("deepseek_v3", (32, 32), ("_scale_inv", ".activation_scale"), {"quant_method": "fp8"}),
+        ("llama-gqa", None, ("_scale_inv", ".activation_scale"), {"quant_method": "fp8"}),
+        (
+            "qwen3",
+            "rows",
+            ("_scale", ".input_scale"),
+            {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        ),
+    ],
+)
+def test_a_model_in_fp8_is_the_model_that_it_stands_for(
+    case: str, block: Any, endings: tuple[str, str], table: dict[str, Any], tmp_path: Path
+) -> None:
+    hugging_face_model(tmp_path / "hub", case)
+    weights, meant = load_file(tmp_path / "hub/model.safetensors"), {}
+    for name, weight in list(weights.items()):
+        if name.endswith("_proj.weight"):
+            shape = {None: tuple(weight.shape), "rows": (1, weight.size(1))}.get(block, block)
+            weights[name], scales, meant[name] = in_fp8(weight, shape)
+            weights[name + endings[0]] = scales if block else scales[0, 0]
+            weights[name.removesuffix(".weight") + endings[1]] = torch.ones(())
+    save_file(weights, tmp_path / "hub/model.safetensors")
+    say(tmp_path / "hub", table)
+    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
+    assert meant
+    assert all(torch.equal(back[name], weight.bfloat16()) for name, weight in meant.items())
+    assert back.keys() == {name for name in weights if not name.endswith(endings)}
+
+
+def test_ministral_3_is_read_as_it_is_published(tmp_path: Path) -> None:
+    wrapper_model(tmp_path / "hub", "mistral3-ministral3")
+    weights = load_file(tmp_path / "hub/model.safetensors")
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    weights[name], scale, meant = in_fp8(weights[name], tuple(weights[name].shape))
+    save_file(weights | {f"{name}_scale_inv": scale[0, 0]}, tmp_path / "hub/model.safetensors")
+    say(tmp_path / "hub", {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None})
+    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    up = load_model(tmp_path / "ours").get_parameter("blocks.1.mlp.up.weight")
+    assert torch.equal(up, meant.bfloat16().float())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_4_bit_weights_are_what_bitsandbytes_makes_of_them(nested: bool, tmp_path: Path) -> None:
+    hugging_face_model(tmp_path / "hub", "llama-gqa")
+    weights, codes = load_file(tmp_path / "hub/model.safetensors"), {}
+    for name, weight in list(weights.items()):
+        if name.endswith("_proj.weight") and weight.size(1) % 64 == 0:  # bitsandbytes 0.50 mixes up others on a CPU
+            half = weight.bfloat16()
+            packed, state = functional.quantize_4bit(half, quant_type="nf4", compress_statistics=nested)
+            weights |= {name: packed, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
+            codes[name] = (packed, functional.dequantize_4bit(packed, state))
+    save_file(weights, tmp_path / "hub/model.safetensors")
+    say(tmp_path / "hub", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    back = load_file(tmp_path / "back/model.safetensors")
+    for name, (_, meant) in codes.items():
+        torch.testing.assert_close(back[name], meant, rtol=2**-7, atol=0)  # a step of bfloat16
+    loaded = load_model(tmp_path / "ours", quantize="bnb.nf4", dtype=torch.bfloat16).blocks[0].mlp.up
+    assert isinstance(loaded, QuantizedLinear)
+    packed = codes["model.layers.0.mlp.up_proj.weight"][0]
+    assert torch.equal(next(loaded.buffers()).flatten(), packed.flatten())
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, r"\(gptq\). Take the 16-bit original, org/model; it"),
+        ({"quant_method": "awq"}, r"\(awq\)"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, r"compressed-tensors, pack-quantized\)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes in 8 bits"),
+        ({"bits": 1}, r"in an unknown way"),
+    ],
+)
+def test_other_kinds_are_refused_with_the_name_of_the_original(table: dict[str, Any], message: str) -> None:
+    theirs = {"model_type": "llama", "_name_or_path": "org/model", "quantization_config": table}
+    with pytest.raises(CheckpointError, match=message):
+        read_config(theirs, "someone/model-4bit")

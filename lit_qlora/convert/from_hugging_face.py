@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint, shards
-from lit_qlora.convert.families import check_rules, family_of, is_beside, is_kept, read_config, read_whole, to_ours
+from lit_qlora.convert.families import (
+    check_kept,
+    check_rules,
+    family_of,
+    is_beside,
+    is_kept,
+    read_config,
+    read_whole,
+    to_ours,
+)
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.reading import read_json
@@ -62,7 +71,7 @@ def convert_hf_checkpoint(
 
     in_place = out_dir.resolve() == source.resolve()
     beside = [source / name for name in (*tokenizer.FILES, "config.json", SOURCE) if (source / name).is_file()]
-    others = ((their_name, read_whole(their_name, weights, config)) for their_name in kept)
+    others = ((n, check_kept(n, read_whole(n, weights, config), config)) for n in kept)
     checkpoint.save_weights(
         out_dir, config, specs, tensors(), limit, also=[] if in_place else beside, kept=(kept, others)
     )

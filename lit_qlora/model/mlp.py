@@ -35,6 +35,10 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """The kinds of config.ffn that have a gate. Shazeer 2020."""
 
 
+XIELU_SLOPE, XIELU_EPS = 0.5, -1e-6
+"""The slope of xIELU at 0, and the least negative number that its exponential sees."""
+
+
 class XIELU(nn.Module):
     """An activation with a slope that grows on both sides and learnt strengths. Huang & Schlag 2024 (xIELU)."""
 
@@ -42,14 +46,12 @@ class XIELU(nn.Module):
         super().__init__()
         self.positive = nn.Parameter(torch.zeros(1))  # strengths before the softplus that keeps them above 0
         self.negative = nn.Parameter(torch.zeros(1))
-        self.beta = nn.Parameter(torch.tensor(0.5))  # the slope at 0
-        self.eps = nn.Parameter(torch.tensor(-1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,) -> (...,)."""
-        positive, negative = F.softplus(self.positive), self.beta + F.softplus(self.negative)
-        below = (torch.expm1(torch.min(x, self.eps)) - x) * negative
-        return torch.where(x > 0, positive * x * x, below) + self.beta * x
+        positive, negative = F.softplus(self.positive), XIELU_SLOPE + F.softplus(self.negative)
+        below = (torch.expm1(x.clamp(max=XIELU_EPS)) - x) * negative
+        return torch.where(x > 0, positive * x * x, below) + XIELU_SLOPE * x
 
 
 ACTIVATIONS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {

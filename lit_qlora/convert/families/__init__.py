@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint.safetensors_io import name_some
@@ -33,6 +34,7 @@ __all__ = [
     "Rule",
     "TheirTensor",
     "Transposed",
+    "check_kept",
     "check_rules",
     "family_of",
     "fill",
@@ -55,8 +57,14 @@ QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_sc
 """Endings of the names of tensors that bitsandbytes, GPTQ, AWQ and FP8 store for packed weights."""
 
 
+IMPOSSIBLE = {"bitnet": "its weights are ternary and its activations 8-bit integers, unlike those of any model here"}
+"""model_type -> why no row can describe it."""
+
+
 def find_family(name: str) -> Family:
     """The row of this model_type. Raises CheckpointError for one that has none."""
+    if name in IMPOSSIBLE:
+        raise CheckpointError(f"model_type {name!r} is not supported: {IMPOSSIBLE[name]}.")
     if name not in FAMILIES:
         raise CheckpointError(
             f"model_type {name!r} is not supported. Known: {', '.join(sorted({*FAMILIES, *WRAPPERS}))}.\n"
@@ -132,7 +140,16 @@ def is_kept(name: str, config: ModelConfig) -> bool:
     rule, numbers = find_rule(name, family)
     if family.further_layers and ".layers." in name and int(numbers.get("i", 0)) >= config.n_layer:
         return True
-    return rule is None and any(part in family.kept for part in name.split(".")[:2])
+    constant = template(name)[0] in family.constants
+    return constant or (rule is None and any(part in family.kept for part in name.split(".")[:2]))
+
+
+def check_kept(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Return a tensor that is kept. Raises CheckpointError for a constant that is not ours."""
+    constant = family_of(config).constants.get(template(name)[0])
+    if constant is not None and not torch.allclose(tensor.float(), torch.tensor(constant), rtol=2**-7, atol=0):
+        raise CheckpointError(f"{config.name}: {name} is {tensor.tolist()}; only {constant} is supported.")
+    return tensor
 
 
 def check_rules(names: Iterable[str], config: ModelConfig) -> None:

@@ -32,6 +32,8 @@ class Family:
     """Kinds of quantisation that are undone when files are read."""
     further_layers: bool = False
     """Files hold layers behind the last one, which predict further tokens and are kept as they are."""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """Name of a tensor that is kept -> the only value that our model computes with."""
     kept: tuple[str, ...] = ()
     """First or second parts of the names of tensors that our model has no use for, and that are kept as they are."""
 

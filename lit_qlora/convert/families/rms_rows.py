@@ -388,6 +388,7 @@ ROWS: dict[str, Family] = {
             },
         },
         refuse={"post_norm": False, "qk_norm": True, "mlp_bias": False},
+        constants=weights.APERTUS_CONSTANTS,
     ),
     "hyperclovax": row(
         weights.HYPERCLOVAX,

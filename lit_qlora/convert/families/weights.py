@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from lit_qlora.convert.families.rules import DROP, Fused, OneRow, Packed, Rule, Stacked, Transposed, When, tensors
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.mlp import XIELU_EPS, XIELU_SLOPE
 
 _BLOCK = "blocks.{i}"
 _QUERY, _KEY, _VALUE = (f"{_BLOCK}.attn.{name}" for name in ("query", "key", "value"))
@@ -139,9 +140,8 @@ APERTUS = without(UNGATED, "layernorm") | qk_norm("q_norm", "k_norm") | tensors(
 ) | {
     f"{_LAYER}.mlp.act_fn.alpha_p": f"{_BLOCK}.mlp.activation.positive",
     f"{_LAYER}.mlp.act_fn.alpha_n": f"{_BLOCK}.mlp.activation.negative",
-    f"{_LAYER}.mlp.act_fn.beta": f"{_BLOCK}.mlp.activation.beta",
-    f"{_LAYER}.mlp.act_fn.eps": f"{_BLOCK}.mlp.activation.eps",
 }  # fmt: skip
+APERTUS_CONSTANTS = {f"{_LAYER}.mlp.act_fn.beta": XIELU_SLOPE, f"{_LAYER}.mlp.act_fn.eps": XIELU_EPS}
 VAULTGEMMA = without(LLAMA, "post_attention_layernorm") | tensors(
     {f"{_LAYER}.pre_feedforward_layernorm": f"{_BLOCK}.norm_2"}
 )

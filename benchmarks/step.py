@@ -125,7 +125,7 @@ def main() -> None:
     if fused and fused.ahead:
         precede_other_streams()
     chosen, train = OptimizerConfig(name=arguments.optimizer), TrainConfig(learning_rate=1e-4)
-    flatten = fused.flatten if fused and "plain" not in arguments.recompute else tuple
+    flatten = fused.flatten if fused and "plain" not in arguments.recompute else None
     optimizer = make_optimizer(model.named_parameters(), chosen, train, flatten=flatten)
     for setting in arguments.recompute:
         if setting == "plain":

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -290,13 +291,15 @@ class Fused:
         scale = query_scale(self.config, positions).flatten()[:, None, None] if self.config.query_scale_beta else None
         return positions.flatten().int(), scale
 
-    def flatten(self) -> Sequence[nn.Parameter]:
-        """All A and all B as two parameters, where there are experts; see FastPath."""
-        if self.config.n_expert:
-            self.flat = [
-                (nn.Parameter(self.master[part]), self.gradient[part])
-                for part in (slice(self.size_a), slice(self.size_a, None))
-            ]
+    def flatten(self, group_of: Callable[[nn.Parameter], Any]) -> Sequence[nn.Parameter]:
+        """All A and all B as two parameters, where there are experts, or as more where groups change; see FastPath."""
+        self.flat = []
+        for side in (self.parameters[::2], self.parameters[1::2]) if self.config.n_expert else ():
+            for _, run in groupby(side, key=lambda pair: group_of(pair[0])):
+                first, *rest = (parameter for parameter, _ in run)
+                begin = (first.data_ptr() - self.master.data_ptr()) // self.master.element_size()
+                part = slice(begin, begin + first.numel() + sum(parameter.numel() for parameter in rest))
+                self.flat.append((nn.Parameter(self.master[part]), self.gradient[part]))
         return [whole for whole, _ in self.flat]
 
     def _attach_gradients(self) -> None:

@@ -94,14 +94,20 @@ def unhandled_variant(model: GPT) -> str:
         return reason
     if any(_differ(block.mlp) for block in model.blocks if isinstance(block.mlp, MoE)):
         return "adapters on some of the experts"
-    if model.config.n_expert and _kinds(adapters) > 1:
-        return "adapters of different ranks or scales beside experts"
+    if any(_kinds(layers) > 1 for block in model.blocks for layers in _stacks_of_experts(block.mlp)):
+        return "adapters of different ranks or scales on layers of experts with the same input"
     return unhandled_embeddings(model)
 
 
 def _kinds(layers: Sequence[nn.Module]) -> int:
     """The number of different pairs of rank and scale among the adapters of some layers."""
     return len({(layer.lora_a.size(0), layer.scale) for layer in layers if isinstance(layer, LoRALinear)})
+
+
+def _stacks_of_experts(mlp: nn.Module) -> list[list[nn.Module]]:
+    """The layers of all experts with inputs of one kind; none without experts."""
+    experts = mlp.experts if isinstance(mlp, MoE) else ()
+    return [[getattr(expert, name) for expert in experts for name in names] for names in KINDS]
 
 
 def _differ(moe: MoE) -> bool:

@@ -35,8 +35,12 @@ class FastPath(Protocol):
         """True if there are weights that release would free."""
         ...
 
-    def flatten(self) -> Sequence[nn.Parameter]:
-        """Tensors that hold the adapters and have their gradients from now on; none where adapters are few."""
+    def flatten(self, group_of: Callable[[nn.Parameter], Any]) -> Sequence[nn.Parameter]:
+        """Tensors that hold the adapters and have their gradients from now on; none where adapters are few.
+
+        Args:
+            group_of: the optimizer's group of an adapter's parameter; a tensor holds parameters of one.
+        """
         ...
 
     def release(self) -> None:

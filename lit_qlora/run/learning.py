@@ -101,7 +101,7 @@ def set_deterministic() -> None:
 def make_learner(fabric: Fabric, model: GPT, config: FinetuneConfig) -> Learner:
     """Give the model its optimizer, for training on the path it takes."""
     scaled = scales_loss(config.precision)
-    flatten = tuple if model.fast is None else model.fast.flatten
+    flatten = None if model.fast is None else model.fast.flatten
     optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled, flatten=flatten)
     return Learner(fabric, model, optimizer)
 

@@ -2,8 +2,12 @@
 
 The adapters of experts are thousands of parameters: to hand them over one by one costs the host more time than the step
 takes on a GPU. Their state is saved and read parameter by parameter, as if there were no such tensors.
+
+bitsandbytes keeps 8-bit state in blocks of 256 elements, each with a scale in absmax1 and absmax2. So parameters of
+whole blocks have scales of their own in a tensor of several, too.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Any]
+BLOCK = 256
+"""Elements with one scale in bitsandbytes' 8-bit state."""
 
 
 @dataclass(frozen=True)
@@ -27,29 +33,53 @@ class Part:
     first: int
     shape: torch.Size
 
-    def of(self, value: Any, size: int) -> Any:
+    def of(self, name: str, value: Any, size: int) -> Any:
         """Its part of a state of the whole, of `size` elements; a state that is no such tensor is that of all."""
-        if not isinstance(value, Tensor) or value.numel() != size:
+        if isinstance(value, dict):  # bitsandbytes keeps 8-bit state in one
+            return {key: self.of(key, inner, size) for key, inner in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if _is_of_blocks(name):
+            return value[self.first // BLOCK : (self.first + self.shape.numel()) // BLOCK]
+        if value.numel() != size:
             return value
         return value.flatten()[self.first : self.first + self.shape.numel()].view(self.shape)
 
-    def put(self, value: Tensor, whole: Tensor) -> None:
-        """Copy a state of its own into that of the whole."""
-        whole[self.first : self.first + self.shape.numel()] = value.flatten()
+    def put(self, name: str, value: Any, whole: State, size: int) -> None:
+        """Copy a state of its own into those of the whole, of `size` elements."""
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                self.put(key, inner, whole.setdefault(name, {}), size)
+            return
+        each = BLOCK if _is_of_blocks(name) else 1
+        if not isinstance(value, Tensor) or (each == 1 and value.shape != self.shape):
+            whole.setdefault(name, value)
+            return
+        if name not in whole:
+            whole[name] = value.new_zeros(size // each)
+        whole[name][self.first // each : (self.first + self.shape.numel()) // each] = value.flatten()
+
+
+def _is_of_blocks(name: str) -> bool:
+    """Tell whether a state has a number for each block of elements."""
+    return name.startswith("absmax")
 
 
 def parts_of(parameters: Sequence[nn.Parameter], flat: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[Part]]:
     """The tensors that hold the parameters, in the order of their first ones, and where each parameter lies in them."""
-    wholes: list[nn.Parameter] = []
+    by_address = sorted(flat, key=Tensor.data_ptr)
+    addresses = [one.data_ptr() for one in by_address]
+    wholes: dict[int, nn.Parameter] = {}
+    numbers: dict[int, int] = {}
     parts = []
     for parameter in parameters:
-        whole = next((one for one in flat if _holds(one, parameter)), parameter)
-        if all(whole is not one for one in wholes):
-            wholes.append(whole)
-        number = next(i for i, one in enumerate(wholes) if one is whole)
+        below = bisect_right(addresses, parameter.data_ptr()) - 1
+        whole = by_address[below] if below >= 0 and _holds(by_address[below], parameter) else parameter
+        wholes[id(whole)] = whole
+        number = numbers.setdefault(id(whole), len(numbers))
         first = (parameter.data_ptr() - whole.data_ptr()) // parameter.element_size()
         parts.append(Part(number, first, parameter.shape))
-    return wholes, parts
+    return list(wholes.values()), parts
 
 
 def _holds(whole: Tensor, part: Tensor) -> bool:
@@ -70,7 +100,7 @@ def divide(state: State, groups: Sequence[Sequence[Part]], sizes: Sequence[Seque
         for part in parts:
             own = state["state"].get(group["params"][part.whole], {})
             if own:
-                found[count] = {name: part.of(value, elements[part.whole]) for name, value in own.items()}
+                found[count] = {name: part.of(name, value, elements[part.whole]) for name, value in own.items()}
             count += 1
     described = zip(state["param_groups"], numbers, strict=True)
     return {"state": found, "param_groups": [{**group, "params": own} for group, own in described]}
@@ -84,13 +114,7 @@ def join(state: State, groups: Sequence[Sequence[Part]], sizes: Sequence[Sequenc
         numbers.append(list(range(count, count + len(elements))))
         for number, part in zip(group["params"], parts, strict=True):
             for name, value in state["state"].get(number, {}).items():
-                whole = found.setdefault(count + part.whole, {})
-                if not isinstance(value, Tensor) or value.shape != part.shape:
-                    whole.setdefault(name, value)
-                    continue
-                if name not in whole:
-                    whole[name] = value.new_zeros(elements[part.whole])
-                part.put(value, whole[name])
+                part.put(name, value, found.setdefault(count + part.whole, {}), elements[part.whole])
         count += len(elements)
     described = zip(state["param_groups"], numbers, strict=True)
     return {"state": found, "param_groups": [{**group, "params": own} for group, own in described]}

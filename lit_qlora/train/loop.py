@@ -148,7 +148,7 @@ def train(
         if part is None:
             return
         loss, hits = sum_over_ranks(fabric, torch.stack((part, learner.hits.to(part))))
-        sum_gradients(fabric, learner.trainable.values())
+        sum_gradients(fabric, (p for group in optimizer.param_groups for p in group["params"]))
         norm = learner.clip_gradients(config.max_norm)
         loss_value, norm_value, hit_count = torch.stack((loss, norm.to(loss), hits)).tolist()
         try:

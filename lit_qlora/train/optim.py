@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 from lit_qlora.errors import UsageError
 from lit_qlora.quantize import bitsandbytes
 from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig, first_match
-from lit_qlora.train.flat import flattened
+from lit_qlora.train.flat import BLOCK, flattened
 
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 """Classes with a single CUDA kernel for the whole update, of each element by itself."""
+BY_ELEMENT = re.compile(r"(Paged)?(Adam|AdamW|Lion)(8bit|32bit)?")
+"""Classes of bitsandbytes that update each element, or each block of 256, by itself."""
+Flatten = Callable[[Callable[[nn.Parameter], Any]], Sequence[nn.Parameter]]
+"""Returns tensors that hold several parameters each, see train.flat, all of one group, which its argument tells."""
 
 
 def make_optimizer(
@@ -25,7 +30,7 @@ def make_optimizer(
     train: TrainConfig,
     *,
     scaled: bool = False,
-    flatten: Callable[[], Sequence[nn.Parameter]] = tuple,
+    flatten: Flatten | None = None,
 ) -> torch.optim.Optimizer:
     """Make the optimizer that the settings name.
 
@@ -35,8 +40,8 @@ def make_optimizer(
         parameters: with their names; frozen ones are skipped.
         scaled: True if the gradients come through a GradScaler. A fused optimizer would remove the scale itself, after
             Fabric has clipped the gradients.
-        flatten: returns tensors that hold several parameters, see train.flat; called only if the optimizer updates
-            elements independently. From then on these tensors must have the gradients.
+        flatten: called only if the optimizer updates elements independently. From then on the tensors that it returns
+            must have the gradients.
 
     Raises:
         UsageError: for a class that does not exist, or a setting that the class does not have.
@@ -49,16 +54,27 @@ def make_optimizer(
     if cuda and kind in FUSED and not scaled:
         arguments["fused"] = True
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    keys: dict[int, tuple[float, bool]] = {}
     for name, parameter in learners:
         factor = config.lora_plus if name.endswith(".lora_b") else 1.0
         factor, decays = factor * first_match(config.rate_pattern, name.rpartition(".")[0], 1.0), parameter.ndim > 1
         group = {"params": [], "factor": factor, **({} if decays or not train.weight_decay else {"weight_decay": 0.0})}
         groups.setdefault((factor, decays), group)["params"].append(parameter)
-    # One tensor may hold parameters of several layers, which a pattern may give other rates.
-    flat = flatten() if kind in FUSED and not config.rate_pattern else ()
-    if flat:
+        keys[id(parameter)] = (factor, decays)
+    takes_any = flatten and _takes_any_tensor(kind, arguments, [parameter for _, parameter in learners])
+    if flatten and takes_any and (flat := flatten(lambda parameter: keys[id(parameter)])):
         return flattened(kind, list(groups.values()), flat, lr=train.learning_rate, **arguments)
     return kind(list(groups.values()), lr=train.learning_rate, **arguments)
+
+
+def _takes_any_tensor(kind: Any, arguments: dict[str, Any], parameters: Sequence[nn.Parameter]) -> bool:
+    """Tell whether the optimizer does the same with parameters that lie in one tensor as with each by itself."""
+    if kind in FUSED:
+        return True
+    independent = kind.__module__.startswith("bitsandbytes") and BY_ELEMENT.fullmatch(kind.__name__)
+    coupled = {"percentile_clipping", "max_unorm", "block_wise", "args", "optim_bits", "min_8bit_size"}
+    whole_blocks = all(parameter.numel() % BLOCK == 0 for parameter in parameters)
+    return bool(independent) and not coupled.intersection(arguments) and (whole_blocks or "8bit" not in kind.__name__)
 
 
 def _check_rates(config: OptimizerConfig, layers: Sequence[str]) -> None:

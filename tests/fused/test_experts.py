@@ -63,6 +63,10 @@ CASES: dict[str, dict[str, Any]] = {
     "geglu, shared of nf4": {"ffn": "geglu_tanh", "shared_expert_size": 64, "scheme": "bnb.nf4", "expert_size": 64},
     "int8": {"scheme": "bnb.int8", "expert_size": 64},
     "attention alone": {"targets": ("query", "value"), "scheme": "bnb.fp4", "expert_size": 64},
+    "ranks of their own": {
+        "lora": {"rank_pattern": {"experts.[0-9].(gate|up)": 2}, "alpha_pattern": {"experts.[0-9].down": 3.0}},
+        "shared_expert_size": 48,
+    },
     "rank 80": {"r": 80, "shared_expert_size": 48},
     "one expert, all experts": {"n_expert_per_token": 4},
     "post norms": {"norm_position": "both", "parallel_residual": False},
@@ -269,7 +273,7 @@ def test_two_tensors_of_all_adapters_learn_what_the_adapters_do() -> None:
     for flat in (False, True):
         model = model_of(n_layer=1)
         fused = fuse(model)
-        flatten = fused.flatten if flat else tuple
+        flatten = fused.flatten if flat else None
         config, train = OptimizerConfig(name="sgd"), TrainConfig(learning_rate=0.1)
         optimizer = make_optimizer(model.named_parameters(), config, train, flatten=flatten)
         assert sum(len(group["params"]) for group in optimizer.param_groups) == (2 if flat else 2 * (4 + 3 * 4))
@@ -285,6 +289,19 @@ def test_two_tensors_of_all_adapters_learn_what_the_adapters_do() -> None:
         optimizer.step()
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_tensors_of_adapters_end_where_learning_rates_change() -> None:
+    model = model_of(n_layer=2)
+    config = OptimizerConfig(rate_pattern={"experts.[0-9].(gate|up|down)": 0.5}, lora_plus=2.0)
+    optimizer = make_optimizer(model.named_parameters(), config, TrainConfig(), flatten=fuse(model).flatten)
+    found = {group["factor"]: [p.numel() for p in group["params"]] for group in optimizer.param_groups}
+    # A and B of attention and of experts, in two blocks; A of the one and B of the other learn equally fast.
+    assert {factor: len(sizes) for factor, sizes in found.items()} == {1.0: 4, 0.5: 2, 2.0: 2}
+    for factor, ends in {0.5: ".lora_a", 1.0: ".lora_b"}.items():
+        experts = [p.numel() for name, p in model.named_parameters() if ".experts." in name and name.endswith(ends)]
+        rest = [p.numel() for name, p in model.named_parameters() if name.endswith("lora_a") and "experts" not in name]
+        assert sum(found[factor]) == sum(experts) + (sum(rest) if factor == 1.0 else 0)
 
 
 def sort_slowly(weights: Tensor, chosen: Tensor, experts: int) -> Choices:

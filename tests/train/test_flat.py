@@ -1,6 +1,5 @@
 """Parameters in one tensor learn, and are saved, as they would each by themselves."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,19 @@ SHAPES = {"x.lora_a": (2, 5), "x.lora_b": (4, 2), "norm": (3,), "y.lora_a": (2, 
 
 
 class Adapters:
-    """Parameters, those of A and those of B in one tensor each."""
+    """Parameters, those of A and those of B in one tensor each.
 
-    def __init__(self) -> None:
+    Args:
+        times: rows of a parameter, as a multiple of those of SHAPES.
+    """
+
+    def __init__(self, times: int = 1) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.wholes = [nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(10))]
+        self.wholes = [nn.Parameter(torch.zeros(16 * times)), nn.Parameter(torch.zeros(10 * times))]
         self.named: list[tuple[str, nn.Parameter]] = []
         first = [0, 0]
-        for name, shape in SHAPES.items():
+        for name, (rows, *columns) in SHAPES.items():
+            shape = (rows * times, *columns)
             value = torch.randn(shape, generator=generator)
             if "lora" in name:
                 side, end = int(name.endswith("b")), 0
@@ -46,17 +50,22 @@ class Adapters:
 
 
 def optimizer_of(adapters: Adapters, flat: bool, **settings: Any) -> torch.optim.Optimizer:
-    flatten: Callable[[], Any] = (lambda: adapters.wholes) if flat else tuple
+    flatten: Any = (lambda group_of: adapters.wholes) if flat else None
     config, train = OptimizerConfig(**settings), TrainConfig(weight_decay=0.1)
     return make_optimizer(adapters.named, config, train, flatten=flatten)
 
 
-SETTINGS = [{"name": "adamw"}, {"name": "adamw", "lora_plus": 4.0}, {"name": "sgd"}]
+SETTINGS = [{"name": "adamw"}, {"name": "adamw", "lora_plus": 4.0}, {"name": "sgd"}, {"name": "adamw8bit"}]
+
+
+def adapters_for(settings: dict[str, Any]) -> Adapters:
+    """Parameters large enough for state in 8 bits."""
+    return Adapters(2048 if "8bit" in settings["name"] else 1)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_steps_and_saved_states_are_those_of_the_parameters_themselves(settings: dict[str, Any]) -> None:
-    one, other = Adapters(), Adapters()
+    one, other = adapters_for(settings), adapters_for(settings)
     optimizers = optimizer_of(one, True, **settings), optimizer_of(other, False, **settings)
     assert sum(len(group["params"]) for group in optimizers[0].param_groups) == 3
     for seed in range(3):
@@ -73,7 +82,7 @@ def test_steps_and_saved_states_are_those_of_the_parameters_themselves(settings:
 def test_a_run_goes_on_from_a_state_of_either_kind(
     settings: dict[str, Any], saved: bool, read: bool, tmp_path: Path
 ) -> None:
-    whole, first, second = Adapters(), Adapters(), Adapters()
+    whole, first, second = (adapters_for(settings) for _ in range(3))
     optimizer = optimizer_of(whole, True, **settings)
     for seed in range(4):
         whole.step(optimizer, seed, True)
@@ -93,4 +102,17 @@ def test_a_run_goes_on_from_a_state_of_either_kind(
 def test_optimizers_whose_elements_depend_on_each_other_take_the_parameters() -> None:
     adapters = Adapters()
     optimizer = optimizer_of(adapters, True, name="torch.optim.Adafactor")
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(SHAPES)
+
+
+def test_state_in_8_bits_of_parameters_that_end_within_a_block_takes_the_parameters() -> None:
+    optimizer = optimizer_of(Adapters(), True, name="adamw8bit")
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("bitsandbytes.optim.AdamW", {"optim_bits": 8}), ("adamw8bit", {"min_8bit_size": 64})]
+)
+def test_options_under_which_parameters_differ_take_the_parameters(name: str, option: dict[str, int]) -> None:
+    optimizer = optimizer_of(Adapters(2048), True, name=name, options=option)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(SHAPES)

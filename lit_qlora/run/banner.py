@@ -22,6 +22,7 @@ from lit_qlora.train.optim import measure_state_bytes
 from lit_qlora.train.parallel import Devices, processes_here, world_size
 
 FIRST_STEPS = 8  # over which a usual micro-batch is averaged
+LARGE = 0.1  # share of the memory of a run from which on adapters of experts are worth a word
 
 
 def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
@@ -115,6 +116,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
         del others["--train.recompute offload"]
     saved = {words: now - _plan(other, smaller).total for words, (other, smaller) in others.items()}
     tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
+    tips += [experts] if (experts := of_experts(plan, config)) else []
     return f"To need less: {', '.join(tips)}." if tips else "No setting would save memory: the run needs a larger GPU."
 
 
@@ -157,7 +159,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
     enough = count_steps(len(data.train), data.batching, train.epochs)
     longer = f"train.max_steps {total:,} goes on beyond the {enough:,} steps of train.epochs" if total > enough else ""
-    notes = "".join(f"  note    {note}\n" for note in (plan.caveat, longer) if note)
+    notes = "".join(f"  note    {note}\n" for note in (plan.caveat, longer, of_experts(plan, config)) if note)
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
         f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
@@ -169,6 +171,24 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{cached}{host}\n"
         f"  path    {_path(plan)}\n"
         f"{notes}{_samples(data)}"
+    )
+
+
+def of_experts(plan: Plan, config: FinetuneConfig) -> str:
+    """Say that adapters of experts need much memory, and how they need less; '' where they do not."""
+    lora, each = config.lora, plan.learning / max(1, plan.trainable)
+    size = each * plan.experts
+    if size < LARGE * (plan.total - plan.cached):
+        return ""
+    saved = {"--lora.targets [query,key,value,projection]": size}
+    if not lora.rank_pattern and (less := lora.r // 4):
+        saved[f"--lora.rank_pattern '{{experts.*: {less}}}'"] = size * (1 - less / lora.r)
+    if config.optimizer.name in ("adamw", "adam"):
+        saved["--optimizer.name adamw8bit"] = 6.0 * plan.trainable  # a byte for each moment instead of four
+    ways = ", ".join(f"{flag} saves {bytes_ / GIB:.2g}" for flag, bytes_ in saved.items())
+    return (
+        f"adapters of experts have {plan.experts:,} of the trainable parameters, {size / GIB:.2f} GiB with gradients "
+        f"and optimizer: {ways}"
     )
 
 

@@ -28,6 +28,8 @@ class Plan:
     """Parameters of the base, as in the checkpoint."""
     trainable: int
     """Parameters of the adapter."""
+    experts: int
+    """Of these, parameters of adapters on experts."""
     weights: float
     """Bytes of the base on the device."""
     learning: float
@@ -135,6 +137,7 @@ def make_plan(
     plan = Plan(
         frozen=frozen,
         trainable=trainable,
+        experts=sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and ".experts." in name),
         weights=stored,
         learning=origin + (8 + state_bytes) * trainable,
         activations=_activations(gpt, lora, storage.dtype.itemsize, batches.tokens, policy == "full"),

@@ -10,8 +10,10 @@ import torch
 from lit_qlora.data import read_data
 from lit_qlora.errors import CheckpointError, ResourceError, UsageError
 from lit_qlora.lora.peft_layout import check_layers
-from lit_qlora.run.banner import longest_batch, plan_run, savings, tell_plan, usual_tokens
-from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, TrainConfig
+from lit_qlora.quantize import Storage
+from lit_qlora.run.banner import longest_batch, of_experts, plan_run, savings, tell_plan, usual_tokens
+from lit_qlora.run.plan import MicroBatches, Plan, Room, make_plan
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, OptimizerConfig, TrainConfig
 from tests.conftest import tiny_config
 from tests.test_report import Terminal
 
@@ -150,3 +152,33 @@ def test_what_peft_would_refuse_is_said_before_the_run() -> None:
 
     assert "it refuses this adapter" in caveat(dora=True)
     assert caveat(dora=False) == ""
+
+
+def planned(lora: LoRAConfig, **changes: int) -> Plan:
+    """The plan of a run of Qwen3-30B-A3B, or of a smaller one, on a GPU of 80 GB."""
+    model = tiny_config(
+        n_embd=2048, n_head=32, n_kv_head=4, head_size=128, ffn_size=6144, n_expert_per_token=8, expert_size=768,
+        **{"n_layer": 48, "n_expert": 128, "vocab_size": 151936} | changes,
+    )  # fmt: skip
+    storage = Storage(torch.bfloat16, "bnb.nf4-dq")
+    return make_plan(model, lora, storage, MicroBatches(512, 2), TrainConfig(), Room(80e9, 64e9))
+
+
+def test_adapters_of_experts_that_need_much_memory_are_named_with_what_needs_less() -> None:
+    lora = LoRAConfig(r=16, targets=("all",))
+    plan = planned(lora, n_layer=1, n_expert=64, vocab_size=320)
+    assert plan.experts == 64 * 3 * 16 * (2048 + 768)
+    said = of_experts(plan, FinetuneConfig(lora=lora))
+    assert said.startswith(f"adapters of experts have {plan.experts:,} of the trainable parameters, ")
+    # A quarter of the rank saves three quarters; 8-bit state six of the sixteen bytes of a parameter.
+    for flag in ("targets [query,key,value,projection] saves", "rank_pattern '{experts.*: 4}'", "adamw8bit saves"):
+        assert flag in said
+    assert "adamw8bit" not in of_experts(plan, FinetuneConfig(lora=lora, optimizer=OptimizerConfig(name="sgd")))
+    assert of_experts(planned(LoRAConfig(), n_layer=1, n_expert=64, vocab_size=320), FinetuneConfig()) == ""
+
+
+@pytest.mark.slow
+def test_adapters_of_all_experts_of_qwen3_30b_are_845_million_parameters_and_13_gb() -> None:
+    plan = planned(LoRAConfig(r=16, targets=("all",)))
+    assert round(plan.trainable / 1e6) == 844
+    assert 13.5e9 < plan.learning < 13.6e9

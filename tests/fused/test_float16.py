@@ -20,9 +20,13 @@ SCALE = 4096.0
 """What a GradScaler multiplies the loss with."""
 
 
-def adapted(dtype: torch.dtype) -> GPT:
+EXPERTS = {"n_expert": 3, "n_expert_per_token": 3, "expert_size": 48, "router_normalized": True}
+"""Each token takes all experts: of nearly tied ones, either path may take another one."""
+
+
+def adapted(dtype: torch.dtype, **changes: int) -> GPT:
     """A small model whose weights are float16 numbers and whose adapters are float32, whatever `dtype`."""
-    model = tiny_model(std=0.05).half().to(dtype).requires_grad_(False)
+    model = tiny_model(std=0.05, **changes).half().to(dtype).requires_grad_(False)
     add_lora(model, LoRAConfig(r=8, alpha=16, targets=("all",), dropout=0.0))
     for tensor in lora_state(model).values():
         torch.nn.init.normal_(tensor, std=0.05)
@@ -45,10 +49,11 @@ def error(actual: list[Tensor], exact: list[Tensor]) -> float:
     return float((apart / sum(float(e.double().square().sum()) for e in exact)) ** 0.5)
 
 
-def test_gradients_are_as_near_to_float64_as_those_of_the_plain_path() -> None:
+@pytest.mark.parametrize("changes", [{}, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"])
+def test_gradients_are_as_near_to_float64_as_those_of_the_plain_path(changes: dict[str, int]) -> None:
     torch.manual_seed(0)
-    exact_model = adapted(torch.float64)
-    model = adapted(torch.float16)
+    exact_model = adapted(torch.float64, **changes)
+    model = adapted(torch.float16, **changes)
     model.load_state_dict(copy.deepcopy(exact_model.state_dict()))
     exact, plain = scaled_gradients(exact_model), scaled_gradients(copy.deepcopy(model))
     assert why_not(model) == ""
@@ -60,8 +65,9 @@ def test_gradients_are_as_near_to_float64_as_those_of_the_plain_path() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter computes with numpy
-def test_an_overflow_of_scaled_gradients_shows_and_leaves_the_next_step_alone() -> None:
-    model = adapted(torch.float16)
+@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "experts"])
+def test_an_overflow_of_scaled_gradients_shows_and_leaves_the_next_step_alone(changes: dict[str, int]) -> None:
+    model = adapted(torch.float16, **changes)
     fuse(model)
     expected = scaled_gradients(model)
     model.zero_grad()

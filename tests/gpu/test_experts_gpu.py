@@ -154,3 +154,66 @@ def test_a_step_on_batches_of_the_host_waits_for_nothing(policy: Any, router: di
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def curve(model: GPT, flatten: Any, **settings: Any) -> torch.Tensor:
+    """The losses of 200 steps on four random batches that come again and again."""
+    from lit_qlora.settings import OptimizerConfig, TrainConfig
+    from lit_qlora.train.optim import make_optimizer
+
+    config, train = OptimizerConfig(**settings), TrainConfig(learning_rate=2e-3)
+    optimizer = make_optimizer(model.named_parameters(), config, train, flatten=flatten)
+    losses = []
+    for step in range(200):
+        torch.manual_seed(step % 4)
+        tokens, labels = LAYOUTS["cudnn"]()
+        loss = model.loss(tokens, labels) / tokens.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_two_hundred_steps_are_those_of_the_plain_path() -> None:
+    from lit_qlora.fused import fuse
+
+    model = model_of()
+    plain = copy.deepcopy(model)
+    theirs, ours = (curve(*of).view(10, 20).mean(dim=1) for of in ((plain, None), (model, fuse(model).flatten)))
+    assert ours[-1] < 0.8 * ours[0]
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged-adamw8bit", "lion8bit"])
+def test_few_tensors_of_all_adapters_learn_the_bits_that_the_adapters_do(name: str) -> None:
+    from lit_qlora.fused import fuse
+
+    found = []
+    for flat in (False, True):
+        model = model_of(r=32)  # adapters of 4,096 elements and more, below which bitsandbytes keeps 32 bits
+        fused = fuse(model)
+        found.append([curve(model, fused.flatten if flat else None, name=name), *lora_state(model).values()])
+        assert len(fused.flat) == (2 if flat else 0)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_experts_may_have_ranks_of_their_own() -> None:
+    from lit_qlora.fused import fuse, why_not
+    from lit_qlora.lora.layer import add_lora
+    from lit_qlora.settings import LoRAConfig
+    from tests.conftest import tiny_model
+    from tests.gpu.test_fused_gpu import SHAPE
+
+    model = tiny_model(std=0.05, **SHAPE | EXPERTS | ALL).to("cuda", torch.bfloat16)
+    add_lora(model, LoRAConfig(r=32, targets=("all",), dropout=0.0, rank_pattern={"experts.*": 8}))
+    for tensor in lora_state(model).values():
+        torch.nn.init.normal_(tensor, std=0.05)
+    model.train()
+    exact_model, plain_model = in_float64(model), copy.deepcopy(model)
+    assert why_not(model) == ""
+    fuse(model)
+    arguments = LAYOUTS["cudnn"]()
+    exact = gradients(exact_model, *arguments)[1]
+    ours, theirs = (errors(gradients(of, *arguments)[1], exact) for of in (model, plain_model))
+    assert max(ours) < 2 * max(theirs)

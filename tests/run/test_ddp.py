@@ -16,6 +16,7 @@ from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.run import plan
 from lit_qlora.run.resume import newest
 from lit_qlora.train import loop
+from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.run.forked import STEPS, Child, Start, at_save, ending, signals
 
 
@@ -78,6 +79,29 @@ def test_several_processes_learn_what_one_does(
     assert metrics < 1e-5
     assert tensors < 1e-3  # Adam turns a rounding of a tiny gradient into a step
     assert children[0].said.read_text().count("next    python scripts/merge_lora.py") == 1
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A complete checkpoint of a model with experts."""
+    experts = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 64, "router_normalized": True}
+    model = tiny_model(family="qwen3_moe", qk_norm="head", **experts)
+    directory = write_checkpoint(tmp_path / "mixture", model)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_several_processes_learn_with_experts_what_one_does(
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path, mixture: Path
+) -> None:
+    flags = [*EQUAL, f"--checkpoint_dir={mixture}", "--lora.targets=[all]", "--quantize=bnb.nf4"]
+    assert start(tmp_path / "one", *flags).wait() == 0
+    children = start_ranks(tmp_path / "out", *flags)
+    assert [child.wait() for child in children] == [0, 0], children[0].said.read_text()
+    metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert metrics < 1e-5
+    assert tensors < 1e-3
 
 
 def test_nothing_but_gradients_and_a_few_metrics_travels(

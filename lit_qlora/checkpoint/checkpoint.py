@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io, shards
+from lit_qlora.checkpoint.stacks import Stacks
 from lit_qlora.checkpoint.streaming import stream
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files import hashing
@@ -86,6 +87,7 @@ def random_model(config: ModelConfig, storage: Storage, device: torch.device) ->
 
 def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage) -> None:
     """Give a model on the meta device its weights, which come in the order of _names(model)."""
+    stacks = Stacks(model.config)
     for path, module in list(model.named_modules()):
         own = {}
         for name in _own_names(path, module, model):
@@ -94,11 +96,15 @@ def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage) -> None:
         tied = module is model.head and model.config.tied_head
         if type(module) is nn.Linear and storage.quantizes(path):
             weight = model.embed.weight.data if tied else own.pop("weight")
-            model.set_submodule(path, QuantizedLinear(weight, own.get("bias"), storage.quantize))
+            layer = QuantizedLinear(weight, own.get("bias"), storage.quantize)
             del weight
+            stacks.place(path, layer)
+            model.set_submodule(path, layer)
             continue
         for key, tensor in own.items():
             setattr(module, key, nn.Parameter(tensor))
+        if type(module) is nn.Linear:
+            stacks.place(path, module)
         if tied:
             model.head.weight = model.embed.weight  # filled before: the embedding is the first module
 

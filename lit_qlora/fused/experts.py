@@ -36,14 +36,12 @@ from lit_qlora.kernels.experts_products import LowRank, gate_up, product
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
-from lit_qlora.model.mlp import MoE, Router
+from lit_qlora.model.mlp import KINDS, MoE, Router
 
 FUNCTIONS = {ffn: activation.function for ffn, activation in ACTIVATIONS.items() if activation.gated} | {
     "swiglu_clamped": "clamped"
 }
 """The kernels' name for each kind of ModelConfig.ffn that experts may have."""
-KINDS = (("gate", "up"), ("down",))
-"""Layers of an expert that share an input."""
 
 
 class ExpertGroup(StackedExperts):
@@ -174,8 +172,8 @@ class Routing:
         scores = in_float32(x, self.weight.T) if same else x.float() @ self.weight.float().T
         return scores if self.bias is None else scores + self.bias.to(scores.dtype)
 
-    def choices(self, x: Tensor) -> Choices:
-        """The choices of tokens x (T, E)."""
+    def choices(self, x: Tensor, counts: bool) -> Choices:
+        """The choices of tokens x (T, E), which the router counts if it is to."""
         scores = self.scores(x)
         if self.has_kernel:
             weights, chosen = choose(scores, self.k, self.scale)
@@ -183,7 +181,7 @@ class Routing:
             shares = self.router.shares(scores)
             best = self.router.choose(shares)
             weights, chosen = self.router.weigh(shares, best), best.int()
-        return sort(weights.contiguous(), chosen, self.experts)
+        return sort(weights.contiguous(), chosen, self.experts, taken=self.router.taken if counts else None)
 
     def backward(self, x: Tensor, choices: Choices, d_weights: Tensor) -> Tensor:
         """The gradient of x (T, E) through the scores, from that of the weights of the choices (T, k)."""
@@ -229,7 +227,7 @@ class Experts:
         Args:
             x: (T, E), rows contiguous.
         """
-        choices, down = self.routing.choices(x), self.down
+        choices, down = self.routing.choices(x, counts=run.saves), self.down
         z, branches, h = self._gate_up(x, choices, run, branches=saves)[:3]
         self.gate_up.read(1)
         z_down = None

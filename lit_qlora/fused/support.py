@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_qlora.fused.experts import FUNCTIONS, KINDS
+from lit_qlora.fused.experts import FUNCTIONS
 from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_layers
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.kernels import launch
@@ -14,7 +14,7 @@ from lit_qlora.kernels.stack import BLOCK
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
-from lit_qlora.model.mlp import MoE
+from lit_qlora.model.mlp import KINDS, MoE
 from lit_qlora.quantize import QuantizedLinear, ragged
 
 LAYERS = [name for names in KINDS for name in names]
@@ -104,7 +104,7 @@ def _kinds(layers: Sequence[nn.Module]) -> int:
     return len({(layer.lora_a.size(0), layer.scale) for layer in layers if isinstance(layer, LoRALinear)})
 
 
-def _stacks_of_experts(mlp: nn.Module) -> list[list[nn.Module]]:
+def _stacks_of_experts(mlp: Any) -> list[list[nn.Module]]:
     """The layers of all experts with inputs of one kind; none without experts."""
     experts = mlp.experts if isinstance(mlp, MoE) else ()
     return [[getattr(expert, name) for expert in experts for name in names] for names in KINDS]

@@ -115,13 +115,16 @@ def sort_reference(weights: Tensor, chosen: Tensor, experts: int) -> tuple[Tenso
     return position.view_as(chosen).int(), (order // chosen.size(1)).int(), weights.flatten()[order], ends.int()
 
 
-def sort(weights: Tensor, chosen: Tensor, experts: int, tile: int = TILE, chunk: int = CHUNK) -> Choices:
+def sort(
+    weights: Tensor, chosen: Tensor, experts: int, tile: int = TILE, chunk: int = CHUNK, taken: Tensor | None = None
+) -> Choices:
     """Sort choices by expert, stably, by counting.
 
     Args:
         weights: (T, k) float32; chosen: (T, k) int32, different ones in a row; both contiguous.
         experts: how many there are to choose from.
         tile, chunk: see Choices; a chunk becomes longer where experts have many rows on average.
+        taken: (n_expert,) int64, to which the number of choices of each expert is added.
     """
     (tokens, k), device = chosen.shape, chosen.device
     rows, groups = tokens * k, cdiv(tokens, TOKENS)
@@ -141,6 +144,7 @@ def sort(weights: Tensor, chosen: Tensor, experts: int, tile: int = TILE, chunk:
     _count[(groups,)](chosen, counts, tokens, **sizes, K=k, BT=TOKENS, num_warps=4)
     _offsets[(1,)](
         counts, choices.ends, choices.tiles, most_tiles, choices.chunks, most_chunks, chunk, groups,
+        choices.ends if taken is None else taken, TAKEN=taken is not None,
         **sizes, BG=max(16, 8192 // power_of_2(experts)), TILE=tile, num_warps=8,
     )  # fmt: skip
     _place[(groups,)](
@@ -256,8 +260,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["most_tiles", "most_chunks", "chunk", "groups"])
     def _offsets(
-        COUNTS, ENDS, TILES, most_tiles, CHUNKS, most_chunks, chunk, groups,
-        E: tl.constexpr, EP: tl.constexpr, BG: tl.constexpr, TILE: tl.constexpr,
+        COUNTS, ENDS, TILES, most_tiles, CHUNKS, most_chunks, chunk, groups, ADD_TO,
+        TAKEN: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BG: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """One program: the ends, the tables, and instead of each group's counts the first row of each group."""
         e = tl.arange(0, EP)
@@ -266,6 +270,8 @@ if triton is not None:
             g = g0 + tl.arange(0, BG)
             inside = (g < groups)[:, None] & (e < E)[None, :]
             total += tl.sum(tl.load(COUNTS + g[:, None] * E + e[None, :], inside, 0), axis=0)
+        if TAKEN:
+            tl.store(ADD_TO + e, tl.load(ADD_TO + e, e < E, 0) + total, e < E)
         first = tl.cumsum(total, axis=0) - total
         tl.store(ENDS + e, first, e < E)
         tl.store(ENDS + E + e * 0, tl.sum(total, axis=0) + e * 0, e == 0)

@@ -94,6 +94,10 @@ class PlainMLP(nn.Module):
         return out
 
 
+KINDS = (("gate", "up"), ("down",))
+"""Layers of an expert that share an input."""
+
+
 class MoE(nn.Module):
     """A mixture of experts: each token goes through a few of many MLPs. Shazeer et al. 2017.
 
@@ -114,8 +118,10 @@ class MoE(nn.Module):
         out = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)
         # All choices (N * k,) in the order of their experts, so that each expert takes its tokens in one piece.
         order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        for expert, choices in zip(self.experts, order.split(counts), strict=True):
+        counts = chosen.flatten().bincount(minlength=len(self.experts))
+        if self.training and self.router.taken is not None:
+            self.router.taken += counts
+        for expert, choices in zip(self.experts, order.split(counts.tolist()), strict=True):
             if len(choices):
                 of = choices // chosen.size(1)
                 part = expert(tokens[of]) * weights.flatten()[choices, None]
@@ -132,11 +138,16 @@ class Router(nn.Module):
 
     A fraction of a percent of the weights decides which experts work: the router computes in float32. It is no linear
     layer, so it is neither quantised nor adapted.
+
+    Attributes:
+        taken: (n_expert,) int64, to which passes in training add how many tokens took each expert; None where nobody
+            counts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.taken: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
         self.correction = nn.Parameter(torch.zeros(config.n_expert)) if config.router_correction else None

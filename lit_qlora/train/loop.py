@@ -22,6 +22,7 @@ from lit_qlora.signals import StopRequest, describe
 from lit_qlora.train.guards import Guard, check_first_gradients
 from lit_qlora.train.optim import learning_rate
 from lit_qlora.train.parallel import sum_gradients
+from lit_qlora.train.routers import METRICS, RouterHealth
 
 Record = dict[str, Any]
 
@@ -80,6 +81,7 @@ class Learner:
         model: the model as Fabric calls it.
         trainable: its parameters that learn, by name.
         hits: () int64, labelled tokens of this process that the last step predicted right; see GPT.
+        routers: what is known of its experts' routers.
     """
 
     def __init__(self, fabric: Fabric, module: GPT, optimizer: torch.optim.Optimizer) -> None:
@@ -89,6 +91,7 @@ class Learner:
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.hits = module.hits = torch.zeros((), dtype=torch.int64, device=fabric.device)
         self.add_gradients = Gradients(fabric, self.model, self.hits)
+        self.routers = RouterHealth(module)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to this global norm; 0 leaves them. Returns the norm that they had."""
@@ -140,6 +143,7 @@ def train(
         if stop.unless_stopped(partial(learner.add_gradients, longest), None, saved=True) is None:
             return
         optimizer.zero_grad()
+        learner.routers.forget()
         if fabric.is_global_zero:
             tell(f"  memory  {peak_gib(fabric.device):.2f} GiB at the peak of the longest micro-batch")
     for done, step in enumerate(steps, start=start + 1):
@@ -150,7 +154,9 @@ def train(
         loss, hits = sum_over_ranks(fabric, torch.stack((part, learner.hits.to(part))))
         sum_gradients(fabric, (p for group in optimizer.param_groups for p in group["params"]))
         norm = learner.clip_gradients(config.max_norm)
-        loss_value, norm_value, hit_count = torch.stack((loss, norm.to(loss), hits)).tolist()
+        of_routers = learner.routers.measure(partial(sum_over_ranks, fabric))
+        metrics = torch.cat((torch.stack((loss, norm.to(loss), hits)), of_routers))
+        loss_value, norm_value, hit_count, *health = metrics.tolist()
         try:
             guard.check_loss(done, loss_value)
             may_update = guard.may_update(done, norm_value)
@@ -178,6 +184,7 @@ def train(
             "tokens_per_second": round(step.tokens / max(now - before - paused, 1e-9), 1),
             "peak_gib": round(peak_gib(fabric.device), 3),
             "seconds": round(seconds + now - begin, 3),
+            **{name: round(value, 4) for name, value in zip(METRICS, health, strict=False)},
         }
         before = now
         yield record if may_update else {**record, "skipped": True}

@@ -304,7 +304,7 @@ def test_tensors_of_adapters_end_where_learning_rates_change() -> None:
         assert sum(found[factor]) == sum(experts) + (sum(rest) if factor == 1.0 else 0)
 
 
-def sort_slowly(weights: Tensor, chosen: Tensor, experts: int) -> Choices:
+def sort_slowly(weights: Tensor, chosen: Tensor, experts: int, taken: Tensor | None) -> Choices:
     """The choices sorted by the reference, without tables of tiles, which references do not read."""
     position, token, weight, ends = sort_reference(weights, chosen, experts)
     none = ends[:0]

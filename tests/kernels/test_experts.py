@@ -111,6 +111,14 @@ def test_choices_are_sorted_by_expert_and_then_by_token(tokens: int, uneven: boo
     assert choices.ends.tolist() == [0, *ends.tolist()]
 
 
+def test_how_many_tokens_took_an_expert_is_added_up() -> None:
+    taken = torch.full((EXPERTS,), 2**40, device=DEVICE)
+    choices = choices_of(200, uneven=True)
+    for _ in range(2):
+        sort(choices.weights, choices.chosen, EXPERTS, taken=taken)
+    assert (taken - 2**40).tolist() == [2 * count for count in choices.ends.diff().tolist()]
+
+
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("what", ["tile", "chunk"])
 def test_tiles_and_chunks_cover_each_expert_and_never_two(what: str, uneven: bool) -> None:

@@ -35,6 +35,7 @@ ARRAYS: dict[str, Any] = {
     "labelled": np.int64,
     "lengths": np.int64,
     "digests": np.uint64,
+    "joined": np.bool_,
     "weighted": np.int64,
     "weights": np.float32,
 }
@@ -64,6 +65,8 @@ class Encoded:
     """(S,) tokens of each sample before anything was cut."""
     digests: npt.NDArray[np.uint64]
     """(S,) hashes of what each sample says."""
+    joined: npt.NDArray[np.bool_]
+    """(S,) which samples are of the same conversation as the sample before them."""
     facts: Facts
     cached: bool = False
     """True if it was found, not made."""
@@ -78,7 +81,7 @@ class Encoded:
             weights = arrays["trained"].astype(np.float32)
             weights[arrays["weighted"]] = arrays["weights"]
         samples = Samples(arrays["tokens"], arrays["trained"], starts, ends, arrays["labelled"], weights)
-        return Encoded(samples, arrays["lengths"], arrays["digests"], facts, cached)
+        return Encoded(samples, arrays["lengths"], arrays["digests"], arrays["joined"], facts, cached)
 
 
 def load(directory: Path, key: str) -> Encoded | None:
@@ -159,6 +162,7 @@ class Store:
         some, self.pending = self.pending, []
         lengths = [len(one.sample.tokens) for one in some]
         self._append_weights(some, self.sizes["tokens"] + np.cumsum([0, *lengths[:-1]], dtype=np.int64))
+        self._append("joined", np.array([one.joined for one in some], np.bool_))
         self._append("ends", self.sizes["tokens"] + np.cumsum(lengths, dtype=np.int64))
         self._append("tokens", np.concatenate([one.sample.tokens for one in some]))
         self._append("trained", np.concatenate([one.sample.trained for one in some]))

@@ -100,6 +100,8 @@ class EncodedSample:
     """Tokens before anything was cut."""
     digest: int
     """64 bits of a hash of all that was said."""
+    joined: bool = False
+    """It is of the same conversation as the sample before it."""
 
 
 class Encoder:
@@ -121,6 +123,7 @@ class Encoder:
         """
         complaints: list[str] = []
         advice: dict[str, None] = {}  # an ordered set
+        before: Example | None = None  # that the last sample is of
         for start in range(0, len(examples), AT_ONCE):
             some = examples[start : start + AT_ONCE]
             said: list[Conversation] = [self._with_system(self._readable(example)) for example in some]
@@ -156,7 +159,8 @@ class Encoder:
                     for piece in self._pieces(turns[0]):
                         yield EncodedSample(piece, len(piece.tokens), _hash(piece.tokens.tobytes()))
                 elif (sample := self._sample(*found)).labelled:
-                    yield EncodedSample(sample, _length(turns), _hash(_said(said[i])))
+                    yield EncodedSample(sample, _length(turns), _hash(_said(said[i])), some[i] is before)
+                    before = some[i]
                 else:
                     self.counts.masked += 1
         if complaints:

@@ -28,7 +28,7 @@ from lit_qlora.prompts.tokenizer import FILES, Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig
 
 DEFAULT_MAX_LENGTH = 2048
-VERSION = 4  # of what the cache holds; whoever changes how examples are encoded changes this
+VERSION = 5  # of what the cache holds; whoever changes how examples are encoded changes this
 SPLIT, CHOICE = -1, -2  # epochs of the order that no training has, so that these depend on the seed alone
 
 
@@ -223,7 +223,8 @@ def split(
         wanted = round(data.val_fraction * len(owners)) if data.val_fraction < 1 else int(data.val_fraction)
         held_out = min(max(1, wanted), len(owners) - 1)
     shuffled = order(len(owners), seed, SPLIT)
-    kept = sorted(shuffled[held_out:])
+    held = _held_out(shuffled, held_out, train)
+    kept = sorted(i for i in shuffled if i not in held)
     if data.max_samples is not None and data.max_samples < len(kept):
         kept = sorted(kept[i] for i in order(len(kept), seed, CHOICE)[: data.max_samples])
 
@@ -231,7 +232,28 @@ def split(
         at = np.asarray(some, np.int64)
         return [numbers[at][owners[at] == number].tolist() for number in range(len(train))]
 
-    return by_source(kept), by_source(sorted(shuffled[:held_out]))
+    return by_source(kept), by_source(sorted(held))
+
+
+def _held_out(shuffled: Sequence[int], count: int, train: Sequence[Encoded]) -> set[int]:
+    """The first samples in this order, at least so many of them, each with all others of its conversation.
+
+    Where that would be all samples, the next conversation is tried.
+    """
+    joined = np.concatenate([source.joined for source in train])
+    if not joined.any():
+        return set(shuffled[:count])
+    firsts = np.flatnonzero(~joined)
+    ends = [*firsts[1:].tolist(), len(joined)]
+    held: set[int] = set()
+    for i in shuffled:
+        if len(held) >= count:
+            break
+        at = int(np.searchsorted(firsts, i, side="right")) - 1
+        whole = range(int(firsts[at]), ends[at])
+        if i not in held and len(held) + len(whole) < len(joined):
+            held.update(whole)
+    return held
 
 
 @contextmanager

@@ -9,9 +9,12 @@ import pytest
 
 from lit_qlora.data import RunData, read_data, show, steps
 from lit_qlora.data.audit import boundary
+from lit_qlora.data.load import load
 from lit_qlora.errors import DataError, UsageError
 from lit_qlora.prompts.style import STYLES
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig
+from tests.scripts.test_generate import with_template
 
 
 def rows(count: int, first: int = 0) -> str:
@@ -195,3 +198,30 @@ def test_unlabelled_tokens_are_dimmed_or_in_brackets(read) -> None:
     assert show(sample, data.tokenizer, dim=False) == "[Q: What is 1 plus 1?\\nA:] -> 2<end>"
     assert show(sample, data.tokenizer, dim=True) == "\x1b[2mQ: What is 1 plus 1?\\nA:\x1b[0m -> 2<end>"
     assert boundary(sample, data.tokenizer).split(" || ")[1].startswith("2")
+
+
+REWRITING = (
+    "{% for m in messages %}{{ m.role[0] }}:{% if m.role == 'assistant' and loop.last %}Hm. {% endif %}{{ m.content }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+"""Writes a thought before the last answer alone."""
+
+
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_samples_of_one_conversation_are_all_trained_on_or_all_validated_on(
+    count: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    own = with_template(tiny_checkpoint, tmp_path / "own", REWRITING)
+    talks = [[{"role": role, "content": str(i)} for role in ("user", "assistant") * (1 + i % 3)] for i in range(count)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    tokenizer = Tokenizer(own)
+    for seed in range(4):
+        config = DataConfig(path=f"{tmp_path}/a.jsonl", prompt="template", val_fraction=0.3, cache_dir="none")
+        loaded = load(config, own, tokenizer, 96, seed)
+        trained, validated = (
+            [tokenizer.decode(sample.tokens.tolist()).split(":")[1][:-1] for sample in samples]
+            for samples in (loaded.train, loaded.val)
+        )
+        assert not set(trained) & set(validated)
+        assert sorted(trained + validated) == sorted(str(i) for i in range(count) for _ in range(1 + i % 3))
+        assert (count == 1) == (not validated)

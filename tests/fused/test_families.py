@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from lit_qlora.convert.families import FAMILIES
+from lit_qlora.convert.families.__main__ import limits
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import add_lora, lora_state
@@ -21,6 +23,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 PLAIN = {
+    "arcee": "ffn",
+    "apertus": "ffn",
+    "jais2": "ffn",
+    "minicpm3": "kv_latent_size",
     "glm4_moe_lite": "kv_latent_size",
     "deepseek_v2": "kv_latent_size",
     "deepseek_v3": "kv_latent_size",
@@ -61,6 +67,11 @@ def test_the_others_name_what_it_lacks(family: str) -> None:
     cases = [case for case, (name, _) in CASES.items() if name == family]
     assert cases
     assert all(why_not(model_of(case)).startswith(f"{PLAIN[family]} ") for case in cases)
+
+
+def test_the_table_of_families_names_them_too() -> None:
+    told = {name for name in FAMILIES if any(limit.startswith("plain path") for limit in limits(name))}
+    assert told - {"mistral4"} == set(PLAIN)  # which transformers has inside a wrapper alone
 
 
 QUICK = [(case, "none") for case in REPRESENTATIVE] + [

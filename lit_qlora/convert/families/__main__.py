@@ -5,6 +5,7 @@ import signal
 from lit_qlora.convert.families import FAMILIES, VERIFIED_WITH, WRAPPERS
 from lit_qlora.convert.families.read import Family
 from lit_qlora.convert.families.readers import COMMON
+from lit_qlora.convert.gguf_architectures import ARCHITECTURES
 
 FEATURES = {
     "norm": "{} norm",
@@ -46,7 +47,21 @@ FEATURES = {
 def features(family: Family) -> str:
     """Name the features that a family can use beyond Llama's."""
     own = {**{ours: reader for ours, reader in family.fields.items() if ours not in COMMON}, **family.fixed}
-    return ", ".join(words.format(str(own[ours]).replace("_", " ")) for ours, words in FEATURES.items() if ours in own)
+    named = {ours: value.replace("_", " ") if isinstance(value, str) else "" for ours, value in own.items()}
+    return ", ".join(words.format(named[ours]).strip() for ours, words in FEATURES.items() if ours in own)
+
+
+def limits(name: str) -> list[str]:
+    """List what a family cannot take part in, with the reason."""
+    family = FAMILIES[name]
+    found = [] if name in ARCHITECTURES else ["no GGUF"]
+    if "kv_latent_size" in family.fields:
+        found.append("plain path: latent attention")
+    if family.defaults.get("hidden_act") in ("relu2", "xielu"):
+        found.append(f"plain path: {family.defaults['hidden_act']}")
+    if name == "mistral4":
+        found.append("inside mistral3 alone, as in transformers")
+    return found
 
 
 if __name__ == "__main__":
@@ -54,9 +69,11 @@ if __name__ == "__main__":
     print(
         f"Each family computes what transformers {VERIFIED_WITH} computes, as tests/model/test_gpt.py holds.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
+        "[no GGUF]: no graph of llama.cpp was held against ours. [plain path]: the kernels of training lack what is named.\n"
     )
     for name, family in sorted(FAMILIES.items()):
-        print(f"{name:18}{features(family)}")
+        short = "".join(f" [{limit}]" for limit in limits(name))
+        print(f"{name:18}{features(family)}{short}")
     print("\nThe language model inside, whichever of these it is, with the encoders kept for the export:\n")
     for name, wrapper in sorted(WRAPPERS.items()):
         print(f"{name:18}{', '.join(wrapper.kept)} kept")

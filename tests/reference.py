@@ -384,6 +384,23 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-5,
         },
     ),
+    "phimoe": (
+        "phimoe",
+        {**GROUPED, "num_local_experts": 3, "router_jitter_noise": 0.3, "attention_bias": True, "lm_head_bias": True},
+    ),
+    "phimoe-longrope": (
+        "phimoe",
+        {
+            **GROUPED,
+            "num_local_experts": 2,
+            "rope_parameters": {
+                **longrope(8),
+                "short_mscale": 1.3,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 40,
+            },
+        },
+    ),
     "internlm3": ("internlm3", {**WIDE_HEADS, "rope_parameters": DYNAMIC, "max_position_embeddings": 12}),
     "iquestcoder": ("iquestcoder", WIDE_HEADS),
     "helium": ("helium", {**GROUPED, "head_dim": 16, "attention_bias": True}),

@@ -303,6 +303,7 @@ MODELS: dict[str, dict[str, float]] = {
         "microsoft/Phi-3-mini-128k-instruct": 3.8,
         "microsoft/Phi-3-medium-4k-instruct": 14,
         "microsoft/Phi-3.5-mini-instruct": 3.8,
+        "microsoft/Phi-3.5-MoE-instruct": 41.9,
         "microsoft/phi-4": 14.7,
         "microsoft/Phi-4-reasoning": 14.7,
         "microsoft/Phi-4-reasoning-plus": 14.7,

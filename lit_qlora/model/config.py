@@ -133,9 +133,11 @@ class ModelConfig:
     """The ffn_size of the expert that every token goes to; 0: there is none."""
     dense_layers: tuple[int, ...] = ()
     """Blocks with a plain MLP in a model of experts."""
-    router: Literal["softmax", "softmax_chosen", "sigmoid"] = "softmax"
+    router: Literal["softmax", "softmax_chosen", "sigmoid", "softmax_near"] = "softmax"
     """Function from a token's scores to the weights of its experts: softmax over all experts or over the chosen ones,
-    or a sigmoid for each expert."""
+    a sigmoid for each expert, or for each chosen one a softmax over those not far behind it (Phi-3.5-MoE)."""
+    router_tolerance: float = 0.0
+    """softmax_near: far is behind by more than this share of the score."""
     router_normalized: bool = False
     """Divide the weights of the chosen experts by their sum."""
     router_bias: bool = False

@@ -162,7 +162,7 @@ class Router(nn.Module):
 
     def shares(self, scores: Tensor) -> Tensor:
         """(N, n_expert) -> the same: what an expert is chosen by and weighs, before its weight is scaled."""
-        if self.config.router == "softmax_chosen":
+        if self.config.router in ("softmax_chosen", "softmax_near"):
             return scores
         return scores.sigmoid() if self.config.router == "sigmoid" else scores.softmax(dim=-1)
 
@@ -173,12 +173,24 @@ class Router(nn.Module):
 
     def weigh(self, shares: Tensor, chosen: Tensor) -> Tensor:
         """(N, n_expert) and (N, k) -> how much the chosen experts count, (N, k)."""
+        if self.config.router == "softmax_near":
+            return self.weigh_near(shares, chosen)
         weights = shares.gather(-1, chosen)
         if self.config.router == "softmax_chosen":
             return weights.softmax(dim=-1)
         if self.config.router_normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return self.config.router_scale * weights
+
+    def weigh_near(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """As weigh, for softmax_near, without the noise of its own training. Liu et al. 2024 (GRIN), sec. 2.2."""
+        weights, left = [], scores
+        for expert in chosen.split(1, dim=-1):
+            best = left.gather(-1, expert)
+            far = (best - scores) / torch.maximum(scores.abs(), best) > self.config.router_tolerance
+            weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(-1, expert))
+            left = left.scatter(-1, expert, -torch.inf)
+        return torch.cat(weights, dim=-1)
 
     def within_best_groups(self, merit: Tensor) -> Tensor:
         """(N, n_expert) -> the same, -inf outside each token's best groups. DeepSeek-AI 2024a (V2), 2024b (V3)."""

@@ -77,7 +77,14 @@ HARMLESS = {
     "enable_moe_fp32_combine",  # of the sum of two halves of a product
     # noise of the pre-training; fine-tuning has its own
     *("attention_dropout", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    *("residual_dropout", "embedding_dropout", "embed_dropout", "resid_dropout", "router_jitter_noise"),
+    *(
+        "residual_dropout",
+        "embedding_dropout",
+        "embed_dropout",
+        "resid_dropout",
+        "router_jitter_noise",
+        "input_jitter_noise",
+    ),
 }
 """Keys of transformers' configurations that do not change what a model computes."""
 SWITCHES: list[dict[str, Any]] = [

@@ -335,6 +335,12 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         80_393_183_232,
     ),
+    "Phi-3.5-MoE": (
+        llama_like(
+            *("phimoe", 32, 4096, 32, 8, 6400, 32_064), num_local_experts=16, attention_bias=True, lm_head_bias=True
+        ),
+        41_873_153_344,
+    ),
     "InternLM3-8B": (llama_like("internlm3", 48, 4096, 32, 2, 10_240, 128_512), 8_804_241_408),
     "VaultGemma-1B": (
         llama_like("vaultgemma", 26, 1152, 4, 4, 6912, 256_000, head_dim=256),
@@ -381,7 +387,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 """Name -> config.json, all parameters, and those of the encoder of images and what joins it to the language model."""
 LARGE = {"DeepSeek-V3", "gpt-oss-120b", "Qwen3-30B-A3B", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B"}
-LARGE |= {"dots.llm1", "Hunyuan-A13B"}
+LARGE |= {"Phi-3.5-MoE", "dots.llm1", "Hunyuan-A13B"}
 """Tens of thousands of experts take some seconds even without their weights."""
 SIZES = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in PUBLISHED]
 

@@ -36,6 +36,7 @@ FEATURES = {
     "kv_latent_size": "latent attention",
     "n_expert": "experts",
     "router": "{} router",
+    "router_tolerance": "router tolerance",
     "router_correction": "router correction",
     "router_groups": "router groups",
     "shared_expert_size": "shared experts",
@@ -69,7 +70,7 @@ if __name__ == "__main__":
     print(
         f"Each family computes what transformers {VERIFIED_WITH} computes, as tests/model/test_gpt.py holds.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
-        "[no GGUF]: no graph of llama.cpp was held against ours. [plain path]: the kernels of training lack what is named.\n"
+        "[no GGUF]: no graph of llama.cpp was held against it. [plain path]: kernels of training lack what is named.\n"
     )
     for name, family in sorted(FAMILIES.items()):
         short = "".join(f" [{limit}]" for limit in limits(name))

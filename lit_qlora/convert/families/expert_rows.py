@@ -75,6 +75,18 @@ def cohere_shared(theirs: Theirs) -> int:
     return int(theirs["num_shared_experts"] * theirs["intermediate_size"])
 
 
+def phimoe_attention_factor(theirs: Theirs) -> float | None:
+    """Phi-3.5-MoE: the factor of cosines and sines, one for short texts and one for long ones.
+
+    Beyond the original context its own code takes long_factor, as this model does; transformers 5.23 does not.
+    """
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    short, long = rope.get("short_mscale"), rope.get("long_mscale")
+    if short != long:
+        raise UnsupportedError(f"short_mscale {short} and long_mscale {long}")
+    return None if short is None else float(short)
+
+
 ONE_SIZE: dict[str, Reader] = {"n_expert_per_token": "num_experts_per_tok", "expert_size": "intermediate_size"}
 GRANITE_MOE: dict[str, Reader] = {**GRANITE, **ONE_SIZE, "n_expert": "num_local_experts"}
 GRANITE_MOE_DEFAULTS = {**GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -327,5 +339,29 @@ ROWS: dict[str, Family] = {
             "expert_selection_fn": "softmax",
             "norm_topk_prob": True,
         },
+    ),
+    "phimoe": row(
+        weights.MIXTRAL,
+        {
+            **ATTENTION_BIAS,
+            **WINDOW,
+            **ONE_SIZE,
+            "head_bias": "lm_head_bias",
+            "n_expert": "num_local_experts",
+            "router_tolerance": lambda theirs: 2 * theirs["router_jitter_noise"],
+            "rope_attention_factor": phimoe_attention_factor,
+        },
+        fixed={"norm": "layer", "router": "softmax_near"},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_key_value_heads": 8,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.01,
+            "lm_head_bias": False,
+        },
+        refuse={"num_experts_per_tok": 2},
     ),
 }

@@ -47,7 +47,7 @@ def read_fields(theirs: Theirs, kind: str, family: Family, name: str) -> ModelCo
     try:
         theirs, scaling = read_rope(theirs, family) if "rope_theta" in family.fields else (theirs, {})
         read = {ours: theirs.get(at) if isinstance(at, str) else at(theirs) for ours, at in family.fields.items()}
-        values = {ours: value for ours, value in read.items() if value is not None} | scaling | dict(family.fixed)
+        values = scaling | {ours: value for ours, value in read.items() if value is not None} | dict(family.fixed)
         values.setdefault("n_kv_head", values["n_head"])
         values.setdefault("head_size", values["n_embd"] // values["n_head"])
         return ModelConfig(name=name, family=kind, **values)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all test-gpu lint check clean
+.PHONY: setup demo test test-all test-gpu fuzz lint check clean
 
 # Everything is installed into .venv, in the versions of constraints.txt, which are those that are tested.
 setup: .venv/installed
@@ -27,6 +27,10 @@ test-all: setup
 # On a machine with a CUDA device.
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Thousands of broken inputs; another SEED tries others.
+fuzz: setup
+	LIT_QLORA_FUZZ_EXAMPLES=2000 LIT_QLORA_FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/fuzz -m slow
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,6 +1,10 @@
 """Errors that a user can fix. Any other exception is a bug of ours and keeps its traceback."""
 
 
+LONGEST_LINE = 2000
+"""Characters of a line of a message."""
+
+
 class UserError(Exception):
     """An error that the user can fix.
 
@@ -10,6 +14,11 @@ class UserError(Exception):
 
     status = 2
     prefix = "error: "
+
+    def __str__(self) -> str:
+        """The message; of a line with a value of thousands of letters, the beginning and the end."""
+        lines = super().__str__().split("\n")
+        return "\n".join(f"{line[:1000]} ... {line[-500:]}" if len(line) > LONGEST_LINE else line for line in lines)
 
 
 class UsageError(UserError):

@@ -149,3 +149,11 @@ def test_a_checkpoint_without_weights_or_configuration_is_answered_with_what_is_
     assert refusal(directory).startswith(f"{directory} has no {WEIGHTS}.")
     (directory / FILE_NAME).unlink()
     assert refusal(directory).startswith(f"{directory} has no {FILE_NAME}, so it is not a checkpoint.")
+
+
+def test_a_message_shows_a_long_value_by_its_beginning_and_end() -> None:
+    message = str(CheckpointError(f"config.json: {'x' * 10_000} is no number.\nMend it."))
+    assert message.startswith("config.json: xxx")
+    assert message.endswith("x is no number.\nMend it.")
+    assert len(message) < 1600
+    assert str(CheckpointError("y" * 2000)) == "y" * 2000

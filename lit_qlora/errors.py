@@ -1,6 +1,5 @@
 """Errors that a user can fix. Any other exception is a bug of ours and keeps its traceback."""
 
-
 LONGEST_LINE = 2000
 """Characters of a line of a message."""
 

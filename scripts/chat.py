@@ -360,7 +360,7 @@ def read_history(path: Path | None) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for number, line in enumerate(read_bytes(path, DataError).splitlines(), start=1):  # a text knows more ends of lines
         try:
-            message: Any = parse_json(line, str(path))
+            message: Any = parse_json(line, str(path), strict=True)
             known = message["role"] in ("user", "assistant", "system", "tool") and isinstance(message["content"], str)
             known = known and all(map(is_call, message.get("tool_calls", [])))
             if not known and message["role"] != "reset":

@@ -74,7 +74,7 @@ def parse_json(
     """read_json for a text from `location`.
 
     Args:
-        strict: refuse NaN and Infinity, which are no JSON; Python writes them.
+        strict: refuse NaN and Infinity, which are no JSON, and bytes of paths that are not UTF-8; Python writes them.
     """
     try:
         value = _checked_json(text, unique, strict)
@@ -160,7 +160,7 @@ def _checked_json(text: str | bytes, unique: bool = False, strict: bool = False)
     value = json.loads(text, parse_float=_finite, parse_constant=constant, object_pairs_hook=pairs)
     if "\\u" in text:
         # Half a character, which no file can hold; a path that is not UTF-8 has its bytes as U+DC80 to U+DCFF.
-        json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
+        json.dumps(value, ensure_ascii=False).encode(errors="strict" if strict else "surrogateescape")
     check_depth(value)
     return value
 

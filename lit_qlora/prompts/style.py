@@ -472,7 +472,7 @@ def _with_arguments(call: Any, as_text: bool) -> Any:
         arguments = json.dumps(arguments, ensure_ascii=False)
     else:
         try:
-            arguments = parse_json(str(arguments), "arguments")
+            arguments = parse_json(str(arguments), "arguments", strict=True)
         except CheckpointError:
             return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -95,6 +95,9 @@ def test_numbers_that_json_has_not_can_be_refused() -> None:
     assert parse_json('{"limit": Infinity}', "x") == {"limit": float("inf")}  # some config.json have it
     with pytest.raises(CheckpointError, match="Infinity is not JSON"):
         parse_json('{"limit": Infinity}', "x", strict=True)
+    assert parse_json('{"path": "\\udcff"}', "x") == {"path": "\udcff"}
+    with pytest.raises(CheckpointError, match="half a character"):
+        parse_json('{"path": "\\udcff"}', "x", strict=True)
 
 
 PARSERS = {"json.load", "json.loads", "json.JSONDecoder", "yaml.load", "yaml.safe_load"}

@@ -238,7 +238,15 @@ def test_a_system_text_that_is_given_wins_over_the_one_of_the_history(tiny_check
 @pytest.mark.parametrize(
     "line",
     [
-        *("", "{", "\udcff", "5", '{"role": "user"}', '{"role": "nobody", "content": "x"}'),
+        *(
+            "",
+            "{",
+            "\udcff",
+            "5",
+            '{"role": "user", "content": "\\udcff"}',
+            '{"role": "user"}',
+            '{"role": "nobody", "content": "x"}',
+        ),
         *(f'{{"role": "assistant", "content": "", "tool_calls": {calls}}}' for calls in ("5", "[5]", '[{"id": "a"}]')),
     ],
 )

@@ -61,7 +61,18 @@ def test_v01_a_body_above_the_limit_is_refused_with_413(server: Running) -> None
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'{"a": "\\ud800"}']
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"model": NaN}',
+        b"[" * 100_000,
+        b'{"a": "\\ud800"}',
+        b'{"a": "\\udcff"}',
+    ],
 )
 def test_v02_what_is_not_a_json_object_is_refused_with_400(server: Running, body: bytes) -> None:
     answer = post(server, body)

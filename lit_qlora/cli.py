@@ -101,6 +101,8 @@ def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Confi
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
     argv = _read_pipes(_complete_switches(parser, list(sys.argv[1:] if argv is None else argv)))
     parser.argv = argv
+    for flag in (word.removesuffix("=--") for word in argv if word.startswith("--") and word.endswith("=--")):
+        raise UsageError(f"{flag} must be given a value; -- is none.")  # argparse would make it an empty list
     try:
         for config in parser._config_files():
             _check_config(config, parser.sections)

@@ -242,6 +242,11 @@ def test_a_note_is_printed_before_the_work_begins(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "note: do_sample is false, so temperature has no effect.\n"
 
 
+@pytest.mark.parametrize("flag", ["--config", "--seed", "--out_dir", "--lora.targets", "--nothing"])
+def test_a_flag_without_a_value_is_refused(flag: str) -> None:
+    assert refusal(f"{flag}=--") == f"{flag} must be given a value; -- is none."
+
+
 def test_near_words_are_found_and_far_ones_are_not() -> None:
     assert did_you_mean("quere", ["query", "key"]) == " Did you mean query?"
     assert did_you_mean("zzzz", ["query", "key"]) == ""

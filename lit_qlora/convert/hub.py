@@ -236,9 +236,10 @@ def _forget_other_commit(folder: Path, commit: str, names: set[str]) -> None:
     except (OSError, CheckpointError):
         return
     if before.get("commit") != commit:
-        for name in set(before.get("files", ())) - names:
-            if PurePosixPath(name).name == name:
-                (folder / name).unlink(missing_ok=True)
+        known = before.get("files")
+        for name in (known.keys() if isinstance(known, dict) else set()) - names:
+            if PurePosixPath(name).name == name and (folder / name).is_file():
+                (folder / name).unlink()
         (folder / SOURCE).unlink()
 
 

@@ -147,11 +147,12 @@ def _new_config(config: ModelConfig) -> dict[str, Any]:
 
 def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:
     """README.md with the front matter that the hub reads."""
-    merge, source = (_read_facts(checkpoint_dir / name) for name in ("merge_report.json", SOURCE))
-    base = merge["base"]["name"] if merge else source.get("repo_id", config.name)
-    made = f"{base} with a LoRA adapter merged into it" if merge else f"The weights of {base}"
-    made += f", commit {source['commit']}" if source else ""
-    tags = "".join(f"- {tag}\n" for tag in ["lit_qlora", config.family, *(["lora"] if merge else [])])
+    merged = _read_text(checkpoint_dir / "merge_report.json", "base", "name")
+    base = merged or _read_text(checkpoint_dir / SOURCE, "repo_id") or config.name
+    commit = _read_text(checkpoint_dir / SOURCE, "commit")
+    made = f"{base} with a LoRA adapter merged into it" if merged else f"The weights of {base}"
+    made += f", commit {commit}" if commit else ""
+    tags = "".join(f"- {tag}\n" for tag in ["lit_qlora", config.family, *(["lora"] if merged else [])])
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags:\n{tags}---\n\n# {config.name}\n\n{made}. Written by lit_qlora.\n\n"
@@ -165,6 +166,22 @@ def _read_facts(path: Path) -> dict[str, Any]:
     """Read a JSON file; {} where there is none."""
     facts: dict[str, Any] = read_json(path) if path.is_file() else {}
     return facts
+
+
+def _read_text(path: Path, *keys: str) -> str:
+    """The text under `keys` in a JSON file; '' where there is no file.
+
+    Raises:
+        CheckpointError: if the file has no such text.
+    """
+    if not path.is_file():
+        return ""
+    found: Any = read_json(path)
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, str):
+        raise CheckpointError(f"{path}: {'.'.join(keys)} is not a text. Remove the file, or mend it.")
+    return found
 
 
 def _write_ending(folder: Path, ending: Ending | None) -> None:

@@ -18,6 +18,7 @@ from lit_qlora.checkpoint import safetensors_io
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.checkpoint.identity import base_facts, identity
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.convert.to_gguf import export_gguf
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.data.load import load
 from lit_qlora.data.prompt_files import read_prompts
@@ -25,7 +26,7 @@ from lit_qlora.errors import UserError
 from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter, save_adapter
 from lit_qlora.lora.layer import add_lora
-from lit_qlora.lora.merge import Merge
+from lit_qlora.lora.merge import Merge, merge_checkpoint
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.partial_answers import Part
 from lit_qlora.prompts.style import STYLES, read_style
@@ -138,8 +139,18 @@ def make_targets(root: Path) -> Mapping[str, Target]:
     shutil.copytree(base, fast)
     (fast / "tokenizer.model").unlink()
     (fast / "tokenizer.json").write_text(json.dumps(fast_tokenizer()))
+    (fast / "source.json").write_text(json.dumps({"repo_id": "a/b", "commit": "0" * 40, "files": {"x": {"bytes": 1}}}))
+    (fast / "merge_report.json").write_text(
+        json.dumps({"base": {"name": "a/b"}, "adapter": {"path": "x"}, "layers": []})
+    )
     for name, content in beside_the_tokenizer(100).items():
         (fast / name).write_text(json.dumps(content))
+    exportable = root / "exportable"
+    shutil.copytree(fast, exportable)
+    by_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    (exportable / "tokenizer.json").write_text(
+        json.dumps(fast_tokenizer() | {"pre_tokenizer": by_gpt2, "normalizer": None})
+    )
     tekken = root / "tekken"
     shutil.copytree(base, tekken)
     (tekken / "tokenizer.model").unlink()
@@ -206,6 +217,13 @@ def make_targets(root: Path) -> Mapping[str, Target]:
     def use_theirs(folder: Path) -> None:
         whole_or_absent(folder.with_name("converted"), lambda out: convert_hf_checkpoint(folder, out))
 
+    def use_exports(folder: Path) -> None:
+        whole_or_absent(folder.with_name("exported"), lambda out: export_hf(folder, out))
+        whole_or_absent(folder.with_name("exported.gguf"), lambda out: export_gguf(folder, out), "exported.Modelfile")
+
+    def merge(folder: Path) -> None:
+        whole_or_absent(folder.with_name("merged"), lambda out: merge_checkpoint(read_adapter(folder), base, out))
+
     def prepare(folder: Path) -> None:
         flags = ("--csv_path", folder / "a.csv", "--checkpoint_dir", base)
         whole_or_absent(
@@ -242,6 +260,11 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         "state": Target(root / "run", "final/state.json", use_state, as_json),
         "state_tensors": Target(root / "run", "final/train_state.safetensors", use_state, tensors),
         "log": Target(root / "run", "log.jsonl", use_log, as_lines),
+        "merged": Target(foreign, "adapter_model.safetensors", merge, tensors),
+        "exported_template": Target(exportable, "tokenizer_config.json", use_exports, as_json),
+        "exported_tokenizer": Target(exportable, "tokenizer.json", use_exports, as_json),
+        "exported_source": Target(exportable, "source.json", use_exports, as_json),
+        "exported_report": Target(exportable, "merge_report.json", use_exports, as_json),
         "hf_config": Target(theirs, "config.json", use_theirs, as_json),
         "hf_weights": Target(theirs, "model.safetensors", use_theirs, tensors),
         "pickle": Target(pickled, "pytorch_model.bin", use_theirs, as_bytes),
@@ -387,17 +410,20 @@ def write_data(folder: Path) -> None:
     part.file.close()
 
 
-def whole_or_absent(out: Path, write: Callable[[Path], object]) -> None:
-    """Write `out`, which is then whole, or absent after an error."""
+def whole_or_absent(out: Path, write: Callable[[Path], object], *beside: str) -> None:
+    """Write `out` and files `beside` it, which are then whole, or absent after an error."""
     done = False
     try:
         write(out)
         done = True
     finally:
-        left = sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
+        left = sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.stem))
         is_there = out.exists()
-        shutil.rmtree(out, ignore_errors=True)
-        assert left == [out.name] * done, f"{left} of an output that {'succeeded' if done else 'failed'}"
+        for path in (out, *(out.with_name(name) for name in beside)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        assert left == sorted([out.name, *beside]) * done, (
+            f"{left} of an output that {'succeeded' if done else 'failed'}"
+        )
         assert is_there == done
 
 

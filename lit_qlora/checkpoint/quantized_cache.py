@@ -49,7 +49,7 @@ def load(checkpoint_dir: Path, storage: Storage, device: torch.device, setting: 
     try:
         if model := read(entry, config, storage.dtype, device):
             return model
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         tell(f"{entry} is damaged and will be made again ({error}).")
     model = load_stored(checkpoint_dir, storage, device)
     with suppress(OSError, ResourceError):  # a full or read-only disk is no reason not to train

@@ -99,7 +99,7 @@ def load(directory: Path, key: str) -> Encoded | None:
             arrays[name] = _mapped(file, name, size)
         said = facts["facts"]
         return Encoded.of(arrays, Facts(**said | {"counts": Counts(**said["counts"])}), cached=True)
-    except (OSError, CheckpointError, ValueError, KeyError, TypeError):
+    except (OSError, CheckpointError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

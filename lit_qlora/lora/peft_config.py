@@ -73,7 +73,7 @@ class PeftConfig:
                 parameters=tuple(map(str, content.get("target_parameters") or ())),
                 version=str(content.get("peft_version") or ""),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{location}: not a PEFT configuration: {error}.") from None
         if unknown := [name for name in config.parameters if not is_understood(name)]:
             raise CheckpointError(f"{location} uses target_parameters = {unknown}, which is not understood here.")

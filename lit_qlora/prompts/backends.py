@@ -407,7 +407,7 @@ def read_spec(path: Path) -> dict[str, Any]:
     try:
         spec: dict[str, Any] = read_json(path)
         return spec if path.name == "tokenizer.json" else _from_tekken(spec)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a {path.name}: {type(error).__name__}: {error}.") from None
 
 

@@ -608,7 +608,7 @@ def read_style(directory: Path) -> Style | None:
         facts = read_json(path)
         name = str(facts["style"])
         knobs = PromptKnobs(**facts["knobs"]) if "knobs" in facts else None
-    except (ValueError, KeyError, TypeError, AttributeError, UsageError):
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError, OverflowError):
         raise CheckpointError(f'{path} is not of the form {{"style": "alpaca"}}.') from None
     if name == TEMPLATE and isinstance(facts.get("text"), str):
         style: Style = TemplateStyle(facts["text"])

@@ -53,7 +53,7 @@ class Tokenizer:
     def __init__(self, directory: Path | str) -> None:
         try:
             self._read(Path(directory))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             beside = ", ".join(name for name in FILES if name.endswith(".json") and (Path(directory) / name).is_file())
             raise CheckpointError(
                 f"{directory}: one of {beside} is not of the form in which transformers writes it "

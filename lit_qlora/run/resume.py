@@ -150,6 +150,8 @@ def _complete(counters: dict[str, Any], path: Path) -> dict[str, Any]:
     missing = [name for name in ("step", "base", "data", "config", "versions") if name not in counters]
     if missing or not all(isinstance(digest, str) for digest in counters["data"].values()):
         raise CheckpointError(f"{path}: its state is damaged; {(missing or ['data'])[0]} is missing or no hash.")
+    if type(counters["config"].get("seed")) is not int:
+        raise CheckpointError(f"{path}: its state is damaged; its config has no seed.")
     return counters
 
 

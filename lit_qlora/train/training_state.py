@@ -74,7 +74,7 @@ def restore(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, 
     try:
         optimizer.load_state_dict(unpack(state["optimizer"], tensors))
         fabric.strategy.precision.load_state_dict(unpack(state["precision"], tensors))
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{folder / COUNTERS} is damaged ({type(error).__name__}: {error}).") from None
 
 

@@ -77,7 +77,7 @@ def judge(status: int, body: bytes, request: bytes) -> int:
 def ask(server: Running, content: bytes) -> int:
     """Send a request; return the status of its answer."""
     request = json.loads(content)
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
     try:
         headers = {"Content-Type": "application/json", **request["headers"]}
         connection.request(request["method"], request["path"], request["body"].encode("latin-1"), headers)
@@ -146,7 +146,7 @@ async def crowd(server: Running, clients: int, count: int) -> Counter[str]:
                 if rng.random() < 0.05:
                     statuses["left"] += 1
                     continue
-                answer = await asyncio.wait_for(reader.read(), 120)
+                answer = await asyncio.wait_for(reader.read(), 600)
                 first, _, rest = answer.partition(b"\r\n\r\n")
                 if not first:
                     raise BrokenError(KIND, body, f"no answer at all; so far {dict(statuses)}")

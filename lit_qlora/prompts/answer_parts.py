@@ -21,9 +21,12 @@ CALLS = ("<tool_call>", "[TOOL_CALLS]")
 """Marks that a call begins with."""
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 HARMONY = ("<|channel|>", "<|message|>", "<|constrain|>", *HARMONY_ENDS)
-_MARKED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-_NAMED = re.compile(r"([\w.-]+)\s*((?:<arg_key>.*?</arg_key>\s*<arg_value>.*?</arg_value>\s*)*)", re.DOTALL)
-_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+# Nothing here goes back over what it has read, for an answer may be anything: *+ keeps what it took.
+_MARKED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_ARGUMENT = re.compile(
+    r"<arg_key>((?:(?!</arg_key>).)*+)</arg_key>\s*+<arg_value>((?:(?!</arg_value>).)*+)</arg_value>\s*+", re.DOTALL
+)
+_NAMED = re.compile(rf"([\w.-]++)\s*+((?:{_ARGUMENT.pattern})*+)", re.DOTALL)
 _DECODER = json.JSONDecoder()
 
 
@@ -321,7 +324,7 @@ def read_calls(text: str, tools: Mapping[str, Tool]) -> list[Call]:
     *between, last = _MARKED.split(text)
     if between:
         words = [*between[::2], last]
-        calls = [call for body in between[1::2] for call in _calls_between(body, tools)]
+        calls = [call for body in between[1::2] for call in _calls_between(body.strip(), tools)]
         found = [] if any(word.strip() for word in words) else calls
     else:
         found = [_call(value, tools) for value in _values(text.strip().removeprefix("[TOOL_CALLS]"))]
@@ -334,8 +337,10 @@ def _calls_between(body: str, tools: Mapping[str, Tool]) -> list[Call | None]:
     named = _NAMED.fullmatch(body)
     if not named:
         return [_call(value, tools) for value in _values(body)]
-    function = tools.get(named[1], {})
-    properties = (function.get("parameters") or {}).get("properties") or {}
+    properties: Any = tools.get(named[1], {})
+    for key in ("parameters", "properties"):  # a client wrote them
+        properties = properties.get(key) if isinstance(properties, Mapping) else None
+    properties = properties if isinstance(properties, Mapping) else {}
     arguments = {key.strip(): _argument(text, properties.get(key.strip())) for key, text in _ARGUMENT.findall(named[2])}
     return [_call_of(named[1], [arguments], tools)]
 

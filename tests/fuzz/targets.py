@@ -296,7 +296,8 @@ def beside_the_tokenizer(size: int) -> dict[str, Any]:
         str(size): {"content": "<x>", "special": True, "lstrip": True},
         str(size + 1): {"content": "<y>", "special": False},
     }
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    functions = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    template = functions + "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     return {
         "tokenizer_config.json": {**named, "added_tokens_decoder": decoder, "chat_template": template},
         "special_tokens_map.json": {**named, "additional_special_tokens": ["<x>"], "pad_token": "<unk>"},

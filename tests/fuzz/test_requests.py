@@ -32,6 +32,7 @@ CHAT: dict[str, Any] = {
     "n": 1,
     "stream": False,
 }
+TOOLS = CHAT | {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], "n": 2}
 COMPLETION = {
     "model": "base",
     "prompt": "Q: 1?",
@@ -45,9 +46,9 @@ HEADERS = [
     *({"Transfer-Encoding": "x"}, {"Content-Encoding": "gzip"}, {"Origin": "http://evil"}, {"Expect": "100-continue"}),
 ]
 bodies = st.one_of(
-    st.sampled_from([CHAT, COMPLETION]).map(lambda body: json.dumps(body).encode()),
-    st.sampled_from([CHAT, COMPLETION]).flatmap(changed_often).map(lambda body: json.dumps(body).encode()),
-    st.sampled_from([CHAT, COMPLETION]).map(lambda body: json.dumps(body).encode()).flatmap(spoilt),
+    st.sampled_from([CHAT, TOOLS, COMPLETION]).map(lambda body: json.dumps(body).encode()),
+    st.sampled_from([CHAT, TOOLS, COMPLETION]).flatmap(changed_often).map(lambda body: json.dumps(body).encode()),
+    st.sampled_from([CHAT, TOOLS, COMPLETION]).map(lambda body: json.dumps(body).encode()).flatmap(spoilt),
 )
 requests = st.fixed_dictionaries(
     {
@@ -171,7 +172,7 @@ async def crowd(server: Running, clients: int, count: int) -> Counter[str]:
 
 def a_body(rng: random.Random) -> bytes:
     """A good body, or one with a field or a byte changed."""
-    body = dict(rng.choice([CHAT, COMPLETION]))
+    body = dict(rng.choice([CHAT, TOOLS, COMPLETION]))
     if rng.random() < 0.4:
         key = rng.choice([*body, "logit_bias", "top_k", "min_p", "x", "response_format"])
         body[key] = rng.choice(HOSTILE)

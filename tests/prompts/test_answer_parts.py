@@ -163,3 +163,25 @@ def test_marks_that_are_control_tokens_are_in_the_text_and_others_are_not() -> N
     ids = [1, *map(ord, "ab"), 2, 1, ord("c")]
     assert MarkedText(Letters(), HARMONY.marks).decode(ids) == "<|channel|>ab<|channel|>c"
     assert MarkedText(Letters(), PLAIN.marks).decode(ids) == "abc"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "f" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 500 + "x",
+        " " * 5000,
+        "f" + "<arg_key>" * 5000,
+        "f " * 5000,
+    ],
+    ids=["arguments", "spaces", "keys", "names"],
+)
+@pytest.mark.parametrize("end", ["</tool_call>", ""])
+def test_an_answer_that_is_nearly_a_call_is_read_in_no_time(body: str, end: str) -> None:
+    assert read_calls(f"<tool_call>{body}{end}", {"f": {"name": "f"}}) == []
+
+
+@pytest.mark.parametrize("parameters", [None, 5, [1], {"properties": 5}, {"properties": {"city": 5}}])
+def test_a_tool_described_in_no_known_way_is_called_all_the_same(parameters: Any) -> None:
+    text = "<tool_call>f\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"
+    (call,) = read_calls(text, {"f": {"name": "f", "parameters": parameters}})
+    assert call["function"] == {"name": "f", "arguments": '{"city": "Oslo"}'}

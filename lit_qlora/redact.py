@@ -15,7 +15,7 @@ LEAST = 6
 _NAME = r"(?:\w*_)?(?:token|api_?key|secret|password|passwd|credentials?)"
 _FLAG = re.compile(rf"--(?:\w+\.)*{_NAME}(?:=(?P<value>.*))?", re.IGNORECASE | re.DOTALL)
 _VARIABLE = re.compile(_NAME, re.IGNORECASE)
-_LINE = re.compile(rf"^\s*[\"']?{_NAME}[\"']?\s*:\s*(?P<value>\S.*)$", re.IGNORECASE | re.MULTILINE)
+_LINE = re.compile(rf"^[ \t]*[\"']?{_NAME}[\"']?\s*:\s*(?P<value>\S.*)$", re.IGNORECASE | re.MULTILINE)
 _SHAPES = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"  # Hugging Face
     r"|\bsk-[\w-]{8,}"  # OpenAI and others

@@ -114,3 +114,8 @@ def test_not_even_a_traceback_of_a_bug_shows_a_secret() -> None:
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
     assert f"KeyError: '{HIDDEN}'" in ended.stderr
+
+
+def test_looking_for_secrets_takes_no_time_in_a_config_of_blanks(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("\n" * 2**20)
+    assert scrub("x", ["--config", str(tmp_path / "run.yaml")]) == "x"

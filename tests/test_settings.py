@@ -26,6 +26,7 @@ from lit_qlora.settings import (
     LoRAConfig,
     OptimizerConfig,
     TrainConfig,
+    is_pattern,
 )
 from tests.conftest import ROOT
 
@@ -385,3 +386,25 @@ def test_a_file_is_no_folder_of_a_cache(flag: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match=f"{flag}: .*file is a file"):
         parse(FinetuneConfig, [f"--{flag}={tmp_path / 'file'}"])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "(a+)+!", "((a*)b)*", "(a|b?){2,9}", ".*" * 6, ".?" * 6, "(.|.)" * 6, "a{1,99}" * 6]
+)
+def test_a_pattern_that_could_take_for_ever_is_none(pattern: str) -> None:
+    assert not is_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "mlp.down",
+        "blocks.[01].attn.query",
+        r"^model\.layers\.\d+\.self_attn\.[qkv]_proj$",
+        "(1|2|3|10)",
+        "[(*+)]+",
+        "a{3}",
+    ],
+)
+def test_patterns_in_use_are_patterns(pattern: str) -> None:
+    assert is_pattern(pattern)

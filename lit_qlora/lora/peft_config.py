@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.peft_experts import is_targeted, is_understood
-from lit_qlora.settings import first_match
+from lit_qlora.settings import first_match, is_pattern
 
 _UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
@@ -77,6 +77,8 @@ class PeftConfig:
             raise CheckpointError(f"{location}: not a PEFT configuration: {error}.") from None
         if unknown := [name for name in config.parameters if not is_understood(name)]:
             raise CheckpointError(f"{location} uses target_parameters = {unknown}, which is not understood here.")
+        if wrong := [key for key in (*config.ranks, *config.alphas) if not is_pattern(key)]:
+            raise CheckpointError(f"{location}: {wrong[0]!r} is not a regular expression of few repeats.")
         if min([config.r, *config.ranks.values()]) < 1 or not 0 <= config.dropout < 1:
             raise CheckpointError(f"{location}: a rank below 1, or a dropout outside [0, 1).")
         if not all(0 < alpha < math.inf for alpha in (config.alpha, *config.alphas.values())):

@@ -305,7 +305,7 @@ class TemplateStyle(Style):
     @cached_property
     def notation(self) -> Notation:
         """See Style."""
-        return Notation.of(re.sub("{#.*?#}", "", self.source, flags=re.DOTALL))
+        return Notation.of(_without_comments(self.source))
 
     def stop_ids(self, tokenizer: Vocabulary) -> frozenset[int]:
         """See Style. A call may end otherwise than words do."""
@@ -364,7 +364,7 @@ class TemplateStyle(Style):
     @cached_property
     def _code(self) -> str:
         """The statements and expressions of the template."""
-        return " ".join(re.findall(r"{[{%].*?[%}]}", re.sub("{#.*?#}", "", self.source, flags=re.DOTALL), re.DOTALL))
+        return " ".join(re.findall(r"{[{%].*?(?:[%}]}|\Z)", _without_comments(self.source), re.DOTALL))
 
     @cached_property
     def _is_marked(self) -> bool:
@@ -460,6 +460,11 @@ class TemplateStyle(Style):
         """Tell if an answer ends at once the thought that its prompt begins."""
         thought = self.notation.thought
         return thought is not None and self.notation.begins_thought(prompt) and answer.lstrip().startswith(thought[1])
+
+
+def _without_comments(template: str) -> str:
+    """The template without comments; one without an end, which jinja refuses, ends there."""
+    return re.sub(r"{#.*?(?:#}|\Z)", "", template, flags=re.DOTALL)
 
 
 def _with_arguments(call: Any, as_text: bool) -> Any:

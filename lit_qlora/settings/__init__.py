@@ -9,6 +9,7 @@ from lit_qlora.settings.data import DataConfig, Finding, Overlong, PromptKnobs
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.generation import GenerationConfig
 from lit_qlora.settings.guard import GuardConfig
+from lit_qlora.settings.limits import is_pattern
 from lit_qlora.settings.log import TRACKERS, LogConfig, Tracker
 from lit_qlora.settings.lora import TARGETS, LoRAConfig, Target, first_match
 from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
@@ -45,4 +46,5 @@ __all__ = [
     "TrainConfig",
     "check",
     "first_match",
+    "is_pattern",
 ]

@@ -37,15 +37,39 @@ def below(high: float) -> Limit:
     return Limit(f"below {high}", lambda value: value < high)
 
 
-def _compiles(pattern: str) -> bool:
+def is_pattern(pattern: str) -> bool:
+    """Tell if a text is a regular expression that looks at a path in few steps, whoever wrote it.
+
+    It has at most MOST_REPEATS repeats and as many groups, and no group that repeats has a repeat in it: `(a+)+!` tries
+    each way to cut a path into parts.
+    """
     try:
-        return bool(re.compile(pattern))
-    except re.error:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
         return False
+    repeats = groups = 0
+    repeated, closed = [False], False
+    """Whether each group that is open has a repeat in it, and whether a group has just been closed that had."""
+    for part in _PARTS.findall(pattern):
+        is_repeat = part in ("*", "+", "?") or (len(part) > 2 and part.startswith("{"))
+        if is_repeat and closed:
+            return False
+        repeats, groups = repeats + is_repeat, groups + part.startswith("(")
+        repeated[-1] |= is_repeat
+        closed = False
+        if part.startswith("("):
+            repeated.append(False)
+        elif part == ")":
+            closed = repeated.pop()
+            repeated[-1] |= closed
+    return repeats <= MOST_REPEATS and groups <= MOST_REPEATS
 
 
+MOST_REPEATS = 5
+_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?|\{\d*,\d*\}|.", re.DOTALL)
+"""Escapes, sets of letters, openings of groups and other letters of a regular expression."""
 FINITE = Limit("finite", math.isfinite)
-REGULAR_EXPRESSION = Limit("a regular expression", _compiles)
+REGULAR_EXPRESSION = Limit("a regular expression of few repeats", is_pattern)
 
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.convert.families.unpacking import read_state
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import CheckpointError
@@ -123,8 +125,10 @@ def test_host_memory_holds_about_one_tensor(action: str, tmp_path: Path) -> None
     program = f"""
 import threading, time
 from pathlib import Path
+from typing import Any
 import bitsandbytes.functional
 from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.convert.families.unpacking import read_state
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.convert.to_hugging_face import export_hf
 page = 4096
@@ -163,3 +167,21 @@ def test_a_head_beside_the_embedding_is_kept_if_its_values_are_others(case: str,
         expected = theirs(tokens).logits
         torch.testing.assert_close(load_model(tmp_path / "own")(tokens), expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(back(tokens).logits, expected)
+
+
+STATE = {"shape": [4, 8], "dtype": "bfloat16", "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": 5}, {"shape": [-1]}, {"blocksize": 0}, {"blocksize": "x"}, {"dtype": "load"}, {"nested_offset": None}],
+    ids=str,
+)
+def test_a_description_of_a_4_bit_weight_that_describes_none_is_refused(change: dict[str, Any]) -> None:
+    def packed(state: Any) -> torch.Tensor:
+        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    assert read_state(packed(STATE), "x") == STATE
+    for tensor in (packed(STATE | change), packed([STATE]), torch.zeros(3)):
+        with pytest.raises(CheckpointError, match=r"^x"):
+            read_state(tensor, "x")

@@ -1,6 +1,5 @@
 """Weights that files hold in 8 or 4 bits, as 16-bit ones: FP8 with scales, and bitsandbytes' 4-bit types."""
 
-import json
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from lit_qlora.checkpoint.shards import Weights
 from lit_qlora.errors import CheckpointError
+from lit_qlora.files.reading import parse_json
 
 SCALES = ("_scale_inv", "_scale")
 """Endings, behind the name of a weight, of what its elements are multiplied by."""
@@ -63,10 +63,31 @@ def read_unpacked(name: str, weights: Weights, spec: bool) -> Tensor:
             return unpack_fp8(read(name), read(name + ending))
     for kind in ("nf4", "fp4"):
         if name + STATE + kind in weights.specs:
-            state = json.loads(bytes(weights.read(name + STATE + kind).tolist()))
+            state = read_state(weights.read(name + STATE + kind), f"{weights.location}: {name + STATE + kind}")
             return unpack_4bit(name, read, state)
     tensor = read(name)
     return tensor.bfloat16() if tensor.dtype.is_floating_point and tensor.itemsize == 1 else tensor
+
+
+def read_state(packed: Tensor, location: str) -> dict[str, Any]:
+    """Read bitsandbytes' description of a 4-bit weight, which is JSON in a tensor of bytes.
+
+    Raises:
+        CheckpointError: if it is another tensor, or describes no weight.
+    """
+    if packed.dtype != torch.uint8:
+        raise CheckpointError(f"{location} is {packed.dtype}, not bytes of JSON.")
+    state: dict[str, Any] = parse_json(bytes(packed.flatten().tolist()), location, strict=True)
+    shape, nested = state.get("shape"), "nested_blocksize" in state
+    sizes = [state.get("blocksize"), *(shape if isinstance(shape, list) else [None])]
+    sizes += [state["nested_blocksize"]] if nested else []
+    if not all(type(size) is int and 0 < size < 2**40 for size in sizes):
+        raise CheckpointError(f"{location}: a size in it is no whole number above 0.")
+    if state.get("dtype") not in ("float16", "bfloat16", "float32"):
+        raise CheckpointError(f"{location}: its dtype is none of float16, bfloat16 and float32.")
+    if nested and not isinstance(state.get("nested_offset"), float | int):
+        raise CheckpointError(f"{location}: it has no nested_offset.")
+    return state
 
 
 def unpack_fp8(weight: Tensor, scale: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def server(targets: Mapping[str, Target]) -> Iterator[Running]:
 def judge(status: int, body: bytes, request: bytes) -> int:
     """Return the status of an answer that is whole, or that says in words what is wrong."""
     is_whole = status == 200 and (b"data:" not in body or b"data: [DONE]" in body)
-    if is_whole or status in (204, 307) or (400 <= status < 500 or status == 503):
+    if is_whole or status in (204, 307) or 400 <= status < 500 or (status in (503, 504) and b"message" in body):
         return status
     raise BrokenError(KIND, request, f"status {status}: {body[:200]!r}")
 

@@ -206,7 +206,14 @@ def test_a_setting_of_another_schedule_is_refused(settings: dict) -> None:
             "data.length_quantile saves padding, and packed rows have hardly any",
         ),
         ({"group_by_length": True, "shuffle": False}, "needs data.shuffle"),
-        ({"text_prompt_start": "Q"}, "need --data.prompt knobs"),
+        (
+            {"text_prompt_start": "Q"},
+            r"^data.text_prompt_start belongs to prompt style knobs, and data.prompt is auto\. Add",
+        ),
+        (
+            {"text_system_start": "S", "add_eos_token_to_prompt": False, "prompt": "qa"},
+            "^data.text_system_start and data.add_eos_token_to_prompt belong to prompt style knobs, and .* is qa. Add",
+        ),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused(settings: dict, message: str) -> None:
@@ -379,6 +386,24 @@ def test_every_setting_has_a_flag_of_its_name(seed: int) -> None:
         return found
 
     assert parse(FinetuneConfig, flags(config)) == config
+
+
+@pytest.mark.parametrize("value", ["[1,2]", "[a.jsonl, 3]", "{a: 1}"])
+def test_a_list_of_data_with_something_that_is_no_name_is_refused(value: str) -> None:
+    with pytest.raises(UsageError, match=rf"^data\.path {re.escape(value)} is no list of names.* in quotation marks"):
+        parse(FinetuneConfig, [f"--data.path={value}"])
+    assert parse(FinetuneConfig, ['--data.path=["1","b,c.csv"]']).data.path == ("1", "b,c.csv")
+    for nothing in ("", "[]", "['']"):
+        with pytest.raises(UsageError, match=r"^data\.path names no file\.$"):
+            parse(FinetuneConfig, [f"--data.path={nothing}"])
+
+
+@pytest.mark.parametrize(
+    "flag", ["train.batch_size", "train.micro_batch_size", "lora.r", "data.max_length", "num_nodes"]
+)
+def test_a_number_beyond_64_bits_is_refused(flag: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{flag} has more digits than an integer of 64 bits: 9+\.$"):
+        parse(FinetuneConfig, [f"--{flag}={'9' * 20}"])
 
 
 @pytest.mark.parametrize("flag", ["quantize_cache", "data.cache_dir"])

@@ -110,6 +110,8 @@ def find_file(path: Path) -> Source:
     """
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        if path.is_dir():
+            raise DataError(f"{path} is a folder. Name a file.")
         raise DataError(f"{path} does not exist.{did_you_mean(path.name, beside)}")
     return Source(_readable(str(path)))
 

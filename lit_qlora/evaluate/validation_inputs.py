@@ -102,9 +102,12 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
         )
     prompts = []
     if config.eval.prompts:
-        for _, asked, _ in read_prompts(config.eval.prompts, config.data.system):
-            ids = data.style.encode_prompt(data.tokenizer, asked)
-            prompts.append(Question(ids, "\n".join(text for text in (asked.question, asked.input) if text)))
+        try:
+            for _, asked, _ in read_prompts(config.eval.prompts, config.data.system):
+                ids = data.style.encode_prompt(data.tokenizer, asked)
+                prompts.append(Question(ids, "\n".join(text for text in (asked.question, asked.input) if text)))
+        except DataError as error:
+            raise DataError(f"eval.prompts: {error}") from None
     text = read_text(config.eval.kl_text, data) if config.eval.kl_text else []
     return Probes(questions, prompts, text, make_judge(config.eval))
 

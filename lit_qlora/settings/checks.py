@@ -62,6 +62,8 @@ def fit(value: Any, hint: Any, name: str) -> Any:
     kind, parts = _taken_apart(hint)
     if not _accepts(hint, value):
         _refuse(value, hint, name)
+    if kind is int:
+        check(abs(value) < 2**63, f"{name} has more digits than an integer of 64 bits: {value}.")
     if kind is Annotated:
         return _within(fit(value, parts[0], name), parts[1:], name)
     if kind is Union:

@@ -134,7 +134,13 @@ class DataConfig(PromptKnobs):
     def __post_init__(self) -> None:
         """Check that no setting would be without effect."""
         super().__post_init__()
-        check(bool(self.path), "data.path names no file.")
+        check(bool(self.path) and all(path.strip() for path in self.path), "data.path names no file.")
+        for path in self.path:
+            check(
+                path[:1] + path[-1:] not in ("[]", "{}"),
+                f"data.path {path} is no list of names, such as [a.jsonl,b.csv]. A name that is a number, or holds a "
+                'comma or a colon, stands in quotation marks: ["1","b,c.csv"].',
+            )
         check_cache_folder("data.cache_dir", self.cache_dir)
         if self.validation_size is not None:
             standard = DataConfig.val_fraction
@@ -185,7 +191,9 @@ class DataConfig(PromptKnobs):
             "data.length_quantile saves padding, and packed rows have hardly any. Leave it or data.packing out.",
         )
         check(self.shuffle or not self.group_by_length, "data.group_by_length needs data.shuffle.")
+        texts = [setting.name for setting in fields(PromptKnobs) if getattr(self, setting.name) != setting.default]
         check(
-            self.prompt == "knobs" or self.knobs == PromptKnobs(),
-            "data.text_... and data.add_eos_... need --data.prompt knobs.",
+            self.prompt == "knobs" or not texts,
+            f"data.{' and data.'.join(texts)} belong{'' if texts[1:] else 's'} to prompt style knobs, and data.prompt "
+            f"is {self.prompt}. Add --data.prompt knobs.",
         )

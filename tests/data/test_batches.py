@@ -353,3 +353,12 @@ def test_samples_keep_their_weights_whatever_they_are_joined_with() -> None:
 
 def test_validation_counts_every_labelled_token_alike() -> None:
     assert [batch.weights for batch in validation_batches(Samples.of(LIGHT), 2)] == [None, None]
+
+
+@pytest.mark.parametrize("size", [2**40, 2**63 - 1])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_batch_larger_than_the_data_is_all_of_it(size: int, grouped: bool) -> None:
+    some, plan = samples(7), batching(size, size, group_by_length=grouped)
+    every = list(steps(some, plan, count_steps(7, plan, 3.0)))
+    assert [(step.samples, len(step.batches)) for step in every] == [(7, 1)] * 3
+    assert len(longest_step(some, plan).batches[0].tokens) == 7

@@ -106,3 +106,14 @@ def test_the_text_that_comes_with_the_package_is_read(config: FinetuneConfig, da
     probes = read_probes(replace(config, eval=EvalConfig(kl_text=Path("default"))), data)
     assert data.tokenizer.decode(probes.text).startswith("A bicycle is steered by its front wheel")
     assert len(probes.text) == PROBE_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("absent.txt", "eval.prompts: .*absent.txt does not exist"), (".", "eval.prompts: .* is a folder. Name a file")],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_named_with_its_setting(
+    config: FinetuneConfig, data: RunData, tmp_path: Path, path: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_probes(replace(config, eval=EvalConfig(prompts=tmp_path / path)), data)

@@ -111,6 +111,7 @@ class Encoder:
         self.tokenizer, self.style, self.encoding = tokenizer, style, encoding
         self.counts, self.unread = Counts(), Unread()
         self.stops = style.stop_ids(tokenizer) | {tokenizer.eos_id}
+        self.limited = encoding.max_length_prompt is not None or encoding.max_length_answer is not None
         names = "|".join(re.escape(name) for name in tokenizer.control_tokens if name)
         self.names = re.compile(names or "(?!)")
 
@@ -142,7 +143,8 @@ class Encoder:
             for one in said if not complaints else ():
                 self._count(one)
             some, said, encoded = self._each_as_asked(some, said, encoded)
-            long = {i for i, turns in enumerate(encoded) if self._too_long(said[i], turns)}
+            lengths = [_length(turns) for turns in encoded]
+            long = {i for i, turns in enumerate(encoded) if self._too_long(said[i], turns, lengths[i])}
             fitted: dict[int, Fitted | None] = {}
             if self.encoding.overlong == "error":
                 complaints += [f"{some[i].location}: {_length(encoded[i]):,} tokens do not fit" for i in sorted(long)]
@@ -155,11 +157,11 @@ class Encoder:
                 found = fitted.get(i) if i in long else (said[i], turns)
                 if found is None:
                     self.counts.dropped += 1
-                elif self._is_raw(said[i]) and _length(turns) > self.encoding.max_length:
+                elif lengths[i] > self.encoding.max_length and self._is_raw(said[i]):
                     for piece in self._pieces(turns[0]):
                         yield EncodedSample(piece, len(piece.tokens), _hash(piece.tokens.tobytes()))
                 elif (sample := self._sample(*found)).labelled:
-                    yield EncodedSample(sample, _length(turns), _hash(_said(said[i])), some[i] is before)
+                    yield EncodedSample(sample, lengths[i], _hash(_said(said[i])), some[i] is before)
                     before = some[i]
                 else:
                     self.counts.masked += 1
@@ -225,7 +227,9 @@ class Encoder:
 
     def _sample(self, said: Conversation, turns: list[EncodedTurn]) -> Sample:
         tokens: list[int] = []
-        trained = np.full(_length(turns), not self.encoding.mask_prompt)
+        trained = np.zeros(_length(turns), np.bool_)  # in half the time of np.full
+        if not self.encoding.mask_prompt:
+            trained[:] = True
         light: list[tuple[slice, float]] = []  # what weighs less than 1
         hides = False  # whether the next prompt holds an answer that is not labelled
         for i, (message, turn) in enumerate(zip(said.answers, turns, strict=True)):
@@ -299,10 +303,11 @@ class Encoder:
                 turns = yield said
         return parts[::-1] or [whole]
 
-    def _too_long(self, said: Conversation, turns: list[EncodedTurn]) -> bool:
+    def _too_long(self, said: Conversation, turns: list[EncodedTurn], length: int) -> bool:
         """Tell if something has to go; a raw text is taken to pieces instead."""
-        longer = _length(turns) > self.encoding.max_length
-        return not self._is_raw(said) if longer else any(map(self._exceeds, turns))
+        if length > self.encoding.max_length:
+            return not self._is_raw(said)
+        return self.limited and any(map(self._exceeds, turns))
 
     def _exceeds(self, turn: EncodedTurn) -> bool:
         prompt, answer = self._limits()
@@ -413,7 +418,10 @@ def _moved(turn: EncodedTurn) -> bool:
 
 
 def _length(turns: Sequence[EncodedTurn]) -> int:
-    return sum(len(turn.prompt) + len(turn.answer) for turn in turns)
+    length = 0
+    for prompt, answer, _ in turns:  # in half the time of a sum
+        length += len(prompt) + len(answer)
+    return length
 
 
 def _weights(trained: npt.NDArray[np.bool_], light: Sequence[tuple[slice, float]]) -> npt.NDArray[np.float32]:

@@ -167,17 +167,21 @@ def _checked_json(text: str | bytes, unique: bool = False, strict: bool = False)
 
 def check_depth(value: Any) -> None:
     """Raise RecursionError for a value of JSON that is nested more than MOST_DEPTH deep."""
-    level = [value]
-    for _ in range(MOST_DEPTH + 1):
+    level = [value] if isinstance(value, _CONTAINERS) else []
+    for _ in range(MOST_DEPTH):
         level = [
             child
             for parent in level
-            if isinstance(parent, dict | list)
             for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, _CONTAINERS)
         ]
         if not level:
             return
-    raise RecursionError
+    if any(level):
+        raise RecursionError
+
+
+_CONTAINERS = (dict, list)  # a union would be made anew for each value
 
 
 def _finite(digits: str) -> float:

@@ -113,7 +113,8 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
 
 
 def _with_masks(config: FinetuneConfig) -> FinetuneConfig:
-    return replace(config, data=replace(config.data, mask_prompt=True))
+    # Without masks a conversation is one sample as the chat template writes it, and so it is here.
+    return replace(config, data=replace(config.data, mask_prompt=True, split_rewritten=False))
 
 
 def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:

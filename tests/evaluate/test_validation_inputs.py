@@ -11,6 +11,8 @@ from lit_qlora.errors import DataError, UsageError
 from lit_qlora.evaluate.validation_inputs import PROBE_TOKENS, question, read_probes
 from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig
+from tests.data.test_load import REWRITING
+from tests.scripts.test_generate import with_template
 
 
 @pytest.fixture
@@ -117,3 +119,15 @@ def test_a_file_of_prompts_that_cannot_be_read_is_named_with_its_setting(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read_probes(replace(config, eval=EvalConfig(prompts=tmp_path / path)), data)
+
+
+def test_questions_of_data_without_masks_are_those_of_its_own_samples(
+    config: FinetuneConfig, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    own = with_template(tiny_checkpoint, tmp_path / "own", REWRITING)
+    talk = [{"role": role, "content": str(i)} for i in range(2) for role in ("user", "assistant")]
+    (tmp_path / "talks.jsonl").write_text(f"{json.dumps({'messages': talk})}\n" * 8)
+    whole = replace(config.data, path=str(tmp_path / "talks.jsonl"), prompt="template", mask_prompt=False)
+    config = replace(config, checkpoint_dir=own, data=whole, eval=EvalConfig(generate=8))
+    found = read_probes(config, read_data(config)).questions
+    assert {one.wanted for one in found} == {"Hm. 1"}  # by itself the first answer would be a sample, too

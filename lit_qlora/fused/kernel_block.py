@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "geglu_tanh": Activation("gelu_tanh", gated=True),
     "gelu": Activation("gelu", gated=False),
     "gelu_tanh": Activation("gelu_tanh", gated=False),
+    "relu2": Activation("relu2", gated=False),
 }
 """The kernels' name for each kind of ModelConfig.ffn that they compute."""
 

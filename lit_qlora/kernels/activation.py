@@ -10,7 +10,7 @@ class Activation:
     """An activation, h = function(gate) * up or h = function(up).
 
     Attributes:
-        function: silu, gelu or gelu_tanh.
+        function: silu, gelu, gelu_tanh or relu2 (So et al. 2021, "Primer").
         gated: True with a second branch that it is multiplied by. Shazeer 2020, "GLU variants improve transformer".
     """
 
@@ -36,6 +36,10 @@ if triton is not None:
             share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
             value = x * share
             slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        elif FUNCTION == "relu2":
+            positive = tl.maximum(x, 0.0)
+            value = positive * positive
+            slope = 2 * positive
         else:  # 0.5 (1 + tanh(u)) is sigmoid(2 u); u of Hendrycks & Gimpel 2016
             share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
             value = x * share

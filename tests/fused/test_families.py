@@ -23,9 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 PLAIN = {
-    "arcee": "ffn",
     "apertus": "ffn",
-    "jais2": "ffn",
     "minicpm3": "kv_latent_size",
     "glm4_moe_lite": "kv_latent_size",
     "deepseek_v2": "kv_latent_size",
@@ -47,6 +45,7 @@ REPRESENTATIVE = [
         "phi-qk-norm",
         "stablelm",
         "cohere",
+        "arcee",
     ),
     *(
         "mixtral",

@@ -58,8 +58,8 @@ def limits(name: str) -> list[str]:
     found = [] if name in ARCHITECTURES else ["no GGUF"]
     if "kv_latent_size" in family.fields:
         found.append("plain path: latent attention")
-    if family.defaults.get("hidden_act") in ("relu2", "xielu"):
-        found.append(f"plain path: {family.defaults['hidden_act']}")
+    if family.defaults.get("hidden_act") == "xielu":
+        found.append("plain path: xielu")
     if name == "mistral4":
         found.append("inside mistral3 alone, as in transformers")
     return found

@@ -29,8 +29,8 @@ from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
 from lit_qlora.fused.stacked import StackedExperts
 from lit_qlora.kernels.dropout import NONE, Dropout
-from lit_qlora.kernels.experts import Choices, choose, choose_backward, combine, of_tokens, sort
-from lit_qlora.kernels.experts_lora import MOST_RANK, add_gradient, project
+from lit_qlora.kernels.experts import Choices, choose, choose_backward, combine, counts_of, of_tokens, sort
+from lit_qlora.kernels.experts_lora import MOST_RANK, Folds, add_gradient, project
 from lit_qlora.kernels.experts_mlp import mlp_backward
 from lit_qlora.kernels.experts_products import LowRank, gate_up, product
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
@@ -174,14 +174,16 @@ class Routing:
 
     def choices(self, x: Tensor, counts: bool) -> Choices:
         """The choices of tokens x (T, E), which the router counts if it is to."""
-        scores = self.scores(x)
+        scores, found = self.scores(x), None
         if self.has_kernel:
-            weights, chosen = choose(scores, self.k, self.scale)
+            found = counts_of(len(x), self.experts, x.device)
+            weights, chosen = choose(scores, self.k, self.scale, found)
         else:
             shares = self.router.shares(scores)
             best = self.router.choose(shares)
             weights, chosen = self.router.weigh(shares, best), best.int()
-        return sort(weights.contiguous(), chosen, self.experts, taken=self.router.taken if counts else None)
+        taken = self.router.taken if counts else None
+        return sort(weights.contiguous(), chosen, self.experts, taken=taken, counts=found)
 
     def backward(self, x: Tensor, choices: Choices, d_weights: Tensor) -> Tensor:
         """The gradient of x (T, E) through the scores, from that of the weights of the choices (T, k)."""
@@ -248,19 +250,21 @@ class Experts:
             ahead: see Mlp.backward.
         """
         run, choices, matrix = back.forward, saved.choices, None
-        dh, dz_down = self._down_backward(d_y, saved, run)
+        folds = Folds(choices)
+        dh, dz_down = self._down_backward(d_y, saved, run, folds)
         if saved.branches is None:
             saved.z, saved.branches, _, matrix = self._gate_up(x, choices, run, h=False)
         branches, saved.branches = saved.branches, None
-        d_weights = of_tokens(self._activation_backward(branches, dh, dz_down, saved, run), choices)
+        d_weights = of_tokens(self._activation_backward(branches, dh, dz_down, saved, run, folds), choices)
         del dh
         if self.down.bias is not None:
             all_experts = in_float32(d_y, self.down.bias.T)
             d_weights += all_experts.gather(1, choices.chosen.long())
         for tensor in ahead:
             run.offload.fetch(tensor)
-        dx = self._gate_up_backward(x, branches, choices, run, matrix)
+        dx = self._gate_up_backward(x, branches, choices, run, matrix, folds)
         del branches
+        folds.flush()
         return combine(dx, choices, self.routing.backward(x, choices, d_weights))
 
     def _gate_up(
@@ -286,20 +290,20 @@ class Experts:
     def _down_low_rank(self, z: Tensor | None) -> LowRank | None:
         return None if z is None else LowRank(z, self.down.b_of_experts.mT)
 
-    def _down_backward(self, d_y: Tensor, saved: SavedExperts, run: Pass) -> tuple[Tensor, Tensor | None]:
+    def _down_backward(self, d_y: Tensor, saved: SavedExperts, run: Pass, folds: Folds) -> tuple[Tensor, Tensor | None]:
         """DH of each choice without its weight, and dZ of down; the gradient of down's B."""
         down, choices = self.down, saved.choices
         dz, low_rank = None, None
         if saved.z_down is not None:
             dz = project(d_y, down.b_of_experts.mT[:, None], choices, gathered=True)
-            add_gradient(d_y, saved.z_down, down.gradients[1], choices, gathered=True)
+            add_gradient(d_y, saved.z_down, down.gradients[1], choices, gathered=True, folds=folds)
             low_rank = LowRank(dz, down.a_of_experts, self._dropout(down, run))
         dh = product(d_y, down.matrix(run.workspaces[0]), choices, low_rank, gathered=True, transposed=True)
         down.read(-1)
         return dh, dz
 
     def _activation_backward(
-        self, branches: Tensor, dh: Tensor, dz_down: Tensor | None, saved: SavedExperts, run: Pass
+        self, branches: Tensor, dh: Tensor, dz_down: Tensor | None, saved: SavedExperts, run: Pass, folds: Folds
     ) -> Tensor:
         """Turn gate and up into their gradients; those of down's A and of their own B; parts of that of the weights."""
         group, down, choices, dropout = self.gate_up, self.down, saved.choices, self._dropout(self.down, run)
@@ -307,21 +311,21 @@ class Experts:
         own = None if saved.z is None else (saved.z, group.gradients[1], (gate, up))
         of_down = None if dz_down is None else (dz_down, down.gradients[0], down.scale)
         if max(group.stack.r, down.stack.r) <= MOST_RANK:
-            return mlp_backward(branches, dh, choices, self.function, of_down, own, dropout)
+            return mlp_backward(branches, dh, choices, self.function, of_down, own, dropout, folds=folds)
         # More columns than one program can hold: h is written, over dh, and the sums are thin products.
         parts = mlp_backward(branches, dh, choices, self.function, dropout=dropout, h=dh)
         if dz_down is not None:
-            add_gradient(dh, dz_down, down.gradients[0].mT, choices, down.scale)
+            add_gradient(dh, dz_down, down.gradients[0].mT, choices, down.scale, folds=folds)
         if saved.z is not None:
             r, width = group.stack.r, dh.size(1)
             for half, slot in zip(branches.split(width, dim=1), group.slots, strict=True):
                 if slot >= 0:
                     gradient = group.gradients[1][:, slot * width : slot * width + width]
-                    add_gradient(half, saved.z[:, slot * r : slot * r + r], gradient, choices)
+                    add_gradient(half, saved.z[:, slot * r : slot * r + r], gradient, choices, folds=folds)
         return parts
 
     def _gate_up_backward(
-        self, x: Tensor, d_branches: Tensor, choices: Choices, run: Pass, matrix: Tensor | None
+        self, x: Tensor, d_branches: Tensor, choices: Choices, run: Pass, matrix: Tensor | None, folds: Folds
     ) -> Tensor:
         """DX of each choice, (C, E); the gradient of A of gate and up."""
         group, low_rank = self.gate_up, None
@@ -330,7 +334,8 @@ class Experts:
             adapted = d_branches if min(group.slots) >= 0 else d_branches.split(width, dim=1)[group.slots.index(0)]
             b = group.b_of_experts.unflatten(1, (-1, width)).mT
             dz = project(adapted, b, choices)
-            add_gradient(x, dz, group.gradients[0].mT, choices, group.scale, gathered=True, dropout=dropout)
+            gradient = group.gradients[0].mT
+            add_gradient(x, dz, gradient, choices, group.scale, gathered=True, dropout=dropout, folds=folds)
             low_rank = LowRank(dz, group.a_of_experts, dropout)
         matrix = group.matrix(run.workspaces[0]) if matrix is None else matrix
         dx = product(d_branches, matrix, choices, low_rank, transposed=True)

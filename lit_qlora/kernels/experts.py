@@ -70,19 +70,25 @@ def choose_reference(scores: Tensor, k: int, scale: float) -> tuple[Tensor, Tens
     return scale * best.softmax(dim=-1), chosen.int()
 
 
-def choose(scores: Tensor, k: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def counts_of(tokens: int, experts: int, device: torch.device) -> Tensor:
+    """Room for the number of choices of each expert among each TOKENS tokens, int32."""
+    return torch.empty(cdiv(tokens, TOKENS), experts, dtype=torch.int32, device=device)
+
+
+def choose(scores: Tensor, k: int, scale: float = 1.0, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k experts with the best scores, and the softmax of theirs times `scale`: weights and experts, both (T, k).
 
     The softmax over all experts, divided by the sum over the chosen ones, is the same function.
 
     Args:
         scores: (T, n_expert) float32, contiguous.
+        counts: from counts_of, filled for `sort`.
     """
     tokens, experts = scores.shape
     weights = torch.empty(tokens, k, dtype=torch.float32, device=scores.device)
     chosen = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
     _choose[(cdiv(tokens, TOKENS),)](
-        scores, weights, chosen, tokens, scale,
+        scores, weights, chosen, chosen if counts is None else counts, tokens, scale, COUNTS=counts is not None,
         E=experts, EP=power_of_2(experts), K=k, KP=power_of_2(k, 2), BT=TOKENS, num_warps=4,
     )  # fmt: skip
     return weights, chosen
@@ -116,7 +122,13 @@ def sort_reference(weights: Tensor, chosen: Tensor, experts: int) -> tuple[Tenso
 
 
 def sort(
-    weights: Tensor, chosen: Tensor, experts: int, tile: int = TILE, chunk: int = CHUNK, taken: Tensor | None = None
+    weights: Tensor,
+    chosen: Tensor,
+    experts: int,
+    tile: int = TILE,
+    chunk: int = CHUNK,
+    taken: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Choices:
     """Sort choices by expert, stably, by counting.
 
@@ -125,6 +137,7 @@ def sort(
         experts: how many there are to choose from.
         tile, chunk: see Choices; a chunk becomes longer where experts have many rows on average.
         taken: (n_expert,) int64, to which the number of choices of each expert is added.
+        counts: from counts_of, if `choose` has filled it.
     """
     (tokens, k), device = chosen.shape, chosen.device
     rows, groups = tokens * k, cdiv(tokens, TOKENS)
@@ -140,8 +153,10 @@ def sort(
         ints(experts + 1), ints(2 * most_tiles + 1), ints(2 * most_chunks + 1 + experts),
         tile, chunk, most_tiles, most_chunks,
     )  # fmt: skip
-    counts, sizes = ints(groups, experts), {"E": experts, "EP": power_of_2(experts)}
-    _count[(groups,)](chosen, counts, tokens, **sizes, K=k, BT=TOKENS, num_warps=4)
+    sizes = {"E": experts, "EP": power_of_2(experts)}
+    if counts is None:
+        counts = counts_of(tokens, experts, device)
+        _count[(groups,)](chosen, counts, tokens, **sizes, K=k, BT=TOKENS, num_warps=4)
     _offsets[(1,)](
         counts, choices.ends, choices.tiles, most_tiles, choices.chunks, most_chunks, chunk, groups,
         choices.ends if taken is None else taken, TAKEN=taken is not None,
@@ -189,7 +204,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _choose(
-        S, WEIGHTS, CHOSEN, T, scale,
+        S, WEIGHTS, CHOSEN, COUNT_TO, T, scale, COUNTS: tl.constexpr,
         E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -200,11 +215,16 @@ if triton is not None:
         scores = tl.where(in_e, scores, float("-inf"))
         best = tl.full((BT, KP), float("-inf"), tl.float32)
         chosen = tl.zeros((BT, KP), tl.int32)
+        found = tl.zeros((BT, EP), tl.int32)
         for i in tl.static_range(K):
             top, which = tl.max(scores, axis=1), tl.argmax(scores, axis=1)
             best = tl.where((j == i)[None, :], top[:, None], best)
             chosen = tl.where((j == i)[None, :], which[:, None], chosen)
-            scores = tl.where(e[None, :] == which[:, None], float("-inf"), scores)
+            own = e[None, :] == which[:, None]
+            scores = tl.where(own, float("-inf"), scores)
+            found += (own & in_t[:, None]).to(tl.int32)
+        if COUNTS:
+            tl.store(COUNT_TO + tl.program_id(0) * E + e, tl.sum(found, axis=0), e < E)
         share = tl.exp(best - tl.max(best, axis=1)[:, None])
         share = scale * share / tl.sum(share, axis=1)[:, None]
         inside = in_t[:, None] & (j < K)[None, :]

@@ -82,6 +82,7 @@ def add_gradient(
     scale: float = 1.0,
     gathered: bool = False,
     dropout: Dropout = NONE,
+    folds: "Folds | None" = None,
 ) -> None:
     """Add scale * dropout(X)^T Q, the sum over the rows of each expert, to its gradient.
 
@@ -89,6 +90,7 @@ def add_gradient(
         x: (C, N), or (T, N) if `gathered`; q: (C, R); rows of both contiguous.
         gradient: (n_expert, N, R) float32; its experts are dense pieces of memory of one size, in order or with gaps.
         dropout: of elements of (C, N).
+        folds: adds up the sums of chunks later; None for at once.
     """
     _, n, rank = gradient.shape
     block, bn = min(power_of_2(rank), MOST_RANK), BLOCKS_GRADIENT[1]
@@ -102,7 +104,29 @@ def add_gradient(
         GATHERED=gathered, DROP=dropout.p > 0, R=rank, RB=block, BT=BLOCKS_GRADIENT[0], BN=bn,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    fold([(parts, gradient)], choices)
+    if folds is None:
+        fold([(parts, gradient)], choices)
+    else:
+        folds.add(parts, gradient)
+
+
+class Folds:
+    """Sums of chunks that are still to be added to gradients; two share a launch."""
+
+    def __init__(self, choices: Choices) -> None:
+        self.choices = choices
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, parts: Tensor, gradient: Tensor) -> None:
+        """Add what chunks have left, see `fold`, now or with the next one."""
+        self.waiting.append((parts, gradient))
+        if len(self.waiting) == 2:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what is waiting."""
+        fold(self.waiting, self.choices)
+        self.waiting = []
 
 
 def fold(sums: list[tuple[Tensor, Tensor]], choices: Choices) -> None:

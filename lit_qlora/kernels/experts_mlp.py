@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.experts import Choices
-from lit_qlora.kernels.experts_lora import fold
+from lit_qlora.kernels.experts_lora import Folds
 from lit_qlora.kernels.experts_products import activate_reference
 from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tl, triton
 
@@ -65,6 +65,7 @@ def mlp_backward(
     gate_up: tuple[Tensor, Tensor, tuple[int, int]] | None = None,
     dropout: Dropout = NONE,
     h: Tensor | None = None,
+    folds: Folds | None = None,
 ) -> Tensor:
     """Turn gate and up into their gradients, in place; add to those of the adapters.
 
@@ -75,6 +76,7 @@ def mlp_backward(
             (n_expert, slots F, r); the slots of gate and up, -1 without an adapter.
         dropout: of the input of down's adapter, elements of (C, F).
         h: where h, with elements dropped, is written for sums that are done elsewhere; None if nobody wants it.
+        folds: adds up the sums of chunks later; None for at once.
 
     Returns:
         Parts (S, C) of the gradient of the weights of the choices; float32.
@@ -104,7 +106,11 @@ def mlp_backward(
         R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), GATE=slots[0], UP=slots[1], FUNCTION=function,
         DROP=dropout.p > 0, WANTS_H=h is not None, BT=bt, BN=bn, STAGES=in_flight, num_warps=4,
     )  # fmt: skip
-    fold(sums, choices)
+    later = folds or Folds(choices)
+    for parts, gradient in sums:
+        later.add(parts, gradient)
+    if folds is None:
+        later.flush()
     return d_weight
 
 

@@ -1,6 +1,6 @@
 """Blocks with experts learn on the fast path what they learn on the plain one: every router, adapter and storage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -304,20 +304,25 @@ def test_tensors_of_adapters_end_where_learning_rates_change() -> None:
         assert sum(found[factor]) == sum(experts) + (sum(rest) if factor == 1.0 else 0)
 
 
-def sort_slowly(weights: Tensor, chosen: Tensor, experts: int, taken: Tensor | None) -> Choices:
+def sort_slowly(weights: Tensor, chosen: Tensor, experts: int, taken: Tensor | None, counts: Tensor | None) -> Choices:
     """The choices sorted by the reference, without tables of tiles, which references do not read."""
     position, token, weight, ends = sort_reference(weights, chosen, experts)
     none = ends[:0]
     return Choices(chosen, weights, position, token, weight, F.pad(ends, (1, 0)), none, none, 1, 1, 0, 0)
 
 
+def at_once(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference of a kernel whose sums can be added up later."""
+    return lambda *given, folds, **named: reference(*given, **named)
+
+
 REFERENCES = {
-    "add_gradient": gradient_reference,
-    "choose": choose_reference,
+    "add_gradient": at_once(gradient_reference),
+    "choose": lambda scores, k, scale, counts: choose_reference(scores, k, scale),
     "choose_backward": lambda choices, d_weights, scale, _: choose_backward_reference(choices, d_weights, scale),
     "combine": combine_reference,
     "gate_up": gate_up_reference,
-    "mlp_backward": mlp_backward_reference,
+    "mlp_backward": lambda *given, folds=None, **named: mlp_backward_reference(*given, **named),
     "of_tokens": lambda parts, choices: parts.sum(0)[choices.position.long()],
     "product": product_reference,
     "project": project_reference,

@@ -167,7 +167,7 @@ def attention_of(dtype: torch.dtype) -> None:
 def mixture(width: int, rank: int, dtype: torch.dtype) -> None:
     """Launch the kernels of a mixture of experts, of this width inside as well."""
     count, k, dropout = 8, 2, Dropout(0.05, integers(1), 3)
-    weights, chosen = experts.choose(empty(T, count), k)
+    weights, chosen = experts.choose(empty(T, count), k, counts=integers(T, count))
     choices = experts.sort(weights, chosen, count)
     experts.choose_backward(choices, empty(T, k), 1.0, dtype)
     experts.of_tokens(empty(3, T * k), choices)

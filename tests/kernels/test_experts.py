@@ -15,6 +15,7 @@ from lit_qlora.kernels.experts import (
     choose_reference,
     combine,
     combine_reference,
+    counts_of,
     of_tokens,
     sort,
     sort_reference,
@@ -109,6 +110,15 @@ def test_choices_are_sorted_by_expert_and_then_by_token(tokens: int, uneven: boo
     assert torch.equal(choices.token, token)
     assert torch.equal(choices.weight, weight)
     assert choices.ends.tolist() == [0, *ends.tolist()]
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_choices_that_were_counted_as_they_were_made_are_sorted_alike(tokens: int) -> None:
+    counts = counts_of(tokens, EXPERTS, DEVICE)
+    weights, chosen = choose(torch.randn(tokens, EXPERTS, device=DEVICE), K, counts=counts)
+    one, other = sort(weights, chosen, EXPERTS), sort(weights, chosen, EXPERTS, counts=counts)
+    for name in ("position", "token", "weight", "ends"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
 
 
 def test_how_many_tokens_took_an_expert_is_added_up() -> None:

@@ -113,7 +113,9 @@ class Stacks:
                 transposed = isinstance(inner, Transposed)
                 fused = inner.rule if isinstance(inner, Transposed) else inner
                 assert isinstance(fused, Fused)
-                return Stacks(model, config, (theirs.rpartition(".")[0],), fused, transposed, only=True)
+                path, _, leaf = theirs.removesuffix(".weight").rpartition(".")
+                module = path if leaf in PARAMETERS else f"{path}{_MODULE}"  # Granite's files have other names
+                return Stacks(model, config, (module,), fused, transposed, only=True)
             if rule == gate:
                 module = theirs.partition(".{e}")[0]
                 names = (module.replace("block_sparse_moe", "mlp"), module)  # Mixtral's, in transformers 5 and before

@@ -19,6 +19,7 @@ from lit_qlora.settings.limits import Count
 if TYPE_CHECKING:
     from lit_qlora.generation import Draft
     from lit_qlora.lora.adapter_switch import AdapterSwitch
+    from lit_qlora.model.config import ModelConfig
     from lit_qlora.model.gpt import GPT
     from lit_qlora.prompts.tokenizer import Tokenizer
 
@@ -126,16 +127,26 @@ class DraftConfig(Settings):
             "A search with beams cannot be assisted: draft_checkpoint_dir or num_beams.",
         )
 
-    def load_draft(self, tokenizer: "Tokenizer", precision: Precision = "auto") -> "Draft | None":
+    def load_draft(
+        self, tokenizer: "Tokenizer", target: "ModelConfig", precision: Precision = "auto"
+    ) -> "Draft | None":
         """The draft model, if there is one.
 
+        Args:
+            target: the model that it guesses for.
+
         Raises:
+            UsageError: if one of the two cannot forget a guess.
             CheckpointError: if it is damaged, or its tokenizer is another one.
         """
         if self.draft_checkpoint_dir is None:
             return None
         from lit_qlora.generation import Draft
+        from lit_qlora.generation.assisted import check_can_forget
+        from lit_qlora.model.config import ModelConfig
 
+        for config in (target, ModelConfig.load(self.draft_checkpoint_dir)):
+            check_can_forget(config)
         loaded = load_for_inference(self.draft_checkpoint_dir, precision=precision)
         own = loaded.tokenizer
         probe = "The quick brown fox: 1234567890, \u00e9\u4f60\n\tif (x) { return y; }"

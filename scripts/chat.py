@@ -149,7 +149,7 @@ class Conversation:
     def __init__(self, roster: Roster, config: Config) -> None:
         self.roster, self.config = roster, config
         self.model, self.tokenizer = roster.model, roster.tokenizer
-        self.draft = config.load_draft(roster.tokenizer, config.precision)
+        self.draft = config.load_draft(roster.tokenizer, roster.model.config, config.precision)
         self.who = roster.names[-1]
         self.system, self.turns = config.system, list[Turn]()
         self.variables = config.variables()

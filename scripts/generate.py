@@ -106,7 +106,7 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
         stop_ids(tokenizer, style),
         ends_with(tokenizer, config.stop, gap),
     )
-    draft = config.load_draft(tokenizer, config.precision)
+    draft = config.load_draft(tokenizer, model.config, config.precision)
     prompts, rooms = [], []
     for place, asked, _ in rows:
         try:

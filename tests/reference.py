@@ -444,6 +444,39 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
 CASES |= FURTHER
 EVERY_CASE = [case if case not in FURTHER else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 """The cases, for a test that `make test` runs for the first ones alone."""
+LAYER_TYPES = ["linear_attention", "full_attention"]
+DELTA = {
+    **WIDE_HEADS,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+}
+DELTA_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+}
+CASES |= {
+    "qwen3_5": ("qwen3_5_text", {**DELTA, "num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "qwen3_5-layer_types": (
+        "qwen3_5_text",
+        {
+            **DELTA,
+            "layer_types": ["full_attention", "linear_attention"],
+            "linear_conv_kernel_dim": 3,
+            "linear_num_key_heads": 4,
+            "attention_bias": True,
+        },
+    ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}),
+    "qwen3_next": ("qwen3_next", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}),
+    "qwen3_next-dense-layers": (
+        "qwen3_next",
+        {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES, "mlp_only_layers": [0], "norm_topk_prob": False},
+    ),
+}
 GROWING = ("dynamic", "longrope")
 """Kinds of RoPE that turn otherwise once a text is long, and leave what is in the cache as it was."""
 

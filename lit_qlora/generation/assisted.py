@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.errors import UsageError
 from lit_qlora.generation.sampling import constrain, narrow, probabilities_of
 from lit_qlora.generation.sequences import check_finite, evaluating
 from lit_qlora.model.cache import KVCache
+from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GenerationConfig
 
@@ -25,6 +27,15 @@ class Draft:
 
     model: GPT
     tokens: int = 5
+
+
+def check_can_forget(config: ModelConfig) -> None:
+    """Raise UsageError for a model that cannot forget a rejected guess."""
+    if config.delta_layers:
+        raise UsageError(
+            f"{config.name} keeps a state instead of keys and values (gated delta net), which a rejected guess would "
+            "stay in, so it takes no part in assisted generation.\nLeave out draft_checkpoint_dir."
+        )
 
 
 def assisted_tokens(
@@ -104,6 +115,7 @@ class _Reader:
     """A model that reads a text that grows, and whose end changes."""
 
     def __init__(self, model: GPT, room: int, vocab_size: int) -> None:
+        check_can_forget(model.config)
         weight = model.embed.weight
         self.model, self.vocab_size, self.room = model, vocab_size, room
         self.cache = KVCache(model.config, 1, room, weight.dtype, weight.device)

@@ -58,19 +58,23 @@ class FixedStep:
         return logits[:, : self.vocab_size].float()
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        lengths = self.cache.lengths.clone()
+        before = [memory.clone() for memory in self.cache.changing]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 self._compute()
-                self.cache.lengths.copy_(lengths)
+                self._put_back(before)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._compute()
-        self.cache.lengths.copy_(lengths)  # a capture computes nothing; this only makes sure
+        self._put_back(before)  # a capture computes nothing; this only makes sure
         return graph, logits
+
+    def _put_back(self, before: list[Tensor]) -> None:
+        for memory, earlier in zip(self.cache.changing, before, strict=True):
+            memory.copy_(earlier)
 
 
 def columns(length: int, most: int) -> int:

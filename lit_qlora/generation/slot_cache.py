@@ -6,7 +6,7 @@ Requests come and go in it, and the shapes of a step never change.
 import torch
 from torch import Tensor
 
-from lit_qlora.model.cache import KVCache, LayerCache
+from lit_qlora.model.cache import DeltaCache, KVCache, LayerCache
 from lit_qlora.model.config import ModelConfig
 
 
@@ -40,10 +40,9 @@ class SlotCache(KVCache):
         """See KVCache."""
         return self.limit
 
-    def layer(self, i: int, new: int) -> LayerCache:
+    def layer(self, i: int, new: int) -> LayerCache | DeltaCache:
         """See KVCache. The caller makes sure that there is room, as lengths are on the device."""
-        keys, values = (memory[: self.rows] for memory in self.blocks[i])
-        return LayerCache(keys, values, self.columns(new), self.limit)
+        return self._view(i, self.rows, self.columns(new), self.limit)
 
     def advance(self, new: int) -> None:
         """See KVCache."""
@@ -57,10 +56,18 @@ class SlotCache(KVCache):
         """Copy a row of another cache into a slot, without its padding."""
         start = 0 if cache.left_pad is None else int(cache.left_pad[row])
         length = cache.size - start
-        for mine, theirs in zip(self.blocks, cache.blocks, strict=True):
+        for i, (mine, theirs) in enumerate(zip(self.blocks, cache.blocks, strict=True)):
             for memory, other in zip(mine, theirs, strict=True):
-                memory[slot, :, :length] = other[row, :, start : cache.size]
+                if self.config.is_delta(i):
+                    memory[slot] = other[row]
+                else:
+                    memory[slot, :, :length] = other[row, :, start : cache.size]
         self.lengths[slot] = length
+
+    @property
+    def changing(self) -> list[Tensor]:
+        """What a step changes otherwise than by writing behind what is there."""
+        return [self.lengths, *(memory for i in self.config.delta_layers for memory in self.blocks[i])]
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot over another."""

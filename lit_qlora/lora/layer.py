@@ -13,6 +13,9 @@ from lit_qlora.errors import UsageError
 from lit_qlora.lora.embeddings import TiedHead, TrainedEmbedding, train_embeddings
 from lit_qlora.settings import LoRAConfig, first_match
 
+ALIASES = {"query_gate": "query"}
+"""Part of a path -> the target word that means it too: Hugging Face's q_proj is both."""
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer (plain or quantised) plus a trainable low-rank update, which is float32.
@@ -109,7 +112,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
 
 def words_of(path: str) -> set[str]:
     """Return the target words of a layer: the parts of its path and, except for the output head, 'all'."""
-    return {*path.split("."), *(() if path == "head" else ("all",))}
+    parts = (ALIASES.get(part, part) for part in path.split("."))
+    return {*parts, *(() if path == "head" else ("all",))}
 
 
 def _is_chosen(path: str, blocks: int, config: LoRAConfig) -> bool:

@@ -21,6 +21,8 @@ class Place(NamedTuple):
     """(B, 1, T, 1), the factor of the queries."""
     mask: Tensor | None
     """See attention_mask."""
+    documents: Tensor | None
+    """(B, T), the document of each token for a gated delta net, padding -1; None where all are of one."""
 
 
 class Attention(nn.Module):
@@ -39,6 +41,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias)
         self.key = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
         self.value = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
+        self.query_gate = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias) if config.attention_gate else None
         self.query_norm = make_qk_norm(config, config.n_head)
         self.key_norm = make_qk_norm(config, config.n_kv_head)
         self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
@@ -67,7 +70,10 @@ class Attention(nn.Module):
             k, v = cache.extend(k, v)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, place.mask, config.attention_scale, config.attention_softcap, self.sinks, dropout)
-        out: Tensor = self.projection(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        if self.query_gate is not None:
+            y = y * torch.sigmoid(self.query_gate(x))
+        out: Tensor = self.projection(y)
         return out
 
 
@@ -133,6 +139,7 @@ class Places:
     ) -> None:
         self.kinds = [(config.windowed(i), config.rotates(i)) for i in range(config.n_layer)]
         scale = query_scale(config, positions) if config.query_scale_beta else None
+        documents = documents_of(positions.size(1), cache, segments) if config.delta_layers else None
         new, device = positions.size(1), positions.device
 
         def mask(window: int | None) -> Tensor | None:
@@ -145,6 +152,7 @@ class Places:
                 rope_table(config, positions, windowed, segments) if rotates else None,
                 scale,
                 mask(config.sliding_window if windowed else None),
+                documents,
             )
             for windowed, rotates in set(self.kinds)
         }
@@ -187,6 +195,18 @@ def attention_mask(
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     return mask
+
+
+def documents_of(new: int, cache: KVCache | None, segments: Tensor | None) -> Tensor | None:
+    """See Place.documents. What is in a cache is of document 0.
+
+    Args:
+        new: T, the tokens that ask.
+        segments: see GPT.hidden.
+    """
+    if cache is None or cache.left_pad is None:
+        return segments
+    return -(cache.columns(new) < cache.left_pad[:, None]).long()
 
 
 def tree_mask(window: int | None, positions: Tensor, seen_until: Tensor) -> Tensor:

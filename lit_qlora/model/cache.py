@@ -1,5 +1,7 @@
 """What a model remembers of the tokens seen so far, so that generating one more token costs one token."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ class KVCache:
         left_pad: (B,) number of padding tokens before each prompt, for prompts of unequal length.
 
     Attributes:
-        blocks: keys and values (B, K, length, D) of each block.
+        blocks: keys and values (B, K, length, D) of each block; of a gated delta net the last inputs of its
+            convolution (B, W - 1, C) and its state (B, H, D, Dv), which is float32.
     """
 
     left_pad: Tensor | None
@@ -29,14 +32,21 @@ class KVCache:
         left_pad: Tensor | None = None,
     ) -> None:
         self.config, self.length, self.dtype, self.device = config, length, dtype, torch.device(device)
-        self.blocks = [self._empty(batch) for _ in range(config.n_layer)]
+        self.blocks = [self._empty(batch, i) for i in range(config.n_layer)]
         self.batch, self.left_pad = batch, left_pad
         self.size = 0
 
-    def _empty(self, batch: int) -> tuple[Tensor, ...]:
+    def _empty(self, batch: int, block: int) -> tuple[Tensor, ...]:
         """The memory of a block that has seen nothing."""
-        shape, sizes = (batch, self.config.n_kv_head, self.length), (self.config.head_size, self.config.value_size)
-        return tuple(torch.zeros(*shape, size, dtype=self.dtype, device=self.device) for size in sizes)
+        c = self.config
+        if c.is_delta(block):
+            heads, keys, values = c.delta_value_heads, c.delta_key_size, c.delta_value_size
+            inputs = (batch, c.delta_conv_size - 1, 2 * c.delta_key_heads * keys + heads * values)
+            return self._zeros(*inputs), self._zeros(batch, heads, keys, values, dtype=torch.float32)
+        return tuple(self._zeros(batch, c.n_kv_head, self.length, size) for size in (c.head_size, c.value_size))
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     def columns(self, new: int) -> Tensor:
         """(B or 1, new), the column of each of the next tokens."""
@@ -51,12 +61,16 @@ class KVCache:
         """Number of columns that the next tokens look at."""
         return self.size + new
 
-    def layer(self, i: int, new: int) -> "LayerCache":
+    def layer(self, i: int, new: int) -> "LayerCache | DeltaCache":
         """The part of block `i`, with room for `new` more tokens."""
         if self.size + new > self.length:
             raise ValueError(f"The cache holds {self.length} tokens; {self.size} + {new} do not fit.")
-        keys, values = self.blocks[i]
-        return LayerCache(keys, values, slice(self.size, self.size + new), self.width(new))
+        return self._view(i, self.batch, slice(self.size, self.size + new), self.width(new))
+
+    def _view(self, i: int, rows: int, columns: slice | Tensor, width: int) -> "LayerCache | DeltaCache":
+        """Block `i` of the first `rows` texts."""
+        first, second = (memory[:rows] for memory in self.blocks[i])
+        return DeltaCache(first, second) if self.config.is_delta(i) else LayerCache(first, second, columns, width)
 
     def advance(self, new: int) -> None:
         """The next tokens have been stored in every layer."""
@@ -91,3 +105,10 @@ class LayerCache:
             self.keys[row, :, self.columns] = k.transpose(1, 2)
             self.values[row, :, self.columns] = v.transpose(1, 2)
         return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+
+
+class DeltaCache(NamedTuple):
+    """A view of what a gated delta net remembers, see KVCache.blocks; both are changed in place."""
+
+    inputs: Tensor
+    state: Tensor

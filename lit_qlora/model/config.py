@@ -79,6 +79,8 @@ class ModelConfig:
     """Queries, keys and values are limited to this magnitude."""
     attention_scale: float | None = None
     """Factor of the scores; None: 1 / sqrt(head_size)."""
+    attention_gate: bool = False
+    """What attention finds is multiplied by the sigmoid of one more projection of its input (Qwen3-Next)."""
     attention_softcap: float | None = None
     attention_sinks: bool = False
     """Each head has one more score, a parameter, that takes its share of the softmax and gives nothing (gpt-oss)."""
@@ -92,6 +94,16 @@ class ModelConfig:
     """With kv_latent_size: how many of head_size features are rotated, of queries and of the key that heads share."""
     latent_value_size: int = 0
     """With kv_latent_size: features of a head's value."""
+    delta_layers: tuple[int, ...] = ()
+    """Blocks with a gated delta net instead of attention, see lit_qlora.model.delta_net."""
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0
+    """Heads of a gated delta net: those of queries and keys, each of which serves as many of the values."""
+    delta_key_size: int = 0
+    delta_value_size: int = 0
+    """Features of such a head."""
+    delta_conv_size: int = 4
+    """Tokens that its convolution sees, the newest included."""
     sliding_window: int | None = None
     """A token attends to this many tokens, itself included; None: to all before it."""
     full_attention_layers: tuple[int, ...] = ()
@@ -131,6 +143,8 @@ class ModelConfig:
     """The ffn_size of one expert."""
     shared_expert_size: int = 0
     """The ffn_size of the expert that every token goes to; 0: there is none."""
+    shared_expert_gate: bool = False
+    """What that expert gives is multiplied by the sigmoid of a learnt score of the token (Qwen2-MoE)."""
     dense_layers: tuple[int, ...] = ()
     """Blocks with a plain MLP in a model of experts."""
     router: Literal["softmax", "softmax_chosen", "sigmoid", "softmax_near"] = "softmax"
@@ -168,7 +182,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"{self.name}: n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}."
             )
-        for name in ("full_attention_layers", "no_rope_layers", "dense_layers"):
+        for name in ("full_attention_layers", "no_rope_layers", "dense_layers", "delta_layers"):
             if outside := [i for i in getattr(self, name) if not 0 <= i < self.n_layer]:
                 raise CheckpointError(f"{self.name}: {name} names blocks {outside}, the model has {self.n_layer}.")
         if self.n_expert and not (0 < self.n_expert_per_token <= self.n_expert and self.expert_size > 0):
@@ -192,6 +206,12 @@ class ModelConfig:
             )
         if self.kv_latent_size and self.n_kv_head != self.n_head:
             raise CheckpointError(f"{self.name}: with kv_latent_size every head has a key: n_kv_head must be n_head.")
+        heads, sizes = (self.delta_key_heads, self.delta_value_heads), (self.delta_key_size, self.delta_value_size)
+        if self.delta_layers and (min(*heads, *sizes) < 1 or heads[1] % heads[0] or self.delta_conv_size < 2):
+            raise CheckpointError(
+                f"{self.name}: with delta_layers, heads must be at least 1, those of values a multiple of those of "
+                f"keys, sizes at least 1 and delta_conv_size at least 2, got {heads}, {sizes}, {self.delta_conv_size}."
+            )
         factors = (len(self.rope_short_factors), len(self.rope_long_factors))
         if self.rope_scaling == "longrope" and factors != (self.rotated // 2,) * 2:
             raise CheckpointError(f"{self.name}: longrope needs {self.rotated // 2} factors twice, got {factors}.")
@@ -209,6 +229,10 @@ class ModelConfig:
     def value_size(self) -> int:
         """Features of a head's value; those of its key are head_size."""
         return self.latent_value_size if self.kv_latent_size else self.head_size
+
+    def is_delta(self, block: int) -> bool:
+        """True if `block` has a gated delta net instead of attention."""
+        return block in self.delta_layers
 
     def windowed(self, block: int) -> bool:
         """True if the sliding window holds for `block`."""

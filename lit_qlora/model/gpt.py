@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_qlora.model.attention import Attention, Place, Places, drop, softcap
+from lit_qlora.model.cache import DeltaCache, LayerCache
 from lit_qlora.model.cache import KVCache as KVCache
-from lit_qlora.model.cache import LayerCache
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.delta_net import DeltaNet
 from lit_qlora.model.latent_attention import LatentAttention
 from lit_qlora.model.mlp import make_mlp
 from lit_qlora.model.norm import make_norm
@@ -85,7 +86,7 @@ class GPT(nn.Module):
 
         These are the embeddings, the weights of attention, and the output of attention and of MLP before it is added.
         """
-        parts: list[Any] = [self, *self.blocks, *(block.attn for block in self.blocks)]
+        parts: list[Any] = [self, *self.blocks, *(block.attn for block in self.blocks if block.attn)]
         for part in parts:
             part.dropout = p
 
@@ -170,9 +171,11 @@ class GPT(nn.Module):
             segments: (B, T) integers, the document of each token, documents being laid end to end; a token sees its
                 own document alone. Padding is -1. None where a row is one document.
             seen_until: (B, T) int64, for documents that begin alike and share that: the column from which on no token
-                sees this one. A shared beginning stands once, before all that goes on from it.
+                sees this one. A shared beginning stands once, before all that goes on from it. Models with delta_layers
+                cannot share: the state behind the beginning is gone when a second document begins.
         """
         B, T = tokens.shape
+        assert seen_until is None or not self.config.delta_layers
         if cache:
             positions = cache.positions(T)
         elif positions is None:
@@ -195,7 +198,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with norms around it and added to the residual stream.
+    """Attention, or a gated delta net, and MLP, each with norms around it and added to the residual stream.
 
     Attributes:
         dropout: see GPT.set_dropout.
@@ -208,22 +211,29 @@ class Block(nn.Module):
         self.config = config
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.norm_1 = make_norm(config, config.n_embd) if before else nn.Identity()
-        self.attn = LatentAttention(config) if config.kv_latent_size else Attention(config)
+        self.attn = None if config.is_delta(i) else make_attention(config)
+        self.delta = DeltaNet(config) if config.is_delta(i) else None
         self.post_norm_1 = make_norm(config, config.n_embd) if after else nn.Identity()
         self.norm_2 = make_norm(config, config.n_embd) if before and not config.shared_norm else nn.Identity()
         self.mlp = make_mlp(config, i)
         self.post_norm_2 = make_norm(config, config.n_embd) if after else nn.Identity()
 
-    def forward(self, x: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache: LayerCache | DeltaCache | None) -> Tensor:
         """(B, T, E) -> (B, T, E)."""
         share, p = self.config.residual_multiplier, self.dropout if self.training else 0.0
         read = self.norm_1(x)
-        attended = times(drop(self.post_norm_1(self.attn(read, place, cache)), p), share)
+        mix: Any = self.attn or self.delta
+        attended = times(drop(self.post_norm_1(mix(read, place, cache)), p), share)
         if self.config.parallel_residual:
             read = read if self.config.shared_norm else self.norm_2(x)
             return x + attended + times(drop(self.post_norm_2(self.mlp(read)), p), share)
         x = x + attended
         return x + times(drop(self.post_norm_2(self.mlp(self.norm_2(x))), p), share)
+
+
+def make_attention(config: ModelConfig) -> nn.Module:
+    """The kind of attention that this model uses."""
+    return LatentAttention(config) if config.kv_latent_size else Attention(config)
 
 
 def times(x: Tensor, factor: float) -> Tensor:

@@ -110,12 +110,15 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = nn.ModuleList(make_expert(config, config.expert_size) for _ in range(config.n_expert))
         self.shared = make_expert(config, config.shared_expert_size) if config.shared_expert_size else None
+        self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, E) -> (B, T, E)."""
         tokens = x.flatten(0, -2)  # (N, E)
         weights, chosen = self.router(tokens)
         out = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)
+        if self.shared_gate is not None:
+            out = torch.sigmoid(self.shared_gate(tokens)) * out
         # All choices (N * k,) in the order of their experts, so that each expert takes its tokens in one piece.
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts))

@@ -42,7 +42,9 @@ def test_what_comes_from_the_hub_goes_back_bit_equal_and_computes_the_same(case:
     )
     assert not any(info.values()), info
     with torch.no_grad():
-        assert torch.equal(back(TOKENS).logits, theirs(TOKENS).logits)
+        expected = theirs(TOKENS).logits
+    # Equal weights at other addresses can be multiplied in another order.
+    torch.testing.assert_close(back(TOKENS).logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_layers_that_predict_further_tokens_come_back_though_ours_has_no_use_for_them(tmp_path: Path) -> None:

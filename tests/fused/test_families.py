@@ -28,6 +28,9 @@ PLAIN = {
     "glm4_moe_lite": "kv_latent_size",
     "deepseek_v2": "kv_latent_size",
     "deepseek_v3": "kv_latent_size",
+    "qwen3_5_text": "delta_layers",
+    "qwen3_5_moe_text": "delta_layers",
+    "qwen3_next": "delta_layers",
 }
 """The families that take the plain path, and the field of ModelConfig that is to blame."""
 FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN]

@@ -34,12 +34,15 @@ FEATURES = {
     "rope_fraction": "partial RoPE",
     "rope_interleaved": "interleaved RoPE",
     "kv_latent_size": "latent attention",
+    "attention_gate": "attention gate",
+    "delta_layers": "gated delta nets",
     "n_expert": "experts",
     "router": "{} router",
     "router_tolerance": "router tolerance",
     "router_correction": "router correction",
     "router_groups": "router groups",
     "shared_expert_size": "shared experts",
+    "shared_expert_gate": "gated",
     "dense_layers": "some blocks dense",
 }
 """Field that a row reads or fixes -> the feature of its family, in words."""

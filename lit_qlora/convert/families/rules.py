@@ -22,19 +22,21 @@ class Fused:
     """The rule of a tensor that holds several of our layers, stacked along its rows.
 
     heads: the query heads of a group, its key head, its value head; then the next group (GPT-NeoX, Falcon, DeepSeek).
+    query_heads: the same with a group for each query head (Qwen3-Next's output gate).
+    delta_heads: the same with a group for each key head of a gated delta net.
     blocks: all rows of the first part, then all of the next (Phi-3).
     alternating: one row of each part in turn (gpt-oss).
     """
 
     parts: tuple[str, ...]
-    layout: Literal["heads", "blocks", "alternating"] = "heads"
+    layout: Literal["heads", "query_heads", "delta_heads", "blocks", "alternating"] = "heads"
 
     def split(self, fused: Tensor, config: ModelConfig) -> dict[str, Tensor]:
         """(rows, ...) -> {part: (its rows, ...)}."""
         sizes = self.sizes(len(fused), config)
-        if self.layout == "heads":
-            groups = fused.unflatten(0, (config.n_kv_head, -1))
-            pieces = [t.flatten(0, 1) for t in groups.split([size // config.n_kv_head for size in sizes], dim=1)]
+        if count := self.groups(config):
+            groups = fused.unflatten(0, (count, -1))
+            pieces = [t.flatten(0, 1) for t in groups.split([size // count for size in sizes], dim=1)]
         elif self.layout == "blocks":
             pieces = list(fused.split(sizes))
         else:
@@ -44,20 +46,33 @@ class Fused:
     def join(self, parts: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
         """The inverse of split."""
         pieces = [parts[part] for part in self.parts]
-        if self.layout == "heads":
-            grouped = [piece.unflatten(0, (config.n_kv_head, -1)) for piece in pieces]
+        if count := self.groups(config):
+            grouped = [piece.unflatten(0, (count, -1)) for piece in pieces]
             return torch.cat(grouped, dim=1).flatten(0, 1)
         return torch.cat(pieces) if self.layout == "blocks" else torch.stack(pieces, dim=1).flatten(0, 1)
+
+    def groups(self, config: ModelConfig) -> int | None:
+        """Count the groups of heads, None where parts are not laid out in groups."""
+        counts = {"heads": config.n_kv_head, "query_heads": config.n_head, "delta_heads": config.delta_key_heads}
+        return counts.get(self.layout)
 
     def sizes(self, rows: int, config: ModelConfig) -> list[int]:
         """Count the rows of each part."""
         own_key = config.head_size - config.latent_rope_size
+        delta_keys = config.delta_key_heads * config.delta_key_size
+        delta_values = config.delta_value_heads * config.delta_value_size
         heads = {
+            "delta.query": delta_keys,
+            "delta.key": delta_keys,
+            "delta.value": delta_values,
+            "delta.output_gate": delta_values,
             "query": config.n_head * config.head_size,
+            "query_gate": config.n_head * config.head_size,
             "key": config.n_kv_head * own_key,
             "value": config.n_kv_head * config.value_size,
         }
-        layers = [part.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for part in self.parts]
+        paths = [part.removesuffix(".weight").removesuffix(".bias").split(".") for part in self.parts]
+        layers = [".".join(path[-2:] if "delta" in path else path[-1:]) for path in paths]
         shares = [heads.get(layer, 1) for layer in layers]
         return [rows * share // sum(shares) for share in shares]
 

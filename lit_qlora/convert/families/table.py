@@ -1,10 +1,16 @@
 """The families: a row for each Hugging Face `model_type`."""
 
-from lit_qlora.convert.families import expert_rows, layer_norm_rows, rms_rows, routed_rows
+from lit_qlora.convert.families import delta_rows, expert_rows, layer_norm_rows, rms_rows, routed_rows
 from lit_qlora.convert.families.read import Family
 
 VERIFIED_WITH = "5.23"
 """The version of transformers that tests/convert/test_families.py last held every row against."""
 
-FAMILIES: dict[str, Family] = {**rms_rows.ROWS, **layer_norm_rows.ROWS, **routed_rows.ROWS, **expert_rows.ROWS}
+FAMILIES: dict[str, Family] = {
+    **rms_rows.ROWS,
+    **layer_norm_rows.ROWS,
+    **routed_rows.ROWS,
+    **expert_rows.ROWS,
+    **delta_rows.ROWS,
+}
 """model_type -> its row."""

@@ -316,3 +316,43 @@ GPT_OSS = without(LLAMA, ".mlp.") | {
     f"{_GPT_OSS_EXPERTS}.gate_up_proj_scales": DROP,  # read together with the blocks
     f"{_GPT_OSS_EXPERTS}.down_proj_scales": DROP,
 }
+_DELTA, _LINEAR = f"{_BLOCK}.delta", f"{_LAYER}.linear_attn"
+_NET = {
+    f"{_LINEAR}.conv1d.weight": f"{_DELTA}.conv",
+    f"{_LINEAR}.A_log": f"{_DELTA}.decay_rate",
+    f"{_LINEAR}.dt_bias": f"{_DELTA}.decay_bias",
+    f"{_LINEAR}.norm.weight": f"{_DELTA}.norm.weight",
+    f"{_LINEAR}.out_proj.weight": f"{_DELTA}.projection.weight",
+}
+_GATED = QWEN3 | tensors({f"{_LAYER}.self_attn.q_proj": Fused((_QUERY, f"{_BLOCK}.attn.query_gate"), "query_heads")})
+_DELTA_QKV = tuple(f"{_DELTA}.{part}.weight" for part in ("query", "key", "value"))
+_DELTA_GATE, _BETA, _DECAY = (f"{_DELTA}.{part}.weight" for part in ("output_gate", "beta", "decay"))
+QWEN3_5 = (
+    _GATED
+    | _NET
+    | {
+        f"{_LINEAR}.in_proj_qkv.weight": Fused(_DELTA_QKV, "blocks"),
+        f"{_LINEAR}.in_proj_z.weight": _DELTA_GATE,
+        f"{_LINEAR}.in_proj_b.weight": _BETA,
+        f"{_LINEAR}.in_proj_a.weight": _DECAY,
+    }
+)
+_SHARED_EXPERT = tensors(
+    {
+        f"{_LAYER}.mlp.shared_expert.gate_proj": f"{_BLOCK}.mlp.shared.gate",
+        f"{_LAYER}.mlp.shared_expert.up_proj": f"{_BLOCK}.mlp.shared.up",
+        f"{_LAYER}.mlp.shared_expert.down_proj": f"{_BLOCK}.mlp.shared.down",
+        f"{_LAYER}.mlp.shared_expert_gate": f"{_BLOCK}.mlp.shared_gate",
+    }
+)
+QWEN3_5_MOE = without(QWEN3_5, ".mlp.") | without(_EXPERTS, "shared") | _SHARED_EXPERT
+QWEN3_NEXT = (
+    _GATED
+    | _NET
+    | without(_EXPERTS, "shared")
+    | _SHARED_EXPERT
+    | {
+        f"{_LINEAR}.in_proj_qkvz.weight": Fused((*_DELTA_QKV, _DELTA_GATE), "delta_heads"),
+        f"{_LINEAR}.in_proj_ba.weight": Fused((_BETA, _DECAY), "delta_heads"),
+    }
+)

@@ -1,0 +1,181 @@
+"""A linear attention whose state forgets, and corrects what it says of a key: Yang et al. 2024, "Gated delta networks".
+
+Each head has a state of keys x values instead of keys and values of all tokens, so a token costs the same however long
+the text is. With the key k, the value v, a share of forgetting a and a share of correcting b, a token changes the state
+S to a S + k (b (v - k a S)), and its query reads S. Training takes CHUNK tokens at a time, with matrix products.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lit_qlora.model.attention import Place
+from lit_qlora.model.cache import DeltaCache
+from lit_qlora.model.config import ModelConfig
+
+CHUNK = 64
+"""Tokens that are computed together; the products inside grow with its square."""
+EPS = 1e-6  # of the norm of queries and keys
+
+
+class DeltaNet(nn.Module):
+    """The gated delta rule, with a short convolution before it, and a norm and a gate behind it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        keys = config.delta_key_heads * config.delta_key_size
+        values = config.delta_value_heads * config.delta_value_size
+        self.query, self.key = (nn.Linear(config.n_embd, keys, bias=False) for _ in range(2))
+        self.value, self.output_gate = (nn.Linear(config.n_embd, values, bias=False) for _ in range(2))
+        self.beta, self.decay = (nn.Linear(config.n_embd, config.delta_value_heads, bias=False) for _ in range(2))
+        self.conv = nn.Parameter(torch.empty(2 * keys + values, 1, config.delta_conv_size))
+        self.decay_rate = nn.Parameter(torch.zeros(config.delta_value_heads))  # its logarithm
+        self.decay_bias = nn.Parameter(torch.zeros(config.delta_value_heads))
+        self.norm = nn.RMSNorm(config.delta_value_size, eps=config.norm_eps)
+        self.projection = nn.Linear(values, config.n_embd, bias=False)
+        nn.init.normal_(self.conv, std=config.delta_conv_size**-0.5)
+
+    def forward(self, x: Tensor, place: Place, cache: DeltaCache | None) -> Tensor:
+        """(B, T, E) -> (B, T, E)."""
+        c, documents = self.config, place.documents
+        q, k, v = self._convolved(x, documents, cache)
+        q, k = (normed(t.unflatten(-1, (c.delta_key_heads, -1))) for t in (q, k))
+        q, k = (t.repeat_interleave(c.delta_value_heads // c.delta_key_heads, dim=2) for t in (q, k))
+        v = v.unflatten(-1, (c.delta_value_heads, -1)).float()
+        # The logarithm of the share of the state that stays: (B, T, H).
+        kept = -self.decay_rate.float().exp() * F.softplus(self.decay(x).float() + self.decay_bias)
+        inputs = (q * c.delta_key_size**-0.5, k, v, kept, self.beta(x).sigmoid().float())
+        if cache:
+            rule = delta_step if x.size(1) == 1 else delta_rule
+            y, state = rule(*inputs, documents, cache.state)
+            cache.state.copy_(state)
+        else:
+            # The matrices of the chunks are larger than all that they are made of.
+            y, _ = checkpoint(delta_rule, *inputs, documents, use_reentrant=False)
+        y = self.norm(y.to(x.dtype)) * F.silu(self.output_gate(x).view(y.shape).float())
+        out: Tensor = self.projection(y.to(x.dtype).flatten(2))
+        return out
+
+    def _convolved(self, x: Tensor, documents: Tensor | None, cache: DeltaCache | None) -> tuple[Tensor, ...]:
+        """(B, T, E) -> queries and keys (B, T, key heads * size), values (B, T, value heads * size)."""
+        parts = (self.query(x), self.key(x), self.value(x))
+        features = torch.cat(parts, dim=-1)
+        if documents is not None:
+            features = features.masked_fill((documents < 0)[..., None], 0)
+        before = (
+            cache.inputs if cache else features.new_zeros(len(x), self.config.delta_conv_size - 1, features.size(2))
+        )
+        features = torch.cat((before, features), dim=1)
+        if cache:
+            cache.inputs.copy_(features[:, x.size(1) :])
+        convolved = F.silu(causal_convolution(features, self.conv, documents))
+        return convolved.split([part.size(-1) for part in parts], dim=-1)
+
+
+def normed(x: Tensor) -> Tensor:
+    """Bring the features (..., D) of each head to length one, in float32."""
+    x = x.float()
+    return x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt()
+
+
+def causal_convolution(x: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
+    """A weighted sum of each feature over the last W tokens of the same document.
+
+    Args:
+        x: (B, W - 1 + T, C), where the first W - 1 are of document 0.
+        weight: (C, 1, W), that of the token itself last.
+        documents: (B, T), or None where all are of one.
+
+    Returns:
+        (B, T, C).
+    """
+    size, new = weight.size(-1), x.size(1) - weight.size(-1) + 1
+    if documents is None:
+        return F.conv1d(x.mT, weight, groups=x.size(-1)).mT
+    numbers = F.pad(documents, (size - 1, 0))
+    total = x[:, size - 1 :] * weight[:, 0, -1]
+    for i in range(size - 1):
+        same = (numbers[:, i : i + new] == documents)[..., None]
+        total = total + torch.where(same, x[:, i : i + new], 0) * weight[:, 0, i]
+    return total
+
+
+def delta_step(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor, documents: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """delta_rule for one token of the document of the state."""
+    state = state * kept[:, 0, :, None, None].exp()
+    q, k, v = (t[:, 0, :, None] for t in (q, k, v))  # (B, H, 1, D)
+    state = state + k.mT @ (beta[:, 0, :, None, None] * (v - k @ state))
+    return (q @ state).transpose(1, 2), state
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    beta: Tensor,
+    documents: Tensor | None,
+    state: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Read the state behind each token of its document, in chunks.
+
+    Documents meet in the products of a chunk with factors that are zero, so none changes a bit of another.
+
+    Args:
+        q, k: (B, T, H, D).
+        v: (B, T, H, Dv).
+        kept: (B, T, H), the logarithm of the share of the state that stays.
+        beta: (B, T, H), the share of the error that is corrected.
+        documents: (B, T), documents being laid end to end; None where all are of one.
+        state: (B, H, D, Dv), that of document 0 so far; None is zero.
+
+    Returns:
+        (B, T, H, Dv), and the state behind the last token.
+    """
+    length, pad = q.size(1), -q.size(1) % chunk
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk)) for t in (q, k, v))
+    kept, beta = (F.pad(t, (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk)) for t in (kept, beta))
+    seen, first = (mask.to(q.dtype) for mask in _masks(documents, pad, chunk, q.device))
+    # Logarithms of what is kept from the beginning of the chunk or document up to each token, (B, H, N, C).
+    total = (kept[..., None, :] @ seen.mT)[..., 0, :]
+    between = (total[..., :, None] - total[..., None, :]).masked_fill(seen == 0, -torch.inf).exp()
+    # What each token would write if all before it were known: one triangular system a chunk.
+    corrected = k * beta[..., None]
+    system = (corrected @ k.mT) * between
+    new, old = (
+        torch.linalg.solve_triangular(system, t, upper=False, unitriangular=True)
+        for t in (v * beta[..., None], corrected * (total.exp() * first)[..., None])
+    )
+    inside = (q @ k.mT) * between
+    q = q * (total.exp() * first)[..., None]
+    k = k * between[..., -1, :, None]
+    stays = (total[..., -1].exp() * first[..., -1])[..., None, None]
+    state = q.new_zeros(*q.shape[:2], q.size(-1), v.size(-1)) if state is None else state
+    out = []
+    for i in range(q.size(2)):
+        written = new[:, :, i] - old[:, :, i] @ state
+        out.append(q[:, :, i] @ state + inside[:, :, i] @ written)
+        state = stays[:, :, i] * state + k[:, :, i].mT @ written
+    return torch.stack(out, dim=2).flatten(2, 3)[:, :, :length].transpose(1, 2), state
+
+
+def _masks(documents: Tensor | None, pad: int, chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which tokens of a chunk are of the same document and not later, and which are of that of the chunk before.
+
+    Args:
+        documents: (B, T), see delta_rule; the last is prolonged by `pad`.
+
+    Returns:
+        (B, 1, N, C, C) and (B, 1, N, C) bool; (C, C) and (C,) where all are of one document.
+    """
+    earlier = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+    if documents is None:
+        return earlier, earlier[-1]
+    numbers = torch.cat((documents, documents[:, -1:].expand(-1, pad)), dim=1).unflatten(1, (-1, chunk))[:, None]
+    before = F.pad(numbers[:, :, :-1, -1], (1, 0))
+    return earlier & (numbers[..., :, None] == numbers[..., None, :]), numbers == before[..., None]

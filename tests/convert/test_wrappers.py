@@ -20,7 +20,7 @@ from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.settings import LoRAConfig
 from tests.lora.test_adapter import save, trained
 from tests.model.test_gpt import token_by_token
-from tests.reference import GROUPED, LATENT, SMALL, WIDE_HEADS, WINDOWS, YARN, transformers
+from tests.reference import DELTA, DELTA_EXPERTS, GROUPED, LATENT, LAYER_TYPES, SMALL, WIDE_HEADS, WINDOWS, YARN, transformers
 
 VISION = {
     "hidden_size": 32,
@@ -86,6 +86,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         QWEN_VISION,
         {},
     ),
+    "qwen3_5": ("qwen3_5", {**DELTA, "layer_types": LAYER_TYPES}, QWEN_VISION, {"tie_word_embeddings": True}),
+    "qwen3_5_moe": ("qwen3_5_moe", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}, QWEN_VISION, {}),
     "idefics3": ("idefics3", {"model_type": "llama", **GROUPED}, VISION, {}),
     "smolvlm": ("smolvlm", {"model_type": "llama", **GROUPED}, VISION, {"tie_word_embeddings": True}),
 }
@@ -117,6 +119,13 @@ def as_published(path: Path) -> None:
     save_file(weights | turned, path, {"format": "pt"})
 
 
+def as_published_with_more(path: Path, theirs: Any) -> None:
+    """Stack the experts of Qwen3.5 as they are on the hub, beside layers that predict further tokens."""
+    stacked = {name: parameter.detach() for name, parameter in theirs.named_parameters() if ".experts." in name}
+    weights = {name: tensor for name, tensor in load_file(path).items() if ".experts." not in name}
+    save_file(weights | stacked | {"mtp.fc.weight": torch.randn(64, 128)}, path, {"format": "pt"})
+
+
 @pytest.fixture(
     scope="module", params=[case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
@@ -126,6 +135,8 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     theirs = wrapper_model(directory / "hub", request.param)
     if request.param == "qwen3_vl_moe":
         as_published(directory / "hub/model.safetensors")
+    if request.param.startswith("qwen3_5"):
+        as_published_with_more(directory / "hub/model.safetensors", theirs)
     convert_hf_checkpoint(directory / "hub", directory / "ours", name=request.param)
     return theirs, directory
 

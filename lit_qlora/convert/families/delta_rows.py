@@ -72,6 +72,7 @@ ROWS: dict[str, Family] = {
             "norm_topk_prob": True,
         },
         refuse=DELTA_REFUSE,
+        kept=("mtp",),
     ),
     "qwen3_5_text": row(
         weights.QWEN3_5,
@@ -79,6 +80,7 @@ ROWS: dict[str, Family] = {
         fixed=DELTA_FIXED,
         defaults={**DELTA_DEFAULTS, "num_key_value_heads": 4},
         refuse=DELTA_REFUSE,
+        kept=("mtp",),
     ),
     "qwen3_5_moe_text": row(
         weights.QWEN3_5_MOE,
@@ -86,5 +88,6 @@ ROWS: dict[str, Family] = {
         fixed={**EXPERTS_FIXED, "router_normalized": True},
         defaults={**EXPERTS_DEFAULTS, "num_experts_per_tok": 8, "num_experts": 256},
         refuse={**DELTA_REFUSE, "mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True},
+        kept=("mtp",),
     ),
 }

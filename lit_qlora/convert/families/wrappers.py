@@ -66,6 +66,18 @@ WRAPPERS: dict[str, Wrapper] = {
             f"{_EXPERTS}.down_proj": Stacked(EitherWay(f"{_EXPERT}.down.weight", "expert_size")),
         },
     ),
+    "qwen3_5": Wrapper(text="qwen3_5_text", names=_QWEN3_VL, kept=("visual",), tied=False, text_class=True),
+    "qwen3_5_moe": Wrapper(
+        text="qwen3_5_moe_text",
+        names=_QWEN3_VL,
+        kept=("visual",),
+        tied=False,
+        text_class=True,
+        weights={
+            f"{_EXPERTS}.gate_up_proj": Stacked(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "blocks")),
+            f"{_EXPERTS}.down_proj": Stacked(f"{_EXPERT}.down.weight"),
+        },
+    ),
     "idefics3": Wrapper(text="llama", names=_SMOLVLM, kept=("vision_model", "connector"), tied=False),
     "smolvlm": Wrapper(text="llama", names=_SMOLVLM, kept=("vision_model", "connector"), tied=False),
 }
@@ -116,6 +128,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_experts": 60,
         "head_dim": 128,
         "norm_topk_prob": True,
+    },
+    "qwen3_5_text": _sizes(32, 4096, 16, 12_288, 248_320),
+    "qwen3_5_moe_text": {
+        "num_hidden_layers": 40,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "vocab_size": 248_320,
     },
 }
 """model_type of a text_config -> what transformers assumes where it leaves keys out, beyond its row's defaults.

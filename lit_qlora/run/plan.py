@@ -10,6 +10,7 @@ from lit_qlora.fused.memory import COPY_BY_BLOCK, FastSizes, adapters_met, choos
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.quantize import Storage, bits_per_weight
 from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
@@ -328,7 +329,7 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
     nothing, quantised or not, because their weights need no gradient.
     """
     config = gpt.config
-    block = 2.0 * config.n_embd + 2 * (config.n_head + config.n_kv_head) * config.head_size
+    block = 2.0 * config.n_embd
     products = 3 if "glu" in config.ffn else 1
     if config.n_expert:  # assumes that tokens spread evenly over experts, and that all blocks have experts
         block += products * (config.n_expert_per_token * config.expert_size + config.shared_expert_size)
@@ -343,11 +344,33 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
                 inputs[i] += module.in_features * share
                 outputs[i] += module.out_features * share if lora.dora else 0  # DoRA scales the outputs
     each = [
-        tokens * ((block + taken + scaled) * itemsize + (taken if lora.dropout else 0) + dropped)
-        for taken, scaled in zip(inputs, outputs, strict=True)
+        tokens
+        * (
+            (block + taken + scaled) * itemsize
+            + _mixed(config, i, itemsize)
+            + (taken if lora.dropout else 0)
+            + dropped
+        )
+        for i, (taken, scaled) in enumerate(zip(inputs, outputs, strict=True))
     ]
     kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)
     logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
     largest = max(config.ffn_size, config.n_head * config.head_size) * config.n_embd
     widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
-    return kept + logits + widest
+    return kept + logits + max(widest, tokens * _within_chunks(config))
+
+
+def _mixed(config: ModelConfig, block: int, itemsize: int) -> float:
+    """Estimate the bytes that attention, or a gated delta net, saves for a token."""
+    if not config.is_delta(block):
+        gated = config.n_head if config.attention_gate else 0
+        return 2.0 * (config.n_head + config.n_kv_head + gated) * config.head_size * itemsize
+    heads, keys = config.delta_value_heads, 2 * config.delta_key_heads * config.delta_key_size
+    values = heads * config.delta_value_size
+    return float((keys + 3 * values) * itemsize + 4 * (keys + 2 * heads * config.delta_key_size + 4 * values))
+
+
+def _within_chunks(config: ModelConfig) -> float:
+    """Estimate the bytes a token of what a gated delta net computes again in its backward pass, in float32."""
+    features = config.delta_key_size + config.delta_value_size
+    return 4.0 * config.delta_value_heads * (10 * CHUNK + 6 * features) if config.delta_layers else 0.0

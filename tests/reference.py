@@ -442,8 +442,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Cases of families that spell otherwise what the ones above have; only their quickest tests run in make test."""
 CASES |= FURTHER
-EVERY_CASE = [case if case not in FURTHER else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-"""The cases, for a test that `make test` runs for the first ones alone."""
+
 LAYER_TYPES = ["linear_attention", "full_attention"]
 DELTA = {
     **WIDE_HEADS,
@@ -477,6 +476,45 @@ CASES |= {
         {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES, "mlp_only_layers": [0], "norm_topk_prob": False},
     ),
 }
+GEMMA4 = {
+    **WIDE_HEADS,
+    **WINDOWS,
+    "global_head_dim": 48,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e3,
+            "factor": 2.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+    },
+}
+GEMMA4_E = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": 96,
+}
+UNIFIED = {key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}
+CASES |= {
+    "gemma4_moe": (
+        "gemma4_text",
+        {**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 5.0},
+    ),
+    "gemma4-E": ("gemma4_text", {**GEMMA4, **GEMMA4_E, "attention_bias": True}),
+    "gemma4_unified": ("gemma4_unified_text", UNIFIED),
+}
+EVERY_CASE = [case if case not in FURTHER else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+"""The cases, for a test that `make test` runs for the first ones alone."""
 GROWING = ("dynamic", "longrope")
 """Kinds of RoPE that turn otherwise once a text is long, and leave what is in the cache as it was."""
 
@@ -491,8 +529,8 @@ def hugging_face_model(directory: Path, case: str, shards: str = "5GB") -> Any:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            torch.nn.init.normal_(buffer, std=0.2)
+        if name.endswith(("e_score_correction_bias", "layer_scalar")):
+            torch.nn.init.normal_(buffer, mean=float(name.endswith("layer_scalar")), std=0.2)
     model.tie_weights()
     model.save_pretrained(directory, max_shard_size=shards)
     return model

@@ -19,7 +19,7 @@ from lit_qlora.quantize import QuantizedLinear, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
-UNHANDLED = ("kv_latent_size", "delta_layers", "attention_gate", "shared_expert_gate")
+UNHANDLED = ("kv_latent_size", "delta_layers", "attention_gate", "shared_expert_gate", "value_norm")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""

@@ -40,7 +40,7 @@ class SlotCache(KVCache):
         """See KVCache."""
         return self.limit
 
-    def layer(self, i: int, new: int) -> LayerCache | DeltaCache:
+    def layer(self, i: int, new: int) -> LayerCache | DeltaCache | None:
         """See KVCache. The caller makes sure that there is room, as lengths are on the device."""
         return self._view(i, self.rows, self.columns(new), self.limit)
 
@@ -66,7 +66,7 @@ class SlotCache(KVCache):
 
     @property
     def changing(self) -> list[Tensor]:
-        """What a step changes otherwise than by writing behind what is there."""
+        """Tensors that a step changes otherwise than by writing behind what is there."""
         return [self.lengths, *(memory for i in self.config.delta_layers for memory in self.blocks[i])]
 
     def move(self, source: int, target: int) -> None:

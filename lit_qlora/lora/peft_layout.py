@@ -533,7 +533,7 @@ def _words(modules: Iterable[str], location: str) -> tuple[Any, ...]:
 
 def _tail(module: str) -> str:
     """Return the part of a path that identifies a layer in its block: "self_attn.q_proj" (c_proj is ambiguous)."""
-    return ".".join(module.rsplit(".", 2)[-2:])
+    return ".".join(template(module)[0].rsplit(".", 2)[-2:])
 
 
 def _leaf(module: str) -> str:

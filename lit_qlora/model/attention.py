@@ -1,6 +1,7 @@
 """Attention: each token takes values from the tokens before it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ class Place(NamedTuple):
     """See attention_mask."""
     documents: Tensor | None
     """(B, T), the document of each token for a gated delta net, padding -1; None where all are of one."""
+    kept: list[tuple[Tensor, Tensor]]
+    """Keys and values of the last block of this kind that has its own, for those that have none."""
 
 
 class Attention(nn.Module):
@@ -34,47 +37,69 @@ class Attention(nn.Module):
 
     dropout = 0.0
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, block: int = 0) -> None:
         super().__init__()
         self.config = config
-        q_size, kv_size = config.n_head * config.head_size, config.n_kv_head * config.head_size
+        windowed, own = config.windowed(block), not config.reuses(block)
+        self.size = config.head_size_of(windowed)
+        q_size, kv_size = config.n_head * self.size, config.kv_heads_of(windowed) * self.size
+        apart = own and not (config.key_is_value and not windowed)
         self.query = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias)
-        self.key = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
-        self.value = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
+        self.key = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias) if own else None
+        self.value = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias) if apart else None
         self.query_gate = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias) if config.attention_gate else None
-        self.query_norm = make_qk_norm(config, config.n_head)
-        self.key_norm = make_qk_norm(config, config.n_kv_head)
+        self.query_norm = make_qk_norm(config, config.n_head, self.size)
+        self.key_norm: Any = make_qk_norm(config, config.kv_heads_of(windowed), self.size) if own else None
         self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
         self.projection = nn.Linear(q_size, config.n_embd, bias=config.projection_bias)
 
     def forward(self, x: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
         """(B, T, E) -> (B, T, E)."""
         config = self.config
-        B, T, _ = x.shape
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if config.clip_qkv is not None:
-            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
-        if config.qk_norm == "full":
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = (t.view(B, T, -1, config.head_size).transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
-        by_head = config.qk_norm != "full"
-        if by_head and not config.qk_norm_after_rope:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if place.rope:
-            q, k = (rotate(t, *place.rope, config.rope_interleaved) for t in (q, k))
-        if by_head and config.qk_norm_after_rope:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q = self._turned(self._clipped(self.query(x)), self.query_norm, place)
         if place.query_scale is not None:
             q = q * place.query_scale.to(q.dtype)
-        if cache:
-            k, v = cache.extend(k, v)
+        k, v = place.kept[0] if self.key is None else self._keys_and_values(x, place, cache)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, place.mask, config.attention_scale, config.attention_softcap, self.sinks, dropout)
-        y = y.transpose(1, 2).reshape(B, T, -1)
+        y = y.transpose(1, 2).flatten(2)
         if self.query_gate is not None:
             y = y * torch.sigmoid(self.query_gate(x))
         out: Tensor = self.projection(y)
         return out
+
+    def _keys_and_values(self, x: Tensor, place: Place, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """(B, T, E) -> (B, K, past + T, D) each."""
+        assert self.key is not None
+        projected = self._clipped(self.key(x))
+        k = self._turned(projected, self.key_norm, place)
+        v = self._heads(projected if self.value is None else self._clipped(self.value(x)))
+        if self.config.value_norm:
+            v = F.rms_norm(v, v.shape[-1:], eps=self.config.norm_eps)
+        if cache:
+            k, v = cache.extend(k, v)
+        if self.config.shared_kv_layers:
+            place.kept[:] = [(k, v)]
+        return k, v
+
+    def _clipped(self, projected: Tensor) -> Tensor:
+        limit = self.config.clip_qkv
+        return projected if limit is None else projected.clamp(-limit, limit)
+
+    def _turned(self, projected: Tensor, norm: Callable[[Tensor], Tensor], place: Place) -> Tensor:
+        """Queries or keys (B, T, heads * D) -> (B, heads, T, D), normed and rotated."""
+        config = self.config
+        by_head = config.qk_norm != "full"
+        t = self._heads(projected if by_head else norm(projected))
+        if by_head and not config.qk_norm_after_rope:
+            t = norm(t)
+        if place.rope:
+            t = rotate(t, *place.rope, config.rope_interleaved)
+        return norm(t) if by_head and config.qk_norm_after_rope else t
+
+    def _heads(self, features: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D)."""
+        return features.unflatten(-1, (-1, self.size)).transpose(1, 2)
 
 
 def attend(
@@ -153,6 +178,7 @@ class Places:
                 scale,
                 mask(config.sliding_window if windowed else None),
                 documents,
+                [],
             )
             for windowed, rotates in set(self.kinds)
         }
@@ -233,13 +259,13 @@ class NormOfEachHead(nn.ModuleList):
         return torch.stack([norm(head) for norm, head in zip(self, x.unbind(1), strict=True)], dim=1)
 
 
-def make_qk_norm(config: ModelConfig, heads: int) -> nn.Module:
-    """Make the norm of queries or keys of so many heads."""
+def make_qk_norm(config: ModelConfig, heads: int, size: int) -> nn.Module:
+    """Make the norm of queries or keys of so many heads, and features of each."""
     if config.qk_norm == "none":
         return nn.Identity()
     if config.qk_norm == "each_head":
-        return NormOfEachHead(heads, config.head_size, config.norm_eps)
-    return make_norm(config, config.head_size * (heads if config.qk_norm == "full" else 1))
+        return NormOfEachHead(heads, size, config.norm_eps)
+    return make_norm(config, size * (heads if config.qk_norm == "full" else 1))
 
 
 def drop(x: Tensor, p: float) -> Tensor:

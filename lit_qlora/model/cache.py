@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens seen so far, so that generating one more token costs one token."""
+"""Memory of the tokens seen so far, so that generating one more token costs one token."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ class KVCache:
 
     Attributes:
         blocks: keys and values (B, K, length, D) of each block; of a gated delta net the last inputs of its
-            convolution (B, W - 1, C) and its state (B, H, D, Dv), which is float32.
+            convolution (B, W - 1, C) and its state (B, H, D, Dv), which is float32. Nothing of a block that uses
+            those of another.
     """
 
     left_pad: Tensor | None
@@ -43,7 +44,12 @@ class KVCache:
             heads, keys, values = c.delta_value_heads, c.delta_key_size, c.delta_value_size
             inputs = (batch, c.delta_conv_size - 1, 2 * c.delta_key_heads * keys + heads * values)
             return self._zeros(*inputs), self._zeros(batch, heads, keys, values, dtype=torch.float32)
-        return tuple(self._zeros(batch, c.n_kv_head, self.length, size) for size in (c.head_size, c.value_size))
+        if c.reuses(block):
+            return ()
+        windowed = c.windowed(block)
+        size, heads = c.head_size_of(windowed), c.kv_heads_of(windowed)
+        sizes = (size, c.latent_value_size or size)
+        return tuple(self._zeros(batch, heads, self.length, each) for each in sizes)
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -61,14 +67,16 @@ class KVCache:
         """Number of columns that the next tokens look at."""
         return self.size + new
 
-    def layer(self, i: int, new: int) -> "LayerCache | DeltaCache":
+    def layer(self, i: int, new: int) -> "LayerCache | DeltaCache | None":
         """The part of block `i`, with room for `new` more tokens."""
         if self.size + new > self.length:
             raise ValueError(f"The cache holds {self.length} tokens; {self.size} + {new} do not fit.")
         return self._view(i, self.batch, slice(self.size, self.size + new), self.width(new))
 
-    def _view(self, i: int, rows: int, columns: slice | Tensor, width: int) -> "LayerCache | DeltaCache":
-        """Block `i` of the first `rows` texts."""
+    def _view(self, i: int, rows: int, columns: slice | Tensor, width: int) -> "LayerCache | DeltaCache | None":
+        """Block `i` of the first `rows` texts; None for one that has nothing of its own."""
+        if not self.blocks[i]:
+            return None
         first, second = (memory[:rows] for memory in self.blocks[i])
         return DeltaCache(first, second) if self.config.is_delta(i) else LayerCache(first, second, columns, width)
 

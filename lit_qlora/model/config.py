@@ -62,6 +62,8 @@ class ModelConfig:
     """Norm of queries and keys. head: over each head, with one weight for all heads. each_head: over each head, with a
     weight of its own (a layer norm without bias). full: over all heads at once."""
     qk_norm_after_rope: bool = False
+    value_norm: bool = False
+    """Values are normed over each head, without a weight (Gemma 4)."""
     ffn: Literal["swiglu", "geglu", "geglu_tanh", "swiglu_clamped", "gelu", "gelu_tanh", "relu2", "xielu"] = "swiglu"
     qkv_bias: bool = False
     projection_bias: bool = False
@@ -108,6 +110,16 @@ class ModelConfig:
     """A token attends to this many tokens, itself included; None: to all before it."""
     full_attention_layers: tuple[int, ...] = ()
     """Blocks that sliding_window does not hold for."""
+    full_head_size: int = 0
+    """Another head_size in the blocks without a window; 0: the same."""
+    full_kv_heads: int = 0
+    """Another n_kv_head there; 0: the same."""
+    key_is_value: bool = False
+    """Values there are the keys as they are projected, before norm and rotation."""
+    shared_kv_layers: int = 0
+    """The last so many blocks use the keys and values of the last one before them with the same window, or none."""
+    shared_kv_ffn_size: int = 0
+    """Another ffn_size in those blocks; 0: the same."""
     positions: Literal["rope", "learned"] = "rope"
     no_rope_layers: tuple[int, ...] = ()
     """Blocks that rotate nothing, so that only the causal mask tells them about order."""
@@ -115,10 +127,11 @@ class ModelConfig:
     rope_local_theta: float | None = None
     """Base in the blocks with a sliding window, which are then not scaled; None: as in the others."""
     rope_fraction: float = 1.0
-    """Share of head_size that is rotated; the rest carries no position."""
+    """Share of head_size that is rotated; the rest carries no position. With proportional scaling, in the blocks
+    without a window alone."""
     rope_interleaved: bool = False
     """Feature 2 i turns with feature 2 i + 1, instead of i with i + half."""
-    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"] = "none"
     rope_factor: float = 1.0
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
@@ -134,6 +147,12 @@ class ModelConfig:
     """longrope: what each wavelength is multiplied by within the original context."""
     rope_long_factors: tuple[float, ...] = ()
     """longrope: the same, once a text is longer than that."""
+    block_scale: bool = False
+    """What leaves a block is multiplied by a number of its own."""
+    per_layer_size: int = 0
+    """Features of one more embedding for each block, see lit_qlora.model.per_layer; 0: there is none."""
+    per_layer_vocab: int = 0
+    """With per_layer_size: rows of those embeddings."""
     tied_head: bool = False
     """The output head is the embedding."""
     n_expert: int = 0
@@ -145,6 +164,8 @@ class ModelConfig:
     """The ffn_size of the expert that every token goes to; 0: there is none."""
     shared_expert_gate: bool = False
     """What that expert gives is multiplied by the sigmoid of a learnt score of the token (Qwen2-MoE)."""
+    experts_beside: bool = False
+    """A block has its mixture of experts beside an MLP, both with norms of their own (Gemma 4)."""
     dense_layers: tuple[int, ...] = ()
     """Blocks with a plain MLP in a model of experts."""
     router: Literal["softmax", "softmax_chosen", "sigmoid", "softmax_near"] = "softmax"
@@ -158,6 +179,8 @@ class ModelConfig:
     router_correction: bool = False
     """A parameter for each expert helps to choose it, without counting in its weight (DeepSeek-V3)."""
     router_scale: float = 1.0
+    router_norm: bool = False
+    """The router reads what it is given normed and scaled, and experts have learnt factors (Gemma 4)."""
     router_groups: int = 1
     """Number of groups of experts; a token chooses among the experts of its best router_groups_kept groups."""
     router_groups_kept: int = 1
@@ -215,6 +238,23 @@ class ModelConfig:
         factors = (len(self.rope_short_factors), len(self.rope_long_factors))
         if self.rope_scaling == "longrope" and factors != (self.rotated // 2,) * 2:
             raise CheckpointError(f"{self.name}: longrope needs {self.rotated // 2} factors twice, got {factors}.")
+        for name in ("full_head_size", "full_kv_heads", "shared_kv_ffn_size", "per_layer_size", "per_layer_vocab"):
+            if getattr(self, name) < 0 or (name == "full_head_size" and self.full_head_size % 2):
+                raise CheckpointError(f"{self.name}: {name} cannot be {getattr(self, name)}.")
+        if self.full_kv_heads and self.n_head % self.full_kv_heads:
+            raise CheckpointError(
+                f"{self.name}: n_head must be a multiple of full_kv_heads, got {self.n_head} and {self.full_kv_heads}."
+            )
+        own, reusing = ({self.windowed(i) for i in range(self.n_layer) if self.reuses(i) == which} for which in (0, 1))
+        if not 0 <= self.shared_kv_layers < self.n_layer or reusing - own:
+            raise CheckpointError(
+                f"{self.name}: with shared_kv_layers {self.shared_kv_layers} a block has no other one whose keys and "
+                "values it could use."
+            )
+        if self.per_layer_size and self.per_layer_vocab < self.vocab_size:
+            raise CheckpointError(
+                f"{self.name}: per_layer_vocab {self.per_layer_vocab} is less than vocab_size {self.vocab_size}."
+            )
         if not 0 < self.rope_fraction <= 1 or self.rotated % 2:
             raise CheckpointError(
                 f"{self.name}: rope_fraction {self.rope_fraction} of head_size {self.head_size} is not an even size."
@@ -223,7 +263,21 @@ class ModelConfig:
     @property
     def rotated(self) -> int:
         """Number of the head_size features that carry position."""
+        if self.rope_scaling == "proportional":
+            return self.head_size
         return self.latent_rope_size if self.kv_latent_size else int(self.rope_fraction * self.head_size)
+
+    def head_size_of(self, windowed: bool) -> int:
+        """Features of a head in the blocks with or without a window."""
+        return self.head_size if windowed else self.full_head_size or self.head_size
+
+    def kv_heads_of(self, windowed: bool) -> int:
+        """Number of heads of keys and values there."""
+        return self.n_kv_head if windowed else self.full_kv_heads or self.n_kv_head
+
+    def reuses(self, block: int) -> bool:
+        """True if `block` uses the keys and values of another one."""
+        return self.n_layer - self.shared_kv_layers <= block < self.n_layer
 
     @property
     def value_size(self) -> int:

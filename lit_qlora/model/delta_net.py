@@ -165,7 +165,7 @@ def delta_rule(
 
 
 def _masks(documents: Tensor | None, pad: int, chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which tokens of a chunk are of the same document and not later, and which are of that of the chunk before.
+    """Tell which tokens of a chunk are of one document and in order, and which are of that of the chunk before.
 
     Args:
         documents: (B, T), see delta_rule; the last is prolonged by `pad`.

@@ -14,8 +14,9 @@ from lit_qlora.model.cache import KVCache as KVCache
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import DeltaNet
 from lit_qlora.model.latent_attention import LatentAttention
-from lit_qlora.model.mlp import make_mlp
+from lit_qlora.model.mlp import ExpertsBeside, make_mlp
 from lit_qlora.model.norm import make_norm
+from lit_qlora.model.per_layer import PerLayerEmbedding, PerLayerInput
 
 LOGITS_AT_ONCE = 2**26
 """Logits that exist at a time while computing a loss: 0.25 GiB in float32."""
@@ -68,6 +69,7 @@ class GPT(nn.Module):
         self.fast: FastPath | None = None
         self.hits: Tensor | None = None
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.per_layer = PerLayerEmbedding(config) if config.per_layer_size else None
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
@@ -183,14 +185,15 @@ class GPT(nn.Module):
         x = times(self.embed(tokens), self.config.embedding_multiplier)
         if self.positions is not None:
             x = x + self.positions(positions)
+        own = None if self.per_layer is None else self.per_layer(tokens, x).unbind(2)
         x = drop(x, self.dropout if self.training else 0.0)
         places = Places(self.config, positions, cache, segments, seen_until)
         for i, block in enumerate(self.blocks):
-            layer = cache.layer(i, T) if cache else None
+            arguments = (x, places.of(i), cache.layer(i, T) if cache else None, own[i] if own else None)
             if self.recompute and self.training:
-                x = checkpoint(block, x, places.of(i), layer, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, places.of(i), layer)
+                x = block(*arguments)
         if cache:
             cache.advance(T)
         normed: Tensor = self.norm(x)
@@ -211,15 +214,20 @@ class Block(nn.Module):
         self.config = config
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.norm_1 = make_norm(config, config.n_embd) if before else nn.Identity()
-        self.attn = None if config.is_delta(i) else make_attention(config)
+        self.attn = None if config.is_delta(i) else make_attention(config, i)
         self.delta = DeltaNet(config) if config.is_delta(i) else None
         self.post_norm_1 = make_norm(config, config.n_embd) if after else nn.Identity()
         self.norm_2 = make_norm(config, config.n_embd) if before and not config.shared_norm else nn.Identity()
         self.mlp = make_mlp(config, i)
+        self.beside = ExpertsBeside(config) if config.experts_beside and config.has_experts(i) else None
         self.post_norm_2 = make_norm(config, config.n_embd) if after else nn.Identity()
+        self.per_layer = PerLayerInput(config) if config.per_layer_size else None
+        self.scale = nn.Parameter(torch.ones(1)) if config.block_scale else None
 
-    def forward(self, x: Tensor, place: Place, cache: LayerCache | DeltaCache | None) -> Tensor:
-        """(B, T, E) -> (B, T, E)."""
+    def forward(
+        self, x: Tensor, place: Place, cache: LayerCache | DeltaCache | None, own: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, E) -> (B, T, E); `own` is the block's part of what PerLayerEmbedding returns."""
         share, p = self.config.residual_multiplier, self.dropout if self.training else 0.0
         read = self.norm_1(x)
         mix: Any = self.attn or self.delta
@@ -228,12 +236,18 @@ class Block(nn.Module):
             read = read if self.config.shared_norm else self.norm_2(x)
             return x + attended + times(drop(self.post_norm_2(self.mlp(read)), p), share)
         x = x + attended
-        return x + times(drop(self.post_norm_2(self.mlp(self.norm_2(x))), p), share)
+        fed = self.mlp(self.norm_2(x))
+        if self.beside is not None:
+            fed = self.beside(fed, x)
+        x = x + times(drop(self.post_norm_2(fed), p), share)
+        if self.per_layer is not None:
+            x = self.per_layer(x, own)
+        return x if self.scale is None else x * self.scale
 
 
-def make_attention(config: ModelConfig) -> nn.Module:
+def make_attention(config: ModelConfig, block: int) -> nn.Module:
     """The kind of attention that this model uses."""
-    return LatentAttention(config) if config.kv_latent_size else Attention(config)
+    return LatentAttention(config) if config.kv_latent_size else Attention(config, block)
 
 
 def times(x: Tensor, factor: float) -> Tensor:

@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.norm import make_norm
 
 
 def make_mlp(config: ModelConfig, block: int) -> nn.Module:
     """The MLP of one block, or its mixture of experts."""
-    return MoE(config) if config.has_experts(block) else make_expert(config, config.ffn_size)
+    if config.has_experts(block) and not config.experts_beside:
+        return MoE(config)
+    size = config.shared_kv_ffn_size if config.reuses(block) else 0
+    return make_expert(config, size or config.ffn_size)
 
 
 def make_expert(config: ModelConfig, size: int) -> nn.Module:
@@ -112,10 +116,10 @@ class MoE(nn.Module):
         self.shared = make_expert(config, config.shared_expert_size) if config.shared_expert_size else None
         self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_expert_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) -> (B, T, E)."""
+    def forward(self, x: Tensor, routed: Tensor | None = None) -> Tensor:
+        """(B, T, E) -> (B, T, E); `routed` is what the router reads, if it is not x."""
         tokens = x.flatten(0, -2)  # (N, E)
-        weights, chosen = self.router(tokens)
+        weights, chosen = self.router(tokens if routed is None else routed.flatten(0, -2))
         out = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)
         if self.shared_gate is not None:
             out = torch.sigmoid(self.shared_gate(tokens)) * out
@@ -130,6 +134,20 @@ class MoE(nn.Module):
                 part = expert(tokens[of]) * weights.flatten()[choices, None]
                 out = out.index_add(0, of, part.to(out.dtype))
         return out.view_as(x)
+
+
+class ExpertsBeside(nn.Module):
+    """A mixture of experts beside an MLP, each with a norm of what it gives (Gemma 4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm, self.mlp = make_norm(config, config.n_embd), MoE(config)
+        self.mlp_post_norm, self.plain_post_norm = (make_norm(config, config.n_embd) for _ in range(2))
+
+    def forward(self, plain: Tensor, x: Tensor) -> Tensor:
+        """(B, T, E) that the MLP gives, and the stream that both read -> (B, T, E)."""
+        mixed: Tensor = self.mlp_post_norm(self.mlp(self.norm(x), routed=x))
+        return self.plain_post_norm(plain) + mixed
 
 
 CORRECTION = ".router.correction"
@@ -154,12 +172,16 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
         self.correction = nn.Parameter(torch.zeros(config.n_expert)) if config.router_correction else None
+        self.scale = nn.Parameter(torch.ones(config.n_embd)) if config.router_norm else None
+        self.expert_scale = nn.Parameter(torch.ones(config.n_expert)) if config.router_norm else None
         nn.init.normal_(self.weight, std=config.n_embd**-0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, E) -> weights (N, k) float32 and the chosen experts (N, k) int64; k is n_expert_per_token."""
-        bias = None if self.bias is None else self.bias.float()
-        shares = self.shares(F.linear(x.float(), self.weight.float(), bias))
+        bias, x = None if self.bias is None else self.bias.float(), x.float()
+        if self.scale is not None:
+            x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps) * self.scale.float() * x.size(-1) ** -0.5
+        shares = self.shares(F.linear(x, self.weight.float(), bias))
         chosen = self.choose(shares)
         return self.weigh(shares, chosen), chosen
 
@@ -183,6 +205,8 @@ class Router(nn.Module):
             return weights.softmax(dim=-1)
         if self.config.router_normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.float()[chosen]
         return self.config.router_scale * weights
 
     def weigh_near(self, scores: Tensor, chosen: Tensor) -> Tensor:

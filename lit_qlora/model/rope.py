@@ -21,7 +21,8 @@ def rope_table(
         local: for a block with a sliding window, where config.rope_local_theta may give a base of its own.
         segments: see GPT.hidden.
     """
-    exponent = torch.arange(0, config.rotated, 2, device=positions.device).float() / config.rotated
+    size = config.rotated if local or not config.full_head_size else config.full_head_size
+    exponent = torch.arange(0, size, 2, device=positions.device).float() / size
     if local and config.rope_local_theta is not None:
         angle = positions[:, None, :, None].float() / config.rope_local_theta**exponent
         return angle.cos(), angle.sin()
@@ -50,6 +51,7 @@ def scaled_frequency(config: ModelConfig, exponent: Tensor, length: Tensor) -> T
     llama3: wavelengths longer than the original context / low_freq_factor are multiplied by the factor. Wavelengths
     shorter than that context / high_freq_factor stay as they are. There is a linear passage in between.
     yarn (Peng et al. 2023): the same, with the passage linear in the index of the feature.
+    proportional (Gemma 4): wavelengths are those of the whole head, and the slowest features do not turn at all.
     longrope (Ding et al. 2024): each wavelength has a factor of its own, and another one in texts longer than the
     original context.
 
@@ -69,6 +71,9 @@ def scaled_frequency(config: ModelConfig, exponent: Tensor, length: Tensor) -> T
     if config.rope_scaling == "dynamic":
         growth = factor * length.clamp(min=original) / original - (factor - 1)
         return 1.0 / (config.rope_theta * growth ** (config.rotated / (config.rotated - 2))) ** exponent
+    if config.rope_scaling == "proportional":
+        turning = torch.arange(len(exponent), device=exponent.device) < int(config.rope_fraction * len(exponent))
+        return torch.where(turning, frequency / factor, 0)
     if config.rope_scaling == "longrope":
         long, short = exponent.new_tensor(config.rope_long_factors), exponent.new_tensor(config.rope_short_factors)
         return frequency / torch.where(length > original, long, short)

@@ -329,12 +329,7 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
     nothing, quantised or not, because their weights need no gradient.
     """
     config = gpt.config
-    block = 2.0 * config.n_embd
-    products = 3 if "glu" in config.ffn else 1
-    if config.n_expert:  # assumes that tokens spread evenly over experts, and that all blocks have experts
-        block += products * (config.n_expert_per_token * config.expert_size + config.shared_expert_size)
-    else:
-        block += products * config.ffn_size
+    block = 2.0 * config.n_embd + 3 * config.per_layer_size
     dropped = 2 * config.n_embd * (itemsize + 1) if gpt.dropout else 0  # what a block adds, and masks
     inputs, outputs = [0.0] * config.n_layer, [0.0] * config.n_layer
     for i, layers in enumerate(gpt.blocks):
@@ -346,7 +341,7 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
     each = [
         tokens
         * (
-            (block + taken + scaled) * itemsize
+            (block + _fed(config, i) + taken + scaled) * itemsize
             + _mixed(config, i, itemsize)
             + (taken if lora.dropout else 0)
             + dropped
@@ -355,16 +350,26 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
     ]
     kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)
     logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
-    largest = max(config.ffn_size, config.n_head * config.head_size) * config.n_embd
+    largest = max(config.ffn_size, config.shared_kv_ffn_size, config.n_head * config.head_size) * config.n_embd
     widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
     return kept + logits + max(widest, tokens * _within_chunks(config))
+
+
+def _fed(config: ModelConfig, block: int) -> float:
+    """Estimate the elements that an MLP or a mixture of experts saves for a token."""
+    products = 3 if "glu" in config.ffn else 1
+    if config.n_expert:  # assumes that tokens spread evenly over experts, and that all blocks have experts
+        beside = config.ffn_size if config.experts_beside else config.shared_expert_size
+        return products * (config.n_expert_per_token * config.expert_size + beside)
+    return products * ((config.shared_kv_ffn_size if config.reuses(block) else 0) or config.ffn_size)
 
 
 def _mixed(config: ModelConfig, block: int, itemsize: int) -> float:
     """Estimate the bytes that attention, or a gated delta net, saves for a token."""
     if not config.is_delta(block):
-        gated = config.n_head if config.attention_gate else 0
-        return 2.0 * (config.n_head + config.n_kv_head + gated) * config.head_size * itemsize
+        windowed, gated = config.windowed(block), config.n_head if config.attention_gate else 0
+        keys = 0 if config.reuses(block) else config.kv_heads_of(windowed)
+        return 2.0 * (config.n_head + keys + gated) * config.head_size_of(windowed) * itemsize
     heads, keys = config.delta_value_heads, 2 * config.delta_key_heads * config.delta_key_size
     values = heads * config.delta_value_size
     return float((keys + 3 * values) * itemsize + 4 * (keys + 2 * heads * config.delta_key_size + 4 * values))

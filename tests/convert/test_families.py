@@ -90,6 +90,7 @@ HARMLESS = {
 SWITCHES: list[dict[str, Any]] = [
     {"use_sliding_window": True},
     {"new_decoder_architecture": True},
+    {"enable_moe_block": True},
     {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     {"layer_types": ["attention"] * 2},
     {"num_shared_experts": 1, "shared_expert_combination_strategy": "sum"},
@@ -133,6 +134,8 @@ def test_the_defaults_of_a_family_are_those_of_transformers(family: str) -> None
 @pytest.mark.parametrize("case", CASES)
 def test_a_config_json_from_before_transformers_5_means_the_same(case: str) -> None:
     family, changes = CASES[case]
+    if family.startswith("gemma4"):
+        pytest.skip("came after it")
     config = transformers.AutoConfig.for_model(family, **SMALL | changes)
     new = json.loads(config.to_json_string(use_diff=False))
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "time_step_limit")}

@@ -31,6 +31,8 @@ PLAIN = {
     "qwen3_5_text": "delta_layers",
     "qwen3_5_moe_text": "delta_layers",
     "qwen3_next": "delta_layers",
+    "gemma4_text": "value_norm",
+    "gemma4_unified_text": "value_norm",
 }
 """The families that take the plain path, and the field of ModelConfig that is to blame."""
 FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN]

@@ -1,4 +1,4 @@
-"""Generation with a state instead of keys and values: all features, or a refusal by name."""
+"""Generation where blocks have states, or no keys and values of their own: all features, or a refusal by name."""
 
 import pytest
 import torch
@@ -9,13 +9,17 @@ from lit_qlora.generation.batching import Batcher, Request
 from lit_qlora.settings import GenerationConfig
 from tests.model.test_switches import model_of
 
+CASES = ["qwen3_5", "gemma4-E"]
 PROMPTS = [[5, 9, 20], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 4, "num_return_sequences": 2}])
 @pytest.mark.parametrize("fixed_shapes", [False, True])
-def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(settings: dict[str, int], fixed_shapes: bool) -> None:
-    model, config = model_of("qwen3_5"), GenerationConfig(max_new_tokens=12, **settings)
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(
+    case: str, settings: dict[str, int], fixed_shapes: bool
+) -> None:
+    model, config = model_of(case), GenerationConfig(max_new_tokens=12, **settings)
     together = generate(model, PROMPTS, config, (17,), fixed_shapes=fixed_shapes)
     alone = [answer for prompt in PROMPTS for answer in generate(model, [prompt], config, (17,), fixed_shapes=False)]
     assert together == alone
@@ -31,8 +35,9 @@ def test_the_likeliest_answer_is_that_of_whole_texts_read_again() -> None:
             text.append(token)
 
 
-def test_requests_that_come_and_go_in_slots_are_answered_as_alone() -> None:
-    model, config = model_of("qwen3_5"), GenerationConfig(max_new_tokens=12)
+@pytest.mark.parametrize("case", CASES)
+def test_requests_that_come_and_go_in_slots_are_answered_as_alone(case: str) -> None:
+    model, config = model_of(case), GenerationConfig(max_new_tokens=12)
     expected = generate(model, PROMPTS, config, ())
     batcher = Batcher(model, 2, lambda adapters: None, context=40)
     requests = [Request(prompt, config, (), room) for prompt, room in zip(PROMPTS, (4, 9, 12), strict=True)]

@@ -64,7 +64,7 @@ def of_parameters(parameters: list[str]) -> Any:
         r=3,
         lora_alpha=12,
         target_modules=["o_proj"],
-        target_parameters=parameters,
+        target_parameters=[parameter.removeprefix("mlp.") for parameter in parameters],  # Gemma 4 has them elsewhere
         rank_pattern={"gate_up_proj": 2},
         alpha_pattern={r".*\.down_proj": 5},
     )

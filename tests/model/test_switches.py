@@ -1,6 +1,7 @@
 """Every switch of ModelConfig, in every family that has it: it does something, and keeps the promises of the model."""
 
 import json
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import cache
 from operator import attrgetter
@@ -21,7 +22,7 @@ NO_SWITCHES = {
     *("n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size"),
     *("kv_latent_size", "q_latent_size", "latent_rope_size", "latent_value_size", "expert_size", "shared_expert_size"),
     *("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_conv_size"),
-    "n_expert",
+    *("n_expert", "per_layer_size", "per_layer_vocab", "shared_kv_ffn_size", "full_head_size", "full_kv_heads"),
     *("tied_head", "positions"),  # other weights, not another function of the same
 }
 
@@ -132,6 +133,21 @@ def test_documents_that_begin_alike_share_their_beginning(case: str) -> None:
     ):
         expected = logits(model, document)[0]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", ["qwen3_5", "gemma4-E", "gemma4_moe"])
+def test_recomputing_activations_leaves_the_gradients_bit_equal(case: str) -> None:
+    model, text = deepcopy(model_of(case)).train(), tokens(23)
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        model.recompute = recompute
+        return list(torch.autograd.grad(model.loss(text[:, :-1], text[:, 1:]), learning))
+
+    learning = [p for p in model.parameters() if p is not model.embed.weight]
+    model.loss(text[:, :-1], text[:, 1:]).backward()
+    learning = [p for p in learning if p.grad is not None]
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, recomputed)
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)

@@ -140,6 +140,8 @@ def is_kept(name: str, config: ModelConfig) -> bool:
     rule, numbers = find_rule(name, family)
     if family.further_layers and ".layers." in name and int(numbers.get("i", 0)) >= config.n_layer:
         return True
+    if rule is not None and config.reuses(int(numbers.get("i", 0))):  # files can hold what the block does not use
+        return any(re.fullmatch(r"blocks\.{i}\.attn\.(key|value|key_norm)\.\w+", part) for part in parts_of(rule))
     constant = template(name)[0] in family.constants
     return constant or (rule is None and any(part in family.kept for part in name.split(".")[:2]))
 

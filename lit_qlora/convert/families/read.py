@@ -110,6 +110,8 @@ def read_scaling(rope: Theirs, theirs: Theirs, family: Family) -> dict[str, Any]
         # A model without scaling can still need its length: Ministral 3 scales queries by it.
         return {"rope_original_block_size": original} if "query_scale_beta" in family.fields else {}
     scaled = {"rope_scaling": kind, "rope_factor": factor, "rope_original_block_size": original}
+    if kind == "proportional":
+        return {"rope_scaling": kind, "rope_factor": factor or 1.0}
     if kind == "linear":
         return {"rope_scaling": kind, "rope_factor": factor}
     if kind == "dynamic":

@@ -356,3 +356,29 @@ QWEN3_NEXT = (
         f"{_LINEAR}.in_proj_ba.weight": Fused((_BETA, _DECAY), "delta_heads"),
     }
 )
+GEMMA4 = GEMMA3 | {f"{_LAYER}.layer_scalar": f"{_BLOCK}.scale"}
+GEMMA4_TEXT = (
+    GEMMA4
+    | tensors(
+        {
+            "model.embed_tokens_per_layer": "per_layer.embed",
+            "model.per_layer_model_projection": "per_layer.narrow",
+            "model.per_layer_projection_norm": "per_layer.norm",
+            f"{_LAYER}.per_layer_input_gate": f"{_BLOCK}.per_layer.gate",
+            f"{_LAYER}.per_layer_projection": f"{_BLOCK}.per_layer.widen",
+            f"{_LAYER}.post_per_layer_input_norm": f"{_BLOCK}.per_layer.norm",
+            f"{_LAYER}.post_feedforward_layernorm_1": f"{_BLOCK}.beside.plain_post_norm",
+            f"{_LAYER}.pre_feedforward_layernorm_2": f"{_BLOCK}.beside.norm",
+            f"{_LAYER}.post_feedforward_layernorm_2": f"{_BLOCK}.beside.mlp_post_norm",
+        }
+    )
+    | {
+        f"{_LAYER}.router.proj.weight": f"{_BLOCK}.beside.mlp.router.weight",
+        f"{_LAYER}.router.scale": f"{_BLOCK}.beside.mlp.router.scale",
+        f"{_LAYER}.router.per_expert_scale": f"{_BLOCK}.beside.mlp.router.expert_scale",
+        f"{_LAYER}.experts.gate_up_proj": Stacked(
+            Fused(tuple(f"{_BLOCK}.beside.mlp.experts.{{e}}.{part}.weight" for part in ("gate", "up")), "blocks")
+        ),
+        f"{_LAYER}.experts.down_proj": Stacked(f"{_BLOCK}.beside.mlp.experts.{{e}}.down.weight"),
+    }
+)

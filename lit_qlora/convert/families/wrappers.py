@@ -42,6 +42,7 @@ _QWEN_VL = (TEXT, ("model.language_model.", "lm_head."))
 _QWEN3_VL = (("model.language_model.", "lm_head."),)
 _SMOLVLM = (("model.text_model.", "lm_head."),)
 _TOWER = ("vision_tower", "multi_modal_projector")
+_GEMMA4 = ("vision_tower", "vision_embedder", "embed_vision", "audio_tower", "embed_audio")
 _EXPERTS = "model.layers.{i}.mlp.experts"
 _EXPERT = "blocks.{i}.mlp.experts.{e}"
 WRAPPERS: dict[str, Wrapper] = {
@@ -77,6 +78,12 @@ WRAPPERS: dict[str, Wrapper] = {
             f"{_EXPERTS}.gate_up_proj": Stacked(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "blocks")),
             f"{_EXPERTS}.down_proj": Stacked(f"{_EXPERT}.down.weight"),
         },
+    ),
+    "gemma4": Wrapper(
+        text="gemma4_text", names=_QWEN3_VL, kept=_GEMMA4, tied=True, shapes_logits=True, text_class=True
+    ),
+    "gemma4_unified": Wrapper(
+        text="gemma4_unified_text", names=_QWEN3_VL, kept=_GEMMA4, tied=True, shapes_logits=True, text_class=True
     ),
     "idefics3": Wrapper(text="llama", names=_SMOLVLM, kept=("vision_model", "connector"), tied=False),
     "smolvlm": Wrapper(text="llama", names=_SMOLVLM, kept=("vision_model", "connector"), tied=False),
@@ -129,6 +136,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "norm_topk_prob": True,
     },
+    "gemma4_text": _sizes(30, 2304, 8, 9216, 262_144),
+    "gemma4_unified_text": _sizes(30, 2304, 8, 9216, 262_144),
     "qwen3_5_text": _sizes(32, 4096, 16, 12_288, 248_320),
     "qwen3_5_moe_text": {
         "num_hidden_layers": 40,
@@ -187,7 +196,7 @@ def wrapped(family: Family, name: str) -> Family:
 
 
 def in_text_class(name: str, wrapper: str) -> str:
-    """What a class of the language model alone calls a module, from its name in the memory of the wrapper's."""
+    """Name a module as a class of the language model alone does, from its name in the memory of the wrapper's."""
     return _begun(name, WRAPPERS[wrapper].names[-1], TEXT)
 
 

@@ -24,6 +24,8 @@ from lit_qlora.settings import LoRAConfig
 
 PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """Parameters of a module of experts, in their order, and our layers that each one holds."""
+UNCONVERTED = {"qwen3_5_moe_text"}
+"""Families whose single experts PEFT 0.21 does not stack when it loads them, nor mistakes their other MLPs for them."""
 _MODULE = ".experts"
 _INNER = ".base_layer"
 _EXPERT = ".mlp.experts."
@@ -93,7 +95,7 @@ class Stacks:
         module: names of the module that has the parameters, with {i} for the block; the first one is that of today.
         gate_up: how rows of gate and of up follow each other.
         transposed: the parameters are (n_expert, in, out).
-        only: files stack them as well, so there are no names of single experts.
+        only: files stack them as well, or PEFT does not, so there are no names of single experts.
     """
 
     model: ModelConfig
@@ -106,7 +108,8 @@ class Stacks:
     @staticmethod
     def of(model: ModelConfig, config: LoRAConfig) -> "Stacks | None":
         """None for a family without experts."""
-        gate, up = (f"blocks.{{i}}{_EXPERT}{{e}}.{name}.weight" for name in PARAMETERS["gate_up_proj"])
+        home = "blocks.{i}.beside" if model.experts_beside else "blocks.{i}"
+        gate, up = (f"{home}{_EXPERT}{{e}}.{name}.weight" for name in PARAMETERS["gate_up_proj"])
         for theirs, rule in family_of(model).weights.items():
             if isinstance(rule, Stacked) and gate in parts_of(rule):
                 inner = rule.rule
@@ -119,11 +122,12 @@ class Stacks:
             if rule == gate:
                 module = theirs.partition(".{e}")[0]
                 names = (module.replace("block_sparse_moe", "mlp"), module)  # Mixtral's, in transformers 5 and before
-                return Stacks(model, config, tuple(dict.fromkeys(names)), Fused((gate, up), "blocks"))
+                only = model.family in UNCONVERTED
+                return Stacks(model, config, tuple(dict.fromkeys(names)), Fused((gate, up), "blocks"), only=only)
         return None
 
     def parameter(self, block: str, name: str, known: Iterable[str] = ()) -> str:
-        """The full name of a parameter of a block ("blocks.3"), as in `known` or as today."""
+        """The full name of a parameter of a block, see by_block, as in `known` or as today."""
         options = [f"{fill(module, template(block)[1])}.{name}" for module in self.module]
         return next((option for option in options if option in known), options[0])
 
@@ -252,7 +256,7 @@ class Place:
 
 
 def by_block(layers: Iterable[str]) -> dict[str, list[str]]:
-    """Layers of experts by their block, "blocks.3"."""
+    """Layers of experts by their block, "blocks.3", or what is beside its MLP, "blocks.3.beside"."""
     found: dict[str, list[str]] = {}
     for layer in layers:
         found.setdefault(layer.partition(_EXPERT)[0], []).append(layer)

@@ -21,7 +21,16 @@ from lit_qlora.convert.families.wrappers import in_text_class, in_wrapper
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.peft_config import PeftConfig
-from lit_qlora.lora.peft_experts import PARAMETERS, Place, Stacks, by_block, is_expert, is_stacked, peft_names
+from lit_qlora.lora.peft_experts import (
+    PARAMETERS,
+    UNCONVERTED,
+    Place,
+    Stacks,
+    by_block,
+    is_expert,
+    is_stacked,
+    peft_names,
+)
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import TARGETS, LoRAConfig, first_match
@@ -173,7 +182,7 @@ def to_peft(
         # transformers 5 renamed GPT-NeoX's head. With both names the adapter fits any version: PEFT skips unknown ones.
         aliases = [other.module for other in _homes(members[0], family_of(model))]
         names = [home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]
-        beside = model.n_expert and _is_beside_experts(members[0])
+        beside = model.n_expert and model.family not in UNCONVERTED and _is_beside_experts(members[0])
         for module in _with_text_class(names, model):
             target = f"{module}.weight" if beside else module
             ranks[target], alphas[target] = rank, alpha

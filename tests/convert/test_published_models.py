@@ -404,6 +404,54 @@ def test_the_language_model_inside_has_what_the_encoder_leaves(name: str) -> Non
     assert count_parameters(read_config(config, name)) == parameters - encoder
 
 
+GEMMA4 = {"head_dim": 256, "global_head_dim": 512, "final_logit_softcapping": 30.0}
+ROUNDED = {
+    "Qwen3.5-27B": (
+        llama_like("qwen3_5_text", 64, 5120, 24, 4, 17_408, 248_320, head_dim=256, linear_num_value_heads=48),
+        26.9,
+    ),
+    "gemma-4-31B": (
+        llama_like(
+            "gemma4_text",
+            60,
+            5376,
+            32,
+            16,
+            21_504,
+            262_144,
+            num_global_key_value_heads=4,
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=None,
+            **GEMMA4,
+        ),
+        30.7,
+    ),
+    "gemma-4-E2B": (
+        llama_like(
+            "gemma4_text",
+            35,
+            1536,
+            8,
+            1,
+            6144,
+            262_144,
+            num_kv_shared_layers=20,
+            use_double_wide_mlp=True,
+            layer_types=[*["sliding_attention"] * 4, "full_attention"] * 7,
+            **GEMMA4,
+        ),
+        4.6,
+    ),
+}
+"""Shapes whose parameters are published in billions alone."""
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_these_have_as_many_billions_of_parameters(name: str) -> None:
+    config, billions = ROUNDED[name]
+    assert round(count_parameters(read_config(config, name)) / 1e9, 1) == billions
+
+
 def test_many_families_are_among_them() -> None:
     assert set(FAMILIES) - {config["model_type"] for config, _ in PUBLISHED.values()} == {
         *("cohere2", "glm", "granite", "ministral", "ministral3"),
@@ -411,4 +459,5 @@ def test_many_families_are_among_them() -> None:
         *("glm4_moe", "glm4_moe_lite", "solar_open", "flex_olmo", "minimax_m2", "exaone_moe", "hy_v3"),
         *("granitemoeshared", "mellum", "cohere2_moe", "mistral4", "iquestcoder", "helium", "cwm"),
         *("arcee", "hyperclovax", "granite_swa", "minicpm3", "jais2"),
+        *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma4_text", "gemma4_unified_text"),
     }

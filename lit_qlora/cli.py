@@ -37,6 +37,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
     keeps its traceback. LIT_QLORA_DEBUG=1 shows the traceback of every error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    _forget_backend_of_notebook()
 
     def hide(text: str) -> str:
         return scrub(text, argv, os.environ)
@@ -49,6 +50,16 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
     except Exception:  # a defect of ours: its traceback is for whoever mends it, and may be posted anywhere
         sys.excepthook = lambda *error: sys.stderr.write(hide("".join(format_exception(*error))))
         raise
+
+
+def _forget_backend_of_notebook() -> None:
+    """Leave the choice of a backend to matplotlib.
+
+    Jupyter and Colab hand theirs, `module://...`, to every `!command`. Without the kernel's packages matplotlib ends
+    its import with an error, and with it torchmetrics and Lightning. No figure is shown on a screen here.
+    """
+    if os.environ.get("MPLBACKEND", "").startswith("module:"):
+        del os.environ["MPLBACKEND"]
 
 
 @contextmanager

@@ -343,6 +343,16 @@ def test_advice_against_exhausted_memory_names_flags_that_exist(capsys: pytest.C
         cli.parse(FinetuneConfig, [f"--{name}", {"train.recompute": "full", "quantize": "bnb.nf4"}.get(name, "8")])
 
 
+def test_a_notebook_may_start_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    backends: list[str | None] = []
+    cli.run(lambda config: backends.append(os.environ.get("MPLBACKEND")), Config, [])
+    assert backends == [None]
+    monkeypatch.setenv("MPLBACKEND", "svg")  # a choice of the user's
+    cli.run(lambda config: backends.append(os.environ.get("MPLBACKEND")), Config, [])
+    assert backends[1] == "svg"
+
+
 def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert end(raising(KeyboardInterrupt()), capsys) == (130, "stopped by Ctrl-C\n")
 

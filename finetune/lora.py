@@ -89,7 +89,7 @@ def finetune(config: FinetuneConfig) -> None:
     fabric.seed_everything(config.seed, verbose=False)
     with (
         folder.claim(config, fabric, checkpoint, plan) as out_dir,
-        folder.open_log(config, out_dir, total, fabric) as log,
+        folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
     ):
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start)

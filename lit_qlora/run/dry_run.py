@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from lit_qlora.checkpoint.checkpoint import random_model
 from lit_qlora.data import Batch, RunData, longest_step, steps
 from lit_qlora.data.batches import mean_tokens
-from lit_qlora.device import fabric_precision, peak_gib, pick_device, weights_dtype
+from lit_qlora.device import fabric_precision, peak_gib, pick_device, scales_loss, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.evaluate.measures import score_rows
 from lit_qlora.evaluate.validation import is_due
@@ -129,7 +129,7 @@ def _random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) ->
     add_noise(model, config.train.neftune)
     model.set_dropout(config.train.hidden_dropout)
     take_path(model, plan)
-    return make_learner(fabric, model, config)
+    return make_learner(fabric, model, config.optimizer, config.train, scales_loss(config.precision))
 
 
 def _some(batches: list[Batch]) -> list[Batch]:

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from lit_qlora.errors import ResourceError, UsageError, UserError
 from lit_qlora.files.atomic import is_left_over, write_text
 from lit_qlora.report import RunLog, tell
 from lit_qlora.run.plan import Plan
-from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, flat, plain, read_log, write_log
+from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, read_log, write_log
 from lit_qlora.run.trackers import Trackers
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.settings import FinetuneConfig, LogConfig
 
 BYTES_PER_PARAMETER = 16  # of a checkpoint: PEFT's copy, the parameter itself, two moments, all float32
 
@@ -63,7 +63,9 @@ def _take_folder(
             check_disk(out_dir, config.train.keep_last, plan.trainable)
         if (out_dir / LOG).exists() and not (checkpoint and checkpoint.path.parent.samefile(out_dir)):
             here = out_dir.resolve()  # if it is a link, its target moves
-            _check_movable(config, here, checkpoint)
+            resumed = checkpoint.path if checkpoint else None
+            own = {"checkpoint_dir": config.checkpoint_dir, "lora.start": config.lora.start, "resume": resumed}
+            _check_movable(out_dir, own)
             aside = next(p for n in range(1, 10_000) if not (p := here.with_name(f"{here.name}.{n}")).exists())
             here.rename(aside)
             tell(f"The earlier run in {out_dir} is now {aside}.")
@@ -83,18 +85,12 @@ def _take_folder(
         raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None
 
 
-def _check_movable(config: FinetuneConfig, here: Path, checkpoint: Checkpoint | None) -> None:
-    """Raise UsageError if the earlier run in the folder `here` holds something that this run needs."""
-    needed = {
-        "the current directory": Path.cwd(),
-        "checkpoint_dir": config.checkpoint_dir,
-        "lora.start": config.lora.start,
-        "resume": checkpoint and checkpoint.path,
-    }
-    for name, path in needed.items():
-        if path and path.resolve().is_relative_to(here):
+def _check_movable(out_dir: Path, needed: Mapping[str, Path | None]) -> None:
+    """Raise UsageError if the earlier run in out_dir holds the current directory or a path that this run needs."""
+    for name, path in {"the current directory": Path.cwd(), **needed}.items():
+        if path and path.resolve().is_relative_to(out_dir.resolve()):
             raise UsageError(
-                f"out_dir {config.out_dir} holds an earlier run, which would be moved aside with {name} {path}.\n"
+                f"out_dir {out_dir} holds an earlier run, which would be moved aside with {name} {path}.\n"
                 "Take another --out_dir."
             )
 
@@ -141,14 +137,20 @@ def _lock(out_dir: Path) -> Any:
 
 
 @contextmanager
-def open_log(config: FinetuneConfig, out_dir: Path, total: int, fabric: Fabric) -> Iterator[RunLog]:
-    """Open the run's log, silent in all processes but the first; closing it gives an error message its own line."""
+def open_log(
+    config: LogConfig, settings: Mapping[str, Any], out_dir: Path, total: int, fabric: Fabric
+) -> Iterator[RunLog]:
+    """Open the run's log, silent in all processes but the first; closing it gives an error message its own line.
+
+    Args:
+        settings: those of the run by their full names, for the trackers.
+    """
     first = fabric.is_global_zero
     with open(os.devnull, "w") as nobody:
         log = RunLog(out_dir / LOG if first else None, total, None if first else nobody)
-        names = config.log.to if first else ()
+        names = config.to if first else ()
         assert isinstance(names, tuple)
-        trackers = Trackers(names, out_dir, flat(plain(config)), log.start)
+        trackers = Trackers(names, out_dir, settings, log.start)
         log.trackers.append(trackers)
         log.records = fabric.broadcast(log.records)
         try:

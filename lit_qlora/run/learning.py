@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,14 @@ from lit_qlora.evaluate.validation import Validator
 from lit_qlora.evaluate.validation_inputs import Probes
 from lit_qlora.files.atomic import write_text
 from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings
 from lit_qlora.run.plan import Plan, check_fp8
 from lit_qlora.run.reports import one_line
 from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, write_log
 from lit_qlora.run.saver import Contents, Saver
-from lit_qlora.settings import EvalConfig, FinetuneConfig, TrainConfig
+from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, TrainConfig
 from lit_qlora.signals import caught
 from lit_qlora.train.guards import Guard
 from lit_qlora.train.loop import BadStepError, Learner, Stopped, agree, follow, train
@@ -98,11 +99,10 @@ def set_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def make_learner(fabric: Fabric, model: GPT, config: FinetuneConfig) -> Learner:
-    """Give the model its optimizer, for training on the path it takes."""
-    scaled = scales_loss(config.precision)
+def make_learner(fabric: Fabric, model: GPT, config: OptimizerConfig, train: TrainConfig, scaled: bool) -> Learner:
+    """Give the model its optimizer, for training on the path it takes; the loss is `scaled` in float16."""
     flatten = None if model.fast is None else model.fast.flatten
-    optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.train, scaled=scaled, flatten=flatten)
+    optimizer = make_optimizer(model.named_parameters(), config, train, scaled=scaled, flatten=flatten)
     return Learner(fabric, model, optimizer)
 
 
@@ -121,7 +121,8 @@ def learn(
         The scores of the validation samples at the last validation (see measures.score_rows), if there was one.
     """
     assert config.out_dir is not None
-    learner, total = make_learner(fabric, model, config), log.total
+    scaled, total = scales_loss(config.precision), log.total
+    learner = make_learner(fabric, model, config.optimizer, config.train, scaled)
     start, last = 0, None
     if checkpoint:
         restore(fabric, model, learner.optimizer, checkpoint.path)
@@ -129,11 +130,11 @@ def learn(
         start = checkpoint.step
         if checkpoint.path.parent.samefile(config.out_dir):
             last = (start, config.out_dir / checkpoint.path.name)
-    guard = Guard(config.guard, scaled=scales_loss(config.precision))
+    guard = Guard(config.guard, scaled=scaled)
     for record in log.records:
         if "loss" in record:
             guard.recall(record["loss"], record.get("skipped", False))
-    with caught() as stop, explained(config, data):
+    with caught() as stop, explained(config.out_dir, data.tokenizer, partial(savings, config, data)):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
         losses = Losses(fabric, model, data.val_batches, stop)
         measures: list[Measure] = [losses] if data.val_batches else []
@@ -192,33 +193,36 @@ def keep_answers(out_dir: Path, log: RunLog, step: int, records: list[Record]) -
 
 
 @contextmanager
-def explained(config: FinetuneConfig, data: RunData) -> Iterator[None]:
-    """Turn a bad step, lost memory or a lost process into an error that says what to look at or to change."""
-    assert config.out_dir is not None
+def explained(out_dir: Path, tokenizer: Tokenizer, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn a bad step, lost memory or a lost process into an error that says what to look at or to change.
+
+    Args:
+        advice: lists changes that need less memory.
+    """
     try:
         yield
     except BadStepError as error:
         step = error.step
-        path = config.out_dir / "bad_batch.json"
+        path = out_dir / "bad_batch.json"
         rows = [
-            {"tokens": tokens, "labels": labels, "text": data.tokenizer.decode(tokens)}
+            {"tokens": tokens, "labels": labels, "text": tokenizer.decode(tokens)}
             for batch in step.batches
             for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
         ]
         facts = {"error": str(error), "epoch": step.epoch, "samples": list(step.numbers), "rows": rows}
         write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        saved = checkpoints(config.out_dir)
+        saved = checkpoints(out_dir)
         good = f"the newest checkpoint is {saved[0]}" if saved else "no checkpoint was due before it"
         raise NumericalError(f"{error}\nIts samples are in {path}; {good}.") from None
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
-        raise ResourceError(f"Out of memory. {reason}\n{savings(config, data)}") from None
+        raise ResourceError(f"Out of memory. {reason}\n{advice()}") from None
     except RuntimeError as error:
         if not _is_about_another_process(error):
             raise
         raise ResourceError(
             "Another process of this run has ended, so this one ends too.\n"
-            f"{config.out_dir} holds the checkpoints; the same command resumes from the newest."
+            f"{out_dir} holds the checkpoints; the same command resumes from the newest."
         ) from None
 
 

@@ -25,7 +25,7 @@ from lit_qlora.report import Record, RunLog, duration, metrics, short, smaller_i
 from lit_qlora.run.reports import Answer, Outcome, one_line, plot_losses, write_page, write_report
 from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.settings import FinetuneConfig, LoRAConfig
 
 SHOWN = 3  # best and worst answers
 
@@ -39,7 +39,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     assert config.out_dir is not None
     out_dir = config.out_dir
     log.close()
-    summary = summarize(config, model, log.records)
+    summary = summarize(model, config.lora, config.quantize, config.precision, log.records)
     adapter, base = quote(f"{out_dir}/{FINAL}"), quote(str(config.checkpoint_dir))
     following = (
         f"python scripts/merge_lora.py --lora_path {adapter} --checkpoint_dir {base}\n"
@@ -100,20 +100,20 @@ def _outcome(
     )
 
 
-def summarize(config: FinetuneConfig, model: GPT, records: Sequence[Record]) -> dict[str, Any]:
+def summarize(model: GPT, lora: LoRAConfig, quantize: str, precision: str, records: Sequence[Record]) -> dict[str, Any]:
     """Collect the values of summary.json."""
     train = [record for record in records if "loss" in record]
     val = [value for _, value in metrics(records).get("val_loss", [])]
     right = [record["accuracy"] for record in train[-10:] if "accuracy" in record]
     end = train[-1] if train else {"seconds": 0.0, "peak_gib": 0.0}
     tokens, seconds = sum(record["tokens"] for record in train), end["seconds"]
-    storage = "" if config.quantize == "none" else f"{config.quantize} + "
-    targets = ",".join(map(str, config.lora.targets))
+    storage = "" if quantize == "none" else f"{quantize} + "
+    targets = ",".join(map(str, lora.targets))
     return {
         "base": model.config.name,
-        "quantize": config.quantize,
-        "adapter": f"{storage}LoRA r={config.lora.r} on {targets}",
-        "precision": config.precision,
+        "quantize": quantize,
+        "adapter": f"{storage}LoRA r={lora.r} on {targets}",
+        "precision": precision,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "trainable_parameters": count_trainable(model),
         "frozen_parameters": count_parameters(model.config),

@@ -2,9 +2,9 @@
 
 The weight is dequantised to the dtype of the input wherever it is used: in training, evaluation and merging alike; for
 a few rows on a GPU in registers (lit_qlora.kernels.small_batch_linear), to the same values.
-bitsandbytes' fused small-batch product is not used, because it rounds the scales differently (with bitsandbytes
-0.50, 27 % of the weights differ by 0.27 %), and neither is its Linear4bit, because on CPUs with AVX512-BF16 its
-first evaluation repacks the weights, after which gradients through them are lost.
+bitsandbytes' fused small-batch product is not used, because it rounds the scales differently (with bitsandbytes 0.50,
+27 % of the weights differ by 0.27 %). Nor is its Linear4bit: on CPUs with AVX512-BF16 its first evaluation repacks
+the weights, after which gradients through them are lost.
 """
 
 import logging

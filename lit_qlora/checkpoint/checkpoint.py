@@ -39,8 +39,8 @@ def load_model(
 ) -> GPT:
     """The model in `checkpoint_dir`, on `device`.
 
-    Weights come off the disk one layer at a time, and are quantised on `device`, so host memory never holds more than
-    one of them and the device never more than the quantised model and one layer.
+    Weights come off the disk one layer at a time, and are quantised on `device`. So the host never holds more than one
+    layer, and the device never more than the quantised model and one layer.
 
     Args:
         dtype, quantize, quantize_head: see Storage.
@@ -193,7 +193,7 @@ def save_weights(
     """Make `directory` the checkpoint of these weights, whole or not at all, whatever stops the program.
 
     The weights are written to a temporary directory inside it. When they are complete, the configuration of an earlier
-    checkpoint goes first and the new one comes last, so old and new files are never mixed.
+    checkpoint is removed first and the new one comes last. So old and new files are never mixed.
 
     Args:
         tensors: the tensors of `specs`, in their order.

@@ -1,7 +1,7 @@
 """Tensors from safetensors files onto a GPU, as fast as memory can be read.
 
-Several threads read the pieces of a tensor into pinned memory, from which the GPU copies while the next piece is read
-and while it works on what came before. The host never holds more than a few pieces, the device nothing but the tensor.
+Several threads read the pieces of a tensor into pinned memory. The GPU copies a piece while the next one is read, and
+while it works on earlier ones. The host never holds more than a few pieces, the device nothing but the tensor.
 """
 
 import os

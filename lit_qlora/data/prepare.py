@@ -43,8 +43,8 @@ def read(path: str | Path, out_dir: Path, config: PrepareConfig) -> Reading:
 def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
     """Write train.jsonl, val.jsonl and report.md, and the checkpoint that they are for.
 
-    The split is that of torch.utils.data.random_split, as in Lit-GPT's script of the same name, so that the same seed
-    holds out the same samples.
+    The split is that of torch.utils.data.random_split, as in Lit-GPT's script of the same name. So the same seed holds
+    out the same samples.
 
     Returns:
         The report.

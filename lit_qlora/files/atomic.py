@@ -1,7 +1,7 @@
 """Files and directories that are atomic: whole or absent, whatever stops the program.
 
 Each is made under a temporary name beside its own, flushed to the disk, and then renamed. A temporary name is locked
-while it is in use, so that other programs can tell it from what a killed one has left, also from another container.
+while it is in use. So other programs, also in other containers, can tell it from the remains of a killed one.
 """
 
 import ctypes

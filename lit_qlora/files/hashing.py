@@ -1,7 +1,7 @@
 """sha256 of files, remembered beside them, since hashing runs at about 2 GB/s.
 
 A remembered hash is believed while the file has the stamp that it had when it was hashed: size, inode, and the times
-of its content and of its inode. No program can set the latter (ctime), so a file that was changed, replaced or copied
+of its content and of its inode. No program can set the latter (ctime). So a file that was changed, replaced or copied
 is hashed again, whatever its size and time of content say. The stamp of a file that was changed shortly before it was
 hashed proves nothing: the file system's clock may not have advanced since.
 """

@@ -16,8 +16,8 @@ MANIFEST = "manifest.json"
 def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]) -> None:
     """Write a directory that is either complete or absent, whatever stops the program.
 
-    Files go to a temporary directory beside `final`, each is flushed to the disk, manifest.json (bytes and sha256 of
-    each, and `facts`) comes last, and then the directory gets its name.
+    Files go to a temporary directory beside `final`, and each is flushed to the disk. manifest.json comes last, with
+    bytes and sha256 of each and with `facts`. Then the directory gets its name.
 
     Args:
         write: file name -> a function that writes it to the path it is given.

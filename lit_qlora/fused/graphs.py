@@ -44,8 +44,8 @@ MANY = 1024  # tokens, from which on the head reads only labelled ones, their nu
 SIGHTINGS = 4  # of a shape before its capture, which takes as long as a few passes
 
 Shape = tuple[int, int, int, int, int, bool, bool]
-"""Rows, their padded length, documents (0 if not packed), tokens of the longest text, tokens that the head reads,
-whether these have weights, whether there is dropout."""
+"""Rows, their padded length, documents (0 if not packed), tokens of the longest text, tokens that the head reads.
+Then whether these have weights, and whether there is dropout."""
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Captures the kernels that a function launches, and returns a function that launches them again."""
 

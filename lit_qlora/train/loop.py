@@ -117,8 +117,8 @@ def train(
 ) -> Iterator[Record]:
     """Take one optimizer step for each of `steps`, up to number `total`, and yield its record for the log.
 
-    The loss of a step is the mean over all its labelled tokens, or as data.weighting weighs them, however they are
-    split into rows, micro-batches and devices. So packing and train.micro_batch_size change memory and speed but not
+    The loss of a step is the mean over all its labelled tokens, or as data.weighting weighs them. The split into rows,
+    micro-batches and devices makes no difference. So packing and train.micro_batch_size change memory and speed but not
     the result. Randomness in a step depends on `seed` and the step's number alone, so a run can resume after any step.
     Time between two steps, which goes to validating and saving, counts in no step's tokens per second.
 

@@ -1,7 +1,7 @@
 """Several processes that train one adapter, each on its part of every step; they exchange only the gradients.
 
 torch's DistributedDataParallel does not fit here. Before each forward pass it sends every buffer, and quantised weights
-are buffers. In each backward pass it waits for a gradient of every parameter, but an expert may get none, and the fast
+are buffers. In each backward pass it waits for a gradient of every parameter. But an expert may get none, and the fast
 path writes gradients without autograd.
 """
 

@@ -1,9 +1,9 @@
 """PEFT's layout of adapters on parameters (target_parameters), which is how it adapts experts that are stacked.
 
 transformers holds the weights of a block's experts in two parameters, gate_up_proj and down_proj. For each, PEFT has an
-A of shape (n_expert r, in), expert after expert, and a B of shape (out, r n_expert), whose columns are the experts of
-the first rank, then those of the next. Gate and up share an A. Adapters of ours that do not share it are stacked along
-the rank, with a block-diagonal B, which is the same function exactly.
+A of shape (n_expert r, in), expert after expert, and a B of shape (out, r n_expert). The columns of B are the experts
+of the first rank, then those of the next. Gate and up share an A. Adapters of ours that do not share it are stacked
+along the rank, with a block-diagonal B, which is the same function exactly.
 
 A tensor's name tells the module alone: what is nested in a wrapper (base_layer) is the module's first parameter.
 PEFT 0.18 has input and output of a parameter (n_expert, out, in) the other way round: there B^T is A and A^T is B.

@@ -166,7 +166,6 @@ def test_padding_drops_the_same_elements_of_a_single_row() -> None:
     assert_equal(gradients(model, *batch(1, 20)), expected)
 
 
-@pytest.mark.slow
 def test_every_replay_drops_other_elements() -> None:
     model = adapted_model(dropout=0.3)
     with_graphs(model)
@@ -174,7 +173,6 @@ def test_every_replay_drops_other_elements() -> None:
     assert gradients(model, *batch(1, 20))[0] != gradients(model, *batch(1, 20))[0]
 
 
-@pytest.mark.slow
 def test_no_weight_is_carried_over_whose_address_a_graph_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     model = adapted_model(scheme="bnb.nf4")
@@ -187,7 +185,6 @@ def test_no_weight_is_carried_over_whose_address_a_graph_would_read(monkeypatch:
         assert fused.extra_bytes == 0
 
 
-@pytest.mark.slow
 def test_evaluation_with_gradients_has_a_graph_of_its_own() -> None:
     model = adapted_model(dropout=0.3)
     _, recording = with_graphs(model)
@@ -198,9 +195,8 @@ def test_evaluation_with_gradients_has_a_graph_of_its_own() -> None:
     assert recording.replayed == before
 
 
-@pytest.mark.slow
 def test_gradients_add_up_over_eager_and_replayed_micro_batches() -> None:
-    model = adapted_model(scheme="bnb.nf4")
+    model = adapted_model()
     expected = gradients(model, *batch(2, 12))[1]
     model.zero_grad()
     with_graphs(model)
@@ -323,7 +319,7 @@ PACKED: dict[str, dict[str, Any]] = {
     "case", [pytest.param(case, marks=pytest.mark.slow) if case == "queries that grow" else case for case in PACKED]
 )
 def test_packed_rows_are_replayed_whatever_their_documents(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Places get tensors of their own, as on a GPU.
+    # Positions get tensors of their own, as on a GPU.
     monkeypatch.setattr("lit_qlora.fused.path.to_device", lambda x, device: x.clone() if x.dtype == torch.int32 else x)
     model = adapted_model(**PACKED[case])
     rows = [packed(7, 12, 9), packed(20, 15), packed(5, 5, 5, 5, 5, 5, 4)]
@@ -365,7 +361,6 @@ def test_rows_of_which_positions_alone_are_known_get_no_graph() -> None:
     assert not fused.graphs.seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["16 bit, adapted head", "windows"])
 def test_of_many_tokens_the_head_reads_those_with_a_label_and_some_that_fill_a_quarter(
     case: str, monkeypatch: pytest.MonkeyPatch
@@ -387,16 +382,14 @@ def test_of_many_tokens_the_head_reads_those_with_a_label_and_some_that_fill_a_q
     assert recording.replayed == 6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("documents", [(50, 20), (9,)])  # with padding of more than a row in the second case
 def test_packed_rows_may_be_longer_than_the_model_s(documents: tuple[int, ...]) -> None:
-    model = adapted_model(block_size=64, scheme="bnb.nf4")
+    model = adapted_model(block_size=64)
     assert replayed(model, [packed(*documents, width=80)]).replayed == 2
 
 
-@pytest.mark.slow
 def test_rows_of_a_batch_are_packed_each_by_itself() -> None:
-    model = adapted_model(scheme="bnb.nf4")
+    model = adapted_model()
     rows = [packed(*documents, width=32) for documents in ((7, 12, 9), (20, 11), (), (32,))]
     pairs = [
         [torch.cat(both) for both in zip(*pair, strict=True) if both[0] is not None] for pair in (rows[:2], rows[2:])

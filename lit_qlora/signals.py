@@ -1,7 +1,8 @@
 """Signals that end a command: at once where nothing has to be saved, else as soon as it is saved.
 
-A handler runs only between two instructions of Python. A watcher, a thread that the kernel tells of each signal, ends
-the command where a call does not return, such as a large product of matrices or the end of a library's threads.
+A handler runs only between two instructions of Python. But a call may take long to return, such as a large product of
+matrices or the end of a library's threads. There a watcher, a thread that the kernel tells of each signal, ends the
+command.
 """
 
 import os

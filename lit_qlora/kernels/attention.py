@@ -140,7 +140,7 @@ def _blocks(q: Tensor, kernel: Kernel) -> Blocks:
 
 
 def _of_scores(scores: Scores) -> tuple[float, float, int]:
-    """What a product is multiplied with for tanh or for a softmax of powers of two, the score of tanh 1, the window."""
+    """The factor of a product for tanh or for a softmax of powers of two; the score where tanh is 1; the window."""
     if scores.cap is None:
         return scores.scale * LOG2_E, 1.0, scores.window or 0
     return scores.scale / scores.cap, scores.cap * LOG2_E, scores.window or 0
@@ -226,7 +226,7 @@ if triton is not None:
 
     @triton.jit
     def _first_key(m0, window, OTHER: tl.constexpr, WINDOWED: tl.constexpr):
-        """Where the keys begin that queries from m0 on attend to."""
+        """The first key that queries from m0 on attend to."""
         begin = 0
         if WINDOWED:
             begin = tl.maximum(m0 - window + 1, 0) // OTHER * OTHER

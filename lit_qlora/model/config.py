@@ -170,7 +170,7 @@ class ModelConfig:
     """Blocks with a plain MLP in a model of experts."""
     router: Literal["softmax", "softmax_chosen", "sigmoid", "softmax_near"] = "softmax"
     """Function from a token's scores to the weights of its experts: softmax over all experts or over the chosen ones,
-    a sigmoid for each expert, or for each chosen one a softmax over those not far behind it (Phi-3.5-MoE)."""
+    or a sigmoid for each expert. softmax_near: for each chosen one a softmax over those near it (Phi-3.5-MoE)."""
     router_tolerance: float = 0.0
     """softmax_near: far is behind by more than this share of the score."""
     router_normalized: bool = False

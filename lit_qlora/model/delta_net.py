@@ -1,8 +1,8 @@
 """A linear attention whose state forgets, and corrects what it says of a key: Yang et al. 2024, "Gated delta networks".
 
-Each head has a state of keys x values instead of keys and values of all tokens, so a token costs the same however long
-the text is. With the key k, the value v, a share of forgetting a and a share of correcting b, a token changes the state
-S to a S + k (b (v - k a S)), and its query reads S. Training takes CHUNK tokens at a time, with matrix products.
+Each head has a state of keys x values instead of keys and values of all tokens. So a token costs the same however long
+the text is. A token has a key k, a value v, a share of forgetting a and a share of correcting b. It changes the state S
+to a S + k (b (v - k a S)), and its query reads S. Training takes CHUNK tokens at a time, with matrix products.
 """
 
 import torch

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all test-gpu fuzz lint check clean
+.PHONY: setup demo test test-all test-newest test-gpu fuzz lint check clean
 
 # Everything is installed into .venv, in the versions of constraints.txt, which are those that are tested.
 setup: .venv/installed
@@ -24,6 +24,13 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"
 
+# Before a release: in the newest version of everything, as pip installs it without constraints.txt.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		--upgrade-strategy eager -e ".[test]"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+
 # On a machine with a CUDA device.
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
@@ -40,4 +47,4 @@ lint: setup
 check: lint test
 
 clean:
-	rm -rf .venv out .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-newest out .pytest_cache .mypy_cache .ruff_cache *.egg-info

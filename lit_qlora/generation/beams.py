@@ -107,7 +107,7 @@ class _Search:
         return [answer[-1] if answer else PAD for answer in self.answers]
 
     def advance(self, candidates: Sequence[Candidate], finishes: Callable[[list[int]], bool]) -> None:
-        """Continue with the best candidates, which are given best first, or in the order in which they were drawn."""
+        """Continue with the best candidates, which are given best first."""
         going_on: list[tuple[float, int, list[int]]] = []
         length = len(self.answers[0]) + 1
         for rank, (score, parent, token) in enumerate(candidates):
@@ -140,7 +140,7 @@ class _Search:
 def _candidates(
     scores: Tensor, searches: Sequence[_Search], count: int, generator: torch.Generator | None
 ) -> list[list[Candidate]]:
-    """`count` extensions of each search: the likeliest, best first, or drawn without replacement by a generator.
+    """`count` extensions of each search, best first: the likeliest, or drawn without replacement by a generator.
 
     Args:
         scores: (searches, beams, V), log-probabilities of the next token.
@@ -148,7 +148,8 @@ def _candidates(
     so_far = torch.tensor([search.scores for search in searches], dtype=torch.float32).to(scores.device)
     total = (scores + so_far[:, :, None]).flatten(1)
     if generator:
-        indices = torch.multinomial(probabilities_of(total), count, generator=generator)
+        drawn = torch.multinomial(probabilities_of(total), count, generator=generator)
+        indices = drawn.gather(1, total.gather(1, drawn).argsort(dim=1, descending=True, stable=True))
     else:
         indices = total.topk(count).indices
     vocab_size = scores.size(-1)

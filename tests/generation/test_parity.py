@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
@@ -32,6 +33,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
 }
+
+
+@pytest.fixture(autouse=True)
+def _best_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers before 5.24 sort drawn beams: in the order of drawing a good one may miss its end."""
+    mixin = transformers.GenerationMixin
+    draw = mixin._get_top_k_continuations
+
+    def sorted_draw(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        scores, *of_beams = draw(*args, **kwargs)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        return scores.gather(1, order), *(t.gather(1, order[..., None].expand_as(t)) for t in of_beams)
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        monkeypatch.setattr(mixin, "_get_top_k_continuations", sorted_draw)
 
 
 @cache

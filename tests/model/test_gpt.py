@@ -1,5 +1,6 @@
 """model.py means what transformers means, whole and token by token."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ def test_same_logits_as_hugging_face(case: str, tmp_path: Path) -> None:
 
 def theirs_token_by_token(model: Any, tokens: Tensor, first: int = 5) -> Tensor:
     """token_by_token in transformers, where the rotations of a longer text must be those of a longer text."""
-    cache, parts = transformers.DynamicCache(), []
+    # The argument's name before 5.24 and since.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache, parts = {name: transformers.DynamicCache()}, []
     for start, end in [(0, first), *((i, i + 1) for i in range(first, tokens.size(1)))]:
-        parts.append(model(tokens[:, start:end], past_key_values=cache, use_cache=True).logits)
+        parts.append(model(tokens[:, start:end], **cache, use_cache=True).logits)
     return torch.cat(parts, dim=1)
 
 

@@ -384,6 +384,24 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-5,
         },
     ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**GROUPED, **SIZED_EXPERTS, "shared_expert_intermediate_size": 40, "norm_topk_prob": True},
+    ),
+    "qwen2_moe-windows": (
+        "qwen2_moe",
+        {
+            **GROUPED,
+            **WINDOWS,
+            **SIZED_EXPERTS,
+            "shared_expert_intermediate_size": 40,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "mlp_only_layers": [0],
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+        },
+    ),
     "phimoe": (
         "phimoe",
         {**GROUPED, "num_local_experts": 3, "router_jitter_noise": 0.3, "attention_bias": True, "lm_head_bias": True},

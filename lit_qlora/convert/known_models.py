@@ -167,6 +167,9 @@ MODELS: dict[str, dict[str, float]] = {
         "mistralai/Mixtral-8x22B-Instruct-v0.1": 140.6,
     },
     "Qwen 1.5 and 2": {
+        "Qwen/Qwen1.5-MoE-A2.7B": 14.3,
+        "Qwen/Qwen1.5-MoE-A2.7B-Chat": 14.3,
+        "Qwen/Qwen2-57B-A14B-Instruct": 57.4,
         "Qwen/Qwen1.5-0.5B": 0.46,
         "Qwen/Qwen1.5-0.5B-Chat": 0.46,
         "Qwen/Qwen1.5-1.8B": 1.8,

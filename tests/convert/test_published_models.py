@@ -335,6 +335,16 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         80_393_183_232,
     ),
+    "Qwen1.5-MoE-A2.7B": (
+        llama_like(
+            *("qwen2_moe", 24, 2048, 16, 16, 5632, 151_936),
+            num_experts=60,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+        ),
+        14_315_784_192,
+    ),
     "Phi-3.5-MoE": (
         llama_like(
             *("phimoe", 32, 4096, 32, 8, 6400, 32_064), num_local_experts=16, attention_bias=True, lm_head_bias=True
@@ -387,7 +397,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 """Name -> config.json, all parameters, and those of the encoder of images and what joins it to the language model."""
 LARGE = {"DeepSeek-V3", "gpt-oss-120b", "Qwen3-30B-A3B", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B"}
-LARGE |= {"Phi-3.5-MoE", "dots.llm1", "Hunyuan-A13B"}
+LARGE |= {"Qwen1.5-MoE-A2.7B", "Phi-3.5-MoE", "dots.llm1", "Hunyuan-A13B"}
 """Tens of thousands of experts take some seconds even without their weights."""
 SIZES = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in PUBLISHED]
 

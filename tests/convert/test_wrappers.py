@@ -1,5 +1,6 @@
 """The language model inside a model of text and images: the same logits, and the complete model back."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from lit_qlora.checkpoint import checkpoint
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.families import WRAPPERS, read_config
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.convert.gguf_architectures import check_supported
+from lit_qlora.convert.to_gguf import plan_tensors
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.lora.merge import merge_checkpoint
+from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import LoRAConfig
 from tests.lora.test_adapter import save, trained
 from tests.model.test_gpt import token_by_token
@@ -255,6 +259,16 @@ def test_what_text_config_leaves_out_is_what_its_class_assumes(wrapper: str) -> 
         config = transformers.AutoConfig.for_model(wrapper, text_config=text)
         full = json.loads(config.to_json_string(use_diff=False))
         assert read_config({"model_type": wrapper, "text_config": text}, "x") == read_config(full, "x")
+
+
+def test_the_language_model_inside_becomes_the_gguf_file_of_its_family() -> None:
+    pytest.importorskip("gguf")
+    text = {"hidden_size": 64, "num_hidden_layers": 6, "intermediate_size": 96, "vocab_size": 96, "head_dim": 16}
+    config = read_config({"model_type": "gemma3", "text_config": {**text, "query_pre_attn_scalar": 16}}, "x")
+    alone = dataclasses.replace(config, wrapper="")
+    names = [name for name, _ in GPT.skeleton(config).named_parameters()]
+    assert check_supported(config) == check_supported(alone)
+    assert plan_tensors(names, config) == plan_tensors(names, alone)
 
 
 def test_every_wrapper_has_a_case() -> None:

@@ -55,6 +55,15 @@ FEATURES = {
 """Field that a row reads or fixes -> the feature of its family, in words."""
 
 
+PLAIN_PATH = {
+    "kv_latent_size": "latent attention",
+    "delta_layers": "gated delta nets",
+    "value_norm": "normed values",
+    "shared_expert_gate": "gated shared expert",
+}
+"""Field that the kernels of training do not compute -> its feature."""
+
+
 def features(family: Family) -> str:
     """Name the features that a family can use beyond Llama's."""
     own = {**{ours: reader for ours, reader in family.fields.items() if ours not in COMMON}, **family.fixed}
@@ -66,8 +75,8 @@ def limits(name: str) -> list[str]:
     """List what a family cannot take part in, with the reason."""
     family = FAMILIES[name]
     found = [] if name in ARCHITECTURES else ["no GGUF"]
-    if "kv_latent_size" in family.fields:
-        found.append("plain path: latent attention")
+    used = {**family.fields, **family.fixed}
+    found += [f"plain path: {words}" for ours, words in PLAIN_PATH.items() if ours in used]
     if family.defaults.get("hidden_act") == "xielu":
         found.append("plain path: xielu")
     if name == "mistral4":

@@ -109,6 +109,33 @@ ROWS: dict[str, Family] = {
             "num_experts_per_tok": 2,
         },
     ),
+    "qwen2_moe": row(
+        weights.QWEN2_MOE,
+        {
+            **NORMALIZED,
+            **if_used(windows(lambda theirs, i: i % 2 == 1 or i >= theirs["max_window_layers"])),
+            "qkv_bias": "qkv_bias",
+            "n_expert": count_experts,
+            "n_expert_per_token": "num_experts_per_tok",
+            "expert_size": "moe_intermediate_size",
+            "shared_expert_size": "shared_expert_intermediate_size",
+            "dense_layers": qwen_dense_layers,
+        },
+        fixed={"shared_expert_gate": True},
+        defaults={
+            "max_position_embeddings": 32_768,
+            "max_window_layers": 28,
+            "sliding_window": 4096,
+            "qkv_bias": True,
+            "num_key_value_heads": 16,
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+        },
+    ),
     "qwen3_moe": row(
         weights.QWEN3_MOE,
         {

@@ -345,6 +345,7 @@ _SHARED_EXPERT = tensors(
         f"{_LAYER}.mlp.shared_expert_gate": f"{_BLOCK}.mlp.shared_gate",
     }
 )
+QWEN2_MOE = LLAMA | without(_EXPERTS, "shared") | _SHARED_EXPERT
 QWEN3_5_MOE = without(QWEN3_5, ".mlp.") | without(_EXPERTS, "shared") | _SHARED_EXPERT
 QWEN3_NEXT = (
     _GATED

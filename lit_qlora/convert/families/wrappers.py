@@ -22,7 +22,8 @@ class Wrapper:
     text: str
     """The model_type of a text_config that names none."""
     names: tuple[tuple[str, str], ...]
-    """What stands for TEXT: first in published files, last in transformers' memory."""
+    """What stands for TEXT: first in published files, last in transformers' memory and in adapters, which vLLM maps to
+    names of its own."""
     kept: tuple[str, ...]
     """First or second parts of the names of the other tensors."""
     tied: bool

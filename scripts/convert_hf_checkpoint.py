@@ -34,12 +34,11 @@ class ConvertConfig:
 
 def main(config: ConvertConfig) -> None:
     """Convert, and print a summary."""
-    from lit_qlora.checkpoint.checkpoint import count_parameters
-    from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+    from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint, describe
 
     out_dir = config.out_dir or config.checkpoint_dir
     model = convert_hf_checkpoint(config.checkpoint_dir, out_dir, config.dtype, config.name, int(config.shard_gb * 1e9))
-    print(f"converted {model.name} ({model.family}, {count_parameters(model):,} parameters): {out_dir}")
+    print(describe(model, out_dir))
 
 
 if __name__ == "__main__":

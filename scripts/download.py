@@ -51,11 +51,10 @@ def main(config: DownloadConfig) -> None:
     folder = download(config.repo_id, config.checkpoints_dir, config.revision, token, convertible=config.convert)
     print(f"downloaded {config.repo_id}: {folder}")
     if config.convert:
-        from lit_qlora.checkpoint.checkpoint import count_parameters
-        from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+        from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint, describe
 
         model = convert_hf_checkpoint(folder, folder, config.dtype, name=config.repo_id)
-        print(f"converted {model.name} ({model.family}, {count_parameters(model):,} parameters): {folder}")
+        print(describe(model, folder))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lit_qlora.convert.families import (
     read_whole,
     to_ours,
 )
+from lit_qlora.convert.families.wrappers import text_table
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.reading import read_json
@@ -76,6 +77,16 @@ def convert_hf_checkpoint(
         out_dir, config, specs, tensors(), limit, also=[] if in_place else beside, kept=(kept, others)
     )
     return config
+
+
+def describe(config: ModelConfig, out_dir: Path) -> str:
+    """Return a line about a conversion: the model, what it is inside of, its size, and how it was published."""
+    family = f"{config.family} inside {config.wrapper}" if config.wrapper else config.family
+    theirs: dict[str, Any] = read_json(out_dir / "config.json")
+    packed = theirs.get("quantization_config") or text_table(theirs).get("quantization_config")
+    was = f", published in {packed['quant_method']} and now in 16 bits" if packed else ""
+    parameters = checkpoint.count_parameters(config)
+    return f"converted {config.name} ({family}, {parameters:,} parameters{was}): {out_dir}"
 
 
 def find_weights(source: Path) -> shards.Weights:

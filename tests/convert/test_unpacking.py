@@ -1,6 +1,7 @@
 """Weights published in 8 or 4 bits become the 16-bit ones that they stand for."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.families import read_config
 from lit_qlora.convert.families.unpacking import unpack_fp8
-from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint, describe
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import CheckpointError
 from lit_qlora.quantize import QuantizedLinear
@@ -112,7 +113,9 @@ def test_ministral_3_is_read_as_it_is_published(tmp_path: Path) -> None:
     weights[name], scale, meant = in_fp8(weights[name], tuple(weights[name].shape))
     save_file(weights | {f"{name}_scale_inv": scale[0, 0]}, tmp_path / "hub/model.safetensors")
     say(tmp_path / "hub", {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None})
-    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    config = convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours", name="org/model")
+    told = describe(config, tmp_path / "ours")
+    assert re.fullmatch(r"converted org/model \(ministral3 inside mistral3, .* published in fp8 and now in .*", told)
     up = load_model(tmp_path / "ours").get_parameter("blocks.1.mlp.up.weight")
     assert torch.equal(up, meant.bfloat16().float())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lit_qlora.checkpoint import checkpoint
@@ -18,7 +18,8 @@ from lit_qlora.convert.gguf_architectures import check_supported
 from lit_qlora.convert.to_gguf import plan_tensors
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import CheckpointError
-from lit_qlora.lora.adapter import read_adapter
+from lit_qlora.lora.adapter import load_adapter, read_adapter
+from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import LoRAConfig
@@ -245,6 +246,28 @@ def test_one_adapter_of_gemma_3_fits_both_of_its_classes(tmp_path: Path) -> None
         with torch.no_grad():
             expected = ours(TOKENS)
             torch.testing.assert_close(adapted(TOKENS).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_that_peft_trained_on_either_class_has_the_same_logits_here(alone: bool, tmp_path: Path) -> None:
+    theirs = wrapper_model(tmp_path / "hub", "gemma3")
+    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "hub")
+    if alone:
+        text = transformers.Gemma3ForCausalLM._from_config(theirs.config.text_config, attn_implementation="eager")
+        text.model.load_state_dict(theirs.model.language_model.state_dict())
+        theirs = text.eval()
+    targets = r"model\.(language_model\.)?layers.*(q|up)_proj"
+    adapted = get_peft_model(theirs, LoraConfig(r=4, target_modules=targets))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ours = load_model(tmp_path / "hub")
+    add_lora(ours, read_adapter(tmp_path / "adapter").config)
+    load_adapter(ours, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted.eval()(TOKENS).logits
+        torch.testing.assert_close(ours.eval()(TOKENS), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

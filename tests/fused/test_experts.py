@@ -1,11 +1,13 @@
 """Blocks with experts learn on the fast path what they learn on the plain one: every router, adapter and storage."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lit_qlora.fused import Fused, fuse, why_not
@@ -24,10 +26,12 @@ from lit_qlora.kernels.experts_lora import gradient_reference, project_reference
 from lit_qlora.kernels.experts_mlp import mlp_backward_reference
 from lit_qlora.kernels.experts_products import gate_up_reference, product_reference
 from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.lora.layer import lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import OptimizerConfig, TrainConfig
 from lit_qlora.train.optim import make_optimizer
+from lit_qlora.train.training_state import restore, state_files
 from tests.fused.test_fused import adapted_model, assert_equal, batch, gradients
 from tests.fused.test_graphs import with_graphs
 
@@ -302,6 +306,55 @@ def test_tensors_of_adapters_end_where_learning_rates_change() -> None:
         experts = [p.numel() for name, p in model.named_parameters() if ".experts." in name and name.endswith(ends)]
         rest = [p.numel() for name, p in model.named_parameters() if name.endswith("lora_a") and "experts" not in name]
         assert sum(found[factor]) == sum(experts) + (sum(rest) if factor == 1.0 else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_run_that_goes_on_from_its_saved_state_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+
+    def begin() -> tuple[GPT, torch.optim.Optimizer]:
+        model = model_of(n_layer=1, scheme="bnb.nf4", expert_size=64, r=16)
+        config, train = OptimizerConfig(name=name), TrainConfig(learning_rate=0.01)
+        return model, make_optimizer(model.named_parameters(), config, train, flatten=fuse(model).flatten)
+
+    def learn(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+        for step in steps:
+            model.loss(*batch(1, 5 + step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first, second = begin(), begin(), begin()
+    learn(*whole, range(3))
+    learn(*first, range(2))
+    for file, write in state_files(fabric, *first, {"step": 2}).items():
+        write(tmp_path / file)
+    restore(fabric, *second, tmp_path)
+    learn(*second, range(2, 3))
+    ends = [lora_state(model) for model, _ in (whole, second)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_hundred_steps_are_those_of_the_plain_path() -> None:
+    curves = []
+    for fast in (False, True):
+        model = model_of(n_layer=1, scheme="bnb.nf4", expert_size=64)
+        flatten = fuse(model).flatten if fast else None
+        train = TrainConfig(learning_rate=0.01)
+        optimizer = make_optimizer(model.named_parameters(), OptimizerConfig(), train, flatten=flatten)
+        losses = []
+        for step in range(200):
+            loss = model.loss(*batch(1, 6 + step % 4))  # four texts that come again and again
+            losses.append(loss.detach())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.append(torch.stack(losses))
+    assert curves[0][-4:].sum() < 0.2 * curves[0][:4].sum()
+    torch.testing.assert_close(curves[1], curves[0], rtol=2e-2, atol=2e-2)
 
 
 def sort_slowly(weights: Tensor, chosen: Tensor, experts: int, taken: Tensor | None, counts: Tensor | None) -> Choices:

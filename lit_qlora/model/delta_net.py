@@ -47,13 +47,14 @@ class DeltaNet(nn.Module):
         # The logarithm of the share of the state that stays: (B, T, H).
         kept = -self.decay_rate.float().exp() * F.softplus(self.decay(x).float() + self.decay_bias)
         inputs = (q * c.delta_key_size**-0.5, k, v, kept, self.beta(x).sigmoid().float())
-        if cache:
-            rule = delta_step if x.size(1) == 1 else delta_rule
-            y, state = rule(*inputs, documents, cache.state)
-            cache.state.copy_(state)
-        else:
-            # The matrices of the chunks are larger than all that they are made of.
-            y, _ = checkpoint(delta_rule, *inputs, documents, use_reentrant=False)
+        with torch.autocast(x.device.type, enabled=False):  # errors of a state stay in it
+            if cache:
+                rule = delta_step if x.size(1) == 1 else delta_rule
+                y, state = rule(*inputs, documents, cache.state)
+                cache.state.copy_(state)
+            else:
+                # The matrices of the chunks are larger than all that they are made of.
+                y, _ = checkpoint(delta_rule, *inputs, documents, use_reentrant=False)
         y = self.norm(y.to(x.dtype)) * F.silu(self.output_gate(x).view(y.shape).float())
         out: Tensor = self.projection(y.to(x.dtype).flatten(2))
         return out

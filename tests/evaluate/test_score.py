@@ -21,6 +21,14 @@ SWITCHES: dict[str, dict] = {
     "soft cap": {"attention_softcap": 2.0, "sliding_window": 8, "full_attention_layers": (1,)},
     "sinks": {"attention_sinks": True},
     "louder queries": {"query_scale_beta": 0.3, "rope_original_block_size": 16},
+    "states": {
+        "delta_layers": (0,),
+        "delta_key_heads": 2,
+        "delta_value_heads": 4,
+        "delta_key_size": 8,
+        "delta_value_size": 12,
+    },
+    "shared keys": {"shared_kv_layers": 1, "per_layer_size": 8, "per_layer_vocab": 320},
     "latent": {"kv_latent_size": 16, "latent_rope_size": 4, "latent_value_size": 8, "n_kv_head": 4},
 }
 

@@ -27,10 +27,17 @@ pytestmark = [
 ]
 QUICK = ("gpt_oss", "deepseek_v3", "qwen3_moe", "mixtral", "granitemoe")
 """Families that stack experts in their files or not, alternating or not, with names and MLPs of their own."""
+
+
+def of_family(family: str) -> ModelConfig:
+    """A configuration of a family, with experts where it has them."""
+    return tiny_config(family=family, experts_beside=family == "gemma4_text")
+
+
 WITH_EXPERTS = [
     case if family in QUICK else pytest.param(case, marks=SLOW)
     for family, case in {family: case for case, (family, _) in reversed(CASES.items())}.items()
-    if family != "minicpm3" and Stacks.of(tiny_config(family=family), LoRAConfig())  # it has DeepSeek's attention alone
+    if family != "minicpm3" and Stacks.of(of_family(family), LoRAConfig())  # it has DeepSeek's attention alone
 ]
 """A case of each family with experts."""
 MIXED = "qwen3_moe-dense-layers"

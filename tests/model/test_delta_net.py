@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
+from lit_qlora.model import delta_net
 from lit_qlora.model.delta_net import CHUNK, causal_convolution, delta_rule, delta_step
 from lit_qlora.model.gpt import KVCache
 from tests.model.test_switches import model_of, tokens
@@ -44,6 +45,16 @@ def test_chunks_compute_what_one_token_after_another_does_with_the_same_gradient
     gradients, expected = (torch.autograd.grad((y * weight).sum(), parts) for y, _ in (ours, reference))
     for got, want in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_autocast_leaves_the_rule_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = model_of("qwen3_5"), []
+    monkeypatch.setattr(
+        delta_net, "delta_rule", lambda *args: (seen.append(torch.is_autocast_enabled("cpu")), delta_rule(*args))[1]
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(tokens(9)).dtype == torch.bfloat16
+    assert seen == [False] * len(model.config.delta_layers)
 
 
 @pytest.mark.parametrize("first", [1, CHUNK, CHUNK + 9])

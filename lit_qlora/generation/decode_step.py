@@ -1,8 +1,8 @@
-"""A decoding step of few launches, for a few texts on a GPU: the logits of GPT.hidden and GPT.logits.
+"""A decoding step of few launches on a GPU: the logits of GPT.hidden and GPT.logits.
 
-Layers that read the same input are one product with the weights as they are stored (kernels.small_batch_linear), with
-their adapters. Norms add to the stream as they are computed, and attention for a token takes three launches
-(kernels.decode_attention). A block is ten launches instead of seventy, all of fixed shapes, as a CUDA graph needs.
+Layers that read the same input are one product (generation.product), with their adapters. Norms add to the stream as
+they are computed, and attention for a token takes three launches (kernels.decode_attention). A block is ten launches
+instead of seventy, all of fixed shapes, as a CUDA graph needs.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,15 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.kernel_block import ACTIVATIONS, KernelBlock, attention_layers, mlp_layers, norm_of
 from lit_qlora.fused.qkv_transforms import norms_follow_rotation
-from lit_qlora.fused.stacked import StackedLinear, why_not_stacked
+from lit_qlora.fused.stacked import why_not_stacked
 from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
+from lit_qlora.generation.product import Product, cache_weights, spare_bytes, updates_of
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import decode_attention as kernels
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import INTERPRETED, why_no_kernels
 from lit_qlora.kernels.mlp import mlp_forward
 from lit_qlora.kernels.norm import add_norm, apply_norm
-from lit_qlora.kernels.stack import Stack, end_to_end
-from lit_qlora.lora.adapter_switch import SwitchedLinear
-from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, softcap
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, times
@@ -34,32 +32,6 @@ Ropes = dict[bool, tuple[Tensor, Tensor]]
 """Cosines and sines of the next token of each text, (B, R / 2); the key says whether a block has a sliding window."""
 
 
-class Product(StackedLinear):
-    """A stack of layers that decodes, with their adapters as they are when this is made."""
-
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        updates = _updates(layers)
-        super().__init__(layers, [0 if update is None else len(update[0]) for update in updates], dtype)
-        self.matrix = self._end_to_end() if self.weight is None else self.weight
-        found = [update for update in updates if update is not None]
-        self.a = torch.cat([(scale * a).to(dtype) for a, _, scale in found]) if found else None
-        self.b = torch.cat([b.to(dtype) for _, b, _ in found]) if found else None
-        self.stack_of_a = Stack((self.rank,), (-1,), 0)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, K) -> (B, N)."""
-        z = None if self.a is None else small_batch_linear.product(x, self.a, self.stack_of_a, None)
-        return small_batch_linear.product(x, self.matrix, self.stack, self.table, self.bias, z, self.b)
-
-    def _end_to_end(self) -> Tensor:
-        """The weights; the layers get views of them, so that none is in memory twice."""
-        whole = end_to_end([base.weight.detach() for base in self.bases])
-        if len(self.bases) > 1:
-            for base, part in zip(self.bases, whole.split(self.stack.rows), strict=True):
-                base.weight.data = part
-        return whole
-
-
 class FastBlock(KernelBlock):
     """A block of the model."""
 
@@ -67,7 +39,8 @@ class FastBlock(KernelBlock):
         super().__init__(block, config, number, like)
         self.activation = ACTIVATIONS[config.ffn]
         layers = (*attention_layers(block.attn), *mlp_layers(block.mlp, config))
-        self.qkv, self.projection, self.gate_up, self.down = (Product(each, like.dtype) for each in layers)
+        self.products = [Product(each, like.dtype) for each in layers]
+        self.qkv, self.projection, self.gate_up, self.down = self.products
 
     def __call__(
         self, x: Tensor, y: Tensor | None, cache: SlotCache, ropes: Ropes, scale: Tensor | None
@@ -96,15 +69,18 @@ class FastStep:
     """The next logits of each row of a cache, for the newest token of each.
 
     Args:
-        model: why_not(model, cache.rows) is ''. Its adapters are taken as they are when this is made.
+        model: why_not(model) is ''. Its adapters are taken as they are when this is made.
+        spare: bytes that quantised weights may take in 16 bits, where that is faster; None for a part of what is free.
     """
 
-    def __init__(self, model: GPT, cache: SlotCache) -> None:
+    def __init__(self, model: GPT, cache: SlotCache, spare: int | None = None) -> None:
         config, weight = model.config, model.embed.weight.detach()
         self.model, self.config, self.cache, self.embed = model, config, cache, weight
         self.blocks = [FastBlock(block, config, i, weight[0]) for i, block in enumerate(model.blocks)]
         self.norm = norm_of(model.norm, weight[0], config.logit_multiplier)
         self.head = Product([model.head], weight.dtype)
+        products = (product for block in self.blocks for product in block.products)
+        cache_weights((*products, self.head), cache.rows, spare_bytes(weight.device) if spare is None else spare)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -128,8 +104,8 @@ class FastStep:
         return softcap(self.head(normed), config.logit_softcap)
 
 
-def why_not(model: GPT, rows: int) -> str:
-    """Why FastStep cannot take this model with so many texts at a time, or ''."""
+def why_not(model: GPT) -> str:
+    """Why FastStep cannot take this model, or ''."""
     weight = model.embed.weight
     if not (weight.is_cuda or INTERPRETED):
         return "Triton needs a GPU"
@@ -137,8 +113,6 @@ def why_not(model: GPT, rows: int) -> str:
         return reason
     if weight.dtype not in small_batch_linear.DTYPES:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}"
-    if rows > small_batch_linear.MOST_ROWS:
-        return f"{rows} texts at a time"
     if model.config.n_expert:
         return f"n_expert {model.config.n_expert}"
     if reason := unhandled(model.config) or unhandled_embeddings(model):
@@ -156,13 +130,8 @@ def _undecodable(layers: Sequence[nn.Module], dtype: torch.dtype) -> str:
         return reason
     if reason := next(filter(None, (getattr(layer, "beyond_low_rank", "") for layer in layers)), ""):
         return reason
-    ranks = {len(update[0]) for update in _updates(layers) if update is not None}
+    ranks = {len(update[0]) for update in updates_of(layers) if update is not None}
     return "adapters of different ranks" if len(ranks) > 1 else ""
-
-
-def _updates(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor, float] | None]:
-    """A, B and the factor of their product for each layer that has an adapter, else None."""
-    return [layer.low_rank() if isinstance(layer, LoRALinear | SwitchedLinear) else None for layer in layers]
 
 
 def _rope(config: ModelConfig, positions: Tensor, windowed: bool) -> tuple[Tensor, Tensor]:

@@ -86,4 +86,4 @@ def columns(length: int, most: int) -> int:
 
 
 def _fast_step(model: GPT, cache: SlotCache) -> FastStep | None:
-    return None if why_not(model, cache.rows) else FastStep(model, cache)
+    return None if why_not(model) else FastStep(model, cache)

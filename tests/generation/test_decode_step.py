@@ -10,6 +10,7 @@ from lit_qlora.generation.decode_step import FastStep, why_not
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.small_batch_linear import MOST_ROWS
 from lit_qlora.lora.adapter_switch import Selection, SwitchedLinear
 from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.model.gpt import GPT, KVCache
@@ -45,7 +46,9 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_batch_linear, "BUSY_ROWS", 1)
 
 
-def steps(model: GPT, fast: bool, prompts: list[list[int]] = PROMPTS, count: int = 2) -> list[Tensor]:
+def steps(
+    model: GPT, fast: bool, prompts: list[list[int]] = PROMPTS, count: int = 2, spare: int | None = None
+) -> list[Tensor]:
     """The logits of some steps, each after tokens that are the same whatever the logits were."""
     cache = SlotCache(model.config, len(prompts), 32, model.embed.weight.dtype, DEVICE)
     with torch.no_grad():
@@ -54,10 +57,10 @@ def steps(model: GPT, fast: bool, prompts: list[list[int]] = PROMPTS, count: int
             model.hidden(torch.tensor([prompt], device=DEVICE), own)
             cache.put(row, own, 0)
         cache.limit = 16
-        step = FastStep(model, cache) if fast else None
+        step = FastStep(model, cache, spare) if fast else None
         logits = []
         for i in range(count):
-            tokens = torch.arange(11 + i, 100, 69, device=DEVICE)[: len(prompts), None]
+            tokens = (torch.arange(len(prompts), device=DEVICE)[:, None] * 69 + 11 + i) % 96
             logits.append(step(tokens[:, 0]) if step else model(tokens, cache)[:, 0])
     assert cache.lengths.tolist() == [len(prompt) + count for prompt in prompts]
     return logits
@@ -100,17 +103,45 @@ def test_adapters_that_are_not_merged_count(scheme: Scheme, targets: Any) -> Non
 
 @pytest.mark.parametrize(("changes", "reason"), UNSUITED.values(), ids=UNSUITED)
 def test_other_models_are_refused(changes: dict[str, Any], reason: str) -> None:
-    assert why_not(tiny_model(**changes).to(DEVICE), 1) == reason
+    assert why_not(tiny_model(**changes).to(DEVICE)) == reason
 
 
 def test_dora_is_refused() -> None:
     model = tiny_model().to(DEVICE)
     add_lora(model, LoRAConfig(r=4, dora=True))
-    assert why_not(model, 1) == "DoRA"
+    assert why_not(model) == "DoRA"
 
 
-def test_many_texts_are_refused() -> None:
-    assert why_not(tiny_model().to(DEVICE), 17) == "17 texts at a time"
+@pytest.mark.parametrize(("scheme", "spare"), [("none", 0), ("bnb.nf4-dq", 0), ("bnb.int8", 40000)])
+def test_weights_are_dequantised_once_or_cached_for_many_texts(scheme: Scheme, spare: int) -> None:
+    model = tiny_model(n_layer=1, vocab_size=96, qkv_bias=True).to(DEVICE)
+    quantize_linears(model, scheme, head=True)
+    add_lora(model, LoRAConfig(r=4, alpha=8, targets=("query", "value", "mlp")))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            nn.init.normal_(module.lora_b, std=0.3)
+    prompts = [[token] for token in range(MOST_ROWS + 1)]
+    expected = steps(model.eval(), fast=False, prompts=prompts)
+    for logits, plain in zip(steps(model, fast=True, prompts=prompts, spare=spare), expected, strict=True):
+        assert torch.allclose(logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_cached_weights_take_no_more_than_there_is_to_spare() -> None:
+    model = tiny_model(n_layer=1).to(DEVICE)
+    quantize_linears(model, "bnb.nf4")
+    cached = {}
+    for rows in (1, 2, MOST_ROWS + 1):
+        for spare in (0, 40000, 10**9):
+            cache = SlotCache(model.config, rows, 8, torch.float32, DEVICE)
+            products = FastStep(model, cache, spare).blocks[0].products
+            kept = [product.cached for product in products if product.cached is not None]
+            assert sum(weight.nbytes for weight in kept) <= spare
+            cached[rows, spare] = len(kept)
+            for product in products:
+                needs_one = rows > MOST_ROWS and product.cached is None
+                assert (product.workspace is not None) == needs_one
+    assert [cached[1, spare] for spare in (0, 40000, 10**9)] == [0, 0, 0]
+    assert [cached[2, spare] for spare in (0, 40000, 10**9)] == [0, 1, 4]
 
 
 def test_an_adapter_that_all_texts_have_switched_on_counts_and_several_at_a_time_are_refused() -> None:
@@ -126,4 +157,4 @@ def test_an_adapter_that_all_texts_have_switched_on_counts_and_several_at_a_time
     assert not torch.allclose(steps(model, fast=False)[0], base, rtol=0.1)
     agree(model)
     selection.groups = [("one", torch.tensor([1], device=DEVICE))]
-    assert why_not(model, 2) == "rows that use different adapters"
+    assert why_not(model) == "rows that use different adapters"

@@ -55,7 +55,9 @@ class FastBlock(KernelBlock):
             qkv = self.shaping.before(qkv, scale)
         rope = ropes[self.windowed] if self.rotates else None
         queries = kernels.store(qkv, lengths, rope, keys, values, heads.query, self.interleaved)
-        attended = kernels.attend(queries, keys, values, lengths, cache.limit, heads.scale, heads.window)
+        attended = kernels.attend(
+            queries, keys, values, lengths, cache.limit, heads.scale, heads.window, heads.cap, heads.sinks
+        )
         out = apply_norm(self.post_1, self.projection(attended))
         x, _ = add_norm(x, None if self.parallel else out, self.norm_2, normed)
         branches = self.gate_up(normed)
@@ -117,8 +119,6 @@ def why_not(model: GPT) -> str:
         return f"n_expert {model.config.n_expert}"
     if reason := unhandled(model.config) or unhandled_embeddings(model):
         return reason
-    if model.config.attention_sinks or model.config.attention_softcap:
-        return "attention_sinks" if model.config.attention_sinks else "attention_softcap"
     if norms_follow_rotation(model.config):
         return "norms behind the rotation"
     return next(filter(None, (_undecodable(layers, weight.dtype) for layers in stacks_of(model))), "")

@@ -50,7 +50,14 @@ def store(
 
 
 def attend_reference(
-    queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, window: int | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute attend in plain torch, in float32."""
     column = torch.arange(keys.size(2), device=keys.device)
@@ -59,7 +66,13 @@ def attend_reference(
         seen &= column > lengths[:, None] - window
     k, v = (t.float().repeat_interleave(queries.size(1) // keys.size(1), dim=1) for t in (keys, values))
     scores = (k @ queries.float()[..., None])[..., 0] * scale
-    return (scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)[:, :, None] @ v)[:, :, 0].flatten(1)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().expand(len(scores), -1)[..., None]), dim=-1)
+    shares = scores.softmax(-1)[..., : keys.size(2)]
+    return (shares[:, :, None] @ v)[:, :, 0].flatten(1)
 
 
 def attend(
@@ -70,6 +83,8 @@ def attend(
     limit: int,
     scale: float | None = None,
     window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token of each text to the tokens before it and to itself.
 
@@ -80,6 +95,8 @@ def attend(
         limit: no text has more columns than that with this token.
         scale: None for 1 / sqrt(D).
         window: number of tokens that a token sees, itself included; None for all before it.
+        cap: scores x become cap * tanh(x / cap).
+        sinks: (H,), contiguous, one more score in each head's softmax, without a value.
 
     Returns:
         (B, H * D).
@@ -97,13 +114,13 @@ def attend(
     at_once = fitting(KEYS_AT_ONCE, column + padded[0] * itemsize, room)
     _attend[(rows * groups, parts)](
         queries, keys, values, keys.stride(0), keys.stride(1), keys.stride(2), lengths, found, statistics, groups,
-        size**-0.5 if scale is None else scale, window or 0,
-        EACH=each, BT=at_once, G=shared, GP=padded[0], D=size, DP=padded[1], num_warps=4,
+        size**-0.5 if scale is None else scale, window or 0, cap or 0.0,
+        CAPPED=cap is not None, EACH=each, BT=at_once, G=shared, GP=padded[0], D=size, DP=padded[1], num_warps=4,
         num_stages=stages(column * at_once, 3, room),
     )  # fmt: skip
     _join[(rows, heads)](
-        found, statistics, lengths, out, parts,
-        EACH=each, PP=power_of_2(parts, 1), D=size, DP=power_of_2(size), num_warps=4,
+        found, statistics, lengths, lengths if sinks is None else sinks, out, parts,
+        SINKS=sinks is not None, EACH=each, PP=power_of_2(parts, 1), D=size, DP=power_of_2(size), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -142,8 +159,9 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        Q, KEYS, VALUES, step_row, step_head, step_column, LENGTHS, FOUND, STATISTICS, groups, scale, window,
-        EACH: tl.constexpr, BT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        Q, KEYS, VALUES, step_row, step_head, step_column, LENGTHS, FOUND, STATISTICS, groups, scale, window, cap,
+        CAPPED: tl.constexpr, EACH: tl.constexpr, BT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+        D: tl.constexpr, DP: tl.constexpr,
     ):  # fmt: skip
         t = (tl.program_id(0) // groups).to(tl.int64)
         group = tl.program_id(0) % groups
@@ -169,6 +187,8 @@ if triton is not None:
                 k = tl.load(KEYS + at, seen[:, None] & in_d, 0.0)
                 v = tl.load(VALUES + at, seen[:, None] & in_d, 0.0)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+                if CAPPED:
+                    scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)  # tanh
                 scores = tl.where(seen[None, :], scores, -float("inf"))
                 higher = tl.maximum(top, tl.max(scores, 1))
                 # A window can leave nothing of a part to be seen.
@@ -185,8 +205,8 @@ if triton is not None:
 
     @triton.jit
     def _join(
-        FOUND, STATISTICS, LENGTHS, OUT, parts,
-        EACH: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+        FOUND, STATISTICS, LENGTHS, SINK, OUT, parts,
+        SINKS: tl.constexpr, EACH: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64)
         head = t * tl.num_programs(1) + tl.program_id(1)
@@ -195,8 +215,14 @@ if triton is not None:
         used = (p < parts) & (p * EACH <= tl.load(LENGTHS + t))
         at = head * parts + p
         top = tl.load(STATISTICS + at * 2, used, -float("inf"))
-        share = tl.exp(top - tl.max(top, 0))
+        highest = tl.max(top, 0)
+        if SINKS:
+            sink = tl.load(SINK + tl.program_id(1)).to(tl.float32)
+            highest = tl.maximum(highest, sink)
+        share = tl.exp(top - highest)
         total = tl.sum(share * tl.load(STATISTICS + at * 2 + 1, used, 0.0), 0)
+        if SINKS:
+            total += tl.exp(sink - highest)
         sums = tl.load(FOUND + at[:, None] * D + d[None, :], used[:, None] & (d < D)[None, :], 0.0)
         y = tl.sum(sums * share[:, None], 0) / total
         tl.store(OUT + head * D + d, y.to(OUT.dtype.element_ty), d < D)

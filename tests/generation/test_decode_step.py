@@ -28,14 +28,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "mqa": {"n_kv_head": 1, "qkv_bias": True, "attention_scale": 0.2},
     "qwen3": {"qk_norm": "head", "tied_head": True, "head_size": 32},
     "gemma": {"norm": "rms_plus_one", "norm_position": "both", "ffn": "geglu_tanh", "embedding_multiplier": 8.0}
-    | {"logit_softcap": 3.0},
+    | {"logit_softcap": 3.0, "attention_softcap": 5.0, "sliding_window": 4},
+    "granite_swa": {"attention_sinks": True, "sliding_window": 4, "qkv_bias": True},
     "olmo2": {"norm_position": "after", "qk_norm": "full"},
     "gpt2": {"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", "mlp_bias": True, "projection_bias": True},
     "granite": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "rope_interleaved": True},
 }
 UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "n_expert 4"),
-    "softcap": ({"attention_softcap": 5.0}, "attention_softcap"),
     "late norms": ({"qk_norm": "head", "qk_norm_after_rope": True}, "norms behind the rotation"),
 }
 
@@ -77,7 +77,10 @@ def agree(model: GPT) -> None:
     assert torch.allclose(steps(model, fast=False)[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])])
+QUICK = ("llama", "granite_swa")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MODELS])
 def test_logits_are_those_of_the_plain_model(name: str) -> None:
     agree(tiny_model(vocab_size=96, **MODELS[name]))
 

@@ -202,7 +202,8 @@ def generation(width: int, rank: int, dtype: torch.dtype) -> None:
         cache, angles = empty(rows, groups, 1024, size, dtype=dtype), empty(rows, size // 2)
         qkv = empty(rows, (shared + 2) * groups * size, dtype=dtype)
         queries = store(qkv, lengths, (angles, angles), cache, cache, shared * groups)
-        attend(queries, cache, cache, lengths, 1024)
+        for cap, sinks in ((None, None), (50.0, empty(shared * groups, dtype=dtype))):
+            attend(queries, cache, cache, lengths, 1024, cap=cap, sinks=sinks)
     stack = groups_of(width, rank)[0]
     b = empty(stack.adapted_rows, rank, dtype=dtype)
     for scheme in SCHEMES:

@@ -57,3 +57,19 @@ def test_a_token_takes_what_attention_gives_it(
         rtol=1e-5 if dtype == torch.float32 else 2e-2,
         atol=1e-5 if dtype == torch.float32 else 2e-2,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "cap", "sunk"), [(None, 2.0, False), (5, None, True), (None, 2.0, True)])
+def test_scores_are_capped_and_sinks_take_their_share(
+    window: int | None, cap: float | None, sunk: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([0, 70], device=DEVICE)
+    queries = torch.randn(2, 4, 16, device=DEVICE, dtype=dtype)
+    keys, values = torch.randn(2, 2, 2, 80, 16, device=DEVICE, dtype=dtype)
+    sinks = torch.tensor([-20.0, 0.0, 3.0, 80.0], device=DEVICE, dtype=dtype) if sunk else None
+    out = attend(queries, keys, values, lengths, 71, 1.5, window, cap, sinks)
+    expected = attend_reference(queries, keys, values, lengths, 1.5, window, cap, sinks)
+    exact = dtype == torch.float32
+    assert torch.allclose(out.float(), expected, rtol=1e-5 if exact else 2e-2, atol=1e-5 if exact else 2e-2)

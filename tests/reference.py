@@ -457,6 +457,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 8}),
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 112}),
     "jais2": ("jais2", WIDE_HEADS),
+    "nemotron": ("nemotron", {**WIDE_HEADS, "attention_bias": True}),
 }
 """Cases of families that spell otherwise what the ones above have; only their quickest tests run in make test."""
 CASES |= FURTHER

@@ -10,7 +10,7 @@ from lit_qlora.fused.qkv_transforms import Shaping
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.model.config import ModelConfig
-from lit_qlora.model.norm import RMSPlusOne
+from lit_qlora.model.norm import LayerPlusOne, RMSPlusOne
 
 ACTIVATIONS = {
     "swiglu": Activation("silu", gated=True),
@@ -71,7 +71,7 @@ def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:
     """
     weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
     weight, bias = (None if tensor is None else tensor.detach() for tensor in (weight, bias))
-    if isinstance(module, RMSPlusOne):
+    if isinstance(module, RMSPlusOne | LayerPlusOne):
         weight = 1 + module.weight.detach().float()
     if factor != 1:
         factors = torch.full_like(like, factor).float()

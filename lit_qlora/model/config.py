@@ -51,8 +51,8 @@ class ModelConfig:
     """Rows of the embedding; can exceed the number of tokens that the tokenizer knows."""
     block_size: int
     """Most tokens the model has been made for."""
-    norm: Literal["rms", "rms_plus_one", "layer", "layer_no_bias", "layer_no_weight"] = "rms"
-    """rms_plus_one stores what its weight exceeds one by (Gemma)."""
+    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_no_bias", "layer_no_weight"] = "rms"
+    """rms_plus_one and layer_plus_one store what their weight exceeds one by (Gemma, Nemotron)."""
     norm_eps: float = 1e-5
     norm_position: Literal["before", "after", "both"] = "before"
     """The norm of attention and MLP acts on their input, on their output before it is added, or on both."""

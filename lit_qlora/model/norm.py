@@ -13,6 +13,8 @@ def make_norm(config: ModelConfig, size: int) -> nn.Module:
         return nn.RMSNorm(size, eps=config.norm_eps)
     if config.norm == "rms_plus_one":
         return RMSPlusOne(size, config.norm_eps)
+    if config.norm == "layer_plus_one":
+        return LayerPlusOne(size, config.norm_eps)
     affine = config.norm != "layer_no_weight"
     return nn.LayerNorm(size, config.norm_eps, elementwise_affine=affine, bias=config.norm == "layer")
 
@@ -28,3 +30,11 @@ class RMSPlusOne(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
         return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerPlusOne(nn.LayerNorm):
+    """LayerNorm whose weight is what the factor exceeds one by (Nemotron)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)

@@ -309,4 +309,15 @@ ROWS: dict[str, Family] = {
             "num_key_value_heads": 26,
         },
     ),
+    "nemotron": row(
+        weights.UNGATED,
+        {**ATTENTION_BIAS, **PARTIAL, "norm_eps": "norm_eps", "mlp_bias": "mlp_bias", "ffn": plain()},
+        fixed={"norm": "layer_plus_one"},
+        defaults={
+            "hidden_act": "relu2",
+            "max_position_embeddings": 4096,
+            "norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
 }

@@ -132,6 +132,7 @@ def checksums(tensors: Iterator[Tensor]) -> Tensor:
 
 def _checksum(tensor: Tensor) -> Tensor:
     data = tensor.contiguous().flatten().view(torch.uint8)
+    data = data.clone() if data.storage_offset() % 8 else data  # a slice of a stack may begin anywhere
     words, rest = data[: len(data) // 8 * 8].view(torch.int64), data[len(data) // 8 * 8 :].long()
     odd = 2 * torch.arange(max(8, min(len(words), AT_ONCE)), device=data.device) + 1
     total = (rest * odd[: len(rest)]).sum()

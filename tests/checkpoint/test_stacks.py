@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_qlora.checkpoint import quantized_cache
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.checkpoint.stacks import Stacks
 from lit_qlora.fused import fuse
@@ -84,3 +85,15 @@ def test_while_a_block_is_read_one_layer_is_there_twice(
     layer = 4 * 192 * 64
     assert found[0] - before <= sum(storage_bytes(model).values()) + 2 * layer
     del model
+
+
+@pytest.mark.parametrize("scheme", ["bnb.nf4-dq", "bnb.int8"])
+def test_the_cache_of_quantised_weights_holds_them(scheme: Scheme, tmp_path: Path) -> None:
+    experts = EXPERTS | {"n_layer": 1, "n_expert": 3, "expert_size": 64}  # one scale of scales each: 4 bytes
+    model = load_model(write_checkpoint(tmp_path / "model", tiny_model(**experts)), quantize=scheme)
+    quantized_cache.write(tmp_path / "cache", model)
+    read = quantized_cache.read(tmp_path / "cache", model.config, torch.float32, torch.device("cpu"))
+    assert read is not None
+    state, back = model.state_dict(), read.state_dict()
+    assert state.keys() == back.keys()
+    assert all(torch.equal(state[name], back[name]) for name in state)

@@ -402,6 +402,10 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "qkv_bias": False,
         },
     ),
+    "afmoe": (
+        "afmoe",
+        {**WIDE_HEADS, **WINDOWS, **SIZED_EXPERTS, "num_shared_experts": 2, "route_scale": 1.7, "mup_enabled": True},
+    ),
     "phimoe": (
         "phimoe",
         {**GROUPED, "num_local_experts": 3, "router_jitter_noise": 0.3, "attention_bias": True, "lm_head_bias": True},

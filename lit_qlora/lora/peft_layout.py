@@ -288,6 +288,9 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
                 f"{', '.join(members)} and others are one layer in Hugging Face's model ({home.module}).\n"
                 "PEFT knows DoRA of the whole of it only: name all of them in lora.targets."
             )
+    gates = [_homes(layer, family_of(model))[0].module for layer in layers if layer.endswith(".query_gate")]
+    if model.n_expert and gates and _leaf(gates[0]) == "gate_proj":
+        return f"PEFT 0.21 takes {gates[0]} for an expert's: it refuses this adapter; here and merged it counts."
     if config.dora and model.n_expert and any(".mlp." in layer for layer in layers):
         return "PEFT 0.21 knows no DoRA of experts and of MLPs beside them: it refuses this adapter; merged it counts."
     return ""

@@ -208,7 +208,7 @@ class Recorder(dict[str, Any]):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported. Known: apertus, arcee, cohere, "),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported. Known: afmoe, apertus, arcee, "),
         ({"model_type": "bitnet"}, "model_type 'bitnet' is not supported: its weights are ternary"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"model_type": "phi", "hidden_act": "silu"}, "hidden_act 'silu', which is not supported for phi"),

@@ -468,6 +468,6 @@ def test_many_families_are_among_them() -> None:
         # Of these no exact count is known here.
         *("glm4_moe", "glm4_moe_lite", "solar_open", "flex_olmo", "minimax_m2", "exaone_moe", "hy_v3"),
         *("granitemoeshared", "mellum", "cohere2_moe", "mistral4", "iquestcoder", "helium", "cwm"),
-        *("arcee", "hyperclovax", "granite_swa", "minicpm3", "jais2", "nemotron"),
+        *("arcee", "hyperclovax", "granite_swa", "minicpm3", "jais2", "nemotron", "afmoe"),
         *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma4_text", "gemma4_unified_text"),
     }

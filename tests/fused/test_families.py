@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 PLAIN = {
+    "afmoe": "attention_gate",
     "qwen2_moe": "shared_expert_gate",
     "apertus": "ffn",
     "minicpm3": "kv_latent_size",

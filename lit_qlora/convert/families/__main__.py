@@ -58,6 +58,7 @@ FEATURES = {
 PLAIN_PATH = {
     "kv_latent_size": "latent attention",
     "delta_layers": "gated delta nets",
+    "attention_gate": "gated attention",
     "value_norm": "normed values",
     "shared_expert_gate": "gated shared expert",
 }
@@ -79,6 +80,8 @@ def limits(name: str) -> list[str]:
     found += [f"plain path: {words}" for ours, words in PLAIN_PATH.items() if ours in used]
     if family.defaults.get("hidden_act") == "xielu":
         found.append("plain path: xielu")
+    if name == "afmoe":
+        found.append("no PEFT: it takes the gate of attention for an expert's")
     if name == "mistral4":
         found.append("inside mistral3 alone, as in transformers")
     return found

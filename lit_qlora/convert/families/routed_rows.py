@@ -1,5 +1,7 @@
 """Families with mixtures of experts that route as DeepSeek does, from V2 on."""
 
+from typing import Any
+
 from lit_qlora.convert.families import weights
 from lit_qlora.convert.families.read import Family, Reader, Theirs, UnsupportedError
 from lit_qlora.convert.families.readers import (
@@ -35,6 +37,13 @@ def dense_blocks(theirs: Theirs) -> tuple[int, ...]:
     if unknown := sorted(set(types) - {"dense", "sparse"}):
         raise UnsupportedError(f"mlp_layer_types {unknown}")
     return tuple(i for i in blocks if types[i] == "dense")
+
+
+def afmoe_unrotated(theirs: Theirs) -> tuple[int, ...]:
+    """Trinity rotates in blocks with a window alone."""
+    full: Any = windows(every("global_attn_every_n_layers", 4))["full_attention_layers"]
+    layers: tuple[int, ...] = full({**theirs, "sliding_window": 1})
+    return layers
 
 
 ROUTED: dict[str, Reader] = {
@@ -276,5 +285,40 @@ ROWS: dict[str, Family] = {
         },
         refuse={"mlp_bias": False},
         further_layers=True,
+    ),
+    "afmoe": row(
+        weights.AFMOE,
+        {
+            **ROUTED,
+            **windows(every("global_attn_every_n_layers", 4)),
+            "no_rope_layers": afmoe_unrotated,
+            "embedding_multiplier": lambda theirs: theirs["hidden_size"] ** 0.5 if theirs["mup_enabled"] else 1.0,
+            "n_expert": "num_experts",
+            "shared_expert_size": lambda theirs: theirs["moe_intermediate_size"] * theirs["num_shared_experts"],
+            "dense_layers": lambda theirs: tuple(range(theirs["num_dense_layers"])),
+            "router_scale": "route_scale",
+        },
+        fixed={
+            **SIGMOID,
+            "norm_position": "both",
+            "qk_norm": "head",
+            "attention_gate": True,
+            "router_normalized": True,
+        },
+        defaults={
+            "max_position_embeddings": 16_384,
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "sliding_window": 1024,
+            "global_attn_every_n_layers": 4,
+            "mup_enabled": False,
+            "moe_intermediate_size": 1408,
+            "num_experts": 64,
+            "num_experts_per_tok": 6,
+            "num_shared_experts": 2,
+            "num_dense_layers": 1,
+            "route_scale": 1.0,
+        },
+        refuse={"attention_bias": False, "score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     ),
 }

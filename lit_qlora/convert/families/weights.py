@@ -92,6 +92,18 @@ HY_V3 = (
     | {f"{_LAYER}.mlp.expert_bias": _CORRECTION}
     | {name: rule for name, rule in _EXPERTS.items() if "shared" in name}  # in memory
 )
+AFMOE = without(QWEN3, "post_attention_layernorm") | _ONLY_EXPERTS | tensors(
+    {
+        f"{_LAYER}.self_attn.gate_proj": f"{_BLOCK}.attn.query_gate",
+        f"{_LAYER}.post_attention_layernorm": f"{_BLOCK}.post_norm_1",
+        f"{_LAYER}.pre_mlp_layernorm": f"{_BLOCK}.norm_2",
+        f"{_LAYER}.post_mlp_layernorm": f"{_BLOCK}.post_norm_2",
+        f"{_LAYER}.mlp.router.gate": f"{_BLOCK}.mlp.router",
+    }
+) | {
+    f"{_LAYER}.mlp.expert_bias": _CORRECTION,
+    **{name: rule for name, rule in _EXPERTS.items() if "shared" in name},
+}  # fmt: skip
 _STACKED_EXPERTS: dict[str, Rule] = {
     "gate_up": Stacked(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "blocks")),
     "down": Stacked(f"{_EXPERT}.down.weight"),

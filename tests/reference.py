@@ -523,11 +523,12 @@ GEMMA4_E = {
     "hidden_size_per_layer_input": 12,
     "vocab_size_per_layer_input": 96,
 }
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
 UNIFIED = {key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}
 CASES |= {
     "gemma4_moe": (
         "gemma4_text",
-        {**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+        {**GEMMA4, **GEMMA4_EXPERTS},
     ),
     "gemma4": (
         "gemma4_text",

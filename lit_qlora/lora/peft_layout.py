@@ -243,9 +243,10 @@ def _targets(modules: Iterable[str], model: ModelConfig) -> list[str] | str:
     """Return PEFT's target_modules; inside a wrapper a pattern, since encoders have layers with the same last names."""
     if not model.wrapper:
         return sorted(modules)
-    begins = _with_text_class([WRAPPERS[model.wrapper].names[-1][0] + "layers"], model)
+    layers = _with_text_class([WRAPPERS[model.wrapper].names[-1][0] + "layers"], model)
+    begins = [name.removesuffix(".layers") for name in layers]
     inside, names = ("|".join(sorted(map(re.escape, of))) for of in (begins, modules))
-    return rf"(({inside})\..*\.)?({names})"
+    return rf"(({inside})\.(layers\..*\.)?)?({names})"
 
 
 def _as_in_wrapper(tensors: Mapping[str, Tensor], model: ModelConfig, location: str) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import LoRAConfig
+from lit_qlora.settings.lora import Target
 from tests.lora.test_adapter import save, trained
 from tests.model.test_gpt import token_by_token
 from tests.reference import (
@@ -30,6 +31,7 @@ from tests.reference import (
     DELTA_EXPERTS,
     GEMMA4,
     GEMMA4_E,
+    GEMMA4_EXPERTS,
     GROUPED,
     LATENT,
     LAYER_TYPES,
@@ -107,6 +109,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "gemma4": ("gemma4", {**GEMMA4, **GEMMA4_E, "final_logit_softcapping": 5.0, "pad_token_id": 0}, GEMMA4_VISION, {}),
+    "gemma4_moe": ("gemma4", {**GEMMA4, **GEMMA4_EXPERTS, "pad_token_id": 0}, GEMMA4_VISION, {}),
     "gemma4_unified": ("gemma4_unified", {**UNIFIED, "pad_token_id": 0}, {"patch_size": 4, "mm_embed_dim": 32}, {}),
     "qwen3_5": ("qwen3_5", {**DELTA, "layer_types": LAYER_TYPES}, QWEN_VISION, {"tie_word_embeddings": True}),
     "qwen3_5_moe": ("qwen3_5_moe", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}, QWEN_VISION, {}),
@@ -204,8 +207,10 @@ def test_an_adapter_fits_the_wrapper_in_peft_and_a_merge_exports_the_complete_mo
     models: tuple[Any, Path], tmp_path: Path
 ) -> None:
     theirs, directory = models
-    lora = LoRAConfig(r=4, targets=("query", "value", "projection"))
-    ours = trained(load_model(directory / "ours"), lora).eval()
+    model = load_model(directory / "ours")
+    more: tuple[Target, ...] = ("per_layer",) if model.config.per_layer_size else ()
+    lora = LoRAConfig(r=4, targets=("query", "value", "projection", *more))
+    ours = trained(model, lora).eval()
     save(tmp_path / "adapter", ours, lora, directory / "ours")
     merge_checkpoint(read_adapter(tmp_path / "adapter"), directory / "ours", tmp_path / "merged")
     export_hf(tmp_path / "merged", tmp_path / "back")

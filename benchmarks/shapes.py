@@ -42,6 +42,34 @@ QWEN3_MOE = {
     "expert_size": 768,
     "router_normalized": True,
 }
+GPT_OSS = {
+    "n_layer": 4,
+    "n_embd": 2880,
+    "n_head": 64,
+    "n_kv_head": 8,
+    "head_size": 64,
+    "ffn_size": 2880,
+    "vocab_size": 201088,
+    "block_size": 8192,
+    "qkv_bias": True,
+    "projection_bias": True,
+    "mlp_bias": True,
+    "attention_sinks": True,
+    "sliding_window": 128,
+    "full_attention_layers": (1, 3),
+    "rope_theta": 150_000.0,
+    "rope_scaling": "yarn",
+    "rope_factor": 32.0,
+    "rope_original_block_size": 4096,
+    "rope_truncate": False,
+    "rope_attention_factor": 1.3465735902799727,
+    "ffn": "swiglu_clamped",
+    "n_expert": 32,
+    "n_expert_per_token": 4,
+    "expert_size": 2880,
+    "router": "softmax_chosen",
+    "router_bias": True,
+}
 MIXTRAL = {"n_expert": 8, "n_expert_per_token": 2, "expert_size": 14336, "router_normalized": True}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(32, 4096, 32, 11008),
@@ -52,13 +80,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": _llama(32, 4096, 32, 14336, kv_heads=8, **LLAMA_3),
     "llama-3.2-1b": _llama(16, 2048, 32, 8192, kv_heads=8, tied_head=True, **LLAMA_3),
     "tinyllama-1b": _llama(22, 2048, 32, 5632, kv_heads=4),
+    "qwen3-30b-a3b": QWEN3_MOE | {"n_layer": 48},
     "qwen3-30b-a3b-6-blocks": QWEN3_MOE,
+    "gpt-oss-20b-4-blocks": GPT_OSS,
     "mixtral-8x7b-4-blocks": _llama(4, 4096, 32, 14336, kv_heads=8, rope_theta=1e6, **MIXTRAL),
     "llama-100m": _llama(12, 768, 12, 2048),
     "tiny": _llama(2, 128, 4, 256, kv_heads=2, vocab_size=2048),
 }
-"""All take rows of 8,192 tokens, which is more than some of the published models were trained with; of mixtures of
-experts some of the blocks stand for all."""
+"""All take rows of 8,192 tokens, which is more than some of the published models were trained with; where a name
+says so, some of the blocks stand for all."""
 
 
 def random_model(shape: str, scheme: "Scheme") -> "GPT":

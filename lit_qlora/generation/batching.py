@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lit_qlora.errors import NumericalError
+from lit_qlora.generation.decode_step import why_not
 from lit_qlora.generation.sampling import choose, constrain
 from lit_qlora.generation.sequences import PAD, check_finite
 from lit_qlora.generation.slot_cache import SlotCache
+from lit_qlora.generation.slot_step import SlotStep
 from lit_qlora.model.cache import KVCache
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GenerationConfig
@@ -57,9 +59,10 @@ class Batcher:
 
     Args:
         slots: most requests in the batch.
-        select: called before each forward pass with the adapter of each of its rows.
+        select: called before each forward pass of the model itself with the adapter of each of its rows.
         vocab_size: ids from here on are never chosen.
         context: most tokens of a prompt and its answer; by default the model's block_size.
+        fast: decode as slot_step does; by default on a GPU, where it can take the model and its adapters.
 
     Attributes:
         active: the requests in the batch; request i is in slot i.
@@ -72,12 +75,16 @@ class Batcher:
         select: Callable[[Sequence[str | None]], None],
         vocab_size: int | None = None,
         context: int | None = None,
+        fast: bool | None = None,
     ) -> None:
         self.model, self.slots, self.select, self.vocab_size = model, slots, select, vocab_size
         weight = model.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.context = context or model.config.block_size
         self.cache = SlotCache(model.config, slots, self.context, self.dtype, self.device)
+        if fast is None:
+            fast = self.device.type == "cuda" and not why_not(model, by_row=True)
+        self._fast = SlotStep(model, self.cache, vocab_size) if fast else None
         self.active: list[Request] = []
         self.logits = torch.empty(0)
 
@@ -132,12 +139,17 @@ class Batcher:
         """
         if not self.active:
             return
-        self.select([request.adapter for request in self.active])
-        self.cache.rows = len(self.active)
+        adapters = [request.adapter for request in self.active]
+        newest = [request.answer[-1] for request in self.active]
         longest = max(len(request.prompt) + len(request.answer) for request in self.active)
+        if self._fast:
+            self.logits = check_finite(self._fast(newest, adapters, longest))
+            return
+        self.select(adapters)
+        self.cache.rows = len(self.active)
         self.cache.limit = min(-(-longest // COLUMNS) * COLUMNS, self.context)
-        newest = torch.tensor([[request.answer[-1]] for request in self.active], device=self.device)
-        self.logits = self._scores(self.model.hidden(newest, self.cache))
+        tokens = torch.tensor(newest, device=self.device)[:, None]
+        self.logits = self._scores(self.model.hidden(tokens, self.cache))
 
     def leave(self, request: Request) -> None:
         """Take a request out, finished or not; the last one moves into its slot."""

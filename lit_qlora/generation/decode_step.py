@@ -16,13 +16,15 @@ from lit_qlora.fused.kernel_block import ACTIVATIONS, KernelBlock, attention_lay
 from lit_qlora.fused.qkv_transforms import norms_follow_rotation
 from lit_qlora.fused.stacked import why_not_stacked
 from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
-from lit_qlora.generation.product import Product, cache_weights, spare_bytes, updates_of
+from lit_qlora.generation.product import Product, RowAdapters, cache_weights, spare_bytes, updates_of
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import decode_attention as kernels
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import INTERPRETED, why_no_kernels
 from lit_qlora.kernels.mlp import mlp_forward
 from lit_qlora.kernels.norm import add_norm, apply_norm
+from lit_qlora.lora.adapter_switch import SwitchedLinear
+from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, softcap
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, times
@@ -35,11 +37,13 @@ Ropes = dict[bool, tuple[Tensor, Tensor]]
 class FastBlock(KernelBlock):
     """A block of the model."""
 
-    def __init__(self, block: Any, config: ModelConfig, number: int, like: Tensor) -> None:
+    def __init__(
+        self, block: Any, config: ModelConfig, number: int, like: Tensor, adapters: RowAdapters | None
+    ) -> None:
         super().__init__(block, config, number, like)
         self.activation = ACTIVATIONS[config.ffn]
         layers = (*attention_layers(block.attn), *mlp_layers(block.mlp, config))
-        self.products = [Product(each, like.dtype) for each in layers]
+        self.products = [Product(each, like.dtype, adapters) for each in layers]
         self.qkv, self.projection, self.gate_up, self.down = self.products
 
     def __call__(
@@ -73,14 +77,17 @@ class FastStep:
     Args:
         model: why_not(model) is ''. Its adapters are taken as they are when this is made.
         spare: bytes that quantised weights may take in 16 bits, where that is faster; None for a part of what is free.
+        adapters: see Product.
     """
 
-    def __init__(self, model: GPT, cache: SlotCache, spare: int | None = None) -> None:
+    def __init__(
+        self, model: GPT, cache: SlotCache, spare: int | None = None, adapters: RowAdapters | None = None
+    ) -> None:
         config, weight = model.config, model.embed.weight.detach()
         self.model, self.config, self.cache, self.embed = model, config, cache, weight
-        self.blocks = [FastBlock(block, config, i, weight[0]) for i, block in enumerate(model.blocks)]
+        self.blocks = [FastBlock(block, config, i, weight[0], adapters) for i, block in enumerate(model.blocks)]
         self.norm = norm_of(model.norm, weight[0], config.logit_multiplier)
-        self.head = Product([model.head], weight.dtype)
+        self.head = Product([model.head], weight.dtype, adapters)
         products = (product for block in self.blocks for product in block.products)
         cache_weights((*products, self.head), cache.rows, spare_bytes(weight.device) if spare is None else spare)
 
@@ -106,8 +113,12 @@ class FastStep:
         return softcap(self.head(normed), config.logit_softcap)
 
 
-def why_not(model: GPT) -> str:
-    """Why FastStep cannot take this model, or ''."""
+def why_not(model: GPT, by_row: bool = False) -> str:
+    """Why FastStep cannot take this model, or ''.
+
+    Args:
+        by_row: each row may use another adapter, see Product.
+    """
     weight = model.embed.weight
     if not (weight.is_cuda or INTERPRETED):
         return "Triton needs a GPU"
@@ -121,13 +132,17 @@ def why_not(model: GPT) -> str:
         return reason
     if norms_follow_rotation(model.config):
         return "norms behind the rotation"
-    return next(filter(None, (_undecodable(layers, weight.dtype) for layers in stacks_of(model))), "")
+    return next(filter(None, (_undecodable(layers, weight.dtype, by_row) for layers in stacks_of(model))), "")
 
 
-def _undecodable(layers: Sequence[nn.Module], dtype: torch.dtype) -> str:
+def _undecodable(layers: Sequence[nn.Module], dtype: torch.dtype, by_row: bool) -> str:
     """Why layers that read the same input cannot be a Product, or ''."""
     if reason := why_not_stacked(layers, dtype):
         return reason
+    if by_row:
+        switched = [layer for layer in layers if isinstance(layer, SwitchedLinear)]
+        learns = len(switched) < sum(isinstance(layer, LoRALinear | SwitchedLinear) for layer in layers)
+        return "adapters that learn" if learns else "DoRA" if any(layer.scales_rows for layer in switched) else ""
     if reason := next(filter(None, (getattr(layer, "beyond_low_rank", "") for layer in layers)), ""):
         return reason
     ranks = {len(update[0]) for update in updates_of(layers) if update is not None}

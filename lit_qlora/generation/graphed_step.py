@@ -5,6 +5,8 @@ long as running them; a graph is one launch. Where possible the step also has fe
 are stored, see lit_qlora.generation.decode_step; else it is the plain model's.
 """
 
+from collections.abc import Callable, Hashable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,52 @@ SMALLEST = 256
 """Columns of the cache that a step reads at first. They are doubled when they are full, so that few graphs are
 captured, and short texts do not pay for long ones."""
 WARM_UPS = 3  # steps before a capture, in which libraries choose their kernels and take their memory
+
+
+MOST_GRAPHS = 64
+"""Graphs that are held at a time."""
+
+
+class Graphs:
+    """CUDA graphs of a computation, one for each of its shapes; they share their memory.
+
+    Args:
+        compute: reads and writes memory that never moves.
+        changing: memory that it changes otherwise than by writing what it would write again.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor], changing: Sequence[Tensor]) -> None:
+        self.compute, self.changing = compute, changing
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, shapes: Hashable) -> Tensor:
+        """Compute, by the graph for these shapes; what is returned is valid until the next call."""
+        if shapes not in self._graphs:
+            if len(self._graphs) == MOST_GRAPHS:
+                self._graphs.clear()
+            self._graphs[shapes] = self._capture()
+        graph, out = self._graphs[shapes]
+        graph.replay()
+        return out
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        before = [memory.clone() for memory in self.changing]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self.compute()
+                self._put_back(before)
+        torch.cuda.current_stream().wait_stream(side)
+        graph, others = torch.cuda.CUDAGraph(), next(iter(self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
+            out = self.compute()
+        self._put_back(before)  # a capture computes nothing; this only makes sure
+        return graph, out
+
+    def _put_back(self, before: Sequence[Tensor]) -> None:
+        for memory, earlier in zip(self.changing, before, strict=True):
+            memory.copy_(earlier)
 
 
 class FixedStep:
@@ -32,22 +80,15 @@ class FixedStep:
         self.tokens = torch.zeros(cache.rows, 1, dtype=torch.long, device=cache.lengths.device)
         # A graph cannot look at an expert's counts on the CPU, nor bring longrope's factors from there.
         can = not model.config.n_expert and model.config.rope_scaling != "longrope"
-        self.graphed = self.tokens.is_cuda and can
+        self.graphs = Graphs(self._compute, cache.changing) if self.tokens.is_cuda and can else None
         self.fast = _fast_step(model, cache) if self.tokens.is_cuda else None
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of the tokens that follow `tokens` (B,); the next call overwrites them."""
         self.longest += 1
         self.tokens.copy_(tokens[:, None])
         self.cache.limit = columns(self.longest, self.cache.length)
-        if not self.graphed:
-            return self._compute()
-        if self.cache.limit not in self._graphs:
-            self._graphs[self.cache.limit] = self._capture()
-        graph, logits = self._graphs[self.cache.limit]
-        graph.replay()
-        return logits
+        return self.graphs(self.cache.limit) if self.graphs else self._compute()
 
     @torch.no_grad()
     def _compute(self) -> Tensor:
@@ -56,25 +97,6 @@ class FixedStep:
         else:
             logits = self.model.logits(self.model.hidden(self.tokens, self.cache)[:, -1])
         return logits[:, : self.vocab_size].float()
-
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        before = [memory.clone() for memory in self.cache.changing]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._compute()
-                self._put_back(before)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._compute()
-        self._put_back(before)  # a capture computes nothing; this only makes sure
-        return graph, logits
-
-    def _put_back(self, before: list[Tensor]) -> None:
-        for memory, earlier in zip(self.cache.changing, before, strict=True):
-            memory.copy_(earlier)
 
 
 def columns(length: int, most: int) -> int:

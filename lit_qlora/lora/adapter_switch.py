@@ -61,6 +61,11 @@ class SwitchedLinear(nn.Module):
         return y
 
     @property
+    def scales_rows(self) -> bool:
+        """True if one of its adapters is DoRA's."""
+        return any(gain is not None for *_, gain in self.updates.values())
+
+    @property
     def beyond_low_rank(self) -> str:
         """See LoRALinear."""
         if len(self._active) > 1 or any(rows is not None for _, rows in self._active):

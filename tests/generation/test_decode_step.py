@@ -113,6 +113,7 @@ def test_dora_is_refused() -> None:
     model = tiny_model().to(DEVICE)
     add_lora(model, LoRAConfig(r=4, dora=True))
     assert why_not(model) == "DoRA"
+    assert why_not(model, by_row=True) == "adapters that learn"
 
 
 @pytest.mark.parametrize(("scheme", "spare"), [("none", 0), ("bnb.nf4-dq", 0), ("bnb.int8", 40000)])
@@ -161,3 +162,6 @@ def test_an_adapter_that_all_texts_have_switched_on_counts_and_several_at_a_time
     agree(model)
     selection.groups = [("one", torch.tensor([1], device=DEVICE))]
     assert why_not(model) == "rows that use different adapters"
+    assert why_not(model, by_row=True) == ""
+    layer.updates["two"] = (a, b, 0.5, torch.ones(layer.out_features, device=DEVICE))
+    assert why_not(model, by_row=True) == "DoRA"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_qlora.generation import generate, graphed_step, stream
+from lit_qlora.generation.batching import Batcher, Request
 from lit_qlora.generation.decode_step import FastStep
 from lit_qlora.generation.graphed_step import FixedStep
 from lit_qlora.generation.slot_cache import SlotCache
@@ -38,13 +39,16 @@ MODELS: dict[str, dict[str, Any]] = {
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The limits for which graphs were captured."""
     limits: list[int] = []
-    capture: Callable[[FixedStep], Any] = FixedStep._capture
+    step: Callable[[FixedStep, torch.Tensor], Any] = FixedStep.__call__
 
-    def counted(self: FixedStep) -> Any:
-        limits.append(self.cache.limit)
-        return capture(self)
+    def counted(self: FixedStep, tokens: torch.Tensor) -> Any:
+        before = len(self.graphs._graphs) if self.graphs else 0
+        logits = step(self, tokens)
+        if self.graphs and len(self.graphs._graphs) > before:
+            limits.append(self.cache.limit)
+        return logits
 
-    monkeypatch.setattr(FixedStep, "_capture", counted)
+    monkeypatch.setattr(FixedStep, "__call__", counted)
     monkeypatch.setattr(graphed_step, "SMALLEST", 16)
     return limits
 
@@ -135,3 +139,21 @@ def test_a_fast_step_in_bfloat16_is_as_near_to_float32_as_a_plain_one(
             expected = exact(tokens[:, None], exact_cache)[:, 0]
             plain = (model(tokens[:, None], plain_cache)[:, 0].float() - expected).norm()
             assert (step(tokens).float() - expected).norm() < 2 * plain
+
+
+def test_slots_replay_graphs_and_answer_as_each_request_alone() -> None:
+    model, config = on_gpu("bnb.nf4"), GenerationConfig(max_new_tokens=20)
+    expected = generate(model, PROMPTS, config, (), fixed_shapes=False)
+    batcher = Batcher(model, 3, lambda adapters: None)
+    requests = [Request(prompt, config, (), room) for prompt, room in zip(PROMPTS, (4, 9, 20, 12), strict=True)]
+    waiting = list(requests)
+    while waiting or batcher.active:
+        while waiting and len(batcher.active) < 3:
+            batcher.join(waiting.pop(0))
+        batcher.step()
+        batcher.look_ahead()
+    assert batcher._fast is not None
+    assert batcher._fast.graphs is not None
+    assert {shapes[0] for shapes in batcher._fast.graphs._graphs} == {1, 2, 3}  # type: ignore[index]
+    for request, answer in zip(requests, expected, strict=True):
+        assert request.answer == answer[: request.room]

@@ -534,7 +534,7 @@ CASES |= {
         "gemma4_text",
         {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 5.0},
     ),
-    "gemma4-E": ("gemma4_text", {**GEMMA4, **GEMMA4_E, "attention_bias": True}),
+    "gemma4-E": ("gemma4_text", {**GEMMA4, **GEMMA4_E, "attention_bias": True, "hidden_activation": "silu"}),
     "gemma4_unified": ("gemma4_unified_text", UNIFIED),
 }
 EVERY_CASE = [case if case not in FURTHER else pytest.param(case, marks=pytest.mark.slow) for case in CASES]

@@ -1,9 +1,9 @@
 """Small embeddings of each token for each block, beside the stream that all blocks share (Gemma 3n, Gemma 4)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.mlp import GATES
 from lit_qlora.model.norm import make_norm
 
 
@@ -31,11 +31,12 @@ class PerLayerInput(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.combine = GATES[config.ffn]
         self.gate = nn.Linear(config.n_embd, config.per_layer_size, bias=False)
         self.widen = nn.Linear(config.per_layer_size, config.n_embd, bias=False)
         self.norm = make_norm(config, config.n_embd)
 
     def forward(self, x: Tensor, own: Tensor) -> Tensor:
         """(B, T, E) and (B, T, per_layer_size) -> (B, T, E)."""
-        out: Tensor = x + self.norm(self.widen(F.gelu(self.gate(x), approximate="tanh") * own))
+        out: Tensor = x + self.norm(self.widen(self.combine(self.gate(x), own)))
         return out

@@ -219,6 +219,15 @@ class Recorder(dict[str, Any]):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5, which is not supported for llama"),
         ({"model_type": "falcon", "alibi": True}, "alibi True"),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        (
+            {
+                "model_type": "granite_swa",
+                "layer_rope_theta": [1e6, 1e3],
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            "'linear' beside several bases in layer_rope_theta",
+        ),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ({"model_type": "gpt_oss", "swiglu_limit": 9.0}, "swiglu_limit 9.0"),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"] * 2}, "layer_types"),

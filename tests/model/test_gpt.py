@@ -32,6 +32,31 @@ def test_same_logits_as_hugging_face(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(token_by_token(ours, tokens), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
+FULL = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("cohere2", FULL),
+        ("cohere2_moe", FULL),
+        ("exaone4", FULL),
+    ],
+)
+def test_blocks_rotate_as_in_hugging_face_if_none_has_a_window(
+    case: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, settings = CASES[case]
+    monkeypatch.setitem(CASES, case, (family, {**settings, **change}))
+    theirs = hugging_face_model(tmp_path, case)
+    convert_hf_checkpoint(tmp_path, tmp_path / "ours")
+    tokens = torch.randint(0, 96, (1, 9))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        actual = load_model(tmp_path / "ours")(tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
 def theirs_token_by_token(model: Any, tokens: Tensor, first: int = 5) -> Tensor:
     """token_by_token in transformers, where the rotations of a longer text must be those of a longer text."""
     # The argument's name before 5.24 and since.

@@ -1,7 +1,5 @@
 """Families with other mixtures of experts."""
 
-from typing import Any
-
 from lit_qlora.convert.families import weights
 from lit_qlora.convert.families.read import Family, Reader, Theirs, UnsupportedError
 from lit_qlora.convert.families.readers import (
@@ -11,6 +9,7 @@ from lit_qlora.convert.families.readers import (
     if_used,
     row,
     windows,
+    without_window,
 )
 from lit_qlora.convert.families.rms_rows import GRANITE, GRANITE_DEFAULTS, hunyuan_theta
 from lit_qlora.convert.families.routed_rows import NORMALIZED, SIGMOID, dense_blocks
@@ -63,9 +62,8 @@ def cohere_full(theirs: Theirs, i: int) -> bool:
 
 def cohere_unrotated(theirs: Theirs) -> tuple[int, ...]:
     """Cohere 2 MoE rotates where there is a window, and in dense blocks if all of them are without one."""
-    full: Any = windows(cohere_full)["full_attention_layers"]
     rotated = dense_blocks(theirs) if theirs["prefix_dense_sliding_window_pattern"] == 1 else ()
-    return tuple(i for i in full(theirs) if i not in rotated)
+    return tuple(i for i in without_window(theirs, cohere_full) if i not in rotated)
 
 
 def cohere_shared(theirs: Theirs) -> int:

@@ -8,10 +8,10 @@ from lit_qlora.convert.families.readers import (
     PARTIAL,
     WINDOW,
     every,
-    global_is_unrotated,
     plain,
     row,
     windows,
+    without_window,
 )
 
 
@@ -217,7 +217,7 @@ ROWS: dict[str, Family] = {
             **ATTENTION_BIAS,
             "logit_multiplier": "logit_scale",
             **windows(every("sliding_window_pattern", 4)),
-            "no_rope_layers": global_is_unrotated,
+            "no_rope_layers": without_window,
         },
         fixed={"norm": "layer_no_bias", "parallel_residual": True, "shared_norm": True, "rope_interleaved": True},
         defaults={

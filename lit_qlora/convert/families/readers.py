@@ -42,25 +42,25 @@ def plain(key: str = "hidden_act") -> Reader:
     return read
 
 
-def windows(full: Callable[[Theirs, int], bool]) -> dict[str, Reader]:
-    """Our sliding_window and full_attention_layers, from layer_types or, where config.json has none, from a rule."""
+def full_layers(theirs: Theirs, full: Callable[[Theirs, int], bool]) -> tuple[int, ...]:
+    """The blocks that see everything, by layer_types or, where config.json has none, by a rule."""
+    blocks = range(theirs["num_hidden_layers"])
+    types = theirs.get("layer_types") or ["full_attention" if full(theirs, i) else "sliding_attention" for i in blocks]
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise UnsupportedError(f"layer_types {unknown}")
+    return tuple(i for i in blocks if types[i] == "full_attention")
 
-    def full_layers(theirs: Theirs) -> tuple[int, ...]:
-        blocks = range(theirs["num_hidden_layers"])
-        types = theirs.get("layer_types") or [
-            "full_attention" if full(theirs, i) else "sliding_attention" for i in blocks
-        ]
-        if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
-            raise UnsupportedError(f"layer_types {unknown}")
-        return tuple(i for i in blocks if types[i] == "full_attention")
+
+def windows(full: Callable[[Theirs, int], bool]) -> dict[str, Reader]:
+    """Our sliding_window and full_attention_layers, see full_layers."""
 
     def window(theirs: Theirs) -> int | None:
-        everywhere = len(full_layers(theirs)) == theirs["num_hidden_layers"]
+        everywhere = len(full_layers(theirs, full)) == theirs["num_hidden_layers"]
         size: int | None = theirs.get("sliding_window")
         return None if everywhere else size
 
     def kept_full(theirs: Theirs) -> tuple[int, ...]:
-        return full_layers(theirs) if window(theirs) is not None else ()
+        return full_layers(theirs, full) if window(theirs) is not None else ()
 
     return {"sliding_window": window, "full_attention_layers": kept_full}
 
@@ -89,11 +89,20 @@ def qwen_window(theirs: Theirs, i: int) -> bool:
     return bool(i < theirs["max_window_layers"])
 
 
-def global_is_unrotated(theirs: Theirs) -> tuple[int, ...]:
-    """Cohere 2 and EXAONE 4 rotate only where there is a window."""
-    full = windows(every("sliding_window_pattern", 4))["full_attention_layers"]
-    layers: tuple[int, ...] = full(theirs)  # type: ignore[operator]
-    return layers
+def without_window(theirs: Theirs, full: Callable[[Theirs, int], bool] | None = None) -> tuple[int, ...]:
+    """The blocks without a window, which Cohere 2 and EXAONE 4 do not rotate; all of them if config.json has none.
+
+    Args:
+        full: see windows; by default every sliding_window_pattern-th block sees everything.
+    """
+    if theirs.get("sliding_window") is None:
+        return tuple(range(theirs["num_hidden_layers"]))
+    return full_layers(theirs, full or every("sliding_window_pattern", 4))
+
+
+def exaone_unrotated(theirs: Theirs) -> tuple[int, ...]:
+    """EXAONE 4 without windows rotates everywhere."""
+    return () if theirs.get("sliding_window") is None else without_window(theirs)
 
 
 def deepseek_scale(theirs: Theirs) -> float:

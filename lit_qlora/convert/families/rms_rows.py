@@ -11,8 +11,8 @@ from lit_qlora.convert.families.readers import (
     PARTIAL,
     WINDOW,
     every,
+    exaone_unrotated,
     gated,
-    global_is_unrotated,
     if_used,
     plain,
     qwen_window,
@@ -87,6 +87,20 @@ def granite_thetas(windowed: bool) -> Reader:
     return read
 
 
+def granite_local_theta(theirs: Theirs) -> float | None:
+    """Granite with windows: the base of the blocks with one where it is another. Its scaling holds for both."""
+    local: Any = granite_thetas(windowed=True)
+    full: Any = granite_thetas(windowed=False)
+    base: float | None = local(theirs)
+    if base == full(theirs):
+        return None
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UnsupportedError(f"RoPE scaling {kind!r} beside several bases in layer_rope_theta")
+    return base
+
+
 def granite_swa_unrotated(theirs: Theirs) -> tuple[int, ...]:
     """Granite with windows: the blocks whose base is 0."""
     return tuple(i for i, base in enumerate(theirs.get("layer_rope_theta") or ()) if not base)
@@ -112,13 +126,13 @@ GEMMA_DEFAULTS = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-GEMMA2: dict[str, Reader] = {
+GEMMA3: dict[str, Reader] = {
     **GEMMA,
     "ffn": gated("hidden_activation"),
     "attention_scale": fixed_scale,
-    "attention_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
 }
+GEMMA2: dict[str, Reader] = {**GEMMA3, "attention_softcap": "attn_logit_softcapping"}
 SANDWICH = {"norm": "rms_plus_one", "norm_position": "both"}
 ONE_WAY = {"use_bidirectional_attention": False}
 QWEN_DEFAULTS = {"max_position_embeddings": 32_768, "max_window_layers": 28, "sliding_window": 4096}
@@ -192,7 +206,7 @@ ROWS: dict[str, Family] = {
     ),
     "gemma3_text": row(
         weights.GEMMA3,
-        {**GEMMA2, **windows(every("sliding_window_pattern", 6)), "rope_local_theta": "rope_local_base_freq"},
+        {**GEMMA3, **windows(every("sliding_window_pattern", 6)), "rope_local_theta": "rope_local_base_freq"},
         fixed={**SANDWICH, "qk_norm": "head"},
         defaults={
             **GEMMA_DEFAULTS,
@@ -203,7 +217,7 @@ ROWS: dict[str, Family] = {
             "rope_theta": 1e6,
             "rope_local_base_freq": 10_000.0,
         },
-        refuse=ONE_WAY,
+        refuse={**ONE_WAY, "attn_logit_softcapping": None},
     ),
     "olmo2": row(
         weights.OLMO2,
@@ -302,7 +316,7 @@ ROWS: dict[str, Family] = {
     ),
     "exaone4": row(
         weights.OLMO2,
-        {**windows(every("sliding_window_pattern", 4)), "no_rope_layers": global_is_unrotated},
+        {**windows(every("sliding_window_pattern", 4)), "no_rope_layers": exaone_unrotated},
         fixed={"norm_position": "after", "qk_norm": "head"},
         defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "num_key_value_heads": 32},
     ),
@@ -421,7 +435,7 @@ ROWS: dict[str, Family] = {
             **windows(first_of_four),
             "mlp_bias": "mlp_bias",
             "rope_theta": granite_thetas(windowed=False),
-            "rope_local_theta": granite_thetas(windowed=True),
+            "rope_local_theta": granite_local_theta,
             "no_rope_layers": granite_swa_unrotated,
         },
         fixed={"attention_sinks": True},

@@ -31,7 +31,10 @@ Answer to judge:
 Rate the answer from 0 (wrong, or useless) to 10 (as good as the reference answer, or better).
 End with one line: Score: NUMBER
 """
-SCORE = re.compile(r"\bscore\b(?:\s*\([^)]*\)|\s+(?:is|of))?[\s:=*_\"'`]{0,10}(\d+(?:\.\d+)?)", re.IGNORECASE)
+# Every repeat has a limit, or a reply that is full of "score(" would take minutes.
+SCORE = re.compile(
+    r"\bscore\b(?:\s{0,10}\([^)]{0,100}\)|\s{1,10}(?:is|of))?[\s:=*_\"'`]{0,10}(\d+(?:\.\d+)?)", re.IGNORECASE
+)
 NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*\.?\s*")
 AT_ONCE = 4
 """Requests that run at the same time."""

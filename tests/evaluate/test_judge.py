@@ -92,6 +92,7 @@ def script() -> Iterator[Callable[[Any], Scripted]]:
         ("I cannot say. The reference has 3 words.", None),
         ("Score: none", None),
         ("", None),
+        pytest.param("score(" * 2**17 + "score 4", 4.0, id="longest"),
     ],
 )
 def test_the_last_score_of_a_reply_counts(reply: str, score: float | None) -> None:

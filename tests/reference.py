@@ -464,8 +464,6 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {**WIDE_HEADS, "attention_bias": True}),
 }
 """Cases of families that spell otherwise what the ones above have; only their quickest tests run in make test."""
-CASES |= FURTHER
-
 LAYER_TYPES = ["linear_attention", "full_attention"]
 DELTA = {
     **WIDE_HEADS,
@@ -482,22 +480,7 @@ DELTA_EXPERTS = {
 }
 CASES |= {
     "qwen3_5": ("qwen3_5_text", {**DELTA, "num_hidden_layers": 4, "tie_word_embeddings": True}),
-    "qwen3_5-layer_types": (
-        "qwen3_5_text",
-        {
-            **DELTA,
-            "layer_types": ["full_attention", "linear_attention"],
-            "linear_conv_kernel_dim": 3,
-            "linear_num_key_heads": 4,
-            "attention_bias": True,
-        },
-    ),
-    "qwen3_5_moe": ("qwen3_5_moe_text", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}),
     "qwen3_next": ("qwen3_next", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}),
-    "qwen3_next-dense-layers": (
-        "qwen3_next",
-        {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES, "mlp_only_layers": [0], "norm_topk_prob": False},
-    ),
 }
 GEMMA4 = {
     **WIDE_HEADS,
@@ -526,17 +509,32 @@ GEMMA4_E = {
 GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
 UNIFIED = {key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}
 CASES |= {
-    "gemma4_moe": (
-        "gemma4_text",
-        {**GEMMA4, **GEMMA4_EXPERTS},
-    ),
+    "gemma4_moe": ("gemma4_text", {**GEMMA4, **GEMMA4_EXPERTS}),
     "gemma4": (
         "gemma4_text",
         {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 5.0},
     ),
     "gemma4-E": ("gemma4_text", {**GEMMA4, **GEMMA4_E, "attention_bias": True, "hidden_activation": "silu"}),
+}
+FURTHER |= {
+    "qwen3_5-layer_types": (
+        "qwen3_5_text",
+        {
+            **DELTA,
+            "layer_types": ["full_attention", "linear_attention"],
+            "linear_conv_kernel_dim": 3,
+            "linear_num_key_heads": 4,
+            "attention_bias": True,
+        },
+    ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}),
+    "qwen3_next-dense-layers": (
+        "qwen3_next",
+        {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES, "mlp_only_layers": [0], "norm_topk_prob": False},
+    ),
     "gemma4_unified": ("gemma4_unified_text", UNIFIED),
 }
+CASES |= FURTHER
 EVERY_CASE = [case if case not in FURTHER else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 """The cases, for a test that `make test` runs for the first ones alone."""
 GROWING = ("dynamic", "longrope")

@@ -25,12 +25,16 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         UsageError: for a precision that the device does not support well.
     """
     cuda = device.type == "cuda"
-    bf16 = cuda and torch.cuda.get_device_capability(device)[0] >= 8  # before Ampere, bf16 is emulated and slow
     if precision == "auto":
-        return "bf16-true" if bf16 else "16-mixed" if cuda else "32-true"
+        return best_precision(torch.cuda.get_device_capability(device)) if cuda else "32-true"
     if scales_loss(precision) and not cuda:
         raise UsageError(f"precision {precision} needs a GPU; on a CPU take 32-true or bf16-true.")
     return precision
+
+
+def best_precision(capability: tuple[int, int]) -> Precision:
+    """Return the precision for GPUs of a compute capability; before Ampere, bf16 is emulated and slow."""
+    return "bf16-true" if capability >= (8, 0) else "16-mixed"
 
 
 def has_fp8() -> bool:

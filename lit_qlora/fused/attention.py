@@ -195,15 +195,19 @@ def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
 
 @cache
 def has_flash(size: int, device: torch.device) -> bool:
-    """Tell whether torch's flash attention runs on a device, forward and backward, with heads of `size` features.
+    """Tell whether torch's flash attention runs on a device, forward and backward, with heads of `size` features."""
+    return device.type == "cuda" and flash_on(torch.cuda.get_device_capability(device), size)
+
+
+def flash_on(capability: tuple[int, int], size: int) -> bool:
+    """Tell whether torch's flash attention runs on GPUs of a compute capability, with heads of `size` features.
 
     It is built for Ampere and later. The backward pass of 193 to 224 features does not fit the shared memory of cards
     that have 99 KiB of it. Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """
-    if device.type != "cuda" or size % 8 or size > 256:
+    if size % 8 or size > 256 or capability < (8, 0):
         return False
-    capability = torch.cuda.get_device_capability(device)
-    return capability >= (8, 0) and not (192 < size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)))
+    return not (192 < size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)))
 
 
 @cache

@@ -1,6 +1,7 @@
 """Triton, where there is any, and the sizes of blocks for which a card has the shared memory."""
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ except ImportError:  # no Triton on this platform: there is no fast path
     triton = None
     tl = None
 
-__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "cdiv", "fitting", "power_of_2", "shared_memory", "stages"]
+__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "Card", "cdiv", "fitting", "power_of_2", "shared_memory", "stages"]
 __all__ += ["tiled", "tl", "triton", "why_no_kernels"]
 
 AVAILABLE = triton is not None
@@ -46,6 +47,26 @@ def cdiv(n: int, each: int) -> int:
     return -(-n // each)
 
 
+@dataclass(frozen=True)
+class Card:
+    """A GPU of NVIDIA's, as far as kernels depend on it; it need not be in this machine."""
+
+    capability: tuple[int, int]
+    """Compute capability, such as (8, 6)."""
+    shared_memory: int
+    """Bytes that a program may take."""
+
+    def why_no_kernels(self, dtype: torch.dtype) -> str:
+        """Why kernels do not run on it with weights of this dtype, or ''."""
+        words = f"the GPU is of compute capability {self.capability[0]}.{self.capability[1]}"
+        if self.capability < LEAST_CAPABILITY:
+            return f"{words}, kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+        if dtype == torch.bfloat16 and self.capability < (8, 0):
+            return f"{words}, bfloat16 needs 8.0"
+        short = self.shared_memory < LEAST
+        return f"the GPU has {self.shared_memory:,} bytes of shared memory, kernels need {LEAST:,}" if short else ""
+
+
 @cache
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str:
     """Why kernels do not run on a device with weights of this dtype, or ''; nothing is asked without a card."""
@@ -55,14 +76,7 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str:
         return ""
     if torch.version.cuda is None:
         return "the GPU is not NVIDIA's"
-    capability = torch.cuda.get_device_capability(device)
-    words = f"the GPU is of compute capability {capability[0]}.{capability[1]}"
-    if capability < LEAST_CAPABILITY:
-        return f"{words}, kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
-    if dtype == torch.bfloat16 and capability < (8, 0):
-        return f"{words}, bfloat16 needs 8.0"
-    room = _of_card(device.index or 0)
-    return "" if room >= LEAST else f"the GPU has {room:,} bytes of shared memory, kernels need {LEAST:,}"
+    return Card(torch.cuda.get_device_capability(device), _of_card(device.index or 0)).why_no_kernels(dtype)
 
 
 def shared_memory(x: Tensor) -> int:

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 from lit_qlora.fused.memory import COPY_BY_BLOCK, FastSizes, adapters_met, choose
+from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
 from lit_qlora.model.config import ModelConfig
@@ -86,12 +88,18 @@ class MicroBatches:
 
 @dataclass(frozen=True)
 class Room:
-    """Free memory in bytes."""
+    """Free memory in bytes, and the GPU that has it."""
 
     gpu: float | None = None
     """Of the GPU; None without a GPU, or for a plan of the plain path."""
     host: float | None = None
     """Of the host, for each process; None if nobody knows."""
+    card: Card | None = None
+    """The GPU, if it is not the one of this machine."""
+
+    def holds(self, plan: Plan) -> bool:
+        """Tell whether a run of this plan fits."""
+        return plan.total <= (self.gpu or math.inf) and plan.host <= (math.inf if self.host is None else self.host)
 
 
 def make_plan(
@@ -104,111 +112,167 @@ def make_plan(
     state_bytes: float = 8.0,
     fast_dtype: torch.dtype | None = None,
 ) -> Plan:
-    """Work out what a run needs.
+    """Work out what a run needs; see Planner."""
+    return Planner(model, lora, storage, train, state_bytes, fast_dtype).plan(batches, room)
+
+
+class Planner:
+    """Plans runs that differ in their micro-batches and in the memory that they have.
 
     Args:
         state_bytes: bytes of optimizer state for each parameter; AdamW has two moments in float32.
         fast_dtype: dtype of weights on the fast path; by default that of `storage`.
 
     Raises:
-        UsageError: if the LoRA settings do not fit the model, or a setting needs the fast path and the run cannot
-            take it.
+        UsageError: if the LoRA settings do not fit the model.
     """
-    gpt = GPT.skeleton(model)
-    frozen = sum(p.numel() for p in gpt.parameters())
-    stored = _stored_bytes(gpt, storage)
-    add_lora(gpt, lora)
-    add_noise(gpt, train.neftune)
-    gpt.set_dropout(train.hidden_dropout)
-    trainable = count_trainable(gpt)
-    dtype = fast_dtype or storage.dtype
-    reason = _slow_because(gpt, dtype, train, room)
-    check_fp8(train.fp8, reason)
-    check(
-        not train.fp8 or dtype == torch.bfloat16,
-        "train.fp8 gives products in bfloat16 alone.\nTake --precision bf16-true, or leave out --train.fp8.",
-    )
-    check(
-        not (train.fp8 and model.n_expert),
-        "train.fp8: the products of experts, which are most of this model's, are not in FP8. Leave out --train.fp8.",
-    )
-    _check_cached(train, storage.quantize, reason)
-    origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
-    policy = plain_recompute(train.recompute)
-    plan = Plan(
-        frozen=frozen,
-        trainable=trainable,
-        experts=sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and ".experts." in name),
-        weights=stored,
-        learning=origin + (8 + state_bytes) * trainable,
-        activations=_activations(gpt, lora, storage.dtype.itemsize, batches.tokens, policy == "full"),
-        recompute=(policy,) * model.n_layer,
-        slow_because=reason,
-        fp8=train.fp8,
-    )
-    if reason or room.gpu is None:
-        return plan
-    if storage.quantize.endswith("-dq"):
-        from lit_qlora.fused.support import decoded_scales  # imports Triton
 
-        plan = replace(plan, weights=plan.weights + decoded_scales(gpt))
-    plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=_lacks_flash(model.head_size))
-    return _fast_plan(plan, gpt, lora, storage, batches, train, room)
+    def __init__(
+        self,
+        model: ModelConfig,
+        lora: LoRAConfig,
+        storage: Storage,
+        train: TrainConfig,
+        state_bytes: float = 8.0,
+        fast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.lora, self.storage, self.train = lora, storage, train
+        self.dtype = fast_dtype or storage.dtype
+        gpt = GPT.skeleton(model)
+        frozen = sum(p.numel() for p in gpt.parameters())
+        stored = _stored_bytes(gpt, storage)
+        add_lora(gpt, lora)
+        add_noise(gpt, train.neftune)
+        gpt.set_dropout(train.hidden_dropout)
+        self.gpt, trainable = gpt, count_trainable(gpt)
+        origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
+        self.bare = Plan(
+            frozen=frozen,
+            trainable=trainable,
+            experts=sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and ".experts." in name),
+            weights=stored,
+            learning=origin + (8 + state_bytes) * trainable,
+            activations=0.0,
+            recompute=(plain_recompute(train.recompute),) * model.n_layer,
+            slow_because="",
+            fp8=train.fp8,
+        )
+
+    def plan(self, batches: MicroBatches, room: Room) -> Plan:
+        """Work out what a run needs.
+
+        Raises:
+            UsageError: if a setting needs the fast path and the run cannot take it.
+        """
+        gpt, storage, train, dtype = self.gpt, self.storage, self.train, self.dtype
+        model = gpt.config
+        reason = self._slow_because(room)
+        check_fp8(train.fp8, reason)
+        check(
+            not train.fp8 or dtype == torch.bfloat16,
+            "train.fp8 gives products in bfloat16 alone.\nTake --precision bf16-true, or leave out --train.fp8.",
+        )
+        check(
+            not (train.fp8 and model.n_expert),
+            "train.fp8: the products of experts, which are most of this model's, are not in FP8. "
+            "Leave out --train.fp8.",
+        )
+        _check_cached(train, storage.quantize, reason)
+        full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
+        activations = _activations(gpt, self.lora, size, batches.tokens, full)
+        plan = replace(self.bare, slow_because=reason, activations=activations)
+        if reason or room.gpu is None:
+            return plan
+        slow_attention = _lacks_flash(model.head_size, room.card)
+        plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
+        return self._on_fast_path(plan, batches, room)
+
+    def _slow_because(self, room: Room) -> str:
+        if not self.train.fast:
+            return "train.fast is false"
+        if room.gpu is None:
+            return "the fast one needs a CUDA device"
+        from lit_qlora.fused.support import HALF  # imports Triton
+
+        if self.dtype not in HALF:
+            return "the fast one needs bf16-true, 16-true or 16-mixed"
+        if room.card:
+            return room.card.why_no_kernels(self.dtype) or self._why_not
+        present = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return why_no_kernels(present, self.dtype) or self._why_not
+
+    @cached_property
+    def _why_not(self) -> str:
+        from lit_qlora.fused.support import why_not
+
+        return why_not(self.gpt)
+
+    @cached_property
+    def _decoded_scales(self) -> int:
+        from lit_qlora.fused.support import decoded_scales
+
+        return decoded_scales(self.gpt) if self.storage.quantize.endswith("-dq") else 0
+
+    @cached_property
+    def _copied(self) -> int:
+        """Trainable parameters that are copied to 16 bit at the same time."""
+        return _largest_part(self.gpt) if self.bare.trainable >= COPY_BY_BLOCK else self.bare.trainable
+
+    @cached_property
+    def _sizes(self) -> FastSizes:
+        gpt, storage = self.gpt, self.storage
+        adapted = max(adapters_met(block, gpt.config) for block in gpt.blocks)
+        rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=self.lora.r)
+        quantized = storage.quantize != "none"
+        return FastSizes(gpt.config, rank, adapted, quantized, storage.quantizes("head"), self.train.fp8)
+
+    def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room) -> Plan:
+        """Turn the plan of the plain path into one of the fast path."""
+        assert room.gpu is not None
+        model, train = self.gpt.config, self.train
+        weights = plan.weights + self._decoded_scales
+        learning = plan.learning + 2 * self._copied
+        free = 0.97 * room.gpu - weights - learning
+        graph_tokens = _graph_tokens(model, train, batches)
+        tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
+        host = math.inf if room.host is None else HOST_SHARE * room.host
+        sizes, policies = _fastest(self._sizes, train.recompute, tokens, free, host)
+        activations = sizes.peak(policies, tokens)
+        graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
+        if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
+            graphs = 0.0
+        cached_blocks, carries = 0, False
+        if sizes.quantized and not train.fp8:
+            spare = free - SPARE * room.gpu - activations - graphs
+            often = round(batches.usual or tokens)
+            carrying = [
+                0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
+                for cached in range(model.n_layer + 1)
+            ]
+            holes = HOLES * activations
+            cached_blocks, carries = _share(spare, sizes.dequantized, holes, carrying, train.keep_dequantized)
+        return replace(
+            plan,
+            weights=weights,
+            learning=learning,
+            activations=activations,
+            recompute=tuple(policies),
+            graph_tokens=graph_tokens,
+            graphs=graphs,
+            cached_blocks=cached_blocks,
+            cached=cached_blocks * sizes.dequantized,
+            ahead=sizes.ahead,
+            carries=carries,
+            host=sizes.on_host(policies, tokens),
+        )
 
 
-def _lacks_flash(head_size: int) -> bool:
-    from lit_qlora.fused.attention import has_flash
+def _lacks_flash(head_size: int, card: Card | None) -> bool:
+    from lit_qlora.fused.attention import flash_on, has_flash
 
+    if card:
+        return not flash_on(card.capability, head_size)
     return torch.cuda.is_available() and not has_flash(head_size, torch.device("cuda"))
-
-
-def _fast_plan(
-    plan: Plan, gpt: GPT, lora: LoRAConfig, storage: Storage, batches: MicroBatches, train: TrainConfig, room: Room
-) -> Plan:
-    """Turn the plan of the plain path into one of the fast path.
-
-    Args:
-        gpt: with its adapters, on the meta device.
-    """
-    assert room.gpu is not None
-    model = gpt.config
-    copied = _largest_part(gpt) if plan.trainable >= COPY_BY_BLOCK else plan.trainable
-    learning = plan.learning + 2 * copied  # in 16 bit
-    adapted = max(adapters_met(block, model) for block in gpt.blocks)
-    quantized = storage.quantize != "none"
-    rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=lora.r)
-    sizes = FastSizes(model, rank, adapted, quantized, storage.quantizes("head"), train.fp8)
-    free = 0.97 * room.gpu - plan.weights - learning
-    graph_tokens = _graph_tokens(model, train, batches)
-    tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
-    host = math.inf if room.host is None else HOST_SHARE * room.host
-    sizes, policies = _fastest(sizes, train.recompute, tokens, free, host)
-    activations = sizes.peak(policies, tokens)
-    graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
-    if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
-        graphs = 0.0
-    cached_blocks, carries = 0, False
-    if quantized and not train.fp8:
-        spare = free - SPARE * room.gpu - activations - graphs
-        often = round(batches.usual or tokens)
-        carrying = [
-            0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
-            for cached in range(model.n_layer + 1)
-        ]
-        cached_blocks, carries = _share(spare, sizes.dequantized, HOLES * activations, carrying, train.keep_dequantized)
-    return replace(
-        plan,
-        learning=learning,
-        activations=activations,
-        recompute=tuple(policies),
-        graph_tokens=graph_tokens,
-        graphs=graphs,
-        cached_blocks=cached_blocks,
-        cached=cached_blocks * sizes.dequantized,
-        ahead=sizes.ahead,
-        carries=carries,
-        host=sizes.on_host(policies, tokens),
-    )
 
 
 def _fastest(
@@ -297,20 +361,6 @@ def _low_rank(gpt: GPT) -> int:
 def plain_recompute(setting: str) -> Recompute:
     """Translate train.recompute for the plain path, which recomputes all or nothing."""
     return "none" if setting in ("auto", "none") else "full"
-
-
-def _slow_because(gpt: GPT, dtype: torch.dtype, train: TrainConfig, room: Room) -> str:
-    if not train.fast:
-        return "train.fast is false"
-    if room.gpu is None:
-        return "the fast one needs a CUDA device"
-    from lit_qlora.fused.support import HALF, why_not  # imports Triton
-    from lit_qlora.kernels.launch import why_no_kernels
-
-    if dtype not in HALF:
-        return "the fast one needs bf16-true, 16-true or 16-mixed"
-    card = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return why_no_kernels(card, dtype) or why_not(gpt)
 
 
 def check_fp8(wanted: bool, slow_because: str) -> None:

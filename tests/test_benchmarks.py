@@ -297,6 +297,55 @@ def test_a_peer_sees_no_other_document_of_a_packed_row(program: Any, tmp_path: P
     assert not torch.allclose(packed, unpacked, rtol=1e-4)
 
 
+@pytest.fixture
+def cards(program: Any) -> ModuleType:
+    return program("cards")
+
+
+def case(**changes: Any) -> argparse.Namespace:
+    """The flags of cards.py."""
+    flags = {"shape": "llama-2-7b", "gb": 24, "quantize": "bnb.nf4-dq", "r": 16, "targets": ["all"], "host": 64}
+    return argparse.Namespace(**flags | {"rows": 2, "length": 2048, "steps": 1, "seconds": 0, "limit": 1} | changes)
+
+
+@needs_triton
+def test_a_smaller_card_gets_fewer_rows_then_shorter_ones_then_none(cards: ModuleType, tmp_path: Path) -> None:
+    planner = cards.planner_of(cards.settings(case(shape="llama-3.2-1b"), tmp_path), 24)
+
+    def largest(gb: float) -> tuple[int, int] | None:
+        return cards.largest_case(planner, Room(gb * 2**30), 4, 2048)
+
+    assert [largest(gb) for gb in (2.5, 2, 1.5, 1.4, 1.2)] == [(4, 2048), (2, 2048), (1, 2048), (1, 1024), None]
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of a sigmoid, in Triton's interpreter
+def test_a_case_is_planned_for_the_smaller_card_and_trained(cards: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "WARM_UPS_OF_GRAPHS", 1)
+    facts = cards.try_case(case(shape="tiny", rows=2, length=24, r=4, quantize="none"))
+    assert facts["setting"] == "recompute none:2 graphs"
+    assert facts["room_gib"] == pytest.approx(0.97 * 24 - 0.6)
+    assert (facts["fewer_rows"], facts["released"], facts["steps"]) == (None, False, 3)
+    assert facts["tokens_per_second"] > 0
+
+
+def test_a_case_that_fails_or_takes_too_long_ends_no_other(
+    cards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = tmp_path / "stub.py"
+    monkeypatch.setattr(cards, "__file__", str(stub))
+    outcomes = []
+    for text in (
+        "import time; time.sleep(60)",
+        "raise SystemExit('out of memory')",
+        "print('log'); print('{\"a\": 1}')",
+    ):
+        stub.write_text(text)
+        outcomes.append(cards.run_case(case(limit=0.3 if "sleep" in text else 60), "tiny", 8, 1, 64))
+    assert outcomes == [{"outcome": "stopped after 0.3 s"}, {"outcome": "out of memory"}, {"outcome": "done", "a": 1}]
+
+
 def test_requests_are_scored_alike_and_what_that_took_is_said(tmp_path: Path) -> None:
     flags = "--shape tiny --questions 8 --repeats 1 --hf_batch_size 8"
     places = ["--work_dir", str(tmp_path), "--out", str(tmp_path / "figures.json")]

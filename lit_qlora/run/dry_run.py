@@ -82,7 +82,7 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
 
 def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
     """Take steps of the run on one device, with its share of each."""
-    learner = _random_learner(config, plan, device)
+    learner = random_learner(config, plan, device)
 
     def update() -> None:
         learner.clip_gradients(config.train.max_norm)
@@ -120,7 +120,7 @@ def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torc
     return Pace(step=step, tokens=tokens, validation=validation, peak_gib=peak_gib(device))
 
 
-def _random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) -> Learner:
+def random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) -> Learner:
     """Make what a run trains, with random weights."""
     fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
     storage = Storage(weights_dtype(config.precision), config.quantize, config.quantize_head)

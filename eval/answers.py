@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     check_replaceable(out)
     (source,), _ = find_sources([config.data], None)
     examples = read_examples(source, format=config.format, columns=config.columns).examples[: config.max_samples]
-    with Part(out, config, pick_device(), examples, folders=(config.checkpoint_dir, config.lora_path)) as part:
+    with Part(out, config, pick_device(), examples, folders=(config.base, config.adapter)) as part:
         answer(config, examples, part)
 
 
@@ -77,7 +77,7 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
 
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
-    style = choose_style(config.style, loaded.style, config.checkpoint_dir)
+    style = choose_style(config.style, loaded.style, config.base)
     gap, tail = (style.gap, style.tail) if style else ("", "")
     stops = stop_ids(tokenizer, style)
     prompts = []
@@ -118,7 +118,7 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
 
 def default_out(config: Config) -> Path:
     """Return predictions.jsonl in the run folder, or under out/eval for a model without an adapter."""
-    folder = config.lora_path.parent if config.lora_path else Path("out/eval") / config.checkpoint_dir.resolve().name
+    folder = config.adapter.parent if config.adapter else Path("out/eval") / config.base.resolve().name
     return folder / "predictions.jsonl"
 
 

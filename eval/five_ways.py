@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chance import like_chance
 
 from lit_qlora.errors import UsageError
-from lit_qlora.inference import InferenceConfig, LoadedModel
+from lit_qlora.inference import InferenceConfig, LoadedModel, load_for_inference
 from lit_qlora.settings import Scheme
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ METRICS = ("acc", "exact_match", "mc2", "f1", "bleu", "rougeL")
 
 def compare(
     config: InferenceConfig,
-    checkpoint_dir: Path,
     lora_path: Path,
     measure: Callable[[LoadedModel, bool], dict[str, Any]],
     seed: int,
@@ -47,20 +46,19 @@ def compare(
         Results of lm-eval by model under "models", and under "comparison" a list for each task, see compare_task.
 
     Raises:
-        UsageError: if neither the settings nor the adapter say how the base is quantised.
+        UsageError: if neither the settings nor the adapter quantise the base.
     """
     from lit_qlora.lora.adapter import check_base, read_adapter
-    from lit_qlora.quantize import Storage
 
     adapter = read_adapter(lora_path)
-    check_base(adapter, checkpoint_dir)
-    trained = Storage.of_training(adapter.manifest or {})
-    scheme = config.quantize if config.quantize != "none" else trained.quantize
+    check_base(adapter, config.base)
+    scheme, head = config.storage
     if scheme == "none":
-        raise UsageError("compare: the adapter was trained on a base in 16 or 32 bit. Say --quantize, e.g. bnb.nf4.")
-    head = config.quantize_head or trained.quantize_head
+        raise UsageError(
+            "compare needs a base that is quantised, and so was not the adapter's. Say --quantize, e.g. bnb.nf4."
+        )
     results: dict[str, Any] = {}
-    for name, loaded in models(config, checkpoint_dir, adapter, scheme, head):
+    for name, loaded in models(config, adapter, scheme, head):
         results[name] = measure(loaded, True)
     samples = {name: result.pop("samples") for name, result in results.items()}
     tasks = {
@@ -77,21 +75,21 @@ def compare(
 
 
 def models(
-    config: InferenceConfig, checkpoint_dir: Path, adapter: "Adapter", scheme: Scheme, head: bool
+    config: InferenceConfig, adapter: "Adapter", scheme: Scheme, head: bool
 ) -> Iterator[tuple[str, LoadedModel]]:
     """Yield each of the five with its name; the model before is gone, or has become the next."""
     from lit_qlora.lora.merge import Merge
     from lit_qlora.quantize import quantize_linears
 
-    merge = Merge([adapter], checkpoint_dir)
-    loaded = InferenceConfig(precision=config.precision).load(checkpoint_dir)
+    merge = Merge([adapter], config.base)
+    loaded = load_for_inference(config.base, precision=config.precision)
     yield BASE, loaded
     merge.put_into(loaded.model)
     yield MERGED, loaded
     quantize_linears(loaded.model, scheme, head)
     yield REQUANTIZED, loaded
     del loaded
-    loaded = InferenceConfig(precision=config.precision, quantize=scheme, quantize_head=head).load(checkpoint_dir)
+    loaded = load_for_inference(config.base, quantize=scheme, quantize_head=head, precision=config.precision)
     yield QUANTIZED, loaded
     merge.attach_to(loaded.model)
     loaded.model.eval()

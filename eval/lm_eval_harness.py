@@ -68,7 +68,8 @@ class Config(Asking, InferenceConfig):
     """Evaluate a model on tasks of lm-eval, and write results.json in lm-eval's own schema."""
 
     checkpoint_dir: Path | None = None
-    """Model to evaluate. By default the newest out/lora/*/merged, else the demo checkpoint."""
+    """Model to evaluate. By default the adapter's base; without an adapter the newest out/lora/*/merged, else the demo
+    checkpoint."""
     eval_tasks: tuple[str, ...] | str = ("tiny_world_qa",)
     """Names of tasks, groups or tags, e.g. [arithmetic_2ds,truthfulqa_mc1]."""
     compare: bool = False
@@ -98,25 +99,29 @@ class Config(Asking, InferenceConfig):
             check(value in (None, "auto") or value >= 1, f"{name} must be at least 1, got {value}.")
         check(not self.compare or self.lora_path is not None, "compare needs an adapter: --lora_path OUT/final.")
 
+    def default_base(self) -> Path:
+        """Return the newest merged model, else the demo checkpoint."""
+        return newest_merged()
+
 
 def main(config: Config) -> None:
     """Check, load, evaluate, write and print."""
-    checkpoint_dir = config.checkpoint_dir or (DEMO_CHECKPOINT if config.lora_path else newest_merged())
+    checkpoint_dir, lora_path = config.base, config.adapter
     include_path = config.include_path or DEMO_TASKS
     tasks = resolve(config.eval_tasks, include_path)
     check_code(tasks, include_path, config.allow_code)
     default = "compare.json" if config.compare else "results.json"
-    save_filepath = config.save_filepath or default_save_filepath(checkpoint_dir, config.lora_path, default)
+    save_filepath = config.save_filepath or default_save_filepath(checkpoint_dir, lora_path, default)
     check_replaceable(save_filepath)
     if set(tasks) <= set(task_files(include_path)):  # everything is here, so nothing has to be asked for elsewhere
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file has no use for progress bars
-    note(f"Evaluating {config.lora_path or checkpoint_dir} on {', '.join(tasks)}")
+    note(f"Evaluating {lora_path or checkpoint_dir} on {', '.join(tasks)}")
     style = None
     if config.apply_chat_template:
-        style = (read_style(config.lora_path) if config.lora_path else None) or read_style(checkpoint_dir)
+        style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
         if style is None:
             raise UsageError(f"apply_chat_template: {checkpoint_dir} has neither a prompt style nor a chat template.")
 
@@ -140,16 +145,15 @@ def main(config: Config) -> None:
     if config.compare:
         import five_ways
 
-        assert config.lora_path is not None
-        results = five_ways.compare(config, checkpoint_dir, config.lora_path, measure, config.seed)
+        assert lora_path is not None
+        results = five_ways.compare(config, lora_path, measure, config.seed)
         lines = [five_ways.table(results)]
     else:
-        results = measure(config.load(checkpoint_dir))
+        results = measure(config.load())
         results["config"]["model_args"] = {
             "checkpoint_dir": str(checkpoint_dir),
-            "lora_path": config.lora_path and str(config.lora_path),
-            "quantize": config.quantize,
-            "quantize_head": config.quantize_head,
+            "lora_path": lora_path and str(lora_path),
+            **dict(zip(("quantize", "quantize_head"), config.storage, strict=True)),
             "precision": config.precision,
         }
         lines = [table(results), *remarks(results)]

@@ -5,15 +5,18 @@ Torch is imported when a model is loaded, so that --help and a mistyped flag are
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
+from lit_qlora.files.manifest import MANIFEST
+from lit_qlora.files.reading import read_json
 from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader, Tool
 from lit_qlora.prompts.conversation import Conversation
 from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
-from lit_qlora.settings import DEMO_CHECKPOINT, Precision, Scheme, Settings, check
+from lit_qlora.settings import DEMO_CHECKPOINT, SCHEMES, Precision, Scheme, Settings, check
 from lit_qlora.settings.limits import Count
 
 if TYPE_CHECKING:
@@ -26,6 +29,82 @@ if TYPE_CHECKING:
 
 READ_BACK = 16
 """Ids at the end of a prompt that hold the beginning of a thought, if there is one."""
+ADAPTER_FILE = "adapter_config.json"
+"""The file that each adapter has, whoever wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The base that an adapter was trained on, as its manifest tells it."""
+
+    base: Path | None
+    """None for an adapter that PEFT wrote."""
+    quantize: Scheme
+    quantize_head: bool
+
+    @classmethod
+    def of(cls, adapter: Path) -> "Training":
+        """Read it in the folder of an adapter; read_adapter checks the rest of the manifest.
+
+        Raises:
+            CheckpointError: if the manifest is damaged, or names a quantisation that is not known.
+        """
+        path = adapter / MANIFEST
+        facts: dict[str, Any] = read_json(path) if path.is_file() else {}
+        base, scheme = facts.get("base", {}), facts.get("quantize", "none")
+        if not isinstance(base, dict) or scheme not in SCHEMES:
+            raise CheckpointError(f"{path} is damaged: it does not say what base the adapter was trained on.")
+        known = base.get("path")
+        return cls(
+            base=Path(known) if isinstance(known, str) else None,
+            quantize=scheme,
+            quantize_head=facts.get("quantize_head") is True,
+        )
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder of the adapter that a path names: the final one of a run's folder, and for a file its folder.
+
+    Lit-GPT's out/lora/alpaca/NAME stands for our run folder out/lora/NAME where only this exists.
+
+    Raises:
+        CheckpointError: for the folder of a run that has not ended.
+    """
+    if path.is_dir():
+        final = path / "final"
+        if (path / ADAPTER_FILE).is_file() or (final / ADAPTER_FILE).is_file():
+            return path if (path / ADAPTER_FILE).is_file() else final
+        if saved := sorted(path.glob(f"step-*/{ADAPTER_FILE}")):
+            raise CheckpointError(
+                f"The run in {path} has not ended, so it has no final adapter.\n"
+                f"Its newest checkpoint is an adapter too: --lora_path {saved[-1].parent}"
+            )
+    if path.suffix not in (".pth", ".safetensors") or path.is_dir():
+        return path
+    folder = path.parent
+    known = [folder / "final", folder, Path("out/lora", folder.name, "final")]
+    return next((candidate for candidate in known if candidate.is_dir()), folder)
+
+
+def base_of(adapter: Path) -> Path:
+    """The checkpoint that an adapter was trained on.
+
+    Raises:
+        CheckpointError: if its manifest does not say it, or says a path where no checkpoint is.
+    """
+    if not (adapter / ADAPTER_FILE).is_file():
+        from lit_qlora.lora.adapter import read_adapter
+
+        read_adapter(adapter)  # says best what is wrong with a folder that is no adapter
+    base = Training.of(adapter).base
+    if base is None:
+        raise CheckpointError(f"{adapter} does not say which base it was trained on. Give --checkpoint_dir.")
+    if not base.is_dir():
+        raise CheckpointError(
+            f"The adapter in {adapter} was trained on {base}, which does not exist here.\n"
+            "Give the base's present path as --checkpoint_dir."
+        )
+    return base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,34 +155,87 @@ def load_for_inference(
 class InferenceConfig(Settings):
     """The model that a command loads."""
 
-    checkpoint_dir: Path = DEMO_CHECKPOINT
+    checkpoint_dir: Path | None = None
     """The model: a directory written by scripts/convert_hf_checkpoint.py or
-    scripts/merge_lora.py."""
+    scripts/merge_lora.py. By default the base that the adapter was trained on, and without an adapter the demo
+    checkpoint."""
     lora_path: Path | None = None
-    """An adapter that was trained on this checkpoint, such as OUT/final of finetune/lora.py."""
-    quantize: Scheme = "none"
-    """Storage of the weights; bnb.nf4 needs about a quarter of the 16-bit memory."""
+    """An adapter, such as OUT/final of finetune/lora.py; a run folder OUT stands for it."""
+    quantize: Literal["auto"] | Scheme = "auto"
+    """Storage of the weights; bnb.nf4 needs about a quarter of the 16-bit memory. 'auto' is the storage that the
+    adapter was trained on, and none without an adapter."""
     quantize_head: bool = False
-    """Quantise the output head too."""
+    """Quantise the output head too; --quantize auto does if the training did."""
     precision: Precision = "auto"
     """Dtype of weights and activations. 'auto' is bf16-true on a GPU that has it, 32-true elsewhere."""
 
-    def load(self, checkpoint_dir: Path | None = None) -> LoadedModel:
-        """The model, its tokenizer and its prompt style, on the best device there is.
+    @cached_property
+    def adapter(self) -> Path | None:
+        """The folder of lora_path's adapter, if there is one."""
+        return adapter_folder(self.lora_path) if self.lora_path else None
 
-        Args:
-            checkpoint_dir: another directory than the configured one.
+    @cached_property
+    def base(self) -> Path:
+        """The directory of the model.
+
+        Raises:
+            CheckpointError: if it is that of an adapter which does not say it.
+        """
+        leading = self.leading_adapter()
+        return self.checkpoint_dir or (base_of(leading) if leading else self.default_base())
+
+    @cached_property
+    def storage(self) -> tuple[Scheme, bool]:
+        """The storage of the weights, and True if the output head has it too."""
+        leading = self.leading_adapter()
+        if self.quantize != "auto":
+            return self.quantize, self.quantize_head
+        if leading is None:
+            return "none", self.quantize_head
+        training = Training.of(leading)
+        return training.quantize, self.quantize_head or training.quantize_head
+
+    def leading_adapter(self) -> Path | None:
+        """The folder of the adapter whose training says how the model is loaded."""
+        return self.adapter
+
+    def default_base(self) -> Path:
+        """The model without an adapter."""
+        return DEMO_CHECKPOINT
+
+    def notes(self) -> list[str]:
+        """Say what the adapter's manifest has decided."""
+        leading = self.leading_adapter()
+        if leading is None or (self.checkpoint_dir and self.quantize != "auto"):
+            return super().notes()
+        scheme, _ = self.storage
+        return [
+            *super().notes(),
+            f"The base is {self.base} with --quantize {scheme}, on which {leading} was trained.",
+        ]
+
+    def load(self) -> LoadedModel:
+        """The model, its tokenizer and its prompt style, on the best device there is.
 
         Raises:
             CheckpointError: if anything is missing or damaged, or checkpoint and adapter do not belong together.
         """
+        scheme, head = self.storage
         return load_for_inference(
-            checkpoint_dir or self.checkpoint_dir,
-            self.lora_path,
-            quantize=self.quantize,
-            quantize_head=self.quantize_head,
-            precision=self.precision,
+            self.base, self.adapter, quantize=scheme, quantize_head=head, precision=self.precision
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RosterConfig(InferenceConfig):
+    """A model with several adapters."""
+
+    adapters: dict[str, Path] = field(default_factory=dict)
+    """More adapters of the same base, each by a name, e.g. --adapters.legal out/legal/final."""
+
+    def leading_adapter(self) -> Path | None:
+        """The adapter of lora_path, else the first of the others."""
+        return self.adapter or next(map(adapter_folder, self.adapters.values()), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,33 +412,27 @@ def load_roster(config: InferenceConfig, adapters: Mapping[str, Path], style: st
     from lit_qlora.lora.adapter import check_base, read_adapter
     from lit_qlora.lora.adapter_switch import AdapterSwitch
 
-    base = config.checkpoint_dir.resolve().name
-    paths = dict(adapters)
-    if config.lora_path:
-        folder = config.lora_path.resolve()
+    base = config.base.resolve().name
+    paths = {name: adapter_folder(path) for name, path in adapters.items()}
+    if config.adapter:
+        folder = config.adapter.resolve()
         own = folder.parent.name if folder.name == "final" or folder.name.startswith("step-") else folder.name
         own = f"{own}-lora" if own == base else own
         check(own not in paths, f"lora_path is called {own}, as one of the adapters is.")
-        paths = {own: config.lora_path, **paths}
+        paths = {own: config.adapter, **paths}
     check(base not in paths, f"adapters.{base} has the name of the base. Give it another.")
     read = {}
     for name, path in paths.items():
         read[name] = read_adapter(path)
-        check_base(read[name], config.checkpoint_dir)
-    loaded = load_for_inference(
-        config.checkpoint_dir,
-        quantize=config.quantize,
-        quantize_head=config.quantize_head,
-        precision=config.precision,
-    )
+        check_base(read[name], config.base)
+    scheme, head = config.storage
+    loaded = load_for_inference(config.base, quantize=scheme, quantize_head=head, precision=config.precision)
     switch = AdapterSwitch(loaded.model)
     for name, adapter in read.items():
         switch.add(name, adapter)
     recorded = {name: read_style(path) or loaded.style for name, path in paths.items()}
     of_base = loaded.style or next(iter(recorded.values()), None)
-    styles = {
-        name: choose_style(style, own, config.checkpoint_dir) for name, own in {base: of_base, **recorded}.items()
-    }
+    styles = {name: choose_style(style, own, config.base) for name, own in {base: of_base, **recorded}.items()}
     return Roster(loaded.model, loaded.tokenizer, switch, base, styles)
 
 

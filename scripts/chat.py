@@ -1,6 +1,6 @@
 """Talk to a model, and compare what its adapters say.
 
-python scripts/chat.py --lora_path out/lora/tiny-world/final
+python scripts/chat.py --lora_path out/lora/tiny-world
 """
 
 import json
@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from lit_qlora.errors import CheckpointError, DataError, UsageError, did_you_mea
 from lit_qlora.files.reading import parse_json, read_bytes
 from lit_qlora.inference import (
     DraftConfig,
-    InferenceConfig,
     Roster,
+    RosterConfig,
     ToolsConfig,
     check_style,
     decoder_of,
@@ -46,11 +46,9 @@ COMMANDS = ["/compare", "/adapter", "/tool", "/system", "/reset", "/help", "/qui
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GenerationConfig, DraftConfig, ToolsConfig, InferenceConfig):
+class Config(GenerationConfig, DraftConfig, ToolsConfig, RosterConfig):
     """Talk to a model. It remembers as much of the conversation as fits into its context. Thoughts go to stderr."""
 
-    adapters: dict[str, Path] = field(default_factory=dict)
-    """More adapters of the same base to talk to, each by a name, e.g. --adapters.legal out/legal/final."""
     system: str = ""
     """System message at the beginning of the conversation. By default none."""
     history: Path | None = None

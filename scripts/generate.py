@@ -1,6 +1,6 @@
 """Answer a prompt, or a file of them.
 
-python scripts/generate.py --prompt "What does the fox eat?" --lora_path out/lora/tiny-world/final
+python scripts/generate.py --prompt "What does the fox eat?" --lora_path out/lora/tiny-world
 python scripts/generate.py --prompts questions.jsonl --out answers.jsonl --batch_size 16
 """
 
@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     from lit_qlora.device import pick_device
 
     rows = list(read_rows(config))
-    folders = (config.checkpoint_dir, config.lora_path, config.draft_checkpoint_dir)
+    folders = (config.base, config.adapter, config.draft_checkpoint_dir)
     of = (config, pick_device(), rows)
     with Part(config.out, *of, folders=folders) if config.out else nullcontext() as part:
         answer(config, rows, part)
@@ -99,7 +99,7 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
 
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
-    style = choose_style(config.style, loaded.style, config.checkpoint_dir)
+    style = choose_style(config.style, loaded.style, config.base)
     gap, tail = (style.gap, style.tail) if style else ("", "")
     decoder, stops, stop = (
         decoder_of(tokenizer, style),

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_qlora import cli
-from lit_qlora.errors import CheckpointError
-from lit_qlora.inference import peak_memory
+from lit_qlora.errors import CheckpointError, UserError
+from lit_qlora.inference import adapter_folder, base_of, peak_memory
 from lit_qlora.settings import check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lit_qlora.data import Batch
     from lit_qlora.lora.adapter import Adapter
     from lit_qlora.lora.merge import Base, Merge
+
+OWN_SAMPLES = 64
+"""Most validation samples of the run that are measured on unasked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +30,8 @@ class MergeConfig:
     """Merge one or several adapters into their base; the result is an ordinary checkpoint. No GPU is needed."""
 
     lora_path: tuple[Path, ...] | Path | None = None
-    """Adapter, such as OUT/final of finetune/lora.py, or a list of adapters to add, e.g. [a/final,b/final]. By default
-    the adapter of the newest run under out/lora."""
+    """Adapter, such as OUT/final of finetune/lora.py, for which OUT stands too, or a list of adapters to add, e.g.
+    [a/final,b/final]. By default the adapter of the newest run under out/lora."""
     weights: tuple[float, ...] | float | None = None
     """Factor of each adapter's update, e.g. [0.7,0.3]. By default 1. -1 takes an adapter out of a merged checkpoint
     (checkpoint_dir) again, up to rounding."""
@@ -37,12 +41,14 @@ class MergeConfig:
     """Folder for the merged checkpoint. By default OUT/merged, beside the adapter."""
     base: Literal["auto", "original", "quantized"] = "auto"
     """Weights that the update is added to: the 16- or 32-bit weights, or the weights as 4- or 8-bit training saw
-    them. 'auto' takes the better one that --verify finds; without --verify it is original."""
-    verify: str | None = None
+    them. 'auto' takes the better one that --verify finds; if nothing is measured it is original."""
+    verify: str = "auto"
     """File of samples, such as data.val_path of finetune/lora.py, to measure the effect of merging. It compares
-    quantised base + adapter with the merge onto the original and onto the quantised base."""
+    quantised base + adapter with the merge onto the original and onto the quantised base. 'auto' takes up to 64 of the
+    run's own validation samples, if they are still there and the machine has room for both models; 'none' measures
+    nothing."""
     verify_samples: int | None = None
-    """Measure on the first N samples only. By default on all."""
+    """Measure on the first N samples only. By default on all of a file."""
     verify_batch_size: int = 4
     """Samples per forward pass while measuring. Changes memory and speed, not the result."""
     tolerance: float = 0.05
@@ -72,13 +78,9 @@ def main(config: MergeConfig) -> None:
     from lit_qlora.lora.adapter import read_adapter
     from lit_qlora.lora.merge import Merge, check_replaceable
 
-    paths = [folder_of(path) for path in config.lora_path or (newest_adapter(),)]
+    paths = [adapter_folder(path) for path in config.lora_path or (newest_adapter(),)]
     adapters = [read_adapter(path) for path in paths]
-    checkpoint_dir = config.checkpoint_dir
-    if checkpoint_dir is None:
-        if adapters[0].manifest is None:
-            raise CheckpointError(f"{paths[0]} does not say which base it was trained on. Give --checkpoint_dir.")
-        checkpoint_dir = Path(adapters[0].manifest["base"]["path"])
+    checkpoint_dir = config.checkpoint_dir or base_of(paths[0])
     out_dir = config.out_dir or paths[0].resolve().parent / "merged"
     check(
         out_dir.resolve() != checkpoint_dir.resolve(),
@@ -86,8 +88,8 @@ def main(config: MergeConfig) -> None:
     )
     check_replaceable(out_dir)
     merge = Merge(adapters, checkpoint_dir, "original" if config.base == "auto" else config.base, config.weights)
-    facts = {}
-    if config.verify:
+    facts: dict[str, Any] = {}
+    if config.verify != "none":
         merge, facts = measured(config, adapters, checkpoint_dir, merge)
     report = merge.write(out_dir, facts)
     print(
@@ -107,31 +109,42 @@ def measured(
         NumericalError: if that one loses more than the tolerance.
     """
     from lit_qlora.lora.merge import Merge
-    from lit_qlora.lora.verify import check_tolerance, read_batches, recommend, report_lines, verify
+    from lit_qlora.lora.verify import check_tolerance, recommend, report_lines, verify
 
-    assert config.verify
-    batches = read_batches(config.verify, adapters[0], checkpoint_dir, config.verify_samples, config.verify_batch_size)
     bases: list[Base] = ["original"] if merge.trained.quantize == "none" else ["original", "quantized"]
     merges = [Merge(adapters, checkpoint_dir, base, config.weights) for base in bases]
-    metrics = verify(merges, batches)
+    try:
+        batches, samples = read_samples(config, adapters, checkpoint_dir, merge)
+        metrics = verify(merges, batches)
+    except UserError as error:
+        if config.verify != "auto":
+            raise
+        reason = str(error).partition("\n")[0]
+        print(f"The effect of merging is not measured: {reason}\n  --verify FILE measures it on other samples.")
+        return merge, {"not_measured": reason}
     print(*report_lines(metrics), sep="\n")
     recommended = recommend(metrics)
     wanted = recommended if config.base == "auto" else config.base
     chosen = next((one for one in merges if one.base == wanted), merge)
     check_tolerance(chosen.base if chosen.base in metrics else "original", metrics, config.tolerance)
-    return chosen, {"verified_on": config.verify, "verified": metrics, "recommended": recommended}
+    return chosen, {"verified_on": samples, "verified": metrics, "recommended": recommended}
 
 
-def folder_of(path: Path) -> Path:
-    """Return the folder of an adapter that is named by its file, such as Lit-GPT's lit_model_lora_finetuned.pth.
+def read_samples(
+    config: MergeConfig, adapters: "Sequence[Adapter]", checkpoint_dir: Path, merge: "Merge"
+) -> "tuple[list[Batch], str]":
+    """Return the samples of the file, or the run's own, with a name for them.
 
-    Lit-GPT's out/lora/alpaca/NAME stands for our run folder out/lora/NAME where only this exists.
+    Raises:
+        UserError: if there are none, or the machine is too small for a measurement that nobody has asked for.
     """
-    if path.suffix not in (".pth", ".safetensors") or path.is_dir():
-        return path
-    folder = path.parent
-    known = [folder / "final", folder, Path("out/lora", folder.name, "final")]
-    return next((candidate for candidate in known if candidate.is_dir()), folder)
+    from lit_qlora.lora.verify import check_affordable, own_batches, read_batches
+
+    most, size = config.verify_samples, config.verify_batch_size
+    if config.verify != "auto":
+        return read_batches(config.verify, adapters[0], checkpoint_dir, most, size), config.verify
+    check_affordable(merge)
+    return own_batches(adapters[0], checkpoint_dir, most or OWN_SAMPLES, size), "validation samples of the run"
 
 
 def newest_adapter() -> Path:

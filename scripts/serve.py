@@ -1,12 +1,12 @@
 """Serve a model and its adapters to clients of the OpenAI API, with a page for chats at /.
 
-python scripts/serve.py --lora_path out/lora/tiny-world/final --quantize bnb.nf4
+python scripts/serve.py --lora_path out/lora/tiny-world
 """
 
 import socket
 import sys
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from jsonargparse.typing import SecretStr
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.files.reading import read_text
-from lit_qlora.inference import InferenceConfig, check_style, load_roster, peak_memory
+from lit_qlora.inference import RosterConfig, check_style, load_roster, peak_memory
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
 from lit_qlora.signals import left_to
@@ -28,14 +28,12 @@ UNSENDABLE_KEY = "The API key holds a control character or begins or ends with a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Limits, InferenceConfig):
+class Config(Limits, RosterConfig):
     """Serve a model and its adapters: /v1/chat/completions, /v1/completions, /v1/models, and a page at /.
 
     The base has the name of its directory, each adapter its own. All share the weights of the base.
     """
 
-    adapters: dict[str, Path] = field(default_factory=dict)
-    """More adapters of the same base, by their names for clients, e.g. --adapters.legal out/legal/final."""
     host: str = "127.0.0.1"
     """Address to listen at. An address other than the loopback lets other machines in, so it needs an api_key."""
     port: int = 8000

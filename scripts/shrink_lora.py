@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_qlora import cli
-from lit_qlora.errors import CheckpointError
+from lit_qlora.inference import adapter_folder, base_of
 from lit_qlora.settings import check
 
 NOT_KEPT = ("format", "files", "lora", "init", "loftq_steps")
@@ -56,11 +56,10 @@ def main(config: ShrinkConfig) -> None:
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.prompts.style import read_style
 
-    adapter = read_adapter(config.lora_path)
+    path = adapter_folder(config.lora_path)
+    adapter = read_adapter(path)
     facts = {k: v for k, v in (adapter.manifest or {}).items() if k not in NOT_KEPT}
-    checkpoint_dir = config.checkpoint_dir or (Path(facts["base"]["path"]) if facts else None)
-    if checkpoint_dir is None:
-        raise CheckpointError(f"{config.lora_path} does not say which base it was trained on. Give --checkpoint_dir.")
+    checkpoint_dir = config.checkpoint_dir or base_of(path)
     check_base(adapter, checkpoint_dir)
     model = ModelConfig.load(checkpoint_dir)
     state = our_tensors(adapter, model)
@@ -70,7 +69,7 @@ def main(config: ShrinkConfig) -> None:
         config.rank is None or config.rank < ranks[-1], f"rank is {config.rank}; the adapter has {ranks[-1]} already."
     )
     rank = config.rank if config.max_loss is None else smallest_rank(found, config.max_loss)
-    out_dir = config.out_dir or config.lora_path.with_name(f"{config.lora_path.name}-r{rank}")
+    out_dir = config.out_dir or path.with_name(f"{path.name}-r{rank}")
     check(rank is None or not out_dir.exists(), f"out_dir: {out_dir} exists. Name another.")
     ranks = sorted({*ranks, *([rank] if rank else [])})
     losses = {}
@@ -90,13 +89,13 @@ def main(config: ShrinkConfig) -> None:
     if rank is None:
         return
     cut_state, smaller = cut(state, found, adapter.config, rank)
-    origin = {"shrunk_from": {"path": str(config.lora_path), "r": adapter.config.r, "lost": loss_at(found, rank)[0]}}
+    origin = {"shrunk_from": {"path": str(path), "r": adapter.config.r, "lost": loss_at(found, rank)[0]}}
     save_state(
         out_dir,
         cut_state,
         model,
         smaller,
-        read_style(config.lora_path),
+        read_style(path),
         {"base": base_facts(checkpoint_dir), **facts, **origin},
     )
     print(f"rank {rank}: {out_dir}", *read_caveats(out_dir, model.tied_head), sep="\n  ")

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.checkpoint.checkpoint import load_stored
+from lit_qlora import cli
+from lit_qlora.checkpoint.checkpoint import count_parameters, load_stored
 from lit_qlora.data import Batch, validation_batches
-from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source
+from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source, length_limit, load
+from lit_qlora.data.prepared import choose_data
 from lit_qlora.data.sources import find_sources
-from lit_qlora.device import pick_device
-from lit_qlora.errors import DataError, NumericalError
+from lit_qlora.device import gpu_bytes, host_bytes, pick_device
+from lit_qlora.errors import DataError, NumericalError, ResourceError
 from lit_qlora.lora.adapter import Adapter
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.merge import Base, Merge
@@ -21,7 +23,10 @@ from lit_qlora.model.gpt import GPT, IGNORE, LOGITS_AT_ONCE
 from lit_qlora.prompts.style import read_style
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.quantize import Storage
-from lit_qlora.settings import DataConfig, LoRAConfig
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig
+
+MOST_ON_CPU = 10**9
+"""Parameters of the largest model that a CPU measures unasked."""
 
 
 def read_batches(
@@ -40,6 +45,43 @@ def read_batches(
     if not len(samples):
         raise DataError(f"{file} holds no sample that fits into {most} tokens in the style {style.name}.")
     return validation_batches(samples.take(range(len(samples))[:max_samples]), batch_size)
+
+
+def own_batches(adapter: Adapter, checkpoint_dir: Path, max_samples: int, batch_size: int) -> list[Batch]:
+    """The first validation samples of the run that trained the adapter, encoded as there.
+
+    Raises:
+        UserError: if the settings or the data of the run are not there any more, or have changed.
+    """
+    settings = adapter.path.resolve().parent / "config.yaml"
+    if adapter.manifest is None or not settings.is_file():
+        raise DataError(f"{adapter.path} lies in no folder of a run, which has a config.yaml.")
+    config = cli.parse(FinetuneConfig, ["--config", str(settings)])
+    data = choose_data(config.data, checkpoint_dir)
+    most = length_limit(data, ModelConfig.load(checkpoint_dir))
+    seed = config.seed if data.seed is None else data.seed
+    loaded = load(data, checkpoint_dir, Tokenizer(checkpoint_dir), most, seed)
+    if loaded.files != adapter.manifest.get("data"):
+        raise DataError("the data of the run has changed since.")
+    if not len(loaded.val):
+        raise DataError("the run had no validation samples.")
+    return validation_batches(loaded.val.take(range(len(loaded.val))[:max_samples]), batch_size)
+
+
+def check_affordable(merge: Merge) -> None:
+    """Raise ResourceError if a measurement would take more than a command should take unasked.
+
+    Both models have to fit, the trained one and the merged one, and a CPU is too slow for more than a billion
+    parameters.
+    """
+    parameters, gpu = count_parameters(merge.config), gpu_bytes()
+    if gpu is None and parameters > MOST_ON_CPU:
+        raise ResourceError(f"{parameters / 1e9:.1f} billion parameters take a CPU too long.")
+    width = merge.trained.dtype.itemsize
+    needed = parameters * (width + (1 if merge.trained.quantize != "none" else width))
+    free = host_bytes() if gpu is None else gpu
+    if free is not None and needed > free:
+        raise ResourceError(f"the two models need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free.")
 
 
 def verify(merges: Sequence[Merge], batches: Sequence[Batch]) -> dict[Base, dict[str, float]]:

@@ -347,6 +347,11 @@ def missing_checkpoint(directory: Path) -> str:
             f"{directory} holds a Hugging Face model that is not converted yet.\n"
             f"Convert it: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}"
         )
+    if any((folder / "adapter_config.json").is_file() for folder in (directory, directory / "final")):
+        return (
+            f"{directory} holds an adapter, not a checkpoint. Commands that take one: --lora_path {directory}\n"
+            f"Or merge it into its base first: python scripts/merge_lora.py --lora_path {directory}"
+        )
     return f"{directory} has no {FILE_NAME}, so it is not a checkpoint.{_found_checkpoints()}"
 
 

@@ -40,14 +40,18 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     out_dir = config.out_dir
     log.close()
     summary = summarize(model, config.lora, config.quantize, config.precision, log.records)
-    adapter, base = quote(f"{out_dir}/{FINAL}"), quote(str(config.checkpoint_dir))
-    following = (
-        f"python scripts/merge_lora.py --lora_path {adapter} --checkpoint_dir {base}\n"
-        f"python scripts/chat.py --checkpoint_dir {base} --lora_path {adapter}"
-    )
+    warning, following = advise(config, log.records)
     best, worst = list[Answer](), list[Answer]()
     try:
-        outcome = _outcome(config, model, data, log.records, scores, summary, following)
+        outcome = _outcome(
+            config,
+            model,
+            data,
+            log.records,
+            scores,
+            summary,
+            f"# {warning}\n{following}" if warning else following,
+        )
         best, worst = list(outcome.best), list(outcome.worst)
         write_pages(outcome, out_dir)
     except Exception as error:  # the adapter is saved, and a report is not worth the status of the run
@@ -65,9 +69,33 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
         f"adapter {out_dir}/final{link}",
         *(f"        {line}" for line in read_caveats(out_dir / FINAL, model.config.tied_head)),
         f"report  {out_dir}/report.html   log.jsonl, loss.png, report.md beside it",
+        *([f"worse   {warning}"] if warning else []),
         f"next    {following.splitlines()[0]}",
     ]
     tell("\n".join(lines))
+
+
+def advise(config: FinetuneConfig, records: Sequence[Record]) -> tuple[str, str]:
+    """Return a warning if the run ended worse than it began, else '', and the next commands, a line each."""
+    assert config.out_dir is not None
+    metric = "val_loss" if config.eval.best == "none" else config.eval.best
+    values = metrics(records).get(metric, [])
+    adapter = quote(f"{config.out_dir}/{FINAL}")
+    chat = f"python scripts/chat.py --lora_path {adapter}"
+    if len(values) < 2 or values[0][0] != 0 or not _is_worse(metric, values[-1][1], values[0][1]):
+        return "", f"python scripts/merge_lora.py --lora_path {adapter}\n{chat}"
+    warning = f"{metric} {short(values[0][1])} -> {short(values[-1][1])}: worse than the base, do not merge."
+    better = [step for step, value in values[1:] if _is_worse(metric, values[0][1], value)]
+    best = config.out_dir / BEST
+    if better and best.is_symlink():
+        return warning, f"python scripts/merge_lora.py --lora_path {quote(str(best))}\n{chat}"
+    why = "No better step was kept" if better else "No step was better: lower --train.learning_rate"
+    return f"{warning} {why}.", chat
+
+
+def _is_worse(metric: str, value: float, than: float) -> bool:
+    """Tell if a value of a metric is worse than another; NaN is."""
+    return not (value <= than if smaller_is_better(metric) else value >= than)
 
 
 def _outcome(

@@ -71,7 +71,7 @@ class GenerationConfig(Settings):
     def notes(self) -> list[str]:
         """Return what a user may want to know of these settings: without sampling, some have no effect."""
         idle = self._draws() if self.do_sample is False else ""
-        return [f"do_sample is false, so {idle} has no effect."] if idle else []
+        return [*super().notes(), *([f"do_sample is false, so {idle} has no effect."] if idle else [])]
 
     def __post_init__(self) -> None:
         """Check that no setting would be without effect."""

@@ -4,14 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from lit_qlora.checkpoint.checkpoint import content_hash, load_model
-from lit_qlora.inference import load_for_inference
+from lit_qlora.inference import InferenceConfig, load_for_inference
 from lit_qlora.lora.adapter import read_adapter, save_adapter
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.prompts.style import STYLES
@@ -64,10 +63,10 @@ def test_each_model_is_what_its_name_says(run_dir):
         "merged": load_for_inference(run_dir / "merged", precision="32-true"),
         "requantized": load_for_inference(run_dir / "merged", **quantized),
     }
-    config = SimpleNamespace(precision="32-true")
+    config = InferenceConfig(checkpoint_dir=base, precision="32-true")
     seen = {}
     with torch.no_grad():
-        for name, loaded in five_ways.models(config, base, adapter, "bnb.nf4", True):
+        for name, loaded in five_ways.models(config, adapter, "bnb.nf4", True):
             seen[name] = loaded.model(TOKENS)
         for name, loaded in expected.items():
             torch.testing.assert_close(seen[name], loaded.model(TOKENS), rtol=1e-6, atol=1e-6)

@@ -83,7 +83,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     write_tokenizer(root / "hf", bos=family != "gpt_neox")
     convert_hf_checkpoint(root / "hf", root / "ours")
     export_hf(root / "ours", root / "exported")
-    loaded = InferenceConfig(precision="32-true").load(root / "ours")
+    loaded = InferenceConfig(checkpoint_dir=root / "ours", precision="32-true").load()
     return SimpleNamespace(
         theirs=HFLM(pretrained=str(root / "exported"), dtype="float32", device="cpu", batch_size=4),
         ours=lm_eval_model.GPTModel(loaded.model, loaded.tokenizer, style=loaded.style),

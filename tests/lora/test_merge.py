@@ -250,17 +250,6 @@ def test_a_merge_never_replaces_the_checkpoint_that_it_is_made_from(tmp_path: Pa
     assert content_hash(merged) == before
 
 
-def test_an_adapters_file_stands_for_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder_of = load_script("scripts/merge_lora.py").folder_of
-    Path("out/lora/Mistral/final").mkdir(parents=True)
-    final = Path("out/lora/Mistral/final")
-    assert folder_of(final / "adapter_model.safetensors") == folder_of(final) == final
-    assert folder_of(Path("out/lora/Mistral/lit_model_lora_finetuned.pth")) == final
-    assert folder_of(Path("out/lora/alpaca/Mistral/lit_model_lora_finetuned.pth")) == final
-    assert folder_of(Path("absent/lit_model_lora_finetuned.pth")) == Path("absent")  # named as it was given
-
-
 @pytest.mark.parametrize("point", ["weights", "report", "publish"])
 def test_a_merge_that_is_killed_leaves_what_was_there(point: str, tmp_path: Path) -> None:
     base, (a, b) = two_adapters(tmp_path)

@@ -299,7 +299,7 @@ def test_the_command_runs_as_it_is_typed_from_anywhere(
     assert "Traceback" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[0].startswith("lit_qlora ")
-    assert lines[-1] == f"next    python scripts/merge_lora.py --lora_path out/final --checkpoint_dir {tiny_checkpoint}"
+    assert lines[-1] == "next    python scripts/merge_lora.py --lora_path out/final"
     assert len(log_of(tmp_path / "out")[0]) == 2
 
 

@@ -1,13 +1,15 @@
 """What is left when a run is over: the table at its end, the metrics, the best and the worst answers."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
 import pytest
 
-from lit_qlora.run.summary import table
-from tests.conftest import load_script
+from lit_qlora.run.summary import advise, table
+from lit_qlora.settings import FinetuneConfig
+from tests.conftest import load_script, run_here
 from tests.run.conftest import Finetune
 
 MEASURES = ("--eval.generate=3", "--eval.kl_text=default", "--eval.max_new_tokens=6")
@@ -104,6 +106,66 @@ def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
     folder = tmp_path / "my run"
     assert finetune(f"--out_dir={folder}") == 0
     assert str(folder / "final") in shlex.split(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("losses", "linked", "warned", "following"),
+    [
+        ((4.0, 3.0), True, "", ["merge_lora.py --lora_path out/final", "chat.py --lora_path out/final"]),
+        ((4.0, 3.0, 4.0), True, "", ["merge_lora.py --lora_path out/final", "chat.py --lora_path out/final"]),
+        (
+            (4.0, 3.0, 6.0),
+            True,
+            "4.0000 -> 6.0000: worse than the base, do not merge.",
+            ["merge_lora.py --lora_path out/best", "chat.py --lora_path out/final"],
+        ),
+        (
+            (4.0, 5.0, 6.0),
+            True,
+            "do not merge. No step was better: lower --train.learning_rate.",
+            ["chat.py --lora_path out/final"],
+        ),
+        ((4.0, 3.0, math.nan), False, "do not merge. No better step was kept.", ["chat.py --lora_path out/final"]),
+        ((), False, "", ["merge_lora.py --lora_path out/final", "chat.py --lora_path out/final"]),
+    ],
+)
+def test_a_run_that_ended_worse_than_it_began_is_not_to_be_merged(
+    losses: tuple[float, ...],
+    linked: bool,
+    warned: str,
+    following: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    if linked:
+        Path("out/best").symlink_to("step-000002")
+    records = [{"step": 2 * number, "val_loss": loss} for number, loss in enumerate(losses)]
+    warning, commands = advise(FinetuneConfig(out_dir="out"), records)  # type: ignore[arg-type]
+    assert warning.endswith(warned)
+    assert bool(warning) == bool(warned)
+    assert [line.removeprefix("python scripts/") for line in commands.splitlines()] == following
+
+
+def test_a_merge_measures_on_the_validation_samples_of_its_run(
+    finetune: Finetune, out: Path, examples_file: Path
+) -> None:
+    assert finetune("--quantize=bnb.nf4") == 0
+    done = run_here("scripts/merge_lora.py", "--lora_path", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "recommended: --base" in done.stdout
+    report = json.loads((out / "merged/merge_report.json").read_text())
+    assert report["verified_on"] == "validation samples of the run"
+    val = [record for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "val_loss" in record]
+    assert report["verified"]["original"]["val_loss_trained"] == pytest.approx(val[-1]["val_loss"], rel=1e-5)
+    with examples_file.open("a") as file:
+        file.write('{"instruction": "Hi", "output": "Hi"}\n')
+    again = run_here("scripts/merge_lora.py", "--lora_path", out)
+    assert again.returncode == 0, again.stderr
+    assert "not measured: the data of the run has changed since.\n  --verify FILE measures" in again.stdout
+    assert "verified" not in json.loads((out / "merged/merge_report.json").read_text())
+    assert "measured" not in run_here("scripts/merge_lora.py", "--lora_path", out, "--verify", "none").stdout
 
 
 def test_a_run_ends_well_whatever_somebody_made_of_its_log(

@@ -1,6 +1,7 @@
 """GPUs that need not be in this machine, and the largest runs that they hold."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ CONTEXT = 0.6 * GIB
 USABLE = 0.97
 """Share of a GPU's nominal memory that torch finds; the rest is the driver's."""
 MOST_ROWS = 64
+"""Larger micro-batches are not looked for."""
 STEP = 128
 """Tokens to which the longest row is rounded down."""
 KIB = 2**10
@@ -134,3 +136,59 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The largest runs of a model on a GPU."""
+
+    model: str
+    gpu: str
+    rows: int
+    """Rows of the wanted length in the largest micro-batch; 0 if not one of them fits."""
+    longest: int
+    """Tokens of the longest row that fits alone; 0 if the model does not fit."""
+    length: int
+    """Tokens of the row that the following is about: the wanted length, or the longest row if that is less."""
+    recompute: str
+    """How blocks recompute, such as "none" or "offload 12, none 20"."""
+    planned_gib: float
+    """Without weights that are cached in 16 bit where memory is left."""
+    room_gib: float
+    slow_because: str
+    """Reason against the fast path, or ''."""
+
+
+def find_fit(planner: Planner, gpu: Gpu, length: int, host: float | None) -> Fit:
+    """Find the largest runs on a GPU; rows are as long as the model allows, at most `length`."""
+    room, length = gpu.room(host), min(length, planner.gpt.config.block_size)
+    rows, longest = most_rows(planner, length, room), longest_row(planner, room)
+    shown = min(length, longest) or STEP
+    plan = plan_rows(planner, 1, shown, room)
+    return Fit(
+        model=planner.gpt.config.name,
+        gpu=gpu.name,
+        rows=rows,
+        longest=longest,
+        length=shown,
+        recompute=describe(plan),
+        planned_gib=round((plan.total - plan.cached) / GIB, 2),
+        room_gib=round(gpu.free / GIB, 2),
+        slow_because=plan.slow_because,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """Name how blocks recompute: "none", or "offload 12, none 20" where they differ."""
+    counts = Counter(plan.recompute)
+    return plan.recompute[0] if len(counts) == 1 else ", ".join(f"{policy} {n}" for policy, n in counts.items())
+
+
+def least_gb(planner: Planner, length: int, host: float | None) -> int:
+    """GB of the smallest GPU, one like an RTX 30, that holds a row of `length` tokens."""
+
+    def lacks(gb: int) -> bool:
+        room = gpu_called(str(gb)).room(host)
+        return not room.holds(plan_rows(planner, 1, length, room))
+
+    return 1 + _largest(lacks, 1023)

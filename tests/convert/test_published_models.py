@@ -6,6 +6,8 @@ import pytest
 
 from lit_qlora.checkpoint.checkpoint import count_parameters
 from lit_qlora.convert.families import FAMILIES, read_config
+from lit_qlora.convert.known_models import MODELS
+from lit_qlora.convert.published_shapes import SHAPES, read_shape
 
 
 def llama_like(
@@ -24,10 +26,6 @@ def llama_like(
 
 
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
-    "Llama-2-7b": (
-        llama_like("llama", 32, 4096, 32, 32, 11_008, 32_000, max_position_embeddings=4096, rms_norm_eps=1e-05),
-        6_738_415_616,
-    ),
     "Llama-3.1-8B": (
         llama_like(
             "llama",
@@ -49,72 +47,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         8_030_261_248,
     ),
-    "Llama-3.2-1B": (
-        llama_like("llama", 16, 2048, 32, 8, 8192, 128_256, head_dim=64, tie_word_embeddings=True),
-        1_235_814_400,
-    ),
     "ERNIE-4.5-0.3B": (
         llama_like("ernie4_5", 18, 1024, 16, 2, 3072, 103_424, head_dim=128, tie_word_embeddings=True),
         360_748_032,
     ),
-    "TinyLlama-1.1B": (llama_like("llama", 22, 2048, 32, 4, 5632, 32_000), 1_100_048_384),
     "SmolLM2-135M": (llama_like("llama", 30, 576, 9, 3, 1536, 49_152, tie_word_embeddings=True), 134_515_008),
-    "Mistral-7B-v0.1": (llama_like("mistral", 32, 4096, 32, 8, 14_336, 32_000, sliding_window=4096), 7_241_732_096),
-    "Mistral-Nemo": (
-        llama_like("mistral", 40, 5120, 32, 8, 14_336, 131_072, head_dim=128, sliding_window=None),
-        12_247_782_400,
-    ),
     "Mixtral-8x7B": (
         llama_like("mixtral", 32, 4096, 32, 8, 14_336, 32_000, num_local_experts=8, num_experts_per_tok=2),
         46_702_792_704,
     ),
-    "Qwen2.5-0.5B": (
-        llama_like(
-            "qwen2",
-            24,
-            896,
-            14,
-            2,
-            4864,
-            151_936,
-            tie_word_embeddings=True,
-            use_sliding_window=False,
-            sliding_window=32768,
-        ),
-        494_032_768,
-    ),
-    "Qwen2.5-7B": (llama_like("qwen2", 28, 3584, 28, 4, 18_944, 152_064), 7_615_616_512),
-    "Qwen3-0.6B": (
-        llama_like("qwen3", 28, 1024, 16, 8, 3072, 151_936, head_dim=128, tie_word_embeddings=True),
-        596_049_920,
-    ),
-    "Qwen3-8B": (llama_like("qwen3", 36, 4096, 32, 8, 12_288, 151_936, head_dim=128), 8_190_735_360),
-    "Qwen3-30B-A3B": (
-        llama_like(
-            "qwen3_moe",
-            48,
-            2048,
-            32,
-            4,
-            6144,
-            151_936,
-            head_dim=128,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=768,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-        ),
-        30_532_122_624,
-    ),
     "gemma-2b": (llama_like("gemma", 18, 2048, 8, 1, 16_384, 256_000, head_dim=256), 2_506_172_416),
-    "gemma-2-2b": (llama_like("gemma2", 26, 2304, 8, 4, 9216, 256_000, head_dim=256), 2_614_341_888),
     "gemma-3-1b": (llama_like("gemma3_text", 26, 1152, 4, 1, 6912, 262_144, head_dim=256), 999_885_952),
     "gemma-3-270m": (llama_like("gemma3_text", 18, 640, 4, 1, 2048, 262_144, head_dim=256), 268_098_176),
     "phi-2": (llama_like("phi", 32, 2560, 32, 32, 10_240, 51_200, partial_rotary_factor=0.4), 2_779_683_840),
-    "Phi-3-mini": (llama_like("phi3", 32, 3072, 32, 32, 8192, 32_064), 3_821_079_552),
-    "phi-4": (llama_like("phi3", 40, 5120, 40, 10, 17_920, 100_352), 14_659_507_200),
     "Phi-4-mini": (
         llama_like("phi3", 32, 3072, 24, 8, 8192, 200_064, tie_word_embeddings=True, partial_rotary_factor=0.75),
         3_836_021_760,
@@ -178,15 +123,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "starcoder2-3b": (llama_like("starcoder2", 30, 3072, 24, 2, 12_288, 49_152), 3_030_371_328),
     "OLMo-1B": (llama_like("olmo", 16, 2048, 16, 16, 8192, 50_304, tie_word_embeddings=True), 1_176_764_416),
-    "OLMo-2-7B": (llama_like("olmo2", 32, 4096, 32, 32, 11_008, 100_352), 7_298_617_344),
     "Olmo-3-7B": (llama_like("olmo3", 32, 4096, 32, 32, 11_008, 100_278), 7_298_011_136),
     "SmolLM3-3B": (llama_like("smollm3", 36, 2048, 16, 4, 11_008, 128_256), 3_075_098_624),
     "command-r": (llama_like("cohere", 40, 8192, 64, 64, 22_528, 256_000), 34_980_831_232),
     "command-r-plus": (llama_like("cohere", 64, 12_288, 96, 8, 33_792, 256_000, use_qk_norm=True), 103_810_674_688),
-    "gpt-oss-20b": (
-        llama_like("gpt_oss", 24, 2880, 64, 8, 2880, 201_088, head_dim=64, num_local_experts=32),
-        20_914_757_184,
-    ),
     "gpt-oss-120b": (
         llama_like("gpt_oss", 36, 2880, 64, 8, 2880, 201_088, head_dim=64, num_local_experts=128),
         116_829_156_672,
@@ -396,7 +336,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
     ),
 }
 """Name -> config.json, all parameters, and those of the encoder of images and what joins it to the language model."""
-LARGE = {"DeepSeek-V3", "gpt-oss-120b", "Qwen3-30B-A3B", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B"}
+LARGE = {"DeepSeek-V3", "gpt-oss-120b", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B"}
 LARGE |= {"Qwen1.5-MoE-A2.7B", "Phi-3.5-MoE", "dots.llm1", "Hunyuan-A13B"}
 """Tens of thousands of experts take some seconds even without their weights."""
 SIZES = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in PUBLISHED]
@@ -412,6 +352,60 @@ def test_a_published_model_has_the_parameters_that_its_page_counts(name: str) ->
 def test_the_language_model_inside_has_what_the_encoder_leaves(name: str) -> None:
     config, parameters, encoder = WRAPPED[name]
     assert count_parameters(read_config(config, name)) == parameters - encoder
+
+
+COUNTS = {
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "huggyllama/llama-30b": 32_528_943_616,
+    "huggyllama/llama-65b": 65_285_660_672,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320,
+    "google/gemma-3-4b-pt": 4_300_079_472 - 419_816_304,
+    "google/gemma-3-12b-pt": 12_187_325_040 - 421_290_864,
+    "google/gemma-3-27b-pt": 27_432_406_640 - 423_060_336,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/phi-4": 14_659_507_200,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "openai/gpt-oss-20b": 20_914_757_184,
+}
+"""Of the models whose shapes are in published_shapes, without encoders of images."""
+OF_EXPERTS = {"Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"}
+
+
+def test_every_published_shape_is_counted() -> None:
+    assert COUNTS.keys() == SHAPES.keys()
+    assert SHAPES.keys() <= {name for family in MODELS.values() for name in family}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OF_EXPERTS)) for n in COUNTS])
+def test_a_published_shape_has_the_parameters_of_its_model(name: str) -> None:
+    assert count_parameters(read_shape(name)) == COUNTS[name]
 
 
 GEMMA4 = {"head_dim": 256, "global_head_dim": 512, "final_logit_softcapping": 30.0}
@@ -463,7 +457,8 @@ def test_these_have_as_many_billions_of_parameters(name: str) -> None:
 
 
 def test_many_families_are_among_them() -> None:
-    assert set(FAMILIES) - {config["model_type"] for config, _ in PUBLISHED.values()} == {
+    counted = [*SHAPES.values(), *(config for config, _ in PUBLISHED.values())]
+    assert set(FAMILIES) - {config["model_type"] for config in counted} == {
         *("cohere2", "glm", "granite", "ministral", "ministral3"),
         # Of these no exact count is known here.
         *("glm4_moe", "glm4_moe_lite", "solar_open", "flex_olmo", "minimax_m2", "exaone_moe", "hy_v3"),

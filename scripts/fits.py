@@ -1,0 +1,195 @@
+"""Say which models a GPU can fine-tune, or which GPU a model needs: no weights, no GPU, no network.
+
+python scripts/fits.py                              # well-known models on GPUs of 8 to 80 GB
+python scripts/fits.py --gpu "RTX 4090"             # all of them on this GPU; --gpu 24 is any of 24 GB
+python scripts/fits.py --model Qwen/Qwen3-8B --lora.r 64 --length 4096
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_qlora import cli
+from lit_qlora.errors import UsageError, did_you_mean
+from lit_qlora.settings import LoRAConfig, Scheme
+from lit_qlora.settings.checks import Settings
+from lit_qlora.settings.limits import Count, Positive
+
+if TYPE_CHECKING:
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.run.fits import Fit, Gpu
+
+GIB = 2**30
+CHECKPOINTS = Path("checkpoints")
+SIZES = (8, 12, 16, 24, 40, 48, 80)
+"""GB of usual GPUs."""
+TABLE = (
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "meta-llama/Llama-3.2-3B",
+    "Qwen/Qwen3-4B",
+    "meta-llama/Llama-2-7b-hf",
+    "mistralai/Mistral-7B-v0.1",
+    "meta-llama/Llama-3.1-8B",
+    "Qwen/Qwen3-8B",
+    "google/gemma-2-9b",
+    "google/gemma-3-12b-pt",
+    "meta-llama/Llama-2-13b-hf",
+    "microsoft/phi-4",
+    "Qwen/Qwen3-14B",
+    "openai/gpt-oss-20b",
+    "mistralai/Mistral-Small-24B-Base-2501",
+    "google/gemma-3-27b-pt",
+    "huggyllama/llama-30b",
+    "Qwen/Qwen3-32B",
+    "meta-llama/Llama-3.1-70B",
+)
+"""Models of the table without --gpu and --model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitsConfig(Settings):
+    """Say which models a GPU can fine-tune, or which GPU a model needs, from the plan that a run makes of itself.
+
+    Runs have AdamW and bf16-true, or 16-mixed on a GPU without bfloat16.
+    """
+
+    gpu: str | None = None
+    """Memory of the GPU in GB, or its name, such as "RTX 4090" or T4. By default GPUs of 8 to 80 GB."""
+    model: str | None = None
+    """A well-known model, ORG/NAME, or a folder with a checkpoint or its config.json. By default well-known models."""
+    host: Positive = 64.0
+    """Free memory of the host in GiB, where activations may go."""
+    length: Count = 2048
+    """Tokens of a row."""
+    quantize: Scheme = "bnb.nf4-dq"
+    """Storage of the frozen base weights."""
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, alpha=32.0, targets=("all",)))
+    json: bool = False
+    """Print a JSON list instead of a table."""
+
+
+def main(config: FitsConfig) -> None:
+    """Plan each run, and print a table."""
+    fits = list(find_fits(config))
+    if config.json:
+        import json
+
+        print(json.dumps([asdict(fit) for fit in fits], indent=1))
+    elif config.gpu is None and config.model is None:
+        print(overview(fits))
+    else:
+        print(listing(fits, config))
+
+
+def find_fits(config: FitsConfig) -> "Iterator[Fit]":
+    """Yield what fits, model by model, from the smallest GPU on."""
+    from lit_qlora.run.fits import find_fit, planner_for
+    from lit_qlora.settings import TrainConfig
+
+    for model in models(config):
+        planner = None
+        for gpu in gpus(config):
+            planner = planner or planner_for(gpu.card, model, config.lora, config.quantize, TrainConfig())
+            yield find_fit(planner, gpu, config.length, config.host * GIB)
+
+
+def gpus(config: FitsConfig) -> "list[Gpu]":
+    """The GPUs of the table; they are alike but for their memory."""
+    from lit_qlora.run.fits import gpu_called
+
+    return [gpu_called(text) for text in ([config.gpu] if config.gpu else map(str, SIZES))]
+
+
+def models(config: FitsConfig) -> "Iterator[ModelConfig]":
+    """Yield the models of the table."""
+    from lit_qlora.convert.published_shapes import SHAPES, read_shape
+
+    if config.model is None:
+        yield from map(read_shape, SHAPES if config.gpu else TABLE)
+        return
+    for folder in (Path(config.model), CHECKPOINTS / config.model):
+        if found := read_folder(folder):
+            yield found
+            return
+    if config.model not in SHAPES:
+        known = list(SHAPES)
+        hint = did_you_mean(config.model, known)
+        raise UsageError(
+            f"model {config.model!r} is neither a folder with model_config.json or config.json nor known.{hint}\n"
+            f"Give the folder of its config.json, or one of {', '.join(known)}."
+        )
+    yield read_shape(config.model)
+
+
+def read_folder(folder: Path) -> "ModelConfig | None":
+    """The configuration in a checkpoint of ours or Hugging Face's; None if the folder holds neither."""
+    from lit_qlora.convert.families import read_config
+    from lit_qlora.files.reading import read_json
+    from lit_qlora.model.config import ModelConfig
+
+    if (folder / "model_config.json").is_file():
+        return ModelConfig.load(folder)
+    path = folder / "config.json"
+    return read_config(read_json(path), str(folder)) if path.is_file() else None
+
+
+def overview(fits: "list[Fit]") -> str:
+    """A table of models and GPUs in Markdown: rows at a time, longest row."""
+    names = list(dict.fromkeys(fit.gpu for fit in fits))
+    cells: dict[str, list[str]] = {}
+    for fit in fits:
+        cells.setdefault(fit.model, []).append(cell(fit))
+    return as_markdown(["model", *names], [[model, *row] for model, row in cells.items()])
+
+
+def cell(fit: "Fit") -> str:
+    """Write "4 · 9k": 4 rows at a time, 9k tokens in the longest; * if a single row needs recomputation."""
+    if not fit.longest:
+        return "-"
+    return f"{fit.rows}{'' if fit.recompute == 'none' else '*'} · {tokens(fit.longest)}"
+
+
+def tokens(count: int) -> str:
+    """Write a number of tokens, in thousands of 1,024 from there on."""
+    return str(count) if count < 1024 else f"{count // 1024}k"
+
+
+def listing(fits: "list[Fit]", config: FitsConfig) -> str:
+    """A row for each model or GPU, with the setting; for one model also the smallest GPU."""
+    by = "gpu" if config.model else "model"
+    head = [by, "rows at a time", "recompute, one row", "GiB of", "there are", "longest row"]
+    rows: list[list[Any]] = []
+    for fit in fits:
+        setting = fit.recompute + (f" (plain path: {fit.slow_because})" if fit.slow_because else "")
+        told = [setting, f"{fit.planned_gib:.2f}", f"{fit.room_gib:.2f}"]
+        rows.append([getattr(fit, by), fit.rows or "-", *told, f"{fit.longest:,}" if fit.longest else "does not fit"])
+    return "\n".join([*needs(config), as_markdown(head, rows)])
+
+
+def needs(config: FitsConfig) -> list[str]:
+    """Say which memory a model needs at least, and if nothing is recomputed; nothing for several models or one GPU."""
+    if config.model is None or config.gpu:
+        return []
+    from lit_qlora.run.fits import least_gb, planner_for
+    from lit_qlora.settings import TrainConfig
+
+    (model,), card = models(config), gpus(config)[0].card
+    least, whole = (
+        least_gb(planner_for(card, model, config.lora, config.quantize, train), config.length, config.host * GIB)
+        for train in (TrainConfig(), TrainConfig(recompute="none"))
+    )
+    return [
+        f"{model.name}: rows of {config.length:,} tokens need a GPU of {least} GB, or {whole} GB without recomputation",
+        "",
+    ]
+
+
+def as_markdown(head: list[str], rows: list[list[Any]]) -> str:
+    """Write a table in Markdown."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, FitsConfig)

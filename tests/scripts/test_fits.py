@@ -1,0 +1,85 @@
+"""The largest runs of a GPU are found with the planner of a run, without weights, GPU or network."""
+
+import importlib.util
+import json
+from types import ModuleType
+
+import pytest
+import torch
+
+from lit_qlora.errors import UsageError
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.run.fits import GIB, STEP, find_fit, gpu_called, least_gb, plan_rows, planner_for
+from lit_qlora.run.plan import Planner
+from lit_qlora.settings import LoRAConfig, TrainConfig
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+SMALL = ModelConfig(
+    name="small", n_layer=4, n_embd=2048, n_head=16, n_kv_head=4, head_size=128, ffn_size=8192, vocab_size=32_000,
+    block_size=2**20,
+)  # fmt: skip
+HOST = 64.0 * GIB
+
+
+@pytest.fixture(scope="module")
+def fits() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fits", ROOT / "scripts/fits.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def planner(gpu: str = "24") -> Planner:
+    return planner_for(gpu_called(gpu).card, SMALL, LoRAConfig(), "bnb.nf4-dq", TrainConfig())
+
+
+def test_a_row_more_or_a_longer_one_would_not_fit() -> None:
+    plans, gpu = planner(), gpu_called("2")
+    fit, room = find_fit(plans, gpu, 4096, HOST), gpu.room(HOST)
+
+    def holds(rows: int, length: int) -> bool:
+        return room.holds(plan_rows(plans, rows, length, room))
+
+    assert 1 < fit.rows < 64
+    assert [holds(rows, 4096) for rows in (fit.rows, fit.rows + 1)] == [True, False]
+    assert [holds(1, length) for length in (fit.longest, fit.longest + STEP)] == [True, False]
+
+
+def test_the_smallest_gpu_of_a_model_holds_it_and_a_smaller_one_does_not() -> None:
+    plans = planner()
+    gb = least_gb(plans, 65_536, HOST)
+    assert [find_fit(plans, gpu_called(str(size)), 65_536, HOST).rows > 0 for size in (gb - 1, gb)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "reason"),
+    [("nvidia GeForce rtx 4090", torch.bfloat16, ""), ("T4", torch.float16, ""), ("V100 16GB", torch.float16, "7.5")],
+)
+def test_a_gpu_is_planned_with_what_it_computes(gpu: str, dtype: torch.dtype, reason: str) -> None:
+    plans = planner(gpu)
+    assert plans.dtype == dtype
+    assert find_fit(plans, gpu_called(gpu), 512, HOST).slow_because.endswith(reason)
+
+
+@pytest.mark.parametrize("gpu", ["RTX 4091", "0.5", "nan"])
+def test_a_gpu_that_nobody_knows_is_refused(gpu: str) -> None:
+    with pytest.raises(UsageError, match=r"^gpu "):
+        gpu_called(gpu)
+
+
+def test_a_model_is_a_checkpoint_or_well_known(fits: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    fits.main(fits.FitsConfig(gpu="8", model=str(ROOT / "checkpoints/lit-qlora/tiny-world"), json=True))
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["rows"], row["recompute"], row["gpu"]) == (64, "none", "8 GB")
+    assert row["longest"] == row["length"] == 256
+    with pytest.raises(UsageError, match=r"Did you mean Qwen/Qwen3-8B\?"):
+        fits.main(fits.FitsConfig(model="Qwen/Qwen3-8"))
+
+
+@pytest.mark.slow
+def test_readme_has_the_table_that_the_command_prints(fits: ModuleType) -> None:
+    assert fits.overview(list(fits.find_fits(fits.FitsConfig()))) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,106 +3,28 @@
 python finetune/lora.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --quantize bnb.nf4 --data.path alpaca.json
 """
 
-import os
-from contextlib import redirect_stdout
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lit_qlora import cli
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.run.finetune import finetune
+from lit_qlora.settings import EvalConfig, FinetuneConfig
+
+if TYPE_CHECKING:
+    from lit_qlora.model.gpt import GPT
+    from lit_qlora.prompts.tokenizer import Tokenizer
 
 
 def main(config: FinetuneConfig) -> None:
     """Train the adapter that `config` describes and leave it in OUT/final."""
-    if not config.quiet:
-        finetune(config)
-        return
-    with open(os.devnull, "w") as nobody, redirect_stdout(nobody):
-        finetune(config)
+    finetune(config, make_ask)
 
 
-def finetune(config: FinetuneConfig) -> None:
-    """Train as main does, with messages."""
-    # These imports take seconds; --help and a mistyped flag must not.
-    from dataclasses import replace
+def make_ask(config: EvalConfig, tokenizer: "Tokenizer", allow_code: bool) -> "Callable[[GPT], dict[str, float]]":
+    """See ask_tasks, which imports lm-eval."""
+    import ask_tasks
 
-    from lit_qlora.data import read_data
-    from lit_qlora.data.prepared import choose_data
-    from lit_qlora.device import fabric_precision, let_segments_grow, pick_device, resolve_precision, weights_dtype
-
-    let_segments_grow()
-    # Errors come before weights are loaded, and errors in the data even before Lightning is imported.
-    precision = resolve_precision(config.precision, pick_device())
-    config = replace(config, data=choose_data(config.data, config.checkpoint_dir))
-    if config.seed == -1:
-        from lit_qlora.run.folder import default_out_dir
-        from lit_qlora.run.resume import settle_seed
-
-        config = replace(config, out_dir=config.out_dir or default_out_dir(config.checkpoint_dir))
-        config = replace(config, seed=settle_seed(config))
-    data = read_data(config)
-
-    from lightning.fabric import Fabric
-
-    from lit_qlora.checkpoint import quantized_cache
-    from lit_qlora.evaluate.validation_inputs import read_probes
-    from lit_qlora.lora.adapter import settle, start_adapters
-    from lit_qlora.lora.embeddings import add_noise
-    from lit_qlora.lora.layer import add_lora
-    from lit_qlora.quantize import Storage
-    from lit_qlora.run import dry_run, folder, learning, resume, saver, summary
-    from lit_qlora.run.banner import plan_run, tell_plan
-    from lit_qlora.train import parallel
-
-    devices, num_nodes = parallel.processes(config.devices, config.num_nodes)
-    config = replace(
-        config,
-        precision=precision,
-        devices=devices,
-        num_nodes=num_nodes,
-        out_dir=config.out_dir or folder.default_out_dir(config.checkpoint_dir),
-        lora=settle(config.lora, config.checkpoint_dir),
-        train=learning.settle_warmup(config.train, data),
-    )
-    total = learning.total_steps(config.train, data)
-    plan = plan_run(config, data)
-    checkpoint = resume.find(config, total, data.files, data.style.digest, saver.versions())
-    start = checkpoint.step if checkpoint else 0
-    probes = read_probes(config, data)
-    if config.eval.tasks:
-        from ask_tasks import make_ask
-
-        probes = replace(probes, ask=make_ask(config.eval, data.tokenizer, config.allow_code))
-    if config.deterministic:
-        learning.set_deterministic()
-    if config.dry_run:
-        if parallel.is_first():
-            tell_plan(config, data, total, plan, start)
-            dry_run.tell_time(config, data, plan, total, start)
-        return
-
-    fabric = Fabric(
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=parallel.strategy(config.strategy, config.devices, config.num_nodes),
-        precision=fabric_precision(precision),
-    )
-    fabric.launch()
-    fabric.seed_everything(config.seed, verbose=False)
-    with (
-        folder.claim(config, fabric, checkpoint, plan) as out_dir,
-        folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
-    ):
-        if fabric.is_global_zero:
-            tell_plan(config, data, total, plan, start)
-        storage = Storage(weights_dtype(precision), config.quantize, config.quantize_head)
-        model = quantized_cache.load(config.checkpoint_dir, storage, fabric.device, config.quantize_cache)
-        add_lora(model, config.lora)
-        start_adapters(model, config.lora, config.checkpoint_dir)
-        add_noise(model, config.train.neftune)
-        model.set_dropout(config.train.hidden_dropout)
-        learning.take_path(model, plan)
-        scores = learning.learn(fabric, model, config, data, probes, log, checkpoint)
-        if fabric.is_global_zero:
-            summary.finish(config, model, data, log, scores)
+    return ask_tasks.make_ask(config, tokenizer, allow_code)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.files.reading import read_json
 from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader, Tool
-from lit_qlora.prompts.conversation import Conversation
+from lit_qlora.prompts.conversation import Conversation, prompt_of
 from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
-from lit_qlora.settings import DEMO_CHECKPOINT, SCHEMES, Precision, Scheme, Settings, check
+from lit_qlora.settings import DEMO_CHECKPOINT, SCHEMES, GenerationConfig, Precision, Scheme, Settings, check
 from lit_qlora.settings.limits import Count
 
 if TYPE_CHECKING:
@@ -434,6 +434,30 @@ def load_roster(config: InferenceConfig, adapters: Mapping[str, Path], style: st
     of_base = loaded.style or next(iter(recorded.values()), None)
     styles = {name: choose_style(style, own, config.base) for name, own in {base: of_base, **recorded}.items()}
     return Roster(loaded.model, loaded.tokenizer, switch, base, styles)
+
+
+def generate(loaded: LoadedModel, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[str]:
+    """The answers to prompts, without thoughts, in the prompt style of the model.
+
+    Args:
+        prompts: as a person types them; they are answered together.
+
+    Returns:
+        num_return_sequences answers to the first prompt, then to the second, and so on.
+
+    Raises:
+        UsageError: if a prompt fills the model's context alone.
+    """
+    from lit_qlora import generation
+
+    check(not isinstance(prompts, str), f"generate takes a list of prompts, got one text: {prompts!r}.")
+    config, style, tokenizer = config or GenerationConfig(), loaded.style, loaded.tokenizer
+    asked = [encode_prompt(tokenizer, style, prompt_of(prompt)) for prompt in prompts]
+    answers = generation.generate(loaded.model, asked, config, stop_ids(tokenizer, style), tokenizer.size)
+    decoder, gap, tail = decoder_of(tokenizer, style), *((style.gap, style.tail) if style else ("", ""))
+    texts = [generation.text_of(decoder, ids, gap, tail) for ids in answers]
+    several = config.num_return_sequences
+    return [reader_of(tokenizer, style, asked[i // several]).whole(text).content for i, text in enumerate(texts)]
 
 
 def peak_memory() -> str:

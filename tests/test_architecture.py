@@ -29,7 +29,7 @@ LAYERS = [
 HOMES = {
     "bitsandbytes": {"quantize"},
     "triton": {"kernels.launch"},
-    "lightning": {"evaluate.measures", "run.dry_run", "run.folder", "run.learning"}
+    "lightning": {"evaluate.measures", "run.dry_run", "run.finetune", "run.folder", "run.learning"}
     | {"train.loop", "train.parallel", "train.training_state"},
     "sentencepiece": {"prompts.backends"},
     "tokenizers": {"prompts.backends"},

@@ -12,22 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.fused.kernel_block import ACTIVATIONS, KernelBlock, attention_layers, mlp_layers, norm_of
+from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, norm_of
 from lit_qlora.fused.qkv_transforms import norms_follow_rotation
 from lit_qlora.fused.stacked import why_not_stacked
 from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
+from lit_qlora.generation.decode_mlp import DenseMlp, ExpertMlp, make_room, why_not_chosen
 from lit_qlora.generation.product import Product, RowAdapters, cache_weights, spare_bytes, updates_of
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import decode_attention as kernels
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import INTERPRETED, why_no_kernels
-from lit_qlora.kernels.mlp import mlp_forward
 from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.lora.adapter_switch import SwitchedLinear
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, softcap
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, times
+from lit_qlora.model.mlp import MoE
 from lit_qlora.model.rope import rope_table
 
 Ropes = dict[bool, tuple[Tensor, Tensor]]
@@ -41,10 +42,10 @@ class FastBlock(KernelBlock):
         self, block: Any, config: ModelConfig, number: int, like: Tensor, adapters: RowAdapters | None
     ) -> None:
         super().__init__(block, config, number, like)
-        self.activation = ACTIVATIONS[config.ffn]
-        layers = (*attention_layers(block.attn), *mlp_layers(block.mlp, config))
-        self.products = [Product(each, like.dtype, adapters) for each in layers]
-        self.qkv, self.projection, self.gate_up, self.down = self.products
+        self.qkv, self.projection = (Product(each, like.dtype, adapters) for each in attention_layers(block.attn))
+        kind = ExpertMlp if isinstance(block.mlp, MoE) else DenseMlp
+        self.mlp = kind(block.mlp, config, like.dtype, adapters)
+        self.products = [self.qkv, self.projection, *self.mlp.products]
 
     def __call__(
         self, x: Tensor, y: Tensor | None, cache: SlotCache, ropes: Ropes, scale: Tensor | None
@@ -64,10 +65,7 @@ class FastBlock(KernelBlock):
         )
         out = apply_norm(self.post_1, self.projection(attended))
         x, _ = add_norm(x, None if self.parallel else out, self.norm_2, normed)
-        branches = self.gate_up(normed)
-        h = branches.new_empty(len(x), branches.size(1) // self.activation.branches)
-        mlp_forward(branches, h, self.activation)
-        y = apply_norm(self.post_2, self.down(h))
+        y = apply_norm(self.post_2, self.mlp(normed))
         return x, y.add_(out) if self.parallel else y
 
 
@@ -88,6 +86,7 @@ class FastStep:
         self.blocks = [FastBlock(block, config, i, weight[0], adapters) for i, block in enumerate(model.blocks)]
         self.norm = norm_of(model.norm, weight[0], config.logit_multiplier)
         self.head = Product([model.head], weight.dtype, adapters)
+        make_room((block.mlp for block in self.blocks), cache.rows)
         products = (product for block in self.blocks for product in block.products)
         cache_weights((*products, self.head), cache.rows, spare_bytes(weight.device) if spare is None else spare)
 
@@ -126,13 +125,16 @@ def why_not(model: GPT, by_row: bool = False) -> str:
         return reason
     if weight.dtype not in small_batch_linear.DTYPES:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}"
-    if model.config.n_expert:
-        return f"n_expert {model.config.n_expert}"
     if reason := unhandled(model.config) or unhandled_embeddings(model):
         return reason
     if norms_follow_rotation(model.config):
         return "norms behind the rotation"
-    return next(filter(None, (_undecodable(layers, weight.dtype, by_row) for layers in stacks_of(model))), "")
+    mixtures = (block.mlp for block in model.blocks if isinstance(block.mlp, MoE))
+    reasons = (
+        *(_undecodable(layers, weight.dtype, by_row) for layers in stacks_of(model)),
+        *(why_not_chosen(moe, weight.dtype, by_row) for moe in mixtures),
+    )
+    return next(filter(None, reasons), "")
 
 
 def _undecodable(layers: Sequence[nn.Module], dtype: torch.dtype, by_row: bool) -> str:

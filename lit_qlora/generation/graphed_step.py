@@ -78,10 +78,10 @@ class FixedStep:
     def __init__(self, model: GPT, cache: SlotCache, longest: int, vocab_size: int | None) -> None:
         self.model, self.cache, self.longest, self.vocab_size = model, cache, longest, vocab_size
         self.tokens = torch.zeros(cache.rows, 1, dtype=torch.long, device=cache.lengths.device)
-        # A graph cannot look at an expert's counts on the CPU, nor bring longrope's factors from there.
-        can = not model.config.n_expert and model.config.rope_scaling != "longrope"
-        self.graphs = Graphs(self._compute, cache.changing) if self.tokens.is_cuda and can else None
         self.fast = _fast_step(model, cache) if self.tokens.is_cuda else None
+        # A graph cannot look at an expert's counts on the CPU, nor bring longrope's factors from there.
+        can = (self.fast or not model.config.n_expert) and model.config.rope_scaling != "longrope"
+        self.graphs = Graphs(self._compute, cache.changing) if self.tokens.is_cuda and can else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of the tokens that follow `tokens` (B,); the next call overwrites them."""

@@ -35,7 +35,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "rope_interleaved": True},
 }
 UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
-    "experts": ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "n_expert 4"),
     "late norms": ({"qk_norm": "head", "qk_norm_after_rope": True}, "norms behind the rotation"),
 }
 
@@ -102,6 +101,61 @@ def test_adapters_that_are_not_merged_count(scheme: Scheme, targets: Any) -> Non
         if isinstance(module, LoRALinear):
             nn.init.normal_(module.lora_b, std=0.3)
     agree(model.eval())
+
+
+EXPERTS = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 64}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"router": "softmax_chosen"},
+    "qwen3_moe": {"router_normalized": True, "qk_norm": "head", "n_layer": 2, "dense_layers": (1,)},
+    "gpt_oss": {"router": "softmax_chosen", "router_bias": True, "mlp_bias": True, "qkv_bias": True}
+    | {"ffn": "swiglu_clamped", "attention_sinks": True, "sliding_window": 4},
+    "deepseek": {"router": "sigmoid", "router_correction": True, "router_normalized": True, "router_scale": 2.5}
+    | {"router_groups": 2, "router_groups_kept": 1, "shared_expert_size": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "adapted"),
+    [
+        ("gpt_oss", "bnb.nf4-dq", ("all",)),
+        pytest.param("gpt_oss", "none", ("mlp",), marks=pytest.mark.slow),
+        pytest.param("mixtral", "bnb.nf4", ("all",), marks=pytest.mark.slow),
+        pytest.param("mixtral", "bnb.int8", (), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "bnb.nf4-dq", ("all",), marks=pytest.mark.slow),
+        ("deepseek", "bnb.int8", ()),
+    ],
+)
+def test_each_token_goes_through_its_own_experts(name: str, scheme: Scheme, adapted: tuple[Any, ...]) -> None:
+    model = tiny_model(**{"n_layer": 1, "vocab_size": 96, **EXPERTS, **MIXTURES[name]}).to(DEVICE)
+    quantize_linears(model, scheme)
+    if adapted:
+        add_lora(model, LoRAConfig(r=4, alpha=8, targets=adapted))
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                nn.init.normal_(module.lora_b, std=0.3)
+    assert why_not(model) == ""
+    agree(model.eval())
+
+
+@pytest.mark.parametrize(("scheme", "biased"), [("bnb.nf4-dq", True), ("none", False)])
+def test_many_tokens_go_through_all_experts_whose_weights_are_dequantised_once(scheme: Scheme, biased: bool) -> None:
+    model = tiny_model(n_layer=1, vocab_size=96, **EXPERTS, router_normalized=True, mlp_bias=biased).to(DEVICE)
+    quantize_linears(model, scheme)
+    add_lora(model, LoRAConfig(r=4, alpha=8, targets=("mlp",)))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            nn.init.normal_(module.lora_b, std=0.3)
+    prompts = [[token] for token in range(7)]  # 14 choices of 4 experts
+    expected = steps(model.eval(), fast=False, prompts=prompts, count=1)[0]
+    assert torch.allclose(steps(model, fast=True, prompts=prompts, count=1)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_of_which_some_have_adapters_are_refused() -> None:
+    model = tiny_model(n_layer=1, **EXPERTS)
+    add_lora(model, LoRAConfig(r=4, targets=("mlp",)))
+    expert = model.blocks[0].mlp.experts[1]
+    expert.up = expert.up.base
+    assert why_not(model) == "adapters on some of the experts"
 
 
 @pytest.mark.parametrize(("changes", "reason"), UNSUITED.values(), ids=UNSUITED)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_qlora.kernels import (
     attention,
+    chosen_experts,
     experts,
     experts_dequantize,
     experts_lora,
@@ -211,6 +212,20 @@ def generation(width: int, rank: int, dtype: torch.dtype) -> None:
         for rows in (1, 8):
             x, z = empty(rows, width, dtype=dtype), empty(rows, stack.rank, dtype=dtype)
             product(x, weight, stack, table_of(stack), None, z, b)
+    experts_of_tokens(width, rank, dtype)
+
+
+def experts_of_tokens(width: int, rank: int, dtype: torch.dtype) -> None:
+    """Launch the kernel of two tokens and their two experts each."""
+    stack, chosen = Stack((width, width), (0, 1), rank), integers(2, 2)
+    x, z, b = empty(2, width, dtype=dtype), empty(4, 2 * rank, dtype=dtype), empty(8, 2 * width, rank, dtype=dtype)
+    for scheme in SCHEMES:
+        stored = weight_of(scheme, 16 * width, width, dtype)
+        if isinstance(stored, Tensor):
+            weight: Matrices | Tensor = stored.view(8, 2 * width, width)
+        else:
+            weight = Matrices(stored, (16, width, width))
+        chosen_experts.product(x, weight, chosen, stack, table_of(stack), None, z, b, empty(2, 2), F32)
 
 
 def fp8(width: int, rank: int, dtype: torch.dtype) -> None:

@@ -27,37 +27,42 @@ MOST_GRAPHS = 64
 class Graphs:
     """CUDA graphs of a computation, one for each of its shapes; they share their memory.
 
+    The computation is no attribute: its owner has the graphs, and a circle would hold cached weights for long.
+
     Args:
-        compute: reads and writes memory that never moves.
         changing: memory that it changes otherwise than by writing what it would write again.
     """
 
-    def __init__(self, compute: Callable[[], Tensor], changing: Sequence[Tensor]) -> None:
-        self.compute, self.changing = compute, changing
+    def __init__(self, changing: Sequence[Tensor]) -> None:
+        self.changing = changing
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def __call__(self, shapes: Hashable) -> Tensor:
-        """Compute, by the graph for these shapes; what is returned is valid until the next call."""
+    def __call__(self, shapes: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute, by the graph for these shapes; the result is valid until the next call.
+
+        Args:
+            compute: reads and writes memory that never moves.
+        """
         if shapes not in self._graphs:
             if len(self._graphs) == MOST_GRAPHS:
                 self._graphs.clear()
-            self._graphs[shapes] = self._capture()
+            self._graphs[shapes] = self._capture(compute)
         graph, out = self._graphs[shapes]
         graph.replay()
         return out
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, compute: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         before = [memory.clone() for memory in self.changing]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self.compute()
+                compute()
                 self._put_back(before)
         torch.cuda.current_stream().wait_stream(side)
         graph, others = torch.cuda.CUDAGraph(), next(iter(self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
-            out = self.compute()
+            out = compute()
         self._put_back(before)  # a capture computes nothing; this only makes sure
         return graph, out
 
@@ -81,14 +86,14 @@ class FixedStep:
         self.fast = _fast_step(model, cache) if self.tokens.is_cuda else None
         # A graph cannot look at an expert's counts on the CPU, nor bring longrope's factors from there.
         can = (self.fast or not model.config.n_expert) and model.config.rope_scaling != "longrope"
-        self.graphs = Graphs(self._compute, cache.changing) if self.tokens.is_cuda and can else None
+        self.graphs = Graphs(cache.changing) if self.tokens.is_cuda and can else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of the tokens that follow `tokens` (B,); the next call overwrites them."""
         self.longest += 1
         self.tokens.copy_(tokens[:, None])
         self.cache.limit = columns(self.longest, self.cache.length)
-        return self.graphs(self.cache.limit) if self.graphs else self._compute()
+        return self.graphs(self.cache.limit, self._compute) if self.graphs else self._compute()
 
     @torch.no_grad()
     def _compute(self) -> Tensor:

@@ -33,7 +33,7 @@ class SlotStep:
         self.adapters = RowAdapters(self.slots, model.embed.weight.dtype, device)
         self.fast = FastStep(model, cache, adapters=self.adapters)
         can = device.type == "cuda" and model.config.rope_scaling != "longrope"
-        self.graphs = Graphs(self._compute, cache.changing) if can else None
+        self.graphs = Graphs(cache.changing) if can else None
 
     def __call__(self, tokens: Sequence[int], adapters: Sequence[str | None], longest: int) -> Tensor:
         """Logits (B, V) of what follows the newest token of each text; the next call overwrites them.
@@ -49,7 +49,7 @@ class SlotStep:
         self.tokens[:count] = torch.tensor(tokens)
         self.adapters.select(adapters)
         shapes = (cache.rows, cache.limit, self.adapters.active)
-        logits = self.graphs(shapes) if self.graphs else self._compute()
+        logits = self.graphs(shapes, self._compute) if self.graphs else self._compute()
         return logits[:count]
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ python benchmarks/generate.py --quantize bnb.nf4-dq --rows 1 --profile
 python benchmarks/generate.py --library transformers --quantize bnb.nf4-dq
 
 The clock starts after the first tokens, which compile kernels and capture a graph; the time of the prompt and of these
-tokens is printed apart. The bandwidth is the bytes of all weights that a token reads, divided by its time.
+tokens is printed apart. The bandwidth is the bytes of all weights that one token reads, as they are stored, divided by
+the time of a step; several rows read more, see lit_qlora.generation.product.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from lit_qlora.generation import generate
 from lit_qlora.generation.sequences import Decoding
 from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.mlp import MoE
 from lit_qlora.quantize import storage_bytes
 from lit_qlora.settings import SCHEMES, GenerationConfig, LoRAConfig
 
@@ -121,9 +123,13 @@ def random_prompts(arguments: argparse.Namespace) -> list[list[int]]:
 
 
 def bytes_a_token(model: nn.Module) -> int:
-    """Bytes of all weights that a token reads: all but the embedding, which gives one row."""
+    """Bytes of all weights that a token reads: not the embedding, which gives one row, nor experts it does not take."""
+    unread = 0
+    for mixture in (module for module in model.modules() if isinstance(module, MoE)):
+        left = 1 - mixture.router.config.n_expert_per_token / mixture.router.config.n_expert
+        unread += round(left * sum(storage_bytes(mixture.experts).values()))
     embedded = next(module.weight for module in model.modules() if isinstance(module, nn.Embedding))
-    return sum(storage_bytes(model).values()) - embedded.numel() * embedded.element_size()
+    return sum(storage_bytes(model).values()) - unread - embedded.numel() * embedded.element_size()
 
 
 def measure(run: Callable[[int, Callable[[], None]], None], rows: int, tokens: int) -> tuple[list[float], float]:

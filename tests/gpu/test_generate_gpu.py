@@ -120,7 +120,18 @@ def test_two_streams_that_are_read_in_turns_do_not_disturb_each_other(captures: 
 def test_a_fast_step_in_bfloat16_is_as_near_to_float32_as_a_plain_one(
     scheme: Scheme, count: int, spare: int | None
 ) -> None:
-    model = tiny_model(n_embd=256, ffn_size=256, n_kv_head=4).cuda().bfloat16()
+    assert_as_near(scheme, count, spare)
+
+
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_fast_step_with_experts_in_bfloat16_is_as_near_to_float32_as_a_plain_one(scheme: Scheme, count: int) -> None:
+    # Every expert is chosen: nearly tied ones would change places, which outweighs all rounding.
+    assert_as_near(scheme, count, None, n_expert=4, n_expert_per_token=4, expert_size=256, router_normalized=True)
+
+
+def assert_as_near(scheme: Scheme, count: int, spare: int | None, **changes: Any) -> None:
+    model = tiny_model(n_embd=256, ffn_size=256, n_kv_head=4, **changes).cuda().bfloat16()
     quantize_linears(model, scheme)
     add_lora(model, LoRAConfig(r=4, alpha=8, targets="all"))
     exact = copy.deepcopy(model.eval())

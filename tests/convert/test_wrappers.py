@@ -319,3 +319,10 @@ def test_a_language_model_without_a_row_is_refused_by_name() -> None:
         read_config({"model_type": "llava", "text_config": {"model_type": "mamba"}}, "x")
     with pytest.raises(CheckpointError, match="already quantised"):
         read_config({"model_type": "llava", "quantization_config": {"quant_method": "gptq"}}, "x")
+
+
+@pytest.mark.parametrize("wrapper", ["qwen3_vl", "qwen3_vl_moe"])
+def test_a_window_that_the_class_of_the_wrapper_leaves_out_is_refused(wrapper: str) -> None:
+    text = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
+    with pytest.raises(CheckpointError, match=f"no sliding window in {wrapper}"):
+        read_config({"model_type": wrapper, "text_config": text}, "x")

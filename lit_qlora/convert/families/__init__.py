@@ -100,6 +100,8 @@ def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
         return config
     if not WRAPPERS[outer].shapes_logits and (config.logit_multiplier != 1 or config.logit_softcap):
         raise CheckpointError(f"{name}: transformers leaves out the scale or cap of {kind}'s logits in {outer}.")
+    if not WRAPPERS[outer].windows and config.sliding_window:
+        raise CheckpointError(f"{name}: transformers has no sliding window in {outer}, and config.json asks for one.")
     return replace(config, wrapper=outer)
 
 

@@ -32,6 +32,8 @@ class Wrapper:
     """A text_config that ties the head counts, too."""
     shapes_logits: bool = False
     """Its class scales or caps logits as that of the language model alone does."""
+    windows: bool = True
+    """Its class reads use_sliding_window as that of the language model alone does."""
     text_class: bool = False
     """transformers has a class of the language model alone, which an adapter is to fit as well."""
     weights: Mapping[str, Rule] = field(default_factory=dict)
@@ -55,12 +57,13 @@ WRAPPERS: dict[str, Wrapper] = {
     "llava_onevision": Wrapper(text="qwen2", names=_LLAVA, kept=(*_TOWER, "image_newline"), tied=False, text_ties=True),
     "qwen2_vl": Wrapper(text="qwen2_vl_text", names=_QWEN_VL, kept=("visual",), tied=False, text_ties=True),
     "qwen2_5_vl": Wrapper(text="qwen2_5_vl_text", names=_QWEN_VL, kept=("visual",), tied=False, text_ties=True),
-    "qwen3_vl": Wrapper(text="qwen3_vl_text", names=_QWEN3_VL, kept=("visual",), tied=False),
+    "qwen3_vl": Wrapper(text="qwen3_vl_text", names=_QWEN3_VL, kept=("visual",), tied=False, windows=False),
     "qwen3_vl_moe": Wrapper(
         text="qwen3_vl_moe_text",
         names=_QWEN3_VL,
         kept=("visual",),
         tied=False,
+        windows=False,
         weights={
             f"{_EXPERTS}.gate_up_proj": Stacked(
                 EitherWay(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "blocks"), "n_embd")

@@ -151,6 +151,11 @@ def test_4_bit_weights_are_what_bitsandbytes_makes_of_them(nested: bool, tmp_pat
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, r"compressed-tensors, pack-quantized\)"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes in 8 bits"),
         ({"bits": 1}, r"in an unknown way"),
+        ({"quant_method": "fp8", "weight_block_size": [96, 128]}, r"fp8 in blocks of 96\)"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": {"block_structure": [128, 96]}}}},
+            r"compressed-tensors in blocks of 96\)",
+        ),
     ],
 )
 def test_other_kinds_are_refused_with_the_name_of_the_original(table: dict[str, Any], message: str) -> None:

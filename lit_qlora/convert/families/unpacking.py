@@ -29,13 +29,30 @@ def why_unreadable(packed: Any, also: Container[str]) -> str:
         also: further values of quant_method that are undone elsewhere.
     """
     method = packed.get("quant_method") if isinstance(packed, dict) else None
-    if method in also or method == "fp8":
+    if method in also:
+        return ""
+    if odd := [size for size in _block_sizes(packed) if type(size) is not int or size < 1 or size & (size - 1)]:
+        return f"{method} in blocks of {odd[0]}"
+    if method == "fp8":
         return ""
     if method == "compressed-tensors":
         return "" if packed.get("format") == "float-quantized" else f"compressed-tensors, {packed.get('format')}"
     if method == "bitsandbytes":
         return "" if packed.get("load_in_4bit") else "bitsandbytes in 8 bits"
     return str(method or "in an unknown way")
+
+
+def _block_sizes(packed: Any) -> list[Any]:
+    """The sizes of blocks with a scale that a quantization_config names; see unpack_fp8 for those that can be read."""
+    groups = packed.get("config_groups") if isinstance(packed, dict) else None
+    schemes = (
+        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
+    named = [scheme.get("block_structure") for scheme in schemes if isinstance(scheme, dict)]
+    named += [packed.get("weight_block_size")] if isinstance(packed, dict) else []
+    return [size for sizes in named if isinstance(sizes, list) for size in sizes]
 
 
 def is_beside(name: str, names: Container[str]) -> bool:
@@ -95,7 +112,7 @@ def unpack_fp8(weight: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         weight: (out, in) float8, or (experts, out, in).
-        scale: a scale for all, for each row (out, 1), or for each block, (out / b, in / b) for b such as 128; with
+        scale: a scale for all, for each row (out, 1), or for each block, (out / b, in / b) for b a power of two; with
             one more dimension in front for experts. The last blocks may be cut.
 
     Returns:

@@ -19,6 +19,8 @@ THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "
 """Marks around a thought."""
 CALLS = ("<tool_call>", "[TOOL_CALLS]")
 """Marks that a call begins with."""
+ARGUMENTS = "[ARGS]"
+"""The mark between the name and the arguments of a call in Mistral's later notation."""
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 HARMONY = ("<|channel|>", "<|message|>", "<|constrain|>", *HARMONY_ENDS)
 # Nothing here goes back over what it has read, for an answer may be anything: *+ keeps what it took.
@@ -27,6 +29,9 @@ _ARGUMENT = re.compile(
     r"<arg_key>((?:(?!</arg_key>).)*+)</arg_key>\s*+<arg_value>((?:(?!</arg_value>).)*+)</arg_value>\s*+", re.DOTALL
 )
 _NAMED = re.compile(rf"([\w.-]++)\s*+((?:{_ARGUMENT.pattern})*+)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]++)>((?:(?!</parameter>).)*+)</parameter>\s*+", re.DOTALL)
+_FUNCTION = re.compile(rf"<function=([\w.-]++)>\s*+((?:{_PARAMETER.pattern})*+)</function>", re.DOTALL)
+_BEGINS_NAMED = re.compile(r"\s*+\[TOOL_CALLS\]\s*+[\w.-]++\s*+\[ARGS\]")
 _DECODER = json.JSONDecoder()
 
 
@@ -73,7 +78,8 @@ class Notation:
     @property
     def marks(self) -> tuple[str, ...]:
         """The names that tell the parts from each other, where they are control tokens."""
-        return HARMONY if self.harmony else (*(self.thought or ()), *((*CALLS, "</tool_call>") if self.calls else ()))
+        of_calls = (*CALLS, "</tool_call>", ARGUMENTS) if self.calls else ()
+        return HARMONY if self.harmony else (*(self.thought or ()), *of_calls)
 
     def begins_thought(self, prompt: str) -> bool:
         """Tell if a prompt ends with the beginning of a thought."""
@@ -314,9 +320,10 @@ def as_line(call: Call) -> str:
 def read_calls(text: str, tools: Mapping[str, Tool]) -> list[Call]:
     """The calls that a text consists of; none if it holds anything else.
 
-    Four notations are known. Hermes and Qwen write JSON objects between <tool_call> and </tool_call>. GLM-4.5 writes a
-    name, and its arguments by <arg_key> and <arg_value>, between the same two. Mistral writes a list of objects, behind
-    [TOOL_CALLS]. Llama 3 writes objects alone, with "parameters" for the arguments.
+    Six notations are known. Hermes and Qwen write JSON objects between <tool_call> and </tool_call>. GLM-4.5 writes a
+    name, and its arguments by <arg_key> and <arg_value>, between the same two; Qwen3-Coder and Qwen3.5 write
+    <function=NAME> with a <parameter=KEY> for each argument. Mistral writes a list of objects behind [TOOL_CALLS], and
+    later [TOOL_CALLS]NAME[ARGS]{...} for each call. Llama 3 writes objects alone, with "parameters" for the arguments.
 
     Args:
         tools: name -> function, of the tools that may be called.
@@ -326,6 +333,9 @@ def read_calls(text: str, tools: Mapping[str, Tool]) -> list[Call]:
         words = [*between[::2], last]
         calls = [call for body in between[1::2] for call in _calls_between(body.strip(), tools)]
         found = [] if any(word.strip() for word in words) else calls
+    elif _BEGINS_NAMED.match(text):
+        parts = [part.partition(ARGUMENTS) for part in text.split(CALLS[1])[1:]]
+        found = [_call_of(name.strip(), _values(values), tools) for name, _, values in parts]
     else:
         found = [_call(value, tools) for value in _values(text.strip().removeprefix("[TOOL_CALLS]"))]
     complete = [call for call in found if call]
@@ -334,15 +344,23 @@ def read_calls(text: str, tools: Mapping[str, Tool]) -> list[Call]:
 
 def _calls_between(body: str, tools: Mapping[str, Tool]) -> list[Call | None]:
     """The calls between two marks, None for what is none."""
-    named = _NAMED.fullmatch(body)
+    named = _NAMED.fullmatch(body) or _FUNCTION.fullmatch(body)
     if not named:
         return [_call(value, tools) for value in _values(body)]
     properties: Any = tools.get(named[1], {})
     for key in ("parameters", "properties"):  # a client wrote them
         properties = properties.get(key) if isinstance(properties, Mapping) else None
     properties = properties if isinstance(properties, Mapping) else {}
-    arguments = {key.strip(): _argument(text, properties.get(key.strip())) for key, text in _ARGUMENT.findall(named[2])}
+    if named.re is _NAMED:
+        pairs = _ARGUMENT.findall(named[2])
+    else:  # each value stands on lines of its own
+        pairs = [(key, _without_newlines(text)) for key, text in _PARAMETER.findall(named[2])]
+    arguments = {key.strip(): _argument(text, properties.get(key.strip())) for key, text in pairs}
     return [_call_of(named[1], [arguments], tools)]
+
+
+def _without_newlines(text: str) -> str:
+    return text.removeprefix("\n").removesuffix("\n")
 
 
 def _argument(text: str, schema: Any) -> Any:

@@ -22,10 +22,13 @@ FUNCTIONS = {tool["function"]["name"]: tool["function"] for tool in TOOLS}
 HARMONY = Notation(harmony=True, calls=True)
 THINKING = Notation(("<think>", "</think>"), calls=True)
 ARGUMENT = "<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+FUNCTION = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
 NOTATIONS = {
     "hermes": "Let me look.\n<tool_call>\n{call}\n</tool_call>\n<tool_call>\n{call}\n</tool_call>",
     "mistral": "[TOOL_CALLS][{call}, {call}]",
+    "mistral-args": "[TOOL_CALLS]get_weather[ARGS]{arguments}[TOOL_CALLS]get_weather[ARGS] {arguments}",
     "llama": "{call}; {call}",
+    "qwen3.5": f"Let me look.\n{FUNCTION}\n{FUNCTION}",
     "glm": f"Let me look.\n<tool_call>get_weather\n{ARGUMENT}</tool_call>\n"
     f"<tool_call>get_weather\n{ARGUMENT}</tool_call>",
     "harmony": "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>Let me look."
@@ -81,7 +84,7 @@ def test_calls_are_read_in_the_notations_in_use(notation: str, key: str, size: i
     call = json.dumps({"name": "get_weather", key: {"city": "Oslo"}})
     text = NOTATIONS[notation].replace("{call}", call).replace("{arguments}", '{"city": "Oslo"}')
     answer = in_pieces(HARMONY if notation == "harmony" else THINKING, text, size)
-    assert answer.content == ("" if notation in ("mistral", "llama") else "Let me look.")
+    assert answer.content == ("" if notation in ("mistral", "mistral-args", "llama") else "Let me look.")
     assert answer.reasoning == ("Hm." if notation == "harmony" else "")
     assert [call["function"] for call in answer.calls] == [CALLED] * 2
     assert len({call["id"] for call in answer.calls}) == 2
@@ -100,6 +103,10 @@ def test_calls_are_read_in_the_notations_in_use(notation: str, key: str, size: i
         '{"name": "get_weather", "arguments": {"a": ' + "[" * 900 + "]" * 900 + "}}",
         "<tool_call>other\n<arg_key>a</arg_key><arg_value>b</arg_value></tool_call>",
         "<tool_call>get_weather\n<arg_key>a</arg_key></tool_call>",
+        "<tool_call><function=get_weather><parameter=a>b</function></tool_call>",
+        "<tool_call><function=other></function></tool_call>",
+        "[TOOL_CALLS]get_weather[ARGS]{} and more",
+        "[TOOL_CALLS]get_weather[ARGS]{}[TOOL_CALLS]other[ARGS]{}",
     ],
 )
 def test_an_answer_that_is_more_than_calls_is_words(text: str) -> None:
@@ -139,6 +146,19 @@ def test_an_argument_is_a_text_where_the_tool_takes_a_text_and_else_json_if_it_i
     }
 
 
+def test_a_parameter_stands_on_lines_of_its_own() -> None:
+    body = (
+        "<parameter=zip>\n0150\n</parameter>\n<parameter=days>\n2\n</parameter>\n<parameter=city>\n\na\nb\n</parameter>"
+    )
+    (call,) = read_calls(f"<tool_call>\n<function=get_weather>\n{body}\n</function>\n</tool_call>", FUNCTIONS)
+    assert json.loads(call["function"]["arguments"]) == {"zip": "0150", "days": 2, "city": "\na\nb"}
+
+
+def test_marks_inside_the_text_of_an_argument_are_text() -> None:
+    (call,) = read_calls('[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "a[ARGS]b"}}]', FUNCTIONS)
+    assert call["function"]["arguments"] == '{"city": "a[ARGS]b"}'
+
+
 def test_without_tools_nothing_is_a_call() -> None:
     text = NOTATIONS["llama"].replace("{call}", json.dumps({"name": "get_weather", "arguments": {}}))
     assert in_pieces(THINKING, text, 3, tools=[]) == Answer(text)
@@ -172,8 +192,10 @@ def test_marks_that_are_control_tokens_are_in_the_text_and_others_are_not() -> N
         " " * 5000,
         "f" + "<arg_key>" * 5000,
         "f " * 5000,
+        "<function=f>" + "<parameter=a>b</parameter>" * 500 + "x",
+        "<function=f>" + "<parameter=a" * 5000,
     ],
-    ids=["arguments", "spaces", "keys", "names"],
+    ids=["arguments", "spaces", "keys", "names", "parameters", "beginnings"],
 )
 @pytest.mark.parametrize("end", ["</tool_call>", ""])
 def test_an_answer_that_is_nearly_a_call_is_read_in_no_time(body: str, end: str) -> None:

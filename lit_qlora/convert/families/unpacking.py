@@ -43,7 +43,7 @@ def why_unreadable(packed: Any, also: Container[str]) -> str:
 
 
 def _block_sizes(packed: Any) -> list[Any]:
-    """The sizes of blocks with a scale that a quantization_config names; see unpack_fp8 for those that can be read."""
+    """The sizes that a quantization_config names of blocks with a scale; unpack_fp8 reads powers of two."""
     groups = packed.get("config_groups") if isinstance(packed, dict) else None
     schemes = (
         [group.get("weights") for group in groups.values() if isinstance(group, dict)]

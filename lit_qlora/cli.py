@@ -25,6 +25,8 @@ from lit_qlora.redact import scrub
 from lit_qlora.signals import Interrupted, StopRequest, caught
 
 Config = TypeVar("Config")
+WORDS, NUMBERS = re.compile(r"[\w./:*-]+(,[\w./:*-]+)+"), re.compile(r"[-+.\deE]+(,[-+.\deE]+)+")
+"""Several of them, with commas between."""
 COMMAND_LINE_ONLY = ("allow_code",)
 """Settings that a --config file must not hold and config.yaml does not: a file could be a stranger's."""
 
@@ -110,7 +112,8 @@ def _run(
 def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Return the settings that argv describes. Raises UsageError; --help and --print_config print and exit."""
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
-    argv = _read_pipes(_complete_switches(parser, list(sys.argv[1:] if argv is None else argv)))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _read_pipes(_split_lists(parser, _complete_switches(parser, argv)))
     parser.argv = argv
     for flag in (word.removesuffix("=--") for word in argv if word.startswith("--") and word.endswith("=--")):
         raise UsageError(f"{flag} must be given a value; -- is none.")  # argparse would make it an empty list
@@ -203,7 +206,8 @@ class _Parser(ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.match(r"unrecognized arguments: (\S+)", message):
             flag = found[1].split("=")[0]
-            raise UsageError(f"{flag} is not a flag of this command.{did_you_mean(flag, flags)} --help lists them all.")
+            hint = did_you_mean(flag, flags) if flag.startswith("-") else _flag_before(flag, flags)
+            raise UsageError(f"{flag} is not a flag of this command.{hint} --help lists them all.")
         if found := re.search(r"(?:Group '([\w.]+)' does not accept \w+|Option) '([\w.]+)'", message):
             key = ".".join(part for part in found.groups() if part)
             raise UsageError(f"{self._location(key)}{key} is not a setting.{did_you_mean('--' + key, flags)}")
@@ -342,6 +346,30 @@ def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:
     for here, following in zip(argv, [*argv[1:], "--"], strict=False):
         complete.append(f"{here}=true" if here in switches and following.startswith("--") else here)
     return complete
+
+
+def _flag_before(word: str, flags: Sequence[str]) -> str:
+    """Return ' Did you mean --data.path WORD?' for a word alone, with the flag that a command needs most."""
+    usual = ("--data.path", "--prompt", "--repo_id", "--lora_path", "--file", "--data", "--checkpoint_dir")
+    return next((f" Did you mean {flag} {word}?" for flag in usual if flag in flags), "")
+
+
+def _split_lists(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Put brackets around `query,value`, for flags that take one value or a list; not around the name of a file."""
+    lists = {
+        flag: NUMBERS if get_args(part)[0] in (int, float) else WORDS
+        for action in parser._actions
+        for part in get_args(getattr(action, "_typehint", None))
+        if get_origin(part) is tuple
+        for flag in action.option_strings
+    }
+    words: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("".join(words[-1:]), "", word)
+        if flag in lists and lists[flag].fullmatch(value) and not os.path.exists(value):
+            word = f"{flag}=[{value}]" if equals else f"[{value}]"
+        words.append(word)
+    return words
 
 
 def _advice(config_type: type[Any]) -> str:

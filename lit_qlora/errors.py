@@ -122,6 +122,50 @@ OTHER_NAMES = {
     "--bf16": "--precision bf16-true",
     "--fp16": "--precision 16-mixed",
     "--backbone_dtype": "--precision",
+    # More of TRL, transformers, axolotl, Unsloth and LitGPT.
+    **dict.fromkeys(("--base_model", "--model_name", "--model", "--pretrained_model"), "--checkpoint_dir"),
+    **dict.fromkeys(("--load_best_model_at_end", "--metric_for_best_model"), "--eval.best, which OUT/best links to"),
+    **dict.fromkeys(("--datasets", "--train_file", "--dataset_path", "--train_data"), "--data.path"),
+    **dict.fromkeys(("--validation_file", "--eval_file", "--test_datasets"), "--data.val_path"),
+    **dict.fromkeys(("--val_set_size", "--val_split_fraction", "--validation_split_percentage"), "--data.val_fraction"),
+    **dict.fromkeys(("--sequence_len", "--cutoff_len", "--block_size", "--model_max_length"), "--data.max_length"),
+    **dict.fromkeys(("--sample_packing", "--neat_packing"), "--data.packing"),
+    **dict.fromkeys(("--train_on_inputs", "--train_on_prompt"), "--data.mask_prompt false"),
+    **dict.fromkeys(
+        ("--completion_only_loss", "--assistant_only_loss", "--train_on_responses_only"), "--data.mask_prompt"
+    ),
+    **dict.fromkeys(("--chat_template", "--prompt_style", "--prompt_template", "--template"), "--data.prompt"),
+    **dict.fromkeys(("--dataset_text_field", "--field_messages"), "--data.columns"),
+    **dict.fromkeys(("--max_train_samples", "--max_samples"), "--data.max_samples"),
+    **dict.fromkeys(("--max_eval_samples", "--max_iters"), "--eval.max_samples"),
+    "--lora_rank": "--lora.r",
+    "--rank": "--lora.r",
+    "--lora_target_linear": "--lora.targets all",
+    "--lora_target": "--lora.targets",
+    "--init_lora_weights": "--lora.init",
+    "--loraplus_lr_ratio": "--optimizer.lora_plus",
+    "--num_epochs": "--train.epochs",
+    "--max_epochs": "--train.epochs",
+    "--lr": "--train.learning_rate",
+    "--lr_scheduler": "--train.schedule",
+    "--lr_warmup_steps": "--train.warmup",
+    "--gradient_clip_val": "--train.max_norm",
+    "--global_batch_size": "--train.batch_size",
+    "--use_gradient_checkpointing": "--train.recompute full",
+    "--noisy_embedding_alpha": "--train.neftune",
+    "--save_interval": "--train.save_every",
+    "--resume_from_checkpoint": "--resume",
+    "--auto_resume_from_checkpoints": "--resume",
+    "--overwrite_output_dir": "--resume never",
+    **dict.fromkeys(("--evaluation_strategy", "--eval_strategy", "--evals_per_epoch", "--interval"), "--eval.every"),
+    "--early_stopping_patience": "--eval.patience",
+    "--run_name": "--out_dir",
+    "--random_state": "--seed",
+    "--optimizer": "--optimizer.name",
+    **{f"--adam_{name}": "--optimizer.betas" for name in ("beta1", "beta2")},
+    "--adam_epsilon": "--optimizer.eps",
+    "--full_determinism": "--deterministic",
+    "--dtype": "--precision",
     # Values of such flags.
     **dict.fromkeys(("q_proj", "wq"), "query"),
     **dict.fromkeys(("k_proj", "wk"), "key"),
@@ -149,7 +193,8 @@ def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
     """Return ' Did you mean X?' for another program's name of X, or for the nearest known word, or ''."""
     from difflib import get_close_matches
 
-    ours = OTHER_NAMES.get(word.lower(), "")
+    bare = f"--{word.rpartition('.')[2]}" if word.startswith("--") else word  # theirs, in a section of ours
+    ours = OTHER_NAMES.get(word.lower()) or OTHER_NAMES.get(bare.lower(), "")
     if ours.split(" ")[0].rstrip(",") in known:
         return f" Did you mean {ours}?"
     near = get_close_matches(word, known, n=1, cutoff=0.6)

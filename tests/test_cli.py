@@ -84,7 +84,14 @@ def raising(error: BaseException) -> Callable[[Config], None]:
             "--train.lerning_rate is not a flag of this command. Did you mean --train.learn",
         ),
         (["--quantise=none"], "--quantise is not a flag of this command. Did you mean --quantize?"),
-        (["word"], "word is not a flag of this command. --help lists them all."),
+        (["word"], "word is not a flag of this command. Did you mean --data.path word? --help lists them all."),
+        (
+            ["--train.gradient_accumulation_steps=4"],
+            "steps is not a flag of this command. Did you mean --train.batch_size,",
+        ),
+        (["--base_model=x"], "--base_model is not a flag of this command. Did you mean --checkpoint_dir?"),
+        (["--sample_packing=true"], "--sample_packing is not a flag of this command. Did you mean --data.packing?"),
+        (["--lora.targets=query,q_proj"], "got 'q_proj'. Did you mean query?"),
         (
             ["--quantize", "bnb.nf5"],
             "--quantize: expected one of none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.i",
@@ -265,6 +272,24 @@ def test_a_missing_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # What is typed rightly.
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_commas_make_a_list_for_flags_that_take_one(joined: bool) -> None:
+    given = {"--lora.targets": "query,value", "--eval.tasks": "mmlu,arc_easy", "--data.path": "a.jsonl,b.csv*0.5"}
+    given |= {"--optimizer.betas": "0.9,0.95", "--lora.train_tokens": "1,2"}
+    argv = [word for flag, value in given.items() for word in ([f"{flag}={value}"] if joined else [flag, value])]
+    config = cli.parse(FinetuneConfig, argv)
+    assert (config.lora.targets, config.eval.tasks) == (("query", "value"), ("mmlu", "arc_easy"))
+    assert (config.data.path, config.optimizer.betas) == (("a.jsonl", "b.csv*0.5"), (0.9, 0.95))
+    assert config.lora.train_tokens == (1, 2)
+
+
+def test_commas_in_a_text_or_in_the_name_of_a_file_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a,b.jsonl").touch()
+    config = cli.parse(FinetuneConfig, ["--data.path", "a,b.jsonl", "--data.columns", "q:instruction,r:output"])
+    assert (config.data.path, config.data.columns) == (("a,b.jsonl",), "q:instruction,r:output")
 
 
 def test_flags_win_over_the_config_file_and_that_over_the_defaults(tmp_path: Path) -> None:

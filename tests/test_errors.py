@@ -137,6 +137,17 @@ def test_without_a_near_name_the_checkpoints_that_there_are_are_listed(
         assert refusal(absent).splitlines()[1] == "Checkpoints here: checkpoints/org/model"
 
 
+def test_a_model_of_the_hub_is_answered_with_the_command_that_downloads_it(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for absent in ("meta-llama/Llama-2-7b-hf", "checkpoints/meta-llama/Llama-2-7b-hf"):
+        assert "python scripts/download.py --repo_id meta-llama/Llama-2-7b-hf" in refusal(Path(absent))
+    assert "download" not in refusal(tmp_path / "a/b")
+    shutil.copytree(directory, tmp_path / "checkpoints/acme/mini")
+    assert refusal(Path("acme/mini")) == "acme/mini does not exist. Did you mean checkpoints/acme/mini?"
+
+
 def test_a_hugging_face_folder_is_answered_with_the_command_that_converts_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     message = refusal(tmp_path)

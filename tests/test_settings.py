@@ -137,7 +137,7 @@ def test_a_value_out_of_range_is_refused_by_the_name_that_was_typed(kind: type, 
         ),
         (
             lambda: LoRAConfig(targets=["query", "valu"]),  # type: ignore[arg-type]
-            "lora.targets: expected one of query, key, value, latent, projection, mlp, head, all, "
+            "lora.targets: expected one of query, key, value, latent, projection, delta, per_layer, mlp, head, all, "
             "got 'valu'. Did you mean value?",
         ),
     ],
@@ -148,7 +148,9 @@ def test_a_value_of_another_type_is_refused_in_python_as_on_the_command_line(mak
 
 
 def test_what_a_command_loads_and_a_client_may_cost_is_checked_as_a_run_is() -> None:
-    with pytest.raises(UsageError, match=r"^quantize: expected one of none, .*, got 'nf4'\. Did you mean bnb\.nf4\?$"):
+    with pytest.raises(
+        UsageError, match=r"^quantize: expected one of auto, none, .*, got 'nf4'\. Did you mean bnb\.nf4\?$"
+    ):
         InferenceConfig(quantize="nf4")  # type: ignore[arg-type]
     assert InferenceConfig(checkpoint_dir="a/b").checkpoint_dir == Path("a/b")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"^body_bytes must be at least 1024, got 5\.$"):

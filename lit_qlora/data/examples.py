@@ -72,6 +72,7 @@ def read_examples(
     tokenized: list[Tokenized] = []
     unread = Unread(form)
     complaints: list[str] = []
+    faults: set[str] = set()
     empty, unreadable = 0, False
     for location, record in form.gather(records) if form.gather else records:
         unreadable |= location == NOWHERE
@@ -87,11 +88,14 @@ def read_examples(
                 examples.append(Example(said.messages, said.input, said.variables, location))
             unread.look(location, record)
         except DataError as error:
+            faults.add(str(error))
             complaints.append(f"{location}: {error}" if location else str(error))
     if complaints and (unreadable or not skip):
         advice = "" if unreadable else "Mend them, or leave them out with --data.on_error skip."
         if empty == len(complaints):
             advice = "--data.on_error skip leaves them out, --data.allow empty_answers learns to say nothing."
+        if len(faults) == 1 and len(complaints) > 1 and not examples and not tokenized:
+            complaints = [complaints[0], f"... and {len(complaints) - 1:,} more, each with this fault"]
         raise refusal(complaints, advice)
     if not examples and not tokenized:
         what = f"no samples that can be read: {complaints[0]}" if complaints else "no samples."

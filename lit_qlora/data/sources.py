@@ -1,6 +1,7 @@
 """Sources of records: files of several kinds, directories, and data sets of the Hugging Face hub."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Source:
         return find_hub_set(self.path) if self.split else None
 
 
+ORG_AND_NAME = re.compile(r"[\w.-]+/[\w-][\w.-]*").fullmatch
+"""Matches the name of a data set of the hub, and of a file in a folder."""
 TRAIN, RECORD, REPORT = "train.jsonl", "prepared.json", "report.md"
 BESIDE_TRAIN = ("val.jsonl", RECORD, REPORT)
 """Files of prepared data besides TRAIN, which says that they are complete. RECORD names the checkpoint."""
@@ -70,7 +73,8 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
             near = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
             names = "" if set("/.") & set(path) else f"\nData sets known by name: {', '.join(HUB_SETS)}."
             known = [*near, *(HUB_SETS if names else ())]
-            raise DataError(f"data.path {path} does not exist.{did_you_mean(Path(path).name, known)}{names}")
+            hint = did_you_mean(Path(path).name, known) or _on_the_hub(path)
+            raise DataError(f"data.path {path} does not exist.{hint}{names}")
         if Path(path).is_dir():
             own_train, own_val = _only_one(Path(path), "train"), _only_one(Path(path), "val")
             if own_train is None:
@@ -87,6 +91,11 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
             raise DataError(f"data.val_path {val_path} is not a file.")
         return train, Source(_readable(val_path))
     return train, val[0] if val else None
+
+
+def _on_the_hub(path: str) -> str:
+    """Return ' On the hub: hf:ORG/NAME' for a path that may be meant so, else ''."""
+    return f" On the hub: hf:{path}" if ORG_AND_NAME(path) and Path(path).suffix not in READERS else ""
 
 
 def is_hub(path: str) -> bool:

@@ -340,8 +340,14 @@ def missing_checkpoint(directory: Path) -> str:
     if not directory.exists():
         parent = directory.parent
         beside = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        hint = did_you_mean(directory.name, beside)
-        return f"{directory} does not exist.{hint}" + ("" if hint else _found_checkpoints())
+        name = _hub_name(directory)
+        here = Path("checkpoints", name)
+        if name and here != directory and (here / FILE_NAME).is_file():
+            return f"{directory} does not exist. Did you mean {here}?"
+        if hint := did_you_mean(directory.name, beside):
+            return f"{directory} does not exist.{hint}"
+        hub = f"\nIf it is a model of the hub: python scripts/download.py --repo_id {name}" if name else ""
+        return f"{directory} does not exist.{_found_checkpoints()}{hub}"
     if (directory / "config.json").is_file():
         return (
             f"{directory} holds a Hugging Face model that is not converted yet.\n"
@@ -353,6 +359,13 @@ def missing_checkpoint(directory: Path) -> str:
             f"Or merge it into its base first: python scripts/merge_lora.py --lora_path {directory}"
         )
     return f"{directory} has no {FILE_NAME}, so it is not a checkpoint.{_found_checkpoints()}"
+
+
+def _hub_name(directory: Path) -> str:
+    """Return ORG/NAME for a path that is that or checkpoints/ORG/NAME, else ''."""
+    parts = directory.parts[1:] if directory.parts[:1] == ("checkpoints",) else directory.parts
+    fits = len(parts) == 2 and not directory.is_absolute() and not {".", ".."} & set(parts)
+    return "/".join(parts) if fits else ""
 
 
 def _found_checkpoints() -> str:

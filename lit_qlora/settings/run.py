@@ -90,5 +90,5 @@ class FinetuneConfig(Settings):
         )
         check(
             not (self.extend and self.resume == "never"),
-            "extend resumes a run, but --resume never starts anew. Leave one out.",
+            "extend resumes a run, but '--resume never' begins another one. Leave one out.",
         )

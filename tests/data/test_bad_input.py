@@ -388,6 +388,18 @@ def test_every_number_has_a_test() -> None:
     assert numbers == {f"{number:02}" for number in range(1, 30)}
 
 
+def test_a_fault_of_every_record_is_told_once_with_their_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(*[{"instruction": "x", "output": 5}] * 60))
+    assert refusal(path) == f"{path}:1: 'output' is int, not text\n       ... and 59 more, each with this fault"
+
+
+def test_a_data_set_of_the_hub_is_answered_with_its_name_here() -> None:
+    with pytest.raises(DataError, match=r"tatsu-lab/alpaca does not exist\. On the hub: hf:tatsu-lab/alpaca$"):
+        find_sources(["tatsu-lab/alpaca"], None)
+    with pytest.raises(DataError, match=r"data/alpaca\.json does not exist\.$"):
+        find_sources(["data/alpaca.json"], None)
+
+
 def test_every_complaint_comes_at_once_ten_shown_and_all_counted(tmp_path: Path) -> None:
     rows = [{"instruction": "x", "output": 5}, "{", {"output": "x"}] * 5
     message = refusal(write(tmp_path / "a.jsonl", lines(GOOD, *rows))).splitlines()

@@ -16,7 +16,8 @@ from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.report import tell
-from lit_qlora.run.plan import GIB, MicroBatches, Plan, Room, make_plan
+from lit_qlora.run import fits
+from lit_qlora.run.plan import GIB, MicroBatches, Plan, Planner, Room
 from lit_qlora.settings import FinetuneConfig, check
 from lit_qlora.train.optim import measure_state_bytes
 from lit_qlora.train.parallel import Devices, processes_here, world_size
@@ -120,14 +121,23 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     return f"To need less: {', '.join(tips)}." if tips else "No setting would save memory: the run needs a larger GPU."
 
 
+def most_rows(config: FinetuneConfig, data: RunData) -> int:
+    """Rows of the largest micro-batch that fits the GPU if all are as long as the longest; 0 without a GPU."""
+    room, tokens = _room(config.devices), longest_batch(data.train, data.batching, 1).tokens
+    return fits.most_rows(_planner(config), tokens.size(1), room) if room.gpu else 0
+
+
 def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) -> Plan:
-    return make_plan(
+    batches = MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing)
+    return _planner(config).plan(batches, _room(config.devices))
+
+
+def _planner(config: FinetuneConfig) -> Planner:
+    return Planner(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
         Storage(weights_dtype(config.precision), config.quantize, config.quantize_head),
-        MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing),
         config.train,
-        _room(config.devices),
         measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         fast_dtype(config.precision),
     )

@@ -23,7 +23,7 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.report import duration, tell
-from lit_qlora.run.banner import FIRST_STEPS, savings
+from lit_qlora.run.banner import FIRST_STEPS, most_rows, savings
 from lit_qlora.run.learning import eval_every, make_learner, take_path
 from lit_qlora.run.plan import Plan
 from lit_qlora.settings import FinetuneConfig
@@ -53,29 +53,33 @@ class Pace:
     validation: float
     peak_gib: float
 
-    def describe(self, total: int, validations: int) -> str:
-        """Describe the time of `total` steps."""
+    def describe(self, total: int, validations: int, price: float | None = None) -> str:
+        """Describe the time of `total` steps, and what it costs at a price of an hour."""
         seconds = total * self.step + validations * self.validation
         parts = [f"{total:,} steps of {self.step:.3g} s ({self.tokens / self.step:,.0f} tokens/s)"]
         parts += [f"{validations:,} validations of {self.validation:.2g} s (losses alone)"] if self.validation else []
         parts.append(f"{self.peak_gib:.2f} GiB at the peak")
-        return f"about {duration(seconds)}   {', '.join(parts)}, tried with random weights"
+        cost = "" if price is None else f", costs {seconds / 3600 * price:.2f} at {price:g} an hour"
+        return f"about {duration(seconds)}{cost}   {', '.join(parts)}, tried with random weights"
 
 
 def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, start: int = 0) -> None:
-    """Print how long steps `start` + 1 to `total` will take.
+    """Print how long steps `start` + 1 to `total` will take, what they cost, and which micro-batch would fit.
 
     Raises:
         ResourceError: if the GPU's memory runs out.
     """
     device = pick_device()
+    if rows := most_rows(config, data):
+        tell(f"  rows    the largest micro-batch that fits: --train.micro_batch_size {rows}")
     if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
         tell("  time    not measured: this needs a GPU or a small model")
         return
     every, before = eval_every(config.eval, data, total), config.eval.before_training
     validations = sum(is_due(step, every, total, before) for step in range(start + bool(start), total + 1))
     try:
-        tell(f"  time    {measure_pace(config, data, plan, device).describe(total - start, validations)}")
+        pace = measure_pace(config, data, plan, device)
+        tell(f"  time    {pace.describe(total - start, validations, config.price_per_hour)}")
     except torch.OutOfMemoryError:
         raise ResourceError(f"The GPU's memory ran out in the first steps.\n{savings(config, data)}") from None
 

@@ -27,7 +27,7 @@ SAMPLES = "samples.jsonl"
 HARMLESS = (
     *("checkpoint_dir", "data.path", "data.val_path"),  # their content is compared, not their paths
     *("quantize_cache", "data.cache_dir"),
-    *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run"),
+    *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run", "price_per_hour"),
     *("quiet", "expect_trainable", "allow_code"),
     *("devices", "num_nodes", "strategy", "deterministic"),
     *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs", "train.keep_dequantized"),

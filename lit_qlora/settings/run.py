@@ -8,7 +8,7 @@ from lit_qlora.settings.checks import Settings, check, check_cache_folder
 from lit_qlora.settings.data import DataConfig
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.guard import GuardConfig
-from lit_qlora.settings.limits import Count, SeedOrAny
+from lit_qlora.settings.limits import Count, Positive, SeedOrAny
 from lit_qlora.settings.log import LogConfig
 from lit_qlora.settings.lora import LoRAConfig
 from lit_qlora.settings.optimizer import OptimizerConfig
@@ -64,6 +64,8 @@ class FinetuneConfig(Settings):
     """Start although the plan needs more memory than the GPU has."""
     dry_run: bool = False
     """Check everything, print the plan, time some steps with random weights, and end before any weight is loaded."""
+    price_per_hour: Positive | None = None
+    """With dry_run, the price of an hour on this machine; the dry run then says what the run will cost."""
     quiet: bool = False
     """Print only warnings and errors."""
     allow_code: bool = False
@@ -88,6 +90,7 @@ class FinetuneConfig(Settings):
             self.lora.init != "loftq" or self.quantize != "none",
             "lora.init loftq makes up for the error of quantisation, so it needs --quantize.",
         )
+        check(self.price_per_hour is None or self.dry_run, "price_per_hour has no effect without --dry_run.")
         check(
             not (self.extend and self.resume == "never"),
             "extend resumes a run, but '--resume never' begins another one. Leave one out.",

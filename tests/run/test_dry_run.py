@@ -10,12 +10,14 @@ import torch
 
 from lit_qlora.checkpoint.checkpoint import load_model, random_model
 from lit_qlora.data import Batch, RunData, Step, read_data, steps
-from lit_qlora.errors import ResourceError
+from lit_qlora.errors import ResourceError, UsageError
+from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
-from lit_qlora.run import dry_run
-from lit_qlora.run.banner import plan_run
+from lit_qlora.run import banner, dry_run
+from lit_qlora.run.banner import longest_batch, most_rows, plan_run
 from lit_qlora.run.dry_run import Pace, measure_pace, tell_time
+from lit_qlora.run.plan import MicroBatches, Room
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, OptimizerConfig, TrainConfig
 from lit_qlora.train.loop import Gradients
 from tests.conftest import tiny_model, write_checkpoint
@@ -119,6 +121,28 @@ def test_what_is_said() -> None:
         "16.25 GiB at the peak, tried with random weights"
     )
     assert "validations" not in replace(whole, validation=0.0).describe(2000, 0)
+    assert whole.describe(2000, 10, price=2.5).startswith("about 1 h 56 min, costs 4.84 at 2.5 an hour   2,000 steps")
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+def test_the_largest_micro_batch_that_fits_the_gpu_is_said(
+    read: Read, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, data = read(precision="bf16-true", lora=LoRAConfig(targets=("all",)))
+    assert most_rows(config, data) == 0, "there is no GPU"
+    monkeypatch.setattr(banner, "gpu_bytes", lambda: 4_000_000)
+    rows, width = most_rows(config, data), longest_batch(data.train, data.batching, 1).tokens.size(1)
+    held = [MicroBatches(count * width, count, count * width) for count in (rows, rows + 1)]
+    room = Room(4_000_000)
+    assert [room.holds(banner._planner(config).plan(batches, room)) for batches in held] == [True, False]
+    monkeypatch.setattr(dry_run, "MOST_ON_CPU", 0)
+    tell_time(config, data, plan_run(config, data), 12)
+    assert f"the largest micro-batch that fits: --train.micro_batch_size {rows}\n" in capsys.readouterr().out
+
+
+def test_a_price_needs_a_dry_run() -> None:
+    with pytest.raises(UsageError, match=r"price_per_hour has no effect without --dry_run"):
+        FinetuneConfig(price_per_hour=2.0)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +154,11 @@ def test_what_is_left_of_a_run_is_counted(
 ) -> None:
     config, data = read()
     config = replace(config, eval=replace(config.eval, every=float(every)))
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, float | None]] = []
     monkeypatch.setattr(Pace, "describe", lambda self, *counts: told.append(counts))
     monkeypatch.setattr(dry_run, "measure_pace", lambda *arguments: Pace(1.0, 1.0, 1.0, 1.0))
     tell_time(config, data, plan_run(config, data), total, start)
-    assert told == [(left, validations)]  # before the first step, too
+    assert told == [(left, validations, None)]  # before the first step, too
 
 
 def test_the_peak_is_that_of_the_longest_micro_batch_with_all_that_a_run_holds(

@@ -316,7 +316,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoeshared": (
         "granitemoeshared",
-        {**GROUPED, **EXPERTS, "shared_intermediate_size": 40, "attention_multiplier": 0.1},
+        {**GROUPED, **EXPERTS, "shared_intermediate_size": 48, "attention_multiplier": 0.1},
     ),
     "granitemoehybrid": (
         "granitemoehybrid",
@@ -325,7 +325,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 0,
             "layer_types": ["full_attention"] * 2,
             "position_embedding_type": "rope",
-            "shared_intermediate_size": 120,
+            "shared_intermediate_size": 112,
             "embedding_multiplier": 3.0,
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.1,
@@ -334,7 +334,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoehybrid-nope": (
         "granitemoehybrid",
-        {**GROUPED, "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "shared_intermediate_size": 120},
+        {**GROUPED, "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "shared_intermediate_size": 112},
     ),
     "ernie4_5_moe": (
         "ernie4_5_moe",

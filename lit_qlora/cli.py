@@ -27,6 +27,8 @@ from lit_qlora.signals import Interrupted, StopRequest, caught
 Config = TypeVar("Config")
 WORDS, NUMBERS = re.compile(r"[\w./:*-]+(,[\w./:*-]+)+"), re.compile(r"[-+.\deE]+(,[-+.\deE]+)+")
 """Several of them, with commas between."""
+DATA_FLAGS = ("--data.path", "--data", "--data_path", "--file")
+"""Flags for a data file; each command has one of them and takes the others too."""
 COMMAND_LINE_ONLY = ("allow_code",)
 """Settings that a --config file must not hold and config.yaml does not: a file could be a stranger's."""
 
@@ -112,7 +114,7 @@ def _run(
 def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Return the settings that argv describes. Raises UsageError; --help and --print_config print and exit."""
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _name_data(parser, list(sys.argv[1:] if argv is None else argv))
     argv = _read_pipes(_split_lists(parser, _complete_switches(parser, argv)))
     parser.argv = argv
     for flag in (word.removesuffix("=--") for word in argv if word.startswith("--") and word.endswith("=--")):
@@ -352,6 +354,15 @@ def _flag_before(word: str, flags: Sequence[str]) -> str:
     """Return ' Did you mean --data.path WORD?' for a word alone, with the flag that a command needs most."""
     usual = ("--data.path", "--prompt", "--repo_id", "--lora_path", "--file", "--data", "--checkpoint_dir")
     return next((f" Did you mean {flag} {word}?" for flag in usual if flag in flags), "")
+
+
+def _name_data(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Put the command's own flag for a data file in place of another command's."""
+    own = [flag for flag in DATA_FLAGS if flag in parser._option_string_actions]
+    words = [word.partition("=") for word in argv]
+    return [
+        (own[0] if own and flag in DATA_FLAGS and flag not in own else flag) + "".join(rest) for flag, *rest in words
+    ]
 
 
 def _split_lists(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -63,7 +63,6 @@ OTHER_NAMES = {
     "--dataset": "--data.path",
     "--dataset_name": "--data.path",
     "--data_dir": "--data.path",
-    "--data_path": "--data.path",
     "--train_dataframe": "--data.path",
     "--validation_dataframe": "--data.val_path",
     "--max_seq_length": "--data.max_length",

@@ -25,7 +25,7 @@ from lit_qlora.errors import (
     did_you_mean,
 )
 from lit_qlora.settings import FinetuneConfig, GenerationConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_script
 
 ENTRY_POINTS = sorted(
     path.relative_to(ROOT)
@@ -283,6 +283,14 @@ def test_commas_make_a_list_for_flags_that_take_one(joined: bool) -> None:
     assert (config.lora.targets, config.eval.tasks) == (("query", "value"), ("mmlu", "arc_easy"))
     assert (config.data.path, config.optimizer.betas) == (("a.jsonl", "b.csv*0.5"), (0.9, 0.95))
     assert config.lora.train_tokens == (1, 2)
+
+
+@pytest.mark.parametrize("flag", ["--data", "--data_path", "--file", "--data.path"])
+def test_a_data_file_has_one_name_in_all_commands(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    assert cli.parse(FinetuneConfig, [flag, "a.jsonl"]).data.path == ("a.jsonl",)
+    assert cli.parse(load_script("eval/answers.py").Config, [f"{flag}=a.jsonl"]).data == "a.jsonl"
+    assert cli.parse(load_script("eval/perplexity.py").Config, [flag, str(tmp_path / "a.txt")]).file.name == "a.txt"
 
 
 def test_commas_in_a_text_or_in_the_name_of_a_file_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ OTHER_NAMES = {
     "--max_grad_norm": "--train.max_norm",
     "--gradient_clip": "--train.max_norm",
     "--neftune_noise_alpha": "--train.neftune",
+    "--router_aux_loss_coef": "--train.router_balance_loss",
+    "--router_z_loss_coef": "--train.router_z_loss",
     "--per_device_train_batch_size": "--train.micro_batch_size",
     "--micro_batch_size": "--train.micro_batch_size",
     "--gradient_accumulation_steps": "--train.batch_size, the samples of a whole step",

@@ -91,6 +91,8 @@ WRONG: list[tuple[type, str, list[Any]]] = [
     (DataConfig, "length_quantile", [0, 1.1, math.nan]),
     (DataConfig, "token_dropout", [-0.1, 1, math.nan]),
     (TrainConfig, "hidden_dropout", [-0.1, 1, math.nan]),
+    (TrainConfig, "router_balance_loss", [-0.1, math.nan, math.inf]),
+    (TrainConfig, "router_z_loss", [-0.1, math.nan, math.inf]),
     (GenerationConfig, "top_k", [0]),
     (GenerationConfig, "top_p", [0, 1.1, math.nan]),
     (GenerationConfig, "min_p", [-0.1, 1.1, math.nan]),

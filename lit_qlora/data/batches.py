@@ -52,6 +52,8 @@ class Step(NamedTuple):
     """Passes over the data when the step is done."""
     numbers: tuple[int, ...] = ()
     """The numbers of these samples."""
+    filled: tuple[int, ...] = ()
+    """Positions of each row of these micro-batches, in their order, that are not padding; none where all are filled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,14 +233,16 @@ def steps(
             long = taken.lengths.tolist()
         rows = [[taken[i] for i in row] for row in rows_of(ids, long, batching, world_size)]
         micro = micro_batches(rows, batching.micro_batch_size, world_size)
+        mine = micro[rank::world_size]
         yield Step(
-            batches=[collate(group, batching) for group in micro[rank::world_size]],
+            batches=[collate(group, batching) for group in mine],
             weight=step_weight(taken, ids, batching) or 1.0,  # no label may be left
             labelled=int(taken.labelled[ids].sum()),
             tokens=sum(long[i] for i in ids),
             samples=len(chosen),
             epoch=epoch + (1.0 if at + 1 == per_epoch else end / length),
             numbers=tuple(chosen),
+            filled=tuple(sum(len(sample.tokens) - 1 for sample in row) for group in mine for row in group),
         )
 
 

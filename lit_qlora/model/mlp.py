@@ -163,12 +163,14 @@ class Router(nn.Module):
     Attributes:
         taken: (n_expert,) int64, to which passes in training add how many tokens took each expert; None where nobody
             counts.
+        seen: to which passes add scores (N, n_expert) and choices (N, k), in autograd's graph; None where nobody looks.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.taken: Tensor | None = None
+        self.seen: list[tuple[Tensor, Tensor]] | None = None
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
         self.correction = nn.Parameter(torch.zeros(config.n_expert)) if config.router_correction else None
@@ -181,8 +183,11 @@ class Router(nn.Module):
         bias, x = None if self.bias is None else self.bias.float(), x.float()
         if self.scale is not None:
             x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps) * self.scale.float() * x.size(-1) ** -0.5
-        shares = self.shares(F.linear(x, self.weight.float(), bias))
+        scores = F.linear(x, self.weight.float(), bias)
+        shares = self.shares(scores)
         chosen = self.choose(shares)
+        if self.seen is not None:
+            self.seen.append((scores, chosen))
         return self.weigh(shares, chosen), chosen
 
     def shares(self, scores: Tensor) -> Tensor:

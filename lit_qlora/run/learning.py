@@ -33,6 +33,7 @@ from lit_qlora.signals import caught
 from lit_qlora.train.guards import Guard
 from lit_qlora.train.loop import BadStepError, Learner, Stopped, agree, follow, train
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
+from lit_qlora.train.routers import RouterLosses
 from lit_qlora.train.training_state import restore
 
 SHOWN = 3  # answers shown at each validation
@@ -103,7 +104,8 @@ def make_learner(fabric: Fabric, model: GPT, config: OptimizerConfig, train: Tra
     """Give the model its optimizer, for training on the path it takes; the loss is `scaled` in float16."""
     flatten = None if model.fast is None else model.fast.flatten
     optimizer = make_optimizer(model.named_parameters(), config, train, scaled=scaled, flatten=flatten)
-    return Learner(fabric, model, optimizer)
+    factors = (train.router_balance_loss, train.router_z_loss)
+    return Learner(fabric, model, optimizer, RouterLosses(model, *factors) if any(factors) else None)
 
 
 def learn(

@@ -138,6 +138,7 @@ class Planner:
     ) -> None:
         self.lora, self.storage, self.train = lora, storage, train
         self.dtype = fast_dtype or storage.dtype
+        self.router_losses = [name for name in ("router_balance_loss", "router_z_loss") if getattr(train, name)]
         gpt = GPT.skeleton(model)
         frozen = sum(p.numel() for p in gpt.parameters())
         stored = _stored_bytes(gpt, storage)
@@ -177,9 +178,15 @@ class Planner:
             "train.fp8: the products of experts, which are most of this model's, are not in FP8. "
             "Leave out --train.fp8.",
         )
+        check(
+            bool(model.n_expert) or not self.router_losses,
+            f"train.{' and train.'.join(self.router_losses)}: this model has no experts, so it has no routers. "
+            "Leave it out.",
+        )
         _check_cached(train, storage.quantize, reason)
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
         activations = _activations(gpt, self.lora, size, batches.tokens, full)
+        activations += batches.tokens * _routed(model) if self.router_losses else 0.0
         plan = replace(self.bare, slow_because=reason, activations=activations)
         if reason or room.gpu is None:
             return plan
@@ -192,6 +199,8 @@ class Planner:
             return "train.fast is false"
         if room.gpu is None:
             return "the fast one needs a CUDA device"
+        if self.router_losses:
+            return f"train.{self.router_losses[0]}"
         from lit_qlora.fused.support import HALF  # imports Triton
 
         if self.dtype not in HALF:
@@ -403,6 +412,11 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
     largest = max(config.ffn_size, config.shared_kv_ffn_size, config.n_head * config.head_size) * config.n_embd
     widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
     return kept + logits + max(widest, tokens * _within_chunks(config))
+
+
+def _routed(config: ModelConfig) -> float:
+    """Bytes a token that the losses of routers save: scores, and what a softmax and a log-sum-exp read, in float32."""
+    return 3.0 * 4 * config.n_expert * sum(config.has_experts(i) for i in range(config.n_layer))
 
 
 def _fed(config: ModelConfig, block: int) -> float:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from lit_qlora.signals import StopRequest, describe
 from lit_qlora.train.guards import Guard, check_first_gradients
 from lit_qlora.train.optim import learning_rate
 from lit_qlora.train.parallel import sum_gradients
-from lit_qlora.train.routers import METRICS, RouterHealth
+from lit_qlora.train.routers import METRICS, RouterHealth, RouterLosses, Seen, count_choices
 
 Record = dict[str, Any]
 
@@ -82,16 +83,19 @@ class Learner:
         trainable: its parameters that learn, by name.
         hits: () int64, labelled tokens of this process that the last step predicted right; see GPT.
         routers: what is known of its experts' routers.
+        losses: of these routers, if there are any; they are no part of the loss in the log.
     """
 
-    def __init__(self, fabric: Fabric, module: GPT, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, fabric: Fabric, module: GPT, optimizer: torch.optim.Optimizer, losses: RouterLosses | None = None
+    ) -> None:
         self.fabric, self.module = fabric, module
         self.model, self.optimizer = fabric.setup(module, optimizer)
         self.model.mark_forward_method("loss")
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.hits = module.hits = torch.zeros((), dtype=torch.int64, device=fabric.device)
-        self.add_gradients = Gradients(fabric, self.model, self.hits)
-        self.routers = RouterHealth(module)
+        self.add_gradients = Gradients(fabric, self.model, self.hits, losses)
+        self.routers, self.losses = RouterHealth(module), losses
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to this global norm; 0 leaves them. Returns the norm that they had."""
@@ -138,6 +142,7 @@ def train(
     begin = before = time.monotonic()
     paused = 0.0  # seconds that the caller took after the last step
     scaler = getattr(fabric.strategy.precision, "scaler", None)
+    names = (*METRICS, *(learner.losses.names if learner.losses else ()))
     learner.model.train()
     if longest:
         if stop.unless_stopped(partial(learner.add_gradients, longest), None, saved=True) is None:
@@ -155,6 +160,8 @@ def train(
         sum_gradients(fabric, (p for group in optimizer.param_groups for p in group["params"]))
         norm = learner.clip_gradients(config.max_norm)
         of_routers = learner.routers.measure(partial(sum_over_ranks, fabric))
+        if learner.losses:
+            of_routers = torch.cat((of_routers, sum_over_ranks(fabric, learner.losses.values.clone())))
         metrics = torch.cat((torch.stack((loss, norm.to(loss), hits)), of_routers))
         loss_value, norm_value, hit_count, *health = metrics.tolist()
         try:
@@ -184,7 +191,7 @@ def train(
             "tokens_per_second": round(step.tokens / max(now - before - paused, 1e-9), 1),
             "peak_gib": round(peak_gib(fabric.device), 3),
             "seconds": round(seconds + now - begin, 3),
-            **{name: round(value, 4) for name, value in zip(METRICS, health, strict=False)},
+            **{name: round(value, 4) for name, value in zip(names, health, strict=False)},
         }
         before = now
         yield record if may_update else {**record, "skipped": True}
@@ -239,13 +246,14 @@ class Gradients:
 
     Args:
         hits: of the model; it is set to zero before each step.
+        losses: of the routers, which are added to the model's.
 
     Attributes:
         rows: most rows of a micro-batch; None does not limit them.
     """
 
-    def __init__(self, fabric: Fabric, model: _FabricModule, hits: Tensor) -> None:
-        self.fabric, self.model, self.hits = fabric, model, hits
+    def __init__(self, fabric: Fabric, model: _FabricModule, hits: Tensor, losses: RouterLosses | None = None) -> None:
+        self.fabric, self.model, self.hits, self.losses = fabric, model, hits, losses
         self.rows: int | None = None
 
     def __call__(self, step: Step, seed: int = 0, stop: StopRequest | None = None) -> Tensor | None:
@@ -254,12 +262,15 @@ class Gradients:
         Args:
             stop: once it has taken a signal, no further micro-batch is begun, and None is returned.
         """
+        counts: Tensor | None = None
         while True:
             torch.manual_seed(seed)
             self.hits.zero_()
             batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
             try:
-                return self._take(batches, step.weight, stop)
+                if self.losses and self.losses.balances and counts is None:  # once, for other processes take part
+                    counts = self._count_choices(step, batches, seed)
+                return self._take(step, batches, counts, stop)
             except torch.OutOfMemoryError:
                 widest = max(len(batch.tokens) for batch in batches)
                 if widest == 1 and not self.model.can_release:
@@ -272,15 +283,36 @@ class Gradients:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _take(self, batches: list[Batch], weight: float, stop: StopRequest | None) -> Tensor | None:
+    def _take(self, step: Step, batches: list[Batch], counts: Tensor | None, stop: StopRequest | None) -> Tensor | None:
         loss = torch.zeros((), device=self.fabric.device)
-        for batch in batches:
+        if self.losses:
+            self.losses.values.zero_()
+        for batch, mask in zip(batches, masks(batches, step), strict=True):
             if stop and stop.signal:
                 return None
-            part = self.model.loss(*pinned(batch, self.fabric.device)) / weight
-            self.fabric.backward(part)
+            watched: AbstractContextManager[Seen] = self.losses.watched() if self.losses else nullcontext([])
+            with watched as seen:
+                part = whole = self.model.loss(*pinned(batch, self.fabric.device)) / step.weight
+            if self.losses:
+                whole = part + self.losses.loss(seen, mask.to(loss), step.tokens - step.samples, counts)
+            self.fabric.backward(whole)
             loss += part.detach()
         return loss
+
+    def _count_choices(self, step: Step, batches: list[Batch], seed: int) -> Tensor | None:
+        """Choices of each expert in the step, (n_expert,), from one more forward pass; None if one pass is enough."""
+        assert self.losses
+        if len(batches) == self.fabric.world_size == 1:
+            return None
+        counts = torch.zeros(self.losses.config.n_expert, device=self.fabric.device)
+        with torch.no_grad():
+            for batch, mask in zip(batches, masks(batches, step), strict=True):
+                with self.losses.watched() as seen:
+                    self.model.loss(*pinned(batch, self.fabric.device))
+                counts += count_choices(seen, mask.to(counts))
+        torch.manual_seed(seed)  # so that dropout repeats
+        self.hits.zero_()
+        return sum_over_ranks(self.fabric, counts)
 
 
 def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
@@ -289,6 +321,15 @@ def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
         return [batch]
     starts = range(0, len(batch.tokens), rows)
     return [Batch(*(None if t is None else t[i : i + rows] for t in batch)) for i in starts]  # type: ignore[arg-type]
+
+
+def masks(batches: Iterable[Batch], step: Step) -> Iterator[Tensor]:
+    """For the rows of `step` in these parts, which positions are not padding, (B T,)."""
+    filled = iter(step.filled)
+    for batch in batches:
+        rows, length = batch.tokens.shape
+        ends = torch.tensor([next(filled, length) for _ in range(rows)])
+        yield (torch.arange(length) < ends[:, None]).flatten()
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:

@@ -139,7 +139,8 @@ def test_ranks_share_the_micro_batches_of_a_step_without_overlap(world_size: int
         assert len(seen) == len(set(seen)) == together[0].samples
         counts = [len(step.batches) for step in together]
         assert max(counts) - min(counts) <= 1
-        assert len({step[1:] for step in together}) == 1
+        assert len({step._replace(filled=())[1:] for step in together}) == 1
+        assert sum(sum(step.filled) for step in together) == together[0].tokens - together[0].samples
 
 
 @pytest.mark.parametrize(

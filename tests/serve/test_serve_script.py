@@ -21,7 +21,8 @@ def test_it_serves_until_ctrl_c(tiny_checkpoint: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "sums", tiny_checkpoint)
     key = tmp_path / "key"
     key.write_text("correct horse\n")
-    flags = ["--checkpoint_dir", tiny_checkpoint, "--adapters.sums", adapter, "--port", "0", "--api_key_file", key]
+    model = ["--checkpoint_dir", tiny_checkpoint, "--quantize", "none", "--adapters.sums", adapter]
+    flags = [*model, "--port", "0", "--api_key_file", key]
     process = subprocess.Popen(
         [sys.executable, "scripts/serve.py", *map(str, flags)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )

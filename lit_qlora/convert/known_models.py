@@ -1,6 +1,7 @@
 """Well-known models on the Hugging Face hub, by family, with their parameters in billions.
 
 The list is for finding a name. A model need not be in it: any whose config.json a row of FAMILIES reads will do.
+A language model inside another is counted without the rest; its number is computed from the published sizes.
 """
 
 MODELS: dict[str, dict[str, float]] = {

@@ -37,9 +37,10 @@ def of_family(family: str) -> ModelConfig:
 WITH_EXPERTS = [
     case if family in QUICK else pytest.param(case, marks=SLOW)
     for family, case in {family: case for case, (family, _) in reversed(CASES.items())}.items()
-    if family != "minicpm3" and Stacks.of(of_family(family), LoRAConfig())  # it has DeepSeek's attention alone
+    if family not in ("minicpm3", "afmoe") and Stacks.of(of_family(family), LoRAConfig())
 ]
-"""A case of each family with experts."""
+"""A case of each family with experts. minicpm3 has DeepSeek's attention alone; PEFT 0.21 takes the gate of afmoe's
+attention for an expert's, see test_further_families."""
 MIXED = "qwen3_moe-dense-layers"
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 RANKS: dict[str, Any] = {

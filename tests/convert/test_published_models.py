@@ -256,9 +256,12 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         14_315_784_192,
     ),
 }
-"""Name -> config.json, and parameters as the hub counts them, or as a program printed them that had loaded the model.
+"""Name -> config.json and parameters.
 
-The latter are GPT-J-6B, GPT-Neo-1.3B, StarCoderBase, Granite-3.0-1B-A400M, Apertus-8B and Qwen1.5-MoE-A2.7B.
+The hub counts so: Llama-3.1-8B, SmolLM2-135M, SmolLM3-3B, gemma-3-1b, Phi-4-mini, gpt-oss-120b, OLMoE-1B-7B and
+Granite-4.0-micro. Programs that had loaded the model, or tables, say so in public: DeepSeek-V2-Lite, DeepSeek-V3,
+GLM-4-9B, Seed-OSS-36B, ERNIE-4.5-0.3B, GPT-J-6B, GPT-Neo-1.3B, StarCoderBase, Granite-3.0-1B-A400M, Apertus-8B and
+Qwen1.5-MoE-A2.7B. Of EXAONE-4.0-1.2B and Hunyuan-0.5B none was found; the others were not looked up again.
 """
 COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
     "ERNIE-4.5-21B-A3B": (

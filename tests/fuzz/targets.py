@@ -199,7 +199,7 @@ def make_targets(root: Path) -> Mapping[str, Target]:
 
     def use_log(folder: Path) -> None:
         log = RunLog(folder / "log.jsonl", 4, io.StringIO())
-        summarize(FinetuneConfig(checkpoint_dir=base), plain_model, log.records)
+        summarize(plain_model, LoRAConfig(), "none", "32-true", log.records)
         table(log.records)
         metrics(log.records)
         losses_figure(log.records)

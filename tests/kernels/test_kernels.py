@@ -25,7 +25,7 @@ DROPOUTS = [NONE, Dropout(0.3, torch.tensor([12345], device=DEVICE), offset=7)]
 
 def plain_activation(kind: str, x: Tensor) -> Tensor:
     """The activation of model.py of gate and up side by side, or of up alone."""
-    return ACTIVATE[kind](x) if kind in ACTIVATE else GATES[kind](*x.chunk(2, 1))
+    return ACTIVATE[kind]()(x) if kind in ACTIVATE else GATES[kind](*x.chunk(2, 1))
 
 
 def rand(*shape: int) -> Tensor:

@@ -138,7 +138,7 @@ def test_the_fast_path_learns_the_same_in_several_processes(
 ) -> None:
     def fast(rank: int = 0) -> Callable[[], object]:
         def patch() -> None:
-            plan._slow_because = lambda *given: ""  # Triton's interpreter takes what a GPU would
+            plan.Planner._slow_because = lambda *given: ""  # type: ignore[method-assign]  # Triton's interpreter takes what a GPU would
 
         return patch
 
@@ -161,10 +161,10 @@ def test_memory_may_run_out_in_one_process_alone(
         def patch() -> None:
             take = loop.Gradients._take
 
-            def small(self: loop.Gradients, batches: list[Batch], *given: Any) -> torch.Tensor | None:
+            def small(self: loop.Gradients, step: Any, batches: list[Batch], *given: Any) -> torch.Tensor | None:
                 if max(len(batch.tokens) for batch in batches) > 1:
                     raise torch.OutOfMemoryError
-                return take(self, batches, *given)
+                return take(self, step, batches, *given)
 
             loop.Gradients._take = small  # type: ignore[method-assign]
 

@@ -184,8 +184,10 @@ def replace_files(staged: Path, directory: Path, last: str, owned: Iterable[str]
             raise
         finally:
             os.close(handle)
-        flush(directory)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            flush(directory)
+        finally:  # the new files are there
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @held()

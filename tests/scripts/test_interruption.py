@@ -94,7 +94,7 @@ def test_a_conversion_that_is_killed_leaves_a_whole_checkpoint_or_none(
         event += 1
     assert event > 20
     assert states["new"] >= 1
-    assert states["refused"] > 3
+    assert (states["refused"] > 3) == (before == "nothing")  # else who reads the folder puts the old one back
     assert (states["old"] > 10) == (before != "nothing")
 
 

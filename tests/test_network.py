@@ -66,7 +66,7 @@ def test_no_other_command_asks_anybody(asked: Path, tiny_checkpoint: Path, examp
     run("finetune/lora.py", *base, *data, "--train.max_steps", 2, "--out_dir", out)
     adapter = ("--lora_path", out / "final")
     run("scripts/merge_lora.py", *adapter, *base)
-    run("scripts/shrink_lora.py", *adapter, *base, "--r", 2, "--out_dir", tmp_path / "small")
+    run("scripts/shrink_lora.py", *adapter, *base, "--rank", 2, "--out_dir", tmp_path / "small")
     run("scripts/generate.py", *base, *adapter, "--prompt", "Hi", "--max_new_tokens", 2)
     run("scripts/inspect_data.py", *base, *data)
     run("eval/perplexity.py", *base, "--file", ROOT / "lit_qlora/probe.txt")

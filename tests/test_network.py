@@ -74,7 +74,7 @@ def test_no_other_command_asks_anybody(asked: Path, tiny_checkpoint: Path, examp
     task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}"}
     task |= {"doc_to_choice": "{{c}}", "doc_to_target": "{{a}}"}
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/tiny.yaml").write_text(json.dumps(task))
+    (tmp_path / "tasks/tiny.yaml").write_text("".join(f"{key}: {json.dumps(task[key])}\n" for key in task))
     (tmp_path / "tasks/rows.jsonl").write_text(json.dumps({"q": "a", "c": ["b", "c"], "a": 0}) + "\n")
     tasks = ("--eval_tasks", "[tiny]", "--include_path", tmp_path / "tasks")
     run("eval/lm_eval_harness.py", *base, *tasks, "--save_filepath", tmp_path / "results.json")

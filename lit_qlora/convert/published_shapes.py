@@ -6,7 +6,7 @@ from lit_qlora.convert.families import read_config
 from lit_qlora.model.config import ModelConfig
 
 
-def _theirs(
+def config_json(
     kind: str, layers: int, width: int, heads: int, kv_heads: int, inside: int, vocabulary: int, **more: Any
 ) -> dict[str, Any]:
     """A config.json in the keys that most families use."""
@@ -22,28 +22,28 @@ def _theirs(
 
 
 def _llama(*sizes: int, context: int, **more: Any) -> dict[str, Any]:
-    return _theirs("llama", *sizes, max_position_embeddings=context, **more)
+    return config_json("llama", *sizes, max_position_embeddings=context, **more)
 
 
 def _mistral(*sizes: int, context: int, **more: Any) -> dict[str, Any]:
-    return _theirs("mistral", *sizes, max_position_embeddings=context, **({"sliding_window": None} | more))
+    return config_json("mistral", *sizes, max_position_embeddings=context, **({"sliding_window": None} | more))
 
 
 def _qwen2(*sizes: int, tied: bool = False) -> dict[str, Any]:
     more = {"tie_word_embeddings": tied, "use_sliding_window": False}
-    return _theirs("qwen2", *sizes, max_position_embeddings=32_768, **more)
+    return config_json("qwen2", *sizes, max_position_embeddings=32_768, **more)
 
 
 def _qwen3(*sizes: int, tied: bool = False) -> dict[str, Any]:
-    return _theirs("qwen3", *sizes, head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40_960)
+    return config_json("qwen3", *sizes, head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40_960)
 
 
 def _gemma2(*sizes: int, head: int) -> dict[str, Any]:
-    return _theirs("gemma2", *(*sizes, 256_000), head_dim=head, max_position_embeddings=8192)
+    return config_json("gemma2", *(*sizes, 256_000), head_dim=head, max_position_embeddings=8192)
 
 
 def _gemma3(*sizes: int, head: int) -> dict[str, Any]:
-    return _theirs("gemma3_text", *(*sizes, 262_208), head_dim=head, max_position_embeddings=131_072)
+    return config_json("gemma3_text", *(*sizes, 262_208), head_dim=head, max_position_embeddings=131_072)
 
 
 QWEN3_30B = {
@@ -81,20 +81,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _qwen3(36, 4096, 32, 8, 12_288, 151_936),
     "Qwen/Qwen3-14B": _qwen3(40, 5120, 40, 8, 17_408, 151_936),
     "Qwen/Qwen3-32B": _qwen3(64, 5120, 64, 8, 25_600, 151_936),
-    "Qwen/Qwen3-30B-A3B": _theirs("qwen3_moe", 48, 2048, 32, 4, 6144, 151_936, **QWEN3_30B),
+    "Qwen/Qwen3-30B-A3B": config_json("qwen3_moe", 48, 2048, 32, 4, 6144, 151_936, **QWEN3_30B),
     "google/gemma-2-2b": _gemma2(26, 2304, 8, 4, 9216, head=256),
     "google/gemma-2-9b": _gemma2(42, 3584, 16, 8, 14_336, head=256),
     "google/gemma-2-27b": _gemma2(46, 4608, 32, 16, 36_864, head=128),
     "google/gemma-3-4b-pt": _gemma3(34, 2560, 8, 4, 10_240, head=256),
     "google/gemma-3-12b-pt": _gemma3(48, 3840, 16, 8, 15_360, head=256),
     "google/gemma-3-27b-pt": _gemma3(62, 5376, 32, 16, 21_504, head=128),
-    "microsoft/Phi-3-mini-4k-instruct": _theirs(
+    "microsoft/Phi-3-mini-4k-instruct": config_json(
         "phi3", 32, 3072, 32, 32, 8192, 32_064, max_position_embeddings=4096, sliding_window=2047
     ),
-    "microsoft/phi-4": _theirs("phi3", 40, 5120, 40, 10, 17_920, 100_352, max_position_embeddings=16_384),
+    "microsoft/phi-4": config_json("phi3", 40, 5120, 40, 10, 17_920, 100_352, max_position_embeddings=16_384),
     "HuggingFaceTB/SmolLM2-1.7B": _llama(24, 2048, 32, 32, 8192, 49_152, context=8192, tie_word_embeddings=True),
-    "allenai/OLMo-2-1124-7B": _theirs("olmo2", 32, 4096, 32, 32, 11_008, 100_352, max_position_embeddings=4096),
-    "openai/gpt-oss-20b": _theirs(
+    "allenai/OLMo-2-1124-7B": config_json("olmo2", 32, 4096, 32, 32, 11_008, 100_352, max_position_embeddings=4096),
+    "openai/gpt-oss-20b": config_json(
         "gpt_oss", 24, 2880, 64, 8, 2880, 201_088, head_dim=64, num_local_experts=32, max_position_embeddings=131_072
     ),
 }

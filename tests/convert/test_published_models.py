@@ -8,27 +8,11 @@ import pytest
 from lit_qlora.checkpoint.checkpoint import count_parameters
 from lit_qlora.convert.families import FAMILIES, read_config
 from lit_qlora.convert.known_models import MODELS
-from lit_qlora.convert.published_shapes import SHAPES, read_shape
-
-
-def llama_like(
-    kind: str, layers: int, width: int, heads: int, kv_heads: int, inside: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
-    """A config.json in the keys that most families use."""
-    sizes = {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": inside,
-        "vocab_size": vocabulary,
-    }
-    return {"model_type": kind, **sizes, **more}
-
+from lit_qlora.convert.published_shapes import SHAPES, config_json, read_shape
 
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Llama-3.1-8B": (
-        llama_like(
+        config_json(
             "llama",
             32,
             4096,
@@ -49,20 +33,20 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         8_030_261_248,
     ),
     "ERNIE-4.5-0.3B": (
-        llama_like("ernie4_5", 18, 1024, 16, 2, 3072, 103_424, head_dim=128, tie_word_embeddings=True),
+        config_json("ernie4_5", 18, 1024, 16, 2, 3072, 103_424, head_dim=128, tie_word_embeddings=True),
         360_748_032,
     ),
-    "SmolLM2-135M": (llama_like("llama", 30, 576, 9, 3, 1536, 49_152, tie_word_embeddings=True), 134_515_008),
+    "SmolLM2-135M": (config_json("llama", 30, 576, 9, 3, 1536, 49_152, tie_word_embeddings=True), 134_515_008),
     "Mixtral-8x7B": (
-        llama_like("mixtral", 32, 4096, 32, 8, 14_336, 32_000, num_local_experts=8, num_experts_per_tok=2),
+        config_json("mixtral", 32, 4096, 32, 8, 14_336, 32_000, num_local_experts=8, num_experts_per_tok=2),
         46_702_792_704,
     ),
-    "gemma-2b": (llama_like("gemma", 18, 2048, 8, 1, 16_384, 256_000, head_dim=256), 2_506_172_416),
-    "gemma-3-1b": (llama_like("gemma3_text", 26, 1152, 4, 1, 6912, 262_144, head_dim=256), 999_885_952),
-    "gemma-3-270m": (llama_like("gemma3_text", 18, 640, 4, 1, 2048, 262_144, head_dim=256), 268_098_176),
-    "phi-2": (llama_like("phi", 32, 2560, 32, 32, 10_240, 51_200, partial_rotary_factor=0.4), 2_779_683_840),
+    "gemma-2b": (config_json("gemma", 18, 2048, 8, 1, 16_384, 256_000, head_dim=256), 2_506_172_416),
+    "gemma-3-1b": (config_json("gemma3_text", 26, 1152, 4, 1, 6912, 262_144, head_dim=256), 999_885_952),
+    "gemma-3-270m": (config_json("gemma3_text", 18, 640, 4, 1, 2048, 262_144, head_dim=256), 268_098_176),
+    "phi-2": (config_json("phi", 32, 2560, 32, 32, 10_240, 51_200, partial_rotary_factor=0.4), 2_779_683_840),
     "Phi-4-mini": (
-        llama_like("phi3", 32, 3072, 24, 8, 8192, 200_064, tie_word_embeddings=True, partial_rotary_factor=0.75),
+        config_json("phi3", 32, 3072, 24, 8, 8192, 200_064, tie_word_embeddings=True, partial_rotary_factor=0.75),
         3_836_021_760,
     ),
     "gpt2": (
@@ -70,7 +54,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         124_439_808,
     ),
     "falcon-7b": (
-        llama_like(
+        config_json(
             "falcon",
             32,
             4544,
@@ -87,7 +71,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         6_921_720_704,
     ),
     "falcon-40b": (
-        llama_like(
+        config_json(
             "falcon",
             60,
             8192,
@@ -103,12 +87,12 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         41_303_293_952,
     ),
-    "pythia-70m": (llama_like("gpt_neox", 6, 512, 8, 8, 2048, 50_304), 70_426_624),
-    "pythia-1b": (llama_like("gpt_neox", 16, 2048, 8, 8, 8192, 50_304), 1_011_781_632),
-    "stablelm-3b-4e1t": (llama_like("stablelm", 32, 2560, 32, 32, 6912, 50_304), 2_795_443_200),
-    "stablelm-2-1_6b": (llama_like("stablelm", 24, 2048, 32, 32, 5632, 100_352, use_qkv_bias=True), 1_644_515_328),
+    "pythia-70m": (config_json("gpt_neox", 6, 512, 8, 8, 2048, 50_304), 70_426_624),
+    "pythia-1b": (config_json("gpt_neox", 16, 2048, 8, 8, 8192, 50_304), 1_011_781_632),
+    "stablelm-3b-4e1t": (config_json("stablelm", 32, 2560, 32, 32, 6912, 50_304), 2_795_443_200),
+    "stablelm-2-1_6b": (config_json("stablelm", 24, 2048, 32, 32, 5632, 100_352, use_qkv_bias=True), 1_644_515_328),
     "stablelm-2-12b": (
-        llama_like(
+        config_json(
             "stablelm",
             40,
             5120,
@@ -122,18 +106,18 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         12_143_185_920,
     ),
-    "starcoder2-3b": (llama_like("starcoder2", 30, 3072, 24, 2, 12_288, 49_152), 3_030_371_328),
-    "OLMo-1B": (llama_like("olmo", 16, 2048, 16, 16, 8192, 50_304, tie_word_embeddings=True), 1_176_764_416),
-    "Olmo-3-7B": (llama_like("olmo3", 32, 4096, 32, 32, 11_008, 100_278), 7_298_011_136),
-    "SmolLM3-3B": (llama_like("smollm3", 36, 2048, 16, 4, 11_008, 128_256), 3_075_098_624),
-    "command-r": (llama_like("cohere", 40, 8192, 64, 64, 22_528, 256_000), 34_980_831_232),
-    "command-r-plus": (llama_like("cohere", 64, 12_288, 96, 8, 33_792, 256_000, use_qk_norm=True), 103_810_674_688),
+    "starcoder2-3b": (config_json("starcoder2", 30, 3072, 24, 2, 12_288, 49_152), 3_030_371_328),
+    "OLMo-1B": (config_json("olmo", 16, 2048, 16, 16, 8192, 50_304, tie_word_embeddings=True), 1_176_764_416),
+    "Olmo-3-7B": (config_json("olmo3", 32, 4096, 32, 32, 11_008, 100_278), 7_298_011_136),
+    "SmolLM3-3B": (config_json("smollm3", 36, 2048, 16, 4, 11_008, 128_256), 3_075_098_624),
+    "command-r": (config_json("cohere", 40, 8192, 64, 64, 22_528, 256_000), 34_980_831_232),
+    "command-r-plus": (config_json("cohere", 64, 12_288, 96, 8, 33_792, 256_000, use_qk_norm=True), 103_810_674_688),
     "gpt-oss-120b": (
-        llama_like("gpt_oss", 36, 2880, 64, 8, 2880, 201_088, head_dim=64, num_local_experts=128),
+        config_json("gpt_oss", 36, 2880, 64, 8, 2880, 201_088, head_dim=64, num_local_experts=128),
         116_829_156_672,
     ),
     "DeepSeek-V2-Lite": (
-        llama_like(
+        config_json(
             "deepseek_v2",
             27,
             2048,
@@ -155,7 +139,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         15_706_484_224,
     ),
     "DeepSeek-V3": (
-        llama_like(
+        config_json(
             "deepseek_v3",
             61,
             7168,
@@ -173,10 +157,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         671_026_419_200,
     ),
-    "GLM-4-9B": (llama_like("glm4", 40, 4096, 32, 2, 13_696, 151_552, head_dim=128), 9_400_279_040),
-    "Seed-OSS-36B": (llama_like("seed_oss", 64, 5120, 80, 8, 27_648, 155_136, head_dim=128), 36_151_104_512),
+    "GLM-4-9B": (config_json("glm4", 40, 4096, 32, 2, 13_696, 151_552, head_dim=128), 9_400_279_040),
+    "Seed-OSS-36B": (config_json("seed_oss", 64, 5120, 80, 8, 27_648, 155_136, head_dim=128), 36_151_104_512),
     "EXAONE-4.0-1.2B": (
-        llama_like(
+        config_json(
             "exaone4",
             30,
             2048,
@@ -191,7 +175,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         1_279_391_488,
     ),
     "Hunyuan-0.5B": (
-        llama_like("hunyuan_v1_dense", 24, 1024, 16, 8, 3584, 120_818, head_dim=128, tie_word_embeddings=True),
+        config_json("hunyuan_v1_dense", 24, 1024, 16, 8, 3584, 120_818, head_dim=128, tie_word_embeddings=True),
         539_010_048,
     ),
     "GPT-J-6B": (
@@ -215,11 +199,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         15_517_456_384,
     ),
     "OLMoE-1B-7B": (
-        llama_like("olmoe", 16, 2048, 16, 16, 1024, 50_304, num_experts=64, num_experts_per_tok=8),
+        config_json("olmoe", 16, 2048, 16, 16, 1024, 50_304, num_experts=64, num_experts_per_tok=8),
         6_919_161_856,
     ),
     "Granite-4.0-micro": (
-        llama_like(
+        config_json(
             "granitemoehybrid",
             40,
             2560,
@@ -236,7 +220,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         3_402_836_480,
     ),
     "Granite-3.0-1B-A400M": (
-        llama_like(
+        config_json(
             *("granitemoe", 24, 1024, 16, 8, 512, 49_155),
             num_local_experts=32,
             num_experts_per_tok=8,
@@ -244,9 +228,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         1_334_628_352,
     ),
-    "Apertus-8B": (llama_like("apertus", 32, 4096, 32, 8, 21_504, 131_072), 8_053_338_176),
+    "Apertus-8B": (config_json("apertus", 32, 4096, 32, 8, 21_504, 131_072), 8_053_338_176),
     "Qwen1.5-MoE-A2.7B": (
-        llama_like(
+        config_json(
             *("qwen2_moe", 24, 2048, 16, 16, 5632, 151_936),
             num_experts=60,
             num_experts_per_tok=4,
@@ -265,7 +249,7 @@ Qwen1.5-MoE-A2.7B. Of EXAONE-4.0-1.2B and Hunyuan-0.5B none was found; the other
 """
 COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
     "ERNIE-4.5-21B-A3B": (
-        llama_like(
+        config_json(
             *("ernie4_5_moe", 28, 2560, 20, 4, 12_288, 103_424),
             moe_num_experts=64,
             moe_k=6,
@@ -275,7 +259,7 @@ COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
         21_825_437_888,
     ),
     "dots.llm1": (
-        llama_like(
+        config_json(
             *("dots1", 62, 4096, 32, 32, 10_944, 152_064),
             n_routed_experts=128,
             n_shared_experts=2,
@@ -286,7 +270,7 @@ COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
         142_774_381_696,
     ),
     "Hunyuan-A13B": (
-        llama_like(
+        config_json(
             *("hunyuan_v1_moe", 32, 4096, 32, 8, 3072, 128_167),
             head_dim=128,
             num_experts=64,
@@ -295,13 +279,13 @@ COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         80_393_183_232,
     ),
-    "InternLM3-8B": (llama_like("internlm3", 48, 4096, 32, 2, 10_240, 128_512), 8_804_241_408),
+    "InternLM3-8B": (config_json("internlm3", 48, 4096, 32, 2, 10_240, 128_512), 8_804_241_408),
     "VaultGemma-1B": (
-        llama_like("vaultgemma", 26, 1152, 4, 4, 6912, 256_000, head_dim=256),
+        config_json("vaultgemma", 26, 1152, 4, 4, 6912, 256_000, head_dim=256),
         1_038_741_120,
     ),
     "Phi-3.5-MoE": (
-        llama_like(
+        config_json(
             *("phimoe", 32, 4096, 32, 8, 6400, 32_064), num_local_experts=16, attention_bias=True, lm_head_bias=True
         ),
         41_873_153_344,
@@ -329,7 +313,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
         419_816_304,
     ),
     "Qwen2.5-VL-7B": (
-        llama_like(
+        config_json(
             *("qwen2_5_vl", 28, 3584, 28, 4, 18_944, 152_064),
             max_window_layers=28,
             rope_theta=1e6,
@@ -342,7 +326,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
         {
             "model_type": "mistral3",
             "tie_word_embeddings": False,
-            "text_config": llama_like(
+            "text_config": config_json(
                 "mistral", 40, 5120, 32, 8, 32_768, 131_072, head_dim=128, sliding_window=None, rope_theta=1e9
             ),
         },
@@ -350,12 +334,12 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
         438_958_080,
     ),
     "Qwen3.5-27B": (
-        llama_like("qwen3_5_text", 64, 5120, 24, 4, 17_408, 248_320, head_dim=256, linear_num_value_heads=48),
+        config_json("qwen3_5_text", 64, 5120, 24, 4, 17_408, 248_320, head_dim=256, linear_num_value_heads=48),
         27_781_427_952,
         460_730_096 + 424_699_392,  # images; a layer that predicts a further token
     ),
     "gemma-4-E2B": (
-        llama_like(
+        config_json(
             "gemma4_text",
             35,
             1536,
@@ -462,7 +446,7 @@ def test_a_published_shape_has_the_parameters_of_its_model(name: str) -> None:
 
 
 def test_gemma_4_31b_has_the_billions_on_its_model_card() -> None:
-    config = llama_like(
+    config = config_json(
         "gemma4_text",
         60,
         5376,

@@ -1,8 +1,8 @@
 """Run one contestant of benchmarks/peers.py: build its model once, then time a round of steps for each line of input.
 
-A line of standard input is a JSON object {"steps": 8, "recompute": "none"}; the answer is a line that begins with
-"RESULT". Output of libraries may stand between answers. All contestants do the same work: the same random tokens,
-adapters in float32 or the library's dtype, fused AdamW, one micro-batch after the other, no clipping.
+A line of standard input is a JSON object {"steps": 8, "seconds": 3, "recompute": "none"}. The answer is a line that
+begins with "RESULT". Output of libraries may stand between answers. All contestants do the same work: the same random
+tokens, adapters in float32 or the library's dtype, fused AdamW, one micro-batch after the other, no clipping.
 
 python benchmarks/contestant.py '{"name": "peft", "dir": "/tmp/lit_qlora_bench/llama-2-7b-hf", ...}'  (see Task)
 """
@@ -54,7 +54,8 @@ def compete(task: Task) -> None:
 
     from lit_qlora.device import peak_gib, pick_device
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = built.optimizer or torch.optim.AdamW(adapters, lr=1e-4, fused=True)
     data: list[list[Micro]] = []
 
     def wait() -> None:
@@ -72,7 +73,7 @@ def compete(task: Task) -> None:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         torch=torch.__version__.split("+")[0],
         version=library,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=sum(p.numel() for p in adapters),
     )
     recompute, first = "none", True
     for line in sys.stdin:
@@ -88,13 +89,16 @@ def compete(task: Task) -> None:
         wait()
         torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
         begin = time.perf_counter()  # a round takes seconds, so events would say the same
-        for micros in data:
-            step(micros)
-        wait()
+        spent, times = 0.0, 0
+        while not times or spent < wanted["seconds"]:
+            for micros in data:
+                step(micros)
+            wait()
+            spent, times = time.perf_counter() - begin, times + 1
         tell(
-            milliseconds=1e3 * (time.perf_counter() - begin),
-            tokens=sum(micro.ids.numel() for micros in data for micro in micros),
-            examples=sum(len(micro.documents or micro.ids) for micros in data for micro in micros),
+            milliseconds=1e3 * spent,
+            tokens=times * sum(micro.ids.numel() for micros in data for micro in micros),
+            examples=times * sum(len(micro.documents or micro.ids) for micros in data for micro in micros),
             peak_gib=peak_gib(pick_device()),
         )
         torch.cuda.empty_cache()  # for the other, whose turn it is; does nothing without a GPU
@@ -103,4 +107,5 @@ def compete(task: Task) -> None:
 if __name__ == "__main__":
     asked = Task(**json.loads(sys.argv[1]))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", f"{asked.dir}-compiled-{os.getpid()}")  # several run at once
     make_hf_checkpoint(asked.shape, Path(asked.dir)) if asked.name == "make" else compete(asked)

@@ -7,6 +7,7 @@ reported as missing. There is no padding, so every token counts.
 python benchmarks/peers.py --peers unsloth                              # 2 x 2048, r 16 on all layers
 python benchmarks/peers.py --workload short --r 8 --targets query,value --steps 2
 python benchmarks/peers.py --workload packed --rows 1 --length 8192 --r 8 --targets query,value
+python benchmarks/peers.py --peers unsloth --shape Qwen/Qwen3-8B@12 --also '{"shape": "microsoft/phi-4@8"}' '{"r": 8}'
 """
 
 import argparse
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 from contestants.task import Task
 from results import RESULTS, append_row, current_commit, look_at_card
-from shapes import SHAPES
+from shapes import model_config
 
 PEERS: dict[str, tuple[str, bool, str]] = {
     "unsloth": ("unsloth", False, "none"),
@@ -48,7 +50,6 @@ class Contestant:
     """A process that builds a model and then times rounds."""
 
     def __init__(self, task: Task, log: Path, patience: float) -> None:
-        self.name = task.name + ("-checkpointing" if task.checkpointing else "")
         self.log, self.patience = log, patience
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -60,11 +61,12 @@ class Contestant:
             )
         self.facts = self._answer()
 
-    def round(self, steps: int, recompute: str) -> dict[str, float]:
-        """Time `steps` steps, and read the state of the card while they run."""
+    def round(self, steps: int, seconds: float, recompute: str) -> dict[str, float]:
+        """Time `steps` steps, again until `seconds` are over, and read the state of the card while they run."""
         assert self.process.stdin is not None
+        wanted = {"steps": steps, "seconds": seconds, "recompute": recompute}
         with suppress(BrokenPipeError):  # the answer says why it has stopped
-            print(json.dumps({"steps": steps, "recompute": recompute}), file=self.process.stdin, flush=True)
+            print(json.dumps(wanted), file=self.process.stdin, flush=True)
         time.sleep(1.0)  # past the warm-up
         card = {name: float(value) for name, value in look_at_card().items() if value.replace(".", "", 1).isdigit()}
         return self._answer() | card
@@ -117,37 +119,40 @@ class Turns:
         return f"  {name:34} {rate:8,.0f} tok/s ({spread:17}) {each:8.2f} ms/row {peak:6.2f} GiB  {' '.join(card)}"
 
 
-def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Let ours and each of `peers` take turns; print the tables and yield two rows for each finished peer.
+Start = Callable[[Task], Contestant]
+
+
+def compare(task: Task, start: Start, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Let ours and each peer take turns; print the tables and yield two rows for each finished peer.
 
     Raises:
         MissingError: if ours cannot run here.
     """
-    logs = Path(task.dir).parent
-    ours = Contestant(task, logs / "ours.log", arguments.patience)
+    ours = start(task)
     print(f"{ours.facts['gpu']}, torch {ours.facts['torch']}; ours was ready in {ours.facts['ready']} s", flush=True)
-    for peer in peers:
-        name, checkpointing, against = PEERS[peer]
-        setting = arguments.ours or against
+    for peer in arguments.peers:
+        setting = arguments.ours or PEERS[peer][2]
         try:
-            other = Contestant(
-                replace(task, name=name, checkpointing=checkpointing), logs / f"{peer}.log", arguments.patience
-            )
+            other = start(as_peer(task, peer))
             turns = {"ours": Turns([]), peer: Turns([])}
             for _ in range(arguments.rounds):
-                turns["ours"].rounds.append(ours.round(arguments.steps, setting))
-                turns[peer].rounds.append(other.round(arguments.steps, ""))
+                turns["ours"].rounds.append(ours.round(arguments.steps, arguments.seconds, setting))
+                turns[peer].rounds.append(other.round(arguments.steps, arguments.seconds, ""))
             other.end()
         except MissingError as error:
             if ours.process.poll() is not None:
                 raise
-            print(f"{peer}: missing. {error}", flush=True)
+            print(f"{task.shape}, {peer}: missing. {error}", flush=True)
             continue
         ratios = [a / b for a, b in zip(turns["ours"].rates(), turns[peer].rates(), strict=True)]
-        kept = f" dequantized {arguments.dequantized}" if arguments.dequantized else ""
+        kept = f" dequantized {task.dequantized}" if task.dequantized else ""
         own = f"ours recompute {setting}{kept}{', no graphs' if arguments.no_graphs else ''}"
         version = f"{other.facts['version']}, ready in {other.facts['ready']} s"
-        print(f"\n{task.workload}, against {peer} {version}, {other.facts['trainable']:,} parameters learn")
+        learns = (
+            f"r {task.r} on {task.targets}, {ours.facts['trainable']:,} and {other.facts['trainable']:,} parameters"
+        )
+        tokens = f"{task.rows} x {task.length}, {task.workload}, {'nf4-dq' if task.quantize else 'bf16'}"
+        print(f"\n{task.shape}, {tokens}, {learns}, against {peer} {version}")
         print(turns["ours"].line(own))
         print(turns[peer].line(peer))
         print(f"  ours / {peer}: {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})", flush=True)
@@ -155,6 +160,12 @@ def compare(task: Task, peers: list[str], arguments: argparse.Namespace) -> Iter
         for who in turns:
             yield row(task, ours.facts, turns[who], described[who], arguments.commit)
     ours.end()
+
+
+def as_peer(task: Task, peer: str) -> Task:
+    """The task as one of PEERS does it."""
+    name, checkpointing, _ = PEERS[peer]
+    return replace(task, name=name, checkpointing=checkpointing)
 
 
 def row(task: Task, facts: dict[str, Any], turns: Turns, who: str, commit: str) -> dict[str, Any]:
@@ -186,11 +197,18 @@ def main() -> None:
     parser.add_argument(
         "--workload", choices=["fixed", "short", "packed"], default="fixed", help="see contestants.task.Task"
     )
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="sizes of the model")
+    parser.add_argument("--shape", default="llama-2-7b", help="sizes of the model, see shapes.model_config")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        type=json.loads,
+        default=[],
+        help="JSON objects with fields of Task that differ in further comparisons; then all contestants start at once",
+    )
     parser.add_argument("--rows", type=int, default=2, help="samples of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sample; packed: of a row, times --rows")
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--targets", choices=["all", "query,value"], default="all", help="layers that learn")
+    parser.add_argument("--targets", default="all", help="layers that learn")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
     parser.add_argument("--no_graphs", action="store_true", help="short: ours launches its kernels one by one")
     parser.add_argument("--dequantized", type=int, default=0, help="blocks whose weights ours keeps in 16 bit as well")
@@ -198,16 +216,17 @@ def main() -> None:
     parser.add_argument("--ours", default="", help="our recompute; by default what suits the peer's checkpointing")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a turn")
+    parser.add_argument("--seconds", type=float, default=3.0, help="least time of a turn; the steps are done again")
     parser.add_argument("--patience", type=float, default=240, help="seconds until a silent contestant is given up")
     parser.add_argument("--work_dir", type=Path, default=Path("/tmp/lit_qlora_bench"), help="where the weights go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the rows")
     parser.add_argument("--commit", default=current_commit(), help="what was measured")
     arguments = parser.parse_args()
 
-    task = Task(
+    first = Task(
         name="ours",
         shape=arguments.shape,
-        dir=str(arguments.work_dir / f"{arguments.shape}-hf"),
+        dir="",
         workload=arguments.workload,
         rows=arguments.rows,
         length=arguments.length,
@@ -218,17 +237,47 @@ def main() -> None:
         graphs=not arguments.no_graphs,
         dequantized=arguments.dequantized,
     )
-    program = str(Path(__file__).with_name("contestant.py"))
-    subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=True)
-    measured = False
-    try:
-        for one in compare(task, arguments.peers, arguments):
-            append_row(arguments.results, one)
-            measured = True
-    except MissingError as error:
-        raise SystemExit(f"ours: missing. {error}") from None
+    tasks = [replace(first, **changes) for changes in ({}, *arguments.also)]
+    tasks = [replace(task, dir=str(arguments.work_dir / f"{task.shape.replace('/', '--')}-hf")) for task in tasks]
+    for task in tasks:
+        model_config(task.shape)  # a name that is not known ends the program here
+    with ThreadPoolExecutor(max_workers=64) as pool:
+        list(pool.map(make, {task.dir: task for task in tasks}.values()))
+        start = starter(tasks, arguments, pool)
+        measured = sum([show(task, start, arguments) for task in tasks])
     if not measured:
         raise SystemExit("No peer could run.")
+
+
+def make(task: Task) -> None:
+    """Write the checkpoint of a task in a process of its own."""
+    program = str(Path(__file__).with_name("contestant.py"))
+    subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=True)
+
+
+def starter(tasks: list[Task], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> Start:
+    """A function that returns a task's contestant: started when it is asked for or, of several tasks, now."""
+
+    def start(task: Task, log: str) -> Contestant:
+        return Contestant(task, arguments.work_dir / log, arguments.patience)
+
+    if len(tasks) == 1:
+        return lambda task: start(task, f"{task.name}{'-checkpointing' * task.checkpointing}.log")
+    every = [one for task in tasks for one in (task, *(as_peer(task, peer) for peer in arguments.peers))]
+    started = {task: pool.submit(start, task, f"{i}-{task.name}.log") for i, task in enumerate(every)}
+    return lambda task: started[task].result()
+
+
+def show(task: Task, start: Start, arguments: argparse.Namespace) -> int:
+    """Compare, append the rows, and count them; a reason why ours cannot run here is printed."""
+    measured = 0
+    try:
+        for one in compare(task, start, arguments):
+            append_row(arguments.results, one)
+            measured += 1
+    except MissingError as error:
+        print(f"{task.shape}, ours: missing. {error}", flush=True)
+    return measured
 
 
 if __name__ == "__main__":

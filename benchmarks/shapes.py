@@ -11,6 +11,7 @@ from results import ROOT
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lit_qlora.model.config import ModelConfig
     from lit_qlora.model.gpt import GPT
     from lit_qlora.settings import Scheme
 
@@ -91,17 +92,38 @@ SHAPES: dict[str, dict[str, Any]] = {
 says so, some of the blocks stand for all."""
 
 
+def published_config(shape: str) -> dict[str, Any]:
+    """The config.json of a published model: "Qwen/Qwen3-8B", or "Qwen/Qwen3-8B@12" for as much as its first 12 blocks.
+
+    Raises:
+        KeyError: if no such model is known.
+    """
+    from lit_qlora.convert import published_shapes
+
+    name, _, blocks = shape.partition("@")
+    content = published_shapes.SHAPES[name]
+    return content | {"num_hidden_layers": int(blocks)} if blocks else content
+
+
+def model_config(shape: str) -> "ModelConfig":
+    """The configuration of a name of SHAPES, or of a published model (see published_config)."""
+    from lit_qlora.convert.families import read_config
+    from lit_qlora.model.config import ModelConfig
+
+    name = f"random/{shape}"
+    return ModelConfig(name=name, **SHAPES[shape]) if shape in SHAPES else read_config(published_config(shape), name)
+
+
 def random_model(shape: str, scheme: "Scheme") -> "GPT":
     """Make a bf16 model of `shape` on the GPU if there is one, quantised layer by layer except for its head."""
     import torch
 
     from lit_qlora.checkpoint import checkpoint
     from lit_qlora.device import pick_device
-    from lit_qlora.model.config import ModelConfig
     from lit_qlora.quantize import Storage
 
-    config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
-    return checkpoint.random_model(config, Storage(torch.bfloat16, scheme), pick_device()).requires_grad_(False)
+    config, storage = model_config(shape), Storage(torch.bfloat16, scheme)
+    return checkpoint.random_model(config, storage, pick_device()).requires_grad_(False)
 
 
 def make_checkpoint(shape: str, directory: Path) -> None:
@@ -134,25 +156,31 @@ def make_hf_checkpoint(shape: str, folder: Path) -> None:
     from lit_qlora.checkpoint import shards
     from lit_qlora.convert.families import their_tensors
     from lit_qlora.convert.to_hugging_face import their_config
-    from lit_qlora.model.config import ModelConfig
     from lit_qlora.model.gpt import GPT
 
-    if (folder / "config.json").is_file():
+    if folder.is_dir():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    config = ModelConfig(name=f"random/{shape}", **SHAPES[shape])
+    part = folder.with_suffix(".part")  # a folder that has its own name is complete
+    part.mkdir(parents=True, exist_ok=True)
+    config = model_config(shape)
     ours = {name: p.to(torch.bfloat16) for name, p in GPT.skeleton(config).named_parameters()}
     specs = {theirs.name: theirs.join(ours, config) for theirs in their_tensors(ours, config)}
-    shards.write(folder, "model.safetensors", specs, ((name, _random(spec)) for name, spec in specs.items()))
+    shards.write(part, "model.safetensors", specs, ((name, _random(spec)) for name, spec in specs.items()))
     words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *map(chr, range(32, 127))])}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(part / "tokenizer.json"))
     named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
-    (folder / "tokenizer_config.json").write_text(json.dumps(kind | named, indent=2))
-    content = their_config(folder, config, ours) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    (folder / "config.json").write_text(json.dumps(content, indent=2))  # last: it makes the folder a checkpoint
+    (part / "tokenizer_config.json").write_text(json.dumps(kind | named, indent=2))
+    if shape not in SHAPES:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+        content = published_config(shape)
+        (part / "config.json").write_text(json.dumps(content | {"architectures": [CLASSES[content["model_type"]]]}))
+    content = their_config(part, config, ours) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    (part / "config.json").write_text(json.dumps(content, indent=2))
+    part.rename(folder)
 
 
 def _random(spec: "Tensor") -> "Tensor":

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 HF_NAMES = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "query,value": ["q_proj", "v_proj"],
+    "query,key,value,projection": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 
 

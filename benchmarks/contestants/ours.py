@@ -32,11 +32,12 @@ def as_batch(micro: Micro) -> "Batch":
 
 def build(task: Task) -> Built:
     """The fast path, on random weights made on the GPU."""
-    from lit_qlora.device import let_segments_grow
+    from lit_qlora.device import let_segments_grow, precede_other_streams
     from lit_qlora.fused import fuse, why_not
     from lit_qlora.fused.graphs import padded_length
     from lit_qlora.lora.layer import add_lora
-    from lit_qlora.settings import LoRAConfig
+    from lit_qlora.settings import LoRAConfig, OptimizerConfig, TrainConfig
+    from lit_qlora.train.optim import make_optimizer
 
     let_segments_grow()  # as a run does
     model = random_model(task.shape, "bnb.nf4-dq" if task.quantize else "none")
@@ -46,6 +47,8 @@ def build(task: Task) -> Built:
         raise RuntimeError(f"the fast path is not taken: {reason}")
     short = task.workload == "short" and task.graphs
     fused = fuse(model, padded_length(LONGEST_EXAMPLE) if short else 0, cached_blocks=task.dequantized)
+    if fused.ahead:
+        precede_other_streams()
 
     def loss(micro: Micro) -> "Tensor":
         value: Tensor = model.loss(*as_batch(micro)) / micro.ids.numel()
@@ -54,4 +57,7 @@ def build(task: Task) -> Built:
     def set_recompute(setting: Any) -> None:
         fused.set_recompute([setting] * len(fused.blocks))
 
-    return Built(model.train(), loss, set_recompute)
+    optimizer = make_optimizer(
+        model.named_parameters(), OptimizerConfig(), TrainConfig(learning_rate=1e-4), flatten=fused.flatten
+    )
+    return Built(model.train(), loss, set_recompute, optimizer)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shapes import SHAPES
+from shapes import model_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
 EXAMPLES_A_STEP = 16  # of the workload "short"
 LONGEST_EXAMPLE = 512
@@ -59,6 +60,8 @@ class Built:
     loss: Loss
     set_recompute: Callable[[str], None] | None = None
     """Chooses what blocks compute again; for ours alone."""
+    optimizer: "Optimizer | None" = None
+    """Updates the adapters, if it is not torch's fused AdamW over each of them."""
 
 
 def example_lengths(count: int, seed: int = 0) -> list[int]:
@@ -74,7 +77,7 @@ def make_steps(task: Task, count: int) -> list[list[Micro]]:
     from lit_qlora.device import pick_device
 
     generator = torch.Generator().manual_seed(0)
-    vocab = SHAPES[task.shape]["vocab_size"]
+    vocab = model_config(task.shape).vocab_size
 
     def ids(rows: int, length: int) -> "Tensor":
         return torch.randint(3, vocab, (rows, length), generator=generator).to(pick_device())

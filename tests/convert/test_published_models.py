@@ -401,6 +401,7 @@ COUNTS = {
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
     "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-1.5B": 1_543_714_304,
@@ -432,7 +433,7 @@ COUNTS = {
 
 Some files store a tied head once more, and the hub counts it: 751,632,384 for Qwen3-0.6B.
 """
-OF_EXPERTS = {"Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"}
+OF_EXPERTS = {"Qwen/Qwen3-30B-A3B", "mistralai/Mixtral-8x7B-v0.1", "openai/gpt-oss-20b"}
 
 
 def test_every_published_shape_is_counted() -> None:

@@ -13,6 +13,7 @@ from lit_qlora.settings.limits import is_pattern
 from lit_qlora.settings.log import TRACKERS, LogConfig, Tracker
 from lit_qlora.settings.lora import TARGETS, LoRAConfig, Target, first_match
 from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
+from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss
 from lit_qlora.settings.prepare import PrepareConfig
 from lit_qlora.settings.run import DEMO_CHECKPOINT, SCHEMES, FinetuneConfig, Precision, Scheme
 from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
@@ -21,6 +22,7 @@ __all__ = [
     "CLASS_PATH",
     "DEMO_CHECKPOINT",
     "OPTIMIZERS",
+    "PUBLISHED",
     "SCHEMES",
     "TARGETS",
     "TRACKERS",
@@ -35,6 +37,8 @@ __all__ = [
     "OptimizerConfig",
     "Overlong",
     "Precision",
+    "PreferenceConfig",
+    "PreferenceLoss",
     "PrepareConfig",
     "PromptKnobs",
     "Recompute",

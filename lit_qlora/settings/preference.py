@@ -1,0 +1,133 @@
+"""Settings of learning from preferences, and the facts of each loss that decide which of them it reads."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.limits import NotNegative, Positive, Share, at_least, below
+
+PreferenceLoss = Literal["dpo", "robust", "hinge", "ipo", "apo_zero", "orpo", "simpo", "cpo", "sft", "kto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedLoss:
+    """A loss as its paper gives it; None where the paper has no such setting."""
+
+    paper: str
+    beta: float | None
+    label_smoothing: float | None = None
+    gamma: float | None = None
+    sft_weight: float = 0.0
+    """Weight of the mean loss of the tokens of chosen answers."""
+    reference: bool = True
+    """True if it compares with the model before training."""
+    reads: tuple[str, ...] = ()
+    """Other settings that it reads."""
+    margins: bool = False
+    """True if it reads how much better the chosen answer of a pair is."""
+    paired: bool = True
+    """False for answers that are good or bad, each by itself."""
+
+
+PUBLISHED: dict[PreferenceLoss, PublishedLoss] = {
+    "dpo": PublishedLoss(
+        paper="Rafailov et al. 2023, arXiv 2305.18290; label smoothing: Mitchell 2023; margins: Amini et al. 2024, "
+        "arXiv 2402.10571; lengths: Meng et al. 2024, section 4.3, arXiv 2405.14734",
+        beta=0.1,
+        label_smoothing=0.0,
+        reads=("length_normalized", "ld_alpha"),
+        margins=True,
+    ),
+    "robust": PublishedLoss(
+        paper="Chowdhury et al. 2024, arXiv 2403.00409",
+        beta=0.1,
+        label_smoothing=0.1,
+        reads=("ld_alpha",),
+        margins=True,
+    ),
+    "hinge": PublishedLoss(paper="Liu et al. 2023, arXiv 2309.06657", beta=0.1, reads=("ld_alpha",), margins=True),
+    "ipo": PublishedLoss(paper="Azar et al. 2023, arXiv 2310.12036", beta=0.1, reads=("ld_alpha",)),
+    "apo_zero": PublishedLoss(paper="D'Oosterlinck et al. 2024, arXiv 2408.06266", beta=0.1, reads=("ld_alpha",)),
+    "orpo": PublishedLoss(paper="Hong et al. 2024, arXiv 2403.07691", beta=0.1, sft_weight=1.0, reference=False),
+    "simpo": PublishedLoss(
+        paper="Meng et al. 2024, arXiv 2405.14734", beta=2.0, gamma=0.5, reference=False, margins=True
+    ),
+    "cpo": PublishedLoss(
+        paper="Xu et al. 2024, arXiv 2401.08417", beta=0.1, sft_weight=1.0, reference=False, margins=True
+    ),
+    "sft": PublishedLoss(paper="cross-entropy of the chosen answers alone", beta=None, sft_weight=1.0, reference=False),
+    "kto": PublishedLoss(
+        paper="Ethayarajh et al. 2024, arXiv 2402.01306",
+        beta=0.1,
+        reads=("desirable_weight", "undesirable_weight"),
+        paired=False,
+    ),
+}
+"""In the order of --help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(Settings):
+    """The loss that makes preferred answers likelier than others."""
+
+    prefix = "preference."
+
+    loss: PreferenceLoss = "dpo"
+    """Loss of a pair of answers. dpo, robust (for noisy labels), hinge, ipo and apo_zero compare with the model before
+    training, its reference. orpo, simpo and cpo have none. sft learns the chosen answers alone. kto learns from single
+    answers that are good or bad."""
+    beta: Positive | None = None
+    """Strength of the comparison; for ipo, half its inverse is the wanted difference; for orpo, the weight of the odds
+    ratio. By default as published: 0.1, for simpo 2."""
+    label_smoothing: Annotated[float, at_least(0), below(0.5)] | None = None
+    """Losses dpo and robust: expected share of pairs whose answers are swapped. By default 0, for robust 0.1."""
+    length_normalized: bool = False
+    """Loss dpo: compare log-probabilities by token instead of by answer; beta is then about 2."""
+    ld_alpha: Share = 1.0
+    """Losses with a reference and pairs: weight of the tokens of an answer beyond the length of the shorter one of its
+    pair (LD-DPO, Liu et al. 2024). 1 weighs all alike."""
+    gamma: NotNegative | None = None
+    """Loss simpo: the wanted difference of rewards. By default 0.5."""
+    sft_weight: NotNegative | None = None
+    """Weight of the mean loss of the tokens of chosen answers, which is added; for dpo that is RPO. By default as
+    published: 1 for orpo, cpo and sft, else 0."""
+    desirable_weight: NotNegative = 1.0
+    """Loss kto: weight of good answers. With many more bad ones raise it, so that both sums are alike."""
+    undesirable_weight: NotNegative = 1.0
+    """Loss kto: weight of bad answers."""
+    share_prompts: bool = True
+    """Read a prompt once for all its answers. It changes memory and speed, not the result. Where a model cannot, each
+    answer has a prompt of its own."""
+
+    @property
+    def published(self) -> PublishedLoss:
+        """The facts of the loss."""
+        return PUBLISHED[self.loss]
+
+    def or_published(self, name: Literal["beta", "label_smoothing", "gamma", "sft_weight"]) -> float:
+        """Return a setting, or the published value where it is None; 0 where there is none."""
+        own = getattr(self, name)
+        return float((getattr(self.published, name) or 0.0) if own is None else own)
+
+    def __post_init__(self) -> None:
+        """Check that no setting would be without effect."""
+        super().__post_init__()
+        published, defaults = self.published, PreferenceConfig.__dataclass_fields__
+        for name in ("beta", "label_smoothing", "gamma"):
+            check(
+                getattr(self, name) is None or getattr(published, name) is not None,
+                f"preference.{name} has no effect on the loss {self.loss}. Leave it out.",
+            )
+        for name in ("length_normalized", "ld_alpha", "desirable_weight", "undesirable_weight"):
+            check(
+                getattr(self, name) == defaults[name].default or name in published.reads,
+                f"preference.{name} has no effect on the loss {self.loss}. Leave it out.",
+            )
+        check(
+            published.paired or not self.sft_weight,
+            f"preference.sft_weight is of chosen answers, and the loss {self.loss} has no pairs. Leave it out.",
+        )
+        check(
+            self.loss != "sft" or self.sft_weight != 0,
+            "preference.sft_weight 0 leaves nothing of the loss sft to learn. Leave it out.",
+        )

@@ -17,12 +17,12 @@ class Source(Protocol):
     """Weights that can be dequantised."""
 
     @property
-    def elements(self) -> int:
-        """Number of weights."""
+    def shape(self) -> tuple[int, ...]:
+        """Of the weights."""
         ...
 
     def dequantize(self, out: Tensor) -> None:
-        """Write them into `out`, (elements,)."""
+        """Write them into `out`, of their shape."""
         ...
 
 
@@ -30,12 +30,12 @@ class Ahead:
     """The weights of one kind, of blocks that follow each other and have equally many.
 
     Attributes:
-        buffer: (elements,), of the block `holds`; None before there is one.
+        buffer: the weights of the block `holds`; None before there is one.
     """
 
     def __init__(self, sources: Sequence[Source], dtype: torch.dtype, device: torch.device) -> None:
         self.sources = sources
-        self.buffer = torch.empty(sources[0].elements, dtype=dtype, device=device)
+        self.buffer = torch.empty(sources[0].shape, dtype=dtype, device=device)
         self.holds: int | None = None
         self.coming = False  # the buffer is being filled on the second stream
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -16,6 +16,7 @@ The host asks nothing of the device. Weights are dequantised once in each pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,11 +97,11 @@ class ExpertGroup(StackedExperts):
         if self.dense is not None:
             return self.dense
         if self.ahead is not None:
-            return self.ahead.take(self.turn).view(self.shape)
+            return self.ahead.take(self.turn)
         assert workspace is not None
-        out = workspace[: self.elements]
+        out = workspace[: self.elements].view(self.shape)
         self.dequantize(out)
-        return out.view(self.shape)
+        return out
 
     def read(self, step: int) -> None:
         """Say that the last product with W of this pass is launched; blocks follow in steps of 1, or of -1 backward."""
@@ -110,9 +111,8 @@ class ExpertGroup(StackedExperts):
     def cache(self) -> None:
         """See Layers."""
         if self.dense is None:
-            out = torch.empty(self.elements, dtype=self.dtype, device=self.device)
-            self.dequantize(out)
-            self.dense = out.view(self.shape)
+            self.dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self.dequantize(self.dense)
 
     @property
     def extra_bytes(self) -> int:
@@ -132,22 +132,35 @@ class ExpertGroup(StackedExperts):
         """Of the adapters' input, elements of (C, K)."""
         return NONE if seed is None or not self.p else Dropout(self.p, seed, number)
 
-    @property
+    # Views are made once: each costs the host as much as a tenth of a launch.
+
+    @cached_property
     def a_of_experts(self) -> Tensor:
         """(n_expert, slots r, K)."""
         assert self.a is not None
         return self.a.view(self.shape[0], -1, self.k)
 
-    @property
-    def b_of_experts(self) -> Tensor:
-        """(n_expert, slots N, r)."""
+    @cached_property
+    def output_parts(self) -> Tensor:
+        """B^T of the layers with adapters, as `project` takes it for dZ, (n_expert, slots, r, N of a layer)."""
         assert self.b is not None
-        return self.b.view(self.shape[0], -1, self.stack.r)
+        return self.b.view(self.shape[0], -1, self.shape[1] // len(self.slots), self.stack.r).mT
 
-    @property
+    @cached_property
+    def b_of_layers(self) -> list[Tensor | None]:
+        """The same of each layer, (n_expert, r, N of a layer); None for one without an adapter."""
+        return [self.output_parts[:, slot] if slot >= 0 else None for slot in self.slots]
+
+    @cached_property
+    def input_parts(self) -> Tensor:
+        """A of all layers as one, as `project` takes it for Z, (n_expert, 1, slots r, K)."""
+        return self.a_of_experts[:, None]
+
+    @cached_property
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Of A (n_expert, slots r, K) and of B (n_expert, slots N, r)."""
-        return self.grad_a.view(self.shape[0], -1, self.k), self.grad_b.view(self.shape[0], -1, self.stack.r)
+        """Of A^T (n_expert, K, slots r) and of B (n_expert, slots N, r)."""
+        experts = self.shape[0]
+        return self.grad_a.view(experts, -1, self.k).mT, self.grad_b.view(experts, -1, self.stack.r)
 
 
 class Routing:
@@ -164,12 +177,13 @@ class Routing:
         self.scale = 1.0 if over_chosen else config.router_scale
         self.k, self.experts = config.n_expert_per_token, config.n_expert
         self.weight = router.weight.detach()
+        self.weight_back = self.weight.T  # views are made once
         self.bias = None if router.bias is None else router.bias.detach()
 
     def scores(self, x: Tensor) -> Tensor:
         """(T, n_expert) float32 of x (T, E): products of 16-bit numbers are exact in it."""
         same = x.dtype == self.weight.dtype
-        scores = in_float32(x, self.weight.T) if same else x.float() @ self.weight.float().T
+        scores = in_float32(x, self.weight_back) if same else x.float() @ self.weight.float().T
         return scores if self.bias is None else scores + self.bias.to(scores.dtype)
 
     def choices(self, x: Tensor, counts: bool) -> Choices:
@@ -234,7 +248,7 @@ class Experts:
         self.gate_up.read(1)
         z_down = None
         if down.rank:
-            z_down = project(h, down.a_of_experts[:, None], choices, dropout=self._dropout(down, run))
+            z_down = project(h, down.input_parts, choices, dropout=self._dropout(down, run))
         y = product(h, down.matrix(run.workspaces[0]), choices, self._down_low_rank(z_down), down.bias)
         down.read(1)
         del h
@@ -274,28 +288,24 @@ class Experts:
         group, z = self.gate_up, None
         low_rank: list[LowRank | None] = [None, None]
         if group.rank:
-            z = project(x, group.a_of_experts[:, None], choices, gathered=True, dropout=self._dropout(group, run))
-            r, width = group.stack.r, group.shape[1] // 2
-            low_rank = [
-                LowRank(z[:, slot * r : slot * r + r], group.b_of_experts[:, slot * width : slot * width + width].mT)
-                if slot >= 0
-                else None
-                for slot in group.slots
-            ]
+            z = project(x, group.input_parts, choices, gathered=True, dropout=self._dropout(group, run))
+            each = z.split(group.stack.r, dim=1)
+            pairs = zip(group.slots, group.b_of_layers, strict=True)
+            low_rank = [None if b is None else LowRank(each[slot], b) for slot, b in pairs]
         matrix = group.matrix(run.workspaces[0])
         gate, up = low_rank
         made = gate_up(x, matrix, choices, self.function, (gate, up), group.bias, branches, h)
         return z, *made, matrix
 
     def _down_low_rank(self, z: Tensor | None) -> LowRank | None:
-        return None if z is None else LowRank(z, self.down.b_of_experts.mT)
+        return None if z is None else LowRank(z, self.down.output_parts[:, 0])
 
     def _down_backward(self, d_y: Tensor, saved: SavedExperts, run: Pass, folds: Folds) -> tuple[Tensor, Tensor | None]:
         """DH of each choice without its weight, and dZ of down; the gradient of down's B."""
         down, choices = self.down, saved.choices
         dz, low_rank = None, None
         if saved.z_down is not None:
-            dz = project(d_y, down.b_of_experts.mT[:, None], choices, gathered=True)
+            dz = project(d_y, down.output_parts, choices, gathered=True)
             add_gradient(d_y, saved.z_down, down.gradients[1], choices, gathered=True, folds=folds)
             low_rank = LowRank(dz, down.a_of_experts, self._dropout(down, run))
         dh = product(d_y, down.matrix(run.workspaces[0]), choices, low_rank, gathered=True, transposed=True)
@@ -309,13 +319,13 @@ class Experts:
         group, down, choices, dropout = self.gate_up, self.down, saved.choices, self._dropout(self.down, run)
         gate, up = group.slots
         own = None if saved.z is None else (saved.z, group.gradients[1], (gate, up))
-        of_down = None if dz_down is None else (dz_down, down.gradients[0], down.scale)
+        of_down = None if dz_down is None else (dz_down, down.gradients[0].mT, down.scale)
         if max(group.stack.r, down.stack.r) <= MOST_RANK:
             return mlp_backward(branches, dh, choices, self.function, of_down, own, dropout, folds=folds)
         # More columns than one program can hold: h is written, over dh, and the sums are thin products.
         parts = mlp_backward(branches, dh, choices, self.function, dropout=dropout, h=dh)
         if dz_down is not None:
-            add_gradient(dh, dz_down, down.gradients[0].mT, choices, down.scale, folds=folds)
+            add_gradient(dh, dz_down, down.gradients[0], choices, down.scale, folds=folds)
         if saved.z is not None:
             r, width = group.stack.r, dh.size(1)
             for half, slot in zip(branches.split(width, dim=1), group.slots, strict=True):
@@ -332,9 +342,8 @@ class Experts:
         if group.rank:
             width, dropout = group.shape[1] // 2, self._dropout(group, run)
             adapted = d_branches if min(group.slots) >= 0 else d_branches.split(width, dim=1)[group.slots.index(0)]
-            b = group.b_of_experts.unflatten(1, (-1, width)).mT
-            dz = project(adapted, b, choices)
-            gradient = group.gradients[0].mT
+            dz = project(adapted, group.output_parts, choices)
+            gradient = group.gradients[0]
             add_gradient(x, dz, gradient, choices, group.scale, gathered=True, dropout=dropout, folds=folds)
             low_rank = LowRank(dz, group.a_of_experts, dropout)
         matrix = group.matrix(run.workspaces[0]) if matrix is None else matrix

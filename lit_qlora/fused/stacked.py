@@ -87,7 +87,7 @@ class StackedExperts:
         return self.n * self.k
 
     def dequantize(self, out: Tensor) -> None:
-        """Write quantised weights into `out`, (elements,)."""
+        """Write quantised weights into `out`, of their shape."""
         assert self.weight is not None
         dequantize(self.weight, out)
 

@@ -65,7 +65,7 @@ def dequantize(weight: Matrices, out: Tensor) -> Tensor:
     each = blocks // weight.shape[0]
     nested: Any = stored.nested or (stored.code,) * 3
     _four_bit[(cdiv(blocks, GROUPS),)](
-        stored.packed.view(torch.int32), stored.absmax, stored.code, *nested, out, blocks, each, cdiv(each, 256),
+        stored.words, stored.absmax, stored.code, *nested, out, blocks, each, cdiv(each, 256),
         NESTED=stored.nested is not None, G=GROUPS, num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds after the product and after the sum
     )  # fmt: skip

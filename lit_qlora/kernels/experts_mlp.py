@@ -84,19 +84,18 @@ def mlp_backward(
     width, device = dh.size(1), dh.device
     dz, grad_a, alpha = down or (branches, None, 1.0)
     z, grad_b, slots = gate_up or (branches, None, (-1, -1))
-    rank = 0 if grad_a is None else grad_a.size(1)
-    r = 0 if grad_b is None else grad_b.size(2)
+    rank, size_a = (0, 0) if grad_a is None else (grad_a.size(1), grad_a.size(1) * grad_a.size(2))
+    r, size_b = (0, 0) if grad_b is None else (grad_b.size(2), grad_b.size(1) * grad_b.size(2))
     bt, bn, in_flight = BLOCKS[max(power_of_2(rank), power_of_2(r))]
     stripes = cdiv(width, bn)
     d_weight = torch.empty(stripes, choices.rows, dtype=torch.float32, device=device)
     sums = [
-        (torch.empty(choices.most_chunks, gradient[0].numel(), dtype=torch.float32, device=device), gradient)
-        for gradient in (grad_a, grad_b)
+        (torch.empty(choices.most_chunks, size, dtype=torch.float32, device=device), gradient)
+        for size, gradient in ((size_a, grad_a), (size_b, grad_b))
         if gradient is not None
     ]
     parts_a = sums[0][0] if grad_a is not None else d_weight
     parts_b = sums[-1][0] if grad_b is not None else d_weight
-    size_b = 0 if grad_b is None else grad_b[0].numel()
     _backward[(stripes, choices.most_chunks)](
         branches, dh, choices.weight, dz, dz.stride(0), z, z.stride(0),
         d_weight if grad_a is None else grad_a, 0 if grad_a is None else grad_a.stride(0),

@@ -7,6 +7,7 @@ of the stacked Z = s X A^T, (T, R), and rows of the stacked B; layers without an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,6 +82,11 @@ class FourBit:
     absmax: Tensor
     code: Tensor
     nested: tuple[Tensor, Tensor, Tensor] | None
+
+    @cached_property
+    def words(self) -> Tensor:
+        """The packed weights as int32, eight weights each."""
+        return self.packed.view(torch.int32)
 
 
 @dataclass

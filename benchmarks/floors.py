@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from results import TABLE, read_rows
-from shapes import SHAPES
+from shapes import model_config
 
 from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.model.config import ModelConfig
@@ -74,7 +74,7 @@ def sizes(row: dict[str, Any]) -> tuple[float, float, float | None]:
     """
     found = FLAGS.fullmatch(row["flags"])
     assert found, f"not the flags of a row of step.py: {row['flags']}"
-    model = ModelConfig(name=row["shape"], **SHAPES[row["shape"]])
+    model = model_config(row["shape"])
     r, dropout = int(found["r"]), float(found["dropout"])
     lora = LoRAConfig(r=r, alpha=2 * r, targets=tuple(found["targets"].split(",")), dropout=dropout)  # type: ignore[arg-type]
     scheme: Any = found["scheme"]

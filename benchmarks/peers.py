@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -203,8 +203,9 @@ def main() -> None:
         nargs="+",
         type=json.loads,
         default=[],
-        help="JSON objects with fields of Task that differ in further comparisons; then all contestants start at once",
+        help="JSON objects, fields of Task for further comparisons; then all contestants start before the first turn",
     )
+    parser.add_argument("--at_once", type=int, default=8, help="how many of them start at a time")
     parser.add_argument("--rows", type=int, default=2, help="samples of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sample; packed: of a row, times --rows")
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
@@ -241,7 +242,7 @@ def main() -> None:
     tasks = [replace(task, dir=str(arguments.work_dir / f"{task.shape.replace('/', '--')}-hf")) for task in tasks]
     for task in tasks:
         model_config(task.shape)  # a name that is not known ends the program here
-    with ThreadPoolExecutor(max_workers=64) as pool:
+    with ThreadPoolExecutor(arguments.at_once) as pool:
         list(pool.map(make, {task.dir: task for task in tasks}.values()))
         start = starter(tasks, arguments, pool)
         measured = sum([show(task, start, arguments) for task in tasks])
@@ -256,7 +257,7 @@ def make(task: Task) -> None:
 
 
 def starter(tasks: list[Task], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> Start:
-    """A function that returns a task's contestant: started when it is asked for or, of several tasks, now."""
+    """A function that returns a task's contestant; of several tasks, each was started before the first turn."""
 
     def start(task: Task, log: str) -> Contestant:
         return Contestant(task, arguments.work_dir / log, arguments.patience)
@@ -265,6 +266,7 @@ def starter(tasks: list[Task], arguments: argparse.Namespace, pool: ThreadPoolEx
         return lambda task: start(task, f"{task.name}{'-checkpointing' * task.checkpointing}.log")
     every = [one for task in tasks for one in (task, *(as_peer(task, peer) for peer in arguments.peers))]
     started = {task: pool.submit(start, task, f"{i}-{task.name}.log") for i, task in enumerate(every)}
+    wait(started.values())  # nothing else runs beside a turn
     return lambda task: started[task].result()
 
 

@@ -16,7 +16,7 @@ from contestants.ours import as_batch
 from contestants.task import Micro, example_lengths, pack
 from floors import STATE_BYTES, beside
 from results import RESULTS, append_row, current_commit
-from shapes import SHAPES, random_model
+from shapes import random_model
 from torch import Tensor
 
 from lit_qlora.device import let_segments_grow, precede_other_streams
@@ -96,7 +96,7 @@ def describe(arguments: argparse.Namespace, setting: str) -> str:
 def main() -> None:
     """Measure each setting and append its row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="sizes of the model")
+    parser.add_argument("--shape", default="llama-2-7b", help="sizes of the model, see shapes.model_config")
     parser.add_argument("--quantize", choices=SCHEMES, default="bnb.nf4-dq", help="storage of the base")
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
     parser.add_argument("--targets", nargs="+", default=["all"], help="layers that learn")

@@ -26,6 +26,8 @@ from lit_qlora.kernels.launch import INTERPRETED
 from lit_qlora.model.attention import attend
 
 _aten = torch.ops.aten
+MOST_FLASH = 256
+"""Features of the largest heads that flash attention takes."""
 CUDNN_MULTIPLE = 256  # cuDNN builds a plan for each new length, which takes longer than it saves for odd ones
 
 
@@ -205,7 +207,7 @@ def flash_on(capability: tuple[int, int], size: int) -> bool:
     It is built for Ampere and later. The backward pass of 193 to 224 features does not fit the shared memory of cards
     that have 99 KiB of it. Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
     """
-    if size % 8 or size > 256 or capability < (8, 0):
+    if size % 8 or size > MOST_FLASH or capability < (8, 0):
         return False
     return not (192 < size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)))
 
@@ -238,4 +240,8 @@ def _of_document(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: Heads) ->
     if heads.cap is not None or heads.sinks is not None:
         return attend(q, k, v, mask, heads.scale, heads.cap, heads.sinks)
     grouped = heads.query != heads.key
+    if q.is_cuda and heads.size > MOST_FLASH and heads.window is None:
+        # torch's memory-efficient attention takes heads of any size, but neither this mask nor keys that are shared.
+        k, v = (t.repeat_interleave(heads.query // heads.key, dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped, scale=heads.scale)

@@ -88,9 +88,10 @@ class FusedBlock(KernelBlock):
         self.sends_qkv = self.fetches_below = False
 
     def forward(self, stream: list[Tensor], run: Pass) -> SavedBlock | None:
-        """Replace the (T, E) pair in `stream`, where the first block finds x alone; the saved activations.
+        """Replace the (T, E) pair in `stream`; the saved activations.
 
-        The pair is taken out of the list, so that its memory is free as soon as it is not needed.
+        The first block, and one behind a block with a scale, finds x alone. The pair is taken out of the list, so that
+        its memory is free as soon as it is not needed.
         """
         x, y = stream[0], stream[1] if len(stream) > 1 else None
         stream.clear()
@@ -132,9 +133,10 @@ class FusedBlock(KernelBlock):
             saved.raw_2 = save(raw_2)
         if beside is not None:
             y.add_(beside)
+        together = [middle, y] if self.scale is None else [y.add_(middle).mul_(self.scale)]
         if policy != "offload":
             run.offload.wait_for_copies()  # the copies of the blocks before, which have arrived by now
-        stream += [middle, y]
+        stream += together
         return saved if run.saves else None
 
     def backward(
@@ -142,10 +144,12 @@ class FusedBlock(KernelBlock):
     ) -> Tensor | None:
         """The gradient of the block's input stream from that of its output stream, both (T, E).
 
-        The gradients of the adapters are added to those of the groups. With `wants_dx` False only they are wanted.
-        With `carries` the dequantised weights are carried over to the next forward pass.
+        `d_out` is used up. The gradients of the adapters are added to those of the groups. With `wants_dx` False only
+        they are wanted. With `carries` the dequantised weights are carried over to the next forward pass.
         """
         back = Backward(run, pending, NO_WORKSPACES if carries else run.workspaces)
+        if self.scale is not None:
+            d_out = d_out.mul_(self.scale)
         run.offload.fetch(saved.qkv)  # the largest, which all products of the MLP are to hide
         if self.recompute == "full":
             self._recompute(saved, back)
@@ -256,8 +260,7 @@ class FusedBlock(KernelBlock):
         if not self.shaping.has_kernel:
             return self.heads.split(self._shaped_by_torch(qkv, run)[0])
         heads = self.heads
-        q, k = norm_rotate(qkv, *self._kernel_shaping(run), (heads.query, heads.key, heads.size))
-        return q, k, heads.split(qkv)[2]
+        return norm_rotate(qkv, *self._kernel_shaping(run), (heads.query, heads.key, heads.size))
 
     def _d_qkv(self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass) -> Tensor:
         """The gradient of the product with the stacked weights, (T, (H + 2 K) D)."""

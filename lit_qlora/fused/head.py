@@ -76,19 +76,19 @@ class Head:
         """The sum of the losses; its gradient at the stream and at the adapter, if it `learns`.
 
         Args:
-            stream: a pair (T, E) that the stream is the sum of, taken out of the list to free its memory early.
+            stream: (T, E), or a pair that it is the sum of, taken out of the list to free its memory early.
             workspace: for the head's weights if they are quantised.
             hits: see GPT.
 
         Returns:
             float32 scalar; (T, E) or None; pairs of an adapter's gradient and the term to add to it.
         """
-        x, y = stream
+        x, y = stream[0], stream[1] if len(stream) > 1 else None
         stream.clear()
         tokens, indices, group = x.size(0), labelled.indices, self.group
         if indices is not None:
             x = x.index_select(0, indices)
-            y = y.index_select(0, indices)
+            y = None if y is None else y.index_select(0, indices)
         count = x.size(0)
         if not count:
             return torch.zeros((), device=x.device), x.new_zeros(tokens, x.size(1)) if learns else None, []

@@ -30,6 +30,7 @@ class KernelBlock:
         parallel: attention and MLP read the same stream.
         post_1, post_2: the norms behind attention and MLP, times ModelConfig.residual_multiplier.
         windowed: it has a sliding window, and the rope of such blocks.
+        scale: (1,), the factor of what leaves it; None for none.
     """
 
     def __init__(self, block: Any, config: ModelConfig, number: int, like: Tensor) -> None:
@@ -39,12 +40,13 @@ class KernelBlock:
         self.post_1, self.post_2 = (norm_of(norm, like, share) for norm in (block.post_norm_1, block.post_norm_2))
         self.windowed, self.rotates = config.windowed(number), config.rotates(number)
         self.interleaved = config.rope_interleaved
+        self.scale = None if block.scale is None else block.scale.detach()
         window = config.sliding_window if self.windowed else None
         sinks = None if block.attn.sinks is None else block.attn.sinks.detach()
         self.heads = Heads(
             config.n_head,
-            config.n_kv_head,
-            config.head_size,
+            config.kv_heads_of(self.windowed),
+            config.head_size_of(self.windowed),
             config.attention_scale,
             window,
             config.attention_softcap,
@@ -55,7 +57,8 @@ class KernelBlock:
 
 def attention_layers(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the layers that read the block's input, and the layers that read the attention's output."""
-    return [attn.query, attn.key, attn.value], [attn.projection]
+    inputs = (attn.query, attn.key, attn.value)
+    return [layer for layer in inputs if layer is not None], [attn.projection]
 
 
 def mlp_layers(mlp: Any, config: ModelConfig) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -63,7 +63,7 @@ class FastSizes:
     def saved(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block saves for its backward pass."""
         c = self.model
-        attended = c.n_head * c.head_size
+        attended = self._attended
         z = self.rank * self.adapted
         middle, raw = self._middle, self._raw
         elements = {
@@ -78,7 +78,7 @@ class FastSizes:
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes in pinned memory of the host; torch allocates powers of 2."""
         c = self.model
-        always = [c.n_embd, self._middle, self._raw, self._raw, c.n_head * c.head_size]
+        always = [c.n_embd, self._middle, self._raw, self._raw, self._attended]
         sent = [
             [*always, self._qkv if sends_qkv(i, policy) else 0]
             for i, policy in enumerate(policies)
@@ -140,7 +140,7 @@ class FastSizes:
         experts = 2.0 * self._of_experts if self.quantized else 0.0
         if self.fp8:
             return float(max(max(self._branches, self._qkv), 2 * head) * c.n_embd)
-        kept = self._qkv + c.n_head * c.head_size if self.quantized and "full" in policies else 0
+        kept = self._qkv + self._attended if self.quantized and "full" in policies else 0
         dense = 2.0 * max(widest, head) * c.n_embd
         space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
         return space + 2.0 * kept * c.n_embd
@@ -152,7 +152,7 @@ class FastSizes:
         Experts, which are not carried over, are left out.
         """
         c, r = self.model, self.rank
-        attended, gated = c.n_head * c.head_size, 2 if "glu" in c.ffn else 1
+        attended, gated = self._attended, 2 if "glu" in c.ffn else 1
         branches = self._dense_branches
         into = self._qkv * (c.n_embd + 3 * r) + branches * (c.n_embd + gated * r)
         return 2.0 * (into + c.n_embd * (attended + branches // gated + 2 * r))
@@ -184,13 +184,24 @@ class FastSizes:
         """Features of queries and keys behind their norms, and of copies on the way there."""
         c = self.model
         if in_one_kernel(c):
-            return (c.n_head + c.n_kv_head) * c.head_size
+            return self._attended + (2 if c.value_norm else 1) * self._keys
         return 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
 
     @property
     def _qkv(self) -> int:
         """Features of queries, keys and values together."""
-        return (self.model.n_head + 2 * self.model.n_kv_head) * self.model.head_size
+        return self._attended + 2 * self._keys
+
+    @property
+    def _attended(self) -> int:
+        """Features of the queries, in the blocks with the most."""
+        return self.model.n_head * max(self.model.head_size_of(windowed) for windowed in (True, False))
+
+    @property
+    def _keys(self) -> int:
+        """Features of the keys, in the blocks with the most."""
+        c = self.model
+        return max(c.kv_heads_of(windowed) * c.head_size_of(windowed) for windowed in (True, False))
 
     @property
     def _branches(self) -> int:

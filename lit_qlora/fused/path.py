@@ -333,7 +333,7 @@ class Fused:
     def _blocks(
         self, tokens: Tensor, table_rows: Tensor | None, run: Pass
     ) -> tuple[list[Tensor], list[SavedBlock | None]]:
-        """For tokens (T,) the pair (T, E) whose sum the last norm reads, and the saved activations of each block."""
+        """For tokens (T,) what the last norm reads, (T, E) or a pair to add; and what each block saves."""
         if not self.copies_by_block:
             self.copies[0].refresh()
         rows = self.model.embed(tokens.view(run.layout.rows, run.layout.length))  # with noise, if there is any
@@ -362,9 +362,9 @@ class Fused:
     ) -> Tensor:
         """As GPT.hidden, without dropout or gradients; the arguments may lie on the host."""
         table_rows, run = self._pass(tokens, positions, segments, seen_until)
-        (x, y), _ = self._blocks(to_device(tokens.flatten(), self.device), table_rows, run)
+        (x, *y), _ = self._blocks(to_device(tokens.flatten(), self.device), table_rows, run)
         out = torch.empty_like(x)
-        add_norm(x, y, self.head.norm, out)
+        add_norm(x, y[0] if y else None, self.head.norm, out)
         return out.view(*tokens.shape, -1)
 
     @torch.no_grad()

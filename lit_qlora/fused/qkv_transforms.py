@@ -38,7 +38,7 @@ class Shaping:
         self.after: Shape | None = self._after if late else None
         self.normed_before = normed and not late
         self.has_kernel = in_one_kernel(config)
-        self.head_norm = _head_norm(attn, late) if self.has_kernel and normed else None
+        self.head_norm = _head_norm(attn, config, late) if self.has_kernel and normed else None
 
     @property
     def does_nothing(self) -> bool:
@@ -70,17 +70,22 @@ def norms_follow_rotation(config: ModelConfig) -> bool:
     return config.qk_norm_after_rope and config.qk_norm not in ("none", "full")
 
 
+def norms_heads(config: ModelConfig) -> bool:
+    """Tell whether kernels.qk_norm_rope norms queries and keys."""
+    return config.clip_qkv is None and config.qk_norm == "head" and config.norm in ("rms", "rms_plus_one")
+
+
 def in_one_kernel(config: ModelConfig) -> bool:
     """Tell whether kernels.qk_norm_rope computes the operations on queries and keys; rotation alone does not count."""
-    head_norm = config.qk_norm == "head" and config.norm in ("rms", "rms_plus_one")
     scaled = config.qk_norm == "none" and config.query_scale_beta != 0
-    return config.clip_qkv is None and (head_norm or scaled)
+    return norms_heads(config) or (config.clip_qkv is None and scaled)
 
 
-def _head_norm(attn: Any, late: bool) -> HeadNorm:
+def _head_norm(attn: Any, config: ModelConfig, late: bool) -> HeadNorm:
     norms = [attn.query_norm, attn.key_norm]
     weights = [1 + norm.weight.float() if isinstance(norm, RMSPlusOne) else norm.weight.float() for norm in norms]
-    return HeadNorm(torch.stack(weights).detach(), norms[0].eps, late)
+    of_keys = attn.value is None
+    return HeadNorm(torch.stack(weights).detach(), norms[0].eps, late, config.value_norm, of_keys)
 
 
 def pull_back(shape: Shape, qkv: Tensor, scale: Tensor | None, d_out: Tensor) -> Tensor:

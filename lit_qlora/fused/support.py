@@ -8,6 +8,7 @@ from torch import nn
 
 from lit_qlora.fused.experts import FUNCTIONS
 from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_layers
+from lit_qlora.fused.qkv_transforms import norms_heads
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.kernels import launch
 from lit_qlora.kernels.stack import BLOCK
@@ -19,8 +20,13 @@ from lit_qlora.quantize import QuantizedLinear, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
-UNHANDLED = ("kv_latent_size", "delta_layers", "attention_gate", "shared_expert_gate", "value_norm")
+UNHANDLED = (
+    *("kv_latent_size", "delta_layers", "attention_gate", "shared_expert_gate"),
+    *("shared_kv_layers", "per_layer_size", "experts_beside"),
+)
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
+UNDECODED = ("value_norm", "key_is_value", "block_scale", "full_head_size", "full_kv_heads")
+"""The same of the kernels of decoding alone."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""
 GROWING = ("dynamic", "longrope")
@@ -70,11 +76,13 @@ def decoded_scales(model: GPT) -> int:
     return more
 
 
-def unhandled(config: ModelConfig) -> str:
-    """The part of a model that the kernels do not compute, or ''."""
-    for name in UNHANDLED:
+def unhandled(config: ModelConfig, decodes: bool = False) -> str:
+    """The part of a model that the kernels of training, or with `decodes` those of decoding, do not compute, or ''."""
+    for name in (*UNHANDLED, *(UNDECODED if decodes else ())):
         if value := getattr(config, name):
             return f"{name} {value!r}"
+    if (config.value_norm or config.key_is_value) and not (config.value_norm and norms_heads(config)):
+        return "values that are normed or keys, without norms of heads"
     dense = not config.n_expert or bool(config.dense_layers) or config.shared_expert_size > 0
     handled = (not dense or config.ffn in ACTIVATIONS) and (not config.n_expert or config.ffn in FUNCTIONS)
     return "" if handled else f"ffn {config.ffn!r}"

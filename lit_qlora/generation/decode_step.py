@@ -125,7 +125,7 @@ def why_not(model: GPT, by_row: bool = False) -> str:
         return reason
     if weight.dtype not in small_batch_linear.DTYPES:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}"
-    if reason := unhandled(model.config) or unhandled_embeddings(model):
+    if reason := unhandled(model.config, decodes=True) or unhandled_embeddings(model):
         return reason
     if norms_follow_rotation(model.config):
         return "norms behind the rotation"

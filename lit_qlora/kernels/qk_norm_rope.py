@@ -1,6 +1,7 @@
 """Norms of single heads, and rotation, of queries and keys: one pass forward and one backward.
 
-Forward: queries and keys of the stacked [query | key | value] are read once and written once; values are not copied.
+Forward: queries and keys of the stacked [query | key | value] are read once and written once; values are not copied,
+except where they are normed too, or are the keys as they were projected (Gemma 4).
 Backward: the three gradients become the stack's in the same pass. It computes the norms' statistics again, from heads
 that it reads anyway. RMSNorm: Zhang & Sennrich 2019; norms of queries and keys: Henry et al. 2020.
 """
@@ -23,11 +24,15 @@ class HeadNorm:
     Attributes:
         weights: (2, D) float32, of queries and of keys.
         late: the norm follows the rotation.
+        values: values are normed too, without a weight.
+        values_of_keys: with `values`: they are the keys as they were projected, and the stack has none of its own.
     """
 
     weights: Tensor
     eps: float
     late: bool = False
+    values: bool = False
+    values_of_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ class Rotation:
 
 def norm_rotate(
     qkv: Tensor, norm: HeadNorm | None, rotation: Rotation | None, scale: Tensor | None, heads: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """Queries (T, H, D) and keys (T, K, D), normed, rotated, and queries times `scale`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (T, H, D) and keys (T, K, D), normed, rotated, and queries times `scale`; and values (T, K, D).
 
     Args:
-        qkv: (T, (H + 2 K) D), rows contiguous.
+        qkv: (T, at least (H + 2 K) D, or (H + K) D with values_of_keys), rows contiguous.
         scale: (T,) float32.
         heads: H, K, D.
     """
@@ -57,7 +62,14 @@ def norm_rotate(
         **_settings(size, norm, rotation, scale), num_warps=4,
     )  # fmt: skip
     q, k = out.split((queries, keys), dim=1)
-    return q, k
+    first = queries if norm is not None and norm.values_of_keys else queries + keys
+    v = qkv[:, first * size : (first + keys) * size].unflatten(1, (keys, size))
+    if norm is not None and norm.values:
+        plain, v = v, torch.empty(len(qkv), keys, size, device=qkv.device, dtype=qkv.dtype)
+        _norm_values[(len(qkv), cdiv(keys, HEADS))](
+            plain, qkv.stride(0), v, keys, norm.eps, D=size, DP=power_of_2(size, 1), BH=HEADS, num_warps=4
+        )
+    return q, k, v
 
 
 def norm_rotate_backward(
@@ -68,19 +80,22 @@ def norm_rotate_backward(
     norm: HeadNorm | None,
     rotation: Rotation | None,
     scale: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of qkv (T, (H + 2 K) D), which norm_rotate read.
+    """The gradient of qkv, which norm_rotate read.
 
     Args:
         dq: (T, H, D); dk, dv: (T, K, D); any stride between tokens, heads dense.
+        out: as qkv, whose further columns stay as they are; None for a new one.
     """
     rows, queries, size = dq.shape
     keys = dk.size(1)
-    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    _norm_rotate_backward[(rows, cdiv(queries, HEADS) + 2 * cdiv(keys, HEADS))](
+    out = torch.empty_like(qkv, memory_format=torch.contiguous_format) if out is None else out
+    stacked = 1 if norm is not None and norm.values_of_keys else 2
+    _norm_rotate_backward[(rows, cdiv(queries, HEADS) + stacked * cdiv(keys, HEADS))](
         dq, dk, dv, dq.stride(0), dk.stride(0), dv.stride(0), qkv, qkv.stride(0), out, out.stride(0),
-        *_tables(qkv, norm, rotation, scale), queries, keys,
-        **_settings(size, norm, rotation, scale), num_warps=4,
+        *_tables(qkv, norm, rotation, scale), queries, keys, VALUES=norm is not None and norm.values,
+        OF_KEYS=stacked == 1, **_settings(size, norm, rotation, scale), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -159,10 +174,20 @@ if triton is not None:
             tl.store(to + d[None, :], (rest * factor).to(OUT.dtype.element_ty), in_rest)
 
     @triton.jit
+    def _norm_values(V, ld, OUT, keys, eps, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr):
+        t = tl.program_id(0).to(tl.int64)
+        h, d = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, DP)
+        at, inside = h[:, None] * D + d[None, :], (h < keys)[:, None] & (d < D)[None, :]
+        v = tl.load(V + t * ld + at, inside, 0.0).to(tl.float32)
+        v = v / tl.sqrt(tl.sum(v * v, 1) / D + eps)[:, None]
+        tl.store(OUT + t * keys * D + at, v.to(OUT.dtype.element_ty), inside)
+
+    @triton.jit
     def _norm_rotate_backward(
         DQ, DK, DV, step_q, step_k, step_v, QKV, ld, OUT, ldo, POSITIONS, COS, SIN, W, eps, SCALE, queries, keys,
         D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, STEP: tl.constexpr, GAP: tl.constexpr,
-        NORM: tl.constexpr, LATE: tl.constexpr, HAS_SCALE: tl.constexpr, BH: tl.constexpr,
+        NORM: tl.constexpr, LATE: tl.constexpr, VALUES: tl.constexpr, OF_KEYS: tl.constexpr,
+        HAS_SCALE: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0).to(tl.int64)
         block, query_blocks, key_blocks = tl.program_id(1), tl.cdiv(queries, BH), tl.cdiv(keys, BH)
@@ -171,7 +196,13 @@ if triton is not None:
             group = (block - query_blocks - key_blocks) * BH + tl.arange(0, BH)
             in_value = (group < keys)[:, None] & (d < D)[None, :]
             v = tl.load(DV + t * step_v + group[:, None] * D + d[None, :], in_value, 0.0)
-            tl.store(OUT + t * ldo + (queries + keys + group)[:, None] * D + d[None, :], v, in_value)
+            at = (queries + keys + group)[:, None] * D + d[None, :]
+            if VALUES:
+                x, gv = tl.load(QKV + t * ld + at, in_value, 0.0).to(tl.float32), v.to(tl.float32)
+                rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
+                shift = (tl.sum(x * gv, 1) * rstd * rstd / D)[:, None]
+                v = ((gv - x * shift) * rstd[:, None]).to(v.dtype)
+            tl.store(OUT + t * ldo + at, v, in_value)
         else:
             is_key = block >= query_blocks
             own = (block - tl.where(is_key, query_blocks, 0)) * BH + tl.arange(0, BH)
@@ -207,6 +238,13 @@ if triton is not None:
             if NORM:
                 if not LATE:
                     ga, gb = ga * wa, gb * wb
+                if OF_KEYS:  # noqa: SIM102 - the outer one decides what is compiled
+                    if is_key:  # values of the same input and its size: gradients add up before the norm's
+                        of_value = DV + t * step_v + own[:, None] * D
+                        ga += tl.load(of_value + STEP * j[None, :], in_pair, 0.0).to(tl.float32)
+                        gb += tl.load(of_value + GAP + STEP * j[None, :], in_pair, 0.0).to(tl.float32)
+                        if 2 * HALF < D:
+                            rest += tl.load(of_value + d[None, :], in_rest, 0.0).to(tl.float32)
                 a = tl.load(source + STEP * j[None, :], in_pair, 0.0).to(tl.float32)
                 b = tl.load(source + GAP + STEP * j[None, :], in_pair, 0.0).to(tl.float32)
                 squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)

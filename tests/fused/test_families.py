@@ -33,11 +33,11 @@ PLAIN = {
     "qwen3_5_text": "delta_layers",
     "qwen3_5_moe_text": "delta_layers",
     "qwen3_next": "delta_layers",
-    "gemma4_text": "value_norm",
-    "gemma4_unified_text": "value_norm",
 }
 """The families that take the plain path, and the field of ModelConfig that is to blame."""
-FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN]
+PLAIN_CASES = {"gemma4_moe": "experts_beside", "gemma4-E": "shared_kv_layers"}
+"""The same of models of families that have others, too."""
+FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN and case not in PLAIN_CASES]
 REPRESENTATIVE = [
     *(
         "gemma2",
@@ -75,14 +75,22 @@ def test_the_others_name_what_it_lacks(family: str) -> None:
     assert all(why_not(model_of(case)).startswith(f"{PLAIN[family]} ") for case in cases)
 
 
+@pytest.mark.parametrize("case", PLAIN_CASES)
+def test_so_do_models_with_more_than_others_of_their_family(case: str) -> None:
+    assert why_not(model_of(case)).startswith(f"{PLAIN_CASES[case]} ")
+
+
 def test_the_table_of_families_names_them_too() -> None:
-    told = {name for name in FAMILIES if any(limit.startswith("plain path") for limit in limits(name))}
+    told = {name for name in FAMILIES if any(limit.startswith("plain path: ") for limit in limits(name))}
     assert told - {"mistral4"} == set(PLAIN)  # which transformers has inside a wrapper alone
+    partly = {name for name in FAMILIES if any(limit.startswith("plain path with ") for limit in limits(name))}
+    assert partly >= {CASES[case][0] for case in PLAIN_CASES}
 
 
 QUICK = [(case, "none") for case in REPRESENTATIVE] + [
     ("olmo2", "attn"),
     ("gemma3_text", "full"),
+    ("gemma4", "full"),
     ("phi-qk-norm", "full"),
 ]
 

@@ -18,6 +18,8 @@ WAYS = {  # share of a head that is rotated, interleaved pairs, norm, norm behin
     "part of a head": (0.5, False, True, False, False),
     "scale alone": (1.0, False, False, False, True),
     "no rotation": (0.0, False, True, False, True),
+    "normed values": (1.0, False, True, False, False),
+    "keys as values": (0.5, False, True, True, True),
 }
 
 
@@ -39,10 +41,10 @@ def rotated(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_queries_keys_and_gradient_are_those_of_float64(shape: str, way: str) -> None:
     heads, (share, interleaved, normed, late, scales) = SHAPES[shape], WAYS[way]
-    queries, keys, size = heads
+    (queries, keys, size), of_keys = heads, way == "keys as values"
     half = int(share * size / 2)
     torch.manual_seed(0)
-    x = torch.randn(T, (queries + 2 * keys) * size, dtype=torch.float64)
+    x = torch.randn(T, (queries + (1 if of_keys else 2) * keys) * size, dtype=torch.float64)
     weights, scale = torch.rand(2, size, dtype=torch.float64) + 0.5, torch.rand(T, dtype=torch.float64) + 0.5
     positions, angles = torch.randperm(7)[:T], 3 * torch.randn(7, half, dtype=torch.float64)
 
@@ -53,7 +55,9 @@ def test_queries_keys_and_gradient_are_those_of_float64(shape: str, way: str) ->
         return (part * weight if normed and late else part) * factor[:, None, None]
 
     leaf = x.clone().requires_grad_()
-    q, k, v = leaf.view(T, -1, size).split((queries, keys, keys), dim=1)
+    q, k, *rest = leaf.view(T, -1, size).split((queries, keys) if of_keys else (queries, keys, keys), dim=1)
+    v, values = k if of_keys else rest[0], "values" in way
+    v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS) if values else v
     one = torch.ones(T, dtype=torch.float64)
     expected = meaning(q, weights[0], scale if scales else one), meaning(k, weights[1], one)
     upstream = [torch.randn_like(part) for part in (q, k, v)]
@@ -63,10 +67,10 @@ def test_queries_keys_and_gradient_are_those_of_float64(shape: str, way: str) ->
     def low(tensor: Tensor) -> Tensor:
         return tensor.float().to(DEVICE)
 
-    norm = HeadNorm(low(weights), EPS, late) if normed else None
+    norm = HeadNorm(low(weights), EPS, late, values, of_keys) if normed else None
     rotation = Rotation(positions.int().to(DEVICE), low(angles.cos()), low(angles.sin()), interleaved) if half else None
     settings = norm, rotation, low(scale) if scales else None
     found = norm_rotate(low(x), *settings, heads)
     back = norm_rotate_backward(*map(low, upstream), low(x), *settings)
-    for ours, theirs in zip((*found, back), (*expected, gradient), strict=True):
+    for ours, theirs in zip((*found, back), (*expected, v, gradient), strict=True):
         torch.testing.assert_close(ours.cpu().double(), theirs.detach(), rtol=2e-5, atol=2e-5)

@@ -59,10 +59,15 @@ PLAIN_PATH = {
     "kv_latent_size": "latent attention",
     "delta_layers": "gated delta nets",
     "attention_gate": "gated attention",
-    "value_norm": "normed values",
     "shared_expert_gate": "gated shared expert",
 }
 """Field that the kernels of training do not compute -> its feature."""
+PARTLY = {
+    "shared_kv_layers": "shared keys and values",
+    "per_layer_size": "per-layer embeddings",
+    "experts_beside": "experts beside an MLP",
+}
+"""The same of features that a few models of a family have."""
 
 
 def features(family: Family) -> str:
@@ -78,6 +83,7 @@ def limits(name: str) -> list[str]:
     found = [] if name in ARCHITECTURES else ["no GGUF"]
     used = {**family.fields, **family.fixed}
     found += [f"plain path: {words}" for ours, words in PLAIN_PATH.items() if ours in used]
+    found += [f"plain path with {words}" for ours, words in PARTLY.items() if ours in used]
     if family.defaults.get("hidden_act") == "xielu":
         found.append("plain path: xielu")
     if name == "afmoe":

@@ -59,7 +59,7 @@ HOMES = {
     }
     | {"data.samples"},
     "datasets": {"data.sources"},
-    "pyarrow": {"data.readers"},
+    "pyarrow": {"data.readers", "data.text_files"},
     "transformers": set(),
     "peft": set(),
     "lm_eval": set(),

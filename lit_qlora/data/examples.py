@@ -100,7 +100,7 @@ def read_examples(
     if not examples and not tokenized:
         what = f"no samples that can be read: {complaints[0]}" if complaints else "no samples."
         raise DataError(f"{source} holds {what}")
-    return Reading(examples, name, saw, len(complaints), unread, tokenized)
+    return Reading(examples, name, saw + source.saw(), len(complaints), unread, tokenized)
 
 
 def _silent_turn(said: Conversation) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_qlora.data.messages import conversation_of, variables_of
 from lit_qlora.data.sources import Source, find_file, read_records
+from lit_qlora.data.text_files import kind_of
 from lit_qlora.errors import DataError
 from lit_qlora.files.reading import read_json
 from lit_qlora.prompts.conversation import NOTHING, Conversation, Message, prompt_of
@@ -28,7 +29,7 @@ def read_prompts(
         DataError: if the file cannot be read, holds no prompt, or a row has none.
     """
     source = find_file(path)
-    records = _read_lines(source) if path.suffix.lower() == ".txt" else read_records(source)
+    records = _read_lines(source) if kind_of(path) == ".txt" else read_records(source)
     found = False
     for location, row in records:
         for value in (row, *(row.values() if isinstance(row, dict) else ())):

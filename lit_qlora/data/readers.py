@@ -1,69 +1,25 @@
 """Reading files of records: JSON, JSON lines, tables, Parquet, text. Every record has a location, for messages."""
 
-import codecs
 import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.data.text_files import UTF8, byte_lines, find_encoding, kind_of, lines, not_utf8, pieces
 from lit_qlora.errors import DataError
 from lit_qlora.files.reading import check_depth, reason
 
 Record = tuple[str, Any]
 """(location, content); the content of a record that cannot be read is a DataError that says why."""
-PIECE = 2**22  # bytes that are read at a time
 LONGEST_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072, fewer than some documents have
-
-# Text is read a piece at a time: as one string, a gigabyte of it with a single emoji takes four.
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    """The text of a file, in pieces."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with open(path, "rb") as file:
-        _refuse_by_beginning(path, file.peek(2)[:2])
-        try:
-            while content := file.read(PIECE):
-                yield decoder.decode(content)
-            yield decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            for _ in _lines(path):  # which knows the location
-                pass
-            raise DataError(f"{path} is not UTF-8. Save it as UTF-8.") from None
-
-
-def _byte_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file; only a newline ends one, other separators are text."""
-    with open(path, "rb") as file:
-        _refuse_by_beginning(path, file.peek(2)[:2])
-        if file.peek(3).startswith(codecs.BOM_UTF8):
-            file.read(3)
-        yield from file
-
-
-def _lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_byte_lines(path), start=1):
-        try:
-            yield line.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: {_not_utf8(error)}") from None
-
-
-def _refuse_by_beginning(path: Path, beginning: bytes) -> None:
-    if beginning in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} looks like UTF-16. Save it as UTF-8.")
-    if beginning == b"\x1f\x8b":
-        raise DataError(f"{path} is compressed with gzip. Decompress it first.")
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    """Describe the byte of a line that is not UTF-8."""
-    byte = f"byte 0x{error.object[error.start]:02x}"
-    return f"{byte} is not UTF-8 (column {error.start + 1}). Save the file as UTF-8."
-
+LOOKED_AT = 20  # records of a table that show its delimiter
+NAMES = {",": "commas", "\t": "tabs"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""Of a table by its name, unless its records show another."""
 
 # JSON. NaN, Infinity and a key that stands twice are refused: the format allows them, and no data set means them.
 
@@ -88,7 +44,7 @@ class _Json:
     """JSON values one after the other, from the pieces of a file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.pieces = path, _pieces(path)
+        self.path, self.pieces = path, pieces(path)
         self.text, self.at = "", 0
         self.line, self.line_start, self.counted = 1, 0, 0  # lines up to `counted`; the start can lie before the text
 
@@ -134,12 +90,12 @@ class _Json:
         """Read on, as much as there is already, so that a value of any length is tried a few times only."""
         self.location()
         kept = self.text[self.at :]
-        pieces: list[str] = []
-        while sum(map(len, pieces)) <= len(kept) and (piece := next(self.pieces, None)) is not None:
-            pieces.append(piece)
-        if not any(pieces):
+        more: list[str] = []
+        while sum(map(len, more)) <= len(kept) and (piece := next(self.pieces, None)) is not None:
+            more.append(piece)
+        if not any(more):
             return False
-        self.text = kept + "".join(pieces)
+        self.text = kept + "".join(more)
         self.line_start, self.counted, self.at = self.line_start - self.at, 0, 0
         return True
 
@@ -190,7 +146,7 @@ def _from_object(source: _Json) -> Iterator[Record]:
 
 def _from_jsonl(path: Path) -> Iterator[Record]:
     first = True
-    for number, content in enumerate(_byte_lines(path), start=1):
+    for number, content in enumerate(byte_lines(path), start=1):
         try:
             line = content.decode()
             if not line.strip():
@@ -202,7 +158,7 @@ def _from_jsonl(path: Path) -> Iterator[Record]:
             record: Any = _DECODER.decode(line)
             check_depth(record)
         except UnicodeDecodeError as error:
-            record = DataError(_not_utf8(error))
+            record = DataError(not_utf8(error))
         except json.JSONDecodeError as error:
             record = DataError(f"not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -213,9 +169,41 @@ def _from_jsonl(path: Path) -> Iterator[Record]:
 # Tables and text.
 
 
-def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
+def find_delimiter(path: Path, encoding: str) -> str:
+    """The delimiter that splits header and first records of a table into equally many columns; else the usual one."""
+    usual = DELIMITERS[kind_of(path)]
+    columns = {mark: _columns(path, encoding, mark) for mark in dict.fromkeys((usual, *",;\t|"))}
+    return max(columns, key=lambda mark: columns[mark])
+
+
+def _columns(path: Path, encoding: str, delimiter: str) -> int:
+    """The columns of the first records, 1 if they do not all have as many as the header."""
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    try:
+        rows = (row for row in csv.reader(lines(path, encoding), delimiter=delimiter) if "".join(row).strip())
+        counts = {len(row) for row in islice(rows, LOOKED_AT)}
+    except (csv.Error, DataError):  # reading it again says so
+        return 1
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def describe(path: Path) -> str:
+    """The delimiter and encoding of a table or text that are not the usual ones of such a file; else ''."""
+    kind = kind_of(path)
+    if kind not in (*DELIMITERS, ".txt"):
+        return ""
+    encoding = find_encoding(path)
+    usual = DELIMITERS.get(kind, "")
+    delimiter = find_delimiter(path, encoding) if usual else ""
+    said = f"delimited by {NAMES.get(delimiter, repr(delimiter))}" if delimiter != usual else ""
+    return ", ".join(part for part in (said, encoding if encoding != UTF8 else "") if part)
+
+
+def _from_table(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(LONGEST_FIELD)
+    encoding = find_encoding(path)
+    delimiter = find_delimiter(path, encoding)
+    reader = csv.reader(lines(path, encoding), delimiter=delimiter, strict=True)
     line = 1  # where the record begins, which can be several lines before its end
     try:
         header = next((row for row in reader if "".join(row).strip()), [])
@@ -224,7 +212,7 @@ def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
         if len(header) == 1:
             others = [mark for mark in ",;\t|" if mark in header[0]]
             if others:
-                hint = f"Is it delimited by {others[0]!r}? Save it with {'commas' if delimiter == ',' else 'tabs'}."
+                hint = f"Is it delimited by {others[0]!r}? Then its records have other columns than its header."
                 raise DataError(f"{path}:{reader.line_num}: there is one column only ({header[0]}). {hint}")
         line = reader.line_num + 1
         for row in reader:
@@ -254,8 +242,35 @@ def _from_parquet(path: Path) -> Iterator[Record]:
         raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
+def _from_arrow(path: Path) -> Iterator[Record]:
+    """The rows of a file that the library datasets saved."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as file, _open_arrow(file) as batches:
+            for batch in batches:
+                batch.validate(full=True)  # a damaged one would end the process
+                for row in _rows(batch, f"{path}: rows {number + 1} to {number + len(batch)}"):
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not an Arrow file: {str(error).splitlines()[0]}") from None
+
+
+def _open_arrow(file: Any) -> Any:
+    """Open a stream of batches, which datasets writes, or a file of them."""
+    import pyarrow
+
+    if file.read(6) == b"ARROW1":
+        batches = pyarrow.ipc.open_file(file)
+        return closing(batches.get_batch(i) for i in range(batches.num_record_batches))
+    file.seek(0)
+    return pyarrow.ipc.open_stream(file)
+
+
 def _rows(batch: Any, location: str) -> list[Any]:
-    """The rows of a part of a Parquet file, in Python's types, which hold neither each time nor each byte."""
+    """The rows of a part of a Parquet or Arrow file, in Python's types, which hold neither each time nor each byte."""
     try:
         rows: list[Any] = batch.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -264,7 +279,7 @@ def _rows(batch: Any, location: str) -> list[Any]:
 
 
 def _from_text(path: Path) -> Iterator[Record]:
-    text = "".join(_pieces(path))
+    text = "".join(pieces(path, find_encoding(path)))
     if text.strip():
         yield str(path), {"text": text}
 
@@ -272,8 +287,11 @@ def _from_text(path: Path) -> Iterator[Record]:
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _from_json,
     ".jsonl": _from_jsonl,
-    ".csv": partial(_from_table, delimiter=","),
-    ".tsv": partial(_from_table, delimiter="\t"),
+    ".csv": _from_table,
+    ".tsv": _from_table,
     ".parquet": _from_parquet,
+    ".arrow": _from_arrow,
     ".txt": _from_text,
 }
+PACKABLE = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+"""Types that may be compressed as a whole; the others are so inside."""

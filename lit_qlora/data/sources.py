@@ -1,18 +1,22 @@
-"""Sources of records: files of several kinds, directories, and data sets of the Hugging Face hub."""
+"""Sources of records: files of several kinds, folders, patterns, and data sets of the Hugging Face hub or saved."""
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lit_qlora.data.hub_sets import HUB_SETS, HubSet, find_hub_set
-from lit_qlora.data.readers import READERS, Record
+from lit_qlora.data.readers import PACKABLE, READERS, Record, describe
+from lit_qlora.data.text_files import PACKED, kind_of
 from lit_qlora.errors import DataError, did_you_mean
 from lit_qlora.files.atomic import recover_files
+from lit_qlora.files.reading import read_json
 
 HUB = "hf:"
 VAL_SPLITS = ("validation", "val", "valid", "dev")  # names that hub data sets give to the part that is held out
@@ -20,19 +24,32 @@ VAL_SPLITS = ("validation", "val", "valid", "dev")  # names that hub data sets g
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or a split of a hub data set."""
+    """A file, several files together, or a split of a hub data set."""
 
     path: str
-    """As it was given, without a number of times; for a directory, the file in it."""
+    """As it was given, without a number of times; for a folder with a training file, that file."""
     split: str = ""
     """Of a hub data set."""
     times: float = 1.0
     """Times that an epoch sees each sample."""
+    several: tuple[str, ...] = ()
+    """The files, if `path` stands for more than one."""
 
     def __str__(self) -> str:
         known = self._known
         where = f"{HUB}{known.repo}, {self.split}" if known else self.split
         return f"{self.path} ({where})" if self.split else self.path
+
+    @property
+    def files(self) -> list[Path]:
+        """The files; none of a hub data set."""
+        return [] if self.split else [Path(file) for file in self.several or (self.path,)]
+
+    def saw(self) -> str:
+        """Say how the files are delimited, encoded and counted, unless all of it is as usual; each part after '; '."""
+        found = dict.fromkeys(said for file in self.files if (said := describe(file)))
+        count = f"{len(self.several)} files" if self.several else ""
+        return "".join(f"; {said}" for said in (*found, count) if said)
 
     @property
     def format(self) -> str:
@@ -54,10 +71,11 @@ BESIDE_TRAIN = ("val.jsonl", RECORD, REPORT)
 def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Source], Source | None]:
     """Find the sources that data.path and data.val_path name: training sources, and the source to validate on.
 
-    A directory or hub data set has a validation part of its own; the first such part is taken unless val_path is given.
+    A folder or hub data set may have a validation part of its own; the first such part is taken unless val_path is
+    given. `~` is the home folder.
 
     Raises:
-        DataError: if a file is absent, or a directory holds no training file or more than one.
+        DataError: if a file is absent, or a folder or pattern holds none, or none that can be read.
     """
     train: list[Source] = []
     val: list[Source] = []
@@ -68,34 +86,96 @@ def find_sources(paths: Iterable[str], val_path: str | None) -> tuple[list[Sourc
             train.append(Source(path, "train" if "train" in splits else splits[0], times))
             val += [Source(path, name) for name in VAL_SPLITS if name in splits and name != train[-1].split]
             continue
-        _put_back(Path(path))
-        if not Path(path).exists():
-            near = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
-            names = "" if set("/.") & set(path) else f"\nData sets known by name: {', '.join(HUB_SETS)}."
-            known = [*near, *(HUB_SETS if names else ())]
-            hint = did_you_mean(Path(path).name, known) or _on_the_hub(path)
-            raise DataError(f"data.path {path} does not exist.{hint}{names}")
-        if Path(path).is_dir():
-            own_train, own_val = _only_one(Path(path), "train"), _only_one(Path(path), "val")
-            if own_train is None:
-                names = ", ".join(f"train{suffix}" for suffix in READERS)
-                raise DataError(f"{path} holds no training file: none of {names}.")
-            path = own_train
-            val += [Source(own_val)] if own_val else []
-        train.append(Source(_readable(path), times=times))
+        own_train, own_val = _find(path, "data.path")
+        train.append(replace(own_train, times=times))
+        val += own_val
     if val_path is not None and is_hub(val_path):
         splits = list(_hub(val_path))
         return train, Source(val_path, next((name for name in (*VAL_SPLITS, "test") if name in splits), splits[0]))
     if val_path is not None:
-        if not Path(val_path).is_file():
-            raise DataError(f"data.val_path {val_path} is not a file.")
-        return train, Source(_readable(val_path))
+        whole, own = _find(val_path, "data.val_path")
+        return train, own[0] if own else whole
     return train, val[0] if val else None
+
+
+def _find(text: str, setting: str) -> tuple[Source, list[Source]]:
+    """The source that a path or a pattern stands for, and what it holds to validate on."""
+    path = Path(text).expanduser()
+    _put_back(path)
+    if path.is_dir():
+        return _in_folder(path, setting)
+    if path.exists():
+        return Source(_readable(str(path))), []
+    if has_magic(text):
+        files = [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
+        if not files:
+            raise DataError(f"{setting} {text} matches no file.")
+        return _together(str(path), files), []
+    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = "" if set("/.") & set(text) else f"\nData sets known by name: {', '.join(HUB_SETS)}."
+    known = [*near, *(HUB_SETS if names else ())]
+    hint = did_you_mean(path.name, known) or _on_the_hub(text)
+    raise DataError(f"{setting} {text} does not exist.{hint}{names}")
+
+
+def _together(path: str, files: Sequence[Path]) -> Source:
+    """Several files as one source."""
+    several = tuple(_readable(str(file)) for file in files)
+    return Source(path, several=several) if several[1:] else Source(several[0])
+
+
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files that the library datasets writes beside the data of a split, and beside the folders of several."""
+PARTS = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
+"""Matches the beginning of a file's name that tells which part of a data set it holds."""
+
+
+def _in_folder(folder: Path, setting: str) -> tuple[Source, list[Source]]:
+    """The source that a folder stands for, and what it holds to validate on.
+
+    That is, in this order: a data set that the library datasets saved; one train file and one val file; files whose
+    names begin with a part, such as train-00001-of-00004.parquet; all files.
+    """
+    if (folder / SAVED_SPLITS).is_file():
+        names = [str(name) for name in read_json(folder / SAVED_SPLITS, DataError).get("splits", ())]
+        found = {name: _saved(folder / name) for name in names if (folder / name / SAVED).is_file()}
+        return _by_part(folder, found)
+    if (folder / SAVED).is_file():
+        return _saved(folder), []
+    train, val = _only_one(folder, "train"), _only_one(folder, "val")
+    if train:
+        return Source(train), [Source(val)] if val else []
+    files = sorted(file for file in folder.iterdir() if file.is_file() and _is_readable(file))
+    parts: dict[str, list[Path]] = {}
+    for file in files:
+        parts.setdefault(part[1] if (part := PARTS.match(file.name.lower())) else "", []).append(file)
+    if "" not in parts and parts:
+        return _by_part(folder, {name: _together(f"{folder}/{name}*", some) for name, some in parts.items()})
+    if not files:
+        raise DataError(f"{setting} {folder} holds no file of a type that can be read: {', '.join(READERS)}.")
+    return _together(str(folder), files), []
+
+
+def _by_part(folder: Path, parts: dict[str, Source]) -> tuple[Source, list[Source]]:
+    if "train" not in parts:
+        raise DataError(f"{folder} has no part train, but {', '.join(parts) or 'none'}. Name the file or folder.")
+    return parts["train"], [parts[name] for name in VAL_SPLITS if name in parts][:1]
+
+
+def _saved(folder: Path) -> Source:
+    """A split that save_to_disk of the library datasets has written."""
+    files = read_json(folder / SAVED, DataError).get("_data_files")
+    names = [str(file.get("filename")) for file in files or () if isinstance(file, dict)]
+    if not names or len(names) < len(files) or any(Path(name).name != name for name in names):
+        raise DataError(f"{folder / SAVED} names no files of its folder.")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise DataError(f"{folder} is incomplete: {missing[0]} is missing.")
+    return Source(str(folder), several=tuple(_readable(str(folder / name)) for name in names))
 
 
 def _on_the_hub(path: str) -> str:
     """Return ' On the hub: hf:ORG/NAME' for a path that may be meant so, else ''."""
-    return f" On the hub: hf:{path}" if ORG_AND_NAME(path) and Path(path).suffix not in READERS else ""
+    return f" On the hub: hf:{path}" if ORG_AND_NAME(path) and kind_of(path) not in READERS else ""
 
 
 def is_hub(path: str) -> bool:
@@ -132,6 +212,8 @@ def fingerprint(source: Source) -> str:
         for file in _hub_split(source).cache_files:
             digest.update(sha256(Path(file["filename"])).encode())
         return digest.hexdigest()
+    if source.several:
+        return hashlib.sha256("".join(map(sha256, source.files)).encode()).hexdigest()
     return sha256(Path(source.path))
 
 
@@ -149,7 +231,7 @@ def read_records(source: Source) -> Iterable[Record]:
     """
     if source.split:
         return ((f"{source}: row {i}", row) for i, row in enumerate(_hub_split(source), start=1))
-    return READERS[Path(source.path).suffix.lower()](Path(source.path))
+    return chain.from_iterable(READERS[kind_of(file)](file) for file in source.files)
 
 
 def _times(text: str) -> tuple[str, float]:
@@ -160,26 +242,36 @@ def _times(text: str) -> tuple[str, float]:
     try:
         times = float(number)
     except ValueError:
+        if (
+            glob(str(Path(text).expanduser()), recursive=True)
+            or f"/{path}".endswith("/")
+            or kind_of(f"x{number}") in READERS
+        ):
+            return text, 1.0  # the star is of a pattern
         times = 0.0
     if not 0 < times < 1e6:
-        if Path(f"*{number}").suffix in READERS:
-            raise DataError(f"data.path {text}: patterns are not expanded. Name the files, e.g. [a.jsonl,b.jsonl].")
         raise DataError(f"data.path {text}: {number!r} is not how often; write e.g. {path or 'a.jsonl'}*0.5.")
     return path, times
 
 
 def _readable(path: str) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in READERS:
-        hint = " Decompress it first." if suffix in (".gz", ".zip", ".bz2", ".xz", ".zst") else ""
-        raise DataError(f"{path}: files of type {suffix!r} cannot be read.{hint} Known: {', '.join(READERS)}.")
+    if not _is_readable(Path(path)):
+        suffix = "".join(Path(path).suffixes[-2:]) if Path(path).suffix in PACKED else Path(path).suffix
+        packed = Path(path).suffix.lower() in (*PACKED, ".zip", ".7z", ".tgz")
+        hint = " Decompress it first." if packed else ""
+        raise DataError(f"{path}: files of type {suffix.lower()!r} cannot be read.{hint} Known: {', '.join(READERS)}.")
     return path
 
 
-def _only_one(directory: Path, stem: str) -> str | None:
-    found = [directory / f"{stem}{suffix}" for suffix in READERS if (directory / f"{stem}{suffix}").is_file()]
+def _is_readable(path: Path) -> bool:
+    return kind_of(path) in (PACKABLE if path.suffix.lower() in PACKED else READERS)
+
+
+def _only_one(folder: Path, stem: str) -> str | None:
+    names = [f"{stem}{suffix}{packed}" for suffix in READERS for packed in ("", *PACKED)]
+    found = [folder / name for name in names if (folder / name).is_file() and _is_readable(folder / name)]
     if len(found) > 1:
-        raise DataError(f"{directory} holds several {stem} files: {', '.join(p.name for p in found)}. Name one.")
+        raise DataError(f"{folder} holds several {stem} files: {', '.join(p.name for p in found)}. Name one.")
     return str(found[0]) if found else None
 
 

@@ -35,12 +35,13 @@ class DataConfig(PromptKnobs):
     """Training and validation data, and how records become token ids."""
 
     path: tuple[str, ...] | str = "auto"
-    """A .json, .jsonl, .csv, .tsv, .parquet or .txt file; a directory with train and val files; hf:ORG/NAME or
-    hf:ORG/NAME:CONFIG; a data set by name: alpaca, alpaca-clean, alpaca-gpt4, chip2, dolly, flan, flan-v2, hh-rlhf,
-    lima, longform, oasst1, oasst1-trees, red-dot or self-instruct (see docs/data_sets.md); or a list such as
-    [a.jsonl,b.csv*0.5,c.json*2]. The factor says how often an epoch visits each sample of a source; 0.5 takes another
-    half in each epoch. 'auto' is the folder that scripts/prepare_alpaca.py or prepare_csv.py left for this checkpoint;
-    for the demo's checkpoint, finetune/demo."""
+    """A .json, .jsonl, .csv, .tsv, .parquet, .arrow or .txt file, which may be compressed (.gz, .zst, .xz, .bz2); a
+    pattern such as "data/*.jsonl"; a folder with train and val files, of several files of one format, or saved by the
+    library datasets; hf:ORG/NAME or hf:ORG/NAME:CONFIG; a data set by name: alpaca, alpaca-clean, alpaca-gpt4, chip2,
+    dolly, flan, flan-v2, hh-rlhf, lima, longform, oasst1, oasst1-trees, red-dot or self-instruct (see
+    docs/data_sets.md); or a list such as [a.jsonl,b.csv*0.5,c.json*2]. The factor says how often an epoch visits each
+    sample of a source; 0.5 takes another half in each epoch. 'auto' is the folder that scripts/prepare_alpaca.py or
+    prepare_csv.py left for this checkpoint; for the demo's checkpoint, finetune/demo."""
     val_path: str | None = None
     """Validation file. By default the directory's own, else a share of the training data (val_fraction)."""
     format: str = "auto"

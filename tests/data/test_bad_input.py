@@ -16,6 +16,7 @@ from lit_qlora.data.sources import find_sources
 from lit_qlora.errors import DataError
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig
+from tests.data.test_sources import compressed
 
 GOOD = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
 ALPACA_HEADER = "instruction,input,output\n"
@@ -247,11 +248,10 @@ def test_b21_names_of_control_tokens_are_text_and_counted(loaded, tiny_checkpoin
     assert (found.train[1].tokens == tokenizer.eos_id).sum() == 1
 
 
-def test_b22_another_delimiter_is_recognised(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "instruction;input;output\na;b;c\n")
+def test_b22_a_delimiter_that_splits_header_and_records_otherwise_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "instruction;input;output\na;b\n")
     assert refusal(path).startswith(f"{path}:1: there is one column only (instruction;input;output). ")
-    assert "Is it delimited by ';'? Save it with commas." in refusal(path)
-    assert "with tabs" in refusal(write(tmp_path / "a.tsv", "instruction,input,output\na,b,c\n"))
+    assert "Is it delimited by ';'? Then its records have other columns than its header." in refusal(path)
 
 
 def test_b22_an_unclosed_quotation_mark_is_placed_where_its_record_begins(tmp_path: Path) -> None:
@@ -289,7 +289,10 @@ def test_b23_carriage_returns_alone_are_called_by_their_name(tmp_path: Path) -> 
 
 
 def test_b24_a_directory_without_a_training_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no training file: none of train\.json, train\.jsonl, train\.csv"):
+    with pytest.raises(DataError, match=r"holds no file of a type that can be read: \.json, \.jsonl, \.csv"):
+        find_sources([str(tmp_path)], None)
+    write(tmp_path / "test-1.jsonl", "")
+    with pytest.raises(DataError, match=r"has no part train, but test\. Name the file or folder"):
         find_sources([str(tmp_path)], None)
 
 
@@ -356,10 +359,26 @@ def test_b28_what_json_allows_and_nobody_means_is_refused_with_its_line(
     assert refusal(path) == f"{place}: {reason}"
 
 
-def test_b29_compressed_files_are_called_by_their_name(tmp_path: Path) -> None:
-    assert "Decompress it first" in refusal(write(tmp_path / "b.json", b"\x1f\x8b\x08\x00rest"))
-    with pytest.raises(DataError, match=r"'\.gz' cannot be read\. Decompress it first\."):
-        find_sources([str(write(tmp_path / "a.jsonl.gz", b"\x1f\x8b"))], None)
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_b29_a_damaged_compressed_file_is_refused(tmp_path: Path, kind: str) -> None:
+    whole = compressed(kind, b"x" * 1000)
+    for content in (whole[:-9], whole[:8] + b"?" * 8 + whole[16:]):
+        path = write(tmp_path / f"a.jsonl.{kind}", content)
+        assert refusal(path).startswith(f"{path} is compressed and damaged: ")
+
+
+def test_b29_other_archives_are_called_by_their_name(tmp_path: Path) -> None:
+    for name, kind in (("a.zip", ".zip"), ("a.parquet.gz", ".parquet.gz")):
+        with pytest.raises(DataError, match=rf"'{kind}' cannot be read\. Decompress it first\."):
+            find_sources([str(write(tmp_path / name, ""))], None)
+
+
+def test_b29_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.data.text_files.FREE", 0)
+    path = write(tmp_path / "a.jsonl.gz", compressed("gz", b" " * 10**6))
+    assert refusal(path) == f"{path} unpacks to more than 250 times its size. Decompress it first."
 
 
 @pytest.mark.parametrize("column", ["a time after the year 9999", "bytes that are no text"])
@@ -376,8 +395,10 @@ def test_a_parquet_file_with_a_value_that_python_has_not_is_refused(tmp_path: Pa
     assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path / 'a.parquet'}: rows 1 to 2 hold what is no value")
 
 
-def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_parquet_or_arrow_file_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "is not a Parquet file" in refusal(write(tmp_path / "a.parquet", b"PAR1 garbage"))
+    for content in (b"", b"ARROW1 garbage", b"\xff\xff\xff\xff garbage"):
+        assert "is not an Arrow file" in refusal(write(tmp_path / "a.arrow", content))
 
 
 # All of it together.

@@ -1,6 +1,9 @@
 """Where records come from: files of several kinds, directories, hub data sets, and several of them together."""
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,17 @@ def parquet(path: Path, *rows: dict) -> Path:
     return path
 
 
+def compressed(kind: str, content: bytes) -> bytes:
+    import pyarrow
+
+    if kind != "zst":
+        return {"gz": gzip, "bz2": bz2, "xz": lzma}[kind].compress(content)
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as packed:
+        packed.write(content)
+    return buffer.getvalue().to_pybytes()
+
+
 CSV = 'instruction,input,output\nName a colour.,,Blue.\nAdd.,"1, 2\n3","Six, ""really"" 🦊."\n'
 TSV = 'instruction\tinput\toutput\nName a colour.\t\tBlue.\nAdd.\t"1, 2\n3"\t"Six, ""really"" 🦊."\n'
 KINDS = {
@@ -49,7 +63,7 @@ KINDS = {
 def test_the_same_samples_come_out_of_every_kind_of_file(
     tmp_path: Path, name: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_qlora.data.readers.PIECE", piece)
+    monkeypatch.setattr("lit_qlora.data.text_files.PIECE", piece)
     path = tmp_path / name
     write(path, KINDS[name]) if name in KINDS else parquet(path, GOOD, OTHER)
     read = read_examples(path)
@@ -80,7 +94,7 @@ def test_what_editors_do_to_files_does_no_harm(tmp_path: Path, name: str, change
 
 @pytest.mark.parametrize("piece", [1, 7, 2**22])
 def test_places_are_lines_and_numbers(tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_qlora.data.readers.PIECE", piece)
+    monkeypatch.setattr("lit_qlora.data.text_files.PIECE", piece)
     listed = write(
         tmp_path / "a.json", '[\n {"instruction": "a",\n  "output": "b"},\n\n {"instruction": "c", "output": "d"}]'
     )
@@ -96,7 +110,7 @@ def test_places_are_lines_and_numbers(tmp_path: Path, piece: int, monkeypatch: p
 def test_a_mistake_is_placed_however_the_file_is_read(
     tmp_path: Path, place: tuple[int, int], piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_qlora.data.readers.PIECE", piece)
+    monkeypatch.setattr("lit_qlora.data.text_files.PIECE", piece)
     text = '[\n {"instruction": "x",\n  "output": }]' if place[0] == 3 else "[x"
     path = write(tmp_path / "a.json", text)
     with pytest.raises(DataError) as caught:
@@ -149,9 +163,101 @@ def test_several_sources_say_how_often_they_come(tmp_path: Path) -> None:
     assert train == [Source(str(first)), Source(str(second), times=0.5)]
 
 
-def test_patterns_are_not_expanded_and_the_message_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"\*\.jsonl: patterns are not expanded\. Name the files"):
-        find_sources([f"{tmp_path}/*.jsonl"], None)
+def test_a_pattern_or_folder_stands_for_all_its_files_together(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        write(tmp_path / name, CSV if name == "c.csv" else lines(GOOD | {"output": name}))
+    write(tmp_path / "README.md", "")
+    (both,), val = find_sources([f"{tmp_path}/*.jsonl*2"], None)
+    assert (both.path, both.times, val) == (f"{tmp_path}/*.jsonl", 2, None)
+    read = read_examples(both)
+    assert [e.output for e in read.examples] == ["a.jsonl", "b.jsonl"]
+    assert read.saw.endswith("; 2 files")
+    assert len(read_examples(find_sources([str(tmp_path)], None)[0][0]).examples) == 4
+    assert find_sources([f"{tmp_path}/?.csv"], None)[0] == [Source(f"{tmp_path}/c.csv")]
+    before = fingerprint(both)
+    write(tmp_path / "b.jsonl", "")
+    assert fingerprint(both) != before
+    with pytest.raises(DataError, match=r"data\.path .*/\*\.tsv matches no file\."):
+        find_sources([f"{tmp_path}/*.tsv"], None)
+
+
+def test_files_of_the_parts_of_a_folder_belong_together(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001"):
+        write(tmp_path / f"{name}.jsonl", lines(GOOD))
+    (train,), val = find_sources([str(tmp_path)], None)
+    assert [file.name[:8] for file in train.files] == ["train-00"] * 2
+    assert val == Source(f"{tmp_path}/validation-00000-of-00001.jsonl")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "a.jsonl", lines(GOOD))
+    assert find_sources(["~/a.jsonl"], "~/*.jsonl") == ([Source(str(path))], Source(str(path)))
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_is_read_as_what_it_holds(tmp_path: Path, kind: str) -> None:
+    for name in ("a.json", "a.jsonl", "a.csv"):
+        path = write(tmp_path / f"{name}.{kind}", compressed(kind, KINDS[name].encode()))
+        assert [e.output for e in read_examples(find_sources([str(path)], None)[0][0]).examples] == [
+            "Blue.",
+            OTHER["output"],
+        ]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("utf-8", ""), ("utf-8-sig", ""), ("utf-16", "UTF-16"), ("cp1252", "Windows-1252")]
+)
+@pytest.mark.parametrize(("mark", "name"), [(";", "';'"), ("\t", "tabs"), ("|", "'|'"), (",", "")])
+def test_a_table_shows_its_delimiter_and_its_encoding(
+    tmp_path: Path, mark: str, name: str, encoding: str, said: str
+) -> None:
+    rows = [["Frage", "Antwort"], ["Größe, Preis", "5 €\nund; mehr"], ["Café?", "déjà vu"]]
+    text = "".join(mark.join(f'"{cell}"' for cell in row) + "\r\n" for row in rows)
+    path = write(tmp_path / "a.csv", text.encode(encoding))
+    read = read_examples(path, columns="Frage:instruction,Antwort:output")
+    assert [[e.instruction, e.output] for e in read.examples] == rows[1:]
+    told = ", ".join([*([f"delimited by {name}"] if name else []), *([said] if said else [])])
+    assert read.saw == "Frage:instruction,Antwort:output of columns Frage, Antwort" + (f"; {told}" if told else "")
+
+
+def test_text_in_the_encoding_of_windows_is_read_too(tmp_path: Path) -> None:
+    read = read_examples(write(tmp_path / "a.txt", "Un café.".encode("cp1252")))
+    assert (read.examples[0].output, read.saw) == ("Un café.", "columns text; Windows-1252")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Привет".encode("cp1251"),
+        "日本語".encode("shift_jis"),
+        "naïve".encode() + b" caf\xe9\x9d",
+        "Größe".encode()[:-2],
+    ],
+    ids=["Russian", "Japanese", "a byte that Windows has not", "a letter that is cut"],
+)
+def test_an_encoding_that_nobody_can_tell_is_refused_with_the_location(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "a.csv", b"instruction,output\n" + content + b",x\n")
+    with pytest.raises(DataError, match=rf"{path}:2: byte 0x\w\w is not UTF-8 \(column \d+\)\. Save the file as UTF-8"):
+        read_examples(path)
+
+
+def test_a_data_set_that_the_library_saved_is_read(tmp_path: Path) -> None:
+    import datasets
+
+    one = datasets.Dataset.from_list([GOOD, OTHER])
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=one, validation=one.select([0]), test=one).save_to_disk(tmp_path / "parts")
+    (train,), none = find_sources([str(tmp_path / "one")], None)
+    assert [e.output for e in read_examples(train).examples] == ["Blue.", OTHER["output"]]
+    assert none is None
+    (train,), val = find_sources([f"{tmp_path}/parts*0.5"], None)
+    assert val is not None
+    assert [len(read_examples(source).examples) for source in (train, val)] == [2, 1]
+    assert train.times == 0.5
+    (tmp_path / "one/data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"one is incomplete: data-00001-of-00002\.arrow is missing"):
+        find_sources([str(tmp_path / "one")], None)
 
 
 @pytest.mark.parametrize("times", ["", "0", "-1", "nan", "many", "1e9"])
@@ -162,9 +268,8 @@ def test_a_number_of_times_that_is_none_is_refused(tmp_path: Path, times: str) -
 
 def test_a_validation_file_that_is_none_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "a.json", "")
-    for missing in (tmp_path / "b.json", tmp_path):
-        with pytest.raises(DataError, match=r"data\.val_path .* is not a file"):
-            find_sources([str(train)], str(missing))
+    with pytest.raises(DataError, match=r"data\.val_path .*b\.json does not exist\. Did you mean a\.json\?"):
+        find_sources([str(train)], str(tmp_path / "b.json"))
 
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:

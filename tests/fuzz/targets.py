@@ -39,6 +39,7 @@ from lit_qlora.run.summary import summarize, table
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig
 from lit_qlora.train.training_state import restore, state_files
 from tests.conftest import load_script, run_here, tiny_model, write_checkpoint, write_tokenizer
+from tests.data.test_sources import compressed
 from tests.fuzz import strategies
 from tests.fuzz.property import holds
 
@@ -277,6 +278,10 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         "tsv": Target(files, "a.tsv", use_data("a.tsv"), as_bytes),
         "txt": Target(files, "a.txt", use_data("a.txt"), as_bytes),
         "parquet": Target(files, "a.parquet", use_data("a.parquet"), as_bytes),
+        "arrow": Target(files, "a.arrow", use_data("a.arrow"), as_bytes),
+        "gzip": Target(files, "a.jsonl.gz", use_data("a.jsonl.gz"), as_bytes),
+        "zstandard": Target(files, "a.jsonl.zst", use_data("a.jsonl.zst"), as_bytes),
+        "saved": Target(files, "saved/state.json", use_data("saved"), as_json),
         "prompts": Target(files, "prompts.jsonl", lambda f: list(read_prompts(f / "prompts.jsonl")), as_lines),
         "history": Target(files, "history.jsonl", lambda f: chat.read_history(f / "history.jsonl"), as_lines),
         "answers": Target(files, "out.part", read_answers, as_bytes),
@@ -406,6 +411,13 @@ def write_data(folder: Path) -> None:
     (folder / "history.jsonl").write_text("".join(json.dumps(message) + "\n" for message in history))
     table = pyarrow.table({"instruction": ["a", "b"], "input": ["", "c"], "output": ["x", "y"], "n": [1.5, None]})
     pyarrow.parquet.write_table(table, folder / "a.parquet")
+    for path in (folder / "a.arrow", folder / "saved/data.arrow"):
+        path.parent.mkdir(exist_ok=True)
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as batches:
+            batches.write(table)
+    (folder / "saved/state.json").write_text('{"_data_files": [{"filename": "data.arrow"}], "_split": null}')
+    for kind in ("gz", "zst"):
+        (folder / f"a.jsonl.{kind}").write_bytes(compressed(kind, (folder / "a.jsonl").read_bytes()))
     part = Part(folder / "out", "x", folders=())
     part.add({0: "a", 1: {"b": [1, 2]}})
     part.file.close()

@@ -14,7 +14,8 @@ KINDS = [
     *("tokenizer_model", "tokenizer_json", "tekken", "weights", "manifest", "adapter_config", "prompt_style"),
     *("adapter_weights", "state", "state_tensors", "log", "merged", "exported_template"),
     *("exported_tokenizer", "exported_source", "exported_report", "hf_config", "hf_weights", "pickle", "jsonl", "json"),
-    *("messages", "tokenized", "csv", "prepare_csv", "tsv", "txt", "parquet", "prompts", "history", "answers"),
+    *("messages", "tokenized", "csv", "prepare_csv", "tsv", "txt", "parquet", "arrow", "gzip"),
+    *("zstandard", "saved", "prompts", "history", "answers"),
 ]
 
 

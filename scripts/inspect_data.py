@@ -41,6 +41,8 @@ def main(config: Config) -> None:
     loaded = load(data, config.checkpoint_dir, tokenizer, limit, seed)
     audit, counts = loaded.audit, loaded.audit.counts
 
+    of_demo = "   of the demo; --checkpoint_dir names another" if config.checkpoint_dir == DEMO_CHECKPOINT else ""
+    print(f"tokenizer {config.checkpoint_dir}{of_demo}")
     for source in audit.sources:
         print(f"source    {source}")
     print(f"style     {loaded.style.name} (sha256 {loaded.style.digest[:12]})")
@@ -53,6 +55,8 @@ def main(config: Config) -> None:
     print(f"twice     {audit.duplicates:,} in training, {audit.overlap:,} in both training and validation")
     print(f"ends      {counts.ended:,} of {counts.turns:,} answers end with an end-of-text token")
     print(f"labelled  {audit.labelled:,} of {audit.tokens:,} tokens ({audit.labelled / audit.tokens:.1%})")
+    for warning in audit.warnings:
+        print(f"WARNING   {warning}")
     for note in audit.notes():
         print(f"note      {note}")
     print(f"\ntokens of a sample, and number of samples\n{audit.histogram()}\n")

@@ -49,6 +49,8 @@ class Audit:
     """Source -> what it holds and nobody reads."""
     red: list[str]
     """Reasons not to start, without the findings that data.allow names."""
+    warnings: list[str]
+    """Findings that a user must not overlook."""
 
     def notes(self) -> list[str]:
         """Return the notes that a user should read before the run."""
@@ -118,12 +120,14 @@ def audit(
     held_out: Sequence[Sequence[int]],
     data: DataConfig,
     max_length: int,
+    times: Sequence[float] = (),
 ) -> Audit:
     """Look at everything that a run would learn from.
 
     Args:
         samples: all to train on.
         chosen, held_out: for each training source, the samples to train on, and those to validate on.
+        times: how often an epoch visits each sample of each training source; by default once.
 
     Raises:
         DataError: if nothing is left.
@@ -140,12 +144,21 @@ def audit(
 
     digests = gathered("digests", chosen)
     val_digests = val.digests if val else gathered("digests", held_out)
+    lengths = gathered("lengths", chosen)
+    times = times or [1.0] * len(train)
+    visits = [len(some) * factor for some, factor in zip(chosen, times, strict=True)]
     return Audit(
-        sources=[_source(source) for source in [*train, *([val] if val else [])]],
+        sources=[
+            *(
+                _source(source) + _weight(factor, visited, sum(visits))
+                for source, factor, visited in zip(train, times, visits, strict=True)
+            ),
+            *([_source(val)] if val else []),
+        ],
         train=len(digests),
         val=len(val_digests),
         counts=counts,
-        lengths=gathered("lengths", chosen),
+        lengths=lengths,
         max_length=max_length,
         tokens=int(samples.lengths.sum()),
         labelled=int(samples.labelled.sum()),
@@ -157,7 +170,19 @@ def audit(
             for source in [*train, *([val] if val else [])]
         },
         red=[*_red(counts, data, max_length), *_red_of_sources([*train, *([val] if val else [])], data)],
+        warnings=_warnings(counts, data, max_length, int(np.median(lengths))),
     )
+
+
+def _warnings(counts: Counts, data: DataConfig, max_length: int, median: int) -> list[str]:
+    """Return the findings that make a run learn something else than was meant."""
+    if counts.cut_prompts <= MOST * counts.examples:
+        return []
+    lost = "end" if data.overlong == "truncate_right" else "beginning"
+    return [
+        f"{counts.cut_prompts:,} of {counts.examples:,} prompts were cut at their {lost}: a sample may have "
+        f"{max_length} tokens, and the median one has {median:,}. Raise --data.max_length, or look at what is left."
+    ]
 
 
 def _red(counts: Counts, data: DataConfig, max_length: int) -> list[str]:
@@ -210,6 +235,11 @@ def _source(source: Encoded) -> str:
     samples, records = len(source.samples), facts.counts.examples + facts.counts.skipped
     kept = f"{samples:,} of {records:,} kept" if samples <= records else f"{samples:,} pieces of {records:,}"
     return f"{facts.source}   format {facts.format} ({facts.saw})   {kept}{'   from the cache' * source.cached}"
+
+
+def _weight(times: float, visits: float, whole: float) -> str:
+    """Say how often an epoch visits a sample of a source, and the source's share of it, unless that is once and all."""
+    return "" if visits == whole and times == 1 else f"   x {times:g}, {visits / max(1, whole):.0%} of an epoch"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from lit_qlora.data import cache
 from lit_qlora.data.audit import Audit, audit
@@ -152,7 +153,7 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
         val=val.samples if val else Samples.joined(kept),
         shares=tuple((len(p), s.times) for p, s in zip(parts, sources, strict=True)) if mixed else (),
         style=style,
-        audit=audit(train, encoded, val, chosen, held_out, data, max_length),
+        audit=audit(train, encoded, val, chosen, held_out, data, max_length, [source.times for source in sources]),
         files={source.facts.source: source.facts.sha256 for source in [*encoded, *([val] if val else [])]},
     )
 
@@ -236,24 +237,43 @@ def split(
 
 
 def _held_out(shuffled: Sequence[int], count: int, train: Sequence[Encoded]) -> set[int]:
-    """The first samples in this order, at least so many of them, each with all others of its conversation.
+    """The first samples in this order, at least so many of them, each with its whole group.
 
-    Where that would be all samples, the next conversation is tried.
+    A group larger than `count` is taken if there is nothing else, and never all samples.
     """
-    joined = np.concatenate([source.joined for source in train])
-    if not joined.any():
-        return set(shuffled[:count])
-    firsts = np.flatnonzero(~joined)
-    ends = [*firsts[1:].tolist(), len(joined)]
+    groups = _groups(train)
+    order, sizes = np.argsort(groups, kind="stable"), np.bincount(groups, minlength=1)
+    starts = np.cumsum(sizes) - sizes
     held: set[int] = set()
-    for i in shuffled:
-        if len(held) >= count:
-            break
-        at = int(np.searchsorted(firsts, i, side="right")) - 1
-        whole = range(int(firsts[at]), ends[at])
-        if i not in held and len(held) + len(whole) < len(joined):
-            held.update(whole)
+    for most in (count, len(groups) - 1):
+        for i in shuffled:
+            if len(held) >= count:
+                return held
+            start, size = starts[groups[i]], int(sizes[groups[i]])
+            if i not in held and size <= most and len(held) + size < len(groups):
+                held.update(order[start : start + size].tolist())
     return held
+
+
+def _groups(train: Sequence[Encoded]) -> npt.NDArray[np.int64]:
+    """(S,) the number of the group of each sample: the same for a whole conversation, and for samples that are equal.
+
+    So nothing that is validated on is also learnt.
+    """
+    talk = np.cumsum(~np.concatenate([source.joined for source in train])) - 1
+    digests = np.concatenate([source.digests for source in train])
+    equal = np.unique(digests, return_inverse=True)[1]
+    if len(digests) == equal.max(initial=-1) + 1:
+        return talk
+    groups = talk
+    while True:
+        before = groups
+        for kind in (equal, talk):
+            least = np.full(kind.max() + 1, len(groups))
+            np.minimum.at(least, kind, groups)
+            groups = least[kind]
+        if np.array_equal(groups, before):
+            return groups
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The banner of a run: data, model, plan and some samples, and a refusal if the plan does not fit."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from lit_qlora import __version__
 from lit_qlora.checkpoint.checkpoint import check_weights, open_weights
 from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, count_steps, longest_step, show, steps
+from lit_qlora.data.batches import epoch_length
 from lit_qlora.device import fast_dtype, gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.peft_layout import check_layers
@@ -22,6 +24,7 @@ from lit_qlora.settings import FinetuneConfig, check
 from lit_qlora.train.optim import measure_state_bytes
 from lit_qlora.train.parallel import Devices, processes_here, world_size
 
+FEW = 50  # steps; a run of fewer learns little
 FIRST_STEPS = 8  # over which a usual micro-batch is averaged
 LARGE = 0.1  # share of the memory of a run from which on adapters of experts are worth a word
 
@@ -166,22 +169,35 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     base = kind if config.quantize == "none" else f"{config.quantize} + {kind}"
     words = ",".join(config.lora.targets)
     rows = f" in rows of at most {data.batching.row_length:,} tokens" if data.batching.row_length else ""
+    held = min(train.batch_size, epoch_length(len(data.train), data.batching))
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
     enough = count_steps(len(data.train), data.batching, train.epochs)
     longer = f"train.max_steps {total:,} goes on beyond the {enough:,} steps of train.epochs" if total > enough else ""
-    notes = "".join(f"  note    {note}\n" for note in (plan.caveat, longer, of_experts(plan, config)) if note)
+    told = (plan.caveat, longer, few_steps(config, data, total), of_experts(plan, config))
+    notes = "".join(f"  note    {note}\n" for note in told if note)
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
         f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
         f"{_data_lines(data)}\n"
         f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
-        f"  plan    {steps} x {train.batch_size} samples{rows}, {train.micro_batch_size} at a time   {learn}\n"
+        f"  plan    {steps} x {held} samples{rows}, {train.micro_batch_size} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{cached}{host}\n"
         f"  path    {_path(plan)}\n"
         f"{notes}{_samples(data)}"
     )
+
+
+def few_steps(config: FinetuneConfig, data: RunData, total: int) -> str:
+    """Say how a run gets more steps, if it has few and nobody has asked for so few; else ''."""
+    train, visits = config.train, epoch_length(len(data.train), data.batching)
+    if total >= FEW or train.max_steps is not None:
+        return ""
+    smaller = max(1, math.floor(visits * train.epochs / FEW))
+    epochs = math.ceil(FEW * train.epochs / total)
+    batch = f"--train.batch_size {smaller} or " if smaller < train.batch_size else ""
+    return f"{total:,} steps are few to learn from: {batch}--train.epochs {epochs:g} makes more"
 
 
 def of_experts(plan: Plan, config: FinetuneConfig) -> str:
@@ -220,6 +236,7 @@ def _data_lines(data: RunData) -> str:
     lines = [
         f"  data    {audit.describe()}   style {data.style.name}   lengths {audit.spark()}",
         *(f"          {source}" for source in audit.sources),
+        *(f"  WARNING {warning}" for warning in audit.warnings),
         *(f"  note    {note}" for note in audit.notes()),
     ]
     return "\n".join(lines)

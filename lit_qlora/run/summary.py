@@ -118,7 +118,7 @@ def _outcome(
         records=records,
         lengths=data.audit.lengths.tolist(),
         limit=data.audit.max_length,
-        data=[data.audit.describe(), *data.audit.sources, *data.audit.notes()],
+        data=[data.audit.describe(), *data.audit.sources, *data.audit.warnings, *data.audit.notes()],
         config=cli.to_yaml(config),
         hashes=hashes(config.checkpoint_dir, data.files, config.out_dir / FINAL),
         following=following,

@@ -227,6 +227,14 @@ def test_b18_no_sample_is_longer_than_the_context(loaded) -> None:
     found = loaded([GOOD, GOOD | {"instruction": "7 " * 200}, GOOD | {"output": "9 " * 200}])
     assert max(found.train.lengths.max(), found.val.lengths.max()) <= 96
     assert "1 prompts were cut" in found.audit.notes()
+    assert found.audit.warnings == []
+
+
+def test_b19_prompts_that_are_mostly_cut_are_a_warning(loaded) -> None:
+    found = loaded([GOOD | {"instruction": "word " * 200}] * 3, val_fraction=0.0)
+    (warning,) = found.audit.warnings
+    assert warning.startswith("3 of 3 prompts were cut at their beginning: a sample may have 96 tokens, and the median")
+    assert warning.endswith("Raise --data.max_length, or look at what is left.")
 
 
 def test_b19_samples_that_come_twice_are_counted(loaded) -> None:

@@ -73,6 +73,20 @@ def test_what_is_held_out_is_a_share_or_a_number_but_never_all(read, fraction: f
     assert (len(data.train), data.val_samples) == (40 - held_out, held_out)
 
 
+def test_equal_samples_are_all_learnt_or_all_validated_on(read) -> None:
+    data = read("a.jsonl", "a.jsonl", val_fraction=0.1)
+    assert (len(data.train), data.val_samples, data.audit.overlap) == (72, 8, 0)
+    assert read("b.jsonl", *["a.jsonl"] * 3, val_fraction=1).val_samples == 1  # a sample that has no equal
+    assert read(*["a.jsonl"] * 3, val_fraction=1).val_samples == 3
+    assert read("a.jsonl", *["b.jsonl"] * 2, val_fraction=1000).audit.overlap == 0
+
+
+def test_several_sources_show_their_weights(read) -> None:
+    told = read("a.jsonl", "b.jsonl*0.5", val_fraction=0.0).audit.sources
+    assert [source.rpartition("   ")[2] for source in told] == ["x 1, 89% of an epoch", "x 0.5, 11% of an epoch"]
+    assert "epoch" not in read("a.jsonl").audit.sources[0]
+
+
 def test_a_validation_file_is_taken_unless_a_split_is_asked_for(read, tmp_path: Path) -> None:
     (tmp_path / "both").mkdir()
     (tmp_path / "both/train.jsonl").write_text(rows(20))

@@ -11,7 +11,7 @@ from lit_qlora.data import read_data
 from lit_qlora.errors import CheckpointError, ResourceError, UsageError
 from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.quantize import Storage
-from lit_qlora.run.banner import longest_batch, of_experts, plan_run, savings, tell_plan, usual_tokens
+from lit_qlora.run.banner import few_steps, longest_batch, of_experts, plan_run, savings, tell_plan, usual_tokens
 from lit_qlora.run.plan import MicroBatches, Plan, Room, make_plan
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, OptimizerConfig, TrainConfig
 from tests.conftest import tiny_config
@@ -29,6 +29,24 @@ def said(checkpoint: Path, examples: Path, screen: Terminal, monkeypatch: pytest
     monkeypatch.setattr("sys.stdout", screen)
     tell_plan(config, data, 12, plan)
     return screen.getvalue()
+
+
+def test_a_run_of_few_steps_says_what_a_step_holds_and_how_to_get_more(
+    tiny_checkpoint: Path, examples_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(path=str(examples_file), prompt="qa", cache_dir="none", max_samples=9)
+    config = FinetuneConfig(checkpoint_dir=tiny_checkpoint, precision="32-true", data=data)
+    read = read_data(config)
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    tell_plan(config, read, 3, plan_run(config, read))
+    assert "plan    3 steps x 9 samples," in screen.getvalue()
+    more = few_steps(config, read, 3)
+    assert more == "3 steps are few to learn from: --train.batch_size 1 or --train.epochs 50 makes more"
+    assert f"note    {more}" in screen.getvalue()
+    assert not few_steps(replace(config, train=TrainConfig(max_steps=3)), read, 3)
+    assert not few_steps(config, read, 50)
+    assert "batch_size" not in few_steps(replace(config, train=TrainConfig(batch_size=1)), read, 27)
 
 
 def test_what_would_need_less_is_not_hidden_by_memory_that_is_taken_because_it_is_left(

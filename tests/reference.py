@@ -386,7 +386,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2_moe": (
         "qwen2_moe",
-        {**GROUPED, **SIZED_EXPERTS, "shared_expert_intermediate_size": 40, "norm_topk_prob": True},
+        {**GROUPED, **SIZED_EXPERTS, "shared_expert_intermediate_size": 80, "norm_topk_prob": True},
     ),
     "qwen2_moe-windows": (
         "qwen2_moe",
@@ -394,7 +394,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             **GROUPED,
             **WINDOWS,
             **SIZED_EXPERTS,
-            "shared_expert_intermediate_size": 40,
+            "shared_expert_intermediate_size": 80,
             "use_sliding_window": True,
             "max_window_layers": 1,
             "mlp_only_layers": [0],
@@ -476,7 +476,7 @@ DELTA_EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 40,
+    "shared_expert_intermediate_size": 80,
 }
 CASES |= {
     "qwen3_5": ("qwen3_5_text", {**DELTA, "num_hidden_layers": 4, "tie_word_embeddings": True}),

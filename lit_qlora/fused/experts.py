@@ -28,6 +28,7 @@ from lit_qlora.fused.large_rank import in_float32
 from lit_qlora.fused.mlp import DenseMlp, Mlp, SavedMlp
 from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
+from lit_qlora.fused.shared_gate import SavedGate, SharedGate
 from lit_qlora.fused.stacked import StackedExperts
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.experts import Choices, choose, choose_backward, combine, counts_of, of_tokens, sort
@@ -357,10 +358,11 @@ class Experts:
 
 @dataclass
 class SavedExpertMlp:
-    """Activations of the experts and of the shared one."""
+    """Activations of the experts, of the shared one and of its gate."""
 
     experts: SavedExperts
     shared: SavedMlp | None
+    gate: SavedGate | None
 
 
 class ExpertMlp:
@@ -375,7 +377,9 @@ class ExpertMlp:
         # Another number for dropout than those of the blocks and of the head.
         own = config.n_layer + 1 + number
         self.shared = None if moe.shared is None else DenseMlp(moe.shared, norm, config, dtype, own, fp8=False)
-        self.groups = (*self.experts.groups, *(self.shared.groups if self.shared else ()))
+        self.gate = None if moe.shared_gate is None else SharedGate(moe.shared_gate, dtype, 4 * own)
+        gate = () if self.gate is None else (self.gate.group,)
+        self.groups = (*self.experts.groups, *(self.shared.groups if self.shared else ()), *gate)
 
     def norm(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """See Mlp; with a shared expert the input has room for its Z behind it."""
@@ -388,12 +392,14 @@ class ExpertMlp:
         self, normed: list[Tensor], statistics: Tensor, run: Pass, saves: bool
     ) -> tuple[Tensor, SavedExpertMlp]:
         """See Mlp."""
-        more, shared, x = None, None, normed[0][:, : self.width]
+        more, shared, gate, x = None, None, None, normed[0][:, : self.width]
         if self.shared is not None:
             more, shared = self.shared.forward(normed, statistics, run, saves)
+            if self.gate is not None:
+                more, gate = self.gate.forward(x, more, run)
         normed.clear()
         out, experts = self.experts.forward(x, more, run, saves)
-        return out, SavedExpertMlp(experts, shared)
+        return out, SavedExpertMlp(experts, shared, gate)
 
     def backward(
         self,
@@ -411,6 +417,10 @@ class ExpertMlp:
         del x, y
         own = ahead if self.shared is None else ()
         dn = self.experts.backward(d_y[0], normed[:, : self.width], saved.experts, back, own)
+        if self.gate is not None and saved.gate is not None:
+            d_y[0], through_gate = self.gate.backward(normed[:, : self.width], d_y[0], saved.gate, back)
+            dn.add_(through_gate)
+            del through_gate
         del normed
         d_middle = norm_backward(dn, middle, self.norm_2, statistics, residual=d_out)
         del dn

@@ -14,7 +14,7 @@ from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
-from lit_qlora.kernels.lora_products import MOST_RANK, Pending
+from lit_qlora.kernels.lora_products import LEAST_STRIPE, MOST_RANK, Pending
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.lora.layer import LoRALinear
@@ -225,9 +225,9 @@ class Group(StackedLinear):
         return NONE if seed is None or not self.p else Dropout(self.p, seed, number)
 
     @property
-    def large_rank(self) -> bool:
-        """True if the rank is too large for the kernels of LoRA's products, so that cuBLAS computes them."""
-        return self.stack.r > MOST_RANK
+    def by_cublas(self) -> bool:
+        """True if cuBLAS computes LoRA's products: their kernels take no larger ranks, and 16 outputs at a time."""
+        return self.stack.r > MOST_RANK or any(rows % LEAST_STRIPE for rows in self.stack.rows)
 
     def project(
         self,
@@ -240,7 +240,7 @@ class Group(StackedLinear):
         """Z of x, also behind X in `out`; see lora_products.project. None without an adapter."""
         if self.a is None:
             return None
-        return (large_rank if self.large_rank else lora_products).project(x, self.a, out, activation, copy, dropout)
+        return (large_rank if self.by_cublas else lora_products).project(x, self.a, out, activation, copy, dropout)
 
     def add_grad_a(
         self,
@@ -259,7 +259,7 @@ class Group(StackedLinear):
         if self.a is None:
             return
         gradient, dz = self.grad_a if into is None else into, d_out[:, -self.rank :]
-        if self.large_rank:
+        if self.by_cublas:
             large_rank.grad_a(x, dz, gradient, self.scale, norm, dropout)
         else:
             lora_products.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), statistics, dropout)
@@ -269,7 +269,7 @@ class Group(StackedLinear):
         if z is None:
             return
         gradient = self.grad_b if into is None else into
-        if self.large_rank:
+        if self.by_cublas:
             large_rank.grad_b(dy, z, gradient, self.stack)
         else:
             lora_products.grad_b(dy, z, gradient, self.stack, self.table, pending)
@@ -278,7 +278,7 @@ class Group(StackedLinear):
         """The gradient of the group's input, (T, K), from [dX | dZ]."""
         if self.a is None:
             return d_out
-        return (large_rank if self.large_rank else lora_products).rank_update(d_out, self.a, self.k, dropout)
+        return (large_rank if self.by_cublas else lora_products).rank_update(d_out, self.a, self.k, dropout)
 
     def d_stream(
         self,
@@ -291,7 +291,7 @@ class Group(StackedLinear):
         dropout: Dropout,
     ) -> Tensor:
         """The gradient of x from [dX | dZ], where X is norm(x); see kernels.norm.norm_backward."""
-        if self.large_rank:
+        if self.by_cublas:
             return norm_backward(self.d_input(d_out, dropout), x, norm, statistics, residual=residual)
         return norm_backward(d_out, x, norm, statistics, z, self.a, residual, dropout)
 

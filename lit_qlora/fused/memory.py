@@ -73,6 +73,7 @@ class FastSizes:
             "offload": z,
             "full": c.n_embd + raw + z,
         }[policy]
+        elements += c.n_embd if c.shared_expert_gate else 0  # what that expert gives
         return tokens * (2.0 * elements + 4 * c.n_head + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:

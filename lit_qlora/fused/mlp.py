@@ -143,7 +143,7 @@ class DenseMlp:
     def _activation_backward(self, products: Tensor, dh: Tensor, z: Tensor | None, back: Backward) -> None:
         """Turn gate and up into their gradients, and add those of down's A and of their own B."""
         down, gate_up = self.down, self.gate_up
-        backward = through_mlp if down.large_rank or gate_up.large_rank else mlp_backward
+        backward = through_mlp if down.by_cublas or gate_up.by_cublas else mlp_backward
         backward(
             products, dh, self.activation, down.a, down.grad_a if down.rank else None, z,
             gate_up.grad_b if gate_up.rank else None, gate_up.stack, down.scale, back.pending,

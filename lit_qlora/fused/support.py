@@ -11,6 +11,7 @@ from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_laye
 from lit_qlora.fused.qkv_transforms import norms_heads
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.kernels import launch
+from lit_qlora.kernels.lora_products import LEAST_STRIPE
 from lit_qlora.kernels.stack import BLOCK
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
@@ -21,11 +22,11 @@ from lit_qlora.quantize import QuantizedLinear, ragged
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
 UNHANDLED = (
-    *("kv_latent_size", "delta_layers", "attention_gate", "shared_expert_gate"),
+    *("kv_latent_size", "delta_layers", "attention_gate"),
     *("shared_kv_layers", "per_layer_size", "experts_beside"),
 )
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
-UNDECODED = ("value_norm", "key_is_value", "block_scale", "full_head_size", "full_kv_heads")
+UNDECODED = ("shared_expert_gate", "value_norm", "key_is_value", "block_scale", "full_head_size", "full_kv_heads")
 """The same of the kernels of decoding alone."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""
@@ -47,7 +48,11 @@ def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
     if reason := unhandled(model.config) or unhandled_variant(model):
         return reason
     stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)))
-    return next(filter(None, (_untrainable(layers, model) for layers in stacks)), "")
+    reasons = (
+        *(_untrainable(layers, model) for layers in stacks),
+        *(_no_product([gate], model) for gate in _gates_of(model)),
+    )
+    return next(filter(None, reasons), "")
 
 
 def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
@@ -65,6 +70,13 @@ def _of_experts(model: GPT) -> Iterator[nn.Module]:
     for block in model.blocks:
         if isinstance(block.mlp, MoE):
             yield from (getattr(block.mlp.experts[0], name) for name in LAYERS)
+
+
+def _gates_of(model: GPT) -> Iterator[nn.Module]:
+    """The gates of the experts that every token goes to: layers with one output."""
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE) and block.mlp.shared_gate is not None:
+            yield block.mlp.shared_gate
 
 
 def decoded_scales(model: GPT) -> int:
@@ -126,6 +138,17 @@ def _differ(moe: MoE) -> bool:
 
 def _untrainable(layers: Sequence[nn.Module], model: GPT) -> str:
     """Why the kernels of training cannot take layers that read the same input, or ''."""
+    if reason := _no_product(layers, model):
+        return reason
+    for layer in layers:
+        learns_or_stacks = layer is not model.head or isinstance(layer, LoRALinear)
+        if base_of(layer).out_features % LEAST_STRIPE and learns_or_stacks:
+            return f"a layer with {base_of(layer).out_features} outputs"
+    return ""
+
+
+def _no_product(layers: Sequence[nn.Module], model: GPT) -> str:
+    """Why layers that read the same input cannot be one product with their adapters, or ''."""
     if reason := why_not_stacked(layers, model.embed.weight.dtype):
         return reason
     if _kinds(layers) > 1:
@@ -134,7 +157,4 @@ def _untrainable(layers: Sequence[nn.Module], model: GPT) -> str:
         base = base_of(layer)
         if isinstance(base, QuantizedLinear) and base.in_features % 64:
             return f"a quantised layer of {base.in_features} x {base.out_features}"
-        learns_or_stacks = layer is not model.head or isinstance(layer, LoRALinear)
-        if base.out_features % 16 and learns_or_stacks:
-            return f"a layer with {base.out_features} outputs"
     return ""

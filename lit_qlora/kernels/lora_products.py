@@ -20,6 +20,8 @@ if triton is not None:
 NO_NORM = Norm("none")
 MOST_RANK = 64
 """Rank of an adapter up to which a program holds a row of Z, or a stripe of the gradients, in registers."""
+LEAST_STRIPE = 16
+"""Columns of dY that a program sums over, at least."""
 
 
 def project(
@@ -177,7 +179,9 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack, table: Tensor,
 
 def stripe(stack: Stack, most: int = 128) -> int:
     """Columns of dY a program sums over: no stripe may reach from one layer of the stack into the next."""
-    return next(width for width in (128, 64, 32, 16) if width <= most and not any(rows % width for rows in stack.rows))
+    return next(
+        width for width in (128, 64, 32, LEAST_STRIPE) if width <= most and not any(rows % width for rows in stack.rows)
+    )
 
 
 def _rows_at_once(columns: int, x: Tensor) -> tuple[int, int]:

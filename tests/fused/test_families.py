@@ -24,7 +24,6 @@ pytestmark = [
 ]
 PLAIN = {
     "afmoe": "attention_gate",
-    "qwen2_moe": "shared_expert_gate",
     "apertus": "ffn",
     "minicpm3": "kv_latent_size",
     "glm4_moe_lite": "kv_latent_size",
@@ -91,6 +90,7 @@ QUICK = [(case, "none") for case in REPRESENTATIVE] + [
     ("olmo2", "attn"),
     ("gemma3_text", "full"),
     ("gemma4", "full"),
+    ("qwen2_moe", "full"),
     ("phi-qk-norm", "full"),
 ]
 

@@ -59,7 +59,6 @@ PLAIN_PATH = {
     "kv_latent_size": "latent attention",
     "delta_layers": "gated delta nets",
     "attention_gate": "gated attention",
-    "shared_expert_gate": "gated shared expert",
 }
 """Field that the kernels of training do not compute -> its feature."""
 PARTLY = {

@@ -137,7 +137,7 @@ def _in_folder(folder: Path, setting: str) -> tuple[Source, list[Source]]:
     names begin with a part, such as train-00001-of-00004.parquet; all files.
     """
     if (folder / SAVED_SPLITS).is_file():
-        names = [str(name) for name in read_json(folder / SAVED_SPLITS, DataError).get("splits", ())]
+        names = [str(name) for name in _list(folder / SAVED_SPLITS, "splits")]
         found = {name: _saved(folder / name) for name in names if (folder / name / SAVED).is_file()}
         return _by_part(folder, found)
     if (folder / SAVED).is_file():
@@ -164,8 +164,8 @@ def _by_part(folder: Path, parts: dict[str, Source]) -> tuple[Source, list[Sourc
 
 def _saved(folder: Path) -> Source:
     """A split that save_to_disk of the library datasets has written."""
-    files = read_json(folder / SAVED, DataError).get("_data_files")
-    names = [str(file.get("filename")) for file in files or () if isinstance(file, dict)]
+    files = _list(folder / SAVED, "_data_files")
+    names = [str(file.get("filename")) for file in files if isinstance(file, dict)]
     if not names or len(names) < len(files) or any(Path(name).name != name for name in names):
         raise DataError(f"{folder / SAVED} names no files of its folder.")
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -273,6 +273,12 @@ def _only_one(folder: Path, stem: str) -> str | None:
     if len(found) > 1:
         raise DataError(f"{folder} holds several {stem} files: {', '.join(p.name for p in found)}. Name one.")
     return str(found[0]) if found else None
+
+
+def _list(path: Path, key: str) -> list[Any]:
+    """A list in a JSON object; empty if there is none."""
+    value = read_json(path, DataError).get(key)
+    return value if isinstance(value, list) else []
 
 
 # The hub, through the library datasets, which keeps what it has downloaded and obeys HF_HUB_OFFLINE.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_qlora import cli
+from lit_qlora.commands import find, spell
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.reading import read_text
 from lit_qlora.inference import LoadedModel, load_for_inference
@@ -22,7 +23,7 @@ from lit_qlora.settings import DEMO_CHECKPOINT
 QUESTIONS = ("What does the fox eat?", "What is the colour of the otter?", "What is 7 plus 5?")
 TASK = "tiny_world_qa"
 TRAINING = (
-    *("--data.path", "finetune/demo"),
+    *("--data.path", str(find("finetune/demo"))),
     *("--quantize", "bnb.nf4"),
     *("--lora.targets", "all"),
     *("--lora.r", "16"),
@@ -77,8 +78,9 @@ def main(config: DemoConfig) -> None:
         f"\ndone in {time.monotonic() - start:.0f} s. A toy model was trained on a toy task. This shows that the parts "
         "work, not how good they are.\n"
         f"  adapter {out}/final   merged {out}/merged   report {out}/report.md   picture {out}/loss.png\n"
-        f"  chat with it:   python scripts/chat.py --checkpoint_dir {out}/merged\n"
-        "  use your data:  python finetune/lora.py --checkpoint_dir MODEL --quantize bnb.nf4 --data.path YOUR.jsonl"
+        f"  chat with it:   {spell('scripts/chat.py')} --checkpoint_dir {out}/merged\n"
+        f"  use your data:  {spell('finetune/lora.py')} --checkpoint_dir MODEL --quantize bnb.nf4 "
+        "--data.path YOUR.jsonl"
     )
 
 
@@ -97,10 +99,10 @@ def command(script: str, *flags: str, quiet: bool = False) -> None:
     Args:
         quiet: print nothing unless it fails.
     """
-    print(f"  $ python {script} {' '.join(flags)}", flush=True)
+    print(f"  $ {spell(script)} {' '.join(flags)}", flush=True)
     # A second thread gains little for a model this small; on shared cores it is ten times slower.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    done = subprocess.run([sys.executable, script, *flags], env=environment, capture_output=quiet, text=True)
+    done = subprocess.run([sys.executable, str(find(script)), *flags], env=environment, capture_output=quiet, text=True)
     if done.returncode:
         print(done.stderr or "", file=sys.stderr)
         raise SystemExit(done.returncode)
@@ -135,7 +137,7 @@ def agree(exact: LoadedModel, trained: LoadedModel, merged: LoadedModel) -> str:
     style = merged.style or STYLES["qa"]
     apart = {"16-bit base + adapter": 0.0, "4-bit base + adapter": 0.0}
     same = dict.fromkeys(apart, 0)
-    examples = read_examples("finetune/demo/val.jsonl").examples
+    examples = read_examples(find("finetune/demo/val.jsonl")).examples
     for example in examples:
         prompt = style.encode_prompt(merged.tokenizer, example.prompt)
         tokens = torch.tensor([prompt], device=merged.model.embed.weight.device)

@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    {"errors", "kernels", "redact", "signals"},
+    {"commands", "errors", "kernels", "redact", "signals"},
     {"files"},
-    {"cli", "model", "report", "settings"},
+    {"__main__", "cli", "model", "report", "settings"},
     {"device", "partial_answers", "prompts", "quantize"},
     {"checkpoint", "data"},
     {"convert", "train"},

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lit_qlora.commands import spell
 from lit_qlora.data.examples import Example, Reading, read_examples, refusal
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, load
 from lit_qlora.data.prepared import record
@@ -70,7 +71,7 @@ def prepare(reading: Reading, out_dir: Path, config: PrepareConfig) -> str:
                 record(staged, config.checkpoint_dir)
                 lines += _lengths(staged, config.checkpoint_dir, config)
             flag = f" --checkpoint_dir {config.checkpoint_dir}" if config.checkpoint_dir else ""
-            lines += ["", f"next      python finetune/lora.py{flag} --data.path {out_dir}"]
+            lines += ["", f"next      {spell('finetune/lora.py')}{flag} --data.path {out_dir}"]
             report = "\n".join(lines)
             write_text(staged / REPORT, f"# Data\n\n```\n{report}\n```\n")
             replace_files(staged, out_dir, TRAIN, BESIDE_TRAIN)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from lit_qlora.commands import find, spell
 from lit_qlora.data.sources import RECORD
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files.atomic import write_text
@@ -30,13 +31,13 @@ def choose_data(data: DataConfig, checkpoint_dir: Path) -> DataConfig:
     if len(found) > 1:
         raise UsageError(f"Several folders were prepared for {checkpoint_dir}: {', '.join(found)}. Give --data.path.")
     if not found and checkpoint_dir.resolve().parts[-2:] == DEMO_CHECKPOINT.parts[-2:]:
-        found = ["finetune/demo"]
+        found = [str(find("finetune/demo"))]
     if not found and not checkpoint_dir.is_dir():
         raise CheckpointError(missing_checkpoint(checkpoint_dir))
     if not found:
         raise UsageError(
             f"--data.path must be given: no data was prepared for {checkpoint_dir}.\n"
-            f"Or prepare some: python scripts/prepare_alpaca.py --checkpoint_dir {checkpoint_dir}"
+            f"Or prepare some: {spell('scripts/prepare_alpaca.py')} --checkpoint_dir {checkpoint_dir}"
         )
     return replace(data, path=(found[0],))
 

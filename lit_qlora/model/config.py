@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from lit_qlora.commands import spell
 from lit_qlora.errors import CheckpointError, did_you_mean
 from lit_qlora.files.atomic import recover_files
 from lit_qlora.files.reading import read_json
@@ -346,17 +347,17 @@ def missing_checkpoint(directory: Path) -> str:
             return f"{directory} does not exist. Did you mean {here}?"
         if hint := did_you_mean(directory.name, beside):
             return f"{directory} does not exist.{hint}"
-        hub = f"\nIf it is a model of the hub: python scripts/download.py --repo_id {name}" if name else ""
+        hub = f"\nIf it is a model of the hub: {spell('scripts/download.py')} --repo_id {name}" if name else ""
         return f"{directory} does not exist.{_found_checkpoints()}{hub}"
     if (directory / "config.json").is_file():
         return (
             f"{directory} holds a Hugging Face model that is not converted yet.\n"
-            f"Convert it: python scripts/convert_hf_checkpoint.py --checkpoint_dir {directory}"
+            f"Convert it: {spell('scripts/convert_hf_checkpoint.py')} --checkpoint_dir {directory}"
         )
     if any((folder / "adapter_config.json").is_file() for folder in (directory, directory / "final")):
         return (
             f"{directory} holds an adapter, not a checkpoint. Commands that take one: --lora_path {directory}\n"
-            f"Or merge it into its base first: python scripts/merge_lora.py --lora_path {directory}"
+            f"Or merge it into its base first: {spell('scripts/merge_lora.py')} --lora_path {directory}"
         )
     return f"{directory} has no {FILE_NAME}, so it is not a checkpoint.{_found_checkpoints()}"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_qlora import cli
 from lit_qlora.checkpoint.checkpoint import content_hash, count_parameters
+from lit_qlora.commands import spell
 from lit_qlora.data import RunData
 from lit_qlora.evaluate.measures import best_and_worst
 from lit_qlora.evaluate.validation_inputs import question
@@ -81,14 +82,14 @@ def advise(config: FinetuneConfig, records: Sequence[Record]) -> tuple[str, str]
     metric = "val_loss" if config.eval.best == "none" else config.eval.best
     values = metrics(records).get(metric, [])
     adapter = quote(f"{config.out_dir}/{FINAL}")
-    chat = f"python scripts/chat.py --lora_path {adapter}"
+    chat = f"{spell('scripts/chat.py')} --lora_path {adapter}"
     if len(values) < 2 or values[0][0] != 0 or not _is_worse(metric, values[-1][1], values[0][1]):
-        return "", f"python scripts/merge_lora.py --lora_path {adapter}\n{chat}"
+        return "", f"{spell('scripts/merge_lora.py')} --lora_path {adapter}\n{chat}"
     warning = f"{metric} {short(values[0][1])} -> {short(values[-1][1])}: worse than the base, do not merge."
     better = [step for step, value in values[1:] if _is_worse(metric, values[0][1], value)]
     best = config.out_dir / BEST
     if better and best.is_symlink():
-        return warning, f"python scripts/merge_lora.py --lora_path {quote(str(best))}\n{chat}"
+        return warning, f"{spell('scripts/merge_lora.py')} --lora_path {quote(str(best))}\n{chat}"
     why = "No better step was kept" if better else "No step was better: lower --train.learning_rate"
     return f"{warning} {why}.", chat
 

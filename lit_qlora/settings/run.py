@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from lit_qlora.commands import find
 from lit_qlora.settings.checks import Settings, check, check_cache_folder
 from lit_qlora.settings.data import DataConfig
 from lit_qlora.settings.eval import EvalConfig
@@ -17,7 +18,7 @@ from lit_qlora.settings.train import TrainConfig
 Scheme = Literal["none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
-DEMO_CHECKPOINT = Path("checkpoints/lit-qlora/tiny-world")
+DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -457,6 +457,15 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
         },
     ),
+    "youtu": (
+        "youtu",
+        {
+            **{key: value for key, value in LATENT.items() if "expert" not in key and key != "moe_intermediate_size"},
+            "q_lora_rank": 40,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
     "gptj": ("gptj", {"rotary_dim": 8, "n_inner": 112}),
     "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 8}),
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 112}),

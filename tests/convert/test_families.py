@@ -61,6 +61,7 @@ HARMLESS = {
         "eod_token_id",
         "sep_token_id",
         "initializer_range",
+        "embedding_initializer_range",
         "return_dict",
         "is_decoder",
     ),

@@ -26,6 +26,7 @@ PLAIN = {
     "afmoe": "attention_gate",
     "apertus": "ffn",
     "minicpm3": "kv_latent_size",
+    "youtu": "kv_latent_size",
     "glm4_moe_lite": "kv_latent_size",
     "deepseek_v2": "kv_latent_size",
     "deepseek_v3": "kv_latent_size",

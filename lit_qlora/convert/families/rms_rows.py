@@ -471,4 +471,18 @@ ROWS: dict[str, Family] = {
         },
         refuse={"mlp_bias": False},
     ),
+    "youtu": row(
+        weights.DEEPSEEK,
+        {**LATENT, "rope_interleaved": "rope_interleave"},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": True,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "rope_interleave": True,
+        },
+    ),
 }

@@ -163,7 +163,7 @@ class InferenceConfig(Settings):
     """An adapter, such as OUT/final of finetune/lora.py; a run folder OUT stands for it."""
     quantize: Literal["auto"] | Scheme = "auto"
     """Storage of the weights; bnb.nf4 needs about a quarter of the 16-bit memory. 'auto' is the storage that the
-    adapter was trained on, and none without an adapter."""
+    adapter was trained on, and without an adapter that of the files: none, unless they were published in 4 bits."""
     quantize_head: bool = False
     """Quantise the output head too; --quantize auto does if the training did."""
     precision: Precision = "auto"
@@ -191,7 +191,9 @@ class InferenceConfig(Settings):
         if self.quantize != "auto":
             return self.quantize, self.quantize_head
         if leading is None:
-            return "none", self.quantize_head
+            from lit_qlora.checkpoint.checkpoint import published_scheme
+
+            return published_scheme(self.base), self.quantize_head
         training = Training.of(leading)
         return training.quantize, self.quantize_head or training.quantize_head
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io, shards
+from lit_qlora.checkpoint.packed import PackedWeights
 from lit_qlora.checkpoint.stacks import Stacks
 from lit_qlora.checkpoint.streaming import stream
 from lit_qlora.errors import CheckpointError
@@ -23,6 +24,7 @@ from lit_qlora.model.config import WEIGHT_FILES, ModelConfig, missing_checkpoint
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.quantize import QuantizedLinear, Storage
+from lit_qlora.report import tell
 from lit_qlora.settings import Scheme
 
 WEIGHTS = "lit_model.safetensors"
@@ -64,9 +66,16 @@ def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
         sums[name] = tensor.sum(dtype=torch.float32)
         return tensor
 
-    names = _names(model)
+    packed = weights if isinstance(weights, PackedWeights) and weights.scheme == storage.quantize else None
+    if isinstance(weights, PackedWeights) and packed is None:
+        anew = "" if storage.quantize == "none" else f", and quantised anew as {storage.quantize}"
+        tell(
+            f"{directory} holds weights as they were published, in {weights.scheme}. They become 16-bit ones{anew}.\n"
+            f"--quantize {weights.scheme} takes them as they are."
+        )
+    names = _names(model, packed, storage)
     tensors = _stream(weights, names, device)
-    _fill(model, map(summed, names, tensors), storage)
+    _fill(model, map(summed, names, tensors), storage, packed)
     next(tensors, None)  # lets it end
     _check_finite(sums, weights)
     return model
@@ -85,11 +94,20 @@ def random_model(config: ModelConfig, storage: Storage, device: torch.device) ->
     return model
 
 
-def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage) -> None:
-    """Give a model on the meta device its weights, which come in the order of _names(model)."""
+def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage, packed: PackedWeights | None = None) -> None:
+    """Give a model on the meta device its weights, which come in the order of _names(model, packed, storage)."""
     stacks = Stacks(model.config)
     for path, module in list(model.named_modules()):
         own = {}
+        if _is_kept(path, packed, storage):
+            assert packed is not None
+            parts = {name: next(tensors) for name in packed.parts(path)}
+            bias = next(tensors).to(storage.dtype) if isinstance(module.bias, nn.Parameter) else None
+            kept = packed.make(parts, bias, storage.dtype)
+            del parts
+            stacks.place(path, kept)
+            model.set_submodule(path, kept)
+            continue
         for name in _own_names(path, module, model):
             key = name.rpartition(".")[2]
             own[key] = next(tensors).to(torch.float32 if name.endswith(CORRECTION) else storage.dtype)
@@ -121,9 +139,21 @@ def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
         )
 
 
-def _names(model: GPT) -> list[str]:
-    """The tensors of a checkpoint, in the order of the model's modules."""
-    return [name for path, module in model.named_modules() for name in _own_names(path, module, model)]
+def _names(model: GPT, packed: PackedWeights | None = None, storage: Storage | None = None) -> list[str]:
+    """The tensors of a checkpoint, in the order of the model's modules; of a packed layer its parts."""
+    names = []
+    for path, module in model.named_modules():
+        own = _own_names(path, module, model)
+        if storage is not None and _is_kept(path, packed, storage):
+            assert packed is not None
+            own = packed.parts(path) + [name for name in own if not name.endswith(".weight")]
+        names += own
+    return names
+
+
+def _is_kept(path: str, packed: PackedWeights | None, storage: Storage) -> bool:
+    """True if the layer at `path` is packed in the files, and taken as it is."""
+    return packed is not None and packed.keeps(path) and storage.quantizes(path)
 
 
 def _own_names(path: str, module: nn.Module, model: GPT) -> list[str]:
@@ -134,7 +164,7 @@ def _own_names(path: str, module: nn.Module, model: GPT) -> list[str]:
 
 def _stream(weights: shards.Weights, names: list[str], device: torch.device) -> Iterator[Tensor]:
     """The tensors in this order, on `device`."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not (isinstance(weights, PackedWeights) and weights.unpacks(names)):
         return stream(((weights.files[name], name) for name in names), device)
     return (weights.read(name).to(device) for name in names)
 
@@ -148,7 +178,13 @@ def open_weights(directory: Path) -> shards.Weights:
     location = shards.find(directory, WEIGHTS)
     if not location:
         raise CheckpointError(missing_weights(directory))
-    return shards.open_weights(location)
+    return PackedWeights.of(shards.open_weights(location))
+
+
+def published_scheme(directory: Path) -> Scheme:
+    """The storage that a checkpoint holds weights in as they were published, "none" for 16 bits."""
+    weights = open_weights(directory)
+    return weights.scheme if isinstance(weights, PackedWeights) else "none"
 
 
 def missing_weights(directory: Path) -> str:

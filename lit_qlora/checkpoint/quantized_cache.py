@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io
-from lit_qlora.checkpoint.checkpoint import content_hash, load_stored
+from lit_qlora.checkpoint.checkpoint import content_hash, load_stored, published_scheme
 from lit_qlora.checkpoint.streaming import stream
 from lit_qlora.errors import CheckpointError, ResourceError
 from lit_qlora.files import cache_folder
@@ -41,7 +41,11 @@ def load(checkpoint_dir: Path, storage: Storage, device: torch.device, setting: 
         setting: of the cache, see cache_folder.directory.
     """
     folder = cache_folder.directory(setting, "quantized")
-    if storage.quantize == "none" or folder is None or (setting == "auto" and device.type != "cuda"):
+    if (
+        storage.quantize in ("none", published_scheme(checkpoint_dir))
+        or folder is None
+        or (setting == "auto" and device.type != "cuda")
+    ):
         return load_stored(checkpoint_dir, storage, device)
     config = ModelConfig.load(checkpoint_dir)
     entry = folder / key(checkpoint_dir, config, storage)

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint, shards
+from lit_qlora.checkpoint.packed import weight_specs
 from lit_qlora.convert.families import (
     check_kept,
     check_rules,
     family_of,
+    fill,
+    find_rule,
     is_beside,
     is_kept,
     read_config,
     read_whole,
     to_ours,
 )
+from lit_qlora.convert.families.unpacking import read_packed
 from lit_qlora.convert.families.wrappers import text_table
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError
@@ -59,16 +63,23 @@ def convert_hf_checkpoint(
     whole = [their_name for their_name in weights.specs if not is_beside(their_name, weights.specs)]
     kept = {n: read_whole(n, weights, config, spec=True) for n in whole if is_kept(n, config)}
     used = [their_name for their_name in whole if their_name not in kept]
+    packed = _taken_packed(used, weights, config) if dtype == "keep" else {}
+
+    def ours_of(their_name: str, spec: bool) -> dict[str, Tensor]:
+        if layer := packed.get(their_name):
+            _, parts = read_packed(their_name, weights, spec) or ("", {})
+            return {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        tensors = to_ours(their_name, read_whole(their_name, weights, config, spec), config)
+        return {ours: _cast(ours, tensor, dtype) for ours, tensor in tensors.items()}
+
     specs: dict[str, Tensor] = {}
     for their_name in used:
-        spec = read_whole(their_name, weights, config, spec=True)
-        specs |= {ours: _cast(ours, part, dtype) for ours, part in to_ours(their_name, spec, config).items()}
-    checkpoint.check_weights(specs, config, location=str(source))
+        specs |= ours_of(their_name, spec=True)
+    checkpoint.check_weights(weight_specs(specs, str(source)), config, location=str(source))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for their_name in used:
-            for ours, part in to_ours(their_name, read_whole(their_name, weights, config), config).items():
-                yield ours, _cast(ours, part, dtype)
+            yield from ours_of(their_name, spec=False).items()
 
     in_place = out_dir.resolve() == source.resolve()
     beside = [source / name for name in (*tokenizer.FILES, "config.json", SOURCE) if (source / name).is_file()]
@@ -79,12 +90,30 @@ def convert_hf_checkpoint(
     return config
 
 
+def _taken_packed(names: list[str], weights: shards.Weights, config: ModelConfig) -> dict[str, str]:
+    """The weights that are taken as they are, in 4 bits, and the layer of ours that each is.
+
+    Those that a layer of ours cannot hold so, and all where there is more than one scheme, are unpacked.
+    """
+    found, schemes, family = {}, set(), family_of(config)
+    for name in names:
+        rule, numbers = find_rule(name, family)
+        if not isinstance(rule, str) or not rule.endswith(".weight"):
+            continue
+        if packed := read_packed(name, weights, spec=True):
+            schemes.add(packed[0])
+            found[name] = fill(rule.removesuffix(".weight"), numbers)
+    return found if len(schemes) == 1 else {}
+
+
 def describe(config: ModelConfig, out_dir: Path) -> str:
     """Return a line about a conversion: the model, what it is inside of, its size, and how it was published."""
     family = f"{config.family} inside {config.wrapper}" if config.wrapper else config.family
     theirs: dict[str, Any] = read_json(out_dir / "config.json")
     packed = theirs.get("quantization_config") or text_table(theirs).get("quantization_config")
-    was = f", published in {packed['quant_method']} and now in 16 bits" if packed else ""
+    scheme = checkpoint.published_scheme(out_dir)
+    now = "now in 16 bits" if scheme == "none" else f"kept so: --quantize {scheme} takes it as it is"
+    was = f", published in {packed['quant_method']} and {now}" if packed else ""
     parameters = checkpoint.count_parameters(config)
     return f"converted {config.name} ({family}, {parameters:,} parameters{was}): {out_dir}"
 

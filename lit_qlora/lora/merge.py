@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.checkpoint.identity import base_facts
+from lit_qlora.checkpoint.packed import as_published
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
@@ -282,7 +283,8 @@ class Merge:
 
         init = self.adapters[0].init
         if init is None or f"{layer}.lora_a" not in self.state:
-            return stored(weight)
+            published = as_published(self.source, layer, self.trained)
+            return stored(weight) if published is None else published.dequantize()
         r, scale = len(self.state[f"{layer}.lora_a"]) // 2, self.scales[layer]
         a, b = self.state[f"{layer}.lora_a"][r:], -self.state[f"{layer}.lora_b"][:, r:]
         weight = weight.to(self.trained.dtype).float()

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.checkpoint.checkpoint import load_model, open_weights
+from lit_qlora.checkpoint.packed import as_published
 from lit_qlora.convert.families import read_config
 from lit_qlora.convert.families.unpacking import unpack_fp8
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint, describe
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import CheckpointError
-from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.quantize import QuantizedLinear, Storage
+from lit_qlora.settings import Scheme
 from tests.convert.test_wrappers import wrapper_model
 from tests.reference import hugging_face_model
 
@@ -120,27 +122,62 @@ def test_ministral_3_is_read_as_it_is_published(tmp_path: Path) -> None:
     assert torch.equal(up, meant.bfloat16().float())
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_4_bit_weights_are_what_bitsandbytes_makes_of_them(nested: bool, tmp_path: Path) -> None:
-    hugging_face_model(tmp_path / "hub", "llama-gqa")
-    weights, codes = load_file(tmp_path / "hub/model.safetensors"), {}
+def published_in_4_bits(folder: Path, nested: bool) -> dict[str, Tensor]:
+    """Write a model as bitsandbytes' users publish it; what its layers compute with."""
+    hugging_face_model(folder, "llama-gqa")
+    weights, meant = load_file(folder / "model.safetensors"), {}
     for name, weight in list(weights.items()):
+        weights[name] = weight.bfloat16()
         if name.endswith("_proj.weight") and weight.size(1) % 64 == 0:  # bitsandbytes 0.50 mixes up others on a CPU
-            half = weight.bfloat16()
-            packed, state = functional.quantize_4bit(half, quant_type="nf4", compress_statistics=nested)
+            packed, state = functional.quantize_4bit(weights[name], quant_type="nf4", compress_statistics=nested)
             weights |= {name: packed, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
-            codes[name] = (packed, functional.dequantize_4bit(packed, state))
-    save_file(weights, tmp_path / "hub/model.safetensors")
-    say(tmp_path / "hub", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
-    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+            meant[name] = functional.dequantize_4bit(packed, state)
+    save_file(weights, folder / "model.safetensors")
+    say(folder, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    return meant
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_4_bit_weights_stay_as_they_were_published(
+    nested: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheme: Scheme = "bnb.nf4-dq" if nested else "bnb.nf4"
+    meant = published_in_4_bits(tmp_path / "hub", nested)
+    config = convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    assert f"kept so: --quantize {scheme} takes it as it is" in describe(config, tmp_path / "ours")
+    kept = load_model(tmp_path / "ours", quantize=scheme, dtype=torch.bfloat16).blocks[1].mlp.up
+    assert isinstance(kept, QuantizedLinear)
+    theirs, name = load_file(tmp_path / "hub/model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(kept.packed, theirs[name])
+    assert torch.equal(kept.absmax, theirs[f"{name}.absmax"])
+    assert torch.equal(kept.dequantize(), meant[name])
+    assert "16-bit" not in "".join(capsys.readouterr())
     export_hf(tmp_path / "ours", tmp_path / "back")
     back = load_file(tmp_path / "back/model.safetensors")
-    for name, (_, meant) in codes.items():
-        torch.testing.assert_close(back[name], meant, rtol=2**-7, atol=0)  # a step of bfloat16
-    loaded = load_model(tmp_path / "ours", quantize="bnb.nf4", dtype=torch.bfloat16).blocks[0].mlp.up
-    assert isinstance(loaded, QuantizedLinear)
-    packed = codes["model.layers.0.mlp.up_proj.weight"][0]
-    assert torch.equal(next(loaded.buffers()).flatten(), packed.flatten())
+    assert all(torch.equal(back[name], weight) for name, weight in meant.items())
+    load_model(tmp_path / "ours", dtype=torch.bfloat16)
+    assert f"in {scheme}. They become 16-bit ones.\n--quantize {scheme} takes" in "".join(capsys.readouterr())
+
+
+def test_a_merge_onto_them_finds_them_as_the_training_did(tmp_path: Path) -> None:
+    meant = published_in_4_bits(tmp_path / "hub", nested=True)["model.layers.0.self_attn.k_proj.weight"]
+    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    weights, key = open_weights(tmp_path / "ours"), "blocks.0.attn.key"
+    found = as_published(weights, key, Storage(torch.bfloat16, "bnb.nf4-dq"))
+    assert found is not None
+    assert torch.equal(found.dequantize(), meant)
+    assert as_published(weights, key, Storage(torch.bfloat16, "bnb.nf4")) is None
+
+
+def test_a_damaged_part_of_a_packed_weight_is_named(tmp_path: Path) -> None:
+    published_in_4_bits(tmp_path / "hub", nested=False)
+    convert_hf_checkpoint(tmp_path / "hub", tmp_path / "ours")
+    path = tmp_path / "ours/lit_model.safetensors"
+    weights = load_file(path)
+    weights.pop("blocks.0.attn.key.absmax")
+    save_file(weights, path)
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.key\.absmax is missing. Convert the model again"):
+        open_weights(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from torch import Tensor
 from lit_qlora.checkpoint.shards import Weights
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.reading import parse_json
+from lit_qlora.kernels.stack import BLOCK
+from lit_qlora.quantize import NESTED_BLOCK
 
 SCALES = ("_scale_inv", "_scale")
 """Endings, behind the name of a weight, of what its elements are multiplied by."""
@@ -84,6 +86,31 @@ def read_unpacked(name: str, weights: Weights, spec: bool) -> Tensor:
             return unpack_4bit(name, read, state)
     tensor = read(name)
     return tensor.bfloat16() if tensor.dtype.is_floating_point and tensor.itemsize == 1 else tensor
+
+
+def read_packed(name: str, weights: Weights, spec: bool) -> tuple[str, dict[str, Tensor]] | None:
+    """The 4-bit type of a weight, nf4 or fp4, and its parts as a QuantizedLinear has them; None where it has others.
+
+    Args:
+        spec: as for read_unpacked.
+    """
+    kind = next((kind for kind in ("nf4", "fp4") if name + STATE + kind in weights.specs), None)
+    if kind is None:
+        return None
+    state = read_state(weights.read(name + STATE + kind), f"{weights.location}: {name + STATE + kind}")
+    nested = state.get("nested_blocksize", NESTED_BLOCK)
+    shape = state["shape"]
+    if (state["blocksize"], nested, len(shape), shape[-1] % BLOCK) != (BLOCK, NESTED_BLOCK, 2, 0):
+        return None
+    read = weights.specs.__getitem__ if spec else weights.read
+    if read(name).numel() * 2 != shape[0] * shape[1]:
+        return None
+    parts = {"packed": read(name).reshape(shape[0], shape[1] // 2), "absmax": read(f"{name}.absmax")}
+    parts["code"] = read(f"{name}.quant_map")
+    if "nested_blocksize" in state:
+        parts |= {"absmax_code": read(f"{name}.nested_quant_map"), "absmax_scale": read(f"{name}.nested_absmax")}
+        parts["absmax_offset"] = torch.tensor(float(state["nested_offset"]), device="meta" if spec else "cpu")
+    return f"bnb.{kind}{'-dq' if 'nested_blocksize' in state else ''}", parts
 
 
 def read_state(packed: Tensor, location: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from results import TABLE, read_rows
 from shapes import model_config
 
+from lit_qlora.fused.memory import slice_tokens
 from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
@@ -46,6 +47,8 @@ def memory_floor(
     residual, attended = model.n_embd, model.n_head * model.head_size
     qkv = attended + 2 * model.n_kv_head * model.head_size
     gate_up = model.ffn_size * (2 if "glu" in model.ffn else 1)
+    if recompute != "none":  # a slice of a long row at a time
+        gate_up = round(gate_up * slice_tokens(tokens) / tokens)
     small = 2 * z + 4 * model.n_head  # bytes: the adapters' middles and the sums of attention
     kept = {
         "none": 2 * (2 * residual + qkv + attended + gate_up) + small,
@@ -53,6 +56,7 @@ def memory_floor(
         "attn": 2 * (2 * residual + attended) + small,
         "offload": 0,
         "full": 2 * residual,
+        "full-offload": 0,
     }[recompute]
     again = {
         "none": 0,
@@ -60,9 +64,10 @@ def memory_floor(
         "attn": gate_up + qkv,
         "offload": gate_up + qkv + attended + 4 * residual,  # and two residuals on their way out, two on their way in
         "full": gate_up + qkv + attended,
+        "full-offload": gate_up + qkv + attended + 2 * residual,
     }[recompute]
     working = 2 * (gate_up + residual + again)  # gradients of gate and up and of the residual, and what is made again
-    widest = 0 if scheme == "none" else 2 * max(gate_up, qkv) * residual
+    widest = 0 if scheme == "none" else 2 * max(model.ffn_size * (2 if "glu" in model.ffn else 1), qkv) * residual
     return plan.weights + (8 + state_bytes) * plan.trainable + widest + tokens * (model.n_layer * kept + working)
 
 

@@ -114,8 +114,14 @@ def model_config(shape: str) -> "ModelConfig":
     return ModelConfig(name=name, **SHAPES[shape]) if shape in SHAPES else read_config(published_config(shape), name)
 
 
-def random_model(shape: str, scheme: "Scheme") -> "GPT":
-    """Make a bf16 model of `shape` on the GPU if there is one, quantised layer by layer except for its head."""
+def random_model(shape: str, scheme: "Scheme", length: int = 0) -> "GPT":
+    """Make a bf16 model of `shape` on the GPU if there is one, quantised layer by layer except for its head.
+
+    Args:
+        length: tokens that it must be able to read, which may be more than the published model can.
+    """
+    from dataclasses import replace
+
     import torch
 
     from lit_qlora.checkpoint import checkpoint
@@ -123,6 +129,7 @@ def random_model(shape: str, scheme: "Scheme") -> "GPT":
     from lit_qlora.quantize import Storage
 
     config, storage = model_config(shape), Storage(torch.bfloat16, scheme)
+    config = replace(config, block_size=max(config.block_size, length))
     return checkpoint.random_model(config, storage, pick_device()).requires_grad_(False)
 
 

@@ -31,18 +31,20 @@ WARM_UP = 6  # steps: kernels are compiled in the first, a graph is captured in 
 
 
 def measure(
-    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...], steps: int, graphs: bool
+    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...], steps: tuple[int, int], graphs: bool
 ) -> dict[str, float]:
     """Milliseconds of the median, fastest and slowest step, and the peak in bytes; no step waits for the device.
 
     Args:
+        steps: that warm up, and that are timed.
         graphs: replays do not count as allocations, so the peak is the reserved memory.
     """
-    for _ in range(WARM_UP):
+    warm_up, timed = steps
+    for _ in range(warm_up):
         _step(model, optimizer, batch)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(timed + 1)]
     events[0].record()
     for event in events[1:]:
         _step(model, optimizer, batch)
@@ -110,13 +112,18 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true", help="multiply with the frozen weights of the blocks in FP8")
     parser.add_argument("--optimizer", choices=STATE_BYTES, default="adamw", help="of the adapters")
     parser.add_argument("--steps", type=int, default=16, help="timed steps")
+    parser.add_argument("--warm_up", type=int, default=WARM_UP, help="steps before them")
+    parser.add_argument("--gib", type=float, help="let the GPU have no more memory than this")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table that gets the rows")
     parser.add_argument("--commit", default=current_commit(), help="what was measured")
     parser.add_argument("--profile", action="store_true", help="say where the time of the last setting goes")
     arguments = parser.parse_args()
 
     let_segments_grow()  # as a run does
-    model = random_model(arguments.shape, arguments.quantize)
+    if arguments.gib:
+        share = arguments.gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    model = random_model(arguments.shape, arguments.quantize, arguments.length)
     lora = LoRAConfig(r=arguments.r, alpha=2 * arguments.r, targets=tuple(arguments.targets), dropout=arguments.dropout)
     add_lora(model, lora)
     model.train()
@@ -147,7 +154,7 @@ def main() -> None:
             fused.set_recompute([setting] * len(fused.blocks))
         torch.cuda.empty_cache()
         try:
-            figures = measure(model, optimizer, batch, arguments.steps, arguments.graphs)
+            figures = measure(model, optimizer, batch, (arguments.warm_up, arguments.steps), arguments.graphs)
         except torch.OutOfMemoryError as error:
             print(f"{setting}: {error}", file=sys.stderr)
             continue

@@ -9,6 +9,9 @@ the activations that are saved in between:
     attn     the attention's output and the residual stream behind it; qkv, gate and up are recomputed
     offload  as attn, with both and the block's input on the host; with `sends_qkv` qkv too
     full     the block's input only
+    full-offload  as full, with the input on the host
+
+The MLP of a long row recomputes a slice of tokens at a time, see sliced.
 
 Norms behind attention and MLP, where a family has them, read the products before them, which are saved too (`raw`).
 """
@@ -19,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_qlora.fused import sliced
 from lit_qlora.fused.attention import attention, attention_backward
 from lit_qlora.fused.experts import ExpertMlp
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.kernel_block import KernelBlock, attention_layers
+from lit_qlora.fused.memory import FULL, ON_HOST
 from lit_qlora.fused.mlp import DenseMlp, Mlp
 from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
@@ -96,9 +101,10 @@ class FusedBlock(KernelBlock):
         x, y = stream[0], stream[1] if len(stream) > 1 else None
         stream.clear()
         policy = self.recompute if run.saves else "full"
+        full = policy in FULL
 
         def save(tensor: Tensor) -> Tensor | OnHost:
-            return run.offload.put(tensor) if policy == "offload" else tensor
+            return run.offload.put(tensor) if policy in ON_HOST else tensor
 
         # A tensor for the host leaves as soon as it is there, since the copies take about as long as all the rest.
         x, statistics_1, normed = self.qkv.normed(self.norm_1, x, y)
@@ -110,31 +116,34 @@ class FusedBlock(KernelBlock):
         if policy in ("none", "mlp") or (policy == "offload" and self.sends_qkv):
             saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, save(qkv)
         attended, extra = attention(*self._shaped(qkv, run), self.heads, run.layout)
-        if policy != "full":
+        if not full:
             saved.attended, saved.attention = save(attended), extra
         raw_1, z_projection = self._project(attended, run, run.workspaces[0])[:2]
-        if policy != "full":
+        if not full:
             saved.z_projection = z_projection
         del qkv, attended, extra
         out = apply_norm(self.post_1, raw_1)
-        if policy != "full" and self.post_1.statistics:
+        if not full and self.post_1.statistics:
             saved.raw_1 = save(raw_1)
         del raw_1
         middle, statistics_2, normed = self.mlp.norm(x, None if self.parallel else out)
         beside = out if self.parallel else None
         del out, x
-        if policy != "full" and not self.parallel:
+        if not full and not self.parallel:
             saved.middle = save(middle)
         handed = [normed]
         del normed
-        raw_2, saved.mlp = self.mlp.forward(handed, statistics_2, run, policy == "none")
+        if policy == "none":
+            raw_2, saved.mlp = self.mlp.forward(handed, statistics_2, run, saves=True)
+        else:
+            raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, run)
         y = apply_norm(self.post_2, raw_2)
         if run.saves and self.post_2.statistics:
             saved.raw_2 = save(raw_2)
         if beside is not None:
             y.add_(beside)
         together = [middle, y] if self.scale is None else [y.add_(middle).mul_(self.scale)]
-        if policy != "offload":
+        if policy not in ON_HOST:
             run.offload.wait_for_copies()  # the copies of the blocks before, which have arrived by now
         stream += together
         return saved if run.saves else None
@@ -151,7 +160,7 @@ class FusedBlock(KernelBlock):
         if self.scale is not None:
             d_out = d_out.mul_(self.scale)
         run.offload.fetch(saved.qkv)  # the largest, which all products of the MLP are to hide
-        if self.recompute == "full":
+        if self.recompute in FULL:
             self._recompute(saved, back)
         d_middle = self._mlp_backward(d_out, saved, back)
         # In a list, from which the next part takes it, so that its memory is free early.
@@ -187,6 +196,8 @@ class FusedBlock(KernelBlock):
         del raw_2
         saved.raw_2 = saved.middle = saved.out = None
         ahead = (saved.attended, saved.x if saved.qkv is None else None, saved.raw_1)
+        if isinstance(saved.mlp, list):
+            return sliced.backward(self.mlp, d_y, stream, saved.mlp, d_out, back, ahead)
         return self.mlp.backward(d_y, stream, saved.mlp, d_out, back, ahead)
 
     def _projection_backward(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from lit_qlora.fused.ahead import Ahead
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.head import Labelled
+from lit_qlora.fused.memory import ON_HOST
 from lit_qlora.fused.micro_batch import Eager, Inputs, SavedPass, Trainable, Work
 from lit_qlora.fused.offload import to_device
 from lit_qlora.fused.passes import Ropes
@@ -240,7 +241,7 @@ class Graphs:
         return self.model.inputs(batch.tokens, batch.labelled, seed, batch.positions, carries=carries, layout=layout)
 
     def _capture(self, shape: Shape, batch: PaddedBatch, seed: int | None) -> None:
-        if self.off or "offload" in self.model.recompute:
+        if self.off or set(ON_HOST) & set(self.model.recompute):
             return
         self.record = self.record or Recorder(self.model.graph_bytes(self.most))
         batch = batch.to(self.model.device)

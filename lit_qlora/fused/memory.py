@@ -13,8 +13,22 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import LOGITS_AT_ONCE
 from lit_qlora.settings import Recompute
 
-COST: dict[Recompute, float] = {"none": 0.0, "mlp": 1.16, "attn": 2.0, "offload": 1.8, "full": 2.4}
+COST: dict[Recompute, float] = {
+    "none": 0.0,
+    "mlp": 1.16,
+    "attn": 2.0,
+    "offload": 1.8,
+    "full": 2.4,
+    "full-offload": 2.5,
+}
 """Milliseconds added to a block of Llama-2-7B, 4,096 tokens on an H100; only order and ratio matter."""
+ON_HOST = ("offload", "full-offload")
+"""Policies that send activations to the host."""
+FULL = ("full", "full-offload")
+"""Policies that save the input of a block alone."""
+SLICE = 2**14
+"""Tokens from which on a slice of them goes through an MLP at a time, where its activations are recomputed; the
+products of so many fill any GPU."""
 COPY_BY_BLOCK = 2**26
 """From this many adapter parameters on, the 16-bit copies are made block by block, twice a micro-batch, not at once.
 For Llama-65B at r 64 this saves 1.6 GB and costs, by their bytes, 3 of 550 ms."""
@@ -42,6 +56,12 @@ def sends_qkv(block: int, policy: Recompute) -> bool:
 def head_tokens(vocab: int) -> int:
     """Tokens whose logits exist at the same time."""
     return max(256, LOGITS_AT_ONCE // vocab // 128 * 128)
+
+
+def slice_tokens(tokens: int) -> int:
+    """Tokens of a slice: about as many in each, a multiple of 64."""
+    slices = -(-tokens // SLICE)
+    return -(-tokens // (64 * slices)) * 64 if slices > 1 else tokens
 
 
 @dataclass(frozen=True)
@@ -72,22 +92,22 @@ class FastSizes:
             "attn": c.n_embd + middle + 2 * raw + attended + z,
             "offload": z,
             "full": c.n_embd + raw + z,
+            "full-offload": z,
         }[policy]
         elements += c.n_embd if c.shared_expert_gate else 0  # what that expert gives
         return tokens * (2.0 * elements + 4 * c.n_head + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
-        """Bytes in pinned memory of the host; torch allocates powers of 2."""
+        """Bytes in pinned memory of the host."""
         c = self.model
-        always = [c.n_embd, self._middle, self._raw, self._raw, self._attended]
-        sent = [
-            [*always, self._qkv if sends_qkv(i, policy) else 0]
-            for i, policy in enumerate(policies)
-            if policy == "offload"
-        ]
-        return float(
-            sum(2 ** (2 * tokens * elements - 1).bit_length() for each in sent for elements in each if elements)
-        )
+        inputs = c.n_embd + self._raw
+        elements = 0
+        for i, policy in enumerate(policies):
+            if policy in ON_HOST:
+                elements += inputs
+            if policy == "offload":
+                elements += self._middle + self._raw + self._attended + (self._qkv if sends_qkv(i, policy) else 0)
+        return 2.0 * tokens * elements
 
     def peak(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes that a micro-batch needs at its peak."""
@@ -127,11 +147,14 @@ class FastSizes:
     def _block(self, policy: Recompute, tokens: int) -> float:
         """Bytes that exist in the backward pass of one block, beside saved activations."""
         c, again = self.model, policy != "none"
-        elements = self._branches * (2 if again else 1) + 5 * c.n_embd + (self._qkv if again else 0) + self._shaped
-        elements += 3 * c.n_embd if policy == "offload" else 0
-        elements += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
-        sums = (c.n_expert_per_token * tokens / CHUNK + c.n_expert) * self.rank * max(2 * c.n_embd, 3 * c.expert_size)
-        return tokens * (2.0 * elements + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
+        at_once = slice_tokens(tokens) if again else tokens
+        branches = self._branches * (2 if again else 1)
+        branches += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
+        sums = (c.n_expert_per_token * at_once / CHUNK + c.n_expert) * self.rank * max(2 * c.n_embd, 3 * c.expert_size)
+        elements = 5 * c.n_embd + (self._qkv if again else 0) + self._shaped
+        elements += {"offload": 3 * c.n_embd, "full-offload": 2 * (c.n_embd + self._raw)}.get(policy, 0)
+        mlp = at_once * (2.0 * branches + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
+        return tokens * 2.0 * elements + (mlp if at_once == tokens else max(mlp, tokens * 2.0 * self._of_attention))
 
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of the workspaces, for weights that are dequantised or in FP8."""
@@ -141,7 +164,7 @@ class FastSizes:
         experts = 2.0 * self._of_experts if self.quantized else 0.0
         if self.fp8:
             return float(max(max(self._branches, self._qkv), 2 * head) * c.n_embd)
-        kept = self._qkv + self._attended if self.quantized and "full" in policies else 0
+        kept = self._qkv + self._attended if self.quantized and set(FULL) & set(policies) else 0
         dense = 2.0 * max(widest, head) * c.n_embd
         space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
         return space + 2.0 * kept * c.n_embd
@@ -187,6 +210,14 @@ class FastSizes:
         if in_one_kernel(c):
             return self._attended + (2 if c.value_norm else 1) * self._keys
         return 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
+
+    @property
+    def _of_attention(self) -> int:
+        """Features of attention's own backward pass, beside those of _block.
+
+        These are the gradients of queries, keys and values, first of each head, and those of queries in float32.
+        """
+        return 2 * self._qkv + 4 * self._attended
 
     @property
     def _qkv(self) -> int:
@@ -245,6 +276,7 @@ def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: f
                 if best is None or others * COST[policy] < best[0]:
                     best = others * COST[policy], mix
                 break
-    hosted = sizes.on_host(["offload"] * blocks, tokens) <= free_host
-    least: Recompute = "offload" if hosted else "full"
-    return best[1] if best else [least] * blocks
+    if best:
+        return best[1]
+    least = min(COST, key=lambda policy: sizes.peak([policy] * blocks, tokens))
+    return [least if sizes.on_host([least] * blocks, tokens) <= free_host else "full"] * blocks

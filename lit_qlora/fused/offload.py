@@ -1,5 +1,6 @@
 """Asynchronous copies: batches to the device, and activations to pinned host memory and back."""
 
+import weakref
 from collections import deque
 from dataclasses import dataclass
 
@@ -59,7 +60,9 @@ class Offload:
         self.wait_for_copies(MOST_LEAVING - 1)
         self.stream = self.stream or torch.cuda.Stream()
         if len(self.pinned) <= number or self.pinned[number].numel() < x.numel():
-            del self.pinned[number : number + 1]  # before a larger one is taken
+            if number < len(self.pinned):
+                self.stream.synchronize()  # copies of the pass before
+                del self.pinned[number], self.on_host[number:]  # before a larger one is taken
             self.pinned.insert(number, pin(x.numel(), x.dtype))
         self.on_host[number:] = [self.pinned[number][: x.numel()].view(x.shape)]
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -96,21 +99,20 @@ class Offload:
 
 
 def pin(numbers: int, dtype: torch.dtype) -> Tensor:
-    """Pinned memory of the host.
+    """Pinned memory of the host, to the byte; torch's own is rounded up to powers of two.
 
     Raises:
         ResourceError: if the host has no more of it.
     """
-    try:
-        return torch.empty(numbers, dtype=dtype, pin_memory=True)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        size = numbers * dtype.itemsize / 2**30
+    buffer = torch.empty(numbers, dtype=dtype)
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)):
         raise ResourceError(
-            f"train.recompute offload: the host has no {size:.2f} GiB of pinned memory left.\n"
+            f"train.recompute: the host has no {buffer.nbytes / 2**30:.2f} GiB of pinned memory left.\n"
             "Take --train.recompute full, or fewer tokens at a time."
-        ) from None
+        )
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return buffer
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.kernel_block import norm_of
-from lit_qlora.fused.memory import COPY_BY_BLOCK, FastSizes, adapters_met, sends_qkv
+from lit_qlora.fused.memory import COPY_BY_BLOCK, FULL, ON_HOST, FastSizes, adapters_met, sends_qkv
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
@@ -141,13 +141,13 @@ class Fused:
             block.recompute = policy
             block.sends_qkv = sends_qkv(block.number, policy)
         for below, block in pairwise(self.blocks):
-            block.fetches_below = below.recompute == "offload"
+            block.fetches_below = below.recompute in ON_HOST
 
         def space(groups: Sequence[Group]) -> Tensor | None:
             most = max(group.workspace_size for group in groups)
             return torch.empty(most, dtype=self.dtype, device=self.device) if most else None
 
-        keeps = "full" in policies and not self.fp8  # in FP8 the layout differs in the backward pass
+        keeps = bool(set(FULL) & set(policies)) and not self.fp8  # in FP8 the layout differs in the backward pass
         self.workspaces = (None, None, None)  # freed before the new ones are taken
         anything = space(self.groups)
         qkv = space([block.qkv for block in self.blocks]) if keeps else anything
@@ -374,8 +374,10 @@ class Fused:
         Raises:
             RuntimeError: if another forward pass has overwritten the tensors on the host.
         """
-        if "offload" in self.recompute and saved.number != self.offload.passes:
-            raise RuntimeError("With 'offload' a loss needs its backward pass before the next one is computed.")
+        if set(ON_HOST) & set(self.recompute) and saved.number != self.offload.passes:
+            raise RuntimeError(
+                "With activations on the host a loss needs its backward pass before the next one is computed."
+            )
         self.pending.waiting.clear()  # of a pass that failed
         for gradient, more in saved.head_gradients:
             gradient.add_(more.mul_(d_loss))

@@ -62,10 +62,11 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         )
     if room.host is not None and plan.host > room.host and not config.force:
         shared = " for each process" if config.devices != 1 else ""
+        less = "full-offload or full" if "offload" in plan.recompute else "full"
         raise ResourceError(
-            f"train.recompute offload needs {plan.host / GIB:.1f} GiB of the host's memory, "
+            f"train.recompute {plan.recompute[0]} needs {plan.host / GIB:.1f} GiB of the host's memory, "
             f"and {room.host / GIB:.1f} GiB are free{shared}.\n"
-            "Take --train.recompute full, or fewer tokens at a time. --force starts anyway."
+            f"Take --train.recompute {less}, or fewer tokens at a time. --force starts anyway."
         )
     return plan
 
@@ -109,6 +110,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
         ),
         "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), batch),
         "--train.recompute full": (replace(config, train=replace(train, recompute="full")), batch),
+        "--train.recompute full-offload": (replace(config, train=replace(train, recompute="full-offload")), batch),
         f"--data.{'pack' if config.data.pack_length else 'max'}_length {longest // 2}": (
             config,
             Batch(batch.tokens[:, : longest // 2], batch.labels[:, : longest // 2]),
@@ -116,8 +118,8 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
         "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), batch),
         "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), batch),
     }
-    if plan.slow_because:  # there, offload means full
-        del others["--train.recompute offload"]
+    if plan.slow_because:  # there, these mean full
+        del others["--train.recompute offload"], others["--train.recompute full-offload"]
     saved = {words: now - _plan(other, smaller).total for words, (other, smaller) in others.items()}
     tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
     tips += [experts] if (experts := of_experts(plan, config)) else []

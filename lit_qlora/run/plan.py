@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from lit_qlora.fused.memory import COPY_BY_BLOCK, FastSizes, adapters_met, choose
+from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_met, choose
 from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
@@ -247,7 +247,8 @@ class Planner:
         host = math.inf if room.host is None else HOST_SHARE * room.host
         sizes, policies = _fastest(self._sizes, train.recompute, tokens, free, host)
         activations = sizes.peak(policies, tokens)
-        graphs = sizes.graphs(policies, graph_tokens) if graph_tokens and "offload" not in policies else 0.0
+        captures = graph_tokens and not set(ON_HOST) & set(policies)
+        graphs = sizes.graphs(policies, graph_tokens) if captures else 0.0
         if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
             graphs = 0.0
         cached_blocks, carries = 0, False

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from lit_qlora.settings.checks import Settings, check
 from lit_qlora.settings.limits import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne, at_least
 
-Recompute = Literal["none", "mlp", "attn", "offload", "full"]
+Recompute = Literal["none", "mlp", "attn", "offload", "full", "full-offload"]
 Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial", "inverse-sqrt", "wsd"]
 
 
@@ -71,9 +71,9 @@ class TrainConfig(Settings):
     """Number of run checkpoints that are kept. The best and the final one are kept besides."""
     recompute: Literal["auto"] | Recompute = "auto"
     """The part of a block that is recomputed in the backward pass instead of saved. In order of memory, most first:
-    none, mlp, attn, offload, full. 'offload' is attn with the remaining activations in host memory, for every other
-    block including queries, keys and values. 'auto' is the fastest mix that fits. On the plain path mlp, attn and
-    offload act as full."""
+    none, mlp, attn, offload, full, full-offload. 'offload' is attn with the remaining activations in host memory, for
+    every other block including queries, keys and values. 'full-offload' is full with the input of each block in host
+    memory, for the longest rows. 'auto' is the fastest mix that fits. On the plain path all but none act as full."""
     fast: bool = True
     """Use the fast path where GPU, precision and model allow it. It computes the same function."""
     fp8: bool = False

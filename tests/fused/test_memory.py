@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.fused.memory import COST, FastSizes, choose, head_tokens
+from lit_qlora.fused.memory import COST, SLICE, FastSizes, choose, head_tokens, slice_tokens
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.settings import Recompute
 from tests.conftest import tiny_config
@@ -71,7 +71,8 @@ def test_more_tokens_make_room_for_more_weights() -> None:
 def test_what_goes_to_the_host_needs_memory_there() -> None:
     one = sizes()
     all_ = one.on_host(["offload"] * BLOCKS, 512)
-    assert all_ == BLOCKS * 3 * 2 * 512 * 256 + BLOCKS // 2 * 2 * 512 * 1024  # qkv of every other block, as 2^n bytes
+    assert all_ == BLOCKS * 3 * 2 * 512 * 256 + BLOCKS // 2 * 2 * 512 * 768  # qkv of every other block
+    assert one.on_host(["full-offload"] * BLOCKS, 512) == BLOCKS * 2 * 512 * 256
     assert one.on_host(["none", "full", "attn", "mlp"] * 2, 512) == 0
     free = one.peak(["offload"] * BLOCKS, 512)
     assert "offload" in choose(one, BLOCKS, 512, free, all_)
@@ -94,3 +95,23 @@ def test_the_fastest_mix_that_fits_is_chosen() -> None:
     assert costs[:2] == [0, 0]
     assert costs == sorted(costs)
     assert len(set(costs)) > 3
+
+
+def test_a_long_row_goes_through_an_mlp_in_slices_of_about_the_same_size() -> None:
+    assert [slice_tokens(tokens) for tokens in (0, 1, SLICE - 1, SLICE)] == [0, 1, SLICE - 1, SLICE]
+    for tokens in (SLICE + 1, 2 * SLICE, 83_000, 200_001):
+        each = slice_tokens(tokens)
+        slices = -(-tokens // each)
+        assert slices == -(-tokens // SLICE)
+        assert each % 64 == 0
+        assert each - 64 * slices < tokens - (slices - 1) * each <= each <= SLICE
+
+
+def test_with_inputs_on_the_host_the_memory_of_a_token_does_not_grow_with_the_blocks() -> None:
+    one = FastSizes(tiny_config(n_layer=BLOCKS, **WIDE), rank=0, adapted=0, quantized=True)
+    rows = (2 * SLICE, 4 * SLICE)
+    few, many = ([one.peak(["full-offload"] * blocks, tokens) for tokens in rows] for blocks in (2, BLOCKS))
+    per_token = [(peaks[1] - peaks[0]) / (rows[1] - rows[0]) for peaks in (few, many)]
+    assert per_token[1] - per_token[0] < 2 * WIDE["n_embd"]  # a float for each head and block is left
+    assert one.peak(["full-offload"] * BLOCKS, rows[1]) < one.peak(["full"] * BLOCKS, rows[1])
+    assert choose(one, BLOCKS, rows[1], 0) == ["full-offload"] * BLOCKS

@@ -78,7 +78,7 @@ def test_a_choice_of_experts_is_as_near_to_float64_as_on_the_plain_path() -> Non
 
 
 @pytest.mark.parametrize("layout", ["cudnn", "packed"])
-@pytest.mark.parametrize("policy", ["mlp", "attn", "offload", "full"])
+@pytest.mark.parametrize("policy", ["mlp", "attn", "offload", "full", "full-offload"])
 def test_recomputing_and_offloading_change_no_bit(policy: Any, layout: str) -> None:
     from lit_qlora.fused import fuse
 

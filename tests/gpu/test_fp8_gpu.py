@@ -72,7 +72,7 @@ def test_gradients_point_where_those_of_float64_do(kind: str, layout: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bf16"])
-@pytest.mark.parametrize("policy", ["mlp", "attn", "offload", "full"])
+@pytest.mark.parametrize("policy", ["mlp", "attn", "offload", "full", "full-offload"])
 def test_recomputing_and_offloading_change_no_bit(policy: Any, kind: str) -> None:
     from lit_qlora.fused import fuse
 

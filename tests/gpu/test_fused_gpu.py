@@ -152,7 +152,7 @@ def test_errors_are_no_larger_than_those_of_the_plain_path(kind: str, layout: st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("policy", ["mlp", "attn", "offload", "full"])
+@pytest.mark.parametrize("policy", ["mlp", "attn", "offload", "full", "full-offload"])
 def test_recomputing_and_offloading_change_no_bit(policy: Any, layout: str) -> None:
     from lit_qlora.fused import fuse
 

@@ -457,6 +457,28 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
         },
     ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {
+            **GROUPED,
+            **SIZED_EXPERTS,
+            "num_hidden_layers": 3,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "routed_scaling_factor": 1.7,
+            "conv_L_cache": 4,
+        },
+    ),
+    "lfm2-bias": (
+        "lfm2",
+        {
+            **GROUPED,
+            "layer_types": ["full_attention", "conv"],
+            "conv_bias": True,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
+    ),
     "youtu": (
         "youtu",
         {
@@ -488,6 +510,7 @@ DELTA_EXPERTS = {
     "shared_expert_intermediate_size": 80,
 }
 CASES |= {
+    "lfm2": ("lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
     "qwen3_5": ("qwen3_5_text", {**DELTA, "num_hidden_layers": 4, "tie_word_embeddings": True}),
     "qwen3_next": ("qwen3_next", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}),
 }
@@ -560,7 +583,7 @@ def hugging_face_model(directory: Path, case: str, shards: str = "5GB") -> Any:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
     for name, buffer in model.named_buffers():
-        if name.endswith(("e_score_correction_bias", "layer_scalar")):
+        if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
             torch.nn.init.normal_(buffer, mean=float(name.endswith("layer_scalar")), std=0.2)
     model.tie_weights()
     model.save_pretrained(directory, max_shard_size=shards)

@@ -71,7 +71,7 @@ class Scorer:
         self.row_length = max(SHORTEST_ROW, config.n_embd // 8)
         self.truncated = 0
         # These rotate the same prefix differently in a longer text.
-        self._shares = config.rope_scaling not in ("dynamic", "longrope") and not config.delta_layers
+        self._shares = config.rope_scaling not in ("dynamic", "longrope") and not config.state_layers
 
     def score(
         self, requests: Sequence[Request], progress: Callable[[int], object] = lambda done: None

@@ -22,7 +22,7 @@ from lit_qlora.quantize import QuantizedLinear, ragged
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
 UNHANDLED = (
-    *("kv_latent_size", "delta_layers", "attention_gate"),
+    *("kv_latent_size", "delta_layers", "conv_layers", "attention_gate"),
     *("shared_kv_layers", "per_layer_size", "experts_beside"),
 )
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""

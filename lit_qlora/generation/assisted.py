@@ -31,9 +31,10 @@ class Draft:
 
 def check_can_forget(config: ModelConfig) -> None:
     """Raise UsageError for a model that cannot forget a rejected guess."""
-    if config.delta_layers:
+    if config.state_layers:
+        kind = "gated delta net" if config.delta_layers else "short convolution"
         raise UsageError(
-            f"{config.name} keeps a state instead of keys and values (gated delta net), which a rejected guess would "
+            f"{config.name} keeps a state instead of keys and values ({kind}), which a rejected guess would "
             "stay in, so it takes no part in assisted generation.\nLeave out draft_checkpoint_dir."
         )
 

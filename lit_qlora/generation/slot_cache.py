@@ -6,7 +6,7 @@ Requests come and go in it, and the shapes of a step never change.
 import torch
 from torch import Tensor
 
-from lit_qlora.model.cache import DeltaCache, KVCache, LayerCache
+from lit_qlora.model.cache import BlockCache, KVCache
 from lit_qlora.model.config import ModelConfig
 
 
@@ -40,7 +40,7 @@ class SlotCache(KVCache):
         """See KVCache."""
         return self.limit
 
-    def layer(self, i: int, new: int) -> LayerCache | DeltaCache | None:
+    def layer(self, i: int, new: int) -> BlockCache | None:
         """See KVCache. The caller makes sure that there is room, as lengths are on the device."""
         return self._view(i, self.rows, self.columns(new), self.limit)
 
@@ -58,7 +58,7 @@ class SlotCache(KVCache):
         length = cache.size - start
         for i, (mine, theirs) in enumerate(zip(self.blocks, cache.blocks, strict=True)):
             for memory, other in zip(mine, theirs, strict=True):
-                if self.config.is_delta(i):
+                if i in self.config.state_layers:
                     memory[slot] = other[row]
                 else:
                     memory[slot, :, :length] = other[row, :, start : cache.size]
@@ -67,7 +67,7 @@ class SlotCache(KVCache):
     @property
     def changing(self) -> list[Tensor]:
         """Tensors that a step changes otherwise than by writing behind what is there."""
-        return [self.lengths, *(memory for i in self.config.delta_layers for memory in self.blocks[i])]
+        return [self.lengths, *(memory for i in self.config.state_layers for memory in self.blocks[i])]
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot over another."""

@@ -23,7 +23,7 @@ class Place(NamedTuple):
     mask: Tensor | None
     """See attention_mask."""
     documents: Tensor | None
-    """(B, T), the document of each token for a gated delta net, padding -1; None where all are of one."""
+    """(B, T), the document of each token for a block with a state, padding -1; None where all are of one."""
     kept: list[tuple[Tensor, Tensor]]
     """Keys and values of the last block of this kind that has its own, for those that have none."""
 
@@ -164,7 +164,7 @@ class Places:
     ) -> None:
         self.kinds = [(config.windowed(i), config.rotates(i)) for i in range(config.n_layer)]
         scale = query_scale(config, positions) if config.query_scale_beta else None
-        documents = documents_of(positions.size(1), cache, segments) if config.delta_layers else None
+        documents = documents_of(positions.size(1), cache, segments) if config.state_layers else None
         new, device = positions.size(1), positions.device
 
         def mask(window: int | None) -> Tensor | None:

@@ -17,8 +17,8 @@ class KVCache:
 
     Attributes:
         blocks: keys and values (B, K, length, D) of each block; of a gated delta net the last inputs of its
-            convolution (B, W - 1, C) and its state (B, H, D, Dv), which is float32. Nothing of a block that uses
-            those of another.
+            convolution (B, W - 1, C) and its state (B, H, D, Dv), which is float32; of a short convolution the
+            former alone. Nothing of a block that uses those of another.
     """
 
     left_pad: Tensor | None
@@ -44,6 +44,8 @@ class KVCache:
             heads, keys, values = c.delta_value_heads, c.delta_key_size, c.delta_value_size
             inputs = (batch, c.delta_conv_size - 1, 2 * c.delta_key_heads * keys + heads * values)
             return self._zeros(*inputs), self._zeros(batch, heads, keys, values, dtype=torch.float32)
+        if c.is_conv(block):
+            return (self._zeros(batch, c.conv_size - 1, c.n_embd),)
         if c.reuses(block):
             return ()
         windowed = c.windowed(block)
@@ -67,17 +69,20 @@ class KVCache:
         """Number of columns that the next tokens look at."""
         return self.size + new
 
-    def layer(self, i: int, new: int) -> "LayerCache | DeltaCache | None":
+    def layer(self, i: int, new: int) -> "BlockCache | None":
         """The part of block `i`, with room for `new` more tokens."""
         if self.size + new > self.length:
             raise ValueError(f"The cache holds {self.length} tokens; {self.size} + {new} do not fit.")
         return self._view(i, self.batch, slice(self.size, self.size + new), self.width(new))
 
-    def _view(self, i: int, rows: int, columns: slice | Tensor, width: int) -> "LayerCache | DeltaCache | None":
+    def _view(self, i: int, rows: int, columns: slice | Tensor, width: int) -> "BlockCache | None":
         """Block `i` of the first `rows` texts; None for one that has nothing of its own."""
         if not self.blocks[i]:
             return None
-        first, second = (memory[:rows] for memory in self.blocks[i])
+        first, *rest = (memory[:rows] for memory in self.blocks[i])
+        if self.config.is_conv(i):
+            return ConvCache(first)
+        (second,) = rest
         return DeltaCache(first, second) if self.config.is_delta(i) else LayerCache(first, second, columns, width)
 
     def advance(self, new: int) -> None:
@@ -115,8 +120,18 @@ class LayerCache:
         return self.keys[:, :, : self.width], self.values[:, :, : self.width]
 
 
+class ConvCache(NamedTuple):
+    """A view of what a short convolution remembers, see KVCache.blocks; it is changed in place."""
+
+    inputs: Tensor
+
+
 class DeltaCache(NamedTuple):
     """A view of what a gated delta net remembers, see KVCache.blocks; both are changed in place."""
 
     inputs: Tensor
     state: Tensor
+
+
+BlockCache = LayerCache | DeltaCache | ConvCache
+"""A block's view of a KVCache."""

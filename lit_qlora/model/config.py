@@ -107,6 +107,11 @@ class ModelConfig:
     """Features of such a head."""
     delta_conv_size: int = 4
     """Tokens that its convolution sees, the newest included."""
+    conv_layers: tuple[int, ...] = ()
+    """Blocks with a short convolution instead of attention, see lit_qlora.model.short_conv."""
+    conv_size: int = 3
+    """Tokens that it sees, the newest included."""
+    conv_bias: bool = False
     sliding_window: int | None = None
     """A token attends to this many tokens, itself included; None: to all before it."""
     full_attention_layers: tuple[int, ...] = ()
@@ -206,7 +211,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"{self.name}: n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}."
             )
-        for name in ("full_attention_layers", "no_rope_layers", "dense_layers", "delta_layers"):
+        for name in ("full_attention_layers", "no_rope_layers", "dense_layers", "delta_layers", "conv_layers"):
             if outside := [i for i in getattr(self, name) if not 0 <= i < self.n_layer]:
                 raise CheckpointError(f"{self.name}: {name} names blocks {outside}, the model has {self.n_layer}.")
         if self.n_expert and not (0 < self.n_expert_per_token <= self.n_expert and self.expert_size > 0):
@@ -236,6 +241,8 @@ class ModelConfig:
                 f"{self.name}: with delta_layers, heads must be at least 1, those of values a multiple of those of "
                 f"keys, sizes at least 1 and delta_conv_size at least 2, got {heads}, {sizes}, {self.delta_conv_size}."
             )
+        if self.conv_layers and (self.conv_size < 2 or set(self.conv_layers) & set(self.delta_layers)):
+            raise CheckpointError(f"{self.name}: a short convolution sees at least 2 tokens, in blocks of its own.")
         factors = (len(self.rope_short_factors), len(self.rope_long_factors))
         if self.rope_scaling == "longrope" and factors != (self.rotated // 2,) * 2:
             raise CheckpointError(f"{self.name}: longrope needs {self.rotated // 2} factors twice, got {factors}.")
@@ -288,6 +295,15 @@ class ModelConfig:
     def is_delta(self, block: int) -> bool:
         """True if `block` has a gated delta net instead of attention."""
         return block in self.delta_layers
+
+    def is_conv(self, block: int) -> bool:
+        """True if `block` has a short convolution instead of attention."""
+        return block in self.conv_layers
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Blocks that remember a state instead of keys and values."""
+        return (*self.delta_layers, *self.conv_layers)
 
     def windowed(self, block: int) -> bool:
         """True if the sliding window holds for `block`."""

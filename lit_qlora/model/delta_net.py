@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_qlora.model.attention import Place
 from lit_qlora.model.cache import DeltaCache
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.short_conv import after_tokens, causal_convolution
 
 CHUNK = 64
 """Tokens that are computed together; the products inside grow with its square."""
@@ -62,15 +63,7 @@ class DeltaNet(nn.Module):
     def _convolved(self, x: Tensor, documents: Tensor | None, cache: DeltaCache | None) -> tuple[Tensor, ...]:
         """(B, T, E) -> queries and keys (B, T, key heads * size), values (B, T, value heads * size)."""
         parts = (self.query(x), self.key(x), self.value(x))
-        features = torch.cat(parts, dim=-1)
-        if documents is not None:
-            features = features.masked_fill((documents < 0)[..., None], 0)
-        before = (
-            cache.inputs if cache else features.new_zeros(len(x), self.config.delta_conv_size - 1, features.size(2))
-        )
-        features = torch.cat((before, features), dim=1)
-        if cache:
-            cache.inputs.copy_(features[:, x.size(1) :])
+        features = after_tokens(torch.cat(parts, dim=-1), self.config.delta_conv_size, documents, cache)
         convolved = F.silu(causal_convolution(features, self.conv, documents))
         return convolved.split([part.size(-1) for part in parts], dim=-1)
 
@@ -79,28 +72,6 @@ def normed(x: Tensor) -> Tensor:
     """Bring the features (..., D) of each head to length one, in float32."""
     x = x.float()
     return x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt()
-
-
-def causal_convolution(x: Tensor, weight: Tensor, documents: Tensor | None) -> Tensor:
-    """A weighted sum of each feature over the last W tokens of the same document.
-
-    Args:
-        x: (B, W - 1 + T, C), where the first W - 1 are of document 0.
-        weight: (C, 1, W), that of the token itself last.
-        documents: (B, T), or None where all are of one.
-
-    Returns:
-        (B, T, C).
-    """
-    size, new = weight.size(-1), x.size(1) - weight.size(-1) + 1
-    if documents is None:
-        return F.conv1d(x.mT, weight, groups=x.size(-1)).mT
-    numbers = F.pad(documents, (size - 1, 0))
-    total = x[:, size - 1 :] * weight[:, 0, -1]
-    for i in range(size - 1):
-        same = (numbers[:, i : i + new] == documents)[..., None]
-        total = total + torch.where(same, x[:, i : i + new], 0) * weight[:, 0, i]
-    return total
 
 
 def delta_step(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_qlora.model.attention import Attention, Place, Places, drop, softcap
-from lit_qlora.model.cache import DeltaCache, LayerCache
+from lit_qlora.model.cache import BlockCache
 from lit_qlora.model.cache import KVCache as KVCache
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import DeltaNet
@@ -17,6 +17,7 @@ from lit_qlora.model.latent_attention import LatentAttention
 from lit_qlora.model.mlp import ExpertsBeside, make_mlp
 from lit_qlora.model.norm import make_norm
 from lit_qlora.model.per_layer import PerLayerEmbedding, PerLayerInput
+from lit_qlora.model.short_conv import ShortConv
 
 LOGITS_AT_ONCE = 2**26
 """Logits that exist at a time while computing a loss: 0.25 GiB in float32."""
@@ -173,11 +174,11 @@ class GPT(nn.Module):
             segments: (B, T) integers, the document of each token, documents being laid end to end; a token sees its
                 own document alone. Padding is -1. None where a row is one document.
             seen_until: (B, T) int64, for documents that begin alike and share that: the column from which on no token
-                sees this one. A shared beginning stands once, before all that goes on from it. Models with delta_layers
+                sees this one. A shared beginning stands once, before all that goes on from it. Models with state_layers
                 cannot share: the state behind the beginning is gone when a second document begins.
         """
         B, T = tokens.shape
-        assert seen_until is None or not self.config.delta_layers
+        assert seen_until is None or not self.config.state_layers
         if cache:
             positions = cache.positions(T)
         elif positions is None:
@@ -201,7 +202,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, or a gated delta net, and MLP, each with norms around it and added to the residual stream.
+    """Attention, a gated delta net or a short convolution, and MLP, each with norms around it and added to the stream.
 
     Attributes:
         dropout: see GPT.set_dropout.
@@ -214,8 +215,9 @@ class Block(nn.Module):
         self.config = config
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.norm_1 = make_norm(config, config.n_embd) if before else nn.Identity()
-        self.attn = None if config.is_delta(i) else make_attention(config, i)
+        self.attn = None if i in config.state_layers else make_attention(config, i)
         self.delta = DeltaNet(config) if config.is_delta(i) else None
+        self.conv = ShortConv(config) if config.is_conv(i) else None
         self.post_norm_1 = make_norm(config, config.n_embd) if after else nn.Identity()
         self.norm_2 = make_norm(config, config.n_embd) if before and not config.shared_norm else nn.Identity()
         self.mlp = make_mlp(config, i)
@@ -224,13 +226,11 @@ class Block(nn.Module):
         self.per_layer = PerLayerInput(config) if config.per_layer_size else None
         self.scale = nn.Parameter(torch.ones(1)) if config.block_scale else None
 
-    def forward(
-        self, x: Tensor, place: Place, cache: LayerCache | DeltaCache | None, own: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache: BlockCache | None, own: Tensor | None = None) -> Tensor:
         """(B, T, E) -> (B, T, E); `own` is the block's part of what PerLayerEmbedding returns."""
         share, p = self.config.residual_multiplier, self.dropout if self.training else 0.0
         read = self.norm_1(x)
-        mix: Any = self.attn or self.delta
+        mix: Any = self.attn or self.delta or self.conv
         attended = times(drop(self.post_norm_1(mix(read, place, cache)), p), share)
         if self.config.parallel_residual:
             read = read if self.config.shared_norm else self.norm_2(x)

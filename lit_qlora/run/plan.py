@@ -431,6 +431,8 @@ def _fed(config: ModelConfig, block: int) -> float:
 
 def _mixed(config: ModelConfig, block: int, itemsize: int) -> float:
     """Estimate the bytes that attention, or a gated delta net, saves for a token."""
+    if config.is_conv(block):
+        return 7.0 * config.n_embd * itemsize
     if not config.is_delta(block):
         windowed, gated = config.windowed(block), config.n_head if config.attention_gate else 0
         keys = 0 if config.reuses(block) else config.kv_heads_of(windowed)

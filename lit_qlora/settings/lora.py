@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from lit_qlora.settings.checks import Settings, check
 from lit_qlora.settings.limits import Count, CountOrZero, Pattern, Positive, ShareBelowOne
 
-Target = Literal["query", "key", "value", "latent", "projection", "delta", "per_layer", "mlp", "head", "all"]
+Target = Literal["query", "key", "value", "latent", "projection", "delta", "conv", "per_layer", "mlp", "head", "all"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -34,7 +34,7 @@ class LoRAConfig(Settings):
     """Layers that get an adapter, e.g. [query,value]. 'all' is every linear layer except the output head. Only
     DeepSeek's models have a latent. Only Qwen3-Next's and Qwen3.5's have gated delta nets: all their layers are
     'delta', some of them query, key, value and projection. There 'query' means attention's output gate, too. Only
-    Gemma 4's E2B and E4B have a per_layer."""
+    LFM2 has a conv. Only Gemma 4's E2B and E4B have a per_layer."""
     first_layers: Count | None = None
     """Adapt only the first N blocks; with last_layers, N at both ends. By default all blocks."""
     last_layers: Count | None = None

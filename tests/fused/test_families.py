@@ -33,6 +33,8 @@ PLAIN = {
     "qwen3_5_text": "delta_layers",
     "qwen3_5_moe_text": "delta_layers",
     "qwen3_next": "delta_layers",
+    "lfm2": "conv_layers",
+    "lfm2_moe": "conv_layers",
 }
 """The families that take the plain path, and the field of ModelConfig that is to blame."""
 PLAIN_CASES = {"gemma4_moe": "experts_beside", "gemma4-E": "shared_kv_layers"}

@@ -11,8 +11,9 @@ from torch import Tensor
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.model import delta_net
-from lit_qlora.model.delta_net import CHUNK, causal_convolution, delta_rule, delta_step
+from lit_qlora.model.delta_net import CHUNK, delta_rule, delta_step
 from lit_qlora.model.gpt import KVCache
+from lit_qlora.model.short_conv import causal_convolution
 from tests.model.test_switches import model_of, tokens
 from tests.reference import hugging_face_model
 

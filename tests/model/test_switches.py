@@ -21,7 +21,7 @@ NO_SWITCHES = {
     *("name", "family", "wrapper", "block_size"),  # what it is called, and how long texts may be
     *("n_layer", "n_embd", "n_head", "n_kv_head", "head_size", "ffn_size", "vocab_size"),
     *("kv_latent_size", "q_latent_size", "latent_rope_size", "latent_value_size", "expert_size", "shared_expert_size"),
-    *("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_conv_size"),
+    *("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_conv_size", "conv_size"),
     *("n_expert", "per_layer_size", "per_layer_vocab", "shared_kv_ffn_size", "full_head_size", "full_kv_heads"),
     *("tied_head", "positions"),  # other weights, not another function of the same
 }
@@ -114,7 +114,7 @@ def test_documents_laid_end_to_end_do_not_see_each_other(case: str) -> None:
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_documents_that_begin_alike_share_their_beginning(case: str) -> None:
     model = model_of(case)
-    if model.config.rope_scaling in ("dynamic", "longrope") or model.config.delta_layers:
+    if model.config.rope_scaling in ("dynamic", "longrope") or model.config.state_layers:
         pytest.skip("turns the same beginning otherwise in a longer text, or has no state of it any more")
     beginning, first, second, other = tokens(11), tokens(6, 1), tokens(4, 2), tokens(5, 3)
     row = torch.cat([beginning, first, second, other, torch.zeros(1, 2, dtype=torch.long)], dim=1)
@@ -157,5 +157,5 @@ def test_bfloat16_stays_bfloat16_and_learns(case: str) -> None:
     cache = KVCache(model.config, 1, 23, torch.bfloat16)
     assert logits(model, text, cache).dtype == torch.bfloat16
     model.loss(text[:, :-1], text[:, 1:]).backward()
-    mix = model.blocks[0].attn or model.blocks[0].delta
+    mix = model.blocks[0].attn or model.blocks[0].delta or model.blocks[0].conv
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in mix.parameters())

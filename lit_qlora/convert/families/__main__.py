@@ -42,6 +42,7 @@ FEATURES = {
     "kv_latent_size": "latent attention",
     "attention_gate": "attention gate",
     "delta_layers": "gated delta nets",
+    "conv_layers": "short convolutions",
     "n_expert": "experts",
     "router": "{} router",
     "router_tolerance": "router tolerance",
@@ -58,6 +59,7 @@ FEATURES = {
 PLAIN_PATH = {
     "kv_latent_size": "latent attention",
     "delta_layers": "gated delta nets",
+    "conv_layers": "short convolutions",
     "attention_gate": "gated attention",
 }
 """Field that the kernels of training do not compute -> its feature."""

@@ -1,6 +1,14 @@
 """The families: a row for each Hugging Face `model_type`."""
 
-from lit_qlora.convert.families import delta_rows, expert_rows, gemma4_rows, layer_norm_rows, rms_rows, routed_rows
+from lit_qlora.convert.families import (
+    conv_rows,
+    delta_rows,
+    expert_rows,
+    gemma4_rows,
+    layer_norm_rows,
+    rms_rows,
+    routed_rows,
+)
 from lit_qlora.convert.families.read import Family
 
 VERIFIED_WITH = "5.23"
@@ -13,5 +21,6 @@ FAMILIES: dict[str, Family] = {
     **expert_rows.ROWS,
     **delta_rows.ROWS,
     **gemma4_rows.ROWS,
+    **conv_rows.ROWS,
 }
 """model_type -> its row."""

@@ -369,6 +369,35 @@ QWEN3_NEXT = (
         f"{_LINEAR}.in_proj_ba.weight": Fused((_BETA, _DECAY), "delta_heads"),
     }
 )
+_CONV = f"{_BLOCK}.conv"
+_LFM2 = without(LLAMA, ".mlp.", "norm", "o_proj") | tensors(
+    {
+        "model.embedding_norm": "norm",
+        f"{_LAYER}.operator_norm": f"{_BLOCK}.norm_1",
+        f"{_LAYER}.ffn_norm": f"{_BLOCK}.norm_2",
+        f"{_LAYER}.self_attn.out_proj": f"{_BLOCK}.attn.projection",
+        f"{_LAYER}.self_attn.q_layernorm": f"{_BLOCK}.attn.query_norm",
+        f"{_LAYER}.self_attn.k_layernorm": f"{_BLOCK}.attn.key_norm",
+        f"{_LAYER}.conv.in_proj": f"{_CONV}.into",
+        f"{_LAYER}.conv.out_proj": f"{_CONV}.projection",
+        f"{_LAYER}.feed_forward.w1": _GATE,
+        f"{_LAYER}.feed_forward.w3": _UP,
+        f"{_LAYER}.feed_forward.w2": f"{_BLOCK}.mlp.down",
+    }
+)
+LFM2 = _LFM2 | {f"{_LAYER}.conv.conv.weight": f"{_CONV}.conv", f"{_LAYER}.conv.conv.bias": f"{_CONV}.bias"}
+LFM2_MOE = (
+    LFM2
+    | tensors(
+        {
+            f"{_LAYER}.feed_forward.gate": f"{_BLOCK}.mlp.router",
+            f"{_LAYER}.feed_forward.experts.{{e}}.w1": f"{_EXPERT}.gate",
+            f"{_LAYER}.feed_forward.experts.{{e}}.w3": f"{_EXPERT}.up",
+            f"{_LAYER}.feed_forward.experts.{{e}}.w2": f"{_EXPERT}.down",
+        }
+    )
+    | {f"{_LAYER}.feed_forward.expert_bias": _CORRECTION}
+)
 GEMMA4 = GEMMA3 | {f"{_LAYER}.layer_scalar": f"{_BLOCK}.scale"}
 GEMMA4_TEXT = (
     GEMMA4

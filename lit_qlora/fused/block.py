@@ -16,6 +16,7 @@ The MLP of a long row recomputes a slice of tokens at a time, see sliced.
 Norms behind attention and MLP, where a family has them, read the products before them, which are saved too (`raw`).
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,13 @@ from torch import Tensor
 from lit_qlora.fused import sliced
 from lit_qlora.fused.attention import attention, attention_backward
 from lit_qlora.fused.experts import ExpertMlp
-from lit_qlora.fused.group import Group
-from lit_qlora.fused.kernel_block import KernelBlock, attention_layers
+from lit_qlora.fused.group import Group, Layers
+from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, heads_of
 from lit_qlora.fused.memory import FULL, ON_HOST
 from lit_qlora.fused.mlp import DenseMlp, Mlp
 from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
-from lit_qlora.fused.qkv_transforms import pull_back
+from lit_qlora.fused.qkv_transforms import Shaping, pull_back
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import Norm, add_norm, apply_norm, norm_backward
@@ -68,10 +69,11 @@ class SavedBlock:
     matrix_projection: Tensor | None = None
 
 
-class FusedBlock(KernelBlock):
-    """The weights of a block in groups, and its two passes.
+class Block(KernelBlock):
+    """The two passes of a block, around an attention of one kind or another.
 
     Attributes:
+        groups: the weights.
         recompute: see the module.
         sends_qkv: see memory.sends_qkv.
         fetches_below: the block below offloads.
@@ -81,14 +83,12 @@ class FusedBlock(KernelBlock):
         self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
     ) -> None:
         super().__init__(block, config, number, like)
-        qkv, projection = attention_layers(block.attn)
-        self.qkv, self.projection = Group(qkv, dtype, fp8), Group(projection, dtype, fp8)
         self.mlp: Mlp
         if config.has_experts(number):
             self.mlp = ExpertMlp(block.mlp, self.norm_2, config, dtype, number)
         else:
             self.mlp = DenseMlp(block.mlp, self.norm_2, config, dtype, number, fp8)
-        self.groups = (self.qkv, self.projection, *self.mlp.groups)
+        self.groups: tuple[Layers, ...] = tuple(self.mlp.groups)
         self.recompute: Recompute = "none"
         self.sends_qkv = self.fetches_below = False
 
@@ -98,39 +98,17 @@ class FusedBlock(KernelBlock):
         The first block, and one behind a block with a scale, finds x alone. The pair is taken out of the list, so that
         its memory is free as soon as it is not needed.
         """
-        x, y = stream[0], stream[1] if len(stream) > 1 else None
-        stream.clear()
-        policy = self.recompute if run.saves else "full"
-        full = policy in FULL
-
-        def save(tensor: Tensor) -> Tensor | OnHost:
-            return run.offload.put(tensor) if policy in ON_HOST else tensor
-
-        # A tensor for the host leaves as soon as it is there, since the copies take about as long as all the rest.
-        x, statistics_1, normed = self.qkv.normed(self.norm_1, x, y)
-        del y
-        below = run.offload.latest if self.fetches_below else None
-        saved = SavedBlock(save(x), below)
-        z_qkv, qkv = self._qkv(normed, run, run.workspaces[0])[:2]  # without the matrix, which may be carried over
-        del normed
-        if policy in ("none", "mlp") or (policy == "offload" and self.sends_qkv):
-            saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, save(qkv)
-        attended, extra = attention(*self._shaped(qkv, run), self.heads, run.layout)
-        if not full:
-            saved.attended, saved.attention = save(attended), extra
-        raw_1, z_projection = self._project(attended, run, run.workspaces[0])[:2]
-        if not full:
-            saved.z_projection = z_projection
-        del qkv, attended, extra
+        policy: Recompute = self.recompute if run.saves else "full"
+        saved, x, raw_1 = self._attend(stream, run, policy)
         out = apply_norm(self.post_1, raw_1)
-        if not full and self.post_1.statistics:
-            saved.raw_1 = save(raw_1)
+        if policy not in FULL and self.post_1.statistics:
+            saved.raw_1 = run.save(raw_1, policy)
         del raw_1
         middle, statistics_2, normed = self.mlp.norm(x, None if self.parallel else out)
         beside = out if self.parallel else None
         del out, x
-        if not full and not self.parallel:
-            saved.middle = save(middle)
+        if policy not in FULL and not self.parallel:
+            saved.middle = run.save(middle, policy)
         handed = [normed]
         del normed
         if policy == "none":
@@ -139,7 +117,7 @@ class FusedBlock(KernelBlock):
             raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, run)
         y = apply_norm(self.post_2, raw_2)
         if run.saves and self.post_2.statistics:
-            saved.raw_2 = save(raw_2)
+            saved.raw_2 = run.save(raw_2, policy)
         if beside is not None:
             y.add_(beside)
         together = [middle, y] if self.scale is None else [y.add_(middle).mul_(self.scale)]
@@ -163,25 +141,36 @@ class FusedBlock(KernelBlock):
         if self.recompute in FULL:
             self._recompute(saved, back)
         d_middle = self._mlp_backward(d_out, saved, back)
-        # In a list, from which the next part takes it, so that its memory is free early.
-        gradient = [self._projection_backward(d_out if self.parallel else d_middle, saved, back)]
-        gradient.append(self._attention_backward(gradient, saved, back))
-        return self._qkv_backward(gradient, d_middle if wants_dx else None, saved, back)
+        d_attended = d_out if self.parallel else d_middle
+        return self._attend_backward(d_attended, d_middle if wants_dx else None, saved, back)
+
+    @abstractmethod
+    def _attend(self, stream: list[Tensor], run: Pass, policy: Recompute) -> tuple[SavedBlock, Tensor, Tensor]:
+        """Return the saved activations, the block's input, and attention's output before a norm behind it.
+
+        `stream` is that of forward. A tensor for the host leaves as soon as it is there, since the copies take about as long as all the rest.
+        """
+
+    @abstractmethod
+    def _attend_again(self, saved: SavedBlock, back: Backward) -> Tensor:
+        """Complete `saved` from the block's input; return attention's output before a norm behind it."""
+
+    @abstractmethod
+    def _attend_backward(
+        self, d_out: Tensor, d_stream: Tensor | None, saved: SavedBlock, back: Backward
+    ) -> Tensor | None:
+        """The gradient of the block's input; None where that is not wanted.
+
+        Args:
+            d_out: gradient of the norm behind attention, or of attention without one.
+            d_stream: what does not come through attention; None where no gradient of the input is wanted.
+        """
 
     def _recompute(self, saved: SavedBlock, back: Backward) -> None:
         """The attention's half of the block again, from its input."""
-        run, (_, space_qkv, space_projection) = back.forward, back.workspaces
-        self._recompute_qkv(saved, back, space_qkv)
-        assert isinstance(saved.qkv, Tensor)
-        saved.attended, saved.attention = attention(*self._shaped(saved.qkv, run), self.heads, run.layout)
-        raw_1, saved.z_projection, saved.matrix_projection = self._project(saved.attended, run, space_projection)
+        raw_1 = self._attend_again(saved, back)
         saved.raw_1 = raw_1 if self.post_1.statistics else None
         saved.out = None if self.parallel else apply_norm(self.post_1, raw_1)
-
-    def _recompute_qkv(self, saved: SavedBlock, back: Backward, space: Tensor | None) -> None:
-        saved.x = back.forward.offload.get(saved.x)
-        _, saved.statistics_1, normed = self.qkv.normed(self.norm_1, saved.x, None)
-        saved.z_qkv, saved.qkv, saved.matrix_qkv = self._qkv(normed, back.forward, space)
 
     def _mlp_backward(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of the stream between attention and MLP."""
@@ -200,11 +189,78 @@ class FusedBlock(KernelBlock):
             return sliced.backward(self.mlp, d_y, stream, saved.mlp, d_out, back, ahead)
         return self.mlp.backward(d_y, stream, saved.mlp, d_out, back, ahead)
 
+    def _d_raw_1(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
+        """The gradient of attention's output before a norm behind it."""
+        raw_1, saved.raw_1 = saved.raw_1, None
+        return self._post_backward(self.post_1, None if raw_1 is None else back.forward.offload.get(raw_1), d_out)
+
+    @staticmethod
+    def _post_backward(norm: Norm, raw: Tensor | None, d_out: Tensor) -> Tensor:
+        if norm.changes_nothing:
+            return d_out
+        raw = d_out if raw is None else raw  # not read by a norm that only multiplies
+        return norm_backward(d_out, raw, norm, add_norm(raw, None, norm, torch.empty_like(raw))[1])
+
+
+class FusedBlock(Block):
+    """A block whose attention is computed by kernels, with both passes by hand."""
+
+    def __init__(
+        self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
+    ) -> None:
+        super().__init__(block, config, dtype, number, like, fp8)
+        self.qkv, self.projection = (Group(layers, dtype, fp8) for layers in attention_layers(block.attn))
+        self.groups = (self.qkv, self.projection, *self.groups)
+        self.heads = heads_of(block.attn, config, self.windowed)
+        self.shaping = Shaping(block.attn, config, self.heads)
+
+    def _attend(self, stream: list[Tensor], run: Pass, policy: Recompute) -> tuple[SavedBlock, Tensor, Tensor]:
+        """See Block."""
+        x, y = stream[0], stream[1] if len(stream) > 1 else None
+        stream.clear()
+        x, statistics_1, normed = self.qkv.normed(self.norm_1, x, y)
+        del y
+        below = run.offload.latest if self.fetches_below else None
+        saved = SavedBlock(run.save(x, policy), below)
+        z_qkv, qkv = self._qkv(normed, run, run.workspaces[0])[:2]  # without the matrix, which may be carried over
+        del normed
+        if policy in ("none", "mlp") or (policy == "offload" and self.sends_qkv):
+            saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, run.save(qkv, policy)
+        attended, extra = attention(*self._shaped(qkv, run), self.heads, run.layout)
+        if policy not in FULL:
+            saved.attended, saved.attention = run.save(attended, policy), extra
+        raw_1, z_projection = self._project(attended, run, run.workspaces[0])[:2]
+        if policy not in FULL:
+            saved.z_projection = z_projection
+        return saved, x, raw_1
+
+    def _attend_again(self, saved: SavedBlock, back: Backward) -> Tensor:
+        """See Block."""
+        run, (_, space_qkv, space_projection) = back.forward, back.workspaces
+        self._recompute_qkv(saved, back, space_qkv)
+        assert isinstance(saved.qkv, Tensor)
+        saved.attended, saved.attention = attention(*self._shaped(saved.qkv, run), self.heads, run.layout)
+        raw_1, saved.z_projection, saved.matrix_projection = self._project(saved.attended, run, space_projection)
+        return raw_1
+
+    def _recompute_qkv(self, saved: SavedBlock, back: Backward, space: Tensor | None) -> None:
+        saved.x = back.forward.offload.get(saved.x)
+        _, saved.statistics_1, normed = self.qkv.normed(self.norm_1, saved.x, None)
+        saved.z_qkv, saved.qkv, saved.matrix_qkv = self._qkv(normed, back.forward, space)
+
+    def _attend_backward(
+        self, d_out: Tensor, d_stream: Tensor | None, saved: SavedBlock, back: Backward
+    ) -> Tensor | None:
+        """See Block."""
+        # In a list, from which the next part takes it, so that its memory is free early.
+        gradient = [self._projection_backward(d_out, saved, back)]
+        gradient.append(self._attention_backward(gradient, saved, back))
+        return self._qkv_backward(gradient, d_stream, saved, back)
+
     def _projection_backward(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of the attention's output."""
         group, get = self.projection, back.forward.offload.get
-        d_y = self._post_backward(self.post_1, None if saved.raw_1 is None else get(saved.raw_1), d_out)
-        saved.raw_1 = None
+        d_y = self._d_raw_1(d_out, saved, back)
         group.add_grad_b(d_y, saved.z_projection, back.pending)
         da = group.product_back(d_y, back.workspaces[0], saved.matrix_projection)
         del d_y
@@ -316,13 +372,6 @@ class FusedBlock(KernelBlock):
             attended = both
         matrix = group.matrix(space)
         return group.product(attended, matrix), z, matrix
-
-    @staticmethod
-    def _post_backward(norm: Norm, raw: Tensor | None, d_out: Tensor) -> Tensor:
-        if norm.changes_nothing:
-            return d_out
-        raw = d_out if raw is None else raw  # not read by a norm that only multiplies
-        return norm_backward(d_out, raw, norm, add_norm(raw, None, norm, torch.empty_like(raw))[1])
 
     def _dropout(self, group: Group, which: int, run: Pass) -> Dropout:
         return group.dropout(run.seed, 4 * self.number + which)

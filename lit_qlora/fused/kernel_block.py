@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Heads
-from lit_qlora.fused.qkv_transforms import Shaping
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.model.config import ModelConfig
@@ -24,12 +23,13 @@ ACTIVATIONS = {
 
 
 class KernelBlock:
-    """The norms and the attention of a block.
+    """The norms of a block, and where it stands in the model.
 
     Attributes:
         parallel: attention and MLP read the same stream.
         post_1, post_2: the norms behind attention and MLP, times ModelConfig.residual_multiplier.
         windowed: it has a sliding window, and the rope of such blocks.
+        window: tokens of that window; None without one.
         scale: (1,), the factor of what leaves it; None for none.
     """
 
@@ -40,25 +40,27 @@ class KernelBlock:
         self.post_1, self.post_2 = (norm_of(norm, like, share) for norm in (block.post_norm_1, block.post_norm_2))
         self.windowed, self.rotates = config.windowed(number), config.rotates(number)
         self.interleaved = config.rope_interleaved
+        self.window = config.sliding_window if self.windowed else None
         self.scale = None if block.scale is None else block.scale.detach()
-        window = config.sliding_window if self.windowed else None
-        sinks = None if block.attn.sinks is None else block.attn.sinks.detach()
-        self.heads = Heads(
-            config.n_head,
-            config.kv_heads_of(self.windowed),
-            config.head_size_of(self.windowed),
-            config.attention_scale,
-            window,
-            config.attention_softcap,
-            sinks,
-        )
-        self.shaping = Shaping(block.attn, config, self.heads)
 
 
-def attention_layers(attn: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the layers that read the block's input, and the layers that read the attention's output."""
+def heads_of(attn: Any, config: ModelConfig, windowed: bool) -> Heads:
+    """Return the sizes of a block's attention, which has a sliding window or none."""
+    return Heads(
+        config.n_head,
+        config.kv_heads_of(windowed),
+        config.head_size_of(windowed),
+        config.attention_scale,
+        config.sliding_window if windowed else None,
+        config.attention_softcap,
+        None if attn.sinks is None else attn.sinks.detach(),
+    )
+
+
+def attention_layers(attn: Any) -> list[list[nn.Module]]:
+    """Return the layers of attention in the order in which they are computed, one list for each input."""
     inputs = (attn.query, attn.key, attn.value)
-    return [layer for layer in inputs if layer is not None], [attn.projection]
+    return [[layer for layer in inputs if layer is not None], [attn.projection]]
 
 
 def mlp_layers(mlp: Any, config: ModelConfig) -> tuple[list[nn.Module], list[nn.Module]]:

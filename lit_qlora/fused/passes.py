@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lit_qlora.fused.attention import Layout
-from lit_qlora.fused.offload import Offload
+from lit_qlora.fused.memory import ON_HOST
+from lit_qlora.fused.offload import Offload, OnHost
 from lit_qlora.kernels.lora_products import Pending
+from lit_qlora.settings import Recompute
 
 Ropes = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Cosines and sines, (P, R / 2) float32, of blocks without a sliding window and with one."""
@@ -36,6 +38,10 @@ class Pass:
     seed: Tensor | None
     saves: bool
     carries: bool
+
+    def save(self, tensor: Tensor, policy: Recompute) -> Tensor | OnHost:
+        """The tensor, or where a block offloads its copy on the host."""
+        return self.offload.put(tensor) if policy in ON_HOST else tensor
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, norm_of
-from lit_qlora.fused.qkv_transforms import norms_follow_rotation
+from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, heads_of, norm_of
+from lit_qlora.fused.qkv_transforms import Shaping, norms_follow_rotation
 from lit_qlora.fused.stacked import why_not_stacked
 from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
 from lit_qlora.generation.decode_mlp import DenseMlp, ExpertMlp, make_room, why_not_chosen
@@ -42,6 +42,8 @@ class FastBlock(KernelBlock):
         self, block: Any, config: ModelConfig, number: int, like: Tensor, adapters: RowAdapters | None
     ) -> None:
         super().__init__(block, config, number, like)
+        self.heads = heads_of(block.attn, config, self.windowed)
+        self.shaping = Shaping(block.attn, config, self.heads)
         self.qkv, self.projection = (Product(each, like.dtype, adapters) for each in attention_layers(block.attn))
         kind = ExpertMlp if isinstance(block.mlp, MoE) else DenseMlp
         self.mlp = kind(block.mlp, config, like.dtype, adapters)

@@ -26,6 +26,8 @@ class Place(NamedTuple):
     """(B, T), the document of each token for a block with a state, padding -1; None where all are of one."""
     kept: list[tuple[Tensor, Tensor]]
     """Keys and values of the last block of this kind that has its own, for those that have none."""
+    attend: Callable[..., Tensor]
+    """As the function `attend`, or a faster one."""
 
 
 class Attention(nn.Module):
@@ -61,7 +63,7 @@ class Attention(nn.Module):
             q = q * place.query_scale.to(q.dtype)
         k, v = place.kept[0] if self.key is None else self._keys_and_values(x, place, cache)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, place.mask, config.attention_scale, config.attention_softcap, self.sinks, dropout)
+        y = place.attend(q, k, v, place.mask, config.attention_scale, config.attention_softcap, self.sinks, dropout)
         y = y.transpose(1, 2).flatten(2)
         if self.query_gate is not None:
             y = y * torch.sigmoid(self.query_gate(x))
@@ -179,6 +181,7 @@ class Places:
                 mask(config.sliding_window if windowed else None),
                 documents,
                 [],
+                attend,
             )
             for windowed, rotates in set(self.kinds)
         }

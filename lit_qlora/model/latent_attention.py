@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.model.attention import Place, attend
+from lit_qlora.model.attention import Place
 from lit_qlora.model.cache import LayerCache
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope import rotate
@@ -59,7 +59,7 @@ class LatentAttention(nn.Module):
         if cache:
             k, v = cache.extend(k, v)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, place.mask, config.attention_scale, dropout=dropout)
+        y = place.attend(q, k, v, place.mask, config.attention_scale, dropout=dropout)
         out: Tensor = self.projection(y.transpose(1, 2).reshape(B, T, -1))
         return out
 

@@ -40,7 +40,7 @@ LATENT = {
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
+    "v_head_dim": 16,
     "moe_intermediate_size": 48,
     "n_routed_experts": 4,
     "n_shared_experts": 2,
@@ -232,7 +232,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v2",
         {
             **LATENT,
-            "q_lora_rank": 40,
+            "q_lora_rank": 48,
             "topk_method": "group_limited_greedy",
             "n_group": 2,
             "topk_group": 1,
@@ -244,7 +244,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **LATENT,
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
-            "q_lora_rank": 40,
+            "q_lora_rank": 48,
             "first_k_dense_replace": 1,
             "n_group": 2,
             "topk_group": 1,
@@ -287,7 +287,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4_moe-air": ("glm4_moe", {**WIDE_HEADS, **ROUTED, "norm_topk_prob": False, "first_k_dense_replace": 0}),
-    "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "q_lora_rank": 40, "n_group": 2}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "q_lora_rank": 48, "n_group": 2}),
     "dots1": (
         "dots1",
         {**GROUPED, **ROUTED, **WINDOWS, "max_window_layers": 2, "first_k_dense_replace": 1, "norm_topk_prob": True},
@@ -453,7 +453,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         "minicpm3",
         {
             **{key: value for key, value in LATENT.items() if "expert" not in key and key != "moe_intermediate_size"},
-            "q_lora_rank": 40,
+            "q_lora_rank": 48,
             "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
         },
     ),
@@ -483,7 +483,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         "youtu",
         {
             **{key: value for key, value in LATENT.items() if "expert" not in key and key != "moe_intermediate_size"},
-            "q_lora_rank": 40,
+            "q_lora_rank": 48,
             "attention_bias": True,
             "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
         },

@@ -148,7 +148,8 @@ class Block(KernelBlock):
     def _attend(self, stream: list[Tensor], run: Pass, policy: Recompute) -> tuple[SavedBlock, Tensor, Tensor]:
         """Return the saved activations, the block's input, and attention's output before a norm behind it.
 
-        `stream` is that of forward. A tensor for the host leaves as soon as it is there, since the copies take about as long as all the rest.
+        `stream` is that of forward. A tensor for the host leaves as soon as it is there, since the copies take about as
+        long as all the rest.
         """
 
     @abstractmethod

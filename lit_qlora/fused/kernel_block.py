@@ -9,6 +9,7 @@ from lit_qlora.fused.attention import Heads
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.latent_attention import LatentAttention, Narrowed
 from lit_qlora.model.norm import LayerPlusOne, RMSPlusOne
 
 ACTIVATIONS = {
@@ -59,8 +60,13 @@ def heads_of(attn: Any, config: ModelConfig, windowed: bool) -> Heads:
 
 def attention_layers(attn: Any) -> list[list[nn.Module]]:
     """Return the layers of attention in the order in which they are computed, one list for each input."""
-    inputs = (attn.query, attn.key, attn.value)
-    return [[layer for layer in inputs if layer is not None], [attn.projection]]
+    if not isinstance(attn, LatentAttention):
+        inputs = (attn.query, attn.key, attn.value)
+        return [[layer for layer in inputs if layer is not None], [attn.projection]]
+    later: list[list[nn.Module]] = [[attn.key, attn.value], [attn.projection]]
+    if isinstance(attn.query, Narrowed):
+        return [[attn.query.down, attn.latent], [attn.query.up], *later]
+    return [[attn.query, attn.latent], *later]
 
 
 def mlp_layers(mlp: Any, config: ModelConfig) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -83,8 +83,7 @@ class FastSizes:
     def saved(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block saves for its backward pass."""
         c = self.model
-        attended = self._attended
-        z = self.rank * self.adapted
+        attended, z = self._attended, self.rank * self.adapted
         middle, raw = self._middle, self._raw
         elements = {
             "none": c.n_embd + middle + 2 * raw + self._qkv + attended + self._branches + z,
@@ -106,7 +105,8 @@ class FastSizes:
             if policy in ON_HOST:
                 elements += inputs
             if policy == "offload":
-                elements += self._middle + self._raw + self._attended + (self._qkv if sends_qkv(i, policy) else 0)
+                elements += self._middle + self._raw + self._attended
+                elements += self._qkv if sends_qkv(i, policy) and not self._by_torch else 0
         return 2.0 * tokens * elements
 
     def peak(self, policies: Sequence[Recompute], tokens: int) -> float:
@@ -159,12 +159,13 @@ class FastSizes:
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of the workspaces, for weights that are dequantised or in FP8."""
         c = self.model
-        widest = max(self._dense_branches, self._qkv) if self.quantized else 0
+        widest = max(self._dense_branches, self._widest_of_attention) if self.quantized else 0
         head = c.vocab_size if self.quantized_head else 0
         experts = 2.0 * self._of_experts if self.quantized else 0.0
         if self.fp8:
-            return float(max(max(self._branches, self._qkv), 2 * head) * c.n_embd)
-        kept = self._qkv + self._attended if self.quantized and set(FULL) & set(policies) else 0
+            return float(max(max(self._branches, self._widest_of_attention), 2 * head) * c.n_embd)
+        keeps = self.quantized and set(FULL) & set(policies) and not self._by_torch
+        kept = self._qkv + self._attended if keeps else 0
         dense = 2.0 * max(widest, head) * c.n_embd
         space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
         return space + 2.0 * kept * c.n_embd
@@ -176,10 +177,10 @@ class FastSizes:
         Experts, which are not carried over, are left out.
         """
         c, r = self.model, self.rank
-        attended, gated = self._attended, 2 if "glu" in c.ffn else 1
-        branches = self._dense_branches
-        into = self._qkv * (c.n_embd + 3 * r) + branches * (c.n_embd + gated * r)
-        return 2.0 * (into + c.n_embd * (attended + branches // gated + 2 * r))
+        gated, branches = 2 if "glu" in c.ffn else 1, self._dense_branches
+        of_attention = sum(n * (k + layers * r) for n, k, layers in self._stacks_of_attention)
+        of_mlp = branches * (c.n_embd + gated * r) + c.n_embd * (branches // gated + r)
+        return 2.0 * (of_attention + of_mlp)
 
     @property
     def dequantized(self) -> float:
@@ -207,8 +208,10 @@ class FastSizes:
     def _shaped(self) -> int:
         """Features of queries and keys behind their norms, and of copies on the way there."""
         c = self.model
+        if self._by_torch:  # the gradients of the lookup's inputs and output, and what is split and joined for them
+            return 6 * self._queries
         if in_one_kernel(c):
-            return self._attended + (2 if c.value_norm else 1) * self._keys
+            return self._queries + (2 if c.value_norm else 1) * self._keys
         return 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
 
     @property
@@ -220,12 +223,27 @@ class FastSizes:
         return 2 * self._qkv + 4 * self._attended
 
     @property
+    def _by_torch(self) -> bool:
+        """True if attention is computed by torch; see lit_qlora.fused.torch_block."""
+        return self.model.kv_latent_size > 0
+
+    @property
     def _qkv(self) -> int:
-        """Features of queries, keys and values together."""
-        return self._attended + 2 * self._keys
+        """Features of queries, keys and values together; of all that autograd saves, where torch computes attention."""
+        c = self.model
+        if self._by_torch:
+            (into, _, _), *_ = self._stacks_of_attention
+            lookup = 4 * self._queries + c.n_head * c.value_size  # values are padded to the size of keys
+            return 2 * c.n_embd + into + c.q_latent_size + c.kv_latent_size + lookup
+        return self._queries + 2 * self._keys
 
     @property
     def _attended(self) -> int:
+        """Features of what attention finds, where they are saved beside qkv."""
+        return 0 if self._by_torch else self._queries
+
+    @property
+    def _queries(self) -> int:
         """Features of the queries, in the blocks with the most."""
         return self.model.n_head * max(self.model.head_size_of(windowed) for windowed in (True, False))
 
@@ -234,6 +252,24 @@ class FastSizes:
         """Features of the keys, in the blocks with the most."""
         c = self.model
         return max(c.kv_heads_of(windowed) * c.head_size_of(windowed) for windowed in (True, False))
+
+    @property
+    def _stacks_of_attention(self) -> list[tuple[int, int, int]]:
+        """Output features, input features and layers of each stack of attention."""
+        c = self.model
+        if not self._by_torch:
+            return [(self._qkv, c.n_embd, 3), (c.n_embd, self._queries, 1)]
+        narrow = c.kv_latent_size + c.latent_rope_size
+        keys_and_values = c.n_head * (c.head_size - c.latent_rope_size + c.value_size)
+        later = [(keys_and_values, c.kv_latent_size, 2), (c.n_embd, c.n_head * c.value_size, 1)]
+        if not c.q_latent_size:
+            return [(self._queries + narrow, c.n_embd, 2), *later]
+        return [(c.q_latent_size + narrow, c.n_embd, 2), (self._queries, c.q_latent_size, 1), *later]
+
+    @property
+    def _widest_of_attention(self) -> int:
+        """Elements of the largest stack of attention, as features of n_embd weights each."""
+        return max(-(-n * k // self.model.n_embd) for n, k, _ in self._stacks_of_attention)
 
     @property
     def _branches(self) -> int:

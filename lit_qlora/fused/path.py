@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
-from lit_qlora.fused.block import FusedBlock, SavedBlock
+from lit_qlora.fused.block import Block, FusedBlock, SavedBlock
 from lit_qlora.fused.experts import dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
-from lit_qlora.fused.group import Copies, Group
+from lit_qlora.fused.group import Copies, Group, Layers
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.kernel_block import norm_of
 from lit_qlora.fused.memory import COPY_BY_BLOCK, FULL, ON_HOST, FastSizes, adapters_met, sends_qkv
@@ -21,13 +21,20 @@ from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
 from lit_qlora.fused.support import GROWING
+from lit_qlora.fused.torch_block import TorchBlock
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm
 from lit_qlora.model.attention import query_scale, tree_mask
 from lit_qlora.model.gpt import GPT, times
+from lit_qlora.model.latent_attention import LatentAttention
 from lit_qlora.model.rope import rope_table
 from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
+
+
+def kind_of(block: Any) -> type[Block]:
+    """The kind of block that computes a block of the plain model."""
+    return TorchBlock if isinstance(block.attn, LatentAttention) else FusedBlock
 
 
 class Fused:
@@ -49,7 +56,9 @@ class Fused:
         self.model, self.config = model, config
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
         like = model.embed.weight.detach()[0]
-        self.blocks = [FusedBlock(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)]
+        self.blocks: list[Block] = [
+            kind_of(block)(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)
+        ]
         self.head = Head(
             norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype), config.logit_softcap
         )
@@ -143,15 +152,16 @@ class Fused:
         for below, block in pairwise(self.blocks):
             block.fetches_below = below.recompute in ON_HOST
 
-        def space(groups: Sequence[Group]) -> Tensor | None:
-            most = max(group.workspace_size for group in groups)
+        def space(groups: Sequence[Layers]) -> Tensor | None:
+            most = max((group.workspace_size for group in groups), default=0)
             return torch.empty(most, dtype=self.dtype, device=self.device) if most else None
 
         keeps = bool(set(FULL) & set(policies)) and not self.fp8  # in FP8 the layout differs in the backward pass
         self.workspaces = (None, None, None)  # freed before the new ones are taken
         anything = space(self.groups)
-        qkv = space([block.qkv for block in self.blocks]) if keeps else anything
-        projection = space([block.projection for block in self.blocks]) if keeps else anything
+        by_kernels = [block for block in self.blocks if isinstance(block, FusedBlock)]
+        qkv = space([block.qkv for block in by_kernels]) if keeps else anything
+        projection = space([block.projection for block in by_kernels]) if keeps else anything
         self.workspaces = (anything, qkv, projection)
 
     def replay(self, graph: Callable[[], None], backward: bool) -> None:
@@ -268,7 +278,7 @@ class Fused:
         layout = layout or Layout.of(rows, length, segments, self.device)
         if seen_until is not None:
             on_device = (to_device(positions, self.device), to_device(seen_until, self.device))
-            windows = {block.heads.window for block in self.blocks}
+            windows = {block.window for block in self.blocks}
             layout = replace(layout, masks={window: tree_mask(window, *on_device) for window in windows})
         table_rows, scale = self.of_positions(positions)
         run = Pass(

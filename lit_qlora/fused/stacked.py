@@ -37,12 +37,18 @@ class StackedLinear:
         self.k, self.n, self.rank = bases[0].in_features, self.stack.n, self.stack.rank
         self.device = next(tensor.device for tensor in (*bases[0].parameters(), *bases[0].buffers()))
         self.table = self.stack.table(self.device)
-        biases = [base.bias for base in bases]
-        self.bias = None if biases[0] is None else end_to_end([bias.detach().to(dtype) for bias in biases])
+        self.bias = self._bias()
         self.weight: FourBit | EightBit | None = None
         if isinstance(bases[0], QuantizedLinear):
             self.weight = stack_weights(bases)
             assert self.weight is not None, "why_not_stacked has refused what cannot be stacked"
+
+    def _bias(self) -> Tensor | None:
+        """The biases end to end, zero for a layer without one."""
+        if all(base.bias is None for base in self.bases):
+            return None
+        parts = (torch.zeros(base.out_features) if base.bias is None else base.bias.detach() for base in self.bases)
+        return end_to_end([part.to(self.device, self.dtype) for part in parts])
 
 
 class StackedExperts:

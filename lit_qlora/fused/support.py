@@ -22,11 +22,14 @@ from lit_qlora.quantize import QuantizedLinear, ragged
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
 UNHANDLED = (
-    *("kv_latent_size", "delta_layers", "conv_layers", "attention_gate"),
+    *("delta_layers", "conv_layers", "attention_gate"),
     *("shared_kv_layers", "per_layer_size", "experts_beside"),
 )
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
-UNDECODED = ("shared_expert_gate", "value_norm", "key_is_value", "block_scale", "full_head_size", "full_kv_heads")
+UNDECODED = (
+    *("kv_latent_size", "shared_expert_gate", "value_norm"),
+    *("key_is_value", "block_scale", "full_head_size", "full_kv_heads"),
+)
 """The same of the kernels of decoding alone."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""

@@ -25,11 +25,6 @@ pytestmark = [
 PLAIN = {
     "afmoe": "attention_gate",
     "apertus": "ffn",
-    "minicpm3": "kv_latent_size",
-    "youtu": "kv_latent_size",
-    "glm4_moe_lite": "kv_latent_size",
-    "deepseek_v2": "kv_latent_size",
-    "deepseek_v3": "kv_latent_size",
     "qwen3_5_text": "delta_layers",
     "qwen3_5_moe_text": "delta_layers",
     "qwen3_next": "delta_layers",
@@ -59,6 +54,7 @@ REPRESENTATIVE = [
     *(
         "mixtral",
         "qwen3_moe-dense-layers",
+        "deepseek_v3",
         "hunyuan",
         "ministral3-window",
         "olmo",

@@ -367,6 +367,7 @@ READ = {
     "window": {"sliding_window": 6, "full_attention_layers": (1,)},
     "learned positions": {"positions": "learned", "norm": "layer", "parallel_residual": True},
     "dynamic": {"rope_scaling": "dynamic", "rope_factor": 2.0, "rope_original_block_size": 8},
+    "latent": {"kv_latent_size": 64, "latent_rope_size": 8, "latent_value_size": 16, "n_kv_head": 4},
 }
 
 

@@ -57,7 +57,6 @@ FEATURES = {
 
 
 PLAIN_PATH = {
-    "kv_latent_size": "latent attention",
     "delta_layers": "gated delta nets",
     "conv_layers": "short convolutions",
     "attention_gate": "gated attention",

@@ -32,6 +32,59 @@ CUDNN_MULTIPLE = 256  # cuDNN builds a plan for each new length, which takes lon
 
 
 @dataclass(frozen=True)
+class Tree:
+    """Where documents share their beginnings: the keys that each run of tokens attends to.
+
+    A run is what stands behind a shared beginning, or the beginning with the first document that goes on from it. Its
+    keys are gathered, those of the beginning before its own. So a run is a document with fewer queries than keys.
+
+    Attributes:
+        keys: (K,) int64, the token of each gathered key; K is T and once more the beginnings.
+        ends: (runs + 1,) int32, the first gathered key of each run and the end of the last.
+        longest: most keys of a run.
+        own: (T,) int64, the gathered key of each token in its own run.
+        others: (K - T,) int64, the remaining gathered keys.
+    """
+
+    keys: Tensor
+    ends: Tensor
+    longest: int
+    own: Tensor
+    others: Tensor
+
+    @staticmethod
+    def of(positions: Tensor, bounds: Tensor, device: torch.device) -> "Tree":
+        """The tree of tokens at `positions` (B, T), on the host, in runs with these `bounds` (runs + 1,).
+
+        A run whose first position is p follows on the last tokens before it with the positions 0 to p - 1.
+        """
+        firsts = positions.flatten()[bounds[:-1]].tolist()
+        path, parts, own, others = bounds.new_zeros(0), [], [], []
+        end = 0
+        for (first, last), position in zip(pairwise(bounds.tolist()), firsts, strict=True):
+            beginning, new = path[:position], torch.arange(first, last)
+            assert len(beginning) == position
+            path = torch.cat((beginning, new))
+            parts.append(path)
+            others.append(torch.arange(end, end + position))
+            own.append(torch.arange(end + position, end + len(path)))
+            end += len(path)
+        ends = F.pad(torch.tensor([len(part) for part in parts]).cumsum(0), (1, 0)).int()
+        tensors = (torch.cat(parts), ends, torch.cat(own), torch.cat(others))
+        keys, ends, mine, rest = (to_device(tensor, device) for tensor in tensors)
+        return Tree(keys, ends, max(map(len, parts)), mine, rest)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(T, K, D) -> (keys, K, D)."""
+        return x.index_select(0, self.keys)
+
+    def summed(self, d: Tensor) -> Tensor:
+        """Gradients of gathered keys or values, summed by token: (keys, K, D) -> (T, K, D)."""
+        total = d.index_select(0, self.own)
+        return total.index_add_(0, self.keys[self.others], d.index_select(0, self.others))
+
+
+@dataclass(frozen=True)
 class Layout:
     """The documents among the T tokens of a micro-batch.
 
@@ -41,6 +94,8 @@ class Layout:
         ends: (documents + 1,) int32, the first token of each document and the end of the last; None if each row is one.
         masks: by window, the tokens that each token attends to where documents share their beginnings
             (lit_qlora.model.attention.tree_mask); for passes that no backward pass follows.
+        tree: the keys of each run where documents share their beginnings, in passes that learn; `longest` and `ends`
+            are then of the runs.
     """
 
     rows: int
@@ -48,12 +103,23 @@ class Layout:
     longest: int
     ends: Tensor | None = None
     masks: dict[int | None, Tensor] | None = None
+    tree: Tree | None = None
+
+    @property
+    def most_keys(self) -> int:
+        """Keys of the longest document."""
+        return self.longest if self.tree is None else self.tree.longest
 
     @staticmethod
-    def of(rows: int, length: int, segments: Tensor | None, device: torch.device) -> "Layout":
+    def of(
+        rows: int, length: int, segments: Tensor | None, device: torch.device, shared: Tensor | None = None
+    ) -> "Layout":
         """The layout of rows whose documents are numbered by `segments` (B, T), or are the rows if it is None.
 
         The device is waited for only if segments lie there.
+
+        Args:
+            shared: (B, T), positions of documents that share their beginnings, on the host; see Tree.
         """
         if segments is None:
             return Layout(rows, length, length)
@@ -61,7 +127,8 @@ class Layout:
         first[:, 1:] = segments[:, 1:] != segments[:, :-1]
         starts = first.flatten().nonzero()[:, 0]
         ends = F.pad(starts, (0, 1), value=rows * length).int()
-        return Layout(rows, length, int(ends.diff().max()), to_device(ends, device))
+        tree = None if shared is None else Tree.of(shared, ends.long(), device)
+        return Layout(rows, length, int(ends.diff().max()), to_device(ends, device), tree=tree)
 
 
 @dataclass(frozen=True)
@@ -107,7 +174,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> 
         mask = layout.masks[heads.window]
         out = attend(q, k, v, mask, heads.scale, heads.cap, heads.sinks)
         return out.transpose(1, 2).reshape(tokens, -1), None
+    if layout.tree is not None:
+        k, v = layout.tree.gathered(k), layout.tree.gathered(v)
     if heads.cap is not None and (q.is_cuda or INTERPRETED):
+        assert layout.tree is None
         out, log_sum = kernels.attend(q, k, v, heads.scores, _ends(layout, q.device), layout.longest)
         out, log_sum = _with_sinks(out, log_sum.T, heads.sinks)
         return out.flatten(1), log_sum.T.contiguous()
@@ -119,9 +189,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> 
         return out[0].transpose(1, 2).reshape(tokens, -1), (out[1], out[6], out[7])
     if layout.ends is None:
         q, k, v = (x.unflatten(0, (layout.rows, layout.length)) for x in (q, k, v))
-    ends, longest, options = layout.ends, layout.longest, _options(heads, layout)
     out, log_sum, seed, unused, _ = _aten._flash_attention_forward(
-        q, k, v, ends, ends, longest, longest, 0.0, True, False, **options
+        q, k, v, *_bounds(layout), 0.0, True, False, **_options(heads, layout)
     )
     if heads.sinks is not None:  # log_sum is (H, T), or (B, H, S) for rows of one length
         out, by_token = _with_sinks(out, log_sum.mT, heads.sinks)
@@ -133,6 +202,17 @@ def attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
+    if layout.tree is not None:
+        tree = layout.tree
+        dq, dk, dv = _backward(d_out, q, tree.gathered(k), tree.gathered(v), out, saved, heads, layout)
+        return dq, tree.summed(dk), tree.summed(dv)
+    return _backward(d_out, q, k, v, out, saved, heads, layout)
+
+
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As attention_backward, for keys and values that are gathered where documents share their beginnings."""
     if heads.cap is not None and (q.is_cuda or INTERPRETED):
         d_out, out, ends = d_out.reshape(q.shape).contiguous(), out.view(q.shape), _ends(layout, q.device)
         return kernels.attend_backward(d_out, q, k, v, out, saved, heads.scores, ends, layout.longest)
@@ -154,11 +234,10 @@ def attention_backward(
     log_sum, seed, unused = saved
     if layout.ends is None:
         d_out, q, k, v, out = (x.unflatten(0, (layout.rows, layout.length)) for x in (d_out, q, k, v, out))
-    bounds, longest, options = layout.ends, layout.longest, _options(heads, layout)
     gradients = _aten._flash_attention_backward(
-        d_out, q, k, v, out, log_sum, bounds, bounds, longest, longest, 0.0, True, seed, unused, **options
+        d_out, q, k, v, out, log_sum, *_bounds(layout), 0.0, True, seed, unused, **_options(heads, layout)
     )
-    dq, dk, dv = (x.view(tokens, -1, heads.size) for x in gradients[:3])
+    dq, dk, dv = (x.view(-1, x.size(-2), heads.size) for x in gradients[:3])
     return dq, dk, dv
 
 
@@ -177,9 +256,18 @@ def _ends(layout: Layout, device: torch.device) -> Tensor:
     return torch.arange(0, layout.rows * layout.length + 1, layout.length, dtype=torch.int32, device=device)
 
 
+def _bounds(layout: Layout) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Flash attention's bounds of queries and of keys, and the longest of each.
+
+    The last of fewer queries than keys attends to the last key, so causal is what it should be.
+    """
+    keys = layout.ends if layout.tree is None else layout.tree.ends
+    return layout.ends, keys, layout.longest, layout.most_keys
+
+
 def _window(heads: Heads, layout: Layout) -> int | None:
     """The window, if a document is longer."""
-    return heads.window if heads.window is not None and layout.longest > heads.window else None
+    return heads.window if heads.window is not None and layout.most_keys > heads.window else None
 
 
 def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
@@ -225,12 +313,15 @@ def _by_row(x: Tensor, layout: Layout) -> Tensor:
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> Tensor:
     bounds = range(0, q.size(0) + 1, layout.length) if layout.ends is None else layout.ends.tolist()
+    of_keys = bounds if layout.tree is None else layout.tree.ends.tolist()
     outs = []
-    for first, end in pairwise(bounds):
-        q_, k_, v_ = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
-        mask = torch.ones(end - first, end - first, dtype=torch.bool, device=q.device).tril()
+    for (first, end), (first_key, last) in zip(pairwise(bounds), pairwise(of_keys), strict=True):
+        q_ = q[first:end].transpose(0, 1)[None]
+        k_, v_ = (x[first_key:last].transpose(0, 1)[None] for x in (k, v))
+        before = (last - first_key) - (end - first)
+        mask = torch.ones(end - first, last - first_key, dtype=torch.bool, device=q.device).tril(before)
         if heads.window is not None:
-            mask = mask.triu(1 - heads.window)
+            mask = mask.triu(before + 1 - heads.window)
         out = _of_document(q_, k_, v_, mask, heads)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs).reshape(q.size(0), -1)

@@ -47,6 +47,11 @@ class Labelled:
             return Labelled(None, labels, weights)
         return Labelled(indices, labels[indices], None if weights is None else weights[indices])
 
+    def spread(self, values: Tensor, tokens: int) -> Tensor:
+        """Values of the labelled tokens (N,) as values of all T tokens (T, 1), 0 for the others."""
+        values = values[:, None]
+        return values if self.indices is None else values.new_zeros(tokens, 1).index_copy_(0, self.indices, values)
+
     def to(self, device: torch.device) -> "Labelled":
         """On a device."""
         indices, weights = (None if part is None else to_device(part, device) for part in (self.indices, self.weights))
@@ -64,7 +69,7 @@ class Head:
     def __init__(self, norm: Norm, group: Group, cap: float | None) -> None:
         self.norm, self.group, self.cap = norm, group, cap
 
-    def loss(
+    def losses(
         self,
         stream: list[Tensor],
         labelled: Labelled,
@@ -73,7 +78,7 @@ class Head:
         learns: bool,
         hits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """The sum of the losses; its gradient at the stream and at the adapter, if it `learns`.
+        """The losses of labelled tokens; if it `learns`, the gradient of their sum at stream and adapter.
 
         Args:
             stream: (T, E), or a pair that it is the sum of, taken out of the list to free its memory early.
@@ -81,7 +86,7 @@ class Head:
             hits: see GPT.
 
         Returns:
-            float32 scalar; (T, E) or None; pairs of an adapter's gradient and the term to add to it.
+            (N,) float32; (T, E) or None; pairs of an adapter's gradient and the term to add to it.
         """
         x, y = stream[0], stream[1] if len(stream) > 1 else None
         stream.clear()
@@ -91,7 +96,7 @@ class Head:
             y = None if y is None else y.index_select(0, indices)
         count = x.size(0)
         if not count:
-            return torch.zeros((), device=x.device), x.new_zeros(tokens, x.size(1)) if learns else None, []
+            return torch.zeros(0, device=x.device), x.new_zeros(tokens, x.size(1)) if learns else None, []
         both = group.empty_input(count)
         x, statistics = add_norm(x, y, self.norm, both)
         del y
@@ -117,7 +122,7 @@ class Head:
                 torch.mm(logits, matrix, out=both[here])
         del space, logits
         if not learns:
-            return loss.sum(), None, []
+            return loss, None, []
         if own_gradients:
             group.add_grad_a(x, both, pending, dropout, self.norm, statistics, into=own_gradients[0][1])
             pending.flush()
@@ -125,4 +130,4 @@ class Head:
         del both, x
         if indices is not None:
             d_x = d_x.new_zeros(tokens, d_x.size(1)).index_copy_(0, indices, d_x)
-        return loss.sum(), d_x, own_gradients
+        return loss, d_x, own_gradients

@@ -18,12 +18,14 @@ class Inputs:
     Attributes:
         tokens: (T,) int64.
         positions: (T,) int32, rows of the table of learned positions; None without one.
+        by_token: the loss of each token is wanted, not their sum.
     """
 
     tokens: Tensor
     positions: Tensor | None
     labelled: Labelled
     run: Pass
+    by_token: bool = False
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Trainable(Protocol):
     """The forward and the backward pass of a model."""
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, SavedPass]:
-        """The loss, and the activations for the backward pass."""
+        """The loss, or the losses (T, 1) of tokens, and the activations for the backward pass."""
         ...
 
     def backward(self, d_loss: Tensor, saved: SavedPass, run: Pass) -> None:

@@ -218,10 +218,7 @@ class Fused:
         positions: Tensor | None,
         segments: Tensor | None,
     ) -> Tensor:
-        learns = torch.is_grad_enabled() and bool(self.parameters)
-        # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
-        drops = self.model.training and any(group.p for group in self.groups)
-        seed = int(torch.randint(1, 2**31 - 1, ())) if drops else None
+        learns, seed = self._state()
         if not learns:
             labelled = Labelled.of(labels, weights).to(self.device)
             return self.forward(self.inputs(tokens, labelled, seed, positions, segments, saves=False))[0]
@@ -234,6 +231,36 @@ class Fused:
             work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
         total: Tensor = Loss.apply(self.anchor, work)
         return total
+
+    def token_losses(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
+    ) -> Tensor:
+        """As GPT.token_losses, for a batch on the host; the head may have no adapter."""
+        assert not self.head.group.rank
+        with torch.autocast(self.device.type, enabled=False):
+            learns, seed = self._state()
+            shared = positions if seen_until is not None else None
+            layout = Layout.of(len(tokens), tokens.size(1), segments, self.device, shared)
+            labelled = Labelled.of(labels, None).to(self.device)
+            inputs = self.inputs(tokens, labelled, seed, positions, saves=learns, layout=layout)
+            inputs = replace(inputs, by_token=True)
+            if not learns:
+                return self.forward(inputs)[0].view(tokens.shape)
+            self._attach_gradients()
+            losses: Tensor = Loss.apply(self.anchor, Eager(self, inputs))
+            return losses.view(tokens.shape)
+
+    def _state(self) -> tuple[bool, int | None]:
+        """Tell if a backward pass will follow, and draw the seed of the dropout if there is any."""
+        learns = torch.is_grad_enabled() and bool(self.parameters)
+        # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
+        drops = self.model.training and any(group.p for group in self.groups)
+        return learns, int(torch.randint(1, 2**31 - 1, ())) if drops else None
 
     def inputs(
         self,
@@ -335,9 +362,11 @@ class Fused:
         group = self.head.group
         self._copy_block(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
-        loss, d_out, gradients = self.head.loss(
-            stream, inputs.labelled, self.workspaces[0], dropout, run.saves, self.model.hits
+        hits = None if inputs.by_token else self.model.hits
+        losses, d_out, gradients = self.head.losses(
+            stream, inputs.labelled, self.workspaces[0], dropout, run.saves, hits
         )
+        loss = inputs.labelled.spread(losses, len(inputs.tokens)) if inputs.by_token else losses.sum()
         return loss, SavedPass(d_out, saved, gradients, self.offload.passes)
 
     def _blocks(

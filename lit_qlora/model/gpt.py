@@ -34,6 +34,11 @@ class FastPath(Protocol):
         ...
 
     @property
+    def token_losses(self) -> Callable[..., Tensor]:
+        """As GPT.token_losses."""
+        ...
+
+    @property
     def can_release(self) -> bool:
         """True if there are weights that release would free."""
         ...
@@ -136,6 +141,30 @@ class GPT(nn.Module):
         tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
         hidden = self.hidden(tokens, positions=positions, segments=segments)
         return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap, hits=self.hits)
+
+    def token_losses(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of each labelled token, for losses that are no sum of it.
+
+        Args:
+            tokens, labels: see loss.
+            positions, segments, seen_until: see hidden; a fast path needs positions and segments where seen_until is
+                given.
+
+        Returns:
+            (B, T) float32, 0 where a label is IGNORE.
+        """
+        if self.fast is not None:
+            return self.fast.token_losses(tokens, labels, positions, segments, seen_until)
+        tokens, labels, positions, segments, seen_until = self._here(tokens, labels, positions, segments, seen_until)
+        hidden = self.hidden(tokens, positions=positions, segments=segments, seen_until=seen_until)
+        return token_cross_entropy(hidden, self.head, labels, cap=self.config.logit_softcap)
 
     @property
     def can_release(self) -> bool:
@@ -306,3 +335,27 @@ def linear_cross_entropy(
         if hits is not None:  # outside of what is recomputed
             hits += part[1]
     return total
+
+
+def token_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, at_once: int = LOGITS_AT_ONCE, cap: float | None = None
+) -> Tensor:
+    """Cross-entropy of head(hidden) against each label; see linear_cross_entropy.
+
+    Returns:
+        (B, T) float32, 0 where a label is IGNORE.
+    """
+    known = (labels.flatten() >= 0).nonzero()[:, 0]
+    hidden, wanted = hidden.flatten(0, 1)[known], labels.flatten()[known]
+    vocab_size: int = head.out_features  # type: ignore[assignment]
+    rows = max(1, at_once // vocab_size)
+
+    def slice_losses(hidden: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(softcap(head(hidden).float(), cap), wanted, reduction="none")
+
+    parts: list[Tensor] = [
+        slice_losses(*some) if len(known) <= rows else checkpoint(slice_losses, *some, use_reentrant=False)
+        for some in zip(hidden.split(rows), wanted.split(rows), strict=True)
+    ]
+    losses = torch.zeros(labels.numel(), device=labels.device)
+    return losses.index_copy(0, known, torch.cat(parts)).view(labels.shape)

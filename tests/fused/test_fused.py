@@ -202,13 +202,13 @@ def test_the_last_stream_is_gone_when_there_are_logits(monkeypatch: pytest.Monke
     model, alive, pairs = adapted_model(), [], []
     fused = fuse(model)
     fused.set_recompute(["full", "full"])  # a block that keeps more would keep a part of it
-    loss = fused.head.loss
+    losses = fused.head.losses
 
     def watched(stream: list[Tensor], *others: Any) -> Any:
         pairs.extend(weakref.ref(one) for one in stream)
-        return loss(stream, *others)
+        return losses(stream, *others)
 
-    monkeypatch.setattr(fused.head, "loss", watched)
+    monkeypatch.setattr(fused.head, "losses", watched)
     monkeypatch.setattr(
         "lit_qlora.fused.head.cross_entropy_",
         lambda *a: alive.append([one() is not None for one in pairs]) or cross_entropy_(*a),
@@ -389,3 +389,59 @@ def test_what_it_reads_without_learning_is_scored_as_by_the_plain_model(
         assert [x for x, _ in actual] == pytest.approx([x for x, _ in expected], abs=1e-4)
         assert [x for _, x in actual] == [x for _, x in expected]
     assert reader(model) == model.hidden  # on a CPU there is nothing to gain
+
+
+def forest() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A row of documents that share beginnings: three that begin with 5 tokens, two that begin with 4, and padding.
+
+    Returns:
+        Tokens, labels, positions, segments and seen_until, see GPT.token_losses.
+    """
+    runs = [(0, 9, 16), (5, 3, 12), (5, 4, 16), (0, 7, 27), (4, 4, 27), (0, 2, 29)]
+    """First position, tokens, and the column from which on the shared tokens are not seen."""
+    position, segment, until, total = [], [], [], 0
+    for number, (first, length, shared_until) in enumerate(runs):
+        position += range(first, first + length)
+        segment += [number] * length
+        total += length
+        share = {0: 5, 3: 4}.get(number, 0)
+        until += [shared_until] * share + [total] * (length - share)
+    generator = torch.Generator().manual_seed(5)
+    tokens, labels = torch.randint(0, 160, (2, 1, total), generator=generator)
+    positions, segments, seen_until = (torch.tensor([column]) for column in (position, segment, until))
+    labels[positions < 4] = IGNORE
+    segments[:, -2:], labels[:, -2:] = -1, IGNORE
+    return tokens, labels, positions, segments, seen_until
+
+
+def weighed(model: GPT, arguments: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of tokens, and the gradients of a function of them that is no sum."""
+    model.zero_grad()
+    losses = model.token_losses(*arguments)
+    (losses.sin() * torch.arange(losses.numel()).view(losses.shape)).sum().backward()
+    return losses.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "case", ["windows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "nf4", "rank 80", "sinks"))]
+)
+def test_losses_of_tokens_behind_shared_beginnings_are_those_of_the_plain_path(case: str) -> None:
+    model = adapted_model(**CASES.get(case, {"sliding_window": 4}))
+    expected = weighed(model, forest())
+    fuse(model)
+    assert_equal(weighed(model, forest()), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.token_losses(*forest()), expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_tokens_sum_to_the_loss_of_their_documents() -> None:
+    model, (tokens, labels) = adapted_model(), batch()
+    expected = gradients(model, tokens, labels)
+    for fast in (False, True):
+        if fast:
+            fuse(model)
+        model.zero_grad()
+        losses = model.token_losses(tokens, labels)
+        (losses.sum() / 7).backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert_equal((losses.sum().detach(), found), expected)

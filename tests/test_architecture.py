@@ -53,6 +53,7 @@ HOMES = {
         "data.audit",
         "data.batches",
         "data.cache",
+        "data.comparisons",
         "data.encode",
         "data.load",
         "data.tokenized",

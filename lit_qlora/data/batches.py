@@ -5,12 +5,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lit_qlora.data.comparisons import Comparison, Comparisons, PairBatch, collate_comparisons
 from lit_qlora.data.packing import longest_first, pack
 from lit_qlora.data.samples import Sample, Samples
 from lit_qlora.model.gpt import IGNORE
@@ -36,10 +37,15 @@ class Batch(NamedTuple):
     """(B, T) int32, the number of each token's sample in its row, -1 for padding. None if not packed."""
 
 
+AnyBatch = Batch | PairBatch
+Content = Samples | Comparisons
+"""Samples, each with a loss of its own, or comparisons of several."""
+
+
 class Step(NamedTuple):
     """The data of one optimizer step."""
 
-    batches: list[Batch]
+    batches: list[AnyBatch]
     """The micro-batches of this rank, one more or less than another's; none if the step has fewer rows than ranks."""
     weight: float
     """Sum of the weights of all labels of the whole step, over all ranks; the loss is divided by it."""
@@ -102,6 +108,17 @@ def padded_width(longest: int, batching: Batching) -> int:
     return -(-longest // batching.multiple) * batching.multiple
 
 
+def lay(
+    rows: Sequence[Sequence[Sample | Comparison]], batching: Batching | None = None, width: int | None = None
+) -> AnyBatch:
+    """Make a micro-batch of rows of samples, or of rows of comparisons; see collate."""
+    longest = max(sum(one.positions for one in row) for row in rows)
+    width = width or (padded_width(longest, batching) if batching else longest)
+    if isinstance(rows[0][0], Comparison):
+        return collate_comparisons(rows, width)  # type: ignore[arg-type]
+    return collate(rows, batching, width)  # type: ignore[arg-type]
+
+
 def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, width: int | None = None) -> Batch:
     """Shift, mask and pad. Labels are shifted nowhere else; padding is masked by position, never by id.
 
@@ -111,7 +128,7 @@ def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, 
         width: positions of a row; by default as many as the longest row needs.
     """
     packed = batching is not None and batching.row_length is not None
-    longest = max(sum(len(sample.tokens) - 1 for sample in row) for row in rows)
+    longest = max(sum(sample.positions for sample in row) for row in rows)
     width = width or (padded_width(longest, batching) if batching else longest)
     tokens = np.full((len(rows), width), PAD, np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
@@ -193,7 +210,7 @@ def steps_of_an_epoch(count: int, batching: Batching) -> int:
     return max(1, whole) if batching.drop_last else whole + bool(rest)
 
 
-def mean_tokens(samples: Samples, batching: Batching) -> float:
+def mean_tokens(samples: Content, batching: Batching) -> float:
     """Tokens of an optimizer step on average, without padding."""
     count = len(samples)
     each = np.average(samples.lengths, weights=times_seen(count, batching))
@@ -212,7 +229,7 @@ def count_steps(count: int, batching: Batching, epochs: float, max_steps: int | 
 
 
 def steps(
-    samples: Samples, batching: Batching, total: int, rank: int = 0, world_size: int = 1, start: int = 0
+    samples: Content, batching: Batching, total: int, rank: int = 0, world_size: int = 1, start: int = 0
 ) -> Iterator[Step]:
     """The optimizer steps from number `start` up to `total`, each with the micro-batches of `rank`.
 
@@ -229,20 +246,21 @@ def steps(
         chosen = in_order[1][at * batching.batch_size : end]
         taken, ids, long = samples, chosen, lengths
         if batching.alters:
+            assert isinstance(samples, Samples)
             taken, ids = alter([samples[i] for i in chosen], batching, number), list(range(len(chosen)))
             long = taken.lengths.tolist()
         rows = [[taken[i] for i in row] for row in rows_of(ids, long, batching, world_size)]
         micro = micro_batches(rows, batching.micro_batch_size, world_size)
         mine = micro[rank::world_size]
         yield Step(
-            batches=[collate(group, batching) for group in mine],
+            batches=[lay(group, batching) for group in mine],
             weight=step_weight(taken, ids, batching) or 1.0,  # no label may be left
             labelled=int(taken.labelled[ids].sum()),
             tokens=sum(long[i] for i in ids),
             samples=len(chosen),
             epoch=epoch + (1.0 if at + 1 == per_epoch else end / length),
             numbers=tuple(chosen),
-            filled=tuple(sum(len(sample.tokens) - 1 for sample in row) for group in mine for row in group),
+            filled=tuple(sum(one.positions for one in row) for group in mine for row in group),
         )
 
 
@@ -281,7 +299,7 @@ def without_beginning(sample: Sample, most: int) -> Sample:
     return Sample(sample.tokens[-most:], trained, weights)
 
 
-def step_weight(samples: Samples, chosen: Sequence[int], batching: Batching) -> float:
+def step_weight(samples: Content, chosen: Sequence[int], batching: Batching) -> float:
     """Sum of the weights of all labels of a step; see Step."""
     sums = samples.weight_sums[chosen]
     return float(
@@ -297,7 +315,7 @@ def micro_batches(rows: Sequence[T], most: int, world_size: int) -> list[Sequenc
     return [rows[start:end] for start, end in pairwise(starts)]
 
 
-def longest_step(samples: Samples, batching: Batching, world_size: int = 1) -> Step:
+def longest_step(samples: Content, batching: Batching, world_size: int = 1) -> Step:
     """A step of one micro-batch that is as large as any of a rank: if it fits into memory, all do."""
     lengths, times = samples.lengths.tolist(), times_seen(len(samples), batching)
     again = (i for i in np.argsort(-samples.lengths, kind="stable").tolist() for _ in range(math.ceil(times[i])))
@@ -312,10 +330,10 @@ def longest_step(samples: Samples, batching: Batching, world_size: int = 1) -> S
         alone = len(rows_of(chosen, lengths, batching))
         longest = batching.row_length if alone > world_size else min(total, total // world_size + longest)
     most = min(batching.micro_batch_size, math.ceil(len(rows) / world_size))
-    some = [
-        [without_beginning(samples[i], longest + 1) if batching.alters else samples[i] for i in row] for row in rows
-    ]
-    batch = collate(some[:most], batching, padded_width(longest, batching))
+    some: list[list[Any]] = [[samples[i] for i in row] for row in rows[:most]]
+    if batching.alters:
+        some = [[without_beginning(sample, longest + 1) for sample in row] for row in some]
+    batch = lay(some, batching, padded_width(longest, batching))
     labelled = int(samples.labelled[chosen].sum())
     return Step(
         [batch],
@@ -339,3 +357,10 @@ def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:
     """All samples once, sorted by length so that little is padding."""
     ordered = [[samples[i]] for i in np.argsort(samples.lengths, kind="stable")]
     return [collate(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]
+
+
+def validation_pairs(comparisons: Comparisons, batching: Batching) -> list[PairBatch]:
+    """All comparisons once, in rows as those that are trained on."""
+    rows = rows_of(range(len(comparisons)), comparisons.lengths.tolist(), batching)
+    micro = micro_batches(rows, batching.micro_batch_size, 1)
+    return [lay([[comparisons[i] for i in row] for row in group], batching) for group in micro]  # type: ignore[misc]

@@ -24,6 +24,11 @@ class Sample(NamedTuple):
     """(T,) what the loss of each token is multiplied by, above 0 where it is labelled; None is 1 for all of them."""
 
     @property
+    def positions(self) -> int:
+        """Positions that it takes in a row: the last token is a label only."""
+        return len(self.tokens) - 1
+
+    @property
     def labelled(self) -> int:
         """Number of labelled tokens."""
         return int(np.count_nonzero(self.trained))

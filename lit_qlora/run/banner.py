@@ -10,8 +10,8 @@ import torch
 
 from lit_qlora import __version__
 from lit_qlora.checkpoint.checkpoint import check_weights, open_weights
-from lit_qlora.data import Batch, Batching, RunData, Samples, boundary, count_steps, longest_step, show, steps
-from lit_qlora.data.batches import epoch_length
+from lit_qlora.data import Batch, Batching, RunData, boundary, count_steps, longest_step, show, steps
+from lit_qlora.data.batches import AnyBatch, Content, epoch_length
 from lit_qlora.device import fast_dtype, gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.peft_layout import check_layers
@@ -81,7 +81,7 @@ def check_trainable(expected: Mapping[str, int], base: str, trainable: int) -> N
     )
 
 
-def longest_batch(samples: Samples, batching: Batching, processes: int) -> Batch:
+def longest_batch(samples: Content, batching: Batching, processes: int) -> AnyBatch:
     """Return the largest micro-batch of a device."""
     return longest_step(samples, batching, processes).batches[0]
 
@@ -132,7 +132,7 @@ def most_rows(config: FinetuneConfig, data: RunData) -> int:
     return fits.most_rows(_planner(config), tokens.size(1), room) if room.gpu else 0
 
 
-def _plan(config: FinetuneConfig, longest: Batch, usual: float | None = None) -> Plan:
+def _plan(config: FinetuneConfig, longest: AnyBatch, usual: float | None = None) -> Plan:
     batches = MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing)
     return _planner(config).plan(batches, _room(config.devices))
 

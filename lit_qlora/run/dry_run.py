@@ -5,15 +5,16 @@ measure loading, saving, lora.init, and all metrics of validations but the losse
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from lightning.fabric import Fabric
 
 from lit_qlora.checkpoint.checkpoint import random_model
-from lit_qlora.data import Batch, RunData, longest_step, steps
-from lit_qlora.data.batches import mean_tokens
+from lit_qlora.data import RunData, longest_step, steps
+from lit_qlora.data.batches import AnyBatch, mean_tokens
 from lit_qlora.device import fabric_precision, peak_gib, pick_device, scales_loss, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.evaluate.measures import score_rows
@@ -32,6 +33,7 @@ from lit_qlora.train.loop import Learner
 from lit_qlora.train.parallel import world_size
 
 MOST_ON_CPU = 3e8  # parameters; to make a larger model there takes too long
+Kind = TypeVar("Kind", bound=AnyBatch)
 PASSES = 4  # most micro-batches of a step, or a validation, that are timed
 WARM_UPS = 6  # a shape then has its CUDA graph, and kernels are compiled long before
 TIMES = 2
@@ -136,12 +138,12 @@ def random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) -> 
     return make_learner(fabric, model, config.optimizer, config.train, scales_loss(config.precision))
 
 
-def _some(batches: list[Batch]) -> list[Batch]:
+def _some(batches: Sequence[Kind]) -> list[Kind]:
     """Pick at most PASSES of the micro-batches, long ones and short ones."""
-    return batches[:: -(-len(batches) // PASSES) or 1]
+    return list(batches[:: -(-len(batches) // PASSES) or 1])
 
 
-def _tokens(batches: list[Batch]) -> int:
+def _tokens(batches: Sequence[AnyBatch]) -> int:
     """Count the tokens of these micro-batches, padding included."""
     return sum(batch.tokens.numel() for batch in batches)
 

@@ -91,6 +91,8 @@ class PreferenceConfig(Settings):
     sft_weight: NotNegative | None = None
     """Weight of the mean loss of the tokens of chosen answers, which is added; for dpo that is RPO. By default as
     published: 1 for orpo, cpo and sft, else 0."""
+    sft_prompts: bool = False
+    """Count in that mean the tokens of the prompts too, as the authors of ORPO do."""
     desirable_weight: NotNegative = 1.0
     """Loss kto: weight of good answers. With many more bad ones raise it, so that both sums are alike."""
     undesirable_weight: NotNegative = 1.0
@@ -126,6 +128,10 @@ class PreferenceConfig(Settings):
         check(
             published.paired or not self.sft_weight,
             f"preference.sft_weight is of chosen answers, and the loss {self.loss} has no pairs. Leave it out.",
+        )
+        check(
+            not self.sft_prompts or self.or_published("sft_weight") > 0,
+            f"preference.sft_prompts has no effect on the loss {self.loss} without preference.sft_weight.",
         )
         check(
             self.loss != "sft" or self.sft_weight != 0,

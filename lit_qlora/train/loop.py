@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor
 
-from lit_qlora.data import Batch, Step
+from lit_qlora.data import Step
+from lit_qlora.data.batches import AnyBatch
 from lit_qlora.device import peak_gib
 from lit_qlora.errors import NumericalError, UserError
 from lit_qlora.model.gpt import GPT
@@ -21,11 +22,13 @@ from lit_qlora.report import tell
 from lit_qlora.settings import TrainConfig
 from lit_qlora.signals import StopRequest, describe
 from lit_qlora.train.guards import Guard, check_first_gradients
+from lit_qlora.train.objective import CrossEntropy, Objective
 from lit_qlora.train.optim import learning_rate
 from lit_qlora.train.parallel import sum_gradients
 from lit_qlora.train.routers import METRICS, RouterHealth, RouterLosses, Seen, count_choices
 
 Record = dict[str, Any]
+BatchKind = TypeVar("BatchKind", bound=AnyBatch)
 
 
 class BadStepError(NumericalError):
@@ -84,17 +87,25 @@ class Learner:
         hits: () int64, labelled tokens of this process that the last step predicted right; see GPT.
         routers: what is known of its experts' routers.
         losses: of these routers, if there are any; they are no part of the loss in the log.
+        objective: the loss of a micro-batch.
     """
 
     def __init__(
-        self, fabric: Fabric, module: GPT, optimizer: torch.optim.Optimizer, losses: RouterLosses | None = None
+        self,
+        fabric: Fabric,
+        module: GPT,
+        optimizer: torch.optim.Optimizer,
+        losses: RouterLosses | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.fabric, self.module = fabric, module
         self.model, self.optimizer = fabric.setup(module, optimizer)
         self.model.mark_forward_method("loss")
+        self.model.mark_forward_method("token_losses")
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.hits = module.hits = torch.zeros((), dtype=torch.int64, device=fabric.device)
-        self.add_gradients = Gradients(fabric, self.model, self.hits, losses)
+        self.objective: Objective = objective or CrossEntropy()
+        self.add_gradients = Gradients(fabric, self.model, self.hits, losses, self.objective)
         self.routers, self.losses = RouterHealth(module), losses
 
     def clip_gradients(self, max_norm: float) -> Tensor:
@@ -162,8 +173,12 @@ def train(
         of_routers = learner.routers.measure(partial(sum_over_ranks, fabric))
         if learner.losses:
             of_routers = torch.cat((of_routers, sum_over_ranks(fabric, learner.losses.values.clone())))
-        metrics = torch.cat((torch.stack((loss, norm.to(loss), hits)), of_routers))
-        loss_value, norm_value, hit_count, *health = metrics.tolist()
+        of_objective = loss.new_zeros(0)
+        if learner.objective.sums is not None:
+            of_objective = sum_over_ranks(fabric, learner.objective.sums.clone())
+        metrics = torch.cat((torch.stack((loss, norm.to(loss), hits)), of_objective, of_routers))
+        loss_value, norm_value, hit_count, *others = metrics.tolist()
+        sums, health = others[: len(of_objective)], others[len(of_objective) :]
         try:
             guard.check_loss(done, loss_value)
             may_update = guard.may_update(done, norm_value)
@@ -183,7 +198,7 @@ def train(
             "step": done,
             "epoch": round(step.epoch, 4),
             "loss": loss_value,
-            "accuracy": hit_count / max(1, step.labelled),
+            **({} if sums else {"accuracy": hit_count / max(1, step.labelled)}),
             "lr": rate,
             "grad_norm": norm_value,
             "tokens": step.tokens,
@@ -191,6 +206,7 @@ def train(
             "tokens_per_second": round(step.tokens / max(now - before - paused, 1e-9), 1),
             "peak_gib": round(peak_gib(fabric.device), 3),
             "seconds": round(seconds + now - begin, 3),
+            **{name: round(value, 6) for name, value in learner.objective.measure(sums).items()},
             **{name: round(value, 4) for name, value in zip(names, health, strict=False)},
         }
         before = now
@@ -247,13 +263,22 @@ class Gradients:
     Args:
         hits: of the model; it is set to zero before each step.
         losses: of the routers, which are added to the model's.
+        objective: the loss of a micro-batch.
 
     Attributes:
         rows: most rows of a micro-batch; None does not limit them.
     """
 
-    def __init__(self, fabric: Fabric, model: _FabricModule, hits: Tensor, losses: RouterLosses | None = None) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: _FabricModule,
+        hits: Tensor,
+        losses: RouterLosses | None = None,
+        objective: Objective | None = None,
+    ) -> None:
         self.fabric, self.model, self.hits, self.losses = fabric, model, hits, losses
+        self.objective: Objective = objective or CrossEntropy()
         self.rows: int | None = None
 
     def __call__(self, step: Step, seed: int = 0, stop: StopRequest | None = None) -> Tensor | None:
@@ -263,11 +288,16 @@ class Gradients:
             stop: once it has taken a signal, no further micro-batch is begun, and None is returned.
         """
         counts: Tensor | None = None
+        prepared = False
         while True:
             torch.manual_seed(seed)
             self.hits.zero_()
             batches = [part for batch in step.batches for part in split_rows(batch, self.rows)]
             try:
+                if not prepared:  # once, as below
+                    self.objective.prepare(self.model, batches, partial(sum_over_ranks, self.fabric))
+                    torch.manual_seed(seed)
+                    prepared = True
                 if self.losses and self.losses.balances and counts is None:  # once, for other processes take part
                     counts = self._count_choices(step, batches, seed)
                 return self._take(step, batches, counts, stop)
@@ -283,23 +313,27 @@ class Gradients:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _take(self, step: Step, batches: list[Batch], counts: Tensor | None, stop: StopRequest | None) -> Tensor | None:
+    def _take(
+        self, step: Step, batches: list[AnyBatch], counts: Tensor | None, stop: StopRequest | None
+    ) -> Tensor | None:
         loss = torch.zeros((), device=self.fabric.device)
         if self.losses:
             self.losses.values.zero_()
+        if self.objective.sums is not None:
+            self.objective.sums.zero_()
         for batch, mask in zip(batches, masks(batches, step), strict=True):
             if stop and stop.signal:
                 return None
             watched: AbstractContextManager[Seen] = self.losses.watched() if self.losses else nullcontext([])
             with watched as seen:
-                part = whole = self.model.loss(*pinned(batch, self.fabric.device)) / step.weight
+                part = whole = self.objective.loss(self.model, pinned(batch, self.fabric.device), step)
             if self.losses:
                 whole = part + self.losses.loss(seen, mask.to(loss), step.tokens - step.samples, counts)
             self.fabric.backward(whole)
             loss += part.detach()
         return loss
 
-    def _count_choices(self, step: Step, batches: list[Batch], seed: int) -> Tensor | None:
+    def _count_choices(self, step: Step, batches: list[AnyBatch], seed: int) -> Tensor | None:
         """Choices of each expert in the step, (n_expert,), from one more forward pass; None if one pass is enough."""
         assert self.losses
         if len(batches) == self.fabric.world_size == 1:
@@ -315,15 +349,16 @@ class Gradients:
         return sum_over_ranks(self.fabric, counts)
 
 
-def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
+def split_rows(batch: AnyBatch, rows: int | None) -> list[AnyBatch]:
     """Split `batch` into parts of at most `rows` rows."""
     if rows is None or len(batch.tokens) <= rows:
         return [batch]
     starts = range(0, len(batch.tokens), rows)
-    return [Batch(*(None if t is None else t[i : i + rows] for t in batch)) for i in starts]  # type: ignore[arg-type]
+    kind: Any = type(batch)
+    return [kind(*(None if t is None else t[i : i + rows] for t in batch)) for i in starts]
 
 
-def masks(batches: Iterable[Batch], step: Step) -> Iterator[Tensor]:
+def masks(batches: Iterable[AnyBatch], step: Step) -> Iterator[Tensor]:
     """For the rows of `step` in these parts, which positions are not padding, (B T,)."""
     filled = iter(step.filled)
     for batch in batches:
@@ -337,11 +372,13 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest())
 
 
-def pinned(batch: Batch, device: torch.device) -> Batch:
+def pinned(batch: BatchKind, device: torch.device) -> BatchKind:
     """Pin the batch in host memory, so that `device` reads it while the host goes on; the model moves it."""
     if device.type == "cpu":
         return batch
-    return Batch(*(None if t is None else t.pin_memory() for t in batch))  # type: ignore[arg-type]
+    kind: Any = type(batch)
+    pinned_batch: BatchKind = kind(*(None if t is None else t.pin_memory() for t in batch))
+    return pinned_batch
 
 
 def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ def how_of(case: dict[str, Any]) -> PreferenceConfig:
         given["gamma"] = settings["simpo_gamma"]
     if "cpo_alpha" in settings or "loss_weights" in settings:
         given["sft_weight"] = settings.get("cpo_alpha", settings.get("loss_weights", [0, 0])[-1])
+    if kind == "orpo":
+        given["sft_prompts"] = True
     if kind == "sigmoid_norm":
         given["length_normalized"] = True
     return PreferenceConfig(loss=NAMES.get(kind, kind), beta=settings["beta"], **given)

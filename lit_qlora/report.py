@@ -22,7 +22,8 @@ ESTIMATE_AFTER = 5
 """Steps after which the time of a run can be estimated."""
 SMALLER_IS_BETTER = {
     *("val_loss", "val_ppl", "kl_to_base", "perplexity", "word_perplexity", "byte_perplexity"),
-    *("bits_per_byte", "brier_score", "ter", "wer", "cer", "mse", "mae"),
+    *("bits_per_byte", "brier_score", "ter", "wer", "cer", "mse", "mae", "val_reward_rejected", "val_logp_rejected"),
+    "val_kl",
 }
 """Metrics of validations that are errors; a task's metrics are named TASK/METRIC."""
 
@@ -166,6 +167,9 @@ class RunLog:
     def _progress(self, record: Record) -> str:
         val = "" if self.val is None else f"  val {self.val:.3f}"
         accuracy = f"  acc {record['accuracy']:.3f}" if "accuracy" in record else ""  # not in logs of earlier versions
+        if "reward_margin" in record:  # of comparisons
+            accuracy = f"  margin {record['reward_margin']:.2f}"
+            accuracy += f"  acc {record['reward_accuracy']:.3f}" if "reward_accuracy" in record else ""
         return (
             f" step {record['step']:>5}/{self.total} {record['step'] / self.total:4.0%}"
             f"  loss {record['loss']:.3f} (ema {self.smooth:.3f}){accuracy}{val}  lr {record['lr']:.1e}"

@@ -29,7 +29,15 @@ LAYERS = [
 HOMES = {
     "bitsandbytes": {"quantize"},
     "triton": {"kernels.launch"},
-    "lightning": {"evaluate.measures", "run.dry_run", "run.finetune", "run.folder", "run.learning"}
+    "lightning": {
+        "evaluate.measures",
+        "evaluate.preferences",
+        "run.preferences",
+        "run.dry_run",
+        "run.finetune",
+        "run.folder",
+        "run.learning",
+    }
     | {"train.loop", "train.parallel", "train.training_state"},
     "sentencepiece": {"prompts.backends"},
     "tokenizers": {"prompts.backends"},
@@ -55,10 +63,13 @@ HOMES = {
         "data.cache",
         "data.comparisons",
         "data.encode",
+        "data.judged",
         "data.load",
+        "data.preferences",
+        "data.reference",
         "data.tokenized",
     }
-    | {"data.samples"},
+    | {"data.samples", "run.preferences"},
     "datasets": {"data.sources"},
     "pyarrow": {"data.readers", "data.text_files"},
     "transformers": set(),

@@ -51,6 +51,8 @@ class Audit:
     """Reasons not to start, without the findings that data.allow names."""
     warnings: list[str]
     """Findings that a user must not overlook."""
+    further: tuple[str, ...] = ()
+    """Notes on judged answers."""
 
     def notes(self) -> list[str]:
         """Return the notes that a user should read before the run."""
@@ -74,6 +76,8 @@ class Audit:
             "{} answers are trained behind another text than they will be asked with, as the chat template writes "
             "differently what comes before an answer once it is there": counts.rewritten,
             "{} answers are trained without their thoughts, which the chat template leaves out": counts.thoughts,
+            "{} rejected answers equal the chosen one and were left out": counts.equal,
+            "{} records have nothing left to compare and were left out": counts.unpaired,
             "{} prompts are empty": counts.empty_prompts,
             "{} answers are empty": counts.empty_answers,
             f"{{}} of {counts.turns} answers do not end": counts.turns - counts.ended,
@@ -83,6 +87,7 @@ class Audit:
             "{} samples name a control token, which is encoded as text": counts.control_tokens,
         }
         notes = [text.format(f"{count:,}") for text, count in told.items() if count]
+        notes += self.further
         notes += [f"{source}: not read: {', '.join(names)}" for source, names in self.unread.items() if names]
         return notes if self.val else [*notes, "there is no sample to validate on"]
 

@@ -360,7 +360,7 @@ def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:
 
 
 def validation_pairs(comparisons: Comparisons, batching: Batching) -> list[PairBatch]:
-    """All comparisons once, in rows as those that are trained on."""
+    """All comparisons once, in rows like the training rows."""
     rows = rows_of(range(len(comparisons)), comparisons.lengths.tolist(), batching)
     micro = micro_batches(rows, batching.micro_batch_size, 1)
     return [lay([[comparisons[i] for i in row] for row in group], batching) for group in micro]  # type: ignore[misc]

@@ -36,6 +36,8 @@ ARRAYS: dict[str, Any] = {
     "lengths": np.int64,
     "digests": np.uint64,
     "joined": np.bool_,
+    "sides": np.int8,
+    "margins": np.float32,
     "weighted": np.int64,
     "weights": np.float32,
 }
@@ -67,6 +69,10 @@ class Encoded:
     """(S,) hashes of what each sample says."""
     joined: npt.NDArray[np.bool_]
     """(S,) which samples are of the same conversation as the sample before them."""
+    sides: npt.NDArray[np.int8]
+    """(S,) of judged answers, see data.comparisons; 0 for other samples."""
+    margins: npt.NDArray[np.float32]
+    """(S,) of chosen answers, how much better they are."""
     facts: Facts
     cached: bool = False
     """True if it was found, not made."""
@@ -81,7 +87,10 @@ class Encoded:
             weights = arrays["trained"].astype(np.float32)
             weights[arrays["weighted"]] = arrays["weights"]
         samples = Samples(arrays["tokens"], arrays["trained"], starts, ends, arrays["labelled"], weights)
-        return Encoded(samples, arrays["lengths"], arrays["digests"], arrays["joined"], facts, cached)
+        lengths, digests, joined, sides, margins = (
+            arrays[name] for name in ("lengths", "digests", "joined", "sides", "margins")
+        )
+        return Encoded(samples, lengths, digests, joined, sides, margins, facts, cached)
 
 
 def load(directory: Path, key: str) -> Encoded | None:
@@ -163,6 +172,8 @@ class Store:
         lengths = [len(one.sample.tokens) for one in some]
         self._append_weights(some, self.sizes["tokens"] + np.cumsum([0, *lengths[:-1]], dtype=np.int64))
         self._append("joined", np.array([one.joined for one in some], np.bool_))
+        self._append("sides", np.array([one.side for one in some], np.int8))
+        self._append("margins", np.array([one.margin for one in some], np.float32))
         self._append("ends", self.sizes["tokens"] + np.cumsum(lengths, dtype=np.int64))
         self._append("tokens", np.concatenate([one.sample.tokens for one in some]))
         self._append("trained", np.concatenate([one.sample.trained for one in some]))

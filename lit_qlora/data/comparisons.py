@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Layout:
-    """How comparisons are laid out."""
+    """The form in which comparisons are laid out."""
 
     share: bool = True
     """Answers share what their sequences have in common of the prompt."""

@@ -80,6 +80,10 @@ class Counts:
     """Samples that were left out because they have no labelled token."""
     empty_prompts: int = 0
     empty_answers: int = 0
+    unpaired: int = 0
+    """Records of judged answers that were left out because there is nothing to compare."""
+    equal: int = 0
+    """Rejected answers that equal the chosen one."""
     control_characters: int = 0
     """Samples with NUL or another character that no text should hold."""
     control_tokens: int = 0
@@ -102,6 +106,12 @@ class EncodedSample:
     """64 bits of a hash of all that was said."""
     joined: bool = False
     """It is of the same conversation as the sample before it."""
+    example: Example | None = None
+    """The example that it is of."""
+    side: int = 0
+    """Of a judged answer; see data.comparisons. 0 for other samples."""
+    margin: float = 0.0
+    """Of a chosen answer: how much better it is."""
 
 
 class Encoder:
@@ -161,7 +171,7 @@ class Encoder:
                     for piece in self._pieces(turns[0]):
                         yield EncodedSample(piece, len(piece.tokens), _hash(piece.tokens.tobytes()))
                 elif (sample := self._sample(*found)).labelled:
-                    yield EncodedSample(sample, lengths[i], _hash(_said(said[i])), some[i] is before)
+                    yield EncodedSample(sample, lengths[i], _hash(_said(said[i])), some[i] is before, some[i])
                     before = some[i]
                 else:
                     self.counts.masked += 1

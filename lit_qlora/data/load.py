@@ -9,16 +9,20 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lit_qlora.data import cache
 from lit_qlora.data.audit import Audit, audit
-from lit_qlora.data.batches import Batch, Batching, order, validation_batches
+from lit_qlora.data.batches import Batch, Batching, Content, order, validation_batches
 from lit_qlora.data.cache import Encoded
+from lit_qlora.data.comparisons import Comparisons
 from lit_qlora.data.encode import Encoder, Encoding
 from lit_qlora.data.examples import read_examples
+from lit_qlora.data.judged import encode_judged, read_judged
+from lit_qlora.data.judged import singly as unpaired
 from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import Source, find_sources, fingerprint, sha256
 from lit_qlora.errors import DataError, UsageError
@@ -29,7 +33,7 @@ from lit_qlora.prompts.tokenizer import FILES, Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig
 
 DEFAULT_MAX_LENGTH = 2048
-VERSION = 5  # of what the cache holds; whoever changes how examples are encoded changes this
+VERSION = 6  # of what the cache holds; whoever changes how examples are encoded changes this
 SPLIT, CHOICE = -1, -2  # epochs of the order that no training has, so that these depend on the seed alone
 
 
@@ -51,8 +55,9 @@ class Loaded:
 class RunData:
     """The data of a run."""
 
-    train: Samples
+    train: Content
     val_batches: list[Batch]
+    """Validation samples; of comparisons the chosen answers."""
     val_samples: int
     batching: Batching
     style: Style
@@ -61,6 +66,8 @@ class RunData:
     audit: Audit
     files: dict[str, str]
     """Source -> sha256."""
+    val: Comparisons | None = None
+    """Comparisons to validate on; None where samples are trained on."""
 
 
 def read_data(config: FinetuneConfig) -> RunData:
@@ -84,26 +91,39 @@ def read_data(config: FinetuneConfig) -> RunData:
         train=loaded.train,
         val_batches=validation_batches(val, config.train.micro_batch_size),
         val_samples=len(val),
-        batching=Batching(
-            batch_size=config.train.batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            seed=seed,
-            shuffle=data.shuffle,
-            drop_last=data.drop_last,
-            group_by_length=data.group_by_length,
-            weighting=data.weighting,
-            row_length=(data.pack_length or max_length) if data.packing else None,
-            multiple=data.pad_to_multiple_of,
-            shares=loaded.shares,
-            length_quantile=data.length_quantile,
-            token_dropout=data.token_dropout,
-            mask_id=tokenizer.mask_id,
-        ),
+        batching=batching_of(config, seed, max_length, loaded.shares, tokenizer),
         style=loaded.style,
         max_length=max_length,
         tokenizer=tokenizer,
         audit=loaded.audit,
         files=loaded.files,
+    )
+
+
+def batching_of(
+    config: FinetuneConfig, seed: int, longest: int, shares: tuple[tuple[int, float], ...], tokenizer: Tokenizer
+) -> Batching:
+    """The settings that make steps.
+
+    Args:
+        longest: tokens of packed rows, unless data.pack_length says it.
+        shares: see Batching.
+    """
+    data = config.data
+    return Batching(
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=seed,
+        shuffle=data.shuffle,
+        drop_last=data.drop_last,
+        group_by_length=data.group_by_length,
+        weighting=data.weighting,
+        row_length=(data.pack_length or longest) if data.packing else None,
+        multiple=data.pad_to_multiple_of,
+        shares=shares,
+        length_quantile=data.length_quantile,
+        token_dropout=data.token_dropout,
+        mask_id=tokenizer.mask_id,
     )
 
 
@@ -166,9 +186,19 @@ def choose_style(data: DataConfig, checkpoint_dir: Path) -> Style:
 
 
 def encode_source(
-    source: Source, data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, style: Style, max_length: int
+    source: Source,
+    data: DataConfig,
+    checkpoint_dir: Path,
+    tokenizer: Tokenizer,
+    style: Style,
+    max_length: int,
+    judged: Literal["", "pairs", "singly"] = "",
 ) -> Encoded:
-    """The samples of a source, from the cache if they are there. Raw text is encoded as it is, whatever the style."""
+    """The samples of a source, from the cache if they are there. Raw text is encoded as it is, whatever the style.
+
+    Args:
+        judged: the records are judged answers, to be compared or taken singly.
+    """
     encoding = Encoding(
         max_length=max_length,
         max_length_prompt=data.max_length_prompt,
@@ -189,7 +219,7 @@ def encode_source(
         "style": style.facts(),
         "today": str(date.today()) if "strftime_now" in style.text else "",
         "encoding": asdict(encoding),
-        "reading": [data.format, data.columns, data.templates, "empty_answers" in data.allow],
+        "reading": [data.format, data.columns, data.templates, "empty_answers" in data.allow, judged],
     }
     key = hashlib.sha256(json.dumps(everything_that_matters, sort_keys=True).encode()).hexdigest()
     directory = cache_folder.directory(data.cache_dir, "data")
@@ -197,6 +227,8 @@ def encode_source(
         return found
     store = cache.Store(directory, key)
     with _no_garbage(), closing(store):
+        if judged:
+            return _encode_judged(source, data, Encoder(tokenizer, style, encoding), judged == "singly", store, content)
         reading = read_examples(
             source,
             format=data.format,
@@ -211,6 +243,20 @@ def encode_source(
             store.add(sample)
         unread = reading.unread.joined(encoder.unread).facts()
         return store.finish(cache.Facts(str(source), content, reading.format, reading.saw, encoder.counts, unread))
+
+
+def _encode_judged(
+    source: Source, data: DataConfig, encoder: Encoder, singly: bool, store: cache.Store, content: str
+) -> Encoded:
+    reading = read_judged(source, data)
+    answers = unpaired(reading.judged) if singly else reading.judged
+    if not singly and any(one.good is not None for one in answers):
+        raise DataError(f"{source}: its answers are good or bad, each by itself. Take --preference.loss kto.")
+    encoder.counts.skipped = reading.skipped
+    for sample in encode_judged(encoder, answers):
+        store.add(sample)
+    unread = reading.unread.joined(encoder.unread).facts()
+    return store.finish(cache.Facts(str(source), content, reading.format, reading.saw, encoder.counts, unread))
 
 
 def split(

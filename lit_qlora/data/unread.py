@@ -1,11 +1,8 @@
 """Contents of data that nobody reads: a note, or a reason to stop where they would have meant something."""
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lit_qlora.data.formats import Format
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 SHOWN = 60  # characters of a value that a message shows
 GOOD_ONES = "Keep the records whose answers are good, and leave the column out"
@@ -30,6 +27,21 @@ ADVICE: dict[str, str] = {
 """Names that are known to mean something -> the advice where nobody reads them."""
 
 
+class Form(Protocol):
+    """The part of a format of records that says which columns it reads; see data.formats.Format."""
+
+    @property
+    def needs(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def reads(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def leaves(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def chosen(self) -> bool: ...  # noqa: D102
+    @property
+    def gather(self) -> Any: ...  # noqa: D102
+
+
 class Unread:
     """Columns and keys of messages that hold something and are not read.
 
@@ -38,7 +50,7 @@ class Unread:
         ignored: the names among them that are left out on purpose.
     """
 
-    def __init__(self, form: "Format | None" = None) -> None:
+    def __init__(self, form: Form | None = None) -> None:
         self.found: dict[str, tuple[int, str, str]] = {}
         self.ignored: set[str] = set()
         # A format whose records are gathered from several, or that the settings describe, says itself what it reads.

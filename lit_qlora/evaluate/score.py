@@ -70,8 +70,7 @@ class Scorer:
         # Attention within a row of this length is a small part of the work.
         self.row_length = max(SHORTEST_ROW, config.n_embd // 8)
         self.truncated = 0
-        # These rotate the same prefix differently in a longer text.
-        self._shares = config.rope_scaling not in ("dynamic", "longrope") and not config.state_layers
+        self._shares = config.shares_beginnings
 
     def score(
         self, requests: Sequence[Request], progress: Callable[[int], object] = lambda done: None

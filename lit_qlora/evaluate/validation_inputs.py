@@ -54,6 +54,7 @@ NEEDS = {
     **dict.fromkeys(("exact_match", "bleu", "chrf", "rouge_l"), "--eval.generate"),
     "judge": "--eval.judge_url",
     "kl_to_base": "--eval.kl_text",
+    **dict.fromkeys(("val_reward_accuracy", "val_reward_margin", "val_logp_chosen"), "judged answers to validate on"),
 }
 """Input that each metric needs; a task's metrics are named TASK/METRIC."""
 
@@ -65,6 +66,7 @@ def check_best(config: EvalConfig, data: RunData) -> None:
         "--eval.generate": config.generate,
         "--eval.judge_url": config.judge_url,
         "--eval.kl_text": config.kl_text,
+        "judged answers to validate on": data.val,
     }
     best = config.best
     if best == "none" or (best == EvalConfig.best and not config.patience):

@@ -33,7 +33,7 @@ CUDNN_MULTIPLE = 256  # cuDNN builds a plan for each new length, which takes lon
 
 @dataclass(frozen=True)
 class Tree:
-    """Where documents share their beginnings: the keys that each run of tokens attends to.
+    """The keys that each run of tokens attends to where documents share their beginnings.
 
     A run is what stands behind a shared beginning, or the beginning with the first document that goes on from it. Its
     keys are gathered, those of the beginning before its own. So a run is a document with fewer queries than keys.

@@ -269,6 +269,11 @@ class ModelConfig:
             )
 
     @property
+    def shares_beginnings(self) -> bool:
+        """True if what two texts begin with alike is the same in both, so that it can be read once."""
+        return self.rope_scaling not in ("dynamic", "longrope") and not self.state_layers
+
+    @property
     def rotated(self) -> int:
         """Number of the head_size features that carry position."""
         if self.rope_scaling == "proportional":

@@ -47,7 +47,8 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
         "Take more samples per step, or fewer devices.",
     )
-    plan = _plan(config, longest_batch(data.train, data.batching, processes), usual_tokens(data, processes))
+    usual = None if data.val is not None else usual_tokens(data, processes)  # comparisons have no CUDA graphs
+    plan = _plan(config, longest_batch(data.train, data.batching, processes), usual)
     plan = replace(plan, caveat=caveat)
     check_trainable(config.expect_trainable, model.name, plan.trainable)
     check(

@@ -25,7 +25,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.report import duration, tell
 from lit_qlora.run.banner import FIRST_STEPS, most_rows, savings
-from lit_qlora.run.learning import eval_every, make_learner, take_path
+from lit_qlora.run.learning import eval_every, make_learner, make_objective, take_path
 from lit_qlora.run.plan import Plan
 from lit_qlora.settings import FinetuneConfig
 from lit_qlora.signals import StopRequest
@@ -135,7 +135,8 @@ def random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) -> 
     add_noise(model, config.train.neftune)
     model.set_dropout(config.train.hidden_dropout)
     take_path(model, plan)
-    return make_learner(fabric, model, config.optimizer, config.train, scales_loss(config.precision))
+    scaled, objective = scales_loss(config.precision), make_objective(fabric, config)
+    return make_learner(fabric, model, config.optimizer, config.train, scaled, objective)
 
 
 def _some(batches: Sequence[Kind]) -> list[Kind]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_qlora.settings import EvalConfig, FinetuneConfig, check
+from lit_qlora.settings import EvalConfig, FinetuneConfig, PreferenceRunConfig, check
 
 if TYPE_CHECKING:
     from lit_qlora.model.gpt import GPT
@@ -39,6 +39,7 @@ def finetune(config: FinetuneConfig, make_ask: MakeAsk | None = None) -> Path:
 def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
     # Errors come before weights are loaded, and errors in the data even before Lightning is imported.
     from lit_qlora.data import read_data
+    from lit_qlora.data.preferences import read_preferences
     from lit_qlora.data.prepared import choose_data
     from lit_qlora.device import fabric_precision, let_segments_grow, pick_device, resolve_precision, weights_dtype
 
@@ -51,7 +52,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
 
         config = replace(config, out_dir=config.out_dir or default_out_dir(config.checkpoint_dir))
         config = replace(config, seed=settle_seed(config))
-    data = read_data(config)
+    data = read_preferences(config, config.preference) if isinstance(config, PreferenceRunConfig) else read_data(config)
 
     from lightning.fabric import Fabric
 
@@ -61,7 +62,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
     from lit_qlora.lora.embeddings import add_noise
     from lit_qlora.lora.layer import add_lora
     from lit_qlora.quantize import Storage
-    from lit_qlora.run import dry_run, folder, learning, resume, saver, summary
+    from lit_qlora.run import dry_run, folder, learning, preferences, resume, saver, summary
     from lit_qlora.run.banner import plan_run, tell_plan
     from lit_qlora.train import parallel
 
@@ -113,6 +114,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
         add_noise(model, config.train.neftune)
         model.set_dropout(config.train.hidden_dropout)
         learning.take_path(model, plan)
+        if isinstance(config, PreferenceRunConfig):
+            data = preferences.with_reference(fabric, model, data, config)
         scores = learning.learn(fabric, model, config, data, probes, log, checkpoint)
         if fabric.is_global_zero:
             summary.finish(config, model, data, log, scores)

@@ -13,10 +13,11 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_qlora.data import RunData, count_steps, longest_step, steps
-from lit_qlora.data.batches import steps_of_an_epoch
+from lit_qlora.data.batches import steps_of_an_epoch, validation_pairs
 from lit_qlora.device import precede_other_streams, scales_loss
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
+from lit_qlora.evaluate.preferences import PairLosses
 from lit_qlora.evaluate.validation import Validator
 from lit_qlora.evaluate.validation_inputs import Probes
 from lit_qlora.files.atomic import write_text
@@ -25,14 +26,17 @@ from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings
 from lit_qlora.run.plan import Plan, check_fp8
+from lit_qlora.run.preferences import falling
 from lit_qlora.run.reports import one_line
 from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, write_log
 from lit_qlora.run.saver import Contents, Saver
-from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, TrainConfig
+from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, PreferenceRunConfig, TrainConfig
 from lit_qlora.signals import caught
 from lit_qlora.train.guards import Guard
 from lit_qlora.train.loop import BadStepError, Learner, Stopped, agree, follow, train
+from lit_qlora.train.objective import CrossEntropy, Objective
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
+from lit_qlora.train.preferences import Preferences
 from lit_qlora.train.routers import RouterLosses
 from lit_qlora.train.training_state import restore
 
@@ -100,12 +104,26 @@ def set_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def make_learner(fabric: Fabric, model: GPT, config: OptimizerConfig, train: TrainConfig, scaled: bool) -> Learner:
+def make_objective(fabric: Fabric, config: FinetuneConfig) -> Objective:
+    """The loss of a micro-batch that the settings describe."""
+    if isinstance(config, PreferenceRunConfig):
+        return Preferences(config.preference, fabric.device)
+    return CrossEntropy()
+
+
+def make_learner(
+    fabric: Fabric,
+    model: GPT,
+    config: OptimizerConfig,
+    train: TrainConfig,
+    scaled: bool,
+    objective: Objective | None = None,
+) -> Learner:
     """Give the model its optimizer, for training on the path it takes; the loss is `scaled` in float16."""
     flatten = None if model.fast is None else model.fast.flatten
     optimizer = make_optimizer(model.named_parameters(), config, train, scaled=scaled, flatten=flatten)
     factors = (train.router_balance_loss, train.router_z_loss)
-    return Learner(fabric, model, optimizer, RouterLosses(model, *factors) if any(factors) else None)
+    return Learner(fabric, model, optimizer, RouterLosses(model, *factors) if any(factors) else None, objective)
 
 
 def learn(
@@ -124,7 +142,8 @@ def learn(
     """
     assert config.out_dir is not None
     scaled, total = scales_loss(config.precision), log.total
-    learner = make_learner(fabric, model, config.optimizer, config.train, scaled)
+    objective = make_objective(fabric, config)
+    learner = make_learner(fabric, model, config.optimizer, config.train, scaled, objective)
     start, last = 0, None
     if checkpoint:
         restore(fabric, model, learner.optimizer, checkpoint.path)
@@ -138,7 +157,10 @@ def learn(
             guard.recall(record["loss"], record.get("skipped", False))
     with caught() as stop, explained(config.out_dir, data.tokenizer, partial(savings, config, data)):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
-        losses = Losses(fabric, model, data.val_batches, stop)
+        losses: Losses | PairLosses = Losses(fabric, model, data.val_batches, stop)
+        if isinstance(objective, Preferences):
+            assert data.val is not None
+            losses = PairLosses(fabric, model, validation_pairs(data.val, data.batching), objective, stop)
         measures: list[Measure] = [losses] if data.val_batches else []
         write = partial(keep_answers, config.out_dir, log)
         measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop)
@@ -174,6 +196,8 @@ def learn(
             )
             follow(records, fabric, total, log=log, save=saver, validate=validator, stop=stop, start=start)
             tell_early_end(validator, log, total)
+            if warning := falling(log.records):
+                log.say(f"  note    {warning}")
     return losses.scores
 
 

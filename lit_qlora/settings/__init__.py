@@ -13,7 +13,7 @@ from lit_qlora.settings.limits import is_pattern
 from lit_qlora.settings.log import TRACKERS, LogConfig, Tracker
 from lit_qlora.settings.lora import TARGETS, LoRAConfig, Target, first_match
 from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
-from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss
+from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss, PreferenceRunConfig
 from lit_qlora.settings.prepare import PrepareConfig
 from lit_qlora.settings.run import DEMO_CHECKPOINT, SCHEMES, FinetuneConfig, Precision, Scheme
 from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
@@ -39,6 +39,7 @@ __all__ = [
     "Precision",
     "PreferenceConfig",
     "PreferenceLoss",
+    "PreferenceRunConfig",
     "PrepareConfig",
     "PromptKnobs",
     "Recompute",

@@ -7,7 +7,17 @@ from lit_qlora.settings.checks import Settings, check, check_cache_folder
 from lit_qlora.settings.limits import Count, Seed, ShareAboveZero, ShareBelowOne, at_least
 
 Overlong = Literal["truncate_left", "truncate_right", "drop", "error"]
-Finding = Literal["cut_answers", "dropped", "masked", "no_eos", "empty_answers", "unread", "control_tokens", "begun"]
+Finding = Literal[
+    "cut_answers",
+    "dropped",
+    "masked",
+    "no_eos",
+    "empty_answers",
+    "unread",
+    "control_tokens",
+    "begun",
+    "prompts_differ",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

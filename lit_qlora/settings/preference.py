@@ -1,10 +1,15 @@
 """Settings of learning from preferences, and the facts of each loss that decide which of them it reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.data import DataConfig
+from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.limits import NotNegative, Positive, Share, at_least, below
+from lit_qlora.settings.run import FinetuneConfig
+from lit_qlora.settings.train import TrainConfig
 
 PreferenceLoss = Literal["dpo", "robust", "hinge", "ipo", "apo_zero", "orpo", "simpo", "cpo", "sft", "kto"]
 
@@ -137,3 +142,51 @@ class PreferenceConfig(Settings):
             self.loss != "sft" or self.sft_weight != 0,
             "preference.sft_weight 0 leaves nothing of the loss sft to learn. Leave it out.",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceTrainConfig(TrainConfig):
+    """Length, learning rate and execution of training on preferences."""
+
+    epochs: Positive = 1.0
+    """Passes over the training data."""
+    learning_rate: Positive = 5e-6
+    """Peak learning rate. By default that of zephyr-7b-dpo-qlora; a small adapter may take ten times as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceEvalConfig(EvalConfig):
+    """The validations before and during training on preferences, and their metrics."""
+
+    kl_text: Path | None = Path("default")
+    """Text file on which to measure the distance between model and base, as kl_to_base; 'default' is a text that comes
+    with the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRunConfig(FinetuneConfig):
+    """Learn from preferences with LoRA: which answer to a prompt is the better one, or if an answer is good."""
+
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    train: PreferenceTrainConfig = field(default_factory=PreferenceTrainConfig)
+    eval: PreferenceEvalConfig = field(default_factory=PreferenceEvalConfig)
+
+    def __post_init__(self) -> None:
+        """Check that no setting would be without effect."""
+        super().__post_init__()
+        data, train = self.data, self.train
+        for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout"):
+            default = DataConfig.__dataclass_fields__[name].default
+            check(getattr(data, name) == default, f"data.{name} is for finetune/lora.py. Leave it out.")
+        check(data.mask_prompt, "data.mask_prompt false is for finetune/lora.py; see preference.sft_prompts.")
+        check(data.weighting == "tokens", "data.weighting has no effect on comparisons, which weigh alike.")
+        check(data.length_quantile == 1, "data.length_quantile would cut one answer and not the other. Leave it out.")
+        check(
+            not (train.router_balance_loss or train.router_z_loss),
+            "train.router_balance_loss and train.router_z_loss are for finetune/lora.py. Leave them out.",
+        )
+        check(
+            "head" not in self.lora.targets or not train.fast,
+            "lora.targets: an adapter on the head takes the plain path with preferences. Add --train.fast false.",
+        )
+        check(not train.neftune, "train.neftune would add noise to what is compared. Leave it out.")

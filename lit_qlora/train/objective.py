@@ -1,4 +1,4 @@
-"""An objective: what the loss of a micro-batch is, and what else the log says of a step."""
+"""An objective: the loss of a micro-batch, and what else the log says of a step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol

@@ -153,7 +153,7 @@ def test_the_cache_may_be_deleted_while_it_is_written(
 
     def after_deletion(self: cache.Store, *arguments: Any) -> None:
         times.append(moment)
-        if moment == "_publish" or len(times) == 8:  # in the middle of the second round
+        if moment == "_publish" or len(times) == 10:  # in the middle of the second round
             shutil.rmtree(tmp_path / "cache")
         act(self, *arguments)
 

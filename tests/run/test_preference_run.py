@@ -1,0 +1,96 @@
+"""A run on judged answers, from end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_qlora.data import reference
+from lit_qlora.errors import UsageError
+from lit_qlora.run.finetune import finetune
+from lit_qlora.run.preferences import falling
+from lit_qlora.settings import DataConfig, LoRAConfig, PreferenceConfig, PreferenceRunConfig
+from lit_qlora.settings.preference import PreferenceEvalConfig, PreferenceTrainConfig
+from tests.run.conftest import log_of
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Forty pairs that prefer short answers."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What is {a} plus {b}?", "chosen": f"{a + b}", "rejected": f"It is {a + b}."}
+        for a in range(8)
+        for b in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(checkpoint: Path, pairs: Path, out: Path, loss: str = "dpo", packing: bool = True, **changes: Any) -> Path:
+    config = PreferenceRunConfig(
+        checkpoint_dir=checkpoint,
+        out_dir=out,
+        data=DataConfig(path=str(pairs), prompt="qa", cache_dir=str(pairs.parent / "cache"), packing=packing),
+        train=PreferenceTrainConfig(
+            batch_size=8, micro_batch_size=2, max_steps=4, save_every=2, learning_rate=0.01, keep_last=9
+        ),
+        eval=PreferenceEvalConfig(every=2),
+        lora=LoRAConfig(targets="all", dropout=0.2),
+        preference=PreferenceConfig(loss=loss),  # type: ignore[arg-type]
+        quiet=True,
+        **changes,
+    )
+    return finetune(config)
+
+
+def adapter(out: Path) -> bytes:
+    return (out / "final/adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_prefers_what_is_chosen_and_says_so(tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    out = run(tiny_checkpoint, pairs, tmp_path / "out")
+    train, val = log_of(out)
+    assert {"reward_margin", "reward_accuracy", "logp_chosen", "length_rejected"} <= set(train[0])
+    assert "accuracy" not in train[0]
+    assert val[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)  # log 2: nothing is learnt yet
+    assert val[-1]["val_loss"] < 0.5
+    assert val[-1]["val_reward_accuracy"] == 1.0
+    assert val[-1]["kl_to_base"] > val[0]["kl_to_base"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_resumes_bit_for_bit_with_the_log_probabilities_of_before(
+    tiny_checkpoint: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(tiny_checkpoint, pairs, tmp_path / "out")
+    monkeypatch.setattr(
+        "lit_qlora.run.preferences.log_probabilities", lambda *arguments: pytest.fail("it is in the cache")
+    )
+    resumed = run(tiny_checkpoint, pairs, tmp_path / "again", resume=str(out / "step-000002"))
+    assert adapter(resumed) == adapter(out)
+    monkeypatch.undo()
+    monkeypatch.setattr(reference, "find", lambda *arguments: None)
+    anew = run(tiny_checkpoint, pairs, tmp_path / "anew", resume=str(out / "step-000002"))
+    assert adapter(anew) == adapter(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["kto", "orpo"])
+def test_other_losses_learn_too(loss: str, tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    _, val = log_of(run(tiny_checkpoint, pairs, tmp_path / "out", loss, packing=loss == "orpo"))
+    assert val[-1]["val_loss"] < val[0]["val_loss"]
+    assert val[-1]["val_reward_margin"] > val[0]["val_reward_margin"]
+
+
+def test_a_warning_says_that_chosen_answers_became_less_likely() -> None:
+    fell = [{"step": 0, "val_logp_chosen": -9.0}, {"step": 4, "loss": 0.5}, {"step": 4, "val_logp_chosen": -11.0}]
+    assert "-9.0000 -> -11.00" in falling(fell)
+    assert falling(fell[:1]) == falling([*fell, {"step": 6, "val_logp_chosen": -8.0}]) == ""
+
+
+def test_settings_of_single_samples_are_refused_by_name() -> None:
+    for setting in ({"columns": "a:instruction,b:output"}, {"mask_prompt": False}, {"weighting": "samples"}):
+        with pytest.raises(UsageError, match=f"data.{next(iter(setting))}"):
+            PreferenceRunConfig(data=DataConfig(**setting))  # type: ignore[arg-type]

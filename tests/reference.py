@@ -479,6 +479,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "nanochat": ("nanochat", {**GROUPED, "attention_bias": True, "final_logit_softcapping": 5.0}),
     "youtu": (
         "youtu",
         {

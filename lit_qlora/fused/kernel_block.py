@@ -91,4 +91,6 @@ def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:
     if isinstance(module, nn.Identity):
         return Norm("none", weight=weight)
     eps: Any = module.eps
+    if isinstance(module, nn.RMSNorm) and weight is None:
+        weight = torch.ones_like(like).float()  # which the kernels of an RMS norm multiply with
     return Norm("layer" if isinstance(module, nn.LayerNorm) else "rms", eps, weight, bias)

@@ -23,7 +23,7 @@ from lit_qlora.fused.passes import Pass, Ropes, Workspaces
 from lit_qlora.fused.support import GROWING
 from lit_qlora.fused.torch_block import TorchBlock
 from lit_qlora.kernels.lora_products import Pending
-from lit_qlora.kernels.norm import add_norm
+from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.model.attention import query_scale, tree_mask
 from lit_qlora.model.gpt import GPT, times
 from lit_qlora.model.latent_attention import LatentAttention
@@ -62,6 +62,7 @@ class Fused:
         self.head = Head(
             norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype), config.logit_softcap
         )
+        self.embed_norm = norm_of(model.embed_norm, like)
         self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
         self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
         self.workspaces: Workspaces = (None, None, None)
@@ -376,7 +377,7 @@ class Fused:
         if not self.copies_by_block:
             self.copies[0].refresh()
         rows = self.model.embed(tokens.view(run.layout.rows, run.layout.length))  # with noise, if there is any
-        x = times(rows.flatten(0, 1), self.config.embedding_multiplier)
+        x = apply_norm(self.embed_norm, times(rows.flatten(0, 1), self.config.embedding_multiplier))
         del rows
         if self.model.positions is not None:
             assert table_rows is not None

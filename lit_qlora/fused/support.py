@@ -27,7 +27,7 @@ UNHANDLED = (
 )
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 UNDECODED = (
-    *("kv_latent_size", "shared_expert_gate", "value_norm"),
+    *("kv_latent_size", "shared_expert_gate", "embedding_norm", "value_norm"),
     *("key_is_value", "block_scale", "full_head_size", "full_kv_heads"),
 )
 """The same of the kernels of decoding alone."""

@@ -52,7 +52,9 @@ class ModelConfig:
     """Rows of the embedding; can exceed the number of tokens that the tokenizer knows."""
     block_size: int
     """Most tokens the model has been made for."""
-    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_no_bias", "layer_no_weight"] = "rms"
+    norm: Literal[
+        "rms", "rms_plus_one", "rms_no_weight", "layer", "layer_plus_one", "layer_no_bias", "layer_no_weight"
+    ] = "rms"
     """rms_plus_one and layer_plus_one store what their weight exceeds one by (Gemma, Nemotron)."""
     norm_eps: float = 1e-5
     norm_position: Literal["before", "after", "both"] = "before"
@@ -72,6 +74,8 @@ class ModelConfig:
     head_bias: bool = False
     parallel_residual: bool = False
     """Attention and MLP read the same input and are added together (GPT-NeoX), instead of one after the other."""
+    embedding_norm: bool = False
+    """Embeddings are normed too, before the first block (nanochat)."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     """Attention and MLP count this much in the residual stream."""
@@ -139,6 +143,7 @@ class ModelConfig:
     """Feature 2 i turns with feature 2 i + 1, instead of i with i + half."""
     rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"] = "none"
     rope_factor: float = 1.0
+    """With linear scaling, a negative factor turns features the other way (nanochat)."""
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_block_size: int = 8192

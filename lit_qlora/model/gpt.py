@@ -75,6 +75,7 @@ class GPT(nn.Module):
         self.fast: FastPath | None = None
         self.hits: Tensor | None = None
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_norm = make_norm(config, config.n_embd) if config.embedding_norm else nn.Identity()
         self.per_layer = PerLayerEmbedding(config) if config.per_layer_size else None
         self.positions = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -212,7 +213,7 @@ class GPT(nn.Module):
             positions = cache.positions(T)
         elif positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        x = times(self.embed(tokens), self.config.embedding_multiplier)
+        x = self.embed_norm(times(self.embed(tokens), self.config.embedding_multiplier))
         if self.positions is not None:
             x = x + self.positions(positions)
         own = None if self.per_layer is None else self.per_layer(tokens, x).unbind(2)

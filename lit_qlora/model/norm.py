@@ -11,6 +11,8 @@ def make_norm(config: ModelConfig, size: int) -> nn.Module:
     """The kind of norm that this model uses, over `size` features."""
     if config.norm == "rms":
         return nn.RMSNorm(size, eps=config.norm_eps)
+    if config.norm == "rms_no_weight":
+        return nn.RMSNorm(size, eps=config.norm_eps, elementwise_affine=False)
     if config.norm == "rms_plus_one":
         return RMSPlusOne(size, config.norm_eps)
     if config.norm == "layer_plus_one":

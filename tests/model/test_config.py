@@ -56,7 +56,7 @@ def test_lists_come_back_as_they_were(tmp_path: Path) -> None:
         ("vocab_size", None, "must be int"),
         ("block_size", True, "must be int"),
         ("name", 5, "must be str"),
-        ("norm", "batch", "must be rms or rms_plus_one or layer"),
+        ("norm", "batch", "must be rms or rms_plus_one or rms_no_weight"),
         ("ffn", "relu", "must be swiglu or geglu"),
         ("rope_scaling", "ntk", "must be none or linear or dynamic or llama3"),
         ("rope_theta", "10000", "must be float"),

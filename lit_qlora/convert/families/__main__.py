@@ -18,6 +18,7 @@ FEATURES = {
     "mlp_bias": "MLP bias",
     "head_bias": "head bias",
     "clip_qkv": "clipped QKV",
+    "embedding_norm": "norm of embeddings",
     "embedding_multiplier": "embedding multiplier",
     "residual_multiplier": "residual multiplier",
     "logit_multiplier": "logit multiplier",

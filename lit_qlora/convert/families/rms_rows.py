@@ -136,6 +136,16 @@ GEMMA2: dict[str, Reader] = {**GEMMA3, "attention_softcap": "attn_logit_softcapp
 SANDWICH = {"norm": "rms_plus_one", "norm_position": "both"}
 ONE_WAY = {"use_bidirectional_attention": False}
 QWEN_DEFAULTS = {"max_position_embeddings": 32_768, "max_window_layers": 28, "sliding_window": 4096}
+
+
+def backwards(theirs: Theirs) -> str:
+    """Nanochat's features turn the other way: linear scaling with a factor of -1. None of theirs has another."""
+    tables = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    if (kind := tables.get("rope_type", "default")) != "default":
+        raise UnsupportedError(f"RoPE scaling {kind!r}")
+    return "linear"
+
+
 ROWS: dict[str, Family] = {
     "llama": row(weights.LLAMA, {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}),
     "mistral": row(
@@ -470,6 +480,23 @@ ROWS: dict[str, Family] = {
             "dim_model_base": 256,
         },
         refuse={"mlp_bias": False},
+    ),
+    "nanochat": row(
+        weights.NANOCHAT,
+        {
+            **ATTENTION_BIAS,
+            "ffn": plain(),
+            "logit_softcap": "final_logit_softcapping",
+            "rope_scaling": backwards,
+        },
+        fixed={
+            "norm": "rms_no_weight",
+            "embedding_norm": True,
+            "qk_norm": "head",
+            "qk_norm_after_rope": True,
+            "rope_factor": -1.0,
+        },
+        defaults={"hidden_act": "relu2", "final_logit_softcapping": 15.0},
     ),
     "youtu": row(
         weights.DEEPSEEK,

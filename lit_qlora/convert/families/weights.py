@@ -369,6 +369,9 @@ QWEN3_NEXT = (
         f"{_LINEAR}.in_proj_ba.weight": Fused((_BETA, _DECAY), "delta_heads"),
     }
 )
+NANOCHAT = without(LLAMA, ".mlp.", "norm") | tensors(
+    {f"{_LAYER}.mlp.fc1": _UP, f"{_LAYER}.mlp.fc2": f"{_BLOCK}.mlp.down"}
+)
 _CONV = f"{_BLOCK}.conv"
 _LFM2 = without(LLAMA, ".mlp.", "norm", "o_proj") | tensors(
     {

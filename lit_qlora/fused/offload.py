@@ -104,7 +104,7 @@ def pin(numbers: int, dtype: torch.dtype) -> Tensor:
     Raises:
         ResourceError: if the host has no more of it.
     """
-    buffer = torch.empty(numbers, dtype=dtype)
+    buffer = torch.empty(numbers, dtype=dtype).zero_()  # by all threads; one alone takes long to get new pages
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)):
         raise ResourceError(

@@ -160,7 +160,7 @@ def product(
     z, b = (x, x.new_empty(0, 0, 0)) if low_rank is None else (low_rank.z, low_rank.b)
     dropout = NONE if low_rank is None else low_rank.dropout
     rank = 0 if low_rank is None else z.size(1)
-    bn, warps, most = BLOCKS_PRODUCT
+    bn, warps, most = BLOCKS_DROPOUT if dropout.p else BLOCKS_PRODUCT
     in_flight = stages((choices.tile + bn) * BK * x.element_size(), most, shared_memory(x))
     # TMA reads whole rows; those behind the end of an expert are read and not stored.
     by_block = not gathered and not (x.stride(0) * x.element_size()) % 16
@@ -181,6 +181,8 @@ BLOCKS_GATE_UP = (128, 8, 4)
 """Columns of gate and of up that a program computes, warps, and iterations in flight: the fastest on an H200."""
 BLOCKS_PRODUCT = (256, 8, 4)
 """Columns, warps and iterations in flight of the other products, on the same."""
+BLOCKS_DROPOUT = (128, 8, 4)
+"""With dropout, whose sum takes registers besides: of 256 columns ptxas finds no allocation for a B200."""
 
 if triton is not None:
 

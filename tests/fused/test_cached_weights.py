@@ -172,7 +172,7 @@ def test_after_memory_has_run_out_beside_carried_weights_none_are_carried_over(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
-    fused, whole = fuse(adapted_model(scheme="bnb.nf4")), Head.loss
+    fused, whole = fuse(adapted_model(scheme="bnb.nf4")), Head.losses
     add_gradients = Gradients(
         cast(Any, SimpleNamespace(device=torch.device("cpu"), backward=Tensor.backward)),
         cast(Any, fused.model),
@@ -188,7 +188,7 @@ def test_after_memory_has_run_out_beside_carried_weights_none_are_carried_over(
             raise torch.OutOfMemoryError
         return whole(*arguments)
 
-    monkeypatch.setattr(Head, "loss", full)
+    monkeypatch.setattr(Head, "losses", full)
     assert torch.equal(add_gradients(step), expected)
     assert add_gradients.rows is None
 

@@ -57,7 +57,7 @@ def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory
     fused = fuse(adapted_model(n_layer=4))
     expected = gradients(fused.model, *batch())
     fused.set_recompute(policies)
-    off, head, backward = fused.offload, Head.loss, FusedBlock.backward
+    off, head, backward = fused.offload, Head.losses, FusedBlock.backward
     held: list[tuple[str, int, int]] = []
 
     def watched_head(self: Head, *arguments: Any) -> Any:
@@ -69,7 +69,7 @@ def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory
         held.append((self.recompute, len(off.leaving), len(off.coming)))
         return found
 
-    monkeypatch.setattr(Head, "loss", watched_head)
+    monkeypatch.setattr(Head, "losses", watched_head)
     monkeypatch.setattr(FusedBlock, "backward", watched_backward)
     for tokens in (batch(), batch()):
         loss, found = gradients(fused.model, *tokens)

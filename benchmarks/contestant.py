@@ -27,6 +27,8 @@ CONTESTANTS: dict[str, tuple[str, dict[str, bool], str]] = {
     "unsloth": ("unsloth", {}, "unsloth"),
     "unsloth-varlen": ("unsloth", {"varlen": True}, "unsloth"),
     "litgpt": ("litgpt", {}, "litgpt"),
+    "trl-unsloth": ("trl", {}, "trl"),
+    "trl-unsloth-precomputed": ("trl", {"precomputed": True}, "trl"),
 }
 """For each name its module in contestants, what else that is told, and the distribution whose version counts."""
 SHORT_WARM_UP = 5  # rounds of the workload "short" that are not timed, in which ours sees a shape often enough

@@ -7,6 +7,7 @@ reported as missing. There is no padding, so every token counts.
 python benchmarks/peers.py --peers unsloth                              # 2 x 2048, r 16 on all layers
 python benchmarks/peers.py --workload short --r 8 --targets query,value --steps 2
 python benchmarks/peers.py --workload packed --rows 1 --length 8192 --r 8 --targets query,value
+python benchmarks/peers.py --workload pairs --shape meta-llama/Llama-3.1-8B@8 --rows 4 --length 512 --peers trl-unsloth
 python benchmarks/peers.py --peers unsloth --shape Qwen/Qwen3-8B@12 --also '{"shape": "microsoft/phi-4@8"}' '{"r": 8}'
 """
 
@@ -38,8 +39,14 @@ PEERS: dict[str, tuple[str, bool, str]] = {
     "peft-liger-checkpointing": ("peft-liger", True, "offload"),
     "litgpt": ("litgpt", False, "none"),
     "litgpt-checkpointing": ("litgpt", True, "offload"),
+    "trl-unsloth": ("trl-unsloth", False, "none"),
+    "trl-unsloth-checkpointing": ("trl-unsloth", True, "offload"),
+    "trl-unsloth-precomputed": ("trl-unsloth-precomputed", False, "none"),
+    "trl-unsloth-precomputed-checkpointing": ("trl-unsloth-precomputed", True, "offload"),
 }
-"""What --peers names: the contestant, whether it computes activations again, our setting to hold it against."""
+"""What --peers names: the contestant, whether it computes activations again, our setting to hold it against.
+
+Those of TRL are for the workload "pairs", and are the only ones for it."""
 
 
 class MissingError(Exception):
@@ -180,8 +187,13 @@ def row(task: Task, facts: dict[str, Any], turns: Turns, who: str, commit: str) 
         "bitsandbytes": facts["version"],  # which is what ours tells
         "program": "peers.py",
         "shape": task.shape,
-        "micro_batch": task.rows if task.workload == "fixed" else 1,
-        "tokens": {"fixed": task.length, "short": "40-512", "packed": task.rows * task.length}[task.workload],
+        "micro_batch": task.rows if task.workload in ("fixed", "pairs") else 1,
+        "tokens": {
+            "fixed": task.length,
+            "short": "40-512",
+            "packed": task.rows * task.length,
+            "pairs": f"{task.length}+2x{task.answer}",
+        }[task.workload],
         "flags": f"{task.workload} {base} r{task.r} {task.targets} dropout {task.dropout:g} {who}",
         "tokens_per_second": round(statistics.median(rates)),
         "slowest": round(min(rates)),
@@ -195,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom ours is held against")
     parser.add_argument(
-        "--workload", choices=["fixed", "short", "packed"], default="fixed", help="see contestants.task.Task"
+        "--workload", choices=["fixed", "short", "packed", "pairs"], default="fixed", help="see contestants.task.Task"
     )
     parser.add_argument("--shape", default="llama-2-7b", help="sizes of the model, see shapes.model_config")
     parser.add_argument(
@@ -208,6 +220,9 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=8, help="how many of them start at a time")
     parser.add_argument("--rows", type=int, default=2, help="samples of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sample; packed: of a row, times --rows")
+    parser.add_argument(
+        "--answer", type=int, default=256, help="pairs: tokens of an answer behind --length of a prompt"
+    )
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
     parser.add_argument("--targets", default="all", help="layers that learn")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
@@ -231,6 +246,7 @@ def main() -> None:
         workload=arguments.workload,
         rows=arguments.rows,
         length=arguments.length,
+        answer=arguments.answer,
         r=arguments.r,
         targets=arguments.targets,
         quantize=not arguments.bf16,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lit_qlora.data import Batch
+    from lit_qlora.data.comparisons import PairBatch
 
 
 @cache  # made once, on the host, as the data of a run is
@@ -30,14 +31,37 @@ def as_batch(micro: Micro) -> "Batch":
     return Batch(ids, labels, None, positions, numbers.repeat_interleave(torch.tensor(documents))[None])
 
 
+@cache
+def as_pairs(task: Task, micro: Micro) -> "tuple[PairBatch, PairBatch]":
+    """Return the pairs as our model reads them, on the host and on the GPU."""
+    import numpy as np
+    import torch
+
+    from lit_qlora.data import Sample, Samples
+    from lit_qlora.data.batches import Batching, validation_pairs
+    from lit_qlora.data.comparisons import CHOSEN, REJECTED, Comparisons, Layout
+    from lit_qlora.train.preferences import on
+
+    samples = []
+    for row in micro.ids.tolist():
+        prompt, answers = row[: task.length], (row[task.length : -task.answer], row[-task.answer :])
+        samples += [Sample.of([*prompt, *answer], task.length) for answer in answers]
+    count = len(micro.ids)
+    sides, bounds = np.array([CHOSEN, REJECTED] * count, np.int8), np.arange(0, 2 * count + 1, 2)
+    data = Comparisons(Samples.of(samples), bounds, sides, np.zeros(count, np.float32), Layout())
+    (batch,) = validation_pairs(data, Batching(batch_size=count, micro_batch_size=count, seed=0))
+    return batch, on(batch, torch.device(micro.ids.device))
+
+
 def build(task: Task) -> Built:
     """The fast path, on random weights made on the GPU."""
     from lit_qlora.device import let_segments_grow, precede_other_streams
     from lit_qlora.fused import fuse, why_not
     from lit_qlora.fused.graphs import padded_length
     from lit_qlora.lora.layer import add_lora
-    from lit_qlora.settings import LoRAConfig, OptimizerConfig, TrainConfig
+    from lit_qlora.settings import LoRAConfig, OptimizerConfig, PreferenceConfig, TrainConfig
     from lit_qlora.train.optim import make_optimizer
+    from lit_qlora.train.preferences import Preferences, token_losses
 
     let_segments_grow()  # as a run does
     model = random_model(task.shape, "bnb.nf4-dq" if task.quantize else "none")
@@ -53,6 +77,13 @@ def build(task: Task) -> Built:
     def loss(micro: Micro) -> "Tensor":
         value: Tensor = model.loss(*as_batch(micro)) / micro.ids.numel()
         return value
+
+    if task.workload == "pairs":
+        objective = Preferences(PreferenceConfig(), fused.device)
+
+        def loss(micro: Micro) -> "Tensor":
+            batch, there = as_pairs(task, micro)
+            return objective.of_losses(there, token_losses(model, batch), len(micro.ids), 1)
 
     def set_recompute(setting: Any) -> None:
         fused.set_recompute([setting] * len(fused.blocks))

@@ -28,9 +28,12 @@ class Task:
     dir: str
     """Folder of a Hugging Face checkpoint of this shape; for all but ours."""
     workload: str
-    """fixed: rows of one length. short: one example a micro-batch, 16 of them a step. packed: examples end to end."""
+    """fixed: rows of one length. short: one example a micro-batch, 16 of them a step. packed: examples end to end.
+    pairs: a prompt of `length` tokens and two answers to it in each row, for DPO."""
     rows: int
     length: int
+    answer: int = 256
+    """Tokens of an answer of the workload "pairs"."""
     r: int
     targets: str
     quantize: bool
@@ -43,7 +46,10 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Micro:
-    """A micro-batch: ids (B, T), and the lengths of the documents in its only row if it is packed."""
+    """A micro-batch: ids (B, T), and the lengths of the documents in its only row if it is packed.
+
+    Of pairs a row has the prompt and both answers, so a prompt counts once.
+    """
 
     ids: "Tensor"
     documents: list[int] | None = None
@@ -82,6 +88,8 @@ def make_steps(task: Task, count: int) -> list[list[Micro]]:
     def ids(rows: int, length: int) -> "Tensor":
         return torch.randint(3, vocab, (rows, length), generator=generator).to(pick_device())
 
+    if task.workload == "pairs":
+        return [[Micro(ids(task.rows, task.length + 2 * task.answer))] for _ in range(count)]
     if task.workload == "fixed":
         return [[Micro(ids(task.rows, task.length))] for _ in range(count)]
     lengths = iter(example_lengths(100_000))

@@ -293,8 +293,8 @@ def pick_format(
 
 
 _PREFERENCES = (
-    "The columns chosen and rejected are pairs to prefer one answer of, and training here is on one answer at a time.\n"
-    "Learn the good ones with --data.columns prompt:instruction,chosen:output."
+    "The columns chosen and rejected are pairs to prefer one answer of: finetune/preference.py learns from both.\n"
+    "finetune/lora.py learns the good ones with --data.columns prompt:instruction,chosen:output."
 )
 
 

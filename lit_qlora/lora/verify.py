@@ -1,6 +1,7 @@
 """The loss of merging: quantised base and adapter against each way to merge them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from lit_qlora import cli
 from lit_qlora.checkpoint.checkpoint import count_parameters, load_stored
 from lit_qlora.data import Batch, validation_batches
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source, length_limit, load
+from lit_qlora.data.preferences import read_preferences
 from lit_qlora.data.prepared import choose_data
+from lit_qlora.data.samples import Samples
 from lit_qlora.data.sources import find_sources
 from lit_qlora.device import gpu_bytes, host_bytes, pick_device
 from lit_qlora.errors import DataError, NumericalError, ResourceError
+from lit_qlora.files.reading import read_yaml_text
 from lit_qlora.lora.adapter import Adapter
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.merge import Base, Merge
@@ -23,7 +27,7 @@ from lit_qlora.model.gpt import GPT, IGNORE, LOGITS_AT_ONCE
 from lit_qlora.prompts.style import read_style
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.quantize import Storage
-from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, PreferenceRunConfig
 
 MOST_ON_CPU = 10**9
 """Parameters of the largest model that a CPU measures unasked."""
@@ -56,16 +60,27 @@ def own_batches(adapter: Adapter, checkpoint_dir: Path, max_samples: int, batch_
     settings = adapter.path.resolve().parent / "config.yaml"
     if adapter.manifest is None or not settings.is_file():
         raise DataError(f"{adapter.path} lies in no folder of a run, which has a config.yaml.")
+    files, samples = _validated(settings, checkpoint_dir)
+    if files != adapter.manifest.get("data"):
+        raise DataError("the data of the run has changed since.")
+    if not len(samples):
+        raise DataError("the run had no validation samples.")
+    return validation_batches(samples.take(range(len(samples))[:max_samples]), batch_size)
+
+
+def _validated(settings: Path, checkpoint_dir: Path) -> tuple[dict[str, str], Samples]:
+    """The sums of the data of a run with these settings, and its validation samples; of comparisons the chosen ones."""
+    if "\npreference:" in read_yaml_text(settings):
+        judged = cli.parse(PreferenceRunConfig, ["--config", str(settings)])
+        run = read_preferences(replace(judged, checkpoint_dir=checkpoint_dir), judged.preference)
+        assert run.val is not None
+        return run.files, run.val.samples.take(run.val.bounds[:-1].tolist())
     config = cli.parse(FinetuneConfig, ["--config", str(settings)])
     data = choose_data(config.data, checkpoint_dir)
     most = length_limit(data, ModelConfig.load(checkpoint_dir))
     seed = config.seed if data.seed is None else data.seed
     loaded = load(data, checkpoint_dir, Tokenizer(checkpoint_dir), most, seed)
-    if loaded.files != adapter.manifest.get("data"):
-        raise DataError("the data of the run has changed since.")
-    if not len(loaded.val):
-        raise DataError("the run had no validation samples.")
-    return validation_batches(loaded.val.take(range(len(loaded.val))[:max_samples]), batch_size)
+    return loaded.files, loaded.val
 
 
 def check_affordable(merge: Merge) -> None:

@@ -12,6 +12,7 @@ from lit_qlora.data import RunData
 from lit_qlora.data import reference as references
 from lit_qlora.data.batches import lay, micro_batches, rows_of
 from lit_qlora.data.comparisons import Comparisons, Floats, PairBatch
+from lit_qlora.data.sources import sha256
 from lit_qlora.evaluate.preferences import log_probabilities
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, short, tell
@@ -58,7 +59,8 @@ def facts_of(config: PreferenceRunConfig, model: GPT) -> dict[str, Any]:
     lora: dict[str, Any] = {}
     if config.lora.start is not None or config.lora.init != "default":
         lora = {name: str(value) for name, value in asdict(config.lora).items()}
-        lora["bytes"] = content_hash(config.lora.start) if config.lora.start else ""
+        files = sorted(config.lora.start.glob("adapter_*")) if config.lora.start else []
+        lora |= {file.name: sha256(file) for file in files}
     return {
         "base": content_hash(config.checkpoint_dir),
         "quantize": [config.quantize, config.quantize_head],

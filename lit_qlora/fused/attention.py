@@ -130,6 +130,13 @@ class Layout:
         tree = None if shared is None else Tree.of(shared, ends.long(), device)
         return Layout(rows, length, int(ends.diff().max()), to_device(ends, device), tree=tree)
 
+    def numbers(self) -> Tensor | None:
+        """The number of the document of each token, (rows, length); None if each row is one."""
+        if self.ends is None:
+            return None
+        tokens = torch.arange(self.rows * self.length, dtype=torch.int32, device=self.ends.device)
+        return torch.searchsorted(self.ends[1:], tokens, right=True).view(self.rows, self.length)
+
 
 @dataclass(frozen=True)
 class Heads:

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from lit_qlora.fused.attention import Heads
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.norm import Norm
+from lit_qlora.model.attention import Attention
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.delta_net import DeltaNet
 from lit_qlora.model.latent_attention import LatentAttention, Narrowed
 from lit_qlora.model.norm import LayerPlusOne, RMSPlusOne
+from lit_qlora.model.short_conv import ShortConv
 
 ACTIVATIONS = {
     "swiglu": Activation("silu", gated=True),
@@ -58,10 +61,33 @@ def heads_of(attn: Any, config: ModelConfig, windowed: bool) -> Heads:
     )
 
 
+def mixer_of(block: Any) -> Any:
+    """Return what mixes the tokens in a block of the plain model: attention, or what takes its place."""
+    return block.attn or block.delta or block.conv
+
+
+def takes_torch(block: Any) -> bool:
+    """Tell whether no kernel computes what mixes the tokens in a block; see lit_qlora.fused.torch_block."""
+    return not isinstance(block.attn, Attention) or block.attn.query_gate is not None
+
+
+def mixing_layers(mixer: Any) -> list[list[nn.Module]]:
+    """Return the layers of what mixer_of gives in the order in which they are computed, one list for each input.
+
+    A delta net's layers with an output for each head are a list of their own.
+    """
+    if isinstance(mixer, ShortConv):
+        return [[mixer.into], [mixer.projection]]
+    if isinstance(mixer, DeltaNet):
+        wide: list[nn.Module] = [mixer.query, mixer.key, mixer.value, mixer.output_gate]
+        return [wide, [mixer.beta, mixer.decay], [mixer.projection]]
+    return attention_layers(mixer)
+
+
 def attention_layers(attn: Any) -> list[list[nn.Module]]:
     """Return the layers of attention in the order in which they are computed, one list for each input."""
     if not isinstance(attn, LatentAttention):
-        inputs = (attn.query, attn.key, attn.value)
+        inputs = (attn.query, attn.key, attn.value, attn.query_gate)
         return [[layer for layer in inputs if layer is not None], [attn.projection]]
     later: list[list[nn.Module]] = [[attn.key, attn.value], [attn.projection]]
     if isinstance(attn.query, Narrowed):

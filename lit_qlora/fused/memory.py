@@ -10,6 +10,7 @@ from lit_qlora.fused.qkv_transforms import in_one_kernel
 from lit_qlora.kernels.experts import CHUNK
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.delta_net import CHUNK as DELTA_CHUNK
 from lit_qlora.model.gpt import LOGITS_AT_ONCE
 from lit_qlora.settings import Recompute
 
@@ -209,7 +210,7 @@ class FastSizes:
         """Features of queries and keys behind their norms, and of copies on the way there."""
         c = self.model
         if self._by_torch:  # the gradients of the lookup's inputs and output, and what is split and joined for them
-            return 6 * self._queries
+            return max(6 * self._queries, self._within_chunks)
         if in_one_kernel(c):
             return self._queries + (2 if c.value_norm else 1) * self._keys
         return 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
@@ -225,7 +226,7 @@ class FastSizes:
     @property
     def _by_torch(self) -> bool:
         """True if attention is computed by torch; see lit_qlora.fused.torch_block."""
-        return self.model.kv_latent_size > 0
+        return self.model.kv_latent_size > 0 or self.model.attention_gate
 
     @property
     def _qkv(self) -> int:
@@ -234,8 +235,25 @@ class FastSizes:
         if self._by_torch:
             (into, _, _), *_ = self._stacks_of_attention
             lookup = 4 * self._queries + c.n_head * c.value_size  # values are padded to the size of keys
-            return 2 * c.n_embd + into + c.q_latent_size + c.kv_latent_size + lookup
-        return self._queries + 2 * self._keys
+            attention = 2 * c.n_embd + into + c.q_latent_size + c.kv_latent_size + lookup
+            return max(attention, self._of_state)
+        return max(self._queries + 2 * self._keys, self._of_state)
+
+    @property
+    def _of_state(self) -> int:
+        """Features that autograd saves of a gated delta net, some in float32, or of a short convolution."""
+        c = self.model
+        keys, values = 2 * c.delta_key_heads * c.delta_key_size, c.delta_value_heads * c.delta_value_size
+        in_float32 = keys + 2 * c.delta_value_heads * c.delta_key_size + 4 * values
+        delta = 2 * c.n_embd + keys + 3 * values + 2 * in_float32 if c.delta_layers else 0
+        return max(delta, 8 * c.n_embd if c.conv_layers else 0)
+
+    @property
+    def _within_chunks(self) -> int:
+        """Features of what a gated delta net computes again in its backward pass, in float32."""
+        c = self.model
+        each = 10 * DELTA_CHUNK + 6 * (c.delta_key_size + c.delta_value_size)
+        return 2 * c.delta_value_heads * each if c.delta_layers else 0
 
     @property
     def _attended(self) -> int:
@@ -257,8 +275,15 @@ class FastSizes:
     def _stacks_of_attention(self) -> list[tuple[int, int, int]]:
         """Output features, input features and layers of each stack of attention."""
         c = self.model
-        if not self._by_torch:
-            return [(self._qkv, c.n_embd, 3), (c.n_embd, self._queries, 1)]
+        if not c.kv_latent_size:
+            gate = self._queries if c.attention_gate else 0
+            into, width = self._queries + gate + 2 * self._keys, self._queries
+            if c.delta_layers:
+                values = c.delta_value_heads * c.delta_value_size
+                into = max(into, 2 * (c.delta_key_heads * c.delta_key_size + values + c.delta_value_heads))
+                width = max(width, values)
+            layers = 4 if c.attention_gate else 3
+            return [(max(into, 3 * c.n_embd if c.conv_layers else 0), c.n_embd, layers), (c.n_embd, width, 1)]
         narrow = c.kv_latent_size + c.latent_rope_size
         keys_and_values = c.n_head * (c.head_size - c.latent_rope_size + c.value_size)
         later = [(keys_and_values, c.kv_latent_size, 2), (c.n_embd, c.n_head * c.value_size, 1)]

@@ -15,7 +15,7 @@ from lit_qlora.fused.experts import dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, Layers
 from lit_qlora.fused.head import Head, Labelled
-from lit_qlora.fused.kernel_block import norm_of
+from lit_qlora.fused.kernel_block import norm_of, takes_torch
 from lit_qlora.fused.memory import COPY_BY_BLOCK, FULL, ON_HOST, FastSizes, adapters_met, sends_qkv
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
@@ -26,7 +26,6 @@ from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.model.attention import query_scale, tree_mask
 from lit_qlora.model.gpt import GPT, times
-from lit_qlora.model.latent_attention import LatentAttention
 from lit_qlora.model.rope import rope_table
 from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
@@ -34,7 +33,7 @@ from lit_qlora.settings import Recompute
 
 def kind_of(block: Any) -> type[Block]:
     """The kind of block that computes a block of the plain model."""
-    return TorchBlock if isinstance(block.attn, LatentAttention) else FusedBlock
+    return TorchBlock if takes_torch(block) else FusedBlock
 
 
 class Fused:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_qlora.fused.experts import FUNCTIONS
-from lit_qlora.fused.kernel_block import ACTIVATIONS, attention_layers, mlp_layers
+from lit_qlora.fused.kernel_block import ACTIVATIONS, mixer_of, mixing_layers, mlp_layers, takes_torch
 from lit_qlora.fused.qkv_transforms import norms_heads
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.kernels import launch
@@ -21,13 +21,11 @@ from lit_qlora.quantize import QuantizedLinear, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
-UNHANDLED = (
-    *("delta_layers", "conv_layers", "attention_gate"),
-    *("shared_kv_layers", "per_layer_size", "experts_beside"),
-)
+UNHANDLED = ("shared_kv_layers", "per_layer_size", "experts_beside")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 UNDECODED = (
-    *("kv_latent_size", "shared_expert_gate", "embedding_norm", "value_norm"),
+    *("kv_latent_size", "delta_layers", "conv_layers", "attention_gate"),
+    *("shared_expert_gate", "embedding_norm", "value_norm"),
     *("key_is_value", "block_scale", "full_head_size", "full_kv_heads"),
 )
 """The same of the kernels of decoding alone."""
@@ -50,18 +48,16 @@ def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
         return f"weights are {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
     if reason := unhandled(model.config) or unhandled_variant(model):
         return reason
-    stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)))
-    reasons = (
-        *(_untrainable(layers, model) for layers in stacks),
-        *(_no_product([gate], model) for gate in _gates_of(model)),
-    )
+    loose = set(_of_any_size(model))
+    stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)), *([layer] for layer in loose))
+    reasons = ((_no_product if layers[0] in loose else _untrainable)(layers, model) for layers in stacks)
     return next(filter(None, reasons), "")
 
 
 def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
     """Yield the layers that every token goes through in a model of the fast path, one list for each shared input."""
     for block in model.blocks:
-        yield from attention_layers(block.attn)
+        yield from mixing_layers(mixer_of(block))
         mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
         if mlp is not None:
             yield from mlp_layers(mlp, model.config)
@@ -75,11 +71,13 @@ def _of_experts(model: GPT) -> Iterator[nn.Module]:
             yield from (getattr(block.mlp.experts[0], name) for name in LAYERS)
 
 
-def _gates_of(model: GPT) -> Iterator[nn.Module]:
-    """The gates of the experts that every token goes to: layers with one output."""
+def _of_any_size(model: GPT) -> Iterator[nn.Module]:
+    """The layers outside of kernels that take 16 outputs at a time: of TorchBlocks, and gates of shared experts."""
     for block in model.blocks:
         if isinstance(block.mlp, MoE) and block.mlp.shared_gate is not None:
             yield block.mlp.shared_gate
+        if takes_torch(block):
+            yield from (layer for layers in mixing_layers(mixer_of(block)) for layer in layers)
 
 
 def decoded_scales(model: GPT) -> int:

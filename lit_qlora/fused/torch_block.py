@@ -1,8 +1,8 @@
-"""A block whose attention no kernel computes: it is the plain model's module, differentiated by autograd.
+"""A block whose attention, or what takes its place, is the plain model's module, differentiated by autograd.
 
 Norms, MLP and experts, which take most of the time, run on kernels as in other blocks. The module's linear layers are
 stacks of the fast path too, and its lookup of values is fused.attention's. With `recompute` none and mlp autograd's
-graph of the attention is saved. Else the backward pass makes it from the block's input.
+graph of the module is saved. Else the backward pass makes it from the block's input.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_qlora.fused.attention import Heads, Layout, attention, attention_backward
 from lit_qlora.fused.block import Block, SavedBlock
 from lit_qlora.fused.group import Group
-from lit_qlora.fused.kernel_block import attention_layers
+from lit_qlora.fused.kernel_block import mixer_of, mixing_layers
 from lit_qlora.fused.passes import Backward, Pass
 from lit_qlora.kernels.dropout import NONE
 from lit_qlora.kernels.lora_products import Pending
@@ -33,8 +33,9 @@ class TorchBlock(Block):
     """See the module.
 
     Attributes:
-        stacks: the linear layers of the attention; those with the same input are one stack.
-        module: the plain model's attention with these stacks.
+        stacks: the linear layers of the module; those with the same input are one stack.
+        module: the plain model's attention, or what takes its place, with these stacks.
+        numbers_documents: it reads Place.documents.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class TorchBlock(Block):
         first = MOST_STACKS * (config.n_layer + 1 + number)  # behind the numbers of all other layers
         self.stacks = [
             TorchStack(layers, Group(layers, dtype, fp8), first + i)
-            for i, layers in enumerate(attention_layers(block.attn))
+            for i, layers in enumerate(mixing_layers(mixer_of(block)))
         ]
         self.groups = (*(stack.group for stack in self.stacks), *self.groups)
         replaced = {layer: part for stack in self.stacks for layer, part in stack.parts.items()}
-        self.module = with_layers(block.attn, replaced)
+        self.module, self.numbers_documents = with_layers(mixer_of(block), replaced), block.attn is None
 
     def _attend(self, stream: list[Tensor], run: Pass, policy: Recompute) -> tuple[SavedBlock, Tensor, Tensor]:
         """See Block."""
@@ -112,7 +113,8 @@ class TorchBlock(Block):
         mask, lookup = (
             (None, fast_attend(layout, self.window)) if layout.masks is None else (layout.masks[self.window], attend)
         )
-        return Place((cos, sin) if self.rotates else None, scale, mask, None, [], lookup)
+        documents = layout.numbers() if self.numbers_documents else None
+        return Place((cos, sin) if self.rotates else None, scale, mask, documents, [], lookup)
 
 
 class TorchStack:

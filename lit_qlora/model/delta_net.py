@@ -55,7 +55,7 @@ class DeltaNet(nn.Module):
                 cache.state.copy_(state)
             else:
                 # The matrices of the chunks are larger than all that they are made of.
-                y, _ = checkpoint(delta_rule, *inputs, documents, use_reentrant=False)
+                y, _ = checkpoint(delta_rule, *inputs, documents, use_reentrant=False, preserve_rng_state=False)
         y = self.norm(y.to(x.dtype)) * F.silu(self.output_gate(x).view(y.shape).float())
         out: Tensor = self.projection(y.to(x.dtype).flatten(2))
         return out

@@ -22,16 +22,8 @@ pytestmark = [
     # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
-PLAIN = {
-    "afmoe": "attention_gate",
-    "apertus": "ffn",
-    "qwen3_5_text": "delta_layers",
-    "qwen3_5_moe_text": "delta_layers",
-    "qwen3_next": "delta_layers",
-    "lfm2": "conv_layers",
-    "lfm2_moe": "conv_layers",
-}
-"""The families that take the plain path, and the field of ModelConfig that is to blame."""
+PLAIN = {"apertus": "ffn"}
+"""The family that takes the plain path, and the field of ModelConfig that is to blame."""
 PLAIN_CASES = {"gemma4_moe": "experts_beside", "gemma4-E": "shared_kv_layers"}
 """The same of models of families that have others, too."""
 FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN and case not in PLAIN_CASES]
@@ -80,7 +72,7 @@ def test_so_do_models_with_more_than_others_of_their_family(case: str) -> None:
 
 def test_the_table_of_families_names_them_too() -> None:
     told = {name for name in FAMILIES if any(limit.startswith("plain path: ") for limit in limits(name))}
-    assert told - {"mistral4"} == set(PLAIN)  # which transformers has inside a wrapper alone
+    assert told == set(PLAIN)
     partly = {name for name in FAMILIES if any(limit.startswith("plain path with ") for limit in limits(name))}
     assert partly >= {CASES[case][0] for case in PLAIN_CASES}
 
@@ -89,7 +81,7 @@ QUICK = [(case, "none") for case in REPRESENTATIVE] + [
     ("olmo2", "attn"),
     ("gemma3_text", "full"),
     ("gemma4", "full"),
-    ("qwen2_moe", "full"),
+    ("qwen3_next", "full"),
     ("phi-qk-norm", "full"),
 ]
 

@@ -57,18 +57,12 @@ FEATURES = {
 """Field that a row reads or fixes -> the feature of its family, in words."""
 
 
-PLAIN_PATH = {
-    "delta_layers": "gated delta nets",
-    "conv_layers": "short convolutions",
-    "attention_gate": "gated attention",
-}
-"""Field that the kernels of training do not compute -> its feature."""
 PARTLY = {
     "shared_kv_layers": "shared keys and values",
     "per_layer_size": "per-layer embeddings",
     "experts_beside": "experts beside an MLP",
 }
-"""The same of features that a few models of a family have."""
+"""Field that the kernels of training do not compute, and some models of a family have -> its feature."""
 
 
 def features(family: Family) -> str:
@@ -83,7 +77,6 @@ def limits(name: str) -> list[str]:
     family = FAMILIES[name]
     found = [] if name in ARCHITECTURES else ["no GGUF"]
     used = {**family.fields, **family.fixed}
-    found += [f"plain path: {words}" for ours, words in PLAIN_PATH.items() if ours in used]
     found += [f"plain path with {words}" for ours, words in PARTLY.items() if ours in used]
     if family.defaults.get("hidden_act") == "xielu":
         found.append("plain path: xielu")

@@ -321,21 +321,25 @@ class FastSizes:
 
 
 def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: float = math.inf) -> list[Recompute]:
-    """The fastest mix of policies that fits into `free` bytes: some blocks save all, the others share one policy.
+    """The fastest mix of policies that fits into `free` bytes; where none fits, it is the one that needs least.
 
-    Where none fits, it is the one that needs least.
+    Some blocks save all, and the others share one policy. Or all recompute, some of them from inputs on the host.
 
     Args:
         free_host: bytes of pinned host memory.
     """
+
+    def fits(mix: list[Recompute]) -> bool:
+        return sizes.peak(mix, tokens) <= free and sizes.on_host(mix, tokens) <= free_host
+
+    pairs: list[tuple[Recompute, Recompute]] = [*((policy, "none") for policy in COST), ("full-offload", "full")]
     best: tuple[float, list[Recompute]] | None = None
-    for policy in COST:
+    for policy, rest in pairs:  # the last blocks save more: their backward pass comes first
         for others in range(blocks + 1):
-            # The last blocks save all: their backward pass comes first.
-            mix: list[Recompute] = [policy] * others + ["none"] * (blocks - others)
-            if sizes.peak(mix, tokens) <= free and sizes.on_host(mix, tokens) <= free_host:
-                if best is None or others * COST[policy] < best[0]:
-                    best = others * COST[policy], mix
+            cost = others * COST[policy] + (blocks - others) * COST[rest]
+            mix: list[Recompute] = [policy] * others + [rest] * (blocks - others)
+            if (best is None or cost < best[0]) and fits(mix):
+                best = cost, mix
                 break
     if best:
         return best[1]

@@ -115,3 +115,10 @@ def test_with_inputs_on_the_host_the_memory_of_a_token_does_not_grow_with_the_bl
     assert per_token[1] - per_token[0] < 2 * WIDE["n_embd"]  # a float for each head and block is left
     assert one.peak(["full-offload"] * BLOCKS, rows[1]) < one.peak(["full"] * BLOCKS, rows[1])
     assert choose(one, BLOCKS, rows[1], 0) == ["full-offload"] * BLOCKS
+
+
+def test_inputs_that_the_host_has_no_room_for_stay_on_the_device() -> None:
+    one, tokens = sizes(), 4 * SLICE
+    host = one.on_host(["full-offload"] * (BLOCKS - 2), tokens)
+    free = one.peak([*["full-offload"] * (BLOCKS - 2), "full", "full"], tokens)
+    assert choose(one, BLOCKS, tokens, free, host) == [*["full-offload"] * (BLOCKS - 2), "full", "full"]

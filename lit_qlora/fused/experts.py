@@ -187,8 +187,8 @@ class Routing:
         scores = in_float32(x, self.weight_back) if same else x.float() @ self.weight.float().T
         return scores if self.bias is None else scores + self.bias.to(scores.dtype)
 
-    def choices(self, x: Tensor, counts: bool) -> Choices:
-        """The choices of tokens x (T, E), which the router counts if it is to."""
+    def choices(self, x: Tensor, run: Pass) -> Choices:
+        """The choices of tokens x (T, E), which the router counts if it is to; whoever looks sees them."""
         scores, found = self.scores(x), None
         if self.has_kernel:
             found = counts_of(len(x), self.experts, x.device)
@@ -197,20 +197,28 @@ class Routing:
             shares = self.router.shares(scores)
             best = self.router.choose(shares)
             weights, chosen = self.router.weigh(shares, best), best.int()
-        taken = self.router.taken if counts else None
+        if run.seen is not None:
+            run.seen.append((scores, chosen))
+        taken = self.router.taken if run.saves else None
         return sort(weights.contiguous(), chosen, self.experts, taken=taken, counts=found)
 
-    def backward(self, x: Tensor, choices: Choices, d_weights: Tensor) -> Tensor:
+    def backward(self, x: Tensor, choices: Choices, d_weights: Tensor, run: Pass) -> Tensor:
         """The gradient of x (T, E) through the scores, from that of the weights of the choices (T, k)."""
+        more = run.d_scores.pop() if run.d_scores else None
+        d_scores = self._d_scores(x, choices, d_weights, x.dtype if more is None else torch.float32)
+        if more is not None:
+            d_scores += more
+        return d_scores.to(x.dtype) @ self.weight.to(x.dtype)
+
+    def _d_scores(self, x: Tensor, choices: Choices, d_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of the scores (T, n_expert), in `dtype` if a kernel computes it and else in float32."""
         if self.has_kernel:
-            d_scores = choose_backward(choices, d_weights, self.scale, x.dtype)
-        else:
-            with torch.enable_grad():
-                leaf = self.scores(x).requires_grad_()
-                weights = self.router.weigh(self.router.shares(leaf), choices.chosen.long())
-                (gradient,) = torch.autograd.grad(weights, leaf, d_weights)
-            d_scores = gradient.to(x.dtype)
-        return d_scores @ self.weight.to(x.dtype)
+            return choose_backward(choices, d_weights, self.scale, dtype)
+        with torch.enable_grad():
+            leaf = self.scores(x).requires_grad_()
+            weights = self.router.weigh(self.router.shares(leaf), choices.chosen.long())
+            (gradient,) = torch.autograd.grad(weights, leaf, d_weights)
+        return gradient
 
 
 @dataclass
@@ -244,7 +252,7 @@ class Experts:
         Args:
             x: (T, E), rows contiguous.
         """
-        choices, down = self.routing.choices(x, counts=run.saves), self.down
+        choices, down = self.routing.choices(x, run), self.down
         z, branches, h = self._gate_up(x, choices, run, branches=saves)[:3]
         self.gate_up.read(1)
         z_down = None
@@ -280,7 +288,7 @@ class Experts:
         dx = self._gate_up_backward(x, branches, choices, run, matrix, folds)
         del branches
         folds.flush()
-        return combine(dx, choices, self.routing.backward(x, choices, d_weights))
+        return combine(dx, choices, self.routing.backward(x, choices, d_weights, run))
 
     def _gate_up(
         self, x: Tensor, choices: Choices, run: Pass, branches: bool = True, h: bool = True

@@ -33,6 +33,7 @@ from lit_qlora.fused.offload import to_device
 from lit_qlora.fused.passes import Ropes
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import IGNORE
+from lit_qlora.model.mlp import Seen
 from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
 
@@ -294,6 +295,7 @@ class Replay:
 
     def __init__(self, captured: Captured, batch: PaddedBatch, seed: int | None) -> None:
         self.captured, self.batch, self.seed = captured, batch, seed
+        self.seen: Seen = []  # where somebody looks, there is no graph
 
     def forward(self) -> Tensor:
         """The loss."""
@@ -318,8 +320,8 @@ class Replay:
         captured.model.replay(captured.forward, backward=False)
         return captured.loss.clone()
 
-    def backward(self, d_loss: Tensor) -> None:
-        """Add the adapters' gradients."""
+    def backward(self, d_loss: Tensor, d_scores: Sequence[Tensor | None]) -> None:
+        """See Work."""
         self.captured.d_loss.copy_(d_loss)
         self.captured.model.replay(self.captured.backward, backward=True)
 

@@ -1,5 +1,6 @@
 """A micro-batch on its way through the model: its inputs, its saved activations, and its two passes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from lit_qlora.fused.block import SavedBlock
 from lit_qlora.fused.head import Labelled
 from lit_qlora.fused.passes import Pass
+from lit_qlora.model.mlp import Seen
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,23 @@ class Trainable(Protocol):
 
 
 class Work(Protocol):
-    """The two passes of a micro-batch."""
+    """The two passes of a micro-batch.
+
+    Attributes:
+        seen: what the routers computed in the forward pass, if somebody looks.
+    """
+
+    @property
+    def seen(self) -> Seen:
+        """See above."""
+        ...
 
     def forward(self) -> Tensor:
         """The loss."""
         ...
 
-    def backward(self, d_loss: Tensor) -> None:
-        """Add the adapters' gradients."""
+    def backward(self, d_loss: Tensor, d_scores: Sequence[Tensor | None]) -> None:
+        """Add the adapters' gradients, given those of the loss and of the scores that were seen."""
         ...
 
 
@@ -75,13 +86,19 @@ class Eager:
     def __init__(self, model: Trainable, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
 
+    @property
+    def seen(self) -> Seen:
+        """See Work."""
+        return self.inputs.run.seen or []
+
     def forward(self) -> Tensor:
         """The loss."""
         loss, self.saved = self.model.forward(self.inputs)
         return loss
 
-    def backward(self, d_loss: Tensor) -> None:
-        """Add the adapters' gradients."""
+    def backward(self, d_loss: Tensor, d_scores: Sequence[Tensor | None]) -> None:
+        """See Work."""
+        self.inputs.run.d_scores = list(d_scores)
         self.model.backward(d_loss, self.saved, self.inputs.run)
 
 
@@ -89,14 +106,17 @@ class Loss(torch.autograd.Function):
     """The whole model as one function, which writes the adapters' gradients straight to their .grad."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, work: Work) -> Tensor:
-        """The loss; `anchor` stands for the adapters in autograd's graph."""
+    def forward(ctx: Any, anchor: Tensor, work: Work) -> tuple[Tensor, ...]:
+        """The loss, and the scores that were seen; `anchor` stands for the adapters in autograd's graph."""
         ctx.work = work
-        return work.forward()
+        ctx.set_materialize_grads(False)
+        loss = work.forward()
+        return loss, *(scores for scores, _ in work.seen)
 
     @staticmethod
-    def backward(ctx: Any, *d_loss: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None]:
         """Once only: it uses up the saved activations."""
         work, ctx.work = ctx.work, None
-        work.backward(d_loss[0])
+        d_loss, *d_scores = gradients
+        work.backward(d_loss, d_scores)
         return None, None

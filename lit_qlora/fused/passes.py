@@ -1,6 +1,6 @@
 """State that the blocks share in a forward pass, and in the backward pass that follows it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -8,6 +8,7 @@ from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.memory import ON_HOST
 from lit_qlora.fused.offload import Offload, OnHost
 from lit_qlora.kernels.lora_products import Pending
+from lit_qlora.model.mlp import Seen
 from lit_qlora.settings import Recompute
 
 Ropes = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -27,6 +28,8 @@ class Pass:
         seed: of the dropout, see kernels.dropout; None for none.
         saves: there will be a backward pass.
         carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carries.
+        seen: to which the forward pass adds what routers computed, block by block; None where nobody looks.
+        d_scores: gradients of the seen scores that come from elsewhere; the backward pass takes them from the end.
     """
 
     layout: Layout
@@ -38,6 +41,8 @@ class Pass:
     seed: Tensor | None
     saves: bool
     carries: bool
+    seen: Seen | None = None
+    d_scores: list[Tensor | None] = field(default_factory=list)
 
     def save(self, tensor: Tensor, policy: Recompute) -> Tensor | OnHost:
         """The tensor, or where a block offloads its copy on the host."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import Block, FusedBlock, SavedBlock
-from lit_qlora.fused.experts import dequantize_ahead
+from lit_qlora.fused.experts import ExpertMlp, dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, Layers
 from lit_qlora.fused.head import Head, Labelled
@@ -26,6 +26,7 @@ from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.model.attention import query_scale, tree_mask
 from lit_qlora.model.gpt import GPT, times
+from lit_qlora.model.mlp import Seen
 from lit_qlora.model.rope import rope_table
 from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
@@ -221,16 +222,15 @@ class Fused:
         learns, seed = self._state()
         if not learns:
             labelled = Labelled.of(labels, weights).to(self.device)
-            return self.forward(self.inputs(tokens, labelled, seed, positions, segments, saves=False))[0]
+            return self._evaluated(self.inputs(tokens, labelled, seed, positions, segments, saves=False))
         self._attach_gradients()
         work: Work | None = None
-        if self.graphs is not None:
+        if self.graphs is not None and self._watched is None:
             work = self.graphs.work(tokens, labels, weights, seed, positions, segments)
         if work is None:
             labelled = Labelled.of(labels, weights).to(self.device)
             work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
-        total: Tensor = Loss.apply(self.anchor, work)
-        return total
+        return self._learned(work)
 
     def token_losses(
         self,
@@ -250,10 +250,27 @@ class Fused:
             inputs = self.inputs(tokens, labelled, seed, positions, saves=learns, layout=layout)
             inputs = replace(inputs, by_token=True)
             if not learns:
-                return self.forward(inputs)[0].view(tokens.shape)
+                return self._evaluated(inputs).view(tokens.shape)
             self._attach_gradients()
-            losses: Tensor = Loss.apply(self.anchor, Eager(self, inputs))
-            return losses.view(tokens.shape)
+            return self._learned(Eager(self, inputs)).view(tokens.shape)
+
+    def _evaluated(self, inputs: Inputs) -> Tensor:
+        """The loss or losses without a backward pass."""
+        result = self.forward(inputs)[0]
+        self._show(inputs.run.seen or [])
+        return result
+
+    def _learned(self, work: Work) -> Tensor:
+        """The loss or losses in autograd's graph."""
+        result: Tensor
+        result, *scores = Loss.apply(self.anchor, work)
+        self._show([(one, chosen) for one, (_, chosen) in zip(scores, work.seen, strict=True)])
+        return result
+
+    def _show(self, seen: Seen) -> None:
+        """Show what the routers computed to whoever looks."""
+        if (watched := self._watched) is not None:
+            watched += seen
 
     def _state(self) -> tuple[bool, int | None]:
         """Tell if a backward pass will follow, and draw the seed of the dropout if there is any."""
@@ -261,6 +278,12 @@ class Fused:
         # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
         drops = self.model.training and any(group.p for group in self.groups)
         return learns, int(torch.randint(1, 2**31 - 1, ())) if drops else None
+
+    @property
+    def _watched(self) -> Seen | None:
+        """The list for what routers compute, which they share; None where nobody looks."""
+        lists = [block.mlp.experts.routing.router.seen for block in self.blocks if isinstance(block.mlp, ExpertMlp)]
+        return lists[0] if lists else None
 
     def inputs(
         self,
@@ -320,6 +343,7 @@ class Fused:
             seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=self.device),
             saves=saves,
             carries=carries,
+            seen=None if self._watched is None else [],
         )
         return None if self.model.positions is None else to_device(table_rows, self.device), run
 

@@ -154,6 +154,10 @@ CORRECTION = ".router.correction"
 """Ending of the name of the one weight that stays float32: 16 bits would swap experts with close scores."""
 
 
+Seen = list[tuple[Tensor, Tensor]]
+"""Scores (N, n_expert) and choices (N, k) of routers, in the order in which they were computed."""
+
+
 class Router(nn.Module):
     """Choose the experts of a token, and weigh them.
 
@@ -163,14 +167,14 @@ class Router(nn.Module):
     Attributes:
         taken: (n_expert,) int64, to which passes in training add how many tokens took each expert; None where nobody
             counts.
-        seen: to which passes add scores (N, n_expert) and choices (N, k), in autograd's graph; None where nobody looks.
+        seen: to which passes add scores, in autograd's graph, and choices; None where nobody looks.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.taken: Tensor | None = None
-        self.seen: list[tuple[Tensor, Tensor]] | None = None
+        self.seen: Seen | None = None
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
         self.correction = nn.Parameter(torch.zeros(config.n_expert)) if config.router_correction else None

@@ -186,21 +186,19 @@ class Planner:
         _check_cached(train, storage.quantize, reason)
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
         activations = _activations(gpt, self.lora, size, batches.tokens, full)
-        activations += batches.tokens * _routed(model) if self.router_losses else 0.0
-        plan = replace(self.bare, slow_because=reason, activations=activations)
+        seen = batches.tokens * _routed(model) if self.router_losses else 0.0
+        plan = replace(self.bare, slow_because=reason, activations=activations + seen)
         if reason or room.gpu is None:
             return plan
         slow_attention = _lacks_flash(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
-        return self._on_fast_path(plan, batches, room)
+        return self._on_fast_path(plan, batches, room, seen)
 
     def _slow_because(self, room: Room) -> str:
         if not self.train.fast:
             return "train.fast is false"
         if room.gpu is None:
             return "the fast one needs a CUDA device"
-        if self.router_losses:
-            return f"train.{self.router_losses[0]}"
         from lit_qlora.fused.support import HALF  # imports Triton
 
         if self.dtype not in HALF:
@@ -235,14 +233,14 @@ class Planner:
         quantized = storage.quantize != "none"
         return FastSizes(gpt.config, rank, adapted, quantized, storage.quantizes("head"), self.train.fp8)
 
-    def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room) -> Plan:
-        """Turn the plan of the plain path into one of the fast path."""
+    def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
+        """Turn the plan of the plain path into one of the fast path; `seen` are bytes that losses of routers save."""
         assert room.gpu is not None
         model, train = self.gpt.config, self.train
         weights = plan.weights + self._decoded_scales
         learning = plan.learning + 2 * self._copied
-        free = 0.97 * room.gpu - weights - learning
-        graph_tokens = _graph_tokens(model, train, batches)
+        free = 0.97 * room.gpu - weights - learning - seen
+        graph_tokens = 0 if self.router_losses else _graph_tokens(model, train, batches)
         tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
         host = math.inf if room.host is None else HOST_SHARE * room.host
         sizes, policies = _fastest(self._sizes, train.recompute, tokens, free, host)
@@ -265,7 +263,7 @@ class Planner:
             plan,
             weights=weights,
             learning=learning,
-            activations=activations,
+            activations=activations + seen,
             recompute=tuple(policies),
             graph_tokens=graph_tokens,
             graphs=graphs,

@@ -57,10 +57,10 @@ class TrainConfig(Settings):
     router_balance_loss: NotNegative = 0.0
     """Add N times the load-balancing loss of a mixture's routers, e.g. 0.01, in training (Fedus et al. 2021, with the
     experts of all blocks counted together, as transformers does). It is exact over a step, so a step of several
-    micro-batches costs one more forward pass. It takes the plain path. The log has it as router_balance."""
+    micro-batches costs one more forward pass. The log has it as router_balance."""
     router_z_loss: NotNegative = 0.0
     """Add N times the z-loss of a mixture's routers, e.g. 0.001, in training, which keeps their scores small (Zoph et
-    al. 2022). It takes the plain path. The log has it as router_z."""
+    al. 2022). The log has it as router_z."""
     max_norm: Annotated[float, at_least(0)] = 1.0
     """Clip gradients to this global norm; 0 does not clip."""
     save_every: CountOrZero = 0

@@ -18,6 +18,7 @@ from lit_qlora.data.batches import AnyBatch
 from lit_qlora.device import peak_gib
 from lit_qlora.errors import NumericalError, UserError
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.mlp import Seen
 from lit_qlora.report import tell
 from lit_qlora.settings import TrainConfig
 from lit_qlora.signals import StopRequest, describe
@@ -25,7 +26,7 @@ from lit_qlora.train.guards import Guard, check_first_gradients
 from lit_qlora.train.objective import CrossEntropy, Objective
 from lit_qlora.train.optim import learning_rate
 from lit_qlora.train.parallel import sum_gradients
-from lit_qlora.train.routers import METRICS, RouterHealth, RouterLosses, Seen, count_choices
+from lit_qlora.train.routers import METRICS, RouterHealth, RouterLosses, count_choices
 
 Record = dict[str, Any]
 BatchKind = TypeVar("BatchKind", bound=AnyBatch)

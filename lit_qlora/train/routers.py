@@ -7,10 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.model.mlp import Router
-
-Seen = list[tuple[Tensor, Tensor]]
-"""Scores (N, n_expert) and choices (N, k) of each block; see Router."""
+from lit_qlora.model.mlp import Router, Seen
 
 METRICS = ("router_entropy", "router_most", "router_idle")
 """Entropy of the experts' shares of choices, of which 1 is even, the mean over blocks; the largest share of one expert,
@@ -96,7 +93,7 @@ class RouterLosses:
             positions: of the step, without padding.
             counts: (n_expert,), choices of the whole step; None if it is this micro-batch.
         """
-        assert len(seen) == len(self.routers), "the fast path shows no scores"
+        assert len(seen) == len(self.routers), "each block shows its scores once"
         found = []
         if self.balances:
             counts = count_choices(seen, mask) if counts is None else counts

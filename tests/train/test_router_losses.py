@@ -15,15 +15,18 @@ from lit_qlora.data import Samples, Step, steps
 from lit_qlora.data.batches import Batching
 from lit_qlora.data.samples import Sample
 from lit_qlora.errors import UsageError
+from lit_qlora.fused import fuse, why_not
+from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.mlp import Seen
 from lit_qlora.quantize import Storage
 from lit_qlora.run.learning import make_learner
 from lit_qlora.run.plan import MicroBatches, Room, make_plan
 from lit_qlora.settings import GuardConfig, LoRAConfig, OptimizerConfig, TrainConfig
 from lit_qlora.train.guards import Guard
 from lit_qlora.train.loop import Gradients, train
-from lit_qlora.train.routers import RouterLosses, Seen, balance_loss, count_choices, z_loss
+from lit_qlora.train.routers import RouterLosses, balance_loss, count_choices, z_loss
 from tests.conftest import tiny_config, tiny_model
 
 EXPERTS = {"n_layer": 2, "n_expert": 4, "n_expert_per_token": 2, "expert_size": 16, "router_normalized": True}
@@ -70,15 +73,25 @@ def test_the_z_loss_is_that_of_transformers() -> None:
     torch.testing.assert_close(z_loss(seen, mask, 6), router_z_loss_func(kept[None]), rtol=1e-14, atol=0)  # type: ignore[arg-type]
 
 
-def learn(recompute: bool = False, micro: int = 4, packed: bool = False, **losses: float) -> tuple[Any, list[Tensor]]:
+def learn(
+    recompute: bool = False,
+    micro: int = 4,
+    packed: bool = False,
+    fast: bool = False,
+    router: str = "softmax",
+    **losses: float,
+) -> tuple[Any, list[Tensor]]:
     """The record of one step of four samples, and the gradients of the adapters."""
-    model = tiny_model(**EXPERTS)
+    model = tiny_model(**EXPERTS, router=router)
     torch.manual_seed(0)
     add_lora(model, LoRAConfig(dropout=0.0, targets=("all",)))
     for name, parameter in model.named_parameters():  # or A has no gradient
         if name.endswith("lora_b"):
             torch.nn.init.normal_(parameter, std=0.1)
     model.recompute = recompute
+    if fast:
+        assert why_not(model) == ""
+        fuse(model)
     config = TrainConfig(learning_rate=1e-3, max_norm=0, **losses)  # type: ignore[arg-type]
     learner = make_learner(
         Fabric(accelerator="cpu", devices=1), model, OptimizerConfig(name="sgd"), config, scaled=False
@@ -108,6 +121,18 @@ def test_losses_of_routers_change_gradients_but_not_the_loss_in_the_log() -> Non
 def test_micro_batches_packing_and_recompute_make_no_difference(how: dict[str, Any]) -> None:
     (expected, gradients), (record, found) = learn(**BOTH), learn(**BOTH, **how)
     for name in ("loss", "accuracy", "router_balance", "router_z"):
+        assert record[name] == pytest.approx(expected[name], rel=1e-4)
+    for mine, reference in zip(found, gradients, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+@pytest.mark.parametrize(
+    "how", [pytest.param({"micro": 3}, marks=pytest.mark.slow), {"packed": True, "router": "sigmoid"}], ids=str
+)
+def test_the_fast_path_has_them_too(how: dict[str, Any]) -> None:
+    (expected, gradients), (record, found) = learn(**BOTH, **how), learn(**BOTH, **how, fast=True)
+    for name in ("loss", "router_balance", "router_z"):
         assert record[name] == pytest.approx(expected[name], rel=1e-4)
     for mine, reference in zip(found, gradients, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
@@ -161,7 +186,8 @@ def plan_of(config: ModelConfig, **losses: float) -> Any:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_they_take_the_plain_path_and_need_experts(name: str) -> None:
-    assert plan_of(tiny_config(**EXPERTS), **{name: 0.1}).slow_because == f"train.{name}"
+def test_their_memory_is_planned_and_they_need_experts(name: str) -> None:
+    without, planned = (plan_of(tiny_config(**EXPERTS), **losses) for losses in ({}, {name: 0.1}))
+    assert planned.activations == without.activations + 3 * 4 * 64 * 4 * 2
     with pytest.raises(UsageError, match=rf"train\.{name}: this model has no experts"):
         plan_of(tiny_config(), **{name: 0.1})

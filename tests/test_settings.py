@@ -139,8 +139,8 @@ def test_a_value_out_of_range_is_refused_by_the_name_that_was_typed(kind: type, 
         ),
         (
             lambda: LoRAConfig(targets=["query", "valu"]),  # type: ignore[arg-type]
-            "lora.targets: expected one of query, key, value, latent, projection, delta, conv, per_layer, mlp, head, "
-            "all, got 'valu'. Did you mean value?",
+            "lora.targets: expected one of query, key, value, latent, projection, delta, conv, per_layer, mlp, router, "
+            "head, all, got 'valu'. Did you mean value?",
         ),
     ],
 )

@@ -23,22 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.fused.ahead import Ahead
+from lit_qlora.fused.group import Layers
 from lit_qlora.fused.kernel_block import ACTIVATIONS
 from lit_qlora.fused.large_rank import in_float32
 from lit_qlora.fused.mlp import DenseMlp, Mlp, SavedMlp
 from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
+from lit_qlora.fused.routing import Routing
 from lit_qlora.fused.shared_gate import SavedGate, SharedGate
-from lit_qlora.fused.stacked import StackedExperts
+from lit_qlora.fused.stacked import StackedExperts, base_of
 from lit_qlora.kernels.dropout import NONE, Dropout
-from lit_qlora.kernels.experts import Choices, choose, choose_backward, combine, counts_of, of_tokens, sort
+from lit_qlora.kernels.experts import Choices, combine, of_tokens
 from lit_qlora.kernels.experts_lora import MOST_RANK, Folds, add_gradient, project
 from lit_qlora.kernels.experts_mlp import mlp_backward
 from lit_qlora.kernels.experts_products import LowRank, gate_up, product
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
-from lit_qlora.model.mlp import KINDS, MoE, Router
+from lit_qlora.model.mlp import KINDS, MoE
 
 FUNCTIONS = {ffn: activation.function for ffn, activation in ACTIVATIONS.items() if activation.gated} | {
     "swiglu_clamped": "clamped"
@@ -164,63 +166,6 @@ class ExpertGroup(StackedExperts):
         return self.grad_a.view(experts, -1, self.k).mT, self.grad_b.view(experts, -1, self.stack.r)
 
 
-class Routing:
-    """A frozen router: a token's choices, and the gradient that comes back through its scores.
-
-    Softmax over the chosen, in one form or another, has kernels; other kinds are torch's operations, and autograd's.
-    """
-
-    def __init__(self, router: Router) -> None:
-        self.router, config = router, router.config
-        over_chosen = config.router == "softmax_chosen"
-        normalized = config.router == "softmax" and config.router_normalized
-        self.has_kernel = over_chosen or (normalized and not config.router_correction and config.router_groups == 1)
-        self.scale = 1.0 if over_chosen else config.router_scale
-        self.k, self.experts = config.n_expert_per_token, config.n_expert
-        self.weight = router.weight.detach()
-        self.weight_back = self.weight.T  # views are made once
-        self.bias = None if router.bias is None else router.bias.detach()
-
-    def scores(self, x: Tensor) -> Tensor:
-        """(T, n_expert) float32 of x (T, E): products of 16-bit numbers are exact in it."""
-        same = x.dtype == self.weight.dtype
-        scores = in_float32(x, self.weight_back) if same else x.float() @ self.weight.float().T
-        return scores if self.bias is None else scores + self.bias.to(scores.dtype)
-
-    def choices(self, x: Tensor, run: Pass) -> Choices:
-        """The choices of tokens x (T, E), which the router counts if it is to; whoever looks sees them."""
-        scores, found = self.scores(x), None
-        if self.has_kernel:
-            found = counts_of(len(x), self.experts, x.device)
-            weights, chosen = choose(scores, self.k, self.scale, found)
-        else:
-            shares = self.router.shares(scores)
-            best = self.router.choose(shares)
-            weights, chosen = self.router.weigh(shares, best), best.int()
-        if run.seen is not None:
-            run.seen.append((scores, chosen))
-        taken = self.router.taken if run.saves else None
-        return sort(weights.contiguous(), chosen, self.experts, taken=taken, counts=found)
-
-    def backward(self, x: Tensor, choices: Choices, d_weights: Tensor, run: Pass) -> Tensor:
-        """The gradient of x (T, E) through the scores, from that of the weights of the choices (T, k)."""
-        more = run.d_scores.pop() if run.d_scores else None
-        d_scores = self._d_scores(x, choices, d_weights, x.dtype if more is None else torch.float32)
-        if more is not None:
-            d_scores += more
-        return d_scores.to(x.dtype) @ self.weight.to(x.dtype)
-
-    def _d_scores(self, x: Tensor, choices: Choices, d_weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gradient of the scores (T, n_expert), in `dtype` if a kernel computes it and else in float32."""
-        if self.has_kernel:
-            return choose_backward(choices, d_weights, self.scale, dtype)
-        with torch.enable_grad():
-            leaf = self.scores(x).requires_grad_()
-            weights = self.router.weigh(self.router.shares(leaf), choices.chosen.long())
-            (gradient,) = torch.autograd.grad(weights, leaf, d_weights)
-        return gradient
-
-
 @dataclass
 class SavedExperts:
     """Activations of Experts for its backward pass; the last two may be recomputed.
@@ -240,11 +185,16 @@ class Experts:
 
     def __init__(self, moe: MoE, dtype: torch.dtype, number: int) -> None:
         experts: list[Any] = list(moe.experts)
-        self.routing, self.function = Routing(moe.router), FUNCTIONS[moe.router.config.ffn]
+        # Dropout has other numbers than in the blocks, in the head and in shared experts.
+        config = base_of(moe.router).config
+        self.routing = Routing(moe.router, 4 * (config.n_layer + 1 + number) + 1)
+        self.function = FUNCTIONS[config.ffn]
         self.gate_up, self.down = (
             ExpertGroup([[getattr(expert, name) for name in names] for expert in experts], dtype) for names in KINDS
         )
-        self.groups, self.number = (self.gate_up, self.down), number
+        self.weights, self.number = (self.gate_up, self.down), number
+        adapter = self.routing.adapter
+        self.groups: tuple[Layers, ...] = self.weights if adapter is None else (*self.weights, adapter)
 
     def forward(self, x: Tensor, more: Tensor | None, run: Pass, saves: bool) -> tuple[Tensor, SavedExperts]:
         """The sum (T, E) over each token's experts, and of `more`; with `saves` all that the backward pass reads.
@@ -444,7 +394,7 @@ def dequantize_ahead(mlps: Sequence[Mlp]) -> list[Ahead]:
     """Let the weights of experts, in the order of their blocks, be dequantised ahead where they are not cached."""
     made = []
     for kind in range(len(KINDS)):
-        groups = [mlp.experts.groups[kind] for mlp in mlps if isinstance(mlp, ExpertMlp)]
+        groups = [mlp.experts.weights[kind] for mlp in mlps if isinstance(mlp, ExpertMlp)]
         waiting = [group for group in groups if group.dense is None]
         if waiting:
             made.append(Ahead(waiting, waiting[0].dtype, waiting[0].device))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.fused.kernel_block import ACTIVATIONS, mlp_layers
-from lit_qlora.fused.stacked import StackedExperts, why_not_stacked
+from lit_qlora.fused.stacked import StackedExperts, base_of, why_not_stacked
 from lit_qlora.generation.product import Product, RowAdapters, updates_of
 from lit_qlora.kernels.chosen_experts import product
 from lit_qlora.kernels.experts_dequantize import Matrices
@@ -125,16 +125,16 @@ class ChosenExperts(StackedExperts):
         if self.dense is not None:
             return self.dense
         assert self.workspace is not None
-        out = self.workspace[: self.elements]
+        out = self.workspace[: self.elements].view(self.shape)
         self.dequantize(out)
-        return out.view(self.shape)
+        return out
 
 
 def make_room(mlps: Iterable[DenseMlp | ExpertMlp], rows: int) -> None:
     """Give experts a workspace that all blocks share, if so many tokens need one."""
     mixtures = [mlp for mlp in mlps if isinstance(mlp, ExpertMlp)]
     groups = [group for mlp in mixtures for group in (mlp.gate_up, mlp.down) if group.dense is None]
-    if groups and rows * mixtures[0].router.config.n_expert_per_token > MOST_CHOICES * groups[0].shape[0]:
+    if groups and rows * base_of(mixtures[0].router).config.n_expert_per_token > MOST_CHOICES * groups[0].shape[0]:
         most = max(groups, key=lambda group: group.elements)
         workspace = torch.empty(most.elements, dtype=most.dtype, device=most.device)
         for group in groups:

@@ -16,6 +16,7 @@ from lit_qlora.errors import UsageError
 from lit_qlora.lora.adapter import Adapter, our_tensors
 from lit_qlora.lora.layer import frozen_weight
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.mlp import Router
 
 BASE = None
 """The name of no adapter."""
@@ -47,6 +48,10 @@ class SwitchedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out); the first dimension is the batch if rows differ."""
         y: Tensor = self.base(x)
+        return self.updated(y, x)
+
+    def updated(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output with the updates of the adapters that rows use, from that of the base, y."""
         for name, rows in self.selection.groups:
             if name not in self.updates:
                 continue
@@ -82,6 +87,15 @@ class SwitchedLinear(nn.Module):
         return [(name, rows) for name, rows in self.selection.groups if name in self.updates]
 
 
+class SwitchedRouter(SwitchedLinear):
+    """A frozen router with an update of its scores for each adapter that has one for it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """See Router."""
+        weights, chosen = self.base(x, lambda read: self.updated(read.new_zeros(1), read))
+        return weights, chosen
+
+
 class AdapterSwitch:
     """The adapters of a model; at first no row uses one.
 
@@ -113,17 +127,19 @@ class AdapterSwitch:
         for path in layers:
             layer = self.model.get_submodule(path)
             if not isinstance(layer, SwitchedLinear):
-                layer = SwitchedLinear(layer, self._selection)
+                kind = SwitchedRouter if isinstance(layer, Router) else SwitchedLinear
+                layer = kind(layer, self._selection)
                 self.model.set_submodule(path, layer)
-            a, b = (tensors[f"{path}.{part}"].to(device, dtype) for part in ("lora_a", "lora_b"))
+            own = torch.float32 if isinstance(layer, SwitchedRouter) else dtype
+            a, b = (tensors[f"{path}.{part}"].to(device, own) for part in ("lora_a", "lora_b"))
             scale, gain = adapter.config.scale(path), None
             if f"{path}.magnitude" in tensors:
                 weight = frozen_weight(layer.base).float()
                 whole = weight + scale * (tensors[f"{path}.lora_b"] @ tensors[f"{path}.lora_a"]).to(weight.device)
                 gain = (tensors[f"{path}.magnitude"].to(weight.device) / whole.norm(dim=1)).to(dtype)
             layer.updates[name] = (a, b, scale, gain)
-            # Experts see the tokens of all rows in another order, so rows are not known there.
-            self.by_row = self.by_row and ".mlp.experts." not in path and ".mlp.shared." not in path
+            # Experts see the tokens of all rows in another order, so rows are not known there, nor by their router.
+            self.by_row = self.by_row and not any(f".mlp.{part}" in path for part in ("experts.", "shared.", "router"))
         self.names.append(name)
 
     def select(self, rows: Sequence[str | None]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
 from lit_qlora.lora.embeddings import TiedHead, TrainedEmbedding, train_embeddings
+from lit_qlora.model.mlp import Router
 from lit_qlora.settings import LoRAConfig, first_match
 
 ALIASES = {"query_gate": "query"}
@@ -44,12 +45,16 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         y: Tensor = self.base(x)
-        update = self.scale * (self.dropout(x) @ self.lora_a.T.to(x.dtype) @ self.lora_b.T.to(x.dtype))
+        update = self.update(x)
         if self.magnitude is None:
             return y + update
         gain = (self.magnitude / self.row_norms()).to(y.dtype)
         bias: Any = self.base.bias
         return gain * (y + update) if bias is None else gain * (y - bias + update) + bias
+
+    def update(self, x: Tensor) -> Tensor:
+        """Compute what A and B add, (..., in) -> (..., out)."""
+        return self.scale * (self.dropout(x) @ self.lora_a.T.to(x.dtype) @ self.lora_b.T.to(x.dtype))
 
     @property
     def beyond_low_rank(self) -> str:
@@ -69,6 +74,17 @@ class LoRALinear(nn.Module):
             return lengths(frozen_weight(self.base).float() + self.scale * (self.lora_b @ self.lora_a))
 
 
+class LoRARouter(LoRALinear):
+    """A frozen router of experts with an update of its scores."""
+
+    base: Router
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """See Router."""
+        weights, chosen = self.base(x, self.update)
+        return weights, chosen
+
+
 def lengths(rows: Tensor) -> Tensor:
     """Compute the norms of rows, (N, K) -> (N,); zero rows (padding of a vocabulary) get a tiny one, a safe divisor."""
     return rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -82,7 +98,7 @@ def frozen_weight(base: nn.Module) -> Tensor:
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze `model`, then give an adapter to each linear layer whose path holds a target word, in place.
+    """Freeze `model`, then give an adapter to each layer whose path holds a target word, in place.
 
     Raises:
         UsageError: for a setting that does not fit this model, such as a target word that matches no layer.
@@ -97,10 +113,12 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
         if (getattr(config, name) or 0) > blocks:
             raise UsageError(f"lora.{name} is {getattr(config, name)}, but the model has {blocks} blocks.")
     chosen = [path for path in linears if found[path] and _is_chosen(path, blocks, config)]
+    _check_routers(config, linears, chosen)
     _check_patterns(config, chosen)
     model.requires_grad_(False)
     for path in chosen:
-        layer = LoRALinear(linears[path], config, path)
+        kind = LoRARouter if isinstance(linears[path], Router) else LoRALinear
+        layer = kind(linears[path], config, path)
         if config.init != "default" and config.rank(path) > min(layer.in_features, layer.out_features):
             raise UsageError(
                 f"lora.init {config.init}: {path} is {layer.out_features} x {layer.in_features}, "
@@ -111,7 +129,12 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def words_of(path: str) -> set[str]:
-    """Return the target words of a layer: the parts of its path and, except for the output head, 'all'."""
+    """Return the target words of a layer: the parts of its path and, except for the output head, 'all'.
+
+    A router is no part of an MLP: its few weights decide which experts learn, so it has a word of its own.
+    """
+    if path.endswith(".router"):
+        return {"router"}
     parts = (ALIASES.get(part, part) for part in path.split("."))
     return {*parts, *(() if path == "head" else ("all",))}
 
@@ -125,6 +148,16 @@ def _is_chosen(path: str, blocks: int, config: LoRAConfig) -> bool:
     return number < (first or 0) or number >= blocks - (last or 0)
 
 
+def _check_routers(config: LoRAConfig, linears: Mapping[str, nn.Module], layers: list[str]) -> None:
+    """Raise UsageError for a setting that routers cannot have."""
+    routers = [path for path in layers if isinstance(linears[path], Router)]
+    for setting, is_on in (("dora", config.dora), (f"init {config.init}", config.init != "default")):
+        if routers and is_on:
+            raise UsageError(
+                f"lora.{setting} changes the base's weights, and {routers[0]} keeps its own. Leave it out."
+            )
+
+
 def _check_patterns(config: LoRAConfig, layers: list[str]) -> None:
     """Raise UsageError for a pattern that no layer uses."""
     for name in ("rank_pattern", "alpha_pattern"):
@@ -135,7 +168,7 @@ def _check_patterns(config: LoRAConfig, layers: list[str]) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether `module` can get an adapter: a plain or quantised linear layer that has none yet."""
+    """Tell whether `module` can get an adapter: a plain or quantised linear layer, or a router, that has none yet."""
     return hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, LoRALinear)
 
 

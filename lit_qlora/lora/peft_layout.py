@@ -183,6 +183,7 @@ def to_peft(
         aliases = [other.module for other in _homes(members[0], family_of(model))]
         names = [home.module, *(name for name in aliases if _leaf(name) != _leaf(home.module))]
         beside = model.n_expert and model.family not in UNCONVERTED and _is_beside_experts(members[0])
+        beside = beside or members[0].endswith(".router")  # of which most are no linear layers in transformers
         for module in _with_text_class(names, model):
             target = f"{module}.weight" if beside else module
             ranks[target], alphas[target] = rank, alpha
@@ -430,7 +431,12 @@ def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelCon
     name = f"{_PREFIX}{_embedding(model)}"
     rows = left.pop(f"{name}{_TOKENS}" if config.train_tokens else f"{name}.weight", None)
     if rows is None:
-        raise CheckpointError(f"{location}: modules_to_save is understood for the embeddings ({name}) alone.")
+        others = [other for other in left if other.endswith(".weight") and ".lora_" not in other]
+        holds = f"holds {others[0].removeprefix(_PREFIX)}, and " if others else ""
+        raise CheckpointError(
+            f"{location}: modules_to_save {holds}is understood for the embeddings ({name}) alone.\n"
+            "Routers and other layers can learn as adapters: target_modules, target_parameters."
+        )
     if config.train_embeddings:
         check_vocabulary(len(rows), model, location)
     if config.train_embeddings and model.tied_head:
@@ -538,6 +544,7 @@ def _words(modules: Iterable[str], location: str) -> tuple[Any, ...]:
             for part in parts_of(rule):
                 if part != DROP and theirs.endswith(".weight"):
                     words = [word for word in part.split(".") if word in TARGETS]
+                    words = ["router"] if "router" in words else words
                     known.setdefault(_tail(theirs.removesuffix(".weight")), {}).update(dict.fromkeys(words))
     if unknown := sorted({_leaf(module) for module in modules if not known.get(_tail(module))}):
         raise CheckpointError(f"{location} adapts layers that have no counterpart here: {', '.join(unknown)}.")

@@ -126,8 +126,6 @@ class MoE(nn.Module):
         # All choices (N * k,) in the order of their experts, so that each expert takes its tokens in one piece.
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts))
-        if self.training and self.router.taken is not None:
-            self.router.taken += counts
         for expert, choices in zip(self.experts, order.split(counts.tolist()), strict=True):
             if len(choices):
                 of = choices // chosen.size(1)
@@ -161,10 +159,11 @@ Seen = list[tuple[Tensor, Tensor]]
 class Router(nn.Module):
     """Choose the experts of a token, and weigh them.
 
-    A fraction of a percent of the weights decides which experts work: the router computes in float32. It is no linear
-    layer, so it is neither quantised nor adapted.
+    A fraction of a percent of the weights decides which experts work: the router computes in float32 and is never
+    quantised.
 
     Attributes:
+        in_features, out_features: E and n_expert, as of a linear layer.
         taken: (n_expert,) int64, to which passes in training add how many tokens took each expert; None where nobody
             counts.
         seen: to which passes add scores, in autograd's graph, and choices; None where nobody looks.
@@ -173,6 +172,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.in_features, self.out_features = config.n_embd, config.n_expert
         self.taken: Tensor | None = None
         self.seen: Seen | None = None
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
@@ -182,14 +182,22 @@ class Router(nn.Module):
         self.expert_scale = nn.Parameter(torch.ones(config.n_expert)) if config.router_norm else None
         nn.init.normal_(self.weight, std=config.n_embd**-0.5)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, E) -> weights (N, k) float32 and the chosen experts (N, k) int64; k is n_expert_per_token."""
+    def forward(self, x: Tensor, update: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """(N, E) -> weights (N, k) float32 and the chosen experts (N, k) int64; k is n_expert_per_token.
+
+        Args:
+            update: what an adapter adds to the scores, given what the weight is multiplied with.
+        """
         bias, x = None if self.bias is None else self.bias.float(), x.float()
         if self.scale is not None:
             x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps) * self.scale.float() * x.size(-1) ** -0.5
         scores = F.linear(x, self.weight.float(), bias)
+        if update is not None:
+            scores = scores + update(x)
         shares = self.shares(scores)
         chosen = self.choose(shares)
+        if self.training and self.taken is not None:
+            self.taken += chosen.flatten().bincount(minlength=self.out_features)
         if self.seen is not None:
             self.seen.append((scores, chosen))
         return self.weigh(shares, chosen), chosen

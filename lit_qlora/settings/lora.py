@@ -9,7 +9,9 @@ from typing import Literal, get_args
 from lit_qlora.settings.checks import Settings, check
 from lit_qlora.settings.limits import Count, CountOrZero, Pattern, Positive, ShareBelowOne
 
-Target = Literal["query", "key", "value", "latent", "projection", "delta", "conv", "per_layer", "mlp", "head", "all"]
+Target = Literal[
+    "query", "key", "value", "latent", "projection", "delta", "conv", "per_layer", "mlp", "router", "head", "all"
+]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -31,7 +33,8 @@ class LoRAConfig(Settings):
     dropout: ShareBelowOne = 0.05
     """Probability of zeroing an element of an adapter's input during training."""
     targets: tuple[Target, ...] | Target = ("query", "value")
-    """Layers that get an adapter, e.g. [query,value]. 'all' is every linear layer except the output head. Only
+    """Layers that get an adapter, e.g. [query,value]. 'all' is every linear layer except the output head. 'router' is
+    the choice of a mixture's experts, which has its own word: it moves tokens to other experts. Only
     DeepSeek's models have a latent. Only Qwen3-Next's and Qwen3.5's have gated delta nets: all their layers are
     'delta', some of them query, key, value and projection. There 'query' means attention's output gate, too. Only
     LFM2 has a conv. Only Gemma 4's E2B and E4B have a per_layer."""

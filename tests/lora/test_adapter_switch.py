@@ -62,6 +62,19 @@ def test_rows_of_a_mixture_of_experts_cannot_differ(tmp_path: Path) -> None:
     switch.select(["mlp", "mlp"])
 
 
+def test_routers_switch_with_all_rows(tmp_path: Path) -> None:
+    experts = tiny_model(family="mixtral", n_expert=4, n_expert_per_token=2, expert_size=32)
+    checkpoint = write_checkpoint(tmp_path / "experts", experts)
+    folder = write_adapter(tmp_path / "router", checkpoint, targets=("router", "query"))
+    switch = AdapterSwitch(load_model(checkpoint).eval())
+    switch.add("router", read_adapter(folder))
+    tokens = torch.randint(0, 320, (2, 7))
+    with torch.no_grad(), switch.using("router"):
+        torch.testing.assert_close(switch.model(tokens), alone(checkpoint, folder, "none")(tokens))
+    with pytest.raises(UsageError, match="mixture of experts"):
+        switch.select(["router", None])
+
+
 @pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
 def test_variants_are_switched_too(scheme: Scheme, tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", tiny_model(qkv_bias=True))

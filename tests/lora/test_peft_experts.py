@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_qlora.convert.families import FAMILIES, their_module
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.adapter import our_tensors, read_adapter
 from lit_qlora.lora.peft_experts import Stacks
@@ -41,6 +42,10 @@ WITH_EXPERTS = [
 ]
 """A case of each family with experts. minicpm3 has DeepSeek's attention alone; PEFT 0.21 takes the gate of afmoe's
 attention for an expert's, see test_further_families."""
+ROUTED = [
+    case if case == "mixtral" or not isinstance(case, str) else pytest.param(case, marks=SLOW) for case in WITH_EXPERTS
+]
+"""The same; the quick one has other names in memory than in its files."""
 MIXED = "qwen3_moe-dense-layers"
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 RANKS: dict[str, Any] = {
@@ -64,6 +69,20 @@ def test_peft_computes_the_same_with_some_blocks_and_mlps_beside_experts(tmp_pat
 @pytest.mark.parametrize("case", [*WITH_EXPERTS, MIXED])
 def test_peft_computes_the_same_with_every_variant(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
     ours_in_peft(case, ("all",), tmp_path, **settings)
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_peft_computes_the_same_with_routers_that_learn(case: str, tmp_path: Path) -> None:
+    ours_in_peft(case, ("router", "query"), tmp_path, rank_pattern={"router": 2})
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_we_compute_the_same_with_routers_that_peft_trained(case: str, tmp_path: Path) -> None:
+    family = CASES[case][0]
+    ours = "blocks.1.beside.mlp.router" if family == "gemma4_text" else "blocks.1.mlp.router"
+    router, _ = their_module(ours, FAMILIES[family])
+    parameters = [f"{router.partition('layers.1.')[2]}.weight", BOTH[1]]
+    theirs_in_ours(case, peft.LoraConfig(r=3, lora_alpha=7, target_modules=[], target_parameters=parameters), tmp_path)
 
 
 def of_parameters(parameters: list[str]) -> Any:
@@ -184,12 +203,12 @@ def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> N
         our_tensors(read_adapter(folder), tiny_config(family="qwen3_moe", **SMALL | {"n_expert": 3}))
 
 
-def test_an_adapter_of_a_router_is_refused_by_name(tmp_path: Path) -> None:
+def test_routers_that_were_trained_as_a_whole_are_refused_by_name(tmp_path: Path) -> None:
     model = tiny_config(family="qwen3_moe", **SMALL)
-    tensors, folder = written(tmp_path / "a", model, target_parameters=[*BOTH, "gate.weight"])
-    more = {f"base_model.model.model.layers.0.mlp.gate.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
-    write(folder, tensors | more, json.loads((folder / "adapter_config.json").read_text()))
-    with pytest.raises(CheckpointError, match=r"belong to no layer of .*\n.*mlp.gate.lora_A"):
+    tensors, folder = written(tmp_path / "a", model, modules_to_save=["gate"])
+    whole = {"base_model.model.model.layers.0.mlp.gate.weight": torch.ones(4, model.n_embd)}
+    write(folder, tensors | whole, json.loads((folder / "adapter_config.json").read_text()))
+    with pytest.raises(CheckpointError, match=r"modules_to_save holds .*layers.0.mlp.gate.*\n.*target_parameters"):
         our_tensors(read_adapter(folder), model)
 
 

@@ -366,7 +366,7 @@ ROWS: dict[str, Family] = {
         },
     ),
     "phimoe": row(
-        weights.MIXTRAL,
+        weights.PHIMOE,
         {
             **ATTENTION_BIAS,
             **WINDOW,

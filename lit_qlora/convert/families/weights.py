@@ -90,7 +90,8 @@ HY_V3 = (
     | _SHARED_MLP
     | tensors({f"{_LAYER}.mlp.router.gate": f"{_BLOCK}.mlp.router"})
     | {f"{_LAYER}.mlp.expert_bias": _CORRECTION}
-    | {name: rule for name, rule in _EXPERTS.items() if "shared" in name}  # in memory
+    | {name: rule for name, rule in _EXPERTS.items() if "shared" in name}  # in memory, as the next
+    | tensors({f"{_LAYER}.mlp.gate": f"{_BLOCK}.mlp.router"})
 )
 AFMOE = without(QWEN3, "post_attention_layernorm") | _ONLY_EXPERTS | tensors(
     {
@@ -112,6 +113,7 @@ GRANITE_MOE = without(LLAMA, ".mlp.") | {
     f"{_LAYER}.block_sparse_moe.input_linear.weight": _STACKED_EXPERTS["gate_up"],
     f"{_LAYER}.block_sparse_moe.output_linear.weight": _STACKED_EXPERTS["down"],
     f"{_LAYER}.block_sparse_moe.router.layer.weight": f"{_BLOCK}.mlp.router.weight",
+    f"{_LAYER}.block_sparse_moe.router.weight": f"{_BLOCK}.mlp.router.weight",  # in transformers' memory
 }
 GRANITE_MOE_SHARED = GRANITE_MOE | tensors(
     {
@@ -125,7 +127,7 @@ GRANITE_HYBRID = without(LLAMA, ".mlp.") | tensors(
         f"{_LAYER}.shared_mlp.output_linear": f"{_BLOCK}.mlp.down",
     }
 )
-MIXTRAL = without(LLAMA, ".mlp.") | tensors(
+PHIMOE = without(LLAMA, ".mlp.") | tensors(
     {
         f"{_LAYER}.block_sparse_moe.gate": f"{_BLOCK}.mlp.router",
         f"{_LAYER}.block_sparse_moe.experts.{{e}}.w1": f"{_EXPERT}.gate",
@@ -133,6 +135,9 @@ MIXTRAL = without(LLAMA, ".mlp.") | tensors(
         f"{_LAYER}.block_sparse_moe.experts.{{e}}.w3": f"{_EXPERT}.up",
     }
 )
+# What transformers 5 calls routers in memory.
+MIXTRAL = PHIMOE | tensors({f"{_LAYER}.mlp.gate": f"{_BLOCK}.mlp.router"})
+PHIMOE |= tensors({f"{_LAYER}.mlp.router": f"{_BLOCK}.mlp.router"})
 MINIMAX_M2 = MIXTRAL | qk_norm("q_norm", "k_norm") | {f"{_LAYER}.block_sparse_moe.e_score_correction_bias": _CORRECTION}
 GEMMA2 = without(LLAMA, "post_attention_layernorm") | tensors(
     {

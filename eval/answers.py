@@ -1,6 +1,6 @@
 """Answer a data file and compare with its own answers: exact match, BLEU, chrF, ROUGE-L.
 
-python eval/answers.py --data val.jsonl --lora_path out/lora/tiny-world/final --out predictions.jsonl
+python eval/answers.py --data.path val.jsonl --lora_path out/lora/tiny-world/final --out predictions.jsonl
 """
 
 import json

@@ -1,6 +1,6 @@
 """Measure the perplexity of a model on a text file.
 
-python eval/perplexity.py --file wiki.test.txt --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --quantize bnb.nf4
+python eval/perplexity.py --data.path wiki.test.txt --lora_path out/lora/Llama-2-7b-hf
 """
 
 import math

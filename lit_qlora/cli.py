@@ -16,7 +16,7 @@ from traceback import format_exception
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never printed
 
 from lit_qlora.errors import ResourceError, UsageError, UserError, did_you_mean
@@ -27,8 +27,10 @@ from lit_qlora.signals import Interrupted, StopRequest, caught
 Config = TypeVar("Config")
 WORDS, NUMBERS = re.compile(r"[\w./:*-]+(,[\w./:*-]+)+"), re.compile(r"[-+.\deE]+(,[-+.\deE]+)+")
 """Several of them, with commas between."""
-DATA_FLAGS = ("--data.path", "--data", "--data_path", "--file")
-"""Flags for a data file; each command has one of them and takes the others too."""
+DATA_FLAG = "--data.path"
+"""Flag for a data file in every command."""
+OLD_DATA_FLAGS = ("--data", "--data_path", "--file", "--csv_path")
+"""Its earlier names, which every command still takes. A command's own setting may be called so."""
 COMMAND_LINE_ONLY = ("allow_code",)
 """Settings that a --config file must not hold and config.yaml does not: a file could be a stranger's."""
 
@@ -112,9 +114,15 @@ def _run(
 
 
 def parse(config_type: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """Return the settings that argv describes. Raises UsageError; --help and --print_config print and exit."""
+    """Return the settings that argv describes. Raises UsageError; --help and --print_config print and exit.
+
+    `--help all` explains every flag, `--help WORD` those with WORD in their names, and --help those to begin with.
+    """
     parser = _parser(config_type)  # type: ignore[arg-type] # a class is hashable
     argv = _name_data(parser, list(sys.argv[1:] if argv is None else argv))
+    if word := _help_word(argv):
+        print(_help(parser, config_type, word))
+        raise SystemExit(0)
     argv = _read_pipes(_split_lists(parser, _complete_switches(parser, argv)))
     parser.argv = argv
     for flag in (word.removesuffix("=--") for word in argv if word.startswith("--") and word.endswith("=--")):
@@ -216,7 +224,7 @@ class _Parser(ArgumentParser):
         if found := re.search(r'key "([\w.]+)":(.*)', message, re.DOTALL):
             raise UsageError(self._wrong_value(found[1], found[2]))
         if found := re.search(r"arguments are required: (.*)", message):
-            raise UsageError(f"--{found[1].replace(', ', ', --')} must be given.")
+            raise UsageError(f"{', '.join(map(self._shown, found[1].split(', ')))} must be given.")
         if message.startswith("Problems parsing config:"):
             raise UsageError(f"{self._config_file()}: not valid YAML: {' '.join(message.split()[3:])}.")
         if message.startswith("Unexpected config:"):
@@ -226,7 +234,7 @@ class _Parser(ArgumentParser):
     def _wrong_value(self, key: str, detail: str) -> str:
         given = re.search(r"(?:Given|Got) value: (?!.*Given value)(.*)", detail, re.DOTALL)
         if not given:
-            return f"--{key}: {' '.join(detail.split())}."
+            return f"{self._shown(key)}: {' '.join(detail.split())}."
         value = given[1].strip()
         choices = list(dict.fromkeys(re.findall(r"'([\w.-]+)'", "".join(re.findall(r"Literal\[.*?\]", detail)))))
         kinds = [
@@ -237,7 +245,13 @@ class _Parser(ArgumentParser):
         value = value.strip("'\"")
         kinds = ["list" if kind == "tuple" else kind for kind in kinds]
         expected = " or ".join([*dict.fromkeys(kinds), *([f"one of {', '.join(choices)}"] if choices else [])])
-        return f"{self._location(key, value)}--{key}: expected {expected}, got {value!r}.{did_you_mean(value, choices)}"
+        location, hint = self._location(key, value), did_you_mean(value, choices)
+        return f"{location}{self._shown(key)}: expected {expected}, got {value!r}.{hint}"
+
+    def _shown(self, key: str) -> str:
+        """Return the flag that --help shows for a setting."""
+        action = self._option_string_actions.get(f"--{key}")
+        return action.option_strings[0] if action else f"--{key}"
 
     def _config_files(self) -> list[str]:
         """Return what each --config names."""
@@ -273,7 +287,9 @@ class _Parser(ArgumentParser):
 @cache
 def _parser(config_type: type[Any]) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(description=(config_type.__doc__ or "").strip(), allow_abbrev=False)
+    parser = _Parser(
+        description=(config_type.__doc__ or "").strip(), allow_abbrev=False, usage="%(prog)s [--FLAG VALUE ...]"
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings; flags win.")
     parser.add_class_arguments(config_type, as_group=False)
     for action in parser._actions:
@@ -281,7 +297,56 @@ def _parser(config_type: type[Any]) -> _Parser:
             action._typehint = _without_limits(action._typehint)
     parser.sections = [name for name, hint in get_type_hints(config_type).items() if is_dataclass(hint)]
     _remove_section_flags(parser, parser.sections)
+    for flag in OLD_DATA_FLAGS:
+        if own := parser._option_string_actions.get(flag):
+            own.option_strings = [DATA_FLAG, flag]
     return parser
+
+
+def _help_word(argv: Sequence[str]) -> str:
+    """Return the word behind --help, 'first' if there is none, and '' without --help."""
+    for word, following in pairwise([*argv, "--"]):
+        if word in ("--help", "-h"):
+            return "first" if following.startswith("-") else following
+    return next((word.partition("=")[2] for word in argv if word.startswith("--help=")), "")
+
+
+def _help(parser: _Parser, config_type: type[Any], word: str) -> str:
+    """Explain the flags that people need first, 'all', or those whose names hold a word.
+
+    Raises:
+        UsageError: if no name holds it.
+    """
+    actions = [action for action in parser._actions if action.help != SUPPRESS]
+    names = {
+        "first": {"help", "config", *_first(config_type)},
+        "all": {action.dest for action in actions},
+    }.get(word, {action.dest for action in actions if any(word in flag for flag in action.option_strings)})
+    if not names:
+        flags = [flag for action in actions for flag in action.option_strings]
+        raise UsageError(f"--help {word}: no flag has this in its name.{did_you_mean(f'--{word}', flags)}")
+    hidden = {action: action.help for action in actions if action.dest not in names}
+    for action in hidden:
+        action.help = SUPPRESS
+    text = parser.format_help().rstrip()
+    for action, explanation in hidden.items():
+        action.help = explanation
+    more = f"{len(hidden)} more flags: --help all explains them, --help WORD those with WORD in their names."
+    return f"{text}\n\n{more}" if hidden else text
+
+
+def _first(config_type: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the names of the settings that their classes list in `first`; for one that lists none, all its own."""
+    hints = get_type_hints(config_type)
+    listed = [names for kind in config_type.__mro__ if (names := vars(kind).get("first")) is not None]
+    own = [] if "first" in vars(config_type) and listed else list(config_type.__annotations__)
+    for field in fields(config_type):
+        if listed and field.name not in {*own, *(name for names in listed for name in names)}:
+            continue
+        if is_dataclass(hints[field.name]):
+            yield from _first(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
 
 
 def _remove_section_flags(parser: ArgumentParser, sections: Sequence[str]) -> None:
@@ -352,17 +417,16 @@ def _complete_switches(parser: ArgumentParser, argv: list[str]) -> list[str]:
 
 def _flag_before(word: str, flags: Sequence[str]) -> str:
     """Return ' Did you mean --data.path WORD?' for a word alone, with the flag that a command needs most."""
-    usual = ("--data.path", "--prompt", "--repo_id", "--lora_path", "--file", "--data", "--checkpoint_dir")
+    usual = (DATA_FLAG, "--prompt", "--repo_id", "--lora_path", "--checkpoint_dir")
     return next((f" Did you mean {flag} {word}?" for flag in usual if flag in flags), "")
 
 
 def _name_data(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """Put the command's own flag for a data file in place of another command's."""
-    own = [flag for flag in DATA_FLAGS if flag in parser._option_string_actions]
+    """Put the name of the command's own setting in place of DATA_FLAG and its earlier names."""
+    names = (DATA_FLAG, *OLD_DATA_FLAGS)
+    own = [flag for flag in (*names, "--verify") if flag in parser._option_string_actions]
     words = [word.partition("=") for word in argv]
-    return [
-        (own[0] if own and flag in DATA_FLAGS and flag not in own else flag) + "".join(rest) for flag, *rest in words
-    ]
+    return [(own[0] if own and flag in names and flag not in own else flag) + "".join(rest) for flag, *rest in words]
 
 
 def _split_lists(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -155,6 +155,8 @@ def load_for_inference(
 class InferenceConfig(Settings):
     """The model that a command loads."""
 
+    first = ("checkpoint_dir", "lora_path", "quantize")
+
     checkpoint_dir: Path | None = None
     """The model: a directory written by scripts/convert_hf_checkpoint.py or
     scripts/merge_lora.py. By default the base that the adapter was trained on, and without an adapter the demo

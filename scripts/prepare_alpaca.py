@@ -1,7 +1,7 @@
 """Split Alpaca, or another data set, into train.jsonl and val.jsonl.
 
 python scripts/prepare_alpaca.py --checkpoint_dir checkpoints/mistralai/Mistral-7B-v0.1
-python scripts/prepare_alpaca.py --data_path alpaca_data_cleaned.json --out_dir data/alpaca
+python scripts/prepare_alpaca.py --data.path alpaca_data_cleaned.json --out_dir data/alpaca
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Split a table with any columns into train.jsonl and val.jsonl.
 
-python scripts/prepare_csv.py --csv_path faq.csv --columns question:instruction,reply:output --out_dir data/faq
+python scripts/prepare_csv.py --data.path faq.csv --columns question:instruction,reply:output --out_dir data/faq
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Config(PrepareConfig):
     def __post_init__(self) -> None:
         """Check that one table is named."""
         super().__post_init__()
-        check(bool(self.csv_path) != bool(self.csv_dir), "Name one table, with --csv_path or --csv_dir.")
+        check(bool(self.csv_path) != bool(self.csv_dir), "Name one table, with --data.path or --csv_dir.")
 
     @property
     def table(self) -> Path:

@@ -89,6 +89,7 @@ def raising(error: BaseException) -> Callable[[Config], None]:
             ["--train.gradient_accumulation_steps=4"],
             "steps is not a flag of this command. Did you mean --train.batch_size,",
         ),
+        (["--load_in_4bit=true"], "--load_in_4bit is not a flag of this command. Did you mean --quantize bnb.nf4?"),
         (["--base_model=x"], "--base_model is not a flag of this command. Did you mean --checkpoint_dir?"),
         (["--sample_packing=true"], "--sample_packing is not a flag of this command. Did you mean --data.packing?"),
         (["--lora.targets=query,q_proj"], "got 'q_proj'. Did you mean query?"),
@@ -285,9 +286,11 @@ def test_commas_make_a_list_for_flags_that_take_one(joined: bool) -> None:
     assert config.lora.train_tokens == (1, 2)
 
 
-@pytest.mark.parametrize("flag", ["--data", "--data_path", "--file", "--data.path"])
+@pytest.mark.parametrize("flag", ["--data", "--data_path", "--file", "--csv_path", "--data.path"])
 def test_a_data_file_has_one_name_in_all_commands(flag: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
+    merge = cli.parse(load_script("scripts/merge_lora.py").MergeConfig, ["--lora_path=x", f"{flag}=a.jsonl"])
+    assert merge.verify == "a.jsonl"
     assert cli.parse(FinetuneConfig, [flag, "a.jsonl"]).data.path == ("a.jsonl",)
     assert cli.parse(load_script("eval/answers.py").Config, [f"{flag}=a.jsonl"]).data == "a.jsonl"
     assert cli.parse(load_script("eval/perplexity.py").Config, [flag, str(tmp_path / "a.txt")]).file.name == "a.txt"
@@ -418,11 +421,48 @@ def test_a_reader_who_goes_away_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def help_text(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, list[str]]:
+    """The help, and the flags that it explains."""
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(FinetuneConfig, argv)
+    said = capsys.readouterr().out
+    return said, re.findall(r"^  (?:-h, )?(--[\w.]+)", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_begins_with_twenty_flags_and_names_the_way_to_all(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said, flags = help_text([word], capsys)
+    assert len(flags) == 22
+    assert {"--checkpoint_dir", "--quantize", "--data.path", "--lora.r", "--train.learning_rate"} <= {*flags}
+    count = sum(action.help != "==SUPPRESS==" for action in cli._parser(FinetuneConfig)._actions)
+    assert said.endswith(
+        f"{count - 22} more flags: --help all explains them, --help WORD those with WORD in their names.\n"
+    )
+    assert len(help_text(["--help", "all"], capsys)[1]) == count
+    assert len(help_text(["--help=all"], capsys)[1]) == count
+
+
+def test_help_with_a_word_explains_the_flags_that_hold_it(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = help_text(["--help", "judge"], capsys)[1]
+    assert len(flags) == 5
+    assert all("judge" in flag for flag in flags)
+    assert refusal("--help", "epohcs") == "--help epohcs: no flag has this in its name. Did you mean --eval.epochs?"
+
+
+def test_help_and_messages_call_a_data_file_by_its_one_name(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = load_script("eval/answers.py").Config
+    with pytest.raises(SystemExit):
+        cli.parse(answers, ["--help"])
+    assert "  --data.path DATA, --data DATA\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"^--data\.path must be given\.$"):
+        cli.parse(answers, [])
+
+
 # Every entry point.
 
 PROBE = """
 import runpy, sys
-sys.argv = [sys.argv[1], "--help"]
+sys.argv = [sys.argv[1], "--help", "all"]
 sys.path[0] = sys.argv[0].rpartition("/")[0]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")

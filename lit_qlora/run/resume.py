@@ -136,7 +136,7 @@ def newest(folder: Path) -> Checkpoint | None:
                 tell(f"  note    {error} The one before it is used.", sys.stderr)
     if damages:
         raise CheckpointError(
-            "No checkpoint of this run is whole:\n  " + "\n  ".join(damages) + "\n--resume never starts anew."
+            "No checkpoint of this run is whole:\n  " + "\n  ".join(damages) + "\nTo start anew: --resume never."
         )
     return None
 
@@ -191,7 +191,7 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str,
     if differing := differing_parts(then["base"], config.checkpoint_dir):
         raise CheckpointError(
             f"{config.checkpoint_dir} is not the base of the run in {checkpoint.path.parent}: "
-            f"it holds {' and '.join(PARTS[part] for part in differing)}.\n--resume never starts anew."
+            f"it holds {' and '.join(PARTS[part] for part in differing)}.\nTo start anew: --resume never."
         )
     allowed = (*HARMLESS, *LENGTH) if config.extend else HARMLESS
     before, after = flat(then["config"]), flat(plain(config))
@@ -203,18 +203,18 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str,
         over = (checkpoint.path.parent / SUMMARY).exists()
         raise UsageError(
             f"The run in {checkpoint.path.parent} is {'over' if over else 'not finished'}, and began with other "
-            "settings:\n  " + "\n  ".join(rows) + f"\n--resume never starts anew and moves it aside.{hint}"
+            "settings:\n  " + "\n  ".join(rows) + f"\nTo start anew and move it aside: --resume never.{hint}"
         )
     if style != then.get("style", style):
         raise UsageError(
             f"The run in {checkpoint.path.parent} began with another prompt style than today's (--data.prompt "
-            f"{config.data.prompt}).\nPut it back, or --resume never starts anew."
+            f"{config.data.prompt}).\nPut it back, or start anew with --resume never."
         )
     if list(files.values()) != list(then["data"].values()) and not config.resume_changed_data:
         raise DataError(
             f"The data is not what the run in {checkpoint.path.parent} began with: "
             f"{_differences(then['data'], files)}.\n"
-            "--resume_changed_data goes on anyway, --resume never starts anew."
+            "--resume_changed_data goes on anyway; --resume never is a new start."
         )
 
 

@@ -36,6 +36,8 @@ class Settings:
 
     prefix: ClassVar[str] = ""
     """Common beginning of their flags, such as "lora."."""
+    first: ClassVar[tuple[str, ...] | None] = None
+    """Settings that --help explains by itself, and --help all with the others; None for all."""
 
     def notes(self) -> list[str]:
         """Return what a user may want to know of these settings; a command prints it before it begins."""

@@ -44,6 +44,8 @@ class PromptKnobs(Settings):
 class DataConfig(PromptKnobs):
     """Training and validation data, and how records become token ids."""
 
+    first = ("path", "columns", "prompt", "max_length", "packing")
+
     path: tuple[str, ...] | str = "auto"
     """A .json, .jsonl, .csv, .tsv, .parquet, .arrow or .txt file, which may be compressed (.gz, .zst, .xz, .bz2); a
     pattern such as "data/*.jsonl"; a folder with train and val files, of several files of one format, or saved by the

@@ -17,6 +17,7 @@ class EvalConfig(Settings):
     """The validations before and during training, and their metrics. The model is always validated after training."""
 
     prefix = "eval."
+    first = ("every", "generate")
 
     every: NotNegative = 0.0
     """Optimizer steps between validations, or a share of an epoch if below 1; 0 validates ten times in the run."""

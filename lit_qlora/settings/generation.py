@@ -21,6 +21,8 @@ from lit_qlora.settings.limits import (
 class GenerationConfig(Settings):
     """The choice of an answer's tokens: the likeliest, sampling, or beam search."""
 
+    first = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
+
     max_new_tokens: Count = 128
     """Maximum tokens of an answer."""
     min_new_tokens: CountOrZero = 0

@@ -11,6 +11,7 @@ class GuardConfig(Settings):
     """The end of a run whose loss or gradients went wrong. A loss that is not finite always ends it."""
 
     prefix = "guard."
+    first = ()
 
     divergence: NotNegative = 3.0
     """A loss diverges above this factor times its best running average, plus 1; 0 does not look."""

@@ -14,6 +14,7 @@ class LogConfig(Settings):
     """Trackers of the run besides OUT/log.jsonl."""
 
     prefix = "log."
+    first = ()
 
     to: tuple[Tracker, ...] | Tracker = ()
     """Trackers that get the same metrics, e.g. [tensorboard,wandb]. They write to OUT/tensorboard, OUT/wandb and

@@ -25,6 +25,7 @@ class LoRAConfig(Settings):
     """The layers that get adapters, and the form and initial values of these."""
 
     prefix = "lora."
+    first = ("r", "alpha", "targets")
 
     r: Count = 8
     """Rank of each adapter."""

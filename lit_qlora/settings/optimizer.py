@@ -31,6 +31,7 @@ class OptimizerConfig(Settings):
     """The rule that updates the adapter. A setting that the optimizer does not have is refused."""
 
     prefix = "optimizer."
+    first = ("name",)
 
     name: str = "adamw"
     """adamw (fused on a GPU), adam, sgd, rmsprop, adadelta, adafactor or lion; with 8-bit state adamw8bit or lion8bit;

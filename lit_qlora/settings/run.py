@@ -25,6 +25,11 @@ DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
 class FinetuneConfig(Settings):
     """Fine-tune a checkpoint with LoRA; with --quantize bnb.nf4 this is QLoRA."""
 
+    first = (
+        *("checkpoint_dir", "out_dir", "quantize", "dry_run", "resume"),
+        *("lora", "data", "train", "optimizer", "eval", "log", "guard"),
+    )
+
     checkpoint_dir: Path = DEMO_CHECKPOINT
     """The base: a directory written by scripts/convert_hf_checkpoint.py."""
     out_dir: Path | None = None

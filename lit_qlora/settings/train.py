@@ -15,6 +15,7 @@ class TrainConfig(Settings):
     """Length, learning rate and execution of training."""
 
     prefix = "train."
+    first = ("epochs", "learning_rate", "batch_size", "micro_batch_size")
 
     epochs: Positive = 3.0
     """Passes over the training data."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from lit_qlora.errors import (
     UserError,
     did_you_mean,
 )
-from lit_qlora.settings import FinetuneConfig, GenerationConfig
+from lit_qlora.settings import FinetuneConfig, GenerationConfig, PreferenceConfig
 from tests.conftest import ROOT, load_script
 
 ENTRY_POINTS = sorted(
@@ -240,6 +240,7 @@ def test_what_a_config_file_cannot_mean_is_refused(tmp_path: Path, yaml: str, me
 
 def test_what_others_call_a_flag_is_a_flag_of_ours() -> None:
     flags = {flag for action in cli._parser(FinetuneConfig)._actions for flag in action.option_strings}
+    flags |= {f"--preference.{setting.name}" for setting in fields(PreferenceConfig)}  # of another command
     named = {ours.split()[0].rstrip(",") for theirs, ours in OTHER_NAMES.items() if theirs.startswith("--")}
     assert named <= flags
     assert not flags & OTHER_NAMES.keys()

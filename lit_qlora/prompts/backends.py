@@ -136,10 +136,12 @@ class SentencePiece:
         """Ids of a text with tokens in it that are cut out; what follows one is not a beginning."""
         ids: list[int] = []
         at = 0
-        for found in marks.finditer(text):
-            ids += self._encode_between(text[at : found.start()], first=not ids)
-            ids.append(self.ids[found[0] if found[0] in self.ids else found[0].strip(SPACE)])
-            at = found.end()
+        while found := marks.search(text, at):
+            token = self.added[self.ids[found[0]]]
+            before = text[at : found.start()]
+            ids += self._encode_between(before.rstrip(SPACE) if token.lstrip else before, first=not ids)
+            ids.append(self.ids[found[0]])
+            at = _behind_space(text, found.end()) if token.rstrip else found.end()
         return ids + self._encode_between(text[at:], first=not ids)
 
     def _encode_between(self, text: str, first: bool) -> list[int]:
@@ -199,13 +201,23 @@ def read_pieces(path: Path) -> list[tuple[str, float, int]]:
 
 
 def _finder(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
-    """Finds any of `tokens` with the white space that it swallows, the longest where several begin together."""
+    """Finds the names of `tokens`, the longest where several begin together.
+
+    White space that they swallow is no part of it: looking for any amount of it would take the square of a text's
+    length.
+    """
     patterns = []
     for token in sorted(tokens, key=lambda token: len(token.content), reverse=True):
         name = re.escape(token.content)
-        name = rf"(?<!\w){name}(?!\w)" if token.single_word else name
-        patterns.append(f"[{SPACE}]*" * token.lstrip + name + f"[{SPACE}]*" * token.rstrip)
+        patterns += [rf"(?<!\w){name}(?!\w)" if token.single_word else name] if name else []
     return re.compile("|".join(patterns)) if patterns else None
+
+
+def _behind_space(text: str, at: int) -> int:
+    """Position behind the white space at a position."""
+    space = re.compile(f"[{SPACE}]*").match(text, at)
+    assert space  # it may be none
+    return space.end()
 
 
 MOST_GROWTH = 128

@@ -235,18 +235,18 @@ class _Server:
             ApiError: if the answer does not fit behind a prompt.
         """
         tokenizer, style = self.roster.tokenizer, self.roster.styles[order.model]
-        if order.texts:
-            prompts = [tokenizer.encode(text) for text in order.texts]
-            stops = tokenizer.stop_ids
-        else:
-            for name, value in order.conversation.variables.items():
-                if style is None or not style.reads(name, False, value):
-                    raise ApiError(400, f"The prompt style of {order.model} does not write {name}.", name)
-            try:
+        try:
+            if order.texts:
+                prompts = [tokenizer.encode(text) for text in order.texts]
+                stops = tokenizer.stop_ids
+            else:
+                for name, value in order.conversation.variables.items():
+                    if style is None or not style.reads(name, False, value):
+                        raise ApiError(400, f"The prompt style of {order.model} does not write {name}.", name)
                 prompts = [encode_prompt(tokenizer, style, order.conversation)]
-            except UserError as error:
-                raise ApiError(400, str(error), "messages") from None
-            stops = stop_ids(tokenizer, style)
+                stops = stop_ids(tokenizer, style)
+        except UserError as error:
+            raise ApiError(400, str(error), "prompt" if order.texts else "messages") from None
         questions = []
         for prompt in prompts:
             room = self._room(len(prompt), order)

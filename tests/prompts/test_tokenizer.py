@@ -408,6 +408,44 @@ def test_a_control_token_swallows_white_space_across_prompt_and_answer(tmp_path:
     assert parts == [[*tokenizer.encode("a ", bos=False), first], b, [first + 1, *c]]
 
 
+def test_looking_for_a_token_that_swallows_white_space_takes_time_in_proportion(tmp_path: Path) -> None:
+    sentencepiece(tmp_path)
+    token = {"content": "<gap>", "special": False, "lstrip": True, "rstrip": True}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {"300": token}})
+    tokenizer = Tokenizer(tmp_path)
+    gap, spaces = "<gap>", " " * 500_000
+    assert tokenizer.encode(f"a{spaces}{gap}{spaces}b") == tokenizer.encode(f"a{gap}b")
+    assert tokenizer.encode(f"a{gap}{gap}\u00a0") == [*tokenizer.encode("a"), 300, 300]
+    assert 300 not in tokenizer.encode(spaces)
+
+
+def spells_control_tokens(directory: Path, *names: str) -> Tokenizer:
+    """A tokenizer that finds control tokens in texts, also where they are written with wide letters."""
+    letters = [[letter, -3.0] for letter in dict.fromkeys("▁" + "".join(names)) if [letter] != list(names)]
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], *([name, -1.0] for name in names), *letters]}
+    off = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    added = [off | {"id": i, "content": name, "special": True} for i, name in enumerate(names, 1)]
+    spec = {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFKC"}, "model": model}
+    write_json(directory / "tokenizer.json", spec | {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}})
+    write_json(directory / "tokenizer_config.json", {"eos_token": names[0]})
+    return Tokenizer(directory)
+
+
+@pytest.mark.parametrize("text", ["</s>", "＜/s＞", "s＜/s＞s</s>", "＜/s＞" * 50, "<ss>", "</s" * 9 + "s>s>"])
+def test_no_spelling_of_a_control_token_makes_one_of_a_text(tmp_path: Path, text: str) -> None:
+    tokenizer = spells_control_tokens(tmp_path, "</s>", "<s", "s>s>")
+    for continuation in (False, True):
+        ids = tokenizer.encode(text, continuation=continuation)
+        assert not set(tokenizer.control_tokens.values()) & set(ids)
+        assert len(ids) >= len(text)
+
+
+def test_a_letter_that_is_a_control_token_is_refused_in_a_text(tmp_path: Path) -> None:
+    tokenizer = spells_control_tokens(tmp_path, "x")
+    with pytest.raises(CheckpointError, match="makes a control token of '\uff58', which is text"):
+        tokenizer.encode("\uff58", continuation=True)
+
+
 def test_a_hidden_token_is_the_unknown_one_else_mask_else_padding_else_the_end(tmp_path: Path) -> None:
     vocabulary = {name: i for i, name in enumerate(["a", "</s>", "<pad>", "<mask>", "<unk>"])}
     model = {"type": "BPE", "vocab": vocabulary, "merges": []}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.errors import UsageError
+from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.inference import Roster
 from tests.conftest import load_script
 from tests.serve.conftest import Running, serving
@@ -105,6 +105,18 @@ def test_a_smaller_context_than_the_models_is_kept_to(roster: Roster) -> None:
         answer = post(server, body | {"max_tokens": 20}, path="/v1/completions")
         assert answer[0] == 400
         assert "context holds 20" in message(answer)
+
+
+def test_a_text_that_the_tokenizer_refuses_is_refused_with_400(
+    server: Running, roster: Roster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise CheckpointError("cannot encode a text")
+
+    monkeypatch.setattr(roster.tokenizer, "encode_many", refuse)
+    completion = post(server, {"model": "tiny", "prompt": "x"}, "/v1/completions")
+    for answer, field in ((completion, "prompt"), (post(server, chat()), "messages")):
+        assert (answer[0], message(answer), answer[1]["error"]["param"]) == (400, "cannot encode a text", field)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -326,6 +327,7 @@ def _int8(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return {"packed": packed, "absmax": absmax}
 
 
+@cache  # setting a level clears the caches of all loggers, 0.25 ms each time
 def bitsandbytes() -> ModuleType:
     """bitsandbytes, imported on first use (it takes seconds) and told to keep quiet."""
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")

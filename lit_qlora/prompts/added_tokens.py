@@ -13,6 +13,10 @@ SPACE = "\t\n\v\f\r \u0085\u00a0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
 """The characters that lstrip and rstrip take for white space; str.strip takes more."""
 
 
+MOST_IDS = 2**24
+"""Ids that tokens may have are below."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
     """A token that is found in a text before the vocabulary's own model sees it."""
@@ -30,6 +34,11 @@ class AddedToken:
     """It is found only where no letter or digit touches it."""
     normalized: bool = False
     """It is looked for in the normalised text."""
+
+    def __post_init__(self) -> None:
+        """Check the id, which a file gives."""
+        if self.id is not None and not 0 <= self.id < MOST_IDS:
+            raise ValueError(f"{self.content!r} cannot be token {self.id}")
 
     @classmethod
     def parse(cls, token: Any, id: int | None = None, special: bool | None = None) -> "AddedToken":

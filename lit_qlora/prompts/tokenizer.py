@@ -93,7 +93,7 @@ class Tokenizer:
         self._control_ids = frozenset(self.control_tokens.values()) - {self._backend.unk_id}
         self.prefixes, self.begins_behind_control = self._backend.prefixes, self._backend.begins_behind_control
         rows = read_if_there(directory / "model_config.json").get("vocab_size")
-        self.without_embedding = frozenset(range(self.size if rows is None else int(rows), self.size))
+        self.without_embedding = range(self.size if rows is None else int(rows), self.size)
         names = ("unk_token", "mask_token", "pad_token")
         unknown, *others = (self._named(settings.get(name)) for name in names)
         known = (unknown, self._backend.unk_id, *others)
@@ -152,11 +152,11 @@ class Tokenizer:
 
     def require_embedding(self, ids: Iterable[int]) -> None:
         """Raise CheckpointError for an id that the model has no row for, naming the token."""
-        if self.without_embedding and (beyond := self.without_embedding.intersection(ids)):
+        if self.without_embedding and (beyond := [i for i in ids if i in self.without_embedding]):
             first = min(beyond)
             raise CheckpointError(
                 f"The data, the prompt style or the chat template writes {self._backend.id_to_token(first)!r}, token "
-                f"{first}; the model has {min(self.without_embedding)} embeddings.\n"
+                f"{first}; the model has {self.without_embedding.start} embeddings.\n"
                 "Take that token out of them, or the tokenizer that belongs to the model."
             )
 

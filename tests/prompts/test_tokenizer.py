@@ -419,6 +419,14 @@ def test_looking_for_a_token_that_swallows_white_space_takes_time_in_proportion(
     assert 300 not in tokenizer.encode(spaces)
 
 
+@pytest.mark.parametrize("number", [-1, 2**24, 2**63])
+def test_a_token_of_an_impossible_id_is_refused(tmp_path: Path, number: int) -> None:
+    sentencepiece(tmp_path)
+    write_json(tmp_path / "added_tokens.json", {"<far>": number})
+    write_json(tmp_path / "model_config.json", {"vocab_size": 300})
+    assert f"'<far>' cannot be token {number}" in refusal(tmp_path)
+
+
 def spells_control_tokens(directory: Path, *names: str) -> Tokenizer:
     """A tokenizer that finds control tokens in texts, also where they are written with wide letters."""
     letters = [[letter, -3.0] for letter in dict.fromkeys("▁" + "".join(names)) if [letter] != list(names)]

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def check_code(tasks: Sequence[str], include_path: Path, allow_code: bool) -> No
     own = task_files(include_path)
     wanted = [own[name] for name in tasks if name in own]
     # A group names its tasks in many ways; each file of the folder may be one of them.
-    files = sorted(include_path.rglob("*")) if None in wanted else [file for file in wanted if file]
-    running = sorted({f"{file} ({word})" for file in files for word in _code(file, set())})
+    files = sorted(include_path.rglob("*.yaml")) if None in wanted else [file for file in wanted if file]
+    running = sorted({f"{file} ({word})" for file in files for word in _code(file)})
     if running and not allow_code:
         raise UsageError(
             f"The task would run Python: {running[0]}{f' and {len(running) - 1} more' if running[1:] else ''}.\n"
@@ -67,24 +68,44 @@ def check_code(tasks: Sequence[str], include_path: Path, allow_code: bool) -> No
         print(f"Runs Python of a task file: {place}.", file=sys.stderr)
 
 
-def _code(file: Path, seen: set[Path]) -> Iterator[str]:
-    """Yield the names of functions that a YAML file, or one that it includes, would import."""
+def _code(file: Path, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """Yield what a YAML file, or one that it includes, would have imported: functions, and metrics from elsewhere.
+
+    Raises:
+        UsageError: if a file that it includes is no YAML file within limits.
+    """
     import yaml
 
     file = file.resolve()
-    if file in seen or not file.is_file() or file.suffix not in (".yaml", ""):
+    if file in seen or not file.is_file():
         return
-    seen.add(file)
     try:
         root = yaml.compose(read_yaml_text(file, UsageError))
     except (yaml.YAMLError, UsageError):
+        if seen:  # nobody else reads it before lm-eval does
+            raise UsageError(f"{file} is included by a task, and is no YAML file that can be read.") from None
         return  # is refused where it is read
     for node in _nodes(root):
         if node.tag == "!function" or node.tag.startswith("tag:yaml.org,2002:python/"):
             yield str(node.value)[:80]
-    included = [value for name, value in getattr(root, "value", []) if getattr(name, "value", None) == "include"]
-    for path in (str(item.value) for value in included for item in _nodes(value) if isinstance(item, yaml.ScalarNode)):
-        yield from _code(file.parent / path, seen)
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        keys = {str(key.value): value for key, value in node.value}
+        if "metric" in keys and (keys["metric"].value not in _metrics() or "hf_evaluate" in keys):
+            yield f"metric {str(keys['metric'].value)[:80]}"
+        for key, value in node.value:  # a key may come twice, and what << merges may include too
+            if key.value == "include":
+                for path in (item for item in _nodes(value) if isinstance(item, yaml.ScalarNode)):
+                    yield from _code(file.parent / path.value, seen | {file})
+
+
+@cache
+def _metrics() -> frozenset[str]:
+    """Return the metrics of lm-eval. Any other is a Python file, or a repository, for the evaluate library to run."""
+    from lm_eval.api.registry import get_metric, metric_registry
+
+    get_metric("acc")  # fills the registry
+    return frozenset(metric_registry.keys())
 
 
 def _nodes(node: Any) -> Iterator[Any]:

@@ -142,11 +142,13 @@ def load_tasks(names: Sequence[str], folder: Path) -> "TaskDict":
 
     own = task_files(folder / "tasks") if (folder / "tasks").is_dir() else {}
     files = {name: own[name] if name in own else lm_eval_task_files()[name] for name in names}
-    specs = {name: str(file) if file and name not in own else name for name, file in files.items()}
+    specs = {name: str(file) if file else name for name, file in files.items()}
     several = [name for name, file in files.items() if file is None]
     if several:
         print(f"{', '.join(several)}: several tasks, so lm-eval's whole list is read (17 s).", file=sys.stderr)
-    manager = TaskManager(include_path=str(folder / "tasks") if own else None, include_defaults=bool(several))
+    # Only files that were asked for are read, and so were looked through for code: another could have their name.
+    groups = any(own.get(name, folder) is None for name in names)
+    manager = TaskManager(include_path=str(folder / "tasks") if groups else None, include_defaults=bool(several))
     loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     for name, spec in specs.items():
         try:

@@ -10,11 +10,12 @@ from jinja2.exceptions import SecurityError
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
+from lit_qlora.files.reading import MOST_YAML
 from lit_qlora.settings import EvalConfig, FinetuneConfig
 from tests.conftest import load_script
 
 pytest.importorskip("lm_eval")
-load_script("eval/lm_eval_tasks.py")  # is imported by the next by its name
+tasks = load_script("eval/lm_eval_tasks.py")  # is imported by the next by its name
 sandbox = load_script("eval/lm_eval_sandbox.py")
 
 TASK = """\
@@ -64,16 +65,48 @@ def test_a_template_cannot_take_all_memory(text: str) -> None:
         ("quiz.yaml", TASK + "include: base\n"),
         ("quiz.yaml", TASK + "x: !!python/object/apply:os.system [true]\n"),
         ("group.yaml", "group: quiz\ntask: [a]\n"),
+        ("quiz.yaml", TASK + "include: base.txt\n"),
+        ("quiz.yaml", TASK + "<<: {include: base}\n"),
+        ("quiz.yaml", TASK + "include: x\ninclude: base\n"),
+        ("quiz.yaml", TASK + "metric_list: [{metric: ./metric.py}]\n"),
+        ("quiz.yaml", TASK + "metric_list: [{metric: someone/metric}]\n"),
+        ("quiz.yaml", TASK + "metric_list: [{metric: acc, hf_evaluate: true}]\n"),
+        ("quiz.yaml", TASK + "metric_list: [&m {metric: acc}, {<<: *m, metric: ./metric.py}]\n"),
     ],
 )
 def test_a_task_that_would_run_python_is_refused_by_name(folder: Path, name: str, content: str) -> None:
-    (folder / "base").write_text("process_docs: !function utils.keep\n")
+    for base in ("base", "base.txt"):
+        (folder / base).write_text("process_docs: !function utils.keep\n")
     if name == "group.yaml":
         (folder / "quiz.yaml").write_text("task: a\nprocess_docs: !function utils.keep\n")
     (folder / name).write_text(content)
     with pytest.raises(UsageError, match=r"(?s)would run Python: .*--allow_code"):
         sandbox.check_code(["quiz"], folder, False)
     assert not (folder / "RAN").exists()
+
+
+def test_a_file_that_a_task_includes_must_be_readable_within_limits(folder: Path) -> None:
+    (folder / "quiz.yaml").write_text(TASK + "include: base\n")
+    (folder / "base").write_text("#" * MOST_YAML + "\nprocess_docs: !function utils.keep\n")
+    with pytest.raises(UsageError, match="base is included by a task, and is no YAML file that can be read"):
+        sandbox.check_code(["quiz"], folder, False)
+
+
+def test_no_other_file_takes_the_place_of_the_task_that_was_asked_for(folder: Path) -> None:
+    """In a mapping of this form the search for names finds none."""
+    content = '{"task": quiz, "process_docs": !function utils.keep}'
+    (folder / "a.yaml").write_text(content)
+    sandbox.check_code(["quiz"], folder, False)
+    with tasks.overlay(folder) as overlay:
+        (task,) = tasks.load_tasks(["quiz"], overlay)["tasks"].values()
+    assert task.config.output_type == "multiple_choice"
+    assert not (folder / "RAN").exists()
+
+
+def test_metrics_of_lm_eval_need_no_leave(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "quiz.yaml").write_text(TASK + "metric_list: [{metric: acc}, {metric: acc_norm}, {metric: chrf++}]\n")
+    sandbox.check_code(["quiz"], folder, False)
+    assert capsys.readouterr().err == ""
 
 
 def test_python_that_is_allowed_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

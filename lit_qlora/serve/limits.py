@@ -26,7 +26,7 @@ class Limits(Settings):
     body_bytes: Annotated[int, at_least(1024)] = 2**20
     """Largest request in bytes."""
     read_seconds: Positive = 10.0
-    """Seconds that a client may take to send a request."""
+    """Seconds that a client may take to send a request, or to read what waits for it."""
     prompt_seconds: Positive = 5.0
     """Seconds that writing a prompt may take: the chat template, which is a program, and the tokenizer."""
     answer_seconds: Positive = 600.0

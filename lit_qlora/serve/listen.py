@@ -39,7 +39,8 @@ def make_server(app: Any, read_seconds: float, drain_seconds: float) -> uvicorn.
     """A server that is ready to run on sockets.
 
     Args:
-        read_seconds: how long a client may take to send the head of a request; uvicorn itself would wait for ever.
+        read_seconds: how long a client may take to send the head of a request, or to take what waits for it; uvicorn
+            itself would wait for ever.
         drain_seconds: how long running requests may go on after a signal, while no new connection is accepted.
     """
 
@@ -61,14 +62,24 @@ def make_server(app: Any, read_seconds: float, drain_seconds: float) -> uvicorn.
 
 
 class _ImpatientProtocol(H11Protocol):
-    """Closes a connection on which no whole request head comes in time."""
+    """Closes a connection on which no whole request head comes in time, or whose client does not read."""
 
     seconds: float
     _clock: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that pause_writing tells of anything that waits
         self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -76,6 +87,7 @@ class _ImpatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
+        self._stop_waiting()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
@@ -97,3 +109,8 @@ class _ImpatientProtocol(H11Protocol):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+
+    def _stop_waiting(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None

@@ -29,6 +29,8 @@ class Running:
     app: Any
     steps: int = 0
     """Steps of the batch so far."""
+    listening: Any = None
+    """uvicorn's server."""
 
     @property
     def url(self) -> str:
@@ -40,6 +42,11 @@ class Running:
         """Answers that are being made, and that wait."""
         load: tuple[int, int] = self.app.state.engine.load
         return load
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open."""
+        return len(self.listening.server_state.connections)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Come back when `condition` holds."""
@@ -71,6 +78,7 @@ def serving(
     listener = open_socket("127.0.0.1", 0)
     running = Running(listener.getsockname()[1], app)
     server = make_server(app, limits.get("read_seconds", 10.0), limits.get("drain_seconds", 5.0))
+    running.listening = server
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

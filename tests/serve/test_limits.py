@@ -15,6 +15,7 @@ import pytest
 
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.inference import Roster
+from lit_qlora.serve.listen import open_socket
 from tests.conftest import load_script
 from tests.serve.conftest import Running, serving
 
@@ -241,6 +242,31 @@ def test_v08_a_request_that_comes_too_slowly_is_ended(roster: Roster) -> None:
             raw.sendall(head + b"Content-Length: 500\r\n\r\n{")
             assert b" 408 " in raw.recv(1000).splitlines()[0]
         assert post(server, chat(max_tokens=1))[0] == 200
+
+
+def test_a_client_that_does_not_read_is_left(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_small(host: str, port: int) -> socket.socket:
+        listener = open_socket(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr("tests.serve.conftest.open_socket", open_small)
+    with serving(roster, read_seconds=0.5) as server, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.settimeout(60)
+        raw.connect(("127.0.0.1", server.port))
+        body = json.dumps(chat(max_tokens=60, n=8, stream=True)).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        server.wait_for(lambda: server.load != (0, 0))
+        server.wait_for(lambda: server.load == (0, 0))
+        server.wait_for(lambda: server.connections == 0)
+        received = b""
+        with suppress(ConnectionResetError):
+            while part := raw.recv(2**16):
+                received += part
+        assert received.startswith(b"HTTP/1.1 200 OK")
+        assert b"[DONE]" not in received
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])

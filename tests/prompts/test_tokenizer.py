@@ -439,7 +439,10 @@ def spells_control_tokens(directory: Path, *names: str) -> Tokenizer:
     return Tokenizer(directory)
 
 
-@pytest.mark.parametrize("text", ["</s>", "＜/s＞", "s＜/s＞s</s>", "＜/s＞" * 50, "<ss>", "</s" * 9 + "s>s>"])
+WIDE = "\uff1c/s\uff1e"
+
+
+@pytest.mark.parametrize("text", ["</s>", WIDE, f"s{WIDE}s</s>", WIDE * 50, "<ss>", "</s" * 9 + "s>s>"])
 def test_no_spelling_of_a_control_token_makes_one_of_a_text(tmp_path: Path, text: str) -> None:
     tokenizer = spells_control_tokens(tmp_path, "</s>", "<s", "s>s>")
     for continuation in (False, True):

@@ -123,6 +123,8 @@ class Turns:
         ]
         spread = f"{min(rates):,.0f} - {max(rates):,.0f}"
         rate = statistics.median(rates)
+        if watts := [one["power.draw"] for one in self.rounds if "power.draw" in one]:
+            card.append(f"{1e3 * statistics.median(watts) / rate:.1f} J/1,000 tok")
         return f"  {name:34} {rate:8,.0f} tok/s ({spread:17}) {each:8.2f} ms/row {peak:6.2f} GiB  {' '.join(card)}"
 
 

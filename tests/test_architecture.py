@@ -50,6 +50,7 @@ HOMES = {
     "huggingface_hub": {"convert.hub"},
     "tqdm": {"checkpoint.shards"},
     "gguf": {"convert.to_gguf"},
+    "fla": {"fused.delta_rule"},
     "fastapi": {"serve.app", "serve.guard"},
     "starlette": {"serve.app"},  # what FastAPI is built on
     "uvicorn": {"serve.listen"},

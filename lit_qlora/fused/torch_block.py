@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Heads, Layout, attention, attention_backward
 from lit_qlora.fused.block import Block, SavedBlock
+from lit_qlora.fused.delta_rule import by_kernels, has_kernels
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.kernel_block import mixer_of, mixing_layers
 from lit_qlora.fused.passes import Backward, Pass
@@ -42,6 +43,7 @@ class TorchBlock(Block):
         self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
     ) -> None:
         super().__init__(block, config, dtype, number, like, fp8)
+        self.dtype = dtype
         first = MOST_STACKS * (config.n_layer + 1 + number)  # behind the numbers of all other layers
         self.stacks = [
             TorchStack(layers, Group(layers, dtype, fp8), first + i)
@@ -114,7 +116,9 @@ class TorchBlock(Block):
             (None, fast_attend(layout, self.window)) if layout.masks is None else (layout.masks[self.window], attend)
         )
         documents = layout.numbers() if self.numbers_documents else None
-        return Place((cos, sin) if self.rotates else None, scale, mask, documents, [], lookup)
+        fast = self.numbers_documents and has_kernels(run.positions.device)
+        rule = by_kernels(layout, self.dtype) if fast else None
+        return Place((cos, sin) if self.rotates else None, scale, mask, documents, [], lookup, rule)
 
 
 class TorchStack:

@@ -28,6 +28,8 @@ class Place(NamedTuple):
     """Keys and values of the last block of this kind that has its own, for those that have none."""
     attend: Callable[..., Tensor]
     """As the function `attend`, or a faster one."""
+    delta_rule: Callable[..., Tensor] | None = None
+    """What computes a gated delta net's rule for these documents faster; see lit_qlora.fused.delta_rule."""
 
 
 class Attention(nn.Module):

@@ -61,6 +61,8 @@ class Plan:
     """Dtype that the fast path gives to frozen weights in another one; None where it leaves them as they are."""
     plain_attention: bool = False
     """Whether the fast path computes attention in plain torch, because the GPU has no flash attention."""
+    delta_rule: str = ""
+    """How the fast path computes the rule of gated delta nets; '' where there are none."""
     fp8: bool = False
     """Whether the blocks multiply by their frozen weights in FP8."""
     caveat: str = ""
@@ -192,6 +194,7 @@ class Planner:
             return plan
         slow_attention = _lacks_flash(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
+        plan = replace(plan, delta_rule=_delta_rule() if model.delta_layers else "")
         return self._on_fast_path(plan, batches, room, seen)
 
     def _slow_because(self, room: Room) -> str:
@@ -281,6 +284,12 @@ def _lacks_flash(head_size: int, card: Card | None) -> bool:
     if card:
         return not flash_on(card.capability, head_size)
     return torch.cuda.is_available() and not has_flash(head_size, torch.device("cuda"))
+
+
+def _delta_rule() -> str:
+    from lit_qlora.fused.delta_rule import has_kernels
+
+    return "by fla-core" if has_kernels(torch.device("cuda")) else 'in plain torch (pip install "lit_qlora[delta]")'
 
 
 def _fastest(

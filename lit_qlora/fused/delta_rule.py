@@ -1,0 +1,40 @@
+"""The gated delta rule by the kernels of flash-linear-attention, where the extra `delta` is installed.
+
+They keep the states of chunks in registers, and need no matrices of whole chunks in memory. Yang et al. 2024.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lit_qlora.fused.attention import Layout
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Tell whether the kernels are installed, and run on a device."""
+    return device.type == "cuda" and find_spec("fla") is not None
+
+
+def by_kernels(layout: Layout, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Make a function of the inputs of model.delta_net.delta_rule, for the documents of a layout: to (B, T, H, Dv).
+
+    Args:
+        dtype: of queries, keys and values on the way in; sums and states are float32.
+    """
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor) -> Tensor:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        ends = None if layout.ends is None else layout.ends.long()
+        inputs = [x.to(dtype) for x in (q, k, v)] + [kept, beta]
+        if ends is not None:  # rows are joined: the kernels take documents that lie end to end
+            inputs = [x.flatten(0, 1)[None] for x in inputs]
+        q, k, v, kept, beta = (x.contiguous() for x in inputs)
+        y: Tensor = chunk_gated_delta_rule(q, k, v, g=kept, beta=beta, scale=1.0, cu_seqlens=ends)[0]
+        return y.view(layout.rows, layout.length, *y.shape[2:])
+
+    return rule

@@ -1,0 +1,35 @@
+"""The kernels of flash-linear-attention get documents as they take them, and compute the same rule."""
+
+import sys
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.delta_rule import by_kernels
+from lit_qlora.model.delta_net import delta_rule
+from tests.model.test_delta_net import inputs
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_library_of_kernels_gets_documents_end_to_end(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [part[:, :32].float() for part in inputs()]
+    segments = torch.tensor([[0] * 9 + [1] * 23, [0] * 7 + [1] * 25]) if packed else None
+
+    def chunk_gated_delta_rule(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, None]:
+        assert scale == 1.0
+        bounds = [0, q.size(1)] if cu_seqlens is None else cu_seqlens.tolist()
+        pieces = [delta_rule(*(x[:, a:b] for x in (q, k, v, g, beta)), None)[0] for a, b in pairwise(bounds)]
+        return torch.cat(pieces, dim=1), None
+
+    kernels = ModuleType("kernels")
+    kernels.chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[attr-defined]
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, kernels)
+    found = by_kernels(Layout.of(2, 32, segments, torch.device("cpu")), torch.float32)(*parts)
+    torch.testing.assert_close(found, delta_rule(*parts, segments)[0], rtol=1e-5, atol=1e-5)

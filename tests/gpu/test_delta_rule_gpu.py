@@ -1,0 +1,43 @@
+"""The gated delta rule by kernels is the one of torch, forward and backward, packed or not."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.delta_rule import by_kernels, has_kernels
+from lit_qlora.model.delta_net import delta_rule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_they_are_as_near_to_float64_as_bfloat16_allows(packed: bool) -> None:
+    pytest.importorskip("fla")
+    cuda = torch.device("cuda")
+    assert has_kernels(cuda)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 200, 4, 64, device=cuda, dtype=torch.float64) for _ in range(3))
+    parts = [
+        F.normalize(q, dim=-1) / 8,
+        F.normalize(k, dim=-1),
+        v,
+        -torch.rand(2, 200, 4, device=cuda, dtype=torch.float64),
+        torch.rand(2, 200, 4, device=cuda, dtype=torch.float64),
+    ]
+    segments = torch.tensor([[0] * 70 + [1] * 130, [0] * 199 + [-1]]) if packed else None
+    documents = None if segments is None else segments.to(cuda)
+    exact = [part.clone().requires_grad_() for part in parts]
+    weight = torch.randn_like(v)
+    expected = partial(delta_rule, documents=documents)(*exact)[0]
+    gradients = torch.autograd.grad((expected * weight).sum(), exact)
+    low = [part.float().requires_grad_() for part in parts]
+    found = by_kernels(Layout.of(2, 200, segments, cuda), torch.bfloat16)(*low)
+    own = torch.autograd.grad((found.float() * weight.float()).sum(), low)
+    for ours, theirs in zip((found, *own), (expected, *gradients), strict=True):
+        assert (ours.double() - theirs).norm() < 2e-2 * theirs.norm()

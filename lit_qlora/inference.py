@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.files.reading import read_json
-from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader, Tool
+from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader
+from lit_qlora.prompts.calls import Tool
 from lit_qlora.prompts.conversation import Conversation, prompt_of
 from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, SCHEMES, GenerationConfig, Precision, Scheme, Settings, check

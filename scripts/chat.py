@@ -29,7 +29,8 @@ from lit_qlora.inference import (
     reader_of,
     stop_ids,
 )
-from lit_qlora.prompts.answer_parts import Answer, Call, Part, as_line
+from lit_qlora.prompts.answer_parts import Answer, Part
+from lit_qlora.prompts.calls import Call, as_line
 from lit_qlora.prompts.conversation import Conversation as Said
 from lit_qlora.prompts.conversation import Message
 from lit_qlora.settings import GenerationConfig, check

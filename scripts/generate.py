@@ -29,7 +29,7 @@ from lit_qlora.inference import (
 )
 from lit_qlora.partial_answers import Part
 from lit_qlora.prompts.answer_parts import Answer as Parts
-from lit_qlora.prompts.answer_parts import as_line
+from lit_qlora.prompts.calls import as_line
 from lit_qlora.prompts.conversation import Conversation, prompt_of
 from lit_qlora.settings import GenerationConfig, check
 

@@ -1,38 +1,23 @@
 """Answers taken apart as they come: thoughts, words, and calls of tools, in the notations that models know."""
 
-import json
 import re
-import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from lit_qlora.files.reading import check_depth
+from lit_qlora.prompts.calls import BEGINNINGS, MARKS, Call, Tool, call_of, read_calls, values_of
 
-Tool = Mapping[str, Any]
-"""In OpenAI's form: {"type": "function", "function": {"name": ..., "parameters": ...}}."""
-Call = dict[str, Any]
-"""In OpenAI's form: {"id": ..., "type": "function", "function": {"name": ..., "arguments": "{}"}}."""
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
-"""Marks around a thought."""
-CALLS = ("<tool_call>", "[TOOL_CALLS]")
-"""Marks that a call begins with."""
-ARGUMENTS = "[ARGS]"
-"""The mark between the name and the arguments of a call in Mistral's later notation."""
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought", "<channel|>"),
+)
+"""Marks around a thought; Gemma 4's first one is a control token with a word behind it."""
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 HARMONY = ("<|channel|>", "<|message|>", "<|constrain|>", *HARMONY_ENDS)
-# Nothing here goes back over what it has read, for an answer may be anything: *+ keeps what it took.
-_MARKED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_ARGUMENT = re.compile(
-    r"<arg_key>((?:(?!</arg_key>).)*+)</arg_key>\s*+<arg_value>((?:(?!</arg_value>).)*+)</arg_value>\s*+", re.DOTALL
-)
-_NAMED = re.compile(rf"([\w.-]++)\s*+((?:{_ARGUMENT.pattern})*+)", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\n]++)>((?:(?!</parameter>).)*+)</parameter>\s*+", re.DOTALL)
-_FUNCTION = re.compile(rf"<function=([\w.-]++)>\s*+((?:{_PARAMETER.pattern})*+)</function>", re.DOTALL)
-_BEGINS_NAMED = re.compile(r"\s*+\[TOOL_CALLS\]\s*+[\w.-]++\s*+\[ARGS\]")
-_DECODER = json.JSONDecoder()
 
 
 class Part(NamedTuple):
@@ -78,8 +63,10 @@ class Notation:
     @property
     def marks(self) -> tuple[str, ...]:
         """The names that tell the parts from each other, where they are control tokens."""
-        of_calls = (*CALLS, "</tool_call>", ARGUMENTS) if self.calls else ()
-        return HARMONY if self.harmony else (*(self.thought or ()), *of_calls)
+        if self.harmony:
+            return HARMONY
+        of_thought = [mark.removesuffix("thought") for mark in self.thought or ()]
+        return (*of_thought, *(MARKS if self.calls else ()))
 
     def begins_thought(self, prompt: str) -> bool:
         """Tell if a prompt ends with the beginning of a thought."""
@@ -216,11 +203,11 @@ class _Marked(Reader):
                 self._step = self._calls
                 return []
             self._spoke = bool(begins)
-        at = min((at for mark in CALLS if (at := self._text.find(mark)) >= 0), default=-1)
+        at = min((at for mark in BEGINNINGS if (at := self._text.find(mark)) >= 0), default=-1)
         if at >= 0:
             self._step = self._calls  # with the white space before them, which is part of words
             return [Part("content", self._take(len(self._text[:at].rstrip())))]
-        return self._certain("content", CALLS, final)
+        return self._certain("content", BEGINNINGS, final)
 
     def _calls(self, final: bool) -> list[Part] | None:
         if not final or not self._text:
@@ -298,7 +285,7 @@ class _Harmony(Reader):
         if kind in ("reasoning", "content"):
             return [self._part(kind, said)]
         name = re.search(r"to=(?:functions\.)?([\w.-]+)", self._header)
-        call = _call_of(name[1] if name else "", _values(said), self.tools)
+        call = call_of(name[1] if name else "", values_of(said), self.tools)
         self._called.append((call, _unmarked(self._header) + said))
         return []
 
@@ -309,108 +296,6 @@ class _Harmony(Reader):
             self._said.add(kind)
             self._begins = False
         return Part(kind, between + text)
-
-
-def as_line(call: Call) -> str:
-    """A call as a line of JSON."""
-    function = call["function"]
-    return f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
-
-
-def read_calls(text: str, tools: Mapping[str, Tool]) -> list[Call]:
-    """The calls that a text consists of; none if it holds anything else.
-
-    Six notations are known. Hermes and Qwen write JSON objects between <tool_call> and </tool_call>. GLM-4.5 writes a
-    name, and its arguments by <arg_key> and <arg_value>, between the same two; Qwen3-Coder and Qwen3.5 write
-    <function=NAME> with a <parameter=KEY> for each argument. Mistral writes a list of objects behind [TOOL_CALLS], and
-    later [TOOL_CALLS]NAME[ARGS]{...} for each call. Llama 3 writes objects alone, with "parameters" for the arguments.
-
-    Args:
-        tools: name -> function, of the tools that may be called.
-    """
-    *between, last = _MARKED.split(text)
-    if between:
-        words = [*between[::2], last]
-        calls = [call for body in between[1::2] for call in _calls_between(body.strip(), tools)]
-        found = [] if any(word.strip() for word in words) else calls
-    elif _BEGINS_NAMED.match(text):
-        parts = [part.partition(ARGUMENTS) for part in text.split(CALLS[1])[1:]]
-        found = [_call_of(name.strip(), _values(values), tools) for name, _, values in parts]
-    else:
-        found = [_call(value, tools) for value in _values(text.strip().removeprefix("[TOOL_CALLS]"))]
-    complete = [call for call in found if call]
-    return complete if len(complete) == len(found) else []
-
-
-def _calls_between(body: str, tools: Mapping[str, Tool]) -> list[Call | None]:
-    """The calls between two marks, None for what is none."""
-    named = _NAMED.fullmatch(body) or _FUNCTION.fullmatch(body)
-    if not named:
-        return [_call(value, tools) for value in _values(body)]
-    properties: Any = tools.get(named[1], {})
-    for key in ("parameters", "properties"):  # a client wrote them
-        properties = properties.get(key) if isinstance(properties, Mapping) else None
-    properties = properties if isinstance(properties, Mapping) else {}
-    if named.re is _NAMED:
-        pairs = _ARGUMENT.findall(named[2])
-    else:  # each value stands on lines of its own
-        pairs = [(key, _without_newlines(text)) for key, text in _PARAMETER.findall(named[2])]
-    arguments = {key.strip(): _argument(text, properties.get(key.strip())) for key, text in pairs}
-    return [_call_of(named[1], [arguments], tools)]
-
-
-def _without_newlines(text: str) -> str:
-    return text.removeprefix("\n").removesuffix("\n")
-
-
-def _argument(text: str, schema: Any) -> Any:
-    """The value of an argument: the text itself where the tool takes a text, else JSON if it is some."""
-    if isinstance(schema, Mapping) and schema.get("type") == "string":
-        return text
-    try:
-        value = json.loads(text)
-        _check_sendable(value)
-    except (ValueError, RecursionError):
-        return text
-    return value
-
-
-def _check_sendable(value: Any) -> None:
-    """Raise ValueError for a value that others could not read: too deep, not finite, or half of a surrogate pair."""
-    check_depth(value)
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _values(text: str) -> list[Any]:
-    """The JSON values that the text consists of; [None] if it holds anything else."""
-    values: list[Any] = []
-    text = text.strip()
-    while text:
-        try:
-            value, end = _DECODER.raw_decode(text)
-            _check_sendable(value)
-        except (ValueError, RecursionError):
-            return [None]
-        values += value if isinstance(value, list) else [value]
-        text = text[end:].lstrip(" \n;,")
-    return values
-
-
-def _call(value: Any, tools: Mapping[str, Tool]) -> Call | None:
-    """A call in OpenAI's form; None if the value is none."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    return _call_of(value["name"], [value.get("arguments", value.get("parameters", {}))], tools)
-
-
-def _call_of(name: str, arguments: Sequence[Any], tools: Mapping[str, Tool]) -> Call | None:
-    """A call of a tool with an object of arguments, or with nothing; None if it is anything else."""
-    given = arguments[0] if arguments else {}
-    if name not in tools or len(arguments) > 1 or not isinstance(given, dict):
-        return None
-    function = {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
-    # Nine letters and digits, for Mistral's templates take no other.
-    return {"id": secrets.token_hex(5)[:9], "type": "function", "function": function}
 
 
 def _unmarked(text: str) -> str:

@@ -19,6 +19,7 @@ from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.files.reading import parse_json, read_json
 from lit_qlora.prompts import wordings
 from lit_qlora.prompts.answer_parts import PLAIN, Notation
+from lit_qlora.prompts.calls import MARKS
 from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, find_chat_template
 from lit_qlora.prompts.chat_template import Message as Rendered
 from lit_qlora.prompts.conversation import OPENING, REASONING, Conversation, Message, prompt_of
@@ -319,7 +320,7 @@ class TemplateStyle(Style):
             last = self.encode_many(tokenizer, [said])[0][0].answer[-1]
         except UnwritableError:
             return super().stop_ids(tokenizer)
-        inner = {tokenizer.control_tokens.get(name) for name in ("</tool_call>", "[TOOL_CALLS]")}
+        inner = {tokenizer.control_tokens.get(name) for name in MARKS}
         ends = {tokenizer.eos_id, *tokenizer.control_tokens.values()} - inner
         return super().stop_ids(tokenizer) | ({last} & ends)
 

@@ -23,7 +23,12 @@ MEMORY = 2**30  # bytes of address space; rendering a conversation takes some 50
 MOST_WRITTEN = 2**22  # characters that a template may write beside its messages, and eight times their own
 NEWLINE = "\n"
 ANCHOR = 16  # characters before an answer by which it is found where a template does not begin answers
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought", "<channel|>"),
+)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -153,18 +158,21 @@ class Writer:
         return Turn(asked, answered[at:]) if self.as_asked else Turn(answered[:at], answered[at:], asked)
 
     def completed(self, message: Any, past: str, asked: str, answered: str) -> Turn | None:
-        """The answer with its thought, where a prompt begins one and the template then leaves it out."""
-        opens, closes = next((pair for pair in THOUGHTS if asked.rstrip().endswith(pair[0])), ("", ""))
-        head, _, space = asked.rpartition(opens) if opens else ("", "", "")
+        """The answer behind a thought that its prompt begins, or has empty, and that the template then leaves out."""
+        opens, closes = next((pair for pair in THOUGHTS if asked.rstrip().endswith(pair)), ("", ""))
+        head, _, begun = asked.rpartition(opens) if opens else ("", "", "")
         if not opens or not head.startswith(past) or not answered.startswith(head):
             return None
         said = answered[len(head) :]
+        if begun.strip():
+            is_empty = begun.strip() == closes and not said.startswith(opens)
+            return Turn(asked, said) if is_empty else None
         if said.startswith(opens):
             return Turn(asked, said[len(opens) :].lstrip())
         before, closed, _ = str(message.get("content") or "").partition(closes)
         thought = next((str(message[key]) for key in THOUGHT_KEYS if message.get(key)), before if closed else "")
         thought = thought.rpartition(opens)[2].strip()
-        return Turn(asked, f"{'' if space else NEWLINE}{thought}\n{closes}\n\n{said.lstrip(NEWLINE)}")
+        return Turn(asked, f"{'' if begun else NEWLINE}{thought}\n{closes}\n\n{said.lstrip(NEWLINE)}")
 
     def located(self) -> list[Turn | None] | str:
         """The answers as they stand in the whole conversation, or why the last cannot be told."""

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from lit_qlora.data.messages import text_of_parts
 from lit_qlora.errors import DataError, UserError
 from lit_qlora.files import reading
-from lit_qlora.prompts.answer_parts import Answer, Call
+from lit_qlora.prompts.answer_parts import Answer
+from lit_qlora.prompts.calls import Call
 from lit_qlora.prompts.conversation import REASONING, Conversation, Message
 from lit_qlora.settings import GenerationConfig
 

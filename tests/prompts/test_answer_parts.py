@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from lit_qlora.prompts import template_worker
-from lit_qlora.prompts.answer_parts import PLAIN, THOUGHTS, Answer, MarkedText, Notation, read_calls
+from lit_qlora.prompts.answer_parts import PLAIN, THOUGHTS, Answer, MarkedText, Notation
+from lit_qlora.prompts.calls import BEGINNINGS, DEEPSEEK, KIMI, read_calls
 from lit_qlora.prompts.conversation import REASONING
 
 TOOLS = [
@@ -20,6 +21,7 @@ TOOLS = [
 ]
 FUNCTIONS = {tool["function"]["name"]: tool["function"] for tool in TOOLS}
 HARMONY = Notation(harmony=True, calls=True)
+GEMMA = Notation(("<|channel>thought", "<channel|>"), calls=True)
 THINKING = Notation(("<think>", "</think>"), calls=True)
 ARGUMENT = "<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
 FUNCTION = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
@@ -35,6 +37,25 @@ NOTATIONS = {
     "<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>{arguments}<|call|>"
     "<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>{arguments}<|call|>",
 }
+BAR = "\uff5c"
+V3 = "<|tool▁call▁begin|>function<|tool▁sep|>get_weather\n```json\n{arguments}\n```<|tool▁call▁end|>"
+V31 = "<|tool▁call▁begin|>get_weather<|tool▁sep|>{arguments}<|tool▁call▁end|>"
+INVOKED = '<invoke name="get_weather">\n<parameter name="city">Oslo</parameter>\n</invoke>\n'
+OF_KIMI = "<|tool_call_begin|>functions.get_weather:{n}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+NOTATIONS |= {
+    "deepseek-v3": f"Let me look.<|tool▁calls▁begin|>{V3}\n{V3}<|tool▁calls▁end|>".replace("|", BAR),
+    "deepseek-v3.1": f"Let me look.<|tool▁calls▁begin|>{V31}{V31}<|tool▁calls▁end|>".replace("|", BAR),
+    "gemma4": "Let me look.\n" + '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|>' * 2,
+    "functiongemma": "<start_function_call>call:get_weather{city:<escape>Oslo<escape>}<end_function_call>" * 2,
+    "seed": f"Let me look.\n{FUNCTION}\n{FUNCTION}".replace("tool_call", "seed:tool_call"),
+    "minimax": f"Let me look.\n<minimax:tool_call>\n{INVOKED}{INVOKED}</minimax:tool_call>",
+    "kimi": f"<|tool_calls_section_begin|>{OF_KIMI.replace('{n}', '0')}{OF_KIMI.replace('{n}', '1')}"
+    "<|tool_calls_section_end|>",
+    "phi": "<|tool_call|>[{call}, {call}]<|/tool_call|>",
+    "granite": "<|tool_call|>[{call}, {call}]",
+}
+SILENT = {"mistral", "mistral-args", "llama", "functiongemma", "kimi", "phi", "granite"}
+"""Notations whose text above has no words before the calls."""
 CALLED = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
 
 
@@ -58,6 +79,8 @@ def in_pieces(notation: Notation, text: str, size: int, tools: Any = TOOLS, begu
         (THINKING, "It rains, <think> they said", False, "", "It rains, <think> they said"),
         (THINKING, "<thin", False, "", "<thin"),
         (THINKING, "a <tool_cal", False, "", "a <tool_cal"),
+        (GEMMA, "<|channel>thought\nI am asked.<channel|>It rains.", False, "I am asked.", "It rains."),
+        (GEMMA, "It rains, <|channel>thought", False, "", "It rains, <|channel>thought"),
         (
             HARMONY,
             "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>"
@@ -84,11 +107,14 @@ def test_calls_are_read_in_the_notations_in_use(notation: str, key: str, size: i
     call = json.dumps({"name": "get_weather", key: {"city": "Oslo"}})
     text = NOTATIONS[notation].replace("{call}", call).replace("{arguments}", '{"city": "Oslo"}')
     answer = in_pieces(HARMONY if notation == "harmony" else THINKING, text, size)
-    assert answer.content == ("" if notation in ("mistral", "mistral-args", "llama") else "Let me look.")
+    assert answer.content == ("" if notation in SILENT else "Let me look.")
     assert answer.reasoning == ("Hm." if notation == "harmony" else "")
     assert [call["function"] for call in answer.calls] == [CALLED] * 2
     assert len({call["id"] for call in answer.calls}) == 2
-    assert all(len(call["id"]) == 9 and call["id"].isalnum() for call in answer.calls)
+    if notation == "kimi":  # whose template names a result by the id that the model gave
+        assert [call["id"] for call in answer.calls] == ["functions.get_weather:0", "functions.get_weather:1"]
+    else:
+        assert all(len(call["id"]) == 9 and call["id"].isalnum() for call in answer.calls)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +133,18 @@ def test_calls_are_read_in_the_notations_in_use(notation: str, key: str, size: i
         "<tool_call><function=other></function></tool_call>",
         "[TOOL_CALLS]get_weather[ARGS]{} and more",
         "[TOOL_CALLS]get_weather[ARGS]{}[TOOL_CALLS]other[ARGS]{}",
+        *(
+            f"<|tool_call>call:get_weather{body}<tool_call|>"
+            for body in ("", "{", "{a}", "{a:}", '{a:<|"|>}', '{a:5"}')
+        ),
+        "<|tool_call>call:get_weather{}<tool_call|> and more",
+        "<|tool_call>call:get_weather{}",
+        "<start_function_call>call:other{}<end_function_call>",
+        "<minimax:tool_call></minimax:tool_call>",
+        f"<|tool▁calls▁begin|>{V31}and more<|tool▁calls▁end|>".replace("|", BAR).replace("{arguments}", "{}"),
+        "<|tool▁calls▁begin|><|tool▁calls▁end|>".replace("|", BAR),
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_end|>",
+        "<|tool_call|>[]",
     ],
 )
 def test_an_answer_that_is_more_than_calls_is_words(text: str) -> None:
@@ -154,6 +192,44 @@ def test_a_parameter_stands_on_lines_of_its_own() -> None:
     assert json.loads(call["function"]["arguments"]) == {"zip": "0150", "days": 2, "city": "\na\nb"}
 
 
+def as_gemma(value: Any, quote: str) -> str:
+    """A value as Gemma's templates write arguments."""
+    if isinstance(value, str):
+        return quote + value + quote
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_gemma(of, quote)}" for key, of in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(as_gemma(of, quote) for of in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("opens", "quote", "closes"),
+    [("<|tool_call>", '<|"|>', "<tool_call|>"), ("<start_function_call>", "<escape>", "<end_function_call>")],
+)
+def test_gemmas_arguments_are_read_back_whatever_they_are(opens: str, quote: str, closes: str) -> None:
+    arguments = {
+        "text": '{"a": [1, null]}, true: "\\n" ☃',
+        "empty": "",
+        "numbers": [0, -3, 2.5, 1e-07, 1e30],
+        "deep": {"of": [{"a-b": True, "c": False}, [], {}], "null": None},
+    }
+    (call,) = read_calls(f"{opens}call:get_weather{as_gemma(arguments, quote)}{closes}", FUNCTIONS)
+    assert json.loads(call["function"]["arguments"]) == arguments
+
+
+def test_a_value_of_gemma_without_quotes_is_a_text_unless_json_knows_it() -> None:
+    body = 'city: New York, zip:0150, days: 3, "key":"a:b", at:null'
+    (call,) = read_calls(f"<start_function_call>call:get_weather{{{body}}}<end_function_call>", FUNCTIONS)
+    assert json.loads(call["function"]["arguments"]) == {
+        "city": "New York",
+        "zip": "0150",
+        "days": 3,
+        "key": "a:b",
+        "at": None,
+    }
+
+
 def test_marks_inside_the_text_of_an_argument_are_text() -> None:
     (call,) = read_calls('[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "a[ARGS]b"}}]', FUNCTIONS)
     assert call["function"]["arguments"] == '{"city": "a[ARGS]b"}'
@@ -185,21 +261,29 @@ def test_marks_that_are_control_tokens_are_in_the_text_and_others_are_not() -> N
     assert MarkedText(Letters(), PLAIN.marks).decode(ids) == "abc"
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "f" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 500 + "x",
-        " " * 5000,
-        "f" + "<arg_key>" * 5000,
-        "f " * 5000,
-        "<function=f>" + "<parameter=a>b</parameter>" * 500 + "x",
-        "<function=f>" + "<parameter=a" * 5000,
-    ],
-    ids=["arguments", "spaces", "keys", "names", "parameters", "beginnings"],
-)
-@pytest.mark.parametrize("end", ["</tool_call>", ""])
-def test_an_answer_that_is_nearly_a_call_is_read_in_no_time(body: str, end: str) -> None:
-    assert read_calls(f"<tool_call>{body}{end}", {"f": {"name": "f"}}) == []
+LONG = 100_000
+HOSTILE = {
+    "arguments": "<tool_call>f" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * (LONG // 40) + "x</tool_call>",
+    "spaces": "<tool_call>" + " " * LONG + "</tool_call>",
+    "keys": "<tool_call>f" + "<arg_key>" * (LONG // 9) + "</tool_call>",
+    "names": "<tool_call>" + "f " * (LONG // 2) + "</tool_call>",
+    "parameters": "<tool_call><function=f>" + "<parameter=a>b</parameter>" * (LONG // 26) + "x</tool_call>",
+    "beginnings": "<tool_call><function=f>" + "<parameter=a" * (LONG // 12),
+    "objects": "[TOOL_CALLS]" + "{}\n" * (LONG // 3),
+    "brackets": "<|tool_call>call:f{a:" + "[" * LONG + "<tool_call|>",
+    "quotes": "<|tool_call>call:f{a:" + '"' * LONG + "}<tool_call|>",
+    "commas": "<start_function_call>call:f{a:" + "<escape>,<escape>" * (LONG // 17) + "}<end_function_call>",
+    **{f"{opens} alone": opens * (LONG // len(opens)) for opens in BEGINNINGS},
+    **{f"{opens} before words": (opens + " ") * (LONG // len(opens)) + "f" for opens in BEGINNINGS},
+    **{f"{mark} within": opens + mark * (LONG // len(mark)) for marks in (DEEPSEEK, KIMI) for opens in marks[:1]
+       for mark in marks[1:]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_an_answer_that_is_nearly_a_call_is_read_in_no_time(text: str) -> None:
+    """Whatever went back over it would take minutes."""
+    assert read_calls(text, {"f": {"name": "f"}}) == []
 
 
 @pytest.mark.parametrize("parameters", [None, 5, [1], {"properties": 5}, {"properties": {"city": 5}}])

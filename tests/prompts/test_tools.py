@@ -272,6 +272,21 @@ def test_an_answer_goes_on_the_thought_that_its_prompt_begins(tokenizer: Tokeniz
             assert not encoder.unread.red()
 
 
+def test_an_answer_stands_behind_the_empty_thought_that_it_is_asked_with(tokenizer: Tokenizer) -> None:
+    """Gemma 4 is asked so, and its template leaves the empty thought out of what was said."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<|channel>thought\n<channel|>{% endif %}"
+    )
+    talk = said_of(HELLO + MORE, None)
+    encoder = Encoder(tokenizer, style_of(template), Encoding(max_length=9999))
+    samples = [found.sample for found in encoder.encode([Example(talk.messages, location="a:1")])]
+    assert [tokenizer.decode(one.tokens[one.trained].tolist()) for one in samples] == ["A fox.", "I ran."]
+    asked = [tokenizer.decode(one.tokens[~one.trained].tolist()) for one in samples]
+    assert all(prompt.endswith("assistant\n<|channel>thought\n<channel|>") for prompt in asked)
+    assert (encoder.counts.begun, encoder.counts.split) == (0, 1)
+
+
 @pytest.mark.parametrize(("name", "messages", "tools"), cases())
 @pytest.mark.parametrize("marks", [True, False], ids=["marked", "unmarked"])
 def test_a_prompt_is_what_transformers_asks_with(

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lit_qlora import cli
 from lit_qlora.errors import UsageError
 from lit_qlora.files.reading import read_json_lines
-from lit_qlora.inference import InferenceConfig, check_style, choose_style, encode_prompt, peak_memory, stop_ids
+from lit_qlora.inference import (
+    InferenceConfig,
+    TemplateConfig,
+    check_style,
+    choose_style,
+    encode_prompt,
+    peak_memory,
+    stop_ids,
+)
 from lit_qlora.partial_answers import Part
 from lit_qlora.settings import GenerationConfig, check
 
@@ -24,7 +32,7 @@ SHOWN = 3  # best and worst answers that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GenerationConfig, InferenceConfig):
+class Config(GenerationConfig, TemplateConfig, InferenceConfig):
     """Answer a data file and compare with its own answers. In a conversation the model gives the last answer."""
 
     data: str
@@ -77,7 +85,7 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
 
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
-    style = choose_style(config.style, loaded.style, config.base)
+    style = choose_style(config.style, loaded.style, config.base, config.template_variables)
     gap, tail = (style.gap, style.tail) if style else ("", "")
     stops = stop_ids(tokenizer, style)
     prompts = []

@@ -21,7 +21,7 @@ from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.reading import read_json
-from lit_qlora.inference import InferenceConfig, LoadedModel, peak_memory
+from lit_qlora.inference import InferenceConfig, LoadedModel, TemplateConfig, peak_memory
 from lit_qlora.model.config import FILE_NAME as MODEL_CONFIG
 from lit_qlora.prompts.style import read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, check
@@ -64,7 +64,7 @@ class Asking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Asking, InferenceConfig):
+class Config(Asking, TemplateConfig, InferenceConfig):
     """Evaluate a model on tasks of lm-eval, and write results.json in lm-eval's own schema."""
 
     checkpoint_dir: Path | None = None
@@ -97,6 +97,10 @@ class Config(Asking, InferenceConfig):
         for name in ("batch_size", "max_length"):
             value = getattr(self, name)
             check(value in (None, "auto") or value >= 1, f"{name} must be at least 1, got {value}.")
+        check(
+            self.apply_chat_template or not self.template_variables,
+            "template_variables are those of a chat template, so they need --apply_chat_template.",
+        )
         check(not self.compare or self.lora_path is not None, "compare needs an adapter: --lora_path OUT/final.")
 
     def default_base(self) -> Path:
@@ -124,6 +128,7 @@ def main(config: Config) -> None:
         style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
         if style is None:
             raise UsageError(f"apply_chat_template: {checkpoint_dir} has neither a prompt style nor a chat template.")
+        style = style.with_variables(config.template_variables)
 
     from lm_eval_model import GPTModel
 

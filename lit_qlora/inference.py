@@ -15,7 +15,7 @@ from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.files.reading import read_json
 from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader
 from lit_qlora.prompts.calls import Tool
-from lit_qlora.prompts.conversation import Conversation, prompt_of
+from lit_qlora.prompts.conversation import NOTHING, Conversation, prompt_of
 from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
 from lit_qlora.settings import DEMO_CHECKPOINT, SCHEMES, GenerationConfig, Precision, Scheme, Settings, check
 from lit_qlora.settings.limits import Count
@@ -295,8 +295,16 @@ class DraftConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolsConfig(Settings):
-    """Variables of the chat template besides the messages."""
+class TemplateConfig(Settings):
+    """Variables of the chat template."""
+
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}. A variable that it does not use is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsConfig(TemplateConfig):
+    """Variables of the chat template besides the messages, and tools and documents among them."""
 
     tools: Path | None = None
     """JSON file with a list of tools that the model may call, as OpenAI has them. The style must be a chat template
@@ -324,17 +332,28 @@ def check_style(name: str) -> None:
         raise UsageError(f"style {name!r} is not known.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
-def choose_style(name: str, recorded: Style | None, checkpoint_dir: Path | None = None) -> Style | None:
+def choose_style(
+    name: str,
+    recorded: Style | None,
+    checkpoint_dir: Path | None = None,
+    variables: Mapping[str, Any] = NOTHING,
+) -> Style | None:
     """The style that --style `name` stands for; None leaves prompts as they are typed.
 
     Args:
         recorded: what "auto" stands for.
         checkpoint_dir: has the chat template that "template" stands for.
+        variables: of the chat template.
+
+    Raises:
+        UsageError: for a variable that the style does not use.
     """
     check_style(name)
-    if name == "auto":
-        return recorded
-    return None if name == "none" else find_style(name, directory=checkpoint_dir)
+    style = recorded
+    if name != "auto":
+        style = None if name == "none" else find_style(name, directory=checkpoint_dir)
+    check(style is not None or not variables, f"Without a prompt style there is no variable {', '.join(variables)}.")
+    return style.with_variables(variables) if style else None
 
 
 def encode_prompt(tokenizer: "Tokenizer", style: Style | None, conversation: Conversation) -> list[int]:
@@ -403,12 +422,18 @@ class Roster:
         return self.switch.using(self.adapter(name))
 
 
-def load_roster(config: InferenceConfig, adapters: Mapping[str, Path], style: str = "auto") -> Roster:
+def load_roster(
+    config: InferenceConfig,
+    adapters: Mapping[str, Path],
+    style: str = "auto",
+    variables: Mapping[str, Any] = NOTHING,
+) -> Roster:
     """The model of `config` without its adapter, and beside it this adapter and others, by names.
 
     Args:
         style: see choose_style; "auto" is for each the style that it was trained with. A base that has none is asked
             as its first adapter is, so that answers can be compared.
+        variables: of the chat template.
 
     Raises:
         UsageError: if two have the same name.
@@ -437,7 +462,9 @@ def load_roster(config: InferenceConfig, adapters: Mapping[str, Path], style: st
         switch.add(name, adapter)
     recorded = {name: read_style(path) or loaded.style for name, path in paths.items()}
     of_base = loaded.style or next(iter(recorded.values()), None)
-    styles = {name: choose_style(style, own, config.base) for name, own in {base: of_base, **recorded}.items()}
+    styles = {
+        name: choose_style(style, own, config.base, variables) for name, own in {base: of_base, **recorded}.items()
+    }
     return Roster(loaded.model, loaded.tokenizer, switch, base, styles)
 
 

@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     """Load the model, then answer line after line."""
     past = read_history(config.history)
     config.variables()  # refuses what is no list of tools before the model is loaded
-    conversation = Conversation(load_roster(config, config.adapters, config.style), config)
+    conversation = Conversation(load_roster(config, config.adapters, config.style, config.template_variables), config)
     conversation.resume(past)
     with left_to(signal.default_int_handler, signal.SIGINT):
         talk(conversation)

@@ -99,7 +99,7 @@ def answer(config: Config, rows: list[Row], part: Part | None) -> None:
 
     loaded = config.load()
     model, tokenizer = loaded.model, loaded.tokenizer
-    style = choose_style(config.style, loaded.style, config.base)
+    style = choose_style(config.style, loaded.style, config.base, config.template_variables)
     gap, tail = (style.gap, style.tail) if style else ("", "")
     decoder, stops, stop = (
         decoder_of(tokenizer, style),

@@ -16,7 +16,7 @@ from jsonargparse.typing import SecretStr
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError
 from lit_qlora.files.reading import read_text
-from lit_qlora.inference import RosterConfig, check_style, load_roster, peak_memory
+from lit_qlora.inference import RosterConfig, TemplateConfig, check_style, load_roster, peak_memory
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.settings import check
 from lit_qlora.signals import left_to
@@ -28,7 +28,7 @@ UNSENDABLE_KEY = "The API key holds a control character or begins or ends with a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Limits, RosterConfig):
+class Config(Limits, TemplateConfig, RosterConfig):
     """Serve a model and its adapters: /v1/chat/completions, /v1/completions, /v1/models, and a page at /.
 
     The base has the name of its directory, each adapter its own. All share the weights of the base.
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
         raise UsageError(f"{error.name} is not installed. pip install 'lit_qlora[serve]' installs it.") from None
 
     with closing(open_socket(config.host, config.port)) as listener:  # before the weights are loaded
-        roster = load_roster(config, config.adapters, config.style)
+        roster = load_roster(config, config.adapters, config.style, config.template_variables)
         if len(roster.names) > 1 and not roster.switch.by_row:
             raise UsageError(
                 "An adapter of a mixture of experts cannot share a batch. Merge it, and serve the merged model."

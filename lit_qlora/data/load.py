@@ -181,8 +181,10 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
 def choose_style(data: DataConfig, checkpoint_dir: Path) -> Style:
     """The style that data.prompt names; for "auto", that of the checkpoint, else alpaca."""
     if data.prompt == "auto":
-        return read_style(checkpoint_dir) or STYLES["alpaca"]
-    return find_style(data.prompt, data.knobs, checkpoint_dir)
+        style = read_style(checkpoint_dir) or STYLES["alpaca"]
+    else:
+        style = find_style(data.prompt, data.knobs, checkpoint_dir)
+    return style.with_variables(data.template_variables)
 
 
 def encode_source(

@@ -47,6 +47,24 @@ def find_chat_template(directory: Path) -> str | None:
     return found
 
 
+def with_defaults(template: str, variables: Mapping[str, Any]) -> str:
+    """The template with values of its variables where nobody gives any; it writes nothing else for that."""
+    lines = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in variables.items()
+    )
+    return lines + template
+
+
+def _literal(value: Any) -> str:
+    """A value that JSON can hold as jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(of)}" for key, of in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 Request = tuple[Sequence[Message], bool]
 """Messages, and whether the beginning of an answer follows."""
 How = Literal["text", "prompt", "turns", "marked", "marked prompt", "asked turns", "asked marked"]

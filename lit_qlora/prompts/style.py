@@ -20,7 +20,7 @@ from lit_qlora.files.reading import parse_json, read_json
 from lit_qlora.prompts import wordings
 from lit_qlora.prompts.answer_parts import PLAIN, Notation
 from lit_qlora.prompts.calls import MARKS
-from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, find_chat_template
+from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, find_chat_template, with_defaults
 from lit_qlora.prompts.chat_template import Message as Rendered
 from lit_qlora.prompts.conversation import OPENING, REASONING, Conversation, Message, prompt_of
 from lit_qlora.prompts.pieces import BOS, EOS, Control, Nameless, Piece, Vocabulary, as_one_text, encode_pieces
@@ -114,6 +114,16 @@ class Style(ABC):
         Args:
             value: that it has.
         """
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "Style":
+        """The style, with these variables of its chat template where a conversation does not say them.
+
+        Raises:
+            UsageError: for variables that it does not use.
+        """
+        if variables:
+            raise UsageError(f"The prompt style {self.name} is no chat template and has no {', '.join(variables)}.")
+        return self
 
     @property
     def notation(self) -> Notation:
@@ -362,6 +372,18 @@ class TemplateStyle(Style):
             return bool(self._words.reasoning) or self.notation.begins_thought(self._words.opening)
         return self._words.reads(name, of_message, value)
 
+    def with_variables(self, variables: Mapping[str, Any]) -> "TemplateStyle":
+        """See Style. The source begins with them, so all programs that read it take them too."""
+        variables = json.loads(json.dumps(dict(variables), default=str))  # YAML has dates
+        if taken := sorted(variables.keys() & GIVEN):
+            raise UsageError(f"The template variable {taken[0]} is no setting: the command gives it.")
+        unread = [name for name, value in variables.items() if not self.reads(name, False, value)]
+        if unread:
+            words = sorted({*re.findall(r"[^\W\d]\w*", self._code)})
+            hint = did_you_mean(unread[0], words)
+            raise UsageError(f"The chat template does not use the variable {', '.join(unread)}.{hint}")
+        return TemplateStyle(with_defaults(self.source, variables)) if variables else self
+
     @cached_property
     def _code(self) -> str:
         """The statements and expressions of the template."""
@@ -540,6 +562,8 @@ def _ended(turns: Sequence[WrittenTurn]) -> list[WrittenTurn]:
     return ended[::-1]
 
 
+GIVEN = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"})
+"""Variables that each rendering has anyway."""
 MEANT = frozenset({"tools", "documents", "tool_calls", *REASONING})
 """Keys without which a prompt is another one."""
 STYLES: dict[str, WordedStyle] = {name: WordedStyle(name, wording) for name, wording in wordings.WORDINGS.items()}

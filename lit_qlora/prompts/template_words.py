@@ -135,10 +135,17 @@ class TemplateWords:
 
     def _with(self, name: str, value: Any) -> list[tuple[Trial, Trial]]:
         """Trials without a variable and with it."""
-        talks: list[tuple[list[Any], bool]] = [([ASKED], True), ([ASKED, ANSWERED], False)]
+        thought = ANSWERED | dict.fromkeys(REASONING, PROBE)
+        talks: list[tuple[list[Any], bool]] = [
+            ([ASKED], True),
+            ([ASKED, ANSWERED], False),
+            ([{"role": "system", "content": PROBE}, ASKED], True),
+            ([ASKED, thought, ASKED], True),
+        ]
         return [
-            (Trial(talk, STANDARD, begin), Trial(talk, STANDARD | {name: one}, begin))
+            (Trial(talk, others, begin), Trial(talk, others | {name: one}, begin))
             for talk, begin in talks
+            for others in (STANDARD, STANDARD | {"tools": TOOLS})[: 1 if name == "tools" else 2]
             for one in (TOOLS if name == "tools" else value, PROBE, True, False)
         ]
 

@@ -102,6 +102,8 @@ def _accepts(hint: Any, value: Any) -> bool:
         return any(_accepts(part, value) for part in parts)
     if kind is Literal:
         return value in parts
+    if kind is Any:
+        return True
     return isinstance(value, _STANDS_FOR.get(kind, kind)) and not (isinstance(value, bool) and kind in (int, float))
 
 

@@ -1,7 +1,7 @@
 """Settings of training and validation data."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from lit_qlora.settings.checks import Settings, check, check_cache_folder
 from lit_qlora.settings.limits import Count, Seed, ShareAboveZero, ShareBelowOne, at_least
@@ -82,6 +82,9 @@ class DataConfig(PromptKnobs):
     """Prompt style: alpaca, alpaca-end, plain, qa, text, llama2, llama3, chatml, mistral, vicuna, zephyr, phi, phi3,
     gemma, guanaco, knobs (see text_prompt_start), or template, the tokenizer's own chat template. 'auto' takes the
     checkpoint's recorded style, else its chat template, else alpaca."""
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}, for records whose chat_template_kwargs do not say
+    them. The adapter is asked with them too."""
     system: str = ""
     """System message of samples that have none. By default none."""
     max_length: Annotated[int, at_least(8)] | None = None

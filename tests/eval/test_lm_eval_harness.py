@@ -393,6 +393,39 @@ def test_names_of_lm_eval_03_still_work(capsys):
     assert "truthfulqa_mc is called truthfulqa_mc1 and truthfulqa_mc2 today" in capsys.readouterr().err
 
 
+FORMS = {
+    "flow": "{task: quiz, tag: [quizzes, 'short ones'], dataset_path: json}",
+    "json": '{"task": "quiz",\n "tag": ["quizzes", "short ones"]}',
+    "anchors": "task: &name quiz\ntag:\n- quizzes\n- short ones\ndescription: |\n  task: other\n",
+    "next line": '? task\n: quiz\n"tag" :\n  [quizzes,\n   short ones]\n',
+    "included": "include: base\ndataset_path: json\n",
+    "merged": "<<: {task: quiz, tag: [quizzes, short ones]}\n",
+    "beginning": "%YAML 1.1\n---\ntask: !!str quiz\ntag: [quizzes, short ones]  # both\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_task_file_in_any_form_of_yaml_is_found_as_lm_eval_finds_it(form, tmp_path):
+    from lm_eval.tasks._index import Kind, TaskIndex
+
+    (tmp_path / "a.yaml").write_text(FORMS[form])
+    (tmp_path / "base").write_text("task: quiz\ntag: [quizzes, short ones]\ninclude: base\n")
+    found = tasks.task_files(tmp_path)
+    assert found == {"quiz": tmp_path / "a.yaml", "quizzes": None, "short ones": None}
+    if form != "included":  # lm-eval goes round and round where a file includes itself
+        index = TaskIndex.build([tmp_path])
+        assert {name: entry.kind for name, entry in index.items()} == {
+            name: Kind.TASK if path else Kind.TAG for name, path in found.items()
+        }
+
+
+def test_groups_and_broken_files_are_found_by_their_names(tmp_path):
+    (tmp_path / "a.yaml").write_text('{"group": "all", "task": ["quiz"]}')
+    (tmp_path / "b.yaml").write_text("task: quiz\nx: [\n")
+    (tmp_path / "c.yaml").write_text("- task: no\n")
+    assert tasks.task_files(tmp_path) == {"all": None, "quiz": tmp_path / "b.yaml"}
+
+
 def test_an_unknown_task_is_refused_with_the_nearest_names(quiz_dir):
     with pytest.raises(UsageError, match=r"'quizz' is neither .* Did you mean quiz\? Your own: open_quiz, quiz"):
         tasks.resolve(["quizz"], quiz_dir)

@@ -18,11 +18,14 @@ from lit_qlora.inference import (
     TemplateConfig,
     check_style,
     choose_style,
+    decoder_of,
     encode_prompt,
     peak_memory,
+    reader_of,
     stop_ids,
 )
 from lit_qlora.partial_answers import Part
+from lit_qlora.prompts.answer_parts import PLAIN
 from lit_qlora.settings import GenerationConfig, check
 
 if TYPE_CHECKING:
@@ -50,8 +53,9 @@ class Config(GenerationConfig, TemplateConfig, InferenceConfig):
     """Number of records that are answered together."""
     out: Path | None = None
     """File for the predictions: JSON lines with prompt, input, prediction, reference and chrf, in the order of the
-    data. By default predictions.jsonl in the run folder for adapters in OUT, else in out/eval/<checkpoint name>.
-    OUT.part keeps the predictions as they are made; if the command is stopped, the same command resumes from it."""
+    data. Metrics leave out thoughts; where there is one, 'compared' has the rest. By default predictions.jsonl in the
+    run folder for adapters in OUT, else in out/eval/<checkpoint name>. OUT.part keeps the predictions as they are made;
+    if the command is stopped, the same command resumes from it."""
 
     def __post_init__(self) -> None:
         """Check the settings before the model is loaded."""
@@ -87,7 +91,7 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
     style = choose_style(config.style, loaded.style, config.base, config.template_variables)
     gap, tail = (style.gap, style.tail) if style else ("", "")
-    stops = stop_ids(tokenizer, style)
+    decoder, stops = decoder_of(tokenizer, style), stop_ids(tokenizer, style)
     prompts = []
     for example in examples:
         ids = encode_prompt(tokenizer, style, example.prompt)
@@ -103,25 +107,42 @@ def answer(config: Config, examples: "list[Example]", part: Part) -> None:
         if part.answered.keys() >= set(batch):
             continue
         ids_of = generate(model, [prompts[i] for i in batch], config, stops, tokenizer.size)
-        part.add({i: text_of(tokenizer, ids, gap, tail).strip() for i, ids in zip(batch, ids_of, strict=True)})
+        part.add({i: text_of(decoder, ids, gap, tail).strip() for i, ids in zip(batch, ids_of, strict=True)})
     predictions = [part.answered[i] for i in range(len(examples))]
     seconds = time.perf_counter() - start
 
     references = [example.output.strip() for example in examples]
+    notation = style.notation if style else PLAIN
+    wanted = list(map(notation.behind_thought, references))
+    readers = [reader_of(tokenizer, style, ids) for ids in prompts]
+    said = [reader.whole(text).content.strip() for reader, text in zip(readers, predictions, strict=True)]
     rows = [
         {
             "prompt": example.question,
             "input": example.input,
             "prediction": prediction,
             "reference": reference,
-            "chrf": chrf(prediction, reference),
+            **({"compared": words} if words != prediction else {}),
+            "chrf": chrf(words, answer),
         }
-        for example, prediction, reference in zip(examples, predictions, references, strict=True)
+        for example, prediction, reference, words, answer in zip(
+            examples, predictions, references, said, wanted, strict=True
+        )
     ]
     part.end("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(report(text_metrics(predictions, references), rows))
+    print(report(text_metrics(said, wanted), rows))
+    tell_of_thoughts(rows)
     made = len(rows) - before
     print(f"{made} answers in {seconds:.1f} s, {peak_memory()}. Predictions: {part.out}", file=sys.stderr)
+
+
+def tell_of_thoughts(rows: list[dict[str, Any]]) -> None:
+    """Say on stderr that metrics leave thoughts out, and which answers are nothing else."""
+    thoughtful = [row["compared"] for row in rows if "compared" in row]
+    if thoughtful:
+        silent = sum(not said for said in thoughtful)
+        more = f" {silent} of them end within it: raise --max_new_tokens." if silent else ""
+        print(f"{len(thoughtful)} of {len(rows)} answers are compared without their thought.{more}", file=sys.stderr)
 
 
 def default_out(config: Config) -> Path:

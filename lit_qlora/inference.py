@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lit_qlora.prompts.tokenizer import Tokenizer
 
 
-READ_BACK = 16
-"""Ids at the end of a prompt that hold the beginning of a thought, if there is one."""
 ADAPTER_FILE = "adapter_config.json"
 """The file that each adapter has, whoever wrote it."""
 
@@ -381,19 +379,13 @@ def stop_ids(tokenizer: "Tokenizer", style: Style | None) -> frozenset[int]:
 
 
 def decoder_of(tokenizer: "Tokenizer", style: Style | None) -> MarkedText:
-    """Decode answers for reader_of: with the control tokens by which the style tells their parts from each other."""
-    return MarkedText(tokenizer, style.notation.marks if style else ())
+    """See Style.decoder."""
+    return style.decoder(tokenizer) if style else MarkedText(tokenizer, ())
 
 
 def reader_of(tokenizer: "Tokenizer", style: Style | None, prompt: Sequence[int], tools: Iterable[Tool] = ()) -> Reader:
-    """Take the answer to a prompt apart into thoughts, words and calls of these tools.
-
-    Args:
-        prompt: its ids, which may end with the beginning of a thought.
-    """
-    notation = style.notation if style else PLAIN
-    begins = decoder_of(tokenizer, style).decode(prompt[-READ_BACK:]) if notation.thought else ""
-    return notation.reader(tools, begun=notation.begins_thought(begins))
+    """See Style.reader."""
+    return style.reader(tokenizer, prompt, tools) if style else PLAIN.reader(tools)
 
 
 @dataclass(frozen=True)

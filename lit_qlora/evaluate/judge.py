@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from lit_qlora.errors import DataError, UsageError, UserError
+from lit_qlora.evaluate.judge_replies import read_score
 from lit_qlora.files.reading import parse_json, read_text
 from lit_qlora.redact import HIDDEN, scrub
 from lit_qlora.settings import EvalConfig, check
@@ -31,11 +32,8 @@ Answer to judge:
 Rate the answer from 0 (wrong, or useless) to 10 (as good as the reference answer, or better).
 End with one line: Score: NUMBER
 """
-# Every repeat has a limit, or a reply that is full of "score(" would take minutes.
-SCORE = re.compile(
-    r"\bscore\b(?:\s{0,10}\([^)]{0,100}\)|\s{1,10}(?:is|of))?[\s:=*_\"'`]{0,10}(\d+(?:\.\d+)?)", re.IGNORECASE
-)
-NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*\.?\s*")
+HIGHEST = 10
+"""The best score of the template above."""
 AT_ONCE = 4
 """Requests that run at the same time."""
 SECONDS = 120.0
@@ -79,15 +77,25 @@ class Judge:
         Raises:
             JudgeError: if the server cannot be asked.
         """
+        return list(map(self.read, self.replies(answers)))
+
+    def read(self, reply: str) -> float | None:
+        """The score in a reply; None without one, or with one that the default request does not allow."""
+        score = read_score(reply)
+        return None if score is not None and self.template == TEMPLATE and score > HIGHEST else score
+
+    def replies(self, answers: Sequence[Judged]) -> list[str]:
+        """What the judge says about each answer.
+
+        Raises:
+            JudgeError: if the server cannot be asked.
+        """
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            waiting = [pool.submit(self._score, one) for one in answers]
+            waiting = [pool.submit(self._ask, fill(self.template, one)) for one in answers]
             try:
                 return [one.result() for one in waiting]
             finally:
                 pool.shutdown(cancel_futures=True)
-
-    def _score(self, one: Judged) -> float | None:
-        return read_score(self._ask(fill(self.template, one)))
 
     def _ask(self, text: str) -> str:
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], **self.options}
@@ -153,15 +161,6 @@ def make_judge(config: EvalConfig) -> Judge | None:
 def fill(template: str, one: Judged) -> str:
     """The template with the texts at their places; braces in the texts mean nothing."""
     return re.sub(r"\{(prompt|answer|wanted)\}", lambda place: str(getattr(one, place[1])), template)
-
-
-def read_score(reply: str) -> float | None:
-    """The number behind the last word "score" of a reply, or the number that the whole reply is; None without one."""
-    found = SCORE.findall(reply)
-    if found:
-        return float(found[-1])
-    alone = NUMBER.fullmatch(reply)
-    return float(alone[1]) if alone else None
 
 
 def content_of(reply: bytes) -> str:

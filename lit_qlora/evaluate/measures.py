@@ -31,6 +31,8 @@ Measure = Callable[[int], Record]
 """Returns metrics for the record of the validation after so many steps."""
 
 ANSWERS_AT_ONCE = 16
+LONGEST_REPLY = 1000
+"""Characters that are written of a judge's reply without a score."""
 ROWS = 16
 """Rows of a matrix product are padded to a multiple of this: MKL's product of, say, 5 rows depends on its threads."""
 
@@ -187,20 +189,36 @@ def _answers(
     write: Callable[[int, list[Record]], object],
 ) -> Record:
     """Let the model answer, and compare with the known answers."""
-    answers = answer(model, data, [*probes.questions, *probes.prompts], how)
-    known, free = answers[: len(probes.questions)], answers[len(probes.questions) :]
+    asked = [*probes.questions, *probes.prompts]
+    answers = answer(model, data, asked, how)
+    words = [
+        data.style.reader(data.tokenizer, q.ids).whole(text).content.strip()
+        for q, text in zip(asked, answers, strict=True)
+    ]
     records: list[Record] = [
-        {"step": step, "prompt": q.prompt, "answer": said, "wanted": q.wanted, "chrf": chrf(said, q.wanted)}
-        for q, said in zip(probes.questions, known, strict=True)
+        {"step": step, "prompt": q.prompt, "answer": text} | ({"compared": said} if said != text else {})
+        for q, text, said in zip(asked, answers, words, strict=True)
     ]
-    records += [
-        {"step": step, "prompt": q.prompt, "answer": said} for q, said in zip(probes.prompts, free, strict=True)
-    ]
+    known = words[: len(probes.questions)]
+    for record, q, said in zip(records, probes.questions, known, strict=False):
+        record |= {"wanted": q.wanted, "chrf": chrf(said, q.wanted)}
+    _tell_of_thoughts(step, records[: len(known)])
     metrics = text_metrics(known, [q.wanted for q in probes.questions]) if known else {}
     if probes.judge:
         metrics |= judged(probes.judge, records[: len(known)], step)
     write(step, records)
     return metrics
+
+
+def _tell_of_thoughts(step: int, records: Sequence[Record]) -> None:
+    """Note that metrics leave thoughts out, and which answers are nothing else."""
+    thoughtful = [record["compared"] for record in records if "compared" in record]
+    if not thoughtful:
+        return
+    silent = sum(not said for said in thoughtful)
+    more = f"; {silent} of them end within it, so raise --eval.max_new_tokens" if silent else ""
+    told = f"{len(thoughtful)} of {len(records)} answers are compared without their thought{more}"
+    tell(f"  note    after step {step}, {told}", sys.stderr)
 
 
 def judged(judge: Judge, records: Sequence[Record], step: int) -> Record:
@@ -209,21 +227,26 @@ def judged(judge: Judge, records: Sequence[Record], step: int) -> Record:
     A note says why a score, or all of them, is missing.
     """
     try:
-        scores = judge.scores([Judged(r["prompt"], r["wanted"], r["answer"]) for r in records])
+        replies = judge.replies(
+            [Judged(r["prompt"], r["wanted"], r["compared"] if "compared" in r else r["answer"]) for r in records]
+        )
     except JudgeError as error:
         tell(f"  note    no judgement after step {step}: {error}", sys.stderr)
         return {}
-    for record, score in zip(records, scores, strict=True):
-        record.update({} if score is None else {"judge": score})
+    scores = list(map(judge.read, replies))
+    for record, score, reply in zip(records, scores, replies, strict=True):
+        record.update({"judge_reply": reply[:LONGEST_REPLY]} if score is None else {"judge": score})
     found = [score for score in scores if score is not None]
     if len(found) < len(scores):
-        missing = len(scores) - len(found)
-        tell(f"  note    after step {step} the judge gave no score to {missing} of {len(scores)} answers", sys.stderr)
+        reply = " ".join(replies[scores.index(None)].split())[:80]
+        missing = f"{len(scores) - len(found)} of {len(scores)} answers; it replied {reply!r}"
+        tell(f"  note    after step {step} the judge gave no score to {missing}", sys.stderr)
     return {"judge": sum(found) / len(found)} if found else {}
 
 
 def answer(model: GPT, data: RunData, questions: Sequence[Question], how: GenerationConfig) -> list[str]:
-    """Return the answers in the order of the questions."""
+    """Return the answers with their thoughts, in the order of the questions."""
+    decoder = data.style.decoder(data.tokenizer)
     stops, room, most = stop_ids(data), model.config.block_size, how.max_new_tokens
     # A prompt that fills the context loses its beginning, so that at least half an answer has room.
     prompts = [question.ids[-(room - min(most, room // 2)) :] for question in questions]
@@ -233,7 +256,7 @@ def answer(model: GPT, data: RunData, questions: Sequence[Question], how: Genera
         some = order[start : start + ANSWERS_AT_ONCE]
         made = generate(model, [prompts[i] for i in some], how, stops, data.tokenizer.size)
         for i, ids in zip(some, made, strict=True):
-            answers[i] = data.style.said(data.tokenizer.decode(ids)).strip()
+            answers[i] = data.style.said(decoder.decode(ids)).strip()
     return answers
 
 

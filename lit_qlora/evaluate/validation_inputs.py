@@ -30,7 +30,7 @@ class Question:
     ids: list[int]
     prompt: str
     wanted: str = ""
-    """The known answer; '' if there is none."""
+    """The known answer, without its thought; '' if there is none."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
         return None
     ids, answer = tokens[: start + 1].tolist(), labels[start:end].tolist()
     stops = stop_ids(data)
-    wanted = data.tokenizer.decode([token for token in answer if token not in stops])
-    return Question(ids, data.tokenizer.decode(ids).strip(), data.style.said(wanted).strip())
+    wanted = data.style.decoder(data.tokenizer).decode([token for token in answer if token not in stops])
+    said = data.style.reader(data.tokenizer, ids).whole(data.style.said(wanted)).content
+    return Question(ids, data.tokenizer.decode(ids).strip(), said.strip())
 
 
 def read_text(path: Path, data: RunData) -> list[int]:

@@ -72,6 +72,11 @@ class Notation:
         """Tell if a prompt ends with the beginning of a thought."""
         return self.thought is not None and prompt.rstrip().endswith(self.thought[0])
 
+    def behind_thought(self, text: str) -> str:
+        """The part of a written answer behind its thought; all of it if it has none."""
+        before, closed, said = text.partition(self.thought[1]) if self.thought else (text, "", "")
+        return said.lstrip() if closed else before
+
     def reader(self, tools: Iterable[Tool] = (), *, begun: bool = False) -> "Reader":
         """Return a new reader of one answer."""
         return _Harmony(tools) if self.harmony else _Marked(tools, self.thought, begun)

@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 from lit_qlora.errors import CheckpointError, UsageError, did_you_mean
 from lit_qlora.files.reading import parse_json, read_json
 from lit_qlora.prompts import wordings
-from lit_qlora.prompts.answer_parts import PLAIN, Notation
-from lit_qlora.prompts.calls import MARKS
+from lit_qlora.prompts.answer_parts import PLAIN, Decodes, MarkedText, Notation, Reader
+from lit_qlora.prompts.calls import MARKS, Tool
 from lit_qlora.prompts.chat_template import Guard, How, RenderedTurn, Renderer, find_chat_template, with_defaults
 from lit_qlora.prompts.chat_template import Message as Rendered
 from lit_qlora.prompts.conversation import OPENING, REASONING, Conversation, Message, prompt_of
@@ -33,6 +33,8 @@ TEMPLATE = "template"
 """The name of the style that is the tokenizer's own chat template."""
 KNOBS = "knobs"
 """The name of the style that PromptKnobs describe."""
+READ_BACK = 16
+"""Ids at the end of a prompt that hold the beginning of a thought, if there is one."""
 RENDERED_AT_ONCE = 2**23  # characters; one may take twelve bytes in JSON, and several copies are made
 Remark = Literal["begun", "rewritten", "elsewhere", "unthought", "thoughts", "followed", "cut"]
 """Of an answer: it does not begin as the template asks for it; what comes before it is another text when the template
@@ -129,6 +131,19 @@ class Style(ABC):
     def notation(self) -> Notation:
         """The way in which answers have thoughts and calls in them."""
         return PLAIN
+
+    def decoder(self, tokenizer: Decodes) -> MarkedText:
+        """Decode answers for `reader`: with the control tokens by which the style tells their parts from each other."""
+        return MarkedText(tokenizer, self.notation.marks)
+
+    def reader(self, tokenizer: Decodes, prompt: Sequence[int], tools: Iterable[Tool] = ()) -> Reader:
+        """Take an answer apart into thoughts, words and calls of these tools.
+
+        Args:
+            prompt: its ids, which may end with the beginning of a thought.
+        """
+        begins = self.decoder(tokenizer).decode(prompt[-READ_BACK:]) if self.notation.thought else ""
+        return self.notation.reader(tools, begun=self.notation.begins_thought(begins))
 
     @property
     @abstractmethod

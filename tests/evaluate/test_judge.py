@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 
 from lit_qlora.data import RunData
 from lit_qlora.errors import DataError, UsageError
-from lit_qlora.evaluate.judge import TEMPLATE, Judge, Judged, JudgeError, fill, make_judge, read_score
+from lit_qlora.evaluate.judge import TEMPLATE, Judge, Judged, JudgeError, fill, make_judge
 from lit_qlora.evaluate.measures import more_measures
 from lit_qlora.evaluate.validation_inputs import read_probes
 from lit_qlora.generation import generate, text_of
@@ -80,23 +80,12 @@ def script() -> Iterator[Callable[[Any], Scripted]]:
         server.server_close()
 
 
-@pytest.mark.parametrize(
-    ("reply", "score"),
-    [
-        ("It is right.\nScore: 8", 8.0),
-        ("score = 7.5/10", 7.5),
-        ("**Score (0-10):** 9", 9.0),
-        ("Score: 3. On reflection, the score is 4.", 4.0),
-        ('{"score": 6}', 6.0),
-        (" 10\n", 10.0),
-        ("I cannot say. The reference has 3 words.", None),
-        ("Score: none", None),
-        ("", None),
-        pytest.param("score(" * 2**17 + "score 4", 4.0, id="longest"),
-    ],
-)
-def test_the_last_score_of_a_reply_counts(reply: str, score: float | None) -> None:
-    assert read_score(reply) == score
+def test_a_score_that_the_default_request_does_not_allow_is_none(tmp_path: Path) -> None:
+    (tmp_path / "judge.txt").write_text("Rate {answer} from 0 to 100.")
+    for given, score in ({}, None), ({"judge_prompt": tmp_path / "judge.txt"}, 80.0):
+        judge = make_judge(EvalConfig(**URL | given))
+        assert judge
+        assert judge.read("Score: 80") == score
 
 
 def test_braces_in_texts_mean_nothing() -> None:
@@ -222,7 +211,9 @@ def test_the_metric_is_the_mean_of_the_scores_and_each_is_written(
     record, rows = validated(config, data, judge_url=server.url)
     assert record["judge"] == 4.0
     assert sum("judge" in row for row in rows) == 1
-    assert "after step 3 the judge gave no score to 1 of 2 answers" in capsys.readouterr().err
+    note = "after step 3 the judge gave no score to 1 of 2 answers; it replied 'I do not know.'"
+    assert note in capsys.readouterr().err
+    assert [row["judge_reply"] for row in rows if "judge_reply" in row] == ["I do not know."]
 
 
 def test_without_the_server_there_is_a_note_and_every_other_metric(

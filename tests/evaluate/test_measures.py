@@ -30,6 +30,7 @@ from lit_qlora.generation import generate
 from lit_qlora.lora.adapter import start_adapters
 from lit_qlora.lora.layer import add_lora, without_adapters
 from lit_qlora.model.gpt import GPT, IGNORE
+from lit_qlora.prompts.style import TemplateStyle
 from lit_qlora.settings import EvalConfig, FinetuneConfig, GenerationConfig, LoRAConfig
 from lit_qlora.signals import StopRequest
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
@@ -168,6 +169,32 @@ def test_metrics_compare_answers_and_all_are_written(config: FinetuneConfig, dat
     assert [row["answer"] for row in rows[:3]] == said
     assert [row["wanted"] for row in rows[:3]] == [q.wanted for q in probes.questions]
     assert rows[3].keys() == {"step", "prompt", "answer"}
+
+
+def test_metrics_compare_what_stands_behind_a_thought_and_the_whole_is_written(
+    config: FinetuneConfig, data: RunData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, eval=EvalConfig(generate=2))
+    probes = read_probes(config, data)
+    wanted = [asked.wanted for asked in probes.questions]
+    said = [f"<think>\nHm.\n</think>\n\n{wanted[0]}", "<think>\nHm, and"]
+    monkeypatch.setattr(measures, "answer", lambda *_: said)
+    thinking = replace(data, style=TemplateStyle("<think></think>"))
+    rows: list[dict] = []
+    (measure,) = more_measures(
+        Fabric(accelerator="cpu", devices=1),
+        adapted(),
+        thinking,
+        probes,
+        config.eval.answers,
+        lambda step, found: rows.extend(found),
+    )
+    assert measure(3) == text_metrics([wanted[0], ""], wanted)
+    assert [row["answer"] for row in rows] == said
+    assert [row["compared"] for row in rows] == [wanted[0], ""]
+    assert [row["chrf"] for row in rows] == [1.0, 0.0]
+    note = "after step 3, 2 of 2 answers are compared without their thought; 1 of them end within it, so raise"
+    assert note in capsys.readouterr().err
 
 
 # The distance to the base

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_qlora.data import RunData, read_data
 from lit_qlora.errors import DataError, UsageError
 from lit_qlora.evaluate.validation_inputs import PROBE_TOKENS, question, read_probes
 from lit_qlora.prompts.conversation import prompt_of
+from lit_qlora.prompts.style import TemplateStyle
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig
 from tests.data.test_load import REWRITING
 from tests.scripts.test_generate import with_template
@@ -34,6 +36,15 @@ def test_a_question_is_all_before_the_last_answer(data: RunData) -> None:
     assert asked.prompt.endswith("?\nA:")
     a, b = (int(word) for word in asked.prompt[11:-4].split(" plus "))
     assert asked.wanted == str(a + b)
+
+
+def test_a_known_answer_is_compared_without_its_thought(data: RunData) -> None:
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if false %}<think></think>{% endif %}"
+    encode, end = data.tokenizer.encode, data.tokenizer.eos_id
+    asked, said = encode("Q:"), [*encode("<think>Hm.</think> 2", bos=False), end]
+    tokens = torch.tensor(asked + said[:-1])
+    labels = torch.tensor([-100] * (len(asked) - 1) + said)
+    assert question(replace(data, style=TemplateStyle(template)), tokens, labels).wanted == "2"
 
 
 def test_of_a_conversation_the_last_answer_is_asked_for(config: FinetuneConfig, tmp_path: Path) -> None:

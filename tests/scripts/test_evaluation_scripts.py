@@ -14,6 +14,7 @@ from lit_qlora.evaluate.metrics import text_metrics
 from lit_qlora.generation import generate
 from lit_qlora.prompts.tokenizer import Tokenizer
 from tests.conftest import load_script, run_here
+from tests.scripts.test_generate import with_template
 
 
 def run(script: str, *flags: object) -> "subprocess.CompletedProcess[str]":
@@ -82,6 +83,26 @@ def test_the_answers_are_those_of_generate(tiny_checkpoint, examples_file, tmp_p
     for line in out.read_text().splitlines():
         row = json.loads(line)
         assert row["prediction"] == run_here("scripts/generate.py", *flags, "--prompt", row["prompt"]).stdout.strip()
+
+
+def test_answers_and_references_are_compared_without_their_thoughts(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    script = load_script("eval/answers.py")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}<think></think>{% endif %}"
+    checkpoint = with_template(tiny_checkpoint, tmp_path / "own", template)
+    tokenizer = Tokenizer(checkpoint)
+    said = ["<think>Hm.</think> 2", "<think>Hm, and"]
+    made = [tokenizer.encode(text, bos=False) for text in said]
+    monkeypatch.setattr("lit_qlora.generation.generate", lambda *_: made)
+    records = [{"instruction": "Is it?", "output": f"{thought}2"} for thought in ("<think>Yes.</think>", "")]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    out = tmp_path / "out.jsonl"
+    script.main(script.Config(checkpoint_dir=checkpoint, data=str(tmp_path / "a.jsonl"), out=out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prediction"] for row in rows] == said
+    assert [(row["compared"], row["chrf"]) for row in rows] == [("2", 1.0), ("", 0.0)]
+    shown = capsys.readouterr()
+    assert "| 2 | 0.5000 |" in shown.out
+    assert "2 of 2 answers are compared without their thought. 1 of them end within it" in shown.err
 
 
 def test_answers_that_were_stopped_go_on_where_they_were(tiny_checkpoint, examples_file, tmp_path, monkeypatch, capsys):

@@ -85,7 +85,7 @@ class Judge:
         return None if score is not None and self.template == TEMPLATE and score > HIGHEST else score
 
     def replies(self, answers: Sequence[Judged]) -> list[str]:
-        """What the judge says about each answer.
+        """Ask the judge about each answer, and return its replies.
 
         Raises:
             JudgeError: if the server cannot be asked.

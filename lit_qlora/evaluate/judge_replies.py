@@ -27,8 +27,8 @@ ALONE = re.compile(rf"\A[\s*_`]{{0,20}}{_NUMBER}\s{{0,10}}(?:points?)?[\s*_`.]{{
 def read_score(reply: str) -> float | None:
     """The score in a reply, which may have a thought before it, a fence or words around it; None without one.
 
-    An object of JSON with "score" or "rating" counts most, then a line that says the score, then the last mention of a
-    score, then [[8]], 8/10 or 8 out of 10, and last a number that is the whole reply.
+    An object of JSON with "score" or "rating" counts most, then a line that says the score. Then come the last mention
+    of a score, [[8]], 8/10 or 8 out of 10, and last a number that is the whole reply.
     """
     reply = _behind_thought(reply)
     found = _in_objects(reply)

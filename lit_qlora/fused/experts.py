@@ -38,7 +38,7 @@ from lit_qlora.kernels.experts_lora import MOST_RANK, Folds, add_gradient, proje
 from lit_qlora.kernels.experts_mlp import mlp_backward
 from lit_qlora.kernels.experts_products import LowRank, gate_up, product
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
-from lit_qlora.lora.layer import LoRALinear
+from lit_qlora.lora.layer import LoRALinear, shares_a
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.mlp import KINDS, MoE
 
@@ -52,7 +52,7 @@ class ExpertGroup(StackedExperts):
     """The layers of all experts of a block with inputs of one kind; each row meets those of its own expert. See Layers.
 
     Attributes:
-        slots: number of the adapter of each layer of an expert, -1 for one without.
+        slots: number of the A of each layer of an expert, -1 for one without; parts: the same of the B.
         dense: (n_expert, N, K) that is not quantised, or is a cached weight. B does not lie beside it.
         carried: always None.
         ahead: what dequantises the weights in time; None to do it when they are asked for.
@@ -69,9 +69,11 @@ class ExpertGroup(StackedExperts):
 
     def __init__(self, experts: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> None:
         ranks = [layer.lora_a.size(0) if isinstance(layer, LoRALinear) else 0 for layer in experts[0]]
-        super().__init__(experts, ranks, dtype)
+        super().__init__(experts, ranks, dtype, tied=shares_a(experts[0]))
         self.adapters = [layer for expert in experts for layer in expert if isinstance(layer, LoRALinear)]
         self.slots = self.stack.slots[: len(ranks)]
+        numbers = iter(range(len(ranks)))
+        self.parts = tuple(next(numbers) if rank else -1 for rank in ranks)
         self.p = self.adapters[0].dropout.p if self.adapters else 0.0
         self.scale = self.adapters[0].scale if self.adapters else 1.0
 
@@ -145,14 +147,16 @@ class ExpertGroup(StackedExperts):
 
     @cached_property
     def output_parts(self) -> Tensor:
-        """B^T of the layers with adapters, as `project` takes it for dZ, (n_expert, slots, r, N of a layer)."""
+        """B^T of the layers of each A, as `project` takes it for dZ, (n_expert, slots, r, N of these layers)."""
         assert self.b is not None
-        return self.b.view(self.shape[0], -1, self.shape[1] // len(self.slots), self.stack.r).mT
+        return self.b.view(self.shape[0], max(self.slots) + 1, -1, self.stack.r).mT
 
     @cached_property
     def b_of_layers(self) -> list[Tensor | None]:
-        """The same of each layer, (n_expert, r, N of a layer); None for one without an adapter."""
-        return [self.output_parts[:, slot] if slot >= 0 else None for slot in self.slots]
+        """B^T of each layer, (n_expert, r, N of a layer); None for one without an adapter."""
+        assert self.b is not None
+        each = self.b.view(self.shape[0], -1, self.shape[1] // len(self.slots), self.stack.r).mT
+        return [each[:, part] if part >= 0 else None for part in self.parts]
 
     @cached_property
     def input_parts(self) -> Tensor:
@@ -276,7 +280,7 @@ class Experts:
     ) -> Tensor:
         """Turn gate and up into their gradients; those of down's A and of their own B; parts of that of the weights."""
         group, down, choices, dropout = self.gate_up, self.down, saved.choices, self._dropout(self.down, run)
-        gate, up = group.slots
+        gate, up = group.parts
         own = None if saved.z is None else (saved.z, group.gradients[1], (gate, up))
         of_down = None if dz_down is None else (dz_down, down.gradients[0].mT, down.scale)
         if max(group.stack.r, down.stack.r) <= MOST_RANK:
@@ -287,9 +291,9 @@ class Experts:
             add_gradient(dh, dz_down, down.gradients[0], choices, down.scale, folds=folds)
         if saved.z is not None:
             r, width = group.stack.r, dh.size(1)
-            for half, slot in zip(branches.split(width, dim=1), group.slots, strict=True):
+            for half, slot, part in zip(branches.split(width, dim=1), group.slots, group.parts, strict=True):
                 if slot >= 0:
-                    gradient = group.gradients[1][:, slot * width : slot * width + width]
+                    gradient = group.gradients[1][:, part * width : part * width + width]
                     add_gradient(half, saved.z[:, slot * r : slot * r + r], gradient, choices, folds=folds)
         return parts
 
@@ -300,7 +304,7 @@ class Experts:
         group, low_rank = self.gate_up, None
         if group.rank:
             width, dropout = group.shape[1] // 2, self._dropout(group, run)
-            adapted = d_branches if min(group.slots) >= 0 else d_branches.split(width, dim=1)[group.slots.index(0)]
+            adapted = d_branches if min(group.parts) >= 0 else d_branches.split(width, dim=1)[group.parts.index(0)]
             dz = project(adapted, group.output_parts, choices)
             gradient = group.gradients[0]
             add_gradient(x, dz, gradient, choices, group.scale, gathered=True, dropout=dropout, folds=folds)

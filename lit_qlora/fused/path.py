@@ -99,22 +99,16 @@ class Fused:
         self.flat: list[tuple[nn.Parameter, Tensor]] = []
         self.master = torch.empty(size_a + sum(group.size_b for group in adapted), device=self.device)
         self.gradient = torch.zeros_like(self.master)
-        self.parameters: list[tuple[nn.Parameter, Tensor]] = []
+        self.every_a: list[tuple[nn.Parameter, Tensor]] = []
+        self.every_b: list[tuple[nn.Parameter, Tensor]] = []
         first_a, first_b = 0, size_a
         for group in adapted:
             at_a, at_b = slice(first_a, first_a + group.size_a), slice(first_b, first_b + group.size_b)
             a, group.grad_a = (whole[at_a].view(group.rank, group.k) for whole in (self.master, self.gradient))
             b, group.grad_b = (whole[at_b].view(-1, group.stack.r) for whole in (self.master, self.gradient))
-            row_a, row_b = 0, 0
-            for adapter in group.adapters:
-                end_a, end_b = row_a + group.stack.r, row_b + adapter.lora_b.size(0)
-                homes = (a[row_a:end_a], b[row_b:end_b])
-                gradients = (group.grad_a[row_a:end_a], group.grad_b[row_b:end_b])
-                for parameter, home, gradient in zip((adapter.lora_a, adapter.lora_b), homes, gradients, strict=True):
-                    home.copy_(parameter.data)
-                    parameter.data = home
-                    self.parameters.append((parameter, gradient))
-                row_a, row_b = end_a, end_b
+            every_a = dict.fromkeys(adapter.lora_a for adapter in group.adapters)  # layers may share one
+            self.every_a += _moved(list(every_a), a, group.grad_a)
+            self.every_b += _moved([adapter.lora_b for adapter in group.adapters], b, group.grad_b)
             first_a, first_b = at_a.stop, at_b.stop
         self._lay_out_copies(size_a)
 
@@ -274,7 +268,7 @@ class Fused:
 
     def _state(self) -> tuple[bool, int | None]:
         """Tell if a backward pass will follow, and draw the seed of the dropout if there is any."""
-        learns = torch.is_grad_enabled() and bool(self.parameters)
+        learns = torch.is_grad_enabled() and bool(self.every_a)
         # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
         drops = self.model.training and any(group.p for group in self.groups)
         return learns, int(torch.randint(1, 2**31 - 1, ())) if drops else None
@@ -355,7 +349,7 @@ class Fused:
     def flatten(self, group_of: Callable[[nn.Parameter], Any]) -> Sequence[nn.Parameter]:
         """All A and all B as two parameters, where there are experts, or as more where groups change; see FastPath."""
         self.flat = []
-        for side in (self.parameters[::2], self.parameters[1::2]) if self.config.n_expert else ():
+        for side in (self.every_a, self.every_b) if self.config.n_expert else ():
             for _, run in groupby(side, key=lambda pair: group_of(pair[0])):
                 first, *rest = (parameter for parameter, _ in run)
                 begin = (first.data_ptr() - self.master.data_ptr()) // self.master.element_size()
@@ -365,7 +359,7 @@ class Fused:
 
     def _attach_gradients(self) -> None:
         """Make each adapter's .grad a view of the one gradient, zero where the optimizer has set it to None."""
-        first, home = self.parameters[0]
+        first, home = self.every_a[0]
         if first.grad is home and all(whole.grad is not None for whole, _ in self.flat):
             return
         self.gradient.zero_()
@@ -373,7 +367,7 @@ class Fused:
             whole.grad = gradient
         if first.grad is home:
             return
-        for parameter, gradient in self.parameters:
+        for parameter, gradient in (*self.every_a, *self.every_b):
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
@@ -467,3 +461,13 @@ class Fused:
     def graph_bytes(self, tokens: int) -> int:
         """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""
         return int(self.sizes.graphs(self.recompute, tokens))
+
+
+def _moved(parameters: Sequence[nn.Parameter], home: Tensor, gradient: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """Move parameters end to end into the rows of `home`; each with the rows of `gradient` that are its own."""
+    rows = [len(parameter) for parameter in parameters]
+    pairs = list(zip(parameters, gradient.split(rows), strict=True))
+    for (parameter, _), own in zip(pairs, home.split(rows), strict=True):
+        own.copy_(parameter.data)
+        parameter.data = own
+    return pairs

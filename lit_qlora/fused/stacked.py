@@ -58,6 +58,7 @@ class StackedExperts:
         experts: of each expert its layers, whose shapes, schemes and adapters are those of the first one's.
         ranks: of the adapter of each layer of an expert, 0 for none; those above 0 are the same.
         dtype: of the products.
+        tied: the layers of an expert share one A.
 
     Attributes:
         stack: all layers, expert by expert; n: output features of all of them.
@@ -68,10 +69,14 @@ class StackedExperts:
         bias: (n_expert, N) or None.
     """
 
-    def __init__(self, experts: Sequence[Sequence[nn.Module]], ranks: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, experts: Sequence[Sequence[nn.Module]], ranks: Sequence[int], dtype: torch.dtype, tied: bool = False
+    ) -> None:
         bases: list[Any] = [base_of(layer) for expert in experts for layer in expert]
         adapters, count = iter(range(len(bases))), len(experts)
         slots = tuple(next(adapters) if rank else -1 for rank in [*ranks] * count)
+        if tied:
+            slots = tuple(slot // len(ranks) for slot in slots)
         self.stack, self.dtype = Stack(tuple(base.out_features for base in bases), slots, max(ranks)), dtype
         self.k, self.n, self.rank = bases[0].in_features, self.stack.n, self.stack.rank
         self.shape = (count, self.n // count, self.k)

@@ -51,7 +51,8 @@ def mlp_backward_reference(
             r = gradient.size(2)
             for half, slot in zip(d_branches[rows].split(width, dim=1), slots, strict=True):
                 if slot >= 0:
-                    own = z[rows, slot * r : slot * r + r]
+                    first = 0 if _is_tied(z, slots, r) else slot * r
+                    own = z[rows, first : first + r]
                     gradient[e, slot * width : (slot + 1) * width] += (half.T @ own).to(gradient.dtype)
     return d_weight
 
@@ -72,8 +73,8 @@ def mlp_backward(
     Args:
         branches: (C, 2 F), contiguous; dh: (C, F), contiguous, gradients of h with those through down's adapter.
         down: gradients of down's Z, (C, R), the float32 gradient of its A, (n_expert, R, F), and alpha / r.
-        gate_up: Z of the adapters of gate and up, (C, slots r); the float32 gradient of their stacked B, of shape
-            (n_expert, slots F, r); the slots of gate and up, -1 without an adapter.
+        gate_up: Z of the adapters of gate and up, (C, slots r), or (C, r) if they share an A; the float32 gradient of
+            their stacked B, of shape (n_expert, slots F, r); the slots of gate and up, -1 without an adapter.
         dropout: of the input of down's adapter, elements of (C, F).
         h: where h, with elements dropped, is written for sums that are done elsewhere; None if nobody wants it.
         folds: adds up the sums of chunks later; None for at once.
@@ -102,8 +103,9 @@ def mlp_backward(
         d_weight if grad_b is None else grad_b, 0 if grad_b is None else grad_b.stride(0), parts_a, parts_b, size_b,
         d_weight, dh if h is None else h, choices.ends, choices.chunks, choices.most_chunks, choices.chunk,
         width, choices.rows, alpha, dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
-        R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), GATE=slots[0], UP=slots[1], FUNCTION=function,
-        DROP=dropout.p > 0, WANTS_H=h is not None, BT=bt, BN=bn, STAGES=in_flight, num_warps=4,
+        R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), GATE=slots[0], UP=slots[1],
+        TIED=int(_is_tied(z, slots, r)), FUNCTION=function, DROP=dropout.p > 0,
+        WANTS_H=h is not None, BT=bt, BN=bn, STAGES=in_flight, num_warps=4,
     )  # fmt: skip
     later = folds or Folds(choices)
     for parts, gradient in sums:
@@ -111,6 +113,11 @@ def mlp_backward(
     if folds is None:
         later.flush()
     return d_weight
+
+
+def _is_tied(z: Tensor, slots: tuple[int, int], r: int) -> bool:
+    """Tell whether gate and up read the same columns of Z."""
+    return min(slots) >= 0 and z.size(1) == r
 
 
 BLOCKS = {16: (32, 32, 3), 32: (32, 32, 3), 64: (32, 32, 2)}
@@ -123,8 +130,8 @@ if triton is not None:
         X, DH, WEIGHT, DZ, ldd, Z, ldz, GA, sa, GB, sb, PARTS_A, PARTS_B, size_b, DW, H, ENDS, CHUNKS, most_chunks,
         chunk, F, rows, alpha, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
-        FUNCTION: tl.constexpr, DROP: tl.constexpr, WANTS_H: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-        STAGES: tl.constexpr,
+        TIED: tl.constexpr, FUNCTION: tl.constexpr, DROP: tl.constexpr, WANTS_H: tl.constexpr, BT: tl.constexpr,
+        BN: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         stripe, c = tl.program_id(0), tl.program_id(1)
         if c < tl.load(CHUNKS + 2 * most_chunks):
@@ -165,7 +172,7 @@ if triton is not None:
                     z = tl.load(Z + far[:, None] * ldz + GATE * r + j[None, :], own, 0.0)
                     sum_gate = tl.dot(tl.trans(z), d_gate, sum_gate)
                 if UP >= 0:
-                    z = tl.load(Z + far[:, None] * ldz + UP * r + j[None, :], own, 0.0)
+                    z = tl.load(Z + far[:, None] * ldz + (UP - TIED) * r + j[None, :], own, 0.0)
                     sum_up = tl.dot(tl.trans(z), d_up, sum_up)
             whole = last - tl.load(ENDS + e) <= chunk
             if R > 0:

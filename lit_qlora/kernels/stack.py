@@ -22,7 +22,7 @@ class Stack:
 
     Attributes:
         rows: output features of each layer.
-        slots: number of each layer's adapter, -1 for one without.
+        slots: number of each layer's adapter, -1 for one without; layers that share an A have the same.
         r: rank of each adapter.
     """
 
@@ -37,8 +37,8 @@ class Stack:
 
     @property
     def rank(self) -> int:
-        """Columns of Z: r for each adapter."""
-        return self.r * sum(slot >= 0 for slot in self.slots)
+        """Columns of Z: r for each A."""
+        return self.r * len({slot for slot in self.slots if slot >= 0})
 
     @property
     def adapted_rows(self) -> int:

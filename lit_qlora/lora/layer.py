@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
 from lit_qlora.lora.embeddings import TiedHead, TrainedEmbedding, train_embeddings
-from lit_qlora.model.mlp import Router
+from lit_qlora.model.mlp import MoE, Router
 from lit_qlora.settings import LoRAConfig, first_match
 
 ALIASES = {"query_gate": "query"}
@@ -125,7 +125,35 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
                 f"so it has no {config.rank(path)} directions."
             )
         model.set_submodule(path, layer)
+    if config.tied:
+        _tie(model)
     train_embeddings(model, config)
+
+
+def shares_a(layers: Sequence[nn.Module]) -> bool:
+    """Tell whether these layers have adapters with one A."""
+    return len(layers) > 1 and len({id(getattr(layer, "lora_a", layer)) for layer in layers}) == 1
+
+
+def _tie(model: nn.Module) -> None:
+    """Let gate and up of each expert share one A.
+
+    Raises:
+        UsageError: where they cannot, or there are no experts that learn.
+    """
+    pairs = [
+        (f"{path}.experts.{e}", expert.gate, expert.up)
+        for path, module in model.named_modules()
+        if isinstance(module, MoE)
+        for e, expert in enumerate(module.experts)
+        if isinstance(expert.gate, LoRALinear) and isinstance(expert.up, LoRALinear)
+    ]
+    if not pairs:
+        raise UsageError("lora.tied has no effect: it is for adapters on the experts (mlp, all) of a mixture.")
+    for path, gate, up in pairs:
+        if gate.lora_a.shape != up.lora_a.shape or gate.scale != up.scale:
+            raise UsageError(f"lora.tied: gate and up of {path} need the same rank and alpha.")
+        up.lora_a = gate.lora_a
 
 
 def words_of(path: str) -> set[str]:

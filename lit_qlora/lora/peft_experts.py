@@ -3,7 +3,7 @@
 transformers holds the weights of a block's experts in two parameters, gate_up_proj and down_proj. For each, PEFT has an
 A of shape (n_expert r, in), expert after expert, and a B of shape (out, r n_expert). The columns of B are the experts
 of the first rank, then those of the next. Gate and up share an A. Adapters of ours that do not share it are stacked
-along the rank, with a block-diagonal B, which is the same function exactly.
+along the rank, with a block-diagonal B, which is the same function exactly. With lora.tied they share it too.
 
 A tensor's name tells the module alone: what is nested in a wrapper (base_layer) is the module's first parameter.
 PEFT 0.18 has input and output of a parameter (n_expert, out, in) the other way round: there B^T is A and A^T is B.
@@ -141,7 +141,7 @@ class Stacks:
         everywhere = config.first_layers is None and config.last_layers is None
         both = {layer.rpartition(".")[2] for layer in layers}.issuperset(PARAMETERS["gate_up_proj"])
         alike = all(config.rank(x) == config.r and config.scale(x) == config.alpha / config.r for x in layers)
-        return self.only or not (both and alike and everywhere)
+        return self.only or config.tied or not (both and alike and everywhere)
 
     def size(self, block: str, name: str, layers: Sequence[str]) -> tuple[int, float]:
         """Rank and alpha of a parameter of a block, some of whose experts' adapted layers are its own.
@@ -157,7 +157,8 @@ class Stacks:
                 f"model ({name}), with one scale.\n"
                 "Choose lora.rank_pattern and lora.alpha_pattern such that alpha / r is the same for them."
             )
-        rank = sum(self._ranks(name, own).values())
+        ranks = self._ranks(name, own).values()
+        rank = max(ranks) if self.config.tied else sum(ranks)
         return rank, scales.pop() * (rank**0.5 if self.config.rslora else rank)
 
     def _ranks(self, name: str, layers: Sequence[str]) -> dict[str, int]:
@@ -168,17 +169,22 @@ class Stacks:
     def join(self, block: str, name: str, layers: Sequence[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PEFT's A and B of a parameter of a block, from those of its experts."""
         ranks, all_a, all_b = self._ranks(name, layers), [], []
+        tied = self.config.tied and len(ranks) > 1
+        width = max(ranks.values()) if tied else sum(ranks.values())
         for e in range(self.model.n_expert):
-            parts, a, first = {}, [], 0
+            parts: dict[str, Tensor] = {}
+            a: list[Tensor] = []
+            first = 0
             for kind in PARAMETERS[name]:
                 path, rank = f"{block}{_EXPERT}{e}.{kind}", ranks.get(kind, 0)
                 rows = self.model.n_embd if kind == "down" else self.model.expert_size
-                b = torch.zeros(rows, sum(ranks.values()))
+                b = torch.zeros(rows, width)
                 if rank:
                     own_a, own_b = state[f"{path}.lora_a"], state[f"{path}.lora_b"]
-                    a.append(torch.cat([own_a, own_a.new_zeros(rank - len(own_a), own_a.size(1))]))
+                    if not (tied and a):
+                        a.append(torch.cat([own_a, own_a.new_zeros(rank - len(own_a), own_a.size(1))]))
                     b[:, first : first + own_b.size(1)] = own_b
-                parts[kind], first = b, first + rank
+                parts[kind], first = b, first + (0 if tied else rank)
             all_a.append(torch.cat(a))
             all_b.append(self._joined(parts))
         return {
@@ -218,6 +224,7 @@ class Stacks:
         if swapped:
             of_a, of_b = of_b.mT, of_a.mT
         ranks = None if ours is None else self._ranks(name, ours)
+        shared = self.config.tied and ranks is not None and len(ranks) > 1
         state = {}
         for e in range(count):
             rows = {"down": of_b[e]}
@@ -229,7 +236,7 @@ class Stacks:
                 columns = slice(None) if ranks is None else slice(first, first + self.config.rank(path))
                 state[f"{path}.lora_a"] = of_a[e][columns].contiguous()
                 state[f"{path}.lora_b"] = rows[kind][:, columns].contiguous()
-                first += 0 if ranks is None else ranks[kind]
+                first += 0 if ranks is None or shared else ranks[kind]
         return state
 
 

@@ -83,6 +83,7 @@ def to_ours(
         dora=config.dora,
         train_tokens=config.tokens,
         train_embeddings=config.embeddings,
+        tied=any(is_stacked(module) and _leaf(module) == "gate_up_proj" for module in modules),
     )
     return scaled, lora, copies
 

@@ -59,7 +59,12 @@ def cut(
     """
     scale = config.scale("")
     smaller = replace(
-        config, r=rank, alpha=scale * rank ** (0.5 if config.rslora else 1), rank_pattern={}, alpha_pattern={}
+        config,
+        r=rank,
+        alpha=scale * rank ** (0.5 if config.rslora else 1),
+        rank_pattern={},
+        alpha_pattern={},
+        tied=False,
     )
     cut_state = dict(state)
     for layer, spectrum in found.items():

@@ -50,6 +50,8 @@ class LoRAConfig(Settings):
     """Other alphas for some layers, with keys as in rank_pattern."""
     rslora: bool = False
     """Multiply updates by alpha / sqrt(r) instead, which keeps high ranks learning (rsLoRA, Kalajdzievski 2023)."""
+    tied: bool = False
+    """Let gate and up of each expert share one A, as PEFT's adapters of stacked experts do (target_parameters)."""
     dora: bool = False
     """Train the norm of each weight row apart from its direction (DoRA, Liu et al. 2024)."""
     init: Literal["default", "pissa", "olora", "loftq"] = "default"
@@ -80,6 +82,10 @@ class LoRAConfig(Settings):
         check(
             self.loftq_steps is None or self.init == "loftq",
             f"lora.loftq_steps has no effect with --lora.init {self.init}.",
+        )
+        check(
+            not self.tied or self.init == "default",
+            f"lora.tied: lora.init {self.init} gives gate and up an A each. Leave one out.",
         )
         check(
             self.start is None or self.init == "default",

@@ -67,6 +67,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "geglu, shared of nf4": {"ffn": "geglu_tanh", "shared_expert_size": 64, "scheme": "bnb.nf4", "expert_size": 64},
     "int8": {"scheme": "bnb.int8", "expert_size": 64},
+    "tied": {"lora": {"tied": True}, "n_layer": 1},
+    "tied, rank 80": {"lora": {"tied": True}, "n_layer": 1, "r": 80},
     "attention alone": {"targets": ("query", "value"), "scheme": "bnb.fp4", "expert_size": 64},
     "ranks of their own": {
         "lora": {"rank_pattern": {"experts.[0-9].(gate|up)": 2}, "alpha_pattern": {"experts.[0-9].down": 3.0}},
@@ -390,6 +392,8 @@ IN_FLOAT64: dict[str, dict[str, Any]] = {
     "gpt-oss": CASES["gpt-oss"] | {"scheme": "none"},
     "sigmoid, groups": {**SIGMOID, "router_groups": 2, "router_groups_kept": 1},
     "rank 80": {"r": 80},
+    "tied": {"lora": {"tied": True}},
+    "tied, rank 80": {"lora": {"tied": True}, "r": 80},
     "one expert of four": {"n_expert_per_token": 1, "router": "sigmoid"},
 }
 
@@ -425,7 +429,9 @@ def test_the_algorithm_is_exact_in_float64(case: str, saves: bool, monkeypatch: 
     fused.gradient.zero_()
     out, saved = experts.forward(x, None, run, saves)
     dx = experts.backward(d_y, x, saved, Backward(run, fused.pending, run.workspaces))
-    found = {name: gradient for name, p in learners.items() for q, gradient in fused.parameters if q is p}
+    found = {
+        name: gradient for name, p in learners.items() for q, gradient in (*fused.every_a, *fused.every_b) if q is p
+    }
     for actual, wanted in [(out, y), (dx, leaf.grad), *((found[name], expected[name]) for name in expected)]:
         # The weight of one chosen expert is 1, so routers have no gradient.
         assert float((actual - wanted).detach().norm()) <= 1e-12 * max(1e-3, float(wanted.detach().norm()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_qlora.convert.families import FAMILIES, their_module
 from lit_qlora.errors import CheckpointError
-from lit_qlora.lora.adapter import our_tensors, read_adapter
+from lit_qlora.lora.adapter import our_tensors, read_adapter, save_state
 from lit_qlora.lora.peft_experts import Stacks
 from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.model.config import ModelConfig
@@ -69,6 +69,21 @@ def test_peft_computes_the_same_with_some_blocks_and_mlps_beside_experts(tmp_pat
 @pytest.mark.parametrize("case", [*WITH_EXPERTS, MIXED])
 def test_peft_computes_the_same_with_every_variant(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
     ours_in_peft(case, ("all",), tmp_path, **settings)
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_an_adapter_with_one_a_for_gate_and_up_is_pefts_to_the_bit(case: str, tmp_path: Path) -> None:
+    ours_in_peft(case, ("mlp",), tmp_path / "ours", tied=True)
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["o_proj"], target_parameters=BOTH)
+    theirs_in_ours(case, config, tmp_path / "theirs")
+    read = read_adapter(tmp_path / "theirs/adapter")
+    model = ModelConfig.load(tmp_path / "theirs/base")
+    assert read.config.tied
+    facts = {"base": {"name": "x", "sha256": "y"}}
+    save_state(tmp_path / "again", our_tensors(read, model), model, read.config, None, facts)
+    back, first = (read_adapter(folder).peft_tensors for folder in (tmp_path / "again", tmp_path / "theirs/adapter"))
+    assert back.keys() == first.keys()
+    assert all(torch.equal(tensor, first[name]) for name, tensor in back.items())
 
 
 @pytest.mark.parametrize("case", ROUTED)

@@ -10,6 +10,7 @@ PEFT 0.18 has input and output of a parameter (n_expert, out, in) the other way 
 Source: peft/tuners/lora/layer.py, ParamWrapper.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,9 +27,14 @@ PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """Parameters of a module of experts, in their order, and our layers that each one holds."""
 UNCONVERTED = {"qwen3_5_moe_text"}
 """Families whose single experts PEFT 0.21 does not stack when it loads them, nor mistakes their other MLPs for them."""
+LINEAR = "1.0"
+"""A version of PEFT that has A and B of parameters as those of linear layers."""
 _MODULE = ".experts"
 _INNER = ".base_layer"
+_ROUTER = (".mlp.router.linear.", ".mlp.router.")
+"""Unsloth's name of gpt-oss's router, and that of transformers."""
 _EXPERT = ".mlp.experts."
+_SINGLE = re.compile(r"(.*\.experts\.(?:gate_up|down))_projs\.(\d+)")
 
 
 def is_expert(layer: str) -> bool:
@@ -61,10 +67,10 @@ def named(tensors: Mapping[str, Tensor], targets: Iterable[str], location: str) 
     targets = tuple(targets)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        wrapper, dot, rest = name.partition(".lora_")
+        wrapper, dot, rest = name.replace(*_ROUTER).partition(".lora_")
         module = wrapper.removesuffix(_INNER)
         if not dot or not module.endswith(_MODULE):
-            found[name] = tensor
+            found[f"{wrapper}{dot}{rest}"] = tensor
             continue
         adapted = [parameter for parameter in PARAMETERS if is_targeted(f"{module}.{parameter}", targets)]
         depth = len(adapted) - 1 - wrapper.count(_INNER)
@@ -74,6 +80,37 @@ def named(tensors: Mapping[str, Tensor], targets: Iterable[str], location: str) 
                 f"{' and '.join(adapted) or 'none of their parameters'}."
             )
         found[f"{module}.{adapted[depth]}.lora_{rest}"] = tensor
+    return found
+
+
+def is_single(module: str) -> bool:
+    """Tell whether a module is a linear layer of one expert, gate and up in one, as Unsloth has gpt-oss in 4 bit."""
+    return _SINGLE.fullmatch(module) is not None
+
+
+def stack_singles(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Tensors by their names in `named`, where those of such layers are as if PEFT had adapted stacked parameters.
+
+    Args:
+        experts: their number; one without an adapter gets a zero one.
+    """
+    found: dict[str, Tensor] = {}
+    singles: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.partition(".lora_")
+        match = _SINGLE.fullmatch(module)
+        if match:
+            singles.setdefault(f"{match[1]}_proj.lora_{part}", {})[int(match[2])] = tensor
+        else:
+            found[name] = tensor
+    for name, own in singles.items():
+        a = ".lora_A." in name
+        each = [tensor if a else tensor.T for tensor in own.values()]
+        rank, width = max(map(len, each)), each[0].size(1)
+        whole = each[0].new_zeros(max(experts, 1 + max(own)), rank, width)
+        for expert, rows in zip(own, each, strict=True):
+            whole[expert, : len(rows)] = rows
+        found[name] = whole.flatten(0, 1) if a else whole.permute(2, 1, 0).flatten(1)
     return found
 
 

@@ -22,14 +22,17 @@ from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.peft_config import PeftConfig
 from lit_qlora.lora.peft_experts import (
+    LINEAR,
     PARAMETERS,
     UNCONVERTED,
     Place,
     Stacks,
     by_block,
     is_expert,
+    is_single,
     is_stacked,
     peft_names,
+    stack_singles,
 )
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
@@ -83,7 +86,7 @@ def to_ours(
         dora=config.dora,
         train_tokens=config.tokens,
         train_embeddings=config.embeddings,
-        tied=any(is_stacked(module) and _leaf(module) == "gate_up_proj" for module in modules),
+        tied=any("gate_up_proj" in module and (is_stacked(module) or is_single(module)) for module in modules),
     )
     return scaled, lora, copies
 
@@ -356,6 +359,8 @@ def from_peft(
     add_lora(skeleton, config)
     shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
     tensors = _as_in_wrapper(tensors, model, location)
+    if any(map(is_single, map(_module_of, tensors))):
+        tensors, version = stack_singles(tensors, model.n_expert), LINEAR
     left = dict(tensors)
     known = {_module_of(name) for name in tensors}
     state, layers = {}, _layers(shapes)
@@ -540,6 +545,7 @@ def _widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
 def _words(modules: Iterable[str], location: str) -> tuple[Any, ...]:
     """Find our target words for modules of any family."""
     known: dict[str, dict[str, None]] = {f"experts.{name}": {"mlp": None} for name in PARAMETERS}
+    known |= {f"{name}s.{{e}}": {"mlp": None} for name in PARAMETERS}  # see is_single
     for family in FAMILIES.values():
         for theirs, rule in family.weights.items():
             for part in parts_of(rule):

@@ -158,6 +158,48 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> N
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def test_the_linear_layers_that_unsloth_makes_of_experts_are_the_stacked_parameters(tmp_path: Path) -> None:
+    """In 4 bit, unsloth_zoo/temporary_patches/gpt_oss.py has a list of linear layers for each parameter."""
+    model = tiny_config(family="gpt_oss", ffn="swiglu_clamped", **SMALL)
+    tensors, folder = written(tmp_path / "stacked", model)
+    expected, single = our_tensors(read_adapter(folder), model), {}
+    for name, tensor in tensors.items():
+        module, _, part = name.partition(".lora_")
+        kind = "gate_up_projs" if "base_layer" in module else "down_projs"
+        for e in range(3):  # the last one has no adapter
+            own = tensor[2 * e : 2 * e + 2] if part.startswith("A") else tensor[:, e::4]
+            single[f"{module.removesuffix('.base_layer')}.{kind}.{e}.lora_{part}"] = own
+    router = {f"base_model.model.model.layers.0.mlp.router.linear.lora_{x}.weight" for x in "AB"}
+    single |= {name: torch.ones((2, model.n_embd) if "_A" in name else (4, 2)) for name in router}
+    folder = tmp_path / "single"
+    write(folder, single, {"r": 2, "lora_alpha": 4, "target_modules": "(.*projs.*|linear)"})
+    read = read_adapter(folder)
+    found = our_tensors(read, model)
+    assert read.config.tied
+    assert set(read.config.targets) == {"mlp", "router"}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items() if ".experts.3." not in name)
+    assert not any(found[name].any() for name in expected if ".experts.3." in name)
+    assert found["blocks.0.mlp.router.lora_a"].all()
+
+
+def test_parameters_of_some_blocks_as_the_recipes_of_trl_name_them_are_understood(tmp_path: Path) -> None:
+    model = tiny_config(family="qwen3_moe", **SMALL)
+    tensors = written(tmp_path / "all", model)[0]
+    some = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
+    write(tmp_path / "some", some, {"r": 2, "lora_alpha": 4, "target_parameters": [f"1.mlp.{name}" for name in BOTH]})
+    found = our_tensors(read_adapter(tmp_path / "some"), model)
+    expected = our_tensors(read_adapter(tmp_path / "all"), model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items() if name.startswith("blocks.1."))
+    assert not any(tensor.any() for name, tensor in found.items() if name.startswith("blocks.0."))
+
+
+def test_parameters_that_no_family_here_has_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = written(tmp_path / "all", tiny_config(family="qwen3_moe", **SMALL))[0]
+    write(tmp_path / "a", tensors, {"r": 2, "lora_alpha": 4, "target_parameters": ["experts.up_proj"]})
+    with pytest.raises(CheckpointError, match=r"target_parameters = \['experts.up_proj'\], which is not understood"):
+        read_adapter(tmp_path / "a")
+
+
 def test_inputs_and_outputs_that_peft_18_exchanged_are_put_back(tmp_path: Path) -> None:
     model = tiny_config(family="qwen3_moe", **SMALL)
     tensors, folder = written(tmp_path / "new", model)

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,7 +146,9 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
     rotate_(empty(T, width * 3 // 2, dtype=dtype), positions, angles, angles, width * 5 // 512, 128)
     rotate_backward(*heads, positions, angles, angles)
     qkv, scale = empty(T, width * 3 // 2, dtype=dtype), empty(T)
-    for norm in (None, HeadNorm(empty(2, 128), 1e-6), HeadNorm(empty(2, 128), 1e-6, late=True)):
+    of_heads = HeadNorm(empty(2, 128), 1e-6)
+    kinds = ({}, {"late": True}, {"values": True}, {"values": True, "values_of_keys": True})
+    for norm in (None, *(replace(of_heads, **kind) for kind in kinds)):
         for half in (64, 32):  # 32: half of a head is not rotated
             rotation = Rotation(positions, empty(4096, half), empty(4096, half), interleaved=half == 32)
             norm_rotate(qkv, norm, rotation, scale, (width // 128, width // 512, 128))

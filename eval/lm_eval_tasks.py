@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.errors import DataError, UsageError
+from lit_qlora.files.atomic import temporary_directory
 from lit_qlora.files.reading import MOST_YAML, read_yaml_text
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ def overlay(include_path: Path | None) -> Iterator[Path]:
     Raises:
         UsageError: for a file that is not YAML.
     """
-    with tempfile.TemporaryDirectory(prefix="lm-eval-") as temporary:
-        folder = Path(temporary)
+    # Its like of a command that was killed goes first; the name keeps users of one machine apart.
+    with temporary_directory(Path(tempfile.gettempdir()) / f"lm-eval-{os.getuid()}") as folder:
+        folder.chmod(0o700)
         source = include_path.resolve() if include_path else folder
         for path in [] if include_path is None else _files(source):
             target = folder / "tasks" / path.relative_to(source)

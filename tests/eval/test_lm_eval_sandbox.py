@@ -1,6 +1,7 @@
 """What a task file may do."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,19 @@ def test_no_other_file_takes_the_place_of_the_task_that_was_asked_for(folder: Pa
         (task,) = tasks.load_tasks(["quiz"], overlay)["tasks"].values()
     assert task.config.output_type == "multiple_choice"
     assert not (folder / "RAN").exists()
+
+
+def test_the_mirror_of_a_command_that_was_killed_is_removed(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    left = temporary / f"lm-eval-{os.getuid()}.tmp-0badbeef"
+    (left / "tasks").mkdir(parents=True)
+    with tasks.overlay(folder) as overlay:
+        assert list(temporary.iterdir()) == [overlay]
+        assert overlay.stat().st_mode & 0o777 == 0o700
+    assert list(temporary.iterdir()) == []
 
 
 def test_metrics_of_lm_eval_need_no_leave(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

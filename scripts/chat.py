@@ -4,6 +4,7 @@ python scripts/chat.py --lora_path out/lora/tiny-world
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lit_qlora import cli
 from lit_qlora.errors import CheckpointError, DataError, UsageError, did_you_mean
@@ -318,8 +319,10 @@ class Conversation:
         """Write messages to the history file, if there is one."""
         if self.config.history:
             self.config.history.parent.mkdir(parents=True, exist_ok=True)
-            with self.config.history.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(self._record(message), ensure_ascii=False) + "\n" for message in messages)
+            with self.config.history.open("a+b") as file:
+                cut_off = "\n" if ends_within_a_line(file) else ""
+                lines = [json.dumps(self._record(message), ensure_ascii=False) + "\n" for message in messages]
+                file.write("".join([cut_off, *lines]).encode(errors="replace"))
 
     def _record(self, message: Message | dict[str, Any]) -> dict[str, Any]:
         if isinstance(message, dict):
@@ -349,7 +352,7 @@ class Conversation:
 
 
 def read_history(path: Path | None) -> list[dict[str, Any]]:
-    """Return the messages of a history file; none if there is no such file.
+    """Return the messages of a history file, without one that was cut off; none if there is no such file.
 
     Raises:
         DataError: if it holds something else.
@@ -358,6 +361,9 @@ def read_history(path: Path | None) -> list[dict[str, Any]]:
         return []
     messages: list[dict[str, Any]] = []
     for number, line in enumerate(read_bytes(path, DataError).splitlines(), start=1):  # a text knows more ends of lines
+        if not line.endswith(b"}") and line.startswith(b'{"role": '):
+            note(f"{path}:{number}: half a message, as a full disk or a power cut leaves it, is left out.")
+            continue
         try:
             message: Any = parse_json(line, str(path), strict=True)
             known = message["role"] in ("user", "assistant", "system", "tool") and isinstance(message["content"], str)
@@ -368,6 +374,14 @@ def read_history(path: Path | None) -> list[dict[str, Any]]:
             raise DataError(f"{path}:{number}: not a message of a conversation. Give --history another file.") from None
         messages.append(message)
     return messages
+
+
+def ends_within_a_line(file: BinaryIO) -> bool:
+    """Tell if the last line of a file has no end."""
+    if not file.seek(0, os.SEEK_END):
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def is_call(call: Any) -> bool:

@@ -228,6 +228,19 @@ def test_a_history_holds_whatever_ends_a_line_elsewhere(tiny_checkpoint: Path, t
     assert chat(tiny_checkpoint, history=history).turns == first.turns
 
 
+def test_half_a_message_at_the_end_of_a_history_is_left_out(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = tmp_path / "chat.jsonl"
+    first = chat(tiny_checkpoint, "one", history=history)
+    with history.open("a") as file:
+        file.write('{"role": "user", "content": "half')
+    second = chat(tiny_checkpoint, "two", history=history)
+    assert "chat.jsonl:3: half a message" in capsys.readouterr().err
+    assert second.turns[:1] == first.turns
+    assert chat(tiny_checkpoint, history=history).turns == second.turns
+
+
 def test_a_system_text_that_is_given_wins_over_the_one_of_the_history(tiny_checkpoint: Path, tmp_path: Path) -> None:
     history = tmp_path / "chat.jsonl"
     chat(tiny_checkpoint, "/system Be brief.", history=history)

@@ -35,6 +35,7 @@ class TextStream:
     def __init__(self, tokenizer: Decodes, gap: str = "", tail: str = "", stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.gap, self.tail, self.stop = tokenizer, gap, tail, tuple(stop)
         self.stopped = False
+        self._endings = (*self.stop, tail, *(tail + ending for ending in self.stop))
         self._window: list[int] = []
         self._before = ""  # text of the window that was returned already
         self._withheld = ""  # certain, but perhaps part of the gap, of the tail or of a stop string
@@ -74,8 +75,7 @@ class TextStream:
             self._withheld = self._withheld[:at]
         if final:
             self._withheld = self._withheld.removesuffix(self.tail)
-        endings = [*self.stop, self.tail, *(self.tail + ending for ending in self.stop)]
-        withhold = 0 if final else max(_overlap(self._withheld, ending) for ending in endings)
+        withhold = 0 if final else max(_overlap(self._withheld, ending) for ending in self._endings)
         out, self._withheld = (
             self._withheld[: len(self._withheld) - withhold],
             self._withheld[len(self._withheld) - withhold :],

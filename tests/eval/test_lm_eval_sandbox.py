@@ -94,13 +94,16 @@ def test_a_file_that_a_task_includes_must_be_readable_within_limits(folder: Path
 
 
 def test_no_other_file_takes_the_place_of_the_task_that_was_asked_for(folder: Path) -> None:
-    """In a mapping of this form the search for names finds none."""
+    """Of two files with its name the first is looked through and loaded."""
     content = '{"task": quiz, "process_docs": !function utils.keep}'
-    (folder / "a.yaml").write_text(content)
+    (folder / "z.yaml").write_text(content)
     sandbox.check_code(["quiz"], folder, False)
     with tasks.overlay(folder) as overlay:
         (task,) = tasks.load_tasks(["quiz"], overlay)["tasks"].values()
     assert task.config.output_type == "multiple_choice"
+    (folder / "a.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"would run Python: .*a\.yaml"):
+        sandbox.check_code(["quiz"], folder, False)
     assert not (folder / "RAN").exists()
 
 

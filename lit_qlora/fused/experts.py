@@ -32,6 +32,7 @@ from lit_qlora.fused.passes import Backward, Pass
 from lit_qlora.fused.routing import Routing
 from lit_qlora.fused.shared_gate import SavedGate, SharedGate
 from lit_qlora.fused.stacked import StackedExperts, base_of
+from lit_qlora.fused.uneven import PaddedB
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.experts import Choices, combine, of_tokens
 from lit_qlora.kernels.experts_lora import MOST_RANK, Folds, add_gradient, project
@@ -68,12 +69,15 @@ class ExpertGroup(StackedExperts):
     turn = 0
 
     def __init__(self, experts: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> None:
-        ranks = [layer.lora_a.size(0) if isinstance(layer, LoRALinear) else 0 for layer in experts[0]]
-        super().__init__(experts, ranks, dtype, tied=shares_a(experts[0]))
-        self.adapters = [layer for expert in experts for layer in expert if isinstance(layer, LoRALinear)]
-        self.slots = self.stack.slots[: len(ranks)]
-        numbers = iter(range(len(ranks)))
-        self.parts = tuple(next(numbers) if rank else -1 for rank in ranks)
+        adapted = [any(isinstance(layer, LoRALinear) for layer in layers) for layers in zip(*experts, strict=True)]
+        self.adapted = [layer for expert in experts for layer, has in zip(expert, adapted, strict=True) if has]
+        self.adapters = [layer for layer in self.adapted if isinstance(layer, LoRALinear)]
+        self.padded: list[PaddedB] = []
+        r = max((adapter.lora_a.size(0) for adapter in self.adapters), default=0)
+        super().__init__(experts, [r * has for has in adapted], dtype, tied=any(map(shares_a, experts)))
+        self.slots = self.stack.slots[: len(adapted)]
+        numbers = iter(range(len(adapted)))
+        self.parts = tuple(next(numbers) if has else -1 for has in adapted)
         self.p = self.adapters[0].dropout.p if self.adapters else 0.0
         self.scale = self.adapters[0].scale if self.adapters else 1.0
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_qlora.fused import large_rank
 from lit_qlora.fused.fp8 import Fp8
 from lit_qlora.fused.stacked import StackedLinear
+from lit_qlora.fused.uneven import PaddedB
 from lit_qlora.kernels import lora_products
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
@@ -23,7 +24,9 @@ from lit_qlora.lora.layer import LoRALinear
 class Layers(Protocol):
     """Layers that share an input, with an index in the stack of all adapters; see Group for the names."""
 
+    adapted: list[nn.Module]
     adapters: list[LoRALinear]
+    padded: list[PaddedB]
     stack: Stack
     k: int
     rank: int
@@ -77,7 +80,9 @@ class Group(StackedLinear):
     """A stack of layers that train: [W | B] in memory or dequantised into a workspace, A and B in the products' dtype.
 
     Attributes:
-        adapters: those of its layers, which have the same rank, scale and dropout.
+        adapted: the layers with a place in the stack of adapters; among experts some may have no adapter.
+        adapters: those with one; all have the same dropout.
+        padded: their B, where ranks or scales differ; else none.
         a: (R, K), stacked A times alpha / r; b: (adapted rows, r), stacked B. Both are filled by Copies.refresh.
         grad_a, grad_b: their float32 gradients, of A itself.
         dense: [W | B] that is not quantised, or is a cached weight; W alone where nothing is stacked or adapted.
@@ -95,6 +100,8 @@ class Group(StackedLinear):
         ranks = [layer.lora_a.size(0) if isinstance(layer, LoRALinear) else 0 for layer in layers]
         super().__init__(layers, ranks, dtype)
         self.adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
+        self.adapted: list[nn.Module] = [*self.adapters]
+        self.padded: list[PaddedB] = []
         self.p = self.adapters[0].dropout.p if self.adapters else 0.0
         self.scale = self.adapters[0].scale if self.adapters else 1.0
         self.dense = None if self.weight is not None else self._beside_b()
@@ -308,6 +315,7 @@ class Copies:
         self, groups: Sequence[Layers], master_a: Tensor, master_b: Tensor, low_a: Tensor, low_b: Tensor
     ) -> None:
         self.groups, self.both_b = groups, (master_b, low_b)
+        self.padded = [padded for group in groups for padded in group.padded]
         adapted = [group for group in groups if group.rank]
         sizes_a, sizes_b = ([getattr(group, name) for group in adapted] for name in ("size_a", "size_b"))
         each_a, each_b = low_a.split(sizes_a), low_b.split(sizes_b)
@@ -323,6 +331,8 @@ class Copies:
         """Copy A times alpha / r and B, and with `beside` also the B beside weights that are in memory."""
         for a, scale, low_a in self.scaled:
             torch.mul(a, scale, out=low_a)
+        for padded in self.padded:
+            padded.copy()
         b, low_b = self.both_b
         low_b.copy_(b)
         for group in self.groups if beside else ():

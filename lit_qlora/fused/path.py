@@ -22,8 +22,10 @@ from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
 from lit_qlora.fused.support import GROWING
 from lit_qlora.fused.torch_block import TorchBlock
+from lit_qlora.fused.uneven import PaddedB, differ
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
+from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, tree_mask
 from lit_qlora.model.gpt import GPT, times
 from lit_qlora.model.mlp import Seen
@@ -97,20 +99,41 @@ class Fused:
         adapted = [group for group in self.groups if group.rank]
         self.size_a = size_a = sum(group.size_a for group in adapted)
         self.flat: list[tuple[nn.Parameter, Tensor]] = []
-        self.master = torch.empty(size_a + sum(group.size_b for group in adapted), device=self.device)
+        self.master = torch.zeros(size_a + sum(group.size_b for group in adapted), device=self.device)
         self.gradient = torch.zeros_like(self.master)
         self.every_a: list[tuple[nn.Parameter, Tensor]] = []
         self.every_b: list[tuple[nn.Parameter, Tensor]] = []
+        self.has_gaps = False
         first_a, first_b = 0, size_a
         for group in adapted:
             at_a, at_b = slice(first_a, first_a + group.size_a), slice(first_b, first_b + group.size_b)
             a, group.grad_a = (whole[at_a].view(group.rank, group.k) for whole in (self.master, self.gradient))
             b, group.grad_b = (whole[at_b].view(-1, group.stack.r) for whole in (self.master, self.gradient))
-            every_a = dict.fromkeys(adapter.lora_a for adapter in group.adapters)  # layers may share one
-            self.every_a += _moved(list(every_a), a, group.grad_a)
-            self.every_b += _moved([adapter.lora_b for adapter in group.adapters], b, group.grad_b)
+            self._lay_out_group(group, a, b)
             first_a, first_b = at_a.stop, at_b.stop
+        self.padded = [padded for group in adapted for padded in group.padded]
         self._lay_out_copies(size_a)
+
+    def _lay_out_group(self, group: Layers, a: Tensor, b: Tensor) -> None:
+        """Move the adapters of a group into its stacked A and B, where smaller ones are padded."""
+        slots = [slot for slot in group.stack.slots if slot >= 0]
+        shared, row_b, even = set(), 0, not differ(group.adapters)
+        self.has_gaps |= not even or len(group.adapters) < len(group.adapted)
+        for layer, slot in zip(group.adapted, slots, strict=True):
+            of_b = slice(row_b, row_b + int(layer.out_features))  # type: ignore[arg-type]
+            row_b = of_b.stop
+            if not isinstance(layer, LoRALinear):
+                continue
+            r, row_a = len(layer.lora_a), slot * group.stack.r
+            if layer.lora_a not in shared:
+                self.every_a.append(_moved(layer.lora_a, a[row_a : row_a + r], group.grad_a[row_a : row_a + r]))
+                shared.add(layer.lora_a)
+            if even:
+                self.every_b.append(_moved(layer.lora_b, b[of_b], group.grad_b[of_b]))
+            else:
+                factor = layer.scale / group.scale
+                group.padded.append(PaddedB.of(layer, factor, b[of_b, :r], group.grad_b[of_b, :r]))
+                self.every_b.append((layer.lora_b, group.padded[-1].gradient))
 
     def _lay_out_copies(self, size_a: int) -> None:
         """Make the buffers for the 16-bit copies: of all adapters, or if these are large of a block at a time.
@@ -347,9 +370,12 @@ class Fused:
         return positions.flatten().int(), scale
 
     def flatten(self, group_of: Callable[[nn.Parameter], Any]) -> Sequence[nn.Parameter]:
-        """All A and all B as two parameters, where there are experts, or as more where groups change; see FastPath."""
-        self.flat = []
-        for side in (self.every_a, self.every_b) if self.config.n_expert else ():
+        """All A and all B as two parameters, where there are experts, or as more where groups change; see FastPath.
+
+        None where adapters do not lie end to end.
+        """
+        self.flat, whole = [], self.config.n_expert and not self.has_gaps
+        for side in (self.every_a, self.every_b) if whole else ():
             for _, run in groupby(side, key=lambda pair: group_of(pair[0])):
                 first, *rest = (parameter for parameter, _ in run)
                 begin = (first.data_ptr() - self.master.data_ptr()) // self.master.element_size()
@@ -362,7 +388,8 @@ class Fused:
         first, home = self.every_a[0]
         if first.grad is home and all(whole.grad is not None for whole, _ in self.flat):
             return
-        self.gradient.zero_()
+        for tensor in self._gradients:
+            tensor.zero_()
         for whole, gradient in self.flat:
             whole.grad = gradient
         if first.grad is home:
@@ -452,22 +479,26 @@ class Fused:
             self._copy_block(i, beside=False)
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, carries=carried[i])
         self.pending.flush()
+        for padded in self.padded:
+            padded.collect()
 
     @property
     def counts(self) -> list[Tensor]:
         """See Capturable."""
-        return [self.gradient, *([] if self.model.hits is None else [self.model.hits])]
+        return [*self._gradients, *([] if self.model.hits is None else [self.model.hits])]
+
+    @property
+    def _gradients(self) -> list[Tensor]:
+        """All tensors of gradients."""
+        return [self.gradient, *(padded.gradient for padded in self.padded)]
 
     def graph_bytes(self, tokens: int) -> int:
         """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""
         return int(self.sizes.graphs(self.recompute, tokens))
 
 
-def _moved(parameters: Sequence[nn.Parameter], home: Tensor, gradient: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """Move parameters end to end into the rows of `home`; each with the rows of `gradient` that are its own."""
-    rows = [len(parameter) for parameter in parameters]
-    pairs = list(zip(parameters, gradient.split(rows), strict=True))
-    for (parameter, _), own in zip(pairs, home.split(rows), strict=True):
-        own.copy_(parameter.data)
-        parameter.data = own
-    return pairs
+def _moved(parameter: nn.Parameter, home: Tensor, gradient: Tensor) -> tuple[nn.Parameter, Tensor]:
+    """Let a parameter lie in `home` from now on; it and its gradient."""
+    home.copy_(parameter.data)
+    parameter.data = home
+    return parameter, gradient

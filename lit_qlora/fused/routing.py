@@ -1,11 +1,12 @@
 """The router of a block on the fast path: which experts a token takes, and the gradient through its scores."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_qlora.fused.large_rank import in_float32
 from lit_qlora.fused.passes import Pass
 from lit_qlora.fused.stacked import base_of
+from lit_qlora.fused.uneven import PaddedB
 from lit_qlora.kernels.dropout import NONE, Dropout, drop
 from lit_qlora.kernels.experts import Choices, choose, choose_backward, counts_of, sort
 from lit_qlora.kernels.stack import Stack
@@ -27,6 +28,8 @@ class RouterAdapter:
     def __init__(self, layer: LoRARouter, number: int) -> None:
         self.layer, self.number = layer, number
         self.adapters: list[LoRALinear] = [layer]
+        self.adapted: list[nn.Module] = [layer]
+        self.padded: list[PaddedB] = []
         self.rank, self.k = layer.lora_a.shape
         self.stack = Stack((layer.out_features,), (0,), self.rank)
         self.p, self.scale = layer.dropout.p, layer.scale

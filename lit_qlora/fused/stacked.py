@@ -16,7 +16,7 @@ class StackedLinear:
 
     Args:
         layers: with or without an adapter; why_not_stacked(layers, dtype) is ''.
-        ranks: of each layer's adapter, 0 for none; those above 0 are the same.
+        ranks: of each layer's adapter, 0 for none; smaller ones are padded to the largest.
         dtype: of the products.
 
     Attributes:
@@ -55,8 +55,8 @@ class StackedExperts:
     """The frozen part of the layers of a block's experts that read inputs of one kind, and where their adapters lie.
 
     Args:
-        experts: of each expert its layers, whose shapes, schemes and adapters are those of the first one's.
-        ranks: of the adapter of each layer of an expert, 0 for none; those above 0 are the same.
+        experts: of each expert its layers, whose shapes and schemes are those of the first one's.
+        ranks: of the adapter of each layer of an expert, 0 for none in all experts; smaller ones are padded.
         dtype: of the products.
         tied: the layers of an expert share one A.
 

@@ -10,6 +10,7 @@ from lit_qlora.fused.experts import FUNCTIONS
 from lit_qlora.fused.kernel_block import ACTIVATIONS, mixer_of, mixing_layers, mlp_layers, takes_torch
 from lit_qlora.fused.qkv_transforms import norms_heads
 from lit_qlora.fused.stacked import base_of, why_not_stacked
+from lit_qlora.fused.uneven import padding
 from lit_qlora.kernels import launch
 from lit_qlora.kernels.lora_products import LEAST_STRIPE
 from lit_qlora.kernels.stack import BLOCK
@@ -89,6 +90,15 @@ def decoded_scales(model: GPT) -> int:
     return more
 
 
+def padding_bytes(model: GPT) -> int:
+    """Bytes that adapters whose ranks or scales differ take more on the fast path; see lit_qlora.fused.uneven."""
+    of_experts = (layers for block in model.blocks for layers in _stacks_of_experts(block.mlp))
+    stacks = [
+        [layer for layer in layers if isinstance(layer, LoRALinear)] for layers in (*stacks_of(model), *of_experts)
+    ]
+    return 10 * sum(map(padding, stacks))  # parameter and gradient in float32, and a copy in 16 bit
+
+
 def unhandled(config: ModelConfig, decodes: bool = False) -> str:
     """The part of a model that the kernels of training, or with `decodes` those of decoding, do not compute, or ''."""
     for name in (*UNHANDLED, *(UNDECODED if decodes else ())):
@@ -113,28 +123,13 @@ def unhandled_variant(model: GPT) -> str:
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if reason := next((adapter.beyond_low_rank for adapter in adapters if adapter.beyond_low_rank), ""):
         return reason
-    if any(_differ(block.mlp) for block in model.blocks if isinstance(block.mlp, MoE)):
-        return "adapters on some of the experts"
-    if any(_kinds(layers) > 1 for block in model.blocks for layers in _stacks_of_experts(block.mlp)):
-        return "adapters of different ranks or scales on layers of experts with the same input"
     return unhandled_embeddings(model)
-
-
-def _kinds(layers: Sequence[nn.Module]) -> int:
-    """The number of different pairs of rank and scale among the adapters of some layers."""
-    return len({(layer.lora_a.size(0), layer.scale) for layer in layers if isinstance(layer, LoRALinear)})
 
 
 def _stacks_of_experts(mlp: Any) -> list[list[nn.Module]]:
     """The layers of all experts with inputs of one kind; none without experts."""
     experts = mlp.experts if isinstance(mlp, MoE) else ()
     return [[getattr(expert, name) for expert in experts for name in names] for names in KINDS]
-
-
-def _differ(moe: MoE) -> bool:
-    """Tell whether experts have adapters on different layers."""
-    adapted = {tuple(isinstance(getattr(expert, name), LoRALinear) for name in LAYERS) for expert in moe.experts}
-    return len(adapted) > 1
 
 
 def _untrainable(layers: Sequence[nn.Module], model: GPT) -> str:
@@ -152,8 +147,6 @@ def _no_product(layers: Sequence[nn.Module], model: GPT) -> str:
     """Why layers that read the same input cannot be one product with their adapters, or ''."""
     if reason := why_not_stacked(layers, model.embed.weight.dtype):
         return reason
-    if _kinds(layers) > 1:
-        return "adapters of different ranks or scales on layers with the same input"
     for layer in layers:
         base = base_of(layer)
         if isinstance(base, QuantizedLinear) and base.in_features % 64:

@@ -118,11 +118,15 @@ def test_any_of_the_layers_of_experts_may_have_adapters(adapted: tuple[str, ...]
     assert_same(with_idle(model, *batch()), expected)
 
 
-def test_adapters_on_some_of_the_experts_take_the_plain_path() -> None:
-    model = model_of(n_layer=1)
+def test_experts_may_have_adapters_of_other_ranks_and_scales_or_none() -> None:
+    patterns = {"rank_pattern": {r"experts\.1\.gate": 2}, "alpha_pattern": {"up": 3.0, r"experts\.3\.down": 4.0}}
+    model = model_of(n_layer=1, lora=patterns)
     expert = model.blocks[0].mlp.experts[2]
-    expert.up = expert.up.base
-    assert why_not(model) == "adapters on some of the experts"
+    expert.up, expert.down = expert.up.base, expert.down.base
+    expected = with_idle(model, *batch())
+    fused = fuse(model)
+    assert_same(with_idle(model, *batch()), expected)
+    assert not fused.flatten(lambda _: None)
 
 
 def layer_of(scheme: Any) -> nn.Module:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lit_qlora.evaluate.score import Scorer
 from lit_qlora.fused import Fused, fuse, reader, why_not
+from lit_qlora.fused.support import padding_bytes
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.embeddings import add_noise
-from lit_qlora.lora.layer import LoRALinear, add_lora, lora_state
+from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable, lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import quantize_linears
 from lit_qlora.settings import LoRAConfig, Scheme, Target
@@ -96,6 +97,10 @@ CASES: dict[str, dict[str, Any]] = {
         "lora": {"rank_pattern": {"down": 2, "(gate|up)": 80}, "alpha_pattern": {"projection": 1.0}},
         "dropout": 0.0,
     },
+    "ranks and scales that differ in a stack": {
+        "lora": {"rank_pattern": {"key": 2, "up": 8}, "alpha_pattern": {"value": 1.0, "(gate|up)": 3.0}},
+        "scheme": "bnb.nf4",
+    },
     "first block": {"lora": {"first_layers": 1}, "scheme": "bnb.nf4"},
     "last block": {"lora": {"last_layers": 1}},
     "biases": {"qkv_bias": True, "projection_bias": True, "mlp_bias": True},
@@ -114,6 +119,15 @@ def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     assert why_not(model) == ""
     fuse(model)
     assert_equal(gradients(model, *batch()), expected)
+
+
+def test_the_planner_knows_the_bytes_of_padding() -> None:
+    model = adapted_model(lora={"rank_pattern": {"key": 2}, "alpha_pattern": {"up": 3.0}})
+    planned = padding_bytes(model)
+    fused = fuse(model)
+    learn_there = count_trainable(model) - sum(padded.b.numel() for padded in fused.padded)
+    assert planned == 10 * (fused.master.numel() - learn_there) > 0
+    assert padding_bytes(adapted_model()) == 0
 
 
 @pytest.mark.parametrize("policy", [pytest.param("mlp", marks=pytest.mark.slow), "attn", "full"])
@@ -332,8 +346,6 @@ def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> N
     ("settings", "reason"),
     [
         ({"dora": True}, "DoRA"),
-        ({"rank_pattern": {"key": 2}}, "adapters of different ranks or scales on layers with the same input"),
-        ({"alpha_pattern": {"gate": 2.0}}, "adapters of different ranks or scales on layers with the same input"),
         ({"train_tokens": (1,)}, "embeddings that learn"),
         ({"train_embeddings": True}, "embeddings that learn"),
     ],

@@ -33,6 +33,11 @@ OLD_DATA_FLAGS = ("--data", "--data_path", "--file", "--csv_path")
 """Its earlier names, which every command still takes. A command's own setting may be called so."""
 COMMAND_LINE_ONLY = ("allow_code",)
 """Settings that a --config file must not hold and config.yaml does not: a file could be a stranger's."""
+SERVERS = {"eval.judge_url": "eval.judge_key_variable"}
+"""Setting that names a server -> the one that names the variable with the key that it gets.
+
+Where there is a key, no --config file alone decides who gets it.
+"""
 
 
 def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequence[str] | None = None) -> None:
@@ -142,13 +147,31 @@ def _instantiate(parser: "_Parser", config_type: type[Config], argv: Sequence[st
         if isinstance(value, SecretStr) and not isinstance(value.get_secret_value(), str):
             raise UsageError(f"--{name} must be one text. In quotation marks, '\"[...]\"', YAML takes it as it is.")
     for name in COMMAND_LINE_ONLY:
-        typed = any(word == f"--{name}" or word.startswith(f"--{name}=") for word in argv)
-        if getattr(values, name, False) and not typed:
+        if getattr(values, name, False) and not _is_typed(name, argv):
             raise UsageError(
                 f"{parser._config_file()}: {name} counts on the command line alone, so that no file can allow it.\n"
                 f"Read what would run, then give --{name} true."
             )
+    for server, variable in SERVERS.items():
+        url, name = (_value_of(values, setting) for setting in (server, variable))
+        if url and os.environ.get(name) and not _is_typed(server, argv):
+            raise UsageError(
+                f"{parser._config_file()}: {server} would be sent the key in {name}.\n"
+                f"If it is for {url}, give --{server} on the command line too; else unset {name}."
+            )
     return config_type(**{key: value for key, value in vars(values).items() if key != "config"})
+
+
+def _is_typed(name: str, argv: Sequence[str]) -> bool:
+    """Tell if a setting was given on the command line."""
+    return any(word == f"--{name}" or word.startswith(f"--{name}=") for word in argv)
+
+
+def _value_of(values: Any, setting: str) -> Any:
+    """Return the value of a setting by its full name; None where a command has no such setting."""
+    for part in setting.split("."):
+        values = getattr(values, part, None)
+    return values
 
 
 def _check_config(config: str, sections: Sequence[str]) -> None:

@@ -545,3 +545,19 @@ def test_a_secret_is_one_text(value: str) -> None:
     with pytest.raises(UsageError, match="--token must be one text") as caught:
         cli.parse(Config, [f"--token={value}"])
     assert value not in str(caught.value)
+
+
+def test_no_config_file_alone_decides_which_server_gets_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "eval: {judge_url: 'http://elsewhere/v1', judge_model: m, generate: 1, judge_key_variable: MY_KEY}\n"
+    )
+    argv = ["--config", str(file)]
+    monkeypatch.delenv("MY_KEY", raising=False)
+    assert cli.parse(FinetuneConfig, argv).eval.judge_url == "http://elsewhere/v1"
+    monkeypatch.setenv("MY_KEY", "sk-0123456789")
+    with pytest.raises(
+        UsageError, match=r"run.yaml: eval.judge_url would be sent the key in MY_KEY(?s:.*)--eval.judge_url"
+    ):
+        cli.parse(FinetuneConfig, argv)
+    assert cli.parse(FinetuneConfig, [*argv, "--eval.judge_url=http://mine/v1"]).eval.judge_url == "http://mine/v1"

@@ -80,12 +80,23 @@ def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: 
 class Losses:
     """Loss per labelled token, perplexity, and the share of labelled tokens predicted; processes divide the work.
 
+    Args:
+        write: takes, in the first process, the step of each validation and its scores.
+
     Attributes:
         scores: (S, 3) float64 of the last call, see score_rows; None before it.
     """
 
-    def __init__(self, fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: GPT,
+        batches: Sequence[Batch],
+        stop: StopRequest | None = None,
+        write: Callable[[int, Tensor], object] | None = None,
+    ) -> None:
         self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
+        self.write = write
         self.scores: Tensor | None = None
 
     def __call__(self, step: int) -> Record:
@@ -94,6 +105,8 @@ class Losses:
         if scores is None:
             return {}
         self.scores = scores
+        if self.write and self.fabric.is_global_zero:
+            self.write(step, scores)
         loss, right, labelled = scores.sum(dim=0).tolist()
         ppl = math.exp(min(loss / labelled, 700.0))  # a float64 overflows beyond
         return {"val_loss": loss / labelled, "val_ppl": ppl, "val_accuracy": right / labelled}

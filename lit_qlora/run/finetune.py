@@ -10,33 +10,51 @@ from typing import TYPE_CHECKING
 from lit_qlora.settings import EvalConfig, FinetuneConfig, PreferenceRunConfig, check
 
 if TYPE_CHECKING:
+    import torch
+
     from lit_qlora.model.gpt import GPT
     from lit_qlora.prompts.tokenizer import Tokenizer
+    from lit_qlora.quantize import Storage
 
 MakeAsk = Callable[[EvalConfig, "Tokenizer", bool], Callable[["GPT"], dict[str, float]]]
 """See finetune: from eval, tokenizer and allow_code of a run, a function that asks a model the tasks of eval."""
 
+Load = Callable[[FinetuneConfig, "Storage", "torch.device"], "GPT"]
+"""Returns the base of a run, which nothing else uses as long as the run lasts."""
 
-def finetune(config: FinetuneConfig, make_ask: MakeAsk | None = None) -> Path:
+
+def load_base(config: FinetuneConfig, storage: "Storage", device: "torch.device") -> "GPT":
+    """Read and quantise the base of a run, or take it from the cache."""
+    from lit_qlora.checkpoint import quantized_cache
+
+    return quantized_cache.load(config.checkpoint_dir, storage, device, config.quantize_cache)
+
+
+def finetune(
+    config: FinetuneConfig, make_ask: MakeAsk | None = None, load: Load = load_base, pause: float | None = None
+) -> Path:
     """Train the adapter that `config` describes and leave it in OUT/final.
 
     Args:
         make_ask: asks lm-eval's tasks; finetune/lora.py gives it, because this package does not know lm-eval.
+        load: loads the base.
+        pause: share of the run after which it ends for now, at the next validation; a resumed run goes on.
 
     Returns:
         OUT, the folder of the run.
 
     Raises:
+        Paused: if `pause` ends the run.
         UserError: for whatever the user can mend; most of it before any weight is loaded.
     """
     check(not config.eval.tasks or make_ask is not None, "eval.tasks are asked by finetune/lora.py alone. Start it.")
     if not config.quiet:
-        return _finetune(config, make_ask)
+        return _finetune(config, make_ask, load, pause)
     with open(os.devnull, "w") as nobody, redirect_stdout(nobody):
-        return _finetune(config, make_ask)
+        return _finetune(config, make_ask, load, pause)
 
 
-def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
+def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, pause: float | None) -> Path:
     # Errors come before weights are loaded, and errors in the data even before Lightning is imported.
     from lit_qlora.data import read_data
     from lit_qlora.data.preferences import read_preferences
@@ -56,7 +74,6 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
 
     from lightning.fabric import Fabric
 
-    from lit_qlora.checkpoint import quantized_cache
     from lit_qlora.evaluate.validation_inputs import read_probes
     from lit_qlora.lora.adapter import settle, start_adapters
     from lit_qlora.lora.embeddings import add_noise
@@ -108,7 +125,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start)
         storage = Storage(weights_dtype(precision), config.quantize, config.quantize_head)
-        model = quantized_cache.load(config.checkpoint_dir, storage, fabric.device, config.quantize_cache)
+        model = load(config, storage, fabric.device)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         add_noise(model, config.train.neftune)
@@ -116,7 +133,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None) -> Path:
         learning.take_path(model, plan)
         if isinstance(config, PreferenceRunConfig):
             data = preferences.with_reference(fabric, model, data, config)
-        scores = learning.learn(fabric, model, config, data, probes, log, checkpoint)
+        scores = learning.learn(fabric, model, config, data, probes, log, checkpoint, pause)
         if fabric.is_global_zero:
             summary.finish(config, model, data, log, scores)
     return out_dir

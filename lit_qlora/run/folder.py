@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError, UserError
+from lit_qlora.evaluate.sample_losses import SampleLosses
 from lit_qlora.files.atomic import is_left_over, write_text
 from lit_qlora.report import RunLog, tell
 from lit_qlora.run.plan import Plan
@@ -80,6 +81,8 @@ def _take_folder(
             for name in (LOG, SAMPLES):
                 if (earlier := checkpoint.path.parent / name).exists():
                     write_log(out_dir / name, read_log(earlier, checkpoint.step))
+            if losses := SampleLosses.read(checkpoint.path.parent):
+                losses.up_to(checkpoint.step + 1).write(out_dir)
         write_text(out_dir / "config.yaml", cli.to_yaml(config))
     except OSError as error:
         raise ResourceError(f"out_dir {out_dir} cannot be written: {error.strerror or error}.") from None

@@ -1,6 +1,7 @@
 """The learning of a run: its path, its optimizer, and the loop with its validations and checkpoints."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.data.batches import steps_of_an_epoch, validation_pairs
 from lit_qlora.device import precede_other_streams, scales_loss
 from lit_qlora.errors import NumericalError, ResourceError
+from lit_qlora.evaluate import sample_losses
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.preferences import PairLosses
 from lit_qlora.evaluate.validation import Validator
@@ -33,7 +35,7 @@ from lit_qlora.run.saver import Contents, Saver
 from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, PreferenceRunConfig, TrainConfig
 from lit_qlora.signals import caught
 from lit_qlora.train.guards import Guard
-from lit_qlora.train.loop import BadStepError, Learner, Stopped, agree, follow, train
+from lit_qlora.train.loop import BadStepError, Learner, Paused, Stopped, agree, follow, train
 from lit_qlora.train.objective import CrossEntropy, Objective
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
 from lit_qlora.train.preferences import Preferences
@@ -134,11 +136,18 @@ def learn(
     probes: Probes,
     log: RunLog,
     checkpoint: Checkpoint | None,
+    pause: float | None = None,
 ) -> Tensor | None:
     """Train the adapters of `model`, from `checkpoint` on if there is one.
 
+    Args:
+        pause: see finetune.
+
     Returns:
         The scores of the validation samples at the last validation (see measures.score_rows), if there was one.
+
+    Raises:
+        Paused: if `pause` ends the run.
     """
     assert config.out_dir is not None
     scaled, total = scales_loss(config.precision), log.total
@@ -157,7 +166,8 @@ def learn(
             guard.recall(record["loss"], record.get("skipped", False))
     with caught() as stop, explained(config.out_dir, data.tokenizer, partial(savings, config, data)):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
-        losses: Losses | PairLosses = Losses(fabric, model, data.val_batches, stop)
+        write_losses = partial(sample_losses.keep, config.out_dir, data.val_batches)
+        losses: Losses | PairLosses = Losses(fabric, model, data.val_batches, stop, write_losses)
         if isinstance(objective, Preferences):
             assert data.val is not None
             losses = PairLosses(fabric, model, validation_pairs(data.val, data.batching), objective, stop)
@@ -168,6 +178,7 @@ def learn(
             tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records)
             measures.append(Dispensable(fabric, model, "eval.tasks", tasks, stop))
         every = eval_every(config.eval, data, total)
+        pause_at = None if pause is None else every * math.ceil(pause * total / every)
 
         def stopped() -> int:
             return agree(fabric, stop.signal)[0]
@@ -181,6 +192,8 @@ def learn(
                 saver(start, True)
                 tell_early_end(validator, log, total)
                 return losses.scores
+            if pause_at is not None and start >= pause_at:
+                raise Paused(start, total)
             on_gpu = fabric.device.type == "cuda"
             records = train(
                 learner,
@@ -194,7 +207,9 @@ def learn(
                 longest=longest_step(data.train, data.batching, fabric.world_size) if on_gpu else None,
                 stop=stop if fabric.world_size == 1 else None,  # other processes would wait for the missing part
             )
-            follow(records, fabric, total, log=log, save=saver, validate=validator, stop=stop, start=start)
+            follow(
+                records, fabric, total, log=log, save=saver, validate=validator, stop=stop, start=start, pause=pause_at
+            )
             tell_early_end(validator, log, total)
             if warning := falling(log.records):
                 log.say(f"  note    {warning}")

@@ -54,6 +54,21 @@ class Stopped(UserError):  # noqa: N818 - not an error, but it ends the run like
         self.status = 128 + number
 
 
+class Paused(UserError):  # noqa: N818 - not an error, but it ends the run like one
+    """The run was to end here for now; everything is saved.
+
+    Attributes:
+        step: steps done.
+        total: steps of the run.
+    """
+
+    prefix = ""
+
+    def __init__(self, step: int, total: int) -> None:
+        super().__init__(f"paused at step {step} of {total}; go on with --resume auto")
+        self.step, self.total = step, total
+
+
 class Saving(Protocol):
     """The checkpoints of a run."""
 
@@ -225,14 +240,17 @@ def follow(
     validate: Validation,
     stop: StopRequest,
     start: int = 0,
+    pause: int | None = None,
 ) -> None:
     """Take the steps of `train`, and after each log its record, save and validate if that is due, and stop if asked.
 
     Args:
         start: steps done before.
+        pause: step after which the run ends for now, if it is not the last.
 
     Raises:
         Stopped: after saving, if `stop` has taken a signal.
+        Paused: after saving, at the step `pause`.
     """
     done = start
     for record in records:
@@ -251,6 +269,9 @@ def follow(
                 return
         if stop_number:
             raise Stopped(stop_number, done)
+        if done == pause and done < total:
+            save(done, False)
+            raise Paused(done, total)
     (stop_number,) = agree(fabric, stop.signal)
     if stop_number:
         if start < done < total:  # a step was given up

@@ -157,7 +157,7 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
     val = encode_source(val_source, data, checkpoint_dir, tokenizer, style, max_length) if val_source else None
     if all(source.facts.format == "text" for source in encoded):
         style = STYLES["text"]
-    chosen, held_out = split(encoded, val, data, seed)
+    chosen, held_out = split(encoded, val, data, seed if data.split_seed is None else data.split_seed)
     parts = [source.samples.take(some) for source, some in zip(encoded, chosen, strict=True)]
     kept = [source.samples.take(some) for source, some in zip(encoded, held_out, strict=True)]
     for part, source in zip(parts, sources, strict=True):

@@ -131,6 +131,9 @@ class DataConfig(PromptKnobs):
     """Leave out the last step of an epoch if it is smaller than the others."""
     seed: Seed | None = None
     """Seed of the order, the split and max_samples. By default the run's seed."""
+    split_seed: Seed | None = None
+    """Seed of the split and max_samples alone, so that runs in other orders validate on the same samples. By default
+    the data's seed."""
     cache_dir: str = "auto"
     """Folder that caches encoded data. 'auto' is ~/.cache/lit_qlora; 'none' caches nothing. Entries unused for 30 days
     are deleted; so are the longest unused ones if the cache exceeds a tenth of the free space."""

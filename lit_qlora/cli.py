@@ -4,7 +4,7 @@ import atexit
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache, reduce
@@ -214,8 +214,12 @@ def _settings_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from _settings_of(value, f"{prefix}{key.value}.")
 
 
-def to_yaml(config: Any) -> str:
-    """Return the settings as YAML, without COMMAND_LINE_ONLY; given with --config, it makes the same settings again."""
+def to_yaml(config: Any, changes: Mapping[str, Any] | None = None) -> str:
+    """Return the settings as YAML, without COMMAND_LINE_ONLY; given with --config, it makes the same settings again.
+
+    Args:
+        changes: other values of some settings, by their full names, such as lora.r.
+    """
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -223,6 +227,9 @@ def to_yaml(config: Any) -> str:
 
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), None)
     settings = {name: value for name, value in asdict(config).items() if name not in COMMAND_LINE_ONLY}
+    for name, value in (changes or {}).items():
+        *sections, last = name.split(".")
+        reduce(lambda section, part: section.setdefault(part, {}), sections, settings)[last] = value
     return yaml.dump(plain(settings), Dumper=Dumper, sort_keys=False)
 
 

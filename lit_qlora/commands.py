@@ -21,6 +21,7 @@ GROUPS = {
     "train": {
         "finetune": "finetune/lora.py",
         "preference": "finetune/preference.py",
+        "sweep": "finetune/sweep.py",
     },
     "adapter": {"merge": "scripts/merge_lora.py", "shrink": "scripts/shrink_lora.py"},
     "answer": {"generate": "scripts/generate.py", "chat": "scripts/chat.py", "serve": "scripts/serve.py"},

@@ -23,6 +23,7 @@ LAYERS = [
     {"generation"},
     {"evaluate", "inference"},
     {"run", "serve"},
+    {"sweep"},
 ]
 """The packages, and the modules beside them, from the bottom up; those of one layer do not know each other."""
 
@@ -43,7 +44,7 @@ HOMES = {
     "tokenizers": {"prompts.backends"},
     "jsonargparse": {"cli"},
     "yaml": {"cli", "files.reading"},
-    "matplotlib": {"run.reports"},
+    "matplotlib": {"run.reports", "sweep.pages"},
     "wandb": {"run.trackers"},
     "mlflow": {"run.trackers"},
     "safetensors": {"checkpoint.safetensors_io"},

@@ -1,6 +1,7 @@
 """The recipes of finetune/configs/: each is an experiment that was published, with its number of parameters."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.run.banner import check_trainable
 from lit_qlora.run.plan import MicroBatches, Room, make_plan
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.settings import FinetuneConfig, SweepConfig
+from lit_qlora.sweep.trials import plan_trials
 from tests.conftest import ROOT, load_script
 
 CONFIGS = ROOT / "finetune/configs"
@@ -89,7 +91,30 @@ def trainable(config: FinetuneConfig, base: ModelConfig) -> int:
 
 
 def test_every_recipe_is_here() -> None:
-    assert sorted(path.stem for path in CONFIGS.iterdir()) == NAMES
+    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == NAMES
+
+
+@pytest.mark.parametrize(("name", "others"), [("alpaca-7b", 6), ("openllama-3b", 0)])
+def test_the_variants_of_a_sweep_are_the_recipes(name: str, others: int, tmp_path: Path) -> None:
+    """Others than recipes are repetitions, and controls that differ from a recipe in alpha."""
+    file = CONFIGS / f"sweeps/{name}.yaml"
+    trials = {trial.variant: trial for trial in plan_trials(cli.parse(SweepConfig, [f"--config={file}"]), tmp_path)}
+    recipes = [stem for stem in NAMES if stem.startswith(f"{name}-")]
+    assert len(trials) == len(recipes) + others
+    for stem in recipes:
+        own = trials[stem.removeprefix(f"{name}-")].config
+        alone = recipe(stem)
+        assert own == replace(alone, out_dir=own.out_dir, data=replace(alone.data, split_seed=own.data.split_seed))
+        assert own.data.split_seed in (None, own.seed)
+    for trial in trials.values():
+        assert trainable(trial.config, read_config(SHAPES["/".join(own.checkpoint_dir.parts[-2:])], "a/b")) == next(
+            iter(trial.config.expect_trainable.values())
+        )
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").iterdir()), ids=lambda path: path.stem)
+def test_a_sweep_says_how_to_run_it(path: Path) -> None:
+    assert f"# python finetune/sweep.py --config finetune/configs/sweeps/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

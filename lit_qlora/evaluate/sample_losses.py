@@ -77,7 +77,7 @@ class SampleLosses:
 
 
 def keep(out_dir: Path, batches: Sequence[Batch], step: int, scores: Tensor) -> None:
-    """Add a validation to those that the run in `out_dir` had before this step."""
+    """Add a validation to the earlier ones of the run in `out_dir`; a repeated one counts once."""
     own = SampleLosses.of(batches)
     earlier = SampleLosses.read(out_dir)
     if earlier and earlier.samples == own.samples:

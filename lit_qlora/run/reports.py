@@ -203,7 +203,7 @@ def write_page(path: Path, outcome: Outcome) -> None:
     kind = "chrF of the answer" if outcome.best and outcome.best[0].said is not None else "loss of the wanted answer"
     sections = [
         ("Loss", inline(losses_figure(outcome.records, 6), "loss", "Loss and learning rate of each step")),
-        ("Validations", _table(rows, header) if rows else ""),
+        ("Validations", table(rows, header) if rows else ""),
         (f"Best and worst answers, by {kind}", _answers(outcome)),
         ("Answers to the prompts", _said(outcome.said)),
         (
@@ -212,10 +212,10 @@ def write_page(path: Path, outcome: Outcome) -> None:
             + inline(lengths_figure(outcome.lengths, outcome.limit, 6), "lengths", "Lengths of the training samples"),
         ),
         ("Next", f"<pre>{escape(outcome.following)}</pre>"),
-        ("The run", _table([(key, _cell(value)) for key, value in outcome.facts], kind="words")),
+        ("The run", table([(key, _cell(value)) for key, value in outcome.facts], kind="words")),
         ("Settings", f"<details><summary>config.yaml</summary><pre>{escape(outcome.config)}</pre></details>"),
-        ("Versions", _table(list(summary["versions"].items()), kind="words")),
-        ("Hashes (sha256)", _table(list(outcome.hashes.items()), kind="words")),
+        ("Versions", table(list(summary["versions"].items()), kind="words")),
+        ("Hashes (sha256)", table(list(outcome.hashes.items()), kind="words")),
     ]
     body = "".join(f"<h2>{escape(title)}</h2>\n{content}\n" for title, content in sections if content)
     shown = "".join(f'<div class="tile"><span class="sub">{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in tiles)
@@ -268,7 +268,9 @@ def _said(said: Sequence[Record]) -> str:
     return "\n".join(blocks)
 
 
-def _table(rows: Sequence[Row], header: Row = (), kind: str = "") -> str:
+def table(rows: Sequence[Row], header: Row = (), kind: str = "") -> str:
+    """Write a table in HTML; the kind "words" wraps its lines."""
+
     def line(cells: Row, tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
 

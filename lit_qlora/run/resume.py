@@ -194,16 +194,12 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str,
             f"it holds {' and '.join(PARTS[part] for part in differing)}.\nTo start anew: --resume never."
         )
     allowed = (*HARMLESS, *LENGTH) if config.extend else HARMLESS
-    before, after = flat(then["config"]), flat(plain(config))
-    changed = [key for key in after if key in before and before[key] != after[key] and not _is_part_of(key, allowed)]
-    if changed:
-        width = max(len(key) for key in changed)
-        rows = [f"{key:<{width}}  {before[key]} -> {after[key]}" for key in changed]
+    if changed := changed_settings(then["config"], plain(config), allowed):
         hint = " --extend goes on with another length." if set(changed) <= set(LENGTH) else ""
         over = (checkpoint.path.parent / SUMMARY).exists()
         raise UsageError(
             f"The run in {checkpoint.path.parent} is {'over' if over else 'not finished'}, and began with other "
-            "settings:\n  " + "\n  ".join(rows) + f"\nTo start anew and move it aside: --resume never.{hint}"
+            f"settings:\n{as_rows(changed)}\nTo start anew and move it aside: --resume never.{hint}"
         )
     if style != then.get("style", style):
         raise UsageError(
@@ -216,6 +212,28 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str,
             f"{_differences(then['data'], files)}.\n"
             "--resume_changed_data goes on anyway; --resume never is a new start."
         )
+
+
+def changed_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], allowed: tuple[str, ...] = HARMLESS
+) -> dict[str, tuple[Any, Any]]:
+    """Find the settings that differ, but for those, or groups of them, that may: full name -> values then and now.
+
+    Args:
+        then, now: see plain.
+    """
+    before, after = flat(then), flat(now)
+    return {
+        key: (before[key], after[key])
+        for key in after
+        if key in before and before[key] != after[key] and not _is_part_of(key, allowed)
+    }
+
+
+def as_rows(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Write changed settings, a line each."""
+    width = max(len(key) for key in changed)
+    return "\n".join(f"  {key:<{width}}  {then} -> {now}" for key, (then, now) in changed.items())
 
 
 def plain(config: FinetuneConfig) -> dict[str, Any]:

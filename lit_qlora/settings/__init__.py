@@ -16,6 +16,7 @@ from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
 from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss, PreferenceRunConfig
 from lit_qlora.settings.prepare import PrepareConfig
 from lit_qlora.settings.run import DEMO_CHECKPOINT, SCHEMES, FinetuneConfig, Precision, Scheme
+from lit_qlora.settings.sweep import SweepConfig, SweepPart
 from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "Schedule",
     "Scheme",
     "Settings",
+    "SweepConfig",
+    "SweepPart",
     "Target",
     "Tracker",
     "TrainConfig",

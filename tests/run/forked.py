@@ -1,4 +1,4 @@
-"""finetune/lora.py in processes forked from this one, so that a hundred of them cost seconds."""
+"""finetune/lora.py, or another command, in processes forked from this one, so that a hundred of them cost seconds."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from lit_qlora import cli
 from lit_qlora.lora.adapter import PEFT_WEIGHTS
 from lit_qlora.run import saver, summary
-from lit_qlora.settings import FinetuneConfig
 from tests.conftest import load_script
 
 EXACT = ("step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens", "samples", "val_loss", "skipped")
@@ -26,9 +26,16 @@ class Child:
     Args:
         said: gets what it prints.
         before: is called in the process, before the run; what it patches, nobody else sees.
+        script: the command.
     """
 
-    def __init__(self, flags: Sequence[str], said: Path, before: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        said: Path,
+        before: Callable[[], object] | None = None,
+        script: str = "finetune/lora.py",
+    ) -> None:
         self.said = said
         self.pid = os.fork()
         if self.pid:
@@ -45,7 +52,8 @@ class Child:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background jobs
             if before:
                 before()
-            cli.run(load_script("finetune/lora.py").main, FinetuneConfig, list(flags))
+            main = load_script(script).main
+            cli.run(main, get_type_hints(main)["config"], list(flags))
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)

@@ -1,0 +1,110 @@
+"""Settings of a sweep: many runs that differ in a few settings."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated
+
+from lit_qlora.settings.checks import Settings, check
+from lit_qlora.settings.limits import CountOrZero, Seed, above, at_least, below
+from lit_qlora.settings.run import FinetuneConfig
+
+RungShare = Annotated[float, above(0), below(1)]
+Scalar = str | bool | int | float | None
+Value = Scalar | tuple[Scalar, ...] | dict[str, Scalar]
+"""A value of any setting; jsonargparse would read a text again, as YAML, if it were Any."""
+OF_ALL = ("resume", "extend", "devices", "num_nodes", "strategy")
+"""Settings of a run that a sweep decides by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPart(Settings):
+    """The trials of a sweep. Each variant meets each point of the grid, each random draw and each seed."""
+
+    prefix = "sweep."
+
+    grid: dict[str, tuple[Value, ...]] = field(default_factory=dict)
+    """Settings and the values that each takes, e.g. {lora.r: [8, 16], lora.targets: [all, [query, value]]}."""
+    variants: dict[str, dict[str, Value]] | tuple[dict[str, Value], ...] = field(default_factory=dict)
+    """Named sets of settings, e.g. {default: {}, sgd: {optimizer.name: sgd, train.learning_rate: 0.1}}; a list numbers
+    them."""
+    random: dict[str, tuple[Value, ...] | dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    """Settings that are drawn, each from a list, or from {uniform: [LOW, HIGH]}, {log: [LOW, HIGH]} or
+    {integer: [LOW, HIGH]}."""
+    draws: CountOrZero = 0
+    """Number of random draws. A larger number keeps the earlier ones."""
+    draw_seed: Seed = 0
+    """Seed of the random draws."""
+    seeds: tuple[Seed, ...] | Seed = ()
+    """Seeds with which each trial is repeated, e.g. [1, 2, 3]. All of them validate on the same samples
+    (data.split_seed). By default the run's seed alone."""
+    halving: Annotated[int, at_least(2)] | None = None
+    """At each rung, go on with one of N trials only, the best ones; the others are paused and can go on later. By
+    default all run to their end."""
+    rungs: tuple[RungShare, ...] | RungShare = ()
+    """Shares of a run after which halving chooses, e.g. [0.25, 0.5]. By default 1/N, 1/N^2 and so on, until one trial
+    is left."""
+    metric: str | None = None
+    """Metric of the validations by which trials are chosen and sorted. By default eval.best."""
+    retry_failed: bool = False
+    """Start failed trials of an earlier call again."""
+
+    @property
+    def named_variants(self) -> dict[str, dict[str, Value]]:
+        """The variants by their names; one without settings if there are none."""
+        if isinstance(self.variants, tuple):
+            return {str(number): one for number, one in enumerate(self.variants, start=1)} or {"": {}}
+        return self.variants or {"": {}}
+
+    def __post_init__(self) -> None:
+        """Check that no setting would be without effect."""
+        super().__post_init__()
+        assert isinstance(self.seeds, tuple)
+        assert isinstance(self.rungs, tuple)
+        for name, values in self.grid.items():
+            check(bool(values), f"sweep.grid.{name} has no values.")
+        check(
+            bool(self.random) == bool(self.draws), "sweep.random says what is drawn, sweep.draws how often. Give both."
+        )
+        check(len(set(self.seeds)) == len(self.seeds), f"sweep.seeds must be different, got {list(self.seeds)}.")
+        check(not self.rungs or self.halving is not None, "sweep.rungs has no effect without sweep.halving.")
+        check(list(self.rungs) == sorted(set(self.rungs)), f"sweep.rungs must rise, got {list(self.rungs)}.")
+        places: list[Collection[str]] = [self.grid, self.random, *self.named_variants.values()]
+        for number, place in enumerate(places):
+            check("seed" not in place or not self.seeds, "sweep.seeds gives the seeds, so no other part may name seed.")
+            twice = [name for name in place for other in places[:number][:2] if name in other]
+            check(not twice, f"sweep: {(twice or [''])[0]} is named twice, so one of the values would have no effect.")
+            own = [name for name in place if name in OF_ALL or name in NOT_SWEPT]
+            check(not own, f"sweep: {(own or [''])[0]} is a setting of the whole sweep, not of a trial.")
+
+
+NOT_SWEPT = ("out_dir", "config", "dry_run", "price_per_hour", "quiet", "allow_code", "skip_disk_check", "force")
+"""Settings of a run that are the same in all trials, or their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(FinetuneConfig):
+    """Fine-tune with many settings, one after the other, on a base that is read once, and compare them.
+
+    Its settings are those of finetune/lora.py, and a part 'sweep'. Stopped and started again, it goes on. Started again
+    beside itself, on another GPU, it takes other trials.
+    """
+
+    out_dir: Path | None = None
+    """Folder of the sweep: OUT/trial-001 and so on are run folders. By default out/sweep/<checkpoint name>."""
+    sweep: SweepPart = field(default_factory=SweepPart)
+
+    def __post_init__(self) -> None:
+        """Check combinations of settings."""
+        super().__post_init__()
+        default = {setting.name: setting.default for setting in fields(FinetuneConfig)}
+        for name in OF_ALL:
+            check(
+                getattr(self, name) == default[name],
+                f"{name} has no effect on a sweep: each trial is a run on one device, and goes on by itself.",
+            )
+
+    @property
+    def run(self) -> FinetuneConfig:
+        """The settings that all trials have."""
+        return FinetuneConfig(**{setting.name: getattr(self, setting.name) for setting in fields(FinetuneConfig)})

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache, reduce
+from io import TextIOWrapper
 from itertools import pairwise
 from operator import or_
 from pathlib import Path
 from stat import S_ISFIFO
 from traceback import format_exception
 from types import UnionType
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import SecretStr as SecretStr  # a setting that is never printed
@@ -49,6 +50,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], argv: Sequenc
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _forget_backend_of_notebook()
+    sys.stdout, sys.stderr = _Terminal.instead_of(sys.stdout), _Terminal.instead_of(sys.stderr)
 
     def hide(text: str) -> str:
         return scrub(text, argv, os.environ)
@@ -71,6 +73,27 @@ def _forget_backend_of_notebook() -> None:
     """
     if os.environ.get("MPLBACKEND", "").startswith("module:"):
         del os.environ["MPLBACKEND"]
+
+
+class _Terminal(TextIOWrapper):
+    """A terminal to which text does no more than colour, and end, clear or leave a line.
+
+    Names of files, data and answers may be a stranger's. Other sequences write to the clipboard, rename the window or
+    have the terminal type; they are shown instead.
+    """
+
+    forbidden = re.compile(r"\x1b(?!\[[\d;]*[mKA])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+
+    @classmethod
+    def instead_of(cls, stream: TextIO) -> TextIO:
+        """Return a stream to the same terminal; any other file stays as it is."""
+        if isinstance(stream, cls) or not isinstance(stream, TextIOWrapper) or stream.closed or not stream.isatty():
+            return stream
+        return cls(stream.buffer, stream.encoding, stream.errors, line_buffering=True)
+
+    def write(self, text: str) -> int:
+        """Write a text, harmless."""
+        return super().write(self.forbidden.sub(lambda found: ascii(found[0])[1:-1], text))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The command line: settings in, one readable line for every mistake, and a quick --help that explains every flag."""
 
 import errno
+import io
 import os
 import re
 import subprocess
@@ -561,3 +562,22 @@ def test_no_config_file_alone_decides_which_server_gets_a_key(tmp_path: Path, mo
     ):
         cli.parse(FinetuneConfig, argv)
     assert cli.parse(FinetuneConfig, [*argv, "--eval.judge_url=http://mine/v1"]).eval.judge_url == "http://mine/v1"
+
+
+def test_what_is_printed_has_a_terminal_do_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    hostile = "\x1b]52;c;eA==\x07 \x1b[6n \x9b6n \x08 \x1b[31mred\x1b[0m \x1b["
+
+    def main(config: Config) -> None:
+        print(hostile, "\r\x1b[2K")
+        print(hostile, end="", file=sys.stderr, flush=True)
+
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(sys, "stderr", pipe)
+        cli.run(main, Config, [])
+        shown = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert shown == "\\x1b]52;c;eA==\\x07 \\x1b[6n \\x9b6n \\x08 \x1b[31mred\x1b[0m \\x1b[ \r\x1b[2K\r\n"
+    assert pipe.buffer.getvalue().decode() == hostile  # type: ignore[attr-defined] # a file gets what was printed

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.memory import head_tokens
 from lit_qlora.fused.offload import to_device
+from lit_qlora.fused.trained_rows import TrainedRows
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.lora_products import Pending
@@ -64,10 +65,11 @@ class Head:
     Attributes:
         group: the head, with or without an adapter.
         cap: see kernels.cross_entropy.
+        rows: trained rows of the embedding that it shares; None for none. Such a head has no adapter.
     """
 
-    def __init__(self, norm: Norm, group: Group, cap: float | None) -> None:
-        self.norm, self.group, self.cap = norm, group, cap
+    def __init__(self, norm: Norm, group: Group, cap: float | None, rows: TrainedRows | None = None) -> None:
+        self.norm, self.group, self.cap, self.rows = norm, group, cap, rows
 
     def losses(
         self,
@@ -86,7 +88,7 @@ class Head:
             hits: see GPT.
 
         Returns:
-            (N,) float32; (T, E) or None; pairs of an adapter's gradient and the term to add to it.
+            (N,) float32; (T, E) or None; pairs of a gradient of the adapter or rows and the term to add to it.
         """
         x, y = stream[0], stream[1] if len(stream) > 1 else None
         stream.clear()
@@ -101,29 +103,33 @@ class Head:
         x, statistics = add_norm(x, y, self.norm, both)
         del y
         z = group.project(both, both, dropout)
-        matrix = group.matrix(workspace)
+        rows = self.rows
+        matrix = rows.low if rows and rows.whole and rows.low is not None else group.matrix(workspace)
         weights = torch.ones(count, device=x.device) if labelled.weights is None else labelled.weights
         loss = torch.empty(count, device=x.device)
         step = head_tokens(group.n)
         space = torch.empty(min(step, count), group.n, dtype=x.dtype, device=x.device)
-        # The adapter's gradients wait for the gradient of the loss, which the backward pass brings.
-        own_gradients = (
-            [(g, torch.zeros_like(g)) for g in (group.grad_a, group.grad_b)] if learns and group.rank else []
-        )
+        # These gradients wait for the gradient of the loss, which the backward pass brings.
+        of_group = (group.grad_a, group.grad_b) if group.rank else ()
+        own_gradients = [(g, torch.zeros_like(g)) for g in (*of_group, *((rows.gradient,) if rows else ())) if learns]
         pending = Pending()
         for first in range(0, count, step):
             here = slice(first, min(first + step, count))
             logits = group.product(both[here], matrix, space[: here.stop - first])
+            if rows and not rows.whole:
+                rows.write_logits(both[here], logits)
             cross_entropy_(logits, labelled.labels[here], weights[here], loss[here], self.cap, hits)
             if z is not None and own_gradients:
                 group.add_grad_b(logits, z[here], pending, into=own_gradients[1][1])
                 pending.flush()
-            if learns:
+            if learns and rows:
+                rows.logits_backward(both[here], logits, matrix, own_gradients[0][1])
+            elif learns:
                 torch.mm(logits, matrix, out=both[here])
         del space, logits
         if not learns:
             return loss, None, []
-        if own_gradients:
+        if group.rank:
             group.add_grad_a(x, both, pending, dropout, self.norm, statistics, into=own_gradients[0][1])
             pending.flush()
         d_x = group.d_stream(both, x, self.norm, statistics, z, None, dropout)

@@ -35,12 +35,14 @@ class SavedPass:
     """The activations that a forward pass saves for its backward pass.
 
     Attributes:
+        tokens: (T,), see Inputs.
         d_out: gradient of the loss at the last stream, (T, E).
         blocks: of each block; None in a pass that saves nothing.
         head_gradients: of the head's adapter, and the terms to add to them.
         number: of the forward pass; a later one overwrites the tensors on the host.
     """
 
+    tokens: Tensor
     d_out: Tensor | None
     blocks: list[SavedBlock | None]
     head_gradients: list[tuple[Tensor, Tensor]]

@@ -22,6 +22,7 @@ from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
 from lit_qlora.fused.support import GROWING
 from lit_qlora.fused.torch_block import TorchBlock
+from lit_qlora.fused.trained_rows import rows_of
 from lit_qlora.fused.uneven import PaddedB, differ
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
@@ -61,9 +62,9 @@ class Fused:
         self.blocks: list[Block] = [
             kind_of(block)(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)
         ]
-        self.head = Head(
-            norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype), config.logit_softcap
-        )
+        self.rows, head = rows_of(model), Group([model.head], self.dtype)
+        shared = self.rows if self.rows and self.rows.shared else None
+        self.head = Head(norm_of(model.norm, like, config.logit_multiplier), head, config.logit_softcap, shared)
         self.embed_norm = norm_of(model.embed_norm, like)
         self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
         self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
@@ -103,7 +104,7 @@ class Fused:
         self.gradient = torch.zeros_like(self.master)
         self.every_a: list[tuple[nn.Parameter, Tensor]] = []
         self.every_b: list[tuple[nn.Parameter, Tensor]] = []
-        self.has_gaps = False
+        self.has_gaps = self.rows is not None
         first_a, first_b = 0, size_a
         for group in adapted:
             at_a, at_b = slice(first_a, first_a + group.size_a), slice(first_b, first_b + group.size_b)
@@ -257,8 +258,9 @@ class Fused:
         segments: Tensor | None = None,
         seen_until: Tensor | None = None,
     ) -> Tensor:
-        """As GPT.token_losses, for a batch on the host; the head may have no adapter."""
+        """As GPT.token_losses, for a batch on the host; the head may not learn."""
         assert not self.head.group.rank
+        assert self.head.rows is None
         with torch.autocast(self.device.type, enabled=False):
             learns, seed = self._state()
             shared = positions if seen_until is not None else None
@@ -394,7 +396,8 @@ class Fused:
             whole.grad = gradient
         if first.grad is home:
             return
-        for parameter, gradient in (*self.every_a, *self.every_b):
+        rows = [] if self.rows is None else [(self.rows.rows, self.rows.gradient)]
+        for parameter, gradient in (*self.every_a, *self.every_b, *rows):
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
@@ -412,7 +415,7 @@ class Fused:
             stream, inputs.labelled, self.workspaces[0], dropout, run.saves, hits
         )
         loss = inputs.labelled.spread(losses, len(inputs.tokens)) if inputs.by_token else losses.sum()
-        return loss, SavedPass(d_out, saved, gradients, self.offload.passes)
+        return loss, SavedPass(inputs.tokens, d_out, saved, gradients, self.offload.passes)
 
     def _blocks(
         self, tokens: Tensor, table_rows: Tensor | None, run: Pass
@@ -420,6 +423,8 @@ class Fused:
         """For tokens (T,) what the last norm reads, (T, E) or a pair to add; and what each block saves."""
         if not self.copies_by_block:
             self.copies[0].refresh()
+        if self.rows is not None:
+            self.rows.refresh()
         rows = self.model.embed(tokens.view(run.layout.rows, run.layout.length))  # with noise, if there is any
         x = apply_norm(self.embed_norm, times(rows.flatten(0, 1), self.config.embedding_multiplier))
         del rows
@@ -472,13 +477,16 @@ class Fused:
         if run.carries and self.carries and self.sizes.quantized and not self.fp8:
             carried = self.sizes.carries(self.recompute, len(run.positions), self.cached_blocks)
             self._carried |= any(carried)
+        learns = self.rows is not None
         for i in reversed(range(len(self.blocks))):
             one = saved.blocks.pop()
             assert one is not None
             assert d is not None
             self._copy_block(i, beside=False)
-            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0, carries=carried[i])
+            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0 or learns, carries=carried[i])
         self.pending.flush()
+        if self.rows is not None and d is not None:
+            self.rows.add_gradient(saved.tokens, d)
         for padded in self.padded:
             padded.collect()
 
@@ -490,7 +498,8 @@ class Fused:
     @property
     def _gradients(self) -> list[Tensor]:
         """All tensors of gradients."""
-        return [self.gradient, *(padded.gradient for padded in self.padded)]
+        rows = [] if self.rows is None else [self.rows.gradient]
+        return [self.gradient, *rows, *(padded.gradient for padded in self.padded)]
 
     def graph_bytes(self, tokens: int) -> int:
         """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""

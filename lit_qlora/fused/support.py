@@ -14,6 +14,7 @@ from lit_qlora.fused.uneven import padding
 from lit_qlora.kernels import launch
 from lit_qlora.kernels.lora_products import LEAST_STRIPE
 from lit_qlora.kernels.stack import BLOCK
+from lit_qlora.lora.embeddings import TiedHead
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
@@ -90,13 +91,16 @@ def decoded_scales(model: GPT) -> int:
     return more
 
 
-def padding_bytes(model: GPT) -> int:
-    """Bytes that adapters whose ranks or scales differ take more on the fast path; see lit_qlora.fused.uneven."""
+def copied_bytes(model: GPT) -> int:
+    """Bytes that learning takes more on the fast path, for padded adapters and trained rows that the head shares."""
     of_experts = (layers for block in model.blocks for layers in _stacks_of_experts(block.mlp))
     stacks = [
         [layer for layer in layers if isinstance(layer, LoRALinear)] for layers in (*stacks_of(model), *of_experts)
     ]
-    return 10 * sum(map(padding, stacks))  # parameter and gradient in float32, and a copy in 16 bit
+    # Padding has a parameter and a gradient in float32 and a copy in 16 bit; rows have two sums in float32 and a copy.
+    embed: Any = model.embed
+    rows = embed.rows.numel() if isinstance(model.head, TiedHead) else 0
+    return 10 * (sum(map(padding, stacks)) + int(rows))
 
 
 def unhandled(config: ModelConfig, decodes: bool = False) -> str:
@@ -112,7 +116,7 @@ def unhandled(config: ModelConfig, decodes: bool = False) -> str:
 
 
 def unhandled_embeddings(model: GPT) -> str:
-    """The part of the embeddings that the kernels do not compute, or ''."""
+    """The part of the embeddings that the kernels of decoding do not compute, or ''."""
     return "" if type(model.embed) is nn.Embedding else "embeddings that learn"
 
 
@@ -123,7 +127,7 @@ def unhandled_variant(model: GPT) -> str:
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if reason := next((adapter.beyond_low_rank for adapter in adapters if adapter.beyond_low_rank), ""):
         return reason
-    return unhandled_embeddings(model)
+    return "embeddings that learn before a norm" if model.config.embedding_norm and unhandled_embeddings(model) else ""
 
 
 def _stacks_of_experts(mlp: Any) -> list[list[nn.Module]]:

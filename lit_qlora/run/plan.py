@@ -224,10 +224,10 @@ class Planner:
         return decoded_scales(self.gpt) if self.storage.quantize.endswith("-dq") else 0
 
     @cached_property
-    def _padding(self) -> int:
-        from lit_qlora.fused.support import padding_bytes
+    def _beside(self) -> int:
+        from lit_qlora.fused.support import copied_bytes
 
-        return padding_bytes(self.gpt) if self.lora.rank_pattern or self.lora.alpha_pattern else 0
+        return copied_bytes(self.gpt)
 
     @cached_property
     def _copied(self) -> int:
@@ -247,7 +247,7 @@ class Planner:
         assert room.gpu is not None
         model, train = self.gpt.config, self.train
         weights = plan.weights + self._decoded_scales
-        learning = plan.learning + 2 * self._copied + self._padding
+        learning = plan.learning + 2 * self._copied + self._beside
         free = 0.97 * room.gpu - weights - learning - seen
         graph_tokens = 0 if self.router_losses else _graph_tokens(model, train, batches)
         tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured

@@ -189,4 +189,8 @@ class PreferenceRunConfig(FinetuneConfig):
             "head" not in self.lora.targets or not train.fast,
             "lora.targets: an adapter on the head takes the plain path with preferences. Add --train.fast false.",
         )
+        check(
+            not (self.lora.train_tokens or self.lora.train_embeddings) or not train.fast,
+            "lora.train_tokens and lora.train_embeddings take the plain path with preferences. Add --train.fast false.",
+        )
         check(not train.neftune, "train.neftune would add noise to what is compared. Leave it out.")

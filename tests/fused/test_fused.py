@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_qlora.evaluate.score import Scorer
 from lit_qlora.fused import Fused, fuse, reader, why_not
-from lit_qlora.fused.support import padding_bytes
+from lit_qlora.fused.support import copied_bytes
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
@@ -101,6 +101,20 @@ CASES: dict[str, dict[str, Any]] = {
         "lora": {"rank_pattern": {"key": 2, "up": 8}, "alpha_pattern": {"value": 1.0, "(gate|up)": 3.0}},
         "scheme": "bnb.nf4",
     },
+    "tokens that learn": {"lora": {"train_tokens": (3, 7, 159)}, "embedding_multiplier": 3.0, "scheme": "bnb.nf4"},
+    "tokens that learn, tied head with a bias": {
+        "lora": {"train_tokens": (3, 7, 159)},
+        "tied_head": True,
+        "head_bias": True,
+        "n_layer": 1,
+    },
+    "embeddings that learn": {"lora": {"train_embeddings": True}, "n_layer": 1},
+    "embeddings that learn, tied head": {
+        "lora": {"train_embeddings": True},
+        "tied_head": True,
+        "logit_softcap": 3.0,
+        "n_layer": 1,
+    },
     "first block": {"lora": {"first_layers": 1}, "scheme": "bnb.nf4"},
     "last block": {"lora": {"last_layers": 1}},
     "biases": {"qkv_bias": True, "projection_bias": True, "mlp_bias": True},
@@ -123,11 +137,11 @@ def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
 
 def test_the_planner_knows_the_bytes_of_padding() -> None:
     model = adapted_model(lora={"rank_pattern": {"key": 2}, "alpha_pattern": {"up": 3.0}})
-    planned = padding_bytes(model)
+    planned = copied_bytes(model)
     fused = fuse(model)
     learn_there = count_trainable(model) - sum(padded.b.numel() for padded in fused.padded)
     assert planned == 10 * (fused.master.numel() - learn_there) > 0
-    assert padding_bytes(adapted_model()) == 0
+    assert copied_bytes(adapted_model()) == 0
 
 
 @pytest.mark.parametrize("policy", [pytest.param("mlp", marks=pytest.mark.slow), "attn", "full"])
@@ -346,8 +360,6 @@ def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> N
     ("settings", "reason"),
     [
         ({"dora": True}, "DoRA"),
-        ({"train_tokens": (1,)}, "embeddings that learn"),
-        ({"train_embeddings": True}, "embeddings that learn"),
     ],
     ids=str,
 )

@@ -112,6 +112,8 @@ CASES: dict[str, dict[str, Any]] = {
     "windows": {"sliding_window": 5},
     "learned positions": {"positions": "learned"},
     "recomputed": {"scheme": "bnb.nf4", "n_layer": 2},
+    "tokens that learn": {"lora": {"train_tokens": (3, 7)}, "tied_head": True},
+    "ranks that differ": {"lora": {"rank_pattern": {"key": 2}}},
 }
 
 

@@ -163,8 +163,9 @@ class Heads:
         return Scores(self.size**-0.5 if self.scale is None else self.scale, self.cap, self.window)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, (H + 2 K) D) -> views (T, H, D), (T, K, D), (T, K, D)."""
-        parts = qkv.view(qkv.size(0), self.query + 2 * self.key, self.size)
+        """(T, at least (H + 2 K) D) -> views (T, H, D), (T, K, D), (T, K, D)."""
+        heads = self.query + 2 * self.key
+        parts = qkv[:, : heads * self.size].unflatten(1, (heads, self.size))
         q, k, v = parts.split((self.query, self.key, self.key), dim=1)
         return q, k, v
 

@@ -34,6 +34,7 @@ from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
 from lit_qlora.fused.qkv_transforms import Shaping, pull_back
 from lit_qlora.kernels.dropout import Dropout
+from lit_qlora.kernels.gate import gate_backward, gate_forward
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import Norm, add_norm, apply_norm, norm_backward
 from lit_qlora.kernels.qk_norm_rope import HeadNorm, Rotation, norm_rotate, norm_rotate_backward
@@ -204,7 +205,11 @@ class Block(KernelBlock):
 
 
 class FusedBlock(Block):
-    """A block whose attention is computed by kernels, with both passes by hand."""
+    """A block whose attention is computed by kernels, with both passes by hand.
+
+    Attributes:
+        gates: columns of the product with the stacked weights that gate the attention's output; None without a gate.
+    """
 
     def __init__(
         self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
@@ -214,6 +219,8 @@ class FusedBlock(Block):
         self.groups = (self.qkv, self.projection, *self.groups)
         self.heads = heads_of(block.attn, config, self.windowed)
         self.shaping = Shaping(block.attn, config, self.heads)
+        gate = block.attn.query_gate
+        self.gates = None if gate is None else slice(self.qkv.n - gate.out_features, self.qkv.n)
 
     def _attend(self, stream: list[Tensor], run: Pass, policy: Recompute) -> tuple[SavedBlock, Tensor, Tensor]:
         """See Block."""
@@ -230,7 +237,7 @@ class FusedBlock(Block):
         attended, extra = attention(*self._shaped(qkv, run), self.heads, run.layout)
         if policy not in FULL:
             saved.attended, saved.attention = run.save(attended, policy), extra
-        raw_1, z_projection = self._project(attended, run, run.workspaces[0])[:2]
+        raw_1, z_projection = self._project(attended, qkv, run, run.workspaces[0])[:2]
         if policy not in FULL:
             saved.z_projection = z_projection
         return saved, x, raw_1
@@ -241,7 +248,9 @@ class FusedBlock(Block):
         self._recompute_qkv(saved, back, space_qkv)
         assert isinstance(saved.qkv, Tensor)
         saved.attended, saved.attention = attention(*self._shaped(saved.qkv, run), self.heads, run.layout)
-        raw_1, saved.z_projection, saved.matrix_projection = self._project(saved.attended, run, space_projection)
+        raw_1, saved.z_projection, saved.matrix_projection = self._project(
+            saved.attended, saved.qkv, run, space_projection
+        )
         return raw_1
 
     def _recompute_qkv(self, saved: SavedBlock, back: Backward, space: Tensor | None) -> None:
@@ -253,6 +262,10 @@ class FusedBlock(Block):
         self, d_out: Tensor, d_stream: Tensor | None, saved: SavedBlock, back: Backward
     ) -> Tensor | None:
         """See Block."""
+        if self.gates is not None:
+            self._fetch_qkv(saved, back)
+            if back.workspaces[0] is not None:
+                saved.matrix_qkv = None  # the workspace is for the projection's weights now
         # In a list, from which the next part takes it, so that its memory is free early.
         gradient = [self._projection_backward(d_out, saved, back)]
         gradient.append(self._attention_backward(gradient, saved, back))
@@ -267,21 +280,37 @@ class FusedBlock(Block):
         del d_y
         assert saved.attended is not None
         saved.attended, dropout = get(saved.attended), self._dropout(group, 1, back.forward)
-        group.add_grad_a(saved.attended, da, back.pending, dropout)
+        read = saved.attended
+        if self.gates is not None:
+            assert isinstance(saved.qkv, Tensor)
+            read = torch.empty_like(read)
+            gate_forward(saved.attended, saved.qkv[:, self.gates], read)
+        group.add_grad_a(read, da, back.pending, dropout)
+        del read
         return group.d_input(da, dropout)
 
     def _attention_backward(self, d_attended: list[Tensor], saved: SavedBlock, back: Backward) -> Tensor:
-        """The gradient of what the product with the stacked weights gave, (T, (H + 2 K) D)."""
+        """The gradient of what the product with the stacked weights gave, as wide."""
+        self._fetch_qkv(saved, back)
+        qkv = saved.qkv
+        assert isinstance(qkv, Tensor)
+        assert isinstance(saved.attended, Tensor)
+        d_qkv = None
+        if self.gates is not None:
+            d_qkv = torch.empty_like(qkv)
+            gate_backward(d_attended[0], saved.attended, qkv[:, self.gates], d_qkv[:, self.gates])
+        d_qkv = self._d_qkv(d_attended.pop(), qkv, saved.attended, saved.attention, back.forward, d_qkv)
+        saved.qkv = saved.attended = None
+        return d_qkv
+
+    def _fetch_qkv(self, saved: SavedBlock, back: Backward) -> None:
+        """Bring qkv into `saved`: computed again, or from the host."""
         off = back.forward.offload
         if saved.qkv is None:
             self._recompute_qkv(saved, back, back.workspaces[0])
-        else:
+        elif isinstance(saved.qkv, OnHost):
             off.fetch(saved.x)
-        assert saved.qkv is not None
-        assert isinstance(saved.attended, Tensor)
-        d_qkv = self._d_qkv(d_attended.pop(), off.get(saved.qkv), saved.attended, saved.attention, back.forward)
-        saved.qkv = saved.attended = None
-        return d_qkv
+            saved.qkv = off.get(saved.qkv)
 
     def _qkv_backward(
         self, gradient: list[Tensor], d_middle: Tensor | None, saved: SavedBlock, back: Backward
@@ -330,13 +359,15 @@ class FusedBlock(Block):
         heads = self.heads
         return norm_rotate(qkv, *self._kernel_shaping(run), (heads.query, heads.key, heads.size))
 
-    def _d_qkv(self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass) -> Tensor:
-        """The gradient of the product with the stacked weights, (T, (H + 2 K) D)."""
+    def _d_qkv(
+        self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass, out: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of the product with the stacked weights, in `out` if it has columns for gates already."""
         if not (self.shaping.does_nothing or self.shaping.has_kernel):
             return self._d_qkv_by_torch(d_out, qkv, attended, extra, run)
         parts = attention_backward(d_out, *self._shaped(qkv, run), attended, extra, self.heads, run.layout)
         if self.shaping.has_kernel:
-            return norm_rotate_backward(*parts, qkv, *self._kernel_shaping(run))
+            return norm_rotate_backward(*parts, qkv, *self._kernel_shaping(run), out)
         return self._unrotated(parts, run)
 
     def _kernel_shaping(self, run: Pass) -> tuple[HeadNorm | None, Rotation | None, Tensor | None]:
@@ -365,11 +396,16 @@ class FusedBlock(Block):
             return torch.cat(parts, dim=1).flatten(1)
         return rotate_backward(*parts, run.positions, *run.ropes[self.windowed], self.interleaved)
 
-    def _project(self, attended: Tensor, run: Pass, space: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _project(
+        self, attended: Tensor, qkv: Tensor, run: Pass, space: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         group, z = self.projection, None
-        if group.a is not None:
+        if group.a is not None or self.gates is not None:
             both = group.empty_input(attended.size(0))
-            z = group.project(attended, both, self._dropout(group, 1, run), copy=True)
+            if self.gates is not None:
+                gate_forward(attended, qkv[:, self.gates], both)
+                attended = both
+            z = group.project(attended, both, self._dropout(group, 1, run), copy=self.gates is None)
             attended = both
         matrix = group.matrix(space)
         return group.product(attended, matrix), z, matrix

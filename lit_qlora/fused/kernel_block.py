@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Heads
+from lit_qlora.fused.qkv_transforms import norms_heads
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.model.attention import Attention
@@ -66,9 +67,9 @@ def mixer_of(block: Any) -> Any:
     return block.attn or block.delta or block.conv
 
 
-def takes_torch(block: Any) -> bool:
+def takes_torch(block: Any, config: ModelConfig) -> bool:
     """Tell whether no kernel computes what mixes the tokens in a block; see lit_qlora.fused.torch_block."""
-    return not isinstance(block.attn, Attention) or block.attn.query_gate is not None
+    return not isinstance(block.attn, Attention) or (block.attn.query_gate is not None and not norms_heads(config))
 
 
 def mixing_layers(mixer: Any) -> list[list[nn.Module]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lit_qlora.fused.qkv_transforms import in_one_kernel
+from lit_qlora.fused.qkv_transforms import in_one_kernel, norms_heads
 from lit_qlora.kernels.experts import CHUNK
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
@@ -210,10 +210,12 @@ class FastSizes:
         """Features of queries and keys behind their norms, and of copies on the way there."""
         c = self.model
         if self._by_torch:  # the gradients of the lookup's inputs and output, and what is split and joined for them
-            return max(6 * self._queries, self._within_chunks)
-        if in_one_kernel(c):
-            return self._queries + (2 if c.value_norm else 1) * self._keys
-        return 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
+            shaped = 6 * self._queries
+        elif in_one_kernel(c):
+            shaped = (2 if c.attention_gate else 1) * self._queries + (2 if c.value_norm else 1) * self._keys
+        else:
+            shaped = 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
+        return max(shaped, self._within_chunks)
 
     @property
     def _of_attention(self) -> int:
@@ -226,7 +228,7 @@ class FastSizes:
     @property
     def _by_torch(self) -> bool:
         """True if attention is computed by torch; see lit_qlora.fused.torch_block."""
-        return self.model.kv_latent_size > 0 or self.model.attention_gate
+        return self.model.kv_latent_size > 0 or (self.model.attention_gate and not norms_heads(self.model))
 
     @property
     def _qkv(self) -> int:
@@ -237,7 +239,7 @@ class FastSizes:
             lookup = 4 * self._queries + c.n_head * c.value_size  # values are padded to the size of keys
             attention = 2 * c.n_embd + into + c.q_latent_size + c.kv_latent_size + lookup
             return max(attention, self._of_state)
-        return max(self._queries + 2 * self._keys, self._of_state)
+        return max((2 if c.attention_gate else 1) * self._queries + 2 * self._keys, self._of_state)
 
     @property
     def _of_state(self) -> int:

@@ -28,6 +28,7 @@ from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, tree_mask
+from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, times
 from lit_qlora.model.mlp import Seen
 from lit_qlora.model.rope import rope_table
@@ -35,9 +36,9 @@ from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
 
 
-def kind_of(block: Any) -> type[Block]:
+def kind_of(block: Any, config: ModelConfig) -> type[Block]:
     """The kind of block that computes a block of the plain model."""
-    return TorchBlock if takes_torch(block) else FusedBlock
+    return TorchBlock if takes_torch(block, config) else FusedBlock
 
 
 class Fused:
@@ -60,7 +61,7 @@ class Fused:
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
         like = model.embed.weight.detach()[0]
         self.blocks: list[Block] = [
-            kind_of(block)(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)
+            kind_of(block, config)(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)
         ]
         self.rows, head = rows_of(model), Group([model.head], self.dtype)
         shared = self.rows if self.rows and self.rows.shared else None

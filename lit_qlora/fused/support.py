@@ -78,7 +78,7 @@ def _of_any_size(model: GPT) -> Iterator[nn.Module]:
     for block in model.blocks:
         if isinstance(block.mlp, MoE) and block.mlp.shared_gate is not None:
             yield block.mlp.shared_gate
-        if takes_torch(block):
+        if takes_torch(block, model.config):
             yield from (layer for layers in mixing_layers(mixer_of(block)) for layer in layers)
 
 

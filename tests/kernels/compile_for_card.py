@@ -37,6 +37,7 @@ from lit_qlora.kernels.dropout import Dropout, drop
 from lit_qlora.kernels.experts_dequantize import Matrices
 from lit_qlora.kernels.experts_products import LowRank
 from lit_qlora.kernels.fp8 import FP8, quantize_rows, quantize_weights
+from lit_qlora.kernels.gate import gate_backward, gate_forward
 from lit_qlora.kernels.lora_products import MOST_RANK, Pending, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
@@ -153,6 +154,13 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
             rotation = Rotation(positions, empty(4096, half), empty(4096, half), interleaved=half == 32)
             norm_rotate(qkv, norm, rotation, scale, (width // 128, width // 512, 128))
             norm_rotate_backward(*heads, qkv, norm, rotation, scale)
+    for of_keys in (False, True):
+        norm = HeadNorm(empty(2, 128), 1e-6, values=True, values_of_keys=of_keys)
+        rotation = Rotation(positions, empty(4096, 64), empty(4096, 64))
+        norm_rotate(qkv, norm, rotation, None, (width // 128, width // 512, 128))
+        norm_rotate_backward(*heads, qkv, norm, rotation, None)
+    gate_forward(heads[0].flatten(1), qkv[:, :width], empty(T, width + rank, dtype=dtype))
+    gate_backward(heads[0].flatten(1), heads[0].flatten(1), qkv[:, :width], qkv[:, :width])
     attention_of(dtype)
     for cap in (None, 30.0):
         cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap, integers(1))

@@ -76,7 +76,8 @@ def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
     top.plot(steps, average, color="tab:blue", label="running average (EMA)")
     if val:
         top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation")
-    top.set_ylabel("loss per labelled token (nats)")
+    compared = any("logp_chosen" in record for record in train)
+    top.set_ylabel("loss of a comparison" if compared else "loss per labelled token (nats)")
     top.set_ylim(bottom=0)
     top.grid(alpha=0.3)
     top.legend(frameon=False)
@@ -86,6 +87,28 @@ def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.set_xlabel("optimizer step")
     bottom.grid(alpha=0.3)
+    return figure
+
+
+def rewards_figure(records: Sequence[Record], width: float = 8) -> Any | None:
+    """Plot the rewards of chosen and rejected answers, of each step and in validations; None without any."""
+    from matplotlib.figure import Figure
+
+    sides = {"chosen": "tab:blue", "rejected": "tab:red"}
+    if not any(f"reward_{side}" in record for record in records for side in sides):
+        return None
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    for side, color in sides.items():
+        for name, style, label in ((f"reward_{side}", "-", side), (f"val_reward_{side}", "o-", f"{side}, validation")):
+            found = [(record["step"], record[name]) for record in records if name in record]
+            alpha = 0.35 if style == "-" else 1.0
+            axes.plot(*zip(*found, strict=True), style, color=color, alpha=alpha, label=label) if found else None
+    axes.axhline(0, color="tab:gray", linewidth=1)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("reward")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
 
 
@@ -201,8 +224,10 @@ def write_page(path: Path, outcome: Outcome) -> None:
     ]
     header, rows = _validations(outcome.records)
     kind = "chrF of the answer" if outcome.best and outcome.best[0].said is not None else "loss of the wanted answer"
+    rewards = rewards_figure(outcome.records, 6)
     sections = [
         ("Loss", inline(losses_figure(outcome.records, 6), "loss", "Loss and learning rate of each step")),
+        ("Rewards", inline(rewards, "rewards", "Rewards of chosen and rejected answers") if rewards else ""),
         ("Validations", table(rows, header) if rows else ""),
         (f"Best and worst answers, by {kind}", _answers(outcome)),
         ("Answers to the prompts", _said(outcome.said)),

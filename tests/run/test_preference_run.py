@@ -58,6 +58,9 @@ def test_a_run_prefers_what_is_chosen_and_says_so(tiny_checkpoint: Path, pairs: 
     assert val[-1]["val_loss"] < 0.5
     assert val[-1]["val_reward_accuracy"] == 1.0
     assert val[-1]["kl_to_base"] > val[0]["kl_to_base"] == 0
+    page = (out / "report.html").read_text()
+    assert "Rewards of chosen and rejected answers" in page
+    assert "loss of a comparison" in page
 
 
 @pytest.mark.slow

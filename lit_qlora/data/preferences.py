@@ -167,7 +167,8 @@ def notes(
     shorter = float(np.mean(labelled[partner] < labelled[rejected]))
     middle = [int(np.median(labelled[which])) for which in (firsts, rejected)]
     found = [f"{len(rejected):,} pairs; median tokens of chosen answers {middle[0]}, of rejected ones {middle[1]}"]
-    for word, share in (("longer", longer), ("shorter", shorter)):
+    by_token = how.loss in ("ipo", "orpo", "simpo") or how.length_normalized
+    for word, share in (("longer", longer), ("shorter", shorter)) if not by_token else ():
         if share >= BIASED:
             found.append(
                 f"{share:.0%} of the chosen answers are the {word} ones, so length alone may be learnt; "

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint.checkpoint import load_model
@@ -16,7 +17,9 @@ from lit_qlora.fused import fuse
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear, add_lora, lora_state
 from lit_qlora.model.gpt import GPT
-from lit_qlora.settings import LoRAConfig, PreferenceConfig
+from lit_qlora.settings import GuardConfig, LoRAConfig, PreferenceConfig, TrainConfig
+from lit_qlora.train.guards import Guard
+from lit_qlora.train.loop import Learner, train
 from lit_qlora.train.preferences import Preferences, answers_of, token_losses
 from tests.conftest import ROOT, tiny_model
 from tests.train.test_preference_losses import BY_TRL, how_of
@@ -223,3 +226,27 @@ def test_losses_gradients_and_rewards_are_those_of_trl() -> None:
             for side in ("chosen", "rejected"):
                 assert metrics[f"reward_{side}"] == pytest.approx(case["logged"][f"rewards/{side}"], rel=1e-4), case
             assert metrics["reward_accuracy"] == case["logged"]["rewards/accuracies"]
+
+
+RUNS = {"sigmoid": {}, "ipo": {"loss": "ipo"}, "sigmoid + sft, 1 micro-batch of 4": {"sft_weight": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "micro"),
+    [("sigmoid", 4), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in RUNS)],
+)
+def test_five_steps_are_those_of_trl_however_they_are_split(name: str, micro: int) -> None:
+    how = PreferenceConfig(**RUNS[name])  # type: ignore[arg-type]
+    config = TrainConfig(learning_rate=1e-3, schedule="constant", warmup=0.0, weight_decay=0.0, max_norm=1.0)
+    fabric, model = Fabric(accelerator="cpu", devices=1), model_of_trl()
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapter, lr=1e-3, weight_decay=0.0)
+    learner = Learner(fabric, model, optimizer, objective=Preferences(how, CPU))
+    data = steps(pairs_of_trl(how), Batching(batch_size=4, micro_batch_size=micro, seed=0), 5)
+    found = list(train(learner, data, 5, config, Guard(GuardConfig())))
+    for record, theirs in zip(found, BY_TRL["training"]["steps"][name], strict=True):
+        assert record["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert record["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        for side in ("chosen", "rejected"):
+            assert record[f"reward_{side}"] == pytest.approx(theirs[f"rewards/{side}"], abs=2e-5)
+            assert record[f"logp_{side}"] == pytest.approx(theirs[f"logps/{side}"], rel=1e-5)

@@ -361,6 +361,8 @@ def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:
 
 def validation_pairs(comparisons: Comparisons, batching: Batching) -> list[PairBatch]:
     """All comparisons once, in rows like the training rows."""
+    if not len(comparisons):
+        return []
     rows = rows_of(range(len(comparisons)), comparisons.lengths.tolist(), batching)
     micro = micro_batches(rows, batching.micro_batch_size, 1)
     return [lay([[comparisons[i] for i in row] for row in group], batching) for group in micro]  # type: ignore[misc]

@@ -68,7 +68,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         from lit_qlora.run.folder import default_out_dir
         from lit_qlora.run.resume import settle_seed
 
-        config = replace(config, out_dir=config.out_dir or default_out_dir(config.checkpoint_dir))
+        config = replace(config, out_dir=config.out_dir or default_out_dir(config))
         config = replace(config, seed=settle_seed(config))
     data = read_preferences(config, config.preference) if isinstance(config, PreferenceRunConfig) else read_data(config)
 
@@ -83,7 +83,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.run.banner import plan_run, tell_plan
     from lit_qlora.train import parallel
 
-    out_dir = config.out_dir or folder.default_out_dir(config.checkpoint_dir)
+    out_dir = config.out_dir or folder.default_out_dir(config)
     devices, num_nodes = parallel.processes(config.devices, config.num_nodes)
     config = replace(
         config,

@@ -18,14 +18,15 @@ from lit_qlora.report import RunLog, tell
 from lit_qlora.run.plan import Plan
 from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, read_log, write_log
 from lit_qlora.run.trackers import Trackers
-from lit_qlora.settings import FinetuneConfig, LogConfig
+from lit_qlora.settings import FinetuneConfig, LogConfig, PreferenceRunConfig
 
 BYTES_PER_PARAMETER = 16  # of a checkpoint: PEFT's copy, the parameter itself, two moments, all float32
 
 
-def default_out_dir(checkpoint_dir: Path) -> Path:
-    """Return the default run folder for this checkpoint."""
-    return Path("out/lora") / checkpoint_dir.resolve().name
+def default_out_dir(config: FinetuneConfig) -> Path:
+    """Return the default run folder of a run with these settings."""
+    kind = "preference" if isinstance(config, PreferenceRunConfig) else "lora"
+    return Path("out") / kind / config.checkpoint_dir.resolve().name
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.manifest import read_manifest
 from lit_qlora.report import Record, read_records, tell
-from lit_qlora.settings import FinetuneConfig
+from lit_qlora.settings import FinetuneConfig, PreferenceRunConfig
 from lit_qlora.train.training_state import COUNTERS, read_counters
 
 LOG = "log.jsonl"
@@ -192,6 +192,11 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str,
         raise CheckpointError(
             f"{config.checkpoint_dir} is not the base of the run in {checkpoint.path.parent}: "
             f"it holds {' and '.join(PARTS[part] for part in differing)}.\nTo start anew: --resume never."
+        )
+    if ("preference" in then["config"]) != isinstance(config, PreferenceRunConfig):
+        raise UsageError(
+            f"The run in {checkpoint.path.parent} is of the other command: finetune/lora.py and finetune/preference.py "
+            "go on with their own runs alone.\nGive another --out_dir, or --resume never starts anew."
         )
     allowed = (*HARMLESS, *LENGTH) if config.extend else HARMLESS
     if changed := changed_settings(then["config"], plain(config), allowed):

@@ -167,6 +167,8 @@ class PreferenceEvalConfig(EvalConfig):
 class PreferenceRunConfig(FinetuneConfig):
     """Learn from preferences with LoRA: which answer to a prompt is the better one, or if an answer is good."""
 
+    out_dir: Path | None = None
+    """Run folder. By default out/preference/<checkpoint name>."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     train: PreferenceTrainConfig = field(default_factory=PreferenceTrainConfig)
     eval: PreferenceEvalConfig = field(default_factory=PreferenceEvalConfig)

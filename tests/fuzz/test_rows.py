@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_qlora.data import steps
 from lit_qlora.data.load import load
+from lit_qlora.data.preferences import read_preferences
 from lit_qlora.prompts.tokenizer import Tokenizer
-from lit_qlora.settings import DataConfig
+from lit_qlora.settings import DataConfig, PreferenceConfig, PreferenceRunConfig
 from tests.fuzz.property import cases, holds, kept, quick, slow
 from tests.fuzz.strategies import HOSTILE
 from tests.fuzz.targets import Target
@@ -21,6 +23,7 @@ COLUMNS = [
     *("instruction", "input", "output", "prompt", "completion", "response", "question", "answer", "context", "text"),
     *("system", "history", "messages", "conversations", "tools", "functions", "documents", "weight", "train"),
     *("input_ids", "labels", "attention_mask", "chosen", "rejected", "label", "chat_template_kwargs", "x", ""),
+    "margin",
 ]
 KEYS = ["role", "content", "from", "value", "tool_calls", "name", "weight", "train", "thinking", "reasoning_content"]
 ROLES = ["system", "user", "assistant", "tool", "human", "gpt", "function", "function_call", "developer", "x"]
@@ -51,6 +54,24 @@ rows = st.lists(
 )
 
 
+answers = st.one_of(texts, messages, st.lists(st.one_of(texts, messages), max_size=3), values)
+judged_rows = st.lists(
+    st.one_of(
+        st.fixed_dictionaries(
+            {"prompt": answers, "chosen": answers, "rejected": answers},
+            optional={"margin": values, "system": texts, "tools": values},
+        ),
+        st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts}),
+        st.fixed_dictionaries({"prompt": answers, "completion": answers, "label": st.one_of(st.booleans(), values)}),
+        st.fixed_dictionaries({"chosen": answers, "rejected": answers}),
+        st.dictionaries(st.sampled_from(COLUMNS), st.one_of(values, texts, messages), max_size=4),
+        values,
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
 @pytest.fixture(scope="module")
 def reader(targets: Mapping[str, Target], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Reads rows as a run does; True if they were taken."""
@@ -64,6 +85,32 @@ def reader(targets: Mapping[str, Target], tmp_path_factory: pytest.TempPathFacto
             load(data, base, tokenizer, 96, seed=1)
 
         return holds(KIND, content, use)
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def judge(targets: Mapping[str, Target], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Reads rows as a run on judged answers does, and lays them out; True if they were taken."""
+    base, path = targets["weights"].folder, tmp_path_factory.mktemp("judged") / "a.jsonl"
+    rng = random.Random(0)
+
+    def read(content: bytes) -> bool:
+        def use() -> None:
+            path.write_bytes(content)
+            data = DataConfig(
+                path=str(path),
+                prompt="qa",
+                cache_dir="none",
+                on_error=rng.choice(("stop", "skip")),
+                max_length=rng.choice((8, 96)),
+                allow=rng.choice(((), ("prompts_differ", "unread"))),
+            )
+            how = PreferenceConfig(loss=rng.choice(("dpo", "kto", "orpo")))
+            found = read_preferences(PreferenceRunConfig(checkpoint_dir=base, data=data, preference=how), how)
+            list(steps(found.train, found.batching, 1))
+
+        return holds("judged", content, use)
 
     return read
 
@@ -98,9 +145,37 @@ def test_thousands_of_rows_become_samples_or_are_refused_in_words(reader: Any) -
     print(f"{KIND}: {len(accepted)} tried, {sum(accepted)} accepted")
 
 
-def test_what_once_broke_the_data_no_longer_does(reader: Any) -> None:
+def test_judged_answers_become_comparisons_or_are_refused_in_words(judge: Any) -> None:
+    @quick(6)
+    @given(judged_rows)
+    def run(some: list[Any]) -> None:
+        judge(as_lines(some))
+
+    with kept():
+        run()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_thousands_of_judged_answers_become_comparisons_or_are_refused_in_words(judge: Any) -> None:
+    accepted: list[bool] = []
+
+    @slow
+    @given(judged_rows)
+    def run(some: list[Any]) -> None:
+        accepted.append(judge(as_lines(some)))
+
+    with kept():
+        for _ in range(10):
+            run()
+    print(f"judged: {len(accepted)} tried, {sum(accepted)} accepted")
+
+
+def test_what_once_broke_the_data_no_longer_does(reader: Any, judge: Any) -> None:
     for case in cases(KIND):
         reader(case.read_bytes())
+    for case in cases("judged"):
+        judge(case.read_bytes())
 
 
 def test_a_good_row_is_taken(reader: Any) -> None:

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.data import reference
 from lit_qlora.errors import UsageError
 from lit_qlora.run.finetune import finetune
+from lit_qlora.run.folder import default_out_dir
 from lit_qlora.run.preferences import falling
-from lit_qlora.settings import DataConfig, LoRAConfig, PreferenceConfig, PreferenceRunConfig
+from lit_qlora.run.resume import Checkpoint, check_same_run, plain
+from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, PreferenceConfig, PreferenceRunConfig
 from lit_qlora.settings.preference import PreferenceEvalConfig, PreferenceTrainConfig
 from tests.run.conftest import log_of
 
@@ -28,11 +31,25 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def run(checkpoint: Path, pairs: Path, out: Path, loss: str = "dpo", packing: bool = True, **changes: Any) -> Path:
+def run(
+    checkpoint: Path,
+    pairs: Path,
+    out: Path,
+    loss: str = "dpo",
+    packing: bool = True,
+    val_fraction: float = 0.05,
+    **changes: Any,
+) -> Path:
     config = PreferenceRunConfig(
         checkpoint_dir=checkpoint,
         out_dir=out,
-        data=DataConfig(path=str(pairs), prompt="qa", cache_dir=str(pairs.parent / "cache"), packing=packing),
+        data=DataConfig(
+            path=str(pairs),
+            prompt="qa",
+            cache_dir=str(pairs.parent / "cache"),
+            packing=packing,
+            val_fraction=val_fraction,
+        ),
         train=PreferenceTrainConfig(
             batch_size=8, micro_batch_size=2, max_steps=4, save_every=2, learning_rate=0.01, keep_last=9
         ),
@@ -85,6 +102,21 @@ def test_other_losses_learn_too(loss: str, tiny_checkpoint: Path, pairs: Path, t
     _, val = log_of(run(tiny_checkpoint, pairs, tmp_path / "out", loss, packing=loss == "orpo"))
     assert val[-1]["val_loss"] < val[0]["val_loss"]
     assert val[-1]["val_reward_margin"] > val[0]["val_reward_margin"]
+
+
+@pytest.mark.slow
+def test_a_run_needs_nothing_to_validate_on(tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    train, val = log_of(run(tiny_checkpoint, pairs, tmp_path / "out", val_fraction=0))
+    assert len(train) == 4
+    assert all("val_loss" not in record for record in val)
+
+
+def test_a_run_of_the_other_command_is_no_run_to_resume(tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    config = PreferenceRunConfig(checkpoint_dir=tiny_checkpoint, out_dir=tmp_path)
+    of_lora = {"base": base_facts(tiny_checkpoint), "config": plain(FinetuneConfig(checkpoint_dir=tiny_checkpoint))}
+    with pytest.raises(UsageError, match="the other command"):
+        check_same_run(config, {}, "", Checkpoint(tmp_path / "step-000001", of_lora))
+    assert str(default_out_dir(config)).startswith("out/preference/")
 
 
 def test_a_warning_says_that_chosen_answers_became_less_likely() -> None:

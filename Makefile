@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all test-newest test-gpu fuzz lint check clean
+.PHONY: setup demo demo-preference test test-all test-newest test-gpu fuzz lint check clean
 
 # Everything is installed into .venv, in the versions of constraints.txt, which are those that are tested.
 setup: .venv/installed
@@ -16,6 +16,9 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python scripts/demo.py
+
+demo-preference: setup
+	$(BIN)/python scripts/demo_preference.py
 
 # Without the tests marked slow, in two processes.
 test: setup

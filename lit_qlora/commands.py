@@ -6,7 +6,7 @@
 from pathlib import Path
 
 GROUPS = {
-    "look": {"demo": "scripts/demo.py", "fits": "scripts/fits.py"},
+    "look": {"demo": "scripts/demo.py", "demo-preference": "scripts/demo_preference.py", "fits": "scripts/fits.py"},
     "model": {
         "download": "scripts/download.py",
         "convert": "scripts/convert_hf_checkpoint.py",

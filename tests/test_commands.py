@@ -61,6 +61,13 @@ def test_a_wheel_has_every_package() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages | mapped
 
 
+def test_an_image_gets_what_a_wheel_is_made_of() -> None:
+    copied, let_in = (ROOT / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text()
+    for folder in PROJECT["tool"]["setuptools"]["package-dir"].values():
+        assert f"\nCOPY {folder}" in copied
+        assert f"\n!{folder}" in let_in
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_wheel_trains_merges_and_evaluates_the_demo_in_any_folder(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Source of what its graphs compute and read from a file: https://github.com/ggml-
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
@@ -22,6 +22,7 @@ LONGROPE = ("llama", "phi3")
 CONTEXT_STEP = 256
 """llama.cpp rounds its context up to a multiple of it."""
 EXPERTS = {"n_expert", "n_expert_per_token", "expert_size"}
+ROUTED = EXPERTS | {"router", "router_normalized", "router_scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,14 @@ class Architecture:
     """It has a sliding window in all but the last of so many blocks; None: in none."""
     own_head: bool = False
     """A head that is the embedding has to be in the file a second time."""
+    head_sizes: frozenset[Literal["equal", "whole"]] = frozenset()
+    """As many heads of keys as of queries (equal); heads that make up the width of the model (whole)."""
+    rounds_yarn: bool = False
+    """It rounds the ends of YaRN's ramp where the model does not, so its logits are only nearly the same."""
+    dense_first: bool = False
+    """Of a model of experts: its first blocks may have a plain MLP."""
+    shared_multiple: bool = False
+    """The size of its shared expert is a multiple of that of an expert."""
 
     def full_layers(self, config: ModelConfig) -> tuple[int, ...]:
         """The blocks without a window in a model of so many."""
@@ -50,6 +59,10 @@ class Architecture:
         values = dict(self.means(config) if callable(self.means) else self.means)
         if self.period and config.sliding_window is not None:
             values["full_attention_layers"] = self.full_layers(config)
+        if self.dense_first:
+            values["dense_layers"] = tuple(range(len(config.dense_layers)))
+        if self.shared_multiple and config.n_expert:
+            values["shared_expert_size"] = config.shared_expert_size // config.expert_size * config.expert_size
         return values
 
 
@@ -74,6 +87,12 @@ def every_fourth(config: ModelConfig) -> tuple[int, ...]:
     return tuple(i for i in range(config.n_layer) if i % 4 == 3)
 
 
+def latent_scale(config: ModelConfig) -> float:
+    """The scale of scores that a graph for latent attention takes; with yarn any, by way of a key of its own."""
+    with_yarn = config.rope_scaling == "yarn" and config.attention_scale is not None
+    return float(config.attention_scale) if with_yarn else config.head_size**-0.5  # type: ignore[arg-type]
+
+
 BIASES = {"qkv_bias": True, "projection_bias": True, "mlp_bias": True}
 COHERE = {"norm": "layer_no_bias", "parallel_residual": True, "shared_norm": True, "rope_interleaved": True}
 LLAMA = Architecture(
@@ -81,14 +100,111 @@ LLAMA = Architecture(
     neighbours=True,
     reads=frozenset({"qkv_bias", "projection_bias", "mlp_bias"}),
 )
+LATENT = Architecture(
+    name="deepseek2",
+    reads=frozenset(ROUTED | {"kv_latent_size", "q_latent_size", "latent_rope_size", "latent_value_size"}),
+    means=lambda config: {
+        "rope_interleaved": True,
+        "router_correction": config.router_correction,
+        "attention_scale": latent_scale(config),
+    },
+    neighbours=True,
+    dense_first=True,
+    shared_multiple=True,
+)
+GLM_MOE = Architecture(
+    name="glm4moe",
+    reads=frozenset(ROUTED | {"rope_fraction", "qkv_bias"}),
+    means=lambda config: {
+        "qk_norm": config.qk_norm if config.qk_norm in ("none", "head") else "head",
+        "router_correction": True,
+    },
+    dense_first=True,
+    shared_multiple=True,
+)
+LITE = (26, 27)
+"""Numbers of blocks by which its graph knows models without a latent of queries, such as DeepSeek-V2-Lite."""
+GRANITE = Architecture(
+    name="granite",
+    reads=frozenset({"attention_scale", "embedding_multiplier", "residual_multiplier", "logit_multiplier"}),
+    neighbours=True,
+)
+GRANITE_MOE = replace(
+    GRANITE,
+    name="granitemoe",
+    reads=GRANITE.reads | EXPERTS,
+    means={"router": "softmax_chosen"},
+)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
+    "internlm3": LLAMA,
+    "iquestcoder": LLAMA,
+    "helium": replace(LLAMA, means={"rope_interleaved": True}),
     "mixtral": replace(LLAMA, reads=frozenset(EXPERTS), means={"router_normalized": True}),
     "qwen2": Architecture(name="qwen2", means={"qkv_bias": True}),
     "qwen3": Architecture(name="qwen3", means={"qk_norm": "head"}),
     "qwen3_moe": Architecture(
         name="qwen3moe", reads=frozenset(EXPERTS), means={"qk_norm": "head", "router_normalized": True}
+    ),
+    "qwen2_moe": Architecture(
+        name="qwen2moe",
+        reads=frozenset(EXPERTS | {"shared_expert_size"}),
+        means={"qkv_bias": True, "shared_expert_gate": True},
+    ),
+    "olmoe": Architecture(
+        name="olmoe", reads=frozenset(EXPERTS), means={"qk_norm": "full"}, head_sizes=frozenset({"equal", "whole"})
+    ),
+    "glm4_moe": GLM_MOE,
+    "solar_open": GLM_MOE,
+    "dots1": Architecture(
+        name="dots1",
+        reads=frozenset(ROUTED),
+        means={"qk_norm": "head", "router_correction": True},
+        head_sizes=frozenset({"equal"}),
+        dense_first=True,
+        shared_multiple=True,
+    ),
+    "ernie4_5_moe": Architecture(
+        name="ernie4_5-moe",
+        reads=frozenset(EXPERTS | {"shared_expert_size"}),
+        means={"rope_interleaved": True, "router_normalized": True, "router_correction": True},
+        neighbours=True,
+        dense_first=True,
+    ),
+    "exaone_moe": Architecture(
+        name="exaone-moe",
+        reads=frozenset(ROUTED | {"shared_expert_size"}),
+        means=lambda config: {
+            "qk_norm": "head",
+            "router_correction": True,
+            "no_rope_layers": tuple(i for i in range(config.n_layer) if (i + 1) % 4 == 0),
+        },
+        period=4,
+        dense_first=True,
+    ),
+    "hunyuan_v1_moe": Architecture(
+        name="hunyuan-moe",
+        reads=frozenset(EXPERTS | {"shared_expert_size"}),
+        means={"qk_norm": "head", "qk_norm_after_rope": True, "router_normalized": True},
+    ),
+    "minimax_m2": Architecture(
+        name="minimax-m2",
+        reads=frozenset(EXPERTS | {"rope_fraction", "router"}),
+        means={"qk_norm": "full", "router_normalized": True, "router_correction": True},
+    ),
+    "gpt_oss": Architecture(
+        name="gpt-oss",
+        reads=frozenset(EXPERTS),
+        means={
+            "ffn": "swiglu_clamped",
+            "attention_sinks": True,
+            "router": "softmax_chosen",
+            "router_bias": True,
+            **BIASES,
+        },
+        period=2,
+        rounds_yarn=True,
     ),
     "phi3": Architecture(name="phi3", reads=frozenset({"rope_fraction"})),
     "gemma": Architecture(name="gemma", means=gemma),
@@ -115,10 +231,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture(
         name="smollm3", means=lambda config: {"no_rope_layers": every_fourth(config)}, neighbours=True
     ),
-    "granite": Architecture(
-        name="granite",
-        reads=frozenset({"attention_scale", "embedding_multiplier", "residual_multiplier", "logit_multiplier"}),
-        neighbours=True,
+    "granite": GRANITE,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": replace(LATENT, reads=LATENT.reads | {"router_groups", "router_groups_kept"}),
+    "glm4_moe_lite": replace(LATENT, reads=LATENT.reads | {"router_groups", "router_groups_kept"}),
+    "granitemoehybrid": GRANITE,
+    "granitemoe": GRANITE_MOE,
+    "granitemoeshared": replace(GRANITE_MOE, reads=GRANITE_MOE.reads | {"shared_expert_size"}),
+    "arcee": Architecture(name="arcee", means={"ffn": "relu2"}, neighbours=True),
+    "nemotron": Architecture(
+        name="nemotron",
+        reads=frozenset({"rope_fraction", "qkv_bias", "projection_bias", "mlp_bias"}),
+        means={"norm": "layer_plus_one", "ffn": "relu2"},
+        head_sizes=frozenset({"whole"}),
     ),
     "glm4": Architecture(
         name="glm4",
@@ -163,6 +288,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "gpt2": Architecture(name="gpt2", means={"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", **BIASES}),
+    "gpt_bigcode": Architecture(
+        name="starcoder", means={"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", **BIASES}
+    ),
+    "jais2": Architecture(name="jais2", means={"norm": "layer", "ffn": "relu2", **BIASES}),
     "cohere": Architecture(name="command-r", reads=frozenset({"logit_multiplier"}), means=COHERE, neighbours=True),
     "cohere2": Architecture(
         name="cohere2",
@@ -173,10 +302,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 """Our family -> how llama.cpp computes it."""
+_UNKNOWN = "the gguf package has no names for it"
+_UNTRIED = "its graph in llama.cpp was not held against this model yet"
 OTHERWISE = {
-    "gpt_oss": "llama.cpp rounds the ends of its YaRN scaling, and these models do not",
-    "deepseek_v2": "llama.cpp wants the latent attention's weights multiplied into each other, which is not written",
-    "deepseek_v3": "llama.cpp wants the latent attention's weights multiplied into each other, which is not written",
+    **dict.fromkeys(("cohere2_moe", "cwm", "flex_olmo", "gpt_neo", "granite_swa", "hy_v3"), _UNKNOWN),
+    **dict.fromkeys(("hyperclovax", "mellum", "ministral", "vaultgemma"), _UNKNOWN),
+    **dict.fromkeys(("afmoe", "apertus", "gemma4_text", "gemma4_unified_text", "glm", "gptj", "ministral3"), _UNTRIED),
+    **dict.fromkeys(("mistral4", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _UNTRIED),
+    "minicpm3": "its graph in llama.cpp has the multipliers of one published model built in",
+    "phimoe": "llama.cpp weighs the chosen experts otherwise",
 }
 """Our family -> why there is no row for it, though llama.cpp has a graph."""
 
@@ -203,13 +337,20 @@ def check_supported(config: ModelConfig) -> Architecture:
         and not _same(config, field.name, meant.get(field.name, field.default))
     ]
     scalings = ["none", "linear", "llama3"]
-    scalings += ["yarn"] if not found.period and config.rope_truncate else []
+    rounds = config.rope_truncate or found.rounds_yarn
+    scalings += ["yarn"] if (not found.period or found.rounds_yarn) and rounds else []
     whole_steps = config.rope_original_block_size % CONTEXT_STEP == 0  # else its context is longer, its factors others
     scalings += ["longrope"] if found.name in LONGROPE and whole_steps else []
     if config.rope_scaling not in scalings:
         other.append(f"rope_scaling {config.rope_scaling!r}")
     if config.family == "qwen2" and config.sliding_window is not None:
         other.append("sliding_window")
+    if "equal" in found.head_sizes and config.n_kv_head != config.n_head:
+        other.append(f"n_kv_head {config.n_kv_head}")
+    if "whole" in found.head_sizes and config.n_head * config.head_size != config.n_embd:
+        other.append(f"head_size {config.head_size}")
+    if found.name == LATENT.name and not config.q_latent_size and config.n_layer not in LITE:
+        other.append(f"q_latent_size 0 in {config.n_layer} blocks")
     if "attention_softcap" in found.reads and config.attention_softcap is None:
         other.append("no attention_softcap")
     if other:

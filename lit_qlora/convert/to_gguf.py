@@ -5,6 +5,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.convert.ending import read_ending
-from lit_qlora.convert.families import template, their_tensors
+from lit_qlora.convert.families import their_tensors
 from lit_qlora.convert.gguf_architectures import ARCHITECTURES, check_supported
 from lit_qlora.convert.gguf_vocabulary import read_vocabulary
 from lit_qlora.convert.modelfile import modelfile
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
 
 MODELFILE = ".Modelfile"
 """Ending of the name of the file for Ollama."""
+PARTS = re.compile(r"\.(experts|shared|router|shared_gate|sinks)\b")
+LATENT = re.compile(r"\.attn\.(key|value)\.")
+NAMES_OF_PARTS = {
+    "attn.key.weight": "attn_k_b.weight",
+    "attn.value.weight": "attn_v_b.weight",
+    "mlp.router.weight": "ffn_gate_inp.weight",
+    "mlp.router.bias": "ffn_gate_inp.bias",
+    "mlp.router.correction": "exp_probs_b.bias",
+    "mlp.shared_gate.weight": "ffn_gate_inp_shexp.weight",
+    "attn.sinks": "attn_sinks.weight",
+}
+"""Our name in a block -> theirs, for what Hugging Face's families call by many names."""
 Kind = Literal["f16", "q8_0", "bf16", "f32"]
 
 
@@ -73,18 +86,18 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
             factors = _rope_factors(config)
             for tensor in plan:
                 spec = tensor.join(weights.specs.__getitem__, config)
-                _announce(writer, tensor.name, spec, _storage(spec, kind))
+                _announce(writer, tensor.name, spec, _storage(tensor.name, spec, kind))
             for name, factor in factors.items():
-                _announce(writer, name, factor, _storage(factor, kind))
+                _announce(writer, name, factor, _storage(name, factor, kind))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in plan:
                 whole = tensor.join(weights.read, config)
-                _write(writer, tensor.parts[0], whole, _storage(whole, kind))
+                _write(writer, tensor.parts[0], whole, _storage(tensor.name, whole, kind))
                 del whole
             for name, factor in factors.items():
-                _write(writer, name, factor, _storage(factor, kind))
+                _write(writer, name, factor, _storage(name, factor, kind))
         finally:
             writer.close()
         atomic.write_text(beside, text)
@@ -144,16 +157,32 @@ def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
     table = gguf.get_tensor_name_map(known[architecture.name], config.n_layer)
     found: dict[str, tuple[list[str], bool]] = {}
     for tensor in their_tensors(names, replace(config, wrapper="")):
+        if PARTS.search(tensor.ours[0]) or (
+            config.kv_latent_size and LATENT.search(tensor.ours[0])
+        ):  # of which several may be in one tensor of theirs
+            for name in tensor.ours:
+                found.setdefault(_name_of_part(name), ([], ".experts." in name))[0].append(name)
+            continue
         module, _, kind = tensor.name.rpartition(".")
-        numbers = template(tensor.ours[0])[1]
-        layer = tensor.ours[0].split(".")[-2]
-        of_expert = ".experts." in tensor.ours[0]
-        name = f"blk.{numbers['i']}.ffn_{layer}_exps" if of_expert else table.get_name(module)
-        assert name, f"{architecture.name} has no {module}"
-        found.setdefault(f"{name}.{kind}", ([], "e" in numbers))[0].extend(tensor.ours)
+        name = table.get_name(module)
+        assert name or "mlp" in module, f"{architecture.name} has no {module}"
+        for ours in tensor.ours:  # gate and up, where no name is known for both together
+            of_mlp = _name_of_part(ours).replace("_shexp", "")
+            found.setdefault(f"{name}.{kind}" if name else of_mlp, ([], False))[0].append(ours)
     if config.tied_head and architecture.own_head:
         found["output.weight"] = (["embed.weight"], False)
     return [GgufTensor(name=name, parts=tuple(parts), stacked=stacked) for name, (parts, stacked) in found.items()]
+
+
+def _name_of_part(name: str) -> str:
+    """Their name of a tensor of a router, of experts or of attention sinks."""
+    _, block, *_ = name.split(".")
+    part = name.partition(f"{block}.")[2]
+    layer, _, kind = part.rpartition(".")
+    layer = layer.rpartition(".")[2]
+    if part in NAMES_OF_PARTS:
+        return f"blk.{block}.{NAMES_OF_PARTS[part]}"
+    return f"blk.{block}.ffn_{layer}_{'exps' if '.experts.' in name else 'shexp'}.{kind}"
 
 
 def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> None:
@@ -175,12 +204,10 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.ffn_size)
     writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
+    _write_heads(writer, config)
     (writer.add_layer_norm_rms_eps if config.norm.startswith("rms") else writer.add_layer_norm_eps)(config.norm_eps)
     if config.positions == "rope":
-        writer.add_rope_dimension_count(config.rotated)
+        writer.add_rope_dimension_count(config.latent_rope_size or config.rotated)
         writer.add_rope_freq_base(config.rope_theta)
     _write_scaling(writer, config)
     if "parallel_residual" in ARCHITECTURES[config.family].reads:
@@ -190,10 +217,51 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
     if ARCHITECTURES[config.family].period and config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
     if config.n_expert:
-        writer.add_expert_count(config.n_expert)
-        writer.add_expert_used_count(config.n_expert_per_token)
-        writer.add_expert_feed_forward_length(config.expert_size)
+        _write_experts(writer, config)
     _write_scales(writer, config)
+
+
+def _write_heads(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write the sizes of keys and values; a graph for latent attention has one key for all heads, the latent."""
+    if not config.kv_latent_size:
+        writer.add_head_count_kv(config.n_kv_head)
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
+        return
+    writer.add_head_count_kv(1)
+    writer.add_key_length(config.kv_latent_size + config.latent_rope_size)
+    writer.add_value_length(config.kv_latent_size)
+    writer.add_key_length_mla(config.head_size)
+    writer.add_value_length_mla(config.value_size)
+    writer.add_kv_lora_rank(config.kv_latent_size)
+    if config.q_latent_size:
+        writer.add_q_lora_rank(config.q_latent_size)
+
+
+def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write sizes of experts, and how a graph that can do it in several ways chooses and weighs them."""
+    from gguf import ExpertGatingFuncType
+
+    architecture = ARCHITECTURES[config.family]
+    reads = architecture.reads
+    writer.add_expert_count(config.n_expert)
+    writer.add_expert_used_count(config.n_expert_per_token)
+    writer.add_expert_feed_forward_length(config.expert_size)
+    if "router" in reads:
+        writer.add_expert_gating_func(ExpertGatingFuncType[config.router.upper()])
+        writer.add_expert_weights_norm(config.router_normalized)
+        writer.add_expert_weights_scale(config.router_scale)
+    if "router_groups" in reads and config.router_groups > 1:
+        writer.add_expert_group_count(config.router_groups)
+        writer.add_expert_group_used_count(config.router_groups_kept)
+    if architecture.dense_first:
+        writer.add_leading_dense_block_count(len(config.dense_layers))
+    if architecture.shared_multiple:
+        writer.add_expert_shared_count(config.shared_expert_size // config.expert_size)
+    if "shared_expert_size" in reads:
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_size)
+    if architecture.name == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(1)
 
 
 def _write_scaling(writer: "GGUFWriter", config: ModelConfig) -> None:
@@ -208,7 +276,12 @@ def _write_scaling(writer: "GGUFWriter", config: ModelConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(config.rope_original_block_size)
     if config.rope_scaling == "longrope":
         writer.add_rope_scaling_attn_factors(config.rope_attention_factor)
-    if config.rope_scaling == "yarn":  # whose graph multiplies by the published factor of YaRN itself
+    if config.rope_scaling == "yarn" and config.kv_latent_size:  # whose graph scales scores by a factor of its own
+        scale = (config.attention_scale or config.head_size**-0.5) * config.head_size**0.5
+        writer.add_rope_scaling_yarn_log_mul((scale**0.5 - 1) / math.log(config.rope_factor))
+        writer.add_rope_scaling_yarn_beta_fast(config.rope_beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(config.rope_beta_slow)
+    elif config.rope_scaling == "yarn":  # whose graph multiplies by the published factor of YaRN itself
         writer.add_rope_scaling_attn_factors(config.rope_attention_factor / (1 + 0.1 * math.log(config.rope_factor)))
         writer.add_rope_scaling_yarn_beta_fast(config.rope_beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(config.rope_beta_slow)
@@ -229,7 +302,21 @@ def _write_scales(writer: "GGUFWriter", config: ModelConfig) -> None:
         if name in reads and getattr(config, name) is not None:
             write(getattr(config, name))
     if "logit_multiplier" in reads:  # Granite's graph divides by it, Cohere's multiplies
-        writer.add_logit_scale(1 / config.logit_multiplier if config.family == "granite" else config.logit_multiplier)
+        writer.add_logit_scale(
+            1 / config.logit_multiplier if config.family.startswith("granite") else config.logit_multiplier
+        )
+
+
+def rope_difference(config: ModelConfig) -> float:
+    """The largest relative difference of a frequency, where llama.cpp rounds the ends of YaRN's ramp and we do not."""
+    if config.rope_scaling != "yarn" or config.rope_truncate:
+        return 0.0
+    exponent = torch.arange(0, config.rotated, 2).float() / config.rotated
+    ours, theirs = (
+        scaled_frequency(replace(config, rope_truncate=rounds), exponent, torch.ones(1, 1, 1, 1))
+        for rounds in (False, True)
+    )
+    return float((theirs / ours - 1).abs().max())
 
 
 def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
@@ -251,19 +338,24 @@ def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     follow its order: feature i beside feature i + half.
     """
     layer = ".".join(name.split(".")[2:4])
-    if config.norm == "rms_plus_one" and "norm" in name:
+    if config.norm in ("rms_plus_one", "layer_plus_one") and "norm" in name and not name.endswith("bias"):
         return tensor.float() + 1
+    if layer == "mlp.shared_gate":
+        return tensor[0]
+    if config.kv_latent_size and LATENT.search(name):
+        of_heads = tensor.unflatten(0, (config.n_head, -1))
+        return of_heads.transpose(1, 2) if layer == "attn.key" else of_heads
     heads = {"attn.query": config.n_head, "attn.key": config.n_kv_head}
     if not ARCHITECTURES[config.family].neighbours or config.rope_interleaved or layer not in heads:
         return tensor
     return tensor.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _storage(spec: Tensor, kind: Kind) -> "GGMLQuantizationType":
-    """The storage of a tensor: float32 for vectors, float16 for rows that are no multiple of q8_0's blocks."""
+def _storage(name: str, spec: Tensor, kind: Kind) -> "GGMLQuantizationType":
+    """The storage of a tensor: float32 for vectors, biases and routers, float16 where q8_0's blocks do not fit."""
     from gguf import GGMLQuantizationType
 
-    if spec.ndim == 1:
+    if spec.ndim == 1 or name.endswith(".bias") or ".ffn_gate_inp" in name:
         return GGMLQuantizationType.F32
     if kind == "q8_0" and spec.shape[-1] % 32:
         return GGMLQuantizationType.F16

@@ -241,13 +241,15 @@ class Group(StackedLinear):
         x: Tensor,
         out: Tensor,
         dropout: Dropout,
-        activation: Activation | None = None,
+        activation: Activation | nn.Module | None = None,
         copy: bool = False,
     ) -> Tensor | None:
         """Z of x, also behind X in `out`; see lora_products.project. None without an adapter."""
         if self.a is None:
             return None
-        return (large_rank if self.by_cublas else lora_products).project(x, self.a, out, activation, copy, dropout)
+        if self.by_cublas or isinstance(activation, nn.Module):
+            return large_rank.project(x, self.a, out, activation, copy, dropout)
+        return lora_products.project(x, self.a, out, activation, copy, dropout)
 
     def add_grad_a(
         self,

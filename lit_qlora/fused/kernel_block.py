@@ -13,6 +13,7 @@ from lit_qlora.model.attention import Attention
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import DeltaNet
 from lit_qlora.model.latent_attention import LatentAttention, Narrowed
+from lit_qlora.model.mlp import GatedMLP
 from lit_qlora.model.norm import LayerPlusOne, RMSPlusOne
 from lit_qlora.model.short_conv import ShortConv
 
@@ -96,9 +97,9 @@ def attention_layers(attn: Any) -> list[list[nn.Module]]:
     return [[attn.query, attn.latent], *later]
 
 
-def mlp_layers(mlp: Any, config: ModelConfig) -> tuple[list[nn.Module], list[nn.Module]]:
+def mlp_layers(mlp: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the layers that read the MLP's input, and the layers that read the activation's output."""
-    return [mlp.gate, mlp.up] if ACTIVATIONS[config.ffn].gated else [mlp.up], [mlp.down]
+    return [mlp.gate, mlp.up] if isinstance(mlp, GatedMLP) else [mlp.up], [mlp.down]
 
 
 def norm_of(module: nn.Module, like: Tensor, factor: float = 1.0) -> Norm:

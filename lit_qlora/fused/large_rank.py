@@ -1,21 +1,23 @@
 """LoRA's products by cuBLAS, for ranks above those of kernels.lora_products: more memory traffic, the same result."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_qlora.fused.torch_activation import activate, activate_backward
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import Dropout, drop
 from lit_qlora.kernels.lora_products import Pending, copy_rows
-from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, apply_norm
 from lit_qlora.kernels.stack import Stack
 
 
-def project(x: Tensor, a: Tensor, out: Tensor, activation: Activation | None, copy: bool, dropout: Dropout) -> Tensor:
+def project(
+    x: Tensor, a: Tensor, out: Tensor, activation: Activation | nn.Module | None, copy: bool, dropout: Dropout
+) -> Tensor:
     """As lora_products.project."""
     k = a.size(1)
     if activation:
-        mlp_forward(x, out, activation)
+        activate(x, out, activation)
     elif copy:
         copy_rows(x, out[:, :k])
     z = torch.mm(drop(out[:, :k], dropout), a.T)
@@ -56,7 +58,7 @@ def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack) -> None:
 def through_mlp(
     branches: Tensor,
     dh: Tensor,
-    activation: Activation,
+    activation: Activation | nn.Module,
     a: Tensor | None,
     grad_of_a: Tensor | None,
     z: Tensor | None,
@@ -70,11 +72,11 @@ def through_mlp(
     if a is not None and grad_of_a is not None:
         k = a.size(1)
         h = branches.new_empty(len(branches), k)
-        mlp_forward(branches, h, activation)
+        activate(branches, h, activation)
         grad_a(h, dh[:, k:], grad_of_a, scale, None, dropout)
         del h
         dh = rank_update(dh, a, k, dropout)
-    mlp_backward(branches, dh, activation, None, None, None, None, stack, scale, pending)
+    activate_backward(branches, dh, activation, stack, pending)
     if z is not None and grad_of_b is not None:
         grad_b(branches, z, grad_of_b, stack)
 

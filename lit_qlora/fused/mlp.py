@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_qlora.fused.group import Group, Layers
 from lit_qlora.fused.kernel_block import ACTIVATIONS, mlp_layers
 from lit_qlora.fused.large_rank import through_mlp
 from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Pass
+from lit_qlora.fused.torch_activation import activate
+from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import Dropout
-from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
+from lit_qlora.kernels.mlp import mlp_backward
 from lit_qlora.kernels.norm import Norm
 from lit_qlora.model.config import ModelConfig
 
@@ -74,8 +76,9 @@ class DenseMlp:
     """down(activation(gate(norm(x))) * up(norm(x))), or without a gate."""
 
     def __init__(self, mlp: Any, norm: Norm, config: ModelConfig, dtype: torch.dtype, number: int, fp8: bool) -> None:
-        self.activation, self.norm_2, self.number = ACTIVATIONS[config.ffn], norm, number
-        gate_up, down = mlp_layers(mlp, config)
+        self.activation: Activation | nn.Module = ACTIVATIONS.get(config.ffn) or mlp.activation
+        self.norm_2, self.number = norm, number
+        gate_up, down = mlp_layers(mlp)
         self.gate_up, self.down = Group(gate_up, dtype, fp8), Group(down, dtype, fp8)
         self.groups = (self.gate_up, self.down)
 
@@ -90,7 +93,7 @@ class DenseMlp:
         saved = SavedMlp(None, statistics, z_gate_up, gate_up) if saves else SavedMlp(None)
         h = self.down.empty_input(gate_up.size(0))
         if self.down.a is None:
-            mlp_forward(gate_up, h, self.activation)
+            activate(gate_up, h, self.activation)
         saved.z_down = self.down.project(gate_up, h, self._dropout(self.down, 3, run), self.activation)
         del gate_up
         return self.down.product(h, self.down.matrix(space)), saved
@@ -143,7 +146,8 @@ class DenseMlp:
     def _activation_backward(self, products: Tensor, dh: Tensor, z: Tensor | None, back: Backward) -> None:
         """Turn gate and up into their gradients, and add those of down's A and of their own B."""
         down, gate_up = self.down, self.gate_up
-        backward = through_mlp if down.by_cublas or gate_up.by_cublas else mlp_backward
+        by_torch = down.by_cublas or gate_up.by_cublas or isinstance(self.activation, nn.Module)
+        backward: Any = through_mlp if by_torch else mlp_backward
         backward(
             products, dh, self.activation, down.a, down.grad_a if down.rank else None, z,
             gate_up.grad_b if gate_up.rank else None, gate_up.stack, down.scale, back.pending,

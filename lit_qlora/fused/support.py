@@ -62,7 +62,7 @@ def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
         yield from mixing_layers(mixer_of(block))
         mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
         if mlp is not None:
-            yield from mlp_layers(mlp, model.config)
+            yield from mlp_layers(mlp)
     yield [model.head]
 
 
@@ -111,7 +111,8 @@ def unhandled(config: ModelConfig, decodes: bool = False) -> str:
     if (config.value_norm or config.key_is_value) and not (config.value_norm and norms_heads(config)):
         return "values that are normed or keys, without norms of heads"
     dense = not config.n_expert or bool(config.dense_layers) or config.shared_expert_size > 0
-    handled = (not dense or config.ffn in ACTIVATIONS) and (not config.n_expert or config.ffn in FUNCTIONS)
+    by_torch = config.ffn == "xielu" and not decodes
+    handled = (not dense or config.ffn in ACTIVATIONS or by_torch) and (not config.n_expert or config.ffn in FUNCTIONS)
     return "" if handled else f"ffn {config.ffn!r}"
 
 

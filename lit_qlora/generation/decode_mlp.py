@@ -33,7 +33,7 @@ class DenseMlp:
 
     def __init__(self, mlp: Any, config: ModelConfig, dtype: torch.dtype, adapters: RowAdapters | None) -> None:
         self.activation = ACTIVATIONS[config.ffn]
-        self.products = [Product(layers, dtype, adapters) for layers in mlp_layers(mlp, config)]
+        self.products = [Product(layers, dtype, adapters) for layers in mlp_layers(mlp)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, E) -> (B, E)."""

@@ -22,11 +22,9 @@ pytestmark = [
     # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
-PLAIN = {"apertus": "ffn"}
-"""The family that takes the plain path, and the field of ModelConfig that is to blame."""
 PLAIN_CASES = {"gemma4_moe": "experts_beside", "gemma4-E": "shared_kv_layers"}
-"""The same of models of families that have others, too."""
-FAST = [case for case, (family, _) in CASES.items() if family not in PLAIN and case not in PLAIN_CASES]
+"""The cases that take the plain path, and the field of ModelConfig that is to blame."""
+FAST = [case for case in CASES if case not in PLAIN_CASES]
 REPRESENTATIVE = [
     *(
         "gemma2",
@@ -47,6 +45,7 @@ REPRESENTATIVE = [
         "mixtral",
         "qwen3_moe-dense-layers",
         "deepseek_v3",
+        "apertus",
         "hunyuan",
         "ministral3-window",
         "olmo",
@@ -58,21 +57,12 @@ REPRESENTATIVE = [
 """Between them they have all that the fast path handles; `make test-all` goes through every case."""
 
 
-@pytest.mark.parametrize("family", PLAIN)
-def test_the_others_name_what_it_lacks(family: str) -> None:
-    cases = [case for case, (name, _) in CASES.items() if name == family]
-    assert cases
-    assert all(why_not(model_of(case)).startswith(f"{PLAIN[family]} ") for case in cases)
-
-
 @pytest.mark.parametrize("case", PLAIN_CASES)
-def test_so_do_models_with_more_than_others_of_their_family(case: str) -> None:
+def test_the_others_name_what_it_lacks(case: str) -> None:
     assert why_not(model_of(case)).startswith(f"{PLAIN_CASES[case]} ")
 
 
 def test_the_table_of_families_names_them_too() -> None:
-    told = {name for name in FAMILIES if any(limit.startswith("plain path: ") for limit in limits(name))}
-    assert told == set(PLAIN)
     partly = {name for name in FAMILIES if any(limit.startswith("plain path with ") for limit in limits(name))}
     assert partly >= {CASES[case][0] for case in PLAIN_CASES}
 

@@ -78,8 +78,6 @@ def limits(name: str) -> list[str]:
     found = [] if name in ARCHITECTURES else ["no GGUF"]
     used = {**family.fields, **family.fixed}
     found += [f"plain path with {words}" for ours, words in PARTLY.items() if ours in used]
-    if family.defaults.get("hidden_act") == "xielu":
-        found.append("plain path: xielu")
     if name == "afmoe":
         found.append("no PEFT: it takes the gate of attention for an expert's")
     if name == "mistral4":
@@ -92,7 +90,7 @@ if __name__ == "__main__":
     print(
         f"Each family computes what transformers {VERIFIED_WITH} computes, as tests/model/test_gpt.py holds.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
-        "[no GGUF]: no graph of llama.cpp was held against it. [plain path]: kernels of training lack what is named.\n"
+        "[no GGUF]: no graph of llama.cpp was held against it. [plain path with]: kernels of training lack it.\n"
     )
     for name, family in sorted(FAMILIES.items()):
         short = "".join(f" [{limit}]" for limit in limits(name))

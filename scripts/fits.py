@@ -3,6 +3,7 @@
 python scripts/fits.py                              # well-known models on GPUs of 8 to 80 GB
 python scripts/fits.py --gpu "RTX 4090"             # all of them on this GPU; --gpu 24 is any of 24 GB
 python scripts/fits.py --model Qwen/Qwen3-8B --lora.r 64 --length 4096
+python scripts/fits.py --model Qwen/Qwen3-30B-A3B --lora.r 8 --optimizer.name adamw8bit
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError, did_you_mean
-from lit_qlora.settings import LoRAConfig, Scheme
+from lit_qlora.settings import LoRAConfig, OptimizerConfig, Scheme
 from lit_qlora.settings.checks import Settings
 from lit_qlora.settings.limits import Count, Positive
 
@@ -51,7 +52,7 @@ TABLE = (
 class FitsConfig(Settings):
     """Say which models a GPU can fine-tune, or which GPU a model needs, from the plan that a run makes of itself.
 
-    Runs have AdamW and bf16-true, or 16-mixed on a GPU without bfloat16.
+    Runs have bf16-true, or 16-mixed on a GPU without bfloat16.
     """
 
     gpu: str | None = None
@@ -64,6 +65,7 @@ class FitsConfig(Settings):
     """Tokens of a row."""
     quantize: Scheme = "bnb.nf4-dq"
     """Storage of the frozen base weights."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, alpha=32.0, targets=("all",)))
     json: bool = False
     """Print a JSON list instead of a table."""
@@ -87,11 +89,26 @@ def find_fits(config: FitsConfig) -> "Iterator[Fit]":
     from lit_qlora.run.fits import find_fit, planner_for
     from lit_qlora.settings import TrainConfig
 
+    state = state_bytes(config.optimizer)
     for model in models(config):
         planner = None
         for gpu in gpus(config):
-            planner = planner or planner_for(gpu.card, model, config.lora, config.quantize, TrainConfig())
+            planner = planner or planner_for(gpu.card, model, config.lora, config.quantize, TrainConfig(), state)
             yield find_fit(planner, gpu, config.length, config.host * GIB)
+
+
+def state_bytes(config: OptimizerConfig) -> float:
+    """Bytes of an optimizer's state for each parameter; other optimizers than AdamW are tried on the CPU.
+
+    Raises:
+        UsageError: if it is not known, or fails.
+    """
+    import torch
+
+    from lit_qlora.settings import TrainConfig
+    from lit_qlora.train.optim import measure_state_bytes
+
+    return 8.0 if config.name == "adamw" else measure_state_bytes(config, TrainConfig(), torch.device("cpu"))
 
 
 def gpus(config: FitsConfig) -> "list[Gpu]":
@@ -174,11 +191,12 @@ def needs(config: FitsConfig) -> list[str]:
     from lit_qlora.run.fits import least_gb, planner_for
     from lit_qlora.settings import TrainConfig
 
-    (model,), card = models(config), gpus(config)[0].card
-    least, whole = (
-        least_gb(planner_for(card, model, config.lora, config.quantize, train), config.length, config.host * GIB)
+    (model,), card, state = models(config), gpus(config)[0].card, state_bytes(config.optimizer)
+    planners = (
+        planner_for(card, model, config.lora, config.quantize, train, state)
         for train in (TrainConfig(), TrainConfig(recompute="none"))
     )
+    least, whole = (least_gb(planner, config.length, config.host * GIB) for planner in planners)
     return [
         f"{model.name}: rows of {config.length:,} tokens need a GPU of {least} GB, or {whole} GB without recomputation",
         "",

@@ -105,11 +105,17 @@ def _letters(name: str) -> str:
     return "".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
 
 
-def planner_for(card: Card, model: ModelConfig, lora: LoRAConfig, quantize: Scheme, train: TrainConfig) -> Planner:
-    """A planner of runs with AdamW in the precision that a run takes by itself on this card."""
+def planner_for(
+    card: Card, model: ModelConfig, lora: LoRAConfig, quantize: Scheme, train: TrainConfig, state_bytes: float = 8.0
+) -> Planner:
+    """A planner of runs in the precision that a run takes by itself on this card.
+
+    Args:
+        state_bytes: see Planner.
+    """
     precision = best_precision(card.capability)
     storage = Storage(weights_dtype(precision), quantize)
-    return Planner(model, lora, storage, train, fast_dtype=fast_dtype(precision))
+    return Planner(model, lora, storage, train, state_bytes, fast_dtype(precision))
 
 
 def plan_rows(planner: Planner, rows: int, length: int, room: Room) -> Plan:

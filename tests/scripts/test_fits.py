@@ -12,7 +12,7 @@ from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.run.fits import GIB, STEP, find_fit, gpu_called, least_gb, plan_rows, planner_for
 from lit_qlora.run.plan import Planner
-from lit_qlora.settings import LoRAConfig, TrainConfig
+from lit_qlora.settings import LoRAConfig, OptimizerConfig, TrainConfig
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
@@ -78,6 +78,27 @@ def test_a_model_is_a_checkpoint_or_well_known(fits: ModuleType, capsys: pytest.
     assert row["longest"] == row["length"] == 256
     with pytest.raises(UsageError, match=r"Did you mean Qwen/Qwen3-8B\?"):
         fits.main(fits.FitsConfig(model="Qwen/Qwen3-8"))
+
+
+def test_an_optimizer_with_8_bit_state_is_planned_with_its_bytes(fits: ModuleType) -> None:
+    state = fits.state_bytes(OptimizerConfig(name="adamw8bit"))
+    assert 2 <= state < 2.2
+    own = [
+        planner_for(gpu_called("24").card, SMALL, LoRAConfig(), "bnb.nf4-dq", TrainConfig(), size)
+        for size in (8, state)
+    ]
+    plans = [plan_rows(each, 1, 128, gpu_called("24").room(HOST)) for each in own]
+    assert plans[0].learning - plans[1].learning == pytest.approx((8 - state) * plans[0].trainable)
+
+
+@pytest.mark.slow
+def test_all_of_a_mixture_of_30b_trains_in_40_gb_with_its_experts(fits: ModuleType) -> None:
+    lora, optimizer = LoRAConfig(r=8, alpha=16, targets=("all",)), OptimizerConfig(name="adamw8bit")
+    config = fits.FitsConfig(model="Qwen/Qwen3-30B-A3B", gpu="A100 40GB", lora=lora, optimizer=optimizer)
+    (fit,) = fits.find_fits(config)
+    assert fit.rows >= 2
+    assert fit.recompute == "none"
+    assert not fit.slow_because
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from lit_qlora.files.reading import check_depth, reason
 Record = tuple[str, Any]
 """(location, content); the content of a record that cannot be read is a DataError that says why."""
 LONGEST_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072, fewer than some documents have
+AT_ONCE = 256  # rows of a Parquet or Arrow file
 LOOKED_AT = 20  # records of a table that show its delimiter
 NAMES = {",": "commas", "\t": "tabs"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -234,10 +235,9 @@ def _from_parquet(path: Path) -> Iterator[Record]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches():
-                for row in _rows(batch, f"{path}: rows {number + 1} to {number + len(batch)}"):
-                    number += 1
-                    yield f"{path}: row {number}", row
+            for batch in file.iter_batches(AT_ONCE):
+                yield from _rows(batch, path, number)
+                number += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
 
@@ -251,9 +251,8 @@ def _from_arrow(path: Path) -> Iterator[Record]:
         with pyarrow.memory_map(str(path)) as file, _open_arrow(file) as batches:
             for batch in batches:
                 batch.validate(full=True)  # a damaged one would end the process
-                for row in _rows(batch, f"{path}: rows {number + 1} to {number + len(batch)}"):
-                    number += 1
-                    yield f"{path}: row {number}", row
+                yield from _rows(batch, path, number)
+                number += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not an Arrow file: {str(error).splitlines()[0]}") from None
 
@@ -269,13 +268,22 @@ def _open_arrow(file: Any) -> Any:
     return pyarrow.ipc.open_stream(file)
 
 
-def _rows(batch: Any, location: str) -> list[Any]:
-    """The rows of a part of a Parquet or Arrow file, in Python's types, which hold neither each time nor each byte."""
-    try:
-        rows: list[Any] = batch.to_pylist()
-    except (ValueError, OverflowError) as error:
-        raise DataError(f"{location} hold what is no value of their type: {error}.") from None
-    return rows
+def _rows(batch: Any, path: Path, before: int) -> Iterator[Record]:
+    """The rows of a part of a Parquet or Arrow file, in Python's types, which hold neither each time nor each byte.
+
+    Args:
+        before: rows of the file before them.
+    """
+    for start in range(0, len(batch), AT_ONCE):  # a file of a megabyte can hold one text a million times
+        some = batch.slice(start, AT_ONCE)
+        first = before + start + 1
+        try:
+            rows = some.to_pylist()
+        except (ValueError, OverflowError) as error:
+            rows_named = f"{path}: rows {first} to {first + len(some) - 1}"
+            raise DataError(f"{rows_named} hold what is no value of their type: {error}.") from None
+        for number, row in enumerate(rows, first):
+            yield f"{path}: row {number}", row
 
 
 def _from_text(path: Path) -> Iterator[Record]:

@@ -5,6 +5,7 @@ The numbers B01 to B29 count them.
 
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from lit_qlora.data.examples import read_examples
 from lit_qlora.data.load import Loaded, load
+from lit_qlora.data.readers import READERS
 from lit_qlora.data.sources import find_sources
 from lit_qlora.errors import DataError
 from lit_qlora.prompts.tokenizer import Tokenizer
@@ -401,6 +403,29 @@ def test_a_parquet_file_with_a_value_that_python_has_not_is_refused(tmp_path: Pa
     table = pyarrow.table({"instruction": ["a", "b"], "output": ["c", "d"], "other": column})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path / 'a.parquet'}: rows 1 to 2 hold what is no value")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_text_that_a_small_file_holds_many_times_is_read_a_few_times_at_once(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.DictionaryArray.from_arrays([0] * 20_000, ["x" * 10_000])
+    table, path = pyarrow.table({"text": texts}), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    assert path.stat().st_size < 200_000
+    tracemalloc.start()
+    location = ""
+    for number, (location, _) in enumerate(READERS[f".{kind}"](path), start=1):
+        assert location == f"{path}: row {number}"
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert location.endswith("row 20000")
+    assert most < 20_000_000
 
 
 def test_a_parquet_or_arrow_file_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def save(results: Mapping[str, Any], path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results, indent=2) + "\n")
+        write_text(path, json.dumps(results, indent=2) + "\n", follow=True)
     except OSError as error:
         raise ResourceError(f"Cannot write {path}: {error.strerror or error}.") from None
 

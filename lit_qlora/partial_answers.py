@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lit_qlora.errors import CheckpointError, ResourceError, UsageError
-from lit_qlora.files.atomic import write_text
+from lit_qlora.files.atomic import not_a_link, write_text
 from lit_qlora.files.hashing import hash_files
 from lit_qlora.files.reading import parse_json
 from lit_qlora.settings import check
@@ -68,7 +68,7 @@ class Part:
     def _open(self) -> BinaryIO:
         while True:
             try:
-                file = self.path.open("a+b")
+                file = open(self.path, "a+b", opener=not_a_link)  # noqa: SIM115 - returned
             except OSError as error:
                 raise self._cannot_write(error) from None
             try:
@@ -137,7 +137,7 @@ class Part:
             ResourceError: if the disk is full; all answers are still in OUT.part.
         """
         try:
-            write_text(self.out, text)
+            write_text(self.out, text, follow=True)
         except OSError as error:
             raise self._cannot_write(error) from None
         self.path.unlink(missing_ok=True)

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from lit_qlora.errors import ResourceError
+from lit_qlora.files.atomic import not_a_link
 from lit_qlora.files.reading import read_json_lines
 
 Record = dict[str, Any]
@@ -83,7 +84,7 @@ class RunLog:
         self.screen = screen or sys.stdout
         self.trackers: list[Callable[[Record], object]] = []
         self.smooth: float | None = None
-        self.file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
+        self.file = self._open(path or Path(os.devnull), "a")
         self.every = max(1, total // 20)
         self.start = max((record["step"] for record in self.records), default=0)
         self.before = self.seconds
@@ -130,8 +131,12 @@ class RunLog:
         ):
             tell(f"  note    {self.path} was moved away; it is written anew.", sys.stderr)
             self.file.close()
-            self.file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+            self.file = self._open(self.path, "w")
             self.file.writelines(json.dumps(record) + "\n" for record in self.records[:-1])
+
+    @staticmethod
+    def _open(path: Path, mode: str) -> IO[str]:
+        return open(path, mode, encoding="utf-8", opener=not_a_link)
 
     def flush(self) -> None:
         """Wait until everything is on the disk."""

@@ -119,7 +119,7 @@ def test_where_nothing_can_be_written_is_said(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ResourceError, match=r"out\.part: Is a directory"):
         part(tmp_path / "out")
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lit_qlora.partial_answers.write_text", full)

@@ -42,14 +42,29 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+def not_a_link(path: str, flags: int) -> int:
+    """Open a file for `open`, whose opener this is, but no link.
+
+    In a stranger's folder, a link could stand for any file of the user's.
+
+    Raises:
+        OSError: if it is a link, or cannot be opened.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name for a file, which then replaces `path`, or what a link of this name points to.
+def replacing(path: Path, follow: bool = False) -> Iterator[Path]:
+    """A temporary name for a file, which then replaces `path`.
+
+    Args:
+        follow: replace the file that a link of this name points to, if it is there; else the link itself, which in a
+            stranger's folder could stand for any file of the user's.
 
     Raises:
         OSError: if the disk is full or may not be written; what was there before is untouched.
     """
-    path = path.resolve()
+    path = path.resolve() if follow and path.exists() else path.parent.resolve() / path.name
     _remove_left_over(path)
     with held() as signals:
         temporary, handle = _locked(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
@@ -67,17 +82,18 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(path.parent)
 
 
-def write_text(path: Path, text: str | Iterable[str], errors: str = "strict") -> None:
+def write_text(path: Path, text: str | Iterable[str], errors: str = "strict", follow: bool = False) -> None:
     """Write a text file in UTF-8, atomically.
 
     Args:
         text: in one or in pieces.
+        follow: see replacing.
         errors: as in open, for what is no character, such as a byte of a path that is not UTF-8.
 
     Raises:
         OSError: see replacing.
     """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors=errors) as file:
+    with replacing(path, follow) as temporary, temporary.open("w", encoding="utf-8", errors=errors) as file:
         file.writelines([text] if isinstance(text, str) else text)
 
 

@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from lit_qlora import cli
 from lit_qlora.errors import ResourceError, UsageError, UserError
 from lit_qlora.evaluate.sample_losses import SampleLosses
-from lit_qlora.files.atomic import is_left_over, write_text
+from lit_qlora.files.atomic import is_left_over, not_a_link, write_text
 from lit_qlora.report import RunLog, tell
 from lit_qlora.run.plan import Plan
 from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, read_log, write_log
@@ -124,7 +124,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _lock(out_dir: Path) -> Any:
-    handle = open(out_dir / ".lock", "a+")  # noqa: SIM115 - open until the run ends
+    handle = open(out_dir / ".lock", "a+", opener=not_a_link)  # noqa: SIM115 - open until the run ends
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

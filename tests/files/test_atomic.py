@@ -13,6 +13,7 @@ import pytest
 from lit_qlora.files import atomic
 from lit_qlora.files.atomic import (
     is_left_over,
+    not_a_link,
     publish,
     recover_files,
     remove_directory,
@@ -32,12 +33,26 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
+def test_a_link_stays_one_where_it_is_to_be_followed_and_its_file_is_there(tmp_path: Path) -> None:
     there, here = tmp_path / "there.txt", tmp_path / "here.txt"
     here.symlink_to(there)
-    write_text(here, "new")
+    there.write_text("old")
+    write_text(here, "new", follow=True)
     assert here.is_symlink()
     assert there.read_text() == "new"
+    there.unlink()
+    write_text(here, "newer", follow=True)
+    assert (here.is_symlink(), here.read_text(), there.exists()) == (False, "newer", False)
+
+
+def test_no_link_of_a_stranger_has_another_file_written(tmp_path: Path) -> None:
+    there, here = tmp_path / "there.txt", tmp_path / "here.txt"
+    there.write_text("mine")
+    here.symlink_to(there)
+    with pytest.raises(OSError, match="Too many levels"), open(here, "a", opener=not_a_link):
+        pass
+    write_text(here, "new")
+    assert (here.is_symlink(), here.read_text(), there.read_text()) == (False, "new", "mine")
 
 
 def full() -> OSError:

@@ -381,6 +381,14 @@ MODELS: dict[str, dict[str, float]] = {
         "zai-org/GLM-4.6": 355,
         "zai-org/GLM-4.7-Flash": 30,
     },
+    "LFM2": {
+        "LiquidAI/LFM2-350M": 0.35,
+        "LiquidAI/LFM2-700M": 0.74,
+        "LiquidAI/LFM2-1.2B": 1.2,
+        "LiquidAI/LFM2-2.6B": 2.6,
+        "LiquidAI/LFM2.5-2.6B": 2.6,
+        "LiquidAI/LFM2-8B-A1B": 8.3,
+    },
     "Cohere": {
         "CohereLabs/c4ai-command-r-v01": 35,
         "CohereLabs/c4ai-command-r7b-12-2024": 8,
@@ -441,6 +449,7 @@ MODELS: dict[str, dict[str, float]] = {
         "tencent/Hunyuan-A13B-Instruct": 80.4,
         "internlm/internlm3-8b-instruct": 8.8,
         "openbmb/MiniCPM3-4B": 4.1,
+        "tencent/Youtu-LLM-2B": 2,
         "openai-community/gpt2": 0.12,
         "openai-community/gpt2-medium": 0.35,
         "openai-community/gpt2-large": 0.77,

@@ -36,6 +36,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         config_json("ernie4_5", 18, 1024, 16, 2, 3072, 103_424, head_dim=128, tie_word_embeddings=True),
         360_748_032,
     ),
+    "LFM2-1.2B": (
+        config_json("lfm2", 16, 2048, 32, 8, 8192, 65_536, block_ff_dim=12_288, full_attn_idxs=[2, 5, 8, 10, 12, 14]),
+        1_170_340_608,
+    ),
     "SmolLM2-135M": (config_json("llama", 30, 576, 9, 3, 1536, 49_152, tie_word_embeddings=True), 134_515_008),
     "Mixtral-8x7B": (
         config_json("mixtral", 32, 4096, 32, 8, 14_336, 32_000, num_local_experts=8, num_experts_per_tok=2),
@@ -472,5 +476,5 @@ def test_many_families_are_among_them() -> None:
         *("glm4_moe", "glm4_moe_lite", "solar_open", "flex_olmo", "minimax_m2", "exaone_moe", "hy_v3"),
         *("granitemoeshared", "mellum", "cohere2_moe", "mistral4", "iquestcoder", "helium", "cwm"),
         *("arcee", "hyperclovax", "granite_swa", "minicpm3", "jais2", "nemotron", "afmoe"),
-        *("qwen3_next", "qwen3_5_moe_text", "gemma4_unified_text"),
+        *("qwen3_next", "qwen3_5_moe_text", "gemma4_unified_text", "lfm2_moe", "youtu", "nanochat"),
     }

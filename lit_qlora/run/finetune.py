@@ -94,6 +94,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         lora=settle(config.lora, config.checkpoint_dir),
         train=learning.settle_warmup(config.train, data),
     )
+    if isinstance(config, PreferenceRunConfig):
+        config = preferences.off_the_fast_path(config)
     total = learning.total_steps(config.train, data)
     plan = plan_run(config, data)
     checkpoint = resume.find(config, total, data.files, data.style.digest, saver.versions())

@@ -19,6 +19,22 @@ from lit_qlora.report import Record, short, tell
 from lit_qlora.settings import PreferenceRunConfig
 
 
+def off_the_fast_path(config: PreferenceRunConfig) -> PreferenceRunConfig:
+    """The settings, on the plain path if head or embeddings learn.
+
+    The fast path has the gradient of the head, which may be tied to the embeddings, for the sum of losses alone.
+
+    Args:
+        config: with the adapter's own settings, see lora.adapter.settle.
+    """
+    lora = config.lora
+    learns = "head" in lora.targets or lora.train_embeddings or bool(lora.train_tokens)
+    if not learns or not config.train.fast:
+        return config
+    tell("  note    head or embeddings learn, so this run on preferences takes the plain path")
+    return replace(config, train=replace(config.train, fast=False))
+
+
 def with_reference(fabric: Fabric, model: GPT, data: RunData, config: PreferenceRunConfig) -> RunData:
     """The data with the log-probabilities of all answers before training, if the loss reads them.
 

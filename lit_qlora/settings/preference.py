@@ -187,12 +187,4 @@ class PreferenceRunConfig(FinetuneConfig):
             not (train.router_balance_loss or train.router_z_loss),
             "train.router_balance_loss and train.router_z_loss are for finetune/lora.py. Leave them out.",
         )
-        check(
-            "head" not in self.lora.targets or not train.fast,
-            "lora.targets: an adapter on the head takes the plain path with preferences. Add --train.fast false.",
-        )
-        check(
-            not (self.lora.train_tokens or self.lora.train_embeddings) or not train.fast,
-            "lora.train_tokens and lora.train_embeddings take the plain path with preferences. Add --train.fast false.",
-        )
         check(not train.neftune, "train.neftune would add noise to what is compared. Leave it out.")

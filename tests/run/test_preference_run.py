@@ -11,7 +11,7 @@ from lit_qlora.data import reference
 from lit_qlora.errors import UsageError
 from lit_qlora.run.finetune import finetune
 from lit_qlora.run.folder import default_out_dir
-from lit_qlora.run.preferences import falling
+from lit_qlora.run.preferences import falling, off_the_fast_path
 from lit_qlora.run.resume import Checkpoint, check_same_run, plain
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, PreferenceConfig, PreferenceRunConfig
 from lit_qlora.settings.preference import PreferenceEvalConfig, PreferenceTrainConfig
@@ -117,6 +117,16 @@ def test_a_run_of_the_other_command_is_no_run_to_resume(tiny_checkpoint: Path, p
     with pytest.raises(UsageError, match="the other command"):
         check_same_run(config, {}, "", Checkpoint(tmp_path / "step-000001", of_lora))
     assert str(default_out_dir(config)).startswith("out/preference/")
+
+
+@pytest.mark.parametrize(
+    ("lora", "fast"), [({"targets": ("head",)}, False), ({"train_tokens": (3,)}, False), ({}, True)]
+)
+def test_a_head_or_embeddings_that_learn_take_the_plain_path(
+    lora: dict[str, Any], fast: bool, tiny_checkpoint: Path
+) -> None:
+    config = PreferenceRunConfig(checkpoint_dir=tiny_checkpoint, lora=LoRAConfig(**lora))
+    assert off_the_fast_path(config).train.fast == fast
 
 
 def test_a_warning_says_that_chosen_answers_became_less_likely() -> None:

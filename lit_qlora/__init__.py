@@ -20,6 +20,8 @@ _HOMES = {
     "LoadedModel": "inference",
     "ModelConfig": "model.config",
     "OptimizerConfig": "settings",
+    "PreferenceConfig": "settings",
+    "PreferenceRunConfig": "settings",
     "Tokenizer": "prompts.tokenizer",
     "TrainConfig": "settings",
     "UserError": "errors",

@@ -76,7 +76,7 @@ class TrainConfig(Settings):
     every other block including queries, keys and values. 'full-offload' is full with the input of each block in host
     memory, for the longest rows. 'auto' is the fastest mix that fits. On the plain path all but none act as full."""
     fast: bool = True
-    """Use the fast path where GPU, precision and model allow it. It computes the same function."""
+    """Use the fast path where GPU, precision and model allow it; else the run says why not. It computes the same."""
     fp8: bool = False
     """Multiply with the frozen weights of the blocks in FP8. This is faster and rounds more coarsely, in validation
     too. Adapters and head stay in 16 bit. It needs the fast path and a GPU with FP8 (Ada, Hopper or newer)."""

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICIES = ["none", "mlp", "attn", "full"]  # offload needs a GPU: tests/gpu
+LATENT = {"kv_latent_size": 64, "latent_rope_size": 8, "latent_value_size": 16, "n_kv_head": 4}
 SHAPE = {"n_embd": 64, "head_size": 16, "ffn_size": 128, "vocab_size": 160, "block_size": 64}
 
 
@@ -391,7 +392,7 @@ READ = {
     "window": {"sliding_window": 6, "full_attention_layers": (1,)},
     "learned positions": {"positions": "learned", "norm": "layer", "parallel_residual": True},
     "dynamic": {"rope_scaling": "dynamic", "rope_factor": 2.0, "rope_original_block_size": 8},
-    "latent": {"kv_latent_size": 64, "latent_rope_size": 8, "latent_value_size": 16, "n_kv_head": 4},
+    "latent": LATENT,
 }
 
 
@@ -447,10 +448,14 @@ def weighed(model: GPT, arguments: tuple[Tensor, ...]) -> tuple[Tensor, dict[str
 
 
 @pytest.mark.parametrize(
-    "case", ["windows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "nf4", "rank 80", "sinks"))]
+    "case",
+    [
+        "windows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "nf4", "rank 80", "sinks", "latent")),
+    ],
 )
 def test_losses_of_tokens_behind_shared_beginnings_are_those_of_the_plain_path(case: str) -> None:
-    model = adapted_model(**CASES.get(case, {"sliding_window": 4}))
+    model = adapted_model(**{**CASES, "windows": {"sliding_window": 4}, "latent": LATENT}[case])
     expected = weighed(model, forest())
     fuse(model)
     assert_equal(weighed(model, forest()), expected)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-preference test test-all test-newest test-gpu fuzz lint check clean
+.PHONY: setup demo demo-preference test test-all test-newest test-gpu fuzz docs lint check clean
 
 # Everything is installed into .venv, in the versions of constraints.txt, which are those that are tested.
 setup: .venv/installed
@@ -41,6 +41,11 @@ test-gpu: setup
 # Thousands of broken inputs; another SEED tries others.
 fuzz: setup
 	LIT_QLORA_FUZZ_EXAMPLES=2000 LIT_QLORA_FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/fuzz -m slow
+
+# The site of docs/ in out/site; a link or an anchor that leads nowhere is an error.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff format --check .

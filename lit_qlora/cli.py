@@ -270,7 +270,7 @@ class _Parser(ArgumentParser):
         if found := re.match(r"unrecognized arguments: (\S+)", message):
             flag = found[1].split("=")[0]
             hint = did_you_mean(flag, flags) if flag.startswith("-") else _flag_before(flag, flags)
-            raise UsageError(f"{flag} is not a flag of this command.{hint} --help lists them all.")
+            raise UsageError(f"{flag} is not a flag of this command.{hint} --help all lists them.")
         if found := re.search(r"(?:Group '([\w.]+)' does not accept \w+|Option) '([\w.]+)'", message):
             key = ".".join(part for part in found.groups() if part)
             raise UsageError(f"{self._location(key)}{key} is not a setting.{did_you_mean('--' + key, flags)}")

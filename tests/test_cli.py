@@ -85,7 +85,7 @@ def raising(error: BaseException) -> Callable[[Config], None]:
             "--train.lerning_rate is not a flag of this command. Did you mean --train.learn",
         ),
         (["--quantise=none"], "--quantise is not a flag of this command. Did you mean --quantize?"),
-        (["word"], "word is not a flag of this command. Did you mean --data.path word? --help lists them all."),
+        (["word"], "word is not a flag of this command. Did you mean --data.path word? --help all lists them."),
         (
             ["--train.gradient_accumulation_steps=4"],
             "steps is not a flag of this command. Did you mean --train.batch_size,",

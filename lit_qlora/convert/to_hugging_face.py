@@ -79,6 +79,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         for name in tokenizer.FILES:
             if (checkpoint_dir / name).is_file():
                 shutil.copy(checkpoint_dir / name, folder / name)
+        _name_tokenizer(folder, ending, config.family)
         _write_ending(folder, ending)
         (folder / "README.md").write_text(model_card(checkpoint_dir, config))
         _read_back(folder, config, weights.specs)
@@ -182,6 +183,21 @@ def _read_text(path: Path, *keys: str) -> str:
     if not isinstance(found, str):
         raise CheckpointError(f"{path}: {'.'.join(keys)} is not a text. Remove the file, or mend it.")
     return found
+
+
+def _name_tokenizer(folder: Path, ending: Ending | None, family: str) -> None:
+    """Say in tokenizer_config.json that tokenizer.model is Llama's kind, if nothing else in the folder does.
+
+    transformers 5.23 reads such a folder with another class, which gives other ids and no BOS.
+    """
+    alone = not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if ending is None or family not in ("llama", "mistral") or not (folder / "tokenizer.model").is_file() or not alone:
+        return
+    used = ending.tokenizer
+    names = {i: name for name, i in used.control_tokens.items()}
+    tokens = {"bos_token": names.get(used.bos_id or 0), "eos_token": names.get(used.eos_id), "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": used.use_bos, "add_eos_token": False, **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _write_ending(folder: Path, ending: Ending | None) -> None:

@@ -78,6 +78,19 @@ def test_the_demo_model_becomes_a_folder_that_transformers_reads(tmp_path: Path)
         assert tokenizer(text)["input_ids"] == Tokenizer(DEMO).encode(text)
 
 
+def test_a_tokenizer_model_alone_is_read_by_transformers_as_it_is_here(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "ours", tiny_model())
+    write_tokenizer(tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "theirs")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs"), Tokenizer(tmp_path / "ours")
+    for text in ("Hello world", "Q: What is 1 plus 2?\nA:", "two  spaces\n\n"):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    (tmp_path / "theirs/tokenizer_config.json").unlink()  # transformers would mend it one day, and this end
+    alone = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert alone("Hello world")["input_ids"] != ours.encode("Hello world")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -44,7 +44,7 @@ fuzz: setup
 
 # The site of docs/ in out/site; a link or an anchor that leads nowhere is an error.
 docs: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: setup

@@ -13,7 +13,12 @@ from lit_qlora.files.reading import read_json
 MANIFEST = "manifest.json"
 
 
-def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]) -> None:
+def save_directory(
+    final: Path,
+    write: Mapping[str, Callable[[Path], Any]],
+    facts: Mapping[str, Any],
+    free: Mapping[str, str] | None = None,
+) -> None:
     """Write a directory that is either complete or absent, whatever stops the program.
 
     Files go to a temporary directory beside `final`, and each is flushed to the disk. manifest.json comes last, with
@@ -21,6 +26,7 @@ def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], fact
 
     Args:
         write: file name -> a function that writes it to the path it is given.
+        free: file name -> text of files that people may change, which manifest.json leaves out.
 
     Raises:
         ResourceError: if the disk is full or may not be written; `final` is then as it was.
@@ -31,6 +37,8 @@ def save_directory(final: Path, write: Mapping[str, Callable[[Path], Any]], fact
             path = temporary / name
             write_to(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for name, text in (free or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files, **facts}, indent=2) + "\n")
         publish(temporary, final)
 

@@ -19,6 +19,7 @@ from lit_qlora.checkpoint.identity import PARTS, differing_parts
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files.manifest import MANIFEST, read_manifest, save_directory
 from lit_qlora.files.reading import read_json
+from lit_qlora.lora.card import CARD, adapter_card
 from lit_qlora.lora.initialization import initialize, restore_bases
 from lit_qlora.lora.layer import add_lora, lora_state, saved_state
 from lit_qlora.lora.peft_config import PeftConfig
@@ -99,7 +100,8 @@ def save_state(
     }
     if style:
         files[STYLE_FILE] = lambda path: path.write_text(style_json(style))
-    save_directory(folder, files, {"lora": asdict(config), **facts})
+    card = {CARD: adapter_card(config, model, style, facts)}
+    save_directory(folder, files, {"lora": asdict(config), **facts}, card)
     back = read_adapter(folder)
     for name, tensor in our_tensors(back, model).items():
         if not torch.equal(tensor, state[name].cpu()):

@@ -462,3 +462,18 @@ def attach(model: GPT, folder: Path, base: Path) -> None:
     adapter = read_adapter(folder)
     check_base(adapter, base)
     attach_adapter(model, adapter, base)
+
+
+def test_an_adapter_has_a_card_which_may_be_changed(tmp_path: Path) -> None:
+    model = tiny_model()
+    add_lora(model, LoRAConfig())
+    sources = {"/home/me/secret/faq.csv": "", "hf:org/foxes (train)": ""}
+    facts = {"base": {"name": "org/base", "sha256": ""}, "data": sources, "quantize": "bnb.nf4", "step": 120}
+    save_adapter(tmp_path / "final", model, LoRAConfig(), STYLES["qa"], facts)
+    card = (tmp_path / "final/README.md").read_text()
+    assert card.startswith('---\nbase_model: "org/base"\nlibrary_name: peft\n')
+    for row in ("| data | faq.csv, hf:org/foxes (train) |", "| rank, alpha | 8, 16 |", "| prompt style | qa |"):
+        assert row in card
+    assert "/home/me" not in card
+    (tmp_path / "final/README.md").write_text("mine")
+    read_adapter(tmp_path / "final")

@@ -1,0 +1,48 @@
+"""The model card of an adapter: README.md with the front matter that the hub reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from lit_qlora.model.config import ModelConfig
+from lit_qlora.prompts.style import Style
+from lit_qlora.settings import LoRAConfig
+
+CARD = "README.md"
+PYTHON = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
+model = PeftModel.from_pretrained(model, ".")
+tokenizer = AutoTokenizer.from_pretrained({base})
+```
+"""
+
+
+def adapter_card(config: LoRAConfig, model: ModelConfig, style: Style | None, facts: Mapping[str, Any]) -> str:
+    """Describe an adapter by its settings and the facts of its manifest; no path of this machine is named."""
+    base = json.dumps(facts.get("base", {}).get("name") or model.name)
+    front = f"base_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n"
+    tags = "".join(f"- {tag}\n" for tag in ("lora", "lit_qlora", model.family))
+    rows = {
+        "base": base.strip('"'),
+        "rank, alpha": f"{config.r}, {config.alpha:g}",
+        "layers": ", ".join(config.targets),
+        "base during training": facts.get("quantize", ""),
+        "data": ", ".join(map(_short, facts.get("data", ()))),
+        "prompt style": style.name if style else "",
+        "steps": str(facts.get("step", "")),
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
+    return (
+        f"---\n{front}{tags}---\n\n# Adapter of {model.name}\n\nTrained by lit_qlora, which reads this folder as it is "
+        f"(`--lora_path`), as does PEFT.\n\n| | |\n|---|---|\n{table}\n{PYTHON.format(base=base)}"
+    )
+
+
+def _short(source: str) -> str:
+    """The name of a data set of the hub, or of a file without its folder."""
+    return source if "hf:" in source else PurePath(source).name

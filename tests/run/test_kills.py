@@ -27,7 +27,7 @@ CHOICES = [
     [[f"--train.save_every={every}", f"--train.keep_last={kept}"] for every in (1, 2, 5) for kept in (1, 2)],
     [["--eval.every=1"], ["--eval.every=3"], ["--eval.every=0.2"], ["--eval.every=1", "--eval.generate=1"]],
     [["--eval.best=val_loss"], ["--eval.best=none"], ["--eval.best=val_loss", "--eval.patience=2"]],
-    [[], ["--data.packing", "--data.pack_length=64"], ["--data.group_by_length"], ["--data.length_quantile=0.7"]],
+    [[], ["--data.packing", "--data.max_length=64"], ["--data.group_by_length"], ["--data.length_quantile=0.7"]],
     [[], ["--data.token_dropout=0.2"], ["--data.weighting=samples"], ["--data.drop_last"], ["--data.shuffle=false"]],
     [[], ["--train.neftune=5"], ["--train.hidden_dropout=0.1"], ["--train.recompute=full"]],
     [

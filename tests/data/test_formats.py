@@ -210,6 +210,8 @@ def test_messages_that_reply_to_nobody_are_named(tmp_path: Path) -> None:
 def test_pairs_of_preferences_name_the_columns_that_can_be_learnt(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 60)
-    with pytest.raises(DataError, match=r"pairs .*\nLearn the good ones with --data\.columns prompt:instr"):
+    with pytest.raises(
+        DataError, match=r"pairs .*\nfinetune/lora\.py learns the good ones with --data\.columns prompt:instr"
+    ):
         read_examples(path)
     assert read_examples(path, columns="prompt:instruction,chosen:output").examples[0].output == "b"

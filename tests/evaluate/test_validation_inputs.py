@@ -48,10 +48,17 @@ def test_a_known_answer_is_compared_without_its_thought(data: RunData) -> None:
 
 
 def test_of_a_conversation_the_last_answer_is_asked_for(config: FinetuneConfig, tmp_path: Path) -> None:
-    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     path = tmp_path / "talk.jsonl"
-    path.write_text((json.dumps(row) + "\n") * 4)
+    with path.open("w") as file:
+        for system in ("a", "b", "c", "d"):  # equal samples would all be learnt or all be asked
+            turns = [
+                ("system", system),
+                ("user", "one"),
+                ("assistant", "two"),
+                ("user", "three"),
+                ("assistant", "four"),
+            ]
+            print(json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}), file=file)
     data = read_data(replace(config, data=replace(config.data, path=str(path))))
     asked = question(data, data.val_batches[0].tokens[0], data.val_batches[0].labels[0])
     assert asked
@@ -62,7 +69,7 @@ def test_of_a_conversation_the_last_answer_is_asked_for(config: FinetuneConfig, 
 
 def test_a_text_that_is_labelled_from_its_beginning_asks_nothing(config: FinetuneConfig, tmp_path: Path) -> None:
     path = tmp_path / "words.jsonl"
-    path.write_text('{"text": "What is 1 plus 2?"}\n' * 9)
+    path.write_text("".join(f'{{"text": "What is 1 plus {i}?"}}\n' for i in range(9)))
     text = replace(config, data=replace(config.data, path=str(path), prompt="auto"), eval=EvalConfig(generate=1))
     data = read_data(text)
     assert question(data, data.val_batches[0].tokens[0], data.val_batches[0].labels[0]) is None
@@ -136,8 +143,11 @@ def test_questions_of_data_without_masks_are_those_of_its_own_samples(
     config: FinetuneConfig, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     own = with_template(tiny_checkpoint, tmp_path / "own", REWRITING)
-    talk = [{"role": role, "content": str(i)} for i in range(2) for role in ("user", "assistant")]
-    (tmp_path / "talks.jsonl").write_text(f"{json.dumps({'messages': talk})}\n" * 8)
+    with (tmp_path / "talks.jsonl").open("w") as file:
+        for name in range(8):
+            said = [str(name), "0", "1", "1"]
+            talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+            print(json.dumps({"messages": talk}), file=file)
     whole = replace(config.data, path=str(tmp_path / "talks.jsonl"), prompt="template", mask_prompt=False)
     config = replace(config, checkpoint_dir=own, data=whole, eval=EvalConfig(generate=8))
     found = read_probes(config, read_data(config)).questions

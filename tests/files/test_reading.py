@@ -109,7 +109,9 @@ ELSEWHERE = {
     "lit_qlora/prompts/template_worker.py": "reads the question, and may import nothing",
     "lit_qlora/run/resume.py": "makes plain values of its own settings",
     "lit_qlora/serve/app.py": "reads the page of this package",
-    "lit_qlora/prompts/answer_parts.py": "finds values in what a model said, with check_depth",
+    "lit_qlora/sweep/trials.py": "makes plain values of its own settings",
+    "lit_qlora/prompts/calls.py": "finds values in what a model said, with check_depth",
+    "lit_qlora/prompts/style.py": "makes plain values of its own settings",
     "eval/lm_eval_harness.py": "makes plain values of its own results",
     "scripts/demo.py": "reads what the command before it wrote",
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_qlora.checkpoint.checkpoint import load_model
-from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.lora.merge import merge_checkpoint
@@ -95,11 +95,6 @@ def test_experts_are_quantised_and_adapted_and_routers_are_neither() -> None:
     assert all(type(model.get_submodule(path).base) is QuantizedLinear for path in adapted)
     assert model.blocks[1].mlp.router.weight.dtype == torch.float32
     assert not model.blocks[1].mlp.router.weight.requires_grad
-
-
-def test_a_router_is_no_target() -> None:
-    with pytest.raises(UsageError, match="router"):
-        add_lora(GPT(experts()), LoRAConfig(targets=("router",)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scheme", ["bnb.nf4", "bnb.int8"])

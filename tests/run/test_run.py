@@ -41,6 +41,7 @@ def test_a_run_leaves_what_is_promised(finetune: Finetune, out: Path, scheme: st
         "report.md",
         "step-000001",  # the best until the next validation
         "summary.json",
+        "validation_losses.json",
     ]
     assert (out / "best").readlink() == Path("final")
     train, val = log_of(out)
@@ -120,13 +121,13 @@ def test_save_every_and_keep_last_decide_what_is_kept(
 def test_the_data_is_held_out_only_as_far_as_something_is_left_to_learn(
     finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = json.dumps({"instruction": "a", "output": "b"}) + "\n"
+    rows = [json.dumps({"instruction": "a", "output": str(i)}) + "\n" for i in range(3)]
     for count, fraction, expected in (
         (1, 0.9, "1 train / 0 val"),
         (2, 0.9, "1 train / 1 val"),
         (3, 0.01, "2 train / 1"),
     ):
-        (tmp_path / "few.jsonl").write_text(row * count)
+        (tmp_path / "few.jsonl").write_text("".join(rows[:count]))
         assert finetune(f"--data.path={tmp_path / 'few.jsonl'}", f"--data.val_fraction={fraction}", "--dry_run") == 0
         assert expected in capsys.readouterr().out
 

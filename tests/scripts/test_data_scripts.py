@@ -121,7 +121,7 @@ def test_prepare_csv_takes_any_columns(tmp_path: Path) -> None:
 def test_prepare_csv_wants_one_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("prepare_csv") == 2
     assert run("prepare_csv", "--csv_dir=a.csv", "--csv_path=b.csv") == 2
-    assert capsys.readouterr().err.count("Name one table, with --csv_path or --csv_dir.") == 2
+    assert capsys.readouterr().err.count("Name one table, with --data.path or --csv_dir.") == 2
 
 
 def test_training_takes_what_was_prepared_for_its_checkpoint(

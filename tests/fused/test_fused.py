@@ -463,6 +463,7 @@ def test_losses_of_tokens_behind_shared_beginnings_are_those_of_the_plain_path(c
         torch.testing.assert_close(model.token_losses(*forest()), expected[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_losses_of_tokens_sum_to_the_loss_of_their_documents() -> None:
     model, (tokens, labels) = adapted_model(), batch()
     expected = gradients(model, tokens, labels)

@@ -370,7 +370,7 @@ def test_every_family_has_a_case() -> None:
 
 def test_the_table_says_which_transformers_it_was_held_against() -> None:
     installed = ".".join(transformers.__version__.split(".")[:2])
-    assert installed == VERIFIED_WITH, "when everything here passes, say so in lit_qlora/convert/families/table.py"
+    assert installed in VERIFIED_WITH, "when everything here passes, say so in lit_qlora/convert/families/table.py"
 
 
 def test_the_table_can_be_printed() -> None:
@@ -378,7 +378,7 @@ def test_the_table_can_be_printed() -> None:
         [sys.executable, "-m", "lit_qlora.convert.families"], capture_output=True, text=True, check=True
     )
     assert all(family in run.stdout for family in FAMILIES)
-    assert f"transformers {VERIFIED_WITH}" in run.stdout
+    assert f"transformers {' and '.join(VERIFIED_WITH)}" in run.stdout
 
 
 def test_weights_without_a_rule_are_all_named_in_one_error(tmp_path: Path) -> None:

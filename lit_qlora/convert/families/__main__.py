@@ -88,7 +88,7 @@ def limits(name: str) -> list[str]:
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head`: the reader has seen enough
     print(
-        f"Each family computes what transformers {VERIFIED_WITH} computes, as tests/model/test_gpt.py holds.\n"
+        f"Each family computes what transformers {' and '.join(VERIFIED_WITH)} computes: see tests/model/test_gpt.py.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
         "[no GGUF]: no graph of llama.cpp was held against it. [plain path with]: kernels of training lack it.\n"
     )

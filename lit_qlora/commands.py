@@ -15,6 +15,7 @@ GROUPS = {
     },
     "data": {
         "inspect": "scripts/inspect_data.py",
+        "review": "scripts/review_data.py",
         "prepare": "scripts/prepare_alpaca.py",
         "prepare-csv": "scripts/prepare_csv.py",
     },
@@ -23,7 +24,7 @@ GROUPS = {
         "preference": "finetune/preference.py",
         "sweep": "finetune/sweep.py",
     },
-    "adapter": {"merge": "scripts/merge_lora.py", "shrink": "scripts/shrink_lora.py"},
+    "adapter": {"merge": "scripts/merge_lora.py", "shrink": "scripts/shrink_lora.py", "weigh": "scripts/weigh_lora.py"},
     "answer": {"generate": "scripts/generate.py", "chat": "scripts/chat.py", "serve": "scripts/serve.py"},
     "measure": {
         "eval": "eval/lm_eval_harness.py",

@@ -353,9 +353,15 @@ def rows_of(chosen: Sequence[int], lengths: Sequence[int], batching: Batching, w
     return [[chosen[i] for i in row] for row in pack([lengths[i] - 1 for i in chosen], batching.row_length, world_size)]
 
 
+def by_length(samples: Samples) -> list[int]:
+    """Return the numbers of the samples in the order of validation_batches."""
+    numbers: list[int] = np.argsort(samples.lengths, kind="stable").tolist()
+    return numbers
+
+
 def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:
     """All samples once, sorted by length so that little is padding."""
-    ordered = [[samples[i]] for i in np.argsort(samples.lengths, kind="stable")]
+    ordered = [[samples[i]] for i in by_length(samples)]
     return [collate(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]
 
 

@@ -21,6 +21,7 @@ from lit_qlora.data.cache import Encoded
 from lit_qlora.data.comparisons import Comparisons
 from lit_qlora.data.encode import Encoder, Encoding
 from lit_qlora.data.examples import read_examples
+from lit_qlora.data.exclude import leave_out
 from lit_qlora.data.judged import encode_judged, read_judged
 from lit_qlora.data.judged import singly as unpaired
 from lit_qlora.data.samples import Samples
@@ -157,7 +158,9 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
     val = encode_source(val_source, data, checkpoint_dir, tokenizer, style, max_length) if val_source else None
     if all(source.facts.format == "text" for source in encoded):
         style = STYLES["text"]
-    chosen, held_out = split(encoded, val, data, seed if data.split_seed is None else data.split_seed)
+    chosen, held_out = split(encoded, val, data, seed)
+    if data.exclude:
+        chosen = leave_out(data.exclude, [source.samples for source in encoded], chosen)
     parts = [source.samples.take(some) for source, some in zip(encoded, chosen, strict=True)]
     kept = [source.samples.take(some) for source, some in zip(encoded, held_out, strict=True)]
     for part, source in zip(parts, sources, strict=True):
@@ -174,7 +177,10 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
         shares=tuple((len(p), s.times) for p, s in zip(parts, sources, strict=True)) if mixed else (),
         style=style,
         audit=audit(train, encoded, val, chosen, held_out, data, max_length, [source.times for source in sources]),
-        files={source.facts.source: source.facts.sha256 for source in [*encoded, *([val] if val else [])]},
+        files={
+            **{source.facts.source: source.facts.sha256 for source in [*encoded, *([val] if val else [])]},
+            **({str(data.exclude): sha256(data.exclude)} if data.exclude else {}),
+        },
     )
 
 
@@ -264,7 +270,12 @@ def _encode_judged(
 def split(
     train: Sequence[Encoded], val: Encoded | None, data: DataConfig, seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the samples of each training source to learn from, and the samples held out to validate on."""
+    """Return the samples of each training source to learn from, and the samples held out to validate on.
+
+    Args:
+        seed: of the data; data.split_seed takes its place.
+    """
+    seed = seed if data.split_seed is None else data.split_seed
     owners = np.repeat(np.arange(len(train)), [len(source.samples) for source in train])
     numbers = np.concatenate([np.arange(len(source.samples)) for source in train])
     held_out = 0

@@ -13,6 +13,7 @@ from lit_qlora.errors import DataError, did_you_mean
 from lit_qlora.evaluate.judge import Judge, make_judge
 from lit_qlora.files import reading
 from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import Record
 from lit_qlora.settings import EvalConfig, FinetuneConfig, check
 
@@ -110,7 +111,7 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
                 prompts.append(Question(ids, "\n".join(text for text in (asked.question, asked.input) if text)))
         except DataError as error:
             raise DataError(f"eval.prompts: {error}") from None
-    text = read_text(config.eval.kl_text, data) if config.eval.kl_text else []
+    text = read_text(config.eval.kl_text, data.tokenizer) if config.eval.kl_text else []
     return Probes(questions, prompts, text, make_judge(config.eval))
 
 
@@ -137,14 +138,14 @@ def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
     return Question(ids, data.tokenizer.decode(ids).strip(), said.strip())
 
 
-def read_text(path: Path, data: RunData) -> list[int]:
+def read_text(path: Path, tokenizer: Tokenizer) -> list[int]:
     """Read the first ids of a text file; 'default' is the package's probe.txt."""
     try:
         own = files("lit_qlora") / "probe.txt"
         text = own.read_text(encoding="utf-8") if path == Path("default") else reading.read_text(path, DataError)
     except OSError as error:
         raise DataError(f"eval.kl_text {path} cannot be read: {error.strerror}.") from None
-    ids = data.tokenizer.encode(text)[:PROBE_TOKENS]
+    ids = tokenizer.encode(text)[:PROBE_TOKENS]
     if len(ids) < 2:
         raise DataError(f"eval.kl_text {path} has {len(ids)} tokens; at least 2 are needed.")
     return ids

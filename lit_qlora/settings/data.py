@@ -1,6 +1,7 @@
 """Settings of training and validation data."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lit_qlora.settings.checks import Settings, check, check_cache_folder
@@ -131,6 +132,8 @@ class DataConfig(PromptKnobs):
     """Leave out the last step of an epoch if it is smaller than the others."""
     seed: Seed | None = None
     """Seed of the order, the split and max_samples. By default the run's seed."""
+    exclude: Path | None = None
+    """File of samples to leave out of training, as scripts/review_data.py writes it. Validation samples stay."""
     split_seed: Seed | None = None
     """Seed of the split and max_samples alone, so that runs in other orders validate on the same samples. By default
     the data's seed."""

@@ -177,7 +177,7 @@ class PreferenceRunConfig(FinetuneConfig):
         """Check that no setting would be without effect."""
         super().__post_init__()
         data, train = self.data, self.train
-        for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout"):
+        for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout", "exclude"):
             default = DataConfig.__dataclass_fields__[name].default
             check(getattr(data, name) == default, f"data.{name} is for finetune/lora.py. Leave it out.")
         check(data.mask_prompt, "data.mask_prompt false is for finetune/lora.py; see preference.sft_prompts.")

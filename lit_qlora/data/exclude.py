@@ -1,0 +1,59 @@
+"""Samples that a run leaves out of training, named by a hash in a file that scripts/review_data.py writes."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_qlora.data.samples import Sample, Samples
+from lit_qlora.errors import DataError
+from lit_qlora.files.reading import read_text
+
+HASH = re.compile(r"[0-9a-f]{16}")
+
+
+def hash_of(sample: Sample) -> str:
+    """Hash the ids of a sample; another prompt style or limit of length gives another hash."""
+    return hashlib.blake2b(sample.tokens.tobytes(), digest_size=8).hexdigest()
+
+
+def read_hashes(path: Path) -> set[str]:
+    """Read the hashes in a file: the first word of each line that is neither empty nor begins with #.
+
+    Raises:
+        DataError: if the file cannot be read, or a line begins with something else.
+    """
+    hashes = set()
+    try:
+        lines = read_text(path, DataError).splitlines()
+    except OSError as error:
+        raise DataError(f"data.exclude {path} cannot be read: {error.strerror}.") from None
+    for number, line in enumerate(lines, start=1):
+        word = line.split(maxsplit=1)[0] if line.strip() else "#"
+        if not word.startswith("#") and not HASH.fullmatch(word):
+            raise DataError(f"{path}:{number}: the line must begin with the hash of a sample, got {word[:40]!r}.")
+        hashes |= {word} - ({word} if word.startswith("#") else set())
+    return hashes
+
+
+def leave_out(path: Path, sources: Sequence[Samples], chosen: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the chosen samples of each source, without those in the file.
+
+    Raises:
+        DataError: if a hash in the file is that of no sample, so that it would have no effect, or nothing is left.
+    """
+    hashes = read_hashes(path)
+    found: set[str] = set()
+    kept: list[list[int]] = []
+    for samples, some in zip(sources, chosen, strict=True):
+        own = [hash_of(samples[number]) for number in range(len(samples))]
+        found |= hashes.intersection(own)
+        kept.append([number for number in some if own[number] not in hashes])
+    if lost := len(hashes - found):
+        raise DataError(
+            f"data.exclude {path}: {lost} of {len(hashes)} samples are not in the training data.\n"
+            "Other data, another data.prompt or another limit of length gives other hashes; review the data again."
+        )
+    if not any(kept):
+        raise DataError(f"data.exclude {path} leaves no sample to train on.")
+    return kept

@@ -1,0 +1,130 @@
+"""Lessons of a run about its data: what it never learnt, what the base knew, and what contradicts itself."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+import torch
+
+KNOWN = 0.1
+"""Nats per labelled token below which the base knew an answer."""
+UNMOVED = 0.9
+"""Share of the loss before training from which on a sample was not learnt."""
+SHINGLE = 5  # characters
+HASHES, BANDS = 64, 16
+ALIKE = 0.8
+"""Jaccard similarity of the shingles of two prompts from which on these are near duplicates."""
+PRIME = 2**31 - 1
+MOST_IN_BUCKET = 50  # prompts that are compared with each other; a bucket of a template would hold all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reviewed:
+    """A training sample, with its loss before and after training."""
+
+    hash: str
+    """See data.exclude.hash_of."""
+    prompt: str
+    answer: str
+    before: float
+    """Nats per labelled token with the base alone."""
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Review:
+    """Numbers of samples that deserve a look."""
+
+    known: list[int]
+    """The base knew their answers."""
+    unlearnt: list[int]
+    """Their loss is above the median and hardly fell, worst first."""
+    repeated: list[list[int]]
+    """Groups with the same prompt and the same answer, but for spaces and case."""
+    contradicting: list[list[int]]
+    """Groups with the same prompt and different answers."""
+    alike: list[tuple[int, int, float]]
+    """Pairs of nearly the same prompt, with their similarity."""
+
+    def to_drop(self, samples: Sequence[Reviewed]) -> dict[int, str]:
+        """Propose samples to leave out, each with the reason: copies, contradictions but the best, the unlearnt."""
+        found = dict.fromkeys(self.unlearnt, "not learnt")
+        for group in self.contradicting:
+            best = min(group, key=lambda number: samples[number].after)
+            found |= {number: f"contradicts {samples[best].hash}" for number in group if number != best}
+        for group in self.repeated:
+            found |= dict.fromkeys(group[1:], f"repeats {samples[group[0]].hash}")
+        return dict(sorted(found.items()))
+
+
+def review(samples: Sequence[Reviewed]) -> Review:
+    """Look for samples that deserve a look."""
+    middle = median(sample.after for sample in samples)
+    unlearnt = [n for n, s in enumerate(samples) if s.after > middle and s.after >= UNMOVED * s.before]
+    repeated, contradicting = [], []
+    for group in groups(samples):
+        answers = defaultdict(list)
+        for number in group:
+            answers[plain(samples[number].answer)].append(number)
+        repeated += [same for same in answers.values() if len(same) > 1]
+        if len(answers) > 1:
+            contradicting.append([same[0] for same in answers.values()])
+    return Review(
+        known=[n for n, s in enumerate(samples) if s.before <= KNOWN],
+        unlearnt=sorted(unlearnt, key=lambda number: -samples[number].after),
+        repeated=repeated,
+        contradicting=contradicting,
+        alike=list(near_duplicates([plain(sample.prompt) for sample in samples])),
+    )
+
+
+def groups(samples: Sequence[Reviewed]) -> Iterator[list[int]]:
+    """Yield the numbers of samples with the same prompt."""
+    found = defaultdict(list)
+    for number, sample in enumerate(samples):
+        found[plain(sample.prompt)].append(number)
+    yield from (group for group in found.values() if len(group) > 1)
+
+
+def plain(text: str) -> str:
+    """Return a text without differences in case and spaces."""
+    return " ".join(text.casefold().split())
+
+
+def near_duplicates(prompts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
+    """Yield pairs of different texts that are alike, with their Jaccard similarity (MinHash, Broder 1997).
+
+    Texts that share a band of minima are compared exactly.
+    """
+    first: dict[str, int] = {}
+    for number, prompt in enumerate(prompts):
+        first.setdefault(prompt, number)
+    texts, numbers = list(first), list(first.values())
+    parts = [shingles(text) for text in texts]
+    buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for at, minima in enumerate(map(signature, parts)):
+        rows = HASHES // BANDS
+        for band in range(BANDS):
+            buckets[band, *minima[band * rows : (band + 1) * rows]].append(at)
+    pairs = {pair for bucket in buckets.values() for pair in combinations(bucket[:MOST_IN_BUCKET], 2)}
+    for one, other in sorted(pairs):
+        similarity = len(parts[one] & parts[other]) / len(parts[one] | parts[other])
+        if similarity >= ALIKE:
+            yield numbers[one], numbers[other], similarity
+
+
+def shingles(text: str) -> set[str]:
+    """Cut a text into its overlapping pieces."""
+    return {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
+
+
+def signature(parts: set[str]) -> list[int]:
+    """Compute the minima of HASHES hash functions over the pieces of a text."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(1, PRIME, (2, HASHES), generator=generator)
+    values = torch.tensor([zlib.crc32(part.encode()) for part in parts]) % PRIME
+    minima: list[int] = ((values[:, None] * factors[0] + factors[1]) % PRIME).amin(dim=0).tolist()
+    return minima

@@ -29,7 +29,7 @@ from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear
-from lit_qlora.settings import OptimizerConfig, TrainConfig
+from lit_qlora.settings import SCHEMES, OptimizerConfig, TrainConfig
 from lit_qlora.train.optim import make_optimizer
 from lit_qlora.train.training_state import restore, state_files
 from tests.fused.test_fused import adapted_model, assert_equal, batch, gradients
@@ -106,6 +106,34 @@ def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     assert_same(with_idle(model, *batch()), expected)
 
 
+def packed() -> tuple[Tensor | None, ...]:
+    """Two documents and padding in a row."""
+    tokens, labels = batch(rows=1, length=16)
+    lengths = torch.tensor([5, 7, 4])
+    labels[:, 12:] = IGNORE
+    positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
+    return tokens, labels, None, positions, torch.tensor([0, 1, -1]).repeat_interleave(lengths)[None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_storage_holds_in_packed_rows_recomputed_cached_and_released(case: str, scheme: Any) -> None:
+    shared = {"shared_expert_size": 64} if "shared_expert_size" in CASES[case] else {}
+    model = model_of(**CASES[case] | shared | {"ffn_size": 128, "expert_size": 64, "n_layer": 2, "scheme": scheme})
+    expected = with_idle(model, *packed())
+    assert why_not(model) == ""
+    fused, quantized = fuse(model, cached_blocks=1), scheme != "none"
+    loss, found = with_idle(model, *packed())
+    assert_same((loss, found), expected)
+    for policies in (["mlp", "full"], ["attn", "none"]):
+        fused.set_recompute(policies)  # type: ignore[arg-type]
+        assert all(torch.equal(gradient, found[name]) for name, gradient in with_idle(model, *packed())[1].items())
+    assert model.can_release == quantized
+    assert model.release() == quantized
+    assert all(torch.equal(gradient, found[name]) for name, gradient in with_idle(model, *packed())[1].items())
+
+
 @pytest.mark.parametrize("adapted", [("gate",), ("up",), ("down",), ("up", "down"), ("gate", "down")])
 def test_any_of_the_layers_of_experts_may_have_adapters(adapted: tuple[str, ...]) -> None:
     model = model_of(n_layer=1, scheme="bnb.nf4", expert_size=64)
@@ -163,14 +191,9 @@ def test_recomputing_changes_no_bit(policy: Any) -> None:
 
 def test_documents_in_a_row_see_only_themselves() -> None:
     model = model_of(n_layer=1)
-    tokens, labels = batch(rows=1, length=16)
-    lengths = torch.tensor([5, 7, 4])
-    segments = torch.tensor([0, 1, -1]).repeat_interleave(lengths)[None]
-    positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
-    labels[:, 12:] = IGNORE
-    expected = with_idle(model, tokens, labels, None, positions, segments)
+    expected = with_idle(model, *packed())
     fuse(model)
-    assert_same(with_idle(model, tokens, labels, None, positions, segments), expected)
+    assert_same(with_idle(model, *packed()), expected)
 
 
 class Masked(nn.Module):

@@ -12,12 +12,15 @@ import torch
 
 from lit_qlora.data import Batch
 from lit_qlora.evaluate import measures
+from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.run import plan
 from lit_qlora.run.resume import newest
 from lit_qlora.train import loop
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.run.forked import STEPS, Child, Start, at_save, ending, signals
+
+WITH_TRITON = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 
 
 @pytest.fixture
@@ -91,14 +94,24 @@ def mixture(tmp_path: Path) -> Path:
     return directory
 
 
+def take_the_fast_path() -> None:
+    """Without a GPU, for kernels in the interpreter."""
+    plan.Planner._slow_because = lambda self, room: ""  # type: ignore[method-assign]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("path", ["plain", pytest.param("fast", marks=[WITH_TRITON, pytest.mark.timeout(900)])])
 def test_several_processes_learn_with_experts_what_one_does(
-    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path, mixture: Path
+    start: Start, start_ranks: Callable[..., list[Child]], tmp_path: Path, mixture: Path, path: str
 ) -> None:
-    flags = [*EQUAL, f"--checkpoint_dir={mixture}", "--lora.targets=[all]", "--quantize=bnb.nf4"]
-    assert start(tmp_path / "one", *flags).wait() == 0
-    children = start_ranks(tmp_path / "out", *flags)
+    flags = [*EQUAL, f"--checkpoint_dir={mixture}", "--lora.targets=[all,router]", "--quantize=bnb.nf4"]
+    flags += ["--train.router_balance_loss=0.01", "--train.router_z_loss=0.001"]
+    before = take_the_fast_path if path == "fast" else None
+    one = start(tmp_path / "one", *flags, before=before)
+    assert one.wait() == 0
+    children = start_ranks(tmp_path / "out", *flags, before=lambda rank: before)
     assert [child.wait() for child in children] == [0, 0], children[0].said.read_text()
+    assert all(f"path    {path}" in child.said.read_text() for child in (one, children[0]))
     metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
     assert metrics < 1e-5
     assert tensors < 1e-3

@@ -83,7 +83,7 @@ AS_PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron as published": ("nemotron", {"num_key_value_heads": 2}),
     "olmoe as published": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe as published": ("qwen2_moe", {**CASES["qwen2_moe"][1], "norm_topk_prob": False}),
-    "dots1 as published": ("dots1", {**CASES["dots1"][1], "sliding_window": None}),
+    "dots1 as published": ("dots1", {**CASES["dots1"][1], "sliding_window": None, "num_key_value_heads": 4}),
     "exaone_moe as published": (
         "exaone_moe",
         {**CASES["exaone_moe"][1], "n_group": 1, "first_k_dense_replace": 1, "num_hidden_layers": 4},

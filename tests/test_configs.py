@@ -104,7 +104,8 @@ def test_the_variants_of_a_sweep_are_the_recipes(name: str, others: int, tmp_pat
     for stem in recipes:
         own = trials[stem.removeprefix(f"{name}-")].config
         alone = recipe(stem)
-        assert own == replace(alone, out_dir=own.out_dir, data=replace(alone.data, split_seed=own.data.split_seed))
+        data = replace(alone.data, split_seed=own.data.split_seed)
+        assert own == replace(alone, out_dir=own.out_dir, data=data, published={})
         assert own.data.split_seed in (None, own.seed)
     for trial in trials.values():
         assert trainable(trial.config, read_config(SHAPES["/".join(own.checkpoint_dir.parts[-2:])], "a/b")) == next(
@@ -130,6 +131,13 @@ def test_a_recipe_trains_as_many_parameters_as_were_published(name: str) -> None
             UsageError, match=f"wants {count:,} trainable .* {known}, and these settings give {count + 1:,}"
         ):
             check_trainable(config.expect_trainable, known, count + 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_does_not_contradict_what_it_says_was_published(name: str) -> None:
+    config = recipe(name)
+    counts = {base: values["trainable_parameters"] for base, values in config.published.items()}
+    assert counts in ({}, config.expect_trainable)
 
 
 def test_llama_2_has_as_many_frozen_parameters_as_was_published() -> None:

@@ -28,7 +28,7 @@ HARMLESS = (
     *("checkpoint_dir", "data.path", "data.val_path"),  # their content is compared, not their paths
     *("quantize_cache", "data.cache_dir"),
     *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run", "price_per_hour"),
-    *("quiet", "expect_trainable", "allow_code"),
+    *("quiet", "expect_trainable", "published", "allow_code"),
     *("devices", "num_nodes", "strategy", "deterministic"),
     *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs", "train.keep_dequantized"),
     *("train.save_every", "train.save_minutes", "train.keep_last", "eval", "guard", "log"),

@@ -67,6 +67,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
         *(f"  worst   {_shortly(answer)}" for answer in worst if answer.said is not None),
         f"done    {duration(summary['seconds'])}   {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} "
         f"per second   peak {summary['peak_gib']:.2f} GiB",
+        *beside_published(config.published.get(summary["base"], {}), summary),
         f"adapter {out_dir}/final{link}",
         *(f"        {line}" for line in read_caveats(out_dir / FINAL, model.config.tied_head)),
         f"report  {out_dir}/report.html   log.jsonl, loss.png, report.md beside it",
@@ -92,6 +93,21 @@ def advise(config: FinetuneConfig, records: Sequence[Record]) -> tuple[str, str]
         return warning, f"{spell('scripts/merge_lora.py')} --lora_path {quote(str(best))}\n{chat}"
     why = "No better step was kept" if better else "No step was better: lower --train.learning_rate"
     return f"{warning} {why}.", chat
+
+
+def beside_published(published: Mapping[str, float], summary: Mapping[str, Any]) -> list[str]:
+    """Write the values that a publication reports of the run, each with the run's own, in a line; none without any."""
+    own = {**summary, "peak_gb": summary["peak_gib"] * 2**30 / 1e9}
+    write = {"seconds": duration, "peak_gb": "{:.2f}".format, "trainable_parameters": "{:,.0f}".format}
+
+    def text(name: str, value: float | None) -> str:
+        return "none" if value is None else write.get(name, short)(value)
+
+    pairs = [
+        f"{name.replace('_', ' ')} {text(name, value)}, here {text(name, own[name])}"
+        for name, value in published.items()
+    ]
+    return [f"known   published: {'   '.join(pairs)}"] if pairs else []
 
 
 def _is_worse(metric: str, value: float, than: float) -> bool:

@@ -19,6 +19,7 @@ Scheme = Literal["none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
 DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
+PUBLISHED = ("trainable_parameters", "peak_gb", "seconds", "train_loss", "val_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,9 @@ class FinetuneConfig(Settings):
     expect_trainable: dict[str, int] = field(default_factory=dict)
     """Expected number of trained parameters for a base of this name, e.g. {meta-llama/Llama-2-7b-hf: 4194304}. Any
     other number is refused. finetune/configs/ sets it for published experiments."""
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Values that a publication reports of this run on a base of this name: trainable_parameters, peak_gb (10^9 bytes),
+    seconds, train_loss or val_loss. At its end the run prints its own beside them."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -96,6 +100,8 @@ class FinetuneConfig(Settings):
             self.lora.init != "loftq" or self.quantize != "none",
             "lora.init loftq makes up for the error of quantisation, so it needs --quantize.",
         )
+        for name in {name for values in self.published.values() for name in values}:
+            check(name in PUBLISHED, f"published: {name} is not one of {', '.join(PUBLISHED)}.")
         check(self.price_per_hour is None or self.dry_run, "price_per_hour has no effect without --dry_run.")
         check(
             not (self.extend and self.resume == "never"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_qlora.run.summary import advise, table
+from lit_qlora.run.summary import advise, beside_published, table
 from lit_qlora.settings import FinetuneConfig
 from tests.conftest import load_script, run_here
 from tests.run.conftest import Finetune
@@ -255,3 +255,13 @@ def test_only_metrics_of_the_asked_tasks_are_taken() -> None:
     whole = {"alias": "whole", "acc,none": 0.75, "acc_stderr,none": "N/A"}
     assert metrics({"results": {"whole": whole, "part": part}}, ["whole"]) == {"whole/acc": 0.75}
     assert metrics({"results": {"part": part}}, ["tag"]) == {"part/acc": 0.5, "part/exact_match,strict": 0.25}
+
+
+def test_what_was_published_stands_beside_what_was_measured() -> None:
+    summary = {"seconds": 70.0, "peak_gib": 1.0, "trainable_parameters": 4096, "val_loss": None}
+    known = {"seconds": 3600, "peak_gb": 2.5, "trainable_parameters": 4096, "val_loss": 1.25}
+    assert beside_published(known, summary) == [
+        "known   published: seconds 1 h 00 min, here 1 min 10 s   peak gb 2.50, here 1.07   "
+        "trainable parameters 4,096, here 4,096   val loss 1.2500, here none"
+    ]
+    assert beside_published({}, summary) == []

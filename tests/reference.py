@@ -545,7 +545,14 @@ CASES |= {
     "gemma4_moe": ("gemma4_text", {**GEMMA4, **GEMMA4_EXPERTS}),
     "gemma4": (
         "gemma4_text",
-        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 5.0},
+        {
+            **GEMMA4,
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 5.0,
+        },
     ),
     "gemma4-E": ("gemma4_text", {**GEMMA4, **GEMMA4_E, "attention_bias": True, "hidden_activation": "silu"}),
 }

@@ -44,7 +44,6 @@ REPRESENTATIVE = [
     *(
         "mixtral",
         "qwen3_moe-dense-layers",
-        "deepseek_v3",
         "apertus",
         "hunyuan",
         "ministral3-window",

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -96,7 +97,8 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def imported(path: Path) -> Iterator[str]:
+@cache
+def imported(path: Path) -> tuple[str, ...]:
     """Full names of what a file imports, wherever it does so, but for types alone."""
 
     def visit(node: ast.AST) -> Iterator[str]:
@@ -110,13 +112,13 @@ def imported(path: Path) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child)
 
-    yield from visit(ast.parse(path.read_text()))
+    return tuple(visit(ast.parse(path.read_text())))
 
 
 def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     source = "import a.b\nif TYPE_CHECKING:\n    import c\ndef f():\n    from d import e\n"
     (tmp_path / "x.py").write_text(source)
-    assert list(imported(tmp_path / "x.py")) == ["a.b", "d.e"]
+    assert imported(tmp_path / "x.py") == ("a.b", "d.e")
 
 
 def test_every_package_has_a_layer() -> None:

@@ -171,7 +171,12 @@ def test_a_recipe_is_refused_where_it_would_train_something_else(
     assert "expect_trainable wants 7 trainable parameters for test/tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = {"alpaca-7b-nf4", "guanaco-7b", "openllama-3b-r8-all-int8"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
+)
 def test_a_recipe_can_be_planned_on_the_demo(name: str, tmp_path: Path) -> None:
     flags = [f"--checkpoint_dir={DEMO}", f"--data.path={ROOT / 'finetune/demo'}", f"--data.cache_dir={tmp_path}"]
     assert run(name, tmp_path / "out", *flags, "--dry_run") == 0

@@ -81,7 +81,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
                 shutil.copy(checkpoint_dir / name, folder / name)
         _name_tokenizer(folder, ending, config.family)
         _write_ending(folder, ending)
-        (folder / "README.md").write_text(model_card(checkpoint_dir, config))
+        (folder / "README.md").write_text(model_card(checkpoint_dir, config), errors="backslashreplace")
         _read_back(folder, config, weights.specs)
         atomic.publish(folder, out_dir)
     return config

@@ -38,7 +38,7 @@ def save_directory(
             write_to(path)
             files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         for name, text in (free or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            (temporary / name).write_text(text, encoding="utf-8", errors="backslashreplace")  # of paths, say
         (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files, **facts}, indent=2) + "\n")
         publish(temporary, final)
 

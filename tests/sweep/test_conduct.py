@@ -75,6 +75,7 @@ def leaves(**said: Exception) -> Callable[..., Path]:
     return run
 
 
+@pytest.mark.slow
 def test_the_trial_that_goes_on_ends_as_if_there_were_no_other_and_no_pause(
     configure: Configure, no_pages: None, loads: list[int]
 ) -> None:

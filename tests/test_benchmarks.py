@@ -202,6 +202,7 @@ STUBS = {
 }
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_after_what_fails_and_repeats_nothing_that_is_done(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,6 +347,7 @@ def test_a_case_that_fails_or_takes_too_long_ends_no_other(
     assert outcomes == [{"outcome": "stopped after 0.3 s"}, {"outcome": "out of memory"}, {"outcome": "done", "a": 1}]
 
 
+@pytest.mark.slow
 def test_requests_are_scored_alike_and_what_that_took_is_said(tmp_path: Path) -> None:
     flags = "--shape tiny --questions 8 --repeats 1 --hf_batch_size 8"
     places = ["--work_dir", str(tmp_path), "--out", str(tmp_path / "figures.json")]

@@ -209,7 +209,7 @@ def status_of(action: Callable[[Path], None], tmp_path: Path, number: int, distu
 
 
 @pytest.mark.parametrize("disturbance", [fail, die])
-@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("exchange", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_at_each_point_the_old_or_the_new_is_there_and_the_next_run_goes_on(
     action: str, exchange: bool, disturbance: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

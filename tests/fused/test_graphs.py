@@ -318,7 +318,7 @@ PACKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "queries that grow" else case for case in PACKED]
+    "case", [pytest.param(case, marks=[] if case == "as it is" else [pytest.mark.slow]) for case in PACKED]
 )
 def test_packed_rows_are_replayed_whatever_their_documents(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Positions get tensors of their own, as on a GPU.
@@ -384,7 +384,9 @@ def test_of_many_tokens_the_head_reads_those_with_a_label_and_some_that_fill_a_q
     assert recording.replayed == 6
 
 
-@pytest.mark.parametrize("documents", [(50, 20), (9,)])  # with padding of more than a row in the second case
+@pytest.mark.parametrize(
+    "documents", [pytest.param((50, 20), marks=pytest.mark.slow), (9,)]
+)  # with padding of more than a row in the second case
 def test_packed_rows_may_be_longer_than_the_model_s(documents: tuple[int, ...]) -> None:
     model = adapted_model(block_size=64)
     assert replayed(model, [packed(*documents, width=80)]).replayed == 2

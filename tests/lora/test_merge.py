@@ -153,6 +153,7 @@ print((peak - before) / max(tensor.numel() * tensor.element_size() for tensor in
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads its memory from /proc")
 def test_a_merge_holds_two_of_the_largest_tensors(tmp_path: Path) -> None:
     wide = tiny_model(n_layer=3, n_embd=1024, ffn_size=24576, vocab_size=320).half()

@@ -63,7 +63,7 @@ def slow_saves(seconds: float) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_f06_f07_f08_f10_a_signal_saves_and_ends_the_run_after_its_step(
     start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], number: signal.Signals, step: int
 ) -> None:
@@ -278,7 +278,14 @@ def test_f39_a_second_signal_during_a_slow_save_does_not_damage_it(
 # Disks
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ENOSPC,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (errno.EFBIG, errno.EDQUOT, errno.EROFS)),
+        errno.EIO,
+    ],
+)
 @pytest.mark.parametrize("failing", ["open", "fsync", "rename"])
 def test_f11_f13_a_save_that_fails_costs_only_itself(
     start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], number: int, failing: str

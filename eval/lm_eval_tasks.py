@@ -114,7 +114,8 @@ def _fields(path: Path, within: frozenset[Path]) -> "dict[str, Any]":
     except (OSError, yaml.YAMLError, UsageError):  # is refused where it is read
         text = path.read_bytes()[:MOST_YAML].decode(errors="replace") if path.is_file() else ""
         return {name: yaml.ScalarNode("", value) for name, value in reversed(_NAME.findall(text))}
-    own = {key.value: node for key, node in root.value} if isinstance(root, yaml.MappingNode) else {}
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    own = {key.value: node for key, node in pairs if isinstance(key, yaml.ScalarNode)}
     found: dict[str, Any] = {}
     for scalar in _scalars(own["include"]) if "include" in own else ():
         included = (path.parent / scalar.value).resolve()

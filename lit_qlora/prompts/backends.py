@@ -462,10 +462,13 @@ def _from_tekken(tekken: Mapping[str, Any]) -> dict[str, Any]:
     if [int(token["rank"]) for token in sorted(named, key=lambda token: int(token["rank"]))] != [*range(len(specials))]:
         raise ValueError("the ranks of its control tokens have gaps")
     count = config.get("default_num_special_tokens") or len(specials)
+    if count > MOST_SPECIALS:
+        raise ValueError(f"default_num_special_tokens is {count}, and {MOST_SPECIALS:,} are the most that are read")
     specials += [f"<SPECIAL_{i}>" for i in range(len(specials), count)]
     size = config.get("default_vocab_size")
     words = [base64.b64decode(token["token_bytes"]) for token in tekken["vocab"]][: size and size - count]
     ranks = {word: rank for rank, word in enumerate(words)}
+    sizes = {len(word) for word in ranks}
     letters = _byte_letters()
 
     def spell(word: bytes) -> str:
@@ -473,7 +476,8 @@ def _from_tekken(tekken: Mapping[str, Any]) -> dict[str, Any]:
 
     merges = []
     for word in words:
-        halves = [(word[:i], word[i:]) for i in range(1, len(word))]
+        at = [i for i in sizes if 0 < i < len(word) and len(word) - i in sizes]  # few, however long a word is
+        halves = [(word[:i], word[i:]) for i in at]
         halves = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
         merges += [[spell(a), spell(b)] for a, b in sorted(halves, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
     off = dict.fromkeys(FLAGS, False)
@@ -499,6 +503,10 @@ def _from_tekken(tekken: Mapping[str, Any]) -> dict[str, Any]:
             "merges": merges,
         },
     }  # fmt: skip
+
+
+MOST_SPECIALS = 100_000
+"""Control tokens of a tekken.json; Mistral's have 1,000."""
 
 
 def _byte_letters() -> list[str]:

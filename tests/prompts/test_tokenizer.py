@@ -400,6 +400,12 @@ def test_a_tekken_file_that_does_not_name_its_control_tokens_is_refused(tmp_path
     assert "which does not name its control tokens; take the tokenizer.json" in refusal(tmp_path)
 
 
+def test_a_tekken_file_with_millions_of_control_tokens_is_refused(tmp_path: Path) -> None:
+    config = {"pattern": ".", "default_num_special_tokens": 10**9}
+    write_json(tmp_path / "tekken.json", {"config": config, "special_tokens": [], "vocab": []})
+    assert "default_num_special_tokens is 1000000000, and 100,000 are the most" in refusal(tmp_path)
+
+
 def test_a_control_token_swallows_white_space_across_prompt_and_answer(tmp_path: Path) -> None:
     first = with_added(tmp_path, {"content": "<r>", "rstrip": True}, {"content": "<l>", "lstrip": True})
     tokenizer = Tokenizer(tmp_path)

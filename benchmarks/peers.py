@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from contestants.hf import HF_NAMES
 from contestants.task import Task
 from results import RESULTS, append_row, current_commit, look_at_card
 from shapes import model_config
@@ -226,7 +227,7 @@ def main() -> None:
         "--answer", type=int, default=256, help="pairs: tokens of an answer behind --length of a prompt"
     )
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
-    parser.add_argument("--targets", default="all", help="layers that learn")
+    parser.add_argument("--targets", choices=HF_NAMES, default="all", help="layers that learn")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters' input")
     parser.add_argument("--no_graphs", action="store_true", help="short: ours launches its kernels one by one")
     parser.add_argument("--dequantized", type=int, default=0, help="blocks whose weights ours keeps in 16 bit as well")

@@ -31,7 +31,7 @@ CONTESTANTS: dict[str, tuple[str, dict[str, bool], str]] = {
     "trl-unsloth-precomputed": ("trl", {"precomputed": True}, "trl"),
 }
 """For each name its module in contestants, what else that is told, and the distribution whose version counts."""
-SHORT_WARM_UP = 5  # rounds of the workload "short" that are not timed, in which ours sees a shape often enough
+WARM_UP = 5  # times that the first steps are not timed, in which ours sees a shape often enough to capture it
 
 
 def tell(**facts: Any) -> None:
@@ -73,6 +73,7 @@ def compete(task: Task) -> None:
     for micros in make_steps(task, 1) * 2:
         step(micros)  # compiles and tunes what is not yet; several contestants can do so at once
     wait()
+    torch.cuda.empty_cache()
     tell(
         ready=round(time.monotonic() - start, 1),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -88,7 +89,8 @@ def compete(task: Task) -> None:
             recompute = wanted["recompute"]
             built.set_recompute(recompute)
         # Warms the card, and in the first round what is compiled or captured on first use.
-        for micros in data * SHORT_WARM_UP if first and task.workload == "short" else data[:2]:
+        untimed = data if task.workload == "short" else data[:2]
+        for micros in untimed * WARM_UP if first else data[:2]:
             step(micros)
         first = False
         wait()
@@ -104,7 +106,7 @@ def compete(task: Task) -> None:
             milliseconds=1e3 * spent,
             tokens=times * sum(micro.ids.numel() for micros in data for micro in micros),
             examples=times * sum(len(micro.documents or micro.ids) for micros in data for micro in micros),
-            peak_gib=peak_gib(pick_device()),
+            peak_gib=torch.cuda.max_memory_reserved() / 2**30 if built.replays() else peak_gib(pick_device()),
         )
         torch.cuda.empty_cache()  # for the other, whose turn it is; does nothing without a GPU
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from lit_qlora.data import Batch
     from lit_qlora.data.comparisons import PairBatch
+    from lit_qlora.model.config import ModelConfig
 
 
 @cache  # made once, on the host, as the data of a run is
@@ -57,7 +58,6 @@ def build(task: Task) -> Built:
     """The fast path, on random weights made on the GPU."""
     from lit_qlora.device import let_segments_grow, precede_other_streams
     from lit_qlora.fused import fuse, why_not
-    from lit_qlora.fused.graphs import padded_length
     from lit_qlora.lora.layer import add_lora
     from lit_qlora.settings import LoRAConfig, OptimizerConfig, PreferenceConfig, TrainConfig
     from lit_qlora.train.optim import make_optimizer
@@ -69,8 +69,7 @@ def build(task: Task) -> Built:
     add_lora(model, LoRAConfig(r=task.r, alpha=16, targets=targets, dropout=task.dropout))  # type: ignore[arg-type]
     if reason := why_not(model):
         raise RuntimeError(f"the fast path is not taken: {reason}")
-    short = task.workload == "short" and task.graphs
-    fused = fuse(model, padded_length(LONGEST_EXAMPLE) if short else 0, cached_blocks=task.dequantized)
+    fused = fuse(model, _graph_tokens(task, model.config) if task.graphs else 0, cached_blocks=task.dequantized)
     if fused.ahead:
         precede_other_streams()
 
@@ -91,4 +90,13 @@ def build(task: Task) -> Built:
     optimizer = make_optimizer(
         model.named_parameters(), OptimizerConfig(), TrainConfig(learning_rate=1e-4), flatten=fused.flatten
     )
-    return Built(model.train(), loss, set_recompute, optimizer)
+    return Built(model.train(), loss, set_recompute, lambda: bool(fused.graphs and fused.graphs.captured), optimizer)
+
+
+def _graph_tokens(task: Task, config: "ModelConfig") -> int:
+    """Tokens of the largest micro-batch, padding included; which of them are few enough is for the model to say."""
+    from lit_qlora.fused.graphs import padded_length, row_width
+
+    if task.workload == "fixed":
+        return task.rows * row_width(config, task.length, packed=False)
+    return padded_length(LONGEST_EXAMPLE) if task.workload == "short" else 0

@@ -39,7 +39,7 @@ class Task:
     quantize: bool
     dropout: float
     graphs: bool = True
-    """Whether ours replays CUDA graphs of the workload "short"."""
+    """Whether ours replays CUDA graphs of micro-batches of few tokens, as a run does."""
     dequantized: int = 0
     """Blocks whose weights ours keeps in 16 bit as well."""
 
@@ -66,6 +66,8 @@ class Built:
     loss: Loss
     set_recompute: Callable[[str], None] | None = None
     """Chooses what blocks compute again; for ours alone."""
+    replays: Callable[[], bool] = lambda: False
+    """Tells whether CUDA graphs were captured, whose memory the allocator does not count."""
     optimizer: "Optimizer | None" = None
     """Updates the adapters, if it is not torch's fused AdamW over each of them."""
 

@@ -212,6 +212,13 @@ def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> No
             model.set_submodule(path, QuantizedLinear(linear.weight.data, bias, scheme))
 
 
+def frozen_weight(base: nn.Module) -> Tensor:
+    """Return the weight (out, in) of a plain or quantised linear layer."""
+    read: Any = getattr(base, "dequantize", None)
+    weight: Any = read() if read else base.weight
+    return weight.detach()
+
+
 def stacks(layers: Sequence[QuantizedLinear]) -> bool:
     """True if layers can be stacked: of one scheme, and with 4 bits rows that fill blocks."""
     first = layers[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.memory import head_tokens
 from lit_qlora.fused.offload import to_device
-from lit_qlora.fused.trained_rows import TrainedRows
+from lit_qlora.fused.trained_rows import HeadRows
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.lora_products import Pending
@@ -65,10 +65,10 @@ class Head:
     Attributes:
         group: the head, with or without an adapter.
         cap: see kernels.cross_entropy.
-        rows: trained rows of the embedding that it shares; None for none. Such a head has no adapter.
+        rows: its trained rows; None for none. Such a head has no adapter.
     """
 
-    def __init__(self, norm: Norm, group: Group, cap: float | None, rows: TrainedRows | None = None) -> None:
+    def __init__(self, norm: Norm, group: Group, cap: float | None, rows: HeadRows | None = None) -> None:
         self.norm, self.group, self.cap, self.rows = norm, group, cap, rows
 
     def losses(
@@ -104,7 +104,7 @@ class Head:
         del y
         z = group.project(both, both, dropout)
         rows = self.rows
-        matrix = rows.low if rows and rows.whole and rows.low is not None else group.matrix(workspace)
+        matrix = rows.low if rows and rows.whole else group.matrix(workspace)
         weights = torch.ones(count, device=x.device) if labelled.weights is None else labelled.weights
         loss = torch.empty(count, device=x.device)
         step = head_tokens(group.n)

@@ -63,9 +63,9 @@ class Fused:
         self.blocks: list[Block] = [
             kind_of(block, config)(block, config, self.dtype, i, like, fp8) for i, block in enumerate(model.blocks)
         ]
-        self.rows, head = rows_of(model), Group([model.head], self.dtype)
-        shared = self.rows if self.rows and self.rows.shared else None
-        self.head = Head(norm_of(model.norm, like, config.logit_multiplier), head, config.logit_softcap, shared)
+        self.rows, head_rows = rows_of(model)
+        head_norm, head = norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype)
+        self.head = Head(head_norm, head, config.logit_softcap, head_rows)
         self.embed_norm = norm_of(model.embed_norm, like)
         self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
         self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
@@ -397,8 +397,7 @@ class Fused:
             whole.grad = gradient
         if first.grad is home:
             return
-        rows = [] if self.rows is None else [(self.rows.rows, self.rows.gradient)]
-        for parameter, gradient in (*self.every_a, *self.every_b, *rows):
+        for parameter, gradient in (*self.every_a, *self.every_b, *self._every_row):
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
@@ -424,8 +423,8 @@ class Fused:
         """For tokens (T,) what the last norm reads, (T, E) or a pair to add; and what each block saves."""
         if not self.copies_by_block:
             self.copies[0].refresh()
-        if self.rows is not None:
-            self.rows.refresh()
+        if self.head.rows is not None:
+            self.head.rows.refresh()
         rows = self.model.embed(tokens.view(run.layout.rows, run.layout.length))  # with noise, if there is any
         x = apply_norm(self.embed_norm, times(rows.flatten(0, 1), self.config.embedding_multiplier))
         del rows
@@ -499,8 +498,14 @@ class Fused:
     @property
     def _gradients(self) -> list[Tensor]:
         """All tensors of gradients."""
-        rows = [] if self.rows is None else [self.rows.gradient]
+        rows = [gradient for _, gradient in self._every_row]
         return [self.gradient, *rows, *(padded.gradient for padded in self.padded)]
+
+    @property
+    def _every_row(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The trained rows of embedding and head, which may be the same, with their gradients."""
+        kinds = [kind for kind in (self.rows, self.head.rows) if kind is not None]
+        return list({kind.rows: (kind.rows, kind.gradient) for kind in kinds}.values())
 
     def graph_bytes(self, tokens: int) -> int:
         """Bytes of the pool of CUDA graphs of up to so many tokens; an estimate."""

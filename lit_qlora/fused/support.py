@@ -14,7 +14,7 @@ from lit_qlora.fused.uneven import padding
 from lit_qlora.kernels import launch
 from lit_qlora.kernels.lora_products import LEAST_STRIPE
 from lit_qlora.kernels.stack import BLOCK
-from lit_qlora.lora.embeddings import TiedHead
+from lit_qlora.lora.embeddings import TrainedHead
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
@@ -92,14 +92,13 @@ def decoded_scales(model: GPT) -> int:
 
 
 def copied_bytes(model: GPT) -> int:
-    """Bytes that learning takes more on the fast path, for padded adapters and trained rows that the head shares."""
+    """Bytes that learning takes more on the fast path, for padded adapters and trained rows of the head."""
     of_experts = (layers for block in model.blocks for layers in _stacks_of_experts(block.mlp))
     stacks = [
         [layer for layer in layers if isinstance(layer, LoRALinear)] for layers in (*stacks_of(model), *of_experts)
     ]
     # Padding has a parameter and a gradient in float32 and a copy in 16 bit; rows have two sums in float32 and a copy.
-    embed: Any = model.embed
-    rows = embed.rows.numel() if isinstance(model.head, TiedHead) else 0
+    rows = model.head.trained.numel() if isinstance(model.head, TrainedHead) else 0
     return 10 * (sum(map(padding, stacks)) + int(rows))
 
 

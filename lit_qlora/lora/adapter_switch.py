@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
 from lit_qlora.lora.adapter import Adapter, our_tensors
-from lit_qlora.lora.layer import frozen_weight
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import Router
+from lit_qlora.quantize import frozen_weight
 
 BASE = None
 """The name of no adapter."""

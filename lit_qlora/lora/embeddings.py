@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
+from lit_qlora.quantize import frozen_weight
 from lit_qlora.settings import LoRAConfig
 
 
@@ -45,15 +46,23 @@ class TrainedEmbedding(nn.Module):
         return trained if self.whole else torch.where((row >= 0)[..., None], trained, self.base(tokens))
 
 
-class TiedHead(nn.Module):
-    """An output head that shares the rows of a TrainedEmbedding."""
+class TrainedHead(nn.Module):
+    """A frozen output head with some or all rows replaced by trainable float32 rows.
 
-    def __init__(self, base: nn.Module, embedding: TrainedEmbedding) -> None:
+    Attributes:
+        tokens: (n,) int64, the ids of those rows; whole: they are all rows.
+        rows: (n, E), at first what the head has.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, base: nn.Module, tokens: Tensor, rows: nn.Parameter | None, whole: bool = False) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.whole = base, whole
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
-        self._embedding = (embedding,)  # in a tuple, so that its parameters are not registered twice
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_parameter("rows", rows)
 
     @property
     def weight(self) -> Tensor:
@@ -61,14 +70,32 @@ class TiedHead(nn.Module):
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def trained(self) -> nn.Parameter:
+        """The rows (n, E), wherever they belong."""
+        rows: Any = self.rows
+        return rows
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
-        (embedding,) = self._embedding
-        logits = x @ embedding.rows.T.to(x.dtype)
+        logits = x @ self.trained.T.to(x.dtype)
         bias: Any = self.base.bias
         if bias is not None:
-            logits = logits + bias[embedding.tokens].to(x.dtype)
-        return logits if embedding.whole else self.base(x).index_copy(-1, embedding.tokens, logits)
+            logits = logits + bias[self.tokens].to(x.dtype)
+        return logits if self.whole else self.base(x).index_copy(-1, self.tokens, logits)
+
+
+class TiedHead(TrainedHead):
+    """An output head that shares the rows of a TrainedEmbedding."""
+
+    def __init__(self, base: nn.Module, embedding: TrainedEmbedding) -> None:
+        super().__init__(base, embedding.tokens, None, embedding.whole)
+        self._embedding = (embedding,)  # in a tuple, so that its parameters are not registered twice
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """See TrainedHead."""
+        return self._embedding[0].rows
 
 
 def train_embeddings(model: nn.Module, config: LoRAConfig) -> None:
@@ -83,7 +110,7 @@ def train_embeddings(model: nn.Module, config: LoRAConfig) -> None:
     embed: Any = model.embed
     if max(tokens, default=0) >= embed.num_embeddings:
         raise UsageError(f"lora.train_tokens: {max(tokens)} is no token; the model has {embed.num_embeddings}.")
-    tied = model.config.tied_head  # type: ignore[union-attr]
+    tied, head = model.config.tied_head, model.head  # type: ignore[union-attr]
     if tied and "head" in config.targets:
         raise UsageError(
             "The model's head is its embedding, so it cannot have an adapter and be trained as well.\n"
@@ -91,7 +118,10 @@ def train_embeddings(model: nn.Module, config: LoRAConfig) -> None:
         )
     model.embed = TrainedEmbedding(embed, tokens)
     if tied:
-        model.head = TiedHead(model.head, model.embed)  # type: ignore[arg-type]
+        model.head = TiedHead(head, model.embed)  # type: ignore[arg-type]
+    elif config.train_head_rows:
+        rows = frozen_weight(head)[model.embed.tokens].float()  # type: ignore[arg-type]
+        model.head = TrainedHead(head, model.embed.tokens, nn.Parameter(rows))  # type: ignore[arg-type]
 
 
 def add_noise(model: nn.Module, alpha: float) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.lora.layer import LoRALinear, frozen_weight
+from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.gpt import GPT
-from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.quantize import QuantizedLinear, frozen_weight
 
 EXACT = 1024
 """Smaller side of the largest matrix with an exact SVD; larger ones use subspace iteration."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
-from lit_qlora.lora.embeddings import TiedHead, TrainedEmbedding, train_embeddings
+from lit_qlora.lora.embeddings import TrainedEmbedding, TrainedHead, train_embeddings
 from lit_qlora.model.mlp import MoE, Router
+from lit_qlora.quantize import frozen_weight
 from lit_qlora.settings import LoRAConfig, first_match
 
 ALIASES = {"query_gate": "query"}
@@ -89,13 +90,6 @@ class LoRARouter(LoRALinear):
 def lengths(rows: Tensor) -> Tensor:
     """Compute the norms of rows, (N, K) -> (N,); zero rows (padding of a vocabulary) get a tiny one, a safe divisor."""
     return rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def frozen_weight(base: nn.Module) -> Tensor:
-    """Return the weight (out, in) of a plain or quantised linear layer."""
-    read: Any = getattr(base, "dequantize", None)
-    weight: Any = read() if read else base.weight
-    return weight.detach()
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> None:
@@ -204,9 +198,9 @@ def is_linear(module: nn.Module) -> bool:
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the trainable parameters: "<layer>.lora_a" (r, in) and "<layer>.lora_b" (out, r) of each adapted layer.
 
-    With DoRA also "<layer>.magnitude" (out,); "embed.rows" (n, E) if embeddings learn.
+    With DoRA also "<layer>.magnitude" (out,); "embed.rows" and "head.rows" (n, E) if rows of embedding and head learn.
     """
-    learners = (LoRALinear, TrainedEmbedding)
+    learners = (LoRALinear, TrainedEmbedding, TrainedHead)
     return {
         f"{path}.{name}": parameter.detach()
         for path, module in model.named_modules()
@@ -247,7 +241,7 @@ def saved_state(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, Tensor]
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Compute with the published base inside: without adapters, and with their initial values added back."""
     learners = [
-        (path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear | TrainedEmbedding | TiedHead)
+        (path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear | TrainedEmbedding | TrainedHead)
     ]
     try:
         for path, module in learners:

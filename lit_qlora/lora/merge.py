@@ -171,9 +171,9 @@ class Merge:
         original = self.source.read("embed.weight" if self.untied and name == "head.weight" else name)
         layer = name.removesuffix(".weight")
         weight = self._as_trained(original, layer) if self._is_requantized(name) else original
-        if self._is_embedding(name):
+        if rows_name := self._rows_of(name):
             tokens: Any = self.adapters[0].config.train_tokens
-            rows = self.state["embed.rows"]
+            rows = self.state[rows_name]
             merged, self.layers[layer] = replace_rows(weight.to(original.dtype), list(tokens) or slice(None), rows)
         elif self._is_adapted(name):
             a, b, magnitude = (self.state.get(f"{layer}.{part}") for part in ("lora_a", "lora_b", "magnitude"))
@@ -260,11 +260,12 @@ class Merge:
         return report
 
     def _is_adapted(self, name: str) -> bool:
-        return f"{name.removesuffix('.weight')}.lora_a" in self.state or self._is_embedding(name)
+        return f"{name.removesuffix('.weight')}.lora_a" in self.state or bool(self._rows_of(name))
 
-    def _is_embedding(self, name: str) -> bool:
-        """True if rows of this weight were trained themselves."""
-        return "embed.rows" in self.state and (name == "embed.weight" or (self.untied and name == "head.weight"))
+    def _rows_of(self, name: str) -> str:
+        """Name the trained rows of this weight, or return ''."""
+        own = {"embed.weight": "embed.rows", "head.weight": "embed.rows" if self.untied else "head.rows"}.get(name, "")
+        return own if own in self.state else ""
 
     def _is_requantized(self, name: str) -> bool:
         """True if the update is added to the dequantised weight."""

@@ -39,6 +39,8 @@ class PeftConfig:
     dora: bool = False
     tokens: tuple[int, ...] = ()
     """Tokens with trained embeddings."""
+    head_rows: bool = False
+    """True if the head's rows of these tokens were trained too."""
     embeddings: bool = False
     """True if all embeddings were trained."""
     parameters: tuple[str, ...] = ()
@@ -69,6 +71,7 @@ class PeftConfig:
                 alphas={key: float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
                 dora=bool(content.get("use_dora")),
                 tokens=_tokens(content.get("trainable_token_indices"), location),
+                head_rows=_modules(content.get("trainable_token_indices")) > 1,
                 embeddings=bool(content.get("modules_to_save")),
                 parameters=tuple(map(str, content.get("target_parameters") or ())),
                 version=str(content.get("peft_version") or ""),
@@ -100,11 +103,18 @@ class PeftConfig:
 
 
 def _tokens(value: Any, location: str) -> tuple[int, ...]:
-    """Read PEFT's trainable_token_indices, a list or a table with one module."""
+    """Read PEFT's trainable_token_indices, a list or a table with embedding and head."""
     if isinstance(value, dict):
-        if len(value) > 1:
+        first, *others = value.values() or [None]
+        if len(others) > 1 or any(other != first for other in others):
             raise CheckpointError(
-                f"{location} uses trainable_token_indices of several modules, which is not understood."
+                f"{location} uses trainable_token_indices of several modules, which is not understood but for the same "
+                "tokens of embedding and head."
             )
-        value = next(iter(value.values()), None)
+        value = first
     return tuple(int(token) for token in value or ())
+
+
+def _modules(value: Any) -> int:
+    """Count the modules of PEFT's trainable_token_indices."""
+    return len(value) if isinstance(value, dict) else int(bool(value))

@@ -85,6 +85,7 @@ def to_ours(
         targets=_words(modules, location),
         dora=config.dora,
         train_tokens=config.tokens,
+        train_head_rows=config.head_rows,
         train_embeddings=config.embeddings,
         tied=any("gate_up_proj" in module and (is_stacked(module) or is_single(module)) for module in modules),
     )
@@ -204,8 +205,10 @@ def to_peft(
     tensors |= peft_names(wrapped)
     embedding = _embedding(model)
     if config.train_tokens:
-        for module in _with_text_class([embedding], model):
-            tensors[f"{_PREFIX}{module}{_TOKENS}"] = state["embed.rows"].cpu()
+        trained = {embedding: state["embed.rows"]}
+        trained |= {_head(model): state["head.rows"]} if _trains_head_rows(model, config) else {}
+        for name, learnt in trained.items():
+            tensors |= {f"{_PREFIX}{module}{_TOKENS}": learnt.cpu() for module in _with_text_class([name], model)}
     if config.train_embeddings:
         tied = [home.module for home in _homes("head", family_of(model))] if model.tied_head else []
         modules = _with_text_class([embedding, *tied], model)
@@ -231,7 +234,7 @@ def to_peft(
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "modules_to_save": [_leaf(embedding)] if config.train_embeddings else None,
-        "trainable_token_indices": list(config.train_tokens) or None,  # type: ignore[arg-type]
+        "trainable_token_indices": _token_indices(model, config),
         "ensure_weight_tying": config.train_embeddings and model.tied_head,
     }
 
@@ -297,6 +300,8 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
     gates = [_homes(layer, family_of(model))[0].module for layer in layers if layer.endswith(".query_gate")]
     if model.n_expert and gates and _leaf(gates[0]) == "gate_proj":
         return f"PEFT 0.21 takes {gates[0]} for an expert's: it refuses this adapter; here and merged it counts."
+    if _trains_head_rows(model, config) and model.head_bias:
+        return "PEFT 0.21 forgets the bias of a head whose rows learn; here and merged it counts."
     if config.dora and model.n_expert and any(".mlp." in layer for layer in layers):
         return "PEFT 0.21 knows no DoRA of experts and of MLPs beside them: it refuses this adapter; merged it counts."
     return ""
@@ -399,6 +404,8 @@ def from_peft(
             first += rank
     if "embed.rows" in shapes:
         state["embed.rows"] = _take_embedding(left, config, model, location)
+    if "head.rows" in shapes:
+        state["head.rows"] = _take_head_rows(left, model, location)
     if left:
         raise CheckpointError(
             f"{location}: {len(left)} tensors belong to no layer of {model.name}:\n  {name_some(left)}"
@@ -455,9 +462,35 @@ def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelCon
     return rows
 
 
+def _take_head_rows(left: dict[str, Tensor], model: ModelConfig, location: str) -> Tensor:
+    """Take the trained rows of the head out of `left`."""
+    rows = left.pop(f"{_PREFIX}{_head(model)}{_TOKENS}", None)
+    if rows is None:
+        raise CheckpointError(f"{location}: the trained rows of the head ({_head(model)}) are missing.")
+    return rows
+
+
+def _trains_head_rows(model: ModelConfig, config: LoRAConfig) -> bool:
+    """Tell whether rows of a head of its own are trained."""
+    return config.train_head_rows and not model.tied_head
+
+
+def _token_indices(model: ModelConfig, config: LoRAConfig) -> list[int] | dict[str, list[int]] | None:
+    """Return PEFT's trainable_token_indices: a list for the embedding alone, else one for each module."""
+    tokens: Any = list(config.train_tokens)  # type: ignore[arg-type]
+    if _trains_head_rows(model, config):
+        return {_leaf(name): tokens for name in (_embedding(model), _head(model))}
+    return tokens or None
+
+
 def _embedding(model: ModelConfig) -> str:
     """Return Hugging Face's name of the embedding."""
     return _homes("embed", family_of(model))[0].module
+
+
+def _head(model: ModelConfig) -> str:
+    """Return Hugging Face's name of the output head."""
+    return _homes("head", family_of(model))[0].module
 
 
 def _layers(names: Iterable[str]) -> list[str]:

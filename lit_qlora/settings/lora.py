@@ -63,6 +63,8 @@ class LoRAConfig(Settings):
     """With init loftq, how many times base and adapter are fitted to each other. By default once."""
     train_tokens: tuple[CountOrZero, ...] | CountOrZero = ()
     """Ids of tokens whose embeddings are trained too, such as new tokens. A tied head shares them."""
+    train_head_rows: bool = False
+    """Train the output head's rows of train_tokens too, which a model needs to say new tokens."""
     train_embeddings: bool = False
     """Train all embeddings too."""
     start: Path | None = None
@@ -97,6 +99,12 @@ class LoRAConfig(Settings):
         check(
             not (tokens and self.train_embeddings),
             "lora.train_embeddings trains all tokens, so lora.train_tokens would have no effect. Leave one out.",
+        )
+        check(bool(tokens) or not self.train_head_rows, "lora.train_head_rows has no effect without lora.train_tokens.")
+        check(
+            not (self.train_head_rows and "head" in self.targets),
+            "lora.train_head_rows: the head cannot have an adapter and be trained as well.\n"
+            "Leave head out of lora.targets.",
         )
         check(
             bool(self.targets), "lora.targets is empty, so nothing would be trained. Name at least one: [query,value]."

@@ -17,8 +17,8 @@ from lit_qlora.fused.group import Group
 from lit_qlora.kernels import fp8 as kernels
 from lit_qlora.kernels.dequantize import write_b
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.lora.layer import LoRALinear, frozen_weight
-from lit_qlora.quantize import Storage, quantize_linears
+from lit_qlora.lora.layer import LoRALinear
+from lit_qlora.quantize import Storage, frozen_weight, quantize_linears
 from lit_qlora.run.banner import plan_run
 from lit_qlora.run.learning import take_path
 from lit_qlora.run.plan import MicroBatches, Plan, Room, make_plan

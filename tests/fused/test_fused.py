@@ -102,7 +102,16 @@ CASES: dict[str, dict[str, Any]] = {
         "lora": {"rank_pattern": {"key": 2, "up": 8}, "alpha_pattern": {"value": 1.0, "(gate|up)": 3.0}},
         "scheme": "bnb.nf4",
     },
-    "tokens that learn": {"lora": {"train_tokens": (3, 7, 159)}, "embedding_multiplier": 3.0, "scheme": "bnb.nf4"},
+    "tokens that learn": {"lora": {"train_tokens": (3, 7, 159)}, "embedding_multiplier": 3.0, "n_layer": 1},
+    "tokens that learn, rows of the head": {
+        "lora": {"train_tokens": (3, 7, 159), "train_head_rows": True},
+        "embedding_multiplier": 3.0,
+        "scheme": "bnb.nf4",
+        "quantize_head": True,
+        "head_bias": True,
+        "logit_softcap": 3.0,
+        "n_layer": 1,
+    },
     "tokens that learn, tied head with a bias": {
         "lora": {"train_tokens": (3, 7, 159)},
         "tied_head": True,

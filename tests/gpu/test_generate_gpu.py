@@ -13,9 +13,9 @@ from lit_qlora.generation.batching import Batcher, Request
 from lit_qlora.generation.decode_step import FastStep
 from lit_qlora.generation.graphed_step import FixedStep
 from lit_qlora.generation.slot_cache import SlotCache
-from lit_qlora.lora.layer import LoRALinear, add_lora, frozen_weight
+from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.model.gpt import GPT
-from lit_qlora.quantize import quantize_linears
+from lit_qlora.quantize import frozen_weight, quantize_linears
 from lit_qlora.settings import SCHEMES, GenerationConfig, LoRAConfig, Scheme
 from tests.conftest import tiny_model
 

@@ -96,7 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "first block, ranks, dora": {"first_layers": 1, "rank_pattern": {"mlp.down": 3}, "dora": True},
     "tokens": {"train_tokens": (5, 90, 6)},
     "embeddings": {"train_embeddings": True},
-    "tokens, dora": {"train_tokens": (5,), "dora": True},
+    "tokens, dora, rows of the head": {"train_tokens": (5, 9), "dora": True, "train_head_rows": True},
 }
 
 
@@ -114,7 +114,7 @@ def test_peft_computes_the_same_logits_with_every_variant(case: str, variant: st
         with pytest.raises(CheckpointError, match=r"cannot hold lora\.train_embeddings"):
             check_layers(ModelConfig.load(tmp_path), LoRAConfig(**settings))
         return
-    ours_in_peft(case, ("all",) if tied else ("all", "head"), tmp_path, **settings)
+    ours_in_peft(case, ("all",) if tied or "train_head_rows" in settings else ("all", "head"), tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

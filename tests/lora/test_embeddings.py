@@ -1,14 +1,17 @@
 """Embeddings that learn, and noise on them."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lit_qlora.errors import UsageError
 from lit_qlora.lora.embeddings import TrainedEmbedding, add_noise
-from lit_qlora.lora.layer import add_lora, count_trainable, lora_state
+from lit_qlora.lora.layer import add_lora, count_trainable, lora_state, without_adapters
 from lit_qlora.model.gpt import GPT
-from lit_qlora.settings import LoRAConfig
+from lit_qlora.quantize import quantize_linears
+from lit_qlora.settings import LoRAConfig, Scheme
 from tests.conftest import tiny_model
 
 TOKENS = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -44,6 +47,36 @@ def test_they_compute_what_a_model_with_their_rows_computes(settings: dict, tied
         torch.testing.assert_close(model(TOKENS), plain(TOKENS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["none", "bnb.int8"])
+def test_rows_of_a_head_of_its_own_are_computed_with_and_get_their_gradient(scheme: Scheme) -> None:
+    model, plain = (tiny_model(head_bias=True) for _ in range(2))
+    if scheme != "none":
+        for one in (model, plain):
+            quantize_linears(one, scheme, head=True)
+        plain.head = linear(plain.head)
+    add_lora(model, LoRAConfig(dropout=0.0, train_tokens=(300, 7), train_head_rows=True))
+    rows = lora_state(model)["head.rows"]
+    torch.testing.assert_close(rows, plain.head.weight[[300, 7]].detach())
+    with torch.no_grad():
+        torch.nn.init.normal_(rows, std=0.3)
+        plain.head.weight[[300, 7]] = rows
+    torch.testing.assert_close(model(TOKENS), plain(TOKENS), rtol=1e-5, atol=1e-5)
+    plain.head.weight.requires_grad_(True)
+    for one in (model, plain):
+        one.loss(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+    assert plain.head.weight.grad is not None
+    torch.testing.assert_close(model.head.rows.grad, plain.head.weight.grad[[300, 7]], rtol=1e-4, atol=1e-5)
+    with without_adapters(model):
+        assert not any(name.endswith("rows") for name, _ in model.named_parameters())
+
+
+def linear(head: Any) -> torch.nn.Linear:
+    """A quantised head as a plain one."""
+    made = torch.nn.Linear(head.in_features, head.out_features)
+    made.weight, made.bias = torch.nn.Parameter(head.dequantize()), head.bias
+    return made
+
+
 def test_their_gradient_is_that_of_the_rows() -> None:
     model, plain = learning({"train_tokens": (300, 7)}, tied_head=True), tiny_model(tied_head=True)
     for one in (model, plain):
@@ -74,6 +107,8 @@ def test_only_the_named_rows_learn_and_they_are_float32(tied: bool) -> None:
         ({"train_tokens": (1,), "train_embeddings": True}, "lora.train_tokens would have no effect"),
         ({"train_tokens": (1, 1)}, "different ids"),
         ({"train_tokens": (-1,)}, "must be at least 0"),
+        ({"train_head_rows": True}, "train_head_rows has no effect without"),
+        ({"train_tokens": (1,), "train_head_rows": True, "targets": "head"}, "the head cannot have an adapter and"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(settings: dict, message: str) -> None:

@@ -14,10 +14,10 @@ from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.lora.adapter import attach_adapter, read_adapter, settle, start_adapters
 from lit_qlora.lora.initialization import EXACT, pissa
-from lit_qlora.lora.layer import LoRALinear, add_lora, frozen_weight, lora_state
+from lit_qlora.lora.layer import LoRALinear, add_lora, lora_state
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.model.gpt import GPT
-from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.quantize import QuantizedLinear, frozen_weight
 from lit_qlora.settings import FinetuneConfig, LoRAConfig, Scheme
 from tests.conftest import tiny_model, write_checkpoint
 from tests.lora.test_adapter import save

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from lit_qlora.errors import UsageError
-from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable, frozen_weight, lora_state
+from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable, lora_state
 from lit_qlora.lora.merge import merge_measured
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
-from lit_qlora.quantize import Storage, quantize_linears
+from lit_qlora.quantize import Storage, frozen_weight, quantize_linears
 from lit_qlora.run.plan import MicroBatches, Room, make_plan
 from lit_qlora.settings import LoRAConfig, Scheme, Target, TrainConfig
 from tests.conftest import tiny_model

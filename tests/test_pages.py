@@ -1,8 +1,9 @@
-"""Each command that README and docs show is understood by its script, and each link leads to a file."""
+"""Each command and flag that README and docs show is understood by its script, and each link leads to a file."""
 
 import re
 import shlex
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -13,13 +14,16 @@ from lit_qlora.commands import COMMANDS
 from tests.conftest import ROOT, load_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = ("book.txt", "questions.txt")  # of a reader, which commands of the pages read
+OTHERS = {"--extra-index-url", "--build-arg", "--signal"}  # flags of pip, docker and Slurm
 
 
 def commands() -> list[tuple[str, str]]:
     """Page and line of each command in a block of code."""
     blocks = [(page, block) for page in PAGES for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [(page.name, line) for page, block in blocks for line in block.splitlines()]
-    return [(page, line) for page, line in lines if re.match(r"(python (finetune|scripts|eval)/|lit-qlora \w)", line)]
+    start = r"((python|torchrun .*?) (?=(finetune|scripts|eval|chat)/)|(docker run .* )?lit-qlora (?=[a-z]))"
+    return [(page, line[found.end() :]) for page, line in lines if (found := re.match(start, line))]
 
 
 @cache
@@ -29,10 +33,40 @@ def settings_of(script: str) -> type[Any]:
     return kind
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder from which a reader starts commands."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("checkpoints", "eval", "finetune"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in FILES:
+        (folder / name).touch()
+    return folder
+
+
 @pytest.mark.parametrize(("page", "line"), commands())
-def test_a_command_of_a_page_is_understood(page: str, line: str) -> None:
-    program, name, *flags = shlex.split(line, comments=True)
-    cli.parse(settings_of(COMMANDS[name] if program == "lit-qlora" else name), flags)
+def test_a_command_of_a_page_is_understood(page: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    name, *flags = shlex.split(line, comments=True)
+    script = COMMANDS.get(name, "scripts/chat.py" if name == "chat/base.py" else name)
+    cli.parse(settings_of(script), flags)
+
+
+def test_each_flag_that_a_page_names_is_one_of_a_command() -> None:
+    """Flags of other programs stand in the first cells of the tables of articles.md."""
+    known = {flag for script in COMMANDS.values() for flag in cli._parser(settings_of(script))._option_string_actions}
+    for page in PAGES:
+        text = re.sub(r"(?m)^\|[^|]*", "", page.read_text()) if page.name == "articles.md" else page.read_text()
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", " ".join(re.findall(r"`[^`\n]+`", text))))
+        named -= {flag for flag in named if flag.startswith("--adapters.")}  # followed by a name of the user's
+        assert named - known - OTHERS == set(), page.name
+
+
+def test_each_target_of_make_that_a_page_names_is_there() -> None:
+    targets = set(re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text()))
+    named = {name for page in PAGES for name in re.findall(r"(?:`|\n)make ([a-z-]+)", page.read_text())}
+    assert named
+    assert named <= targets
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -47,3 +81,12 @@ def test_the_site_has_every_page() -> None:
         str(page.relative_to(ROOT)) for page in PAGES[1:]
     }
     assert yaml.safe_load(text)["docs_dir"] == "docs"
+
+
+def test_the_parts_that_how_it_works_names_exist() -> None:
+    text = (ROOT / "docs/how_it_works.md").read_text()
+    drawn = " ".join(line[16:46] for line in re.findall(r"```\n(.*?)```", text, re.DOTALL)[0].splitlines())
+    named = set(re.findall(r"`([\w/]+/|[\w/]+\.py)`", text)) | set(re.findall(r"\w+/\w*", drawn))
+    places = [(ROOT / name, ROOT / "lit_qlora" / name, ROOT / "lit_qlora" / f"{name}.py") for name in named]
+    assert len(places) > 20
+    assert [paths[0] for paths in places if not any(path.exists() for path in paths)] == []

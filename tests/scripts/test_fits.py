@@ -102,5 +102,10 @@ def test_all_of_a_mixture_of_30b_trains_in_40_gb_with_its_experts(fits: ModuleTy
 
 
 @pytest.mark.slow
-def test_readme_has_the_table_that_the_command_prints(fits: ModuleType) -> None:
-    assert fits.overview(list(fits.find_fits(fits.FitsConfig()))) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_have_the_table_that_the_command_prints(fits: ModuleType) -> None:
+    table = fits.overview(list(fits.find_fits(fits.FitsConfig())))
+    assert table in (ROOT / "docs/fits.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in readme if " · " in line]
+    assert rows
+    assert set(rows) < set(table.splitlines())

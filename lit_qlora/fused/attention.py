@@ -43,14 +43,15 @@ class Tree:
         ends: (runs + 1,) int32, the first gathered key of each run and the end of the last.
         longest: most keys of a run.
         own: (T,) int64, the gathered key of each token in its own run.
-        others: (K - T,) int64, the remaining gathered keys.
+        others: the remaining gathered keys, int64, in parts that have no token twice. A GPU adds the rows of one part
+            in any order.
     """
 
     keys: Tensor
     ends: Tensor
     longest: int
     own: Tensor
-    others: Tensor
+    others: tuple[Tensor, ...]
 
     @staticmethod
     def of(positions: Tensor, bounds: Tensor, device: torch.device) -> "Tree":
@@ -59,20 +60,23 @@ class Tree:
         A run whose first position is p follows on the last tokens before it with the positions 0 to p - 1.
         """
         firsts = positions.flatten()[bounds[:-1]].tolist()
-        path, parts, own, others = bounds.new_zeros(0), [], [], []
-        end = 0
+        path, parts, own, others, turns = bounds.new_zeros(0), [], [], [], []
+        end, seen = 0, bounds.new_zeros(positions.numel())
         for (first, last), position in zip(pairwise(bounds.tolist()), firsts, strict=True):
             beginning, new = path[:position], torch.arange(first, last)
             assert len(beginning) == position
             path = torch.cat((beginning, new))
             parts.append(path)
             others.append(torch.arange(end, end + position))
+            turns.append(seen[beginning])
+            seen[beginning] += 1
             own.append(torch.arange(end + position, end + len(path)))
             end += len(path)
         ends = F.pad(torch.tensor([len(part) for part in parts]).cumsum(0), (1, 0)).int()
-        tensors = (torch.cat(parts), ends, torch.cat(own), torch.cat(others))
-        keys, ends, mine, rest = (to_device(tensor, device) for tensor in tensors)
-        return Tree(keys, ends, max(map(len, parts)), mine, rest)
+        every, turn = torch.cat(others), torch.cat(turns)
+        tensors = (torch.cat(parts), ends, torch.cat(own), *(every[turn == i] for i in range(int(seen.max()))))
+        keys, ends, mine, *rest = (to_device(tensor, device) for tensor in tensors)
+        return Tree(keys, ends, max(map(len, parts)), mine, tuple(rest))
 
     def gathered(self, x: Tensor) -> Tensor:
         """(T, K, D) -> (keys, K, D)."""
@@ -81,7 +85,9 @@ class Tree:
     def summed(self, d: Tensor) -> Tensor:
         """Gradients of gathered keys or values, summed by token: (keys, K, D) -> (T, K, D)."""
         total = d.index_select(0, self.own)
-        return total.index_add_(0, self.keys[self.others], d.index_select(0, self.others))
+        for others in self.others:
+            total.index_add_(0, self.keys[others], d.index_select(0, others))
+        return total
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_qlora.fused.attention import _with_sinks, has_flash
+from lit_qlora.fused.attention import Layout, _with_sinks, has_flash
 from lit_qlora.kernels.attention import Scores, attend, attend_backward
 from lit_qlora.kernels.launch import AVAILABLE
 from tests.kernels.test_attention import DEVICE, meaning
@@ -52,3 +52,16 @@ def test_sum_and_output_of_the_whole_softmax_give_the_gradients_with_sinks(cap: 
     back = attend_backward(d_out.float().to(DEVICE), *own, out, log_sum.T.contiguous(), scores, *layout)
     for ours, theirs in zip((out, *back), (exact, *gradients), strict=True):
         torch.testing.assert_close(ours.cpu().double(), theirs.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_gradients_of_shared_beginnings_are_sums_whose_parts_have_no_token_twice() -> None:
+    """A GPU adds rows of one token in any order, and a resumed run would differ."""
+    positions = torch.tensor([[0, 1, 2, 2, 3, 2, 1, 2]])  # the runs behind the first follow on 2, 2 and 1 of its tokens
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3]])
+    tree = Layout.of(1, 8, segments, torch.device("cpu"), positions).tree
+    assert tree is not None
+    parts = [tree.keys[others].tolist() for others in tree.others]
+    assert parts == [[0, 1], [0, 1], [0]]
+    d = torch.randn(len(tree.keys), 2, 3, dtype=torch.float64)
+    expected = torch.zeros(8, 2, 3, dtype=torch.float64).index_add_(0, tree.keys, d)
+    torch.testing.assert_close(tree.summed(d), expected)

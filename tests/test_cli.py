@@ -231,7 +231,7 @@ def test_settings_may_come_through_a_pipe() -> None:
         ("lora: 5", ":1: lora is a section: its settings are lines below it, indented."),
         ("config: other.yaml", ":1: a --config file names no other. Give --config several times."),
         ("lora: {1: 2}", ":1: lora.1 is not a name. In quotation marks, YAML takes it as one."),
-        ("seed: 1\n---\nseed: 2", ": not valid YAML: expected a single document in the stream"),
+        ("seed: 1\n---\nseed: 2", ": not valid YAML: it holds a second document"),
     ],
 )
 def test_what_a_config_file_cannot_mean_is_refused(tmp_path: Path, yaml: str, message: str) -> None:

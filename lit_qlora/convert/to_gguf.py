@@ -23,6 +23,7 @@ from lit_qlora.convert.gguf_vocabulary import read_vocabulary
 from lit_qlora.convert.modelfile import modelfile
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
+from lit_qlora.files.reading import reason
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope import scaled_frequency
 
@@ -90,7 +91,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
             for name, factor in factors.items():
                 _announce(writer, name, factor, _storage(name, factor, kind))
             writer.write_header_to_file()
-            writer.write_kv_data_to_file()
+            _write_values(writer, checkpoint_dir)
             writer.write_ti_data_to_file()
             for tensor in plan:
                 whole = tensor.join(weights.read, config)
@@ -102,6 +103,13 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
             writer.close()
         atomic.write_text(beside, text)
     return config
+
+
+def _write_values(writer: Any, checkpoint_dir: Path) -> None:
+    try:
+        writer.write_kv_data_to_file()
+    except UnicodeEncodeError as error:  # a name from a path, or a chat template
+        raise CheckpointError(f"{checkpoint_dir}: a GGUF file cannot hold a text of it: {reason(error)}.") from None
 
 
 def _check_new(path: Path) -> None:

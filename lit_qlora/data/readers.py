@@ -238,7 +238,7 @@ def _from_parquet(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches(AT_ONCE):
                 yield from _rows(batch, path, number)
                 number += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
@@ -253,7 +253,7 @@ def _from_arrow(path: Path) -> Iterator[Record]:
                 batch.validate(full=True)  # a damaged one would end the process
                 yield from _rows(batch, path, number)
                 number += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not an Arrow file: {str(error).splitlines()[0]}") from None
 
 

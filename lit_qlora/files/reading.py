@@ -121,10 +121,13 @@ def check_yaml(text: str, location: str, error: type[UserError] = CheckpointErro
 
     sizes: dict[str, int] = {}  # anchor -> values that it stands for
     opened: list[tuple[str, int]] = []  # anchor of each open collection, and the count before it
-    count = 0
+    count = documents = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             anchor = getattr(event, "anchor", None) or ""
+            documents += isinstance(event, yaml.DocumentStartEvent)
+            if documents > 1:
+                raise ValueError("it holds a second document")
             if isinstance(event, yaml.AliasEvent):
                 if anchor not in sizes and anchor not in dict(opened):
                     raise ValueError(f"*{anchor} has no anchor")

@@ -477,6 +477,13 @@ def test_the_chat_template_comes_along(checkpoint: Path) -> None:
     assert read(checkpoint.with_name("model.gguf"))[0]["tokenizer.chat_template"] == "{{ messages }}"
 
 
+def test_a_chat_template_with_half_a_character_is_refused_and_nothing_is_left(checkpoint: Path) -> None:
+    write_json(checkpoint / "tokenizer_config.json", {"eos_token": "</s>", "chat_template": "\udcff"})
+    with pytest.raises(CheckpointError, match=r"it holds '.udcff', which is half a character"):
+        export_gguf(checkpoint, checkpoint / "a.gguf")
+    assert not list(checkpoint.glob("a.*"))
+
+
 def test_of_several_chat_templates_the_default_comes_along(checkpoint: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]
     write_json(checkpoint / "tokenizer_config.json", {"eos_token": "</s>", "chat_template": named})

@@ -429,7 +429,13 @@ def test_a_text_that_a_small_file_holds_many_times_is_read_a_few_times_at_once(t
 
 
 def test_a_parquet_or_arrow_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
     assert "is not a Parquet file" in refusal(write(tmp_path / "a.parquet", b"PAR1 garbage"))
+    pyarrow.parquet.write_table(pyarrow.table({"input": ["a"]}), tmp_path / "a.parquet")
+    no_name = (tmp_path / "a.parquet").read_bytes().replace(b"input", b"i\xbbput")
+    assert "codec can't decode byte 0xbb" in refusal(write(tmp_path / "a.parquet", no_name))
     for content in (b"", b"ARROW1 garbage", b"\xff\xff\xff\xff garbage"):
         assert "is not an Arrow file" in refusal(write(tmp_path / "a.arrow", content))
 

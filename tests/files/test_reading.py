@@ -156,6 +156,7 @@ def bomb(levels: int) -> str:
         ("a: [1", "not valid YAML"),
         ("a: \x00", "not valid YAML"),
         ("a: *b", "not valid YAML"),
+        ("a: b\n---\nc: d\n", "not valid YAML: it holds a second document"),
     ],
 )
 def test_yaml_of_any_kind_is_read_or_refused_in_words(text: str, words: str, tmp_path: Path) -> None:

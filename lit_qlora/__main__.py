@@ -17,7 +17,7 @@ def main() -> None:
         print(overview())
     elif name == "--version":
         print(__version__)
-    elif script := COMMANDS.get(name):
+    elif script := COMMANDS.get(name.replace("_", "-")):
         _become(script, flags)
     else:
         hint = did_you_mean(name, list(COMMANDS))

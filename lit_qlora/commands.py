@@ -9,6 +9,7 @@ GROUPS = {
     "look": {"demo": "scripts/demo.py", "demo-preference": "scripts/demo_preference.py", "fits": "scripts/fits.py"},
     "model": {
         "download": "scripts/download.py",
+        "add-tokens": "scripts/add_tokens.py",
         "convert": "scripts/convert_hf_checkpoint.py",
         "export": "scripts/convert_lit_checkpoint.py",
         "gguf": "scripts/convert_gguf.py",

@@ -15,9 +15,9 @@ PYTHON = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto"){resized}
 model = PeftModel.from_pretrained(model, ".")
-tokenizer = AutoTokenizer.from_pretrained({base})
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})
 ```
 """
 
@@ -36,10 +36,17 @@ def adapter_card(config: LoRAConfig, model: ModelConfig, style: Style | None, fa
         "prompt style": style.name if style else "",
         "steps": str(facts.get("step", "")),
     }
+    new = facts.get("new_tokens")
+    rows["new tokens"] = ", ".join(f"`{name}`" for name in new or ()).replace("|", "\\|")
+    python = PYTHON.format(
+        base=base,
+        resized=f"\nmodel.resize_token_embeddings({model.vocab_size})" if new else "",
+        tokenizer='"."' if new else base,
+    )
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
     return (
         f"---\n{front}{tags}---\n\n# Adapter of {model.name}\n\nTrained by lit_qlora, which reads this folder as it is "
-        f"(`--lora_path`), as does PEFT.\n\n| | |\n|---|---|\n{table}\n{PYTHON.format(base=base)}"
+        f"(`--lora_path`), as does PEFT.\n\n| | |\n|---|---|\n{table}\n{python}"
     )
 
 

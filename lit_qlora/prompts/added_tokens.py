@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.errors import CheckpointError
 from lit_qlora.files.reading import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -13,6 +14,8 @@ SPACE = "\t\n\v\f\r \u0085\u00a0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
 """The characters that lstrip and rstrip take for white space; str.strip takes more."""
 
 
+NEW_TOKENS = "new_tokens.json"
+"""The tokens that scripts/add_tokens.py gave a checkpoint, whose rows nobody has trained yet."""
 MOST_IDS = 2**24
 """Ids that tokens may have are below."""
 
@@ -73,6 +76,19 @@ def read_added_tokens(directory: Path, settings: Mapping[str, Any]) -> list[Adde
         # The older file does not say which are control tokens: all are, since text must never become one.
         listed.setdefault(content, AddedToken(content=content, id=int(i)))
     return [*sorted(listed.values(), key=lambda token: token.id or 0), *_named(settings)]
+
+
+def read_new_tokens(directory: Path) -> dict[str, int]:
+    """Return the tokens of NEW_TOKENS, name -> id; {} where there is no such file.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    path = directory / NEW_TOKENS
+    tokens = read_if_there(path).get("tokens", {})
+    if not isinstance(tokens, dict) or not all(type(i) is int for i in tokens.values()):
+        raise CheckpointError(f"{path} is damaged: its tokens have no ids.")
+    return tokens
 
 
 def _named(settings: Mapping[str, Any]) -> Iterator[AddedToken]:

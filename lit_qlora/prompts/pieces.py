@@ -6,6 +6,7 @@ from functools import cache
 from typing import Protocol
 from unicodedata import category
 
+from lit_qlora.commands import spell
 from lit_qlora.errors import UsageError
 from lit_qlora.prompts.added_tokens import SPACE, AddedToken
 
@@ -199,7 +200,7 @@ def resolve_control(tokenizer: Vocabulary, control: Control) -> str | int | None
     if control.required:
         raise UsageError(
             f"This prompt style needs the control token {control.name!r}, which the tokenizer does not have.\n"
-            "Take a style without it, such as alpaca or vicuna."
+            f"Add it: {spell('scripts/add_tokens.py')}. Or take a style without it, such as alpaca or vicuna."
         )
     return control.name
 

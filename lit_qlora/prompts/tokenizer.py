@@ -160,6 +160,10 @@ class Tokenizer:
                 "Take that token out of them, or the tokenizer that belongs to the model."
             )
 
+    def id_of(self, name: str) -> int | None:
+        """Return the id of the token with this name, a control token or another; None if there is none."""
+        return self._backend.token_to_id(name)
+
     def content(self, control: int | None) -> str:
         """Return the name of a control token: "</s>" for eos_id; '' for none."""
         return next((content for content, i in self.control_tokens.items() if i == control), "")

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from lit_qlora.device import fast_dtype, gpu_bytes, has_fp8, host_bytes, pick_de
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.prompts.added_tokens import read_new_tokens
 from lit_qlora.quantize import Storage
 from lit_qlora.report import tell
 from lit_qlora.run import fits
@@ -176,7 +178,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
     enough = count_steps(len(data.train), data.batching, train.epochs)
     longer = f"train.max_steps {total:,} goes on beyond the {enough:,} steps of train.epochs" if total > enough else ""
-    told = (plan.caveat, longer, few_steps(config, data, total), of_experts(plan, config))
+    told = (plan.caveat, longer, few_steps(config, data, total), of_experts(plan, config), idle_tokens(config, model))
     notes = "".join(f"  note    {note}\n" for note in told if note)
     learn = f"warm-up {train.warmup:g}   {train.schedule} {train.learning_rate:g}   {config.optimizer.name}"
     tell(
@@ -190,6 +192,18 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"  path    {_path(plan)}\n"
         f"{notes}{_samples(data)}"
     )
+
+
+def idle_tokens(config: FinetuneConfig, model: ModelConfig) -> str:
+    """Say which flags train the new tokens of a base, if not all of them learn; else ''."""
+    lora, added = config.lora, list(read_new_tokens(config.checkpoint_dir).values())
+    learnt: Any = lora.train_tokens
+    says = model.tied_head or lora.train_head_rows or "head" in lora.targets
+    if lora.train_embeddings or (says and set(added) <= set(learnt)) or not added:
+        return ""
+    ids = ",".join(map(str, sorted({*learnt, *added})))
+    head = "" if model.tied_head else " --lora.train_head_rows true"
+    return f"new tokens of the base are not all learnt: --lora.train_tokens [{ids}]{head}"
 
 
 def few_steps(config: FinetuneConfig, data: RunData, total: int) -> str:

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,8 @@ from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.data import RunData
 from lit_qlora.files.atomic import publish, remove_directory, temporary_directory, write_link
 from lit_qlora.lora.adapter import save_adapter
+from lit_qlora.prompts import tokenizer
+from lit_qlora.prompts.added_tokens import read_new_tokens
 from lit_qlora.prompts.style import Style
 from lit_qlora.report import RunLog
 from lit_qlora.run.resume import FINAL, numbered, plain
@@ -33,11 +36,17 @@ class Contents:
     """For the manifest: base, data and versions."""
     counters: Mapping[str, Any]
     """For the state: the facts, with which a resumed run must agree, the settings and the length of the run."""
+    tokenizer: tuple[Path, ...] = ()
+    """Files of the tokenizer of a base with new tokens, which the published base lacks."""
 
     @classmethod
     def of(cls, config: FinetuneConfig, data: RunData, learner: Learner, total: int) -> Self:
         """Collect them for a run of `total` steps; only the first process hashes the base."""
+        new_tokens = read_new_tokens(config.checkpoint_dir)
+        names = tokenizer.FILES if new_tokens else ()
+        files = tuple(path for path in (config.checkpoint_dir / name for name in names) if path.is_file())
         facts = {
+            **({"new_tokens": new_tokens} if new_tokens else {}),
             "base": base_facts(config.checkpoint_dir) if learner.fabric.is_global_zero else {},
             "style": data.style.digest,
             "data": data.files,
@@ -46,13 +55,14 @@ class Contents:
             "precision": config.precision,
             "versions": versions(),
         }
-        return cls(config.lora, data.style, facts, {**facts, "config": plain(config), "total": total})
+        return cls(config.lora, data.style, facts, {**facts, "config": plain(config), "total": total}, files)
 
     def write(self, folder: Path, learner: Learner, step: int, seconds: float) -> None:
         """Write the checkpoint after `step` steps, which took so many seconds."""
         counters = {**self.counters, "step": step, "seconds": seconds}
-        state = state_files(learner.fabric, learner.module, learner.optimizer, counters)
-        save_adapter(folder, learner.module, self.lora, self.style, {**self.facts, "step": step}, state)
+        also = state_files(learner.fabric, learner.module, learner.optimizer, counters)
+        also |= {file.name: partial(shutil.copyfile, file) for file in self.tokenizer}
+        save_adapter(folder, learner.module, self.lora, self.style, {**self.facts, "step": step}, also)
 
 
 class Saver:

@@ -85,6 +85,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b-6-blocks": QWEN3_MOE,
     "gpt-oss-20b-4-blocks": GPT_OSS,
     "mixtral-8x7b-4-blocks": _llama(4, 4096, 32, 14336, kv_heads=8, rope_theta=1e6, **MIXTRAL),
+    # As its peers publish it: microsoft/phi-4 has one matrix for queries, keys and values, of which they train nothing.
+    "phi-4-6-blocks": _llama(6, 5120, 40, 17_920, kv_heads=10, vocab_size=100_352, rope_theta=250_000.0),
     "llama-100m": _llama(12, 768, 12, 2048),
     "tiny": _llama(2, 128, 4, 256, kv_heads=2, vocab_size=2048),
 }

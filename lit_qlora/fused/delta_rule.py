@@ -3,6 +3,7 @@
 They keep the states of chunks in registers, and need no matrices of whole chunks in memory. Yang et al. 2024.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -27,7 +28,8 @@ def by_kernels(layout: Layout, dtype: torch.dtype) -> Callable[..., Tensor]:
     """
 
     def rule(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor) -> Tensor:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        with warnings.catch_warnings(action="ignore"):  # about libraries that it does without
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         ends = None if layout.ends is None else layout.ends.long()
         inputs = [x.to(dtype) for x in (q, k, v)] + [kept, beta]

@@ -46,7 +46,7 @@ class DeltaNet(nn.Module):
         q, k = (t.repeat_interleave(c.delta_value_heads // c.delta_key_heads, dim=2) for t in (q, k))
         v = v.unflatten(-1, (c.delta_value_heads, -1)).float()
         # The logarithm of the share of the state that stays: (B, T, H).
-        kept = -self.decay_rate.float().exp() * F.softplus(self.decay(x).float() + self.decay_bias)
+        kept = -self.decay_rate.float().exp() * F.softplus(self.decay(x).float() + self.decay_bias.float())
         inputs = (q * c.delta_key_size**-0.5, k, v, kept, self.beta(x).sigmoid().float())
         with torch.autocast(x.device.type, enabled=False):  # errors of a state stay in it
             if cache:

@@ -18,7 +18,8 @@ pytestmark = [
 ]
 
 KILLED = (
-    "import sys; from tests.run.forked import *; at_save(4, signals(signal.SIGKILL))(); "
+    "from tests.run.forked import *; from lit_qlora.settings import FinetuneConfig; "
+    "at_save(4, signals(signal.SIGKILL))(); "
     "cli.run(load_script('finetune/lora.py').main, FinetuneConfig, sys.argv[1:])"
 )
 

@@ -31,7 +31,7 @@ def main(config: Config) -> None:
     from lit_qlora.errors import DataError
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.prompts.tokenizer import Tokenizer
-    from lit_qlora.run.reports import plot_lengths
+    from lit_qlora.run.figures import plot_lengths
 
     tokenizer = Tokenizer(config.checkpoint_dir)
     known = (config.checkpoint_dir / "model_config.json").is_file()

@@ -45,7 +45,7 @@ HOMES = {
     "tokenizers": {"prompts.backends"},
     "jsonargparse": {"cli"},
     "yaml": {"cli", "files.reading"},
-    "matplotlib": {"run.reports", "sweep.pages"},
+    "matplotlib": {"run.figures", "sweep.pages"},
     "wandb": {"run.trackers"},
     "mlflow": {"run.trackers"},
     "safetensors": {"checkpoint.safetensors_io"},

@@ -23,7 +23,8 @@ from lit_qlora.lora.elsewhere import read_caveats
 from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, duration, metrics, short, smaller_is_better, tell
-from lit_qlora.run.reports import Answer, Outcome, one_line, plot_losses, write_page, write_report
+from lit_qlora.run.figures import plot_losses
+from lit_qlora.run.reports import Answer, Outcome, one_line, write_page, write_report
 from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
 from lit_qlora.settings import FinetuneConfig, LoRAConfig

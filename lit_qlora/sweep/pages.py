@@ -9,7 +9,8 @@ from typing import Any
 
 from lit_qlora.files.atomic import replacing, write_text
 from lit_qlora.report import metrics, smaller_is_better
-from lit_qlora.run.reports import STYLE, inline, table
+from lit_qlora.run.figures import inline
+from lit_qlora.run.page import document, sections, table
 from lit_qlora.sweep.results import Results, Row, commands
 from lit_qlora.sweep.trials import flag_value
 
@@ -56,7 +57,7 @@ def page(results: Results, curves: Any, lines: Any) -> str:
         for result in row.results
         for what, line in commands(result).items()
     ]
-    sections = [
+    parts = [
         (
             "Trials",
             f'<p class="note">{escape(NOTE)}</p>' + table(list(map(results.cells, results.rows)), results.header()),
@@ -65,13 +66,7 @@ def page(results: Results, curves: Any, lines: Any) -> str:
         ("Settings", inline(lines, "settings", f"Settings and {results.metric} of each trial") if lines else ""),
         ("Commands", table(orders, kind="words")),
     ]
-    body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections if content)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(results.title)}</title>\n<style>{STYLE}body {{ max-width: 80rem; }}</style></head>\n<body>\n"
-        f"<h1>{escape(results.title)}</h1>\n{body}</body>\n</html>\n"
-    )
+    return document(results.title, sections(parts), "body { max-width: 80rem; }")
 
 
 def colours(count: int) -> list[Any]:

@@ -34,8 +34,8 @@ from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.quantize import Storage
 from lit_qlora.report import RunLog, metrics
 from lit_qlora.run import resume
+from lit_qlora.run.figures import losses_figure, rewards_figure
 from lit_qlora.run.preferences import falling
-from lit_qlora.run.reports import losses_figure, rewards_figure
 from lit_qlora.run.summary import summarize, table
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig
 from lit_qlora.train.training_state import restore, state_files

@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 
-from lit_qlora.run.reports import (
-    Answer,
-    Outcome,
-    inline,
-    lengths_figure,
-    losses_figure,
-    one_line,
-    plot_losses,
-    write_page,
-    write_report,
-)
+from lit_qlora.run.figures import inline, lengths_figure, losses_figure, plot_losses
+from lit_qlora.run.reports import Answer, Outcome, one_line, write_page, write_report
 from tests.test_report import VAL, step
 
 SUMMARY = {

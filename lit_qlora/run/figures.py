@@ -1,0 +1,113 @@
+"""The pictures of a run: its losses, its rewards and the lengths of its samples, as PNG or inside a page."""
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lit_qlora.files.atomic import replacing
+from lit_qlora.report import Record
+
+
+def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
+    """Plot the loss of each step, its running average and the validation losses, and the learning rate below."""
+    from matplotlib.figure import Figure
+
+    train, val = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
+    figure = Figure(figsize=(width, 5.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
+    average: list[float] = []
+    for loss in losses:
+        average.append(0.9 * average[-1] + 0.1 * loss if average else loss)
+    top.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss of a step")
+    top.plot(steps, average, color="tab:blue", label="running average (EMA)")
+    if val:
+        top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation")
+    compared = any("logp_chosen" in record for record in train)
+    top.set_ylabel("loss of a comparison" if compared else "loss per labelled token (nats)")
+    top.set_ylim(bottom=0)
+    top.grid(alpha=0.3)
+    top.legend(frameon=False)
+    bottom.plot(steps, [r["lr"] for r in train], color="tab:gray")
+    bottom.set_ylabel("learning rate")
+    bottom.set_ylim(bottom=0)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    bottom.set_xlabel("optimizer step")
+    bottom.grid(alpha=0.3)
+    return figure
+
+
+def rewards_figure(records: Sequence[Record], width: float = 8) -> Any | None:
+    """Plot the rewards of chosen and rejected answers, of each step and in validations; None without any."""
+    from matplotlib.figure import Figure
+
+    sides = {"chosen": "tab:blue", "rejected": "tab:red"}
+    if not any(f"reward_{side}" in record for record in records for side in sides):
+        return None
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    for side, color in sides.items():
+        for name, style, label in ((f"reward_{side}", "-", side), (f"val_reward_{side}", "o-", f"{side}, validation")):
+            found = [(record["step"], record[name]) for record in records if name in record]
+            alpha = 0.35 if style == "-" else 1.0
+            axes.plot(*zip(*found, strict=True), style, color=color, alpha=alpha, label=label) if found else None
+    axes.axhline(0, color="tab:gray", linewidth=1)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("reward")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
+    """Plot a histogram of the samples' lengths in tokens, with their limit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4 if width == 8 else 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.locator_params(axis="x", integer=True)
+    axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color="tab:blue")
+    if max(lengths) > limit:
+        axes.axvline(limit, color="tab:red", label=f"limit, {limit} tokens")
+        axes.legend(frameon=False)
+    axes.set_xlabel("tokens of a sample, prompt and answer")
+    axes.set_ylabel("samples")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_losses(records: Sequence[Record], path: Path) -> None:
+    """Write loss.png, see losses_figure."""
+    _save(losses_figure(records), path)
+
+
+def plot_lengths(lengths: Sequence[int], limit: int, path: Path) -> None:
+    """Write the histogram of lengths, see lengths_figure."""
+    _save(lengths_figure(lengths, limit), path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def inline(figure: Any, name: str, says: str) -> str:
+    """Return a figure as SVG to embed in a page, in the page's font.
+
+    Args:
+        name: prefix of its ids, which would clash with those of other figures.
+        says: description for readers who cannot see it.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])  # two figures have the same ids
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(says)}"', svg, count=1)
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)

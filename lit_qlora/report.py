@@ -62,6 +62,23 @@ def _is_whole(record: Record) -> bool:
     return True
 
 
+class Average:
+    """A running average of losses whose weights sum to 1 from the first loss on (Kingma and Ba 2015, section 3).
+
+    Without this correction it would remember the first loss, the largest of a run, for some thirty steps.
+    """
+
+    def __init__(self, memory: float = 0.9) -> None:
+        self.memory = memory
+        self.sum = self.weight = 0.0
+
+    def __call__(self, loss: float) -> float:
+        """Return the average of the losses so far, with the next one."""
+        self.sum = self.memory * self.sum + (1 - self.memory) * loss
+        self.weight = self.memory * self.weight + (1 - self.memory)
+        return self.sum / self.weight
+
+
 class RunLog:
     """Appends each record to log.jsonl, flushed, and shows the progress.
 
@@ -83,7 +100,7 @@ class RunLog:
         self.path, self.total = path, total
         self.screen = screen or sys.stdout
         self.trackers: list[Callable[[Record], object]] = []
-        self.smooth: float | None = None
+        self.average, self.smooth = Average(), 0.0
         self.file = self._open(path or Path(os.devnull), "a")
         self.every = max(1, total // 20)
         self.start = max((record["step"] for record in self.records), default=0)
@@ -119,10 +136,15 @@ class RunLog:
         """Print a line that is not rewritten."""
         self._print(line, stays=True)
 
+    def validating(self, step: int, what: str) -> None:
+        """Show on the rewritten line what is being measured; elsewhere than on a terminal show nothing."""
+        if self.live:
+            self._print(f" step {step:>5}/{self.total} {step / self.total:4.0%}  validating: {what}", stays=False)
+
     def _remember(self, record: Record) -> None:
         self.val = record.get("val_loss", self.val)
         if "loss" in record:
-            self.smooth = record["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * record["loss"]
+            self.smooth = self.average(record["loss"])
 
     def _stay_in_place(self) -> None:
         """If the file was removed or rotated, write all of it anew."""
@@ -228,6 +250,15 @@ def metrics(records: Sequence[Record]) -> dict[str, list[tuple[int, float]]]:
             if name != "step":
                 found.setdefault(name, []).append((record["step"], value))
     return found
+
+
+def before_and_after(records: Sequence[Record]) -> list[tuple[str, str, str, str]]:
+    """Describe each metric of the validations: its name, the first value, the last one, and the best with its step."""
+    rows = []
+    for name, values in metrics(records).items():
+        step, best = (min if smaller_is_better(name) else max)(values, key=lambda pair: pair[1])
+        rows.append((name, short(values[0][1]), short(values[-1][1]), f"{short(best)} (step {step})"))
+    return rows
 
 
 def smaller_is_better(metric: str) -> bool:

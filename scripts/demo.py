@@ -32,6 +32,8 @@ TRAINING = (
     *("--train.learning_rate", "2e-3"),
     *("--train.epochs", "4"),
     *("--train.micro_batch_size", "32"),
+    *("--eval.generate", "20"),
+    *("--eval.max_new_tokens", "16"),
 )
 
 
@@ -53,6 +55,9 @@ def main(config: DemoConfig) -> None:
     )
     import torch
 
+    from lit_qlora.run.page import add_section, table
+    from lit_qlora.run.reports import markdown_table
+
     torch.set_num_threads(1)  # as the commands below
     with chapter(1, "ask the base model"):
         base = load_for_inference(DEMO_CHECKPOINT)
@@ -70,14 +75,17 @@ def main(config: DemoConfig) -> None:
         agreement = agree(load_for_inference(DEMO_CHECKPOINT, out / "final"), adapted, merged)
         print(agreement)
     with chapter(6, f"evaluate all three with lm-eval on {TASK}, whose questions are not in the training data"):
-        table = evaluate(out)
-        print(table)
+        accuracies = evaluate(out)
+        header = ("model", "accuracy", "guessing")
+        lines = "\n".join(markdown_table(header, accuracies))
+        print(lines)
     report = read_text(out / "report.md")
-    write_text(out / "report.md", f"{report}\n## Before and after\n\n{table}\n\n{agreement}\n")
+    write_text(out / "report.md", f"{report}\n## Accuracy on {TASK}\n\n{lines}\n\n{agreement}\n")
+    add_section(out / "report.html", f"Accuracy on {TASK}", table(accuracies, header))
     print(
         f"\ndone in {time.monotonic() - start:.0f} s. A toy model was trained on a toy task. This shows that the parts "
         "work, not how good they are.\n"
-        f"  adapter {out}/final   merged {out}/merged   report {out}/report.md   picture {out}/loss.png\n"
+        f"  adapter {out}/final   merged {out}/merged   report {out}/report.html\n"
         f"  chat with it:   {spell('scripts/chat.py')} --checkpoint_dir {out}/merged\n"
         f"  use your data:  {spell('finetune/lora.py')} --checkpoint_dir MODEL --quantize bnb.nf4 "
         "--data.path YOUR.jsonl"
@@ -154,21 +162,21 @@ def agree(exact: LoadedModel, trained: LoadedModel, merged: LoadedModel) -> str:
     )
 
 
-def evaluate(out: Path) -> str:
-    """Evaluate base, adapter and merged model on the held-out task, and return a markdown table of accuracies."""
+def evaluate(out: Path) -> list[tuple[str, str, str]]:
+    """Evaluate base, adapter and merged model on the held-out task: name, accuracy and that of guessing."""
     adapter = ("--checkpoint_dir", str(DEMO_CHECKPOINT), "--lora_path", str(out / "final"))
     models = {
         "base": ("--checkpoint_dir", str(DEMO_CHECKPOINT)),
         "4-bit base + adapter": (*adapter, "--quantize", "bnb.nf4"),
         "merged": ("--checkpoint_dir", str(out / "merged")),
     }
-    lines = ["| model | accuracy | guessing |", "|---|---:|---:|"]
+    rows = []
     for name, flags in models.items():
         file = out / f"results_{name.split()[-1]}.json"
         command("eval/lm_eval_harness.py", *flags, "--save_filepath", str(file), quiet=True)
         figures = json.loads(file.read_text())["chance"][TASK]
-        lines.append(f"| {name} | {figures['accuracy']:.3f} | {figures['chance']:.3f} |")
-    return "\n".join(lines)
+        rows.append((name, f"{figures['accuracy']:.3f}", f"{figures['chance']:.3f}"))
+    return rows
 
 
 if __name__ == "__main__":

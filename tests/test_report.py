@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.errors import ResourceError
-from lit_qlora.report import RunLog, duration, is_terminal, metrics, read_records, short, smaller_is_better, tell
+from lit_qlora.report import (
+    Average,
+    RunLog,
+    duration,
+    is_terminal,
+    metrics,
+    read_records,
+    short,
+    smaller_is_better,
+    tell,
+)
 
 
 class Terminal(io.StringIO):
@@ -180,7 +190,25 @@ def test_the_average_and_the_last_validation_are_known_after_an_interruption(tmp
     log = RunLog(tmp_path / "log.jsonl", total=3, screen=screen)
     log(step(3, 1.0))
     log.close()
-    assert "loss 1.000 (ema 3.520)  val 3.250" in screen.getvalue()  # 0.9 (0.9 4 + 0.1 2) + 0.1
+    assert "loss 1.000 (ema 2.229)  val 3.250" in screen.getvalue()  # (0.81 4 + 0.9 2 + 1) / 2.71 without its bias
+
+
+@pytest.mark.parametrize("losses", [[3.0] * 40, [9.0, 1.0, 1.0]])
+def test_an_average_weighs_all_losses_from_the_first_on(losses: list[float]) -> None:
+    weights = [0.9 ** (len(losses) - 1 - number) for number in range(len(losses))]
+    expected = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
+    assert list(map(Average(), losses))[-1] == pytest.approx(expected)
+
+
+def test_a_terminal_shows_what_a_validation_measures_and_a_file_does_not() -> None:
+    for screen, shown in (
+        (Terminal(), "\r\x1b[2K step    30/400   8%  validating: answers, 16 of 20"),
+        (io.StringIO(), ""),
+    ):
+        log = RunLog(None, total=400, screen=screen)
+        log.validating(30, "answers, 16 of 20")
+        assert screen.getvalue() == shown
+        log.close()
 
 
 def test_what_is_left_is_estimated_from_the_steps_after_the_first(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ from lit_qlora.train.loop import agree, pinned, sum_over_ranks
 Measure = Callable[[int], Record]
 """Returns metrics for the record of the validation after so many steps."""
 
+Show = Callable[[int, str], object]
+"""Shows what is being measured at the validation after so many steps."""
+
 ANSWERS_AT_ONCE = 16
 LONGEST_REPLY = 1000
 """Characters that are written of a judge's reply without a score."""
@@ -45,6 +48,7 @@ def more_measures(
     how: GenerationConfig,
     write: Callable[[int, list[Record]], object],
     stop: StopRequest | None = None,
+    show: Show = lambda step, what: None,
 ) -> list[Measure]:
     """Make the measures of a validation that need the model to answer, or its base.
 
@@ -55,7 +59,7 @@ def more_measures(
     """
     extras: dict[str, Measure] = {}
     if probes.questions or probes.prompts:
-        extras["the answers"] = lambda step: _answers(model, data, probes, how, step, write)
+        extras["the answers"] = lambda step: _answers(model, data, probes, how, step, write, show)
     if probes.text:
         extras["the distance to the base"] = lambda step: {
             "kl_to_base": kl_to_base(fabric, model, probes.text[: model.config.block_size])
@@ -63,7 +67,14 @@ def more_measures(
     return [Dispensable(fabric, model, name, measure, stop) for name, measure in extras.items()]
 
 
-def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: Sequence[Record]) -> Measure:
+def tasks_measure(
+    ask: Ask,
+    model: GPT,
+    every: int | None,
+    total: int,
+    records: Sequence[Record],
+    show: Show = lambda step, what: None,
+) -> Measure:
     """Ask the tasks before the first step, after the last, and in between after at least `every` steps.
 
     Args:
@@ -72,7 +83,10 @@ def tasks_measure(ask: Ask, model: GPT, every: int | None, total: int, records: 
 
     def measure(step: int) -> Record:
         asked = [record["step"] for record in records if any("/" in name for name in record)]
-        return ask(model) if not asked or step == total or step - asked[-1] >= (every or 1) else {}
+        if asked and step != total and step - asked[-1] < (every or 1):
+            return {}
+        show(step, "tasks")
+        return ask(model)
 
     return measure
 
@@ -94,14 +108,15 @@ class Losses:
         batches: Sequence[Batch],
         stop: StopRequest | None = None,
         write: Callable[[int, Tensor], object] | None = None,
+        show: Show = lambda step, what: None,
     ) -> None:
         self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
-        self.write = write
+        self.write, self.show = write, show
         self.scores: Tensor | None = None
 
     def __call__(self, step: int) -> Record:
         """See Measure. The record is empty if a signal cut it short."""
-        scores = score_rows(self.fabric, self.model, self.batches, self.stop)
+        scores = score_rows(self.fabric, self.model, self.batches, self.stop, partial(self.show, step))
         if scores is None:
             return {}
         self.scores = scores
@@ -112,7 +127,13 @@ class Losses:
         return {"val_loss": loss / labelled, "val_ppl": ppl, "val_accuracy": right / labelled}
 
 
-def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopRequest) -> Tensor | None:
+def score_rows(
+    fabric: Fabric,
+    model: GPT,
+    batches: Sequence[Batch],
+    stop: StopRequest,
+    show: Callable[[str], object] = lambda what: None,
+) -> Tensor | None:
     """Score each row: the sum of its losses, its labelled tokens that the model predicts, and all its labelled tokens.
 
     It computes the logits of labelled tokens alone, a slice at a time, and restores the model's mode.
@@ -120,20 +141,21 @@ def score_rows(fabric: Fabric, model: GPT, batches: Sequence[Batch], stop: StopR
     Returns:
         (S, 3) float64 on the host, the same in every process; None if a signal to any of them cut it short.
     """
-    scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches), None)
+    scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches, show), None)
     if agree(fabric, stop.signal)[0] or scores is None:
         return None
     return sum_over_ranks(fabric, scores).cpu()
 
 
 @torch.no_grad()
-def _own_scores(fabric: Fabric, model: GPT, batches: Sequence[Batch]) -> Tensor:
+def _own_scores(fabric: Fabric, model: GPT, batches: Sequence[Batch], show: Callable[[str], object]) -> Tensor:
     """Score the rows of this process, and leave those of the others 0."""
     starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
     scores = torch.zeros(starts[-1], 3, dtype=torch.float64, device=fabric.device)
     at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
     with evaluating(model), fabric.autocast():
         for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
+            show(f"losses, {start:,} of {starts[-1]:,} samples")
             here = pinned(batch, fabric.device)
             tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
             rows, columns = (labels >= 0).nonzero(as_tuple=True)
@@ -200,10 +222,11 @@ def _answers(
     how: GenerationConfig,
     step: int,
     write: Callable[[int, list[Record]], object],
+    show: Show,
 ) -> Record:
     """Let the model answer, and compare with the known answers."""
     asked = [*probes.questions, *probes.prompts]
-    answers = answer(model, data, asked, how)
+    answers = answer(model, data, asked, how, partial(show, step))
     words = [
         data.style.reader(data.tokenizer, q.ids).whole(text).content.strip()
         for q, text in zip(asked, answers, strict=True)
@@ -218,6 +241,7 @@ def _answers(
     _tell_of_thoughts(step, records[: len(known)])
     metrics = text_metrics(known, [q.wanted for q in probes.questions]) if known else {}
     if probes.judge:
+        show(step, f"judge, {len(known):,} answers")
         metrics |= judged(probes.judge, records[: len(known)], step)
     write(step, records)
     return metrics
@@ -257,7 +281,13 @@ def judged(judge: Judge, records: Sequence[Record], step: int) -> Record:
     return {"judge": sum(found) / len(found)} if found else {}
 
 
-def answer(model: GPT, data: RunData, questions: Sequence[Question], how: GenerationConfig) -> list[str]:
+def answer(
+    model: GPT,
+    data: RunData,
+    questions: Sequence[Question],
+    how: GenerationConfig,
+    show: Callable[[str], object] = lambda what: None,
+) -> list[str]:
     """Return the answers with their thoughts, in the order of the questions."""
     decoder = data.style.decoder(data.tokenizer)
     stops, room, most = stop_ids(data), model.config.block_size, how.max_new_tokens
@@ -266,6 +296,7 @@ def answer(model: GPT, data: RunData, questions: Sequence[Question], how: Genera
     answers = [""] * len(questions)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), ANSWERS_AT_ONCE):
+        show(f"answers, {start:,} of {len(order):,}")
         some = order[start : start + ANSWERS_AT_ONCE]
         made = generate(model, [prompts[i] for i in some], how, stops, data.tokenizer.size)
         for i, ids in zip(some, made, strict=True):

@@ -8,6 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_qlora.data.comparisons import PairBatch
+from lit_qlora.evaluate.measures import Show
 from lit_qlora.generation.sequences import evaluating
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record
@@ -32,13 +33,16 @@ class PairLosses:
         batches: Sequence[PairBatch],
         objective: Preferences,
         stop: StopRequest | None = None,
+        show: Show = lambda step, what: None,
     ) -> None:
         self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
+        self.show = show
         self.objective = Preferences(objective.config, fabric.device)
         self.comparisons = sum(int(((batch.sides != 0).sum(dim=1) > 0).sum()) for batch in batches)
 
     def __call__(self, step: int) -> Record:
         """See Measure. The record is empty if a signal cut it short."""
+        self.show(step, f"losses of {self.comparisons:,} comparisons")
         found = self.stop.unless_stopped(partial(self._sums), None)
         if agree(self.fabric, self.stop.signal)[0] or found is None:
             return {}

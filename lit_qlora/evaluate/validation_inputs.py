@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lit_qlora.data import RunData, read_data
 from lit_qlora.data.prompt_files import read_prompts
-from lit_qlora.errors import DataError, did_you_mean
+from lit_qlora.errors import DataError, UserError, did_you_mean
 from lit_qlora.evaluate.judge import Judge, make_judge
 from lit_qlora.files import reading
 from lit_qlora.model.gpt import GPT
+from lit_qlora.prompts.conversation import prompt_of
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import Record
 from lit_qlora.settings import EvalConfig, FinetuneConfig, check
@@ -20,6 +21,8 @@ from lit_qlora.settings import EvalConfig, FinetuneConfig, check
 Ask = Callable[[GPT], Record]
 """Asks a model the tasks of eval.tasks; TASK/METRIC -> value."""
 
+MARK = "Where?"
+"""A question that shows where a prompt style puts it."""
 PROBE_TOKENS = 512
 """Most tokens of the text that measures the distance to the base."""
 
@@ -136,6 +139,19 @@ def question(data: RunData, tokens: Tensor, labels: Tensor) -> Question | None:
     wanted = data.style.decoder(data.tokenizer).decode([token for token in answer if token not in stops])
     said = data.style.reader(data.tokenizer, ids).whole(data.style.said(wanted)).content
     return Question(ids, data.tokenizer.decode(ids).strip(), said.strip())
+
+
+def frames(data: RunData) -> list[tuple[str, str]]:
+    """Decode the words that the prompt style puts before and behind a question, without and with an input."""
+    found = []
+    for asked in (prompt_of(MARK), prompt_of(MARK, MARK)):
+        try:
+            text = data.tokenizer.decode(data.style.encode_prompt(data.tokenizer, asked)).strip()
+        except UserError:  # a chat template may refuse to be asked so
+            continue
+        before, mark, behind = text.partition(MARK)
+        found += [(before, behind.rpartition(MARK)[2])] if mark else []
+    return found
 
 
 def read_text(path: Path, tokenizer: Tokenizer) -> list[int]:

@@ -1,6 +1,7 @@
 """The pictures of a run: its losses, its rewards and the lengths of its samples, as PNG or inside a page."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -8,30 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora.files.atomic import replacing
-from lit_qlora.report import Record
+from lit_qlora.report import Average, Record
+
+BLUE, ORANGE, RED, GRAY = "#3b82c4", "#e8833a", "#d64550", "#8b949e"
+"""Colours that can be told apart on white and on black."""
 
 
 def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
-    """Plot the loss of each step, its running average and the validation losses, and the learning rate below."""
+    """Plot the loss of each step, its running average and the validation losses, and the learning rate below.
+
+    Validations share the axis of training. It is logarithmic if the losses span more than a factor of ten.
+    """
     from matplotlib.figure import Figure
 
     train, val = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
     figure = Figure(figsize=(width, 5.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
-    average: list[float] = []
-    for loss in losses:
-        average.append(0.9 * average[-1] + 0.1 * loss if average else loss)
-    top.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss of a step")
-    top.plot(steps, average, color="tab:blue", label="running average (EMA)")
+    average = list(map(Average(), losses))
+    top.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1, label="training loss of a step")
+    top.plot(steps, average, color=BLUE, label="running average (EMA)")
     if val:
-        top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color="tab:orange", label="validation")
+        top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color=ORANGE, ms=4, label="validation")
+        _mark_best(top, val)
     compared = any("logp_chosen" in record for record in train)
     top.set_ylabel("loss of a comparison" if compared else "loss per labelled token (nats)")
-    top.set_ylim(bottom=0)
-    top.grid(alpha=0.3)
+    _scale(top, [*average, *(r["val_loss"] for r in val)])
+    top.grid(alpha=0.3, which="both")
     top.legend(frameon=False)
-    bottom.plot(steps, [r["lr"] for r in train], color="tab:gray")
+    bottom.plot(steps, [r["lr"] for r in train], color=GRAY)
     bottom.set_ylabel("learning rate")
     bottom.set_ylim(bottom=0)
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -40,11 +46,35 @@ def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
     return figure
 
 
+def _mark_best(axes: Any, val: Sequence[Record]) -> None:
+    """Put a star on the validation with the smallest loss; there is none if no loss is a number."""
+    found = [record for record in val if math.isfinite(record["val_loss"])]
+    if not found:
+        return
+    best = min(found, key=lambda record: record["val_loss"])
+    label = f"best validation, {best['val_loss']:.4g} at step {best['step']:,}"
+    axes.plot([best["step"]], [best["val_loss"]], "*", color=ORANGE, ms=15, mec="black", mew=0.6, label=label, zorder=4)
+
+
+def _scale(axes: Any, losses: Sequence[float]) -> None:
+    """Choose the scale of an axis of losses."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    found = [loss for loss in losses if math.isfinite(loss)]
+    if not found or min(found) <= 0 or max(found) <= 10 * min(found):
+        axes.set_ylim(bottom=0 if not found or min(found) >= 0 else None)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def rewards_figure(records: Sequence[Record], width: float = 8) -> Any | None:
     """Plot the rewards of chosen and rejected answers, of each step and in validations; None without any."""
     from matplotlib.figure import Figure
 
-    sides = {"chosen": "tab:blue", "rejected": "tab:red"}
+    sides = {"chosen": BLUE, "rejected": RED}
     if not any(f"reward_{side}" in record for record in records for side in sides):
         return None
     figure = Figure(figsize=(width, 4), layout="constrained")
@@ -54,7 +84,7 @@ def rewards_figure(records: Sequence[Record], width: float = 8) -> Any | None:
             found = [(record["step"], record[name]) for record in records if name in record]
             alpha = 0.35 if style == "-" else 1.0
             axes.plot(*zip(*found, strict=True), style, color=color, alpha=alpha, label=label) if found else None
-    axes.axhline(0, color="tab:gray", linewidth=1)
+    axes.axhline(0, color=GRAY, linewidth=1)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("reward")
     axes.grid(alpha=0.3)
@@ -69,9 +99,9 @@ def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
     figure = Figure(figsize=(width, 4 if width == 8 else 2.8), layout="constrained")
     axes = figure.subplots()
     axes.locator_params(axis="x", integer=True)
-    axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color="tab:blue")
+    axes.hist(lengths, bins=min(60, max(1, max(lengths) - min(lengths))), color=BLUE)
     if max(lengths) > limit:
-        axes.axvline(limit, color="tab:red", label=f"limit, {limit} tokens")
+        axes.axvline(limit, color=RED, label=f"limit, {limit} tokens")
         axes.legend(frameon=False)
     axes.set_xlabel("tokens of a sample, prompt and answer")
     axes.set_ylabel("samples")
@@ -95,7 +125,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def inline(figure: Any, name: str, says: str) -> str:
-    """Return a figure as SVG to embed in a page, in the page's font.
+    """Return a figure as SVG to embed in a page, in its font and its colours of text and background.
 
     Args:
         name: prefix of its ids, which would clash with those of other figures.
@@ -108,6 +138,8 @@ def inline(figure: Any, name: str, says: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])  # two figures have the same ids
+    for colour, here in (("#000000", "currentColor"), ("#ffffff", "var(--page)")):  # the page may be dark
+        svg = re.sub(rf"(fill|stroke): {colour}", rf"\g<1>: {here}", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(says)}"', svg, count=1)
     return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)

@@ -79,6 +79,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.lora.embeddings import add_noise
     from lit_qlora.lora.layer import add_lora
     from lit_qlora.quantize import Storage
+    from lit_qlora.report import tell
     from lit_qlora.run import dry_run, folder, learning, preferences, resume, saver, summary
     from lit_qlora.run.banner import plan_run, tell_plan
     from lit_qlora.train import parallel
@@ -126,6 +127,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     ):
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start)
+            if checkpoint:
+                tell(f"  resume  from {checkpoint.path}, after step {start:,} of {total:,}; --resume never starts anew")
         storage = Storage(weights_dtype(precision), config.quantize, config.quantize_head)
         model = load(config, storage, fabric.device)
         add_lora(model, config.lora)

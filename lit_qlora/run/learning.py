@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from lit_qlora.evaluate import sample_losses
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.preferences import PairLosses
 from lit_qlora.evaluate.validation import Validator
-from lit_qlora.evaluate.validation_inputs import Probes
+from lit_qlora.evaluate.validation_inputs import Probes, frames
 from lit_qlora.files.atomic import write_text
 from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings
 from lit_qlora.run.plan import Plan, check_fp8
 from lit_qlora.run.preferences import falling
-from lit_qlora.run.reports import one_line
+from lit_qlora.run.reports import Frame, one_line, unframed
 from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, write_log
 from lit_qlora.run.saver import Contents, Saver
 from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, PreferenceRunConfig, TrainConfig
@@ -167,15 +167,17 @@ def learn(
     with caught() as stop, explained(config.out_dir, data.tokenizer, partial(savings, config, data)):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
         write_losses = partial(sample_losses.keep, config.out_dir, data.val_batches)
-        losses: Losses | PairLosses = Losses(fabric, model, data.val_batches, stop, write_losses)
+        losses: Losses | PairLosses = Losses(fabric, model, data.val_batches, stop, write_losses, log.validating)
         if isinstance(objective, Preferences):
             assert data.val is not None
-            losses = PairLosses(fabric, model, validation_pairs(data.val, data.batching), objective, stop)
+            losses = PairLosses(
+                fabric, model, validation_pairs(data.val, data.batching), objective, stop, log.validating
+            )
         measures: list[Measure] = [losses] if data.val_batches else []
-        write = partial(keep_answers, config.out_dir, log)
-        measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop)
+        write = partial(keep_answers, config.out_dir, log, frames(data) if probes.questions else [])
+        measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop, log.validating)
         if probes.ask:
-            tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records)
+            tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records, log.validating)
             measures.append(Dispensable(fabric, model, "eval.tasks", tasks, stop))
         every = eval_every(config.eval, data, total)
         pause_at = None if pause is None else every * math.ceil(pause * total / every)
@@ -225,12 +227,13 @@ def tell_early_end(validator: Validator, log: RunLog, total: int) -> None:
         )
 
 
-def keep_answers(out_dir: Path, log: RunLog, step: int, records: list[Record]) -> None:
+def keep_answers(out_dir: Path, log: RunLog, frames: Sequence[Frame], step: int, records: list[Record]) -> None:
     """Put the answers of a validation into OUT/samples.jsonl, which has each step once, and show a few."""
     write_log(out_dir / SAMPLES, [*read_log(out_dir / SAMPLES, step - 1), *records])
     free = [record for record in records if "wanted" not in record]
     for record in (free or records)[:SHOWN]:
-        log.say(f"  answer  {one_line(record['prompt'], 60)} -> {one_line(record['answer'], 100)}")
+        _, question = unframed(record["prompt"], frames)
+        log.say(f"  answer  {one_line(question, 60)} -> {one_line(record['answer'], 100)}")
 
 
 @contextmanager

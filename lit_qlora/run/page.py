@@ -1,34 +1,65 @@
 """Pages in HTML that load no other file: their style, their frame and their tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+
+from lit_qlora.files.atomic import write_text
+from lit_qlora.files.reading import read_text
 
 Row = Sequence[object]
 
+
+@dataclass(frozen=True)
+class Html:
+    """A cell that is HTML already."""
+
+    html: str
+
+
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 0 auto; padding: 1rem;
-       max-width: 56rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 0; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d8dee4; padding-bottom: .2rem; }
-.sub, .note, dt { color: #57606a; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; margin: 1rem 0; }
-.tile { background: #f6f8fa; border-radius: 6px; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+:root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --soft: #57606a; --box: #f6f8fa; --line: #d8dee4;
+        --good: #1a7f37; --bad: #b35900; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0d1117; --text: #e6edf3; --soft: #9198a1; --box: #161b22; --line: #30363d; --good: #3fb950;
+          --bad: #e3932c; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 0 auto;
+       padding: 1rem; max-width: 60rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+.sub, .note, dt { color: var(--soft); }
+.good { color: var(--good); }
+.bad { color: var(--bad); }
+.tiles { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: .6rem; margin: 1rem 0; }
+.tile { background: var(--box); border-radius: 6px; padding: .6rem .7rem; font-size: .85rem; }
+.tile b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid #eaeef2; white-space: nowrap; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap;
+         vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { font-weight: 600; }
 .data { white-space: pre-wrap; margin: .3rem 0; font-size: .9rem; overflow-wrap: anywhere; }
-.words td { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+.words { width: 100%; }
+.words th { text-align: left; }
+.words td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; }
+.words td:last-child { width: 60%; }
+.texts td:last-child { width: auto; }
+.texts { table-layout: fixed; }
+.scored th:first-child { width: 3rem; }
 svg { width: 100%; max-width: 44rem; height: auto; display: block; margin: 0 auto; }
-pre { background: #f6f8fa; border-radius: 6px; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; }
-.answer { border-left: 3px solid #bf8700; padding: .1rem 0 .1rem .8rem; margin: .9rem 0; overflow-wrap: anywhere; }
-.answer.good { border-color: #1a7f37; }
-.answer p { margin: .2rem 0; white-space: pre-wrap; }
-.answer span { color: #57606a; display: inline-block; min-width: 4.2rem; }
-summary { cursor: pointer; }
+svg text { fill: currentColor; }
+pre { background: var(--box); border-radius: 6px; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; }
+details { margin: .3rem 0; white-space: pre-wrap; }
+td details { font-size: .85em; color: var(--soft); }
+summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 40rem) {
+  .tiles { grid-auto-flow: row; grid-template-columns: 1fr 1fr; }
+  .texts, .texts tbody, .texts tr, .texts td { display: block; width: auto; padding: .1rem 0; border: 0; }
+  .texts tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
+  .texts tr:has(th) { display: none; }
+  .texts td::before { content: attr(data-name) " "; color: var(--soft); } }
 """
 
 
@@ -51,11 +82,30 @@ def sections(parts: Sequence[tuple[str, str]]) -> str:
     return "".join(f"<h2>{escape(title)}</h2>\n{content}\n" for title, content in parts if content)
 
 
+def add_section(path: Path, title: str, content: str) -> None:
+    """Put a section before the first one of a page on the disk."""
+    page = read_text(path)
+    write_text(path, page.replace("<h2>", f"{sections([(title, content)])}<h2>", 1), errors="backslashreplace")
+
+
 def table(rows: Sequence[Row], header: Row = (), kind: str = "") -> str:
-    """Write a table in HTML; the kind "words" wraps its lines."""
+    """Write a table in HTML.
 
-    def line(cells: Row, tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+    Args:
+        kind: "words" wraps its lines; "words texts" also turns each row into a list on a narrow screen.
+    """
+    names = [escape(str(name)) for name in header]
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>" if names else ""
+    lines = "".join(f"<tr>{''.join(_cells(row, names if 'texts' in kind else ()))}</tr>" for row in rows)
+    return f'<div class="wide"><table class="{kind}">{head}{lines}</table></div>'
 
-    head = line(header, "th") if header else ""
-    return f'<div class="wide"><table class="{kind}">{head}{"".join(line(row, "td") for row in rows)}</table></div>'
+
+def _cells(row: Row, names: Sequence[str]) -> Iterator[str]:
+    for number, cell in enumerate(row):
+        name = f' data-name="{names[number]}"' if names else ""
+        yield f"<td{name}>{cell.html if isinstance(cell, Html) else escape(str(cell))}</td>"
+
+
+def folded(summary: str, text: str) -> str:
+    """Show the summary, and the text when it is opened."""
+    return f"<details><summary>{escape(summary)}</summary>{text}</details>"

@@ -1,15 +1,23 @@
 """The reports of a run: a page in Markdown, and a self-contained page in HTML."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from lit_qlora.files.atomic import write_text
-from lit_qlora.report import Record, duration, metrics, short
+from lit_qlora.report import Record, before_and_after, duration, metrics, short, smaller_is_better
 from lit_qlora.run.figures import inline, lengths_figure, losses_figure, rewards_figure
-from lit_qlora.run.page import document, sections, table
+from lit_qlora.run.page import Html, Row, document, folded, sections, table
+
+CHANGES = {"better": "good", "worse": "bad"}
+"""Word for the change of a metric -> its class in a page."""
+LONG_FRAME = 60
+"""Characters of a prompt style around a question from which on they are folded."""
+Frame = tuple[str, str]
+"""Words of a prompt style before and behind a question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,8 @@ class Answer:
     """The model's answer; None if it was not asked, and `score` is then the loss of the wanted answer."""
     score: float
     """chrF of the answer, or the loss."""
+    before: str | None = None
+    """The answer before training, if the model was asked then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,8 @@ class Outcome:
     """The worst answers, worst first."""
     said: Sequence[Record] = field(default=())
     """Answers to eval.prompts, with their steps."""
+    frames: Sequence[Frame] = field(default=())
+    """Words that the prompt style puts around the questions."""
 
     @property
     def facts(self) -> list[tuple[str, Any]]:
@@ -60,16 +72,17 @@ def write_report(path: Path, outcome: Outcome) -> None:
     """Write report.md: the summary, the metrics, the best and worst answers, and the next commands."""
     lines = [f"# {outcome.title}", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in outcome.facts]
-    header, rows = _validations(outcome.records)
-    if rows:
-        lines += ["", f"| {' | '.join(map(str, header))} |", f"|{'---:|' * len(header)}"]
-        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    if rows := before_and_after(outcome.records):
+        lines += ["", "## Before and after", "", *markdown_table(("metric", "before", "after", "best"), rows)]
+    header, validations = _validations(outcome.records)
+    if validations:
+        lines += ["", "## Validations", "", *markdown_table(header, validations)]
     lines += ["", "![losses](loss.png)", ""]
     for title, answers in (("Best", outcome.best), ("Worst", outcome.worst)):
         for answer in answers:
-            said = "" if answer.said is None else f"\n* answer: {one_line(answer.said)}"
-            lines += [f"**{title}, {_score(answer)}:** {one_line(answer.prompt)}", ""]
-            lines += [f"* wanted: {one_line(answer.wanted)}{said}", ""]
+            lines += [f"**{title}, {_score(answer)}:** {one_line(unframed(answer.prompt, outcome.frames)[1])}", ""]
+            said = {"wanted": answer.wanted, "before": answer.before, "after": answer.said}
+            lines += [*(f"* {name}: {one_line(text)}" for name, text in said.items() if text is not None), ""]
     lines += ["## Next", "", "```", outcome.following, "```", ""]
     write_text(path, "\n".join(lines), errors="backslashreplace")
 
@@ -77,22 +90,17 @@ def write_report(path: Path, outcome: Outcome) -> None:
 def write_page(path: Path, outcome: Outcome) -> None:
     """Write report.html: everything about the run in one file that loads no other."""
     summary = outcome.summary
-    names = metrics(outcome.records)
-    tiles = [
-        *((name, f"{short(values[0][1])} → {short(values[-1][1])}") for name, values in list(names.items())[:3]),
-        ("time", duration(summary["seconds"])),
-        ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
-        ("peak memory", f"{summary['peak_gib']:.2f} GiB"),
-        ("trained", f"{summary['trainable_parameters']:,} of {summary['frozen_parameters']:,}"),
-    ]
     header, rows = _validations(outcome.records)
-    kind = "chrF of the answer" if outcome.best and outcome.best[0].said is not None else "loss of the wanted answer"
     rewards = rewards_figure(outcome.records, 6)
     parts = [
         ("Loss", inline(losses_figure(outcome.records, 6), "loss", "Loss and learning rate of each step")),
         ("Rewards", inline(rewards, "rewards", "Rewards of chosen and rejected answers") if rewards else ""),
-        ("Validations", table(rows, header) if rows else ""),
-        (f"Best and worst answers, by {kind}", _answers(outcome)),
+        (
+            "Before and after",
+            table(list(_changes(outcome.records)), ("metric", "before", "after", "best")) if rows else "",
+        ),
+        ("Validations", folded(f"all {len(rows)}", table(rows, header)) if rows else ""),
+        _answers(outcome),
         ("Answers to the prompts", _said(outcome.said)),
         (
             "Data",
@@ -101,13 +109,48 @@ def write_page(path: Path, outcome: Outcome) -> None:
         ),
         ("Next", f"<pre>{escape(outcome.following)}</pre>"),
         ("The run", table([(key, _cell(value)) for key, value in outcome.facts], kind="words")),
-        ("Settings", f"<details><summary>config.yaml</summary><pre>{escape(outcome.config)}</pre></details>"),
+        ("Settings", folded("config.yaml", f"<pre>{escape(outcome.config)}</pre>")),
         ("Versions", table(list(summary["versions"].items()), kind="words")),
         ("Hashes (sha256)", table(list(outcome.hashes.items()), kind="words")),
     ]
-    shown = "".join(f'<div class="tile"><span class="sub">{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in tiles)
-    body = f'<div class="sub">{escape(_subtitle(summary))}</div>\n<div class="tiles">{shown}</div>\n{sections(parts)}'
+    body = f'<div class="sub">{escape(_subtitle(summary))}</div>\n{_tiles(outcome)}\n{sections(parts)}'
     write_text(path, document(outcome.title, body), errors="backslashreplace")
+
+
+def _tiles(outcome: Outcome) -> str:
+    """A row of cards: the first metrics, and what the run took."""
+    summary, tiles = outcome.summary, list[tuple[str, str, str, str]]()
+    for name, before, after, _ in before_and_after(outcome.records)[:3]:
+        word = _change(outcome.records, name)
+        tiles.append((name, after, CHANGES.get(word, "sub"), f"{word}, from {before}" if word else ""))
+    tiles += [
+        ("time", duration(summary["seconds"]), "sub", f"{summary['tokens_per_second']:,.0f} tokens per second"),
+        ("peak memory", f"{summary['peak_gib']:.2f} GiB", "sub", summary["precision"]),
+        ("trained", f"{summary['trainable_parameters']:,}", "sub", f"of {summary['frozen_parameters']:,} parameters"),
+    ]
+    shown = "".join(
+        f'<div class="tile"><span class="sub">{escape(name)}</span><b>{escape(value)}</b>'
+        f'<span class="{kind}">{escape(more)}</span></div>'
+        for name, value, kind, more in tiles
+    )
+    return f'<div class="tiles">{shown}</div>'
+
+
+def _change(records: Sequence[Record], name: str) -> str:
+    """Tell if a metric is better or worse after training than before; '' if it is neither."""
+    values = metrics(records)[name]
+    before, after = values[0][1], values[-1][1]
+    if before == after or math.isnan(before):
+        return ""
+    return "better" if (after < before) == smaller_is_better(name) and not math.isnan(after) else "worse"
+
+
+def _changes(records: Sequence[Record]) -> Iterator[Row]:
+    """Rows of the table of metrics; the value after training has a colour if it is better or worse."""
+    for name, before, after, best in before_and_after(records):
+        word = _change(records, name)
+        shown = Html(f'<span class="{CHANGES[word]}" title="{word}">{escape(after)}</span>') if word else after
+        yield name, before, shown, best
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
@@ -124,32 +167,67 @@ def _validations(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]
     ]
 
 
-def _answers(outcome: Outcome) -> str:
-    blocks = []
-    for kind, answers in (("good", outcome.best), ("bad", outcome.worst)):
-        for answer in answers:
-            said = "" if answer.said is None else f"<p><span>answer</span>{escape(answer.said)}</p>"
-            blocks.append(
-                f'<div class="answer {kind}"><p class="note">{_score(answer)}</p>'
-                f"<p>{escape(answer.prompt)}</p>{said}<p><span>wanted</span>{escape(answer.wanted)}</p></div>"
-            )
-    return "\n".join(blocks)
+def _answers(outcome: Outcome) -> tuple[str, str]:
+    """Title and table of the best and the worst answers."""
+    answers = [*outcome.best, *outcome.worst]
+    if not answers:
+        return "", ""
+    asked = answers[0].said is not None
+    early = any(answer.before is not None for answer in answers)
+    kinds = ["good"] * len(outcome.best) + ["bad"] * len(outcome.worst)
+    rows = [
+        [
+            Html(f'<span class="answer {kind}">{answer.score:.2f}</span>'),
+            _question(answer.prompt, outcome.frames),
+            *([answer.before or ""] if early else []),
+            *([answer.said] if asked else []),
+            answer.wanted,
+        ]
+        for kind, answer in zip(kinds, answers, strict=True)
+    ]
+    header = ["chrF" if asked else "loss", "prompt", *["before"] * early, *["after"] * asked, "wanted"]
+    note = "" if asked else '<p class="note">--eval.generate 20 has a run answer, before training and after it.</p>'
+    kind = "chrF of the answer" if asked else "loss of the wanted answer"
+    return f"Best and worst answers, by {kind}", note + table(rows, header, "words texts scored")
 
 
 def _said(said: Sequence[Record]) -> str:
-    blocks = []
-    for prompt in dict.fromkeys(record["prompt"] for record in said):
-        lines = "".join(
-            f"<p><span>step {record['step']}</span> {escape(record['answer'])}</p>"
-            for record in said
-            if record["prompt"] == prompt
-        )
-        blocks.append(f'<div class="answer"><p>{escape(prompt)}</p>{lines}</div>')
-    return "\n".join(blocks)
+    steps = sorted({record["step"] for record in said})
+    texts = {(record["prompt"], record["step"]): record["answer"] for record in said}
+    prompts = list(dict.fromkeys(record["prompt"] for record in said))
+    header = ["prompt", *(f"after {step:,} steps" if step else "before" for step in steps)]
+    rows = [[prompt, *(texts.get((prompt, step), "") for step in steps)] for prompt in prompts]
+    return table(rows, header, "words texts") if rows else ""
+
+
+def unframed(prompt: str, frames: Sequence[Frame]) -> tuple[str, str]:
+    """Take the words of the prompt style off a prompt.
+
+    Returns:
+        These words, and the question between them; '' and the prompt if it has none of the frames.
+    """
+    for before, behind in sorted(frames, key=lambda frame: -len(frame[0])):
+        if prompt.startswith(before) and prompt.endswith(behind) and len(prompt) >= len(before) + len(behind):
+            return f"{before}...{behind}", prompt[len(before) : len(prompt) - len(behind)].strip()
+    return "", prompt
+
+
+def _question(prompt: str, frames: Sequence[Frame]) -> Html:
+    """Show a question; a long frame around it is folded, a short one stays."""
+    frame, question = unframed(prompt, frames)
+    if len(frame) < LONG_FRAME:
+        return Html(escape(prompt))
+    return Html(escape(question) + folded("in its prompt", escape(frame)))
 
 
 def _paragraphs(lines: Sequence[str]) -> str:
     return "".join(f'<p class="data">{escape(line)}</p>' for line in lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Write the lines of a table in Markdown."""
+    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
 def _score(answer: Answer) -> str:

@@ -16,15 +16,15 @@ from lit_qlora.checkpoint.checkpoint import content_hash, count_parameters
 from lit_qlora.commands import spell
 from lit_qlora.data import RunData
 from lit_qlora.evaluate.measures import best_and_worst
-from lit_qlora.evaluate.validation_inputs import question
+from lit_qlora.evaluate.validation_inputs import frames, question
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.manifest import read_manifest
 from lit_qlora.lora.elsewhere import read_caveats
 from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
-from lit_qlora.report import Record, RunLog, duration, metrics, short, smaller_is_better, tell
+from lit_qlora.report import Record, RunLog, before_and_after, duration, metrics, short, smaller_is_better, tell
 from lit_qlora.run.figures import plot_losses
-from lit_qlora.run.reports import Answer, Outcome, one_line, write_page, write_report
+from lit_qlora.run.reports import Answer, Frame, Outcome, one_line, unframed, write_page, write_report
 from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
 from lit_qlora.settings import FinetuneConfig, LoRAConfig
@@ -43,7 +43,9 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     log.close()
     summary = summarize(model, config.lora, config.quantize, config.precision, log.records)
     warning, following = advise(config, log.records)
-    best, worst = list[Answer](), list[Answer]()
+    best: Sequence[Answer] = ()
+    worst: Sequence[Answer] = ()
+    around: Sequence[Frame] = ()
     try:
         outcome = _outcome(
             config,
@@ -54,7 +56,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
             summary,
             f"# {warning}\n{following}" if warning else following,
         )
-        best, worst = list(outcome.best), list(outcome.worst)
+        best, worst, around = outcome.best, outcome.worst, outcome.frames
         write_pages(outcome, out_dir)
     except Exception as error:  # the adapter is saved, and a report is not worth the status of the run
         tell(f"  note    there is no whole report ({type(error).__name__}: {error})", sys.stderr)
@@ -64,8 +66,8 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     link = f"   best {out_dir / BEST} -> {(out_dir / BEST).readlink()}" if (out_dir / BEST).is_symlink() else ""
     lines = [
         *table(log.records),
-        *(f"  best    {_shortly(answer)}" for answer in best if answer.said is not None),
-        *(f"  worst   {_shortly(answer)}" for answer in worst if answer.said is not None),
+        *_shortly(best, "best", around),
+        *_shortly(worst, "worst", around),
         f"done    {duration(summary['seconds'])}   {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} "
         f"per second   peak {summary['peak_gib']:.2f} GiB",
         *beside_published(config.published.get(summary["base"], {}), summary),
@@ -142,6 +144,7 @@ def _outcome(
         following=following,
         best=best,
         worst=worst,
+        frames=frames(data),
         said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
     )
 
@@ -208,11 +211,17 @@ def best_and_worst_answers(
     """Sort by chrF if the model answered validation samples, else by the loss of the wanted answers."""
     compared = [record for record in said if "wanted" in record]
     if compared:
-        last = compared[-1]["step"]
+        early, late = ([r for r in compared if r["step"] == step] for step in (0, compared[-1]["step"]))
+        before = {r["prompt"]: r["answer"] for r in early} if early != late else {}
         answers = [
-            Answer(prompt=r["prompt"], wanted=r["wanted"], said=r["answer"], score=r["chrf"])
-            for r in compared
-            if r["step"] == last
+            Answer(
+                prompt=r["prompt"],
+                wanted=r["wanted"],
+                said=r["answer"],
+                score=r["chrf"],
+                before=before.get(r["prompt"]),
+            )
+            for r in late
         ]
         answers.sort(key=lambda answer: -answer.score)
         best = answers[: min(SHOWN, -(-len(answers) // 2))]
@@ -243,12 +252,10 @@ def write_pages(outcome: Outcome, out_dir: Path) -> None:
 
 def table(records: Sequence[Record]) -> list[str]:
     """Make a table with a line for each metric: before training, after it, and the best."""
-    rows = [("", "before", "after", "best")]
-    for name, values in metrics(records).items():
-        step, best = (min if smaller_is_better(name) else max)(values, key=lambda pair: pair[1])
-        rows.append((name, short(values[0][1]), short(values[-1][1]), f"{short(best)} (step {step})"))
-    if len(rows) == 1:
+    rows = before_and_after(records)
+    if not rows:
         return []
+    rows.insert(0, ("", "before", "after", "best"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
         "  "
@@ -257,5 +264,11 @@ def table(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _shortly(answer: Answer) -> str:
-    return f"chrF {answer.score:.2f}  {one_line(answer.prompt, 60)} -> {one_line(answer.said or '', 60)}"
+def _shortly(answers: Sequence[Answer], kind: str, frames: Sequence[Frame]) -> list[str]:
+    """Write a line for each of some answers, unless the model was not asked."""
+    return [
+        f"  {kind:<7} chrF {answer.score:.2f}  {one_line(unframed(answer.prompt, frames)[1], 60)} -> "
+        f"{one_line(answer.said, 60)}"
+        for answer in answers
+        if answer.said is not None
+    ]

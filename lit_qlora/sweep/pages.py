@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from colorsys import hls_to_rgb
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,8 @@ def page(results: Results, curves: Any, lines: Any) -> str:
 
 
 def colours(count: int) -> list[Any]:
-    """One colour a row, from dark for the best to light for the worst."""
-    from matplotlib import colormaps
-
-    scale = colormaps["viridis"]
-    return [scale(0.9 * number / max(1, count - 1)) for number in range(count)]
+    """One colour a row, from blue for the best to red for the worst; all can be seen on white and on black."""
+    return [hls_to_rgb(0.6 * (1 - number / max(1, count - 1)), 0.47, 0.6) for number in range(count)]
 
 
 def label(results: Results, row: Row) -> str:

@@ -1,5 +1,6 @@
 """What a run leaves to look at: the pictures, the page in Markdown, and the page that needs no other file."""
 
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 
 from lit_qlora.run.figures import inline, lengths_figure, losses_figure, plot_losses
-from lit_qlora.run.reports import Answer, Outcome, one_line, write_page, write_report
+from lit_qlora.run.page import add_section, table
+from lit_qlora.run.reports import Answer, Outcome, one_line, unframed, write_page, write_report
 from tests.test_report import VAL, step
 
+FRAME = ("Below is an instruction that describes a task. Write a response.\n\n### Instruction:\n", "\n\n### Response:")
 SUMMARY = {
     "base": "a/b",
     "adapter": "bnb.nf4 + LoRA r=8 on query,value",
@@ -87,16 +90,31 @@ def test_the_picture_is_a_png_of_sane_size(tmp_path: Path, records: list) -> Non
     assert 5_000 < len(content) < 200_000
 
 
-def test_the_picture_shows_each_loss_its_average_the_validations_and_the_rate() -> None:
-    records = [step(1, 4.0), VAL, step(2, 2.0)]
+def test_the_picture_shows_each_loss_its_average_the_validations_the_best_and_the_rate() -> None:
+    records = [step(1, 4.0), VAL, step(2, 2.0), {"step": 4, "val_loss": 1.25}, {"step": 6, "val_loss": math.nan}]
     top, bottom = losses_figure(records).axes
-    lines = {
-        line.get_label(): line.get_ydata().tolist() if hasattr(line.get_ydata(), "tolist") else line.get_ydata()
-        for line in top.lines
-    }
-    assert [list(values) for values in lines.values()] == [[4.0, 2.0], [4.0, pytest.approx(3.8)], [1.5]]
-    assert [word.split()[0] for word in lines] == ["training", "running", "validation"]
+    lines = [list(line.get_ydata()) for line in top.lines]
+    average = (0.9 * 4 + 2) / 1.9
+    assert lines == [
+        [4.0, 2.0],
+        [4.0, pytest.approx(average)],
+        [1.5, 1.25, pytest.approx(math.nan, nan_ok=True)],
+        [1.25],
+    ]
+    assert [str(line.get_label()).split()[0] for line in top.lines] == ["training", "running", "validation", "best"]
+    assert list(top.lines[-1].get_xdata()) == [4]
     assert list(bottom.lines[0].get_ydata()) == [3e-4, 3e-4]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "scale"), [(4.0, 0.1, "log"), (4.0, 0.41, "linear"), (4.0, -1.0, "linear"), (0.0, 9.0, "linear")]
+)
+def test_the_axis_of_losses_is_logarithmic_if_they_span_more_than_a_factor_of_ten(
+    first: float, last: float, scale: str
+) -> None:
+    top = losses_figure([step(1, first), {"step": 1, "val_loss": last}]).axes[0]
+    assert top.get_yscale() == scale
+    assert top.get_ylim()[0] <= min(first, last)
 
 
 def test_the_markdown_page_holds_the_summary_the_validations_and_what_to_type_next(tmp_path: Path) -> None:
@@ -107,6 +125,8 @@ def test_the_markdown_page_holds_the_summary_the_validations_and_what_to_type_ne
     for line in ("# LoRA on <a/b>", "| base | a/b |", "| steps | 1,234 |", "| train loss | 0.5 |"):
         assert line in lines
     for line in ("| step | val_loss | val_ppl |", "| 3 | 1.5000 | 4.4800 |", "**Best, chrF 1.00:** Q: a b"):
+        assert line in lines
+    for line in ("| metric | before | after | best |", "| val_loss | 1.5000 | 1.2500 | 1.2500 (step 4) |"):
         assert line in lines
     assert "![losses](loss.png)" in page
     assert "python x.py" in page
@@ -136,7 +156,7 @@ def test_the_page_shows_curves_lengths_answers_settings_versions_and_hashes(tmp_
     assert page.count("<svg") == 2
     for text in ("LoRA on <a/b>", "loss per labelled token", "validation", "tokens of a sample", "limit, 6 tokens"):
         assert text in words
-    for text in ("1.5000 → 1.2500", "chrF 0.90", "<b>", "s2", "w2", "a0", "a4", "seed: 1", "2.13.0", "0123abcd"):
+    for text in ("better, from 1.5000", "0.90", "<b>", "s2", "w2", "a0", "a4", "seed: 1", "2.13.0", "0123abcd"):
         assert text in words
     assert "python x.py --a <b>" in words
     assert words.count("p3") == 1
@@ -146,8 +166,53 @@ def test_without_answers_the_page_says_where_the_loss_is_small_and_large(tmp_pat
     write_page(tmp_path / "report.html", outcome(best=[Answer(prompt="p", wanted="w", said=None, score=0.25)]))
     words = Reader((tmp_path / "report.html").read_text()).words
     assert "by loss of the wanted answer" in words
-    assert "loss 0.250" in words
-    assert "said" not in words
+    assert "0.25" in words
+    assert "--eval.generate 20" in words
+
+
+def test_an_answer_stands_beside_the_one_before_training_and_the_wanted_one(tmp_path: Path) -> None:
+    best = [Answer(prompt=f"{FRAME[0]}Why?{FRAME[1]}", wanted="w1", said="s1", score=0.9, before="b1")]
+    write_page(tmp_path / "report.html", outcome(best=best, frames=[FRAME]))
+    page = (tmp_path / "report.html").read_text()
+    cells = re.findall(r'<td data-name="(\w+)">(.*?)</td>', page)
+    assert [(name, re.sub("<.*?>", "", text)) for name, text in cells if name not in ("chrF", "prompt")] == [
+        ("before", "b1"),
+        ("after", "s1"),
+        ("wanted", "w1"),
+    ]
+    assert re.search(r"Why\?<details>.*?Below is an instruction.*?</details>", page, re.DOTALL)
+    assert page.count("Below is an instruction") == 1
+
+
+def test_the_words_of_a_prompt_style_are_taken_off_a_prompt() -> None:
+    frames = [("Q: ", "\nA:"), ("Q: Now: ", "\nA:")]
+    assert unframed("Q: Now: what?\nA:", frames) == ("Q: Now: ...\nA:", "what?")
+    assert unframed("Q: what?\nA:", frames) == ("Q: ...\nA:", "what?")
+    assert unframed("what?", frames) == ("", "what?")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"), [(1.5, 1.25, "better"), (1.5, 1.75, "worse"), (1.5, math.nan, "worse")]
+)
+def test_a_card_says_if_a_metric_is_better_or_worse(before: float, after: float, word: str, tmp_path: Path) -> None:
+    records = [{"step": 0, "val_loss": before}, {"step": 2, "val_loss": after}]
+    write_page(tmp_path / "report.html", outcome(records=records))
+    assert f">{word}, from 1.5000<" in (tmp_path / "report.html").read_text()
+
+
+def test_a_section_that_is_added_to_a_page_comes_first(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_page(path, outcome())
+    add_section(path, "Tasks <1>", table([["base", 0.25]], ["model", "accuracy"]))
+    words = Reader(path.read_text()).words
+    assert words.index("Tasks <1>") < words.index("accuracy") < words.index("Loss")
+
+
+def test_a_page_is_dark_where_the_reader_asks_for_it_and_so_are_its_figures(tmp_path: Path) -> None:
+    write_page(tmp_path / "report.html", outcome())
+    page = (tmp_path / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    assert not re.findall(r"(?:fill|stroke): #(?:000000|ffffff)", page)
 
 
 def test_a_page_of_a_run_without_validation_has_no_such_sections(tmp_path: Path) -> None:

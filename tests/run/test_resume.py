@@ -506,6 +506,7 @@ def test_f16_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert named in said
     assert "The one before it is used." in said
     assert "steps 5 to 8" in said
+    assert f"  resume  from {out}/step-000004, after step 4 of 8; --resume never starts anew\n" in said
     assert ending(out) == whole
 
 

@@ -109,6 +109,7 @@ OTHER_NAMES = {
     "--gradient_accumulation_steps": "--train.batch_size, the samples of a whole step",
     "--grad_accumulation": "--train.batch_size, the samples of a whole step",
     "--optim": "--optimizer.name",
+    "--rope_scaling": "--lora.rope_scaling",
     "--save_steps": "--train.save_every",
     "--save_total_limit": "--train.keep_last",
     "--eval_steps": "--eval.every",

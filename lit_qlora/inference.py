@@ -433,6 +433,7 @@ def load_roster(
     """
     from lit_qlora.lora.adapter import check_base, read_adapter
     from lit_qlora.lora.adapter_switch import AdapterSwitch
+    from lit_qlora.model.rope_scaling import scale
 
     base = config.base.resolve().name
     paths = {name: adapter_folder(path) for name, path in adapters.items()}
@@ -449,6 +450,9 @@ def load_roster(
         check_base(read[name], config.base)
     scheme, head = config.storage
     loaded = load_for_inference(config.base, quantize=scheme, quantize_head=head, precision=config.precision)
+    contexts = {adapter.config.rope for adapter in read.values()}
+    if len(contexts) == 1:  # the base answers with the context of its adapters, so that they share it
+        scale(loaded.model, *contexts.pop())
     switch = AdapterSwitch(loaded.model)
     for name, adapter in read.items():
         switch.add(name, adapter)

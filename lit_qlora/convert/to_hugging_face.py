@@ -38,6 +38,8 @@ ARCHITECTURES = {
 """Family -> the model's class in config.json; tools other than transformers go by it."""
 DTYPE = ("dtype", "torch_dtype")
 """Names of one key of config.json, in newer and in older versions of transformers."""
+ROPE = ("rope_scaling", "rope_factor", "rope_original_block_size", "rope_attention_factor")
+"""Fields that scaled positions change, beside block_size."""
 HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -110,6 +112,10 @@ def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, 
         if getattr(said, ours) != getattr(config, ours):
             for table in [table for table in tables if key in table] or [home]:
                 table[key] = getattr(config, ours)
+    if any(getattr(said, name) != getattr(config, name) for name in ROPE):
+        rope = text.get("rope_parameters")  # as transformers 5 writes it
+        text |= their_context(config)
+        text |= {"rope_parameters": rope | scaling_table(config)} if rope else {"rope_scaling": scaling_table(config)}
     sizes = Counter[torch.dtype]()
     for spec in specs.values():
         sizes[spec.dtype] += spec.numel()
@@ -119,6 +125,8 @@ def their_config(checkpoint_dir: Path, config: ModelConfig, specs: Mapping[str, 
     for table in tables:
         table |= {key: dtype for key in DTYPE if key in table}
     described, meant = asdict(read_config(theirs, config.name)), asdict(config)
+    if config.rope_scaling == "dynamic":
+        meant["block_size"] = described["block_size"]
     if wrong := [name for name in meant if described[name] != meant[name]]:
         raise CheckpointError(
             f"{path if path.is_file() else checkpoint_dir}: a config.json of {config.family} would say "
@@ -136,14 +144,25 @@ def _new_config(config: ModelConfig) -> dict[str, Any]:
     if config.family in ARCHITECTURES:
         theirs["architectures"] = [ARCHITECTURES[config.family]]
     if config.rope_scaling != "none":
-        theirs["rope_scaling"] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-    if config.rope_scaling == "llama3":
-        theirs["rope_scaling"] |= {
-            "low_freq_factor": config.rope_low_freq_factor,
-            "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_block_size,
-        }
+        theirs |= {"rope_scaling": scaling_table(config), **their_context(config)}
     return theirs
+
+
+def scaling_table(config: ModelConfig) -> dict[str, Any]:
+    """The keys of rope_parameters, or of rope_scaling before transformers 5, by which RoPE is scaled."""
+    table: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling in ("llama3", "yarn"):
+        table["original_max_position_embeddings"] = config.rope_original_block_size
+    if config.rope_scaling == "llama3":
+        table |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
+    return table
+
+
+def their_context(config: ModelConfig) -> dict[str, int]:
+    """Their key of the context's length; where scaling is dynamic it is the length that the scaling starts from."""
+    key = family_of(config).fields["block_size"]
+    length = config.rope_original_block_size if config.rope_scaling == "dynamic" else config.block_size
+    return {key if isinstance(key, str) else "max_position_embeddings": length}
 
 
 def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:

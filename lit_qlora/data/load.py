@@ -29,6 +29,7 @@ from lit_qlora.data.sources import Source, find_sources, fingerprint, sha256
 from lit_qlora.errors import DataError, UsageError
 from lit_qlora.files import cache_folder
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.rope_scaling import scaled
 from lit_qlora.prompts.style import STYLES, Style, find_style, read_style
 from lit_qlora.prompts.tokenizer import FILES, Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig
@@ -77,7 +78,7 @@ def read_data(config: FinetuneConfig) -> RunData:
     Raises:
         UsageError, DataError, CheckpointError: for everything that can be known before a weight is loaded.
     """
-    model, data = ModelConfig.load(config.checkpoint_dir), config.data
+    model, data = model_of(config), config.data
     max_length = length_limit(data, model)
     tokenizer = Tokenizer(config.checkpoint_dir)
     seed = config.seed if data.seed is None else data.seed
@@ -99,6 +100,16 @@ def read_data(config: FinetuneConfig) -> RunData:
         audit=loaded.audit,
         files=loaded.files,
     )
+
+
+def model_of(config: FinetuneConfig) -> ModelConfig:
+    """The base of a run with the context that it gets.
+
+    Raises:
+        CheckpointError: if there is no checkpoint.
+        UsageError: if its positions cannot be scaled.
+    """
+    return scaled(ModelConfig.load(config.checkpoint_dir), *config.lora.rope)
 
 
 def batching_of(
@@ -136,8 +147,10 @@ def length_limit(data: DataConfig, model: ModelConfig | None) -> int:
     """
     max_length = data.max_length or min(model.block_size if model else DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if model and max_length > model.block_size:
+        can_grow = model.positions == "rope" and model.rope_scaling == "none"
+        longer = "\n--lora.rope_scaling yarn --lora.rope_factor 4 makes it four times as long." if can_grow else ""
         raise UsageError(
-            f"data.max_length {max_length} exceeds the {model.block_size} tokens of {model.name}'s context."
+            f"data.max_length {max_length} exceeds the {model.block_size} tokens of {model.name}'s context.{longer}"
         )
     if data.pack_length is not None and data.pack_length < max_length - 1:
         raise UsageError(f"data.pack_length {data.pack_length} has no room for a sample of {max_length} tokens.")

@@ -9,11 +9,10 @@ from lit_qlora.data.audit import MOST, audit
 from lit_qlora.data.batches import order, validation_batches
 from lit_qlora.data.cache import Encoded
 from lit_qlora.data.comparisons import CHOSEN, ELSEWHERE, REJECTED, Comparisons, Layout, shared_tokens
-from lit_qlora.data.load import RunData, batching_of, choose_style, encode_source, length_limit, split
+from lit_qlora.data.load import RunData, batching_of, choose_style, encode_source, length_limit, model_of, split
 from lit_qlora.data.samples import Counts, Sample, Samples
 from lit_qlora.data.sources import find_sources
 from lit_qlora.errors import DataError
-from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig, PreferenceConfig
 
@@ -27,7 +26,7 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
     Raises:
         UsageError, DataError, CheckpointError: for everything that can be known before a weight is loaded.
     """
-    model, data = ModelConfig.load(config.checkpoint_dir), config.data
+    model, data = model_of(config), config.data
     tokenizer, style = Tokenizer(config.checkpoint_dir), choose_style(data, config.checkpoint_dir)
     most, seed = length_limit(data, model), config.seed if data.seed is None else data.seed
     kind = "pairs" if how.published.paired else "singly"

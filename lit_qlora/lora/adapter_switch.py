@@ -121,6 +121,12 @@ class AdapterSwitch:
                 f"{adapter.path} has embeddings of its own, so it cannot share a base with others.\n"
                 "Merge it (scripts/merge_lora.py) and serve the merged model."
             )
+        config, wanted = self.model.config, adapter.config
+        if wanted.rope_scaling != "none" and wanted.rope != (config.rope_scaling, config.rope_factor):
+            raise UsageError(
+                f"{adapter.path} has a context of its own (rope_scaling {wanted.rope_scaling}), so it cannot share "
+                "a base with others that have not.\nServe it alone, or merge it (scripts/merge_lora.py)."
+            )
         tensors = our_tensors(adapter, self.model.config)
         layers = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype

@@ -5,17 +5,23 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from lit_qlora.convert.to_hugging_face import scaling_table, their_context
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts.style import Style
 from lit_qlora.settings import LoRAConfig
 
 CARD = "README.md"
+SCALED = """\
+config = AutoConfig.from_pretrained({base})
+config.rope_parameters |= {table}
+config.update({context})
+"""
 PYTHON = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {config}AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto"){resized}
+{scaled}model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto"{given}){resized}
 model = PeftModel.from_pretrained(model, ".")
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})
 ```
@@ -36,10 +42,15 @@ def adapter_card(config: LoRAConfig, model: ModelConfig, style: Style | None, fa
         "prompt style": style.name if style else "",
         "steps": str(facts.get("step", "")),
     }
-    new = facts.get("new_tokens")
+    new, scaled = facts.get("new_tokens"), config.rope_scaling != "none"
+    longer = f"{model.block_size} tokens ({config.rope_scaling}, {config.rope_factor:g} times)"
+    rows["context"] = longer if scaled else ""
     rows["new tokens"] = ", ".join(f"`{name}`" for name in new or ()).replace("|", "\\|")
     python = PYTHON.format(
         base=base,
+        config="AutoConfig, " if scaled else "",
+        scaled=SCALED.format(base=base, table=scaling_table(model), context=their_context(model)) if scaled else "",
+        given=", config=config" if scaled else "",
         resized=f"\nmodel.resize_token_embeddings({model.vocab_size})" if new else "",
         tokenizer='"."' if new else base,
     )

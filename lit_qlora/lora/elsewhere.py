@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.files.reading import read_json
 from lit_qlora.lora.adapter import PEFT_CONFIG
 
@@ -14,7 +15,10 @@ HEADS = ("lm_head", "embed_out")
 
 def read_caveats(folder: Path, tied_head: bool) -> list[str]:
     """The caveats of the adapter that is saved in `folder`."""
-    return caveats(read_json(folder / PEFT_CONFIG), tied_head)
+    lora = read_json(folder / MANIFEST).get("lora", {}) if (folder / MANIFEST).is_file() else {}
+    alone = "No other program knows this adapter's context without the lines in its README.md. Merge it first."
+    context = [alone] if lora.get("rope_scaling", "none") != "none" else []
+    return context + caveats(read_json(folder / PEFT_CONFIG), tied_head)
 
 
 def caveats(adapter_config: Mapping[str, Any], tied_head: bool) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_qlora.errors import UsageError
 from lit_qlora.lora.embeddings import TrainedEmbedding, TrainedHead, train_embeddings
 from lit_qlora.model.mlp import MoE, Router
+from lit_qlora.model.rope_scaling import scale
 from lit_qlora.quantize import frozen_weight
 from lit_qlora.settings import LoRAConfig, first_match
 
@@ -110,6 +111,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
     chosen = [path for path in linears if found[path] and _is_chosen(path, blocks, config)]
     _check_routers(config, linears, chosen)
     _check_patterns(config, chosen)
+    scale(model, *config.rope)
     model.requires_grad_(False)
     for path in chosen:
         kind = LoRARouter if isinstance(linears[path], Router) else LoRALinear

@@ -23,6 +23,7 @@ from lit_qlora.lora.initialization import rest_of
 from lit_qlora.lora.layer import LoRALinear, add_lora, lengths, lora_state
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.rope_scaling import scale, scaled
 from lit_qlora.prompts import tokenizer
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
 from lit_qlora.quantize import QuantizedLinear, Storage
@@ -138,7 +139,8 @@ class Merge:
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
             if weight >= 0 or not _was_merged(adapter, checkpoint_dir):
                 check_base(adapter, checkpoint_dir)
-        self.config = ModelConfig.load(checkpoint_dir)
+        own = self.adapters[0].config
+        self.config = scaled(ModelConfig.load(checkpoint_dir), *own.rope)
         states = [our_tensors(adapter, self.config) for adapter in self.adapters]
         for adapter, state in zip(self.adapters, states, strict=True):
             if not any(bool(t.any()) for name, t in state.items() if name.endswith(".lora_b")):
@@ -189,6 +191,9 @@ class Merge:
 
         It may also be one onto the original that is to be one onto the quantised base, which changes more weights.
         """
+        own = self.adapters[0].config
+        if model.config.rope_scaling != self.config.rope_scaling:
+            scale(model, *own.rope)
         for name in self.changed:
             path, _, field = name.rpartition(".")
             module = model.get_submodule(path)
@@ -330,9 +335,10 @@ def _added(
         UsageError: for an adapter that is no sum with its base, but is to be added to another or weighed.
     """
     for adapter in adapters if len(adapters) > 1 or weights[0] != 1 else ():
-        if adapter.config.dora or adapter.config.train_tokens or adapter.config.train_embeddings:
+        config = adapter.config
+        if config.dora or config.train_tokens or config.train_embeddings or config.rope_scaling != "none":
             raise UsageError(
-                f"{adapter.path} holds embeddings or lengths of rows (DoRA), which replace those of the base.\n"
+                f"{adapter.path} holds embeddings, lengths of rows (DoRA) or a context, which replace the base's.\n"
                 "It can be merged alone and with weight 1 only."
             )
     layers = dict.fromkeys(

@@ -300,6 +300,10 @@ def check_layers(model: ModelConfig, config: LoRAConfig) -> str:
     gates = [_homes(layer, family_of(model))[0].module for layer in layers if layer.endswith(".query_gate")]
     if model.n_expert and gates and _leaf(gates[0]) == "gate_proj":
         return f"PEFT 0.21 takes {gates[0]} for an expert's: it refuses this adapter; here and merged it counts."
+    if config.rope_scaling != "none":
+        return (
+            "PEFT knows no RoPE scaling of an adapter: the folder's README.md has the lines that give it to the base."
+        )
     if _trains_head_rows(model, config) and model.head_bias:
         return "PEFT 0.21 forgets the bias of a head whose rows learn; here and merged it counts."
     if config.dora and model.n_expert and any(".mlp." in layer for layer in layers):
@@ -361,7 +365,7 @@ def from_peft(
         CheckpointError: for a tensor without a layer in this model, or a missing tensor.
     """
     skeleton = GPT.skeleton(model)
-    add_lora(skeleton, config)
+    add_lora(skeleton, replace(config, rope_scaling="none", rope_factor=1.0))  # `model` is perhaps scaled already
     shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
     tensors = _as_in_wrapper(tensors, model, location)
     if any(map(is_single, map(_module_of, tensors))):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_qlora import cli
 from lit_qlora.checkpoint.checkpoint import count_parameters, load_stored
 from lit_qlora.data import Batch, validation_batches
-from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source, length_limit, load
+from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source, length_limit, load, model_of
 from lit_qlora.data.preferences import read_preferences
 from lit_qlora.data.prepared import choose_data
 from lit_qlora.data.samples import Samples
@@ -77,7 +77,7 @@ def _validated(settings: Path, checkpoint_dir: Path) -> tuple[dict[str, str], Sa
         return run.files, run.val.samples.take(run.val.bounds[:-1].tolist())
     config = cli.parse(FinetuneConfig, ["--config", str(settings)])
     data = choose_data(config.data, checkpoint_dir)
-    most = length_limit(data, ModelConfig.load(checkpoint_dir))
+    most = length_limit(data, model_of(replace(config, checkpoint_dir=checkpoint_dir)))
     seed = config.seed if data.seed is None else data.seed
     loaded = load(data, checkpoint_dir, Tokenizer(checkpoint_dir), most, seed)
     return loaded.files, loaded.val

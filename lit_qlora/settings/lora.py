@@ -4,14 +4,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from lit_qlora.settings.checks import Settings, check
-from lit_qlora.settings.limits import Count, CountOrZero, Pattern, Positive, ShareBelowOne
+from lit_qlora.settings.limits import FINITE, Count, CountOrZero, Pattern, Positive, ShareBelowOne, at_least
 
 Target = Literal[
     "query", "key", "value", "latent", "projection", "delta", "conv", "per_layer", "mlp", "router", "head", "all"
 ]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -67,6 +68,12 @@ class LoRAConfig(Settings):
     """Train the output head's rows of train_tokens too, which a model needs to say new tokens."""
     train_embeddings: bool = False
     """Train all embeddings too."""
+    rope_scaling: RopeScaling = "none"
+    """Lengthen the context of the base under the adapter by scaling its rotary positions: 'yarn' (Peng et al. 2023),
+    'linear' (Chen et al. 2023), 'dynamic' (NTK-aware; shorter texts stay as they are) or 'llama3'. The adapter's folder
+    and what is merged and exported know it."""
+    rope_factor: Annotated[float, at_least(1), FINITE] = 1.0
+    """With rope_scaling, how many times as long the context becomes, e.g. 4."""
     start: Path | None = None
     """Start from this adapter folder, ours or PEFT's. Its settings replace the ones above, except dropout."""
 
@@ -77,6 +84,11 @@ class LoRAConfig(Settings):
     def scale(self, layer: str) -> float:
         """Return the factor of B A in the layer with this path."""
         return first_match(self.alpha_pattern, layer, self.alpha) / self.rank(layer) ** (0.5 if self.rslora else 1)
+
+    @property
+    def rope(self) -> tuple[RopeScaling, float]:
+        """The kind and the factor of scaled positions."""
+        return self.rope_scaling, self.rope_factor
 
     def __post_init__(self) -> None:
         """Check that no setting would be without effect."""
@@ -105,6 +117,11 @@ class LoRAConfig(Settings):
             not (self.train_head_rows and "head" in self.targets),
             "lora.train_head_rows: the head cannot have an adapter and be trained as well.\n"
             "Leave head out of lora.targets.",
+        )
+        check(
+            (self.rope_scaling != "none") == (self.rope_factor > 1),
+            f"lora.rope_scaling {self.rope_scaling} and lora.rope_factor {self.rope_factor:g} contradict each other.\n"
+            "Give a kind and a factor above 1, or neither.",
         )
         check(
             bool(self.targets), "lora.targets is empty, so nothing would be trained. Name at least one: [query,value]."

@@ -24,7 +24,7 @@ ESTIMATE_AFTER = 5
 SMALLER_IS_BETTER = {
     *("val_loss", "val_ppl", "kl_to_base", "perplexity", "word_perplexity", "byte_perplexity"),
     *("bits_per_byte", "brier_score", "ter", "wer", "cer", "mse", "mae", "val_reward_rejected", "val_logp_rejected"),
-    "val_kl",
+    *("val_kl", "val_cross_entropy", "val_teacher_kl"),
 }
 """Metrics of validations that are errors; a task's metrics are named TASK/METRIC."""
 
@@ -194,6 +194,8 @@ class RunLog:
     def _progress(self, record: Record) -> str:
         val = "" if self.val is None else f"  val {self.val:.3f}"
         accuracy = f"  acc {record['accuracy']:.3f}" if "accuracy" in record else ""  # not in logs of earlier versions
+        if "teacher_kl" in record:
+            accuracy += f"  kl {record['teacher_kl']:.3f}"
         if "reward_margin" in record:  # of comparisons
             accuracy = f"  margin {record['reward_margin']:.2f}"
             accuracy += f"  acc {record['reward_accuracy']:.3f}" if "reward_accuracy" in record else ""

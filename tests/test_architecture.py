@@ -35,6 +35,7 @@ HOMES = {
         "evaluate.measures",
         "evaluate.preferences",
         "run.preferences",
+        "run.distillation",
         "run.dry_run",
         "run.finetune",
         "run.folder",
@@ -72,7 +73,7 @@ HOMES = {
         "data.reference",
         "data.tokenized",
     }
-    | {"data.samples", "run.preferences"},
+    | {"data.samples", "data.taught", "run.preferences"},
     "datasets": {"data.sources"},
     "pyarrow": {"data.readers", "data.text_files"},
     "transformers": set(),

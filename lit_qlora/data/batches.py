@@ -37,7 +37,27 @@ class Batch(NamedTuple):
     """(B, T) int32, the number of each token's sample in its row, -1 for padding. None if not packed."""
 
 
-AnyBatch = Batch | PairBatch
+class TaughtBatch(NamedTuple):
+    """A Batch, and what a teacher holds likely; see model.lesson."""
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    positions: Tensor | None
+    segments: Tensor | None
+    ids: Tensor
+    """(B, T, K) int32, its likeliest tokens behind each token; any where there is no label."""
+    log_probs: Tensor
+    """(B, T, K + 1) float32, of these tokens, and of all others together."""
+
+    @property
+    def plain(self) -> Batch:
+        """The batch without the teacher."""
+        return Batch(*self[:5])
+
+
+SampleBatch = Batch | TaughtBatch
+AnyBatch = SampleBatch | PairBatch
 Content = Samples | Comparisons
 """Samples, each with a loss of its own, or comparisons of several."""
 
@@ -119,7 +139,9 @@ def lay(
     return collate(rows, batching, width)  # type: ignore[arg-type]
 
 
-def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, width: int | None = None) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Sample]], batching: Batching | None = None, width: int | None = None
+) -> SampleBatch:
     """Shift, mask and pad. Labels are shifted nowhere else; padding is masked by position, never by id.
 
     The last token of a sample is a label only, so a sample of T tokens takes T - 1 positions of its row.
@@ -149,13 +171,24 @@ def collate(rows: Sequence[Sequence[Sample]], batching: Batching | None = None, 
             positions[b, here] = np.arange(len(ids) - 1)
             segments[b, here] = number
             start = here.stop
-    return Batch(
+    batch = Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
         torch.from_numpy(weights) if weighed else None,
         torch.from_numpy(positions) if packed else None,
         torch.from_numpy(segments) if packed else None,
     )
+    return batch if rows[0][0].likely is None else _taught(batch, [sample for row in rows for sample in row])
+
+
+def _taught(batch: Batch, samples: Sequence[Sample]) -> TaughtBatch:
+    """Lay what a teacher holds likely behind the labelled tokens of these samples, which stand in their order."""
+    likely = [sample.likely for sample in samples if sample.likely is not None]
+    at = (batch.labels != IGNORE).flatten().nonzero()[:, 0]
+    ids, log_probs = (torch.from_numpy(np.concatenate(side)) for side in zip(*likely, strict=True))
+    shape, count = batch.labels.shape, batch.labels.numel()
+    each = (part.new_zeros(count, part.size(1)).index_copy_(0, at, part) for part in (ids, log_probs))
+    return TaughtBatch(*batch, *(part.view(*shape, -1) for part in each))
 
 
 def order(count: int, seed: int, epoch: int) -> list[int]:
@@ -359,7 +392,7 @@ def by_length(samples: Samples) -> list[int]:
     return numbers
 
 
-def validation_batches(samples: Samples, micro_batch_size: int) -> list[Batch]:
+def validation_batches(samples: Samples, micro_batch_size: int) -> list[SampleBatch]:
     """All samples once, sorted by length so that little is padding."""
     ordered = [[samples[i]] for i in by_length(samples)]
     return [collate(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]

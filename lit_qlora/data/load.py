@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lit_qlora.data import cache
 from lit_qlora.data.audit import Audit, audit
-from lit_qlora.data.batches import Batch, Batching, Content, order, validation_batches
+from lit_qlora.data.batches import Batching, Content, SampleBatch, order, validation_batches
 from lit_qlora.data.cache import Encoded
 from lit_qlora.data.comparisons import Comparisons
 from lit_qlora.data.encode import Encoder, Encoding
@@ -58,7 +58,7 @@ class RunData:
     """The data of a run."""
 
     train: Content
-    val_batches: list[Batch]
+    val_batches: list[SampleBatch]
     """Validation samples; of comparisons the chosen answers."""
     val_samples: int
     batching: Batching
@@ -70,6 +70,8 @@ class RunData:
     """Source -> sha256."""
     val: Comparisons | None = None
     """Comparisons to validate on; None where samples are trained on."""
+    held_out: Samples | None = None
+    """The samples of val_batches; None where comparisons are trained on."""
 
 
 def read_data(config: FinetuneConfig) -> RunData:
@@ -99,6 +101,7 @@ def read_data(config: FinetuneConfig) -> RunData:
         tokenizer=tokenizer,
         audit=loaded.audit,
         files=loaded.files,
+        held_out=val,
     )
 
 

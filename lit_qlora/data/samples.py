@@ -13,6 +13,15 @@ Counts = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float32]
 
 
+class Likely(NamedTuple):
+    """The likeliest tokens of a teacher at labelled tokens, in their order; see model.lesson."""
+
+    ids: Ids
+    """(L, K) its likeliest tokens."""
+    log_probs: Weights
+    """(L, K + 1) of them, and of all other tokens together."""
+
+
 class Sample(NamedTuple):
     """One document: prompt and answer, or a conversation, or a piece of text."""
 
@@ -22,6 +31,8 @@ class Sample(NamedTuple):
     """(T,) which tokens are labelled; never the first, which nothing predicts."""
     weights: Weights | None = None
     """(T,) what the loss of each token is multiplied by, above 0 where it is labelled; None is 1 for all of them."""
+    likely: Likely | None = None
+    """The same of a teacher at its labelled tokens; None without one."""
 
     @property
     def positions(self) -> int:
@@ -117,7 +128,10 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: slice) -> list[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self._one(i) for i in range(*index.indices(len(self)))]
+        return self._one(index)
+
+    def _one(self, index: int) -> Sample:
         start, end = self.starts[index], self.ends[index]
         weights = None if self.weights is None else self.weights[start:end]
         return Sample(self.tokens[start:end], self.trained[start:end], weights)

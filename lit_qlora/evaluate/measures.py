@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lit_qlora.data import Batch, RunData
+from lit_qlora.data import RunData
+from lit_qlora.data.batches import SampleBatch, TaughtBatch
 from lit_qlora.evaluate.judge import Judge, Judged, JudgeError
 from lit_qlora.evaluate.metrics import chrf, text_metrics
 from lit_qlora.evaluate.validation_inputs import Ask, Probes, Question, stop_ids
@@ -22,8 +23,9 @@ from lit_qlora.generation import generate
 from lit_qlora.generation.sequences import evaluating
 from lit_qlora.lora.layer import without_adapters
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
+from lit_qlora.model.lesson import divergence, mix
 from lit_qlora.report import Record, tell
-from lit_qlora.settings import GenerationConfig
+from lit_qlora.settings import DistillConfig, GenerationConfig
 from lit_qlora.signals import StopRequest
 from lit_qlora.train.loop import agree, pinned, sum_over_ranks
 
@@ -96,62 +98,75 @@ class Losses:
 
     Args:
         write: takes, in the first process, the step of each validation and its scores.
+        distill: what the loss is where batches have a teacher.
 
     Attributes:
-        scores: (S, 3) float64 of the last call, see score_rows; None before it.
+        scores: (S, 3 or 4) float64 of the last call, see score_rows; None before it.
     """
 
     def __init__(
         self,
         fabric: Fabric,
         model: GPT,
-        batches: Sequence[Batch],
+        batches: Sequence[SampleBatch],
         stop: StopRequest | None = None,
         write: Callable[[int, Tensor], object] | None = None,
         show: Show = lambda step, what: None,
+        distill: DistillConfig | None = None,
     ) -> None:
         self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
-        self.write, self.show = write, show
+        self.write, self.show, self.distill = write, show, distill or DistillConfig()
         self.scores: Tensor | None = None
 
     def __call__(self, step: int) -> Record:
         """See Measure. The record is empty if a signal cut it short."""
-        scores = score_rows(self.fabric, self.model, self.batches, self.stop, partial(self.show, step))
+        temperature = self.distill.temperature
+        scores = score_rows(self.fabric, self.model, self.batches, self.stop, partial(self.show, step), temperature)
         if scores is None:
             return {}
         self.scores = scores
         if self.write and self.fabric.is_global_zero:
             self.write(step, scores)
-        loss, right, labelled = scores.sum(dim=0).tolist()
-        ppl = math.exp(min(loss / labelled, 700.0))  # a float64 overflows beyond
-        return {"val_loss": loss / labelled, "val_ppl": ppl, "val_accuracy": right / labelled}
+        entropy, right, labelled, *divergence = scores.sum(dim=0).tolist()
+        loss = entropy / labelled
+        metrics = {"val_ppl": math.exp(min(loss, 700.0)), "val_accuracy": right / labelled}  # float64 overflows beyond
+        if not divergence:
+            return {"val_loss": loss, **metrics}
+        apart = divergence[0] / labelled
+        mixed = mix(loss, apart, self.distill.weight, self.distill.temperature)
+        return {"val_loss": mixed, "val_cross_entropy": loss, "val_teacher_kl": apart, **metrics}
 
 
 def score_rows(
     fabric: Fabric,
     model: GPT,
-    batches: Sequence[Batch],
+    batches: Sequence[SampleBatch],
     stop: StopRequest,
     show: Callable[[str], object] = lambda what: None,
+    temperature: float = 1.0,
 ) -> Tensor | None:
     """Score each row: the sum of its losses, its labelled tokens that the model predicts, and all its labelled tokens.
 
+    Where batches have a teacher, the sum of the divergences from it, at `temperature`, is a fourth score.
     It computes the logits of labelled tokens alone, a slice at a time, and restores the model's mode.
 
     Returns:
-        (S, 3) float64 on the host, the same in every process; None if a signal to any of them cut it short.
+        (S, 3 or 4) float64 on the host, the same in every process; None if a signal to any of them cut it short.
     """
-    scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches, show), None)
+    scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches, show, temperature), None)
     if agree(fabric, stop.signal)[0] or scores is None:
         return None
     return sum_over_ranks(fabric, scores).cpu()
 
 
 @torch.no_grad()
-def _own_scores(fabric: Fabric, model: GPT, batches: Sequence[Batch], show: Callable[[str], object]) -> Tensor:
+def _own_scores(
+    fabric: Fabric, model: GPT, batches: Sequence[SampleBatch], show: Callable[[str], object], temperature: float
+) -> Tensor:
     """Score the rows of this process, and leave those of the others 0."""
     starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
-    scores = torch.zeros(starts[-1], 3, dtype=torch.float64, device=fabric.device)
+    columns_of_scores = 4 if any(isinstance(batch, TaughtBatch) for batch in batches) else 3
+    scores = torch.zeros(starts[-1], columns_of_scores, dtype=torch.float64, device=fabric.device)
     at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
     with evaluating(model), fabric.autocast():
         for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
@@ -160,13 +175,19 @@ def _own_scores(fabric: Fabric, model: GPT, batches: Sequence[Batch], show: Call
             tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
             rows, columns = (labels >= 0).nonzero(as_tuple=True)
             hidden, wanted = model.hidden(tokens)[rows, columns], labels[rows, columns]
-            for part, ids, row in zip(*(t.split(at_once) for t in (hidden, wanted, start + rows)), strict=True):
+            told = [part[batch.labels >= 0].split(at_once) for part in batch[5:]]  # what a teacher holds likely
+            for part, ids, row, *likely in zip(
+                *(t.split(at_once) for t in (hidden, wanted, start + rows)), *told, strict=True
+            ):
                 padded = F.pad(part, (0, 0, 0, -len(part) % ROWS))
                 log_probs = model.logits(padded)[: len(part)].float().log_softmax(dim=-1)
                 found = log_probs.gather(-1, ids[:, None])[:, 0]
                 right = log_probs.argmax(dim=-1) == ids
-                each = torch.stack((-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)), 1)
-                scores.index_add_(0, row, each)
+                each = [-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)]
+                if likely:
+                    known, wanted_there = (one.to(fabric.device) for one in likely)
+                    each.append(divergence(log_probs, known, wanted_there, temperature).double())
+                scores.index_add_(0, row, torch.stack(each, 1))
     return scores
 
 

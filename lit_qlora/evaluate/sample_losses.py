@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from lit_qlora.data import Batch
+from lit_qlora.data.batches import SampleBatch
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.reading import read_json
@@ -34,7 +34,7 @@ class SampleLosses:
     """Optimizer steps -> sum of the losses of each sample's labelled tokens, in nats."""
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> Self:
+    def of(cls, batches: Sequence[SampleBatch]) -> Self:
         """The samples of these batches, without losses."""
         rows = [row for batch in batches for row in zip(batch.tokens, batch.labels, strict=True)]
         return cls(
@@ -76,7 +76,7 @@ class SampleLosses:
         write_text(folder / FILE_NAME, json.dumps(values) + "\n")
 
 
-def keep(out_dir: Path, batches: Sequence[Batch], step: int, scores: Tensor) -> None:
+def keep(out_dir: Path, batches: Sequence[SampleBatch], step: int, scores: Tensor) -> None:
     """Add a validation to the earlier ones of the run in `out_dir`; a repeated one counts once."""
     own = SampleLosses.of(batches)
     earlier = SampleLosses.read(out_dir)

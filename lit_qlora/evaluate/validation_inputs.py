@@ -57,19 +57,21 @@ NEEDS = {
     **dict.fromkeys(("val_loss", "val_ppl", "val_accuracy"), "validation samples"),
     **dict.fromkeys(("exact_match", "bleu", "chrf", "rouge_l"), "--eval.generate"),
     "judge": "--eval.judge_url",
+    **dict.fromkeys(("val_cross_entropy", "val_teacher_kl"), "--distill.teacher"),
     "kl_to_base": "--eval.kl_text",
     **dict.fromkeys(("val_reward_accuracy", "val_reward_margin", "val_logp_chosen"), "judged answers to validate on"),
 }
 """Input that each metric needs; a task's metrics are named TASK/METRIC."""
 
 
-def check_best(config: EvalConfig, data: RunData) -> None:
+def check_best(config: EvalConfig, data: RunData, teaches: bool = False) -> None:
     """Raise UsageError if eval.best names a metric that no validation of this run will have."""
     given = {
         "validation samples": data.val_batches,
         "--eval.generate": config.generate,
         "--eval.judge_url": config.judge_url,
         "--eval.kl_text": config.kl_text,
+        "--distill.teacher": teaches and data.val_batches,
         "judged answers to validate on": data.val,
     }
     best = config.best
@@ -93,7 +95,7 @@ def read_probes(config: FinetuneConfig, data: RunData) -> Probes:
         UsageError, DataError: if a file cannot be read, the validation samples hold no answers, or eval.best is not a
             metric.
     """
-    check_best(config.eval, data)
+    check_best(config.eval, data, config.teacher_dir is not None)
     questions: list[Question] = []
     if config.eval.generate:
         # If prompts are labelled too, only the same data with masks shows where answers begin.

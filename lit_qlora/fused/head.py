@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.fused.group import Group
+from lit_qlora.fused.lesson import distill_
 from lit_qlora.fused.memory import head_tokens
 from lit_qlora.fused.offload import to_device
 from lit_qlora.fused.trained_rows import HeadRows
@@ -16,6 +17,7 @@ from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import Norm, add_norm
+from lit_qlora.model.lesson import Lesson
 
 
 @dataclass(frozen=True)
@@ -25,28 +27,32 @@ class Labelled:
     Attributes:
         indices: (N,) int64, of the tokens among the T; None stands for all, some perhaps without a label.
         labels: (N,) int64, negative where there is none; weights: (N,) float32, None for 1 everywhere.
+        lesson: what a teacher holds likely behind them; None without a teacher.
     """
 
     indices: Tensor | None
     labels: Tensor
     weights: Tensor | None
+    lesson: Lesson | None = None
 
     @staticmethod
-    def of(labels: Tensor, weights: Tensor | None, step: int = 1) -> "Labelled":
+    def of(labels: Tensor, weights: Tensor | None, step: int = 1, lesson: Lesson | None = None) -> "Labelled":
         """From labels and weights of any shape. On the device all tokens are taken, so that it is not waited for.
 
         Args:
             step: N is brought to a multiple of it, or to T, by tokens without a label.
         """
         labels, weights = labels.flatten(), None if weights is None else weights.flatten()
+        lesson = None if lesson is None else lesson.map(lambda tensor: tensor.flatten(0, 1))
         if labels.is_cuda:
-            return Labelled(None, labels, weights)
+            return Labelled(None, labels, weights, lesson)
         known = labels >= 0
         more = -int(known.sum()) % step
         indices = torch.cat((known.nonzero()[:, 0], (~known).nonzero()[:more, 0]))
         if len(indices) == len(labels):
-            return Labelled(None, labels, weights)
-        return Labelled(indices, labels[indices], None if weights is None else weights[indices])
+            return Labelled(None, labels, weights, lesson)
+        lesson = None if lesson is None else lesson.map(lambda tensor: tensor[indices])
+        return Labelled(indices, labels[indices], None if weights is None else weights[indices], lesson)
 
     def spread(self, values: Tensor, tokens: int) -> Tensor:
         """Values of the labelled tokens (N,) as values of all T tokens (T, 1), 0 for the others."""
@@ -56,7 +62,8 @@ class Labelled:
     def to(self, device: torch.device) -> "Labelled":
         """On a device."""
         indices, weights = (None if part is None else to_device(part, device) for part in (self.indices, self.weights))
-        return Labelled(indices, to_device(self.labels, device), weights)
+        lesson = None if self.lesson is None else self.lesson.map(lambda tensor: to_device(tensor, device))
+        return Labelled(indices, to_device(self.labels, device), weights, lesson)
 
 
 class Head:
@@ -118,7 +125,11 @@ class Head:
             logits = group.product(both[here], matrix, space[: here.stop - first])
             if rows and not rows.whole:
                 rows.write_logits(both[here], logits)
-            cross_entropy_(logits, labelled.labels[here], weights[here], loss[here], self.cap, hits)
+            if labelled.lesson is None:
+                cross_entropy_(logits, labelled.labels[here], weights[here], loss[here], self.cap, hits)
+            else:
+                lesson = labelled.lesson.part(here)
+                distill_(logits, labelled.labels[here], weights[here], loss[here], lesson, self.cap, hits)
             if z is not None and own_gradients:
                 group.add_grad_b(logits, z[here], pending, into=own_gradients[1][1])
                 pending.flush()

@@ -30,6 +30,7 @@ from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, tree_mask
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, times
+from lit_qlora.model.lesson import Lesson
 from lit_qlora.model.mlp import Seen
 from lit_qlora.model.rope import rope_table
 from lit_qlora.report import tell
@@ -225,10 +226,12 @@ class Fused:
         weights: Tensor | None = None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        *,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """As GPT.loss. A batch on the host needs no answer from the device, so nothing waits for it."""
         with torch.autocast(self.device.type, enabled=False):  # every operation has its dtype
-            return self._loss(tokens, labels, weights, positions, segments)
+            return self._loss(tokens, labels, weights, positions, segments, lesson)
 
     def _loss(
         self,
@@ -237,17 +240,18 @@ class Fused:
         weights: Tensor | None,
         positions: Tensor | None,
         segments: Tensor | None,
+        lesson: Lesson | None,
     ) -> Tensor:
         learns, seed = self._state()
         if not learns:
-            labelled = Labelled.of(labels, weights).to(self.device)
+            labelled = Labelled.of(labels, weights, lesson=lesson).to(self.device)
             return self._evaluated(self.inputs(tokens, labelled, seed, positions, segments, saves=False))
         self._attach_gradients()
         work: Work | None = None
-        if self.graphs is not None and self._watched is None:
+        if self.graphs is not None and self._watched is None and lesson is None:
             work = self.graphs.work(tokens, labels, weights, seed, positions, segments)
         if work is None:
-            labelled = Labelled.of(labels, weights).to(self.device)
+            labelled = Labelled.of(labels, weights, lesson=lesson).to(self.device)
             work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
         return self._learned(work)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_qlora import cli
 from lit_qlora.checkpoint.checkpoint import count_parameters, load_stored
-from lit_qlora.data import Batch, validation_batches
+from lit_qlora.data import validation_batches
+from lit_qlora.data.batches import SampleBatch
 from lit_qlora.data.load import DEFAULT_MAX_LENGTH, choose_style, encode_source, length_limit, load, model_of
 from lit_qlora.data.preferences import read_preferences
 from lit_qlora.data.prepared import choose_data
@@ -35,7 +36,7 @@ MOST_ON_CPU = 10**9
 
 def read_batches(
     file: str, adapter: Adapter, checkpoint_dir: Path, max_samples: int | None, batch_size: int
-) -> list[Batch]:
+) -> list[SampleBatch]:
     """Read the samples of a file as in the adapter's training.
 
     Raises:
@@ -51,7 +52,7 @@ def read_batches(
     return validation_batches(samples.take(range(len(samples))[:max_samples]), batch_size)
 
 
-def own_batches(adapter: Adapter, checkpoint_dir: Path, max_samples: int, batch_size: int) -> list[Batch]:
+def own_batches(adapter: Adapter, checkpoint_dir: Path, max_samples: int, batch_size: int) -> list[SampleBatch]:
     """The first validation samples of the run that trained the adapter, encoded as there.
 
     Raises:
@@ -99,7 +100,7 @@ def check_affordable(merge: Merge) -> None:
         raise ResourceError(f"the two models need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free.")
 
 
-def verify(merges: Sequence[Merge], batches: Sequence[Batch]) -> dict[Base, dict[str, float]]:
+def verify(merges: Sequence[Merge], batches: Sequence[SampleBatch]) -> dict[Base, dict[str, float]]:
     """Compare each merged model with the trained one.
 
     At most two models are in memory: the trained one, with its base quantised as in training, and a merged one.
@@ -145,7 +146,7 @@ def check_tolerance(base: Base, metrics: dict[Base, dict[str, float]], tolerance
 
 
 @torch.no_grad()
-def compare(trained: GPT, merged: GPT, batches: Sequence[Batch]) -> dict[str, float]:
+def compare(trained: GPT, merged: GPT, batches: Sequence[SampleBatch]) -> dict[str, float]:
     """See verify."""
     device = trained.embed.weight.device
     total = torch.zeros(5, dtype=torch.float64)
@@ -200,7 +201,7 @@ def losses_of(
     adapter: Adapter,
     checkpoint_dir: Path,
     versions: Mapping[int, tuple[Mapping[str, Tensor], LoRAConfig]],
-    batches: Sequence[Batch],
+    batches: Sequence[SampleBatch],
 ) -> dict[int, float]:
     """Measure the validation loss, in nats per labelled token, of versions of an adapter on its training's base.
 
@@ -222,7 +223,7 @@ def losses_of(
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, batches: Sequence[Batch]) -> float:
+def mean_loss(model: GPT, batches: Sequence[SampleBatch]) -> float:
     """Nats per labelled token."""
     device = model.embed.weight.device
     pairs = [(batch.tokens.to(device), batch.labels.to(device)) for batch in batches]

@@ -14,6 +14,7 @@ from lit_qlora.model.cache import KVCache as KVCache
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import DeltaNet
 from lit_qlora.model.latent_attention import LatentAttention
+from lit_qlora.model.lesson import Lesson, linear_distillation
 from lit_qlora.model.mlp import ExpertsBeside, make_mlp
 from lit_qlora.model.norm import make_norm
 from lit_qlora.model.per_layer import PerLayerEmbedding, PerLayerInput
@@ -123,6 +124,8 @@ class GPT(nn.Module):
         weights: Tensor | None = None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        *,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """Cross-entropy summed over the labelled tokens.
 
@@ -133,14 +136,19 @@ class GPT(nn.Module):
             labels: (B, T) int64, the token that should follow each token, IGNORE where no loss is wanted.
             weights: (B, T) float32, the factor of each token's loss; None is 1 everywhere.
             positions, segments: see hidden.
+            lesson: what a teacher holds likely; the loss is then the mix that it describes.
 
         Returns:
             float32 scalar; zero if every label is IGNORE.
         """
         if self.fast is not None:
-            return self.fast.loss(tokens, labels, weights, positions, segments)
+            return self.fast.loss(tokens, labels, weights, positions, segments, lesson=lesson)
         tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
         hidden = self.hidden(tokens, positions=positions, segments=segments)
+        if lesson is not None:
+            lesson = lesson.to(hidden.device)
+            at_once = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+            return linear_distillation(hidden, self.logits, labels, weights, lesson, at_once, self.hits)
         return linear_cross_entropy(hidden, self.head, labels, weights, cap=self.config.logit_softcap, hits=self.hits)
 
     def token_losses(

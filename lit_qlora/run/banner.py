@@ -21,6 +21,7 @@ from lit_qlora.prompts.added_tokens import read_new_tokens
 from lit_qlora.quantize import Storage
 from lit_qlora.report import tell
 from lit_qlora.run import fits
+from lit_qlora.run.distillation import Teacher, describe
 from lit_qlora.run.plan import GIB, MicroBatches, Plan, Planner, Room
 from lit_qlora.settings import FinetuneConfig, check
 from lit_qlora.train.optim import measure_state_bytes
@@ -31,8 +32,8 @@ FIRST_STEPS = 8  # over which a usual micro-batch is averaged
 LARGE = 0.1  # share of the memory of a run from which on adapters of experts are worth a word
 
 
-def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
-    """Plan the run.
+def plan_run(config: FinetuneConfig, data: RunData, teacher: Teacher | None = None) -> Plan:
+    """Plan the run, and its teacher's reading before.
 
     Raises:
         CheckpointError: if weights are missing or belong to another model.
@@ -49,7 +50,8 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
         "Take more samples per step, or fewer devices.",
     )
-    usual = None if data.val is not None else usual_tokens(data, processes)  # comparisons have no CUDA graphs
+    graphs = data.val is None and config.teacher_dir is None  # comparisons and lessons have none
+    usual = usual_tokens(data, processes) if graphs else None
     plan = _plan(config, longest_batch(data.train, data.batching, processes), usual)
     plan = replace(plan, caveat=caveat)
     check_trainable(config.expect_trainable, model.name, plan.trainable)
@@ -62,6 +64,11 @@ def plan_run(config: FinetuneConfig, data: RunData) -> Plan:
         raise ResourceError(
             f"The run needs about {plan.total / GIB:.1f} GiB and the GPU has {room.gpu / GIB:.1f} free.\n"
             f"{savings(config, data)} --force starts anyway."
+        )
+    if teacher and room.gpu and teacher.bytes > room.gpu and not config.force:
+        raise ResourceError(
+            f"The teacher needs about {teacher.bytes / GIB:.1f} GiB before training, and the GPU has "
+            f"{room.gpu / GIB:.1f} free.\n--distill.quantize bnb.nf4 needs less. --force starts anyway."
         )
     if room.host is not None and plan.host > room.host and not config.force:
         shared = " for each process" if config.devices != 1 else ""
@@ -136,7 +143,8 @@ def most_rows(config: FinetuneConfig, data: RunData) -> int:
 
 
 def _plan(config: FinetuneConfig, longest: AnyBatch, usual: float | None = None) -> Plan:
-    batches = MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing)
+    lesson = config.distill.top_k if config.teacher_dir else 0
+    batches = MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing, lesson)
     return _planner(config).plan(batches, _room(config.devices))
 
 
@@ -157,7 +165,9 @@ def _room(devices: Devices) -> Room:
     return Room(gpu_bytes(), None if host is None else host / processes_here(devices))
 
 
-def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0) -> None:
+def tell_plan(
+    config: FinetuneConfig, data: RunData, total: int, plan: Plan, start: int = 0, teacher: Teacher | None = None
+) -> None:
     """Print the banner of steps `start` + 1 to `total`."""
     model, train = ModelConfig.load(config.checkpoint_dir), config.train
     device = pick_device()
@@ -190,6 +200,7 @@ def tell_plan(config: FinetuneConfig, data: RunData, total: int, plan: Plan, sta
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
         f"{plan.learning / GIB:.2f}, activations {plan.activations / GIB:.2f}{graphs}{cached}{host}\n"
         f"  path    {_path(plan)}\n"
+        f"{describe(teacher, data) if teacher else ''}"
         f"{notes}{_samples(data)}"
     )
 

@@ -92,6 +92,28 @@ def rewards_figure(records: Sequence[Record], width: float = 8) -> Any | None:
     return figure
 
 
+def teacher_figure(records: Sequence[Record], width: float = 8) -> Any | None:
+    """Plot the divergence from the teacher, of each step and in validations; None without a teacher."""
+    from matplotlib.figure import Figure
+
+    if not any("teacher_kl" in record for record in records):
+        return None
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style, color, label in (
+        ("teacher_kl", "-", BLUE, "of a training step"),
+        ("val_teacher_kl", "o-", ORANGE, "validation"),
+    ):
+        found = [(record["step"], record[name]) for record in records if name in record]
+        axes.plot(*zip(*found, strict=True), style, color=color, label=label) if found else None
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("KL(teacher || model), nats")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
 def lengths_figure(lengths: Sequence[int], limit: int, width: float = 8) -> Any:
     """Plot a histogram of the samples' lengths in tokens, with their limit."""
     from matplotlib.figure import Figure

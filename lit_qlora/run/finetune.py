@@ -80,7 +80,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.lora.layer import add_lora
     from lit_qlora.quantize import Storage
     from lit_qlora.report import tell
-    from lit_qlora.run import dry_run, folder, learning, preferences, resume, saver, summary
+    from lit_qlora.run import distillation, dry_run, folder, learning, preferences, resume, saver, summary
     from lit_qlora.run.banner import plan_run, tell_plan
     from lit_qlora.train import parallel
 
@@ -98,7 +98,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     if isinstance(config, PreferenceRunConfig):
         config = preferences.off_the_fast_path(config)
     total = learning.total_steps(config.train, data)
-    plan = plan_run(config, data)
+    teacher = distillation.find_teacher(config, data.max_length)
+    plan = plan_run(config, data, teacher)
     checkpoint = resume.find(config, total, data.files, data.style.digest, saver.versions())
     start = checkpoint.step if checkpoint else 0
     probes = read_probes(config, data)
@@ -109,7 +110,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         learning.set_deterministic()
     if config.dry_run:
         if parallel.is_first():
-            tell_plan(config, data, total, plan, start)
+            tell_plan(config, data, total, plan, start, teacher)
+            data = distillation.untaught_data(data, teacher) if teacher else data
             dry_run.tell_time(config, data, plan, total, start)
         return out_dir
 
@@ -126,9 +128,11 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
     ):
         if fabric.is_global_zero:
-            tell_plan(config, data, total, plan, start)
+            tell_plan(config, data, total, plan, start, teacher)
             if checkpoint:
                 tell(f"  resume  from {checkpoint.path}, after step {start:,} of {total:,}; --resume never starts anew")
+        if teacher:
+            data = distillation.with_teacher(fabric, data, teacher)
         storage = Storage(weights_dtype(precision), config.quantize, config.quantize_head)
         model = load(config, storage, fabric.device)
         add_lora(model, config.lora)

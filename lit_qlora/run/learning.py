@@ -34,6 +34,7 @@ from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, wri
 from lit_qlora.run.saver import Contents, Saver
 from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, PreferenceRunConfig, TrainConfig
 from lit_qlora.signals import caught
+from lit_qlora.train.distillation import Distillation
 from lit_qlora.train.guards import Guard
 from lit_qlora.train.loop import BadStepError, Learner, Paused, Stopped, agree, follow, train
 from lit_qlora.train.objective import CrossEntropy, Objective
@@ -110,6 +111,8 @@ def make_objective(fabric: Fabric, config: FinetuneConfig) -> Objective:
     """The loss of a micro-batch that the settings describe."""
     if isinstance(config, PreferenceRunConfig):
         return Preferences(config.preference, fabric.device)
+    if config.teacher_dir:
+        return Distillation(config.distill, fabric.device)
     return CrossEntropy()
 
 
@@ -167,7 +170,9 @@ def learn(
     with caught() as stop, explained(config.out_dir, data.tokenizer, partial(savings, config, data)):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
         write_losses = partial(sample_losses.keep, config.out_dir, data.val_batches)
-        losses: Losses | PairLosses = Losses(fabric, model, data.val_batches, stop, write_losses, log.validating)
+        losses: Losses | PairLosses = Losses(
+            fabric, model, data.val_batches, stop, write_losses, log.validating, config.distill
+        )
         if isinstance(objective, Preferences):
             assert data.val is not None
             losses = PairLosses(

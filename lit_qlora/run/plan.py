@@ -86,6 +86,8 @@ class MicroBatches:
     """Tokens of a usual one, padding included; None for no CUDA graphs."""
     packed: bool = False
     """Whether their rows are packed."""
+    lesson: int = 0
+    """Tokens of a teacher that are known of each labelled token; 0 without a teacher."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Planner:
         self.router_losses = [name for name in ("router_balance_loss", "router_z_loss") if getattr(train, name)]
         gpt = GPT.skeleton(model)
         frozen = sum(p.numel() for p in gpt.parameters())
-        stored = _stored_bytes(gpt, storage)
+        stored = stored_bytes(gpt, storage)
         add_lora(gpt, lora)
         add_noise(gpt, train.neftune)
         gpt.set_dropout(train.hidden_dropout)
@@ -189,6 +191,7 @@ class Planner:
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
         activations = _activations(gpt, self.lora, size, batches.tokens, full)
         seen = batches.tokens * _routed(model) if self.router_losses else 0.0
+        seen += _of_lesson(model, batches)
         plan = replace(self.bare, slow_because=reason, activations=activations + seen)
         if reason or room.gpu is None:
             return plan
@@ -243,7 +246,7 @@ class Planner:
         return FastSizes(gpt.config, rank, adapted, quantized, storage.quantizes("head"), self.train.fp8)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
-        """Turn the plan of the plain path into one of the fast path; `seen` are bytes that losses of routers save."""
+        """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""
         assert room.gpu is not None
         model, train = self.gpt.config, self.train
         weights = plan.weights + self._decoded_scales
@@ -311,7 +314,7 @@ def _fastest(
     return (sizes, mix) if mix == least and sizes.peak(mix, tokens) <= free else (without, least)
 
 
-def _stored_bytes(gpt: GPT, storage: Storage) -> float:
+def stored_bytes(gpt: GPT, storage: Storage) -> float:
     """Count the bytes of the base's weights."""
     bits = 0.0
     for path, parameter in gpt.named_parameters():
@@ -393,6 +396,14 @@ def check_fp8(wanted: bool, slow_because: str) -> None:
         f"train.fp8 needs the fast path, which this run cannot take: {slow_because}.\n"
         "Leave out --train.fp8; the run then computes in the precision of --precision.",
     )
+
+
+def _of_lesson(model: ModelConfig, batches: MicroBatches) -> float:
+    """Bytes that learning from a teacher takes: what is known of each token, and a slice of logits a few times."""
+    if not batches.lesson:
+        return 0.0
+    at_once = min(batches.tokens, max(256, LOGITS_AT_ONCE // model.vocab_size))
+    return 4.0 * batches.tokens * (2 * batches.lesson + 1) + 16.0 * at_once * model.vocab_size
 
 
 def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompute: bool) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_qlora.files.atomic import write_text
 from lit_qlora.report import Record, before_and_after, duration, metrics, short, smaller_is_better
-from lit_qlora.run.figures import inline, lengths_figure, losses_figure, rewards_figure
+from lit_qlora.run.figures import inline, lengths_figure, losses_figure, rewards_figure, teacher_figure
 from lit_qlora.run.page import Html, Row, document, folded, sections, table
 
 CHANGES = {"better": "good", "worse": "bad"}
@@ -91,10 +91,11 @@ def write_page(path: Path, outcome: Outcome) -> None:
     """Write report.html: everything about the run in one file that loads no other."""
     summary = outcome.summary
     header, rows = _validations(outcome.records)
-    rewards = rewards_figure(outcome.records, 6)
+    rewards, taught = rewards_figure(outcome.records, 6), teacher_figure(outcome.records, 6)
     parts = [
         ("Loss", inline(losses_figure(outcome.records, 6), "loss", "Loss and learning rate of each step")),
         ("Rewards", inline(rewards, "rewards", "Rewards of chosen and rejected answers") if rewards else ""),
+        ("Teacher", inline(taught, "teacher", "Divergence from the teacher") if taught else ""),
         (
             "Before and after",
             table(list(_changes(outcome.records)), ("metric", "before", "after", "best")) if rows else "",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_qlora import cli
+from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.checkpoint.identity import PARTS, differing_parts
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.files.atomic import write_text
@@ -205,6 +206,11 @@ def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str,
         raise UsageError(
             f"The run in {checkpoint.path.parent} is {'over' if over else 'not finished'}, and began with other "
             f"settings:\n{as_rows(changed)}\nTo start anew and move it aside: --resume never.{hint}"
+        )
+    if config.teacher_dir and then.get("teacher") != content_hash(config.teacher_dir):
+        raise CheckpointError(
+            f"distill.teacher {config.teacher_dir} holds other weights than the teacher of the run in "
+            f"{checkpoint.path.parent}.\nTo start anew: --resume never."
         )
     if style != then.get("style", style):
         raise UsageError(

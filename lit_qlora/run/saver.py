@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lit_qlora import __version__
+from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.data import RunData
 from lit_qlora.files.atomic import publish, remove_directory, temporary_directory, write_link
@@ -45,9 +46,11 @@ class Contents:
         new_tokens = read_new_tokens(config.checkpoint_dir)
         names = tokenizer.FILES if new_tokens else ()
         files = tuple(path for path in (config.checkpoint_dir / name for name in names) if path.is_file())
+        teacher = config.teacher_dir if learner.fabric.is_global_zero else None
         facts = {
             **({"new_tokens": new_tokens} if new_tokens else {}),
             "base": base_facts(config.checkpoint_dir) if learner.fabric.is_global_zero else {},
+            **({"teacher": content_hash(teacher)} if teacher else {}),
             "style": data.style.digest,
             "data": data.files,
             "quantize": config.quantize,

@@ -6,6 +6,7 @@ are answered at once.
 
 from lit_qlora.settings.checks import Settings, check
 from lit_qlora.settings.data import DataConfig, Finding, Overlong, PromptKnobs
+from lit_qlora.settings.distill import DistillConfig
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.generation import GenerationConfig
 from lit_qlora.settings.guard import GuardConfig
@@ -15,7 +16,8 @@ from lit_qlora.settings.lora import TARGETS, LoRAConfig, Target, first_match
 from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
 from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss, PreferenceRunConfig
 from lit_qlora.settings.prepare import PrepareConfig
-from lit_qlora.settings.run import DEMO_CHECKPOINT, SCHEMES, FinetuneConfig, Precision, Scheme
+from lit_qlora.settings.run import DEMO_CHECKPOINT, FinetuneConfig, Precision
+from lit_qlora.settings.schemes import SCHEMES, Scheme
 from lit_qlora.settings.sweep import SweepConfig, SweepPart
 from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
 
@@ -28,6 +30,7 @@ __all__ = [
     "TARGETS",
     "TRACKERS",
     "DataConfig",
+    "DistillConfig",
     "EvalConfig",
     "Finding",
     "FinetuneConfig",

@@ -2,21 +2,21 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from lit_qlora.commands import find
 from lit_qlora.settings.checks import Settings, check, check_cache_folder
 from lit_qlora.settings.data import DataConfig
+from lit_qlora.settings.distill import BASE, DistillConfig
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.guard import GuardConfig
 from lit_qlora.settings.limits import Count, Positive, SeedOrAny
 from lit_qlora.settings.log import LogConfig
 from lit_qlora.settings.lora import LoRAConfig
 from lit_qlora.settings.optimizer import OptimizerConfig
+from lit_qlora.settings.schemes import Scheme
 from lit_qlora.settings.train import TrainConfig
 
-Scheme = Literal["none", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
 DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
 PUBLISHED = ("trainable_parameters", "peak_gb", "seconds", "train_loss", "val_loss")
@@ -87,6 +87,7 @@ class FinetuneConfig(Settings):
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -103,7 +104,23 @@ class FinetuneConfig(Settings):
         for name in {name for values in self.published.values() for name in values}:
             check(name in PUBLISHED, f"published: {name} is not one of {', '.join(PUBLISHED)}.")
         check(self.price_per_hour is None or self.dry_run, "price_per_hour has no effect without --dry_run.")
+        self._check_teacher()
         check(
             not (self.extend and self.resume == "never"),
             "extend resumes a run, but '--resume never' begins another one. Leave one out.",
+        )
+
+    @property
+    def teacher_dir(self) -> Path | None:
+        """The checkpoint that teaches; None without one."""
+        return self.checkpoint_dir if self.distill.teacher == BASE else self.distill.teacher
+
+    def _check_teacher(self) -> None:
+        """Check that the teacher reads what the model reads."""
+        if self.distill.teacher is None:
+            return
+        check(
+            self.data.length_quantile == 1 and not self.data.token_dropout,
+            "data.length_quantile and data.token_dropout alter samples at each step, but the teacher reads them once, "
+            "before the first.\nLeave them out, or distill.teacher.",
         )

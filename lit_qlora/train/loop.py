@@ -214,7 +214,7 @@ def train(
             "step": done,
             "epoch": round(step.epoch, 4),
             "loss": loss_value,
-            **({} if sums else {"accuracy": hit_count / max(1, step.labelled)}),
+            **({"accuracy": hit_count / max(1, step.labelled)} if learner.objective.predicts else {}),
             "lr": rate,
             "grad_norm": norm_value,
             "tokens": step.tokens,
@@ -364,7 +364,7 @@ class Gradients:
         with torch.no_grad():
             for batch, mask in zip(batches, masks(batches, step), strict=True):
                 with self.losses.watched() as seen:
-                    self.model.loss(*pinned(batch, self.fabric.device))
+                    self.model.loss(*pinned(batch, self.fabric.device)[:5])
                 counts += count_choices(seen, mask.to(counts))
         torch.manual_seed(seed)  # so that dropout repeats
         self.hits.zero_()

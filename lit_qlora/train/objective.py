@@ -16,6 +16,11 @@ class Objective(Protocol):
     """The loss of micro-batches."""
 
     @property
+    def predicts(self) -> bool:
+        """True if GPT.hits counts the labelled tokens that the model predicts."""
+        ...
+
+    @property
     def sums(self) -> Tensor | None:
         """(n,) float32, for measure; a step sets it to zero, its micro-batches add to it. None without such metrics."""
         ...
@@ -36,6 +41,7 @@ class Objective(Protocol):
 class CrossEntropy:
     """The mean cross-entropy of labelled tokens, or as weights weigh them."""
 
+    predicts = True
     sums = None
 
     def prepare(self, model: Any, batches: Sequence[AnyBatch], total: Sum) -> None:

@@ -29,6 +29,8 @@ class Preferences:
         drift: () KTO's estimate of KL(model || reference) for the step.
     """
 
+    predicts = False
+
     def __init__(self, config: PreferenceConfig, device: torch.device) -> None:
         self.config = config
         self.sums: Tensor = torch.zeros(len(SUMS), device=device)

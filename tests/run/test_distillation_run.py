@@ -92,7 +92,9 @@ def test_a_run_resumes_bit_for_bit_and_reads_the_teacher_once(
 def test_a_student_of_a_merged_adapter_comes_nearer_to_it_than_one_of_the_data_alone(
     tiny_checkpoint: Path, examples_file: Path, tmp_path: Path
 ) -> None:
-    out = finetune(config(tiny_checkpoint, examples_file, tmp_path / "teacher", DistillConfig()))
+    others = tmp_path / "others.jsonl"
+    others.write_text(examples_file.read_text().replace('"output": "', '"output": "It is 1'))
+    out = finetune(config(tiny_checkpoint, others, tmp_path / "teacher", DistillConfig()))
     merge_checkpoint(read_adapter(out / "final"), tiny_checkpoint, tmp_path / "merged")
 
     def distance(weight: float) -> float:

@@ -175,7 +175,8 @@ def _answers(outcome: Outcome) -> tuple[str, str]:
         return "", ""
     asked = answers[0].said is not None
     early = any(answer.before is not None for answer in answers)
-    kinds = ["good"] * len(outcome.best) + ["bad"] * len(outcome.worst)
+    perfect = [asked and answer.score > 0.995 for answer in answers]  # the worst may be as good as the best
+    kinds = ["good" if number < len(outcome.best) or perfect[number] else "bad" for number in range(len(answers))]
     rows = [
         [
             Html(f'<span class="answer {kind}">{answer.score:.2f}</span>'),

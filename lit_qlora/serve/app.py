@@ -10,23 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from lit_qlora.errors import UserError
+from lit_qlora.errors import NumericalError, UserError
 from lit_qlora.generation.batching import Request as Question
 from lit_qlora.inference import Roster, encode_prompt, stop_ids
 from lit_qlora.serve import protocol
 from lit_qlora.serve.answers import Answers
+from lit_qlora.serve.compare import answer_ids, divergences, pieces
 from lit_qlora.serve.engine import Engine, QueueFullError
 from lit_qlora.serve.guard import Guard
 from lit_qlora.serve.limits import LOOPBACK, Limits
 from lit_qlora.serve.metrics import CONTENT_TYPE, Metrics
-from lit_qlora.serve.protocol import ApiError, Order
+from lit_qlora.serve.protocol import ApiError, Comparison, Order
 
+T = TypeVar("T")
 PAGE = Path(__file__).with_name("page.html")
 WRITERS = 4
 """Prompts that are written at a time; further ones wait, and that counts as their prompt_seconds."""
@@ -104,6 +106,10 @@ def make_app(
     async def completions(request: Request) -> Response:
         return await server.respond(request, chat=False)
 
+    @app.post("/compare")
+    async def compare(request: Request) -> Response:
+        return await server.compare(request)
+
     if metrics:
 
         @app.get("/metrics")
@@ -163,23 +169,63 @@ class _Server:
 
     async def _answers(self, request: Request, *, chat: bool) -> Answers:
         """The answers to a request, which the engine has begun to make."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            # A web page elsewhere can send other types without asking first.
-            raise ApiError(415, "Content-Type must be application/json.")
-        body = await self._body(request)
-        # In another thread: a chat template is a program, and a long text takes a while; /health does not wait.
-        reading = asyncio.get_running_loop().run_in_executor(self.writers, partial(self._read, body, chat=chat))
-        try:
-            order, questions = await asyncio.wait_for(reading, self.limits.prompt_seconds)
-        except TimeoutError:
-            seconds = self.limits.prompt_seconds
-            raise ApiError(504, f"The prompt was not written within {seconds:g} seconds.", code="timeout") from None
+        order, questions = await self._understood(request, partial(self._read, chat=chat))
         answers = Answers(questions, order, self.roster, self.limits.answer_seconds)
         try:
             self.engine.submit(answers.jobs)
         except QueueFullError:
             raise ApiError(429, "The queue is full. Try again soon.", code="queue_full", Retry_After="2") from None
         return answers
+
+    async def _understood(self, request: Request, read: Callable[[bytes], T]) -> T:
+        """Read the body of a request, in another thread."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # A web page elsewhere can send other types without asking first.
+            raise ApiError(415, "Content-Type must be application/json.")
+        body = await self._body(request)
+        # In another thread: a chat template is a program, and a long text takes a while; /health does not wait.
+        reading = asyncio.get_running_loop().run_in_executor(self.writers, read, body)
+        try:
+            return await asyncio.wait_for(reading, self.limits.prompt_seconds)
+        except TimeoutError:
+            seconds = self.limits.prompt_seconds
+            raise ApiError(504, f"The prompt was not written within {seconds:g} seconds.", code="timeout") from None
+
+    async def compare(self, request: Request) -> Response:
+        """Answer /compare: the answer in pieces, and how far the two models are apart at each."""
+        comparison, prompts, answer = await self._understood(request, self._read_comparison)
+        try:
+            task = self.engine.run(partial(divergences, self.roster, prompts, answer))
+            values = await asyncio.wait_for(asyncio.wrap_future(task), self.limits.answer_seconds)
+        except QueueFullError:
+            raise ApiError(429, "The queue is full. Try again soon.", code="queue_full", Retry_After="2") from None
+        except TimeoutError:
+            raise ApiError(504, "The comparison took too long.", code="timeout") from None
+        except (NumericalError, RuntimeError):
+            raise ApiError(500, "The models could not be compared on this.", code="model_error") from None
+        parts = pieces(self.roster.tokenizer, self.roster.styles[comparison.model], answer, values)
+        return JSONResponse({"object": "comparison", "tokens": [{"text": text, "kl": value} for text, value in parts]})
+
+    def _read_comparison(self, body: bytes) -> tuple[Comparison, dict[str, list[int]], list[int]]:
+        """Read what is to be compared, the prompts of both models, and the ids of the answer."""
+        comparison = protocol.read_comparison(protocol.parse_json(body))
+        names = (comparison.model, comparison.other)
+        for name in names:
+            self.check_model(name)
+        if comparison.model == comparison.other:
+            raise ApiError(400, f"{comparison.other} is compared with itself.", "with")
+        tokenizer, styles = self.roster.tokenizer, self.roster.styles
+        try:
+            prompts = {name: encode_prompt(tokenizer, styles[name], comparison.conversation) for name in names}
+            answer = answer_ids(tokenizer, styles[comparison.model], comparison.answer)
+        except UserError as error:
+            raise ApiError(400, str(error), "messages") from None
+        longest = max(map(len, prompts.values())) + len(answer)
+        if not all(prompts.values()) or longest > self.context:
+            raise ApiError(
+                400, f"Prompt and answer have {longest} tokens; the model's context holds {self.context}.", "answer"
+            )
+        return comparison, prompts, answer
 
     def _read(self, body: bytes, *, chat: bool) -> tuple[Order, list[Question]]:
         """Read the order in the body, and make a question for each answer to it."""

@@ -5,13 +5,16 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from lit_qlora.errors import NumericalError
 from lit_qlora.generation.batching import Batcher, Request
 from lit_qlora.generation.text import TextStream
 from lit_qlora.inference import Roster
 
+T = TypeVar("T")
 READ_AT_ONCE = 2048
 """Tokens, padding included, of the prompts that are read together; a longer prompt is read alone."""
 
@@ -51,6 +54,7 @@ class Engine:
         self._batcher = Batcher(roster.model, slots, roster.switch.select, roster.tokenizer.size, context)
         self._running: dict[Request, Job] = {}
         self._waiting: deque[Job] = deque()
+        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -94,14 +98,29 @@ class Engine:
             self._waiting.extend(jobs)
             self._changed.notify()
 
+    def run(self, task: Callable[[], T]) -> "Future[T]":
+        """Have the engine's thread run something else that uses the model, between two steps of the batch.
+
+        Raises:
+            QueueFullError: if there is no room for it to wait.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if len(self._tasks) >= max(1, self.queue):
+                raise QueueFullError
+            self._tasks.append((task, future))
+            self._changed.notify()
+        return future
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._running or self._stopping):
+                while not (self._waiting or self._running or self._tasks or self._stopping):
                     self._changed.wait()
                 if self._stopping:
                     break
             try:
+                self._run_a_task()
                 self._give_up()
                 self._admit()
                 self._step()
@@ -110,6 +129,18 @@ class Engine:
                 self._fail_all()
         for job in [*self._running.values(), *self._waiting]:
             job.tell("", "error")
+        for _, future in self._tasks:
+            future.cancel()
+
+    def _run_a_task(self) -> None:
+        with self._changed:
+            task, future = self._tasks.popleft() if self._tasks else (None, None)
+        if task is None or future is None or not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(task())
+        except Exception as error:
+            future.set_exception(error)
 
     def _give_up(self) -> None:
         """End jobs whose client has gone or whose deadline has passed, and free their slots."""

@@ -77,6 +77,35 @@ class Order:
             raise ApiError(400, str(error)) from None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A request to compare two models at each token of an answer."""
+
+    model: str
+    other: str
+    conversation: Conversation
+    answer: str
+
+
+def read_comparison(body: dict[str, Any]) -> Comparison:
+    """Understand a request to /compare: model, with, messages, answer.
+
+    Raises:
+        ApiError: 400, with the field that is wrong.
+    """
+    fields = _Fields(body)
+    comparison = Comparison(
+        model=fields.text("model"),
+        other=fields.text("with"),
+        conversation=Conversation(_messages(fields.take("messages"))),
+        answer=fields.text("answer"),
+    )
+    fields.finish()
+    if not comparison.answer:
+        raise ApiError(400, "answer is empty, so there is nothing to compare.", "answer")
+    return comparison
+
+
 def parse_json(body: bytes) -> dict[str, Any]:
     """The object that a body holds.
 

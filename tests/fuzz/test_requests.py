@@ -40,20 +40,33 @@ COMPLETION = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
-PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/x", "/health", "/", "/x", "//", "/v1/%00"]
+COMPARISON = {"model": "base", "with": "base", "messages": [{"role": "user", "content": "Q: 1?"}], "answer": "2"}
+PATHS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/compare",
+    "/v1/models",
+    "/v1/models/x",
+    "/health",
+    "/",
+    "/x",
+    "//",
+    "/v1/%00",
+]
 HEADERS = [
     *({}, {"Content-Type": "text/plain"}, {"Authorization": "Bearer x"}, {"Accept": "x"}, {"X-Long": "a" * 4000}),
     *({"Transfer-Encoding": "x"}, {"Content-Encoding": "gzip"}, {"Origin": "http://evil"}, {"Expect": "100-continue"}),
 ]
+BODIES = [CHAT, TOOLS, COMPLETION, COMPARISON]
 bodies = st.one_of(
-    st.sampled_from([CHAT, TOOLS, COMPLETION]).map(lambda body: json.dumps(body).encode()),
-    st.sampled_from([CHAT, TOOLS, COMPLETION]).flatmap(changed_often).map(lambda body: json.dumps(body).encode()),
-    st.sampled_from([CHAT, TOOLS, COMPLETION]).map(lambda body: json.dumps(body).encode()).flatmap(spoilt),
+    st.sampled_from(BODIES).map(lambda body: json.dumps(body).encode()),
+    st.sampled_from(BODIES).flatmap(changed_often).map(lambda body: json.dumps(body).encode()),
+    st.sampled_from(BODIES).map(lambda body: json.dumps(body).encode()).flatmap(spoilt),
 )
 requests = st.fixed_dictionaries(
     {
         "method": st.sampled_from(["POST"] * 30 + ["GET", "PUT", "OPTIONS", "HEAD"]),
-        "path": st.sampled_from(PATHS[:2] * 15 + PATHS),
+        "path": st.sampled_from(PATHS[:3] * 10 + PATHS),
         "headers": st.sampled_from([{}] * 10 + HEADERS),
         "body": bodies.map(lambda body: body.decode("latin-1")),
     }
@@ -172,7 +185,7 @@ async def crowd(server: Running, clients: int, count: int) -> Counter[str]:
 
 def a_body(rng: random.Random) -> bytes:
     """A good body, or one with a field or a byte changed."""
-    body = dict(rng.choice([CHAT, TOOLS, COMPLETION]))
+    body = dict(rng.choice(BODIES))
     if rng.random() < 0.4:
         key = rng.choice([*body, "logit_bias", "top_k", "min_p", "x", "response_format"])
         body[key] = rng.choice(HOSTILE)

@@ -49,6 +49,7 @@ HOMES = {
     "matplotlib": {"run.figures", "sweep.pages"},
     "wandb": {"run.trackers"},
     "mlflow": {"run.trackers"},
+    "trackio": {"run.trackers"},
     "safetensors": {"checkpoint.safetensors_io"},
     "huggingface_hub": {"convert.hub"},
     "tqdm": {"checkpoint.shards"},

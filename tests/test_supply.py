@@ -60,4 +60,5 @@ def test_no_requirement_admits_an_older_one() -> None:
 
 def test_every_direct_dependency_is_pinned() -> None:
     direct = {name_of(line) for line in REQUIREMENTS} - {"lit-qlora"}
-    assert direct - set(PINS) == set()
+    # Trackio 0.43 does not take the pillow 13 that is pinned, so its extra is installed without constraints.
+    assert direct - set(PINS) == {"trackio"}

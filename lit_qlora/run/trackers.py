@@ -1,10 +1,11 @@
-"""Trackers, which show a run while it goes on: TensorBoard, Weights & Biases, MLflow. None of them can stop it."""
+"""Trackers, which show a run while it goes on: TensorBoard, Weights & Biases, MLflow, Trackio. None can stop it."""
 
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,10 +111,42 @@ class MLflow:
         self.client.set_terminated(self.run_id)
 
 
+class Trackio:
+    """A run in Trackio's own folder, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set.
+
+    A resumed run is the same one. Its name is the path of OUT, which no other run has.
+    """
+
+    def __init__(self, out_dir: Path, settings: Mapping[str, Any], start: int) -> None:
+        import trackio
+
+        self.trackio, plain = trackio, {name: value for name, value in settings.items() if value is not None}
+        with open(os.devnull, "w") as nobody, redirect_stdout(nobody):  # it prints how to start its page
+            self.run = trackio.init(
+                project="lit_qlora",
+                name=str(out_dir.resolve()),
+                config=plain,
+                resume="allow" if start else "never",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """See Writer."""
+        with open(os.devnull, "w") as nobody, redirect_stdout(nobody):
+            self.trackio.finish()
+
+
 WRITERS: dict[Tracker, Callable[[Path, Mapping[str, Any], int], Writer]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
+    "trackio": Trackio,
 }
 
 

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from lit_qlora.settings.checks import Settings, check
 
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 
@@ -18,7 +18,8 @@ class LogConfig(Settings):
 
     to: tuple[Tracker, ...] | Tracker = ()
     """Trackers that get the same metrics, e.g. [tensorboard,wandb]. They write to OUT/tensorboard, OUT/wandb and
-    OUT/mlruns. wandb is offline unless WANDB_MODE says otherwise. If a tracker fails, the run goes on without it."""
+    OUT/mlruns, trackio to its own folder (TRACKIO_DIR), which 'trackio show' reads. Nothing leaves the machine unless
+    WANDB_MODE, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says so. If a tracker fails, the run goes on without it."""
 
     def __post_init__(self) -> None:
         """Check that no tracker is named twice."""

@@ -1,8 +1,10 @@
-"""TensorBoard, Weights & Biases and MLflow get what the log gets, and cannot stop a run."""
+"""TensorBoard, Weights & Biases, MLflow and Trackio get what the log gets, and cannot stop a run."""
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,14 +77,27 @@ def read_mlflow(out: Path) -> dict[str, dict[int, float]]:
     return {name: {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)} for name in names}
 
 
-READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "mlflow": read_mlflow}
+def read_trackio(out: Path) -> dict[str, dict[int, float]]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert SQLiteStorage.get_runs("lit_qlora") == [str(out.resolve())]
+    found: dict[str, dict[int, float]] = {}
+    for row in SQLiteStorage.get_logs("lit_qlora", str(out.resolve())):
+        for name, value in row.items():
+            if "/" in name:
+                found.setdefault(name, {})[row["step"]] = value
+    return found
+
+
+READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio}
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_MODE", "WANDB_SILENT", "MLFLOW_ALLOW_FILE_STORE"):
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for name in ("WANDB_MODE", "WANDB_SILENT", "MLFLOW_ALLOW_FILE_STORE", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
 
 
 @pytest.mark.slow
@@ -98,6 +113,25 @@ def test_what_was_logged_is_read_back_by_its_own_library(
     assert {key: found[key] for key in EXPECTED} == EXPECTED
     assert {"train/grad_norm", "train/tokens_per_second", "train/peak_gib", "val/ppl"} <= set(found)
     assert capfd.readouterr() == ("", "")
+
+
+def test_trackio_keeps_to_itself_and_a_resumed_run_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+
+    def init(**given: Any) -> SimpleNamespace:
+        print("* Trackio project initialized")
+        calls.append({name: given[name] for name in ("name", "resume", "embed", "auto_log_gpu", "auto_log_cpu")})
+        return SimpleNamespace(log=lambda metrics, step: calls.append((step, metrics["train/loss"])))
+
+    theirs = SimpleNamespace(init=init, finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "trackio", theirs)
+    for start in (0, 1):
+        write("trackio", tmp_path, [step(start + 1)], start)
+    quiet = {"name": str(tmp_path), "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    assert calls == [{**quiet, "resume": "never"}, (1, 2.0), "finish", {**quiet, "resume": "allow"}, (2, 2.0), "finish"]
+    assert capsys.readouterr() == ("", "")
 
 
 class Broken:

@@ -556,7 +556,34 @@ CASES |= {
     ),
     "gemma4-E": ("gemma4_text", {**GEMMA4, **GEMMA4_E, "attention_bias": True, "hidden_activation": "silu"}),
 }
+LLAMA4 = {
+    **WIDE_HEADS,
+    **EXPERTS,
+    "intermediate_size_mlp": 80,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 8,
+    "floor_scale": 3,
+}
+CASES["llama4"] = (
+    "llama4_text",
+    {
+        **LLAMA4,
+        "interleave_moe_layer_step": 2,
+        # As published: no passage between the features that are scaled and those that are not.
+        "rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0},
+    },
+)
 FURTHER |= {
+    "llama4-all-experts": (
+        "llama4_text",
+        {
+            **LLAMA4,
+            "num_experts_per_tok": 1,
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "layer_types": ["full_attention", "chunked_attention"],
+        },
+    ),
     "qwen3_5-layer_types": (
         "qwen3_5_text",
         {

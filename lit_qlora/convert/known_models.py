@@ -81,6 +81,13 @@ MODELS: dict[str, dict[str, float]] = {
         "meta-llama/Llama-3.3-70B-Instruct": 70.6,
         "nvidia/Llama-3.1-Nemotron-70B-Instruct-HF": 70.6,
     },
+    "Llama 4": {
+        "meta-llama/Llama-4-Scout-17B-16E": 107.8,
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct": 107.8,
+        "meta-llama/Llama-4-Maverick-17B-128E": 400.7,
+        "meta-llama/Llama-4-Maverick-17B-128E-Instruct": 400.7,
+        "meta-llama/Llama-Guard-4-12B": 11.1,
+    },
     "DeepSeek and R1": {
         "deepseek-ai/deepseek-llm-7b-base": 6.9,
         "deepseek-ai/deepseek-llm-7b-chat": 6.9,

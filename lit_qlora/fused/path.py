@@ -373,8 +373,8 @@ class Fused:
 
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """For positions (B, T) the rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
-        scale = query_scale(self.config, positions).flatten()[:, None, None] if self.config.query_scale_beta else None
-        return positions.flatten().int(), scale
+        scale = query_scale(self.config, positions)
+        return positions.flatten().int(), None if scale is None else scale.flatten()[:, None, None]
 
     def flatten(self, group_of: Callable[[nn.Parameter], Any]) -> Sequence[nn.Parameter]:
         """All A and all B as two parameters, where there are experts, or as more where groups change; see FastPath.

@@ -104,7 +104,8 @@ class FastStep:
             windowed: _rope(config, positions, windowed)
             for windowed in {block.windowed for block in self.blocks if block.rotates}
         }
-        scale = query_scale(config, positions)[:, 0] if config.query_scale_beta else None  # (B, 1, 1)
+        scale = query_scale(config, positions)
+        scale = None if scale is None else scale[:, 0]  # (B, 1, 1)
         y: Tensor | None = None
         for block in self.blocks:
             x, y = block(x, y, cache, ropes, scale)

@@ -27,6 +27,8 @@ PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """Parameters of a module of experts, in their order, and our layers that each one holds."""
 UNCONVERTED = {"qwen3_5_moe_text"}
 """Families whose single experts PEFT 0.21 does not stack when it loads them, nor mistakes their other MLPs for them."""
+UNMARKED = {"llama4_text"}
+"""Families whose parameters are (n_expert, in, out) in transformers, without the mark by which PEFT 0.21 knows it."""
 LINEAR = "1.0"
 """A version of PEFT that has A and B of parameters as those of linear layers."""
 _MODULE = ".experts"
@@ -132,6 +134,7 @@ class Stacks:
         module: names of the module that has the parameters, with {i} for the block; the first one is that of today.
         gate_up: how rows of gate and of up follow each other.
         transposed: the parameters are (n_expert, in, out).
+        swapped: PEFT takes them for (n_expert, out, in), so that its B^T is our A and its A^T our B.
         only: files stack them as well, or PEFT does not, so there are no names of single experts.
     """
 
@@ -141,6 +144,7 @@ class Stacks:
     gate_up: Fused
     transposed: bool = False
     only: bool = False
+    swapped: bool = False
 
     @staticmethod
     def of(model: ModelConfig, config: LoRAConfig) -> "Stacks | None":
@@ -155,7 +159,8 @@ class Stacks:
                 assert isinstance(fused, Fused)
                 path, _, leaf = theirs.removesuffix(".weight").rpartition(".")
                 module = path if leaf in PARAMETERS else f"{path}{_MODULE}"  # Granite's files have other names
-                return Stacks(model, config, (module,), fused, transposed, only=True)
+                swapped = model.family in UNMARKED
+                return Stacks(model, config, (module,), fused, transposed, only=True, swapped=swapped)
             if rule == gate:
                 module = theirs.partition(".{e}")[0]
                 names = (module.replace("block_sparse_moe", "mlp"), module)  # Mixtral's, in transformers 5 and before
@@ -222,8 +227,10 @@ class Stacks:
                         a.append(torch.cat([own_a, own_a.new_zeros(rank - len(own_a), own_a.size(1))]))
                     b[:, first : first + own_b.size(1)] = own_b
                 parts[kind], first = b, first + (0 if tied else rank)
-            all_a.append(torch.cat(a))
-            all_b.append(self._joined(parts))
+            factors = torch.cat(a), self._joined(parts)
+            its_a, its_b = (factors[1].T, factors[0].T) if self.swapped else factors
+            all_a.append(its_a)
+            all_b.append(its_b)
         return {
             "lora_A.weight": torch.cat(all_a).cpu(),
             "lora_B.weight": torch.stack(all_b).permute(1, 2, 0).flatten(1).contiguous().cpu(),
@@ -256,8 +263,10 @@ class Stacks:
             )
         of_a, of_b = a.unflatten(0, (count, rank)), b.unflatten(1, (rank, count)).permute(2, 0, 1)
         swapped = a.size(1) != inputs
-        if inputs == outputs and ours is None and not self.transposed:
-            swapped = is_old(version, f"{location}: the adapter of {name}")
+        if inputs == outputs and (ours is not None or (self.transposed and not self.swapped)):
+            swapped = self.swapped
+        elif inputs == outputs:
+            swapped = self.swapped != is_old(version, f"{location}: the adapter of {name}")
         if swapped:
             of_a, of_b = of_b.mT, of_a.mT
         ranks = None if ours is None else self._ranks(name, ours)

@@ -52,8 +52,10 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias) if own else None
         self.value = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias) if apart else None
         self.query_gate = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias) if config.attention_gate else None
-        self.query_norm = make_qk_norm(config, config.n_head, self.size)
-        self.key_norm: Any = make_qk_norm(config, config.kv_heads_of(windowed), self.size) if own else None
+        normed = config.qk_norm != "rotated" or config.rotates(block)
+        self.query_norm = make_qk_norm(config, config.n_head, self.size) if normed else nn.Identity()
+        key_norm = make_qk_norm(config, config.kv_heads_of(windowed), self.size) if normed else nn.Identity()
+        self.key_norm: Any = key_norm if own else None
         self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
         self.projection = nn.Linear(q_size, config.n_embd, bias=config.projection_bias)
 
@@ -167,11 +169,11 @@ class Places:
         seen_until: Tensor | None = None,
     ) -> None:
         self.kinds = [(config.windowed(i), config.rotates(i)) for i in range(config.n_layer)]
-        scale = query_scale(config, positions) if config.query_scale_beta else None
-        documents = documents_of(positions.size(1), cache, segments) if config.state_layers else None
         new, device = positions.size(1), positions.device
+        documents = documents_of(new, cache, segments) if config.state_layers else None
+        width = cache.width(new) if cache else new
 
-        def mask(window: int | None) -> Tensor | None:
+        def mask(window: int | Tensor | None) -> Tensor | None:
             if seen_until is not None:
                 return tree_mask(window, positions, seen_until)
             return attention_mask(window, new, cache, device, segments)
@@ -179,8 +181,8 @@ class Places:
         self.places = {
             (windowed, rotates): Place(
                 rope_table(config, positions, windowed, segments) if rotates else None,
-                scale,
-                mask(config.sliding_window if windowed else None),
+                query_scale(config, positions, rotates),
+                mask(window_of(config, positions, width) if windowed else None),
                 documents,
                 [],
                 attend,
@@ -193,25 +195,40 @@ class Places:
         return self.places[self.kinds[block]]
 
 
-def query_scale(config: ModelConfig, positions: Tensor) -> Tensor:
-    """(B, T) int64 -> (B, 1, T, 1) float32: how much louder queries become beyond the original context."""
-    stretches = (positions // config.rope_original_block_size).float()
-    return (1 + config.query_scale_beta * torch.log1p(stretches))[:, None, :, None]
+def query_scale(config: ModelConfig, positions: Tensor, rotates: bool = True) -> Tensor | None:
+    """(B, T) int64 -> (B, 1, T, 1) float32: how much louder queries become in long texts; None where they do not."""
+    if config.query_scale_beta:
+        beta, stretches = config.query_scale_beta, positions // config.rope_original_block_size
+    elif config.unrotated_scale_beta and not rotates:
+        beta, stretches = config.unrotated_scale_beta, (positions + 1) // config.unrotated_scale_size
+    else:
+        return None
+    return (1 + beta * torch.log1p(stretches.float()))[:, None, :, None]
+
+
+def window_of(config: ModelConfig, positions: Tensor, width: int) -> int | Tensor | None:
+    """The window of attention_mask: where it begins anew with each chunk, one for each of `positions` (B, T).
+
+    Args:
+        width: columns that are looked at; if they are one chunk, its length is the window.
+    """
+    size = config.sliding_window
+    return positions % size + 1 if size is not None and config.chunked_window and width > size else size
 
 
 def attention_mask(
-    window: int | None, new: int, cache: KVCache | None, device: torch.device, segments: Tensor | None = None
+    window: int | Tensor | None, new: int, cache: KVCache | None, device: torch.device, segments: Tensor | None = None
 ) -> Tensor | None:
     """The mask of attention, (B or 1, 1, T, past + T): True where a token may see another; None is plain causal.
 
     Args:
-        window: how many tokens a token sees, itself included; None for all before it.
+        window: how many tokens a token sees, itself included; (B, T) where each has its own; None for all before it.
         new: T, the tokens that ask; `cache` holds the past ones.
         segments: see GPT.hidden.
     """
     width = cache.width(new) if cache else new
     left_pad = cache.left_pad if cache else None
-    if window is not None and width <= window:
+    if isinstance(window, int) and width <= window:
         window = None
     if width == new and left_pad is None and window is None and segments is None:
         return None
@@ -219,7 +236,7 @@ def attention_mask(
     column = torch.arange(width, device=device)
     mask = column <= own
     if window is not None:
-        mask &= column > own - window
+        mask = mask & (column > own - _by_query(window))
     if left_pad is not None:
         # A padding token may look at itself, so that its softmax is over something; nobody else looks at it.
         mask = mask & ((column >= left_pad[:, None, None, None]) | (column == own))
@@ -240,7 +257,12 @@ def documents_of(new: int, cache: KVCache | None, segments: Tensor | None) -> Te
     return -(cache.columns(new) < cache.left_pad[:, None]).long()
 
 
-def tree_mask(window: int | None, positions: Tensor, seen_until: Tensor) -> Tensor:
+def _by_query(window: int | Tensor) -> int | Tensor:
+    """A window beside masks (B, 1, T, columns)."""
+    return window[:, None, :, None] if isinstance(window, Tensor) else window
+
+
+def tree_mask(window: int | Tensor | None, positions: Tensor, seen_until: Tensor) -> Tensor:
     """As attention_mask, (B, 1, T, T), for documents that share their beginnings; see GPT.hidden.
 
     Args:
@@ -249,7 +271,7 @@ def tree_mask(window: int | None, positions: Tensor, seen_until: Tensor) -> Tens
     column = torch.arange(positions.size(1), device=positions.device)
     mask = (column <= column[:, None]) & (column[:, None] < seen_until[:, None, None])
     if window is not None:
-        mask &= positions[:, None, None] > positions[:, None, :, None] - window
+        mask &= positions[:, None, None] > positions[:, None, :, None] - _by_query(window)
     return mask
 
 
@@ -268,6 +290,8 @@ def make_qk_norm(config: ModelConfig, heads: int, size: int) -> nn.Module:
     """Make the norm of queries or keys of so many heads, and features of each."""
     if config.qk_norm == "none":
         return nn.Identity()
+    if config.qk_norm == "rotated":
+        return nn.RMSNorm(size, eps=config.norm_eps, elementwise_affine=False)
     if config.qk_norm == "each_head":
         return NormOfEachHead(heads, size, config.norm_eps)
     return make_norm(config, size * (heads if config.qk_norm == "full" else 1))

@@ -61,9 +61,10 @@ class ModelConfig:
     """The norm of attention and MLP acts on their input, on their output before it is added, or on both."""
     shared_norm: bool = False
     """With parallel_residual: attention and MLP read one norm instead of one each."""
-    qk_norm: Literal["none", "head", "each_head", "full"] = "none"
+    qk_norm: Literal["none", "head", "each_head", "full", "rotated"] = "none"
     """Norm of queries and keys. head: over each head, with one weight for all heads. each_head: over each head, with a
-    weight of its own (a layer norm without bias). full: over all heads at once."""
+    weight of its own (a layer norm without bias). full: over all heads at once. rotated: over each head of the blocks
+    that rotate, without a weight (Llama 4)."""
     qk_norm_after_rope: bool = False
     value_norm: bool = False
     """Values are normed over each head, without a weight (Gemma 4)."""
@@ -93,6 +94,10 @@ class ModelConfig:
     """Each head has one more score, a parameter, that takes its share of the softmax and gives nothing (gpt-oss)."""
     query_scale_beta: float = 0.0
     """Queries at position p are multiplied by 1 + beta log(1 + floor(p / rope_original_block_size)) (Ministral 3)."""
+    unrotated_scale_beta: float = 0.0
+    """In no_rope_layers alone they are multiplied by 1 + beta log(1 + floor((p + 1) / unrotated_scale_size)) (Llama 4).
+    """
+    unrotated_scale_size: int = 8192
     kv_latent_size: int = 0
     """Keys and values come from a vector of this size (DeepSeek's latent attention); 0: from the token itself."""
     q_latent_size: int = 0
@@ -118,6 +123,8 @@ class ModelConfig:
     conv_bias: bool = False
     sliding_window: int | None = None
     """A token attends to this many tokens, itself included; None: to all before it."""
+    chunked_window: bool = False
+    """Every sliding_window tokens a chunk begins, and a token attends to its own chunk alone (Llama 4)."""
     full_attention_layers: tuple[int, ...] = ()
     """Blocks that sliding_window does not hold for."""
     full_head_size: int = 0
@@ -190,6 +197,8 @@ class ModelConfig:
     router_correction: bool = False
     """A parameter for each expert helps to choose it, without counting in its weight (DeepSeek-V3)."""
     router_scale: float = 1.0
+    router_before: bool = False
+    """An expert reads its tokens times their weights, instead of having what it gives multiplied by them (Llama 4)."""
     router_norm: bool = False
     """The router reads what it is given normed and scaled, and experts have learnt factors (Gemma 4)."""
     router_groups: int = 1
@@ -209,8 +218,8 @@ class ModelConfig:
         for name, most in MOST.items():
             if getattr(self, name) > most:
                 raise CheckpointError(f"{self.name}: {name} must be at most {most:,}, got {getattr(self, name)}.")
-        for name in ("sliding_window", "attention_softcap", "logit_softcap"):
-            if (getattr(self, name) or 1) <= 0:
+        for name in ("sliding_window", "attention_softcap", "logit_softcap", "unrotated_scale_size"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise CheckpointError(f"{self.name}: {name} must be above 0, got {getattr(self, name)}.")
         if self.n_head % self.n_kv_head:
             raise CheckpointError(

@@ -115,6 +115,7 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(make_expert(config, config.expert_size) for _ in range(config.n_expert))
         self.shared = make_expert(config, config.shared_expert_size) if config.shared_expert_size else None
         self.shared_gate = nn.Linear(config.n_embd, 1, bias=False) if config.shared_expert_gate else None
+        self.before = config.router_before
 
     def forward(self, x: Tensor, routed: Tensor | None = None) -> Tensor:
         """(B, T, E) -> (B, T, E); `routed` is what the router reads, if it is not x."""
@@ -128,8 +129,9 @@ class MoE(nn.Module):
         counts = chosen.flatten().bincount(minlength=len(self.experts))
         for expert, choices in zip(self.experts, order.split(counts.tolist()), strict=True):
             if len(choices):
-                of = choices // chosen.size(1)
-                part = expert(tokens[of]) * weights.flatten()[choices, None]
+                of, share = choices // chosen.size(1), weights.flatten()[choices, None]
+                read = tokens[of]
+                part = expert((read * share).to(read.dtype)) if self.before else expert(read) * share
                 out = out.index_add(0, of, part.to(out.dtype))
         return out.view_as(x)
 

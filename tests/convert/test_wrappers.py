@@ -35,6 +35,7 @@ from tests.reference import (
     GROUPED,
     LATENT,
     LAYER_TYPES,
+    LLAMA4,
     SMALL,
     UNIFIED,
     WIDE_HEADS,
@@ -113,6 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma4_unified": ("gemma4_unified", {**UNIFIED, "pad_token_id": 0}, {"patch_size": 4, "mm_embed_dim": 32}, {}),
     "qwen3_5": ("qwen3_5", {**DELTA, "layer_types": LAYER_TYPES}, QWEN_VISION, {"tie_word_embeddings": True}),
     "qwen3_5_moe": ("qwen3_5_moe", {**DELTA, **DELTA_EXPERTS, "layer_types": LAYER_TYPES}, QWEN_VISION, {}),
+    "llama4": ("llama4", LLAMA4, VISION, {}),
     "idefics3": ("idefics3", {"model_type": "llama", **GROUPED}, VISION, {}),
     "smolvlm": ("smolvlm", {"model_type": "llama", **GROUPED}, VISION, {"tie_word_embeddings": True}),
 }

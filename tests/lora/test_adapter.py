@@ -176,7 +176,8 @@ def theirs_in_ours(case: str, config: Any, place: Path) -> tuple[Any, GPT]:
 @pytest.mark.parametrize("case", EVERY_FAMILY)
 def test_we_compute_the_same_logits_with_an_adapter_of_peft(case: str, tmp_path: Path) -> None:
     # PEFT's all-linear leaves out the head, and takes the routers of some families, which is refused by name.
-    experts = any(word in case for word in ("mixtral", "moe", "deepseek", "next"))
+    # That of Llama 4 cannot run with an adapter in PEFT 0.21.
+    experts = any(word in case for word in ("mixtral", "moe", "deepseek", "next", "llama4"))
     targets = ["o_proj", "kv_b_proj" if "deepseek" in case else "k_proj"] if experts else "all-linear"
     theirs_in_ours(case, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets), tmp_path)
 

@@ -27,7 +27,9 @@ FEATURES = {
     "attention_softcap": "score soft cap",
     "attention_sinks": "attention sinks",
     "query_scale_beta": "query scale by position",
+    "unrotated_scale_beta": "query scale by position",
     "sliding_window": "sliding window",
+    "chunked_window": "in chunks",
     "full_head_size": "other heads without a window",
     "key_is_value": "keys as values",
     "shared_kv_layers": "shared keys and values",
@@ -47,6 +49,7 @@ FEATURES = {
     "n_expert": "experts",
     "router": "{} router",
     "router_tolerance": "router tolerance",
+    "router_before": "weighted inputs of experts",
     "router_correction": "router correction",
     "experts_beside": "experts beside an MLP",
     "router_groups": "router groups",
@@ -61,6 +64,7 @@ PARTLY = {
     "shared_kv_layers": "shared keys and values",
     "per_layer_size": "per-layer embeddings",
     "experts_beside": "experts beside an MLP",
+    "chunked_window": "attention in chunks",
 }
 """Field that the kernels of training do not compute, and some models of a family have -> its feature."""
 

@@ -6,6 +6,7 @@ from lit_qlora.convert.families import (
     expert_rows,
     gemma4_rows,
     layer_norm_rows,
+    llama4_rows,
     rms_rows,
     routed_rows,
 )
@@ -22,5 +23,6 @@ FAMILIES: dict[str, Family] = {
     **delta_rows.ROWS,
     **gemma4_rows.ROWS,
     **conv_rows.ROWS,
+    **llama4_rows.ROWS,
 }
 """model_type -> its row."""

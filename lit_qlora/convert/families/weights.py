@@ -333,6 +333,27 @@ GPT_OSS = without(LLAMA, ".mlp.") | {
     f"{_GPT_OSS_EXPERTS}.gate_up_proj_scales": DROP,  # read together with the blocks
     f"{_GPT_OSS_EXPERTS}.down_proj_scales": DROP,
 }
+_FEED = f"{_LAYER}.feed_forward"
+LLAMA4 = (
+    without(LLAMA, ".mlp.")
+    | tensors(
+        {
+            f"{_FEED}.gate_proj": _GATE,
+            f"{_FEED}.up_proj": _UP,
+            f"{_FEED}.down_proj": f"{_BLOCK}.mlp.down",
+            f"{_FEED}.router": f"{_BLOCK}.mlp.router",
+            f"{_FEED}.shared_expert.gate_proj": f"{_BLOCK}.mlp.shared.gate",
+            f"{_FEED}.shared_expert.up_proj": f"{_BLOCK}.mlp.shared.up",
+            f"{_FEED}.shared_expert.down_proj": f"{_BLOCK}.mlp.shared.down",
+        }
+    )
+    | {
+        f"{_FEED}.experts.gate_up_proj": Stacked(
+            Transposed(Fused((f"{_EXPERT}.gate.weight", f"{_EXPERT}.up.weight"), "blocks"))
+        ),
+        f"{_FEED}.experts.down_proj": Stacked(Transposed(f"{_EXPERT}.down.weight")),
+    }
+)
 _DELTA, _LINEAR = f"{_BLOCK}.delta", f"{_LAYER}.linear_attn"
 _NET = {
     f"{_LINEAR}.conv1d.weight": f"{_DELTA}.conv",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lit_qlora.convert.families import llama4_rows
 from lit_qlora.convert.families.read import Family, Theirs
 from lit_qlora.convert.families.rules import EitherWay, Fused, Rule, Stacked
 
@@ -89,6 +90,13 @@ WRAPPERS: dict[str, Wrapper] = {
     "gemma4_unified": Wrapper(
         text="gemma4_unified_text", names=_QWEN3_VL, kept=_GEMMA4, tied=True, shapes_logits=True, text_class=True
     ),
+    "llama4": Wrapper(
+        text="llama4_text",
+        names=(("language_model.model.", "language_model.lm_head."),),
+        kept=("vision_model", "multi_modal_projector"),
+        tied=False,
+        text_class=True,
+    ),
     "idefics3": Wrapper(text="llama", names=_SMOLVLM, kept=("vision_model", "connector"), tied=False),
     "smolvlm": Wrapper(text="llama", names=_SMOLVLM, kept=("vision_model", "connector"), tied=False),
 }
@@ -122,6 +130,7 @@ _LONG = {"max_position_embeddings": 128_000, "rope_theta": 500_000.0}
 SIZES: dict[str, dict[str, Any]] = {
     "gemma3_text": _sizes(26, 2304, 8, 9216, 262_208),
     "llama": _sizes(32, 4096, 32, 11_008, 32_000),
+    "llama4_text": llama4_rows.SIZES,
     "ministral3": _sizes(34, 4096, 32, 14_336, 131_072),
     "mistral": _sizes(32, 4096, 32, 14_336, 32_000),
     "mistral4": _sizes(36, 4096, 32, 12_288, 131_072),

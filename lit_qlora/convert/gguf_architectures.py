@@ -17,7 +17,7 @@ UNDERSTOOD = {
     *("rope_beta_fast", "rope_beta_slow", "rope_short_factors", "rope_long_factors"),
 }
 """Fields of ModelConfig that can have any value in every row; see check_supported about scaling and windows."""
-LONGROPE = ("llama", "phi3")
+LONGROPE = ("llama", "phi3", "minicpm3")
 """The graphs that read a factor for each wavelength."""
 CONTEXT_STEP = 256
 """llama.cpp rounds its context up to a multiple of it."""
@@ -39,6 +39,8 @@ class Architecture:
     """Its RoPE turns feature 2 i with 2 i + 1, instead of i with i + half."""
     period: int | None = None
     """It has a sliding window in all but the last of so many blocks; None: in none."""
+    names_windows: bool = False
+    """A file says which blocks have the sliding window."""
     own_head: bool = False
     """A head that is the embedding has to be in the file a second time."""
     head_sizes: frozenset[Literal["equal", "whole"]] = frozenset()
@@ -49,6 +51,10 @@ class Architecture:
     """Of a model of experts: its first blocks may have a plain MLP."""
     shared_multiple: bool = False
     """The size of its shared expert is a multiple of that of an expert."""
+    latent_absorbed: bool = True
+    """Of latent attention: it computes with latent keys and values, so what widens them is a matrix for each head."""
+    value_heads_tiled: bool = False
+    """Of a gated delta net: the first value head of each key head comes first, then the second of each."""
 
     def full_layers(self, config: ModelConfig) -> tuple[int, ...]:
         """The blocks without a window in a model of so many."""
@@ -93,6 +99,73 @@ def latent_scale(config: ModelConfig) -> float:
     return float(config.attention_scale) if with_yarn else config.head_size**-0.5  # type: ignore[arg-type]
 
 
+def interval(config: ModelConfig) -> int:
+    """Every how many blocks one of a model with gated delta nets has attention."""
+    return next((i + 1 for i in range(config.n_layer) if i not in config.delta_layers), config.n_layer + 1)
+
+
+def delta(config: ModelConfig) -> dict[str, Any]:
+    """Qwen3-Next and Qwen3.5: attention in every so many blocks, with a gate; one size of all heads of a delta net."""
+    step = interval(config)
+    return {
+        "norm": "rms_plus_one",
+        "qk_norm": "head",
+        "attention_gate": True,
+        "delta_layers": tuple(i for i in range(config.n_layer) if (i + 1) % step),
+        "delta_value_size": config.delta_key_size,
+    }
+
+
+def chunked(config: ModelConfig) -> dict[str, Any]:
+    """Llama 4: its sizes of chunks and scales are built in, and norms of queries but for 128 experts."""
+    unrotated = every_fourth(config)
+    return {
+        "sliding_window": 8192,
+        "chunked_window": True,
+        "full_attention_layers": unrotated,
+        "no_rope_layers": unrotated,
+        "unrotated_scale_beta": 0.1,
+        "rope_interleaved": True,
+        "qk_norm": "none" if config.n_expert == 128 else "rotated",
+        "qk_norm_after_rope": True,
+        "dense_layers": tuple(i for i in range(config.n_layer) if (i + 1) % mixed_interval(config)),
+        "router": "sigmoid",
+        "router_before": True,
+        "shared_expert_size": config.expert_size,
+    }
+
+
+def mixed_interval(config: ModelConfig) -> int:
+    """Every how many blocks one of Llama 4 has experts."""
+    return next((i + 1 for i in range(config.n_layer) if config.has_experts(i)), 1)
+
+
+def gemma4(config: ModelConfig) -> dict[str, Any]:
+    """Gemma 4: norms on both sides and of values, without a scale of scores; one size of both embeddings."""
+    return {
+        "ffn": "geglu_tanh",
+        "embedding_multiplier": config.n_embd**0.5,
+        "norm_position": "both",
+        "qk_norm": "head",
+        "value_norm": True,
+        "attention_scale": 1.0,
+        "block_scale": True,
+        "per_layer_vocab": config.vocab_size if config.per_layer_size else config.per_layer_vocab,
+        "experts_beside": config.n_expert > 0,
+        "router_norm": config.n_expert > 0,
+        "router_normalized": config.n_expert > 0,
+    }
+
+
+def minicpm3(config: ModelConfig) -> dict[str, Any]:
+    """MiniCPM3: the multipliers of its one published model are built in."""
+    return {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 1.4 / config.n_layer**0.5,
+        "logit_multiplier": 256 / config.n_embd,
+    }
+
+
 BIASES = {"qkv_bias": True, "projection_bias": True, "mlp_bias": True}
 COHERE = {"norm": "layer_no_bias", "parallel_residual": True, "shared_norm": True, "rope_interleaved": True}
 LLAMA = Architecture(
@@ -121,6 +194,29 @@ GLM_MOE = Architecture(
     },
     dense_first=True,
     shared_multiple=True,
+)
+CONVOLUTION = Architecture(name="lfm2", reads=frozenset({"conv_layers", "conv_size"}), means={"qk_norm": "head"})
+DELTA_NET = Architecture(
+    name="qwen35",
+    reads=frozenset({"rope_fraction", "delta_key_heads", "delta_value_heads", "delta_key_size", "delta_conv_size"}),
+    means=delta,
+    value_heads_tiled=True,
+)
+DELTA_EXPERTS = replace(
+    DELTA_NET,
+    name="qwen35moe",
+    reads=DELTA_NET.reads | EXPERTS | {"shared_expert_size"},
+    means=lambda config: {**delta(config), "shared_expert_gate": True, "router_normalized": True},
+)
+GEMMA4 = Architecture(
+    name="gemma4",
+    reads=frozenset(
+        EXPERTS
+        | {"logit_softcap", "rope_local_theta", "full_attention_layers", "full_head_size", "full_kv_heads"}
+        | {"key_is_value", "shared_kv_layers", "shared_kv_ffn_size", "per_layer_size", "rope_fraction"}
+    ),
+    means=gemma4,
+    names_windows=True,
 )
 LITE = (26, 27)
 """Numbers of blocks by which its graph knows models without a latent of queries, such as DeepSeek-V2-Lite."""
@@ -292,6 +388,52 @@ ARCHITECTURES: dict[str, Architecture] = {
         name="starcoder", means={"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", **BIASES}
     ),
     "jais2": Architecture(name="jais2", means={"norm": "layer", "ffn": "relu2", **BIASES}),
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": DELTA_EXPERTS,
+    "qwen3_next": replace(DELTA_EXPERTS, name="qwen3next", value_heads_tiled=False),
+    "llama4_text": Architecture(name="llama4", reads=frozenset(EXPERTS), means=chunked, neighbours=True),
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
+    "lfm2": CONVOLUTION,
+    "lfm2_moe": replace(
+        CONVOLUTION,
+        name="lfm2moe",
+        reads=CONVOLUTION.reads | EXPERTS | {"router"},
+        means={"qk_norm": "head", "router": "sigmoid", "router_normalized": True, "router_correction": True},
+        dense_first=True,
+    ),
+    "ministral3": Architecture(name="mistral3", reads=frozenset({"query_scale_beta"}), neighbours=True),
+    "mistral4": replace(LATENT, name="mistral4", reads=LATENT.reads | {"query_scale_beta"}),
+    "youtu": LATENT,
+    "minicpm3": Architecture(
+        name="minicpm3",
+        reads=frozenset({"kv_latent_size", "q_latent_size", "latent_rope_size", "latent_value_size"}),
+        means=minicpm3,
+        latent_absorbed=False,
+    ),
+    "glm": Architecture(
+        name="chatglm",
+        reads=frozenset({"rope_fraction", "qkv_bias"}),
+        means={"rope_interleaved": True},
+        neighbours=True,
+        head_sizes=frozenset({"whole"}),
+    ),
+    "apertus": Architecture(name="apertus", means={"ffn": "xielu", "qk_norm": "head"}),
+    "afmoe": Architecture(
+        name="afmoe",
+        reads=frozenset(ROUTED),
+        means=lambda config: {
+            "norm_position": "both",
+            "qk_norm": "head",
+            "attention_gate": True,
+            "embedding_multiplier": config.n_embd**0.5,
+            "router_correction": True,
+            "no_rope_layers": every_fourth(config),
+        },
+        period=4,
+        dense_first=True,
+        shared_multiple=True,
+    ),
     "cohere": Architecture(name="command-r", reads=frozenset({"logit_multiplier"}), means=COHERE, neighbours=True),
     "cohere2": Architecture(
         name="cohere2",
@@ -303,13 +445,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Our family -> how llama.cpp computes it."""
 _UNKNOWN = "the gguf package has no names for it"
-_UNTRIED = "its graph in llama.cpp was not held against this model yet"
 OTHERWISE = {
     **dict.fromkeys(("cohere2_moe", "cwm", "flex_olmo", "gpt_neo", "granite_swa", "hy_v3"), _UNKNOWN),
     **dict.fromkeys(("hyperclovax", "mellum", "ministral", "vaultgemma"), _UNKNOWN),
-    **dict.fromkeys(("afmoe", "apertus", "gemma4_text", "gemma4_unified_text", "glm", "gptj", "ministral3"), _UNTRIED),
-    **dict.fromkeys(("mistral4", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _UNTRIED),
-    "minicpm3": "its graph in llama.cpp has the multipliers of one published model built in",
+    "gptj": "llama.cpp has no graph for it",
+    "nanochat": _UNKNOWN,
     "phimoe": "llama.cpp weighs the chosen experts otherwise",
 }
 """Our family -> why there is no row for it, though llama.cpp has a graph."""
@@ -333,7 +473,7 @@ def check_supported(config: ModelConfig) -> Architecture:
     other = [
         f"{field.name} {getattr(config, field.name)!r}"
         for field in fields(config)
-        if field.name not in UNDERSTOOD | found.reads
+        if (field.name not in UNDERSTOOD | found.reads or field.name in meant)
         and not _same(config, field.name, meant.get(field.name, field.default))
     ]
     scalings = ["none", "linear", "llama3"]
@@ -341,6 +481,11 @@ def check_supported(config: ModelConfig) -> Architecture:
     scalings += ["yarn"] if (not found.period or found.rounds_yarn) and rounds else []
     whole_steps = config.rope_original_block_size % CONTEXT_STEP == 0  # else its context is longer, its factors others
     scalings += ["longrope"] if found.name in LONGROPE and whole_steps else []
+    if found.names_windows:
+        scalings = ["proportional"]
+        first = config.n_layer - config.shared_kv_layers
+        if config.shared_kv_layers and (config.windowed(first - 1) or not config.windowed(first - 2)):
+            other.append(f"shared_kv_layers {config.shared_kv_layers} behind blocks of another order")
     if config.rope_scaling not in scalings:
         other.append(f"rope_scaling {config.rope_scaling!r}")
     if config.family == "qwen2" and config.sliding_window is not None:
@@ -351,8 +496,8 @@ def check_supported(config: ModelConfig) -> Architecture:
         other.append(f"head_size {config.head_size}")
     if found.name == LATENT.name and not config.q_latent_size and config.n_layer not in LITE:
         other.append(f"q_latent_size 0 in {config.n_layer} blocks")
-    if "attention_softcap" in found.reads and config.attention_softcap is None:
-        other.append("no attention_softcap")
+    caps = ("attention_softcap", "logit_softcap") if "attention_softcap" in found.reads else ()
+    other += [f"no {name}" for name in caps if getattr(config, name) is None]
     if other:
         raise CheckpointError(f"{config.name} cannot be written as GGUF: it has {', '.join(other)}.")
     return found

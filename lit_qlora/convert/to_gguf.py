@@ -17,14 +17,22 @@ from torch import Tensor
 
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.convert.ending import read_ending
-from lit_qlora.convert.families import their_tensors
-from lit_qlora.convert.gguf_architectures import ARCHITECTURES, check_supported
+from lit_qlora.convert.families import Fused, their_tensors
+from lit_qlora.convert.gguf_architectures import (
+    ARCHITECTURES,
+    GEMMA4,
+    LATENT,
+    check_supported,
+    interval,
+    mixed_interval,
+)
 from lit_qlora.convert.gguf_vocabulary import read_vocabulary
 from lit_qlora.convert.modelfile import modelfile
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
 from lit_qlora.files.reading import reason
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.mlp import XIELU_EPS, XIELU_SLOPE
 from lit_qlora.model.rope import scaled_frequency
 
 if TYPE_CHECKING:
@@ -32,8 +40,8 @@ if TYPE_CHECKING:
 
 MODELFILE = ".Modelfile"
 """Ending of the name of the file for Ollama."""
-PARTS = re.compile(r"\.(experts|shared|router|shared_gate|sinks)\b")
-LATENT = re.compile(r"\.attn\.(key|value)\.")
+PARTS = re.compile(r"\.(experts|shared|router|shared_gate|sinks|delta)\b|^blocks\.\d+\.scale$")
+KEYS_VALUES = re.compile(r"\.attn\.(key|value)\.")
 NAMES_OF_PARTS = {
     "attn.key.weight": "attn_k_b.weight",
     "attn.value.weight": "attn_v_b.weight",
@@ -42,8 +50,24 @@ NAMES_OF_PARTS = {
     "mlp.router.correction": "exp_probs_b.bias",
     "mlp.shared_gate.weight": "ffn_gate_inp_shexp.weight",
     "attn.sinks": "attn_sinks.weight",
+    "scale": "layer_output_scale.weight",
+    "beside.mlp.router.weight": "ffn_gate_inp.weight",
+    "beside.mlp.router.scale": "ffn_gate_inp.scale",
+    "beside.mlp.router.expert_scale": "ffn_down_exps.scale",
+    **dict.fromkeys(("delta.query.weight", "delta.key.weight", "delta.value.weight"), "attn_qkv.weight"),
+    "delta.output_gate.weight": "attn_gate.weight",
+    "delta.beta.weight": "ssm_beta.weight",
+    "delta.decay.weight": "ssm_alpha.weight",
+    "delta.conv": "ssm_conv1d.weight",
+    "delta.decay_rate": "ssm_a",
+    "delta.decay_bias": "ssm_dt.bias",
+    "delta.norm.weight": "ssm_norm.weight",
+    "delta.projection.weight": "ssm_out.weight",
 }
 """Our name in a block -> theirs, for what Hugging Face's families call by many names."""
+STILL = 1e30
+"""A wavelength times this is longer than any text."""
+CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")
 Kind = Literal["f16", "q8_0", "bf16", "f32"]
 
 
@@ -83,6 +107,8 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
         writer = GGUFWriter(staged, architecture.name)
         try:
             _write_settings(writer, config, kind)
+            if config.ffn == "xielu":
+                _write_activations(writer, config, weights.read)
             vocabulary.write(writer)
             factors = _rope_factors(config)
             for tensor in plan:
@@ -135,7 +161,9 @@ def read_context(config: ModelConfig) -> int:
     Where it has no window, as many as ours lets a token see. With longrope, as many as the original context: it takes
     the long factors for all texts once its context is longer.
     """
-    window = None if ARCHITECTURES[config.family].period else config.sliding_window
+    architecture = ARCHITECTURES[config.family]
+    known = architecture.period or architecture.names_windows or config.chunked_window
+    window = None if known else config.sliding_window
     original = config.rope_original_block_size if config.rope_scaling == "longrope" else config.block_size
     return min(config.block_size, window or config.block_size, original)
 
@@ -149,11 +177,15 @@ class GgufTensor:
     """Ours, one below the other."""
     stacked: bool = False
     """One behind the other instead, along a new first dimension."""
+    heads: int = 1
+    """The rows of a head of each part lie one below the other, then those of the next head."""
 
     def join(self, read: Callable[[str], Tensor], config: ModelConfig) -> Tensor:
         """Their tensor, from ours."""
         parts = [_ordered(name, read(name), config) for name in self.parts]
-        return torch.stack(parts) if self.stacked else torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.stacked or len(parts) == 1:
+            return torch.stack(parts) if self.stacked else parts[0]
+        return torch.cat([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
@@ -164,12 +196,17 @@ def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(known[architecture.name], config.n_layer)
     found: dict[str, tuple[list[str], bool]] = {}
+    heads: dict[str, int] = {}
+    names = [name for name in names if ".activation." not in name]  # which are settings there
     for tensor in their_tensors(names, replace(config, wrapper="")):
-        if PARTS.search(tensor.ours[0]) or (
-            config.kv_latent_size and LATENT.search(tensor.ours[0])
-        ):  # of which several may be in one tensor of theirs
+        absorbed = architecture.latent_absorbed and config.kv_latent_size and KEYS_VALUES.search(tensor.ours[0])
+        if PARTS.search(tensor.ours[0]) or absorbed:  # of which several may be in one tensor of theirs
             for name in tensor.ours:
-                found.setdefault(_name_of_part(name), ([], ".experts." in name))[0].append(name)
+                part = _name_of_part(name)
+                if architecture.name == "qwen3next" and part.endswith(("ssm_beta.weight", "ssm_alpha.weight")):
+                    part = re.sub("ssm_(beta|alpha)", "ssm_ba", part)
+                    heads[part] = config.delta_key_heads
+                found.setdefault(part, ([], ".experts." in name))[0].append(name)
             continue
         module, _, kind = tensor.name.rpartition(".")
         name = table.get_name(module)
@@ -177,9 +214,15 @@ def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
         for ours in tensor.ours:  # gate and up, where no name is known for both together
             of_mlp = _name_of_part(ours).replace("_shexp", "")
             found.setdefault(f"{name}.{kind}" if name else of_mlp, ([], False))[0].append(ours)
+        by_head = isinstance(tensor.rule, Fused) and (tensor.rule.layout == "query_heads" or config.kv_latent_size)
+        if by_head and name:
+            heads[f"{name}.{kind}"] = config.n_head
     if config.tied_head and architecture.own_head:
         found["output.weight"] = (["embed.weight"], False)
-    return [GgufTensor(name=name, parts=tuple(parts), stacked=stacked) for name, (parts, stacked) in found.items()]
+    return [
+        GgufTensor(name=name, parts=tuple(parts), stacked=stacked, heads=heads.get(name, 1))
+        for name, (parts, stacked) in found.items()
+    ]
 
 
 def _name_of_part(name: str) -> str:
@@ -210,12 +253,13 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.ffn_size)
+    inside = [config.shared_kv_ffn_size if config.reuses(i) else config.ffn_size for i in range(config.n_layer)]
+    writer.add_feed_forward_length(inside if config.shared_kv_ffn_size else config.ffn_size)
     writer.add_head_count(config.n_head)
     _write_heads(writer, config)
     (writer.add_layer_norm_rms_eps if config.norm.startswith("rms") else writer.add_layer_norm_eps)(config.norm_eps)
     if config.positions == "rope":
-        writer.add_rope_dimension_count(config.latent_rope_size or config.rotated)
+        writer.add_rope_dimension_count(config.latent_rope_size or config.full_head_size or config.rotated)
         writer.add_rope_freq_base(config.rope_theta)
     _write_scaling(writer, config)
     if "parallel_residual" in ARCHITECTURES[config.family].reads:
@@ -224,24 +268,68 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
         writer.add_rope_freq_base_swa(config.rope_local_theta)
     if ARCHITECTURES[config.family].period and config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
-    if config.n_expert:
+    if ARCHITECTURES[config.family].names_windows:
+        _write_two_kinds(writer, config)
+    if config.n_expert or ARCHITECTURES[config.family].name == LATENT.name:
         _write_experts(writer, config)
+    if config.delta_layers:
+        _write_delta_net(writer, config)
+    if config.conv_layers:
+        writer.add_shortconv_l_cache(config.conv_size)
+    if config.query_scale_beta:
+        writer.add_attn_temperature_scale(config.query_scale_beta)
+        writer.add_attn_temperature_length(config.rope_original_block_size)
     _write_scales(writer, config)
+
+
+def _write_two_kinds(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write which blocks of Gemma 4 have a window and the size of their heads, and which use earlier keys."""
+    assert config.sliding_window is not None
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern([config.windowed(i) for i in range(config.n_layer)])
+    writer.add_key_length_swa(config.head_size)
+    writer.add_value_length_swa(config.head_size)
+    writer.add_rope_dimension_count_swa(config.rotated)
+    writer.add_shared_kv_layers(config.shared_kv_layers)
+    writer.add_embedding_length_per_layer_input(config.per_layer_size)
+
+
+def _write_delta_net(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write the sizes of gated delta nets, and which blocks have attention instead."""
+    writer.add_ssm_conv_kernel(config.delta_conv_size)
+    writer.add_ssm_state_size(config.delta_key_size)
+    writer.add_ssm_group_count(config.delta_key_heads)
+    writer.add_ssm_time_step_rank(config.delta_value_heads)
+    writer.add_ssm_inner_size(config.delta_value_heads * config.delta_value_size)
+    writer.add_full_attention_interval(interval(config))
+    if ARCHITECTURES[config.family].value_heads_tiled:  # the features of a token's three positions, which are one
+        writer.add_rope_dimension_sections([*(len(range(i, config.rotated // 2, 3)) for i in range(3)), 0])
+
+
+def _write_activations(writer: "GGUFWriter", config: ModelConfig, read: Callable[[str], Tensor]) -> None:
+    """Write the learnt strengths of xIELU, which its graph reads as settings."""
+    for name, write in (("positive", writer.add_xielu_alpha_p), ("negative", writer.add_xielu_alpha_n)):
+        write([read(f"blocks.{i}.mlp.activation.{name}").item() for i in range(config.n_layer)])
+    writer.add_xielu_beta([XIELU_SLOPE] * config.n_layer)
+    writer.add_xielu_eps([XIELU_EPS] * config.n_layer)
 
 
 def _write_heads(writer: "GGUFWriter", config: ModelConfig) -> None:
     """Write the sizes of keys and values; a graph for latent attention has one key for all heads, the latent."""
-    if not config.kv_latent_size:
-        writer.add_head_count_kv(config.n_kv_head)
-        writer.add_key_length(config.head_size)
-        writer.add_value_length(config.head_size)
-        return
-    writer.add_head_count_kv(1)
-    writer.add_key_length(config.kv_latent_size + config.latent_rope_size)
-    writer.add_value_length(config.kv_latent_size)
-    writer.add_key_length_mla(config.head_size)
-    writer.add_value_length_mla(config.value_size)
-    writer.add_kv_lora_rank(config.kv_latent_size)
+    if not (config.kv_latent_size and ARCHITECTURES[config.family].latent_absorbed):
+        blocks = range(config.n_layer)
+        counts = [0 if config.is_conv(i) else config.kv_heads_of(config.windowed(i)) for i in blocks]
+        writer.add_head_count_kv(counts if len(set(counts)) > 1 else counts[0])
+        writer.add_key_length(config.full_head_size or config.head_size)
+        writer.add_value_length(config.full_head_size or config.value_size)
+    else:
+        writer.add_head_count_kv(1)
+        writer.add_key_length(config.kv_latent_size + config.latent_rope_size)
+        writer.add_value_length(config.kv_latent_size)
+        writer.add_key_length_mla(config.head_size)
+        writer.add_value_length_mla(config.value_size)
+    if config.kv_latent_size:
+        writer.add_kv_lora_rank(config.kv_latent_size)
     if config.q_latent_size:
         writer.add_q_lora_rank(config.q_latent_size)
 
@@ -254,7 +342,7 @@ def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
     reads = architecture.reads
     writer.add_expert_count(config.n_expert)
     writer.add_expert_used_count(config.n_expert_per_token)
-    writer.add_expert_feed_forward_length(config.expert_size)
+    writer.add_expert_feed_forward_length(config.expert_size or config.ffn_size)
     if "router" in reads:
         writer.add_expert_gating_func(ExpertGatingFuncType[config.router.upper()])
         writer.add_expert_weights_norm(config.router_normalized)
@@ -263,13 +351,13 @@ def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
         writer.add_expert_group_count(config.router_groups)
         writer.add_expert_group_used_count(config.router_groups_kept)
     if architecture.dense_first:
-        writer.add_leading_dense_block_count(len(config.dense_layers))
+        writer.add_leading_dense_block_count(len(config.dense_layers) if config.n_expert else config.n_layer)
     if architecture.shared_multiple:
-        writer.add_expert_shared_count(config.shared_expert_size // config.expert_size)
+        writer.add_expert_shared_count(config.shared_expert_size // (config.expert_size or 1))
     if "shared_expert_size" in reads:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_size)
-    if architecture.name == "ernie4_5-moe":
-        writer.add_interleave_moe_layer_step(1)
+    if architecture.name in ("ernie4_5-moe", "llama4"):
+        writer.add_interleave_moe_layer_step(mixed_interval(config) if architecture.name == "llama4" else 1)
 
 
 def _write_scaling(writer: "GGUFWriter", config: ModelConfig) -> None:
@@ -309,6 +397,8 @@ def _write_scales(writer: "GGUFWriter", config: ModelConfig) -> None:
     for name, write in writers.items():
         if name in reads and getattr(config, name) is not None:
             write(getattr(config, name))
+    if config.logit_softcap is None and ARCHITECTURES[config.family] is GEMMA4:  # whose graph takes 30 otherwise
+        writer.add_final_logit_softcapping(0.0)
     if "logit_multiplier" in reads:  # Granite's graph divides by it, Cohere's multiplies
         writer.add_logit_scale(
             1 / config.logit_multiplier if config.family.startswith("granite") else config.logit_multiplier
@@ -332,11 +422,13 @@ def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
     if config.rope_scaling == "longrope":
         found = {"long": config.rope_long_factors, "short": config.rope_short_factors}
         return {f"rope_factors_{name}.weight": torch.tensor(factors) for name, factors in found.items()}
-    if config.rope_scaling != "llama3":
+    if config.rope_scaling not in ("llama3", "proportional"):
         return {}
-    exponent = torch.arange(0, config.rotated, 2).float() / config.rotated
+    size = config.full_head_size or config.rotated
+    exponent = torch.arange(0, size, 2).float() / size
     whole = 1.0 / config.rope_theta**exponent
-    return {"rope_freqs.weight": whole / scaled_frequency(config, exponent, torch.ones(1, 1, 1, 1))}
+    factors = whole / scaled_frequency(config, exponent, torch.ones(1, 1, 1, 1))
+    return {"rope_freqs.weight": factors.clamp(max=STILL)}
 
 
 def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
@@ -346,11 +438,15 @@ def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     follow its order: feature i beside feature i + half.
     """
     layer = ".".join(name.split(".")[2:4])
+    if layer.startswith("delta."):
+        return _of_delta_net(layer, tensor, config)
+    if layer == "conv.conv":
+        return tensor.squeeze(1)
     if config.norm in ("rms_plus_one", "layer_plus_one") and "norm" in name and not name.endswith("bias"):
         return tensor.float() + 1
     if layer == "mlp.shared_gate":
         return tensor[0]
-    if config.kv_latent_size and LATENT.search(name):
+    if config.kv_latent_size and ARCHITECTURES[config.family].latent_absorbed and KEYS_VALUES.search(name):
         of_heads = tensor.unflatten(0, (config.n_head, -1))
         return of_heads.transpose(1, 2) if layer == "attn.key" else of_heads
     heads = {"attn.query": config.n_head, "attn.key": config.n_kv_head}
@@ -359,11 +455,35 @@ def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     return tensor.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def _of_delta_net(layer: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """A tensor of a gated delta net, with the heads of values in their order."""
+    if layer == "delta.conv":
+        keys = 2 * config.delta_key_heads * config.delta_key_size
+        of_keys, of_values = tensor.squeeze(1).split((keys, len(tensor) - keys))
+        return torch.cat((of_keys, _tiled(of_values, config)))
+    if layer == "delta.projection":
+        return _tiled(tensor.T, config).T
+    if layer in ("delta.query", "delta.key", "delta.norm"):
+        return tensor
+    return _tiled(-tensor.float().exp() if layer == "delta.decay_rate" else tensor, config)
+
+
+def _tiled(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Rows of all value heads in the order of Architecture.value_heads_tiled."""
+    if not ARCHITECTURES[config.family].value_heads_tiled:
+        return tensor
+    return (
+        tensor.unflatten(0, (config.delta_key_heads, config.delta_value_heads // config.delta_key_heads, -1))
+        .transpose(0, 1)
+        .flatten(0, 2)
+    )
+
+
 def _storage(name: str, spec: Tensor, kind: Kind) -> "GGMLQuantizationType":
     """The storage of a tensor: float32 for vectors, biases and routers, float16 where q8_0's blocks do not fit."""
     from gguf import GGMLQuantizationType
 
-    if spec.ndim == 1 or name.endswith(".bias") or ".ffn_gate_inp" in name:
+    if spec.ndim == 1 or name.endswith(".bias") or ".ffn_gate_inp" in name or name.endswith(CONVOLUTIONS):
         return GGMLQuantizationType.F32
     if kind == "q8_0" and spec.shape[-1] % 32:
         return GGMLQuantizationType.F16

@@ -1,6 +1,5 @@
 """A tokenizer as GGUF holds it: every token with its kind, and scores or merges to find them in a text."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,44 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens, in GGUF as in SentencePiece."""
 NO_MERGE = "no merge"
 """llama.cpp reads no byte-level tokenizer without a merge; no text falls into parts of two and five letters."""
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2", "": "gpt-2"}
-"""Pattern by which a byte-level tokenizer.json cuts a text before it merges -> llama.cpp's name of it."""
+_DIGIT, _DIGITS = r"\p{N}", r"\p{N}{1,3}"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_MARKED = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
+_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    + _SPACES
+)
+
+
+def _cased(ending: str, digits: str) -> str:
+    """Words that end where a capital letter begins another."""
+    first = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{first}{_UPPER}*{_LOWER}+{ending}|{first}{_UPPER}+{_LOWER}*{ending}"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_SPACES}"
+
+
+SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((_WORDS + _DIGITS + _REST,), True): "llama-bpe",
+    ((_WORDS + _DIGITS + _REST,), False): "glm4",
+    ((_WORDS + _DIGIT + _REST,), False): "qwen2",
+    ((_MARKED,), False): "qwen35",
+    ((_cased(_ENDINGS + "?", _DIGITS),), False): "gpt-4o",
+    ((_cased("", _DIGIT),), True): "tekken",
+    ((_DIGITS, "[一-龥\u3040-ゟ\u30a0-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
+    ((_DIGIT, _GPT2), False): "starcoder",
+    ((_GPT2,), False): "gpt-2",
+}
+"""Patterns by which a byte-level tokenizer.json cuts a text before it merges, one after the other, and its setting
+ignore_merges (a word that is a token stays whole) -> llama.cpp's name of both."""
+
+LOOSE = ("gpt-4o", "tekken")
+"""Names whose graph takes marks that combine with a letter (accents of their own, vowels of Indian scripts) for none of
+the word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +114,7 @@ def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
     merges: list[str] = []
     split = "default"
     path = next(directory / name for name in MODELS if (directory / name).is_file())
-    beside = next(
-        (directory / name for name in ("tokenizer.model", "spiece.model") if (directory / name).is_file()), None
-    )
+    beside = _sentencepiece(directory)
     if beside:
         pieces = read_pieces(beside)
         if any(kind == NORMAL and score != int(score) for _, score, kind in pieces):
@@ -117,6 +148,20 @@ def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
     )
 
 
+def split_of(directory: Path) -> str:
+    """See Vocabulary.split."""
+    if _sentencepiece(directory):
+        return "default"
+    return _read_bpe(read_spec(next(directory / name for name in MODELS if (directory / name).is_file())), directory)[2]
+
+
+def _sentencepiece(directory: Path) -> Path | None:
+    """The SentencePiece file of a checkpoint, which has the scores that a tokenizer.json lacks; None without one."""
+    return next(
+        (directory / name for name in ("tokenizer.model", "spiece.model") if (directory / name).is_file()), None
+    )
+
+
 def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[str, float, int]], list[str], str]:
     """Rows, merges and the name of the split, of a tokenizer.json."""
     model = spec["model"]
@@ -134,14 +179,33 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
             kind = BYTE if is_byte else UNKNOWN if piece == unknown else NORMAL
             rows[i] = (piece, -float(made.get(piece, len(pairs))), kind)
         return rows, [], "default"
-    steps = spec.get("pre_tokenizer") or {}
-    cuts = [step.get("pattern", {}).get("Regex", "") for step in steps.get("pretokenizers", [steps])]
-    pattern = next(filter(None, cuts), "")
-    if "ByteLevel" not in json.dumps(steps) or pattern not in SPLITS:
+    split = SPLITS.get((_cuts(spec.get("pre_tokenizer") or {}), bool(model.get("ignore_merges"))))
+    if split is None:
         raise CheckpointError(
             f"{directory}: tokenizer.json cuts texts in a way that has no name in llama.cpp here. "
             f"Known: {', '.join(SPLITS.values())}."
         )
     # GGUF puts a space between the two parts, so one inside a part is written as the character 256 further on.
     merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
-    return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, SPLITS[pattern]
+    return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, split
+
+
+def _cuts(step: dict[str, Any]) -> tuple[str, ...]:
+    """The patterns by which a byte-level pre-tokenizer cuts a text, in their order; () for one of another kind."""
+    steps = step.get("pretokenizers", [step])
+    cuts = tuple(_cut(part) for part in steps)
+    return tuple(filter(None, cuts)) if steps[-1].get("type") == "ByteLevel" and None not in cuts else ()
+
+
+def _cut(step: dict[str, Any]) -> str | None:
+    """The pattern of one step, "" for one that cuts nothing, None for one that has no pattern."""
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return None if step.get("add_prefix_space") else _GPT2 if step.get("use_regex", True) else ""
+    if kind == "Digits":
+        return _DIGIT if step.get("individual_digits") else None
+    ways = (step.get("behavior"), bool(step.get("invert")))
+    pattern = step.get("pattern", {}).get("Regex")
+    if kind != "Split" or pattern is None or ways not in (("Isolated", False), ("Removed", True)):
+        return None
+    return str(pattern).replace("\r", r"\r").replace("\n", r"\n")

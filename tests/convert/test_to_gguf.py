@@ -504,19 +504,27 @@ def test_byte_level_tokens_keep_their_merges(tmp_path: Path) -> None:
     assert vocabulary.kinds[0] == CONTROL
 
 
-@pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
-def test_how_a_text_is_cut_has_a_name(name: str, tmp_path: Path) -> None:
+def test_how_a_text_is_cut_has_a_name(tmp_path: Path) -> None:
     byte_level(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    pattern = next(pattern for pattern, split in SPLITS.items() if split == name)
-    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, {**spec["pre_tokenizer"], "use_regex": False}]}
+    last = {**spec["pre_tokenizer"], "use_regex": False}
+    cut = {"type": "Split", "behavior": "Isolated", "invert": False}
+    for (patterns, ignores), name in SPLITS.items():
+        cuts = [{**cut, "pattern": {"Regex": pattern}} for pattern in patterns]
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*cuts, last]}
+        spec["model"]["ignore_merges"] = ignores
+        write_json(tmp_path / "tokenizer.json", spec)
+        assert vocabulary_of(tmp_path, 600).split == name
+    digits = {"type": "Digits", "individual_digits": True}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**last, "use_regex": True}]}
+    spec["model"]["ignore_merges"] = False
     write_json(tmp_path / "tokenizer.json", spec)
-    assert vocabulary_of(tmp_path, 600).split == name
-    cut["pattern"]["Regex"] = r"\w+"
-    write_json(tmp_path / "tokenizer.json", spec)
-    with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
-        vocabulary_of(tmp_path, 600)
+    assert vocabulary_of(tmp_path, 600).split == "starcoder"
+    for other in (last, {**last, "use_regex": True, "add_prefix_space": True}, {**digits, "individual_digits": False}):
+        spec["pre_tokenizer"] = other
+        write_json(tmp_path / "tokenizer.json", spec)
+        with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
+            vocabulary_of(tmp_path, 600)
 
 
 def test_a_byte_level_tokenizer_without_merges_gets_one_that_joins_nothing(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.ending import read_ending
+from lit_qlora.convert.families import FAMILIES
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
-from lit_qlora.convert.gguf_architectures import ARCHITECTURES, check_supported
+from lit_qlora.convert.gguf_architectures import ARCHITECTURES, OTHERWISE, check_supported
 from lit_qlora.convert.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from lit_qlora.convert.to_gguf import Kind, export_gguf, plan_tensors, read_context, rope_difference
 from lit_qlora.errors import CheckpointError, UsageError
@@ -378,6 +379,11 @@ def test_other_families_are_refused_by_name(case: str, reason: str, tmp_path: Pa
     with pytest.raises(CheckpointError, match=f"families llama, mistral, .*; some/model is a {CASES[case][0]}{reason}"):
         export_gguf(tmp_path, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_every_family_has_a_graph_or_a_reason() -> None:
+    assert not ARCHITECTURES.keys() & OTHERWISE.keys()
+    assert ARCHITECTURES.keys() | OTHERWISE.keys() == FAMILIES.keys()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import signal
 from lit_qlora.convert.families import FAMILIES, VERIFIED_WITH, WRAPPERS
 from lit_qlora.convert.families.read import Family
 from lit_qlora.convert.families.readers import COMMON
-from lit_qlora.convert.gguf_architectures import ARCHITECTURES
+from lit_qlora.convert.gguf_architectures import OTHERWISE
 
 FEATURES = {
     "norm": "{} norm",
@@ -79,8 +79,10 @@ def features(family: Family) -> str:
 def limits(name: str) -> list[str]:
     """List what a family cannot take part in, with the reason."""
     family = FAMILIES[name]
-    found = [] if name in ARCHITECTURES else ["no GGUF"]
+    found = [f"no GGUF: {OTHERWISE[name]}"] if name in OTHERWISE else []
     used = {**family.fields, **family.fixed}
+    if {"delta_layers", "conv_layers"} & set(used):
+        found.append("no draft models, and no shared beginnings: a block has a state")
     found += [f"plain path with {words}" for ours, words in PARTLY.items() if ours in used]
     if name == "afmoe":
         found.append("no PEFT: it takes the gate of attention for an expert's")
@@ -94,7 +96,8 @@ if __name__ == "__main__":
     print(
         f"Each family computes what transformers {' and '.join(VERIFIED_WITH)} computes: see tests/model/test_gpt.py.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
-        "[no GGUF]: no graph of llama.cpp was held against it. [plain path with]: kernels of training lack it.\n"
+        "In brackets: the proofs that it takes no part in, with the reason. [plain path with]: kernels of training "
+        "lack it.\n"
     )
     for name, family in sorted(FAMILIES.items()):
         short = "".join(f" [{limit}]" for limit in limits(name))

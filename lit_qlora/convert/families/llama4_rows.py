@@ -15,7 +15,7 @@ def unrotated_layers(theirs: Theirs) -> tuple[int, ...]:
 
 
 def full_layers(theirs: Theirs) -> tuple[int, ...]:
-    """The blocks that see more than their chunk: those that rotate nothing, unless layer_types says otherwise."""
+    """The blocks that see more than their chunk, by layer_types or, if that is absent, the unrotated ones."""
     blocks, types = range(theirs["num_hidden_layers"]), theirs.get("layer_types")
     if types is None:
         return unrotated_layers(theirs)

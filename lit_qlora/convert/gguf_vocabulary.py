@@ -50,12 +50,12 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_DIGIT, _GPT2), False): "starcoder",
     ((_GPT2,), False): "gpt-2",
 }
-"""Patterns by which a byte-level tokenizer.json cuts a text before it merges, one after the other, and its setting
-ignore_merges (a word that is a token stays whole) -> llama.cpp's name of both."""
+"""Patterns by which a byte-level tokenizer.json cuts a text before it merges, and ignore_merges -> llama.cpp's name.
 
+The patterns follow each other. With ignore_merges a word that is a token stays whole.
+"""
 LOOSE = ("gpt-4o", "tekken")
-"""Names whose graph takes marks that combine with a letter (accents of their own, vowels of Indian scripts) for none of
-the word."""
+"""Names of those that cut combining marks from their word there: accents of their own, vowels of Indian scripts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from chance import like_chance
 
 from lit_qlora.errors import UsageError
 from lit_qlora.inference import InferenceConfig, LoadedModel, load_for_inference
-from lit_qlora.settings import Scheme
+from lit_qlora.settings import Quantization
 
 if TYPE_CHECKING:
     from lit_qlora.lora.adapter import Adapter
@@ -52,13 +52,13 @@ def compare(
 
     adapter = read_adapter(lora_path)
     check_base(adapter, config.base)
-    scheme, head = config.storage
-    if scheme == "none":
+    storage = config.storage
+    if storage.schemes == {"none"}:
         raise UsageError(
             "compare needs a base that is quantised, and so was not the adapter's. Say --quantize, e.g. bnb.nf4."
         )
     results: dict[str, Any] = {}
-    for name, loaded in models(config, adapter, scheme, head):
+    for name, loaded in models(config, adapter, storage):
         results[name] = measure(loaded, True)
     samples = {name: result.pop("samples") for name, result in results.items()}
     tasks = {
@@ -69,14 +69,12 @@ def compare(
         "results": {f"{task} ({name})": row for name, r in results.items() for task, row in r["results"].items()},
         "models": results,
         "comparison": {task: found for task, found in tasks.items() if found},
-        "quantize": scheme,
+        "quantize": f"{storage.quantize}, mixed" if storage.layers else storage.quantize,
         "total_evaluation_time_seconds": f"{seconds:.1f}",
     }
 
 
-def models(
-    config: InferenceConfig, adapter: "Adapter", scheme: Scheme, head: bool
-) -> Iterator[tuple[str, LoadedModel]]:
+def models(config: InferenceConfig, adapter: "Adapter", storage: Quantization) -> Iterator[tuple[str, LoadedModel]]:
     """Yield each of the five with its name; the model before is gone, or has become the next."""
     from lit_qlora.lora.merge import Merge
     from lit_qlora.quantize import quantize_linears
@@ -86,10 +84,10 @@ def models(
     yield BASE, loaded
     merge.put_into(loaded.model)
     yield MERGED, loaded
-    quantize_linears(loaded.model, scheme, head)
+    quantize_linears(loaded.model, storage.quantize, storage.quantize_head, dict(storage.layers))
     yield REQUANTIZED, loaded
     del loaded
-    loaded = load_for_inference(config.base, quantize=scheme, quantize_head=head, precision=config.precision)
+    loaded = load_for_inference(config.base, precision=config.precision, **storage.facts())
     yield QUANTIZED, loaded
     merge.attach_to(loaded.model)
     loaded.model.eval()

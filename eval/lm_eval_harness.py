@@ -158,7 +158,7 @@ def main(config: Config) -> None:
         results["config"]["model_args"] = {
             "checkpoint_dir": str(checkpoint_dir),
             "lora_path": lora_path and str(lora_path),
-            **dict(zip(("quantize", "quantize_head"), config.storage, strict=True)),
+            **config.storage.facts(),
             "precision": config.precision,
         }
         lines = [table(results), *remarks(results)]

@@ -32,6 +32,7 @@ class Config(InferenceConfig):
 
     def __post_init__(self) -> None:
         """Check the settings before anything is loaded."""
+        super().__post_init__()
         check(self.file.is_file(), f"file: {self.file} is not a file.")
         for name in ("max_length", "stride", "batch_size"):
             value = getattr(self, name)

@@ -13,6 +13,7 @@ GROUPS = {
         "convert": "scripts/convert_hf_checkpoint.py",
         "export": "scripts/convert_lit_checkpoint.py",
         "gguf": "scripts/convert_gguf.py",
+        "plan-quantization": "scripts/plan_quantization.py",
     },
     "data": {
         "inspect": "scripts/inspect_data.py",

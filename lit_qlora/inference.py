@@ -17,8 +17,17 @@ from lit_qlora.prompts.answer_parts import PLAIN, MarkedText, Reader
 from lit_qlora.prompts.calls import Tool
 from lit_qlora.prompts.conversation import NOTHING, Conversation, prompt_of
 from lit_qlora.prompts.style import STYLES, TEMPLATE, Style, find_style, read_style
-from lit_qlora.settings import DEMO_CHECKPOINT, SCHEMES, GenerationConfig, Precision, Scheme, Settings, check
-from lit_qlora.settings.limits import Count
+from lit_qlora.settings import (
+    DEMO_CHECKPOINT,
+    GenerationConfig,
+    Precision,
+    Quantization,
+    Scheme,
+    Settings,
+    check,
+    check_budget,
+)
+from lit_qlora.settings.limits import Count, Pattern
 
 if TYPE_CHECKING:
     from lit_qlora.generation import Draft
@@ -38,8 +47,7 @@ class Training:
 
     base: Path | None
     """None for an adapter that PEFT wrote."""
-    quantize: Scheme
-    quantize_head: bool
+    quantization: Quantization
 
     @classmethod
     def of(cls, adapter: Path) -> "Training":
@@ -50,15 +58,15 @@ class Training:
         """
         path = adapter / MANIFEST
         facts: dict[str, Any] = read_json(path) if path.is_file() else {}
-        base, scheme = facts.get("base", {}), facts.get("quantize", "none")
-        if not isinstance(base, dict) or scheme not in SCHEMES:
+        base = facts.get("base", {})
+        try:
+            quantization = Quantization.of(facts)
+        except UsageError:
+            quantization = None
+        if not isinstance(base, dict) or quantization is None:
             raise CheckpointError(f"{path} is damaged: it does not say what base the adapter was trained on.")
         known = base.get("path")
-        return cls(
-            base=Path(known) if isinstance(known, str) else None,
-            quantize=scheme,
-            quantize_head=facts.get("quantize_head") is True,
-        )
+        return cls(base=Path(known) if isinstance(known, str) else None, quantization=quantization)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -122,6 +130,7 @@ def load_for_inference(
     *,
     quantize: Scheme = "none",
     quantize_head: bool = False,
+    quantize_layers: Mapping[str, Scheme] = NOTHING,
     precision: Precision = "auto",
 ) -> LoadedModel:
     """A checkpoint, with an adapter on it if one is given, on the best device there is.
@@ -142,7 +151,8 @@ def load_for_inference(
     if adapter:
         check_base(adapter, checkpoint_dir)
     device = pick_device()
-    storage = Storage(weights_dtype(resolve_precision(precision, device)), quantize, quantize_head)
+    layers = tuple(quantize_layers.items())
+    storage = Storage(weights_dtype(resolve_precision(precision, device)), quantize, quantize_head, layers)
     model = load_stored(checkpoint_dir, storage, device)
     if adapter:
         attach_adapter(model, adapter, checkpoint_dir)
@@ -164,9 +174,14 @@ class InferenceConfig(Settings):
     """An adapter, such as OUT/final of finetune/lora.py; a run folder OUT stands for it."""
     quantize: Literal["auto"] | Scheme = "auto"
     """Storage of the weights; bnb.nf4 needs about a quarter of the 16-bit memory. 'auto' is the storage that the
-    adapter was trained on, and without an adapter that of the files: none, unless they were published in 4 bits."""
+    adapter was trained on, and without an adapter that of the files: none, unless they were published in 4 bits. With
+    a quantize_budget it chooses for each layer."""
     quantize_head: bool = False
     """Quantise the output head too; --quantize auto does if the training did."""
+    quantize_layers: dict[Pattern, Scheme] = field(default_factory=dict)
+    """Other storage of some layers, as in training; --quantize auto does as the training did."""
+    quantize_budget: str | None = None
+    """With quantize auto, the room for the weights, e.g. 14GB or 5.2bits, as in training."""
     precision: Precision = "auto"
     """Dtype of weights and activations. 'auto' is bf16-true on a GPU that has it, 32-true elsewhere."""
 
@@ -185,18 +200,38 @@ class InferenceConfig(Settings):
         leading = self.leading_adapter()
         return self.checkpoint_dir or (base_of(leading) if leading else self.default_base())
 
+    def __post_init__(self) -> None:
+        """Check combinations of settings."""
+        super().__post_init__()
+        check_budget(self.quantize, self.quantize_head, self.quantize_layers, self.quantize_budget)
+        check(
+            self.quantize != "auto" or not self.quantize_layers,
+            "quantize_layers differ from --quantize, which is auto: it decides about them. Name the storage of others.",
+        )
+
     @cached_property
-    def storage(self) -> tuple[Scheme, bool]:
-        """The storage of the weights, and True if the output head has it too."""
+    def storage(self) -> Quantization:
+        """The storage of the weights.
+
+        Raises:
+            CheckpointError: for a budget, if the effects of quantisation are not measured.
+            UsageError: if the budget is too small.
+        """
         leading = self.leading_adapter()
         if self.quantize != "auto":
-            return self.quantize, self.quantize_head
+            return Quantization(self.quantize, self.quantize_head, tuple(self.quantize_layers.items()))
+        if self.quantize_budget is not None:
+            from lit_qlora.checkpoint.quantization_table import choose
+            from lit_qlora.device import pick_device, resolve_precision, weights_dtype
+
+            dtype = weights_dtype(resolve_precision(self.precision, pick_device()))
+            return choose(self.base, self.quantize_budget, dtype)
         if leading is None:
             from lit_qlora.checkpoint.checkpoint import published_scheme
 
-            return published_scheme(self.base), self.quantize_head
-        training = Training.of(leading)
-        return training.quantize, self.quantize_head or training.quantize_head
+            return Quantization(published_scheme(self.base), self.quantize_head)
+        trained = Training.of(leading).quantization
+        return trained._replace(quantize_head=self.quantize_head or trained.quantize_head)
 
     def leading_adapter(self) -> Path | None:
         """The folder of the adapter whose training says how the model is loaded."""
@@ -211,11 +246,8 @@ class InferenceConfig(Settings):
         leading = self.leading_adapter()
         if leading is None or (self.checkpoint_dir and self.quantize != "auto"):
             return super().notes()
-        scheme, _ = self.storage
-        return [
-            *super().notes(),
-            f"The base is {self.base} with --quantize {scheme}, on which {leading} was trained.",
-        ]
+        trained = "" if self.quantize_budget is not None else f", on which {leading} was trained"
+        return [*super().notes(), f"The base is {self.base} with --quantize {self.storage.describe()}{trained}."]
 
     def load(self) -> LoadedModel:
         """The model, its tokenizer and its prompt style, on the best device there is.
@@ -223,10 +255,7 @@ class InferenceConfig(Settings):
         Raises:
             CheckpointError: if anything is missing or damaged, or checkpoint and adapter do not belong together.
         """
-        scheme, head = self.storage
-        return load_for_inference(
-            self.base, self.adapter, quantize=scheme, quantize_head=head, precision=self.precision
-        )
+        return load_for_inference(self.base, self.adapter, precision=self.precision, **self.storage.facts())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,8 +477,7 @@ def load_roster(
     for name, path in paths.items():
         read[name] = read_adapter(path)
         check_base(read[name], config.base)
-    scheme, head = config.storage
-    loaded = load_for_inference(config.base, quantize=scheme, quantize_head=head, precision=config.precision)
+    loaded = load_for_inference(config.base, precision=config.precision, **config.storage.facts())
     contexts = {adapter.config.rope for adapter in read.values()}
     if len(contexts) == 1:  # the base answers with the context of its adapters, so that they share it
         scale(loaded.model, *contexts.pop())

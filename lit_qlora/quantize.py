@@ -9,10 +9,11 @@ the weights, after which gradients through them are lost.
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
+from functools import cache, cached_property
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lit_qlora.errors import UsageError
 from lit_qlora.kernels import launch, small_batch_linear
 from lit_qlora.kernels.experts_dequantize import Matrices
 from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, end_to_end
-from lit_qlora.settings import SCHEMES, Scheme
+from lit_qlora.settings import SCHEMES, Quantization, Scheme
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,50 @@ class Storage:
     quantize: Scheme = "none"
     quantize_head: bool = False
     """Quantise the output head too."""
+    layers: tuple[tuple[str, Scheme], ...] = ()
+    """Other schemes of some layers, see settings.Quantization."""
 
     @classmethod
     def of_training(cls, facts: Mapping[str, Any]) -> "Storage":
         """The storage of the base that an adapter was trained on, from the facts in its manifest."""
         dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-        dtype = dtypes.get(facts.get("precision", ""), torch.float32)
-        return cls(dtype, facts.get("quantize", "none"), facts.get("quantize_head", False))
+        return cls(dtypes.get(facts.get("precision", ""), torch.float32), *Quantization.of(facts))
+
+    @property
+    def quantization(self) -> Quantization:
+        """All but the dtype."""
+        return Quantization(self.quantize, self.quantize_head, self.layers)
+
+    @property
+    def plain(self) -> bool:
+        """True if nothing is stored in 4 or 8 bits."""
+        return self.quantization.schemes == {"none"}
+
+    def scheme(self, path: str) -> Scheme:
+        """The scheme of the matrix of the layer at `path`.
+
+        Embeddings and the routers of experts are never quantised: embeddings are looked up, and a router's few weights
+        decide too much.
+        """
+        if path.rpartition(".")[2] in ("embed", "positions", "router"):
+            return "none"
+        general: Scheme = "none" if path == "head" and not self.quantize_head else self.quantize
+        return next((scheme for pattern, scheme in self._patterns if pattern.match(path)), general)
 
     def quantizes(self, path: str) -> bool:
-        """True if the matrix of the layer at `path` is stored in 4 or 8 bits.
+        """True if the matrix of the layer at `path` is stored in 4 or 8 bits."""
+        return self.scheme(path) != "none"
 
-        Embeddings and the routers of experts never are: embeddings are looked up, and a router's few weights decide
-        too much.
-        """
-        if self.quantize == "none" or path.rpartition(".")[2] in ("embed", "positions", "router"):
-            return False
-        return self.quantize_head or path != "head"
+    def check_layers(self, model: nn.Module) -> None:
+        """Raise UsageError for a pattern in `layers` that decides about no linear layer of `model`."""
+        paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | QuantizedLinear)]
+        used = {next((i for i, (pattern, _) in enumerate(self._patterns) if pattern.match(path)), -1) for path in paths}
+        if unused := [pattern for i, (pattern, _) in enumerate(self.layers) if i not in used]:
+            raise UsageError(f"quantize_layers: {unused[0]} decides about no layer of this model. Leave it out.")
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], Scheme]]:
+        return [(re.compile(rf"(.*\.)?({pattern})$"), scheme) for pattern, scheme in self.layers]
 
 
 NESTED_BLOCK = 256  # scales that share a scale with double quantisation, as bitsandbytes has it
@@ -189,7 +217,9 @@ class _FrozenLinear(torch.autograd.Function):
         return d_y @ ctx.layer.dequantize(d_y.dtype), None
 
 
-def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> None:
+def quantize_linears(
+    model: nn.Module, scheme: Scheme, head: bool = False, layers: Mapping[str, Scheme] = MappingProxyType({})
+) -> None:
     """Replace every nn.Linear below `model` by a QuantizedLinear, in place.
 
     Call it after the weights are loaded (they must hold real values) and before add_lora (adapters must stay
@@ -197,19 +227,20 @@ def quantize_linears(model: nn.Module, scheme: Scheme, head: bool = False) -> No
 
     Args:
         head: quantise the output head too. By default it stays in 16 bit, as in Dettmers et al. 2023.
+        layers: other schemes of some layers, see Storage.
 
     Raises:
-        UsageError: for a scheme that does not exist.
+        UsageError: for a scheme that does not exist, or a pattern that decides about no layer.
     """
-    if scheme not in SCHEMES:
-        raise UsageError(f"quantize {scheme!r} is not known. Known: {', '.join(SCHEMES)}.")
-    if scheme == "none":
-        return
-    storage = Storage(quantize=scheme, quantize_head=head)
+    for name in (scheme, *layers.values()):
+        if name not in SCHEMES:
+            raise UsageError(f"quantize {name!r} is not known. Known: {', '.join(SCHEMES)}.")
+    storage = Storage(torch.float32, scheme, head, tuple(layers.items()))
+    storage.check_layers(model)
     for path, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and storage.quantizes(path):
             bias = None if linear.bias is None else linear.bias.data
-            model.set_submodule(path, QuantizedLinear(linear.weight.data, bias, scheme))
+            model.set_submodule(path, QuantizedLinear(linear.weight.data, bias, storage.scheme(path)))
 
 
 def frozen_weight(base: nn.Module) -> Tensor:

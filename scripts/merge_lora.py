@@ -111,7 +111,7 @@ def measured(
     from lit_qlora.lora.merge import Merge
     from lit_qlora.lora.verify import check_tolerance, recommend, report_lines, verify
 
-    bases: list[Base] = ["original"] if merge.trained.quantize == "none" else ["original", "quantized"]
+    bases: list[Base] = ["original"] if merge.trained.plain else ["original", "quantized"]
     merges = [Merge(adapters, checkpoint_dir, base, config.weights) for base in bases]
     try:
         batches, samples = read_samples(config, adapters, checkpoint_dir, merge)

@@ -77,7 +77,7 @@ def main(config: WeighConfig) -> None:
     check_base(adapter, base)
     storage = Storage.of_training(adapter.manifest or {})
     check(
-        not adapter.init or storage.quantize == "none",
+        not adapter.init or storage.plain,
         f"The adapter began with lora.init {(adapter.init or ('',))[0]} on a quantised base that is not the published "
         "one, so its update has no multiples.",
     )

@@ -85,7 +85,7 @@ def recipe(name: str, *flags: str) -> FinetuneConfig:
 
 
 def trainable(config: FinetuneConfig, base: ModelConfig) -> int:
-    storage = Storage(torch.bfloat16, config.quantize, config.quantize_head)
+    storage = Storage(torch.bfloat16, *config.quantization)
     plan = make_plan(base, config.lora, storage, MicroBatches(512), config.train, Room())
     return plan.trainable
 

@@ -40,7 +40,7 @@ def changed(run: Path, folder: Path, **facts: object) -> Path:
 
 def test_an_adapter_alone_is_the_model_that_was_trained(run: Path, tiny_checkpoint: Path) -> None:
     config = InferenceConfig(lora_path=run, precision="32-true")
-    assert (config.base, config.adapter, config.storage) == (tiny_checkpoint, run / "final", ("bnb.nf4", True))
+    assert (config.base, config.adapter, config.storage) == (tiny_checkpoint, run / "final", ("bnb.nf4", True, ()))
     loaded = config.load()
     known = {"quantize": "bnb.nf4", "quantize_head": True, "precision": "32-true"}
     same = load_for_inference(tiny_checkpoint, run / "final", **known)  # type: ignore[arg-type]
@@ -60,16 +60,28 @@ def test_one_line_says_how_the_base_is_loaded_unless_all_of_it_was_given(run: Pa
 
 def test_what_is_given_wins_over_the_manifest(run: Path, tiny_checkpoint: Path) -> None:
     config = InferenceConfig(lora_path=run, quantize="none", checkpoint_dir=Path("elsewhere"))
-    assert (config.base, config.storage) == (Path("elsewhere"), ("none", False))
+    assert (config.base, config.storage) == (Path("elsewhere"), ("none", False, ()))
+
+
+def test_layers_have_the_storage_of_the_training(run: Path, tmp_path: Path) -> None:
+    mixed = changed(run, tmp_path / "mixed", quantize_head=False, quantize_layers={"head": "bnb.int8", "up": "none"})
+    config = InferenceConfig(lora_path=mixed, precision="32-true")
+    assert config.storage == ("bnb.nf4", False, (("head", "bnb.int8"), ("up", "none")))
+    model = config.load().model
+    assert model.head.scheme == "bnb.int8"
+    assert isinstance(model.blocks[0].mlp.up.base, torch.nn.Linear)  # type: ignore[union-attr]
+    damaged = changed(run, tmp_path / "damaged", quantize_layers={"head": "int3"})
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        _ = InferenceConfig(lora_path=damaged).storage
 
 
 def test_without_an_adapter_nothing_is_quantised() -> None:
-    assert (InferenceConfig().base, InferenceConfig().storage) == (DEMO_CHECKPOINT, ("none", False))
+    assert (InferenceConfig().base, InferenceConfig().storage) == (DEMO_CHECKPOINT, ("none", False, ()))
 
 
 def test_the_first_of_several_adapters_names_the_base(run: Path, tiny_checkpoint: Path) -> None:
     config = RosterConfig(adapters={"sums": run}, precision="32-true")
-    assert (config.base, config.storage) == (tiny_checkpoint, ("bnb.nf4", True))
+    assert (config.base, config.storage) == (tiny_checkpoint, ("bnb.nf4", True, ()))
     assert load_roster(config, config.adapters).names == ["tiny", "sums"]
 
 

@@ -66,7 +66,7 @@ def test_ten_lines_train_and_answer(tiny_checkpoint: Path, examples_file: Path, 
     run = lit_qlora.finetune(config)
     assert run == tmp_path / "out"
     inference = lit_qlora.InferenceConfig(lora_path=run)
-    assert inference.storage == ("bnb.nf4", False)
+    assert inference.storage == ("bnb.nf4", False, ())
     few = GenerationConfig(max_new_tokens=5, do_sample=False)
     both = ["What is 1 plus 2?", "What is 3 plus 4?"]
     answers = lit_qlora.generate(inference.load(), both, few)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ def load_model(
     device: torch.device | str = "cpu",
     quantize: Scheme = "none",
     quantize_head: bool = False,
+    quantize_layers: Mapping[str, Scheme] = MappingProxyType({}),
 ) -> GPT:
     """The model in `checkpoint_dir`, on `device`.
 
@@ -45,12 +47,13 @@ def load_model(
     layer, and the device never more than the quantised model and one layer.
 
     Args:
-        dtype, quantize, quantize_head: see Storage.
+        dtype, quantize, quantize_head, quantize_layers: see Storage.
 
     Raises:
         CheckpointError: listing the tensors that are missing, unexpected, of the wrong shape, or not finite.
     """
-    return load_stored(Path(checkpoint_dir), Storage(dtype, quantize, quantize_head), torch.device(device))
+    storage = Storage(dtype, quantize, quantize_head, tuple(quantize_layers.items()))
+    return load_stored(Path(checkpoint_dir), storage, torch.device(device))
 
 
 def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
@@ -59,6 +62,7 @@ def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
     weights = open_weights(directory)
     check_weights(weights.specs, config, location=str(weights.location))
     model = GPT.skeleton(config)
+    storage.check_layers(model)
     sums: dict[str, Tensor] = {}
 
     def summed(name: str, tensor: Tensor) -> Tensor:
@@ -66,9 +70,10 @@ def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
         sums[name] = tensor.sum(dtype=torch.float32)
         return tensor
 
-    packed = weights if isinstance(weights, PackedWeights) and weights.scheme == storage.quantize else None
+    kept = isinstance(weights, PackedWeights) and weights.scheme in storage.quantization.schemes
+    packed = weights if isinstance(weights, PackedWeights) and kept else None
     if isinstance(weights, PackedWeights) and packed is None:
-        anew = "" if storage.quantize == "none" else f", and quantised anew as {storage.quantize}"
+        anew = "" if storage.plain else f", and quantised anew as {storage.quantization.describe()}"
         tell(
             f"{directory} holds weights as they were published, in {weights.scheme}. They become 16-bit ones{anew}.\n"
             f"--quantize {weights.scheme} takes them as they are."
@@ -114,7 +119,7 @@ def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage, packed: Packe
         tied = module is model.head and model.config.tied_head
         if type(module) is nn.Linear and storage.quantizes(path):
             weight = model.embed.weight.data if tied else own.pop("weight")
-            layer = QuantizedLinear(weight, own.get("bias"), storage.quantize)
+            layer = QuantizedLinear(weight, own.get("bias"), storage.scheme(path))
             del weight
             stacks.place(path, layer)
             model.set_submodule(path, layer)
@@ -153,7 +158,7 @@ def _names(model: GPT, packed: PackedWeights | None = None, storage: Storage | N
 
 def _is_kept(path: str, packed: PackedWeights | None, storage: Storage) -> bool:
     """True if the layer at `path` is packed in the files, and taken as it is."""
-    return packed is not None and packed.keeps(path) and storage.quantizes(path)
+    return packed is not None and packed.keeps(path) and storage.scheme(path) == packed.scheme
 
 
 def _own_names(path: str, module: nn.Module, model: GPT) -> list[str]:

@@ -83,7 +83,7 @@ class PackedWeights(Weights):
 
 def as_published(weights: Weights, layer: str, storage: Storage) -> QuantizedLinear | None:
     """A layer without its bias as it was published, where a model in this storage has it so."""
-    if not isinstance(weights, PackedWeights) or weights.scheme != storage.quantize or not storage.quantizes(layer):
+    if not isinstance(weights, PackedWeights) or weights.scheme != storage.scheme(layer):
         return None
     return weights.layer(layer, storage.dtype) if weights.keeps(layer) else None
 

@@ -42,7 +42,7 @@ def load(checkpoint_dir: Path, storage: Storage, device: torch.device, setting: 
     """
     folder = cache_folder.directory(setting, "quantized")
     if (
-        storage.quantize in ("none", published_scheme(checkpoint_dir))
+        storage.quantization.schemes <= {"none", published_scheme(checkpoint_dir)}
         or folder is None
         or (setting == "auto" and device.type != "cuda")
     ):
@@ -73,7 +73,7 @@ def key(checkpoint_dir: Path, config: ModelConfig, storage: Storage) -> str:
         "base": content_hash(checkpoint_dir),
         "config": asdict(config),
         "dtype": str(storage.dtype),
-        "quantize": [storage.quantize, storage.quantize_head],
+        "quantize": [storage.quantize, storage.quantize_head, *storage.layers],
         "bitsandbytes": version("bitsandbytes"),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -156,16 +156,16 @@ def frames(data: RunData) -> list[tuple[str, str]]:
     return found
 
 
-def read_text(path: Path, tokenizer: Tokenizer) -> list[int]:
-    """Read the first ids of a text file; 'default' is the package's probe.txt."""
+def read_text(path: Path, tokenizer: Tokenizer, most: int = PROBE_TOKENS, setting: str = "eval.kl_text") -> list[int]:
+    """Read the first ids of a text file that a setting names; 'default' is the package's probe.txt."""
     try:
         own = files("lit_qlora") / "probe.txt"
         text = own.read_text(encoding="utf-8") if path == Path("default") else reading.read_text(path, DataError)
     except OSError as error:
-        raise DataError(f"eval.kl_text {path} cannot be read: {error.strerror}.") from None
-    ids = tokenizer.encode(text)[:PROBE_TOKENS]
+        raise DataError(f"{setting} {path} cannot be read: {error.strerror}.") from None
+    ids = tokenizer.encode(text)[:most]
     if len(ids) < 2:
-        raise DataError(f"eval.kl_text {path} has {len(ids)} tokens; at least 2 are needed.")
+        raise DataError(f"{setting} {path} has {len(ids)} tokens; at least 2 are needed.")
     return ids
 
 

@@ -19,7 +19,7 @@ from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import KINDS, MoE
-from lit_qlora.quantize import QuantizedLinear, ragged
+from lit_qlora.quantize import QuantizedLinear, Storage, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
@@ -55,6 +55,9 @@ def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
         return reason
     loose = set(_of_any_size(model))
     stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)), *([layer] for layer in loose))
+    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))
+    if any(len({getattr(base_of(layer), "scheme", "none") for layer in layers}) > 1 for layers in of_experts):
+        return "experts of different storage"
     reasons = ((_no_product if layers[0] in loose else _untrainable)(layers, model) for layers in stacks)
     return next(filter(None, reasons), "")
 
@@ -85,18 +88,33 @@ def _of_any_size(model: GPT) -> Iterator[nn.Module]:
             yield from (layer for layers in mixing_layers(mixer_of(block)) for layer in layers)
 
 
-def decoded_scales(model: GPT) -> int:
-    """Bytes that scales of a doubly quantised model take more on the fast path; see quantize.stack_weights."""
-    more = 0
+def decoded_scales(model: GPT, storage: Storage) -> int:
+    """Bytes that doubly quantised scales take more on the fast path; see quantize.stack_weights."""
+    more, paths = 0, _paths(model)
     for layers in stacks_of(model):
         scales = [base_of(layer).out_features * base_of(layer).in_features // BLOCK for layer in layers]
-        more += 3 * sum(scales) if ragged(scales) else 0  # float32 instead of a byte
+        nested = storage.scheme(paths[layers[0]]).endswith("-dq")
+        more += 3 * sum(scales) if nested and ragged(scales) else 0  # float32 instead of a byte
     return more
+
+
+def mixed_stack(model: GPT, storage: Storage) -> str:
+    """Why layers that read the same input would not be one product in this storage, or ''."""
+    paths = _paths(model) if storage.layers else {}
+    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))
+    for layers in (*stacks_of(model), *of_experts) if paths else ():
+        if len(schemes := {storage.scheme(paths[layer]) for layer in layers}) > 1:
+            return f"{paths[layers[0]]} is stacked with layers in other storage: {', '.join(sorted(schemes))}"
+    return ""
+
+
+def _paths(model: GPT) -> dict[nn.Module, str]:
+    return {module: path for path, module in model.named_modules()}
 
 
 def copied_bytes(model: GPT) -> int:
     """Bytes that learning takes more on the fast path, for padded adapters and trained rows of the head."""
-    of_experts = (layers for block in model.blocks for layers in _stacks_of_experts(block.mlp))
+    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))
     stacks = [
         [layer for layer in layers if isinstance(layer, LoRALinear)] for layers in (*stacks_of(model), *of_experts)
     ]
@@ -133,7 +151,7 @@ def unhandled_variant(model: GPT) -> str:
     return "embeddings that learn before a norm" if model.config.embedding_norm and unhandled_embeddings(model) else ""
 
 
-def _stacks_of_experts(mlp: Any) -> list[list[nn.Module]]:
+def stacks_of_experts(mlp: Any) -> list[list[nn.Module]]:
     """The layers of all experts with inputs of one kind; none without experts."""
     experts = mlp.experts if isinstance(mlp, MoE) else ()
     return [[getattr(expert, name) for expert in experts for name in names] for names in KINDS]

@@ -30,7 +30,7 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
 from lit_qlora.prompts.style import Style, style_json
 from lit_qlora.quantize import QuantizedLinear, Storage
-from lit_qlora.settings import SCHEMES, LoRAConfig
+from lit_qlora.settings import LoRAConfig, Quantization
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_WEIGHTS_2023 = "adapter_model.bin"
@@ -146,14 +146,13 @@ def _recorded_settings(manifest: Mapping[str, Any], path: Path) -> LoRAConfig:
     Raises:
         CheckpointError: if a fact is missing or has another type.
     """
-    kinds = {"quantize": str, "quantize_head": bool, "precision": str, "init": str, "loftq_steps": int}
+    kinds = {"precision": str, "init": str, "loftq_steps": int}
     base = manifest.get("base")
     known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "sha256"))
     if not known or not all(isinstance(manifest.get(key, kind()), kind) for key, kind in kinds.items()):
         raise CheckpointError(f"{path} is damaged: a fact about the training has another type.")
-    if manifest.get("quantize", "none") not in SCHEMES:
-        raise CheckpointError(f"{path}: quantize {manifest['quantize']!r} is not known. Known: {', '.join(SCHEMES)}.")
     try:
+        Quantization.of(manifest)
         return LoRAConfig(**manifest["lora"])
     except (KeyError, TypeError, UsageError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
@@ -197,10 +196,15 @@ def attach_adapter(model: GPT, adapter: Adapter, checkpoint_dir: Path) -> None:
     """
     add_lora(model, adapter.config)
     fill_adapter(model, adapter)
-    trained = Storage.of_training(adapter.manifest or {}).quantize
-    schemes = {module.scheme for module in model.modules() if isinstance(module, QuantizedLinear)}
-    if adapter.init and schemes == {trained}:
+    if adapter.init and _is_stored(model, Storage.of_training(adapter.manifest or {})):
         restore_bases(model, *adapter.init, open_weights(checkpoint_dir).read)
+
+
+def _is_stored(model: GPT, storage: Storage) -> bool:
+    """True if the quantised layers of a model with adapters have the schemes of this storage, and there are some."""
+    quantized = {path: module.scheme for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    same = all(storage.scheme(path.removesuffix(".base")) == scheme for path, scheme in quantized.items())
+    return same and bool(quantized)
 
 
 def settle(config: LoRAConfig, checkpoint_dir: Path) -> LoRAConfig:

@@ -8,7 +8,7 @@ from typing import Any
 from lit_qlora.convert.to_hugging_face import scaling_table, their_context
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.prompts.style import Style
-from lit_qlora.settings import LoRAConfig
+from lit_qlora.settings import LoRAConfig, Quantization
 
 CARD = "README.md"
 SCALED = """\
@@ -37,7 +37,7 @@ def adapter_card(config: LoRAConfig, model: ModelConfig, style: Style | None, fa
         "base": base.strip('"'),
         "rank, alpha": f"{config.r}, {config.alpha:g}",
         "layers": ", ".join(config.targets),
-        "base during training": facts.get("quantize", ""),
+        "base during training": Quantization.of(facts).describe() if "quantize" in facts else "",
         "data": ", ".join(map(_short, facts.get("data", ()))),
         "prompt style": style.name if style else "",
         "steps": str(facts.get("step", "")),

@@ -285,7 +285,7 @@ class Merge:
         """
 
         def stored(weight: Tensor) -> Tensor:
-            return QuantizedLinear(weight.to(self.trained.dtype), None, self.trained.quantize).dequantize()
+            return QuantizedLinear(weight.to(self.trained.dtype), None, self.trained.scheme(layer)).dequantize()
 
         init = self.adapters[0].init
         if init is None or f"{layer}.lora_a" not in self.state:

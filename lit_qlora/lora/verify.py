@@ -94,7 +94,7 @@ def check_affordable(merge: Merge) -> None:
     if gpu is None and parameters > MOST_ON_CPU:
         raise ResourceError(f"{parameters / 1e9:.1f} billion parameters take a CPU too long.")
     width = merge.trained.dtype.itemsize
-    needed = parameters * (width + (1 if merge.trained.quantize != "none" else width))
+    needed = parameters * (width + (1 if not merge.trained.plain else width))
     free = host_bytes() if gpu is None else gpu
     if free is not None and needed > free:
         raise ResourceError(f"the two models need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free.")

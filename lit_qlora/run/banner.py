@@ -126,7 +126,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
             Batch(batch.tokens[:, : longest // 2], batch.labels[:, : longest // 2]),
         ),
         "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), batch),
-        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq"), batch),
+        "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq", quantize_layers={}), batch),
     }
     if plan.slow_because:  # there, these mean full
         del others["--train.recompute offload"], others["--train.recompute full-offload"]
@@ -152,7 +152,7 @@ def _planner(config: FinetuneConfig) -> Planner:
     return Planner(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
-        Storage(weights_dtype(config.precision), config.quantize, config.quantize_head),
+        Storage(weights_dtype(config.precision), *config.quantization),
         config.train,
         measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         fast_dtype(config.precision),
@@ -181,7 +181,8 @@ def tell_plan(
     kind = "DoRA" if config.lora.dora else "LoRA"
     if config.lora.init != "default":
         kind += f" from {config.lora.init}"
-    base = kind if config.quantize == "none" else f"{config.quantize} + {kind}"
+    storage = config.quantization.describe()
+    base = kind if storage == "none" else f"{storage} + {kind}"
     words = ",".join(config.lora.targets)
     rows = f" in rows of at most {data.batching.row_length:,} tokens" if data.batching.row_length else ""
     held = min(train.batch_size, epoch_length(len(data.train), data.batching))

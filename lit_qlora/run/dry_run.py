@@ -129,7 +129,7 @@ def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torc
 def random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) -> Learner:
     """Make what a run trains, with random weights."""
     fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
-    storage = Storage(weights_dtype(config.precision), config.quantize, config.quantize_head)
+    storage = Storage(weights_dtype(config.precision), *config.quantization)
     model = random_model(ModelConfig.load(config.checkpoint_dir), storage, device)
     add_lora(model, config.lora)
     add_noise(model, config.train.neftune)

@@ -74,6 +74,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
 
     from lightning.fabric import Fabric
 
+    from lit_qlora.checkpoint.quantization_table import within_budget
     from lit_qlora.evaluate.validation_inputs import read_probes
     from lit_qlora.lora.adapter import settle, start_adapters
     from lit_qlora.lora.embeddings import add_noise
@@ -87,7 +88,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     out_dir = config.out_dir or folder.default_out_dir(config)
     devices, num_nodes = parallel.processes(config.devices, config.num_nodes)
     config = replace(
-        config,
+        within_budget(config, weights_dtype(precision)),
         precision=precision,
         devices=devices,
         num_nodes=num_nodes,
@@ -133,7 +134,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
                 tell(f"  resume  from {checkpoint.path}, after step {start:,} of {total:,}; --resume never starts anew")
         if teacher:
             data = distillation.with_teacher(fabric, data, teacher)
-        storage = Storage(weights_dtype(precision), config.quantize, config.quantize_head)
+        storage = Storage(weights_dtype(precision), *config.quantization)
         model = load(config, storage, fabric.device)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)

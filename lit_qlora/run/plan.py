@@ -15,7 +15,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.quantize import Storage, bits_per_weight
-from lit_qlora.settings import LoRAConfig, Recompute, Scheme, TrainConfig, check
+from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig, check
 
 GIB = 2**30
 SPARE = 0.05  # share of the GPU's memory that cached weights leave free
@@ -144,6 +144,7 @@ class Planner:
         self.dtype = fast_dtype or storage.dtype
         self.router_losses = [name for name in ("router_balance_loss", "router_z_loss") if getattr(train, name)]
         gpt = GPT.skeleton(model)
+        storage.check_layers(gpt)
         frozen = sum(p.numel() for p in gpt.parameters())
         stored = stored_bytes(gpt, storage)
         add_lora(gpt, lora)
@@ -187,7 +188,7 @@ class Planner:
             f"train.{' and train.'.join(self.router_losses)}: this model has no experts, so it has no routers. "
             "Leave it out.",
         )
-        _check_cached(train, storage.quantize, reason)
+        _check_cached(train, storage, reason)
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
         activations = _activations(gpt, self.lora, size, batches.tokens, full)
         seen = batches.tokens * _routed(model) if self.router_losses else 0.0
@@ -216,15 +217,15 @@ class Planner:
 
     @cached_property
     def _why_not(self) -> str:
-        from lit_qlora.fused.support import why_not
+        from lit_qlora.fused.support import mixed_stack, why_not
 
-        return why_not(self.gpt)
+        return mixed_stack(self.gpt, self.storage) or why_not(self.gpt)
 
     @cached_property
     def _decoded_scales(self) -> int:
         from lit_qlora.fused.support import decoded_scales
 
-        return decoded_scales(self.gpt) if self.storage.quantize.endswith("-dq") else 0
+        return decoded_scales(self.gpt, self.storage)
 
     @cached_property
     def _beside(self) -> int:
@@ -242,8 +243,7 @@ class Planner:
         gpt, storage = self.gpt, self.storage
         adapted = max(adapters_met(block, gpt.config) for block in gpt.blocks)
         rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=self.lora.r)
-        quantized = storage.quantize != "none"
-        return FastSizes(gpt.config, rank, adapted, quantized, storage.quantizes("head"), self.train.fp8)
+        return FastSizes(gpt.config, rank, adapted, not storage.plain, storage.quantizes("head"), self.train.fp8)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
         """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""
@@ -320,11 +320,11 @@ def stored_bytes(gpt: GPT, storage: Storage) -> float:
     for path, parameter in gpt.named_parameters():
         layer = path.removesuffix(".weight")
         linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
-        scheme = storage.quantize if linear and storage.quantizes(layer) else "none"
+        scheme = storage.scheme(layer) if linear else "none"
         bits += parameter.numel() * bits_per_weight(scheme, storage.dtype)
     if gpt.config.tied_head and storage.quantizes("head"):
         # The embedding is looked up as it is.
-        bits += gpt.head.weight.numel() * bits_per_weight(storage.quantize, storage.dtype)
+        bits += gpt.head.weight.numel() * bits_per_weight(storage.scheme("head"), storage.dtype)
     return bits / 8
 
 
@@ -351,9 +351,9 @@ def _share(
     return (beside, True) if fits and 2 * beside + carrying[beside] > 2 * alone else (alone, False)
 
 
-def _check_cached(train: TrainConfig, quantize: Scheme, slow_because: str) -> None:
+def _check_cached(train: TrainConfig, storage: Storage, slow_because: str) -> None:
     """Raise UsageError if weights should be cached dequantised, but the run dequantises none."""
-    reason = slow_because or ("the base is not quantised" if quantize == "none" else "")
+    reason = slow_because or ("the base is not quantised" if storage.plain else "")
     check(
         train.keep_dequantized in (0, "auto") or not reason,
         f"train.keep_dequantized is for a quantised base on the fast path: {reason}. Leave it out.",

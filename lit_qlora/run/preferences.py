@@ -79,7 +79,7 @@ def facts_of(config: PreferenceRunConfig, model: GPT) -> dict[str, Any]:
         lora |= {file.name: sha256(file) for file in files}
     return {
         "base": content_hash(config.checkpoint_dir),
-        "quantize": [config.quantize, config.quantize_head],
+        "quantize": [config.quantize, config.quantize_head, *config.quantization.layers],
         "precision": config.precision,
         "path": [model.fast is not None, config.train.fp8],
         "lora": lora,

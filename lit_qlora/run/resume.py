@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ HARMLESS = (
 )
 """Settings, or groups of them, that may change when a run resumes: the result does not depend on them."""
 LENGTH = ("train.epochs", "train.max_steps")
+TABLES = tuple(setting.name for setting in fields(FinetuneConfig) if setting.default_factory is dict)
+"""Settings that are tables themselves; other tables are groups of settings."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +244,17 @@ def changed_settings(
 
 
 def as_rows(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Write changed settings, a line each."""
+    """Write changed settings, a line each, and of a table its entries that differ."""
     width = max(len(key) for key in changed)
-    return "\n".join(f"  {key:<{width}}  {then} -> {now}" for key, (then, now) in changed.items())
+    pairs = {key: _differing(*both) for key, both in changed.items()}
+    return "\n".join(f"  {key:<{width}}  {then} -> {now}" for key, (then, now) in pairs.items())
+
+
+def _differing(then: Any, now: Any) -> tuple[Any, Any]:
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return then, now
+    keys = [key for key in {**then, **now} if key not in then or key not in now or then[key] != now[key]]
+    return tuple({key: table[key] for key in keys if key in table} for table in (then, now))  # type: ignore[return-value]
 
 
 def plain(config: FinetuneConfig) -> dict[str, Any]:
@@ -257,7 +267,8 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten groups of settings to {"train.epochs": 3, ...}; a setting that is a table remains whole."""
     rows: dict[str, Any] = {}
     for name, value in values.items():
-        rows |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        is_group = isinstance(value, dict) and name not in TABLES
+        rows |= {f"{name}.{key}": one for key, one in value.items()} if is_group else {name: value}
     return rows
 
 

@@ -53,8 +53,7 @@ class Contents:
             **({"teacher": content_hash(teacher)} if teacher else {}),
             "style": data.style.digest,
             "data": data.files,
-            "quantize": config.quantize,
-            "quantize_head": config.quantize_head,
+            **config.quantization.facts(),
             "precision": config.precision,
             "versions": versions(),
         }

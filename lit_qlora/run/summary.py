@@ -41,7 +41,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     assert config.out_dir is not None
     out_dir = config.out_dir
     log.close()
-    summary = summarize(model, config.lora, config.quantize, config.precision, log.records)
+    summary = summarize(model, config.lora, config.quantization.describe(), config.precision, log.records)
     warning, following = advise(config, log.records)
     best: Sequence[Answer] = ()
     worst: Sequence[Answer] = ()

@@ -16,6 +16,7 @@ from lit_qlora.settings.lora import TARGETS, LoRAConfig, Target, first_match
 from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
 from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss, PreferenceRunConfig
 from lit_qlora.settings.prepare import PrepareConfig
+from lit_qlora.settings.quantization import Budget, Quantization, check_budget
 from lit_qlora.settings.run import DEMO_CHECKPOINT, FinetuneConfig, Precision
 from lit_qlora.settings.schemes import SCHEMES, Scheme
 from lit_qlora.settings.sweep import SweepConfig, SweepPart
@@ -29,6 +30,7 @@ __all__ = [
     "SCHEMES",
     "TARGETS",
     "TRACKERS",
+    "Budget",
     "DataConfig",
     "DistillConfig",
     "EvalConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "PreferenceRunConfig",
     "PrepareConfig",
     "PromptKnobs",
+    "Quantization",
     "Recompute",
     "Schedule",
     "Scheme",
@@ -56,6 +59,7 @@ __all__ = [
     "Tracker",
     "TrainConfig",
     "check",
+    "check_budget",
     "first_match",
     "is_pattern",
 ]

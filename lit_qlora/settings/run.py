@@ -10,10 +10,11 @@ from lit_qlora.settings.data import DataConfig
 from lit_qlora.settings.distill import BASE, DistillConfig
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.guard import GuardConfig
-from lit_qlora.settings.limits import Count, Positive, SeedOrAny
+from lit_qlora.settings.limits import Count, Pattern, Positive, SeedOrAny
 from lit_qlora.settings.log import LogConfig
 from lit_qlora.settings.lora import LoRAConfig
 from lit_qlora.settings.optimizer import OptimizerConfig
+from lit_qlora.settings.quantization import Quantization, check_budget
 from lit_qlora.settings.schemes import Scheme
 from lit_qlora.settings.train import TrainConfig
 
@@ -35,11 +36,17 @@ class FinetuneConfig(Settings):
     """The base: a directory written by scripts/convert_hf_checkpoint.py."""
     out_dir: Path | None = None
     """Run folder. By default out/lora/<checkpoint name>."""
-    quantize: Scheme = "none"
+    quantize: Literal["auto"] | Scheme = "none"
     """Storage of the frozen base weights. bnb.nf4 needs about a quarter of the 16-bit memory; -dq also quantises its
-    scales."""
+    scales. 'auto' chooses for each layer within quantize_budget; OUT/config.yaml then holds what it chose."""
     quantize_head: bool = False
     """Quantise the output head too."""
+    quantize_layers: dict[Pattern, Scheme] = field(default_factory=dict)
+    """Other storage of some layers, e.g. {head: bnb.int8, 'blocks.0.mlp.*': none}, with keys as in lora.rank_pattern.
+    The first that matches decides. Layers that read the same input should agree, or the run takes the plain path."""
+    quantize_budget: str | None = None
+    """With quantize auto, the room for the base's weights, e.g. 14GB, or bits a weight of its linear layers, e.g.
+    5.2bits. The choice has the least effect on the output; scripts/plan_quantization.py has to measure effects once."""
     quantize_cache: str = "auto"
     """Folder that caches quantised weights. 'auto' is ~/.cache/lit_qlora, on a GPU, if they take less than a tenth of
     the free space; 'none' caches nothing. Entries unused for 30 days are deleted; so are the longest unused ones if the
@@ -93,12 +100,23 @@ class FinetuneConfig(Settings):
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    @property
+    def quantization(self) -> Quantization:
+        """The storage of the base, of which a budget has decided."""
+        assert self.quantize != "auto"
+        return Quantization(self.quantize, self.quantize_head, tuple(self.quantize_layers.items()))
+
     def __post_init__(self) -> None:
         """Check combinations of settings."""
         super().__post_init__()
         check_cache_folder("quantize_cache", self.quantize_cache)
+        check_budget(self.quantize, self.quantize_head, self.quantize_layers, self.quantize_budget)
         check(
-            self.lora.init != "loftq" or self.quantize != "none",
+            self.quantize != "auto" or self.quantize_budget is not None,
+            "quantize auto needs a quantize_budget, e.g. --quantize_budget 14GB or 5.2bits.",
+        )
+        check(
+            self.lora.init != "loftq" or {self.quantize, *self.quantize_layers.values()} != {"none"},
             "lora.init loftq makes up for the error of quantisation, so it needs --quantize.",
         )
         for name in {name for values in self.published.values() for name in values}:

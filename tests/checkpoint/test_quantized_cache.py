@@ -16,9 +16,11 @@ from lit_qlora.quantize import Storage
 from lit_qlora.settings import SCHEMES, Scheme
 from tests.conftest import tiny_model, write_checkpoint
 
+MIXED = (("head", "bnb.int8"), ("blocks.0.*", "bnb.nf4"), ("down", "none"))
 
-def load(base: Path, cache: Path, scheme: Scheme = "bnb.nf4-dq", head: bool = False) -> GPT:
-    return quantized_cache.load(base, Storage(torch.bfloat16, scheme, head), torch.device("cpu"), str(cache))
+
+def load(base: Path, cache: Path, scheme: Scheme = "bnb.nf4-dq", head: bool = False, layers: Any = ()) -> GPT:
+    return quantized_cache.load(base, Storage(torch.bfloat16, scheme, head, layers), torch.device("cpu"), str(cache))
 
 
 def assert_same(one: GPT, other: GPT) -> None:
@@ -62,7 +64,9 @@ def test_another_base_or_setting_is_another_entry(base: Path, tmp_path: Path) ->
     for scheme, head in (("bnb.nf4", False), ("bnb.nf4", True), ("bnb.fp4", False)):
         load(base, cache, scheme, head)  # type: ignore[arg-type]
     load(write_checkpoint(tmp_path / "other", tiny_model(seed=1, qkv_bias=True)), cache, "bnb.nf4")
-    assert len(list(cache.iterdir())) == 4
+    mixed = load(base, cache, "bnb.nf4", layers=MIXED)
+    assert len(list(cache.iterdir())) == 5
+    assert_same(load(base, cache, "bnb.nf4", layers=MIXED), mixed)
 
 
 @pytest.mark.parametrize("damage", ["flip", "swap", "cut", "no manifest", "manifest"])

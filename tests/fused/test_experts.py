@@ -66,7 +66,11 @@ CASES: dict[str, dict[str, Any]] = {
         "dense_layers": (0,),
     },
     "geglu, shared of nf4": {"ffn": "geglu_tanh", "shared_expert_size": 64, "scheme": "bnb.nf4", "expert_size": 64},
-    "int8": {"scheme": "bnb.int8", "expert_size": 64},
+    "a storage for each stack": {
+        "scheme": "bnb.int8",
+        "expert_size": 64,
+        "layers": {"blocks.0.mlp.experts.*.down": "none", "blocks.1.mlp.experts.*.(gate|up)": "bnb.nf4-dq"},
+    },
     "tied": {"lora": {"tied": True}, "n_layer": 1},
     "tied, rank 80": {"lora": {"tied": True}, "n_layer": 1, "r": 80},
     "attention alone": {"targets": ("query", "value"), "scheme": "bnb.fp4", "expert_size": 64},
@@ -106,6 +110,11 @@ def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     assert_same(with_idle(model, *batch()), expected)
 
 
+def test_experts_of_different_storage_take_the_plain_path() -> None:
+    model = model_of(expert_size=64, layers={"experts.2.down": "bnb.int8"})
+    assert why_not(model) == "experts of different storage"
+
+
 def packed() -> tuple[Tensor | None, ...]:
     """Two documents and padding in a row."""
     tokens, labels = batch(rows=1, length=16)
@@ -123,7 +132,7 @@ def test_every_storage_holds_in_packed_rows_recomputed_cached_and_released(case:
     model = model_of(**CASES[case] | shared | {"ffn_size": 128, "expert_size": 64, "n_layer": 2, "scheme": scheme})
     expected = with_idle(model, *packed())
     assert why_not(model) == ""
-    fused, quantized = fuse(model, cached_blocks=1), scheme != "none"
+    fused, quantized = fuse(model, cached_blocks=1), scheme != "none" or "layers" in CASES[case]
     loss, found = with_idle(model, *packed())
     assert_same((loss, found), expected)
     for policies in (["mlp", "full"], ["attn", "none"]):

@@ -40,11 +40,12 @@ def adapted_model(
     dropout: float = 0.0,
     lora: dict[str, Any] | None = None,
     quantize_head: bool = False,
+    layers: dict[str, Scheme] | None = None,
     **changes: Any,
 ) -> GPT:
     """A small model with adapters that do something."""
     model = tiny_model(**SHAPE | changes)
-    quantize_linears(model, scheme, quantize_head)
+    quantize_linears(model, scheme, quantize_head, layers or {})
     torch.manual_seed(1)
     add_lora(model, LoRAConfig(r=r, alpha=2 * r, targets=targets, dropout=dropout, **(lora or {})))
     for tensor in lora_state(model).values():
@@ -81,7 +82,10 @@ CASES: dict[str, dict[str, Any]] = {
     "multi-head": {"n_kv_head": 4},
     "nf4": {"scheme": "bnb.nf4"},
     "nf4-dq, scales that fill no block": {"scheme": "bnb.nf4-dq"},
-    "int8": {"scheme": "bnb.int8"},
+    "a storage for each stack": {
+        "scheme": "bnb.int8",
+        "layers": {"blocks.0.attn.projection": "none", "blocks.0.mlp.(gate|up)": "bnb.nf4-dq", "blocks.1.*": "bnb.fp4"},
+    },
     "query and value": {"targets": ("query", "value")},
     "mlp": {"targets": ("mlp",)},
     "projection": {"targets": ("projection",), "scheme": "bnb.fp4"},

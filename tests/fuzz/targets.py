@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lightning.fabric import Fabric
 
 from lit_qlora import cli
-from lit_qlora.checkpoint import safetensors_io
-from lit_qlora.checkpoint.checkpoint import load_model
+from lit_qlora.checkpoint import quantization_table, safetensors_io
+from lit_qlora.checkpoint.checkpoint import content_hash, load_model
 from lit_qlora.checkpoint.identity import base_facts, identity
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.convert.to_gguf import export_gguf
@@ -174,6 +174,7 @@ def make_targets(root: Path) -> Mapping[str, Target]:
     weights.unlink()
     files = root / "files"
     write_data(files)
+    quantization_table.write_table(base, effects_on(base))
 
     def use_base(folder: Path) -> None:
         ModelConfig.load(folder)
@@ -288,7 +289,19 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         "prompts": Target(files, "prompts.jsonl", lambda f: list(read_prompts(f / "prompts.jsonl")), as_lines),
         "history": Target(files, "history.jsonl", lambda f: chat.read_history(f / "history.jsonl"), as_lines),
         "answers": Target(files, "out.part", read_answers, as_bytes),
+        "quantization_table": Target(
+            base, quantization_table.FILE, lambda f: quantization_table.choose(f, "30bits", torch.float32), as_json
+        ),
     }
+
+
+def effects_on(base: Path) -> quantization_table.Table:
+    """Effects that nobody has measured."""
+    groups = tuple(
+        quantization_table.Group((name,), 4096, dict.fromkeys(quantization_table.MEASURED, 0.5))
+        for name in ("up", "key")
+    )
+    return quantization_table.Table(content_hash(base), "0" * 64, 512, "float32", groups)
 
 
 def read_answers(folder: Path) -> None:

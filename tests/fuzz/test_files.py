@@ -15,7 +15,7 @@ KINDS = [
     *("adapter_weights", "state", "state_tensors", "log", "merged", "exported_template"),
     *("exported_tokenizer", "exported_source", "exported_report", "hf_config", "hf_weights", "pickle", "jsonl", "json"),
     *("messages", "tokenized", "csv", "prepare_csv", "tsv", "txt", "parquet", "arrow", "gzip"),
-    *("zstandard", "saved", "prompts", "history", "answers"),
+    *("zstandard", "saved", "prompts", "history", "answers", "quantization_table"),
 ]
 
 

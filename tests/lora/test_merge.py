@@ -17,7 +17,7 @@ from lit_qlora.lora.merge import Merge, merge, merge_checkpoint
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import quantize_linears
-from lit_qlora.settings import SCHEMES, LoRAConfig, Scheme, Target
+from lit_qlora.settings import SCHEMES, LoRAConfig, Quantization, Scheme, Target
 from tests.conftest import load_script, tiny_model, write_checkpoint, write_tokenizer
 from tests.lora.test_adapter import FAMILIES, TARGETS, TOKENS, save, trained
 from tests.model.test_gpt import hugging_face_model
@@ -63,13 +63,16 @@ def test_an_adapter_on_a_tied_head_gives_the_merged_model_a_head_of_its_own(tmp_
     assert not torch.equal(merged.head.weight, merged.embed.weight)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_merging_onto_the_quantised_base_is_exactly_what_was_trained(scheme: Scheme, tmp_path: Path) -> None:
+MIXED = Quantization("bnb.nf4", False, (("blocks.0.*", "bnb.int8"), ("projection", "none")))
+
+
+@pytest.mark.parametrize("storage", [*map(Quantization, SCHEMES), MIXED], ids=Quantization.describe)
+def test_merging_onto_the_quantised_base_is_exactly_what_was_trained(storage: Quantization, tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", tiny_model())
     config = LoRAConfig(targets=("all",))
-    model = load_model(base, quantize=scheme)
+    model = load_model(base, **storage.facts())
     trained(model, config)
-    save(tmp_path / "final", model, config, base, quantize=scheme, precision="32-true")
+    save(tmp_path / "final", model, config, base, **storage.facts(), precision="32-true")
     merge_checkpoint(read_adapter(tmp_path / "final"), base, tmp_path / "merged", base="quantized")
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path / "merged").eval()(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)

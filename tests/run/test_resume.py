@@ -135,7 +135,12 @@ def test_the_end_is_the_same_for_every_optimizer_and_quantisation(
 VARIANTS = {
     "rslora": ["--lora.rslora"],
     "dora": ["--lora.dora", "--quantize=bnb.nf4"],
-    "pissa": ["--lora.init=pissa", "--lora.r=4", "--quantize=bnb.nf4"],
+    "pissa": [
+        "--lora.init=pissa",
+        "--lora.r=4",
+        "--quantize=bnb.nf4",
+        "--quantize_layers={value: bnb.int8, down: none}",
+    ],
     "olora": ["--lora.init=olora", "--lora.r=4"],
     "loftq": ["--lora.init=loftq", "--lora.r=4", "--lora.loftq_steps=2", "--quantize=bnb.nf4"],
     "patterns": ["--lora.rank_pattern={attn.query: 2}", "--lora.alpha_pattern={value: 3.5}", "--lora.last_layers=1"],

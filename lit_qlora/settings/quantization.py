@@ -15,7 +15,7 @@ _BUDGET = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)}|bits)", re.IGNORECA
 
 
 class Quantization(NamedTuple):
-    """How the matrices of a base are stored."""
+    """The schemes of the matrices of a base."""
 
     quantize: Scheme = "none"
     quantize_head: bool = False

@@ -1,7 +1,7 @@
 """The cheapest choices within a budget: the multiple-choice knapsack problem, solved exactly.
 
-Dynamic programming over pairs of size and cost, of which only undominated ones go on (Nemhauser & Ullmann 1969). Those
-whose Lagrangian bound exceeds the cost of a known solution are left out too; few are left then.
+Dynamic programming goes from group to group with pairs of size and cost, without dominated ones (Nemhauser & Ullmann
+1969). It also leaves out pairs with a Lagrangian bound above the cost of a known solution. Few remain.
 """
 
 from collections.abc import Sequence

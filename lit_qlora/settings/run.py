@@ -102,7 +102,7 @@ class FinetuneConfig(Settings):
 
     @property
     def quantization(self) -> Quantization:
-        """The storage of the base, of which a budget has decided."""
+        """The storage of the base; a budget has been settled before."""
         assert self.quantize != "auto"
         return Quantization(self.quantize, self.quantize_head, tuple(self.quantize_layers.items()))
 

@@ -96,7 +96,7 @@ def raising(error: BaseException) -> Callable[[Config], None]:
         (["--lora.targets=query,q_proj"], "got 'q_proj'. Did you mean query?"),
         (
             ["--quantize", "bnb.nf5"],
-            "--quantize: expected one of none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.i",
+            "--quantize: expected one of auto, none, bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.i",
         ),
         (["--quantize", "bnb.nf5"], "got 'bnb.nf5'. Did you mean bnb.nf4?"),
         (

@@ -27,7 +27,12 @@ GROUPS = {
         "sweep": "finetune/sweep.py",
     },
     "adapter": {"merge": "scripts/merge_lora.py", "shrink": "scripts/shrink_lora.py", "weigh": "scripts/weigh_lora.py"},
-    "answer": {"generate": "scripts/generate.py", "chat": "scripts/chat.py", "serve": "scripts/serve.py"},
+    "answer": {
+        "generate": "scripts/generate.py",
+        "chat": "scripts/chat.py",
+        "serve": "scripts/serve.py",
+        "classify": "scripts/classify.py",
+    },
     "measure": {
         "eval": "eval/lm_eval_harness.py",
         "answers": "eval/answers.py",

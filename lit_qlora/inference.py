@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lit_qlora.lora.adapter_switch import AdapterSwitch
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.model.gpt import GPT
+    from lit_qlora.model.scoring import Scoring
     from lit_qlora.prompts.tokenizer import Tokenizer
 
 
@@ -122,6 +123,8 @@ class LoadedModel:
     tokenizer: "Tokenizer"
     style: Style | None
     """The prompt style of its adapter, else of its checkpoint; None if neither has one."""
+    scoring: "Scoring | None" = None
+    """The task of its head, if it has one."""
 
 
 def load_for_inference(
@@ -132,21 +135,31 @@ def load_for_inference(
     quantize_head: bool = False,
     quantize_layers: Mapping[str, Scheme] = NOTHING,
     precision: Precision = "auto",
+    heads: bool = False,
 ) -> LoadedModel:
     """A checkpoint, with an adapter on it if one is given, on the best device there is.
 
+    Args:
+        heads: take a model with a trained head, and no other; see LoadedModel.scoring.
+
     Raises:
+        UsageError: if there is a head and nobody asked for one, or there is none.
         CheckpointError: if anything is missing or damaged, or base and adapter do not belong together.
     """
+    from lit_qlora.checkpoint import score
     from lit_qlora.checkpoint.checkpoint import load_stored
     from lit_qlora.device import pick_device, resolve_precision, weights_dtype
     from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter
+    from lit_qlora.lora.score import fill_score
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.prompts.tokenizer import Tokenizer
     from lit_qlora.quantize import Storage
 
     ModelConfig.load(checkpoint_dir)  # says best what is wrong with a directory that is no checkpoint
-    adapter = read_adapter(lora_path) if lora_path else None
+    adapter = read_adapter(lora_path, heads=heads) if lora_path else None
+    merged = score.read(checkpoint_dir)
+    if merged and not heads:
+        raise score.refuse(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     if adapter:
         check_base(adapter, checkpoint_dir)
@@ -156,8 +169,15 @@ def load_for_inference(
     model = load_stored(checkpoint_dir, storage, device)
     if adapter:
         attach_adapter(model, adapter, checkpoint_dir)
+    elif merged:
+        fill_score(model, merged[0], str(checkpoint_dir))
+    scoring = adapter.scoring if adapter and adapter.score is not None else merged[1] if merged else None
+    check(
+        not heads or scoring is not None,
+        f"{lora_path or checkpoint_dir} has no head. finetune/lora.py trains one with --head classify or regress.",
+    )
     style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
-    return LoadedModel(model=model.eval(), tokenizer=tokenizer, style=style)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, style=style, scoring=scoring)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,13 +269,18 @@ class InferenceConfig(Settings):
         trained = "" if self.quantize_budget is not None else f", on which {leading} was trained"
         return [*super().notes(), f"The base is {self.base} with --quantize {self.storage.describe()}{trained}."]
 
-    def load(self) -> LoadedModel:
+    def load(self, heads: bool = False) -> LoadedModel:
         """The model, its tokenizer and its prompt style, on the best device there is.
+
+        Args:
+            heads: see load_for_inference.
 
         Raises:
             CheckpointError: if anything is missing or damaged, or checkpoint and adapter do not belong together.
         """
-        return load_for_inference(self.base, self.adapter, precision=self.precision, **self.storage.facts())
+        return load_for_inference(
+            self.base, self.adapter, precision=self.precision, heads=heads, **self.storage.facts()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ python scripts/merge_lora.py --lora_path out/lora/Llama-2-7b-hf/final --verify v
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,7 +79,7 @@ def main(config: MergeConfig) -> None:
     from lit_qlora.lora.merge import Merge, check_replaceable
 
     paths = [adapter_folder(path) for path in config.lora_path or (newest_adapter(),)]
-    adapters = [read_adapter(path) for path in paths]
+    adapters = [read_adapter(path, heads=True) for path in paths]
     checkpoint_dir = config.checkpoint_dir or base_of(paths[0])
     out_dir = config.out_dir or paths[0].resolve().parent / "merged"
     check(
@@ -87,6 +87,13 @@ def main(config: MergeConfig) -> None:
         f"out_dir: {out_dir} is the base itself. Give --out_dir another name.",
     )
     check_replaceable(out_dir)
+    if heads := [str(adapter.path) for adapter in adapters if adapter.score is not None]:
+        check(len(adapters) == 1, f"{heads[0]} has a trained head, and a sum of adapters has none. Merge it alone.")
+        check(
+            config.verify in ("auto", "none"),
+            f"verify measures texts, and {heads[0]} reads labels. Leave it out; scripts/classify.py measures these.",
+        )
+        config = replace(config, verify="none")
     merge = Merge(adapters, checkpoint_dir, "original" if config.base == "auto" else config.base, config.weights)
     facts: dict[str, Any] = {}
     if config.verify != "none":

@@ -32,6 +32,7 @@ HOMES = {
     "bitsandbytes": {"quantize"},
     "triton": {"kernels.launch"},
     "lightning": {
+        "evaluate.labels",
         "evaluate.measures",
         "evaluate.preferences",
         "run.preferences",
@@ -72,6 +73,7 @@ HOMES = {
         "data.load",
         "data.preferences",
         "data.reference",
+        "data.scoring",
         "data.tokenized",
     }
     | {"data.samples", "data.taught", "run.preferences"},

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lit_qlora.checkpoint import checkpoint
+from lit_qlora.checkpoint import checkpoint, score
 from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.families import Fused, their_tensors
 from lit_qlora.convert.gguf_architectures import (
@@ -91,6 +91,11 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
     beside = out_file.with_suffix(MODELFILE)
     _check_new(out_file)
     config = ModelConfig.load(checkpoint_dir)
+    if score.read(checkpoint_dir):
+        raise UsageError(
+            f"{checkpoint_dir} has a head that reads labels, which GGUF has no place for.\n"
+            "scripts/convert_lit_checkpoint.py writes it for transformers."
+        )
     weights = checkpoint.open_weights(checkpoint_dir)
     checkpoint.check_weights(weights.specs, config, location=str(weights.location))
     architecture = check_supported(config)

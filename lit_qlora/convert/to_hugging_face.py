@@ -6,6 +6,7 @@ describe the same model, or nothing is written.
 """
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_qlora.checkpoint import checkpoint, shards
+from lit_qlora.checkpoint import checkpoint, score, shards
 from lit_qlora.convert.ending import Ending, read_ending
 from lit_qlora.convert.families import family_of, read_config, their_tensors, to_ours
 from lit_qlora.convert.families.wrappers import spelled_like, text_table
@@ -26,6 +27,7 @@ from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
 from lit_qlora.files.reading import read_json
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts import tokenizer
 from lit_qlora.prompts.published import chat_template
 
@@ -58,18 +60,25 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
     weights = checkpoint.open_weights(checkpoint_dir)
     checkpoint.check_weights(weights.specs, config, location=str(weights.location))
     theirs, ending = their_config(checkpoint_dir, config, weights.specs), read_ending(checkpoint_dir)
-    plan = their_tensors(weights.specs, config)
+    head = score.read(checkpoint_dir)
+    ours = {name: spec for name, spec in weights.specs.items() if not head or not name.startswith("head.")}
+    plan = [tensor for tensor in their_tensors(weights.specs, config) if ours.keys() >= set(tensor.ours)]
+    if head:
+        theirs |= _of_head(theirs, head[1], ending)
     kept = _open_kept(checkpoint_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} has something in it. Give --out_dir a new name, or remove it.")
 
     names = {t.name: spelled_like(t.name, kept.specs, config.wrapper) if config.wrapper else t.name for t in plan}
     specs = {names[tensor.name]: tensor.join(weights.specs, config) for tensor in plan} | kept.specs
+    specs |= {score.NAME: head[0]} if head else {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for tensor in plan:
             yield names[tensor.name], tensor.join({name: weights.read(name) for name in tensor.ours}, config)
         yield from ((name, kept.read(name)) for name in kept.specs)
+        if head:
+            yield score.NAME, head[0]
 
     with atomic.writing(out_dir), atomic.temporary_directory(out_dir) as folder:
         shards.write(folder, THEIR_WEIGHTS[0], specs, tensors(), limit)
@@ -83,10 +92,33 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
                 shutil.copy(checkpoint_dir / name, folder / name)
         _name_tokenizer(folder, ending, config.family)
         _write_ending(folder, ending)
-        (folder / "README.md").write_text(model_card(checkpoint_dir, config), errors="backslashreplace")
-        _read_back(folder, config, weights.specs)
+        (folder / "README.md").write_text(model_card(checkpoint_dir, config, bool(head)), errors="backslashreplace")
+        _read_back(folder, config, ours)
         atomic.publish(folder, out_dir)
     return config
+
+
+def _of_head(theirs: Mapping[str, Any], scoring: Scoring, ending: Ending | None) -> dict[str, Any]:
+    """The keys of config.json that a head makes another: a class of transformers, the names of its outputs, padding.
+
+    Raises:
+        CheckpointError: if transformers has no such class for the model.
+    """
+    names = theirs.get("architectures") or [f"{theirs.get('model_type')}"]
+    kind = re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", names[0])
+    if kind == names[0]:
+        raise CheckpointError(f"transformers classifies no texts with {names[0]}, so this model cannot be exported.")
+    classes = dict(enumerate(scoring.classes or ("LABEL_0",)))
+    padding = (
+        {} if theirs.get("pad_token_id") is not None or ending is None else {"pad_token_id": ending.tokenizer.eos_id}
+    )
+    return {
+        "architectures": [kind],
+        "id2label": {str(number): name for number, name in classes.items()},
+        "label2id": {name: number for number, name in classes.items()},
+        "problem_type": "single_label_classification" if scoring.classes else "regression",
+        **padding,
+    }
 
 
 def _open_kept(checkpoint_dir: Path) -> shards.Weights:
@@ -165,7 +197,7 @@ def their_context(config: ModelConfig) -> dict[str, int]:
     return {key if isinstance(key, str) else "max_position_embeddings": length}
 
 
-def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:
+def model_card(checkpoint_dir: Path, config: ModelConfig, head: bool = False) -> str:
     """README.md with the front matter that the hub reads."""
     merged = _read_text(checkpoint_dir / "merge_report.json", "base", "name")
     base = merged or _read_text(checkpoint_dir / SOURCE, "repo_id") or config.name
@@ -173,11 +205,12 @@ def model_card(checkpoint_dir: Path, config: ModelConfig) -> str:
     made = f"{base} with a LoRA adapter merged into it" if merged else f"The weights of {base}"
     made += f", commit {commit}" if commit else ""
     tags = "".join(f"- {tag}\n" for tag in ["lit_qlora", config.family, *(["lora"] if merged else [])])
+    task, kind = ("classification", "SequenceClassification") if head else ("generation", "CausalLM")
     return (
-        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-{task}\n"
         f"tags:\n{tags}---\n\n# {config.name}\n\n{made}. Written by lit_qlora.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
+        f"```python\nfrom transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+        f'model = AutoModelFor{kind}.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
     )
 
@@ -241,6 +274,8 @@ def _read_back(folder: Path, config: ModelConfig, specs: Mapping[str, Tensor]) -
     """Convert the headers of the written files: they have to give the checkpoint again."""
     back: dict[str, Tensor] = {}
     for name, spec in find_weights(folder).specs.items():
+        if name == score.NAME:
+            continue
         back |= to_ours(name, spec, config)
     kinds, expected = ({name: (s.shape, s.dtype) for name, s in of.items()} for of in (back, specs))
     assert kinds == expected, set(kinds.items()) ^ set(expected.items())

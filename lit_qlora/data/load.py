@@ -30,6 +30,7 @@ from lit_qlora.errors import DataError, UsageError
 from lit_qlora.files import cache_folder
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope_scaling import scaled
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.style import STYLES, Style, find_style, read_style
 from lit_qlora.prompts.tokenizer import FILES, Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig
@@ -72,6 +73,8 @@ class RunData:
     """Comparisons to validate on; None where samples are trained on."""
     held_out: Samples | None = None
     """The samples of val_batches; None where comparisons are trained on."""
+    scoring: Scoring | None = None
+    """The task of a head; None where the model learns what to write."""
 
 
 def read_data(config: FinetuneConfig) -> RunData:

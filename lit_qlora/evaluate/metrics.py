@@ -5,6 +5,10 @@ n-grams longer than the text, so "mice" for "mice" would score 0.67.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -42,3 +46,28 @@ def chrf(prediction: str, reference: str) -> float:
 
     score: float = sentence_chrf(prediction, [reference]).score
     return score / 100
+
+
+def class_metrics(scores: "Tensor", labels: "Tensor") -> dict[str, float]:
+    """Score classes: the share that is right, and the mean over the classes of the F1 of each (macro).
+
+    Args:
+        scores: (N, C); labels: (N,) int64.
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+    count = scores.size(1)
+    return {
+        "accuracy": float(multiclass_accuracy(scores, labels, count, average="micro")),
+        "f1": float(multiclass_f1_score(scores, labels, count, average="macro")),
+    }
+
+
+def number_metrics(predicted: "Tensor", wanted: "Tensor") -> dict[str, float]:
+    """Mean squared and mean absolute error of numbers (N,)."""
+    from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error
+
+    return {
+        "mse": float(mean_squared_error(predicted, wanted)),
+        "mae": float(mean_absolute_error(predicted, wanted)),
+    }

@@ -57,6 +57,8 @@ NEEDS = {
     **dict.fromkeys(("val_loss", "val_ppl", "val_accuracy"), "validation samples"),
     **dict.fromkeys(("exact_match", "bleu", "chrf", "rouge_l"), "--eval.generate"),
     "judge": "--eval.judge_url",
+    "val_f1": "--head classify",
+    **dict.fromkeys(("val_mse", "val_mae"), "--head regress"),
     **dict.fromkeys(("val_cross_entropy", "val_teacher_kl"), "--distill.teacher"),
     "kl_to_base": "--eval.kl_text",
     **dict.fromkeys(("val_reward_accuracy", "val_reward_margin", "val_logp_chosen"), "judged answers to validate on"),
@@ -71,6 +73,7 @@ def check_best(config: EvalConfig, data: RunData, teaches: bool = False) -> None
         "--eval.generate": config.generate,
         "--eval.judge_url": config.judge_url,
         "--eval.kl_text": config.kl_text,
+        f"--head {data.scoring.kind if data.scoring else 'none'}": data.val_batches,
         "--distill.teacher": teaches and data.val_batches,
         "judged answers to validate on": data.val,
     }
@@ -85,7 +88,7 @@ def check_best(config: EvalConfig, data: RunData, teaches: bool = False) -> None
             "and TASK/METRIC with --eval.tasks.",
         )
         return
-    check(bool(given[NEEDS[best]]), f"eval.best {best} needs {NEEDS[best]}.")
+    check(bool(given.get(NEEDS[best])), f"eval.best {best} needs {NEEDS[best]}.")
 
 
 def read_probes(config: FinetuneConfig, data: RunData) -> Probes:

@@ -16,9 +16,11 @@ from torch import Tensor
 from lit_qlora.checkpoint import safetensors_io, shards
 from lit_qlora.checkpoint.checkpoint import content_hash, open_weights
 from lit_qlora.checkpoint.identity import PARTS, differing_parts
+from lit_qlora.checkpoint.score import read_facts, refuse
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files.manifest import MANIFEST, read_manifest, save_directory
 from lit_qlora.files.reading import read_json
+from lit_qlora.lora import score
 from lit_qlora.lora.card import CARD, adapter_card
 from lit_qlora.lora.initialization import initialize, restore_bases
 from lit_qlora.lora.layer import add_lora, lora_state, saved_state
@@ -27,6 +29,7 @@ from lit_qlora.lora.peft_experts import named
 from lit_qlora.lora.peft_layout import check_copies, from_peft, to_ours, to_peft
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.style import FILE_NAME as STYLE_FILE
 from lit_qlora.prompts.style import Style, style_json
 from lit_qlora.quantize import QuantizedLinear, Storage
@@ -50,12 +53,20 @@ class Adapter:
     """The tensors of the base that PEFT stored beside it, by transformers' names."""
     peft_version: str = ""
     """Of the PEFT that wrote it, if it is known."""
+    score: Tensor | None = None
+    """(C, E), the head that was trained with it; see lit_qlora.lora.score. None where there is none."""
 
     @property
     def init(self) -> tuple[str, int] | None:
         """Its initialisation and the steps of LoftQ, if it is the change B A - B0 A0 from that start; else None."""
         facts = self.manifest or {}
         return (facts["init"], facts["loftq_steps"]) if "init" in facts else None
+
+    @property
+    def scoring(self) -> Scoring:
+        """The task of its head; CheckpointError if the manifest does not say it."""
+        assert self.score is not None
+        return read_facts((self.manifest or {}).get("head"), len(self.score), str(self.path / MANIFEST))
 
 
 def save_adapter(
@@ -79,7 +90,8 @@ def save_adapter(
     if config.init != "default":
         facts = {**facts, "init": config.init, "loftq_steps": config.loftq_steps or 1}
     state, config = saved_state(model, config)
-    save_state(folder, state, model.config, config, style, facts, also)
+    head = None if model.score is None else model.score.weight.detach()
+    save_state(folder, state, model.config, config, style, facts, also, head)
 
 
 def save_state(
@@ -90,9 +102,12 @@ def save_state(
     style: Style | None,
     facts: Mapping[str, Any],
     also: Mapping[str, Callable[[Path], Any]] | None = None,
+    head: Tensor | None = None,
 ) -> None:
-    """save_adapter for tensors that are in no model; see our_tensors for their names."""
+    """save_adapter for tensors that are in no model; see our_tensors for their names, Adapter.score for the head."""
     tensors, peft_config = to_peft(state, model, config)
+    if head is not None:
+        tensors, peft_config = score.to_peft(head, tensors, peft_config)
     files: dict[str, Any] = {
         **(also or {}),
         PEFT_WEIGHTS: lambda path: safetensors_io.write(path, tensors, tensors.items()),
@@ -102,16 +117,22 @@ def save_state(
         files[STYLE_FILE] = lambda path: path.write_text(style_json(style))
     card = {CARD: adapter_card(config, model, style, facts)}
     save_directory(folder, files, {"lora": asdict(config), **facts}, card)
-    back = read_adapter(folder)
+    back = read_adapter(folder, heads=True)
+    if head is not None and (back.score is None or not torch.equal(back.score, tensors[score.PEFT_NAME])):
+        raise CheckpointError(f"{folder}: its head reads back differently from what was saved. Is the disk sound?")
     for name, tensor in our_tensors(back, model).items():
         if not torch.equal(tensor, state[name].cpu()):
             raise CheckpointError(f"{folder}: {name} reads back differently from what was saved. Is the disk sound?")
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, *, heads: bool = False) -> Adapter:
     """Read an adapter folder, ours or PEFT's.
 
+    Args:
+        heads: take an adapter with a trained head too.
+
     Raises:
+        UsageError: if it has a head, without `heads`.
         CheckpointError: if it is incomplete, damaged, empty, not finite, or uses what is not understood here.
     """
     weights_file = shards.find(folder, PEFT_WEIGHTS, PEFT_WEIGHTS_2023)
@@ -128,15 +149,24 @@ def read_adapter(folder: Path) -> Adapter:
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(f"{folder}: NaN or infinite values in\n  {safetensors_io.name_some(broken)}")
+    head = tensors.pop(score.PEFT_NAME, None)
+    if head is not None and not heads:
+        raise refuse(folder)
     if manifest:
         config = _recorded_settings(manifest, folder / MANIFEST)
         largest = max((len(tensor) for name, tensor in tensors.items() if ".lora_A." in name), default=0)
         if max(config.rank_pattern.values(), default=config.r) > largest:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: no layer of {weights_file} has such a rank.")
-        return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest)
+        return Adapter(path=folder, config=config, peft_tensors=tensors, manifest=manifest, score=head)
     tensors, config, copies = to_ours(tensors, peft, str(folder))
     return Adapter(
-        path=folder, config=config, peft_tensors=tensors, manifest=None, copies=copies, peft_version=peft.version
+        path=folder,
+        config=config,
+        peft_tensors=tensors,
+        manifest=None,
+        copies=copies,
+        peft_version=peft.version,
+        score=head,
     )
 
 
@@ -196,6 +226,8 @@ def attach_adapter(model: GPT, adapter: Adapter, checkpoint_dir: Path) -> None:
     """
     add_lora(model, adapter.config)
     fill_adapter(model, adapter)
+    if adapter.score is not None:
+        score.fill_score(model, adapter.score, str(adapter.path))
     if adapter.init and _is_stored(model, Storage.of_training(adapter.manifest or {})):
         restore_bases(model, *adapter.init, open_weights(checkpoint_dir).read)
 

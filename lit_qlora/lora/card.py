@@ -31,7 +31,9 @@ tokenizer = AutoTokenizer.from_pretrained({tokenizer})
 def adapter_card(config: LoRAConfig, model: ModelConfig, style: Style | None, facts: Mapping[str, Any]) -> str:
     """Describe an adapter by its settings and the facts of its manifest; no path of this machine is named."""
     base = json.dumps(facts.get("base", {}).get("name") or model.name)
-    front = f"base_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n"
+    head = facts.get("head")
+    pipeline = "text-classification" if head else "text-generation"
+    front = f"base_model: {base}\nlibrary_name: peft\npipeline_tag: {pipeline}\ntags:\n"
     tags = "".join(f"- {tag}\n" for tag in ("lora", "lit_qlora", model.family))
     rows = {
         "base": base.strip('"'),
@@ -50,15 +52,23 @@ def adapter_card(config: LoRAConfig, model: ModelConfig, style: Style | None, fa
         base=base,
         config="AutoConfig, " if scaled else "",
         scaled=SCALED.format(base=base, table=scaling_table(model), context=their_context(model)) if scaled else "",
-        given=", config=config" if scaled else "",
+        given=(", config=config" if scaled else "") + (_given(head) if head else ""),
         resized=f"\nmodel.resize_token_embeddings({model.vocab_size})" if new else "",
         tokenizer='"."' if new else base,
     )
+    python = python.replace("AutoModelForCausalLM", "AutoModelForSequenceClassification") if head else python
+    rows["classes"] = ", ".join(head["classes"]).replace("|", "\\|") if head else ""
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
     return (
         f"---\n{front}{tags}---\n\n# Adapter of {model.name}\n\nTrained by lit_qlora, which reads this folder as it is "
         f"(`--lora_path`), as does PEFT.\n\n| | |\n|---|---|\n{table}\n{python}"
     )
+
+
+def _given(head: Mapping[str, Any]) -> str:
+    """The arguments that give a base the head of an adapter."""
+    classes = dict(enumerate(head["classes"]))
+    return f", num_labels={max(1, len(classes))}" + (f", id2label={classes}" if classes else "")
 
 
 def _short(source: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.checkpoint import checkpoint
+from lit_qlora.checkpoint import checkpoint, score
 from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.checkpoint.packed import as_published
 from lit_qlora.convert.hub import SOURCE
@@ -241,6 +241,8 @@ class Merge:
             weights = ((name, self.read(name)) for name in self.specs)
             kept = [path for path in [self.checkpoint_dir / checkpoint.KEPT] if path.is_file()]
             digest = checkpoint.save_weights(folder, self.config, self.specs, weights, also=kept)
+            if (head := self.adapters[0].score) is not None:
+                score.write(folder, head, self.adapters[0].scoring)
             report = {
                 "base": base_facts(self.checkpoint_dir),
                 "adapters": [

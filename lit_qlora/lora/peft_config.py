@@ -72,7 +72,7 @@ class PeftConfig:
                 dora=bool(content.get("use_dora")),
                 tokens=_tokens(content.get("trainable_token_indices"), location),
                 head_rows=_modules(content.get("trainable_token_indices")) > 1,
-                embeddings=bool(content.get("modules_to_save")),
+                embeddings=bool({*(content.get("modules_to_save") or ())} - {"classifier", "score"}),
                 parameters=tuple(map(str, content.get("target_parameters") or ())),
                 version=str(content.get("peft_version") or ""),
             )

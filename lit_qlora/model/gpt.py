@@ -66,6 +66,7 @@ class GPT(nn.Module):
         dropout: see set_dropout.
         hits: () int64 on the model's device; loss adds the number of labelled tokens whose likeliest token is the
             label. None counts nothing.
+        score: a trained head in float32 that reads labels off tokens, see scores; None where there is none.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -75,6 +76,7 @@ class GPT(nn.Module):
         self.dropout = 0.0
         self.fast: FastPath | None = None
         self.hits: Tensor | None = None
+        self.score: nn.Linear | None = None
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.embed_norm = make_norm(config, config.n_embd) if config.embedding_norm else nn.Identity()
         self.per_layer = PerLayerEmbedding(config) if config.per_layer_size else None
@@ -174,6 +176,23 @@ class GPT(nn.Module):
         tokens, labels, positions, segments, seen_until = self._here(tokens, labels, positions, segments, seen_until)
         hidden = self.hidden(tokens, positions=positions, segments=segments, seen_until=seen_until)
         return token_cross_entropy(hidden, self.head, labels, cap=self.config.logit_softcap)
+
+    def scores(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """The outputs of the head `score` at the labelled tokens, in their order.
+
+        Args:
+            tokens, labels: see loss.
+            positions, segments: see hidden.
+
+        Returns:
+            (N, C) float32.
+        """
+        assert self.score is not None
+        tokens, labels, positions, segments = self._here(tokens, labels, positions, segments)
+        hidden = self.hidden(tokens, positions=positions, segments=segments)[labels >= 0]
+        return self.score(hidden.float() / self.config.logit_multiplier)  # which the head of tokens alone has
 
     @property
     def can_release(self) -> bool:

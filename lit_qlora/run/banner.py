@@ -11,8 +11,10 @@ import torch
 
 from lit_qlora import __version__
 from lit_qlora.checkpoint.checkpoint import check_weights, open_weights
+from lit_qlora.checkpoint.score import read as read_head
 from lit_qlora.data import Batch, Batching, RunData, boundary, count_steps, longest_step, show, steps
 from lit_qlora.data.batches import AnyBatch, Content, epoch_length
+from lit_qlora.data.samples import Sample
 from lit_qlora.device import fast_dtype, gpu_bytes, has_fp8, host_bytes, pick_device, weights_dtype
 from lit_qlora.errors import ResourceError
 from lit_qlora.lora.peft_layout import check_layers
@@ -42,6 +44,11 @@ def plan_run(config: FinetuneConfig, data: RunData, teacher: Teacher | None = No
         ResourceError: if GPU or host have too little memory, unless config.force.
     """
     model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config.devices, config.num_nodes)
+    check(
+        read_head(config.checkpoint_dir) is None,
+        f"checkpoint_dir {config.checkpoint_dir} has a head that reads labels, which this training would leave out.\n"
+        "Give the base that it was merged from.",
+    )
     weights = open_weights(config.checkpoint_dir)
     check_weights(weights.specs, model, str(weights.location))
     caveat = check_layers(model, config.lora)
@@ -52,7 +59,7 @@ def plan_run(config: FinetuneConfig, data: RunData, teacher: Teacher | None = No
     )
     graphs = data.val is None and config.teacher_dir is None  # comparisons and lessons have none
     usual = usual_tokens(data, processes) if graphs else None
-    plan = _plan(config, longest_batch(data.train, data.batching, processes), usual)
+    plan = _plan(config, longest_batch(data.train, data.batching, processes), usual, _outputs(data))
     plan = replace(plan, caveat=caveat)
     check_trainable(config.expect_trainable, model.name, plan.trainable)
     check(
@@ -109,7 +116,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     if train.keep_dequantized == "auto":  # cached weights would fill the memory that another change saves
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
-    plan = _plan(config, batch)
+    plan = _plan(config, batch, outputs=_outputs(data))
     now = plan.total
     half = max(1, train.micro_batch_size // 2)
     longest = data.batching.row_length or int(data.train.lengths.max())
@@ -130,7 +137,9 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     }
     if plan.slow_because:  # there, these mean full
         del others["--train.recompute offload"], others["--train.recompute full-offload"]
-    saved = {words: now - _plan(other, smaller).total for words, (other, smaller) in others.items()}
+    saved = {
+        words: now - _plan(other, smaller, outputs=_outputs(data)).total for words, (other, smaller) in others.items()
+    }
     tips = [f"{words} saves about {size / GIB:.2g} GiB" for words, size in saved.items() if size > 0.02 * now]
     tips += [experts] if (experts := of_experts(plan, config)) else []
     return f"To need less: {', '.join(tips)}." if tips else "No setting would save memory: the run needs a larger GPU."
@@ -139,16 +148,21 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
 def most_rows(config: FinetuneConfig, data: RunData) -> int:
     """Rows of the largest micro-batch that fits the GPU if all are as long as the longest; 0 without a GPU."""
     room, tokens = _room(config.devices), longest_batch(data.train, data.batching, 1).tokens
-    return fits.most_rows(_planner(config), tokens.size(1), room) if room.gpu else 0
+    return fits.most_rows(_planner(config, _outputs(data)), tokens.size(1), room) if room.gpu else 0
 
 
-def _plan(config: FinetuneConfig, longest: AnyBatch, usual: float | None = None) -> Plan:
+def _plan(config: FinetuneConfig, longest: AnyBatch, usual: float | None = None, outputs: int = 0) -> Plan:
     lesson = config.distill.top_k if config.teacher_dir else 0
     batches = MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing, lesson)
-    return _planner(config).plan(batches, _room(config.devices))
+    return _planner(config, outputs).plan(batches, _room(config.devices))
 
 
-def _planner(config: FinetuneConfig) -> Planner:
+def _outputs(data: RunData) -> int:
+    """Outputs of the head that the run trains; 0 for none."""
+    return data.scoring.outputs if data.scoring else 0
+
+
+def _planner(config: FinetuneConfig, outputs: int = 0) -> Planner:
     return Planner(
         ModelConfig.load(config.checkpoint_dir),
         config.lora,
@@ -156,6 +170,7 @@ def _planner(config: FinetuneConfig) -> Planner:
         config.train,
         measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         fast_dtype(config.precision),
+        outputs,
     )
 
 
@@ -274,5 +289,11 @@ def _data_lines(data: RunData) -> str:
 
 def _samples(data: RunData) -> str:
     """Show some samples as the model sees them, and where the answer of the first begins."""
+    if scoring := data.scoring:
+        texts = [Sample(sample.tokens[:-1], sample.trained[:-1]) for sample in data.audit.shown]
+        return "\n".join(
+            f"  sample  {show(text, data.tokenizer, most=300)} -> {scoring.name(int(sample.tokens[-1]))}"
+            for text, sample in zip(texts, data.audit.shown, strict=True)
+        )
     lines = [f"  sample  {show(sample, data.tokenizer, most=300)}" for sample in data.audit.shown]
     return "\n".join([*lines, f"  answer  begins after: {boundary(data.audit.shown[0], data.tokenizer)}"])

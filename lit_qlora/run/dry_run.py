@@ -21,7 +21,9 @@ from lit_qlora.evaluate.measures import score_rows
 from lit_qlora.evaluate.validation import is_due
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import add_lora
+from lit_qlora.lora.score import add_score
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.quantize import Storage
 from lit_qlora.report import duration, tell
 from lit_qlora.run.banner import FIRST_STEPS, most_rows, savings
@@ -88,7 +90,7 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
 
 def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torch.device) -> Pace:
     """Take steps of the run on one device, with its share of each."""
-    learner = random_learner(config, plan, device)
+    learner = random_learner(config, plan, device, data.scoring)
 
     def update() -> None:
         learner.clip_gradients(config.train.max_norm)
@@ -126,16 +128,18 @@ def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torc
     return Pace(step=step, tokens=tokens, validation=validation, peak_gib=peak_gib(device))
 
 
-def random_learner(config: FinetuneConfig, plan: Plan, device: torch.device) -> Learner:
+def random_learner(config: FinetuneConfig, plan: Plan, device: torch.device, scoring: Scoring | None = None) -> Learner:
     """Make what a run trains, with random weights."""
     fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
     storage = Storage(weights_dtype(config.precision), *config.quantization)
     model = random_model(ModelConfig.load(config.checkpoint_dir), storage, device)
     add_lora(model, config.lora)
+    if scoring:
+        add_score(model, scoring.outputs)
     add_noise(model, config.train.neftune)
     model.set_dropout(config.train.hidden_dropout)
     take_path(model, plan)
-    scaled, objective = scales_loss(config.precision), make_objective(fabric, config)
+    scaled, objective = scales_loss(config.precision), make_objective(fabric, config, scoring)
     return make_learner(fabric, model, config.optimizer, config.train, scaled, objective)
 
 

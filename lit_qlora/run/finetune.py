@@ -59,6 +59,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.data import read_data
     from lit_qlora.data.preferences import read_preferences
     from lit_qlora.data.prepared import choose_data
+    from lit_qlora.data.scoring import read_scored
     from lit_qlora.device import fabric_precision, let_segments_grow, pick_device, resolve_precision, weights_dtype
 
     let_segments_grow()
@@ -70,7 +71,10 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
 
         config = replace(config, out_dir=config.out_dir or default_out_dir(config))
         config = replace(config, seed=settle_seed(config))
-    data = read_preferences(config, config.preference) if isinstance(config, PreferenceRunConfig) else read_data(config)
+    if isinstance(config, PreferenceRunConfig):
+        data = read_preferences(config, config.preference)
+    else:
+        data = read_data(config) if config.head == "none" else read_scored(config)
 
     from lightning.fabric import Fabric
 
@@ -79,6 +83,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.lora.adapter import settle, start_adapters
     from lit_qlora.lora.embeddings import add_noise
     from lit_qlora.lora.layer import add_lora
+    from lit_qlora.lora.score import add_score
     from lit_qlora.quantize import Storage
     from lit_qlora.report import tell
     from lit_qlora.run import distillation, dry_run, folder, learning, preferences, resume, saver, summary
@@ -138,6 +143,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         model = load(config, storage, fabric.device)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
+        if data.scoring:
+            add_score(model, data.scoring.outputs)
         add_noise(model, config.train.neftune)
         model.set_dropout(config.train.hidden_dropout)
         learning.take_path(model, plan)

@@ -18,12 +18,14 @@ from lit_qlora.data.batches import steps_of_an_epoch, validation_pairs
 from lit_qlora.device import precede_other_streams, scales_loss
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.evaluate import sample_losses
+from lit_qlora.evaluate.labels import LabelScores
 from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.preferences import PairLosses
 from lit_qlora.evaluate.validation import Validator
 from lit_qlora.evaluate.validation_inputs import Probes, frames
 from lit_qlora.files.atomic import write_text
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings
@@ -41,6 +43,7 @@ from lit_qlora.train.objective import CrossEntropy, Objective
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
 from lit_qlora.train.preferences import Preferences
 from lit_qlora.train.routers import RouterLosses
+from lit_qlora.train.scoring import LabelLoss
 from lit_qlora.train.training_state import restore
 
 SHOWN = 3  # answers shown at each validation
@@ -107,13 +110,13 @@ def set_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def make_objective(fabric: Fabric, config: FinetuneConfig) -> Objective:
-    """The loss of a micro-batch that the settings describe."""
+def make_objective(fabric: Fabric, config: FinetuneConfig, scoring: Scoring | None = None) -> Objective:
+    """The loss of a micro-batch that the settings describe; with a head for this task."""
     if isinstance(config, PreferenceRunConfig):
         return Preferences(config.preference, fabric.device)
     if config.teacher_dir:
         return Distillation(config.distill, fabric.device)
-    return CrossEntropy()
+    return LabelLoss(scoring, fabric.device) if scoring else CrossEntropy()
 
 
 def make_learner(
@@ -154,7 +157,7 @@ def learn(
     """
     assert config.out_dir is not None
     scaled, total = scales_loss(config.precision), log.total
-    objective = make_objective(fabric, config)
+    objective = make_objective(fabric, config, data.scoring)
     learner = make_learner(fabric, model, config.optimizer, config.train, scaled, objective)
     start, last = 0, None
     if checkpoint:
@@ -178,7 +181,8 @@ def learn(
             losses = PairLosses(
                 fabric, model, validation_pairs(data.val, data.batching), objective, stop, log.validating
             )
-        measures: list[Measure] = [losses] if data.val_batches else []
+        of_labels = LabelScores(fabric, model, data.val_batches, data.scoring, stop) if data.scoring else None
+        measures: list[Measure] = [of_labels or losses] if data.val_batches else []
         write = partial(keep_answers, config.out_dir, log, frames(data) if probes.questions else [])
         measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop, log.validating)
         if probes.ask:

@@ -11,6 +11,7 @@ from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_m
 from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
+from lit_qlora.lora.score import add_score
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
@@ -126,6 +127,7 @@ class Planner:
     Args:
         state_bytes: bytes of optimizer state for each parameter; AdamW has two moments in float32.
         fast_dtype: dtype of weights on the fast path; by default that of `storage`.
+        outputs: of a head that learns labels; 0 for none.
 
     Raises:
         UsageError: if the LoRA settings do not fit the model.
@@ -139,7 +141,9 @@ class Planner:
         train: TrainConfig,
         state_bytes: float = 8.0,
         fast_dtype: torch.dtype | None = None,
+        outputs: int = 0,
     ) -> None:
+        self.outputs = outputs
         self.lora, self.storage, self.train = lora, storage, train
         self.dtype = fast_dtype or storage.dtype
         self.router_losses = [name for name in ("router_balance_loss", "router_z_loss") if getattr(train, name)]
@@ -148,6 +152,8 @@ class Planner:
         frozen = sum(p.numel() for p in gpt.parameters())
         stored = stored_bytes(gpt, storage)
         add_lora(gpt, lora)
+        if outputs:
+            add_score(gpt, outputs)
         add_noise(gpt, train.neftune)
         gpt.set_dropout(train.hidden_dropout)
         self.gpt, trainable = gpt, count_trainable(gpt)
@@ -204,6 +210,8 @@ class Planner:
     def _slow_because(self, room: Room) -> str:
         if not self.train.fast:
             return "train.fast is false"
+        if self.outputs:
+            return "the fast one learns no labels"
         if room.gpu is None:
             return "the fast one needs a CUDA device"
         from lit_qlora.fused.support import HALF  # imports Triton

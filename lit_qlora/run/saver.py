@@ -12,6 +12,7 @@ from typing import Any, Self
 from lit_qlora import __version__
 from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.checkpoint.identity import base_facts
+from lit_qlora.checkpoint.score import facts_of
 from lit_qlora.data import RunData
 from lit_qlora.files.atomic import publish, remove_directory, temporary_directory, write_link
 from lit_qlora.lora.adapter import save_adapter
@@ -51,6 +52,7 @@ class Contents:
             **({"new_tokens": new_tokens} if new_tokens else {}),
             "base": base_facts(config.checkpoint_dir) if learner.fabric.is_global_zero else {},
             **({"teacher": content_hash(teacher)} if teacher else {}),
+            **({"head": facts_of(data.scoring)} if data.scoring else {}),
             "style": data.style.digest,
             "data": data.files,
             **config.quantization.facts(),

@@ -177,6 +177,7 @@ class PreferenceRunConfig(FinetuneConfig):
         """Check that no setting would be without effect."""
         super().__post_init__()
         data, train = self.data, self.train
+        check(self.head == "none", "head is for finetune/lora.py. Leave it out.")
         check(self.distill.teacher is None, "distill.teacher is for finetune/lora.py. Leave it out.")
         for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout", "exclude"):
             default = DataConfig.__dataclass_fields__[name].default

@@ -1,8 +1,8 @@
 """Settings of a whole run: base, machine, run folder, and one section per concern."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_qlora.commands import find
 from lit_qlora.settings.checks import Settings, check, check_cache_folder
@@ -20,6 +20,12 @@ from lit_qlora.settings.train import TrainConfig
 
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
 DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
+READ_BY_HEADS = (
+    *("path", "val_path", "val_fraction", "validation_strategy", "columns", "max_length", "overlong", "max_samples"),
+    *("packing", "pack_length", "pad_to_multiple_of", "shuffle", "drop_last", "group_by_length", "weighting"),
+    *("seed", "split_seed", "cache_dir", "on_error", "allow", "length_quantile", "token_dropout"),
+)
+"""Settings of data that mean something where labels are learnt; the last two have a message of their own."""
 PUBLISHED = ("trainable_parameters", "peak_gb", "seconds", "train_loss", "val_loss")
 
 
@@ -62,6 +68,10 @@ class FinetuneConfig(Settings):
     """Strategy by which several devices train together."""
     seed: SeedOrAny = 1337
     """Seed of everything random. -1 draws one, which OUT/config.yaml then holds and a resumed run keeps."""
+    head: Literal["none", "classify", "regress"] = "none"
+    """Learn a label of each text instead of what to write. A small head reads it off the last token, and is trained
+    with the adapter. classify chooses one of the classes that the labels name, regress gives a number. Records have a
+    text and a label; --data.columns NAME:text,NAME:label says which columns these are."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, even where these are slower on a GPU."""
     resume: str = "auto"
@@ -123,6 +133,7 @@ class FinetuneConfig(Settings):
             check(name in PUBLISHED, f"published: {name} is not one of {', '.join(PUBLISHED)}.")
         check(self.price_per_hour is None or self.dry_run, "price_per_hour has no effect without --dry_run.")
         self._check_teacher()
+        self._check_head()
         check(
             not (self.extend and self.resume == "never"),
             "extend resumes a run, but '--resume never' begins another one. Leave one out.",
@@ -142,3 +153,32 @@ class FinetuneConfig(Settings):
             "data.length_quantile and data.token_dropout alter samples at each step, but the teacher reads them once, "
             "before the first.\nLeave them out, or distill.teacher.",
         )
+
+    def _check_head(self) -> None:
+        """Check that no setting of texts to write is given where labels are learnt."""
+        if self.head == "none":
+            return
+        concerns = f"concerns what a model writes, and --head {self.head} learns labels. Leave it out."
+        for setting in fields(DataConfig):
+            given = getattr(self.data, setting.name) not in (setting.default, _made(setting))
+            check(setting.name in READ_BY_HEADS or not given, f"data.{setting.name} {concerns}")
+        for name in ("generate", "prompts", "tasks", "kl_text"):
+            check(not getattr(self.eval, name), f"eval.{name} {concerns}")
+        learns = "head" in self.lora.targets or self.lora.train_embeddings or bool(self.lora.train_tokens)
+        check(not learns, f"lora.targets head, lora.train_tokens and lora.train_embeddings: each {concerns}")
+        check(self.distill.teacher is None, f"distill.teacher {concerns}")
+        check(
+            self.data.length_quantile == 1 and not self.data.token_dropout,
+            f"data.length_quantile and data.token_dropout cut and hide tokens, and --head {self.head} learns "
+            "of one alone. Leave them out.",
+        )
+        check(
+            not (self.train.router_balance_loss or self.train.router_z_loss),
+            f"train.router_balance_loss and train.router_z_loss are not computed with --head {self.head}. "
+            "Leave them out.",
+        )
+
+
+def _made(setting: "Field[Any]") -> Any:
+    """The default of a setting that a function makes; MISSING where none does."""
+    return setting.default_factory() if setting.default_factory is not MISSING else MISSING

@@ -118,6 +118,7 @@ class Learner:
         self.model, self.optimizer = fabric.setup(module, optimizer)
         self.model.mark_forward_method("loss")
         self.model.mark_forward_method("token_losses")
+        self.model.mark_forward_method("scores")
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.hits = module.hits = torch.zeros((), dtype=torch.int64, device=fabric.device)
         self.objective: Objective = objective or CrossEntropy()

@@ -204,7 +204,7 @@ class Planner:
             return plan
         slow_attention = _lacks_flash(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
-        plan = replace(plan, delta_rule=_delta_rule() if model.delta_layers else "")
+        plan = replace(plan, delta_rule=_delta_rule(room.card) if model.delta_layers else "")
         return self._on_fast_path(plan, batches, room, seen)
 
     def _slow_because(self, room: Room) -> str:
@@ -303,10 +303,12 @@ def _lacks_flash(head_size: int, card: Card | None) -> bool:
     return torch.cuda.is_available() and not has_flash(head_size, torch.device("cuda"))
 
 
-def _delta_rule() -> str:
-    from lit_qlora.fused.delta_rule import has_kernels
+def _delta_rule(card: Card | None) -> str:
+    from lit_qlora.fused.delta_rule import why_no_kernels
 
-    return "by fla-core" if has_kernels(torch.device("cuda")) else 'in plain torch (pip install "lit_qlora[delta]")'
+    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    reason = why_no_kernels(card.capability if card else here)
+    return f"in plain torch ({reason})" if reason else "by fla-core"
 
 
 def _fastest(

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_qlora.fused import delta_rule as kernels_of
 from lit_qlora.fused.attention import Layout
-from lit_qlora.fused.delta_rule import by_kernels
+from lit_qlora.fused.delta_rule import by_kernels, why_no_kernels
 from lit_qlora.model.delta_net import delta_rule
 from tests.model.test_delta_net import inputs
 
@@ -33,3 +34,24 @@ def test_a_library_of_kernels_gets_documents_end_to_end(packed: bool, monkeypatc
         monkeypatch.setitem(sys.modules, name, kernels)
     found = by_kernels(Layout.of(2, 32, segments, torch.device("cpu")), torch.float32)(*parts)
     torch.testing.assert_close(found, delta_rule(*parts, segments)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "installed", "reason"),
+    [
+        ("3.6.0", (9, 0), ("fla",), "wrong on a Hopper with Triton 3.6.0: pip install tilelang"),
+        ("3.7.0+git1", (9, 0), ("fla",), "wrong on a Hopper"),
+        ("3.6.0", (9, 0), ("fla", "tilelang"), ""),
+        ("3.7.1", (9, 0), ("fla",), ""),
+        ("3.6.0", (8, 0), ("fla",), ""),
+        ("3.8.0", (9, 0), (), 'pip install "lit_qlora[delta]"'),
+    ],
+)
+def test_a_library_that_would_be_wrong_is_not_used(
+    triton: str, capability: tuple[int, int], installed: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels_of, "version", lambda name: triton)
+    monkeypatch.setattr(kernels_of, "find_spec", lambda name: name if name in installed else None)
+    found = why_no_kernels(capability)
+    assert reason in found
+    assert bool(reason) == bool(found)

@@ -1,5 +1,7 @@
 """Every flag of every command takes any value, or refuses it with one message."""
 
+import io
+import sys
 from ast import literal_eval
 from functools import cache
 from typing import Any, get_type_hints
@@ -80,6 +82,12 @@ VALUES = [
     ),
     *("query", "[query, x]", "bnb.nf4", "bf16-true", "qa", "cpu", "localhost:99999", "0.0.0.0", "https://u:p@h/x"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value "-" reads what is typed, which pytest does not allow."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
 
 
 @cache

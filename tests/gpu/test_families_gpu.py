@@ -25,7 +25,10 @@ pytestmark = [
 def test_errors_are_about_those_of_the_plain_path(case: str) -> None:
     """Tiny models: a choice of experts that one rounding turns over can decide about a tensor, so medians count."""
     model_of.cache_clear()  # adapters are added in place
-    model = model_of(case).to("cuda", torch.bfloat16)
+    try:
+        model = model_of(case).to("cuda", torch.bfloat16)
+    except ValueError as error:  # an older transformers
+        pytest.skip(str(error).partition(".")[0])
     torch.manual_seed(1)
     add_lora(model, LoRAConfig(r=16, alpha=16, targets="all", dropout=0.0))
     for tensor in lora_state(model).values():

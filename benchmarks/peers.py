@@ -132,7 +132,7 @@ class Turns:
 Start = Callable[[Task], Contestant]
 
 
-def compare(task: Task, start: Start, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def compare(task: Task, peers: list[str], start: Start, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Let ours and each peer take turns; print the tables and yield two rows for each finished peer.
 
     Raises:
@@ -140,7 +140,7 @@ def compare(task: Task, start: Start, arguments: argparse.Namespace) -> Iterator
     """
     ours = start(task)
     print(f"{ours.facts['gpu']}, torch {ours.facts['torch']}; ours was ready in {ours.facts['ready']} s", flush=True)
-    for peer in arguments.peers:
+    for peer in peers:
         setting = arguments.ours or PEERS[peer][2]
         try:
             other = start(as_peer(task, peer))
@@ -218,7 +218,7 @@ def main() -> None:
         nargs="+",
         type=json.loads,
         default=[],
-        help="JSON objects, fields of Task for further comparisons; then all contestants start before the first turn",
+        help="JSON objects for further comparisons: fields of Task, and peers; then all start before the first turn",
     )
     parser.add_argument("--at_once", type=int, default=8, help="how many of them start at a time")
     parser.add_argument("--rows", type=int, default=2, help="samples of a step")
@@ -257,14 +257,16 @@ def main() -> None:
         graphs=not arguments.no_graphs,
         dequantized=arguments.dequantized,
     )
+    peers = [changes.pop("peers", arguments.peers) for changes in ({}, *arguments.also)]
     tasks = [replace(first, **changes) for changes in ({}, *arguments.also)]
     tasks = [replace(task, dir=str(arguments.work_dir / f"{task.shape.replace('/', '--')}-hf")) for task in tasks]
     for task in tasks:
         model_config(task.shape)  # a name that is not known ends the program here
+    wanted = list(zip(tasks, peers, strict=True))
     with ThreadPoolExecutor(arguments.at_once) as pool:
         list(pool.map(make, {task.dir: task for task in tasks}.values()))
-        start = starter(tasks, arguments, pool)
-        measured = sum([show(task, start, arguments) for task in tasks])
+        start = starter(wanted, arguments, pool)
+        measured = sum([show(task, peers, start, arguments) for task, peers in wanted])
     if not measured:
         raise SystemExit("No peer could run.")
 
@@ -275,25 +277,25 @@ def make(task: Task) -> None:
     subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=True)
 
 
-def starter(tasks: list[Task], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> Start:
+def starter(wanted: list[tuple[Task, list[str]]], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> Start:
     """A function that returns a task's contestant; of several tasks, each was started before the first turn."""
 
     def start(task: Task, log: str) -> Contestant:
         return Contestant(task, arguments.work_dir / log, arguments.patience)
 
-    if len(tasks) == 1:
+    if len(wanted) == 1:
         return lambda task: start(task, f"{task.name}{'-checkpointing' * task.checkpointing}.log")
-    every = [one for task in tasks for one in (task, *(as_peer(task, peer) for peer in arguments.peers))]
+    every = [one for task, peers in wanted for one in (task, *(as_peer(task, peer) for peer in peers))]
     started = {task: pool.submit(start, task, f"{i}-{task.name}.log") for i, task in enumerate(every)}
     wait(started.values())  # nothing else runs beside a turn
     return lambda task: started[task].result()
 
 
-def show(task: Task, start: Start, arguments: argparse.Namespace) -> int:
+def show(task: Task, peers: list[str], start: Start, arguments: argparse.Namespace) -> int:
     """Compare, append the rows, and count them; a reason why ours cannot run here is printed."""
     measured = 0
     try:
-        for one in compare(task, start, arguments):
+        for one in compare(task, peers, start, arguments):
             append_row(arguments.results, one)
             measured += 1
     except MissingError as error:

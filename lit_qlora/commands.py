@@ -14,6 +14,7 @@ GROUPS = {
         "export": "scripts/convert_lit_checkpoint.py",
         "gguf": "scripts/convert_gguf.py",
         "plan-quantization": "scripts/plan_quantization.py",
+        "push": "scripts/push.py",
     },
     "data": {
         "inspect": "scripts/inspect_data.py",

@@ -17,7 +17,7 @@ _FLAG = re.compile(rf"--(?:\w+\.)*{_NAME}(?:=(?P<value>.*))?", re.IGNORECASE | r
 _VARIABLE = re.compile(_NAME, re.IGNORECASE)
 _LINE = re.compile(rf"^[ \t]*[\"']?{_NAME}[\"']?\s*:\s*(?P<value>\S.*)$", re.IGNORECASE | re.MULTILINE)
 _SHAPES = re.compile(
-    r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"  # Hugging Face
+    r"\b(?-i:hf|api_org)_[A-Za-z0-9]{8,}"  # Hugging Face; HF_ENDPOINT is a variable
     r"|\bsk-[\w-]{8,}"  # OpenAI and others
     r"|\b(?:gh[pousr]|github_pat)_\w{8,}|\bglpat-[\w-]{8,}"  # GitHub, GitLab
     r"|\bAKIA[A-Z0-9]{12,}"  # AWS

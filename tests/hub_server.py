@@ -1,5 +1,6 @@
-"""A Hugging Face hub on this machine: the part of its protocol that a download speaks, and the faults it can have."""
+"""A Hugging Face hub on this machine: the part of its protocol that is spoken here, and the faults it can have."""
 
+import base64
 import hashlib
 import json
 import re
@@ -33,6 +34,12 @@ class Hub:
     """File -> (first byte, bytes) of each answer."""
     tokens: set[str] = field(default_factory=set)
     """What came as Authorization."""
+    writers: tuple[str, ...] = ()
+    """Tokens that may write."""
+    private: bool | None = None
+    """None: there is no such repository yet."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """sha256 -> what was uploaded."""
     endpoint: str = ""
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def serve(hub: Hub) -> ThreadingHTTPServer:
             pass
 
         def fail(self, status: int, code: str = "", message: str = "") -> None:
-            body = json.dumps({"error": message or code}).encode()
+            body = json.dumps({"error": message or code, "url": f"{hub.endpoint}/{hub.repo_id}"}).encode()
             self.send_response(status)
             if code:
                 self.send_header("X-Error-Code", code)
@@ -95,11 +102,76 @@ def serve(hub: Hub) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             self.answer()
 
+        def do_PUT(self) -> None:
+            content = b""
+            if "Content-Length" in self.headers:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+            else:  # in chunks, each behind its length
+                while size := int(self.rfile.readline(), 16):
+                    content += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+            hub.objects[self.path.rpartition("/")[2]] = content
+            self.reply({})
+
+        def do_POST(self) -> None:
+            path, body = urlsplit(self.path).path, self.rfile.read(int(self.headers["Content-Length"]))
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            hub.tokens |= {token} - {""}
+            if path == "/api/validate-yaml":
+                self.reply({"errors": [], "warnings": []})
+            elif token not in hub.writers:
+                self.fail(403 if token else 401, message="You don't have the rights to create a model")
+            elif path == "/api/repos/create":
+                self.create(json.loads(body))
+            elif path == f"/api/models/{hub.repo_id}/preupload/main":
+                self.reply({"files": [self.mode(file["path"]) for file in json.loads(body)["files"]]})
+            elif path == f"/{hub.repo_id}.git/info/lfs/objects/batch":
+                self.reply({"objects": [self.place(one) for one in json.loads(body)["objects"]]})
+            elif path == f"/api/models/{hub.repo_id}/commit/main":
+                for line in body.splitlines():
+                    self.commit(json.loads(line))
+                self.reply({"commitUrl": f"{hub.endpoint}/{hub.repo_id}/commit/1", "commitOid": hub.commit})
+            else:
+                self.fail(404, message=f"no route for {path}")
+
+        def create(self, asked: dict[str, Any]) -> None:
+            if hub.private is not None:
+                self.fail(409, message="You already created this model repo")
+                return
+            hub.private = asked.get("visibility") == "private" or asked.get("private") is True
+            self.reply({"url": f"{hub.endpoint}/{hub.repo_id}", "id": "1", "name": hub.repo_id})
+
+        def mode(self, name: str) -> dict[str, Any]:
+            large = name.endswith((".safetensors", ".model"))
+            return {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+
+        def place(self, one: dict[str, Any]) -> dict[str, Any]:
+            return {**one, "actions": {"upload": {"href": f"{hub.endpoint}/upload/{one['oid']}"}}}
+
+        def commit(self, line: dict[str, Any]) -> None:
+            value = line["value"]
+            if line["key"] == "file":
+                hub.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                hub.files[value["path"]] = hub.objects[value["oid"]]
+
+        def reply(self, content: Any) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(200)
+            kind = "vnd.git-lfs+json" if "objects" in content else "json"
+            self.send_header("Content-Type", f"application/{kind}")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)(?:/.*)?", path):
                 if self.allowed(found[1], found[3]):
                     self.list_files(tree=found[2] == "tree")
+            elif path == f"/api/models/{hub.repo_id}" and hub.private is not None:
+                self.list_files(tree=False)
             elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 if self.allowed(found[1], found[2]):
                     self.file(found[3])
@@ -112,14 +184,9 @@ def serve(hub: Hub) -> ThreadingHTTPServer:
                 content: Any = [{"type": "file", "path": name, **hub.describe(name)} for name in names]
             else:
                 siblings = [{"rfilename": name, **hub.describe(name)} for name in names]
-                content = {"_id": "1", "id": hub.repo_id, "modelId": hub.repo_id, "sha": hub.commit, "private": False}
-                content |= {"tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
-            body = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+                content = {"_id": "1", "id": hub.repo_id, "modelId": hub.repo_id, "sha": hub.commit}
+                content |= {"private": bool(hub.private), "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+            self.reply(content)
 
         def file(self, name: str) -> None:
             if name not in hub.files:

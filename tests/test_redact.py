@@ -97,6 +97,7 @@ def test_a_secret_is_known_by_its_shape(text: str) -> None:
         "--max_new_tokens must be at least 1, got 0.",
         "The tokenizer has no token <|im_end|>, and the head_size is 128.",
         "https://example.org/meta-llama/Llama-2-7b-hf: 404",
+        "Check the connection, HF_ENDPOINT and the proxy.",
         "lora.train_tokens must be different ids, got (32000, 32000).",
     ],
 )

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub: what is needed of a repository, checked file by file against the hub's own sums."""
+"""Models from the Hugging Face hub and to it; each file that comes is checked against the hub's own sums."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.
 SOURCE = "source.json"
 """Origin of a model: repository, commit, and files with their checksums. It travels with all checkpoints made of it."""
 OTHERS = ("config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", *FILES)
-
-
+MESSAGE = "Upload with lit_qlora"
+TOKENS = "make one at https://huggingface.co/settings/tokens, and give it as HF_TOKEN or --access_token."
 FIRST = ("config.json", SAFETENSORS[-1], PICKLES[-1])
 """Small files that describe a model and name its tensors."""
 
@@ -267,3 +267,47 @@ def _unreachable(error: Exception) -> ResourceError:
         f"The hub cannot be reached ({reason}).\n"
         "Check the connection, HF_ENDPOINT and the proxy, and run the command again: complete files are kept."
     )
+
+
+def upload(folder: Path, repo_id: str, private: bool, token: str | None = None, endpoint: str | None = None) -> str:
+    """Put the files of a folder into a model repository, and make the repository if it is not there.
+
+    Args:
+        private: the repository is one that only its owners see; one that is there already must be so too.
+        token: an access token of the hub that may write; by default HF_TOKEN. It is kept nowhere.
+        endpoint: see download.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UsageError: if repo_id or token cannot be one, or the repository is public and `private` is asked for.
+        CheckpointError: if the hub refuses.
+        ResourceError: if the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    _check_arguments(repo_id, token)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise UsageError(
+                f"{repo_id} is there already and everybody sees it. --private false uploads to it, another --repo_id "
+                "makes a private one."
+            )
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=MESSAGE)
+        return f"{api.endpoint}/{repo_id}"
+    except HfHubHTTPError as error:
+        status: int = error.response.status_code
+        writers = f"It needs a token that may write to {repo_id.split('/')[0]}: {TOKENS}"
+        advice = writers if status in (401, 403, 404) else "Try again later."
+        raise CheckpointError(f"The hub answers {status} for {repo_id}. {advice}") from None
+    except (UsageError, CheckpointError):
+        raise
+    except Exception as error:
+        raise _unreachable(error) from None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lit_qlora.errors import UsageError
 from lit_qlora.kernels import launch, small_batch_linear
 from lit_qlora.kernels.experts_dequantize import Matrices
-from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, end_to_end
+from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, Unquantized, end_to_end
 from lit_qlora.settings import SCHEMES, Quantization, Scheme
 
 
@@ -95,6 +95,9 @@ class QuantizedLinear(nn.Module):
         weight: (out, in) in the dtype that it should be read back in, on the device that should quantise it.
         bias: (out,), not quantised.
         scheme: any of SCHEMES but none.
+
+    A layer made by `of` may have the scheme none: its weight is not quantised, but other memory's to hold, as that of
+    quantised ones; see lit_qlora.sharded.
     """
 
     packed: Tensor
@@ -140,6 +143,8 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in) as the model sees it, in the dtype it was quantised from or in `dtype`."""
         dtype = dtype or self.dtype
+        if self.scheme == "none":
+            return self.packed.to(dtype)
         if self.scheme == "bnb.int8":
             return (self.packed.float() * self.absmax[:, None] * PER_STEP).to(dtype)
         weight: Tensor = bitsandbytes().functional.dequantize_4bit(self.packed, self._state(dtype))
@@ -156,6 +161,7 @@ class QuantizedLinear(nn.Module):
         """True if the kernel for a few rows, which dequantises in registers, is faster for x; as in generation."""
         return (
             x.is_cuda
+            and self.scheme != "none"
             and x.dtype in small_batch_linear.DTYPES
             and 0 < x.numel() <= small_batch_linear.MOST_ROWS * self.in_features
             and not (x.requires_grad and torch.is_grad_enabled())
@@ -165,7 +171,7 @@ class QuantizedLinear(nn.Module):
 
     def _few_rows(self, x: Tensor) -> Tensor:
         weight = stack_weights([self])
-        assert weight is not None
+        assert isinstance(weight, FourBit | EightBit)
         stack = Stack((self.out_features,), (-1,), 0)
         y = small_batch_linear.product(x.reshape(-1, self.in_features).contiguous(), weight, stack, None)
         return y.view(*x.shape[:-1], self.out_features)
@@ -255,7 +261,7 @@ def stacks(layers: Sequence[QuantizedLinear]) -> bool:
     first = layers[0]
     if any((layer.scheme, layer.in_features) != (first.scheme, first.in_features) for layer in layers):
         return False
-    return first.scheme == "bnb.int8" or not first.in_features % BLOCK
+    return first.scheme in ("none", "bnb.int8") or not first.in_features % BLOCK
 
 
 def ragged(scales: Sequence[int]) -> bool:
@@ -263,7 +269,36 @@ def ragged(scales: Sequence[int]) -> bool:
     return any(count % NESTED_BLOCK for count in scales[:-1])
 
 
-def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | None:
+def part_specs(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, decoded: bool = False) -> dict[str, Tensor]:
+    """The large buffers of a QuantizedLinear (out, in), by their names in PARTS, on the meta device.
+
+    Args:
+        dtype: of a weight that is not quantised.
+        decoded: see QuantizedLinear.decode_scales.
+    """
+    count = shape[0] * shape[1]
+    blocks = -(-count // BLOCK)
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    if scheme in ("none", "bnb.int8"):
+        specs = {"packed": (shape, dtype if scheme == "none" else torch.int8)}
+        specs |= {"absmax": (shape[:1], torch.float32)} if scheme == "bnb.int8" else {}
+    else:
+        nested = scheme.endswith("-dq") and not decoded
+        specs = {"packed": ((-(-count // 2), 1), torch.uint8)}
+        specs["absmax"] = ((blocks,), torch.uint8 if nested else torch.float32)
+        specs |= {"absmax_scale": ((-(-blocks // NESTED_BLOCK),), torch.float32)} if nested else {}
+    return {name: torch.empty(size, dtype=kind, device="meta") for name, (size, kind) in specs.items()}
+
+
+def table_specs(scheme: Scheme, decoded: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of the other buffers, which are small and float32."""
+    if scheme in ("none", "bnb.int8"):
+        return {}
+    nested = scheme.endswith("-dq") and not decoded
+    return {"code": (16,)} | ({"absmax_code": (256,), "absmax_offset": ()} if nested else {})
+
+
+def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | Unquantized | None:
     """The weights of layers that share an input, stacked along their rows; the layers keep views of them.
 
     With double quantisation the scales are decoded where a layer's do not fill whole blocks of codes.
@@ -283,12 +318,14 @@ def stack_weights(layers: Sequence[QuantizedLinear]) -> FourBit | EightBit | Non
         """The layers' buffers end to end; each layer keeps a view into them, so nothing exists twice."""
         parts = [getattr(layer, name) for layer in layers]
         if len(parts) == 1:
-            return parts[0].flatten() if first.scheme != "bnb.int8" else parts[0]
+            return parts[0] if first.scheme in ("none", "bnb.int8") else parts[0].flatten()
         whole = end_to_end([part.view(-1, *part.shape[1:]) for part in parts])
         for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
             setattr(layer, name, part)
         return whole
 
+    if first.scheme == "none":
+        return Unquantized(joined("packed"))
     if first.scheme == "bnb.int8":
         return EightBit(joined("packed"), joined("absmax"))
     packed, absmax = joined("packed").flatten(), joined("absmax")

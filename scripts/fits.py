@@ -4,6 +4,7 @@ python scripts/fits.py                              # well-known models on GPUs 
 python scripts/fits.py --gpu "RTX 4090"             # all of them on this GPU; --gpu 24 is any of 24 GB
 python scripts/fits.py --model Qwen/Qwen3-8B --lora.r 64 --length 4096
 python scripts/fits.py --model Qwen/Qwen3-30B-A3B --lora.r 8 --optimizer.name adamw8bit
+python scripts/fits.py --model meta-llama/Llama-3.1-70B --devices 2      # two GPUs share the base
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from lit_qlora.settings.limits import Count, Positive
 if TYPE_CHECKING:
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.run.fits import Fit, Gpu
+    from lit_qlora.run.plan import Planner
+    from lit_qlora.settings import TrainConfig
 
 GIB = 2**30
 CHECKPOINTS = Path("checkpoints")
@@ -65,6 +68,10 @@ class FitsConfig(Settings):
     """Tokens of a row."""
     quantize: Scheme = "bnb.nf4-dq"
     """Storage of the frozen base weights."""
+    quantize_head: bool = False
+    """Quantise the output head too."""
+    devices: Count = 1
+    """GPUs of one host that share the base (--strategy sharded), and the host's memory."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, alpha=32.0, targets=("all",)))
     json: bool = False
@@ -86,15 +93,25 @@ def main(config: FitsConfig) -> None:
 
 def find_fits(config: FitsConfig) -> "Iterator[Fit]":
     """Yield what fits, model by model, from the smallest GPU on."""
-    from lit_qlora.run.fits import find_fit, planner_for
+    from lit_qlora.run.fits import find_fit
     from lit_qlora.settings import TrainConfig
 
     state = state_bytes(config.optimizer)
     for model in models(config):
         planner = None
         for gpu in gpus(config):
-            planner = planner or planner_for(gpu.card, model, config.lora, config.quantize, TrainConfig(), state)
-            yield find_fit(planner, gpu, config.length, config.host * GIB)
+            planner = planner or planner_of(config, gpu, model, TrainConfig(), state)
+            yield find_fit(planner, gpu, config.length, config.host * GIB / config.devices)
+
+
+def planner_of(config: FitsConfig, gpu: "Gpu", model: "ModelConfig", train: "TrainConfig", state: float) -> "Planner":
+    """The planner of runs with these settings."""
+    from lit_qlora.run.fits import planner_for
+
+    sharded = config.devices if config.devices > 1 else 0
+    return planner_for(
+        gpu.card, model, config.lora, config.quantize, train, state, quantize_head=config.quantize_head, sharded=sharded
+    )
 
 
 def state_bytes(config: OptimizerConfig) -> float:
@@ -188,17 +205,17 @@ def needs(config: FitsConfig) -> list[str]:
     """Say which memory a model needs at least, and if nothing is recomputed; nothing for several models or one GPU."""
     if config.model is None or config.gpu:
         return []
-    from lit_qlora.run.fits import least_gb, planner_for
+    from lit_qlora.run.fits import least_gb
     from lit_qlora.settings import TrainConfig
 
-    (model,), card, state = models(config), gpus(config)[0].card, state_bytes(config.optimizer)
+    (model,), gpu, state = models(config), gpus(config)[0], state_bytes(config.optimizer)
     planners = (
-        planner_for(card, model, config.lora, config.quantize, train, state)
-        for train in (TrainConfig(), TrainConfig(recompute="none"))
+        planner_of(config, gpu, model, train, state) for train in (TrainConfig(), TrainConfig(recompute="none"))
     )
-    least, whole = (least_gb(planner, config.length, config.host * GIB) for planner in planners)
+    least, whole = (least_gb(planner, config.length, config.host * GIB / config.devices) for planner in planners)
+    need = "need a GPU" if config.devices == 1 else f"need {config.devices} GPUs"
     return [
-        f"{model.name}: rows of {config.length:,} tokens need a GPU of {least} GB, or {whole} GB without recomputation",
+        f"{model.name}: rows of {config.length:,} tokens {need} of {least} GB, or {whole} GB without recomputation",
         "",
     ]
 

@@ -17,6 +17,7 @@ LAYERS = [
     {"files"},
     {"__main__", "cli", "model", "report", "settings"},
     {"device", "partial_answers", "prompts", "quantize"},
+    {"sharded"},
     {"checkpoint", "data"},
     {"convert", "train"},
     {"lora"},

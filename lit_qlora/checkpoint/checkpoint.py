@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from lit_qlora.checkpoint import safetensors_io, shards
+from lit_qlora.checkpoint.cut import Cut
 from lit_qlora.checkpoint.packed import PackedWeights
 from lit_qlora.checkpoint.stacks import Stacks
 from lit_qlora.checkpoint.streaming import stream
@@ -56,8 +58,12 @@ def load_model(
     return load_stored(Path(checkpoint_dir), storage, torch.device(device))
 
 
-def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
-    """load_model, whose settings for the weights are one value."""
+def load_stored(directory: Path, storage: Storage, device: torch.device, sharded: bool = False) -> GPT:
+    """load_model, whose settings for the weights are one value.
+
+    Args:
+        sharded: each process holds a share of the blocks' weights, see lit_qlora.sharded; all call this together.
+    """
     config = ModelConfig.load(directory)
     weights = open_weights(directory)
     check_weights(weights.specs, config, location=str(weights.location))
@@ -78,32 +84,52 @@ def load_stored(directory: Path, storage: Storage, device: torch.device) -> GPT:
             f"{directory} holds weights as they were published, in {weights.scheme}. They become 16-bit ones{anew}.\n"
             f"--quantize {weights.scheme} takes them as they are."
         )
-    names = _names(model, packed, storage)
+    cut = Cut(model, storage, device) if sharded else None
+    names = _names(model, packed, storage, cut)
     tensors = _stream(weights, names, device)
-    _fill(model, map(summed, names, tensors), storage, packed)
+    _fill(model, map(summed, names, tensors), storage, packed, cut)
     next(tensors, None)  # lets it end
-    _check_finite(sums, weights)
+    if cut is None:
+        _check_finite(sums, weights)
+    else:
+        cut.together(lambda: _check_finite(sums, weights))
     return model
 
 
-def random_model(config: ModelConfig, storage: Storage, device: torch.device) -> GPT:
-    """A model like one of load_stored, with random weights, which are as fast and as large as any."""
+def random_model(config: ModelConfig, storage: Storage, device: torch.device, sharded: bool = False) -> GPT:
+    """A model like one of load_stored, with random weights, which are as fast and as large as any.
+
+    They depend on their names alone, so that several processes that share them make those of one.
+    """
     model = GPT.skeleton(config)
+    cut = Cut(model, storage, device) if sharded else None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    generator = torch.Generator(device)
 
     def tensor(name: str) -> Tensor:
         made = torch.empty(shapes[name], dtype=storage.dtype, device=device)
-        return made.fill_(1) if made.ndim == 1 else made.normal_(std=0.02)  # a norm, or a matrix
+        if made.ndim == 1:  # a norm, not a matrix
+            return made.fill_(1)
+        return made.normal_(std=0.02, generator=generator.manual_seed(crc32(name.encode())))
 
-    _fill(model, map(tensor, _names(model)), storage)
+    _fill(model, map(tensor, _names(model, cut=cut)), storage, cut=cut)
     return model
 
 
-def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage, packed: PackedWeights | None = None) -> None:
-    """Give a model on the meta device its weights, which come in the order of _names(model, packed, storage)."""
+def _fill(
+    model: GPT,
+    tensors: Iterator[Tensor],
+    storage: Storage,
+    packed: PackedWeights | None = None,
+    cut: Cut | None = None,
+) -> None:
+    """Give a model on the meta device its weights, which come in the order of _names(model, packed, storage, cut)."""
     stacks = Stacks(model.config)
     for path, module in list(model.named_modules()):
         own = {}
+        if cut is not None and cut.takes(path):
+            cut.place(path, *_cut_layer(path, module, tensors, storage, packed, cut))
+            continue
         if _is_kept(path, packed, storage):
             assert packed is not None
             parts = {name: next(tensors) for name in packed.parts(path)}
@@ -130,6 +156,35 @@ def _fill(model: GPT, tensors: Iterator[Tensor], storage: Storage, packed: Packe
             stacks.place(path, module)
         if tied:
             model.head.weight = model.embed.weight  # filled before: the embedding is the first module
+    if cut is not None:
+        cut.finish()
+
+
+def _cut_layer(
+    path: str,
+    module: nn.Module,
+    tensors: Iterator[Tensor],
+    storage: Storage,
+    packed: PackedWeights | None,
+    cut: Cut,
+) -> tuple[QuantizedLinear | None, Tensor | None]:
+    """A layer whose weight lies in a slab, None if another process reads it; and its bias."""
+    assert isinstance(module, nn.Linear)
+    layer: QuantizedLinear | None = None
+    if not cut.skips(path):
+        if _is_kept(path, packed, storage):
+            assert packed is not None
+            layer = packed.make({name: next(tensors) for name in packed.parts(path)}, None, storage.dtype)
+        else:
+            weight = next(tensors).to(storage.dtype)
+            scheme = storage.scheme(path)
+            shape = (module.out_features, module.in_features)
+            layer = (
+                QuantizedLinear.of({"packed": weight}, shape, None, scheme, storage.dtype)
+                if scheme == "none"
+                else QuantizedLinear(weight, None, scheme)
+            )
+    return layer, None if module.bias is None else next(tensors).to(storage.dtype)
 
 
 def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
@@ -144,12 +199,19 @@ def _check_finite(sums: Mapping[str, Tensor], weights: shards.Weights) -> None:
         )
 
 
-def _names(model: GPT, packed: PackedWeights | None = None, storage: Storage | None = None) -> list[str]:
-    """The tensors of a checkpoint, in the order of the model's modules; of a packed layer its parts."""
+def _names(
+    model: GPT, packed: PackedWeights | None = None, storage: Storage | None = None, cut: Cut | None = None
+) -> list[str]:
+    """The tensors of a checkpoint in the order of the model's modules, of a packed layer its parts.
+
+    With `cut`, only what this process reads.
+    """
     names = []
     for path, module in model.named_modules():
         own = _own_names(path, module, model)
-        if storage is not None and _is_kept(path, packed, storage):
+        if cut is not None and cut.skips(path):
+            own = [name for name in own if not name.endswith(".weight")]
+        elif storage is not None and _is_kept(path, packed, storage):
             assert packed is not None
             own = packed.parts(path) + [name for name in own if not name.endswith(".weight")]
         names += own

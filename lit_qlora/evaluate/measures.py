@@ -4,7 +4,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -153,7 +153,10 @@ def score_rows(
     Returns:
         (S, 3 or 4) float64 on the host, the same in every process; None if a signal to any of them cut it short.
     """
-    scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches, show, temperature), None)
+    if model.gathers is not None and fabric.world_size > 1:
+        scores = _scores_in_step(fabric, model, batches, show, temperature, stop)
+    else:
+        scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches, show, temperature), None)
     if agree(fabric, stop.signal)[0] or scores is None:
         return None
     return sum_over_ranks(fabric, scores).cpu()
@@ -164,31 +167,65 @@ def _own_scores(
     fabric: Fabric, model: GPT, batches: Sequence[SampleBatch], show: Callable[[str], object], temperature: float
 ) -> Tensor:
     """Score the rows of this process, and leave those of the others 0."""
-    starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
-    columns_of_scores = 4 if any(isinstance(batch, TaughtBatch) for batch in batches) else 3
-    scores = torch.zeros(starts[-1], columns_of_scores, dtype=torch.float64, device=fabric.device)
-    at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
+    mine, scores = _own_rows(fabric, batches)
     with evaluating(model), fabric.autocast():
-        for batch, start in list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size]:
-            show(f"losses, {start:,} of {starts[-1]:,} samples")
-            here = pinned(batch, fabric.device)
-            tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
-            rows, columns = (labels >= 0).nonzero(as_tuple=True)
-            hidden, wanted = model.hidden(tokens)[rows, columns], labels[rows, columns]
-            told = [part[batch.labels >= 0].split(at_once) for part in batch[5:]]  # what a teacher holds likely
-            for part, ids, row, *likely in zip(
-                *(t.split(at_once) for t in (hidden, wanted, start + rows)), *told, strict=True
-            ):
-                padded = F.pad(part, (0, 0, 0, -len(part) % ROWS))
-                log_probs = model.logits(padded)[: len(part)].float().log_softmax(dim=-1)
-                found = log_probs.gather(-1, ids[:, None])[:, 0]
-                right = log_probs.argmax(dim=-1) == ids
-                each = [-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)]
-                if likely:
-                    known, wanted_there = (one.to(fabric.device) for one in likely)
-                    each.append(divergence(log_probs, known, wanted_there, temperature).double())
-                scores.index_add_(0, row, torch.stack(each, 1))
+        for batch, start in mine:
+            show(f"losses, {start:,} of {len(scores):,} samples")
+            _add_scores(fabric, model, batch, start, scores, temperature)
     return scores
+
+
+@torch.no_grad()
+def _scores_in_step(
+    fabric: Fabric,
+    model: GPT,
+    batches: Sequence[SampleBatch],
+    show: Callable[[str], object],
+    temperature: float,
+    stop: StopRequest,
+) -> Tensor | None:
+    """As _own_scores, in processes that all make the same passes; a signal to one of them ends all between two."""
+    assert model.gathers is not None
+    mine, scores = _own_rows(fabric, batches)
+    with evaluating(model), fabric.autocast():
+        for i in range(-(-len(batches) // fabric.world_size)):
+            if agree(fabric, stop.signal)[0]:
+                return None
+            model.gathers.begin()
+            if i < len(mine):
+                batch, start = mine[i]
+                show(f"losses, {start:,} of {len(scores):,} samples")
+                _add_scores(fabric, model, batch, start, scores, temperature)
+            model.gathers.complete(backward=False)
+    return scores
+
+
+def _own_rows(fabric: Fabric, batches: Sequence[SampleBatch]) -> tuple[list[tuple[SampleBatch, int]], Tensor]:
+    """The batches of this process, each with the number of its first row, and room for the scores of all rows."""
+    starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
+    columns = 4 if any(isinstance(batch, TaughtBatch) for batch in batches) else 3
+    scores = torch.zeros(starts[-1], columns, dtype=torch.float64, device=fabric.device)
+    return list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size], scores
+
+
+def _add_scores(fabric: Fabric, model: GPT, batch: SampleBatch, start: int, scores: Tensor, temperature: float) -> None:
+    """Add the scores of a batch, whose first row is number `start`."""
+    at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
+    here = pinned(batch, fabric.device)
+    tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
+    rows, columns = (labels >= 0).nonzero(as_tuple=True)
+    hidden, wanted = model.hidden(tokens)[rows, columns], labels[rows, columns]
+    told = [part[batch.labels >= 0].split(at_once) for part in batch[5:]]  # what a teacher holds likely
+    for part, ids, row, *likely in zip(*(t.split(at_once) for t in (hidden, wanted, start + rows)), *told, strict=True):
+        padded = F.pad(part, (0, 0, 0, -len(part) % ROWS))
+        log_probs = model.logits(padded)[: len(part)].float().log_softmax(dim=-1)
+        found = log_probs.gather(-1, ids[:, None])[:, 0]
+        right = log_probs.argmax(dim=-1) == ids
+        each = [-found.double(), right.double(), torch.ones_like(right, dtype=torch.float64)]
+        if likely:
+            known, wanted_there = (one.to(fabric.device) for one in likely)
+            each.append(divergence(log_probs, known, wanted_there, temperature).double())
+        scores.index_add_(0, row, torch.stack(each, 1))
 
 
 class Dispensable:
@@ -203,12 +240,16 @@ class Dispensable:
     def __call__(self, step: int) -> Record:
         """See Measure. The record is empty if a signal cut it short."""
         record: Record = {}
+        gathers = self.model.gathers
         if self.fabric.is_global_zero:
             try:
-                record = self.stop.unless_stopped(partial(self._measured, step), record)
+                with nullcontext() if gathers is None else gathers.led():
+                    record = self.stop.unless_stopped(partial(self._measured, step), record)
             except Exception as error:
                 reason = str(error).partition("\n")[0]
                 tell(f"  note    {self.name} after step {step} failed: {type(error).__name__}: {reason}", sys.stderr)
+        elif gathers is not None:
+            gathers.follow()
         shared: Record = self.fabric.broadcast(record)
         return shared
 

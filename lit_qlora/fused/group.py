@@ -17,7 +17,7 @@ from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.lora_products import LEAST_STRIPE, MOST_RANK, Pending
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
-from lit_qlora.kernels.stack import Stack
+from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 from lit_qlora.lora.layer import LoRALinear
 
 
@@ -51,6 +51,11 @@ class Layers(Protocol):
     @property
     def quantized(self) -> bool:
         """Its weights are dequantised for a product."""
+        ...
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The frozen weights, if they are quantised or not its own."""
         ...
 
     @property
@@ -108,7 +113,7 @@ class Group(StackedLinear):
         self.fp8: Fp8 | None = None
         if fp8:
             stored = self.weight if self.dense is None else self.dense[:, : self.k]
-            assert stored is not None
+            assert isinstance(stored, FourBit | EightBit | Tensor)
             self.fp8 = Fp8(stored, self.stack, self.k, self.table)
 
     def _beside_b(self) -> Tensor:

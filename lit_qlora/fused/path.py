@@ -83,6 +83,9 @@ class Fused:
                 group.cache()
         self.ahead = dequantize_ahead([block.mlp for block in self.blocks]) if ahead else []
         self.set_recompute(["none"] * len(self.blocks))
+        if (gathers := model.gathers) is not None:  # a copy would keep the bytes of whatever was gathered last
+            stored = (tensor for block in self.blocks for group in block.groups for tensor in group.stored)
+            assert all(map(gathers.holds, stored)), "stacks are views of slabs, see lit_qlora.sharded.slab"
 
     def _sizes(self) -> FastSizes:
         adapted = max(adapters_met(block, self.config) for block in self.model.blocks)
@@ -440,7 +443,11 @@ class Fused:
         stream = [x]
         del x
         saved: list[SavedBlock | None] = []
+        if (gathers := self.model.gathers) is not None:
+            gathers.begin()
         for i, block in enumerate(self.blocks):
+            if gathers is not None:
+                gathers.need(i)
             self._copy_block(i)
             saved.append(block.forward(stream, run))
         return stream, saved
@@ -486,6 +493,8 @@ class Fused:
             one = saved.blocks.pop()
             assert one is not None
             assert d is not None
+            if self.model.gathers is not None:
+                self.model.gathers.need(i)
             self._copy_block(i, beside=False)
             d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0 or learns, carries=carried[i])
         self.pending.flush()

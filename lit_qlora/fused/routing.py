@@ -35,6 +35,11 @@ class RouterAdapter:
         self.p, self.scale = layer.dropout.p, layer.scale
         self.size_a, self.size_b = layer.lora_a.numel(), layer.lora_b.numel()
 
+    @property
+    def stored(self) -> list[Tensor]:
+        """See Layers: the weights are a few, and its own."""
+        return []
+
     def cache(self) -> None:
         """See Layers: there is nothing to cache."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.kernels.experts_dequantize import Matrices, dequantize
-from lit_qlora.kernels.stack import EightBit, FourBit, Stack, end_to_end
+from lit_qlora.kernels.stack import EightBit, FourBit, Stack, Unquantized, end_to_end
 from lit_qlora.quantize import QuantizedLinear, stack_matrices, stack_weights, stacks
 
 
@@ -24,7 +24,8 @@ class StackedLinear:
         k, n: input and output features.
         rank: columns of Z, see Stack.
         table: stack.table, on the device.
-        weight: the quantised weights; the layers keep views of them. None where they are not quantised.
+        weight: the quantised weights; the layers keep views of them. None where they are not quantised, unless these
+            lie in other memory, see kernels.stack.Unquantized.
         bias: (N,) or None.
     """
 
@@ -38,10 +39,15 @@ class StackedLinear:
         self.device = next(tensor.device for tensor in (*bases[0].parameters(), *bases[0].buffers()))
         self.table = self.stack.table(self.device)
         self.bias = self._bias()
-        self.weight: FourBit | EightBit | None = None
+        self.weight: FourBit | EightBit | Unquantized | None = None
         if isinstance(bases[0], QuantizedLinear):
             self.weight = stack_weights(bases)
             assert self.weight is not None, "why_not_stacked has refused what cannot be stacked"
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The tensors of the frozen weights, if they are quantised or lie in memory of others."""
+        return [] if self.weight is None else self.weight.large
 
     def _bias(self) -> Tensor | None:
         """The biases end to end, zero for a layer without one."""
@@ -87,10 +93,17 @@ class StackedExperts:
             self.bias = end_to_end([bias.detach().to(dtype) for bias in biases]).view(count, -1)
         self.weight: Matrices | None = None
         self.dense: Tensor | None = None
-        if isinstance(bases[0], QuantizedLinear):
+        if isinstance(bases[0], QuantizedLinear) and bases[0].scheme != "none":
             self.weight = stack_matrices(bases)
         else:
             self.dense = _joined(bases).view(self.shape)
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The tensors of the frozen weights."""
+        if self.weight is not None:
+            return self.weight.stored.large
+        return [] if self.dense is None else [self.dense]
 
     @property
     def elements(self) -> int:
@@ -105,6 +118,8 @@ class StackedExperts:
 
 def _joined(layers: Sequence[Any]) -> Tensor:
     """Weights of linear layers end to end; the layers keep views, so that nothing is there twice."""
+    if isinstance(layers[0], QuantizedLinear):
+        return end_to_end([layer.packed for layer in layers])
     whole = end_to_end([layer.weight.detach() for layer in layers])
     for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
         layer.weight.data = part

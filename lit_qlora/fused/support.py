@@ -174,6 +174,6 @@ def _no_product(layers: Sequence[nn.Module], model: GPT) -> str:
         return reason
     for layer in layers:
         base = base_of(layer)
-        if isinstance(base, QuantizedLinear) and base.in_features % 64:
+        if isinstance(base, QuantizedLinear) and base.scheme != "none" and base.in_features % 64:
             return f"a quantised layer of {base.in_features} x {base.out_features}"
     return ""

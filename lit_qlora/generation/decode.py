@@ -134,7 +134,8 @@ def _steps(
         rows = Decoding(model, prompts, steps, vocab_size)
         rows.select([row for row in range(len(prompts)) for _ in range(config.num_return_sequences)])
         generator = torch.Generator(rows.logits.device).manual_seed(config.seed)
-        if fixed_shapes if fixed_shapes is not None else rows.logits.is_cuda and steps >= WORTH_A_GRAPH:
+        alike = rows.logits.is_cuda and steps >= WORTH_A_GRAPH and model.gathers is None
+        if alike if fixed_shapes is None else fixed_shapes:
             rows.settle()
         for step in range(steps):
             if step:

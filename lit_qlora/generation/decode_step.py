@@ -122,6 +122,8 @@ def why_not(model: GPT, by_row: bool = False) -> str:
         by_row: each row may use another adapter, see Product.
     """
     weight = model.embed.weight
+    if model.gathers is not None:
+        return "its weights lie over several processes"
     if not (weight.is_cuda or INTERPRETED):
         return "Triton needs a GPU"
     if reason := why_no_kernels(weight.device, weight.dtype):

@@ -19,7 +19,7 @@ from lit_qlora.fused.stacked import StackedLinear
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.small_batch_linear import MOST_ROWS
-from lit_qlora.kernels.stack import Stack, end_to_end
+from lit_qlora.kernels.stack import EightBit, FourBit, Stack, end_to_end
 from lit_qlora.lora.adapter_switch import SwitchedLinear
 from lit_qlora.lora.layer import LoRALinear
 
@@ -74,6 +74,7 @@ class Product(StackedLinear):
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, adapters: RowAdapters | None = None) -> None:
         updates = updates_of(layers) if adapters is None else [None] * len(layers)
         super().__init__(layers, [0 if update is None else len(update[0]) for update in updates], dtype)
+        assert self.weight is None or isinstance(self.weight, FourBit | EightBit)
         self.matrix = self._end_to_end() if self.weight is None else self.weight
         found = [update for update in updates if update is not None]
         self.a = torch.cat([(scale * a).to(dtype) for a, _, scale in found]) if found else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.kernels.launch import cdiv, power_of_2, tl, triton
-from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack
+from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit, Stack, Unquantized
 
 
 def dequantize_reference(weight: FourBit | EightBit, b: Tensor | None, out: Tensor, stack: Stack) -> None:
@@ -48,7 +48,12 @@ def write_b(b: Tensor | None, out: Tensor, stack: Stack) -> None:
 
 
 def dequantize(
-    weight: FourBit | EightBit | None, b: Tensor | None, out: Tensor, stack: Stack, table: Tensor, b_only: bool = False
+    weight: FourBit | EightBit | Unquantized | None,
+    b: Tensor | None,
+    out: Tensor,
+    stack: Stack,
+    table: Tensor,
+    b_only: bool = False,
 ) -> Tensor:
     """Write [W | B] into `out`.
 
@@ -67,7 +72,9 @@ def dequantize(
     first_part, layers = 0, len(stack.rows)
     b_programs = cdiv(n, ROWS) if stack.rank else 0
     rank = {"R": stack.rank, "r": max(stack.r, 1), "RP": power_of_2(stack.rank), "LAYERS": layers, "ROWS": ROWS}
-    if b_only or isinstance(weight, EightBit):
+    if b_only or not isinstance(weight, FourBit):
+        if isinstance(weight, Unquantized) and not b_only:
+            out[:, :k].copy_(weight.values)
         if isinstance(weight, EightBit) and not b_only:
             _eight_bit[(n, cdiv(k, 1024))](
                 weight.packed, weight.absmax, out, out.stride(0), k, PER_STEP=PER_STEP, BLOCK=1024
@@ -77,7 +84,6 @@ def dequantize(
                 *(out,) * 6, beside, table, out, out.stride(0), n, k, 0, first_part, NESTED=False, G=GROUPS, **rank
             )
         return out
-    assert weight is not None
     blocks = n * k // BLOCK
     nested: Any = weight.nested or (weight.code,) * 3
     programs = cdiv(blocks, GROUPS)

@@ -83,6 +83,11 @@ class FourBit:
     code: Tensor
     nested: tuple[Tensor, Tensor, Tensor] | None
 
+    @property
+    def large(self) -> list[Tensor]:
+        """The tensors that grow with the weights."""
+        return [self.packed, self.absmax, *(self.nested[1:2] if self.nested else ())]
+
     @cached_property
     def words(self) -> Tensor:
         """The packed weights as int32, eight weights each."""
@@ -95,6 +100,23 @@ class EightBit:
 
     packed: Tensor
     absmax: Tensor
+
+    @property
+    def large(self) -> list[Tensor]:
+        """The tensors that grow with the weights."""
+        return [self.packed, self.absmax]
+
+
+@dataclass
+class Unquantized:
+    """The stacked weights of a group that are not quantised, in memory that this group does not own: values (N, K)."""
+
+    values: Tensor
+
+    @property
+    def large(self) -> list[Tensor]:
+        """The tensors that grow with the weights."""
+        return [self.values]
 
 
 def end_to_end(parts: Sequence[Tensor]) -> Tensor:

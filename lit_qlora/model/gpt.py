@@ -1,6 +1,7 @@
 """The whole model, in the order a token meets it. This file is the meaning; faster paths must agree with it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -57,12 +58,48 @@ class FastPath(Protocol):
         ...
 
 
+class Gathers(Protocol):
+    """Weights of blocks that lie over several processes and are gathered as a pass needs them.
+
+    All processes make the same passes; see lit_qlora.sharded.
+    """
+
+    def holds(self, tensor: Tensor) -> bool:
+        """True if a tensor is a view of the memory that the weights are gathered into."""
+        ...
+
+    def begin(self) -> None:
+        """Begin a pass over the blocks, from the first one on."""
+        ...
+
+    def need(self, block: int) -> None:
+        """Let the weights of a block be there; a pass asks for the blocks in their order, and backward in reverse."""
+        ...
+
+    def complete(self, backward: bool = True) -> None:
+        """Take part in the rest of a pass, which computes nothing here."""
+        ...
+
+    def led(self) -> AbstractContextManager[None]:
+        """Let this process, the first, compute alone inside; the others call `follow` meanwhile."""
+        ...
+
+    def follow(self) -> None:
+        """Take part in what the first process computes inside of `led`."""
+        ...
+
+    def differs(self) -> bool:
+        """True in all processes if they have not all made the same passes."""
+        ...
+
+
 class GPT(nn.Module):
     """Tokens in, next-token logits out. See ModelConfig for the shape letters.
 
     Attributes:
         recompute: recompute each block in the backward pass instead of saving its activations.
         fast: what computes loss instead, see lit_qlora.fused.
+        gathers: what brings the weights of blocks, where no process holds them all.
         dropout: see set_dropout.
         hits: () int64 on the model's device; loss adds the number of labelled tokens whose likeliest token is the
             label. None counts nothing.
@@ -75,6 +112,7 @@ class GPT(nn.Module):
         self.recompute = False
         self.dropout = 0.0
         self.fast: FastPath | None = None
+        self.gathers: Gathers | None = None
         self.hits: Tensor | None = None
         self.score: nn.Linear | None = None
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
@@ -214,6 +252,13 @@ class GPT(nn.Module):
         device = self.embed.weight.device
         return (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch)
 
+    def _block(self, i: int, *arguments: Any) -> Tensor:
+        """The output of block i, once its weights are there."""
+        if self.gathers is not None:
+            self.gathers.need(i)
+        out: Tensor = self.blocks[i](*arguments)
+        return out
+
     def hidden(
         self,
         tokens: Tensor,
@@ -246,12 +291,16 @@ class GPT(nn.Module):
         own = None if self.per_layer is None else self.per_layer(tokens, x).unbind(2)
         x = drop(x, self.dropout if self.training else 0.0)
         places = Places(self.config, positions, cache, segments, seen_until)
-        for i, block in enumerate(self.blocks):
-            arguments = (x, places.of(i), cache.layer(i, T) if cache else None, own[i] if own else None)
+        if self.gathers is not None:
+            self.gathers.begin()
+        for i in range(len(self.blocks)):
+            arguments = (i, x, places.of(i), cache.layer(i, T) if cache else None, own[i] if own else None)
             if self.recompute and self.training:
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                x = checkpoint(self._block, *arguments, use_reentrant=False)
             else:
-                x = block(*arguments)
+                x = self._block(*arguments)
+            if self.gathers is not None and x.requires_grad:
+                x = _Needed.apply(x, self.gathers, i)
         if cache:
             cache.advance(T)
         normed: Tensor = self.norm(x)
@@ -300,6 +349,23 @@ class Block(nn.Module):
         if self.per_layer is not None:
             x = self.per_layer(x, own)
         return x if self.scale is None else x * self.scale
+
+
+class _Needed(torch.autograd.Function):
+    """The output of a block, unchanged; its backward pass begins when the block's weights are there.
+
+    A frozen layer reads them in its backward pass too, perhaps before anything of the block is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gathers: Gathers, block: int) -> Tensor:
+        ctx.gathers, ctx.block = gathers, block
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor, None, None]:
+        ctx.gathers.need(ctx.block)
+        return d_out[0], None, None
 
 
 def make_attention(config: ModelConfig, block: int) -> nn.Module:

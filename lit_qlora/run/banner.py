@@ -25,7 +25,7 @@ from lit_qlora.report import tell
 from lit_qlora.run import fits
 from lit_qlora.run.distillation import Teacher, describe
 from lit_qlora.run.plan import GIB, MicroBatches, Plan, Planner, Room
-from lit_qlora.settings import FinetuneConfig, check
+from lit_qlora.settings import FinetuneConfig, check, why_not_sharded
 from lit_qlora.train.optim import measure_state_bytes
 from lit_qlora.train.parallel import Devices, processes_here, world_size
 
@@ -135,6 +135,8 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
         "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), batch),
         "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq", quantize_layers={}), batch),
     }
+    if processes > 1 and not why_not_sharded(config):
+        others["--strategy sharded"] = (replace(config, strategy="sharded"), batch)
     if plan.slow_because:  # there, these mean full
         del others["--train.recompute offload"], others["--train.recompute full-offload"]
     saved = {
@@ -171,6 +173,7 @@ def _planner(config: FinetuneConfig, outputs: int = 0) -> Planner:
         measure_state_bytes(config.optimizer, config.train, pick_device(), vectors=config.lora.dora),
         fast_dtype(config.precision),
         outputs,
+        world_size(config.devices, config.num_nodes) if config.strategy == "sharded" else 0,
     )
 
 
@@ -210,7 +213,7 @@ def tell_plan(
     tell(
         f"lit_qlora {__version__}   {model.name}   {base} r={config.lora.r} on {words}   {config.precision}   {where}\n"
         f"{_data_lines(data)}\n"
-        f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB)   "
+        f"  model   {plan.frozen:,} frozen parameters ({plan.weights / GIB:.2f} GiB{_sharing(plan)})   "
         f"{plan.trainable:,} trainable ({100 * plan.trainable / plan.frozen:.3g} %)\n"
         f"  plan    {steps} x {held} samples{rows}, {train.micro_batch_size} at a time   {learn}\n"
         f"  memory  about {plan.total / GIB:.2f}{room} GiB: weights {plan.weights / GIB:.2f}, adapter and optimizer "
@@ -260,6 +263,11 @@ def of_experts(plan: Plan, config: FinetuneConfig) -> str:
         f"adapters of experts have {plan.experts:,} of the trainable parameters, {size / GIB:.2f} GiB with gradients "
         f"and optimizer: {ways}"
     )
+
+
+def _sharing(plan: Plan) -> str:
+    """Say over how many processes the base is sharded."""
+    return f" in each of {plan.processes} processes that share it" if plan.processes else ""
 
 
 def _path(plan: Plan) -> str:

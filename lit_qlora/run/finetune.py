@@ -24,9 +24,12 @@ Load = Callable[[FinetuneConfig, "Storage", "torch.device"], "GPT"]
 
 
 def load_base(config: FinetuneConfig, storage: "Storage", device: "torch.device") -> "GPT":
-    """Read and quantise the base of a run, or take it from the cache."""
+    """Read and quantise the base of a run, or take it from the cache; a sharded one has no cache."""
     from lit_qlora.checkpoint import quantized_cache
+    from lit_qlora.checkpoint.checkpoint import load_stored
 
+    if config.strategy == "sharded":
+        return load_stored(config.checkpoint_dir, storage, device, sharded=True)
     return quantized_cache.load(config.checkpoint_dir, storage, device, config.quantize_cache)
 
 

@@ -106,16 +106,24 @@ def _letters(name: str) -> str:
 
 
 def planner_for(
-    card: Card, model: ModelConfig, lora: LoRAConfig, quantize: Scheme, train: TrainConfig, state_bytes: float = 8.0
+    card: Card,
+    model: ModelConfig,
+    lora: LoRAConfig,
+    quantize: Scheme,
+    train: TrainConfig,
+    state_bytes: float = 8.0,
+    *,
+    quantize_head: bool = False,
+    sharded: int = 0,
 ) -> Planner:
     """A planner of runs in the precision that a run takes by itself on this card.
 
     Args:
-        state_bytes: see Planner.
+        state_bytes, sharded: see Planner.
     """
     precision = best_precision(card.capability)
-    storage = Storage(weights_dtype(precision), quantize)
-    return Planner(model, lora, storage, train, state_bytes, fast_dtype(precision))
+    storage = Storage(weights_dtype(precision), quantize, quantize_head)
+    return Planner(model, lora, storage, train, state_bytes, fast_dtype(precision), sharded=sharded)
 
 
 def plan_rows(planner: Planner, rows: int, length: int, room: Room) -> Plan:

@@ -90,7 +90,7 @@ def take_path(model: GPT, plan: Plan) -> None:
     if reason := why_not(model, plan.dtype):  # known only for the loaded model
         check_fp8(plan.fp8, reason)
         tell(f"  path    plain after all ({reason})")
-        model.recompute = plan.recompute[0] != "none"
+        model.recompute = plan.recompute[0] != "none" or model.gathers is not None
         return
     for parameter in model.parameters():
         if plan.dtype and not parameter.requires_grad:

@@ -1,6 +1,7 @@
 """The plan of a run: its memory and its path, worked out before weights are loaded."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -17,6 +18,8 @@ from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.quantize import Storage, bits_per_weight
 from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig, check
+from lit_qlora.sharded import slabs_of
+from lit_qlora.sharded.base import BUFFERS
 
 GIB = 2**30
 SPARE = 0.05  # share of the GPU's memory that cached weights leave free
@@ -66,6 +69,8 @@ class Plan:
     """How the fast path computes the rule of gated delta nets; '' where there are none."""
     fp8: bool = False
     """Whether the blocks multiply by their frozen weights in FP8."""
+    processes: int = 0
+    """Processes over which the blocks' weights are sharded; 0 if each holds all of them."""
     caveat: str = ""
     """What PEFT would not read of the adapter; '' if it reads all."""
 
@@ -128,6 +133,7 @@ class Planner:
         state_bytes: bytes of optimizer state for each parameter; AdamW has two moments in float32.
         fast_dtype: dtype of weights on the fast path; by default that of `storage`.
         outputs: of a head that learns labels; 0 for none.
+        sharded: processes over which the blocks' weights are sharded; 0 if each holds all of them.
 
     Raises:
         UsageError: if the LoRA settings do not fit the model.
@@ -142,15 +148,16 @@ class Planner:
         state_bytes: float = 8.0,
         fast_dtype: torch.dtype | None = None,
         outputs: int = 0,
+        sharded: int = 0,
     ) -> None:
         self.outputs = outputs
-        self.lora, self.storage, self.train = lora, storage, train
+        self.lora, self.storage, self.train, self.sharded = lora, storage, train, sharded
         self.dtype = fast_dtype or storage.dtype
         self.router_losses = [name for name in ("router_balance_loss", "router_z_loss") if getattr(train, name)]
         gpt = GPT.skeleton(model)
         storage.check_layers(gpt)
         frozen = sum(p.numel() for p in gpt.parameters())
-        stored = stored_bytes(gpt, storage)
+        stored = sharded_bytes(gpt, storage, sharded) if sharded else stored_bytes(gpt, storage)
         add_lora(gpt, lora)
         if outputs:
             add_score(gpt, outputs)
@@ -165,9 +172,11 @@ class Planner:
             weights=stored,
             learning=origin + (8 + state_bytes) * trainable,
             activations=0.0,
-            recompute=(plain_recompute(train.recompute),) * model.n_layer,
+            recompute=("full" if sharded else plain_recompute(train.recompute),) * model.n_layer,
             slow_because="",
             fp8=train.fp8,
+            processes=sharded,
+            ahead=not sharded,
         )
 
     def plan(self, batches: MicroBatches, room: Room) -> Plan:
@@ -233,7 +242,7 @@ class Planner:
     def _decoded_scales(self) -> int:
         from lit_qlora.fused.support import decoded_scales
 
-        return decoded_scales(self.gpt, self.storage)
+        return 0 if self.sharded else decoded_scales(self.gpt, self.storage)
 
     @cached_property
     def _beside(self) -> int:
@@ -251,7 +260,8 @@ class Planner:
         gpt, storage = self.gpt, self.storage
         adapted = max(adapters_met(block, gpt.config) for block in gpt.blocks)
         rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=self.lora.r)
-        return FastSizes(gpt.config, rank, adapted, not storage.plain, storage.quantizes("head"), self.train.fp8)
+        written, ahead = not storage.plain or self.sharded > 0, not self.sharded
+        return FastSizes(gpt.config, rank, adapted, written, storage.quantizes("head"), self.train.fp8, ahead)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
         """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""
@@ -260,7 +270,7 @@ class Planner:
         weights = plan.weights + self._decoded_scales
         learning = plan.learning + 2 * self._copied + self._beside
         free = 0.97 * room.gpu - weights - learning - seen
-        graph_tokens = 0 if self.router_losses else _graph_tokens(model, train, batches)
+        graph_tokens = 0 if self.router_losses or self.sharded else _graph_tokens(model, train, batches)
         tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
         host = math.inf if room.host is None else HOST_SHARE * room.host
         sizes, policies = _fastest(self._sizes, train.recompute, tokens, free, host)
@@ -270,7 +280,7 @@ class Planner:
         if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
             graphs = 0.0
         cached_blocks, carries = 0, False
-        if sizes.quantized and not train.fp8:
+        if sizes.quantized and not train.fp8 and not self.sharded:
             spare = free - SPARE * room.gpu - activations - graphs
             often = round(batches.usual or tokens)
             carrying = [
@@ -324,10 +334,23 @@ def _fastest(
     return (sizes, mix) if mix == least and sizes.peak(mix, tokens) <= free else (without, least)
 
 
-def stored_bytes(gpt: GPT, storage: Storage) -> float:
-    """Count the bytes of the base's weights."""
+def sharded_bytes(gpt: GPT, storage: Storage, processes: int) -> float:
+    """Count the bytes of the base's weights in each of so many processes that share those of the blocks.
+
+    There are its shares, buffers for the blocks in use, and what each process holds.
+    """
+    slabs = slabs_of(gpt, storage, processes)
+    shared = sum(slab.share for slab in slabs) + min(BUFFERS, len(slabs)) * max(slab.size for slab in slabs)
+    in_slabs = {f"blocks.{i}.{layer}.weight" for i, slab in enumerate(slabs) for layer in slab.layers}
+    return shared + stored_bytes(gpt, storage, in_slabs)
+
+
+def stored_bytes(gpt: GPT, storage: Storage, but: Collection[str] = ()) -> float:
+    """Count the bytes of the base's weights, but for those of these names."""
     bits = 0.0
     for path, parameter in gpt.named_parameters():
+        if path in but:
+            continue
         layer = path.removesuffix(".weight")
         linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
         scheme = storage.scheme(layer) if linear else "none"

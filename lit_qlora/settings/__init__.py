@@ -17,7 +17,7 @@ from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
 from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss, PreferenceRunConfig
 from lit_qlora.settings.prepare import PrepareConfig
 from lit_qlora.settings.quantization import Budget, Quantization, check_budget
-from lit_qlora.settings.run import DEMO_CHECKPOINT, FinetuneConfig, Precision
+from lit_qlora.settings.run import DEMO_CHECKPOINT, FinetuneConfig, Precision, Strategy, why_not_sharded
 from lit_qlora.settings.schemes import SCHEMES, Scheme
 from lit_qlora.settings.sweep import SweepConfig, SweepPart
 from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
@@ -53,6 +53,7 @@ __all__ = [
     "Schedule",
     "Scheme",
     "Settings",
+    "Strategy",
     "SweepConfig",
     "SweepPart",
     "Target",
@@ -62,4 +63,5 @@ __all__ = [
     "check_budget",
     "first_match",
     "is_pattern",
+    "why_not_sharded",
 ]

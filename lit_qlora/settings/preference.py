@@ -189,4 +189,8 @@ class PreferenceRunConfig(FinetuneConfig):
             not (train.router_balance_loss or train.router_z_loss),
             "train.router_balance_loss and train.router_z_loss are for finetune/lora.py. Leave them out.",
         )
+        check(
+            self.strategy != "sharded",
+            "strategy sharded is for finetune/lora.py: a comparison takes passes that others lack. Leave it out.",
+        )
         check(not train.neftune, "train.neftune would add noise to what is compared. Leave it out.")

@@ -19,6 +19,7 @@ from lit_qlora.settings.schemes import Scheme
 from lit_qlora.settings.train import TrainConfig
 
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
+Strategy = Literal["auto", "ddp", "sharded"]
 DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
 READ_BY_HEADS = (
     *("path", "val_path", "val_fraction", "validation_strategy", "columns", "max_length", "overlong", "max_samples"),
@@ -64,8 +65,9 @@ class FinetuneConfig(Settings):
     """Number of devices on each node. Under torchrun, the number of its processes there."""
     num_nodes: Count = 1
     """Number of nodes (machines)."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """Strategy by which several devices train together."""
+    strategy: Strategy = "auto"
+    """How several devices train together. ddp: each holds the whole base; 'auto' takes it. sharded: each holds an equal
+    share of every block's weights, and they gather a block ahead of its use; see docs/gpus.md."""
     seed: SeedOrAny = 1337
     """Seed of everything random. -1 draws one, which OUT/config.yaml then holds and a resumed run keeps."""
     head: Literal["none", "classify", "regress"] = "none"
@@ -129,6 +131,8 @@ class FinetuneConfig(Settings):
             self.lora.init != "loftq" or {self.quantize, *self.quantize_layers.values()} != {"none"},
             "lora.init loftq makes up for the error of quantisation, so it needs --quantize.",
         )
+        reason = why_not_sharded(self) if self.strategy == "sharded" else ""
+        check(not reason, f"strategy sharded: {reason}.\nLeave one of them out.")
         for name in {name for values in self.published.values() for name in values}:
             check(name in PUBLISHED, f"published: {name} is not one of {', '.join(PUBLISHED)}.")
         check(self.price_per_hour is None or self.dry_run, "price_per_hour has no effect without --dry_run.")
@@ -182,3 +186,29 @@ class FinetuneConfig(Settings):
 def _made(setting: "Field[Any]") -> Any:
     """The default of a setting that a function makes; MISSING where none does."""
     return setting.default_factory() if setting.default_factory is not MISSING else MISSING
+
+
+def why_not_sharded(config: FinetuneConfig) -> str:
+    """The first setting that needs the whole base in one process, and the reason; '' if there is none."""
+    lora, train = config.lora, config.train
+    refused = {
+        "lora.dora": (lora.dora, "its adapters read the lengths of the base's rows"),
+        f"lora.init {lora.init}": (lora.init != "default", "it changes the base"),
+        "train.fp8": (train.fp8, "it copies the base's weights"),
+        f"train.keep_dequantized {train.keep_dequantized}": (
+            train.keep_dequantized not in (0, "auto"),
+            "it copies the base's weights",
+        ),
+        f"head {config.head}": (config.head != "none", "its validations would make other passes in each process"),
+        "distill.teacher": (config.distill.teacher is not None, "it reads the data with a whole base"),
+        "train.router_balance_loss": (train.router_balance_loss > 0, "some processes would make more passes"),
+        f"quantize_cache {config.quantize_cache}": (
+            config.quantize_cache not in ("auto", "none"),
+            "no process has the whole base to put there",
+        ),
+        f"train.recompute {train.recompute} on the plain path": (
+            train.recompute not in ("auto", "full") and not train.fast,
+            "a block's weights are gone before its backward pass",
+        ),
+    }
+    return next((f"{name} does not work with it: {reason}" for name, (on, reason) in refused.items() if on), "")

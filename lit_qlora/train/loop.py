@@ -16,8 +16,8 @@ from torch import Tensor
 from lit_qlora.data import Step
 from lit_qlora.data.batches import AnyBatch
 from lit_qlora.device import peak_gib
-from lit_qlora.errors import NumericalError, UserError
-from lit_qlora.model.gpt import GPT
+from lit_qlora.errors import NumericalError, ResourceError, UserError
+from lit_qlora.model.gpt import GPT, Gathers
 from lit_qlora.model.mlp import Seen
 from lit_qlora.report import tell
 from lit_qlora.settings import TrainConfig
@@ -122,7 +122,8 @@ class Learner:
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.hits = module.hits = torch.zeros((), dtype=torch.int64, device=fabric.device)
         self.objective: Objective = objective or CrossEntropy()
-        self.add_gradients = Gradients(fabric, self.model, self.hits, losses, self.objective)
+        kind = Gradients if module.gathers is None else InStep
+        self.add_gradients = kind(fabric, self.model, self.hits, losses, self.objective)
         self.routers, self.losses = RouterHealth(module), losses
 
     def clip_gradients(self, max_norm: float) -> Tensor:
@@ -195,6 +196,7 @@ def train(
             of_objective = sum_over_ranks(fabric, learner.objective.sums.clone())
         metrics = torch.cat((torch.stack((loss, norm.to(loss), hits)), of_objective, of_routers))
         loss_value, norm_value, hit_count, *others = metrics.tolist()
+        check_gathers(learner.module.gathers, done)
         sums, health = others[: len(of_objective)], others[len(of_objective) :]
         try:
             guard.check_loss(done, loss_value)
@@ -325,36 +327,51 @@ class Gradients:
                     counts = self._count_choices(step, batches, seed)
                 return self._take(step, batches, counts, stop)
             except torch.OutOfMemoryError:
-                widest = max(len(batch.tokens) for batch in batches)
-                if widest == 1 and not self.model.can_release:
+                if not self._can_need_less(batches):
                     raise
             # The exception held tensors; only here it is gone.
             self.model.zero_grad()
-            if not self.model.release():
-                self.rows = (widest + 1) // 2
-                tell(f"  memory  {widest} rows at a time did not fit; the step is repeated with {self.rows}")
+            self._need_less(batches)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _can_need_less(self, batches: list[AnyBatch]) -> bool:
+        return _widest(batches) > 1 or bool(self.model.can_release)
+
+    def _need_less(self, batches: list[AnyBatch]) -> None:
+        """Take less memory from now on."""
+        if not self.model.release():
+            widest = _widest(batches)
+            self.rows = (widest + 1) // 2
+            tell(f"  memory  {widest} rows at a time did not fit; the step is repeated with {self.rows}")
 
     def _take(
         self, step: Step, batches: list[AnyBatch], counts: Tensor | None, stop: StopRequest | None
     ) -> Tensor | None:
-        loss = torch.zeros((), device=self.fabric.device)
+        loss = self._start()
+        for batch, mask in zip(batches, masks(batches, step), strict=True):
+            if stop and stop.signal:
+                return None
+            loss += self._pass(batch, mask, step, counts)
+        return loss
+
+    def _start(self) -> Tensor:
+        """The loss before the first micro-batch; what they add up is zero again."""
         if self.losses:
             self.losses.values.zero_()
         if self.objective.sums is not None:
             self.objective.sums.zero_()
-        for batch, mask in zip(batches, masks(batches, step), strict=True):
-            if stop and stop.signal:
-                return None
-            watched: AbstractContextManager[Seen] = self.losses.watched() if self.losses else nullcontext([])
-            with watched as seen:
-                part = whole = self.objective.loss(self.model, pinned(batch, self.fabric.device), step)
-            if self.losses:
-                whole = part + self.losses.loss(seen, mask.to(loss), step.tokens - step.samples, counts)
-            self.fabric.backward(whole)
-            loss += part.detach()
-        return loss
+        return torch.zeros((), device=self.fabric.device)
+
+    def _pass(self, batch: AnyBatch, mask: Tensor, step: Step, counts: Tensor | None) -> Tensor:
+        """The loss of a micro-batch, after its backward pass."""
+        watched: AbstractContextManager[Seen] = self.losses.watched() if self.losses else nullcontext([])
+        with watched as seen:
+            part = whole = self.objective.loss(self.model, pinned(batch, self.fabric.device), step)
+        if self.losses:
+            whole = part + self.losses.loss(seen, mask.to(part), step.tokens - step.samples, counts)
+        self.fabric.backward(whole)
+        return part.detach()
 
     def _count_choices(self, step: Step, batches: list[AnyBatch], seed: int) -> Tensor | None:
         """Choices of each expert in the step, (n_expert,), from one more forward pass; None if one pass is enough."""
@@ -370,6 +387,59 @@ class Gradients:
         torch.manual_seed(seed)  # so that dropout repeats
         self.hits.zero_()
         return sum_over_ranks(self.fabric, counts)
+
+
+class InStep(Gradients):
+    """Gradients in processes that gather the weights of blocks together, see lit_qlora.sharded.
+
+    All make as many passes as the one with most micro-batches. Where memory runs out in one of them, it completes all
+    passes of the step without computing, and then all repeat the step.
+    """
+
+    _failed = False
+
+    def _take(
+        self, step: Step, batches: list[AnyBatch], counts: Tensor | None, stop: StopRequest | None
+    ) -> Tensor | None:
+        gathers = self.model.module.gathers
+        loss, self._failed = self._start(), False
+        mine = zip(batches, masks(batches, step), strict=True)
+        (passes,) = agree(self.fabric, len(batches))
+        for _ in range(passes):
+            if self.fabric.world_size == 1 and stop and stop.signal:
+                return None
+            gathers.begin()
+            try:
+                if (one := next(mine, None)) and not self._failed:
+                    loss += self._pass(*one, step, counts)
+            except torch.OutOfMemoryError:
+                self._failed = True
+            gathers.complete()
+        if any(agree(self.fabric, self._failed)):
+            raise torch.OutOfMemoryError("The memory of this process or another one ran out.")
+        return loss
+
+    def _can_need_less(self, batches: list[AnyBatch]) -> bool:
+        stuck = self._failed and not super()._can_need_less(batches)
+        return not any(agree(self.fabric, stuck))
+
+    def _need_less(self, batches: list[AnyBatch]) -> None:
+        if self._failed:
+            super()._need_less(batches)
+
+
+def check_gathers(gathers: Gathers | None, step: int) -> None:
+    """Raise ResourceError in all processes if they gathered different blocks, before the update of this step."""
+    if gathers is not None and gathers.differs():
+        raise ResourceError(
+            f"The processes gathered different blocks of the base up to step {step}, so its gradients may be wrong.\n"
+            "The step is not taken. Check that all processes run the same program and settings, and resume."
+        )
+
+
+def _widest(batches: Iterable[AnyBatch]) -> int:
+    """Rows of the largest micro-batch."""
+    return max((len(batch.tokens) for batch in batches), default=0)
 
 
 def split_rows(batch: AnyBatch, rows: int | None) -> list[AnyBatch]:

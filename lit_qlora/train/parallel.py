@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
 
-from lit_qlora.settings import check
+from lit_qlora.settings import Strategy, check
 
 AT_ONCE = 2**23
 """Elements sent at once: enough to fill a link, and a copy of them is small."""
@@ -67,10 +67,13 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def strategy(wanted: Literal["auto", "ddp"], devices: Devices, num_nodes: int) -> DataParallel | str:
-    """Choose Fabric's strategy for so many devices on each of so many machines."""
+def strategy(wanted: Strategy, devices: Devices, num_nodes: int) -> DataParallel | str:
+    """Choose Fabric's strategy for so many devices on each of so many machines.
+
+    A sharded base changes nothing here: its adapters are in each process.
+    """
     here = devices if devices != "auto" else torch.cuda.device_count()
-    return DataParallel() if wanted == "ddp" or here > 1 or num_nodes > 1 else "auto"
+    return DataParallel() if wanted != "auto" or here > 1 or num_nodes > 1 else "auto"
 
 
 @torch.no_grad()

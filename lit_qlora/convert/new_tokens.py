@@ -11,7 +11,9 @@ from torch import Tensor, cat
 
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.checkpoint.packed import PACKED, PackedWeights
+from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.hub import SOURCE
+from lit_qlora.convert.to_hugging_face import name_tokenizer
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files import atomic
 from lit_qlora.files.reading import read_json
@@ -91,6 +93,7 @@ def add_tokens(
         kept = [path for path in [checkpoint_dir / checkpoint.KEPT] if path.is_file()]
         checkpoint.save_weights(folder, grown, specs, tensors(), also=kept)
         _write_names(folder, ids, control)
+        name_tokenizer(folder, read_ending(folder), config.family)
         _write(folder / NEW_TOKENS, {"tokens": read_new_tokens(checkpoint_dir) | ids})
         _read_back(folder, known, ids, control)
         atomic.publish(folder, out_dir)

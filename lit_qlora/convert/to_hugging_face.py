@@ -90,7 +90,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         for name in tokenizer.FILES:
             if (checkpoint_dir / name).is_file():
                 shutil.copy(checkpoint_dir / name, folder / name)
-        _name_tokenizer(folder, ending, config.family)
+        name_tokenizer(folder, ending, config.family)
         _write_ending(folder, ending)
         (folder / "README.md").write_text(model_card(checkpoint_dir, config, bool(head)), errors="backslashreplace")
         _read_back(folder, config, ours)
@@ -237,19 +237,23 @@ def _read_text(path: Path, *keys: str) -> str:
     return found
 
 
-def _name_tokenizer(folder: Path, ending: Ending | None, family: str) -> None:
-    """Say in tokenizer_config.json that tokenizer.model is Llama's kind, if nothing else in the folder does.
+def name_tokenizer(folder: Path, ending: Ending | None, family: str) -> None:
+    """Say in tokenizer_config.json that tokenizer.model is Llama's kind and if texts begin with BOS, unless it does.
 
-    transformers 5.23 reads such a folder with another class, which gives other ids and no BOS.
+    transformers 5.23 reads such a folder without a class with another one, which gives other ids; and where no
+    add_bos_token is given, it takes none.
     """
-    alone = not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    if ending is None or family not in ("llama", "mistral") or not (folder / "tokenizer.model").is_file() or not alone:
+    is_llamas = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if ending is None or family not in ("llama", "mistral") or not is_llamas:
         return
-    used = ending.tokenizer
+    used, path = ending.tokenizer, folder / "tokenizer_config.json"
     names = {i: name for name, i in used.control_tokens.items()}
     tokens = {"bos_token": names.get(used.bos_id or 0), "eos_token": names.get(used.eos_id), "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": used.use_bos, "add_eos_token": False, **tokens}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": used.use_bos, "add_eos_token": False}
+    known = _read_facts(path)
+    if not settings.keys() - {"add_eos_token"} <= known.keys():
+        content = {**settings, **(tokens if not known else {}), **known}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_ending(folder: Path, ending: Ending | None) -> None:

@@ -33,8 +33,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint without rows to spare. Read only."""
     folder = write_checkpoint(tmp_path_factory.mktemp("base") / "tiny", tiny_model(vocab_size=300, head_bias=False))
     write_tokenizer(folder)
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": "<unk>"}))
     return folder
 
 

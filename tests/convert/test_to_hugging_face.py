@@ -78,14 +78,30 @@ def test_the_demo_model_becomes_a_folder_that_transformers_reads(tmp_path: Path)
         assert tokenizer(text)["input_ids"] == Tokenizer(DEMO).encode(text)
 
 
-def test_a_tokenizer_model_alone_is_read_by_transformers_as_it_is_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        {"eos_token": "</s>"},
+        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"},
+        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_model_is_read_by_transformers_as_it_is_here(
+    settings: dict[str, object] | None, tmp_path: Path
+) -> None:
     write_checkpoint(tmp_path / "ours", tiny_model())
     write_tokenizer(tmp_path / "ours")
+    if settings:
+        (tmp_path / "ours/tokenizer_config.json").write_text(json.dumps(settings))
     export_hf(tmp_path / "ours", tmp_path / "theirs")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs"), Tokenizer(tmp_path / "ours")
     for text in ("Hello world", "Q: What is 1 plus 2?\nA:", "two  spaces\n\n"):
         assert theirs(text)["input_ids"] == ours.encode(text)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    if settings:
+        return
     (tmp_path / "theirs/tokenizer_config.json").unlink()  # transformers would mend it one day, and this end
     alone = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     assert alone("Hello world")["input_ids"] != ours.encode("Hello world")
@@ -184,7 +200,7 @@ def test_tokenizer_files_and_chat_template_come_along_byte_for_byte(tmp_path: Pa
     shutil.copytree(tiny_checkpoint, tmp_path / "ours")
     files = {
         "tokenizer.model": (tiny_checkpoint / "tokenizer.model").read_bytes(),
-        "tokenizer_config.json": b'{"eos_token":   "</s>"}',
+        "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer", "add_bos_token":   true}',
         "special_tokens_map.json": b"{ }\n\n",
         "added_tokens.json": b"{}",
         "chat_template.jinja": "{{ messages }} é\r\n".encode(),

@@ -26,6 +26,7 @@ from lit_qlora.prompts.tokenizer import Tokenizer
 from tests.conftest import ROOT, load_script, tiny_model, write_checkpoint, write_tokenizer
 from tests.prompts.test_style import write_chatty_tokenizer
 from tests.prompts.test_tokenizer import byte_level, metaspace, write_json
+from tests.prompts.test_tokenizer_parity import CHAINS, of_chain
 from tests.reference import CASES, DELTA, DELTA_EXPERTS, GEMMA4, GEMMA4_E, hugging_face_model, longrope
 
 gguf = pytest.importorskip("gguf")
@@ -531,6 +532,18 @@ def test_how_a_text_is_cut_has_a_name(tmp_path: Path) -> None:
         write_json(tmp_path / "tokenizer.json", spec)
         with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
             vocabulary_of(tmp_path, 600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", CHAINS)
+def test_how_a_published_tokenizer_cuts_a_text_has_a_name_or_is_refused(model: str, tmp_path: Path) -> None:
+    steps, ignore_merges, name = CHAINS[model]
+    of_chain(tmp_path, steps, ignore_merges)
+    if name is None:
+        with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
+            vocabulary_of(tmp_path, 1200)
+    else:
+        assert vocabulary_of(tmp_path, 1200).split == name
 
 
 def test_a_byte_level_tokenizer_without_merges_gets_one_that_joins_nothing(tmp_path: Path) -> None:

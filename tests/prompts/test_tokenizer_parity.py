@@ -1,7 +1,9 @@
 """The ids of every kind of tokenizer are those that transformers gives, for texts that are easily got wrong."""
 
 import io
+import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -238,3 +240,106 @@ def test_eos_can_stand_in_special_tokens_map_json(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     write_json(tmp_path / "special_tokens_map.json", {"eos_token": {"content": "</s>"}})
     assert Tokenizer(tmp_path).eos_id == 0
+
+
+def cut(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
+    """A step of a pre-tokenizer that cuts a text by a pattern."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": behavior == "Removed"}
+
+
+def bytes_step(**more: bool) -> dict[str, Any]:
+    """The last step of a byte-level pre-tokenizer."""
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False, **more}
+
+
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+END|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*END|"
+SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+O200K = CASED.replace("END", ENDINGS + "?") + r"\p{N}{1,3}" + SLASH
+CL100K = ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST
+QWEN3_5 = ENDINGS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^CRLF\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[CRLF]*"""
+    r"|\s*[CRLF]+|\s+(?!\S)|\s+"
+).replace("CRLF", "\r\n")
+DIGITS = {"type": "Digits", "individual_digits": True}
+HAN = "[一-龥\u3040-ゟ\u30a0-ヿ]+"
+CHAINS: dict[str, tuple[list[dict[str, Any]], bool, str | None]] = {
+    "Llama 3": ([cut(CL100K), bytes_step()], True, "llama-bpe"),
+    "GLM-4": ([cut(CL100K), bytes_step()], False, "glm4"),
+    "Granite 4.1": ([cut(CL100K, "Removed"), bytes_step()], False, "glm4"),
+    "Qwen3": ([cut(CL100K.replace("{1,3}", "")), bytes_step()], False, "qwen2"),
+    "Qwen3.5": ([cut(QWEN3_5), bytes_step()], False, "qwen35"),
+    "gpt-oss": ([cut(O200K), bytes_step()], False, "gpt-4o"),
+    "MiniMax-M2": ([cut(O200K, "Removed"), bytes_step()], False, "gpt-4o"),
+    "tekken": ([cut(CASED.replace("END", "") + r"\p{N}" + SLASH), bytes_step()], True, "tekken"),
+    "DeepSeek-V3": (
+        [cut(r"\p{N}{1,3}"), cut(HAN), cut(DEEPSEEK_WORDS), bytes_step()],
+        False,
+        "deepseek-v3",
+    ),
+    "DeepSeek-Coder": (
+        [cut("[\r\n]"), cut(r"\s?\p{L}+"), cut(r"\s?\p{P}+"), cut("[一-龥ࠀ-一가-퟿]+"), DIGITS, bytes_step()],
+        False,
+        None,
+    ),
+    "SmolLM2": ([DIGITS, bytes_step(use_regex=True)], False, "starcoder"),
+    "GPT-2": ([bytes_step(use_regex=True)], False, "gpt-2"),
+    "Falcon": (
+        [
+            {"type": "Punctuation", "behavior": "Contiguous"},
+            bytes_step(use_regex=True),
+            {"type": "Digits", "individual_digits": False},
+            cut("[0-9][0-9][0-9]"),
+        ],
+        False,
+        None,
+    ),
+    "Command A": ([cut(r"\d{1,3}(?=(?:\d{3})*\b)"), cut(O200K), bytes_step()], False, None),
+}
+"""Model -> the steps that its published tokenizer.json takes before it merges, ignore_merges, and llama.cpp's name.
+
+Source: the patterns in their tokenizer.json, as a public census of them has them.
+"""
+DIFFICULT = [
+    *TEXTS[:-2],
+    "They'LL've 'S CamelCase HTTPServer getURLForID ÜberMensch МоскваГород",
+    "$1,234,567.89 1 12 123 1234 12345 ١٢٣٤ ½ Ⅷ",
+    "漢字カタカナ한국어 ไทย हिन्दी नमस्ते e\u0301 a\u0308b İstanbul ǅ ʰ",
+    "a/b\\c//d\n//e --flag=1 {x:[1,2]}; #!@%^&*\r\n\r\n",
+]
+
+
+def of_chain(directory: Path, steps: list[dict[str, Any]], ignore_merges: bool) -> None:
+    """A byte-level tokenizer.json with these steps, trained on difficult texts."""
+    import tokenizers
+    from tokenizers import AddedToken, pre_tokenizers, trainers
+
+    pre = {"type": "Sequence", "pretokenizers": steps}
+    model = {"type": "BPE", "vocab": {}, "merges": [], "ignore_merges": ignore_merges}
+    spec = {"version": "1.0", "pre_tokenizer": pre, "decoder": bytes_step(), "model": model}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        special_tokens=[AddedToken("</s>", special=True, normalized=False)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*CORPUS, *DIFFICULT * 3], trainer)
+    backend.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {"eos_token": "</s>"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", CHAINS)
+def test_ids_are_those_of_transformers_however_a_text_is_cut(model: str, tmp_path: Path) -> None:
+    steps, ignore_merges, _ = CHAINS[model]
+    of_chain(tmp_path, steps, ignore_merges)
+    ours, theirs = Tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    letters, draw = "".join(DIFFICULT), random.Random(0)
+    for text in [*DIFFICULT, *("".join(draw.choices(letters, k=80)) for _ in range(200))]:
+        ids = ours.encode(text, bos=False)
+        assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.decode(ids) == text

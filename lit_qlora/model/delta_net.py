@@ -111,13 +111,10 @@ def delta_rule(
     Returns:
         (B, T, H, Dv), and the state behind the last token.
     """
-    length, pad = q.size(1), -q.size(1) % chunk
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk)) for t in (q, k, v))
-    kept, beta = (F.pad(t, (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk)) for t in (kept, beta))
-    seen, first = (mask.to(q.dtype) for mask in _masks(documents, pad, chunk, q.device))
-    # Logarithms of what is kept from the beginning of the chunk or document up to each token, (B, H, N, C).
-    total = (kept[..., None, :] @ seen.mT)[..., 0, :]
-    between = (total[..., :, None] - total[..., None, :]).masked_fill(seen == 0, -torch.inf).exp()
+    length = q.size(1)
+    q, k, v, kept, beta = (in_chunks(t, chunk) for t in (q, k, v, kept, beta))
+    seen, first = (mask.to(q.dtype) for mask in masks(documents, -length % chunk, chunk, q.device))
+    total, between = decay(kept, seen)
     # What each token would write if all before it were known: one triangular system a chunk.
     corrected = k * beta[..., None]
     system = (corrected @ k.mT) * between
@@ -138,7 +135,28 @@ def delta_rule(
     return torch.stack(out, dim=2).flatten(2, 3)[:, :, :length].transpose(1, 2), state
 
 
-def _masks(documents: Tensor | None, pad: int, chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def in_chunks(x: Tensor, chunk: int) -> Tensor:
+    """(B, T, H, ...) -> (B, H, N, chunk, ...), with zeros behind the last token."""
+    padding = (0, 0) * (x.ndim - 2) + (0, -x.size(1) % chunk)
+    return F.pad(x, padding).transpose(1, 2).unflatten(2, (-1, chunk))
+
+
+def decay(kept: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell what is kept within chunks.
+
+    Args:
+        kept: (B, H, N, C), see delta_rule.
+        seen: (C, C) or (B, 1, N, C, C), see masks.
+
+    Returns:
+        Logarithms of what is kept from the beginning of the chunk or document up to each token, (B, H, N, C), and the
+        share that is kept from each token to each later one, (B, H, N, C, C).
+    """
+    total = (kept[..., None, :] @ seen.mT)[..., 0, :]
+    return total, (total[..., :, None] - total[..., None, :]).masked_fill(seen == 0, -torch.inf).exp()
+
+
+def masks(documents: Tensor | None, pad: int, chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tell which tokens of a chunk are of one document and in order, and which are of that of the chunk before.
 
     Args:

@@ -332,6 +332,21 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 4.0,
         },
     ),
+    "granitemoehybrid-spaces": (
+        "granitemoehybrid",
+        {
+            **GROUPED,
+            "num_local_experts": 0,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_intermediate_size": 112,
+            "residual_multiplier": 0.22,
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 12,
+            "mamba_chunk_size": 16,
+        },
+    ),
     "granitemoehybrid-nope": (
         "granitemoehybrid",
         {**GROUPED, "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "shared_intermediate_size": 112},

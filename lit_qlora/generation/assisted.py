@@ -32,7 +32,9 @@ class Draft:
 def check_can_forget(config: ModelConfig) -> None:
     """Raise UsageError for a model that cannot forget a rejected guess."""
     if config.state_layers:
-        kind = "gated delta net" if config.delta_layers else "short convolution"
+        kind = (
+            "state space" if config.state_space else "gated delta net" if config.delta_layers else "short convolution"
+        )
         raise UsageError(
             f"{config.name} keeps a state instead of keys and values ({kind}), which a rejected guess would "
             "stay in, so it takes no part in assisted generation.\nLeave out draft_checkpoint_dir."

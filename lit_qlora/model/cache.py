@@ -16,8 +16,8 @@ class KVCache:
         left_pad: (B,) number of padding tokens before each prompt, for prompts of unequal length.
 
     Attributes:
-        blocks: keys and values (B, K, length, D) of each block; of a gated delta net the last inputs of its
-            convolution (B, W - 1, C) and its state (B, H, D, Dv), which is float32; of a short convolution the
+        blocks: keys and values (B, K, length, D) of each block; of a gated delta net or state space the last inputs of
+            its convolution (B, W - 1, C) and its state (B, H, D, Dv), which is float32; of a short convolution the
             former alone. Nothing of a block that uses those of another.
     """
 
@@ -127,7 +127,7 @@ class ConvCache(NamedTuple):
 
 
 class DeltaCache(NamedTuple):
-    """A view of what a gated delta net remembers, see KVCache.blocks; both are changed in place."""
+    """A view of what a gated delta net or a state space remembers, see KVCache.blocks; both are changed in place."""
 
     inputs: Tensor
     state: Tensor

@@ -108,9 +108,12 @@ class ModelConfig:
     """With kv_latent_size: features of a head's value."""
     delta_layers: tuple[int, ...] = ()
     """Blocks with a gated delta net instead of attention, see lit_qlora.model.delta_net."""
+    state_space: bool = False
+    """They have a state space instead, see lit_qlora.model.state_space: its C, B and x are query, key and value."""
     delta_key_heads: int = 0
     delta_value_heads: int = 0
-    """Heads of a gated delta net: those of queries and keys, each of which serves as many of the values."""
+    """Heads of a gated delta net: those of queries and keys (a state space's groups), each of which serves as many of
+    the values."""
     delta_key_size: int = 0
     delta_value_size: int = 0
     """Features of such a head."""
@@ -121,6 +124,7 @@ class ModelConfig:
     conv_size: int = 3
     """Tokens that it sees, the newest included."""
     conv_bias: bool = False
+    """A short convolution and its projections have biases; of a state space, its convolution alone."""
     sliding_window: int | None = None
     """A token attends to this many tokens, itself included; None: to all before it."""
     chunked_window: bool = False
@@ -312,7 +316,7 @@ class ModelConfig:
         return self.latent_value_size if self.kv_latent_size else self.head_size
 
     def is_delta(self, block: int) -> bool:
-        """True if `block` has a gated delta net instead of attention."""
+        """True if `block` has a gated delta net or a state space instead of attention."""
         return block in self.delta_layers
 
     def is_conv(self, block: int) -> bool:

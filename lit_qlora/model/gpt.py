@@ -20,6 +20,7 @@ from lit_qlora.model.mlp import ExpertsBeside, make_mlp
 from lit_qlora.model.norm import make_norm
 from lit_qlora.model.per_layer import PerLayerEmbedding, PerLayerInput
 from lit_qlora.model.short_conv import ShortConv
+from lit_qlora.model.state_space import StateSpace
 
 LOGITS_AT_ONCE = 2**26
 """Logits that exist at a time while computing a loss: 0.25 GiB in float32."""
@@ -308,7 +309,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, a gated delta net or a short convolution, and MLP, each with norms around it and added to the stream.
+    """Attention, or what takes its place, and MLP, each with norms around it and added to the stream.
 
     Attributes:
         dropout: see GPT.set_dropout.
@@ -322,7 +323,7 @@ class Block(nn.Module):
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.norm_1 = make_norm(config, config.n_embd) if before else nn.Identity()
         self.attn = None if i in config.state_layers else make_attention(config, i)
-        self.delta = DeltaNet(config) if config.is_delta(i) else None
+        self.delta = make_delta(config) if config.is_delta(i) else None
         self.conv = ShortConv(config) if config.is_conv(i) else None
         self.post_norm_1 = make_norm(config, config.n_embd) if after else nn.Identity()
         self.norm_2 = make_norm(config, config.n_embd) if before and not config.shared_norm else nn.Identity()
@@ -371,6 +372,11 @@ class _Needed(torch.autograd.Function):
 def make_attention(config: ModelConfig, block: int) -> nn.Module:
     """The kind of attention that this model uses."""
     return LatentAttention(config) if config.kv_latent_size else Attention(config, block)
+
+
+def make_delta(config: ModelConfig) -> nn.Module:
+    """The kind of state that this model keeps in the place of keys and values."""
+    return StateSpace(config) if config.state_space else DeltaNet(config)
 
 
 def times(x: Tensor, factor: float) -> Tensor:

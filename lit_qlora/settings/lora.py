@@ -37,9 +37,9 @@ class LoRAConfig(Settings):
     targets: tuple[Target, ...] | Target = ("query", "value")
     """Layers that get an adapter, e.g. [query,value]. 'all' is every linear layer except the output head. 'router' is
     the choice of a mixture's experts, which has its own word: it moves tokens to other experts. Only
-    DeepSeek's models have a latent. Only Qwen3-Next's and Qwen3.5's have gated delta nets: all their layers are
-    'delta', some of them query, key, value and projection. There 'query' means attention's output gate, too. Only
-    LFM2 has a conv. Only Gemma 4's E2B and E4B have a per_layer."""
+    DeepSeek's models have a latent. Only Qwen3-Next's and Qwen3.5's have gated delta nets, and Granite 4's state
+    spaces: all their layers are 'delta', some of them query, key, value and projection. In Qwen's models 'query' means
+    attention's output gate, too. Only LFM2 has a conv. Only Gemma 4's E2B and E4B have a per_layer."""
     first_layers: Count | None = None
     """Adapt only the first N blocks; with last_layers, N at both ends. By default all blocks."""
     last_layers: Count | None = None

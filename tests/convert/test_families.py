@@ -50,6 +50,7 @@ LLAMA = {
     "vocab_size": 96,
     "hidden_act": "silu",
 }
+GRANITE = {"model_type": "granitemoehybrid", "num_local_experts": 0, "mamba_n_heads": 8}
 LORA = LoRAConfig(r=4, dropout=0.0, targets="all")
 HARMLESS = {
     # what is not the function: words, ids, and how transformers runs or initialises it
@@ -72,9 +73,7 @@ HARMLESS = {
     *("reorder_and_upcast_attn", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"),
     # of layers that predict further tokens, which are left out
     *("num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"),
-    # of blocks with a state, which are refused
-    *("time_step_limit", "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv"),
-    *("mamba_expand", "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias"),
+    "mamba_chunk_size",  # of tokens that are computed together
     "enable_moe_fp32_combine",  # of the sum of two halves of a product
     # noise of the pre-training; fine-tuning has its own
     *("attention_dropout", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
@@ -123,7 +122,7 @@ def test_the_defaults_of_a_family_are_those_of_transformers(family: str) -> None
         full["num_experts_per_tok"] = 6  # the same
     # Of these the class's own sizes make no model that we have, or none at all.
     required = {
-        "granitemoehybrid": {"num_local_experts": 0, "layer_types": ["full_attention"] * 32},
+        "granitemoehybrid": {"num_local_experts": 0},
         "glm4_moe": {"head_dim": 128},
         "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     }.get(family, {})
@@ -236,6 +235,10 @@ class Recorder(dict[str, Any]):
         ({"model_type": "qwen3_5_text", "attn_output_gate": False}, "attn_output_gate False"),
         ({"model_type": "qwen3_5_text", "mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype 'bfloat16'"),
         ({"model_type": "qwen3_next", "layer_types": ["mamba"] * 2}, "layer_types"),
+        ({**GRANITE, "layer_types": ["mamba2"] * 2}, "layer_types"),
+        ({**GRANITE, "mamba_d_head": 5}, "mamba_d_head 5 in 8 heads"),
+        ({**GRANITE, "time_step_limit": [0.0, 0.5]}, r"time_step_limit \[0.0, 0.5\]"),
+        ({**GRANITE, "num_local_experts": 8}, "num_local_experts 8"),
         ({"model_type": "qwen3_next", "linear_num_value_heads": 24}, "those of values a multiple of those of keys"),
         ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
         ({"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 64}}}, "per_layer_config"),

@@ -224,6 +224,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         3_402_836_480,
     ),
+    "Granite-4.0-h-micro": (
+        config_json(
+            *("granitemoehybrid", 40, 2048, 32, 8, 8192, 100_352),
+            shared_intermediate_size=8192,
+            num_local_experts=0,
+            layer_types=["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+            mamba_n_heads=64,
+            mamba_d_head=64,
+            mamba_d_state=128,
+            tie_word_embeddings=True,
+        ),
+        3_191_396_096,
+    ),
     "Granite-3.0-1B-A400M": (
         config_json(
             *("granitemoe", 24, 1024, 16, 8, 512, 49_155),
@@ -250,7 +263,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
 The hub counts so: Llama-3.1-8B, SmolLM2-135M, SmolLM3-3B, gemma-3-1b, Phi-4-mini, gpt-oss-120b, OLMoE-1B-7B and
 Granite-4.0-micro. Programs that had loaded the model, or tables, say so in public: DeepSeek-V2-Lite, DeepSeek-V3,
 GLM-4-9B, Seed-OSS-36B, ERNIE-4.5-0.3B, GPT-J-6B, GPT-Neo-1.3B, StarCoderBase, Granite-3.0-1B-A400M, Apertus-8B and
-Qwen1.5-MoE-A2.7B. Of EXAONE-4.0-1.2B and Hunyuan-0.5B none was found; the others were not looked up again.
+Qwen1.5-MoE-A2.7B; GGUF's own count says so of Granite-4.0-h-micro. Of EXAONE-4.0-1.2B and Hunyuan-0.5B none was
+found; the others were not looked up again.
 """
 COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
     "ERNIE-4.5-21B-A3B": (

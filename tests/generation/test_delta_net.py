@@ -9,7 +9,7 @@ from lit_qlora.generation.batching import Batcher, Request
 from lit_qlora.settings import GenerationConfig
 from tests.model.test_switches import model_of
 
-CASES = ["qwen3_5", "gemma4-E"]
+CASES = ["qwen3_5", "gemma4-E", pytest.param("granitemoehybrid-spaces", marks=pytest.mark.slow)]
 PROMPTS = [[5, 9, 20], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
 
 
@@ -51,7 +51,11 @@ def test_requests_that_come_and_go_in_slots_are_answered_as_alone(case: str) -> 
         assert request.answer == answer[: request.room]
 
 
-def test_a_draft_whose_guesses_it_could_not_forget_is_refused_by_name() -> None:
-    model = model_of("qwen3_5")
-    with pytest.raises(UsageError, match=r"qwen3_5 keeps a state .* takes no part in assisted generation"):
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [("qwen3_5", "gated delta net"), ("lfm2", "short convolution"), ("granitemoehybrid-spaces", "state s")],
+)
+def test_a_draft_whose_guesses_it_could_not_forget_is_refused_by_name(case: str, kind: str) -> None:
+    model = model_of(case)
+    with pytest.raises(UsageError, match=rf"{case} keeps a state .* \({kind}.* takes no part in assisted generation"):
         generate(model, PROMPTS, GenerationConfig(max_new_tokens=5), (), draft=Draft(model))

@@ -85,8 +85,9 @@ def test_documents_in_a_row_compute_what_each_computes_alone() -> None:
         torch.testing.assert_close(convolved[:, a:b], causal_convolution(own, weight, None))
 
 
-def test_another_document_changes_no_bit_of_its_neighbours() -> None:
-    model = model_of("qwen3_5")
+@pytest.mark.parametrize("case", ["qwen3_5", pytest.param("granitemoehybrid-spaces", marks=pytest.mark.slow)])
+def test_another_document_changes_no_bit_of_its_neighbours(case: str) -> None:
+    model = model_of(case)
     lengths = torch.tensor([CHUNK - 3, CHUNK + 5, 40])
     segments = torch.tensor([0, 1, 2]).repeat_interleave(lengths)[None]
     positions = torch.cat([torch.arange(int(n)) for n in lengths])[None]
@@ -98,9 +99,10 @@ def test_another_document_changes_no_bit_of_its_neighbours() -> None:
     assert torch.equal(same, segments != 1)
 
 
+@pytest.mark.parametrize("case", ["qwen3_next", pytest.param("granitemoehybrid-spaces", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_long_texts_with_padding_and_a_cache_are_those_of_transformers(tmp_path: Path) -> None:
-    theirs = hugging_face_model(tmp_path, "qwen3_next")
+def test_long_texts_with_padding_and_a_cache_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    theirs = hugging_face_model(tmp_path, case)
     convert_hf_checkpoint(tmp_path, tmp_path)
     model = load_model(tmp_path).eval()
     lengths, more = (CHUNK + 7, CHUNK + 3, 2), torch.cat([tokens(CHUNK + 3, seed=seed) for seed in (3, 4, 5)])

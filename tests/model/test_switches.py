@@ -23,7 +23,7 @@ NO_SWITCHES = {
     *("kv_latent_size", "q_latent_size", "latent_rope_size", "latent_value_size", "expert_size", "shared_expert_size"),
     *("delta_key_heads", "delta_value_heads", "delta_key_size", "delta_value_size", "delta_conv_size", "conv_size"),
     *("n_expert", "per_layer_size", "per_layer_vocab", "shared_kv_ffn_size", "full_head_size", "full_kv_heads"),
-    *("tied_head", "positions"),  # other weights, not another function of the same
+    *("tied_head", "positions", "state_space"),  # other weights, not another function of the same
 }
 
 

@@ -66,6 +66,8 @@ class Fused:
             "delta.key": delta_keys,
             "delta.value": delta_values,
             "delta.output_gate": delta_values,
+            "delta.beta": config.delta_value_heads,
+            "delta.decay": config.delta_value_heads,
             "query": config.n_head * config.head_size,
             "query_gate": config.n_head * config.head_size,
             "key": config.n_kv_head * own_key,

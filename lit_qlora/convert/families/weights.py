@@ -127,6 +127,18 @@ GRANITE_HYBRID = without(LLAMA, ".mlp.") | tensors(
         f"{_LAYER}.shared_mlp.output_linear": f"{_BLOCK}.mlp.down",
     }
 )
+_MAMBA = f"{_LAYER}.mamba"
+_SPACE = tuple(f"{_BLOCK}.delta.{part}.weight" for part in ("output_gate", "value", "key", "query", "decay"))
+GRANITE_HYBRID |= {
+    f"{_MAMBA}.in_proj.weight": Fused(_SPACE, "blocks"),
+    f"{_MAMBA}.conv1d.weight": f"{_BLOCK}.delta.conv",
+    f"{_MAMBA}.conv1d.bias": f"{_BLOCK}.delta.conv_bias",
+    f"{_MAMBA}.A_log": f"{_BLOCK}.delta.decay_rate",
+    f"{_MAMBA}.dt_bias": f"{_BLOCK}.delta.decay_bias",
+    f"{_MAMBA}.D": f"{_BLOCK}.delta.skip",
+    f"{_MAMBA}.norm.weight": f"{_BLOCK}.delta.norm.weight",
+    f"{_MAMBA}.out_proj.weight": f"{_BLOCK}.delta.projection.weight",
+}
 PHIMOE = without(LLAMA, ".mlp.") | tensors(
     {
         f"{_LAYER}.block_sparse_moe.gate": f"{_BLOCK}.mlp.router",

@@ -132,15 +132,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def examples_file(tmp_path: Path) -> Path:
+def write_examples(directory: Path) -> Path:
     """Forty small sums as JSON lines in Alpaca columns."""
-    path = tmp_path / "train.jsonl"
+    path = directory / "train.jsonl"
     rows = [
         {"instruction": f"What is {a} plus {b}?", "input": "", "output": f"{a + b}"} for a in range(8) for b in range(5)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def examples_file(tmp_path: Path) -> Path:
+    """Examples that a test may change."""
+    return write_examples(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Runs of a tiny model in processes of their own."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 
 from lit_qlora import cli
 from lit_qlora.settings import FinetuneConfig
-from tests.conftest import load_script
-from tests.run.forked import STEPS, Child, Start, ending
+from tests.conftest import load_script, write_examples
+from tests.run.forked import STEPS, Child, Start, at_save, ending, signals
 
 Finetune = Callable[..., int]
 
@@ -21,16 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"))
 
 
-@pytest.fixture
-def start(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path) -> Start:
+def starter(checkpoint: Path, data: Path, cache: Path) -> Start:
     """Begins a run of eight steps that saves after each and validates after every third."""
 
     def begin(out: Path, *flags: str, before: Callable[[], object] | None = None) -> Child:
         given = {flag.split("=")[0] for flag in flags}
         defaults = [
-            f"--checkpoint_dir={tiny_checkpoint}",
-            f"--data.path={examples_file}",
-            f"--data.cache_dir={tmp_path / 'cache'}",
+            f"--checkpoint_dir={checkpoint}",
+            f"--data.path={data}",
+            f"--data.cache_dir={cache}",
             f"--out_dir={out}",
             "--data.prompt=qa",
             "--data.val_fraction=0.1",
@@ -49,11 +49,33 @@ def start(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path) -> Start:
 
 
 @pytest.fixture
-def whole(start: Start, tmp_path: Path) -> tuple[list[dict], bytes]:
+def start(tiny_checkpoint: Path, examples_file: Path, tmp_path: Path) -> Start:
+    """Begins a run of eight steps that saves after each and validates after every third."""
+    return starter(tiny_checkpoint, examples_file, tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def start_once(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Begins runs that several tests look at."""
+    directory = tmp_path_factory.mktemp("runs")
+    return starter(tiny_checkpoint, write_examples(directory), directory / "cache")
+
+
+@pytest.fixture(scope="session")
+def whole(start_once: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], bytes]:
     """How the run ends when nothing happens to it."""
-    child = start(tmp_path / "whole")
+    out = tmp_path_factory.mktemp("whole") / "out"
+    child = start_once(out)
     assert child.wait() == 0, child.said.read_text()
-    return ending(tmp_path / "whole")
+    return ending(out)
+
+
+@pytest.fixture(scope="session")
+def killed(start_once: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that was killed when it had saved its checkpoint of step 5. Read only."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    assert start_once(out, before=at_save(5, signals(signal.SIGKILL))).wait() == -signal.SIGKILL
+    return out
 
 
 @pytest.fixture

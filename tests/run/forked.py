@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
+import torch
+
 from lit_qlora import cli
 from lit_qlora.lora.adapter import PEFT_WEIGHTS
-from lit_qlora.run import saver, summary
+from lit_qlora.quantize import bitsandbytes
+from lit_qlora.run import learning, saver, summary
 from tests.conftest import load_script
 
 EXACT = ("step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens", "samples", "val_loss", "skipped")
-
-
 STEPS = 8
+IMPORTED = [learning] if torch.cuda.is_available() else [learning, bitsandbytes()]
+"""By this process, so that no run takes the time for it; on a GPU bitsandbytes begins what cannot be inherited."""
 
 
 class Child:

@@ -21,8 +21,13 @@ from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.run.forked import STEPS, Start, at_save, ending, signals
 
 
+def leave(killed: Path, out: Path) -> None:
+    """Put the killed run where a test goes on with it."""
+    shutil.copytree(killed, out, symlinks=True)
+
+
 def stopped(start: Start, out: Path, *flags: str, step: int = 5, save: int = 1) -> None:
-    """A run that was killed when it had saved its checkpoint of `step`."""
+    """A run of other settings that was killed when it had saved its checkpoint of `step`."""
     child = start(out, *flags, f"--train.save_every={save}", before=at_save(step, signals(signal.SIGKILL)))
     assert child.wait() == -signal.SIGKILL
 
@@ -178,11 +183,11 @@ def test_a_run_that_started_from_an_adapter_goes_on_to_the_same_end(start: Start
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_f37_the_number_of_threads_does_not_change_the_end(
-    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], threads: int
+    start: Start, tmp_path: Path, killed: Path, whole: tuple[list[dict], bytes], threads: int
 ) -> None:
     import torch
 
-    stopped(start, tmp_path / "out")
+    leave(killed, tmp_path / "out")
     assert start(tmp_path / "out", before=lambda: torch.set_num_threads(threads)).wait() == 0
     assert ending(tmp_path / "out") == whole
 
@@ -217,8 +222,10 @@ def test_a_run_that_was_killed_in_its_last_validation_still_gets_its_report(
     assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == STEPS
 
 
-def test_never_begins_anew_and_loses_nothing(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
-    stopped(start, tmp_path / "out")
+def test_never_begins_anew_and_loses_nothing(
+    start: Start, tmp_path: Path, killed: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    leave(killed, tmp_path / "out")
     assert start(tmp_path / "out", "--resume=never").wait() == 0
     assert ending(tmp_path / "out") == whole
     assert (tmp_path / "out.1/step-000005").is_dir()
@@ -253,9 +260,9 @@ def test_a_checkpoint_is_found_by_any_name_that_it_has(
 
 @pytest.mark.parametrize("name", ["final", "step-1"])
 def test_a_run_whose_folder_is_called_like_a_checkpoint_is_a_run(
-    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], name: str
+    start: Start, tmp_path: Path, killed: Path, whole: tuple[list[dict], bytes], name: str
 ) -> None:
-    stopped(start, tmp_path / name)
+    leave(killed, tmp_path / name)
     assert start(tmp_path / name).wait() == 0
     assert ending(tmp_path / name) == whole
     assert start(tmp_path / name).wait() == 0
@@ -353,8 +360,10 @@ def test_a_disk_that_is_full_when_a_lengthened_run_ends_costs_no_checkpoint(star
         ("--optimizer.options={amsgrad: true}", "optimizer.options  {} -> {'amsgrad': True}"),
     ],
 )
-def test_f20_another_setting_is_refused_with_a_diff(start: Start, tmp_path: Path, flag: str, line: str) -> None:
-    stopped(start, tmp_path / "out")
+def test_f20_another_setting_is_refused_with_a_diff(
+    start: Start, tmp_path: Path, killed: Path, flag: str, line: str
+) -> None:
+    leave(killed, tmp_path / "out")
     before = sorted(tmp_path.rglob("out/**"))
     assert start(tmp_path / "out", flag).wait() == 2
     said = (tmp_path / "out.txt").read_text()
@@ -364,15 +373,15 @@ def test_f20_another_setting_is_refused_with_a_diff(start: Start, tmp_path: Path
     assert sorted(tmp_path.rglob("out/**")) == before
 
 
-def test_f20_another_length_asks_for_extend(start: Start, tmp_path: Path) -> None:
-    stopped(start, tmp_path / "out")
+def test_f20_another_length_asks_for_extend(start: Start, tmp_path: Path, killed: Path) -> None:
+    leave(killed, tmp_path / "out")
     assert start(tmp_path / "out", "--train.max_steps=9").wait() == 2
     assert "train.max_steps  8 -> 9" in (tmp_path / "out.txt").read_text()
     assert "--extend" in (tmp_path / "out.txt").read_text()
 
 
-def test_f18_another_base_is_refused(start: Start, tmp_path: Path) -> None:
-    stopped(start, tmp_path / "out")
+def test_f18_another_base_is_refused(start: Start, tmp_path: Path, killed: Path) -> None:
+    leave(killed, tmp_path / "out")
     other = write_checkpoint(tmp_path / "other", tiny_model(seed=9))
     write_tokenizer(other)
     assert start(tmp_path / "out", f"--checkpoint_dir={other}").wait() == 4
@@ -413,8 +422,10 @@ def test_f18_a_base_that_changed_in_place_is_refused(
 
 
 @pytest.mark.parametrize("change", ["a line more", "a line less", "another order"])
-def test_f19_other_data_is_refused(start: Start, tmp_path: Path, examples_file: Path, change: str) -> None:
-    stopped(start, tmp_path / "out")
+def test_f19_other_data_is_refused(
+    start: Start, tmp_path: Path, killed: Path, examples_file: Path, change: str
+) -> None:
+    leave(killed, tmp_path / "out")
     lines = examples_file.read_text().splitlines(keepends=True)
     new = {"a line more": [*lines, lines[0]], "a line less": lines[1:], "another order": lines[::-1]}[change]
     examples_file.write_text("".join(new))
@@ -424,22 +435,29 @@ def test_f19_other_data_is_refused(start: Start, tmp_path: Path, examples_file: 
 
 
 def test_the_same_data_and_base_may_have_moved(
-    start: Start, tmp_path: Path, examples_file: Path, tiny_checkpoint: Path, whole: tuple[list[dict], bytes]
+    start: Start,
+    tmp_path: Path,
+    killed: Path,
+    examples_file: Path,
+    tiny_checkpoint: Path,
+    whole: tuple[list[dict], bytes],
 ) -> None:
-    stopped(start, tmp_path / "out")
+    leave(killed, tmp_path / "out")
     data, base = shutil.copy(examples_file, tmp_path / "b.jsonl"), shutil.copytree(tiny_checkpoint, tmp_path / "base")
     assert start(tmp_path / "out", f"--data.path={data}", f"--checkpoint_dir={base}").wait() == 0
     assert ending(tmp_path / "out") == whole
 
 
-def test_other_caches_may_be_taken_in_the_middle(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
-    stopped(start, tmp_path / "out")
+def test_other_caches_may_be_taken_in_the_middle(
+    start: Start, tmp_path: Path, killed: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    leave(killed, tmp_path / "out")
     assert start(tmp_path / "out", "--quantize_cache=none", "--data.cache_dir=none").wait() == 0
     assert ending(tmp_path / "out") == whole
 
 
-def test_f40_other_versions_are_named_and_the_run_goes_on(start: Start, tmp_path: Path) -> None:
-    stopped(start, tmp_path / "out")
+def test_f40_other_versions_are_named_and_the_run_goes_on(start: Start, tmp_path: Path, killed: Path) -> None:
+    leave(killed, tmp_path / "out")
 
     def older() -> None:
         real = saver.versions
@@ -501,10 +519,10 @@ DAMAGES = [flip_a_bit, truncate, remove, empty_manifest, no_manifest, wrong_mani
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_f16_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes], damage: Callable[[Path], str]
+    start: Start, tmp_path: Path, killed: Path, whole: tuple[list[dict], bytes], damage: Callable[[Path], str]
 ) -> None:
     out = tmp_path / "out"
-    stopped(start, out)
+    leave(killed, out)
     named = damage(out / "step-000005")
     assert start(out).wait() == 0
     said = (tmp_path / "out.txt").read_text()
@@ -515,9 +533,11 @@ def test_f16_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert ending(out) == whole
 
 
-def test_f17_if_all_checkpoints_are_damaged_the_run_does_not_begin_anew(start: Start, tmp_path: Path) -> None:
+def test_f17_if_all_checkpoints_are_damaged_the_run_does_not_begin_anew(
+    start: Start, tmp_path: Path, killed: Path
+) -> None:
     out = tmp_path / "out"
-    stopped(start, out)
+    leave(killed, out)
     damaged = {folder: flip_a_bit(folder) for folder in out.glob("step-??????")}
     assert start(out).wait() == 4
     said = (tmp_path / "out.txt").read_text()
@@ -526,8 +546,10 @@ def test_f17_if_all_checkpoints_are_damaged_the_run_does_not_begin_anew(start: S
     assert sorted(out.glob("step-??????")) == sorted(damaged)
 
 
-def test_a_log_with_half_a_line_is_mended(start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]) -> None:
-    stopped(start, tmp_path / "out")
+def test_a_log_with_half_a_line_is_mended(
+    start: Start, tmp_path: Path, killed: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    leave(killed, tmp_path / "out")
     with open(tmp_path / "out/log.jsonl", "a") as log:
         log.write('{"step": 6, "loss": 4.')
     assert read_log(tmp_path / "out/log.jsonl", 99)[-1]["step"] == 5
@@ -645,8 +667,8 @@ def test_every_metric_and_answer_of_validations_is_as_if_nothing_had_happened(st
     def killer() -> None:
         keep = learning.keep_answers
 
-        def hooked(out_dir: Path, log: object, step: int, records: list[dict]) -> None:
-            keep(out_dir, log, step, records)
+        def hooked(out_dir: Path, log: object, frames: object, step: int, records: list[dict]) -> None:
+            keep(out_dir, log, frames, step, records)
             if step == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
 

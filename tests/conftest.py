@@ -40,6 +40,8 @@ TEXT_STYLES = [
 """Prompt styles that every tokenizer can write, because nothing in them but BOS and the last EOS has to be a token."""
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # for models as small as these, more threads only wait for each other
+FSYNC = os.fsync
+os.fsync = os.fstat  # type: ignore[assignment] # what tests write need not outlive the machine; waiting takes minutes
 
 
 def tiny_config(**changes: object) -> ModelConfig:

@@ -24,6 +24,7 @@ from lit_qlora.run import saver, summary
 from lit_qlora.run.resume import newest, read_log
 from lit_qlora.signals import describe
 from lit_qlora.train import loop
+from tests.conftest import FSYNC
 from tests.run.forked import STEPS, Start, at_save, ending, signals
 
 
@@ -381,6 +382,7 @@ def test_f33_a_log_that_is_moved_away_is_written_anew(
 
 def wait_for_a_tracer() -> None:
     """Come back when another process traces this one, or none has in twenty seconds."""
+    os.fsync = FSYNC
     end = time.monotonic() + 20
     while "TracerPid:\t0\n" in Path("/proc/self/status").read_text() and time.monotonic() < end:
         time.sleep(0.01)

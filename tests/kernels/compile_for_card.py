@@ -3,7 +3,8 @@
     python -m tests.kernels.compile_for_card 86 --width 4096 --rank 16 --rank 64
 
 This is a program of its own because tests on a CPU run kernels in the interpreter. Compilation ends where Triton has
-laid out shared memory, which takes a third of the time; --machine-code goes on to the end.
+laid out shared memory, which takes a third of the time; --machine-code goes on to the end. --few leaves out launches
+that take no more than others.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,9 +51,34 @@ SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may take, by compute capability times ten. CUDA C++ Programming Guide, table of
 technical specifications."""
 ACTIVATIONS = [Activation("silu", gated=True), Activation("gelu", gated=False)]
-SCHEMES = ["nf4-dq", "nf4", "int8", "none"]
 T = 2048
 F32 = torch.float32
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Those that kernels are launched for."""
+
+    schemes: tuple[str, ...] = ("nf4-dq", "nf4", "int8", "none")
+    windows: tuple[int | None, ...] = (None, 4096)
+    norms_of_heads: tuple[str, ...] = ("none", "plain", "late", "values", "values_of_keys")
+    head_sizes: tuple[int, ...] = (64, 128, 256)
+    """Of attention with capped scores."""
+    caches: tuple[tuple[int, int, int], ...] = ((1, 8, 64), (8, 4, 128), (2, 4, 256), (71, 1, 64))
+    """Queries that share a key, keys and the size of their heads, in generation; 71 are falcon-7b's."""
+    products_in_16_bit: bool = True
+    """In generation; float32 takes more."""
+
+
+FEW = Variants(
+    schemes=("nf4-dq", "int8", "none"),
+    windows=(None,),
+    norms_of_heads=("none", "plain"),
+    head_sizes=(128, 256),
+    caches=((2, 4, 256), (71, 1, 64)),
+    products_in_16_bit=False,
+)
+"""As few as take the most; tests/kernels/test_every_card.py holds them against all."""
 
 
 def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -91,7 +117,7 @@ def groups_of(width: int, rank: int) -> list[Stack]:
     ]
 
 
-def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
+def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype, of: Variants) -> None:
     """Launch the kernels of a group of layers, of their adapters and of the norm before them."""
     pending = Pending()
     x, d_x = empty(T, width, dtype=dtype), empty(T, width, dtype=dtype)
@@ -99,7 +125,7 @@ def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -
     for stack in groups_of(width, rank):
         both, z = empty(T, width + stack.rank, dtype=dtype), empty(T, stack.rank, dtype=dtype)
         a, b = empty(stack.rank, width, dtype=dtype), empty(stack.adapted_rows, rank, dtype=dtype)
-        for scheme in SCHEMES:
+        for scheme in of.schemes:
             weight = weight_of(scheme, stack.n, width, dtype)
             quantized = None if isinstance(weight, Tensor) else weight
             out = empty(stack.n, width + stack.rank, dtype=dtype)
@@ -137,10 +163,10 @@ def mlp(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
     pending.flush()
 
 
-def training(width: int, rank: int, dtype: torch.dtype) -> None:
+def training(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
     """Launch the kernels of a training step."""
     dropout = Dropout(0.05, integers(1), 3)
-    linear_layers(width, rank, dropout, dtype)
+    linear_layers(width, rank, dropout, dtype, of)
     mlp(width * 7 // 2, rank, dropout, dtype)
     positions, angles = empty(T, dtype=torch.int32), empty(4096, 64)
     heads = [empty(T, count, 128, dtype=dtype) for count in (width // 128, width // 512, width // 512)]
@@ -148,8 +174,10 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
     rotate_backward(*heads, positions, angles, angles)
     qkv, scale = empty(T, width * 3 // 2, dtype=dtype), empty(T)
     of_heads = HeadNorm(empty(2, 128), 1e-6)
-    kinds = ({}, {"late": True}, {"values": True}, {"values": True, "values_of_keys": True})
-    for norm in (None, *(replace(of_heads, **kind) for kind in kinds)):
+    both = {"values": True, "values_of_keys": True}
+    kinds = {"plain": {}, "late": {"late": True}, "values": {"values": True}, "values_of_keys": both}
+    for kind in of.norms_of_heads:
+        norm = replace(of_heads, **kinds[kind]) if kind in kinds else None
         for half in (64, 32):  # 32: half of a head is not rotated
             rotation = Rotation(positions, empty(4096, half), empty(4096, half), interleaved=half == 32)
             norm_rotate(qkv, norm, rotation, scale, (width // 128, width // 512, 128))
@@ -161,22 +189,22 @@ def training(width: int, rank: int, dtype: torch.dtype) -> None:
         norm_rotate_backward(*heads, qkv, norm, rotation, None)
     gate_forward(heads[0].flatten(1), qkv[:, :width], empty(T, width + rank, dtype=dtype))
     gate_backward(heads[0].flatten(1), heads[0].flatten(1), qkv[:, :width], qkv[:, :width])
-    attention_of(dtype)
+    attention_of(dtype, of)
     for cap in (None, 30.0):
         cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap, integers(1))
 
 
-def attention_of(dtype: torch.dtype) -> None:
-    """Attention with capped scores, for heads of three sizes."""
+def attention_of(dtype: torch.dtype, of: Variants) -> None:
+    """Attention with capped scores."""
     ends = empty(3, dtype=torch.int32)
-    for size in (64, 128, 256):
+    for size in of.head_sizes:
         q, k, v = (empty(T, heads, size, dtype=dtype) for heads in (16, 8, 8))
-        for scores in (attention.Scores(0.1, 50.0), attention.Scores(0.1, 50.0, window=4096)):
+        for scores in (attention.Scores(0.1, 50.0, window=window) for window in of.windows):
             out, log_sum = attention.attend(q, k, v, scores, ends, 1024)
             attention.attend_backward(out, q, k, v, out, log_sum, scores, ends, 1024)
 
 
-def mixture(width: int, rank: int, dtype: torch.dtype) -> None:
+def mixture(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
     """Launch the kernels of a mixture of experts, of this width inside as well."""
     count, k, dropout = 8, 2, Dropout(0.05, integers(1), 3)
     weights, chosen = experts.choose(empty(T, count), k, counts=integers(T, count))
@@ -184,7 +212,7 @@ def mixture(width: int, rank: int, dtype: torch.dtype) -> None:
     experts.choose_backward(choices, empty(T, k), 1.0, dtype)
     experts.of_tokens(empty(3, T * k), choices)
     experts.combine(empty(T * k, width, dtype=dtype), choices)
-    for scheme in SCHEMES:
+    for scheme in of.schemes:
         stored = weight_of(scheme, count * width, width, dtype)
         if not isinstance(stored, Tensor):
             out = empty(count, width, width, dtype=dtype)
@@ -207,30 +235,34 @@ def mixture(width: int, rank: int, dtype: torch.dtype) -> None:
     experts_mlp.mlp_backward(branches, inner, choices, "clamped", h=inner)
 
 
-def generation(width: int, rank: int, dtype: torch.dtype) -> None:
-    """Launch the kernels of an answer's next token; 71 heads that share a key are falcon-7b's."""
+def generation(dtype: torch.dtype, of: Variants) -> None:
+    """Launch the kernels of an answer's next token that take its attention."""
     rows, lengths = 8, integers(8)
-    for shared, groups, size in [(1, 8, 64), (8, 4, 128), (2, 4, 256), (71, 1, 64)]:
+    for shared, groups, size in of.caches:
         cache, angles = empty(rows, groups, 1024, size, dtype=dtype), empty(rows, size // 2)
         qkv = empty(rows, (shared + 2) * groups * size, dtype=dtype)
         queries = store(qkv, lengths, (angles, angles), cache, cache, shared * groups)
         for cap, sinks in ((None, None), (50.0, empty(shared * groups, dtype=dtype))):
             attend(queries, cache, cache, lengths, 1024, cap=cap, sinks=sinks)
+
+
+def products(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
+    """Launch the kernels of an answer's next token that multiply it by weights."""
     stack = groups_of(width, rank)[0]
     b = empty(stack.adapted_rows, rank, dtype=dtype)
-    for scheme in SCHEMES:
+    for scheme in of.schemes:
         weight = weight_of(scheme, stack.n, width, dtype)
         for rows in (1, 8):
             x, z = empty(rows, width, dtype=dtype), empty(rows, stack.rank, dtype=dtype)
             product(x, weight, stack, table_of(stack), None, z, b)
-    experts_of_tokens(width, rank, dtype)
+    experts_of_tokens(width, rank, dtype, of)
 
 
-def experts_of_tokens(width: int, rank: int, dtype: torch.dtype) -> None:
+def experts_of_tokens(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
     """Launch the kernel of two tokens and their two experts each."""
     stack, chosen = Stack((width, width), (0, 1), rank), integers(2, 2)
     x, z, b = empty(2, width, dtype=dtype), empty(4, 2 * rank, dtype=dtype), empty(8, 2 * width, rank, dtype=dtype)
-    for scheme in SCHEMES:
+    for scheme in of.schemes:
         stored = weight_of(scheme, 16 * width, width, dtype)
         if isinstance(stored, Tensor):
             weight: Matrices | Tensor = stored.view(8, 2 * width, width)
@@ -239,10 +271,10 @@ def experts_of_tokens(width: int, rank: int, dtype: torch.dtype) -> None:
         chosen_experts.product(x, weight, chosen, stack, table_of(stack), None, z, b, empty(2, 2), F32)
 
 
-def fp8(width: int, rank: int, dtype: torch.dtype) -> None:
+def fp8(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
     """Launch the kernels of products in FP8."""
     stack = groups_of(width, rank)[0]
-    for scheme in SCHEMES:
+    for scheme in of.schemes:
         weight = weight_of(scheme, stack.n, width, dtype)
         for out in (empty(stack.n, width, dtype=FP8), empty(width, stack.n, dtype=FP8).T):
             quantize_weights(weight, empty(stack.n), out, stack, table_of(stack))
@@ -311,18 +343,22 @@ def main() -> None:
     parser.add_argument("--width", type=int, action="append", required=True)
     parser.add_argument("--rank", type=int, action="append", required=True)
     parser.add_argument("--machine-code", action="store_true")
+    parser.add_argument("--few", action="store_true")
     flags = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+    of = FEW if flags.few else Variants()
     low = torch.bfloat16 if flags.arch >= 80 else torch.float16
     with compiling(flags.arch, flags.machine_code) as most:
         for width in flags.width:
             for rank in flags.rank:
-                training(width, rank, low)
-                mixture(width, rank, low)
+                training(width, rank, low, of)
+                mixture(width, rank, low, of)
             for dtype in (low, F32):  # weights are float32 where --precision says so
-                generation(width, flags.rank[0], dtype)
+                generation(dtype, of)
+                if dtype == F32 or of.products_in_16_bit:
+                    products(width, flags.rank[0], dtype, of)
             if flags.arch >= 89:
-                fp8(width, flags.rank[0], low)
+                fp8(width, flags.rank[0], low, of)
     print(json.dumps(most))
 
 

@@ -14,6 +14,8 @@ from lit_qlora.kernels import launch
 from tests.conftest import ROOT
 from tests.kernels.compile_for_card import SHARED
 
+QUICK = [(75, 64), (89, 16)]
+"""Cards and ranks."""
 pytestmark = pytest.mark.skipif(not launch.AVAILABLE, reason="needs Triton")
 
 
@@ -33,16 +35,23 @@ def launched_in_the_package() -> set[str]:
     return {f"{file.stem}.{name}" for file in files for name in re.findall(r"\b(\w+)\[\(", file.read_text())}
 
 
-def assert_fits(arch: int, widths: list[int], ranks: list[int]) -> None:
-    most = compiled(arch, widths, ranks)
+def assert_fits(arch: int, widths: list[int], ranks: list[int], *flags: str) -> None:
+    most = compiled(arch, widths, ranks, *flags)
     assert {name: it for name, it in most.items() if it[0] > SHARED[arch] * 2**10} == {}
     missing = launched_in_the_package() - set(most)
     assert missing == ({"fp8._weights", "fp8._rows"} if arch < 89 else set())
 
 
-@pytest.mark.parametrize(("arch", "rank"), [(75, 64), (89, 16)])
+@pytest.mark.parametrize(("arch", "rank"), QUICK)
 def test_every_kernel_fits_a_card(arch: int, rank: int) -> None:
-    assert_fits(arch, [4096], [rank])
+    assert_fits(arch, [4096], [rank], "--few")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "rank"), [*QUICK, (90, 16)])
+def test_few_launches_of_a_kernel_take_as_much_as_all(arch: int, rank: int) -> None:
+    few, all_ = (compiled(arch, [4096], [rank], *flags) for flags in (("--few",), ()))
+    assert {name: size for name, (size, _) in few.items()} == {name: size for name, (size, _) in all_.items()}
 
 
 @pytest.mark.slow

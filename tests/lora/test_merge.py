@@ -1,6 +1,8 @@
 """The merged checkpoint computes what the adapter computed, for each target and each family."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +13,17 @@ import torch
 from lit_qlora.checkpoint.checkpoint import content_hash, load_model
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.errors import CheckpointError, UsageError
+from lit_qlora.files import atomic
+from lit_qlora.lora import merge as merging
 from lit_qlora.lora.adapter import our_tensors, read_adapter
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.lora.merge import Merge, merge, merge_checkpoint
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
-from lit_qlora.quantize import quantize_linears
+from lit_qlora.quantize import bitsandbytes, quantize_linears
 from lit_qlora.settings import SCHEMES, LoRAConfig, Quantization, Scheme, Target
-from tests.conftest import load_script, tiny_model, write_checkpoint, write_tokenizer
-from tests.lora.test_adapter import FAMILIES, TARGETS, TOKENS, save, trained
+from tests.conftest import load_script, run_here, tiny_model, write_checkpoint, write_tokenizer
+from tests.lora.test_adapter import FAMILIES, TARGETS, TOKENS, combined, save, trained
 from tests.model.test_gpt import hugging_face_model
 
 
@@ -34,8 +38,7 @@ def test_merging_is_adding_the_scaled_product(targets: tuple[Target, ...]) -> No
         torch.testing.assert_close(plain(TOKENS), adapted(TOKENS), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("targets", TARGETS, ids=",".join)
-@pytest.mark.parametrize("family", [*FAMILIES, "llama-tied"])
+@pytest.mark.parametrize(("family", "targets"), combined([*FAMILIES, "llama-tied"], ["llama-gqa", "gpt_neox"]))
 def test_the_merged_checkpoint_computes_what_the_adapter_computed(
     family: str, targets: tuple[Target, ...], tmp_path: Path
 ) -> None:
@@ -103,20 +106,18 @@ def test_a_fresh_adapter_is_refused(tmp_path: Path) -> None:
         merge_checkpoint(read_adapter(tmp_path / "final"), base, tmp_path / "merged")
 
 
-def test_the_command_needs_no_bitsandbytes(tmp_path: Path) -> None:
+def test_the_command_needs_no_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_checkpoint(tmp_path / "base", tiny_model())
     write_tokenizer(base)
     model = load_model(base)
     quantize_linears(model, "bnb.nf4")
     save(tmp_path / "final", trained(model, LoRAConfig()), LoRAConfig(), base, quantize="bnb.nf4")
-    script = load_script("scripts/merge_lora.py").__file__
-    program = (
-        "import sys, runpy; sys.modules['bitsandbytes'] = None; sys.argv = sys.argv[1:];"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    argv = ["--lora_path", str(tmp_path / "final"), "--checkpoint_dir", str(base)]
-    done = subprocess.run([sys.executable, "-c", program, str(script), *argv], capture_output=True, text=True)
+    bitsandbytes.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    done = run_here("scripts/merge_lora.py", "--lora_path", tmp_path / "final", "--checkpoint_dir", base)
     assert done.returncode == 0, done.stderr
+    with pytest.raises(ImportError):
+        bitsandbytes()
     report = json.loads((tmp_path / "merged/merge_report.json").read_text())
     assert len(report["layers"]) == 4
     assert all(0 < row["update"] < 10 for row in report["layers"].values())
@@ -258,27 +259,13 @@ def test_a_merge_never_replaces_the_checkpoint_that_it_is_made_from(tmp_path: Pa
 def test_a_merge_that_is_killed_leaves_what_was_there(point: str, tmp_path: Path) -> None:
     base, (a, b) = two_adapters(tmp_path)
     before = merge_checkpoint(read_adapter(a), base, tmp_path / "merged")
-    program = """
-import os, signal, sys
-from pathlib import Path
-from lit_qlora.files import atomic
-from lit_qlora.lora import merge
-from lit_qlora.lora.adapter import our_tensors, read_adapter
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-point, adapter, base, out = sys.argv[1], *map(Path, sys.argv[2:])
-if point == "weights":
-    merge.Merge.read = lambda self, name: die()
-elif point == "report":
-    merge._digest = die
-else:
-    atomic.publish = die
-merge.merge_checkpoint(read_adapter(adapter), base, out)
-"""
-    command = [sys.executable, "-c", program, point, *map(str, (b, base, tmp_path / "merged"))]
-    assert subprocess.run(command, capture_output=True).returncode == -9
+    owner, name = {"weights": (Merge, "read"), "report": (merging, "_digest"), "publish": (atomic, "publish")}[point]
+    child = os.fork()
+    if child == 0:
+        setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        merge_checkpoint(read_adapter(b), base, tmp_path / "merged")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert json.loads((tmp_path / "merged/merge_report.json").read_text()) == before
     assert content_hash(tmp_path / "merged") == before["sha256"]
     after = merge_checkpoint(read_adapter(b), base, tmp_path / "merged")

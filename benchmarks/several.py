@@ -78,11 +78,8 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     ),
     "equal": (Case("tinyllama-1b", "ddp", length=512), Case("tinyllama-1b", "sharded", length=512)),
     "fits": (
-        Case(
-            "llama-2-70b", "sharded", rows=1, parts=2, r=8, quantize_head=True, optimizer="adamw8bit",
-            recompute="offload", least=2, seconds=280,
-        ),
-        Case("llama-2-70b", "sharded", rows=1, parts=2, recompute="attn", least=2, seconds=280),
+        Case("llama-2-70b", "sharded", rows=1, optimizer="adamw8bit", recompute="offload", least=2, seconds=280),
+        Case("llama-2-70b", "sharded", rows=1, r=8, optimizer="adamw8bit", recompute="offload", least=2, seconds=280),
     ),
     "mixture": (Case("qwen3-30b-a3b-6-blocks", "ddp"), Case("qwen3-30b-a3b-6-blocks", "sharded")),
     "killed": (),
@@ -122,7 +119,8 @@ def work(case: Case, gib: float | None, die: bool) -> None:
     config = model_config(case.shape)
     storage = Storage(torch.bfloat16 if cuda else torch.float32, case.quantize, case.quantize_head)  # type: ignore[arg-type]
     begin = time.monotonic()
-    model = random_model(config, storage, device, sharded=case.strategy == "sharded").requires_grad_(False)
+    shared = case.strategy == "sharded"
+    model = random_model(config, storage, device, shared, shared and not config.tied_head).requires_grad_(False)
     loaded = time.monotonic() - begin
     torch.manual_seed(1)
     add_lora(model, LoRAConfig(r=case.r, alpha=2.0 * case.r, targets=("all",), dropout=0.0))
@@ -143,10 +141,28 @@ def work(case: Case, gib: float | None, die: bool) -> None:
     if die:
         job.until_killed(processes - 1)
     facts = job.measure() | {"loaded": round(loaded, 1)}
+    if cuda:
+        facts["planned_gib"] = planned(case, config, storage, processes if shared else 0)
     if rank == 0:
         print("FACTS " + json.dumps(facts), flush=True)
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def planned(case: Case, config: Any, storage: Any, sharded: int) -> float:
+    """GiB that a run would plan for this."""
+    from lit_qlora.device import pick_device
+    from lit_qlora.run.plan import GIB, MicroBatches, Planner, Room
+    from lit_qlora.settings import LoRAConfig, OptimizerConfig, TrainConfig
+    from lit_qlora.train.optim import measure_state_bytes
+
+    train = TrainConfig(recompute=case.recompute, keep_dequantized=0, cuda_graphs="never")  # type: ignore[arg-type]
+    optimizer = OptimizerConfig(name=case.optimizer)  # type: ignore[arg-type]
+    state = measure_state_bytes(optimizer, train, pick_device())
+    lora = LoRAConfig(r=case.r, alpha=2.0 * case.r, targets=("all",), dropout=0.0)
+    planner = Planner(config, lora, storage, train, state, sharded=sharded)
+    plan = planner.plan(MicroBatches(case.rows * case.length, case.rows), Room(1e12, 1e12))
+    return round(plan.total / GIB, 2)
 
 
 class Job:

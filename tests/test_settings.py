@@ -25,6 +25,7 @@ from lit_qlora.settings import (
     LogConfig,
     LoRAConfig,
     OptimizerConfig,
+    PreferenceRunConfig,
     TrainConfig,
     is_pattern,
 )
@@ -246,6 +247,30 @@ def test_what_concerns_sampling_is_noted_without_it() -> None:
     assert config.notes() == ["do_sample is false, so temperature, top_k has no effect."]
     assert not config.samples
     assert GenerationConfig(do_sample=False, temperature=0.0).notes() == GenerationConfig(temperature=0.3).notes() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lora": LoRAConfig(dora=True)}, "lora.dora"),
+        ({"lora": LoRAConfig(init="pissa")}, "lora.init pissa"),
+        ({"train": TrainConfig(fp8=True)}, "train.fp8"),
+        ({"train": TrainConfig(keep_dequantized=3)}, "train.keep_dequantized 3"),
+        ({"train": TrainConfig(router_balance_loss=0.1)}, "train.router_balance_loss"),
+        ({"train": TrainConfig(fast=False, recompute="attn")}, "train.recompute attn on the plain path"),
+        ({"quantize_cache": "/cache"}, "quantize_cache /cache"),
+        ({"head": "classify"}, "head classify"),
+    ],
+)
+def test_a_setting_that_needs_a_whole_base_is_refused_where_none_is(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=rf"strategy sharded: {named} does not work with it: "):
+        FinetuneConfig(strategy="sharded", **settings)
+    FinetuneConfig(strategy="ddp", **settings)
+
+
+def test_preferences_need_whole_bases() -> None:
+    with pytest.raises(UsageError, match=r"strategy sharded is for finetune/lora.py"):
+        PreferenceRunConfig(strategy="sharded")
 
 
 def test_a_seed_of_minus_one_is_another_one_each_time() -> None:

@@ -29,6 +29,7 @@ from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.report import tell
 from lit_qlora.settings import Scheme
+from lit_qlora.sharded import HostEmbedding
 
 WEIGHTS = "lit_model.safetensors"
 KEPT = "lit_model.kept.safetensors"
@@ -58,11 +59,18 @@ def load_model(
     return load_stored(Path(checkpoint_dir), storage, torch.device(device))
 
 
-def load_stored(directory: Path, storage: Storage, device: torch.device, sharded: bool = False) -> GPT:
+def load_stored(
+    directory: Path,
+    storage: Storage,
+    device: torch.device,
+    sharded: bool = False,
+    embedding_on_host: bool = False,
+) -> GPT:
     """load_model, whose settings for the weights are one value.
 
     Args:
         sharded: each process holds a share of the blocks' weights, see lit_qlora.sharded; all call this together.
+        embedding_on_host: with `sharded`, the embedding lies in the host's memory.
     """
     config = ModelConfig.load(directory)
     weights = open_weights(directory)
@@ -84,7 +92,7 @@ def load_stored(directory: Path, storage: Storage, device: torch.device, sharded
             f"{directory} holds weights as they were published, in {weights.scheme}. They become 16-bit ones{anew}.\n"
             f"--quantize {weights.scheme} takes them as they are."
         )
-    cut = Cut(model, storage, device) if sharded else None
+    cut = Cut(model, storage, device, embedding_on_host) if sharded else None
     names = _names(model, packed, storage, cut)
     tensors = _stream(weights, names, device)
     _fill(model, map(summed, names, tensors), storage, packed, cut)
@@ -96,13 +104,19 @@ def load_stored(directory: Path, storage: Storage, device: torch.device, sharded
     return model
 
 
-def random_model(config: ModelConfig, storage: Storage, device: torch.device, sharded: bool = False) -> GPT:
+def random_model(
+    config: ModelConfig,
+    storage: Storage,
+    device: torch.device,
+    sharded: bool = False,
+    embedding_on_host: bool = False,
+) -> GPT:
     """A model like one of load_stored, with random weights, which are as fast and as large as any.
 
     They depend on their names alone, so that several processes that share them make those of one.
     """
     model = GPT.skeleton(config)
-    cut = Cut(model, storage, device) if sharded else None
+    cut = Cut(model, storage, device, embedding_on_host) if sharded else None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     generator = torch.Generator(device)
 
@@ -149,6 +163,9 @@ def _fill(
             del weight
             stacks.place(path, layer)
             model.set_submodule(path, layer)
+            continue
+        if module is model.embed and cut is not None and cut.embedding_on_host:
+            model.embed = HostEmbedding(own.pop("weight"))  # type: ignore[assignment]
             continue
         for key, tensor in own.items():
             setattr(module, key, nn.Parameter(tensor))

@@ -24,13 +24,14 @@ class Cut:
 
     Args:
         model: on the meta device.
+        embedding_on_host: the embedding shall lie in the host's memory.
 
     Attributes:
         base: what holds the shares.
     """
 
-    def __init__(self, model: GPT, storage: Storage, device: torch.device) -> None:
-        self.model, self.storage = model, storage
+    def __init__(self, model: GPT, storage: Storage, device: torch.device, embedding_on_host: bool = False) -> None:
+        self.model, self.storage, self.embedding_on_host = model, storage, embedding_on_host
         self.base = ShardedBase(slabs_of(model, storage, distributed.get_world_size()), device)
         self.owners = self._share_out()
         self.block: int | None = None

@@ -27,9 +27,12 @@ def load_base(config: FinetuneConfig, storage: "Storage", device: "torch.device"
     """Read and quantise the base of a run, or take it from the cache; a sharded one has no cache."""
     from lit_qlora.checkpoint import quantized_cache
     from lit_qlora.checkpoint.checkpoint import load_stored
+    from lit_qlora.model.config import ModelConfig
+    from lit_qlora.sharded import lies_on_host
 
     if config.strategy == "sharded":
-        return load_stored(config.checkpoint_dir, storage, device, sharded=True)
+        on_host = lies_on_host(ModelConfig.load(config.checkpoint_dir), config.lora)
+        return load_stored(config.checkpoint_dir, storage, device, sharded=True, embedding_on_host=on_host)
     return quantized_cache.load(config.checkpoint_dir, storage, device, config.quantize_cache)
 
 

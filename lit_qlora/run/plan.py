@@ -18,7 +18,7 @@ from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.quantize import Storage, bits_per_weight
 from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig, check
-from lit_qlora.sharded import slabs_of
+from lit_qlora.sharded import lies_on_host, slabs_of
 from lit_qlora.sharded.base import BUFFERS
 
 GIB = 2**30
@@ -60,7 +60,7 @@ class Plan:
     carries: bool = False
     """Whether weights dequantised in a backward pass are carried over to the next forward pass."""
     host: float = 0.0
-    """Bytes of activations in the host's memory."""
+    """Bytes of activations in the host's memory, and of a sharded base's embedding."""
     dtype: torch.dtype | None = None
     """Dtype that the fast path gives to frozen weights in another one; None where it leaves them as they are."""
     plain_attention: bool = False
@@ -157,7 +157,8 @@ class Planner:
         gpt = GPT.skeleton(model)
         storage.check_layers(gpt)
         frozen = sum(p.numel() for p in gpt.parameters())
-        stored = sharded_bytes(gpt, storage, sharded) if sharded else stored_bytes(gpt, storage)
+        on_host = model.vocab_size * model.n_embd * storage.dtype.itemsize * (sharded > 0 and lies_on_host(model, lora))
+        stored = sharded_bytes(gpt, storage, sharded) - on_host if sharded else stored_bytes(gpt, storage)
         add_lora(gpt, lora)
         if outputs:
             add_score(gpt, outputs)
@@ -177,6 +178,7 @@ class Planner:
             fp8=train.fp8,
             processes=sharded,
             ahead=not sharded,
+            host=on_host,
         )
 
     def plan(self, batches: MicroBatches, room: Room) -> Plan:
@@ -272,7 +274,7 @@ class Planner:
         free = 0.97 * room.gpu - weights - learning - seen
         graph_tokens = 0 if self.router_losses or self.sharded else _graph_tokens(model, train, batches)
         tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
-        host = math.inf if room.host is None else HOST_SHARE * room.host
+        host = math.inf if room.host is None else HOST_SHARE * room.host - plan.host
         sizes, policies = _fastest(self._sizes, train.recompute, tokens, free, host)
         activations = sizes.peak(policies, tokens)
         captures = graph_tokens and not set(ON_HOST) & set(policies)
@@ -301,7 +303,7 @@ class Planner:
             cached=cached_blocks * sizes.dequantized,
             ahead=sizes.ahead,
             carries=carries,
-            host=sizes.on_host(policies, tokens),
+            host=plan.host + sizes.on_host(policies, tokens),
         )
 
 

@@ -10,7 +10,7 @@ from lit_qlora.checkpoint import checkpoint, safetensors_io
 from lit_qlora.checkpoint.checkpoint import load_stored
 from lit_qlora.errors import CheckpointError
 from lit_qlora.quantize import SCHEMES, QuantizedLinear, Storage
-from lit_qlora.sharded import ShardedBase
+from lit_qlora.sharded import HostEmbedding, ShardedBase
 from tests.conftest import tiny_model, write_checkpoint
 from tests.train.test_parallel import loopback, together
 
@@ -81,6 +81,11 @@ def test_each_process_reads_its_part_of_the_matrices(tmp_path: Path, monkeypatch
     sizes = {name: spec.numel() for name, spec in checkpoint.open_weights(directory).specs.items()}
     in_blocks = [sum(sizes[name] for name in names if name.startswith("blocks.")) for names in (one, other)]
     assert in_blocks[0] == pytest.approx(in_blocks[1], rel=0.1)
+
+
+def test_an_embedding_in_host_memory_gives_the_same_rows() -> None:
+    plain, tokens = torch.nn.Embedding(9, 4).bfloat16(), torch.randint(0, 9, (2, 5))
+    assert torch.equal(HostEmbedding(plain.weight)(tokens), plain(tokens))
 
 
 def test_an_element_that_is_not_finite_ends_all_processes_with_the_same_message(tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_an_optimizer_with_8_bit_state_is_planned_with_its_bytes(fits: ModuleTyp
 
 
 @pytest.mark.slow
+def test_two_gpus_hold_what_one_of_them_does_not(fits: ModuleType) -> None:
+    lora = LoRAConfig(r=8, alpha=16, targets=("all",))
+    given = {"model": "meta-llama/Llama-3.1-70B", "gpu": "24", "lora": lora, "host": 128.0}
+    (alone,), (both,) = (list(fits.find_fits(fits.FitsConfig(devices=devices, **given))) for devices in (1, 2))
+    assert alone.longest == 0
+    assert both.rows >= 1
+    assert not both.slow_because
+
+
+@pytest.mark.slow
 def test_all_of_a_mixture_of_30b_trains_in_40_gb_with_its_experts(fits: ModuleType) -> None:
     lora, optimizer = LoRAConfig(r=8, alpha=16, targets=("all",)), OptimizerConfig(name="adamw8bit")
     config = fits.FitsConfig(model="Qwen/Qwen3-30B-A3B", gpu="A100 40GB", lora=lora, optimizer=optimizer)

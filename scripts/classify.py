@@ -1,7 +1,10 @@
 """Read labels off texts with a head that finetune/lora.py has trained with --head classify or regress.
 
+A reward model, which finetune/preference.py trains with --preference.loss reward, gives a number to an answer.
+
 python scripts/classify.py --lora_path out/lora/tiny-world --text "What a wonderful day"
 python scripts/classify.py --lora_path out/lora/tiny-world --data.path test.jsonl --out labels.jsonl
+python scripts/classify.py --lora_path out/preference/tiny-world --prompt "What does the fox eat?" --text "Mice."
 """
 
 import json
@@ -12,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
+from lit_qlora.files.atomic import write_text, writing
 from lit_qlora.inference import InferenceConfig, LoadedModel
+from lit_qlora.prompts.conversation import Conversation
+from lit_qlora.prompts.style import read_style
 from lit_qlora.settings import Settings, check
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ class TextsConfig(Settings):
 
     path: str | None = None
     """File of texts, as finetune/lora.py reads it. Where records have a label too, accuracy and F1, or the errors of
-    numbers, are printed at the end."""
+    numbers, are printed at the end. For a reward model the file has prompts and answers, in any format of these."""
     columns: str = ""
     """Columns of text and label, as NAME:text or NAME:text,NAME:label. By default those that the file has."""
 
@@ -40,6 +46,8 @@ class Config(InferenceConfig):
 
     text: tuple[str, ...] | str = ()
     """Texts, instead of a file of them."""
+    prompt: str | None = None
+    """Prompt that the texts answer, for a reward model."""
     data: TextsConfig = field(default_factory=TextsConfig)
     max_length: int | None = None
     """Maximum tokens of a text; longer ones lose their beginning. By default the context of the model, at most 2048."""
@@ -52,6 +60,7 @@ class Config(InferenceConfig):
         """Check the settings before the model is loaded."""
         super().__post_init__()
         check(bool(self.text) != bool(self.data.path), "Give either --text or --data.path.")
+        check(self.prompt is None or bool(self.text), "prompt has no effect without text. Leave it out.")
         check(bool(self.data.path) or not self.data.columns, "data.columns has no effect without data.path.")
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
         check(self.max_length is None or self.max_length >= 1, f"max_length must be at least 1, got {self.max_length}.")
@@ -60,18 +69,30 @@ class Config(InferenceConfig):
 
 def main(config: Config) -> None:
     """Read, load, answer, and measure where labels are known."""
-    from lit_qlora.data.scoring import read_plain
-
-    if config.data.path:
-        texts, known = read_plain(config.data.path, config.data.columns)
-    else:
-        texts, known = ([config.text] if isinstance(config.text, str) else list(config.text)), None
+    style = read_style(config.adapter or config.base)
+    rewards = style is not None and style.name != "text"
+    check(
+        rewards or config.prompt is None,
+        "prompt is for a reward model, and this head reads texts alone. Leave it out.",
+    )
+    check(
+        not rewards or config.prompt is not None or bool(config.data.path),
+        "A reward model gives a number to the answer to a prompt. Give --prompt too.",
+    )
+    conversations = read_conversations(config) if rewards else []
+    texts, known = ([said.answers[-1].text for said in conversations], None) if rewards else read_texts(config)
     loaded = config.load(heads=True)
-    scores = score(config, loaded, texts)
+    most = longest(config, loaded)
+    if rewards and style:
+        turns = style.encode_many(loaded.tokenizer, conversations)
+        ids = [[i for turn in some for part in turn[:2] for i in part][-most:] for some in turns]
+    else:
+        from lit_qlora.data.scoring import ids_of
+
+        ids = ids_of(texts, loaded.tokenizer, most)
+    scores = score(loaded, ids, config.batch_size)
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in answers(loaded, texts, scores))
     if config.out:
-        from lit_qlora.files.atomic import write_text, writing
-
         with writing(config.out):
             write_text(config.out, lines, follow=True)
     else:
@@ -81,21 +102,47 @@ def main(config: Config) -> None:
         print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), file=sys.stderr)
 
 
-def score(config: Config, loaded: LoadedModel, texts: list[str]) -> "Tensor":
-    """The outputs (S, C) of the head for each text."""
-    import torch
+def read_texts(config: Config) -> tuple[list[str], list[Any] | None]:
+    """The texts, and their labels if these are known."""
+    from lit_qlora.data.scoring import read_plain
 
+    if config.data.path:
+        return read_plain(config.data.path, config.data.columns)
+    return [config.text] if isinstance(config.text, str) else list(config.text), None
+
+
+def read_conversations(config: Config) -> list[Conversation]:
+    """The prompts with their answers, for a reward model."""
+    from lit_qlora.data.examples import read_examples
+    from lit_qlora.data.sources import find_sources
+
+    if config.data.path:
+        (source,), _ = find_sources([config.data.path], None)
+        return list(read_examples(source, columns=config.data.columns).examples)
+    texts = [config.text] if isinstance(config.text, str) else config.text
+    return [Conversation.of((config.prompt or "", text)) for text in texts]
+
+
+def longest(config: Config, loaded: LoadedModel) -> int:
+    """Most tokens of a text."""
     from lit_qlora.data.load import DEFAULT_MAX_LENGTH
-    from lit_qlora.data.scoring import ids_of, text_batches
 
     room = loaded.model.config.block_size
     most = config.max_length or min(room, DEFAULT_MAX_LENGTH)
     check(most <= room, f"max_length {most} exceeds the {room} tokens of the model's context.")
-    ids = ids_of(texts, loaded.tokenizer, most)
+    return most
+
+
+def score(loaded: LoadedModel, ids: list[list[int]], rows: int) -> "Tensor":
+    """The outputs (S, C) of the head for each text."""
+    import torch
+
+    from lit_qlora.data.scoring import text_batches
+
     assert loaded.model.score is not None
-    scores = torch.zeros(len(texts), loaded.model.score.out_features)
+    scores = torch.zeros(len(ids), loaded.model.score.out_features)
     with torch.no_grad():
-        for numbers, batch in text_batches(ids, config.batch_size):
+        for numbers, batch in text_batches(ids, rows):
             scores[numbers] = loaded.model.scores(batch.tokens, batch.labels).cpu()
     return scores
 

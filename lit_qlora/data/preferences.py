@@ -13,6 +13,7 @@ from lit_qlora.data.load import RunData, batching_of, choose_style, encode_sourc
 from lit_qlora.data.samples import Counts, Sample, Samples
 from lit_qlora.data.sources import find_sources
 from lit_qlora.errors import DataError
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, FinetuneConfig, PreferenceConfig
 
@@ -58,6 +59,8 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
         if len(train) < 2:
             raise DataError("preference.loss kto compares with answers to other prompts, and there is only one answer.")
         train, compared = elsewhere(train, seed, most), elsewhere(compared, seed, most)
+    if how.loss == "reward":
+        train, compared = to_their_ends(train), to_their_ends(compared)
     some = range(len(compared))[: config.eval.max_samples]
     compared = compared if len(some) == len(compared) else part(compared, some)
     firsts = compared.samples.take(compared.bounds[:-1].tolist())
@@ -77,6 +80,7 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
         audit=replace(found, train=len(train), val=len(compared), red=[], further=further),
         files={one.facts.source: one.facts.sha256 for one in everything},
         val=compared,
+        scoring=Scoring("regress") if how.loss == "reward" else None,
     )
 
 
@@ -139,6 +143,13 @@ def elsewhere(singles: Comparisons, seed: int, most: int) -> Comparisons:
     sides = np.stack((singles.sides, np.full(count, ELSEWHERE, np.int8)), axis=1).flatten()
     bounds = np.arange(0, 2 * count + 1, 2, dtype=np.int64)
     return Comparisons(Samples.of(samples), bounds, sides, singles.margins, singles.layout)
+
+
+def to_their_ends(comparisons: Comparisons) -> Comparisons:
+    """The comparisons with a label behind the last token of each answer alone, where a head reads its number."""
+    ended = Samples.of(Sample.of([*one.tokens.tolist(), 0], len(one.tokens)) for one in comparisons.samples)
+    c = comparisons
+    return Comparisons(ended, c.bounds, c.sides, c.margins, c.layout, c.reference)
 
 
 def _beside(singles: Comparisons, i: int, other: int, most: int) -> Sample:

@@ -23,7 +23,10 @@ class LabelScores:
 
     Attributes:
         outputs: (S, C) of the last call, in the order of the batches; None before it.
+        scores: None, since no row is an answer of a model.
     """
+
+    scores: Tensor | None = None
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class PairLosses:
         with evaluating(self.model), self.fabric.autocast():
             objective.prepare(self.model, mine, partial(sum_over_ranks, self.fabric))
             for batch in mine:
-                losses = token_losses(self.model, pinned(batch, device))
+                losses = objective.values(self.model, pinned(batch, device))
                 total += objective.of_losses(on(batch, device), losses, weight, labelled)
         return torch.cat((total[None], objective.sums))
 

@@ -217,20 +217,25 @@ class GPT(nn.Module):
         return token_cross_entropy(hidden, self.head, labels, cap=self.config.logit_softcap)
 
     def scores(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
     ) -> Tensor:
         """The outputs of the head `score` at the labelled tokens, in their order.
 
         Args:
             tokens, labels: see loss.
-            positions, segments: see hidden.
+            positions, segments, seen_until: see hidden.
 
         Returns:
             (N, C) float32.
         """
         assert self.score is not None
-        tokens, labels, positions, segments = self._here(tokens, labels, positions, segments)
-        hidden = self.hidden(tokens, positions=positions, segments=segments)[labels >= 0]
+        tokens, labels, positions, segments, seen_until = self._here(tokens, labels, positions, segments, seen_until)
+        hidden = self.hidden(tokens, positions=positions, segments=segments, seen_until=seen_until)[labels >= 0]
         return self.score(hidden.float() / self.config.logit_multiplier)  # which the head of tokens alone has
 
     @property

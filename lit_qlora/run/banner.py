@@ -297,7 +297,7 @@ def _data_lines(data: RunData) -> str:
 
 def _samples(data: RunData) -> str:
     """Show some samples as the model sees them, and where the answer of the first begins."""
-    if scoring := data.scoring:
+    if (scoring := data.scoring) and data.val is None:
         texts = [Sample(sample.tokens[:-1], sample.trained[:-1]) for sample in data.audit.shown]
         return "\n".join(
             f"  sample  {show(text, data.tokenizer, most=300)} -> {scoring.name(int(sample.tokens[-1]))}"

@@ -32,7 +32,7 @@ def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
     if val:
         top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color=ORANGE, ms=4, label="validation")
         _mark_best(top, val)
-    compared = any("logp_chosen" in record for record in train)
+    compared = any("reward_margin" in record for record in train)
     top.set_ylabel("loss of a comparison" if compared else "loss per labelled token (nats)")
     _scale(top, [*average, *(r["val_loss"] for r in val)])
     top.grid(alpha=0.3, which="both")

@@ -173,7 +173,7 @@ def learn(
     with caught() as stop, explained(config.out_dir, data.tokenizer, partial(savings, config, data)):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
         write_losses = partial(sample_losses.keep, config.out_dir, data.val_batches)
-        losses: Losses | PairLosses = Losses(
+        losses: Losses | PairLosses | LabelScores = Losses(
             fabric, model, data.val_batches, stop, write_losses, log.validating, config.distill
         )
         if isinstance(objective, Preferences):
@@ -181,7 +181,11 @@ def learn(
             losses = PairLosses(
                 fabric, model, validation_pairs(data.val, data.batching), objective, stop, log.validating
             )
-        of_labels = LabelScores(fabric, model, data.val_batches, data.scoring, stop) if data.scoring else None
+        of_labels = (
+            LabelScores(fabric, model, data.val_batches, data.scoring, stop)
+            if data.scoring and data.val is None
+            else None
+        )
         measures: list[Measure] = [of_labels or losses] if data.val_batches else []
         write = partial(keep_answers, config.out_dir, log, frames(data) if probes.questions else [])
         measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop, log.validating)

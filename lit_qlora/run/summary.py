@@ -27,7 +27,7 @@ from lit_qlora.run.figures import plot_losses
 from lit_qlora.run.reports import Answer, Frame, Outcome, one_line, unframed, write_page, write_report
 from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
-from lit_qlora.settings import FinetuneConfig, LoRAConfig
+from lit_qlora.settings import FinetuneConfig, LoRAConfig, PreferenceRunConfig
 
 SHOWN = 3  # best and worst answers
 
@@ -87,6 +87,8 @@ def advise(config: FinetuneConfig, records: Sequence[Record]) -> tuple[str, str]
     values = metrics(records).get(metric, [])
     adapter = quote(f"{config.out_dir}/{FINAL}")
     chat = f"{spell('scripts/chat.py')} --lora_path {adapter}"
+    if has_head(config):
+        chat = f"{spell('scripts/classify.py')} --lora_path {adapter} --data.path FILE"
     if len(values) < 2 or values[0][0] != 0 or not _is_worse(metric, values[-1][1], values[0][1]):
         return "", f"{spell('scripts/merge_lora.py')} --lora_path {adapter}\n{chat}"
     warning = f"{metric} {short(values[0][1])} -> {short(values[-1][1])}: worse than the base, do not merge."
@@ -96,6 +98,11 @@ def advise(config: FinetuneConfig, records: Sequence[Record]) -> tuple[str, str]
         return warning, f"{spell('scripts/merge_lora.py')} --lora_path {quote(str(best))}\n{chat}"
     why = "No better step was kept" if better else "No step was better: lower --train.learning_rate"
     return f"{warning} {why}.", chat
+
+
+def has_head(config: FinetuneConfig) -> bool:
+    """Tell if the run trains a head that reads labels."""
+    return config.head != "none" or (isinstance(config, PreferenceRunConfig) and config.preference.loss == "reward")
 
 
 def beside_published(published: Mapping[str, float], summary: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from lit_qlora.settings.limits import NotNegative, Positive, Share, at_least, be
 from lit_qlora.settings.run import FinetuneConfig
 from lit_qlora.settings.train import TrainConfig
 
-PreferenceLoss = Literal["dpo", "robust", "hinge", "ipo", "apo_zero", "orpo", "simpo", "cpo", "sft", "kto"]
+PreferenceLoss = Literal["dpo", "robust", "hinge", "ipo", "apo_zero", "orpo", "simpo", "cpo", "sft", "kto", "reward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,12 @@ PUBLISHED: dict[PreferenceLoss, PublishedLoss] = {
         reads=("desirable_weight", "undesirable_weight"),
         paired=False,
     ),
+    "reward": PublishedLoss(
+        paper="Bradley & Terry 1952; of reward models: Ouyang et al. 2022, arXiv 2203.02155",
+        beta=None,
+        reference=False,
+        margins=True,
+    ),
 }
 """In the order of --help."""
 
@@ -80,7 +86,7 @@ class PreferenceConfig(Settings):
     loss: PreferenceLoss = "dpo"
     """Loss of a pair of answers. dpo, robust (for noisy labels), hinge, ipo and apo_zero compare with the model before
     training, its reference. orpo, simpo and cpo have none. sft learns the chosen answers alone. kto learns from single
-    answers that are good or bad."""
+    answers that are good or bad. reward trains a head that gives each answer a number, by the order of pairs alone."""
     beta: Positive | None = None
     """Strength of the comparison; for ipo, half its inverse is the wanted difference; for orpo, the weight of the odds
     ratio. By default as published: 0.1, for simpo 2."""
@@ -133,6 +139,10 @@ class PreferenceConfig(Settings):
         check(
             published.paired or not self.sft_weight,
             f"preference.sft_weight is of chosen answers, and the loss {self.loss} has no pairs. Leave it out.",
+        )
+        check(
+            self.loss != "reward" or not self.sft_weight,
+            "preference.sft_weight is of what a model writes, and the loss reward trains none. Leave it out.",
         )
         check(
             not self.sft_prompts or self.or_published("sft_weight") > 0,
@@ -193,4 +203,10 @@ class PreferenceRunConfig(FinetuneConfig):
             self.strategy != "sharded",
             "strategy sharded is for finetune/lora.py: a comparison takes passes that others lack. Leave it out.",
         )
+        if self.preference.loss == "reward":
+            concerns = "concerns what a model writes, and the loss reward trains a head. Leave it out."
+            for name in ("generate", "prompts", "tasks"):
+                check(not getattr(self.eval, name), f"eval.{name} {concerns}")
+            learns = "head" in self.lora.targets or self.lora.train_embeddings or bool(self.lora.train_tokens)
+            check(not learns, f"lora.targets head, lora.train_tokens and lora.train_embeddings: each {concerns}")
         check(not train.neftune, "train.neftune would add noise to what is compared. Leave it out.")

@@ -93,6 +93,11 @@ def cpo(pairs: Pairs, how: PreferenceConfig) -> Tensor:
     return -F.logsigmoid(how.or_published("beta") * (pairs.chosen - pairs.rejected) - pairs.margin)
 
 
+def reward(pairs: Pairs, how: PreferenceConfig) -> Tensor:
+    """Bradley-Terry: -log s(c - r), of numbers that a head gives to answers instead of their log-probabilities."""
+    return -F.logsigmoid(pairs.chosen - pairs.rejected - pairs.margin)
+
+
 def nothing(pairs: Pairs, how: PreferenceConfig) -> Tensor:
     """No comparison; preference.sft_weight is all of the loss."""
     return torch.zeros_like(pairs.chosen)
@@ -108,6 +113,7 @@ FORMULAS: dict[PreferenceLoss, Formula] = {
     "simpo": simpo,
     "cpo": cpo,
     "sft": nothing,
+    "reward": reward,
 }
 """The losses of pairs."""
 

@@ -54,7 +54,11 @@ class Preferences:
     def loss(self, model: Any, batch: AnyBatch, step: Step) -> Tensor:
         """See Objective."""
         assert isinstance(batch, PairBatch)
-        return self.of_losses(on(batch, self.drift.device), token_losses(model, batch), step.weight, step.labelled)
+        return self.of_losses(on(batch, self.drift.device), self.values(model, batch), step.weight, step.labelled)
+
+    def values(self, model: Any, batch: PairBatch) -> Tensor:
+        """The losses (B, T) of labelled tokens; of a head minus the number at the last token of each answer."""
+        return token_losses(model, batch) if self.config.loss != "reward" else negative_scores(model, batch)
 
     def of_losses(self, batch: PairBatch, losses: Tensor, weight: float, labelled: int) -> Tensor:
         """The loss of rows of comparisons, and add to the sums.
@@ -84,7 +88,8 @@ class Preferences:
         of_pairs = {"reward_accuracy": s["right"], "reward_margin": s["margin"]} if s["shares"] else {}
         found = {name: value / s["shares"] for name, value in of_pairs.items()}
         for side in ("chosen", "rejected"):
-            for name in (f"reward_{side}", f"logp_{side}", f"length_{side}"):
+            others = () if self.config.loss == "reward" else (f"logp_{side}", f"length_{side}")
+            for name in (f"reward_{side}", *others):
                 found |= {name: s[name] / s[side]} if s[side] else {}
         if not self.config.published.paired:
             found |= {"kl": s["kl"] / max(1.0, s["steps"])}
@@ -115,6 +120,13 @@ def token_losses(model: Any, batch: PairBatch) -> Tensor:
     """The losses (B, T) of the labelled tokens of comparisons on the host, see GPT.token_losses."""
     losses: Tensor = model.token_losses(batch.tokens, batch.labels, batch.positions, batch.segments, batch.seen_until)
     return losses
+
+
+def negative_scores(model: Any, batch: PairBatch) -> Tensor:
+    """Minus the outputs of a head with one output at the labelled tokens, (B, T), and 0 elsewhere; see GPT.scores."""
+    scores: Tensor = model.scores(batch.tokens, batch.labels, batch.positions, batch.segments, batch.seen_until)
+    at = (batch.labels >= 0).to(scores.device)
+    return torch.zeros(at.shape, device=scores.device).masked_scatter(at, -scores[:, 0])
 
 
 def answers_of(batch: PairBatch, losses: Tensor) -> tuple[Tensor, Tensor]:

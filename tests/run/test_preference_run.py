@@ -15,6 +15,7 @@ from lit_qlora.run.preferences import falling, off_the_fast_path
 from lit_qlora.run.resume import Checkpoint, check_same_run, plain
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, PreferenceConfig, PreferenceRunConfig
 from lit_qlora.settings.preference import PreferenceEvalConfig, PreferenceTrainConfig
+from tests.conftest import run_here
 from tests.run.conftest import log_of
 
 
@@ -102,6 +103,21 @@ def test_other_losses_learn_too(loss: str, tiny_checkpoint: Path, pairs: Path, t
     _, val = log_of(run(tiny_checkpoint, pairs, tmp_path / "out", loss, packing=loss == "orpo"))
     assert val[-1]["val_loss"] < val[0]["val_loss"]
     assert val[-1]["val_reward_margin"] > val[0]["val_reward_margin"]
+
+
+@pytest.mark.slow
+def test_a_reward_model_gives_numbers_to_answers(tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    out = run(tiny_checkpoint, pairs, tmp_path / "out", "reward")
+    _, val = log_of(out)
+    assert val[-1]["val_reward_accuracy"] == 1.0
+    assert val[-1]["val_loss"] < val[0]["val_loss"]
+    values = []
+    for answer in ("7", "It is 7."):
+        asked = run_here("scripts/classify.py", "--lora_path", out, "--prompt", "What is 3 plus 4?", "--text", answer)
+        values.append(json.loads(asked.stdout)["value"])
+    assert values[0] > values[1]
+    refused = run_here("scripts/classify.py", "--lora_path", out, "--text", "7")
+    assert "Give --prompt too" in refused.stderr
 
 
 @pytest.mark.slow

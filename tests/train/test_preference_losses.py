@@ -90,6 +90,7 @@ IN_WORDS: dict[str, tuple[dict[str, Any], float]] = {
     "simpo": ({}, -math.log(logistic(2.0 * (-0.5 + 2.5) - 0.5))),
     "cpo": ({}, -math.log(logistic(0.1 * 2.0))),
     "sft": ({}, 0.0),
+    "reward": ({}, -math.log(logistic(-3.0 + 5.0))),
 }
 
 
@@ -127,7 +128,7 @@ def test_the_gradient_of_dpo_weighs_a_pair_by_how_wrongly_it_is_ranked() -> None
 
 @pytest.mark.parametrize("loss", [name for name, facts in PUBLISHED.items() if facts.margins])
 def test_a_margin_asks_for_that_much_more_of_the_difference_of_rewards(loss: Any) -> None:
-    how = PreferenceConfig(loss=loss, beta=1.0)
+    how = PreferenceConfig(loss=loss, beta=1.0 if PUBLISHED[loss].beta else None)
     pair = Pairs(*(torch.tensor([value], dtype=torch.float64) for value in PAIR))
     tokens = pair.chosen_tokens if loss == "simpo" else 1.0
     less = pair._replace(chosen=pair.chosen - 0.25 * tokens)

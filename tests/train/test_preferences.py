@@ -13,9 +13,11 @@ from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.data import Batching, Sample, Samples, Step, steps
 from lit_qlora.data.batches import validation_pairs
 from lit_qlora.data.comparisons import CHOSEN, ELSEWHERE, REJECTED, Comparisons, Layout
+from lit_qlora.data.preferences import to_their_ends
 from lit_qlora.fused import fuse
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear, add_lora, lora_state
+from lit_qlora.lora.score import add_score
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import GuardConfig, LoRAConfig, PreferenceConfig, TrainConfig
 from lit_qlora.train.guards import Guard
@@ -250,3 +252,29 @@ def test_five_steps_are_those_of_trl_however_they_are_split(name: str, micro: in
         for side in ("chosen", "rejected"):
             assert record[f"reward_{side}"] == pytest.approx(theirs[f"rewards/{side}"], abs=2e-5)
             assert record[f"logp_{side}"] == pytest.approx(theirs[f"logps/{side}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_reward_model_learns_as_from_whole_answers_alone(packed: bool) -> None:
+    how, data = PreferenceConfig(loss="reward"), to_their_ends(comparisons(share=packed))
+    model = adapted_model()
+    add_score(model, 1)
+    step = one_step(data, micro=9, packed=packed)
+    found = learn(model, how, step)
+    model.zero_grad()
+    losses = []
+    for one in data:  # as TRL's RewardTrainer has it: each answer a row, read at its last token
+        rewards = []
+        for answer in one.answers:
+            tokens = torch.from_numpy(answer.tokens[:-1]).long()[None]
+            rewards.append(model.score(model.hidden(tokens)[0, -1])[0])  # type: ignore[misc]
+        each = [-nn.functional.logsigmoid(rewards[0] - other - one.margin) for other in rewards[1:]]
+        losses.append(torch.stack(each).mean())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert found[0] == pytest.approx(float(loss.detach()), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[1][name], parameter.grad, rtol=1e-3, atol=1e-5)
+    assert {"reward_accuracy", "reward_margin"} <= found[2].keys()
+    assert "logp_chosen" not in found[2]

@@ -4,12 +4,13 @@ Training knows nothing of this. A layer computes what LoRALinear computes with t
 the base computes where there is none.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
@@ -17,6 +18,7 @@ from lit_qlora.lora.adapter import Adapter, our_tensors
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import Router
 from lit_qlora.quantize import frozen_weight
+from lit_qlora.settings import LoRAConfig
 
 BASE = None
 """The name of no adapter."""
@@ -36,11 +38,13 @@ class SwitchedLinear(nn.Module):
     Attributes:
         updates: by the adapter's name, A (r, in), B (out, r), the factor of B A, and DoRA's factor of the whole, (out,)
             or None.
+        rows: by the name of an adapter that has trained rows of a head, their tokens (n,) and the rows (n, in).
     """
 
     def __init__(self, base: nn.Module, selection: Selection) -> None:
         super().__init__()
         self.base, self.selection = base, selection
+        self.rows: dict[str, tuple[Tensor, Tensor]] = {}
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
         self.updates: dict[str, tuple[Tensor, Tensor, float, Tensor | None]] = {}
@@ -53,6 +57,8 @@ class SwitchedLinear(nn.Module):
     def updated(self, y: Tensor, x: Tensor) -> Tensor:
         """The output with the updates of the adapters that rows use, from that of the base, y."""
         for name, rows in self.selection.groups:
+            if name in self.rows:
+                y = self._with_rows(y, x, name, rows)
             if name not in self.updates:
                 continue
             a, b, scale, gain = self.updates[name]
@@ -65,6 +71,15 @@ class SwitchedLinear(nn.Module):
             y = y + update if rows is None else y.index_add(0, rows, update.to(y.dtype))
         return y
 
+    def _with_rows(self, y: Tensor, x: Tensor, name: str, rows: Tensor | None) -> Tensor:
+        """The output with the logits of an adapter's own rows in `rows` of the batch."""
+        tokens, weight = self.rows[name]
+        own = (x if rows is None else x[rows]) @ weight.T.to(x.dtype)
+        bias: Any = self.base.bias
+        own = own if bias is None else own + bias[tokens]
+        some = (y if rows is None else y[rows]).index_copy(-1, tokens, own.to(y.dtype))
+        return some if rows is None else y.index_copy(0, rows, some)
+
     @property
     def scales_rows(self) -> bool:
         """True if one of its adapters is DoRA's."""
@@ -75,6 +90,8 @@ class SwitchedLinear(nn.Module):
         """See LoRALinear."""
         if len(self._active) > 1 or any(rows is not None for _, rows in self._active):
             return "rows that use different adapters"
+        if any(name in self.rows for name, _ in self.selection.groups):
+            return "rows that learn"
         return "DoRA" if any(self.updates[name][3] is not None for name, _ in self._active) else ""
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
@@ -85,6 +102,37 @@ class SwitchedLinear(nn.Module):
     @property
     def _active(self) -> list[tuple[str, Tensor | None]]:
         return [(name, rows) for name, rows in self.selection.groups if name in self.updates]
+
+
+class SwitchedEmbedding(nn.Module):
+    """A frozen embedding with rows of their own for adapters that trained some.
+
+    Attributes:
+        rows: by the adapter's name, for each token the number of its row or -1, (V,), and the rows (n, E).
+    """
+
+    def __init__(self, base: nn.Embedding, selection: Selection) -> None:
+        super().__init__()
+        self.base, self.selection = base, selection
+        self.rows: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight (V, E) of the frozen embedding."""
+        return self.base.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, E)."""
+        x: Tensor = self.base(tokens)
+        for name, rows in self.selection.groups:
+            if name not in self.rows:
+                continue
+            row_of, weight = self.rows[name]
+            row = row_of[tokens if rows is None else tokens[rows]]
+            own = F.embedding(row.clamp(min=0), weight).to(x.dtype)
+            some = torch.where((row >= 0)[..., None], own, x if rows is None else x[rows])
+            x = some if rows is None else x.index_copy(0, rows, some)
+        return x
 
 
 class SwitchedRouter(SwitchedLinear):
@@ -114,13 +162,8 @@ class AdapterSwitch:
 
         Raises:
             CheckpointError: if it does not fit the model.
-            UsageError: if it has embeddings, which cannot switch.
+            UsageError: if it has a context of its own, which cannot switch.
         """
-        if adapter.config.train_tokens or adapter.config.train_embeddings:
-            raise UsageError(
-                f"{adapter.path} has embeddings of its own, so it cannot share a base with others.\n"
-                "Merge it (scripts/merge_lora.py) and serve the merged model."
-            )
         config, wanted = self.model.config, adapter.config
         if wanted.rope_scaling != "none" and wanted.rope != (config.rope_scaling, config.rope_factor):
             raise UsageError(
@@ -130,12 +173,9 @@ class AdapterSwitch:
         tensors = our_tensors(adapter, self.model.config)
         layers = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
+        self._add_rows(name, adapter.config, tensors)
         for path in layers:
-            layer = self.model.get_submodule(path)
-            if not isinstance(layer, SwitchedLinear):
-                kind = SwitchedRouter if isinstance(layer, Router) else SwitchedLinear
-                layer = kind(layer, self._selection)
-                self.model.set_submodule(path, layer)
+            layer = self._switched(path)
             own = torch.float32 if isinstance(layer, SwitchedRouter) else dtype
             a, b = (tensors[f"{path}.{part}"].to(device, own) for part in ("lora_a", "lora_b"))
             scale, gain = adapter.config.scale(path), None
@@ -147,6 +187,31 @@ class AdapterSwitch:
             # Experts see the tokens of all rows in another order, so rows are not known there, nor by their router.
             self.by_row = self.by_row and not any(f".mlp.{part}" in path for part in ("experts.", "shared.", "router"))
         self.names.append(name)
+
+    def _switched(self, path: str) -> SwitchedLinear:
+        """The layer at `path`, which can switch from now on."""
+        layer = self.model.get_submodule(path)
+        if not isinstance(layer, SwitchedLinear):
+            kind = SwitchedRouter if isinstance(layer, Router) else SwitchedLinear
+            layer = kind(layer, self._selection)
+            self.model.set_submodule(path, layer)
+        return layer
+
+    def _add_rows(self, name: str, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Add the trained rows of embedding and head, if the adapter has some."""
+        if "embed.rows" not in tensors:
+            return
+        if not isinstance(self.model.embed, SwitchedEmbedding):
+            self.model.embed = SwitchedEmbedding(self.model.embed, self._selection)  # type: ignore[assignment]
+        embed: Any = self.model.embed
+        like, size = embed.weight, embed.base.num_embeddings
+        tokens = torch.tensor(config.train_tokens or range(size), device=like.device)
+        row_of = torch.full((size,), -1, device=like.device)
+        row_of[tokens] = torch.arange(len(tokens), device=like.device)
+        embed.rows[name] = row_of, tensors["embed.rows"].to(like)
+        of_head = tensors["embed.rows"] if self.model.config.tied_head else tensors.get("head.rows")
+        if of_head is not None:
+            self._switched("head").rows[name] = tokens, of_head.to(like)
 
     def select(self, rows: Sequence[str | None]) -> None:
         """Let row i of each batch use the adapter rows[i], or none.

@@ -1,6 +1,7 @@
 """Adapters that are switched compute what each computes alone, row by row."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,8 +97,25 @@ def test_variants_are_switched_too(scheme: Scheme, tmp_path: Path) -> None:
             torch.testing.assert_close(mixed[i : i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_embeddings_cannot_be_switched(tmp_path: Path) -> None:
-    base = write_checkpoint(tmp_path / "base", tiny_model())
-    folder = write_adapter(tmp_path / "a", base, train_tokens=(3,))
-    with pytest.raises(UsageError, match=r"has embeddings of its own(.|\n)*Merge it"):
-        AdapterSwitch(load_model(base)).add("a", read_adapter(folder))
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_rows_switch_with_their_adapter(tied: bool, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", tiny_model(tied_head=tied, head_bias=True))
+    settings: dict[str, Any] = {
+        "tokens": {"train_tokens": (3, 300), "train_head_rows": True},
+        "whole": {"train_embeddings": True},
+        "plain": {"targets": ("query",) if tied else ("query", "head")},
+    }
+    for name, changes in settings.items():
+        write_adapter(tmp_path / name, base, **changes)
+    switch = AdapterSwitch(load_model(base).eval())
+    for name in settings:
+        switch.add(name, read_adapter(tmp_path / name))
+    tokens = torch.tensor([[3, 300, 5, 3]] * 4)
+    with torch.no_grad():
+        switch.select(["plain", "tokens", None, "whole"])
+        mixed = switch.model(tokens)
+        for i, name in enumerate(["plain", "tokens", None, "whole"]):
+            expected = alone(base, tmp_path / name if name else None, "none")(tokens[i : i + 1])
+            torch.testing.assert_close(mixed[i : i + 1], expected, rtol=1e-4, atol=1e-4)
+            with switch.using(name):
+                torch.testing.assert_close(switch.model(tokens[:1]), expected, rtol=1e-4, atol=1e-4)

@@ -151,7 +151,7 @@ VARIANTS = {
     "patterns": ["--lora.rank_pattern={attn.query: 2}", "--lora.alpha_pattern={value: 3.5}", "--lora.last_layers=1"],
     "neftune": ["--train.neftune=5"],
     "dropout": ["--train.hidden_dropout=0.1", "--data.token_dropout=0.2", "--data.length_quantile=0.7"],
-    "tokens": ["--lora.train_tokens=[5,7]"],
+    "tokens": ["--lora.train_tokens=[5,7]", "--lora.train_head_rows=true"],
     "embeddings": ["--lora.train_embeddings", "--optimizer.lora_plus=4"],
     "schedule": ["--train.schedule=cosine-restarts", "--train.cycles=2", "--train.floor=0.1", "--train.warmup=1"],
 }

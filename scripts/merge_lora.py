@@ -99,11 +99,12 @@ def main(config: MergeConfig) -> None:
     if config.verify != "none":
         merge, facts = measured(config, adapters, checkpoint_dir, merge)
     report = merge.write(out_dir, facts)
+    shown = out_dir.relative_to(Path.cwd()) if out_dir.is_relative_to(Path.cwd()) else out_dir
     print(
         f"merged {len(report['layers'])} layers of {report['base']['name']} (onto the {merge.base} weights)\n"
         f"  the largest update is {report['largest_update']:.2%} of its weight; rounding to the base's dtype lost "
         f"{report['largest_rounding']:.2%}\n"
-        f"  {out_dir}   details in merge_report.json   {peak_memory()} at most"
+        f"  {shown}   details in merge_report.json   {peak_memory()} at most"
     )
 
 

@@ -34,7 +34,7 @@ def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
         _mark_best(top, val)
     compared = any("reward_margin" in record for record in train)
     top.set_ylabel("loss of a comparison" if compared else "loss per labelled token (nats)")
-    _scale(top, [*average, *(r["val_loss"] for r in val)])
+    scale_losses(top, [*average, *(r["val_loss"] for r in val)])
     top.grid(alpha=0.3, which="both")
     top.legend(frameon=False)
     bottom.plot(steps, [r["lr"] for r in train], color=GRAY)
@@ -56,8 +56,8 @@ def _mark_best(axes: Any, val: Sequence[Record]) -> None:
     axes.plot([best["step"]], [best["val_loss"]], "*", color=ORANGE, ms=15, mec="black", mew=0.6, label=label, zorder=4)
 
 
-def _scale(axes: Any, losses: Sequence[float]) -> None:
-    """Choose the scale of an axis of losses."""
+def scale_losses(axes: Any, losses: Sequence[float]) -> None:
+    """Give losses a logarithmic axis if they span more than a factor of ten, else one that begins at 0."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     found = [loss for loss in losses if math.isfinite(loss)]

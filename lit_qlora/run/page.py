@@ -45,8 +45,8 @@ th { font-weight: 600; }
 .words th { text-align: left; }
 .words td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; }
 .words td:last-child { width: 60%; }
-.texts td:last-child { width: auto; }
-.texts { table-layout: fixed; }
+.even { table-layout: fixed; }
+.even td:last-child { width: auto; }
 .scored th:first-child { width: 3rem; }
 svg { width: 100%; max-width: 44rem; height: auto; display: block; margin: 0 auto; }
 svg text { fill: currentColor; }
@@ -56,8 +56,10 @@ td details { font-size: .85em; color: var(--soft); }
 summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 40rem) {
   .tiles { grid-auto-flow: row; grid-template-columns: 1fr 1fr; }
-  .texts, .texts tbody, .texts tr, .texts td { display: block; width: auto; padding: .1rem 0; border: 0; }
+  .texts, .texts tbody, .texts tr, .texts td, .texts td:last-child {
+    display: block; width: auto; padding: .1rem 0; border: 0; }
   .texts tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
+  th, td { padding: .25rem .35rem; }
   .texts tr:has(th) { display: none; }
   .texts td::before { content: attr(data-name) " "; color: var(--soft); } }
 """
@@ -92,7 +94,8 @@ def table(rows: Sequence[Row], header: Row = (), kind: str = "") -> str:
     """Write a table in HTML.
 
     Args:
-        kind: "words" wraps its lines; "words texts" also turns each row into a list on a narrow screen.
+        kind: "words" wraps its lines, "texts" turns each row into a list on a narrow screen, "even" gives all columns
+            the same width but, with "scored", the first.
     """
     names = [escape(str(name)) for name in header]
     head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>" if names else ""

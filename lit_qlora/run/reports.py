@@ -190,7 +190,7 @@ def _answers(outcome: Outcome) -> tuple[str, str]:
     header = ["chrF" if asked else "loss", "prompt", *["before"] * early, *["after"] * asked, "wanted"]
     note = "" if asked else '<p class="note">--eval.generate 20 has a run answer, before training and after it.</p>'
     kind = "chrF of the answer" if asked else "loss of the wanted answer"
-    return f"Best and worst answers, by {kind}", note + table(rows, header, "words texts scored")
+    return f"Best and worst answers, by {kind}", note + table(rows, header, "words texts even scored")
 
 
 def _said(said: Sequence[Record]) -> str:
@@ -199,7 +199,7 @@ def _said(said: Sequence[Record]) -> str:
     prompts = list(dict.fromkeys(record["prompt"] for record in said))
     header = ["prompt", *(f"after {step:,} steps" if step else "before" for step in steps)]
     rows = [[prompt, *(texts.get((prompt, step), "") for step in steps)] for prompt in prompts]
-    return table(rows, header, "words texts") if rows else ""
+    return table(rows, header, "words texts even") if rows else ""
 
 
 def unframed(prompt: str, frames: Sequence[Frame]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -85,24 +86,35 @@ def advise(config: FinetuneConfig, records: Sequence[Record]) -> tuple[str, str]
     assert config.out_dir is not None
     metric = "val_loss" if config.eval.best == "none" else config.eval.best
     values = metrics(records).get(metric, [])
+    merge, best = f"{spell('scripts/merge_lora.py')} --lora_path", config.out_dir / BEST
     adapter = quote(f"{config.out_dir}/{FINAL}")
     chat = f"{spell('scripts/chat.py')} --lora_path {adapter}"
     if has_head(config):
         chat = f"{spell('scripts/classify.py')} --lora_path {adapter} --data.path FILE"
     if len(values) < 2 or values[0][0] != 0 or not _is_worse(metric, values[-1][1], values[0][1]):
-        return "", f"{spell('scripts/merge_lora.py')} --lora_path {adapter}\n{chat}"
+        better = _better(metric, values) if best.is_symlink() else ""
+        of_best = [f"{merge} {quote(str(best))}    # {better}"] if better else []
+        return "", "\n".join([f"{merge} {adapter}", *of_best, chat])
     warning = f"{metric} {short(values[0][1])} -> {short(values[-1][1])}: worse than the base, do not merge."
-    better = [step for step, value in values[1:] if _is_worse(metric, values[0][1], value)]
-    best = config.out_dir / BEST
-    if better and best.is_symlink():
-        return warning, f"{spell('scripts/merge_lora.py')} --lora_path {quote(str(best))}\n{chat}"
-    why = "No better step was kept" if better else "No step was better: lower --train.learning_rate"
+    kept = [step for step, value in values[1:] if _is_worse(metric, values[0][1], value)]
+    if kept and best.is_symlink():
+        return warning, f"{merge} {quote(str(best))}\n{chat}"
+    why = "No better step was kept" if kept else "No step was better: lower --train.learning_rate"
     return f"{warning} {why}.", chat
 
 
 def has_head(config: FinetuneConfig) -> bool:
     """Tell if the run trains a head that reads labels."""
     return config.head != "none" or (isinstance(config, PreferenceRunConfig) and config.preference.loss == "reward")
+
+
+def _better(metric: str, values: Sequence[tuple[int, float]]) -> str:
+    """Name the step that was better than the last one; '' if none was."""
+    trained = [pair for pair in values if pair[0]]
+    if not trained:
+        return ""
+    step, value = (min if smaller_is_better(metric) else max)(trained, key=itemgetter(1))
+    return f"step {step:,}: {metric} {short(value)}" if _is_worse(metric, trained[-1][1], value) else ""
 
 
 def beside_published(published: Mapping[str, float], summary: Mapping[str, Any]) -> list[str]:
@@ -151,7 +163,7 @@ def _outcome(
         following=following,
         best=best,
         worst=worst,
-        frames=frames(data),
+        frames=frames(data) if best or worst else (),
         said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
     )
 

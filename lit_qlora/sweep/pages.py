@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_qlora.files.atomic import replacing, write_text
 from lit_qlora.report import metrics, smaller_is_better
-from lit_qlora.run.figures import inline
+from lit_qlora.run.figures import inline, scale_losses
 from lit_qlora.run.page import document, sections, table
 from lit_qlora.sweep.results import Results, Row, commands
 from lit_qlora.sweep.trials import flag_value
@@ -65,7 +65,7 @@ def page(results: Results, curves: Any, lines: Any) -> str:
         ),
         ("Curves", inline(curves, "curves", f"{results.metric} of each trial") if curves else ""),
         ("Settings", inline(lines, "settings", f"Settings and {results.metric} of each trial") if lines else ""),
-        ("Commands", table(orders, kind="words")),
+        ("Commands", table(orders, ("trial", "to", "command"), "words texts")),
     ]
     return document(results.title, sections(parts), "body { max-width: 80rem; }")
 
@@ -84,13 +84,13 @@ def label(results: Results, row: Row) -> str:
     return f"{number}: {own}"[:48]
 
 
-def curves_figure(results: Results, width: float = 9) -> Any:
+def curves_figure(results: Results, width: float = 6.5) -> Any:
     """Plot the metric of each trial over its steps; None if no trial has it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 5), layout="constrained")
     axes = figure.subplots()
-    drawn = 0
+    drawn, shown = 0, list[float]()
     for row, colour in zip(results.rows, colours(len(results.rows)), strict=True):
         for result in row.results:
             points = metrics(result.records).get(results.metric, [])
@@ -98,18 +98,21 @@ def curves_figure(results: Results, width: float = 9) -> Any:
             named = label(results, row) if result is row.first and drawn < SHOWN else None
             if points:
                 style = "-" if result.status == "done" else ":"
-                axes.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=named, linewidth=1.4)
+                axes.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=named, linewidth=1.8)
                 drawn += named is not None
+                shown += [value for _, value in points]
     if not drawn:
         return None
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(results.metric)
-    axes.grid(alpha=0.3)
-    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    if smaller_is_better(results.metric):
+        scale_losses(axes, shown)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 
-def parallel_figure(results: Results, width: float = 9) -> Any:
+def parallel_figure(results: Results, width: float = 6.5) -> Any:
     """Plot settings and metric of each row as a line across parallel axes; None with fewer than two rows or axes."""
     from matplotlib.figure import Figure
 
@@ -123,7 +126,7 @@ def parallel_figure(results: Results, width: float = 9) -> Any:
     axes = figure.subplots()
     for number, colour in reversed(list(enumerate(colours(len(rows))))):
         heights = [heights[number] for heights, _ in scales]
-        axes.plot(range(len(scales)), heights, color=colour, linewidth=1.6, alpha=0.85, solid_joinstyle="round")
+        axes.plot(range(len(scales)), heights, color=colour, linewidth=1.8, alpha=0.85, solid_joinstyle="round")
     for number, (_, ticks) in enumerate(scales):
         axes.axvline(number, color="black", linewidth=0.8)
         for height, text in ticks:

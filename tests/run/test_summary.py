@@ -112,7 +112,17 @@ def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
     ("losses", "linked", "warned", "following"),
     [
         ((4.0, 3.0), True, "", ["merge_lora.py --lora_path out/final", "chat.py --lora_path out/final"]),
-        ((4.0, 3.0, 4.0), True, "", ["merge_lora.py --lora_path out/final", "chat.py --lora_path out/final"]),
+        (
+            (4.0, 3.0, 4.0),
+            True,
+            "",
+            [
+                "merge_lora.py --lora_path out/final",
+                "merge_lora.py --lora_path out/best    # step 2: val_loss 3.0000",
+                "chat.py --lora_path out/final",
+            ],
+        ),
+        ((4.0, 3.0, 3.5), False, "", ["merge_lora.py --lora_path out/final", "chat.py --lora_path out/final"]),
         (
             (4.0, 3.0, 6.0),
             True,

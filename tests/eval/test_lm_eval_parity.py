@@ -178,17 +178,26 @@ def flat(value) -> list:
     return [x for item in value for x in flat(item)] if isinstance(value, list) else [value]
 
 
-@pytest.mark.parametrize("shots", [0, 2])
+def each_family_with(*settings):
+    """Llama is tested with all of them by `make test`, each other family with one."""
+    return [
+        pytest.param(family, setting, marks=[] if family == "llama" or i == j % 2 else [pytest.mark.slow])
+        for j, family in enumerate(FAMILIES)
+        for i, setting in enumerate(settings)
+    ]
+
+
+@pytest.mark.parametrize(("pair", "shots"), each_family_with(0, 2), indirect=["pair"])
 def test_tasks_of_lm_eval_give_what_the_hf_model_gives(pair, tasks_dir, shots):
     assert_equal(pair, NAMES, tasks_dir, harness.Asking(allow_code=True, num_fewshot=shots))
 
 
-@pytest.mark.parametrize("shots", [0, 3])
+@pytest.mark.parametrize(("pair", "shots"), each_family_with(0, 3), indirect=["pair"])
 def test_long_choices_answers_in_words_and_whole_texts_give_what_the_hf_model_gives(pair, tasks_dir, shots):
     assert_equal(pair, OWN, tasks_dir, harness.Asking(allow_code=True, num_fewshot=shots))
 
 
-@pytest.mark.parametrize("multiturn", [False, True])
+@pytest.mark.parametrize(("pair", "multiturn"), each_family_with(False, True), indirect=["pair"])
 def test_questions_in_a_chat_template_give_what_the_hf_model_gives(pair, tasks_dir, multiturn):
     asking = harness.Asking(
         allow_code=True,

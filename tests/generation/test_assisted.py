@@ -13,6 +13,7 @@ from lit_qlora.settings import GenerationConfig
 from tests.conftest import tiny_model
 
 PROMPTS = [[5, 9, 200], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
+SETTINGS: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 9}]
 
 
 def draft_of(model: GPT, likeness: float) -> GPT:
@@ -25,9 +26,16 @@ def draft_of(model: GPT, likeness: float) -> GPT:
     return other
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 30])
-@pytest.mark.parametrize("likeness", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 9}])
+@pytest.mark.parametrize(
+    ("settings", "likeness", "tokens"),
+    [
+        pytest.param(SETTINGS[(i + j + k) % 2], likeness, tokens, marks=[pytest.mark.slow] if k else [])
+        for k in range(2)
+        for i, likeness in enumerate([0.0, 0.9, 1.0])
+        for j, tokens in enumerate([1, 4, 30])
+    ],
+    ids=str,
+)
 def test_the_likeliest_answer_is_the_same_with_a_draft_model(
     settings: dict[str, Any], likeness: float, tokens: int
 ) -> None:

@@ -184,9 +184,17 @@ def disturb(model: GPT) -> None:
         tensor.add_(0.03 * torch.randn_like(tensor))
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    ("init", "rslora", "dora"),
+    [
+        pytest.param(
+            init, rslora, dora, marks=[] if (init == "pissa") + rslora + dora in (1, 3) else [pytest.mark.slow]
+        )
+        for init in ("pissa", "olora")
+        for rslora in (False, True)
+        for dora in (False, True)
+    ],
+)
 def test_what_is_saved_is_a_change_of_the_published_base(
     init: Any, rslora: bool, dora: bool, base: Path, tmp_path: Path
 ) -> None:

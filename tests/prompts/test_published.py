@@ -185,7 +185,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """A tokenizer here and in transformers."""
     directory = tmp_path_factory.mktemp("tokenizer")
@@ -193,7 +193,15 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Tokenizer(directory), theirs
 
 
-@pytest.mark.parametrize("name", STYLES_HERE)
+@pytest.mark.parametrize(
+    ("pair", "name"),
+    [
+        pytest.param(kind, name, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+        for i, kind in enumerate(KINDS)
+        for j, name in enumerate(STYLES_HERE)
+    ],
+    indirect=["pair"],
+)
 def test_ids_are_those_of_transformers_for_the_published_template(pair: tuple[Tokenizer, Any], name: str) -> None:
     ours, theirs = pair
     style = STYLES_HERE[name]

@@ -97,6 +97,7 @@ class StackedExperts:
             self.weight = stack_matrices(bases)
         else:
             self.dense = _joined(bases).view(self.shape)
+            assert self.dense.dtype == dtype, "weights that lie elsewhere are not converted"
 
     @property
     def stored(self) -> list[Tensor]:

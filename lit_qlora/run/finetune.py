@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.quantize import Storage
     from lit_qlora.report import tell
     from lit_qlora.run import distillation, dry_run, folder, learning, preferences, resume, saver, summary
-    from lit_qlora.run.banner import plan_run, tell_plan
+    from lit_qlora.run.banner import plan_run, savings, tell_plan
     from lit_qlora.train import parallel
 
     out_dir = config.out_dir or folder.default_out_dir(config)
@@ -136,6 +137,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     with (
+        nullcontext() if fabric.is_global_zero else parallel.ends_with_parent(),
         folder.claim(config, fabric, checkpoint, plan),
         folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
     ):
@@ -146,7 +148,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         if teacher:
             data = distillation.with_teacher(fabric, data, teacher)
         storage = Storage(weights_dtype(precision), *config.quantization)
-        model = load(config, storage, fabric.device)
+        with learning.explained(out_dir, data.tokenizer, partial(savings, config, data)):
+            model = load(config, storage, fabric.device)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         if data.scoring:

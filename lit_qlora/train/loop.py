@@ -415,13 +415,13 @@ class InStep(Gradients):
             except torch.OutOfMemoryError:
                 self._failed = True
             gathers.complete()
-        if any(agree(self.fabric, self._failed)):
+        if any(agree(self.fabric, int(self._failed))):
             raise torch.OutOfMemoryError("The memory of this process or another one ran out.")
         return loss
 
     def _can_need_less(self, batches: list[AnyBatch]) -> bool:
         stuck = self._failed and not super()._can_need_less(batches)
-        return not any(agree(self.fabric, stuck))
+        return not any(agree(self.fabric, int(stuck)))
 
     def _need_less(self, batches: list[AnyBatch]) -> None:
         if self._failed:

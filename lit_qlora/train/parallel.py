@@ -7,6 +7,8 @@ path writes gradients without autograd.
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
 
+from lit_qlora.errors import ResourceError
 from lit_qlora.settings import Strategy, check
 
 AT_ONCE = 2**23
@@ -74,6 +77,30 @@ def strategy(wanted: Strategy, devices: Devices, num_nodes: int) -> DataParallel
     """
     here = devices if devices != "auto" else torch.cuda.device_count()
     return DataParallel() if wanted != "auto" or here > 1 or num_nodes > 1 else "auto"
+
+
+@contextmanager
+def ends_with_parent(every: float = 2.0) -> Iterator[None]:
+    """End this process if the one that started it ends meanwhile.
+
+    On GPUs a process that waits for another one would go on to wait for half an hour.
+
+    Args:
+        every: seconds between two looks.
+    """
+    parent, done = os.getppid(), Event()
+
+    def watch() -> None:
+        while not done.wait(every):
+            if os.getppid() != parent:
+                os.write(2, b"\nerror: The process that started this one has ended, so this one ends too.\n")
+                os._exit(ResourceError.status)
+
+    Thread(target=watch, daemon=True, name="parent").start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +17,14 @@ from lit_qlora.evaluate import measures
 from lit_qlora.run.resume import newest
 from lit_qlora.sharded import ShardedBase
 from lit_qlora.train import loop
-from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
+from tests.conftest import ROOT, tiny_model, write_checkpoint, write_tokenizer
 from tests.run.forked import Child, Start, at_save, ending, signals
 from tests.run.test_ddp import EQUAL, WITH_TRITON, mixture, relative_difference, start_ranks, take_the_fast_path
 
 __all__ = ["mixture", "start_ranks"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 StartRanks = Callable[..., list[Child]]
+NO_VALIDATION = ["--eval.every=99", "--eval.before_training=false"]
 BLOCKS = 5
 SHARDED = [*EQUAL, "--strategy=sharded", "--quantize=bnb.nf4-dq"]
 
@@ -83,14 +87,15 @@ def test_processes_that_share_a_base_learn_what_one_does(
 @WITH_TRITON
 @pytest.mark.parametrize("scheme", ["none", "bnb.nf4-dq", "bnb.int8"])
 def test_they_do_on_the_fast_path(start: Start, start_ranks: StartRanks, tmp_path: Path, scheme: str) -> None:
-    flags = [*SHARDED, f"--quantize={scheme}", "--train.max_steps=2", "--lora.targets=[all]"]
+    flags = [*SHARDED, f"--quantize={scheme}", "--train.max_steps=1", "--lora.targets=[all]", *NO_VALIDATION]
     learns_the_same(start, start_ranks, tmp_path, *flags, fast=True)
 
 
 @WITH_TRITON
 @pytest.mark.parametrize("fast", [False, True])
 def test_they_do_with_experts(start: Start, start_ranks: StartRanks, tmp_path: Path, mixture: Path, fast: bool) -> None:
-    flags = [*SHARDED, f"--checkpoint_dir={mixture}", "--lora.targets=[all,router]", "--train.max_steps=2"]
+    flags = [*SHARDED, f"--checkpoint_dir={mixture}", "--lora.targets=[all,router]", "--train.max_steps=1"]
+    flags += NO_VALIDATION
     learns_the_same(start, start_ranks, tmp_path, *flags, "--train.router_z_loss=0.001", fast=fast)
 
 
@@ -173,7 +178,7 @@ def test_a_process_that_gathers_another_block_ends_the_run_before_an_update(
 
         return patch if rank == 1 else None
 
-    flags = [*SHARDED, "--eval.every=99", "--eval.before_training=false"]
+    flags = [*SHARDED, *NO_VALIDATION]
     children = start_ranks(tmp_path / "out", *flags, before=before)
     assert [child.wait() for child in children] == [6, 6]
     assert "error: The processes gathered different blocks" in children[0].said.read_text()
@@ -272,3 +277,29 @@ def test_a_process_that_is_killed_in_a_pass_ends_the_run_with_a_message(
     assert statuses[dead] == -signal.SIGKILL
     assert statuses[1 - dead] == 6
     assert "error: Another process of this run has ended" in children[1 - dead].said.read_text()
+
+
+def test_processes_under_two_agents_of_torchrun_are_one_run(start: Start, tmp_path: Path, examples_file: Path) -> None:
+    """As on two machines with two GPUs each."""
+    flags = ["--train.max_steps=3", "--train.batch_size=8", "--lora.dropout=0", "--quantize=bnb.nf4-dq"]
+    assert start(tmp_path / "one", *flags).wait() == 0
+    defaults = [f"--checkpoint_dir={tmp_path / 'deep'}", f"--data.path={examples_file}", "--data.prompt=qa"]
+    defaults += ["--data.val_fraction=0.1", "--train.micro_batch_size=2", "--train.learning_rate=0.01"]
+    defaults += ["--eval.every=3", f"--data.cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'out'}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+    agent += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command = [str(ROOT / "finetune/lora.py"), *defaults, *flags, "--strategy=sharded"]
+    known = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    machines = [
+        subprocess.Popen([*agent, f"--node_rank={i}", *command], env=known, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    said = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "in each of 4 processes that share it" in said[0]
+    metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
+    assert metrics < 1e-5
+    assert tensors < 1e-3

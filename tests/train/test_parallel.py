@@ -1,6 +1,8 @@
 """Processes that train together exchange the sums of their gradients, and nothing else."""
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,24 @@ def test_all_start_from_the_adapter_of_the_first(tmp_path: Path) -> None:
         return [listed(layer.weight.detach().flatten()), listed(layer.bias.detach())]
 
     assert together(tmp_path, work)[1] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    reader, writer = os.pipe()
+    if not (parent := os.fork()):
+        if not os.fork():
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+            with parallel.ends_with_parent(every=0.01):
+                os.write(writer, b"watches")
+                signal.pause()
+        os.read(reader, 7)
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(parent, 0)
+    while os.read(reader, 7):
+        pass  # until the last process that could write has ended
+    assert "error: The process that started this one has ended" in said.read_text()
 
 
 def test_one_process_exchanges_nothing() -> None:

@@ -21,6 +21,7 @@ class Inputs:
         tokens: (T,) int64.
         positions: (T,) int32, rows of the table of learned positions; None without one.
         by_token: the loss of each token is wanted, not their sum.
+        states: the last stream at the labelled tokens is wanted, not their losses.
     """
 
     tokens: Tensor
@@ -28,6 +29,7 @@ class Inputs:
     labelled: Labelled
     run: Pass
     by_token: bool = False
+    states: bool = False
 
 
 @dataclass
@@ -40,6 +42,7 @@ class SavedPass:
         blocks: of each block; None in a pass that saves nothing.
         head_gradients: of the head's adapter, and the terms to add to them.
         number: of the forward pass; a later one overwrites the tensors on the host.
+        picked: (N,) int64, of the T tokens those whose stream was wanted instead of losses; None where losses were.
     """
 
     tokens: Tensor
@@ -47,13 +50,14 @@ class SavedPass:
     blocks: list[SavedBlock | None]
     head_gradients: list[tuple[Tensor, Tensor]]
     number: int
+    picked: Tensor | None = None
 
 
 class Trainable(Protocol):
     """The forward and the backward pass of a model."""
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, SavedPass]:
-        """The loss, or the losses (T, 1) of tokens, and the activations for the backward pass."""
+        """The loss, or the losses (T, 1) or states (N, E) of tokens, and the activations for the backward pass."""
         ...
 
     def backward(self, d_loss: Tensor, saved: SavedPass, run: Pass) -> None:

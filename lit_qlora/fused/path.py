@@ -109,7 +109,7 @@ class Fused:
         self.gradient = torch.zeros_like(self.master)
         self.every_a: list[tuple[nn.Parameter, Tensor]] = []
         self.every_b: list[tuple[nn.Parameter, Tensor]] = []
-        self.has_gaps = self.rows is not None
+        self.has_gaps = self.rows is not None or self.model.score is not None
         first_a, first_b = 0, size_a
         for group in adapted:
             at_a, at_b = slice(first_a, first_a + group.size_a), slice(first_b, first_b + group.size_b)
@@ -281,6 +281,28 @@ class Fused:
             self._attach_gradients()
             return self._learned(Eager(self, inputs)).view(tokens.shape)
 
+    def states(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        seen_until: Tensor | None = None,
+    ) -> Tensor:
+        """The last stream (N, E) at labelled tokens, before the last norm, for a batch on the host; see GPT.scores."""
+        with torch.autocast(self.device.type, enabled=False):
+            learns, seed = self._state()
+            shared = positions if seen_until is not None else None
+            layout = Layout.of(len(tokens), tokens.size(1), segments, self.device, shared)
+            picked = (labels.flatten() >= 0).nonzero()[:, 0]
+            labelled = Labelled(picked, labels.flatten()[picked], None).to(self.device)
+            inputs = self.inputs(tokens, labelled, seed, positions, saves=learns, layout=layout)
+            inputs = replace(inputs, states=True)
+            if not learns:
+                return self._evaluated(inputs)
+            self._attach_gradients()
+            return self._learned(Eager(self, inputs))
+
     def _evaluated(self, inputs: Inputs) -> Tensor:
         """The loss or losses without a backward pass."""
         result = self.forward(inputs)[0]
@@ -414,6 +436,12 @@ class Fused:
         """The loss, and the activations for the backward pass."""
         run = inputs.run
         stream, saved = self._blocks(inputs.tokens, inputs.positions, run)
+        if inputs.states:
+            picked = inputs.labelled.indices
+            assert picked is not None
+            states = sum(part.index_select(0, picked) for part in stream)
+            assert isinstance(states, Tensor)
+            return states, SavedPass(inputs.tokens, None, saved, [], self.offload.passes, picked)
         group = self.head.group
         self._copy_block(-1)
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
@@ -481,9 +509,7 @@ class Fused:
         self.pending.waiting.clear()  # of a pass that failed
         for gradient, more in saved.head_gradients:
             gradient.add_(more.mul_(d_loss))
-        assert saved.d_out is not None
-        d: Tensor | None = saved.d_out.mul_(d_loss)
-        saved.d_out = None
+        d = self._d_stream(d_loss, saved)
         carried = [False] * len(self.blocks)
         if run.carries and self.carries and self.sizes.quantized and not self.fp8:
             carried = self.sizes.carries(self.recompute, len(run.positions), self.cached_blocks)
@@ -502,6 +528,15 @@ class Fused:
             self.rows.add_gradient(saved.tokens, d)
         for padded in self.padded:
             padded.collect()
+
+    def _d_stream(self, d_loss: Tensor, saved: SavedPass) -> Tensor | None:
+        """The gradient at the last stream, (T, E), given that of the loss, or of the states that were wanted."""
+        if saved.picked is not None:
+            d = torch.zeros(len(saved.tokens), d_loss.size(1), dtype=self.dtype, device=self.device)
+            return d.index_copy_(0, saved.picked, d_loss.to(self.dtype))
+        d_out, saved.d_out = saved.d_out, None
+        assert d_out is not None
+        return d_out.mul_(d_loss)
 
     @property
     def counts(self) -> list[Tensor]:

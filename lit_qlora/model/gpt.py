@@ -42,6 +42,11 @@ class FastPath(Protocol):
         ...
 
     @property
+    def states(self) -> Callable[..., Tensor]:
+        """The last stream (N, E) at labelled tokens, before the last norm, given the arguments of GPT.scores."""
+        ...
+
+    @property
     def can_release(self) -> bool:
         """True if there are weights that release would free."""
         ...
@@ -234,6 +239,9 @@ class GPT(nn.Module):
             (N, C) float32.
         """
         assert self.score is not None
+        if self.fast is not None:
+            states = self.fast.states(tokens, labels, positions, segments, seen_until)
+            return self.score(self.norm(states).float())
         tokens, labels, positions, segments, seen_until = self._here(tokens, labels, positions, segments, seen_until)
         hidden = self.hidden(tokens, positions=positions, segments=segments, seen_until=seen_until)[labels >= 0]
         return self.score(hidden.float() / self.config.logit_multiplier)  # which the head of tokens alone has

@@ -57,7 +57,7 @@ def plan_run(config: FinetuneConfig, data: RunData, teacher: Teacher | None = No
         f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
         "Take more samples per step, or fewer devices.",
     )
-    graphs = data.val is None and config.teacher_dir is None  # comparisons and lessons have none
+    graphs = data.val is None and data.scoring is None and config.teacher_dir is None  # only plain losses have any
     usual = usual_tokens(data, processes) if graphs else None
     plan = _plan(config, longest_batch(data.train, data.batching, processes), usual, _outputs(data))
     plan = replace(plan, caveat=caveat)

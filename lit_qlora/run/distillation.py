@@ -16,7 +16,7 @@ from lit_qlora.data import RunData
 from lit_qlora.data.batches import collate, validation_batches
 from lit_qlora.data.samples import Likely, Sample, Samples
 from lit_qlora.data.taught import Entry, TaughtSamples, key_of, parts_of, untaught
-from lit_qlora.device import weights_dtype
+from lit_qlora.device import pick_device, weights_dtype
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.evaluate.score import TOKENS_AT_ONCE
 from lit_qlora.generation.sequences import evaluating
@@ -51,8 +51,9 @@ class Teacher:
     @property
     def bytes(self) -> float:
         """Bytes that it needs on the device at its peak, before the base is loaded; an estimate."""
-        tokens, wide = max(TOKENS_AT_ONCE.values()), self.model.ffn_size + 4 * self.model.n_embd
-        return stored_bytes(GPT.skeleton(self.model), self.storage) + 2 * tokens * wide * 2.0 + 12.0 * LOGITS_AT_ONCE
+        tokens, wide = TOKENS_AT_ONCE[pick_device().type], self.model.ffn_size + 4 * self.model.n_embd
+        logits = min(LOGITS_AT_ONCE, tokens * self.model.vocab_size)  # three times in float32
+        return stored_bytes(GPT.skeleton(self.model), self.storage) + 4.0 * tokens * wide + 12.0 * logits
 
     def kept(self, samples: Samples) -> float:
         """Bytes of what is kept of these samples."""

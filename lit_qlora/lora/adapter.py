@@ -17,6 +17,7 @@ from lit_qlora.checkpoint import safetensors_io, shards
 from lit_qlora.checkpoint.checkpoint import content_hash, open_weights
 from lit_qlora.checkpoint.identity import PARTS, differing_parts
 from lit_qlora.checkpoint.score import read_facts, refuse
+from lit_qlora.commands import spell
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.files.manifest import MANIFEST, read_manifest, save_directory
 from lit_qlora.files.reading import read_json
@@ -294,8 +295,10 @@ def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:
     base = adapter.manifest["base"]
     if differing := differing_parts(base, checkpoint_dir):
         found = " and ".join(PARTS[part] for part in differing)
+        new = adapter.manifest.get("new_tokens")
+        more = f" That has new tokens: {spell('scripts/add_tokens.py')} makes it of {base['name']}." if new else ""
         raise CheckpointError(
             f"The adapter in {adapter.path} was trained on {base['name']} (sha256 {base['sha256'][:12]}...), "
             f"but {checkpoint_dir} holds {found} (sha256 {content_hash(checkpoint_dir)[:12]}...).\n"
-            "Give --checkpoint_dir the base that it was trained on."
+            f"Give --checkpoint_dir the base that it was trained on.{more}"
         )

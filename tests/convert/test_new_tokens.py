@@ -145,6 +145,26 @@ def test_a_vocabulary_without_a_place_for_them_is_refused(base: Path, tmp_path: 
         add_tokens(tmp_path / "base", tmp_path / "new", CHATML)
 
 
+@pytest.mark.slow
+def test_a_run_on_them_says_what_does_not_learn_and_leaves_the_tokenizer_in_the_adapter(
+    base: Path, examples_file: Path, tmp_path: Path
+) -> None:
+    add_tokens(base, tmp_path / "new", CHATML)
+    data = ("--data.path", examples_file, "--data.prompt", "chatml", "--train.max_steps", 2, "--data.max_length", 90)
+    flags = ("--checkpoint_dir", tmp_path / "new", *data, "--out_dir", tmp_path / "out")
+    said = run_here("finetune/lora.py", *flags, "--dry_run", "true").stdout
+    learn = ("--lora.train_tokens", "[300,301]", "--lora.train_head_rows", "true")
+    assert f"new tokens of the base are not all learnt: {' '.join(learn)}" in said
+    done = run_here("finetune/lora.py", *flags, *learn)
+    assert done.returncode == 0, done.stderr
+    assert "not all learnt" not in done.stdout
+    final = tmp_path / "out/final"
+    assert transformers.AutoTokenizer.from_pretrained(final)(TURN).input_ids == Tokenizer(final).encode_marked(TURN)
+    assert "`<\\|im_start\\|>`, `<\\|im_end\\|>`" in (final / "README.md").read_text()
+    wrong = run_here("scripts/generate.py", "--lora_path", final, "--checkpoint_dir", base, "--prompt", "Hi")
+    assert "That has new tokens: python scripts/add_tokens.py makes it" in wrong.stderr
+
+
 def test_the_command_prints_ids_and_the_flags_that_train_them(base: Path, tmp_path: Path) -> None:
     flags = ("--checkpoint_dir", base, "--tokens", "[<|im_start|>,<|im_end|>]", "--like", "{<|im_end|>: </s>}")
     done = run_here("scripts/add_tokens.py", *flags, "--out_dir", tmp_path / "new")

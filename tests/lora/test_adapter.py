@@ -257,6 +257,19 @@ def test_variants_of_peft_are_understood(settings: dict[str, Any], case: str, tm
     theirs_in_ours(case, peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **settings), tmp_path)
 
 
+@pytest.mark.parametrize("of_head", [[5, 90], pytest.param([5], marks=pytest.mark.slow)])
+def test_tokens_that_peft_trained_in_embedding_and_head_are_understood_where_they_are_the_same(
+    of_head: list[int], tmp_path: Path
+) -> None:
+    indices = {"embed_tokens": [5, 90], "lm_head": of_head}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices)
+    if of_head == [5, 90]:
+        theirs_in_ours("llama-gqa", config, tmp_path)
+        return
+    with pytest.raises(CheckpointError, match="but for the same tokens of embedding and head"):
+        theirs_in_ours("llama-gqa", config, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning")
 def test_embeddings_that_were_parted_from_their_head_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has parted embedding and head"):

@@ -15,7 +15,12 @@ from lit_qlora.settings import FinetuneConfig, Settings, check
 from lit_qlora.settings.limits import Count
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from lit_qlora.data import RunData
+    from lit_qlora.data.samples import Samples
     from lit_qlora.evaluate.review import Review, Reviewed
+    from lit_qlora.model.gpt import GPT
 
 SHOWN = 10  # samples of each kind
 
@@ -24,8 +29,9 @@ SHOWN = 10  # samples of each kind
 class ReviewConfig(Settings):
     """Measure each training sample of a run with the base and with the adapter; two forward passes of each.
 
-    It writes OUT/data_review.md and OUT/exclude.txt, a list of samples for --data.exclude. Look at it before you use
-    it.
+    It says which answers the adapter knows by heart: the likeliest answer is the sample's, word for word. Validation
+    samples, which it has not seen, are counted beside them. It writes OUT/data_review.md and OUT/exclude.txt, a list of
+    samples for --data.exclude. Look at it before you use it.
     """
 
     run: Path
@@ -44,19 +50,19 @@ def main(config: ReviewConfig) -> None:
     from lit_qlora.files.atomic import write_text
 
     check((config.run / "config.yaml").is_file(), f"{config.run} is no folder of a run: it has no config.yaml.")
-    samples = measure(config)
+    samples, unseen = measure(config)
     found = review(samples)
     dropped = found.to_drop(samples)
     lines = [f"{samples[number].hash}  {reason}: {brief(samples[number])}" for number, reason in dropped.items()]
     head = ["# Samples to leave out of training: --data.exclude takes this file. Remove the lines of those to keep."]
     write_text(config.run / "exclude.txt", "\n".join([*head, *lines, ""]))
-    write_text(config.run / "data_review.md", "\n".join(page(samples, found)))
-    print("\n".join(summary(samples, found)))
+    write_text(config.run / "data_review.md", "\n".join(page(samples, unseen, found)))
+    print("\n".join(summary(samples, unseen, found)))
     print(f"{config.run}/data_review.md   {config.run}/exclude.txt names {len(dropped):,} samples for --data.exclude")
 
 
-def measure(config: ReviewConfig) -> "list[Reviewed]":
-    """Compute the loss of each training sample with the base alone and with the adapter.
+def measure(config: ReviewConfig) -> "tuple[list[Reviewed], list[Reviewed]]":
+    """Compute the loss of each training sample, and of each validation sample, with the base alone and the adapter.
 
     Raises:
         DataError: if the data of the run has changed.
@@ -64,18 +70,11 @@ def measure(config: ReviewConfig) -> "list[Reviewed]":
     from lightning.fabric import Fabric
 
     from lit_qlora.checkpoint.checkpoint import load_stored
-    from lit_qlora.data import read_data, validation_batches
-    from lit_qlora.data.batches import by_length
-    from lit_qlora.data.exclude import hash_of
+    from lit_qlora.data import read_data
     from lit_qlora.device import fabric_precision, pick_device, resolve_precision
     from lit_qlora.errors import DataError
-    from lit_qlora.evaluate.measures import score_rows
-    from lit_qlora.evaluate.review import Reviewed
-    from lit_qlora.evaluate.validation_inputs import question
     from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter
-    from lit_qlora.lora.layer import without_adapters
     from lit_qlora.quantize import Storage
-    from lit_qlora.signals import StopRequest
 
     path = adapter_folder(config.run)
     adapter, base = read_adapter(path), config.checkpoint_dir or base_of(path)
@@ -85,10 +84,28 @@ def measure(config: ReviewConfig) -> "list[Reviewed]":
     if data.files != (adapter.manifest or {}).get("data"):
         raise DataError(f"The data of {config.run} has changed since the run.")
     train = data.train.take(range(len(data.train))[: config.max_samples])
-    batches = validation_batches(train, config.batch_size)
     fabric = Fabric(devices=1, precision=fabric_precision(resolve_precision(run.precision, pick_device())))
     model = load_stored(base, Storage.of_training(adapter.manifest or {}), fabric.device)
     attach_adapter(model, adapter, base)
+    both = [train, data.held_out] if data.held_out is not None and len(data.held_out) else [train]
+    found = [measure_samples(fabric, model, data, samples, config.batch_size) for samples in both]
+    return found[0], found[1] if len(found) > 1 else []
+
+
+def measure_samples(
+    fabric: "Fabric", model: "GPT", data: "RunData", samples: "Samples", batch_size: int
+) -> "list[Reviewed]":
+    """Compute the loss of some samples with the base alone and with the adapter."""
+    from lit_qlora.data import validation_batches
+    from lit_qlora.data.batches import by_length
+    from lit_qlora.data.exclude import hash_of
+    from lit_qlora.evaluate.measures import score_rows
+    from lit_qlora.evaluate.review import Reviewed
+    from lit_qlora.evaluate.validation_inputs import question
+    from lit_qlora.lora.layer import without_adapters
+    from lit_qlora.signals import StopRequest
+
+    batches = validation_batches(samples, batch_size)
     after = score_rows(fabric, model, batches, StopRequest())
     with without_adapters(model):
         before = score_rows(fabric, model, batches, StopRequest())
@@ -96,14 +113,16 @@ def measure(config: ReviewConfig) -> "list[Reviewed]":
     assert after is not None
     rows = [row for batch in batches for row in zip(batch.tokens, batch.labels, strict=True)]
     found: dict[int, Reviewed] = {}
-    for number, row, was, now in zip(by_length(train), rows, before.tolist(), after.tolist(), strict=True):
+    for number, row, was, now in zip(by_length(samples), rows, before.tolist(), after.tolist(), strict=True):
         asked = question(data, *row) if (row[1] >= 0).any() else None
         found[number] = Reviewed(
-            hash=hash_of(train[number]),
+            hash=hash_of(samples[number]),
             prompt=asked.prompt if asked else "",
             answer=asked.wanted if asked else data.tokenizer.decode(row[0].tolist()),
             before=was[0] / max(1, was[2]),
             after=now[0] / max(1, now[2]),
+            said_before=was[1] == was[2] > 0,
+            said_after=now[1] == now[2] > 0,
         )
     return [found[number] for number in sorted(found)]
 
@@ -115,10 +134,21 @@ def brief(sample: "Reviewed") -> str:
     return f"{one_line(sample.prompt, 100)} -> {one_line(sample.answer, 60)}"
 
 
-def summary(samples: "list[Reviewed]", found: "Review") -> list[str]:
-    """Say in lines how many samples of each kind there are."""
+def summary(samples: "list[Reviewed]", unseen: "list[Reviewed]", found: "Review") -> list[str]:
+    """Say in lines how many samples of each kind there are.
+
+    Args:
+        unseen: the validation samples.
+    """
     from statistics import fmean
 
+    from lit_qlora.evaluate.review import share
+
+    def by_heart(some: "list[Reviewed]") -> str:
+        middle, low, high = share(some)
+        return f"{middle:.1%} ({low:.1%} to {high:.1%})"
+
+    beside = f"; of {len(unseen):,} validation answers {by_heart(unseen)}" if unseen else ""
     before, after = (fmean(getattr(sample, when) for sample in samples) for when in ("before", "after"))
     return [
         f"{len(samples):,} training samples, mean loss {before:.4f} before, {after:.4f} after (nats a token)",
@@ -127,10 +157,12 @@ def summary(samples: "list[Reviewed]", found: "Review") -> list[str]:
         f"  repeated   {sum(len(group) - 1 for group in found.repeated):,} copies",
         f"  contradict {len(found.contradicting):,} prompts with several answers",
         f"  alike      {len(found.alike):,} pairs of nearly the same prompt",
+        f"  by heart   {len(found.by_heart):,} answers word for word that the base does not give, {by_heart(samples)}"
+        + beside,
     ]
 
 
-def page(samples: "list[Reviewed]", found: "Review") -> list[str]:
+def page(samples: "list[Reviewed]", unseen: "list[Reviewed]", found: "Review") -> list[str]:
     """Write the page: the counts, and some samples of each kind."""
 
     def row(number: int) -> str:
@@ -138,12 +170,13 @@ def page(samples: "list[Reviewed]", found: "Review") -> list[str]:
         return f"* {sample.before:.2f} → {sample.after:.2f}, `{sample.hash}`: {brief(sample)}"
 
     lines = ["# What the data taught", "", "Losses are nats per labelled token, before → after training.", "", "```"]
-    lines += [*summary(samples, found), "```"]
+    lines += [*summary(samples, unseen, found), "```"]
     kinds = {
         "Not learnt, worst first": [[number] for number in found.unlearnt],
         "Same prompt, several answers": found.contradicting,
         "Copies": found.repeated,
         "Nearly the same prompt": [[one, other] for one, other, _ in sorted(found.alike, key=lambda pair: -pair[2])],
+        "Learnt by heart, longest answer first": [[number] for number in found.by_heart],
         "Known to the base": [[number] for number in found.known],
     }
     for title, groups in kinds.items():

@@ -1,5 +1,6 @@
-"""Lessons of a run about its data: what it never learnt, what the base knew, and what contradicts itself."""
+"""Lessons of a run about its data: never learnt, known by heart, known to the base, or in contradiction with itself."""
 
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,23 @@ class Reviewed:
     before: float
     """Nats per labelled token with the base alone."""
     after: float
+    said_before: bool = False
+    """The base's likeliest answer is this one, word for word."""
+    said_after: bool = False
+
+    @property
+    def by_heart(self) -> bool:
+        """The adapter reproduces the answer word for word, and the base does not."""
+        return self.said_after and not self.said_before
+
+
+def share(samples: Sequence[Reviewed]) -> tuple[float, float, float]:
+    """Return the share of answers that were learnt by heart, with its 95 % interval (Wilson 1927)."""
+    count, right = len(samples), sum(sample.by_heart for sample in samples)
+    middle, z = right / count, 1.96
+    centre = (middle + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(middle * (1 - middle) / count + z * z / (4 * count * count))
+    return middle, max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +66,8 @@ class Review:
     """Groups with the same prompt and different answers."""
     alike: list[tuple[int, int, float]]
     """Pairs of nearly the same prompt, with their similarity."""
+    by_heart: list[int]
+    """The adapter says their answers word for word, the base does not; longest answer first."""
 
     def to_drop(self, samples: Sequence[Reviewed]) -> dict[int, str]:
         """Propose samples to leave out, each with the reason: copies, contradictions but the best, the unlearnt."""
@@ -78,6 +98,9 @@ def review(samples: Sequence[Reviewed]) -> Review:
         repeated=repeated,
         contradicting=contradicting,
         alike=list(near_duplicates([plain(sample.prompt) for sample in samples])),
+        by_heart=sorted(
+            (n for n, s in enumerate(samples) if s.by_heart), key=lambda number: -len(samples[number].answer)
+        ),
     )
 
 

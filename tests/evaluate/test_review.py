@@ -1,8 +1,10 @@
 """A review names copies, contradictions and what was not learnt, and a run can leave these samples out."""
 
+from dataclasses import replace
+
 import pytest
 
-from lit_qlora.evaluate.review import KNOWN, Reviewed, near_duplicates, review, shingles
+from lit_qlora.evaluate.review import KNOWN, Reviewed, near_duplicates, review, share, shingles
 
 
 def sample(number: int, prompt: str, answer: str, before: float = 5.0, after: float = 1.0) -> Reviewed:
@@ -34,6 +36,16 @@ def test_it_proposes_to_drop_copies_and_contradictions_but_the_best() -> None:
         2: f"contradicts {SAMPLES[0].hash}",
         4: "not learnt",
     }
+
+
+def test_an_answer_is_known_by_heart_if_the_adapter_alone_says_it() -> None:
+    said = [(False, True), (True, True), (False, False), (False, True)]
+    samples = [replace(SAMPLES[n], said_before=was, said_after=now) for n, (was, now) in enumerate(said)]
+    assert review(samples).by_heart == [0, 3]
+    middle, low, high = share(samples)
+    assert middle == 0.5
+    # the ends of Wilson's interval are the shares that are 1.96 standard deviations away
+    assert all(abs(middle - end) == pytest.approx(1.96 * (end * (1 - end) / 4) ** 0.5) for end in (low, high))
 
 
 def test_near_duplicates_are_those_of_the_exact_similarity() -> None:

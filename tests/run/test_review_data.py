@@ -1,5 +1,6 @@
 """scripts/review_data.py measures the samples of a run, and --data.exclude leaves out what it names."""
 
+import re
 from pathlib import Path
 
 from lit_qlora.data.exclude import read_hashes
@@ -15,6 +16,7 @@ def test_what_a_review_names_is_left_out(finetune: Finetune, out: Path, examples
     assert review.returncode == 0, review.stderr
     assert "41 training samples" in review.stdout
     assert "1 prompts with several answers" in review.stdout
+    assert re.search(r"by heart +\d+ answers word for word that the base does not give, \d", review.stdout)
     excluded = read_hashes(out / "exclude.txt")
     assert excluded
     assert finetune(*flags, f"--out_dir={out}-2", f"--data.exclude={out / 'exclude.txt'}") == 0

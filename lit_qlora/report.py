@@ -24,7 +24,7 @@ ESTIMATE_AFTER = 5
 SMALLER_IS_BETTER = {
     *("val_loss", "val_ppl", "kl_to_base", "perplexity", "word_perplexity", "byte_perplexity"),
     *("bits_per_byte", "brier_score", "ter", "wer", "cer", "mse", "mae", "val_reward_rejected", "val_logp_rejected"),
-    *("val_kl", "val_mse", "val_mae", "val_cross_entropy", "val_teacher_kl"),
+    *("val_kl", "val_mse", "val_mae", "val_cross_entropy", "val_teacher_kl", "seen_loss"),
 }
 """Metrics of validations that are errors; a task's metrics are named TASK/METRIC."""
 

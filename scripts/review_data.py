@@ -15,6 +15,8 @@ from lit_qlora.settings import FinetuneConfig, Settings, check
 from lit_qlora.settings.limits import Count
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lightning.fabric import Fabric
 
     from lit_qlora.data import RunData
@@ -30,8 +32,8 @@ class ReviewConfig(Settings):
     """Measure each training sample of a run with the base and with the adapter; two forward passes of each.
 
     It says which answers the adapter knows by heart: the likeliest answer is the sample's, word for word. Validation
-    samples, which it has not seen, are counted beside them. It writes OUT/data_review.md and OUT/exclude.txt, a list of
-    samples for --data.exclude. Look at it before you use it.
+    samples, which it has not seen, are counted beside them. It writes OUT/data_review.md, a section of OUT/report.html,
+    and OUT/exclude.txt, a list of samples for --data.exclude. Look at it before you use it.
     """
 
     run: Path
@@ -48,6 +50,9 @@ def main(config: ReviewConfig) -> None:
     """Measure, look for samples that deserve a look, and write both files."""
     from lit_qlora.evaluate.review import review
     from lit_qlora.files.atomic import write_text
+    from lit_qlora.run.lessons import section
+    from lit_qlora.run.page import add_section
+    from lit_qlora.run.reports import LESSONS
 
     check((config.run / "config.yaml").is_file(), f"{config.run} is no folder of a run: it has no config.yaml.")
     samples, unseen = measure(config)
@@ -58,6 +63,8 @@ def main(config: ReviewConfig) -> None:
     write_text(config.run / "exclude.txt", "\n".join([*head, *lines, ""]))
     write_text(config.run / "data_review.md", "\n".join(page(samples, unseen, found)))
     print("\n".join(summary(samples, unseen, found)))
+    if (config.run / "report.html").is_file():
+        add_section(config.run / "report.html", LESSONS, section(samples, found))
     print(f"{config.run}/data_review.md   {config.run}/exclude.txt names {len(dropped):,} samples for --data.exclude")
 
 
@@ -75,6 +82,7 @@ def measure(config: ReviewConfig) -> "tuple[list[Reviewed], list[Reviewed]]":
     from lit_qlora.errors import DataError
     from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter
     from lit_qlora.quantize import Storage
+    from lit_qlora.run.lessons import early_losses
 
     path = adapter_folder(config.run)
     adapter, base = read_adapter(path), config.checkpoint_dir or base_of(path)
@@ -88,19 +96,25 @@ def measure(config: ReviewConfig) -> "tuple[list[Reviewed], list[Reviewed]]":
     model = load_stored(base, Storage.of_training(adapter.manifest or {}), fabric.device)
     attach_adapter(model, adapter, base)
     both = [train, data.held_out] if data.held_out is not None and len(data.held_out) else [train]
-    found = [measure_samples(fabric, model, data, samples, config.batch_size) for samples in both]
+    early = early_losses(config.run)
+    found = [measure_samples(fabric, model, data, samples, config.batch_size, early) for samples in both]
     return found[0], found[1] if len(found) > 1 else []
 
 
 def measure_samples(
-    fabric: "Fabric", model: "GPT", data: "RunData", samples: "Samples", batch_size: int
+    fabric: "Fabric", model: "GPT", data: "RunData", samples: "Samples", batch_size: int, early: "Mapping[str, float]"
 ) -> "list[Reviewed]":
-    """Compute the loss of some samples with the base alone and with the adapter."""
+    """Compute the loss of some samples with the base alone and with the adapter.
+
+    Args:
+        early: see lessons.early_losses.
+    """
     from lit_qlora.data import validation_batches
     from lit_qlora.data.batches import by_length
     from lit_qlora.data.exclude import hash_of
     from lit_qlora.evaluate.measures import score_rows
     from lit_qlora.evaluate.review import Reviewed
+    from lit_qlora.evaluate.sample_losses import digest
     from lit_qlora.evaluate.validation_inputs import question
     from lit_qlora.lora.layer import without_adapters
     from lit_qlora.signals import StopRequest
@@ -121,6 +135,7 @@ def measure_samples(
             answer=asked.wanted if asked else data.tokenizer.decode(row[0].tolist()),
             before=was[0] / max(1, was[2]),
             after=now[0] / max(1, now[2]),
+            early=early.get(digest(*row)),
             said_before=was[1] == was[2] > 0,
             said_after=now[1] == now[2] > 0,
         )
@@ -154,6 +169,8 @@ def summary(samples: "list[Reviewed]", unseen: "list[Reviewed]", found: "Review"
         f"{len(samples):,} training samples, mean loss {before:.4f} before, {after:.4f} after (nats a token)",
         f"  known      {len(found.known):,} that the base answers already",
         f"  unlearnt   {len(found.unlearnt):,} whose loss hardly fell and is above the median",
+        f"  at once    {len(found.at_once):,} learnt by the first validation (runs with --eval.train_samples know)",
+        f"  forgotten  {len(found.forgotten):,} whose loss rose again after it",
         f"  repeated   {sum(len(group) - 1 for group in found.repeated):,} copies",
         f"  contradict {len(found.contradicting):,} prompts with several answers",
         f"  alike      {len(found.alike):,} pairs of nearly the same prompt",
@@ -164,6 +181,7 @@ def summary(samples: "list[Reviewed]", unseen: "list[Reviewed]", found: "Review"
 
 def page(samples: "list[Reviewed]", unseen: "list[Reviewed]", found: "Review") -> list[str]:
     """Write the page: the counts, and some samples of each kind."""
+    from lit_qlora.run.lessons import kinds
 
     def row(number: int) -> str:
         sample = samples[number]
@@ -171,15 +189,7 @@ def page(samples: "list[Reviewed]", unseen: "list[Reviewed]", found: "Review") -
 
     lines = ["# What the data taught", "", "Losses are nats per labelled token, before → after training.", "", "```"]
     lines += [*summary(samples, unseen, found), "```"]
-    kinds = {
-        "Not learnt, worst first": [[number] for number in found.unlearnt],
-        "Same prompt, several answers": found.contradicting,
-        "Copies": found.repeated,
-        "Nearly the same prompt": [[one, other] for one, other, _ in sorted(found.alike, key=lambda pair: -pair[2])],
-        "Learnt by heart, longest answer first": [[number] for number in found.by_heart],
-        "Known to the base": [[number] for number in found.known],
-    }
-    for title, groups in kinds.items():
+    for title, groups in kinds(found).items():
         if groups:
             lines += ["", f"## {title}: {len(groups):,}", ""]
             for group in groups[:SHOWN]:

@@ -14,6 +14,8 @@ KNOWN = 0.1
 """Nats per labelled token below which the base knew an answer."""
 UNMOVED = 0.9
 """Share of the loss before training from which on a sample was not learnt."""
+AT_ONCE = 0.9
+"""Share of the fall of a loss from which on a sample was learnt at once."""
 SHINGLE = 5  # characters
 HASHES, BANDS = 64, 16
 ALIKE = 0.8
@@ -33,6 +35,8 @@ class Reviewed:
     before: float
     """Nats per labelled token with the base alone."""
     after: float
+    early: float | None = None
+    """At the first validation behind the start, if the run measured it."""
     said_before: bool = False
     """The base's likeliest answer is this one, word for word."""
     said_after: bool = False
@@ -66,6 +70,10 @@ class Review:
     """Groups with the same prompt and different answers."""
     alike: list[tuple[int, int, float]]
     """Pairs of nearly the same prompt, with their similarity."""
+    at_once: list[int]
+    """Most of what they were to learn was learnt by the first validation."""
+    forgotten: list[int]
+    """Their loss rose again after the first validation, most risen first."""
     by_heart: list[int]
     """The adapter says their answers word for word, the base does not; longest answer first."""
 
@@ -98,10 +106,23 @@ def review(samples: Sequence[Reviewed]) -> Review:
         repeated=repeated,
         contradicting=contradicting,
         alike=list(near_duplicates([plain(sample.prompt) for sample in samples])),
+        at_once=[n for n, s in enumerate(samples) if s.early is not None and _learnt(s) and _fell_at_once(s)],
+        forgotten=sorted(
+            (n for n, s in enumerate(samples) if s.early is not None and s.after > max(middle, s.early / UNMOVED)),
+            key=lambda number: (samples[number].early or 0.0) - samples[number].after,
+        ),
         by_heart=sorted(
             (n for n, s in enumerate(samples) if s.by_heart), key=lambda number: -len(samples[number].answer)
         ),
     )
+
+
+def _learnt(sample: Reviewed) -> bool:
+    return sample.before > KNOWN and sample.after < (1 - AT_ONCE / 2) * sample.before
+
+
+def _fell_at_once(sample: Reviewed) -> bool:
+    return sample.early is not None and sample.before - sample.early >= AT_ONCE * (sample.before - sample.after)
 
 
 def groups(samples: Sequence[Reviewed]) -> Iterator[list[int]]:

@@ -44,9 +44,9 @@ class SampleLosses:
         )
 
     @classmethod
-    def read(cls, folder: Path) -> Self | None:
+    def read(cls, folder: Path, name: str = FILE_NAME) -> Self | None:
         """Read those of a run; None if there are none, or the file is damaged."""
-        path = folder / FILE_NAME
+        path = folder / name
         try:
             values: dict[str, Any] = read_json(path) if path.is_file() else {}
             return cls(
@@ -70,19 +70,19 @@ class SampleLosses:
         row = tuple(round(loss, DIGITS) for loss in scores[:, 0].tolist())
         return replace(self, losses={**self.up_to(step).losses, step: row})
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, name: str = FILE_NAME) -> None:
         """Write them into the folder of a run."""
         values = {"samples": self.samples, "labelled": self.labelled, "losses": self.losses}
-        write_text(folder / FILE_NAME, json.dumps(values) + "\n")
+        write_text(folder / name, json.dumps(values) + "\n")
 
 
-def keep(out_dir: Path, batches: Sequence[SampleBatch], step: int, scores: Tensor) -> None:
+def keep(out_dir: Path, batches: Sequence[SampleBatch], step: int, scores: Tensor, name: str = FILE_NAME) -> None:
     """Add a validation to the earlier ones of the run in `out_dir`; a repeated one counts once."""
     own = SampleLosses.of(batches)
-    earlier = SampleLosses.read(out_dir)
+    earlier = SampleLosses.read(out_dir, name)
     if earlier and earlier.samples == own.samples:
         own = earlier
-    own.at(step, scores).write(out_dir)
+    own.at(step, scores).write(out_dir, name)
 
 
 def digest(tokens: Tensor, labels: Tensor) -> str:

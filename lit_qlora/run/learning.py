@@ -29,6 +29,7 @@ from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings
+from lit_qlora.run.lessons import seen_measure
 from lit_qlora.run.plan import Plan, check_fp8
 from lit_qlora.run.preferences import falling
 from lit_qlora.run.reports import Frame, one_line, unframed
@@ -189,6 +190,8 @@ def learn(
         measures: list[Measure] = [of_labels or losses] if data.val_batches else []
         write = partial(keep_answers, config.out_dir, log, frames(data) if probes.questions else [])
         measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop, log.validating)
+        if config.eval.train_samples:
+            measures.append(seen_measure(fabric, model, config, data, stop, log.validating))
         if probes.ask:
             tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records, log.validating)
             measures.append(Dispensable(fabric, model, "eval.tasks", tasks, stop))

@@ -1,5 +1,6 @@
 """Pages in HTML that load no other file: their style, their frame and their tables."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -85,8 +86,9 @@ def sections(parts: Sequence[tuple[str, str]]) -> str:
 
 
 def add_section(path: Path, title: str, content: str) -> None:
-    """Put a section before the first one of a page on the disk."""
-    page = read_text(path)
+    """Put a section before the first one of a page on the disk; one with the same title goes."""
+    earlier = re.compile(rf"<h2>{re.escape(escape(title))}</h2>.*?(?=<h2>|</body>)", re.DOTALL)
+    page = earlier.sub("", read_text(path))
     write_text(path, page.replace("<h2>", f"{sections([(title, content)])}<h2>", 1), errors="backslashreplace")
 
 

@@ -14,6 +14,7 @@ from lit_qlora.run.page import Html, Row, document, folded, sections, table
 
 CHANGES = {"better": "good", "worse": "bad"}
 """Word for the change of a metric -> its class in a page."""
+LESSONS = "What the data taught"
 LONG_FRAME = 60
 """Characters of a prompt style around a question from which on they are folded."""
 Frame = tuple[str, str]
@@ -59,6 +60,8 @@ class Outcome:
     """The worst answers, worst first."""
     said: Sequence[Record] = field(default=())
     """Answers to eval.prompts, with their steps."""
+    lessons: str = ""
+    """The section of the page about training samples; see lit_qlora.run.lessons."""
     frames: Sequence[Frame] = field(default=())
     """Words that the prompt style puts around the questions."""
 
@@ -103,6 +106,7 @@ def write_page(path: Path, outcome: Outcome) -> None:
         ("Validations", folded(f"all {len(rows)}", table(rows, header)) if rows else ""),
         _answers(outcome),
         ("Answers to the prompts", _said(outcome.said)),
+        (LESSONS, outcome.lessons),
         (
             "Data",
             _paragraphs(outcome.data)

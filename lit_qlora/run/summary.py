@@ -25,6 +25,7 @@ from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, before_and_after, duration, metrics, short, smaller_is_better, tell
 from lit_qlora.run.figures import plot_losses
+from lit_qlora.run.lessons import reviewed, section
 from lit_qlora.run.reports import Answer, Frame, Outcome, one_line, unframed, write_page, write_report
 from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
@@ -164,6 +165,7 @@ def _outcome(
         best=best,
         worst=worst,
         frames=frames(data) if best or worst else (),
+        lessons=section(reviewed(config, data)) if config.eval.train_samples else "",
         said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
     )
 

@@ -188,6 +188,7 @@ class PreferenceRunConfig(FinetuneConfig):
         super().__post_init__()
         data, train = self.data, self.train
         check(self.head == "none", "head is for finetune/lora.py. Leave it out.")
+        check(self.eval.train_samples == 0, "eval.train_samples is for finetune/lora.py. Leave it out.")
         check(self.distill.teacher is None, "distill.teacher is for finetune/lora.py. Leave it out.")
         for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout", "exclude"):
             default = DataConfig.__dataclass_fields__[name].default

@@ -166,11 +166,12 @@ class FinetuneConfig(Settings):
         for setting in fields(DataConfig):
             given = getattr(self.data, setting.name) not in (setting.default, _made(setting))
             check(setting.name in READ_BY_HEADS or not given, f"data.{setting.name} {concerns}")
-        for name in ("generate", "prompts", "tasks", "kl_text"):
+        for name in ("generate", "prompts", "tasks", "kl_text", "train_samples"):
             check(not getattr(self.eval, name), f"eval.{name} {concerns}")
         learns = "head" in self.lora.targets or self.lora.train_embeddings or bool(self.lora.train_tokens)
         check(not learns, f"lora.targets head, lora.train_tokens and lora.train_embeddings: each {concerns}")
         check(self.distill.teacher is None, f"distill.teacher {concerns}")
+        check(self.quantize_budget is None, f"quantize_budget {concerns}")
         check(
             self.data.length_quantile == 1 and not self.data.token_dropout,
             f"data.length_quantile and data.token_dropout cut and hide tokens, and --head {self.head} learns "

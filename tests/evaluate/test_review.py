@@ -30,6 +30,16 @@ def test_a_review_finds_each_kind() -> None:
     assert [pair[:2] for pair in found.alike] == [(4, 5)]
 
 
+def test_losses_in_between_tell_what_was_learnt_at_once_and_what_was_forgotten() -> None:
+    early = [1.2, 4.9, 1.0, None, 0.2, 1.1]
+    samples = [
+        replace(one, early=loss, after=now) for one, loss, now in zip(SAMPLES, early, [1, 1, 4, 0, 3, 1], strict=True)
+    ]
+    found = review(samples)
+    assert found.at_once == [0, 5]
+    assert found.forgotten == [2, 4]  # most risen first
+
+
 def test_it_proposes_to_drop_copies_and_contradictions_but_the_best() -> None:
     assert review(SAMPLES).to_drop(SAMPLES) == {
         1: f"repeats {SAMPLES[0].hash}",

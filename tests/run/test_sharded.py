@@ -1,5 +1,6 @@
 """Processes that share a base learn what one learns, and make the same gathers whatever happens in one of them."""
 
+import json
 import os
 import signal
 import socket
@@ -189,6 +190,22 @@ def test_answers_of_the_first_process_are_those_of_one(start: Start, start_ranks
     learns_the_same(start, start_ranks, tmp_path, *flags)
     whole, shared = ((tmp_path / name / "samples.jsonl").read_text() for name in ("one", "out"))
     assert whole == shared
+
+
+def test_tasks_of_lm_eval_are_asked_of_a_shared_base(
+    start: Start, start_ranks: StartRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "finetune")
+    flags = [*SHARDED, "--eval.tasks=[tiny_world_qa]", "--eval.tasks_limit=4", "--train.max_steps=1"]
+    learns_the_same(start, start_ranks, tmp_path, *flags)
+    one, several = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "out")
+    )
+    values = [[(key, record[key]) for record in log for key in record if "/" in key] for log in (one, several)]
+    assert values[0]
+    assert [key for key, _ in values[0]] == [key for key, _ in values[1]]
+    assert [value for _, value in values[1]] == pytest.approx([value for _, value in values[0]], rel=1e-4)
 
 
 def test_a_measure_that_fails_in_the_middle_leaves_the_others_in_step(

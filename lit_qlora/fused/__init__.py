@@ -1,4 +1,4 @@
-"""The fast training path: GPT.loss as one autograd function, equal to model.py and several times as fast.
+"""The fast training path: GPT.loss as one autograd function, equal to model/ and several times as fast.
 
 fuse(model) takes over GPT.loss where the model, its dtype and the device allow it, and leaves everything else as it is:
 adapters stay the parameters they were, so optimizers, checkpoints and merging do not notice.

@@ -190,14 +190,20 @@ def test_the_average_and_the_last_validation_are_known_after_an_interruption(tmp
     log = RunLog(tmp_path / "log.jsonl", total=3, screen=screen)
     log(step(3, 1.0))
     log.close()
-    assert "loss 1.000 (ema 2.229)  val 3.250" in screen.getvalue()  # (0.81 4 + 0.9 2 + 1) / 2.71 without its bias
+    assert "loss 1.000 (ema 1.714)  val 3.250" in screen.getvalue()  # (4 / 4 + 2 / 2 + 1) / 1.75
 
 
-@pytest.mark.parametrize("losses", [[3.0] * 40, [9.0, 1.0, 1.0]])
-def test_an_average_weighs_all_losses_from_the_first_on(losses: list[float]) -> None:
-    weights = [0.9 ** (len(losses) - 1 - number) for number in range(len(losses))]
-    expected = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
-    assert list(map(Average(), losses))[-1] == pytest.approx(expected)
+def test_an_average_weighs_the_first_loss_as_the_others_and_remembers_ten_steps_at_most() -> None:
+    assert list(map(Average(), [3.0] * 40)) == pytest.approx([3.0] * 40)
+    average = Average()
+    values = [average(9.0) for _ in range(100)] + [average(1.0) for _ in range(10)]
+    assert values[-1] == pytest.approx(1 + 8 * 0.9**10)
+
+
+def test_an_average_of_a_loss_that_falls_from_the_first_step_on_is_less_than_three_steps_late() -> None:
+    losses = [10 * 0.8**step for step in range(30)]
+    values = list(map(Average(), losses))
+    assert all(value < earlier for value, earlier in zip(values[3:9], losses, strict=False))
 
 
 def test_a_terminal_shows_what_a_validation_measures_and_a_file_does_not() -> None:

@@ -94,7 +94,7 @@ def test_the_picture_shows_each_loss_its_average_the_validations_the_best_and_th
     records = [step(1, 4.0), VAL, step(2, 2.0), {"step": 4, "val_loss": 1.25}, {"step": 6, "val_loss": math.nan}]
     top, bottom = losses_figure(records).axes
     lines = [list(line.get_ydata()) for line in top.lines]
-    average = (0.9 * 4 + 2) / 1.9
+    average = (0.5 * 4 + 2) / 1.5
     assert lines == [
         [4.0, 2.0],
         [4.0, pytest.approx(average)],

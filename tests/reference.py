@@ -347,6 +347,20 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 16,
         },
     ),
+    "granitemoehybrid-experts": (
+        "granitemoehybrid",
+        {
+            **GROUPED,
+            **EXPERTS,
+            "layer_types": ["linear_attention", "full_attention"],
+            "position_embedding_type": "rope",
+            "intermediate_size": 48,
+            "shared_intermediate_size": 80,
+            "mamba_n_heads": 8,
+            "mamba_d_state": 12,
+            "mamba_conv_bias": False,
+        },
+    ),
     "granitemoehybrid-nope": (
         "granitemoehybrid",
         {**GROUPED, "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "shared_intermediate_size": 112},

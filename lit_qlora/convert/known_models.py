@@ -377,6 +377,7 @@ MODELS: dict[str, dict[str, float]] = {
         "ibm-granite/granite-3.1-3b-a800m-instruct": 3.3,
         "ibm-granite/granite-4.0-micro": 3.4,
         "ibm-granite/granite-4.0-h-micro": 3.2,
+        "ibm-granite/granite-4.0-h-tiny": 6.9,
         "ibm-granite/granite-4.0-1b": 1.6,
         "ibm-granite/granite-4.0-350m": 0.35,
     },

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_qlora.checkpoint.safetensors_io import name_some
 from lit_qlora.checkpoint.shards import Weights
 from lit_qlora.convert.families import FAMILIES, WRAPPERS, Family, family_of, fill, template
-from lit_qlora.convert.families.rules import DROP, Fused, Transposed, parts_of
+from lit_qlora.convert.families.rules import DROP, Either, Fused, Transposed, parts_of
 from lit_qlora.convert.families.wrappers import in_text_class, in_wrapper
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.layer import add_lora, lora_state
@@ -548,6 +548,7 @@ def _homes(layer: str, family: Family) -> list[_Home]:
     for theirs, rule in reversed(list(family.weights.items())):
         transposed = isinstance(rule, Transposed)
         rule = rule.rule if isinstance(rule, Transposed) else rule
+        rule = rule.holding(f"{ours}.weight") if isinstance(rule, Either) else rule
         if isinstance(rule, str | Fused) and f"{ours}.weight" in parts_of(rule):
             module = fill(theirs.removesuffix(".weight"), numbers)
             fused = rule if isinstance(rule, Fused) else None

@@ -122,7 +122,6 @@ def test_the_defaults_of_a_family_are_those_of_transformers(family: str) -> None
         full["num_experts_per_tok"] = 6  # the same
     # Of these the class's own sizes make no model that we have, or none at all.
     required = {
-        "granitemoehybrid": {"num_local_experts": 0},
         "glm4_moe": {"head_dim": 128},
         "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     }.get(family, {})
@@ -168,8 +167,6 @@ def test_every_setting_of_transformers_is_read_or_refused_or_harmless(family: st
     unread = known - set(keys_read(family)) - set(FAMILIES[family].refuse) - HARMLESS
     if "kv_latent_size" in FAMILIES[family].fields:
         unread -= {"head_dim", "num_key_value_heads"}  # follow from the other sizes
-    if family == "granitemoehybrid":
-        unread -= {"intermediate_size", "num_experts_per_tok"}  # of experts, which are refused
     base = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
     assert not unread - (base - {"tie_word_embeddings"})
 
@@ -238,7 +235,6 @@ class Recorder(dict[str, Any]):
         ({**GRANITE, "layer_types": ["mamba2"] * 2}, "layer_types"),
         ({**GRANITE, "mamba_d_head": 5}, "mamba_d_head 5 in 8 heads"),
         ({**GRANITE, "time_step_limit": [0.0, 0.5]}, r"time_step_limit \[0.0, 0.5\]"),
-        ({**GRANITE, "num_local_experts": 8}, "num_local_experts 8"),
         ({"model_type": "qwen3_next", "linear_num_value_heads": 24}, "those of values a multiple of those of keys"),
         ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
         ({"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 64}}}, "per_layer_config"),

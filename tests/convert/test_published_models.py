@@ -298,6 +298,20 @@ COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         80_393_183_232,
     ),
+    "Granite-4.0-h-tiny": (
+        config_json(
+            *("granitemoehybrid", 40, 1536, 12, 4, 512, 100_352),
+            shared_intermediate_size=1024,
+            num_local_experts=64,
+            num_experts_per_tok=6,
+            layer_types=["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+            mamba_n_heads=48,
+            mamba_d_head=64,
+            mamba_d_state=128,
+            tie_word_embeddings=True,
+        ),
+        6_939_037_248,
+    ),
     "InternLM3-8B": (config_json("internlm3", 48, 4096, 32, 2, 10_240, 128_512), 8_804_241_408),
     "VaultGemma-1B": (
         config_json("vaultgemma", 26, 1152, 4, 4, 6912, 256_000, head_dim=256),
@@ -394,7 +408,15 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
 The latter are counted in transformers' modules: encoders and what joins them to the language model.
 """
 LARGE = {"DeepSeek-V3", "gpt-oss-120b", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B"}
-LARGE |= {"Qwen1.5-MoE-A2.7B", "Phi-3.5-MoE", "dots.llm1", "Hunyuan-A13B", "Llama-4-Scout", "Llama-4-Maverick"}
+LARGE |= {
+    "Granite-4.0-h-tiny",
+    "Qwen1.5-MoE-A2.7B",
+    "Phi-3.5-MoE",
+    "dots.llm1",
+    "Hunyuan-A13B",
+    "Llama-4-Scout",
+    "Llama-4-Maverick",
+}
 """Tens of thousands of experts take some seconds even without their weights."""
 
 

@@ -38,8 +38,9 @@ def of_family(family: str) -> ModelConfig:
 WITH_EXPERTS = [
     case if family in QUICK else pytest.param(case, marks=SLOW)
     for family, case in {family: case for case, (family, _) in reversed(CASES.items())}.items()
-    if family not in ("minicpm3", "afmoe") and Stacks.of(of_family(family), LoRAConfig())
+    if family not in ("minicpm3", "afmoe", "granitemoehybrid") and Stacks.of(of_family(family), LoRAConfig())
 ]
+WITH_EXPERTS.append(pytest.param("granitemoehybrid-experts", marks=SLOW))
 """A case of each family with experts. minicpm3 has DeepSeek's attention alone; PEFT 0.21 takes the gate of afmoe's
 attention for an expert's, see test_further_families."""
 ROUTED = [

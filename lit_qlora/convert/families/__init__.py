@@ -17,7 +17,7 @@ from lit_qlora.checkpoint.safetensors_io import name_some
 from lit_qlora.checkpoint.shards import Weights
 from lit_qlora.convert.families import mxfp4
 from lit_qlora.convert.families.read import Family, read_fields
-from lit_qlora.convert.families.rules import DROP, Fused, Packed, Rule, Transposed, When, join, parts_of, split
+from lit_qlora.convert.families.rules import DROP, Either, Fused, Packed, Rule, Transposed, When, join, parts_of, split
 from lit_qlora.convert.families.table import FAMILIES, VERIFIED_WITH
 from lit_qlora.convert.families.unpacking import is_beside, read_unpacked, why_unreadable
 from lit_qlora.convert.families.wrappers import WRAPPERS, text_part, wrapped
@@ -266,6 +266,8 @@ def their_module(path: str, family: Family) -> tuple[str, Fused | None]:
     for theirs, rule in reversed(list(family.weights.items())):
         if isinstance(rule, Transposed):
             rule = rule.rule
+        if isinstance(rule, Either):
+            rule = rule.holding(f"{ours}.weight")
         if isinstance(rule, str | Fused) and f"{ours}.weight" in parts_of(rule):
             return fill(theirs.removesuffix(".weight"), numbers), rule if isinstance(rule, Fused) else None
     raise CheckpointError(f"{path} has no counterpart in this model family.")

@@ -70,6 +70,11 @@ def has_spaces(theirs: Theirs) -> bool:
     return spaces
 
 
+def if_experts(key: str, otherwise: str | None = None) -> Reader:
+    """A setting of Granite 4's experts, in a model that has some."""
+    return lambda theirs: theirs[key] if theirs["num_local_experts"] else theirs[otherwise] if otherwise else None
+
+
 def granite_value_size(theirs: Theirs) -> int:
     """Features of a head of a state space, which together are mamba_expand times the width of the model."""
     inside, heads = theirs["mamba_expand"] * theirs["hidden_size"], theirs["mamba_n_heads"]
@@ -288,7 +293,12 @@ ROWS: dict[str, Family] = {
         weights.GRANITE_HYBRID,
         {
             **GRANITE,
-            "ffn_size": "shared_intermediate_size",
+            "ffn_size": if_experts("intermediate_size", otherwise="shared_intermediate_size"),
+            "n_expert": lambda theirs: theirs["num_local_experts"] or 0,
+            "n_expert_per_token": if_experts("num_experts_per_tok"),
+            "expert_size": if_experts("intermediate_size"),
+            "shared_expert_size": if_experts("shared_intermediate_size"),
+            "router": lambda theirs: "softmax_chosen" if theirs["num_local_experts"] else None,
             "no_rope_layers": granite_unrotated,
             "delta_layers": granite_spaces,
             "state_space": has_spaces,
@@ -302,6 +312,7 @@ ROWS: dict[str, Family] = {
         defaults={
             **GRANITE_DEFAULTS,
             "num_local_experts": 8,
+            "num_experts_per_tok": 2,
             "position_embedding_type": None,
             "shared_intermediate_size": 1024,
             "mamba_n_heads": 128,
@@ -312,7 +323,7 @@ ROWS: dict[str, Family] = {
             "mamba_expand": 2,
             "mamba_conv_bias": True,
         },
-        refuse={"num_local_experts": 0, "mamba_proj_bias": False},
+        refuse={"mamba_proj_bias": False},
     ),
     "ernie4_5": row(
         weights.LLAMA,

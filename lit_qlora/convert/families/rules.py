@@ -161,6 +161,31 @@ class OneRow:
 
 
 @dataclass(frozen=True)
+class Either:
+    """The rule of a tensor that holds other layers in a model of experts."""
+
+    dense: "str | Fused"
+    mixed: "str | Fused"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Our names in models of both kinds."""
+        return (*parts_of(self.dense), *parts_of(self.mixed))
+
+    def split(self, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+        """Their tensor -> {part: ours}."""
+        return split(self.mixed if config.n_expert else self.dense, tensor, config)
+
+    def join(self, parts: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+        """The inverse of split."""
+        return join(self.mixed if config.n_expert else self.dense, parts, config)
+
+    def holding(self, part: str) -> "str | Fused":
+        """The rule that holds one of our names."""
+        return self.dense if part in parts_of(self.dense) else self.mixed
+
+
+@dataclass(frozen=True)
 class When:
     """A rule whose spelling is written only for models that `holds` is true of; it is read for any."""
 
@@ -180,7 +205,7 @@ class Packed:
         return blocks.removesuffix("_blocks") + "_scales"
 
 
-Rule = str | Fused | Transposed | Stacked | OneRow | When | Packed
+Rule = str | Fused | Transposed | Stacked | OneRow | Either | When | Packed
 """The rule of one of their tensors: one of our names, DROP, or the way it holds several."""
 
 
@@ -217,6 +242,8 @@ def _suffixed(rule: Rule, kind: str) -> Rule:
         return replace(rule, parts=tuple(part + kind for part in rule.parts))
     if isinstance(rule, OneRow):
         return rule
+    if isinstance(rule, Either):
+        return Either(_suffixed(rule.dense, kind), _suffixed(rule.mixed, kind))  # type: ignore[arg-type]
     if isinstance(rule, Transposed) and kind == ".bias":
         return _suffixed(rule.rule, kind)
     return replace(rule, rule=_suffixed(rule.rule, kind))  # type: ignore[arg-type]

@@ -5,7 +5,18 @@ Of several names for one of ours, the first is what files have and the last what
 
 from collections.abc import Mapping
 
-from lit_qlora.convert.families.rules import DROP, Fused, OneRow, Packed, Rule, Stacked, Transposed, When, tensors
+from lit_qlora.convert.families.rules import (
+    DROP,
+    Either,
+    Fused,
+    OneRow,
+    Packed,
+    Rule,
+    Stacked,
+    Transposed,
+    When,
+    tensors,
+)
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.mlp import XIELU_EPS, XIELU_SLOPE
 
@@ -121,10 +132,13 @@ GRANITE_MOE_SHARED = GRANITE_MOE | tensors(
         f"{_LAYER}.shared_mlp.output_linear": f"{_BLOCK}.mlp.shared.down",
     }
 )
-GRANITE_HYBRID = without(LLAMA, ".mlp.") | tensors(
+_SHARED = f"{_BLOCK}.mlp.shared"
+GRANITE_HYBRID = GRANITE_MOE | tensors(
     {
-        f"{_LAYER}.shared_mlp.input_linear": Fused((_GATE, _UP), "blocks"),
-        f"{_LAYER}.shared_mlp.output_linear": f"{_BLOCK}.mlp.down",
+        f"{_LAYER}.shared_mlp.input_linear": Either(
+            Fused((_GATE, _UP), "blocks"), Fused((f"{_SHARED}.gate", f"{_SHARED}.up"), "blocks")
+        ),
+        f"{_LAYER}.shared_mlp.output_linear": Either(f"{_BLOCK}.mlp.down", f"{_SHARED}.down"),
     }
 )
 _MAMBA = f"{_LAYER}.mamba"

@@ -231,6 +231,19 @@ GRANITE_MOE = replace(
     reads=GRANITE.reads | EXPERTS,
     means={"router": "softmax_chosen"},
 )
+HYBRID = replace(
+    GRANITE_MOE,
+    name="granitehybrid",
+    reads=GRANITE_MOE.reads
+    | {"shared_expert_size", "state_space", "delta_layers", "delta_key_heads", "delta_value_heads", "delta_key_size"}
+    | {"delta_value_size", "delta_conv_size"},
+    means=lambda config: {
+        "conv_bias": True,
+        "router": "softmax_chosen" if config.n_expert else "softmax",
+        "no_rope_layers": tuple(range(config.n_layer)) if config.no_rope_layers else (),
+    },
+)
+"""Of Granite 4 with state spaces; without, it has another graph."""
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -455,13 +468,18 @@ OTHERWISE = {
 """Our family -> why there is no row for it, though llama.cpp has a graph."""
 
 
+def graph_of(config: ModelConfig) -> Architecture | None:
+    """The row of a model, if it has one."""
+    return HYBRID if config.state_space else ARCHITECTURES.get(config.family)
+
+
 def check_supported(config: ModelConfig) -> Architecture:
     """The row of a model.
 
     Raises:
         CheckpointError: if llama.cpp would compute it otherwise, naming the settings.
     """
-    found = ARCHITECTURES.get(config.family)
+    found = graph_of(config)
     if found is None:
         why = f": {OTHERWISE[config.family]}" if config.family in OTHERWISE else ""
         raise CheckpointError(

@@ -6,7 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,11 @@ from lit_qlora.checkpoint import checkpoint, score
 from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.families import Fused, their_tensors
 from lit_qlora.convert.gguf_architectures import (
-    ARCHITECTURES,
     GEMMA4,
     LATENT,
+    Architecture,
     check_supported,
+    graph_of,
     interval,
     mixed_interval,
 )
@@ -63,11 +64,18 @@ NAMES_OF_PARTS = {
     "delta.decay_bias": "ssm_dt.bias",
     "delta.norm.weight": "ssm_norm.weight",
     "delta.projection.weight": "ssm_out.weight",
+    "delta.skip": "ssm_d",
+    "delta.conv_bias": "ssm_conv1d.bias",
 }
 """Our name in a block -> theirs, for what Hugging Face's families call by many names."""
 STILL = 1e30
 """A wavelength times this is longer than any text."""
-CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")
+STATES = ("ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a", "ssm_d", "ssm_norm.weight")
+"""Endings of the names of what has to be float32 beside vectors."""
+OF_STATE_SPACE = dict.fromkeys(
+    (f"delta.{part}.weight" for part in ("output_gate", "value", "key", "query", "decay")), "ssm_in.weight"
+)
+"""The same of what a state space reads its input by, in the order of its rows."""
 Kind = Literal["f16", "q8_0", "bf16", "f32"]
 
 
@@ -166,7 +174,7 @@ def read_context(config: ModelConfig) -> int:
     Where it has no window, as many as ours lets a token see. With longrope, as many as the original context: it takes
     the long factors for all texts once its context is longer.
     """
-    architecture = ARCHITECTURES[config.family]
+    architecture = _graph(config)
     known = architecture.period or architecture.names_windows or config.chunked_window
     window = None if known else config.sliding_window
     original = config.rope_original_block_size if config.rope_scaling == "longrope" else config.block_size
@@ -193,11 +201,17 @@ class GgufTensor:
         return torch.cat([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
+def _graph(config: ModelConfig) -> Architecture:
+    found = graph_of(config)
+    assert found is not None, config.family
+    return found
+
+
 def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
     """The tensors of a file, from the names of ours, by the package's own tables of Hugging Face's names."""
     import gguf
 
-    architecture = ARCHITECTURES[config.family]
+    architecture = _graph(config)
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(known[architecture.name], config.n_layer)
     found: dict[str, tuple[list[str], bool]] = {}
@@ -207,7 +221,7 @@ def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
         absorbed = architecture.latent_absorbed and config.kv_latent_size and KEYS_VALUES.search(tensor.ours[0])
         if PARTS.search(tensor.ours[0]) or absorbed:  # of which several may be in one tensor of theirs
             for name in tensor.ours:
-                part = _name_of_part(name)
+                part = _name_of_part(name, OF_STATE_SPACE if config.state_space else {})
                 if architecture.name == "qwen3next" and part.endswith(("ssm_beta.weight", "ssm_alpha.weight")):
                     part = re.sub("ssm_(beta|alpha)", "ssm_ba", part)
                     heads[part] = config.delta_key_heads
@@ -216,28 +230,34 @@ def plan_tensors(names: Iterable[str], config: ModelConfig) -> list[GgufTensor]:
         module, _, kind = tensor.name.rpartition(".")
         name = table.get_name(module)
         assert name or "mlp" in module, f"{architecture.name} has no {module}"
+        if name and not config.n_expert:  # an MLP that the package takes for a shared expert
+            name = name.removesuffix("_shexp")
         for ours in tensor.ours:  # gate and up, where no name is known for both together
-            of_mlp = _name_of_part(ours).replace("_shexp", "")
+            of_mlp = _name_of_part(ours, {}).replace("_shexp", "")
             found.setdefault(f"{name}.{kind}" if name else of_mlp, ([], False))[0].append(ours)
         by_head = isinstance(tensor.rule, Fused) and (tensor.rule.layout == "query_heads" or config.kv_latent_size)
         if by_head and name:
             heads[f"{name}.{kind}"] = config.n_head
     if config.tied_head and architecture.own_head:
         found["output.weight"] = (["embed.weight"], False)
+    order = list(OF_STATE_SPACE)
+    for name, (parts, _) in found.items():
+        if name.endswith("ssm_in.weight"):
+            parts.sort(key=lambda part: order.index(part.split(".", 2)[2]))
     return [
         GgufTensor(name=name, parts=tuple(parts), stacked=stacked, heads=heads.get(name, 1))
         for name, (parts, stacked) in found.items()
     ]
 
 
-def _name_of_part(name: str) -> str:
-    """Their name of a tensor of a router, of experts or of attention sinks."""
+def _name_of_part(name: str, first: Mapping[str, str]) -> str:
+    """Their name of a tensor of a router, of experts or of attention sinks; `first` comes before NAMES_OF_PARTS."""
     _, block, *_ = name.split(".")
     part = name.partition(f"{block}.")[2]
     layer, _, kind = part.rpartition(".")
     layer = layer.rpartition(".")[2]
-    if part in NAMES_OF_PARTS:
-        return f"blk.{block}.{NAMES_OF_PARTS[part]}"
+    if known := first.get(part) or NAMES_OF_PARTS.get(part):
+        return f"blk.{block}.{known}"
     return f"blk.{block}.ffn_{layer}_{'exps' if '.experts.' in name else 'shexp'}.{kind}"
 
 
@@ -267,15 +287,15 @@ def _write_settings(writer: "GGUFWriter", config: ModelConfig, kind: Kind) -> No
         writer.add_rope_dimension_count(config.latent_rope_size or config.full_head_size or config.rotated)
         writer.add_rope_freq_base(config.rope_theta)
     _write_scaling(writer, config)
-    if "parallel_residual" in ARCHITECTURES[config.family].reads:
+    if "parallel_residual" in _graph(config).reads:
         writer.add_parallel_residual(config.parallel_residual)
     if config.rope_local_theta is not None:
         writer.add_rope_freq_base_swa(config.rope_local_theta)
-    if ARCHITECTURES[config.family].period and config.sliding_window is not None:
+    if _graph(config).period and config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
-    if ARCHITECTURES[config.family].names_windows:
+    if _graph(config).names_windows:
         _write_two_kinds(writer, config)
-    if config.n_expert or ARCHITECTURES[config.family].name == LATENT.name:
+    if config.n_expert or _graph(config).name == LATENT.name:
         _write_experts(writer, config)
     if config.delta_layers:
         _write_delta_net(writer, config)
@@ -306,8 +326,11 @@ def _write_delta_net(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_ssm_group_count(config.delta_key_heads)
     writer.add_ssm_time_step_rank(config.delta_value_heads)
     writer.add_ssm_inner_size(config.delta_value_heads * config.delta_value_size)
+    if config.state_space:
+        writer.add_rope_scaling_finetuned(not config.no_rope_layers)  # by which its graph tells if it rotates
+        return
     writer.add_full_attention_interval(interval(config))
-    if ARCHITECTURES[config.family].value_heads_tiled:  # the features of a token's three positions, which are one
+    if _graph(config).value_heads_tiled:  # the features of a token's three positions, which are one
         writer.add_rope_dimension_sections([*(len(range(i, config.rotated // 2, 3)) for i in range(3)), 0])
 
 
@@ -321,9 +344,9 @@ def _write_activations(writer: "GGUFWriter", config: ModelConfig, read: Callable
 
 def _write_heads(writer: "GGUFWriter", config: ModelConfig) -> None:
     """Write the sizes of keys and values; a graph for latent attention has one key for all heads, the latent."""
-    if not (config.kv_latent_size and ARCHITECTURES[config.family].latent_absorbed):
-        blocks = range(config.n_layer)
-        counts = [0 if config.is_conv(i) else config.kv_heads_of(config.windowed(i)) for i in blocks]
+    if not (config.kv_latent_size and _graph(config).latent_absorbed):
+        blocks, stateful = range(config.n_layer), config.delta_layers if config.state_space else config.conv_layers
+        counts = [0 if i in stateful else config.kv_heads_of(config.windowed(i)) for i in blocks]
         writer.add_head_count_kv(counts if len(set(counts)) > 1 else counts[0])
         writer.add_key_length(config.full_head_size or config.head_size)
         writer.add_value_length(config.full_head_size or config.value_size)
@@ -343,7 +366,7 @@ def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
     """Write sizes of experts, and how a graph that can do it in several ways chooses and weighs them."""
     from gguf import ExpertGatingFuncType
 
-    architecture = ARCHITECTURES[config.family]
+    architecture = _graph(config)
     reads = architecture.reads
     writer.add_expert_count(config.n_expert)
     writer.add_expert_used_count(config.n_expert_per_token)
@@ -398,11 +421,11 @@ def _write_scales(writer: "GGUFWriter", config: ModelConfig) -> None:
         "residual_multiplier": writer.add_residual_scale,
         "clip_qkv": writer.add_clamp_kqv,
     }
-    reads = ARCHITECTURES[config.family].reads
+    reads = _graph(config).reads
     for name, write in writers.items():
         if name in reads and getattr(config, name) is not None:
             write(getattr(config, name))
-    if config.logit_softcap is None and ARCHITECTURES[config.family] is GEMMA4:  # whose graph takes 30 otherwise
+    if config.logit_softcap is None and _graph(config) is GEMMA4:  # whose graph takes 30 otherwise
         writer.add_final_logit_softcapping(0.0)
     if "logit_multiplier" in reads:  # Granite's graph divides by it, Cohere's multiplies
         writer.add_logit_scale(
@@ -451,17 +474,21 @@ def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
         return tensor.float() + 1
     if layer == "mlp.shared_gate":
         return tensor[0]
-    if config.kv_latent_size and ARCHITECTURES[config.family].latent_absorbed and KEYS_VALUES.search(name):
+    if config.kv_latent_size and _graph(config).latent_absorbed and KEYS_VALUES.search(name):
         of_heads = tensor.unflatten(0, (config.n_head, -1))
         return of_heads.transpose(1, 2) if layer == "attn.key" else of_heads
     heads = {"attn.query": config.n_head, "attn.key": config.n_kv_head}
-    if not ARCHITECTURES[config.family].neighbours or config.rope_interleaved or layer not in heads:
+    if not _graph(config).neighbours or config.rope_interleaved or layer not in heads:
         return tensor
     return tensor.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _of_delta_net(layer: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """A tensor of a gated delta net, with the heads of values in their order."""
+    """A tensor of a gated delta net, with the heads of values in their order, or of a state space."""
+    if config.state_space:
+        tensor = -tensor.float().exp() if layer == "delta.decay_rate" else tensor
+        rows = {"delta.decay_rate": -1, "delta.skip": -1, "delta.norm": config.delta_key_heads}.get(layer)
+        return tensor.squeeze(1) if layer == "delta.conv" else tensor if rows is None else _as_rows(tensor, rows)
     if layer == "delta.conv":
         keys = 2 * config.delta_key_heads * config.delta_key_size
         of_keys, of_values = tensor.squeeze(1).split((keys, len(tensor) - keys))
@@ -473,9 +500,14 @@ def _of_delta_net(layer: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     return _tiled(-tensor.float().exp() if layer == "delta.decay_rate" else tensor, config)
 
 
+def _as_rows(vector: Tensor, rows: int) -> Tensor:
+    """(size,) -> (rows, size / rows); -1 for as many rows as numbers."""
+    return vector.unflatten(0, (len(vector) if rows < 0 else rows, -1))
+
+
 def _tiled(tensor: Tensor, config: ModelConfig) -> Tensor:
     """Rows of all value heads in the order of Architecture.value_heads_tiled."""
-    if not ARCHITECTURES[config.family].value_heads_tiled:
+    if not _graph(config).value_heads_tiled:
         return tensor
     return (
         tensor.unflatten(0, (config.delta_key_heads, config.delta_value_heads // config.delta_key_heads, -1))
@@ -488,7 +520,7 @@ def _storage(name: str, spec: Tensor, kind: Kind) -> "GGMLQuantizationType":
     """The storage of a tensor: float32 for vectors, biases and routers, float16 where q8_0's blocks do not fit."""
     from gguf import GGMLQuantizationType
 
-    if spec.ndim == 1 or name.endswith(".bias") or ".ffn_gate_inp" in name or name.endswith(CONVOLUTIONS):
+    if spec.ndim == 1 or name.endswith(".bias") or ".ffn_gate_inp" in name or name.endswith(STATES):
         return GGMLQuantizationType.F32
     if kind == "q8_0" and spec.shape[-1] % 32:
         return GGMLQuantizationType.F16

@@ -16,7 +16,7 @@ from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.families import FAMILIES
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
-from lit_qlora.convert.gguf_architectures import ARCHITECTURES, OTHERWISE, check_supported
+from lit_qlora.convert.gguf_architectures import ARCHITECTURES, OTHERWISE, check_supported, graph_of
 from lit_qlora.convert.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from lit_qlora.convert.to_gguf import Kind, export_gguf, plan_tensors, read_context, rope_difference
 from lit_qlora.errors import CheckpointError, UsageError
@@ -137,6 +137,10 @@ AS_PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe as published": ("qwen3_5_moe_text", {**DELTA, **DELTA_EXPERTS, "num_hidden_layers": 4}),
     "qwen3_next as published": ("qwen3_next", {**DELTA, **DELTA_EXPERTS, "num_hidden_layers": 4}),
     "gemma4-E as published": ("gemma4_text", {**GEMMA4, **GEMMA4_E, "num_kv_shared_layers": 2}),
+    "granitemoehybrid-experts as published": (
+        "granitemoehybrid",
+        {**CASES["granitemoehybrid-experts"][1], "mamba_conv_bias": True},
+    ),
     "ministral3 as published": ("ministral3", {**CASES["ministral3"][1], "sliding_window": None}),
     "lfm2_moe as published": ("lfm2_moe", {**CASES["lfm2_moe"][1], "routed_scaling_factor": 1.0}),
     "minicpm3 as published": (
@@ -176,7 +180,17 @@ REFUSED = {
     ),
     *("gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "smollm3-window", "seed_oss", "exaone4", "cohere-qk-norm"),
     *("stablelm-parallel-qk-norm", "ernie4_5-bias"),
-    *("gemma4-E", "glm", "llama4", "llama4-all-experts", "lfm2_moe", "lfm2-bias", "minicpm3", "youtu"),
+    *(
+        "gemma4-E",
+        "granitemoehybrid-experts",
+        "glm",
+        "llama4",
+        "llama4-all-experts",
+        "lfm2_moe",
+        "lfm2-bias",
+        "minicpm3",
+        "youtu",
+    ),
     *("qwen3_5", "qwen3_5-layer_types", "qwen3_5_moe", "qwen3_next", "qwen3_next-dense-layers"),
 }
 
@@ -223,7 +237,8 @@ def _more_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_llama_cpp_has_it(path: Path, config: ModelConfig) -> GPT:
     """A model of the tensors in a file, in the order and with the norms that llama.cpp computes with."""
     settings, tensors, _ = read(path)
-    architecture = ARCHITECTURES[config.family]
+    architecture = graph_of(config)
+    assert architecture
     assert settings["general.architecture"] == architecture.name
     norm: Any = {"rms_plus_one": "rms", "layer_plus_one": "layer"}.get(config.norm, config.norm)
     model = GPT(dataclasses.replace(config, rope_interleaved=architecture.neighbours, norm=norm))
@@ -237,9 +252,11 @@ def as_llama_cpp_has_it(path: Path, config: ModelConfig) -> GPT:
             if config.kv_latent_size and whole.ndim == 3 and not tensor.stacked:  # (H, out, in), of keys (H, in, out)
                 whole = (whole.transpose(1, 2) if "attn_k_b" in tensor.name else whole).flatten(0, 1)
             whole = whole[None] if "ffn_gate_inp_shexp" in tensor.name else whole
-            shares = [size // tensor.heads for size in rows]
-            by_head = whole.unflatten(0, (1 if tensor.stacked else tensor.heads, -1))
-            values = whole.unbind() if tensor.stacked else [part.flatten(0, 1) for part in by_head.split(shares, dim=1)]
+            values = [whole]
+            if len(rows) > 1:
+                by_head = whole.unflatten(0, (1 if tensor.stacked else tensor.heads, -1))
+                shares = [size // tensor.heads for size in rows]
+                values = list(whole) if tensor.stacked else [x.flatten(0, 1) for x in by_head.split(shares, dim=1)]
             for name, value in zip(tensor.parts, values, strict=True):
                 parameters[name].copy_(as_it_was(name, value, config))
         for name in ("positive", "negative") if config.ffn == "xielu" else ():
@@ -254,6 +271,10 @@ def as_it_was(name: str, value: Tensor, config: ModelConfig) -> Tensor:
         return value[:, None]
     if ".delta." not in name:
         return value
+    if config.state_space:
+        value = (-value).log() if "decay_rate" in name else value
+        flat = any(f".delta.{part}" in name for part in ("decay_rate", "skip", "norm"))
+        return value[:, None] if name.endswith(".conv") else value.flatten() if flat else value
     keys, values = config.delta_key_heads, config.delta_value_heads
     value = (-value).log() if "decay_rate" in name else value.T if "projection" in name else value
     fixed = 2 * keys * config.delta_key_size if name.endswith("conv") else 0
@@ -275,6 +296,7 @@ LATE |= {"glm", "llama4-all-experts", "lfm2_moe", "lfm2-bias", "minicpm3", "yout
 LATE |= {"qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen3_next-dense-layers", "afmoe", "lfm2", "apertus", "ministral3"}
 LATE |= {f"{case} as published" for case in ("glm", "llama4", "qwen3_5", "qwen3_5_moe", "ministral3", "lfm2_moe")}
 LATE |= {"minicpm3 as published", "youtu as published", "llama4", "ministral3-window"}
+LATE |= {"granitemoehybrid-spaces", "granitemoehybrid-experts", "granitemoehybrid-experts as published"}
 LATE |= {"gemma4", "gemma4_moe", "gemma4_unified", "gemma4-E", "gemma4-E as published"}
 """Cases that are much like others, so the quick tests leave them out."""
 

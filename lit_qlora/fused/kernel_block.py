@@ -16,6 +16,7 @@ from lit_qlora.model.latent_attention import LatentAttention, Narrowed
 from lit_qlora.model.mlp import GatedMLP
 from lit_qlora.model.norm import LayerPlusOne, RMSPlusOne
 from lit_qlora.model.short_conv import ShortConv
+from lit_qlora.model.state_space import StateSpace
 
 ACTIVATIONS = {
     "swiglu": Activation("silu", gated=True),
@@ -76,13 +77,15 @@ def takes_torch(block: Any, config: ModelConfig) -> bool:
 def mixing_layers(mixer: Any) -> list[list[nn.Module]]:
     """Return the layers of what mixer_of gives in the order in which they are computed, one list for each input.
 
-    A delta net's layers with an output for each head are a list of their own.
+    A delta net's or state space's layers with an output for each head are a list of their own.
     """
     if isinstance(mixer, ShortConv):
         return [[mixer.into], [mixer.projection]]
     if isinstance(mixer, DeltaNet):
         wide: list[nn.Module] = [mixer.query, mixer.key, mixer.value, mixer.output_gate]
         return [wide, [mixer.beta, mixer.decay], [mixer.projection]]
+    if isinstance(mixer, StateSpace):
+        return [[mixer.query, mixer.key, mixer.value, mixer.output_gate], [mixer.decay], [mixer.projection]]
     return attention_layers(mixer)
 
 

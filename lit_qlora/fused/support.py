@@ -25,7 +25,7 @@ LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
 UNHANDLED = (
     *("shared_kv_layers", "per_layer_size", "experts_beside"),
-    *("chunked_window", "unrotated_scale_beta", "router_before", "state_space"),
+    *("chunked_window", "unrotated_scale_beta", "router_before"),
 )
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 UNDECODED = (

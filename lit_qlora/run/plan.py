@@ -214,7 +214,8 @@ class Planner:
             return plan
         slow_attention = _lacks_flash(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
-        plan = replace(plan, delta_rule=_delta_rule(room.card) if model.delta_layers else "")
+        corrects = bool(model.delta_layers) and not model.state_space
+        plan = replace(plan, delta_rule=_delta_rule(room.card) if corrects else "")
         return self._on_fast_path(plan, batches, room, seen)
 
     def _slow_because(self, room: Room) -> str:

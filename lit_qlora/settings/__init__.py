@@ -19,7 +19,7 @@ from lit_qlora.settings.prepare import PrepareConfig
 from lit_qlora.settings.quantization import Budget, Quantization, check_budget
 from lit_qlora.settings.run import DEMO_CHECKPOINT, FinetuneConfig, Precision, Strategy, why_not_sharded
 from lit_qlora.settings.schemes import SCHEMES, Scheme
-from lit_qlora.settings.sweep import SweepConfig, SweepPart
+from lit_qlora.settings.sweep import AnySweep, PreferenceSweepConfig, SweepConfig, SweepPart, is_of_preferences
 from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "SCHEMES",
     "TARGETS",
     "TRACKERS",
+    "AnySweep",
     "Budget",
     "DataConfig",
     "DistillConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceLoss",
     "PreferenceRunConfig",
+    "PreferenceSweepConfig",
     "PrepareConfig",
     "PromptKnobs",
     "Quantization",
@@ -62,6 +64,7 @@ __all__ = [
     "check",
     "check_budget",
     "first_match",
+    "is_of_preferences",
     "is_pattern",
     "why_not_sharded",
 ]

@@ -1,18 +1,25 @@
 """Settings of a sweep: many runs that differ in a few settings."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
+from lit_qlora.errors import UserError
+from lit_qlora.files.reading import read_yaml_text
 from lit_qlora.settings.checks import Settings, check
 from lit_qlora.settings.limits import CountOrZero, Seed, above, at_least, below
+from lit_qlora.settings.preference import PreferenceRunConfig
 from lit_qlora.settings.run import FinetuneConfig
 
 RungShare = Annotated[float, above(0), below(1)]
 Scalar = str | bool | int | float | None
 Value = Scalar | tuple[Scalar, ...] | dict[str, Scalar]
 """A value of any setting; jsonargparse would read a text again, as YAML, if it were Any."""
+OF_PREFERENCES = re.compile(r"^preference:|preference\.\w", re.MULTILINE)
+"""The settings of finetune/preference.py in a --config file."""
 OF_ALL = ("resume", "extend", "devices", "num_nodes", "strategy")
 """Settings of a run that a sweep decides by itself."""
 
@@ -86,8 +93,9 @@ NOT_SWEPT = ("out_dir", "config", "dry_run", "price_per_hour", "quiet", "allow_c
 class SweepConfig(FinetuneConfig):
     """Fine-tune with many settings, one after the other, on a base that is read once, and compare them.
 
-    Its settings are those of finetune/lora.py, and a part 'sweep'. Stopped and started again, it goes on. Started again
-    beside itself, on another GPU, it takes other trials.
+    Its settings are those of finetune/lora.py, and a part 'sweep'; where one of finetune/preference.py is named, those
+    of that command. Stopped and started again, it goes on. Started again beside itself, on another GPU, it takes other
+    trials.
     """
 
     out_dir: Path | None = None
@@ -97,14 +105,60 @@ class SweepConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         """Check combinations of settings."""
         super().__post_init__()
-        default = {setting.name: setting.default for setting in fields(FinetuneConfig)}
-        for name in OF_ALL:
-            check(
-                getattr(self, name) == default[name],
-                f"{name} has no effect on a sweep: each trial is a run on one device, and goes on by itself.",
-            )
+        _check_of_all(self)
 
     @property
     def run(self) -> FinetuneConfig:
         """The settings that all trials have."""
         return FinetuneConfig(**{setting.name: getattr(self, setting.name) for setting in fields(FinetuneConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSweepConfig(PreferenceRunConfig):
+    """Learn from preferences with many settings; its settings are those of finetune/preference.py, and a part 'sweep'.
+
+    See SweepConfig.
+    """
+
+    out_dir: Path | None = None
+    """Folder of the sweep, see SweepConfig."""
+    sweep: SweepPart = field(default_factory=SweepPart)
+
+    def __post_init__(self) -> None:
+        """Check combinations of settings."""
+        super().__post_init__()
+        _check_of_all(self)
+
+    @property
+    def run(self) -> PreferenceRunConfig:
+        """The settings that all trials have."""
+        own = {setting.name: getattr(self, setting.name) for setting in fields(PreferenceRunConfig)}
+        return PreferenceRunConfig(**own)
+
+
+AnySweep = SweepConfig | PreferenceSweepConfig
+
+
+def _check_of_all(config: AnySweep) -> None:
+    default = {setting.name: setting.default for setting in fields(FinetuneConfig)}
+    for name in OF_ALL:
+        check(
+            getattr(config, name) == default[name],
+            f"{name} has no effect on a sweep: each trial is a run on one device, and goes on by itself.",
+        )
+
+
+def is_of_preferences(argv: Sequence[str]) -> bool:
+    """Tell if these flags of a sweep, or a --config file that they name, have a setting of finetune/preference.py."""
+    values = [value for flag, value in pairwise(argv) if flag == "--config"]
+    values += [flag.partition("=")[2] for flag in argv if flag.startswith("--config=")]
+    texts = map(_text_of, values)
+    return any("preference." in flag for flag in argv) or any(OF_PREFERENCES.search(text) for text in texts)
+
+
+def _text_of(path: str) -> str:
+    """The text of a --config file; '' if it cannot be read, as the parser will say."""
+    try:
+        return read_yaml_text(Path(path))
+    except (UserError, OSError):
+        return ""

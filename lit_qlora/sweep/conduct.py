@@ -14,7 +14,7 @@ from lit_qlora.errors import ResourceError, UserError
 from lit_qlora.files.atomic import writing
 from lit_qlora.report import tell
 from lit_qlora.run.finetune import MakeAsk, finetune
-from lit_qlora.settings import SweepConfig, SweepPart
+from lit_qlora.settings import AnySweep, SweepPart
 from lit_qlora.sweep.base import SharedBase, free_memory
 from lit_qlora.sweep.pages import write_results
 from lit_qlora.sweep.results import read_results
@@ -26,7 +26,7 @@ POLL = 0.5
 """Seconds between looks at the trials that another process runs."""
 
 
-def sweep(config: SweepConfig, make_ask: MakeAsk | None = None) -> Path:
+def sweep(config: AnySweep, make_ask: MakeAsk | None = None) -> Path:
     """Run the trials of a sweep and compare them.
 
     Args:
@@ -60,7 +60,7 @@ def default_out_dir(checkpoint_dir: Path) -> Path:
     return Path("out/sweep") / checkpoint_dir.resolve().name
 
 
-def prepare(config: SweepConfig, out_dir: Path) -> list[Trial]:
+def prepare(config: AnySweep, out_dir: Path) -> list[Trial]:
     """Plan the trials, and write their names into OUT.
 
     Raises:

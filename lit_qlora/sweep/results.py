@@ -13,6 +13,7 @@ from lit_qlora.evaluate.sample_losses import SampleLosses
 from lit_qlora.files.reading import read_json
 from lit_qlora.report import Record, duration, metrics, short, smaller_is_better
 from lit_qlora.run.resume import SUMMARY, flat, plain
+from lit_qlora.settings import PreferenceRunConfig
 from lit_qlora.sweep.state import is_over, read_state, records_of
 from lit_qlora.sweep.statistics import Interval, difference, mean
 from lit_qlora.sweep.trials import Trial, flag_value
@@ -278,7 +279,8 @@ def commands(result: Result) -> dict[str, str]:
     """Write the commands that repeat a trial elsewhere, and that lengthen it or go on with it."""
     trial = result.trial
     code = " --allow_code true" if trial.config.allow_code else ""
-    begin = f"{spell('finetune/lora.py')} --config {quote(str(trial.folder / 'config.yaml'))}{code}"
+    script = "finetune/preference.py" if isinstance(trial.config, PreferenceRunConfig) else "finetune/lora.py"
+    begin = f"{spell(script)} --config {quote(str(trial.folder / 'config.yaml'))}{code}"
     again = quote(f"{trial.folder}-again")
     config = trial.config.train
     longer = f"--train.epochs {2 * config.epochs:g}"

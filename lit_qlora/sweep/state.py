@@ -12,7 +12,7 @@ from lit_qlora.files.atomic import write_text
 from lit_qlora.files.reading import read_json
 from lit_qlora.report import Record, metrics, smaller_is_better
 from lit_qlora.run.resume import LOG, SUMMARY, read_log
-from lit_qlora.settings import SweepConfig
+from lit_qlora.settings import AnySweep
 from lit_qlora.sweep.trials import Trial
 
 ALL = 2**62
@@ -68,7 +68,7 @@ def records_of(trial: Trial) -> list[Record]:
     return read_log(trial.folder / LOG, ALL)
 
 
-def metric_of(config: SweepConfig) -> str:
+def metric_of(config: AnySweep) -> str:
     """Name the metric by which the trials of a sweep are chosen and sorted."""
     own = "val_loss" if config.eval.best == "none" else config.eval.best
     return config.sweep.metric or own

@@ -14,7 +14,7 @@ from lit_qlora.errors import UsageError
 from lit_qlora.files.atomic import write_text
 from lit_qlora.files.reading import read_json
 from lit_qlora.run.resume import as_rows, changed_settings, plain
-from lit_qlora.settings import FinetuneConfig, SweepConfig, SweepPart, check
+from lit_qlora.settings import AnySweep, FinetuneConfig, SweepPart, check
 
 TRIALS = "trials.json"
 Changes = Mapping[str, Any]
@@ -45,7 +45,7 @@ class Trial:
         return key_of({name: value for name, value in self.changes.items() if name not in ("seed", "data.split_seed")})
 
 
-def plan_trials(config: SweepConfig, out_dir: Path) -> list[Trial]:
+def plan_trials(config: AnySweep, out_dir: Path) -> list[Trial]:
     """Work out the trials of a sweep, with the folders that they had in an earlier call.
 
     Raises:
@@ -71,7 +71,7 @@ NO_TRIALS = (
 )
 
 
-def combinations(config: SweepConfig) -> Iterator[tuple[str, Changes]]:
+def combinations(config: AnySweep) -> Iterator[tuple[str, Changes]]:
     """Yield variant and settings of each trial: variants x grid x draws x seeds, the last one changing first."""
     sweep = config.sweep
     assert isinstance(sweep.seeds, tuple)
@@ -137,7 +137,7 @@ def rounded(value: float) -> float:
 
 
 def config_of(run: FinetuneConfig, changes: Changes, folder: Path) -> FinetuneConfig:
-    """Return the settings of a trial, read as finetune/lora.py reads a --config file.
+    """Return the settings of a trial, read as a run reads a --config file.
 
     Raises:
         UsageError: if a setting is unknown or its value wrong.
@@ -148,7 +148,7 @@ def config_of(run: FinetuneConfig, changes: Changes, folder: Path) -> FinetuneCo
         check(not is_dataclass(own) or bool(rest), f"sweep: {name} is a section. Name its settings, such as lora.r.")
         check(is_dataclass(own) or not rest or not hasattr(run, section), f"sweep: {name} is not a setting.")
     try:
-        config = cli.parse(FinetuneConfig, ["--config", cli.to_yaml(replace(run, out_dir=folder), changes)])
+        config = cli.parse(type(run), ["--config", cli.to_yaml(replace(run, out_dir=folder), changes)])
     except UsageError as error:
         raise UsageError(f"sweep, trial with {describe(changes)}: {error}") from None
     return replace(config, allow_code=run.allow_code)

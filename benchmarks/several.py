@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class Case:
     Attributes:
         rows: of a micro-batch of a process.
         parts: micro-batches of a process in a step.
+        buffers: blocks of a sharded base that are in memory at a time.
         least: processes that it needs at least.
     """
 
@@ -49,6 +52,7 @@ class Case:
     strategy: str
     rows: int = 2
     parts: int = 2
+    buffers: int = 2
     r: int = 16
     quantize: str = "bnb.nf4-dq"
     quantize_head: bool = False
@@ -63,6 +67,7 @@ class Case:
         more = f" head {self.quantize}" if self.quantize_head else ""
         more += f" {self.optimizer}" if self.optimizer != "adamw" else ""
         more += f" of {gib:g} GiB" if gib else ""
+        more += f" {self.buffers} buffers" if self.buffers > 2 else ""
         return (
             f"{self.strategy} x {processes}, {self.quantize} r{self.r} all recompute {self.recompute}, "
             f"{self.parts} micro-batches a step{more}"
@@ -73,6 +78,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "speed": (
         Case("llama-2-7b", "ddp"),
         Case("llama-2-7b", "sharded"),
+        Case("llama-2-7b", "sharded", buffers=32, least=2),
         Case("llama-3-8b", "ddp"),
         Case("llama-3-8b", "sharded"),
     ),
@@ -120,7 +126,8 @@ def work(case: Case, gib: float | None, die: bool) -> None:
     storage = Storage(torch.bfloat16 if cuda else torch.float32, case.quantize, case.quantize_head)  # type: ignore[arg-type]
     begin = time.monotonic()
     shared = case.strategy == "sharded"
-    model = random_model(config, storage, device, shared, shared and not config.tied_head).requires_grad_(False)
+    on_host = shared and not config.tied_head
+    model = random_model(config, storage, device, shared, on_host, case.buffers).requires_grad_(False)
     loaded = time.monotonic() - begin
     torch.manual_seed(1)
     add_lora(model, LoRAConfig(r=case.r, alpha=2.0 * case.r, targets=("all",), dropout=0.0))
@@ -177,9 +184,9 @@ class Job:
         """The micro-batches of this process: its rows of a global batch, which depends on the step alone."""
         import torch
 
-        case, count = self.case, self.case.rows * self.case.parts * self.world_size
+        case, rows = self.case, self.case.rows * self.case.parts * self.world_size
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(0, self.model.config.vocab_size, (count, case.length + 1), generator=generator)
+        tokens = torch.randint(0, self.model.config.vocab_size, (rows, case.length + 1), generator=generator)
         yield from tokens[self.global_rank :: self.world_size].split(case.rows)
 
     def step(self, number: int) -> Any:
@@ -204,13 +211,13 @@ class Job:
         self.optimizer.zero_grad()
         return total
 
-    def seconds(self, first: int, count: int) -> tuple[float, list[Any]]:
+    def seconds(self, first: int, steps: int) -> tuple[float, list[Any]]:
         """Time of a step on average, and the losses."""
         self.wait()
         begin = time.monotonic()
-        losses = [self.step(first + i) for i in range(count)]
+        losses = [self.step(first + i) for i in range(steps)]
         self.wait()
-        return (time.monotonic() - begin) / count, losses
+        return (time.monotonic() - begin) / steps, losses
 
     def wait(self) -> None:
         """Let all processes be done with what was launched."""
@@ -259,9 +266,15 @@ class Job:
         for number in range(WARM_UP):
             self.step(number)
         self.wait()
-        print(f"KILL {time.time()}", flush=True)
         if self.global_rank == victim:
-            os.kill(os.getpid(), signal.SIGKILL)
+            need, calls = self.model.gathers.need, count()
+
+            def last(block: int) -> None:
+                if next(calls) == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                need(block)
+
+            self.model.gathers.need = last
         self.seconds(WARM_UP, TIMED)
 
 
@@ -340,6 +353,7 @@ def killed(processes: int) -> None:
     print(f"killed, bare loop: statuses {[status for status, _ in found]}")
     print("  first process: " + "\n    ".join(found[0][1].strip().splitlines()[-3:]), flush=True)
     out = ROOT / "out" / "several"
+    shutil.rmtree(out, ignore_errors=True)
     flags = (
         "--strategy sharded --quantize bnb.nf4-dq --data.path finetune/demo --train.max_steps 60 --train.save_every 5"
     )

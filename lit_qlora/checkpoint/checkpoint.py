@@ -29,7 +29,7 @@ from lit_qlora.model.mlp import CORRECTION
 from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.report import tell
 from lit_qlora.settings import Scheme
-from lit_qlora.sharded import HostEmbedding
+from lit_qlora.sharded import LEAST_BUFFERS, HostEmbedding
 
 WEIGHTS = "lit_model.safetensors"
 KEPT = "lit_model.kept.safetensors"
@@ -65,12 +65,14 @@ def load_stored(
     device: torch.device,
     sharded: bool = False,
     embedding_on_host: bool = False,
+    buffers: int = LEAST_BUFFERS,
 ) -> GPT:
     """load_model, whose settings for the weights are one value.
 
     Args:
         sharded: each process holds a share of the blocks' weights, see lit_qlora.sharded; all call this together.
         embedding_on_host: with `sharded`, the embedding lies in the host's memory.
+        buffers: with `sharded`, blocks that are in memory at a time.
     """
     config = ModelConfig.load(directory)
     weights = open_weights(directory)
@@ -92,7 +94,7 @@ def load_stored(
             f"{directory} holds weights as they were published, in {weights.scheme}. They become 16-bit ones{anew}.\n"
             f"--quantize {weights.scheme} takes them as they are."
         )
-    cut = Cut(model, storage, device, embedding_on_host) if sharded else None
+    cut = Cut(model, storage, device, embedding_on_host, buffers) if sharded else None
     names = _names(model, packed, storage, cut)
     tensors = _stream(weights, names, device)
     _fill(model, map(summed, names, tensors), storage, packed, cut)
@@ -110,13 +112,14 @@ def random_model(
     device: torch.device,
     sharded: bool = False,
     embedding_on_host: bool = False,
+    buffers: int = LEAST_BUFFERS,
 ) -> GPT:
     """A model like one of load_stored, with random weights, which are as fast and as large as any.
 
     They depend on their names alone, so that several processes that share them make those of one.
     """
     model = GPT.skeleton(config)
-    cut = Cut(model, storage, device, embedding_on_host) if sharded else None
+    cut = Cut(model, storage, device, embedding_on_host, buffers) if sharded else None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     generator = torch.Generator(device)
 

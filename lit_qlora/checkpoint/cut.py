@@ -25,14 +25,17 @@ class Cut:
     Args:
         model: on the meta device.
         embedding_on_host: the embedding shall lie in the host's memory.
+        buffers: see ShardedBase.
 
     Attributes:
         base: what holds the shares.
     """
 
-    def __init__(self, model: GPT, storage: Storage, device: torch.device, embedding_on_host: bool = False) -> None:
+    def __init__(
+        self, model: GPT, storage: Storage, device: torch.device, embedding_on_host: bool, buffers: int
+    ) -> None:
         self.model, self.storage, self.embedding_on_host = model, storage, embedding_on_host
-        self.base = ShardedBase(slabs_of(model, storage, distributed.get_world_size()), device)
+        self.base = ShardedBase(slabs_of(model, storage, distributed.get_world_size()), device, buffers)
         self.owners = self._share_out()
         self.block: int | None = None
         self.biases: dict[str, Tensor | None] = {}

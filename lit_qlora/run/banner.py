@@ -267,7 +267,9 @@ def of_experts(plan: Plan, config: FinetuneConfig) -> str:
 
 def _sharing(plan: Plan) -> str:
     """Say over how many processes the base is sharded."""
-    return f" in each of {plan.processes} processes that share it" if plan.processes else ""
+    if not plan.processes:
+        return ""
+    return f" in each of {plan.processes} processes that share it, {plan.buffers} blocks at a time"
 
 
 def _path(plan: Plan) -> str:

@@ -25,16 +25,20 @@ Load = Callable[[FinetuneConfig, "Storage", "torch.device"], "GPT"]
 
 
 def load_base(config: FinetuneConfig, storage: "Storage", device: "torch.device") -> "GPT":
-    """Read and quantise the base of a run, or take it from the cache; a sharded one has no cache."""
+    """Read and quantise the base of a run, or take it from the cache."""
     from lit_qlora.checkpoint import quantized_cache
+
+    return quantized_cache.load(config.checkpoint_dir, storage, device, config.quantize_cache)
+
+
+def load_shares(config: FinetuneConfig, storage: "Storage", device: "torch.device", buffers: int) -> "GPT":
+    """Read and quantise a base that lies over the processes of a run, so many blocks at a time; there is no cache."""
     from lit_qlora.checkpoint.checkpoint import load_stored
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.sharded import lies_on_host
 
-    if config.strategy == "sharded":
-        on_host = lies_on_host(ModelConfig.load(config.checkpoint_dir), config.lora)
-        return load_stored(config.checkpoint_dir, storage, device, sharded=True, embedding_on_host=on_host)
-    return quantized_cache.load(config.checkpoint_dir, storage, device, config.quantize_cache)
+    on_host = lies_on_host(ModelConfig.load(config.checkpoint_dir), config.lora)
+    return load_stored(config.checkpoint_dir, storage, device, True, on_host, buffers)
 
 
 def finetune(
@@ -149,7 +153,10 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
             data = distillation.with_teacher(fabric, data, teacher)
         storage = Storage(weights_dtype(precision), *config.quantization)
         with learning.explained(out_dir, data.tokenizer, partial(savings, config, data)):
-            model = load(config, storage, fabric.device)
+            if plan.processes:
+                model = load_shares(config, storage, fabric.device, plan.buffers)
+            else:
+                model = load(config, storage, fabric.device)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         if data.scoring:

@@ -18,8 +18,7 @@ from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.quantize import Storage, bits_per_weight
 from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig, check
-from lit_qlora.sharded import lies_on_host, slabs_of
-from lit_qlora.sharded.base import BUFFERS
+from lit_qlora.sharded import LEAST_BUFFERS, lies_on_host, slabs_of
 
 GIB = 2**30
 SPARE = 0.05  # share of the GPU's memory that cached weights leave free
@@ -54,7 +53,7 @@ class Plan:
     cached_blocks: int = 0
     """Blocks whose quantised weights are also cached in 16 bit."""
     cached: float = 0.0
-    """Bytes of these cached weights."""
+    """Bytes of these cached weights, and of a sharded base's buffers beyond the first two."""
     ahead: bool = True
     """Whether the weights of experts are dequantised ahead; see lit_qlora.fused.ahead."""
     carries: bool = False
@@ -71,6 +70,8 @@ class Plan:
     """Whether the blocks multiply by their frozen weights in FP8."""
     processes: int = 0
     """Processes over which the blocks' weights are sharded; 0 if each holds all of them."""
+    buffers: int = LEAST_BUFFERS
+    """Blocks of a sharded base that are in memory at a time."""
     caveat: str = ""
     """What PEFT would not read of the adapter; '' if it reads all."""
 
@@ -245,6 +246,13 @@ class Planner:
         return 0 if self.sharded else decoded_scales(self.gpt, self.storage)
 
     @cached_property
+    def _slab(self) -> int:
+        """Bytes of a buffer of a sharded base."""
+        if not self.sharded:
+            return 0
+        return max(slab.size for slab in slabs_of(GPT.skeleton(self.gpt.config), self.storage, self.sharded))
+
+    @cached_property
     def _beside(self) -> int:
         from lit_qlora.fused.support import copied_bytes
 
@@ -279,9 +287,11 @@ class Planner:
         graphs = sizes.graphs(policies, graph_tokens) if captures else 0.0
         if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
             graphs = 0.0
-        cached_blocks, carries = 0, False
+        cached_blocks, carries, buffers = 0, False, plan.buffers
+        spare = free - SPARE * room.gpu - activations - graphs
+        if self.sharded:
+            buffers = max(buffers, min(model.n_layer, buffers + int(spare // self._slab)))
         if sizes.quantized and not train.fp8 and not self.sharded:
-            spare = free - SPARE * room.gpu - activations - graphs
             often = round(batches.usual or tokens)
             carrying = [
                 0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
@@ -298,7 +308,8 @@ class Planner:
             graph_tokens=graph_tokens,
             graphs=graphs,
             cached_blocks=cached_blocks,
-            cached=cached_blocks * sizes.dequantized,
+            cached=cached_blocks * sizes.dequantized + (buffers - plan.buffers) * self._slab,
+            buffers=buffers,
             ahead=sizes.ahead,
             carries=carries,
             host=plan.host + sizes.on_host(policies, tokens),
@@ -340,7 +351,7 @@ def sharded_bytes(gpt: GPT, storage: Storage, processes: int) -> float:
     There are its shares, buffers for the blocks in use, and what each process holds.
     """
     slabs = slabs_of(gpt, storage, processes)
-    shared = sum(slab.share for slab in slabs) + min(BUFFERS, len(slabs)) * max(slab.size for slab in slabs)
+    shared = sum(slab.share for slab in slabs) + min(LEAST_BUFFERS, len(slabs)) * max(slab.size for slab in slabs)
     in_slabs = {f"blocks.{i}.{layer}.weight" for i, slab in enumerate(slabs) for layer in slab.layers}
     return shared + stored_bytes(gpt, storage, in_slabs)
 

@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from lit_qlora import signals
 from lit_qlora.sharded.slab import Slab
 
-BUFFERS = 2
+LEAST_BUFFERS = 2
 END = -1
 """Announced in the place of a block when no more follow."""
 _MODULUS, _FACTOR = 2**61 - 1, 1_000_003
@@ -31,6 +31,10 @@ _gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_
 class ShardedBase:
     """The weights of all blocks, over the processes of torch's default group.
 
+    Args:
+        buffers: as many blocks are in memory at a time; a pass gathers only what is not there. As the processes may
+            differ, all take the smallest number.
+
     Attributes:
         shares: of each block, the bytes that this process holds.
         buffers: (S,) uint8 each; of the blocks in use.
@@ -39,15 +43,14 @@ class ShardedBase:
         order: a hash of these gathers.
     """
 
-    def __init__(self, slabs: Sequence[Slab], device: torch.device) -> None:
+    def __init__(self, slabs: Sequence[Slab], device: torch.device, buffers: int = LEAST_BUFFERS) -> None:
         self.slabs, self.device = list(slabs), device
         self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
         assert all(slab.processes == self.processes for slab in slabs)
         self.shares = [torch.empty(slab.share, dtype=torch.uint8, device=device) for slab in slabs]
         largest = max(slab.size for slab in slabs)
-        self.buffers = [
-            torch.zeros(largest, dtype=torch.uint8, device=device) for _ in range(min(BUFFERS, len(self.slabs)))
-        ]
+        count = min(-self._most(-buffers), len(self.slabs))
+        self.buffers = [torch.zeros(largest, dtype=torch.uint8, device=device) for _ in range(count)]
         self.gathers = self.sent = self.order = 0
         self._inside: list[int | None] = [None] * len(self.buffers)  # the block that a buffer holds, or will
         self._work: dict[int, Any] = {}
@@ -119,10 +122,13 @@ class ShardedBase:
 
     def differs(self) -> bool:
         """True in all processes if they have not all made the same gathers."""
-        ends = torch.tensor([self.order, -self.order], device=self.device)
-        distributed.all_reduce(ends, op=distributed.ReduceOp.MAX)
-        most, least = ends.tolist()
-        return bool(most != -least)
+        return self._most(self.order) != -self._most(-self.order)
+
+    def _most(self, number: int) -> int:
+        """The largest of the numbers of all processes."""
+        found = torch.tensor(number, device=self.device)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return int(found)
 
     def _start(self, block: int) -> None:
         """Begin to gather a block, unless its buffer holds it already."""

@@ -16,8 +16,8 @@ DEEP = tiny_config(n_layer=12)
 ROOM = Room(1e9, 1e9)
 
 
-def plan(sharded: int, room: Room = ROOM) -> Plan:
-    planner = Planner(DEEP, LoRAConfig(), STORAGE, TrainConfig(), sharded=sharded)
+def plan(sharded: int, room: Room = ROOM, train: TrainConfig | None = None) -> Plan:
+    planner = Planner(DEEP, LoRAConfig(), STORAGE, train or TrainConfig(), sharded=sharded)
     return planner.plan(MicroBatches(64, 1, 64.0), room)
 
 
@@ -40,6 +40,18 @@ def test_nothing_is_planned_that_would_read_the_weights_of_a_block_that_is_gone(
     one, several = plan(0), plan(4)
     assert (one.cached_blocks, one.carries, one.graph_tokens) != (0, False, 0)
     assert (several.cached_blocks, several.carries, several.graph_tokens, several.ahead) == (0, False, 0, False)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+def test_memory_that_is_left_holds_more_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Planner, "_slow_because", lambda self, room: "")
+    slab = slabs_of(GPT.skeleton(DEEP), STORAGE, 4)[0].size
+    full = TrainConfig(recompute="full")
+    little = plan(4, Room(1.0, 1e9), full)
+    assert little.buffers == 2
+    assert plan(4, ROOM, full).buffers == DEEP.n_layer
+    some = plan(4, Room((little.total + 3.5 * slab) / 0.92, 1e9), full)
+    assert (some.buffers, some.cached) == (5, 3 * slab)
 
 
 def test_the_plain_path_recomputes_every_block() -> None:

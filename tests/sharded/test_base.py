@@ -18,10 +18,10 @@ BLOCKS = 5
 Facts = list[dict[str, Any]]
 
 
-def base_of() -> ShardedBase:
+def base_of(buffers: int = 2) -> ShardedBase:
     """The bytes of block i are i + 1 in each process."""
     model = GPT.skeleton(tiny_config(n_layer=BLOCKS))
-    base = ShardedBase(slabs_of(model, Storage(), distributed.get_world_size()), torch.device("cpu"))
+    base = ShardedBase(slabs_of(model, Storage(), distributed.get_world_size()), torch.device("cpu"), buffers)
     for i, share in enumerate(base.shares):
         share.fill_(i + 1)
     return base
@@ -77,6 +77,14 @@ def facts_of(fabric: Any) -> dict[str, Any]:
     base.order += first
     facts["differs, once one was alone"] = base.differs()
     facts["share"] = base.slabs[0].share
+    facts["more buffers"] = {}
+    for asked in (3, 4, 9):
+        wide, gathers = base_of(asked + first), []  # the processes have room for different numbers
+        for _ in range(3):
+            before = wide.gathers
+            facts["right"].append(whole_pass(wide))
+            gathers.append(wide.gathers - before)
+        facts["more buffers"][len(wide.buffers)] = gathers
     return facts
 
 
@@ -97,6 +105,11 @@ def test_a_pass_gathers_each_block_twice_but_for_those_that_are_still_there(fact
     for fact in facts:
         assert fact["counts"] == [2 * BLOCKS - 2, 2 * (BLOCKS - 2), 2 * (BLOCKS - 2)]
         assert fact["sent"] == sum(fact["counts"]) * fact["share"]  # a ring of two passes on one share
+
+
+def test_more_buffers_save_gathers_and_the_process_with_least_room_decides(facts: Facts) -> None:
+    for fact in facts:
+        assert fact["more buffers"] == {n: [2 * BLOCKS - n] + [2 * (BLOCKS - n)] * 2 for n in (3, 4, 5)}
 
 
 def test_the_first_process_may_compute_alone_and_fail(facts: Facts) -> None:

@@ -42,6 +42,9 @@ class SweepPart(Settings):
     """Number of random draws. A larger number keeps the earlier ones."""
     draw_seed: Seed = 0
     """Seed of the random draws."""
+    data_halvings: CountOrZero = 0
+    """Train on all samples, on a half of them, on a half of that and so on, so many times: would more data help? The
+    parts are nested. With two halvings or more, sweep.html fits a power law and says what twice the data would give."""
     seeds: tuple[Seed, ...] | Seed = ()
     """Seeds with which each trial is repeated, e.g. [1, 2, 3]. All of them validate on the same samples
     (data.split_seed). By default the run's seed alone."""
@@ -76,6 +79,8 @@ class SweepPart(Settings):
         check(len(set(self.seeds)) == len(self.seeds), f"sweep.seeds must be different, got {list(self.seeds)}.")
         check(not self.rungs or self.halving is not None, "sweep.rungs has no effect without sweep.halving.")
         check(list(self.rungs) == sorted(set(self.rungs)), f"sweep.rungs must rise, got {list(self.rungs)}.")
+        own = [part for part in (self.grid, self.random, *self.named_variants.values()) if "data.max_samples" in part]
+        check(not (self.data_halvings and own), "sweep.data_halvings chooses data.max_samples. Leave one out.")
         places: list[Collection[str]] = [self.grid, self.random, *self.named_variants.values()]
         for number, place in enumerate(places):
             check("seed" not in place or not self.seeds, "sweep.seeds gives the seeds, so no other part may name seed.")

@@ -7,15 +7,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lit_qlora.data import read_data
+from lit_qlora.data.prepared import choose_data
 from lit_qlora.errors import ResourceError, UserError
 from lit_qlora.files.atomic import writing
 from lit_qlora.report import tell
 from lit_qlora.run.finetune import MakeAsk, finetune
-from lit_qlora.settings import AnySweep, SweepPart
+from lit_qlora.settings import AnySweep, PreferenceRunConfig, SweepPart, check
 from lit_qlora.sweep.base import SharedBase, free_memory
+from lit_qlora.sweep.more_data import forecast
 from lit_qlora.sweep.pages import write_results
 from lit_qlora.sweep.results import read_results
 from lit_qlora.sweep.state import is_over, metric_of, read_state, value_at, write_state
@@ -39,6 +43,7 @@ def sweep(config: AnySweep, make_ask: MakeAsk | None = None) -> Path:
         UserError: for settings that no trial can have; the last trial's if all failed.
     """
     out_dir = config.out_dir or default_out_dir(config.checkpoint_dir)
+    config = with_halves(config)
     if config.dry_run:
         for trial in plan_trials(config, out_dir):
             tell(f"\n{trial.name}   {describe(trial.changes)}")
@@ -50,9 +55,33 @@ def sweep(config: AnySweep, make_ask: MakeAsk | None = None) -> Path:
         run_until(share, some, base, make_ask)
     results = read_results(trials, metric)
     write_results(results, out_dir)
-    tell(f"\n{results.table()}\n\nsweep   {out_dir}/sweep.html   sweep.md and sweep.json beside it")
+    found = forecast(results)
+    answer = f"\n\n{found.describe()}" if found else ""
+    tell(f"\n{results.table()}{answer}\n\nsweep   {out_dir}/sweep.html   sweep.md and sweep.json beside it")
     check_success(trials)
     return out_dir
+
+
+def with_halves(config: AnySweep) -> AnySweep:
+    """Turn sweep.data_halvings into the numbers of samples that it stands for.
+
+    Raises:
+        UserError: if the data cannot be read.
+        UsageError: if it is too little for so many halves.
+    """
+    halvings = config.sweep.data_halvings
+    if not halvings:
+        return config
+    run = config.run
+    check(
+        not isinstance(run, PreferenceRunConfig) and run.head == "none",
+        "sweep.data_halvings compares losses of tokens, sample by sample. Leave it out where something else is learnt.",
+    )
+    count = len(read_data(replace(run, data=choose_data(run.data, run.checkpoint_dir))).train)
+    sizes = [count >> power for power in range(halvings, -1, -1)]
+    check(sizes[0] > 0, f"sweep.data_halvings {halvings}: there are {count:,} training samples. Take fewer.")
+    grid: dict[str, Any] = {**config.sweep.grid, "data.max_samples": tuple(sizes)}
+    return replace(config, sweep=replace(config.sweep, grid=grid, data_halvings=0))
 
 
 def default_out_dir(checkpoint_dir: Path) -> Path:

@@ -12,6 +12,7 @@ from lit_qlora.files.atomic import replacing, write_text
 from lit_qlora.report import metrics, smaller_is_better
 from lit_qlora.run.figures import inline, scale_losses
 from lit_qlora.run.page import document, sections, table
+from lit_qlora.sweep.more_data import Forecast, forecast
 from lit_qlora.sweep.results import Results, Row, commands
 from lit_qlora.sweep.trials import flag_value
 
@@ -26,23 +27,30 @@ SHOWN = 20  # curves with a name
 def write_results(results: Results, out_dir: Path) -> None:
     """Write sweep.json, sweep.md, sweep.html and the pictures."""
     write_text(out_dir / "sweep.json", json.dumps(results.facts(), indent=1, allow_nan=True) + "\n")
-    curves, lines = curves_figure(results), parallel_figure(results)
-    for name, figure in (("curves", curves), ("settings", lines)):
+    curves, lines, found = curves_figure(results), parallel_figure(results), forecast(results)
+    sizes = sizes_figure(found) if found else None
+    for name, figure in (("curves", curves), ("settings", lines), ("more_data", sizes)):
         if figure is not None:
             with replacing(out_dir / f"{name}.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=120)
-    write_text(out_dir / "sweep.md", markdown(results, curves is not None, lines is not None))
-    write_text(out_dir / "sweep.html", page(results, curves, lines))
+    answer = found.describe() if found else ""
+    write_text(out_dir / "sweep.md", markdown(results, curves is not None, lines is not None, answer))
+    write_text(out_dir / "sweep.html", page(results, curves, lines, answer, sizes))
 
 
-def markdown(results: Results, has_curves: bool, has_lines: bool) -> str:
-    """Write the page in Markdown."""
+def markdown(results: Results, has_curves: bool, has_lines: bool, answer: str = "") -> str:
+    """Write the page in Markdown.
+
+    Args:
+        answer: to the question of more data, if it was asked.
+    """
     head = results.header()
     rows = [[cell.replace("|", "\\|") for cell in results.cells(row)] for row in results.rows]
     lines = [f"# {results.title}", "", NOTE, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "![curves](curves.png)"] if has_curves else []
     lines += ["", "![settings](settings.png)"] if has_lines else []
+    lines += ["", "## Would more data help?", "", answer, "", "![losses](more_data.png)"] if answer else []
     lines += ["", "## Commands", ""]
     for row in results.rows:
         for result in row.results:
@@ -50,8 +58,9 @@ def markdown(results: Results, has_curves: bool, has_lines: bool) -> str:
     return "\n".join([*lines, ""])
 
 
-def page(results: Results, curves: Any, lines: Any) -> str:
+def page(results: Results, curves: Any, lines: Any, answer: str = "", sizes: Any = None) -> str:
     """Write the page in HTML, which loads no other file."""
+    more = f"<p>{escape(answer)}</p>" + inline(sizes, "more_data", "Loss by training samples") if sizes else ""
     orders = [
         [result.trial.name, what.replace("_", " "), line]
         for row in results.rows
@@ -63,6 +72,7 @@ def page(results: Results, curves: Any, lines: Any) -> str:
             "Trials",
             f'<p class="note">{escape(NOTE)}</p>' + table(list(map(results.cells, results.rows)), results.header()),
         ),
+        ("Would more data help?", more),
         ("Curves", inline(curves, "curves", f"{results.metric} of each trial") if curves else ""),
         ("Settings", inline(lines, "settings", f"Settings and {results.metric} of each trial") if lines else ""),
         ("Commands", table(orders, ("trial", "to", "command"), "words texts")),
@@ -109,6 +119,28 @@ def curves_figure(results: Results, width: float = 6.5) -> Any:
         scale_losses(axes, shown)
     axes.grid(alpha=0.3, which="both")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    return figure
+
+
+def sizes_figure(found: Forecast, width: float = 9) -> Any:
+    """Plot the losses of parts of the data, and the law through them up to twice the data."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    first, last = found.sizes[0], 2 * found.sizes[-1]
+    between = [first * (last / first) ** (number / 60) for number in range(61)]
+    middle, low, high = zip(*map(found.band, between), strict=True)
+    axes.fill_between(between, low, high, alpha=0.2, linewidth=0, label="95 % interval")
+    axes.plot(between, middle, linewidth=1.4, label="c + a n^-b")
+    axes.plot(found.sizes, found.losses, "o", color="black", label="measured")
+    axes.axvline(found.sizes[-1], color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([*found.sizes, last], [f"{size:,}" for size in (*found.sizes, last)])
+    axes.set_xlabel("training samples")
+    axes.set_ylabel("val_loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
 
 

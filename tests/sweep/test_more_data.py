@@ -1,0 +1,59 @@
+"""Runs on nested parts of the data tell what twice the data would give, and how sure that is."""
+
+import pytest
+import torch
+
+from lit_qlora.errors import UsageError
+from lit_qlora.sweep.conduct import sweep, with_halves
+from lit_qlora.sweep.more_data import Forecast, fit
+from tests.sweep.conftest import Configure
+
+SIZES = [100, 200, 400, 800]
+LABELLED = [3, 5] * 100
+
+
+def losses(a: float, b: float, noise: float) -> Forecast:
+    """A fit to losses 0.5 + a n^-b of two repetitions, with noise in each."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.tensor(LABELLED, dtype=torch.float64)
+    hard = torch.randn(len(tokens), generator=generator, dtype=torch.float64)
+
+    def run(size: int) -> torch.Tensor:
+        drawn = torch.randn(2, len(tokens), generator=generator, dtype=torch.float64)
+        return (0.5 + a * size**-b + 0.2 * hard + noise * drawn) * tokens
+
+    return fit(SIZES, [run(size) for size in SIZES], LABELLED)
+
+
+def test_a_power_law_is_found_and_its_forecast_lies_in_a_narrow_interval() -> None:
+    found = losses(a=3.0, b=0.6, noise=0.01)
+    expected = 3.0 * (1600**-0.6 - 800**-0.6)
+    change, low, high = found.gain
+    assert low < expected < high < 0
+    assert change == pytest.approx(expected, rel=0.1)
+    assert found.describe().startswith("More data of this kind would help: twice the 800 samples")
+    middle, low, high = found.band(400)
+    assert low < found.losses[2] < high
+    assert middle == pytest.approx(found.losses[2], abs=0.002)
+
+
+def test_losses_that_do_not_fall_promise_nothing() -> None:
+    assert losses(a=0.0, b=1.0, noise=0.05).describe().startswith("More data of this kind would change little")
+
+
+def test_halves_are_nested_parts_of_the_training_samples(configure: Configure) -> None:
+    config = with_halves(configure("--sweep.data_halvings=2"))
+    assert config.sweep.grid["data.max_samples"] == (8, 16, 32)
+    assert with_halves(config) is config
+    with pytest.raises(UsageError, match=r"data_halvings 9: there are 32 training samples"):
+        with_halves(configure("--sweep.data_halvings=9"))
+    with pytest.raises(UsageError, match=r"sweep\.data_halvings chooses data\.max_samples"):
+        configure("--sweep.data_halvings=1", "--sweep.grid={data.max_samples: [3]}")
+
+
+@pytest.mark.slow
+def test_the_page_of_a_sweep_over_halves_answers(configure: Configure) -> None:
+    out = sweep(configure("--sweep.data_halvings=2"))
+    assert "## Would more data help?" in (out / "sweep.md").read_text()
+    assert "twice the 32 samples" in (out / "sweep.html").read_text()
+    assert (out / "more_data.png").stat().st_size > 0

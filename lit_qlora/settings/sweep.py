@@ -79,9 +79,9 @@ class SweepPart(Settings):
         check(len(set(self.seeds)) == len(self.seeds), f"sweep.seeds must be different, got {list(self.seeds)}.")
         check(not self.rungs or self.halving is not None, "sweep.rungs has no effect without sweep.halving.")
         check(list(self.rungs) == sorted(set(self.rungs)), f"sweep.rungs must rise, got {list(self.rungs)}.")
-        own = [part for part in (self.grid, self.random, *self.named_variants.values()) if "data.max_samples" in part]
-        check(not (self.data_halvings and own), "sweep.data_halvings chooses data.max_samples. Leave one out.")
         places: list[Collection[str]] = [self.grid, self.random, *self.named_variants.values()]
+        halved = any("data.max_samples" in place for place in places)
+        check(not (self.data_halvings and halved), "sweep.data_halvings chooses data.max_samples. Leave one out.")
         for number, place in enumerate(places):
             check("seed" not in place or not self.seeds, "sweep.seeds gives the seeds, so no other part may name seed.")
             twice = [name for name in place for other in places[:number][:2] if name in other]

@@ -62,6 +62,12 @@ def test_each_flag_that_a_page_names_is_one_of_a_command() -> None:
         assert named - known - OTHERS == set(), page.name
 
 
+def test_each_command_is_shown_on_a_page() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    shown = set(re.findall(r"lit-qlora ([a-z-]+)", text)) | set(re.findall(r"(?:finetune|scripts|eval)/\w+\.py", text))
+    assert [name for name, script in COMMANDS.items() if not {name, script} & shown] == []
+
+
 def test_each_target_of_make_that_a_page_names_is_there() -> None:
     targets = set(re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text()))
     named = {name for page in PAGES for name in re.findall(r"(?:`|\n)make ([a-z-]+)", page.read_text())}

@@ -13,6 +13,8 @@ from lit_qlora.report import Average, Record
 
 BLUE, ORANGE, RED, GRAY = "#3b82c4", "#e8833a", "#d64550", "#8b949e"
 """Colours that can be told apart on white and on black."""
+WIDEST = 1e12
+"""Factor from which on losses are no losses, and a logarithmic axis would overflow."""
 
 
 def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
@@ -60,9 +62,10 @@ def scale_losses(axes: Any, losses: Sequence[float]) -> None:
     """Give losses a logarithmic axis if they span more than a factor of ten, else one that begins at 0."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    found = [loss for loss in losses if math.isfinite(loss)]
-    if not found or min(found) <= 0 or max(found) <= 10 * min(found):
-        axes.set_ylim(bottom=0 if not found or min(found) >= 0 else None)
+    found = [loss for loss in losses if math.isfinite(loss)] or [0.0]
+    low, high = min(found), max(found)
+    if low <= 0 or not 10 < high / low < WIDEST:
+        axes.set_ylim(bottom=0 if low >= 0 else None)
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))

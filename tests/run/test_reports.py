@@ -107,7 +107,8 @@ def test_the_picture_shows_each_loss_its_average_the_validations_the_best_and_th
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "scale"), [(4.0, 0.1, "log"), (4.0, 0.41, "linear"), (4.0, -1.0, "linear"), (0.0, 9.0, "linear")]
+    ("first", "last", "scale"),
+    [(4.0, 0.1, "log"), (4.0, 0.41, "linear"), (4.0, -1.0, "linear"), (0.0, 9.0, "linear"), (1e-320, 1e308, "linear")],
 )
 def test_the_axis_of_losses_is_logarithmic_if_they_span_more_than_a_factor_of_ten(
     first: float, last: float, scale: str

@@ -177,7 +177,7 @@ def _recorded_settings(manifest: Mapping[str, Any], path: Path) -> LoRAConfig:
     Raises:
         CheckpointError: if a fact is missing or has another type.
     """
-    kinds = {"precision": str, "init": str, "loftq_steps": int}
+    kinds = {"precision": str, "init": str, "loftq_steps": int, "new_tokens": dict}
     base = manifest.get("base")
     known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "sha256"))
     if not known or not all(isinstance(manifest.get(key, kind()), kind) for key, kind in kinds.items()):

@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_qlora.convert.to_hugging_face import scaling_table, their_context
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.rope_scaling import scaled
 from lit_qlora.prompts.style import Style
 from lit_qlora.settings import LoRAConfig, Quantization
 
@@ -44,15 +45,16 @@ def adapter_card(config: LoRAConfig, model: ModelConfig, style: Style | None, fa
         "prompt style": style.name if style else "",
         "steps": str(facts.get("step", "")),
     }
-    new, scaled = facts.get("new_tokens"), config.rope_scaling != "none"
+    new, is_scaled = facts.get("new_tokens"), config.rope_scaling != "none"
+    model = scaled(model, *config.rope) if model.rope_scaling == "none" else model
     longer = f"{model.block_size} tokens ({config.rope_scaling}, {config.rope_factor:g} times)"
-    rows["context"] = longer if scaled else ""
+    rows["context"] = longer if is_scaled else ""
     rows["new tokens"] = ", ".join(f"`{name}`" for name in new or ()).replace("|", "\\|")
     python = PYTHON.format(
         base=base,
-        config="AutoConfig, " if scaled else "",
-        scaled=SCALED.format(base=base, table=scaling_table(model), context=their_context(model)) if scaled else "",
-        given=(", config=config" if scaled else "") + (_given(head) if head else ""),
+        config="AutoConfig, " if is_scaled else "",
+        scaled=SCALED.format(base=base, table=scaling_table(model), context=their_context(model)) if is_scaled else "",
+        given=(", config=config" if is_scaled else "") + (_given(head) if head else ""),
         resized=f"\nmodel.resize_token_embeddings({model.vocab_size})" if new else "",
         tokenizer='"."' if new else base,
     )

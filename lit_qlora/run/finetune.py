@@ -82,6 +82,10 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
 
         config = replace(config, out_dir=config.out_dir or default_out_dir(config))
         config = replace(config, seed=settle_seed(config))
+    if config.lora.start is not None:  # which may have a longer context
+        from lit_qlora.lora.adapter import settle
+
+        config = replace(config, lora=settle(config.lora, config.checkpoint_dir))
     if isinstance(config, PreferenceRunConfig):
         data = read_preferences(config, config.preference)
     else:
@@ -91,7 +95,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
 
     from lit_qlora.checkpoint.quantization_table import within_budget
     from lit_qlora.evaluate.validation_inputs import read_probes
-    from lit_qlora.lora.adapter import settle, start_adapters
+    from lit_qlora.lora.adapter import start_adapters
     from lit_qlora.lora.embeddings import add_noise
     from lit_qlora.lora.layer import add_lora
     from lit_qlora.lora.score import add_score
@@ -109,7 +113,6 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         devices=devices,
         num_nodes=num_nodes,
         out_dir=out_dir,
-        lora=settle(config.lora, config.checkpoint_dir),
         train=learning.settle_warmup(config.train, data),
     )
     if isinstance(config, PreferenceRunConfig):

@@ -29,6 +29,7 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.merge import Merge, merge_checkpoint
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.partial_answers import Part
+from lit_qlora.prompts.added_tokens import NEW_TOKENS, read_new_tokens
 from lit_qlora.prompts.style import STYLES, read_style
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.quantize import Storage
@@ -174,6 +175,7 @@ def make_targets(root: Path) -> Mapping[str, Target]:
     weights.unlink()
     files = root / "files"
     write_data(files)
+    (files / NEW_TOKENS).write_text(json.dumps({"tokens": {"<x>": 300, "<y>": 301}}))
     quantization_table.write_table(base, effects_on(base))
 
     def use_base(folder: Path) -> None:
@@ -253,6 +255,7 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         "tokenizer_config": Target(base, "tokenizer_config.json", use_base, as_json),
         "special_tokens_map": Target(base, "special_tokens_map.json", use_base, as_json),
         "added_tokens": Target(base, "added_tokens.json", use_base, as_json),
+        "new_tokens": Target(files, NEW_TOKENS, read_new_tokens, as_json),
         "generation_config": Target(base, "generation_config.json", use_base, as_json),
         "tokenizer_model": Target(base, "tokenizer.model", use_base, as_bytes),
         "tokenizer_json": Target(fast, "tokenizer.json", use_base, as_json),

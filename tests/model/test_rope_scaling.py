@@ -20,7 +20,7 @@ from lit_qlora.lora.merge import Merge, merge_checkpoint
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope_scaling import scaled
 from lit_qlora.settings import LoRAConfig
-from tests.conftest import tiny_config, tiny_model, write_checkpoint, write_tokenizer
+from tests.conftest import run_here, tiny_config, tiny_model, write_checkpoint, write_tokenizer
 from tests.lora.test_adapter import save, trained
 from tests.reference import hugging_face_model
 
@@ -92,6 +92,24 @@ def test_it_shares_no_base_with_another_context_and_is_merged_alone(long: tuple[
         AdapterSwitch(load_model(base)).add("a", adapter)
     with pytest.raises(UsageError, match="can be merged alone and with weight 1 only"):
         Merge([adapter], base, weights=[0.5])
+
+
+@pytest.mark.slow
+def test_a_run_from_it_and_what_is_cut_from_it_keep_its_context(
+    long: tuple[Path, Path], examples_file: Path, tmp_path: Path
+) -> None:
+    base, folder = long
+    flags = ("--checkpoint_dir", base, "--data.path", examples_file, "--data.prompt", "qa", "--data.max_length", 150)
+    refused = run_here("finetune/lora.py", *flags, "--out_dir", tmp_path / "out", "--dry_run", "true")
+    assert "--lora.rope_scaling yarn --lora.rope_factor 4 makes it four times as long" in refused.stderr
+    further = ("--lora.start", folder, "--train.max_steps", 2, "--out_dir", tmp_path / "out")
+    assert run_here("finetune/lora.py", *flags, *further).returncode == 0
+    cut = ("--lora_path", tmp_path / "out", "--checkpoint_dir", base, "--rank", 2, "--out_dir", tmp_path / "small")
+    assert run_here("scripts/shrink_lora.py", *cut).returncode == 0
+    for kept in (tmp_path / "out/final", tmp_path / "small"):
+        assert read_adapter(kept).config.rope == ("yarn", 2.0)
+        assert "| context | 192 tokens (yarn, 2 times) |" in (kept / "README.md").read_text()
+        assert load_for_inference(base, kept, precision="32-true").model.config.block_size == 192
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,9 @@ SHAPES = {
 """What their config.json says of their shapes."""
 
 
+@cache
 def recipe(name: str, *flags: str) -> FinetuneConfig:
+    """The settings of a recipe. Read only."""
     return cli.parse(FinetuneConfig, [f"--config={CONFIGS / f'{name}.yaml'}", *flags])
 
 

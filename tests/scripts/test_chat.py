@@ -1,8 +1,6 @@
 """scripts/chat.py, as a person and as a pipe use it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from lit_qlora.lora.adapter import save_adapter
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.prompts.conversation import Conversation, Message, prompt_of
 from lit_qlora.settings import GenerationConfig, LoRAConfig
-from tests.conftest import ROOT, load_script
+from tests.conftest import load_script
 from tests.scripts.test_generate import TOOLED, run_script, with_template
 
 
@@ -51,15 +49,10 @@ def chat(checkpoint: Path, *lines: str, **changes: Any) -> Any:
     return conversation
 
 
-def test_chat_has_a_second_door(tiny_checkpoint: Path) -> None:
-    command = [sys.executable, ROOT / "chat/base.py", "--checkpoint_dir", tiny_checkpoint, "--max_new_tokens", "4"]
-    done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, check=False)
-    assert (done.returncode, bool(done.stdout.strip())) == (0, True), done.stderr
-
-
-def test_chat_answers_a_pipe_line_by_line(tiny_checkpoint: Path) -> None:
+def test_chat_by_its_second_door_answers_a_pipe_line_by_line(tiny_checkpoint: Path) -> None:
     talk = "What is 1 plus 1?\n\n/rset\n/reset\nWhat is 1 plus 1?\n/quit now\nnever asked\n"
-    done = run_script("chat", "--checkpoint_dir", tiny_checkpoint, "--max_new_tokens", 8, stdin=talk)
+    # chat/base.py runs scripts/chat.py
+    done = run_script("../chat/base", "--checkpoint_dir", tiny_checkpoint, "--max_new_tokens", 8, stdin=talk)
     assert done.returncode == 0, done.stderr
     half = len(done.stdout) // 2
     assert done.stdout[:half] == done.stdout[half:] != ""  # after /reset the same question has the same answer

@@ -4,8 +4,10 @@ import importlib.util
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -150,11 +152,9 @@ def examples_file(tmp_path: Path) -> Path:
     return write_examples(tmp_path)
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
     """Nothing may connect to another machine."""
-    import socket
-
     connect = socket.socket.connect
 
     def refuse(self: socket.socket, address: object) -> None:
@@ -165,4 +165,6 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(f"a test tried to reach {address}")
         connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        yield

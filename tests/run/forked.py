@@ -14,13 +14,16 @@ import torch
 from lit_qlora import cli
 from lit_qlora.lora.adapter import PEFT_WEIGHTS
 from lit_qlora.quantize import bitsandbytes
-from lit_qlora.run import learning, saver, summary
+from lit_qlora.run import learning, saver, summary  # noqa: F401 - learning is what takes long to import
+from lit_qlora.settings import FinetuneConfig
 from tests.conftest import load_script
 
 EXACT = ("step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens", "samples", "val_loss", "skipped")
 STEPS = 8
-IMPORTED = [learning] if torch.cuda.is_available() else [learning, bitsandbytes()]
-"""By this process, so that no run takes the time for it; on a GPU bitsandbytes begins what cannot be inherited."""
+# What each run would take the time for again, this process does once:
+cli.parse(FinetuneConfig, ["--data.path=x"])  # whose parser is kept
+if not torch.cuda.is_available():  # or bitsandbytes would begin what no process can inherit
+    bitsandbytes()
 
 
 class Child:

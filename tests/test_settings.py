@@ -256,7 +256,6 @@ def test_what_concerns_sampling_is_noted_without_it() -> None:
         ({"lora": LoRAConfig(init="pissa")}, "lora.init pissa"),
         ({"train": TrainConfig(fp8=True)}, "train.fp8"),
         ({"train": TrainConfig(keep_dequantized=3)}, "train.keep_dequantized 3"),
-        ({"train": TrainConfig(router_balance_loss=0.1)}, "train.router_balance_loss"),
         ({"train": TrainConfig(fast=False, recompute="attn")}, "train.recompute attn on the plain path"),
         ({"quantize_cache": "/cache"}, "quantize_cache /cache"),
         ({"head": "classify"}, "head classify"),

@@ -202,7 +202,6 @@ def why_not_sharded(config: FinetuneConfig) -> str:
         ),
         f"head {config.head}": (config.head != "none", "its validations would make other passes in each process"),
         "distill.teacher": (config.distill.teacher is not None, "it reads the data with a whole base"),
-        "train.router_balance_loss": (train.router_balance_loss > 0, "some processes would make more passes"),
         f"quantize_cache {config.quantize_cache}": (
             config.quantize_cache not in ("auto", "none"),
             "no process has the whole base to put there",

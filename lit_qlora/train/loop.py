@@ -379,14 +379,22 @@ class Gradients:
         if len(batches) == self.fabric.world_size == 1:
             return None
         counts = torch.zeros(self.losses.config.n_expert, device=self.fabric.device)
-        with torch.no_grad():
-            for batch, mask in zip(batches, masks(batches, step), strict=True):
-                with self.losses.watched() as seen:
-                    self.model.loss(*pinned(batch, self.fabric.device)[:5])
-                counts += count_choices(seen, mask.to(counts))
+        self._look(list(zip(batches, masks(batches, step), strict=True)), counts)
         torch.manual_seed(seed)  # so that dropout repeats
         self.hits.zero_()
         return sum_over_ranks(self.fabric, counts)
+
+    def _look(self, batches: list[tuple[AnyBatch, Tensor]], counts: Tensor) -> None:
+        """Add the choices of experts in these micro-batches, which come with their masks."""
+        for batch, mask in batches:
+            self._add_choices(batch, mask, counts)
+
+    @torch.no_grad()
+    def _add_choices(self, batch: AnyBatch, mask: Tensor, counts: Tensor) -> None:
+        assert self.losses
+        with self.losses.watched() as seen:
+            self.model.loss(*pinned(batch, self.fabric.device)[:5])
+        counts += count_choices(seen, mask.to(counts))
 
 
 class InStep(Gradients):
@@ -401,23 +409,44 @@ class InStep(Gradients):
     def _take(
         self, step: Step, batches: list[AnyBatch], counts: Tensor | None, stop: StopRequest | None
     ) -> Tensor | None:
-        gathers = self.model.module.gathers
-        loss, self._failed = self._start(), False
-        mine = zip(batches, masks(batches, step), strict=True)
-        (passes,) = agree(self.fabric, len(batches))
-        for _ in range(passes):
+        loss = self._start()
+
+        def add(batch: AnyBatch, mask: Tensor) -> None:
+            loss.add_(self._pass(batch, mask, step, counts))
+
+        mine = list(zip(batches, masks(batches, step), strict=True))
+        return loss if self._together(mine, add, stop=stop) else None
+
+    def _look(self, batches: list[tuple[AnyBatch, Tensor]], counts: Tensor) -> None:
+        self._together(batches, lambda batch, mask: self._add_choices(batch, mask, counts), backward=False)
+
+    def _together(
+        self,
+        mine: list[tuple[AnyBatch, Tensor]],
+        do: Callable[[AnyBatch, Tensor], None],
+        backward: bool = True,
+        stop: StopRequest | None = None,
+    ) -> bool:
+        """Make a pass for each micro-batch of the process with most; False if a signal ended it.
+
+        Raises:
+            torch.OutOfMemoryError: in all processes, if the memory of one ran out.
+        """
+        gathers, self._failed = self.model.module.gathers, False
+        (passes,) = agree(self.fabric, len(mine))
+        for i in range(passes):
             if self.fabric.world_size == 1 and stop and stop.signal:
-                return None
+                return False
             gathers.begin()
             try:
-                if (one := next(mine, None)) and not self._failed:
-                    loss += self._pass(*one, step, counts)
+                if i < len(mine) and not self._failed:
+                    do(*mine[i])
             except torch.OutOfMemoryError:
                 self._failed = True
-            gathers.complete()
+            gathers.complete(backward)
         if any(agree(self.fabric, int(self._failed))):
             raise torch.OutOfMemoryError("The memory of this process or another one ran out.")
-        return loss
+        return True
 
     def _can_need_less(self, batches: list[AnyBatch]) -> bool:
         stuck = self._failed and not super()._can_need_less(batches)

@@ -54,9 +54,11 @@ def read(folder: Path) -> tuple[Tensor, Scoring] | None:
     """
     if not (folder / FACTS).is_file():
         return None
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} has {FACTS} and no {WEIGHTS}.")
     weight = safetensors_io.read_all(folder / WEIGHTS).get(NAME)
-    if weight is None or weight.ndim != 2:
-        raise CheckpointError(f"{folder / WEIGHTS} holds no {NAME} of two dimensions.")
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
+        raise CheckpointError(f"{folder / WEIGHTS} holds no {NAME} of two dimensions and finite numbers.")
     return weight, read_facts(read_json(folder / FACTS), len(weight), str(folder / FACTS))
 
 

@@ -31,6 +31,8 @@ def caveats(adapter_config: Mapping[str, Any], tied_head: bool) -> list[str]:
     vLLM 0.22, vllm/lora/peft_helper.py; llama.cpp, convert_lora_to_gguf.py.
     """
     get = adapter_config.get
+    if get("task_type") == "SEQ_CLS":
+        return ["PEFT takes this adapter onto AutoModelForSequenceClassification; programs that write texts do not."]
     ranks, alphas = (get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
     rank = max([get("r", 0), *ranks.values()])
     trained = {

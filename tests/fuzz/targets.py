@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.fabric import Fabric
 
 from lit_qlora import cli
-from lit_qlora.checkpoint import quantization_table, safetensors_io
+from lit_qlora.checkpoint import quantization_table, safetensors_io, score
 from lit_qlora.checkpoint.checkpoint import content_hash, load_model
 from lit_qlora.checkpoint.identity import base_facts, identity
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
@@ -22,12 +22,15 @@ from lit_qlora.convert.to_gguf import export_gguf
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.data.load import load
 from lit_qlora.data.prompt_files import read_prompts
+from lit_qlora.data.scoring import read_scored
 from lit_qlora.errors import UserError
 from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter, save_adapter
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.merge import Merge, merge_checkpoint
+from lit_qlora.lora.score import fill_score
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.partial_answers import Part
 from lit_qlora.prompts.added_tokens import NEW_TOKENS, read_new_tokens
 from lit_qlora.prompts.style import STYLES, read_style
@@ -173,6 +176,9 @@ def make_targets(root: Path) -> Mapping[str, Target]:
     weights = next(pickled.glob("*.safetensors"))
     torch.save(safetensors_io.read_all(weights), pickled / "pytorch_model.bin")
     weights.unlink()
+    headed = root / "headed"
+    headed.mkdir()
+    score.write(headed, torch.ones(2, 64), Scoring("classify", ("no", "yes")))
     files = root / "files"
     write_data(files)
     (files / NEW_TOKENS).write_text(json.dumps({"tokens": {"<x>": 300, "<y>": 301}}))
@@ -192,6 +198,14 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         read_style(folder)
         Storage.of_training(found.manifest or {})
         attach_adapter(load_model(base), found, base)
+
+    def use_head(folder: Path) -> None:
+        if found := score.read(folder):
+            fill_score(plain_model, found[0], str(folder))
+
+    def use_labels(folder: Path) -> None:
+        data = DataConfig(path=str(folder / "labels.jsonl"), cache_dir="none")
+        read_scored(FinetuneConfig(checkpoint_dir=base, head="classify", data=data))
 
     def use_state(folder: Path) -> None:
         config = FinetuneConfig(checkpoint_dir=base, out_dir=folder)
@@ -260,6 +274,8 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         "tokenizer_model": Target(base, "tokenizer.model", use_base, as_bytes),
         "tokenizer_json": Target(fast, "tokenizer.json", use_base, as_json),
         "tekken": Target(tekken, "tekken.json", use_base, as_json),
+        "head": Target(headed, score.FACTS, use_head, as_json),
+        "head_weights": Target(headed, score.WEIGHTS, use_head, tensors),
         "weights": Target(base, "lit_model.safetensors", lambda f: load_model(f), tensors),
         "manifest": Target(adapter, MANIFEST, use_adapter, as_json),
         "adapter_config": Target(foreign, "adapter_config.json", use_adapter, as_json),
@@ -277,6 +293,7 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         "hf_weights": Target(theirs, "model.safetensors", use_theirs, tensors),
         "pickle": Target(pickled, "pytorch_model.bin", use_theirs, as_bytes),
         "jsonl": Target(files, "a.jsonl", use_data("a.jsonl"), as_lines),
+        "labels": Target(files, "labels.jsonl", use_labels, as_lines),
         "json": Target(files, "a.json", use_data("a.json"), as_json),
         "messages": Target(files, "messages.jsonl", use_data("messages.jsonl", "auto"), as_lines),
         "tokenized": Target(files, "tokenized.jsonl", use_data("tokenized.jsonl"), as_lines),
@@ -411,6 +428,9 @@ def without_digest(folder: Path, name: str) -> None:
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
+LABELS = [{"text": f"{i} plus 2", "label": label, "id": i} for i, label in enumerate(("low", "high", 3, True))]
+
+
 def write_data(folder: Path) -> None:
     """Data files of each type."""
     import pyarrow
@@ -419,7 +439,7 @@ def write_data(folder: Path) -> None:
     folder.mkdir()
     (folder / "run.yaml").write_bytes(SETTINGS)
     (folder / "own.yaml").write_bytes(TASK)
-    for name, rows in (("a", ROWS), ("messages", MESSAGES), ("tokenized", TOKENIZED)):
+    for name, rows in (("a", ROWS), ("messages", MESSAGES), ("tokenized", TOKENIZED), ("labels", LABELS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "a.json").write_text(json.dumps(ROWS))
     (folder / "a.csv").write_text('instruction,input,output\nAdd.,"1, 2",3\n"Say ""x"".",,x\nA,B,C\n')

@@ -12,9 +12,11 @@ from tests.fuzz.targets import Target
 KINDS = [
     *("config", "task", "model_config", "tokenizer_config", "special_tokens_map", "added_tokens", "new_tokens"),
     *("generation_config",),
-    *("tokenizer_model", "tokenizer_json", "tekken", "weights", "manifest", "adapter_config", "prompt_style"),
+    *("tokenizer_model", "tokenizer_json", "tekken", "head", "head_weights", "weights", "manifest"),
+    *("adapter_config", "prompt_style"),
     *("adapter_weights", "state", "state_tensors", "log", "merged", "exported_template"),
-    *("exported_tokenizer", "exported_source", "exported_report", "hf_config", "hf_weights", "pickle", "jsonl", "json"),
+    *("exported_tokenizer", "exported_source", "exported_report", "hf_config", "hf_weights", "pickle", "jsonl"),
+    *("labels", "json"),
     *("messages", "tokenized", "csv", "prepare_csv", "tsv", "txt", "parquet", "arrow", "gzip"),
     *("zstandard", "saved", "prompts", "history", "answers", "quantization_table"),
 ]

@@ -48,3 +48,8 @@ def test_what_a_program_does_not_take_is_named(settings: dict[str, Any], vllm: s
 
 def test_a_rank_that_vllm_has_to_be_told_is_said() -> None:
     assert of(r=48) == ["vLLM takes this adapter with --max-lora-rank 64."]
+
+
+def test_an_adapter_that_reads_labels_is_for_one_class_of_models() -> None:
+    (said,) = caveats({"task_type": "SEQ_CLS", "r": 999, "modules_to_save": ["classifier", "score"]}, False)
+    assert "AutoModelForSequenceClassification" in said

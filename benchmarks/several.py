@@ -1,6 +1,6 @@
 """Train one adapter with several processes, with copies of the base and with shares of it, and time the steps.
 
-Each case starts its processes by itself, one a GPU, over NCCL; without a GPU they are on the CPU, over gloo. It has
+Each case starts its processes by itself, one a GPU, over NCCL; where there are fewer GPUs, over gloo on these. It has
 random weights, the same for any number of processes, and takes equal rows from one global batch. For a sharded base it
 says how long a step takes without the gathers, which then computes nonsense as fast. A case that does not fit, or
 takes too long, is named and stops no other.
@@ -113,14 +113,15 @@ def work(case: Case, gib: float | None, die: bool) -> None:
 
     let_segments_grow()
     rank, processes, cuda = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.cuda.is_available()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    alone = cuda and processes <= torch.cuda.device_count()  # else some share a GPU, which NCCL refuses
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         if gib:
             share = gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    kind = "nccl" if cuda else "gloo"
-    own = {"device_id": device} if cuda else {}
+    kind = "nccl" if alone else "gloo"
+    own = {"device_id": device} if alone else {}
     distributed.init_process_group(kind, timeout=timedelta(seconds=PATIENCE), **own)
     config = model_config(case.shape)
     storage = Storage(torch.bfloat16 if cuda else torch.float32, case.quantize, case.quantize_head)  # type: ignore[arg-type]

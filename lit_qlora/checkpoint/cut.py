@@ -1,4 +1,4 @@
-"""Weights of blocks cut into shares while they are read, so that no process ever holds a whole block's.
+"""Weights of blocks cut into shares while they are read, so that no process ever holds all of them.
 
 Each matrix has an owner, which alone reads and quantises it. In the end of a block the owners' bytes come together in a
 buffer of the base, and each process keeps its share. So a process reads about its share of the file, and holds its
@@ -109,7 +109,8 @@ class Cut:
         for rank, part in enumerate(self._whole.split(slab.share)):
             distributed.reduce(part, dst=rank)  # bytes plus zeros
         base.shares[number].copy_(self._whole.split(slab.share)[base.rank])
-        distributed.all_reduce(self.all_tables.view(torch.int32))  # keeps the sign of a zero
+        if len(self.all_tables):
+            distributed.all_reduce(self.all_tables.view(torch.int32))  # keeps the sign of a zero
         for name, spans in slab.layers.items():
             parts = {span.part: span.view(base.memory(number)) for span in spans} | self._tables_of(name)
             path = f"blocks.{number}.{name}"

@@ -15,6 +15,7 @@ from lit_qlora.run.page import Html, Row, document, folded, sections, table
 CHANGES = {"better": "good", "worse": "bad"}
 """Word for the change of a metric -> its class in a page."""
 LESSONS = "What the data taught"
+MODULES = "What the adapter learnt, and where"
 LONG_FRAME = 60
 """Characters of a prompt style around a question from which on they are folded."""
 Frame = tuple[str, str]
@@ -62,6 +63,8 @@ class Outcome:
     """Answers to eval.prompts, with their steps."""
     lessons: str = ""
     """The section of the page about training samples; see lit_qlora.run.lessons."""
+    modules: str = ""
+    """The section about adapted layers; see lit_qlora.run.modules."""
     frames: Sequence[Frame] = field(default=())
     """Words that the prompt style puts around the questions."""
 
@@ -112,6 +115,7 @@ def write_page(path: Path, outcome: Outcome) -> None:
             _paragraphs(outcome.data)
             + inline(lengths_figure(outcome.lengths, outcome.limit, 6), "lengths", "Lengths of the training samples"),
         ),
+        (MODULES, outcome.modules),
         ("Next", f"<pre>{escape(outcome.following)}</pre>"),
         ("The run", table([(key, _cell(value)) for key, value in outcome.facts], kind="words")),
         ("Settings", folded("config.yaml", f"<pre>{escape(outcome.config)}</pre>")),

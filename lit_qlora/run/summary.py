@@ -24,6 +24,7 @@ from lit_qlora.lora.elsewhere import read_caveats
 from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, before_and_after, duration, metrics, short, smaller_is_better, tell
+from lit_qlora.run import modules
 from lit_qlora.run.figures import plot_losses
 from lit_qlora.run.lessons import reviewed, section
 from lit_qlora.run.reports import Answer, Frame, Outcome, one_line, unframed, write_page, write_report
@@ -165,9 +166,17 @@ def _outcome(
         best=best,
         worst=worst,
         frames=frames(data) if best or worst else (),
+        modules=modules.section(
+            modules.modules_of(model, config.optimizer, config.out_dir / FINAL) if _has_own_base(config) else []
+        ),
         lessons=section(reviewed(config, data)) if config.eval.train_samples else "",
         said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
     )
+
+
+def _has_own_base(config: FinetuneConfig) -> bool:
+    """Tell if the updates are those of whole, published weights."""
+    return config.strategy != "sharded" and config.lora.init == "default"
 
 
 def summarize(model: GPT, lora: LoRAConfig, quantize: str, precision: str, records: Sequence[Record]) -> dict[str, Any]:

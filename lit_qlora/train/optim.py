@@ -56,15 +56,27 @@ def make_optimizer(
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     keys: dict[int, tuple[float, bool]] = {}
     for name, parameter in learners:
-        factor = config.lora_plus if name.endswith(".lora_b") else 1.0
-        factor, decays = factor * first_match(config.rate_pattern, name.rpartition(".")[0], 1.0), parameter.ndim > 1
+        factor, decays = keys[id(parameter)] = _group_of(name, parameter, config)
         group = {"params": [], "factor": factor, **({} if decays or not train.weight_decay else {"weight_decay": 0.0})}
         groups.setdefault((factor, decays), group)["params"].append(parameter)
-        keys[id(parameter)] = (factor, decays)
     takes_any = flatten and _takes_any_tensor(kind, arguments, [parameter for _, parameter in learners])
     if flatten and takes_any and (flat := flatten(lambda parameter: keys[id(parameter)])):
         return flattened(kind, list(groups.values()), flat, lr=train.learning_rate, **arguments)
     return kind(list(groups.values()), lr=train.learning_rate, **arguments)
+
+
+def _group_of(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> tuple[float, bool]:
+    """The factor of a parameter's learning rate, and True if its weights decay."""
+    factor = config.lora_plus if name.endswith(".lora_b") else 1.0
+    return factor * first_match(config.rate_pattern, name.rpartition(".")[0], 1.0), parameter.ndim > 1
+
+
+def in_groups(learners: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[str]:
+    """The names of trained parameters in the order in which the state of make_optimizer's optimizer has them."""
+    groups: dict[tuple[float, bool], list[str]] = {}
+    for name, parameter in learners:
+        groups.setdefault(_group_of(name, parameter, config), []).append(name)
+    return [name for group in groups.values() for name in group]
 
 
 def _takes_any_tensor(kind: Any, arguments: dict[str, Any], parameters: Sequence[nn.Parameter]) -> bool:

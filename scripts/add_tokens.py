@@ -18,7 +18,7 @@ class AddTokensConfig(Settings):
     """
 
     checkpoint_dir: Path
-    """The base."""
+    """The base, which stays as it is."""
     tokens: tuple[str, ...] | str
     """Names of the new tokens, e.g. '[<|im_start|>,<|im_end|>]'."""
     like: dict[str, str] = field(default_factory=dict)

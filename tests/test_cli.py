@@ -463,26 +463,41 @@ def test_help_and_messages_call_a_data_file_by_its_one_name(capsys: pytest.Captu
 # Every entry point.
 
 PROBE = """
-import runpy, sys
-sys.argv = [sys.argv[1], "--help", "all"]
-sys.path[0] = sys.argv[0].rpartition("/")[0]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    heavy = sorted({"torch", "lightning", "bitsandbytes", "transformers", "lm_eval", "numpy"} & set(sys.modules))
-    print(end.code, heavy, len(sys.modules), file=sys.stderr)
+import os, runpy, sys
+from lit_qlora import cli
+
+folder, *scripts = sys.argv[1:]
+for script in scripts:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{script.replace('/', '-')}.{kind}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [script, "--help", "all"]
+    sys.path[0] = script.rpartition("/")[0]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        heavy = sorted({"torch", "lightning", "bitsandbytes", "transformers", "lm_eval", "numpy"} & set(sys.modules))
+        print(end.code, heavy, len(sys.modules), file=sys.stderr)
+        sys.stdout.flush()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(0)
 """
+"""Asks scripts for help in processes forked from one, which has imported what each of them does."""
 
 
 @pytest.fixture(scope="module")
-def help_of() -> Callable[[Path], subprocess.CompletedProcess[str]]:
-    done: dict[Path, subprocess.CompletedProcess[str]] = {}
+def help_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("help")
+    scripts = [str(ROOT / script) for script in ENTRY_POINTS]
+    subprocess.run([sys.executable, "-c", PROBE, str(folder), *scripts], check=True)
 
     def ask(script: Path) -> subprocess.CompletedProcess[str]:
-        if script not in done:
-            command = [sys.executable, "-c", PROBE, str(ROOT / script)]
-            done[script] = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done[script]
+        name = str(ROOT / script).replace("/", "-")
+        out, err = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("out", "err"))
+        return subprocess.CompletedProcess([script], 0, out, err)
 
     return ask
 

@@ -380,6 +380,44 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
         401_583_781_376,
         871_932_416,
     ),
+    "Qwen3-Next-80B-A3B": (
+        config_json("qwen3_next", 48, 2048, 16, 2, 5120, 151_936),
+        81_324_862_720,
+        1_650_471_424,  # a layer that predicts a further token
+    ),
+    "GLM-4.5-Air": (
+        config_json(
+            *("glm4_moe", 46, 4096, 96, 8, 10_944, 151_552),
+            head_dim=128,
+            attention_bias=True,
+            moe_intermediate_size=1408,
+            n_routed_experts=128,
+        ),
+        110_468_824_832,
+        3_616_573_568,  # the same, with an embedding and a head of its own
+    ),
+    "MiniMax-M2": (
+        config_json(
+            *("minimax_m2", 62, 3072, 48, 8, 1536, 200_064),
+            num_local_experts=256,
+            num_experts_per_tok=8,
+            rotary_dim=64,
+        ),
+        228_703_644_928,
+        13_880_064,  # scales of blocks of 128 x 128
+    ),
+    "LFM2-8B-A1B": (
+        config_json(
+            *("lfm2_moe", 24, 2048, 32, 8, 7168, 65_536),
+            moe_intermediate_size=1792,
+            num_experts=32,
+            num_experts_per_tok=4,
+            num_dense_layers=2,
+            layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+        ),
+        8_339_930_560,
+        0,
+    ),
     "Qwen3.5-27B": (
         config_json("qwen3_5_text", 64, 5120, 24, 4, 17_408, 248_320, head_dim=256, linear_num_value_heads=48),
         27_781_427_952,
@@ -405,7 +443,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 """Name -> config.json, all parameters as the hub counts them, and those outside our language model.
 
-The latter are counted in transformers' modules: encoders and what joins them to the language model.
+The latter are counted in transformers' modules, encoders and what joins them to the language model, or worked out.
 """
 LARGE = {"DeepSeek-V3", "gpt-oss-120b", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B"}
 LARGE |= {
@@ -417,6 +455,7 @@ LARGE |= {
     "Llama-4-Scout",
     "Llama-4-Maverick",
 }
+LARGE |= {"Qwen3-Next-80B-A3B", "GLM-4.5-Air", "MiniMax-M2", "LFM2-8B-A1B"}
 """Tens of thousands of experts take some seconds even without their weights."""
 
 
@@ -524,8 +563,8 @@ def test_many_families_are_among_them() -> None:
     assert set(FAMILIES) - {text_part(config)["model_type"] for config in counted} == {
         *("cohere2", "glm", "granite", "ministral", "ministral3"),
         # Of these no count is known here.
-        *("glm4_moe", "glm4_moe_lite", "solar_open", "flex_olmo", "minimax_m2", "exaone_moe", "hy_v3"),
+        *("glm4_moe_lite", "solar_open", "flex_olmo", "exaone_moe", "hy_v3"),
         *("granitemoeshared", "mellum", "cohere2_moe", "mistral4", "iquestcoder", "helium", "cwm"),
         *("arcee", "hyperclovax", "granite_swa", "minicpm3", "jais2", "nemotron", "afmoe"),
-        *("qwen3_next", "qwen3_5_moe_text", "gemma4_unified_text", "lfm2_moe", "youtu", "nanochat"),
+        *("qwen3_5_moe_text", "gemma4_unified_text", "youtu", "nanochat"),
     }

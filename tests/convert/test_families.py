@@ -207,6 +207,8 @@ class Recorder(dict[str, Any]):
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported. Known: afmoe, apertus, arcee, "),
         ({"model_type": "bitnet"}, "model_type 'bitnet' is not supported: its weights are ternary"),
+        ({"model_type": "falcon_h1"}, "'falcon_h1' is not supported: its blocks have attention and a state space"),
+        ({"model_type": "nemotron_h"}, "'nemotron_h' is not supported: its blocks have a mixer or an MLP alone"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"model_type": "phi", "hidden_act": "silu"}, "hidden_act 'silu', which is not supported for phi"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "RoPE scaling 'mrope'"),

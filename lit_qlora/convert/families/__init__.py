@@ -57,7 +57,11 @@ QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_sc
 """Endings of the names of tensors that bitsandbytes, GPTQ, AWQ and FP8 store for packed weights."""
 
 
-IMPOSSIBLE = {"bitnet": "its weights are ternary and its activations 8-bit integers, unlike those of any model here"}
+IMPOSSIBLE = {
+    "bitnet": "its weights are ternary and its activations 8-bit integers, unlike those of any model here",
+    "falcon_h1": "its blocks have attention and a state space side by side; here a block has one of them",
+    "nemotron_h": "its blocks have a mixer or an MLP alone; here a block has both",
+}
 """model_type -> why no row can describe it."""
 
 

@@ -1,12 +1,18 @@
 """The weights of a block lie in a slab as the fast path takes them, and are cut evenly."""
 
+import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
+from lit_qlora.convert.families import read_config
+from lit_qlora.fused.kernel_block import mixer_of, mixing_layers, mlp_layers
+from lit_qlora.fused.support import stacks_of_experts
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
+from lit_qlora.model.mlp import MoE
 from lit_qlora.quantize import SCHEMES, QuantizedLinear, Storage, part_specs
 from lit_qlora.sharded import Slab
 from tests.conftest import tiny_config
@@ -62,3 +68,26 @@ def test_the_buffers_of_a_layer_are_known_before_it_is_quantised(scheme: str, sh
     layer = QuantizedLinear(torch.randn(shape), None, scheme)  # type: ignore[arg-type]
     for name, spec in part_specs(scheme, shape, torch.float32).items():  # type: ignore[arg-type]
         assert (getattr(layer, name).shape, getattr(layer, name).dtype) == (spec.shape, spec.dtype)
+
+
+@pytest.mark.slow
+def test_the_stacks_of_every_family_lie_end_to_end() -> None:
+    """Or the fast path would copy the bytes of whatever lies in a buffer when it is made."""
+    from tests.reference import CASES, SMALL, transformers
+
+    found = set()
+    for case, (family, changes) in CASES.items():
+        theirs = transformers.AutoConfig.for_model(family, **SMALL | changes)
+        model = GPT.skeleton(read_config(json.loads(theirs.to_json_string(use_diff=False)), case))
+        for i, block in enumerate(model.blocks):
+            names = {layer: path for path, layer in block.named_modules()}
+            mlp: Any = block.mlp
+            dense = getattr(mlp, "shared", None) if isinstance(mlp, MoE) else mlp
+            stacks = [*mixing_layers(mixer_of(block)), *(mlp_layers(dense) if dense is not None else ())]
+            stacks += stacks_of_experts(mlp)
+            slab = Slab.of(block, i, Storage(torch.bfloat16), 2)
+            for layers in stacks:
+                paths = [names[layer] for layer in layers]
+                if not follow(slab, "packed", *paths):
+                    found.add((case, *paths))
+    assert not found

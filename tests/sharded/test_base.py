@@ -88,13 +88,13 @@ def facts_of(fabric: Any) -> dict[str, Any]:
     return facts
 
 
-@pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> Facts:
+@pytest.fixture(scope="module", params=[2, 4])
+def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Facts:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         work: Callable[..., Any] = facts_of
         path: Path = tmp_path_factory.mktemp("store")
-        return together(path, work)
+        return together(path, work, ranks=request.param)
 
 
 def test_each_process_gets_the_bytes_of_the_block_it_asks_for(facts: Facts) -> None:
@@ -104,7 +104,7 @@ def test_each_process_gets_the_bytes_of_the_block_it_asks_for(facts: Facts) -> N
 def test_a_pass_gathers_each_block_twice_but_for_those_that_are_still_there(facts: Facts) -> None:
     for fact in facts:
         assert fact["counts"] == [2 * BLOCKS - 2, 2 * (BLOCKS - 2), 2 * (BLOCKS - 2)]
-        assert fact["sent"] == sum(fact["counts"]) * fact["share"]  # a ring of two passes on one share
+        assert fact["sent"] == sum(fact["counts"]) * (len(facts) - 1) * fact["share"]  # as a ring does
 
 
 def test_more_buffers_save_gathers_and_the_process_with_least_room_decides(facts: Facts) -> None:
@@ -121,5 +121,5 @@ def test_blocks_do_not_move(facts: Facts) -> None:
 
 
 def test_processes_notice_that_they_gathered_in_different_orders(facts: Facts) -> None:
-    assert [fact["differs"] for fact in facts] == [False, False]
-    assert [fact["differs, once one was alone"] for fact in facts] == [True, True]
+    assert {fact["differs"] for fact in facts} == {False}
+    assert {fact["differs, once one was alone"] for fact in facts} == {True}

@@ -44,9 +44,11 @@ class PushConfig(Settings):
 
 def main(config: PushConfig) -> None:
     """Collect the files, name them, upload them, and print the address."""
-    from lit_qlora.convert.hub import upload
+    from lit_qlora.convert.hub import check_arguments, upload
     from lit_qlora.lora.push import stage_adapter, stage_model
 
+    token = config.access_token.get_secret_value() if config.access_token else None
+    check_arguments(config.repo_id, token)
     beside = config.checkpoint_dir.resolve().parent if config.checkpoint_dir else None  # where a model has room
     with TemporaryDirectory(prefix=".push-", dir=beside) as temporary:
         folder = Path(temporary)
@@ -55,13 +57,12 @@ def main(config: PushConfig) -> None:
         else:
             assert config.checkpoint_dir
             folder = stage_model(config.checkpoint_dir, folder)
-        for file in sorted(path for path in folder.iterdir() if path.is_file()):
-            print(f"  {file.stat().st_size:>15,} bytes  {file.name}")
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"  {file.stat().st_size:>15,} bytes  {file.relative_to(folder)}")
         seen = "private" if config.private else "public"
         if config.dry_run:
             print(f"Nothing is uploaded; without --dry_run these files go to {config.repo_id}, {seen}.")
             return
-        token = config.access_token.get_secret_value() if config.access_token else None
         print(f"uploaded to {config.repo_id}, {seen}: {upload(folder, config.repo_id, config.private, token)}")
 
 

@@ -65,7 +65,7 @@ def download(
             configuration or its index is of a model that cannot be converted.
         ResourceError: if the hub cannot be reached, or there is not enough room.
     """
-    _check_arguments(repo_id, token)
+    check_arguments(repo_id, token)
     commit, listed = _list_files(repo_id, revision, token, endpoint)
     files = choose_files(listed, repo_id)
     folder = checkpoints_dir / repo_id
@@ -128,7 +128,8 @@ def list_models(words: str = "") -> str:
     return "\n".join(lines)
 
 
-def _check_arguments(repo_id: str, token: str | None) -> None:
+def check_arguments(repo_id: str, token: str | None) -> None:
+    """Raise UsageError for what cannot be the name of a repository, or a token."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id) or ".." in repo_id or len(repo_id) > 120:
         raise UsageError(f"--repo_id {repo_id!r} is not ORG/NAME as the hub writes it, e.g. Qwen/Qwen2.5-0.5B.")
     if token is not None and not re.fullmatch(r"[!-~]+", token):
@@ -261,11 +262,11 @@ def _refused(error: Any, repo_id: str) -> CheckpointError:
     return CheckpointError(f"The hub answers {status} for {repo_id}. {advice.get(status, 'Try again later.')}")
 
 
-def _unreachable(error: Exception) -> ResourceError:
+def _unreachable(error: Exception, kept: str = ": complete files are kept") -> ResourceError:
     reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
     return ResourceError(
         f"The hub cannot be reached ({reason}).\n"
-        "Check the connection, HF_ENDPOINT and the proxy, and run the command again: complete files are kept."
+        f"Check the connection, HF_ENDPOINT and the proxy, and run the command again{kept}."
     )
 
 
@@ -289,7 +290,7 @@ def upload(folder: Path, repo_id: str, private: bool, token: str | None = None, 
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    _check_arguments(repo_id, token)
+    check_arguments(repo_id, token)
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi(endpoint=endpoint, token=token)
@@ -310,4 +311,4 @@ def upload(folder: Path, repo_id: str, private: bool, token: str | None = None, 
     except (UsageError, CheckpointError):
         raise
     except Exception as error:
-        raise _unreachable(error) from None
+        raise _unreachable(error, kept="") from None

@@ -120,6 +120,12 @@ def test_facts_lose_their_paths_and_nothing_else() -> None:
     assert without_paths([1, None, "C:\\x\\y"]) == [1, None, "y"]
 
 
+def test_a_name_that_is_none_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    done = run_here("scripts/push.py", "--lora_path", tmp_path, "--repo_id", "a b", "--dry_run", "true")
+    assert done.returncode == 2
+    assert "--repo_id 'a b' is not ORG/NAME" in done.stderr
+
+
 @pytest.mark.parametrize("flags", [(), ("--lora_path", "a", "--checkpoint_dir", "b")])
 def test_one_thing_is_uploaded_at_a_time(flags: tuple[str, ...]) -> None:
     done = run_here("scripts/push.py", "--repo_id", "org/model", *flags)

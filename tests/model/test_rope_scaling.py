@@ -19,7 +19,10 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.merge import Merge, merge_checkpoint
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.rope_scaling import scaled
-from lit_qlora.settings import LoRAConfig
+from lit_qlora.quantize import Storage
+from lit_qlora.run.fits import longest_row
+from lit_qlora.run.plan import Planner, Room
+from lit_qlora.settings import LoRAConfig, TrainConfig
 from tests.conftest import run_here, tiny_config, tiny_model, write_checkpoint, write_tokenizer
 from tests.lora.test_adapter import save, trained
 from tests.reference import hugging_face_model
@@ -92,6 +95,12 @@ def test_it_shares_no_base_with_another_context_and_is_merged_alone(long: tuple[
         AdapterSwitch(load_model(base)).add("a", adapter)
     with pytest.raises(UsageError, match="can be merged alone and with weight 1 only"):
         Merge([adapter], base, weights=[0.5])
+
+
+def test_a_plan_reaches_as_far() -> None:
+    lora = LoRAConfig(rope_scaling="yarn", rope_factor=4.0)
+    planner = Planner(tiny_config(), lora, Storage(torch.float32), TrainConfig())
+    assert longest_row(planner, Room(gpu=2**40)) == 4 * 96
 
 
 @pytest.mark.slow

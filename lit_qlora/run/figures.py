@@ -34,8 +34,7 @@ def losses_figure(records: Sequence[Record], width: float = 8) -> Any:
     if val:
         top.plot([r["step"] for r in val], [r["val_loss"] for r in val], "o-", color=ORANGE, ms=4, label="validation")
         _mark_best(top, val)
-    compared = any("reward_margin" in record for record in train)
-    top.set_ylabel("loss of a comparison" if compared else "loss per labelled token (nats)")
+    top.set_ylabel(_loss_of(records))
     scale_losses(top, [*average, *(r["val_loss"] for r in val)])
     top.grid(alpha=0.3, which="both")
     top.legend(frameon=False)
@@ -71,6 +70,14 @@ def scale_losses(axes: Any, losses: Sequence[float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _loss_of(records: Sequence[Record]) -> str:
+    """The name of the loss, by the metrics beside it."""
+    names = {name for record in records for name in record}
+    if "reward_margin" in names:
+        return "loss of a comparison"
+    return "loss of a text" if names & {"val_f1", "val_mse"} else "loss per labelled token (nats)"
 
 
 def rewards_figure(records: Sequence[Record], width: float = 8) -> Any | None:

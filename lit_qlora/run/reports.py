@@ -164,7 +164,8 @@ def _changes(records: Sequence[Record]) -> Iterator[Row]:
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
     where = "CPU" if summary["gpu"] == "none" else summary["gpu"]
-    return f"{summary['adapter']} · {summary['precision']} · {where} · {summary['steps']:,} steps"
+    learns = f"{summary['objective']} · " if "objective" in summary else ""
+    return f"{learns}{summary['adapter']} · {summary['precision']} · {where} · {summary['steps']:,} steps"
 
 
 def _validations(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

@@ -45,6 +45,7 @@ def finish(config: FinetuneConfig, model: GPT, data: RunData, log: RunLog, score
     out_dir = config.out_dir
     log.close()
     summary = summarize(model, config.lora, config.quantization.describe(), config.precision, log.records)
+    summary |= objective_of(config)
     warning, following = advise(config, log.records)
     best: Sequence[Answer] = ()
     worst: Sequence[Answer] = ()
@@ -103,6 +104,23 @@ def advise(config: FinetuneConfig, records: Sequence[Record]) -> tuple[str, str]
         return warning, f"{merge} {quote(str(best))}\n{chat}"
     why = "No better step was kept" if kept else "No step was better: lower --train.learning_rate"
     return f"{warning} {why}.", chat
+
+
+def objective_of(config: FinetuneConfig) -> dict[str, str]:
+    """The objective of a run under its name for summary.json; {} where a run learns what its data says."""
+    if isinstance(config, PreferenceRunConfig):
+        how = config.preference
+        beta = f", beta {how.or_published('beta'):g}" if how.published.beta else ""
+        return {"objective": f"{how.loss}{beta}"}
+    if config.head != "none":
+        return {"objective": config.head}
+    if config.teacher_dir is None:
+        return {}
+    how_taught = config.distill
+    return {
+        "objective": f"{config.teacher_dir.resolve().name} as teacher, weight {how_taught.weight:g}, "
+        f"temperature {how_taught.temperature:g}, {how_taught.top_k} tokens"
+    }
 
 
 def has_head(config: FinetuneConfig) -> bool:

@@ -79,6 +79,7 @@ def test_a_run_prefers_what_is_chosen_and_says_so(tiny_checkpoint: Path, pairs: 
     page = (out / "report.html").read_text()
     assert "Rewards of chosen and rejected answers" in page
     assert "loss of a comparison" in page
+    assert "dpo, beta 0.1 · " in page
 
 
 @pytest.mark.slow

@@ -73,8 +73,9 @@ def theirs(folder: Path, adapter: Path | None = None, outputs: int = 2) -> Tenso
 
 
 def test_a_head_learns_classes_and_a_run_leaves_what_tells_them(
-    texts: Path, tiny_checkpoint: Path, tmp_path: Path
+    texts: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lit_qlora.run.summary.write_pages", lambda *given: None)  # a third of the time
     out = finetune(config(tiny_checkpoint, texts, tmp_path / "out"))
     train, val = log_of(out)
     assert "accuracy" in train[0]
@@ -113,6 +114,9 @@ def test_numbers_are_learnt_by_their_squared_error(texts: Path, tiny_checkpoint:
     asked = run_here("scripts/classify.py", "--lora_path", out, "--data.path", texts)
     assert "value" in json.loads(asked.stdout.splitlines()[0])
     assert "mse " in asked.stderr
+    page = (out / "report.html").read_text()
+    assert "regress · " in page
+    assert "loss of a text" in page
 
 
 @pytest.mark.slow

@@ -41,15 +41,17 @@ def test_a_setting_of_preferences_makes_a_sweep_one_of_preferences(flags: list[s
     file.write_text("lora: {r: 2}\n")
     assert not is_of_preferences([f"--config={file}", "--lora.r", "3"])
     assert not is_of_preferences(["--config", str(tmp_path / "absent.yaml")])
-    trials = plan_trials(cli.parse(PreferenceSweepConfig, flags), tmp_path / "out")
-    assert all(isinstance(trial.config, PreferenceRunConfig) for trial in trials)
-    assert [trial.config.preference.loss for trial in trials] == ["dpo", "ipo"]  # type: ignore[attr-defined]
-    assert trials[0].config.train.epochs == 1.0  # the default of finetune/preference.py
 
 
 @pytest.mark.slow
 def test_trials_learn_from_preferences_and_are_compared_by_their_metrics(flags: list[str]) -> None:
-    out = sweep(cli.parse(PreferenceSweepConfig, flags))
+    config = cli.parse(PreferenceSweepConfig, flags)
+    assert config.out_dir
+    trials = plan_trials(config, config.out_dir)
+    assert all(isinstance(trial.config, PreferenceRunConfig) for trial in trials)
+    assert [trial.config.preference.loss for trial in trials] == ["dpo", "ipo"]  # type: ignore[attr-defined]
+    assert trials[0].config.train.epochs == 1.0  # the default of finetune/preference.py
+    out = sweep(config)
     facts = json.loads((out / "sweep.json").read_text())
     assert "val_reward_accuracy" in json.dumps(facts)
     assert "finetune/preference.py --config" in (out / "sweep.html").read_text()

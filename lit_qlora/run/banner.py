@@ -63,6 +63,11 @@ def plan_run(config: FinetuneConfig, data: RunData, teacher: Teacher | None = No
     plan = replace(plan, caveat=caveat)
     check_trainable(config.expect_trainable, model.name, plan.trainable)
     check(
+        not (plan.processes and plan.slow_because and config.train.recompute == "none"),
+        f"train.recompute none does not work with --strategy sharded on the plain path ({plan.slow_because}): "
+        "the weights of a block are gone before its backward pass.\nTake auto or full.",
+    )
+    check(
         not plan.fp8 or has_fp8(),
         "train.fp8 needs a GPU that multiplies in FP8, of compute capability 8.9 or above.\nLeave out --train.fp8.",
     )

@@ -1,5 +1,7 @@
 """The plan of a base that lies over several processes counts its bytes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -54,5 +56,9 @@ def test_memory_that_is_left_holds_more_blocks_at_a_time(monkeypatch: pytest.Mon
     assert (some.buffers, some.cached) == (5, 3 * slab)
 
 
-def test_the_plain_path_recomputes_every_block() -> None:
+def test_the_plain_path_recomputes_every_block(
+    finetune: Callable[..., int], capsys: pytest.CaptureFixture[str], no_weights: None
+) -> None:
     assert set(plan(4, Room()).recompute) == {"full"}
+    assert finetune("--strategy=sharded", "--train.recompute=none") == 2
+    assert "train.recompute none does not work with --strategy sharded on the plain path" in capsys.readouterr().err

@@ -23,7 +23,10 @@ SAME = ["--precision=bf16-true", "--deterministic", "--train.keep_dequantized=0"
 
 
 @pytest.mark.parametrize("scheme", ["none", "bnb.nf4-dq", "bnb.int8"])
-@pytest.mark.parametrize("path", [["--train.recompute=none"], ["--train.recompute=full", "--train.fast=false"]])
+@pytest.mark.parametrize(
+    "path",
+    [["--train.recompute=none"], ["--train.recompute=offload"], ["--train.recompute=full", "--train.fast=false"]],
+)
 def test_one_process_that_gathers_from_itself_learns_the_same(tmp_path: Path, scheme: str, path: list[str]) -> None:
     flags = [*SAME, *path, f"--quantize={scheme}", "--data.packing=true", "--data.pack_length=512"]
     run(tmp_path / "whole", *flags)

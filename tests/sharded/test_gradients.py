@@ -26,7 +26,7 @@ CASES = [("plain", "bnb.nf4-dq", SOME, {"n_layer": 5})]
 MORE = [
     *(("plain", scheme, ALL, {"n_layer": 5}) for scheme in SCHEMES),
     ("plain", "bnb.nf4-dq", ALL, {"n_layer": 3, **MIXTURE}),
-    *((policy, "bnb.nf4-dq", ALL, {"n_layer": 3}) for policy in ("none", "offload", "full")),
+    *((policy, "bnb.nf4-dq", ALL, {"n_layer": 3}) for policy in ("none", "attn", "full")),
     *(("full", scheme, ALL, {"n_layer": 3}) for scheme in ("none", "bnb.int8", "bnb.fp4")),
     ("full", "none", ALL, {"n_layer": 3, **MIXTURE}),
     ("none", "bnb.nf4-dq", ALL, {"n_layer": 3, **MIXTURE}),

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ def together(tmp_path: Path, what: Callable[[Fabric], Any], ranks: int = 2) -> l
     def enter(rank: int) -> None:
         store = distributed.FileStore(str(tmp_path / "store"), ranks)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        answers.put((rank, what(Member(rank, ranks))))  # type: ignore[arg-type]
+        try:
+            answers.put((rank, what(Member(rank, ranks))))  # type: ignore[arg-type]
+        except BaseException:
+            answers.put((rank, traceback.format_exc()))
+            raise
 
     children = [context.Process(target=enter, args=(rank,)) for rank in range(ranks)]
     for child in children:
@@ -33,6 +38,7 @@ def together(tmp_path: Path, what: Callable[[Fabric], Any], ranks: int = 2) -> l
     found = dict(answers.get() for _ in children)
     for child in children:
         child.join()
+    assert [child.exitcode for child in children] == [0] * ranks, found
     return [found[rank] for rank in range(ranks)]
 
 

@@ -361,6 +361,17 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_conv_bias": False,
         },
     ),
+    "bamba": (
+        "bamba",
+        {
+            **GROUPED,
+            "num_hidden_layers": 3,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 12,
+        },
+    ),
     "granitemoehybrid-nope": (
         "granitemoehybrid",
         {**GROUPED, "num_local_experts": 0, "layer_types": ["full_attention"] * 2, "shared_intermediate_size": 112},

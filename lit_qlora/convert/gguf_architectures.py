@@ -236,7 +236,7 @@ HYBRID = replace(
     name="granitehybrid",
     reads=GRANITE_MOE.reads
     | {"shared_expert_size", "state_space", "delta_layers", "delta_key_heads", "delta_value_heads", "delta_key_size"}
-    | {"delta_value_size", "delta_conv_size"},
+    | {"delta_value_size", "delta_conv_size", "rope_fraction"},
     means=lambda config: {
         "conv_bias": True,
         "router": "softmax_chosen" if config.n_expert else "softmax",
@@ -345,6 +345,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v3": replace(LATENT, reads=LATENT.reads | {"router_groups", "router_groups_kept"}),
     "glm4_moe_lite": replace(LATENT, reads=LATENT.reads | {"router_groups", "router_groups_kept"}),
     "granitemoehybrid": GRANITE,
+    "bamba": HYBRID,
     "granitemoe": GRANITE_MOE,
     "granitemoeshared": replace(GRANITE_MOE, reads=GRANITE_MOE.reads | {"shared_expert_size"}),
     "arcee": Architecture(name="arcee", means={"ffn": "relu2"}, neighbours=True),

@@ -379,6 +379,7 @@ MODELS: dict[str, dict[str, float]] = {
         "ibm-granite/granite-4.0-h-micro": 3.2,
         "ibm-granite/granite-4.0-h-tiny": 6.9,
         "ibm-granite/granite-4.0-1b": 1.6,
+        "ibm-ai-platform/Bamba-9B-v2": 9.8,
         "ibm-granite/granite-4.0-350m": 0.35,
     },
     "GLM": {

@@ -480,7 +480,9 @@ def _ordered(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     heads = {"attn.query": config.n_head, "attn.key": config.n_kv_head}
     if not _graph(config).neighbours or config.rope_interleaved or layer not in heads:
         return tensor
-    return tensor.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
+    by_head = tensor.unflatten(0, (heads[layer], -1))
+    turned, rest = by_head.split((config.rotated, by_head.size(1) - config.rotated), dim=1)
+    return torch.cat((turned.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2), rest), dim=1).flatten(0, 1)
 
 
 def _of_delta_net(layer: str, tensor: Tensor, config: ModelConfig) -> Tensor:

@@ -67,6 +67,7 @@ HARMLESS = {
         "is_decoder",
     ),
     *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "pretraining_tp"),
+    *("num_logits_to_keep", "z_loss_coefficient"),  # of generation, and of the loss of its pre-training
     *("output_hidden_states", "output_attentions", "output_router_logits", "router_aux_loss_coef"),
     # GPT-2's heads for other tasks, and a more exact softmax
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),

@@ -567,4 +567,5 @@ def test_many_families_are_among_them() -> None:
         *("granitemoeshared", "mellum", "cohere2_moe", "mistral4", "iquestcoder", "helium", "cwm"),
         *("arcee", "hyperclovax", "granite_swa", "minicpm3", "jais2", "nemotron", "afmoe"),
         *("qwen3_5_moe_text", "gemma4_unified_text", "youtu", "nanochat"),
+        "bamba",
     }

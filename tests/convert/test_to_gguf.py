@@ -296,7 +296,7 @@ LATE |= {"glm", "llama4-all-experts", "lfm2_moe", "lfm2-bias", "minicpm3", "yout
 LATE |= {"qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen3_next-dense-layers", "afmoe", "lfm2", "apertus", "ministral3"}
 LATE |= {f"{case} as published" for case in ("glm", "llama4", "qwen3_5", "qwen3_5_moe", "ministral3", "lfm2_moe")}
 LATE |= {"minicpm3 as published", "youtu as published", "llama4", "ministral3-window"}
-LATE |= {"granitemoehybrid-spaces", "granitemoehybrid-experts", "granitemoehybrid-experts as published"}
+LATE |= {"bamba", "granitemoehybrid-spaces", "granitemoehybrid-experts", "granitemoehybrid-experts as published"}
 LATE |= {"gemma4", "gemma4_moe", "gemma4_unified", "gemma4-E", "gemma4-E as published"}
 """Cases that are much like others, so the quick tests leave them out."""
 

@@ -45,6 +45,7 @@ FEATURES = {
     "kv_latent_size": "latent attention",
     "attention_gate": "attention gate",
     "delta_layers": "gated delta nets",
+    "state_space": "as state spaces",
     "conv_layers": "short convolutions",
     "n_expert": "experts",
     "router": "{} router",

@@ -49,46 +49,6 @@ def local_theta(theirs: Theirs) -> float:
     return float(theirs.get("rope_local_base_freq") or theirs["rope_theta"])
 
 
-def granite_unrotated(theirs: Theirs) -> tuple[int, ...]:
-    """Granite 4: blocks of attention rotate all or none."""
-    return () if theirs["position_embedding_type"] == "rope" else tuple(range(theirs["num_hidden_layers"]))
-
-
-def granite_spaces(theirs: Theirs) -> tuple[int, ...]:
-    """Granite 4: the blocks with a state space instead of attention."""
-    types = theirs.get("layer_types") or ["mamba"] * theirs["num_hidden_layers"]
-    if unknown := sorted(set(types) - {"attention", "full_attention", "mamba", "linear_attention"}):
-        raise UnsupportedError(f"layer_types {unknown}")
-    return tuple(i for i, kind in enumerate(types) if kind in ("mamba", "linear_attention"))
-
-
-def has_spaces(theirs: Theirs) -> bool:
-    """True for a model with state spaces, whose steps have no limit, as of all that are published."""
-    spaces, limit = bool(granite_spaces(theirs)), theirs.get("time_step_limit")
-    if spaces and limit is not None and (limit[0] or limit[1] not in (float("inf"), {"__float__": "Infinity"})):
-        raise UnsupportedError(f"time_step_limit {limit}")
-    return spaces
-
-
-def if_experts(key: str, otherwise: str | None = None) -> Reader:
-    """A setting of Granite 4's experts, in a model that has some."""
-    return lambda theirs: theirs[key] if theirs["num_local_experts"] else theirs[otherwise] if otherwise else None
-
-
-def granite_value_size(theirs: Theirs) -> int:
-    """Features of a head of a state space, which together are mamba_expand times the width of the model."""
-    inside, heads = theirs["mamba_expand"] * theirs["hidden_size"], theirs["mamba_n_heads"]
-    size = inside // heads if theirs["mamba_d_head"] == "auto" else theirs["mamba_d_head"]
-    if granite_spaces(theirs) and size * heads != inside:
-        raise UnsupportedError(f"mamba_d_head {size} in {heads} heads")
-    return int(size)
-
-
-def if_spaces(key: str) -> Reader:
-    """A setting of state spaces, in a model that has some."""
-    return lambda theirs: theirs[key] if granite_spaces(theirs) else None
-
-
 GRANITE: dict[str, Reader] = {
     **ATTENTION_BIAS,
     "embedding_multiplier": "embedding_multiplier",
@@ -289,42 +249,6 @@ ROWS: dict[str, Family] = {
         },
     ),
     "granite": row(weights.LLAMA, {**GRANITE, "mlp_bias": "mlp_bias"}, defaults=GRANITE_DEFAULTS),
-    "granitemoehybrid": row(
-        weights.GRANITE_HYBRID,
-        {
-            **GRANITE,
-            "ffn_size": if_experts("intermediate_size", otherwise="shared_intermediate_size"),
-            "n_expert": lambda theirs: theirs["num_local_experts"] or 0,
-            "n_expert_per_token": if_experts("num_experts_per_tok"),
-            "expert_size": if_experts("intermediate_size"),
-            "shared_expert_size": if_experts("shared_intermediate_size"),
-            "router": lambda theirs: "softmax_chosen" if theirs["num_local_experts"] else None,
-            "no_rope_layers": granite_unrotated,
-            "delta_layers": granite_spaces,
-            "state_space": has_spaces,
-            "delta_key_heads": if_spaces("mamba_n_groups"),
-            "delta_value_heads": if_spaces("mamba_n_heads"),
-            "delta_key_size": if_spaces("mamba_d_state"),
-            "delta_value_size": lambda theirs: granite_value_size(theirs) if granite_spaces(theirs) else None,
-            "delta_conv_size": if_spaces("mamba_d_conv"),
-            "conv_bias": if_spaces("mamba_conv_bias"),
-        },
-        defaults={
-            **GRANITE_DEFAULTS,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "position_embedding_type": None,
-            "shared_intermediate_size": 1024,
-            "mamba_n_heads": 128,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 256,
-            "mamba_d_head": "auto",
-            "mamba_d_conv": 4,
-            "mamba_expand": 2,
-            "mamba_conv_bias": True,
-        },
-        refuse={"mamba_proj_bias": False},
-    ),
     "ernie4_5": row(
         weights.LLAMA,
         {"qkv_bias": "use_bias", "projection_bias": "use_bias", "mlp_bias": "use_bias"},

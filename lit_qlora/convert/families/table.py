@@ -9,6 +9,7 @@ from lit_qlora.convert.families import (
     llama4_rows,
     rms_rows,
     routed_rows,
+    space_rows,
 )
 from lit_qlora.convert.families.read import Family
 
@@ -24,5 +25,6 @@ FAMILIES: dict[str, Family] = {
     **gemma4_rows.ROWS,
     **conv_rows.ROWS,
     **llama4_rows.ROWS,
+    **space_rows.ROWS,
 }
 """model_type -> its row."""

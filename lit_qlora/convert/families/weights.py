@@ -143,7 +143,7 @@ GRANITE_HYBRID = GRANITE_MOE | tensors(
 )
 _MAMBA = f"{_LAYER}.mamba"
 _SPACE = tuple(f"{_BLOCK}.delta.{part}.weight" for part in ("output_gate", "value", "key", "query", "decay"))
-GRANITE_HYBRID |= {
+_STATE_SPACE: dict[str, Rule] = {
     f"{_MAMBA}.in_proj.weight": Fused(_SPACE, "blocks"),
     f"{_MAMBA}.conv1d.weight": f"{_BLOCK}.delta.conv",
     f"{_MAMBA}.conv1d.bias": f"{_BLOCK}.delta.conv_bias",
@@ -153,6 +153,16 @@ GRANITE_HYBRID |= {
     f"{_MAMBA}.norm.weight": f"{_BLOCK}.delta.norm.weight",
     f"{_MAMBA}.out_proj.weight": f"{_BLOCK}.delta.projection.weight",
 }
+GRANITE_HYBRID |= _STATE_SPACE
+BAMBA = without(LLAMA, ".mlp.", "post_attention_layernorm", "model.norm") | _STATE_SPACE | tensors(
+    {
+        f"{_LAYER}.pre_ff_layernorm": f"{_BLOCK}.norm_2",
+        f"{_LAYER}.feed_forward.gate_proj": _GATE,
+        f"{_LAYER}.feed_forward.up_proj": _UP,
+        f"{_LAYER}.feed_forward.down_proj": f"{_BLOCK}.mlp.down",
+        "model.final_layernorm": "norm",
+    }
+)  # fmt: skip
 PHIMOE = without(LLAMA, ".mlp.") | tensors(
     {
         f"{_LAYER}.block_sparse_moe.gate": f"{_BLOCK}.mlp.router",

@@ -144,7 +144,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     with (
-        nullcontext() if fabric.is_global_zero else parallel.ends_with_parent(),
+        nullcontext() if fabric.local_rank == 0 else parallel.ends_with_parent(),
         folder.claim(config, fabric, checkpoint, plan),
         folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
     ):

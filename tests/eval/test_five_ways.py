@@ -14,7 +14,7 @@ from lit_qlora.inference import InferenceConfig, load_for_inference
 from lit_qlora.lora.adapter import read_adapter, save_adapter
 from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.prompts.style import STYLES
-from lit_qlora.settings import LoRAConfig
+from lit_qlora.settings import LoRAConfig, Quantization
 from tests.conftest import ROOT, load_script, run_here, tiny_model, write_checkpoint, write_tokenizer
 from tests.lora.test_adapter import TOKENS, trained
 
@@ -66,7 +66,7 @@ def test_each_model_is_what_its_name_says(run_dir):
     config = InferenceConfig(checkpoint_dir=base, precision="32-true")
     seen = {}
     with torch.no_grad():
-        for name, loaded in five_ways.models(config, adapter, "bnb.nf4", True):
+        for name, loaded in five_ways.models(config, adapter, Quantization(quantize="bnb.nf4", quantize_head=True)):
             seen[name] = loaded.model(TOKENS)
         for name, loaded in expected.items():
             torch.testing.assert_close(seen[name], loaded.model(TOKENS), rtol=1e-6, atol=1e-6)

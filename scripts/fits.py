@@ -55,6 +55,8 @@ TABLE = (
 class FitsConfig(Settings):
     """Say which models a GPU can fine-tune, or which GPU a model needs, from the plan that a run makes of itself.
 
+    For --gpu "H100 80GB" and H200 it estimates tokens a second, by operations and the rates measured on these two.
+
     Runs have bf16-true, or 16-mixed on a GPU without bfloat16.
     """
 
@@ -190,14 +192,21 @@ def tokens(count: int) -> str:
 
 
 def listing(fits: "list[Fit]", config: FitsConfig) -> str:
-    """A row for each model or GPU, with the setting; for one model also the smallest GPU."""
+    """A row for each model or GPU, with the setting; for one model also the smallest GPU.
+
+    On the GPUs whose speed was measured it has tokens a second too, an estimate.
+    """
     by = "gpu" if config.model else "model"
     head = [by, "rows at a time", "recompute, one row", "GiB of", "there are", "longest row"]
+    timed = any(fit.tokens_per_second for fit in fits)
+    head += ["tokens/s, about"] if timed else []
     rows: list[list[Any]] = []
     for fit in fits:
         setting = fit.recompute + (f" (plain path: {fit.slow_because})" if fit.slow_because else "")
         told = [setting, f"{fit.planned_gib:.2f}", f"{fit.room_gib:.2f}"]
-        rows.append([getattr(fit, by), fit.rows or "-", *told, f"{fit.longest:,}" if fit.longest else "does not fit"])
+        speed = f"{fit.tokens_per_second:,.0f}" if fit.tokens_per_second else "-"
+        longest = f"{fit.longest:,}" if fit.longest else "does not fit"
+        rows.append([getattr(fit, by), fit.rows or "-", *told, longest, *([speed] if timed else [])])
     return "\n".join([*needs(config), as_markdown(head, rows)])
 
 

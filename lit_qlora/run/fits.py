@@ -11,6 +11,7 @@ from lit_qlora.kernels.launch import Card
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.run.plan import GIB, MicroBatches, Plan, Planner, Room
+from lit_qlora.run.speed import MEASURED_ON, tokens_per_second
 from lit_qlora.settings import LoRAConfig, Scheme, TrainConfig
 
 CONTEXT = 0.6 * GIB
@@ -171,6 +172,8 @@ class Fit:
     room_gib: float
     slow_because: str
     """Reason against the fast path, or ''."""
+    tokens_per_second: float | None
+    """With micro-batches of the best size, an estimate; None on a GPU, or of a model, whose rate was not measured."""
 
 
 def find_fit(planner: Planner, gpu: Gpu, length: int, host: float | None) -> Fit:
@@ -189,7 +192,19 @@ def find_fit(planner: Planner, gpu: Gpu, length: int, host: float | None) -> Fit
         planned_gib=round((plan.total - plan.cached) / GIB, 2),
         room_gib=round(gpu.free / GIB, 2),
         slow_because=plan.slow_because,
+        tokens_per_second=_speed(planner, room, rows, shown) if longest and gpu.name in MEASURED_ON else None,
     )
+
+
+def _speed(planner: Planner, room: Room, rows: int, length: int) -> float | None:
+    """The estimate of the fastest of some micro-batches, with two digits; None for several GPUs, not measured."""
+    found = []
+    for some in (2**power for power in range(max(1, rows.bit_length()))):
+        plan = plan_rows(planner, some, length, room)
+        if not plan.slow_because and not planner.sharded:
+            found.append(tokens_per_second(planner.gpt.config, plan.recompute, some, length))
+    speeds = [speed for speed in found if speed is not None]
+    return float(f"{max(speeds):.2g}") if speeds else None
 
 
 def describe(plan: Plan) -> str:

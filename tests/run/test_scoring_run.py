@@ -147,3 +147,22 @@ def test_transformers_and_peft_compute_the_same(
 def test_a_model_without_a_head_cannot_classify(tiny_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="has no head"):
         load_for_inference(tiny_checkpoint, heads=True)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_peft_reads_labels_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    export_hf(tiny_checkpoint, tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3, dtype=torch.float32)
+    made: Any = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(tmp_path / "adapter")
+    found = load_for_inference(tiny_checkpoint, tmp_path / "adapter", heads=True).scoring
+    assert found
+    assert found.classes == ("LABEL_0", "LABEL_1", "LABEL_2")
+    wanted = theirs(tmp_path / "base", tmp_path / "adapter", outputs=3)
+    torch.testing.assert_close(scores(tiny_checkpoint, tmp_path / "adapter"), wanted, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from tests.train.test_parallel import loopback, together
 __all__ = ["loopback"]
 HERE = torch.device("cpu")
 SOME, ALL = ("query", "value"), ("all",)
-TORCH = {"n_layer": 3, "kv_latent_size": 16, "latent_rope_size": 8, "value_size": 16}
+TORCH = {"n_layer": 3, "kv_latent_size": 64, "latent_rope_size": 8, "latent_value_size": 16, "n_kv_head": 4}
 MIXTURE = {"family": "qwen3_moe", "qk_norm": "head", "n_expert": 4, "n_expert_per_token": 2, "expert_size": 64}
 CASES = [("plain", "bnb.nf4-dq", SOME, {"n_layer": 5})]
 MORE = [

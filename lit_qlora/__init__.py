@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DataConfig": "settings",
+    "DistillConfig": "settings",
     "EvalConfig": "settings",
     "FinetuneConfig": "settings",
     "GPT": "model.gpt",

@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -364,3 +365,20 @@ def test_requests_are_scored_alike_and_what_that_took_is_said(tmp_path: Path) ->
         assert row["largest_difference"] < 1e-3
         assert row["ours"]["tokens_read"] <= row["hf"]["tokens_read"]
         assert row["ours"]["spent"].keys() == {"hidden", "_look_up", "the rest"}
+
+
+@pytest.mark.slow
+def test_several_processes_are_timed_with_copies_of_a_base_and_with_shares(tmp_path: Path) -> None:
+    flags = f"--cases tiny --processes 1 2 --results {tmp_path / 'rows.csv'}"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/several.py"), *shlex.split(flags)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stdout
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [row["flags"].split(",")[0] for row in rows] == ["ddp x 1", "ddp x 2", "sharded x 2"]
+    losses = re.findall(r"losses (\[.*?\])", done.stdout)
+    assert losses[1] == losses[2]

@@ -241,10 +241,11 @@ class GPT(nn.Module):
         assert self.score is not None
         if self.fast is not None:
             states = self.fast.states(tokens, labels, positions, segments, seen_until)
-            return self.score(self.norm(states).float())
+            return self.score(self.norm(states).to(self.score.weight.dtype))
         tokens, labels, positions, segments, seen_until = self._here(tokens, labels, positions, segments, seen_until)
         hidden = self.hidden(tokens, positions=positions, segments=segments, seen_until=seen_until)[labels >= 0]
-        return self.score(hidden.float() / self.config.logit_multiplier)  # which the head of tokens alone has
+        read = hidden.to(self.score.weight.dtype)
+        return self.score(read / self.config.logit_multiplier)  # which the head of tokens alone has
 
     @property
     def can_release(self) -> bool:

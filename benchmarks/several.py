@@ -151,6 +151,9 @@ def work(case: Case, gib: float | None, die: bool) -> None:
     facts = job.measure() | {"loaded": round(loaded, 1)}
     if cuda:
         facts["planned_gib"] = planned(case, config, storage, processes if shared else 0)
+        free, total = torch.cuda.mem_get_info(device)
+        outside = total - free - torch.cuda.memory_reserved(device)
+        facts["outside_of_torch_gib"] = round(outside / 2**30, 2)  # of CUDA, kernels and NCCL
     if rank == 0:
         print("FACTS " + json.dumps(facts), flush=True)
     distributed.barrier()

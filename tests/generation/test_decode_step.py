@@ -84,10 +84,13 @@ def test_logits_are_those_of_the_plain_model(name: str) -> None:
     agree(tiny_model(vocab_size=96, **MODELS[name]))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_logits_are_those_of_the_plain_model_in_every_storage(scheme: Scheme) -> None:
+MIXED: dict[str, Scheme] = {"projection": "none", "down": "bnb.int8", "head": "bnb.nf4-dq"}
+
+
+@pytest.mark.parametrize(("scheme", "layers"), [*((scheme, {}) for scheme in SCHEMES), ("bnb.nf4", MIXED)])
+def test_logits_are_those_of_the_plain_model_in_every_storage(scheme: Scheme, layers: dict[str, Scheme]) -> None:
     model = tiny_model(n_layer=1, vocab_size=96, n_embd=128, ffn_size=128, n_kv_head=4, head_size=32).to(DEVICE)
-    quantize_linears(model, scheme)
+    quantize_linears(model, scheme, layers=layers)
     agree(model)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_qlora.checkpoint.cut import Cut
 from lit_qlora.evaluate import measures
 from lit_qlora.run.resume import newest
 from lit_qlora.sharded import ShardedBase
@@ -325,3 +326,17 @@ def test_processes_under_two_agents_of_torchrun_are_one_run(start: Start, tmp_pa
     metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
     assert metrics < 1e-5
     assert tensors < 1e-3
+
+
+def test_a_process_that_is_killed_while_the_base_is_read_ends_the_run_with_a_message(
+    start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    def before(rank: int) -> Callable[[], object] | None:
+        def patch() -> None:
+            Cut._end = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+
+        return patch if rank == 1 else None
+
+    children = start_ranks(tmp_path / "out", *SHARDED, before=before)
+    assert [child.wait() for child in children] == [6, -signal.SIGKILL]
+    assert "error: Another process of this run has ended" in children[0].said.read_text()

@@ -83,7 +83,7 @@ def strategy(wanted: Strategy, devices: Devices, num_nodes: int) -> DataParallel
 def ends_with_parent(every: float = 2.0) -> Iterator[None]:
     """End this process if the one that started it ends meanwhile.
 
-    On GPUs a process that waits for another one would go on to wait for half an hour.
+    A process that waits for another one on a GPU does not notice that this is gone, up to the timeout of their group.
 
     Args:
         every: seconds between two looks.

@@ -68,7 +68,7 @@ def test_what_cannot_be_compared_is_refused_in_words(server: Running) -> None:
 
 
 def test_a_comparison_waits_for_its_turn_and_stops_no_answer(roster: Roster) -> None:
-    body = {"model": "tiny", "messages": BODY["messages"], "max_tokens": 20, "temperature": 0, "stream": True}
+    body = {"model": "tiny", "messages": BODY["messages"], "max_tokens": 8, "temperature": 0, "stream": True}
     with (
         serving(roster, pace=0.01) as server,
         httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer,

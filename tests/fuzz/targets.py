@@ -415,7 +415,8 @@ def write_adapter(run: Path, base: Path) -> Path:
         "config": resume.plain(config),
         "versions": {"torch": "x"},
     }
-    facts = {"base": base_facts(base), "quantize": "none", "quantize_head": False, "precision": "32-true"}
+    storage = {"quantize": "none", "quantize_head": False, "quantize_layers": {"mlp.down": "none", "(key|up)": "none"}}
+    facts = {"base": base_facts(base), **storage, "precision": "32-true"}
     state = state_files(Fabric(accelerator="cpu", devices=1), model, optimizer, counters)
     save_adapter(run / "final", model, LoRAConfig(r=4), STYLES["qa"], facts, state)
     return run / "final"

@@ -1,6 +1,7 @@
 """Turns the argv of a command into its settings, and a user's mistake into one readable line."""
 
 import atexit
+import json
 import os
 import re
 import sys
@@ -491,13 +492,35 @@ def _split_lists(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
         if get_origin(part) is tuple
         for flag in action.option_strings
     }
+    texts = {
+        flag
+        for action in parser._actions
+        if getattr(action, "_typehint", None) == tuple[str, ...] | str
+        for flag in action.option_strings
+    }
     words: list[str] = []
     for word in argv:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("".join(words[-1:]), "", word)
         if flag in lists and lists[flag].fullmatch(value) and not os.path.exists(value):
-            word = f"{flag}=[{value}]" if equals else f"[{value}]"
-        words.append(word)
+            value = f"[{value}]"
+        if flag in texts and value.startswith("[") and not os.path.exists(value):
+            value = _texts(value)
+        words.append(f"{flag}={value}" if equals else word if word.startswith("--") else value)
     return words
+
+
+def _texts(value: str) -> str:
+    """A list of texts, each in quotation marks where YAML would take one for a number or a truth."""
+    import yaml
+
+    try:
+        items = yaml.load(value, yaml.BaseLoader)
+        plain = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):  # left to the parser, which says what is wrong
+        return value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items) or items == plain:
+        return value
+    return json.dumps(items)
 
 
 def _advice(config_type: type[Any]) -> str:

@@ -288,6 +288,14 @@ def test_commas_make_a_list_for_flags_that_take_one(joined: bool) -> None:
     assert config.lora.train_tokens == (1, 2)
 
 
+@pytest.mark.parametrize("given", ["[12,yes,</s>]", "['12',\"yes\",</s>]", '["12","yes","</s>"]'])
+def test_texts_of_a_list_may_look_like_numbers_and_truths(given: str) -> None:
+    config = load_script("scripts/add_tokens.py").AddTokensConfig
+    for argv in (["--tokens", given], [f"--tokens={given}"]):
+        assert cli.parse(config, ["--checkpoint_dir", "x", *argv]).tokens == ("12", "yes", "</s>")
+    assert cli.parse(FinetuneConfig, ["--eval.tasks", "1,2"]).eval.tasks == ("1", "2")
+
+
 @pytest.mark.parametrize("flag", ["--data", "--data_path", "--file", "--csv_path", "--data.path"])
 def test_a_data_file_has_one_name_in_all_commands(flag: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()

@@ -45,11 +45,17 @@ class PushConfig(Settings):
 def main(config: PushConfig) -> None:
     """Collect the files, name them, upload them, and print the address."""
     from lit_qlora.convert.hub import check_arguments, upload
+    from lit_qlora.errors import CheckpointError
     from lit_qlora.lora.push import stage_adapter, stage_model
+    from lit_qlora.model.config import missing_checkpoint
 
     token = config.access_token.get_secret_value() if config.access_token else None
     check_arguments(config.repo_id, token)
-    beside = config.checkpoint_dir.resolve().parent if config.checkpoint_dir else None  # where a model has room
+    beside = None
+    if config.checkpoint_dir:
+        if not config.checkpoint_dir.is_dir():
+            raise CheckpointError(missing_checkpoint(config.checkpoint_dir))
+        beside = config.checkpoint_dir.resolve().parent  # where a model has room
     with TemporaryDirectory(prefix=".push-", dir=beside) as temporary:
         folder = Path(temporary)
         if config.lora_path:

@@ -26,7 +26,7 @@ def stage_adapter(folder: Path, staged: Path) -> None:
     Raises:
         CheckpointError: if it is no adapter, or damaged.
     """
-    read_adapter(folder)
+    read_adapter(folder, heads=True)
     for file in sorted(folder.iterdir()):
         if any(fnmatch(file.name, pattern) for pattern in OF_ADAPTER):
             shutil.copyfile(file, staged / file.name)

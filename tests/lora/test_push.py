@@ -131,3 +131,9 @@ def test_one_thing_is_uploaded_at_a_time(flags: tuple[str, ...]) -> None:
     done = run_here("scripts/push.py", "--repo_id", "org/model", *flags)
     assert done.returncode == 2
     assert "one of them" in done.stderr
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = run_here("scripts/push.py", "--repo_id", "org/model", "--checkpoint_dir", tmp_path / "no" / "merged")
+    assert done.returncode == 4
+    assert f"{tmp_path}/no/merged does not exist" in done.stderr

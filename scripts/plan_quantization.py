@@ -68,7 +68,8 @@ def main(config: PlanQuantizationConfig) -> None:
     rows = read_rows(config, model.block_size)
     table = None if config.again else read_table(config.checkpoint_dir)
     if table is not None:
-        print(f"{config.checkpoint_dir / FILE} is of these weights. --again measures anew.")
+        same = "this text" if table.text == text_of(rows) else "another text"
+        print(f"{config.checkpoint_dir / FILE} is of these weights and {same}. --again measures anew.")
     if config.budget is None and table is not None:
         return
     effects = Effects(load_model(config.checkpoint_dir, dtype, device), rows)
@@ -93,12 +94,18 @@ def read_rows(config: PlanQuantizationConfig, most: int) -> "Tensor":
     return rows_of(ids, min(config.length, most))
 
 
+def text_of(rows: "Tensor") -> str:
+    """The sha256 by which a table knows its text."""
+    from lit_qlora.files.hashing import hash_text
+
+    return hash_text(" ".join(map(str, rows.flatten().tolist())))
+
+
 def measure(config: PlanQuantizationConfig, effects: "Effects", rows: "Tensor") -> "Table":
     """Measure each group, and write the table."""
     from lit_qlora.checkpoint.checkpoint import content_hash
     from lit_qlora.checkpoint.quantization_table import FILE, Table, write_table
     from lit_qlora.evaluate.quantization import groups_of
-    from lit_qlora.files.hashing import hash_text
     from lit_qlora.report import tell
 
     count, groups = len(groups_of(effects.model)), []
@@ -108,8 +115,7 @@ def measure(config: PlanQuantizationConfig, effects: "Effects", rows: "Tensor") 
         words = "  ".join(f"{scheme} {kl:.3g}" for scheme, kl in group.kl.items())
         tell(f"  {len(groups)}/{count}  {' '.join(group.layers)}  KL: {words}")
     dtype = str(effects.model.embed.weight.dtype).removeprefix("torch.")
-    text = hash_text(" ".join(map(str, rows.flatten().tolist())))
-    table = Table(content_hash(config.checkpoint_dir), text, rows.numel(), dtype, tuple(groups))
+    table = Table(content_hash(config.checkpoint_dir), text_of(rows), rows.numel(), dtype, tuple(groups))
     write_table(config.checkpoint_dir, table)
     print(f"{config.checkpoint_dir / FILE} holds the effects on {rows.numel():,} tokens.")
     return table

@@ -30,7 +30,10 @@ from lit_qlora.settings import (
 from lit_qlora.settings.limits import Count, Pattern
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lit_qlora.generation import Draft
+    from lit_qlora.lora.adapter import Adapter
     from lit_qlora.lora.adapter_switch import AdapterSwitch
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.model.gpt import GPT
@@ -163,6 +166,7 @@ def load_for_inference(
     tokenizer = Tokenizer(checkpoint_dir)
     if adapter:
         check_base(adapter, checkpoint_dir)
+    scoring = _scoring(adapter, merged, lora_path or checkpoint_dir) if heads else None
     device = pick_device()
     layers = tuple(quantize_layers.items())
     storage = Storage(weights_dtype(resolve_precision(precision, device)), quantize, quantize_head, layers)
@@ -171,13 +175,32 @@ def load_for_inference(
         attach_adapter(model, adapter, checkpoint_dir)
     elif merged:
         fill_score(model, merged[0], str(checkpoint_dir))
-    scoring = adapter.scoring if adapter and adapter.score is not None else merged[1] if merged else None
-    check(
-        not heads or scoring is not None,
-        f"{lora_path or checkpoint_dir} has no head. finetune/lora.py trains one with --head classify or regress.",
-    )
     style = (read_style(lora_path) if lora_path else None) or read_style(checkpoint_dir)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, style=style, scoring=scoring)
+
+
+def scoring_at(checkpoint_dir: Path, lora_path: Path | None) -> "Scoring":
+    """The task of a checkpoint or an adapter with a trained head, before any weight of the base is loaded.
+
+    Raises:
+        UsageError: if there is no head.
+        CheckpointError: if anything is missing or damaged.
+    """
+    from lit_qlora.checkpoint import score
+    from lit_qlora.lora.adapter import read_adapter
+    from lit_qlora.model.config import ModelConfig
+
+    ModelConfig.load(checkpoint_dir)
+    adapter = read_adapter(lora_path, heads=True) if lora_path else None
+    return _scoring(adapter, score.read(checkpoint_dir), lora_path or checkpoint_dir)
+
+
+def _scoring(adapter: "Adapter | None", merged: "tuple[Tensor, Scoring] | None", folder: Path) -> "Scoring":
+    if adapter and adapter.score is not None:
+        return adapter.scoring
+    check(merged is not None, f"{folder} has no head. finetune/lora.py trains one with --head classify or regress.")
+    assert merged
+    return merged[1]
 
 
 @dataclass(frozen=True, kw_only=True)

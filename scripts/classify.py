@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
 from lit_qlora.files.atomic import write_text, writing
-from lit_qlora.inference import InferenceConfig, LoadedModel
+from lit_qlora.inference import InferenceConfig, LoadedModel, scoring_at
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.conversation import Conversation
 from lit_qlora.prompts.style import read_style
 from lit_qlora.settings import Settings, check
@@ -64,11 +65,14 @@ class Config(InferenceConfig):
         check(bool(self.data.path) or not self.data.columns, "data.columns has no effect without data.path.")
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}.")
         check(self.max_length is None or self.max_length >= 1, f"max_length must be at least 1, got {self.max_length}.")
+        texts = [self.text] if isinstance(self.text, str) else self.text
+        check(not self.text or all(text.strip() for text in texts), "text is empty. Leave it out, or write one.")
         check(self.out is None or not self.out.exists(), f"out {self.out} exists already. Give another name.")
 
 
 def main(config: Config) -> None:
     """Read, load, answer, and measure where labels are known."""
+    scoring = scoring_at(config.base, config.adapter)
     style = read_style(config.adapter or config.base)
     rewards = style is not None and style.name != "text"
     check(
@@ -81,6 +85,10 @@ def main(config: Config) -> None:
     )
     conversations = read_conversations(config) if rewards else []
     texts, known = ([said.answers[-1].text for said in conversations], None) if rewards else read_texts(config)
+    wanted = None if known is None else targets(scoring, known)
+    if config.out:
+        with writing(config.out):
+            config.out.parent.mkdir(parents=True, exist_ok=True)
     loaded = config.load(heads=True)
     most = longest(config, loaded)
     if rewards and style:
@@ -97,8 +105,8 @@ def main(config: Config) -> None:
             write_text(config.out, lines, follow=True)
     else:
         sys.stdout.writelines(lines)
-    if known is not None:
-        metrics = measure(loaded, scores, known)
+    if wanted is not None:
+        metrics = measure(scoring, scores, wanted)
         print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), file=sys.stderr)
 
 
@@ -114,11 +122,10 @@ def read_texts(config: Config) -> tuple[list[str], list[Any] | None]:
 def read_conversations(config: Config) -> list[Conversation]:
     """The prompts with their answers, for a reward model."""
     from lit_qlora.data.examples import read_examples
-    from lit_qlora.data.sources import find_sources
+    from lit_qlora.data.scoring import one_source
 
     if config.data.path:
-        (source,), _ = find_sources([config.data.path], None)
-        return list(read_examples(source, columns=config.data.columns).examples)
+        return list(read_examples(one_source(config.data.path), columns=config.data.columns).examples)
     texts = [config.text] if isinstance(config.text, str) else config.text
     return [Conversation.of((config.prompt or "", text)) for text in texts]
 
@@ -159,21 +166,32 @@ def answers(loaded: LoadedModel, texts: list[str], scores: "Tensor") -> Iterator
         yield {"text": text, "label": classes[int(row.argmax())], "scores": dict(zip(classes, shares, strict=True))}
 
 
-def measure(loaded: LoadedModel, scores: "Tensor", known: list[Any]) -> dict[str, float]:
+def targets(scoring: Scoring, known: list[Any]) -> list[float] | list[int]:
+    """The known labels as numbers, or as numbers of classes.
+
+    Raises:
+        DataError: for a label that the head cannot give.
+    """
+    from lit_qlora.data.labels import class_of, number_of
+    from lit_qlora.errors import DataError
+
+    if not scoring.classes:
+        return [number_of(label) for label in known]
+    table = {name: number for number, name in enumerate(scoring.classes)}
+    if unknown := sorted({class_of(label) for label in known} - table.keys()):
+        raise DataError(f"data.path has the label {unknown[0]!r}, and the head knows {', '.join(table)}.")
+    return [table[class_of(label)] for label in known]
+
+
+def measure(scoring: Scoring, scores: "Tensor", wanted: list[float] | list[int]) -> dict[str, float]:
     """The metrics of a validation, against labels that are known."""
     import torch
 
-    from lit_qlora.data.labels import class_of, number_of
-    from lit_qlora.errors import DataError
     from lit_qlora.evaluate.metrics import class_metrics, number_metrics
 
-    assert loaded.scoring is not None
-    if not loaded.scoring.classes:
-        return number_metrics(scores[:, 0], torch.tensor([number_of(label) for label in known]))
-    table = {name: number for number, name in enumerate(loaded.scoring.classes)}
-    if unknown := sorted({class_of(label) for label in known} - table.keys()):
-        raise DataError(f"data.path has the label {unknown[0]!r}, and the head knows {', '.join(table)}.")
-    return class_metrics(scores, torch.tensor([table[class_of(label)] for label in known]))
+    if not scoring.classes:
+        return number_metrics(scores[:, 0], torch.tensor(wanted))
+    return class_metrics(scores, torch.tensor(wanted))
 
 
 if __name__ == "__main__":

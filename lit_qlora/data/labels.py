@@ -8,6 +8,8 @@ from lit_qlora.errors import DataError
 from lit_qlora.model.scoring import Scoring
 
 MOST_CLASSES = 1000
+LARGEST = 1e18
+"""Of the numbers to regress on; the float32 of a loss holds the square of a few more."""
 
 
 def scoring_of(kind: str, labels: Sequence[Sequence[Any]]) -> Scoring:
@@ -40,11 +42,15 @@ def class_of(label: Any) -> str:
 
 
 def number_of(label: Any) -> float:
-    """The number that a label is; a DataError if it is none."""
+    """The number that a label is; a DataError if it is none, or too large to be squared."""
     try:
         value = float(label)
     except ValueError:
         value = math.nan
+    except OverflowError:  # an integer of more than 308 digits
+        value = LARGEST * 10
+    if math.isfinite(value) and abs(value) > LARGEST:
+        raise DataError(f"a label is beyond {LARGEST:g}, too large for a squared error. Scale the labels.")
     if not math.isfinite(value):
         raise DataError(f"--head regress needs numbers, and a label is {label!r}. --head classify takes names.")
     return value

@@ -4,6 +4,7 @@ A label is a number of a table: of a class, or of a value. It takes the place of
 split, ordered, packed and counted like all samples. Of such a sample only that last "token" is labelled.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -28,11 +29,12 @@ from lit_qlora.errors import DataError, UsageError, did_you_mean
 from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.style import STYLES
 from lit_qlora.prompts.tokenizer import Tokenizer
-from lit_qlora.settings import DataConfig, FinetuneConfig
+from lit_qlora.settings import DataConfig, FinetuneConfig, check
 
 TEXTS = ("text", "sentence", "content", "review", "prompt", "instruction")
 LABELS = ("label", "labels", "class", "category", "score", "rating")
 """Names of the columns with text and label, in the order in which they are tried."""
+SKIP = "Mend them, or leave them out with --data.on_error skip."
 RARE = 0.1  # of the share that each class would have if all had the same; a class below it is rare
 
 
@@ -76,7 +78,7 @@ def read_scored(config: FinetuneConfig) -> RunData:
     if data.validation_strategy == "automatic":
         val_source = None
     everything = [*sources, *([val_source] if val_source else [])]
-    read = [read_texts(source, data) for source in everything]
+    read = [read_texts(source, data, config.head) for source in everything]
     scoring = scoring_of(config.head, [one.labels for one in read])
     encoded = [
         encode_texts(source, one, scoring, data, tokenizer, most) for source, one in zip(everything, read, strict=True)
@@ -108,8 +110,12 @@ def read_scored(config: FinetuneConfig) -> RunData:
     )
 
 
-def read_texts(source: Source, data: DataConfig) -> Texts:
+def read_texts(source: Source, data: DataConfig, kind: str, advice: str = SKIP) -> Texts:
     """Read all texts and labels of a source.
+
+    Args:
+        kind: of the task; numbers to regress on are read as such.
+        advice: what to do about records that cannot be read.
 
     Raises:
         UsageError: if data.columns is not of the form NAME:text,NAME:label.
@@ -123,6 +129,8 @@ def read_texts(source: Source, data: DataConfig) -> Texts:
     for location, record in chain(first, records):
         try:
             text, label = _read(record, columns)
+            if kind == "regress":
+                number_of(label)
         except DataError as error:
             complaints.append(f"{location}: {error}" if location else str(error))
             continue
@@ -130,7 +138,7 @@ def read_texts(source: Source, data: DataConfig) -> Texts:
         texts.append(text)
         labels.append(label)
     if complaints and data.on_error != "skip":
-        raise refusal(complaints, "Mend them, or leave them out with --data.on_error skip.")
+        raise refusal(complaints, advice)
     if not texts:
         raise DataError(f"{source} holds no text with a label.")
     return Texts(texts, labels, columns, len(complaints), unread)
@@ -138,7 +146,9 @@ def read_texts(source: Source, data: DataConfig) -> Texts:
 
 def pick_columns(setting: str, records: Sequence[Mapping[str, Any]], source: str) -> Columns:
     """The columns that data.columns names, or the usual ones that the first records have."""
-    names = list(map(str, records[0])) if records else []
+    if not records:
+        raise DataError(f"{source} holds no record.")
+    names = list(map(str, records[0]))
     if setting:
         pairs = dict(part.strip().rpartition(":")[::-2] for part in setting.split(","))
         if pairs.keys() != {"text", "label"} or not all(pairs.values()):
@@ -150,7 +160,7 @@ def pick_columns(setting: str, records: Sequence[Mapping[str, Any]], source: str
     text, label = (next((name for name in some if name in names), "") for some in (TEXTS, LABELS))
     if not text or not label:
         raise DataError(
-            f"{source}: --head needs a text and a label; the columns are {names_of(records[0] if records else {})}.\n"
+            f"{source}: --head needs a text and a label; the columns are {names_of(records[0])}.\n"
             "Say which is which, e.g. --data.columns review:text,stars:label."
         )
     return Columns(text, label)
@@ -162,11 +172,18 @@ def _read(record: Any, columns: Columns) -> tuple[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"expected an object with {columns.text} and {columns.label}, found {type(record).__name__}")
     text, label = record.get(columns.text), record.get(columns.label)
+    for value in (text, label):
+        if isinstance(value, DataError):  # such as NaN in JSON
+            raise value
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{columns.text!r} is no text" if not isinstance(text, str) else f"{columns.text!r} is empty")
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    if not isinstance(label, str | int | float) or (isinstance(label, str) and not label.strip()):
+    if label is None or (isinstance(label, str) and not label.strip()):
+        raise DataError(f"{columns.label!r} is empty")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise DataError(f"{columns.label!r} is {label}, no label")
+    if not isinstance(label, str | int | float):
         raise DataError(f"{columns.label!r} is {type(label).__name__}, not a class or a number")
     return text, label
 
@@ -177,17 +194,36 @@ def read_plain(path: str, columns: str) -> tuple[list[str], list[Any] | None]:
     Raises:
         UsageError, DataError: as read_texts.
     """
-    (source,), _ = find_sources([path], None)
+    source = one_source(path)
     first = next((record for _, record in read_records(source) if isinstance(record, dict)), {})
     given = dict(part.strip().rpartition(":")[::-2] for part in columns.split(",")) if columns else {}
     text = given.get("text") or next((name for name in TEXTS if name in first), "")
     label = given.get("label") or next((name for name in LABELS if name in first and not given), "")
     if label:
-        read = read_texts(source, DataConfig(path=path, columns=f"{text}:text,{label}:label" if given else ""))
+        data = DataConfig(path=path, columns=f"{text}:text,{label}:label" if given else "")
+        read = read_texts(source, data, "classify", f"Mend them, or read texts alone: --data.columns {text}:text.")
         return read.texts, read.labels
+    if not first:
+        raise DataError(f"{source} holds no record.")
     if not text or given.keys() - {"text"}:
         raise DataError(f"{source}: no column with texts; it has {names_of(first)}. Say it: --data.columns NAME:text.")
     return [_text(record, text, location) for location, record in read_records(source)], None
+
+
+def one_source(path: str) -> Source:
+    """The source of texts to read, whole and once.
+
+    Raises:
+        UsageError: if `path` names more than that.
+        DataError: as find_sources.
+    """
+    (source,), rest = find_sources([path], None)
+    check(source.times == 1, f"data.path {path}: each text is read once. Leave the factor out.")
+    check(
+        rest is None or bool(rest.split),
+        f"data.path {path} has a part to learn from and one to validate on. Name the file of one, such as {rest}.",
+    )
+    return source
 
 
 def _text(record: Any, name: str, location: str) -> str:
@@ -199,8 +235,15 @@ def _text(record: Any, name: str, location: str) -> str:
 
 def ids_of(texts: Sequence[str], tokenizer: Tokenizer, most: int) -> list[list[int]]:
     """The ids of texts as encode_texts has them; what is too long loses its beginning."""
-    begin = [tokenizer.bos_id] if tokenizer.use_bos and tokenizer.bos_id is not None else []
+    begin = begin_of(tokenizer, most)
     return [[*begin, *ids[-(most - len(begin)) :]] for ids in tokenizer.encode_many(texts)]
+
+
+def begin_of(tokenizer: Tokenizer, most: int) -> list[int]:
+    """The beginning of a text: BOS, or nothing. Raises UsageError if `most` tokens have no room for more."""
+    begin = [tokenizer.bos_id] if tokenizer.use_bos and tokenizer.bos_id is not None else []
+    check(most > len(begin), f"max_length {most} has no room for a text behind {tokenizer.bos_id}, its beginning.")
+    return begin
 
 
 def text_batches(ids: Sequence[Sequence[int]], rows: int) -> Iterator[tuple[list[int], Batch]]:
@@ -234,7 +277,7 @@ def encode_texts(
 def _encoded(
     text: str, ids: list[int], label: int, data: DataConfig, tokenizer: Tokenizer, most: int, counts: Counts
 ) -> Iterator[EncodedSample]:
-    begin = [tokenizer.bos_id] if tokenizer.use_bos and tokenizer.bos_id is not None else []
+    begin = begin_of(tokenizer, most)
     room, length = most - len(begin), len(ids) + len(begin)
     counts.examples += 1
     counts.control_characters += bool(CONTROL.search(text))

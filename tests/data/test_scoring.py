@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import table
+from pyarrow.parquet import write_table
 
 from lit_qlora.data import RunData, steps
-from lit_qlora.data.scoring import read_plain, read_scored
+from lit_qlora.data.scoring import ids_of, read_plain, read_scored
 from lit_qlora.errors import DataError, UsageError
+from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig, LoRAConfig
 
 
@@ -74,8 +77,13 @@ def test_a_text_that_is_too_long_loses_the_end_that_was_named(tiny_checkpoint: P
     ("rows", "head", "columns", "message"),
     [
         ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "classify", "", "every label is '1'"),
-        ([{"text": "a", "label": 1}, {"text": "b", "label": "x"}], "regress", "", "a label is 'x'"),
-        ([{"text": "a", "label": None}], "classify", "", "NoneType, not a class"),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": "x"}], "regress", "", "a.jsonl:2: .* a label is 'x'"),
+        ([{"text": "a", "label": None}], "classify", "", "a.jsonl:1: 'label' is empty"),
+        ([{"text": "a", "label": float("nan")}], "classify", "", "a.jsonl:1: NaN is not JSON"),
+        ([{"text": "a", "label": [1]}], "classify", "", "list, not a class"),
+        ([{"text": "a", "label": 1e19}], "regress", "", "a.jsonl:1: .* too large"),
+        ([{"text": "a", "label": -(10**400)}], "regress", "", "a.jsonl:1: .* too large"),
+        ([], "classify", "", "holds no record"),
         ([{"text": " ", "label": 1}], "classify", "", "'text' is empty"),
         ([{"body": "a", "label": 1}], "classify", "", "needs a text and a label"),
         ([{"body": "a", "label": 1}], "classify", "text:text,label:label", "no record has a column 'text'"),
@@ -114,3 +122,21 @@ def test_texts_to_classify_need_no_labels(tmp_path: Path) -> None:
     path.write_text('{"a": "one", "b": "x"}\n')
     assert read_plain(str(path), "a:text") == (["one"], None)
     assert read_plain(str(path), "a:text,b:label") == (["one"], ["x"])
+
+
+def test_texts_to_classify_are_read_whole_and_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    with pytest.raises(UsageError, match=r"Name the file of one, such as .*val\.jsonl"):
+        read_plain(str(tmp_path), "")
+    with pytest.raises(UsageError, match="Leave the factor out"):
+        read_plain(f"{tmp_path}/val.jsonl*2", "")
+    with pytest.raises(UsageError, match="max_length 1 has no room"):
+        ids_of(["one"], Tokenizer(tiny_checkpoint), 1)
+
+
+def test_labels_that_are_no_finite_numbers_are_refused_in_tables_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_table(table({"text": ["a", "b"], "label": [1.0, float("nan")]}), path)
+    with pytest.raises(DataError, match="row 2: 'label' is nan, no label"):
+        read_plain(str(path), "")

@@ -87,6 +87,13 @@ def test_a_head_learns_classes_and_a_run_leaves_what_tells_them(
     assert json.loads((out / "final/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     asked = run_here("scripts/classify.py", "--lora_path", out, "--text", "Q: 3 plus 3")
     assert json.loads(asked.stdout)["label"] == "asks", asked.stderr
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text('{"text": "Q: 1", "label": "sings"}\n')
+    refused = run_here("scripts/classify.py", "--lora_path", out, "--data.path", strange, "--out", tmp_path / "labels")
+    assert "the label 'sings', and the head knows asks, says" in refused.stderr
+    assert not (tmp_path / "labels").exists()
+    pushed = run_here("scripts/push.py", "--lora_path", out, "--repo_id", "me/head", "--dry_run")
+    assert "adapter_model.safetensors" in pushed.stdout, pushed.stderr
     for script in ("scripts/generate.py", "scripts/weigh_lora.py"):
         refused = run_here(script, "--lora_path", out)
         assert refused.returncode == 2
@@ -147,6 +154,8 @@ def test_transformers_and_peft_compute_the_same(
 def test_a_model_without_a_head_cannot_classify(tiny_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="has no head"):
         load_for_inference(tiny_checkpoint, heads=True)
+    refused = run_here("scripts/classify.py", "--checkpoint_dir", tiny_checkpoint, "--text", "one")
+    assert "has no head" in refused.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -171,7 +172,7 @@ class FastSizes:
         space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
         return space + 2.0 * kept * c.n_embd
 
-    @property
+    @cached_property
     def carried(self) -> float:
         """Bytes of a block's weights in 16 bit with the adapters' B beside them, if all layers are adapted.
 
@@ -183,7 +184,7 @@ class FastSizes:
         of_mlp = branches * (c.n_embd + gated * r) + c.n_embd * (branches // gated + r)
         return 2.0 * (of_attention + of_mlp)
 
-    @property
+    @cached_property
     def dequantized(self) -> float:
         """The same with experts."""
         return self.carried + 2.0 * self._of_experts
@@ -195,17 +196,17 @@ class FastSizes:
         """
         return max(self._moments(policies, tokens))
 
-    @property
+    @cached_property
     def _middle(self) -> int:
         """Features of the stream between attention and MLP, where it differs from a block's input."""
         return 0 if self.model.parallel_residual else self.model.n_embd
 
-    @property
+    @cached_property
     def _raw(self) -> int:
         """Features that a norm behind attention or MLP reads."""
         return 0 if self.model.norm_position == "before" else self.model.n_embd
 
-    @property
+    @cached_property
     def _shaped(self) -> int:
         """Features of queries and keys behind their norms, and of copies on the way there."""
         c = self.model
@@ -217,7 +218,7 @@ class FastSizes:
             shaped = 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
         return max(shaped, self._within_chunks)
 
-    @property
+    @cached_property
     def _of_attention(self) -> int:
         """Features of attention's own backward pass, beside those of _block.
 
@@ -225,12 +226,12 @@ class FastSizes:
         """
         return 2 * self._qkv + 4 * self._attended
 
-    @property
+    @cached_property
     def _by_torch(self) -> bool:
         """True if attention is computed by torch; see lit_qlora.fused.torch_block."""
         return self.model.kv_latent_size > 0 or (self.model.attention_gate and not norms_heads(self.model))
 
-    @property
+    @cached_property
     def _qkv(self) -> int:
         """Features of queries, keys and values together; of all that autograd saves, where torch computes attention."""
         c = self.model
@@ -241,7 +242,7 @@ class FastSizes:
             return max(attention, self._of_state)
         return max((2 if c.attention_gate else 1) * self._queries + 2 * self._keys, self._of_state)
 
-    @property
+    @cached_property
     def _of_state(self) -> int:
         """Features that autograd saves of a gated delta net, some in float32, or of a short convolution."""
         c = self.model
@@ -250,30 +251,30 @@ class FastSizes:
         delta = 2 * c.n_embd + keys + 3 * values + 2 * in_float32 if c.delta_layers else 0
         return max(delta, 8 * c.n_embd if c.conv_layers else 0)
 
-    @property
+    @cached_property
     def _within_chunks(self) -> int:
         """Features of what a gated delta net computes again in its backward pass, in float32."""
         c = self.model
         each = 10 * DELTA_CHUNK + 6 * (c.delta_key_size + c.delta_value_size)
         return 2 * c.delta_value_heads * each if c.delta_layers else 0
 
-    @property
+    @cached_property
     def _attended(self) -> int:
         """Features of what attention finds, where they are saved beside qkv."""
         return 0 if self._by_torch else self._queries
 
-    @property
+    @cached_property
     def _queries(self) -> int:
         """Features of the queries, in the blocks with the most."""
         return self.model.n_head * max(self.model.head_size_of(windowed) for windowed in (True, False))
 
-    @property
+    @cached_property
     def _keys(self) -> int:
         """Features of the keys, in the blocks with the most."""
         c = self.model
         return max(c.kv_heads_of(windowed) * c.head_size_of(windowed) for windowed in (True, False))
 
-    @property
+    @cached_property
     def _stacks_of_attention(self) -> list[tuple[int, int, int]]:
         """Output features, input features and layers of each stack of attention."""
         c = self.model
@@ -293,12 +294,12 @@ class FastSizes:
             return [(self._queries + narrow, c.n_embd, 2), *later]
         return [(c.q_latent_size + narrow, c.n_embd, 2), (self._queries, c.q_latent_size, 1), *later]
 
-    @property
+    @cached_property
     def _widest_of_attention(self) -> int:
         """Elements of the largest stack of attention, as features of n_embd weights each."""
         return max(-(-n * k // self.model.n_embd) for n, k, _ in self._stacks_of_attention)
 
-    @property
+    @cached_property
     def _branches(self) -> int:
         """Features of gate and up together, or of up alone, that are computed for a token.
 
@@ -308,14 +309,14 @@ class FastSizes:
         size = c.n_expert_per_token * c.expert_size + c.shared_expert_size if c.n_expert else c.ffn_size
         return size * (2 if "glu" in c.ffn else 1)
 
-    @property
+    @cached_property
     def _dense_branches(self) -> int:
         """The same of an MLP that every token goes through."""
         c = self.model
         size = max(c.shared_expert_size, c.ffn_size if c.dense_layers else 0) if c.n_expert else c.ffn_size
         return size * (2 if "glu" in c.ffn else 1)
 
-    @property
+    @cached_property
     def _of_experts(self) -> int:
         """Elements of the weights of a block's experts."""
         c = self.model

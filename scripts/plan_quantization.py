@@ -4,12 +4,14 @@ python scripts/plan_quantization.py --checkpoint_dir checkpoints/meta-llama/Llam
 python finetune/lora.py --checkpoint_dir checkpoints/meta-llama/Llama-2-7b-hf --quantize auto --quantize_budget 5GB
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_qlora import cli
 from lit_qlora.commands import spell
+from lit_qlora.errors import ResourceError
 from lit_qlora.settings import DEMO_CHECKPOINT, Budget, Precision, Quantization, Settings
 from lit_qlora.settings.limits import Count
 
@@ -72,6 +74,8 @@ def main(config: PlanQuantizationConfig) -> None:
         print(f"{config.checkpoint_dir / FILE} is of these weights and {same}. --again measures anew.")
     if config.budget is None and table is not None:
         return
+    if table is None:
+        check_place(config.checkpoint_dir)
     effects = Effects(load_model(config.checkpoint_dir, dtype, device), rows)
     table = table or measure(config, effects, rows)
     if config.budget is None:
@@ -92,6 +96,15 @@ def read_rows(config: PlanQuantizationConfig, most: int) -> "Tensor":
 
     ids = read_text(config.text, Tokenizer(config.checkpoint_dir), config.tokens, "text")
     return rows_of(ids, min(config.length, most))
+
+
+def check_place(folder: Path) -> None:
+    """Raise ResourceError if a table could not be written, before it is measured."""
+    from lit_qlora.checkpoint.quantization_table import FILE
+
+    path = folder / FILE
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise ResourceError(f"{path} cannot be written: it is a folder, or {folder} is read-only.")
 
 
 def text_of(rows: "Tensor") -> str:

@@ -85,6 +85,21 @@ def test_a_run_with_a_budget_becomes_one_that_names_its_layers(base: Path) -> No
     assert within_budget(settled, torch.float32) is settled
 
 
+def test_effects_that_could_not_be_kept_are_not_measured(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    (folder / "quantization.json").mkdir()
+    done = run_here("scripts/plan_quantization.py", "--checkpoint_dir", folder)
+    assert done.returncode == 6
+    assert "quantization.json cannot be written" in done.stderr
+    assert "groups of layers" not in done.stdout + done.stderr
+
+
+def test_a_table_says_if_it_is_of_another_text(base: Path) -> None:
+    of = ("scripts/plan_quantization.py", "--checkpoint_dir", base, "--tokens", "64")
+    assert "of these weights and this text" in run_here(*of, "--length", 16).stdout
+    assert "of these weights and another text" in run_here(*of[:-1], 32).stdout
+
+
 def test_nothing_is_chosen_from_a_table_of_other_weights_or_a_damaged_one(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     other = write_checkpoint(tmp_path / "other", tiny_model(n_layer=1))

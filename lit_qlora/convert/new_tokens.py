@@ -11,6 +11,7 @@ from torch import Tensor, cat
 
 from lit_qlora.checkpoint import checkpoint
 from lit_qlora.checkpoint.packed import PACKED, PackedWeights
+from lit_qlora.checkpoint.score import read as read_head
 from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.hub import SOURCE
 from lit_qlora.convert.to_hugging_face import name_tokenizer
@@ -67,6 +68,11 @@ def add_tokens(
     _check_names(known, names, like)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} has something in it. Give --out_dir a new name, or remove it.")
+    if read_head(checkpoint_dir) is not None:
+        raise CheckpointError(
+            f"{checkpoint_dir} has a head that reads labels, which knows no new tokens.\n"
+            "Add them to the base that it was merged from, and train there."
+        )
     weights = checkpoint.open_weights(checkpoint_dir)
     weights = weights.stored if isinstance(weights, PackedWeights) else weights
     if config.per_layer_size or "head" + PACKED in weights.specs:

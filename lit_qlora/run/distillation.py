@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_qlora.checkpoint import quantized_cache
 from lit_qlora.checkpoint.checkpoint import check_weights, content_hash, open_weights
 from lit_qlora.checkpoint.identity import config_hash
+from lit_qlora.checkpoint.score import read as read_head
 from lit_qlora.data import RunData
 from lit_qlora.data.batches import collate, validation_batches
 from lit_qlora.data.samples import Likely, Sample, Samples
@@ -89,6 +90,11 @@ def find_teacher(config: FinetuneConfig, longest: int) -> Teacher | None:
     if not directory.is_dir():
         raise CheckpointError(f"distill.teacher {directory} is no folder. Give a checkpoint, or base.")
     model, base = ModelConfig.load(directory), ModelConfig.load(config.checkpoint_dir)
+    if read_head(directory) is not None:
+        raise UsageError(
+            f"distill.teacher {directory} has a head that reads labels, and gives no lesson in writing.\n"
+            "Take the base that it was merged from."
+        )
     weights = open_weights(directory)
     check_weights(weights.specs, model, str(weights.location))
     if fingerprint(directory) != fingerprint(config.checkpoint_dir):

@@ -185,9 +185,9 @@ class PreferenceRunConfig(FinetuneConfig):
 
     def __post_init__(self) -> None:
         """Check that no setting would be without effect."""
+        check(self.head == "none", "head is for finetune/lora.py; --preference.loss reward trains one on pairs.")
         super().__post_init__()
         data, train = self.data, self.train
-        check(self.head == "none", "head is for finetune/lora.py. Leave it out.")
         check(self.eval.train_samples == 0, "eval.train_samples is for finetune/lora.py. Leave it out.")
         check(self.distill.teacher is None, "distill.teacher is for finetune/lora.py. Leave it out.")
         for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout", "exclude"):

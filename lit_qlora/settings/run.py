@@ -23,7 +23,7 @@ Strategy = Literal["auto", "ddp", "sharded"]
 DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
 READ_BY_HEADS = (
     *("path", "val_path", "val_fraction", "validation_strategy", "columns", "max_length", "overlong", "max_samples"),
-    *("packing", "pack_length", "pad_to_multiple_of", "shuffle", "drop_last", "group_by_length", "weighting"),
+    *("packing", "pack_length", "pad_to_multiple_of", "shuffle", "drop_last", "group_by_length"),
     *("seed", "split_seed", "cache_dir", "on_error", "allow", "length_quantile", "token_dropout"),
 )
 """Settings of data that mean something where labels are learnt; the last two have a message of their own."""
@@ -166,6 +166,10 @@ class FinetuneConfig(Settings):
         for setting in fields(DataConfig):
             given = getattr(self.data, setting.name) not in (setting.default, _made(setting))
             check(setting.name in READ_BY_HEADS or not given, f"data.{setting.name} {concerns}")
+        check(
+            self.data.cache_dir in ("auto", "none"),
+            "data.cache_dir: texts with labels are read anew by each run, without a cache. Leave it out.",
+        )
         for name in ("generate", "prompts", "tasks", "kl_text", "train_samples"):
             check(not getattr(self.eval, name), f"eval.{name} {concerns}")
         learns = "head" in self.lora.targets or self.lora.train_embeddings or bool(self.lora.train_tokens)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from lit_qlora.checkpoint import score
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.checkpoint.identity import base_facts, identity
 from lit_qlora.convert.new_tokens import PROBE, add_tokens
@@ -18,6 +19,7 @@ from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.lora.adapter import load_adapter, read_adapter, save_adapter
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.merge import merge_checkpoint
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.style import STYLES
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import LoRAConfig
@@ -142,6 +144,13 @@ def test_a_vocabulary_without_a_place_for_them_is_refused(base: Path, tmp_path: 
     config |= {"per_layer_size": 4, "per_layer_vocab": 300}
     (tmp_path / "base/model_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="an embedding for each block, which cannot take new tokens"):
+        add_tokens(tmp_path / "base", tmp_path / "new", CHATML)
+
+
+def test_a_base_with_a_head_that_reads_labels_takes_none(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    score.write(tmp_path / "base", torch.zeros(2, 32), Scoring("classify", ("a", "b")))
+    with pytest.raises(CheckpointError, match="has a head that reads labels"):
         add_tokens(tmp_path / "base", tmp_path / "new", CHATML)
 
 

@@ -108,6 +108,8 @@ def test_settings_of_texts_to_write_are_refused_by_name() -> None:
         "data.prompt": {"data": DataConfig(prompt="alpaca")},
         "data.mask_prompt": {"data": DataConfig(mask_prompt=False)},
         "data.token_dropout": {"data": DataConfig(token_dropout=0.1)},
+        "data.weighting": {"data": DataConfig(weighting="samples")},
+        "data.cache_dir": {"data": DataConfig(cache_dir="/a/b")},
         "eval.generate": {"eval": EvalConfig(generate=3)},
         "lora.targets head": {"lora": LoRAConfig(targets=("head",))},
     }.items():

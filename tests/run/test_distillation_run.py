@@ -1,5 +1,6 @@
 """A run with a teacher, from end to end."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from lit_qlora.checkpoint import score
 from lit_qlora.data import taught
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.lora.merge import merge_checkpoint
+from lit_qlora.model.scoring import Scoring
 from lit_qlora.run import distillation
 from lit_qlora.run.distillation import find_teacher
 from lit_qlora.run.finetune import finetune
@@ -121,6 +124,10 @@ def test_a_teacher_of_other_tokens_or_of_fewer_is_refused_by_name(
         found(teacher, 97)
     with pytest.raises(CheckpointError, match="no folder"):
         found(tmp_path / "absent")
+    merged = shutil.copytree(tiny_checkpoint, tmp_path / "merged")
+    score.write(merged, torch.zeros(2, 32), Scoring("classify", ("a", "b")))
+    with pytest.raises(UsageError, match="has a head that reads labels"):
+        found(merged)
     other = write_checkpoint(tmp_path / "other", tiny_model())
     (other / "tokenizer.model").write_bytes(b"another")
     with pytest.raises(UsageError, match="another tokenizer"):

@@ -416,11 +416,12 @@ def test_every_setting_has_a_flag_of_its_name(seed: int) -> None:
     assert parse(FinetuneConfig, flags(config)) == config
 
 
-@pytest.mark.parametrize("value", ["[1,2]", "[a.jsonl, 3]", "{a: 1}"])
+@pytest.mark.parametrize("value", ["[[1],2]", "[a.jsonl, {b: 3}]", "{a: 1}"])
 def test_a_list_of_data_with_something_that_is_no_name_is_refused(value: str) -> None:
     with pytest.raises(UsageError, match=rf"^data\.path {re.escape(value)} is no list of names.* in quotation marks"):
         parse(FinetuneConfig, [f"--data.path={value}"])
     assert parse(FinetuneConfig, ['--data.path=["1","b,c.csv"]']).data.path == ("1", "b,c.csv")
+    assert parse(FinetuneConfig, ["--data.path=[a.jsonl, 3]"]).data.path == ("a.jsonl", "3")
     for nothing in ("", "[]", "['']"):
         with pytest.raises(UsageError, match=r"^data\.path names no file\.$"):
             parse(FinetuneConfig, [f"--data.path={nothing}"])

@@ -67,6 +67,8 @@ class Config(InferenceConfig):
         check(self.max_length is None or self.max_length >= 1, f"max_length must be at least 1, got {self.max_length}.")
         texts = [self.text] if isinstance(self.text, str) else self.text
         check(not self.text or all(text.strip() for text in texts), "text is empty. Leave it out, or write one.")
+        known = all(len(text) == len(text.encode(errors="ignore").decode()) for text in (*texts, self.prompt or ""))
+        check(known, "text or prompt holds bytes that are no UTF-8.")
         check(self.out is None or not self.out.exists(), f"out {self.out} exists already. Give another name.")
 
 

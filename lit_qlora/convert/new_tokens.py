@@ -108,6 +108,9 @@ def add_tokens(
 
 def _check_names(known: Tokenizer, names: Sequence[str], like: Mapping[str, str]) -> None:
     """Raise UsageError for names that cannot be new tokens, or texts that belong to none."""
+    for text in (*names, *like.values()):
+        if len(text) != len(text.encode(errors="ignore").decode()):
+            raise UsageError(f"tokens: {text!a} holds what is no character.")
     for name in names:
         if not name.strip():
             raise UsageError("tokens: a token needs a name.")

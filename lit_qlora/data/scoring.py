@@ -21,7 +21,7 @@ from lit_qlora.data.encode import CONTROL, Counts, EncodedSample
 from lit_qlora.data.examples import LOOKED_AT, refusal
 from lit_qlora.data.labels import class_of, number_of, scoring_of
 from lit_qlora.data.load import RunData, batching_of, length_limit, model_of, split
-from lit_qlora.data.messages import names_of
+from lit_qlora.data.messages import names_of, text_of
 from lit_qlora.data.samples import Sample, Samples
 from lit_qlora.data.sources import Source, find_sources, fingerprint, read_records
 from lit_qlora.data.unread import Unread
@@ -153,6 +153,8 @@ def pick_columns(setting: str, records: Sequence[Mapping[str, Any]], source: str
         pairs = dict(part.strip().rpartition(":")[::-2] for part in setting.split(","))
         if pairs.keys() != {"text", "label"} or not all(pairs.values()):
             raise UsageError(f"data.columns: {setting!r} is not of the form NAME:text,NAME:label, as --head needs it.")
+        if pairs["text"] == pairs["label"]:
+            raise UsageError(f"data.columns: {setting!r} names the text as its own label.")
         for name in pairs.values():
             if names and not any(name in record for record in records):
                 raise DataError(f"data.columns: no record has a column {name!r}.{did_you_mean(name, names)}")
@@ -171,12 +173,13 @@ def _read(record: Any, columns: Columns) -> tuple[str, Any]:
         raise record
     if not isinstance(record, dict):
         raise DataError(f"expected an object with {columns.text} and {columns.label}, found {type(record).__name__}")
-    text, label = record.get(columns.text), record.get(columns.label)
-    for value in (text, label):
-        if isinstance(value, DataError):  # such as NaN in JSON
-            raise value
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{columns.text!r} is no text" if not isinstance(text, str) else f"{columns.text!r} is empty")
+    text, label = text_of(record, columns.text), record.get(columns.label)
+    if not text.strip():
+        raise DataError(f"{columns.text!r} is empty")
+    if isinstance(label, DataError):  # such as NaN in JSON
+        raise label
+    if isinstance(label, str):
+        text_of(record, columns.label)  # holds characters
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if label is None or (isinstance(label, str) and not label.strip()):
@@ -227,9 +230,14 @@ def one_source(path: str) -> Source:
 
 
 def _text(record: Any, name: str, location: str) -> str:
-    text = record.get(name) if isinstance(record, dict) else None
-    if isinstance(record, DataError) or not isinstance(text, str) or not text.strip():
+    if not isinstance(record, dict):
         raise record if isinstance(record, DataError) else DataError(f"{location}: {name!r} is empty or no text.")
+    try:
+        text = text_of(record, name)
+    except DataError as error:
+        raise DataError(f"{location}: {error}.") from None
+    if not text.strip():
+        raise DataError(f"{location}: {name!r} is empty.")
     return text
 
 

@@ -126,6 +126,7 @@ def test_an_adapter_with_them_is_merged_exported_and_loaded_by_peft_on_the_resiz
         (["</s>"], {}, "'</s>' is token 2 already"),
         (["<a>", "<a>"], {}, "given twice"),
         ([" "], {}, "needs a name"),
+        (["a\udcff"], {}, "no character"),
         (["<a>"], {"<b>": "x"}, "'<b>' is none of the new tokens"),
         (["<a>"], {"<a>": ""}, "no text to begin from"),
     ],

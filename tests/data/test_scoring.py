@@ -9,7 +9,7 @@ from pyarrow import table
 from pyarrow.parquet import write_table
 
 from lit_qlora.data import RunData, steps
-from lit_qlora.data.scoring import ids_of, read_plain, read_scored
+from lit_qlora.data.scoring import ids_of, pick_columns, read_plain, read_scored
 from lit_qlora.errors import DataError, UsageError
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig, LoRAConfig
@@ -84,6 +84,8 @@ def test_a_text_that_is_too_long_loses_the_end_that_was_named(tiny_checkpoint: P
         ([{"text": "a", "label": 1e19}], "regress", "", "a.jsonl:1: .* too large"),
         ([{"text": "a", "label": -(10**400)}], "regress", "", "a.jsonl:1: .* too large"),
         ([], "classify", "", "holds no record"),
+        ([{"text": "a\ud800", "label": 1}], "classify", "", "a.jsonl:1: 'text' holds half of a surrogate pair"),
+        ([{"text": "a", "label": "b\ud800"}], "classify", "", "a.jsonl:1: 'label' holds half of a surrogate pair"),
         ([{"text": " ", "label": 1}], "classify", "", "'text' is empty"),
         ([{"body": "a", "label": 1}], "classify", "", "needs a text and a label"),
         ([{"body": "a", "label": 1}], "classify", "text:text,label:label", "no record has a column 'text'"),
@@ -121,6 +123,11 @@ def test_texts_to_classify_need_no_labels(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
     assert read_plain(str(path), "") == (["one", "two"], None)
+    path.write_text('{"text": "one"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'text' holds half of a surrogate pair"):
+        read_plain(str(path), "")
+    with pytest.raises(UsageError, match="its own label"):
+        pick_columns("text:text,text:label", [{"text": "one"}], "a.jsonl")
     path.write_text('{"a": "one", "b": "x"}\n')
     assert read_plain(str(path), "a:text") == (["one"], None)
     assert read_plain(str(path), "a:text,b:label") == (["one"], ["x"])

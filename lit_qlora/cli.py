@@ -514,9 +514,9 @@ def _texts(value: str) -> str:
     import yaml
 
     try:
-        items = yaml.load(value, yaml.BaseLoader)
-        plain = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):  # left to the parser, which says what is wrong
+        check_yaml(value, "a list", UsageError)
+        items, plain = yaml.load(value, yaml.BaseLoader), yaml.safe_load(value)
+    except (UsageError, yaml.YAMLError, ValueError):  # left to the parser, which says what is wrong
         return value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items) or items == plain:
         return value

@@ -102,6 +102,7 @@ def test_numbers_that_json_has_not_can_be_refused() -> None:
 
 PARSERS = {"json.load", "json.loads", "json.JSONDecoder", "yaml.load", "yaml.safe_load"}
 ELSEWHERE = {
+    "lit_qlora/cli.py": "reads a list that was typed, behind check_yaml",
     "lit_qlora/data/readers.py": "streams records, a piece of a file at a time, with check_depth",
     "lit_qlora/device.py": "reads the kernel's own files",
     "lit_qlora/evaluate/validation_inputs.py": "reads a file of this package",

@@ -38,17 +38,18 @@ def of_family(family: str) -> ModelConfig:
 WITH_EXPERTS = [
     case if family in QUICK else pytest.param(case, marks=SLOW)
     for family, case in {family: case for case, (family, _) in reversed(CASES.items())}.items()
-    if family not in ("minicpm3", "afmoe", "granitemoehybrid") and Stacks.of(of_family(family), LoRAConfig())
+    if family not in ("minicpm3", "youtu", "afmoe", "granitemoehybrid") and Stacks.of(of_family(family), LoRAConfig())
 ]
 WITH_EXPERTS.append(pytest.param("granitemoehybrid-experts", marks=SLOW))
-"""A case of each family with experts. minicpm3 has DeepSeek's attention alone; PEFT 0.21 takes the gate of afmoe's
-attention for an expert's, see test_further_families."""
+"""A case of each family with experts. minicpm3 and youtu have DeepSeek's attention alone; PEFT 0.21 takes the gate of
+afmoe's attention for an expert's, see test_further_families."""
 ROUTED = [
     case if case == "mixtral" or not isinstance(case, str) else pytest.param(case, marks=SLOW) for case in WITH_EXPERTS
 ]
 """The same; the quick one has other names in memory than in its files."""
 MIXED = "qwen3_moe-dense-layers"
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+OUTPUT = r".*self_attn\.(o|out)_proj"
 RANKS: dict[str, Any] = {
     "rank_pattern": {"mlp.experts.[0-9].down": 2, "gate": 3},
     "alpha_pattern": {"mlp.experts.[0-9].down": 6.0, "gate": 9.0},
@@ -75,7 +76,7 @@ def test_peft_computes_the_same_with_every_variant(case: str, settings: dict[str
 @pytest.mark.parametrize("case", ROUTED)
 def test_an_adapter_with_one_a_for_gate_and_up_is_pefts_to_the_bit(case: str, tmp_path: Path) -> None:
     ours_in_peft(case, ("mlp",), tmp_path / "ours", tied=True)
-    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["o_proj"], target_parameters=BOTH)
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=OUTPUT, target_parameters=BOTH)
     theirs_in_ours(case, config, tmp_path / "theirs")
     read = read_adapter(tmp_path / "theirs/adapter")
     model = ModelConfig.load(tmp_path / "theirs/base")
@@ -106,7 +107,7 @@ def of_parameters(parameters: list[str]) -> Any:
     return peft.LoraConfig(
         r=3,
         lora_alpha=12,
-        target_modules=["o_proj"],
+        target_modules=OUTPUT,
         target_parameters=[parameter.removeprefix("mlp.") for parameter in parameters],  # Gemma 4 has them elsewhere
         rank_pattern={"gate_up_proj": 2},
         alpha_pattern={r".*\.down_proj": 5},

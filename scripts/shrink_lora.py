@@ -49,6 +49,7 @@ class ShrinkConfig:
 
 def main(config: ShrinkConfig) -> None:
     """Decompose, print the loss of each rank, and write the adapter of the chosen rank."""
+    from lit_qlora.checkpoint.checkpoint import open_weights
     from lit_qlora.checkpoint.identity import base_facts
     from lit_qlora.lora.adapter import check_base, our_tensors, read_adapter, save_state
     from lit_qlora.lora.elsewhere import read_caveats
@@ -62,7 +63,7 @@ def main(config: ShrinkConfig) -> None:
     checkpoint_dir = config.checkpoint_dir or base_of(path)
     check_base(adapter, checkpoint_dir)
     model = ModelConfig.load(checkpoint_dir)
-    state = our_tensors(adapter, model)
+    state = our_tensors(adapter, model, open_weights(checkpoint_dir).read)
     found = spectra(state, adapter.config)
     ranks = candidates(found)
     check(

@@ -63,7 +63,7 @@ def main(config: WeighConfig) -> None:
     from lit_qlora.device import pick_device
     from lit_qlora.evaluate.validation_inputs import read_text
     from lit_qlora.evaluate.weigh import Dial, scaled, within_budget
-    from lit_qlora.lora.adapter import attach_adapter, check_base, our_tensors, read_adapter, save_state
+    from lit_qlora.lora.adapter import attach_adapter, check_base, our_tensors, read_adapter, save_state, weights_of
     from lit_qlora.lora.elsewhere import read_caveats
     from lit_qlora.lora.verify import own_batches, read_batches
     from lit_qlora.model.config import ModelConfig
@@ -102,7 +102,7 @@ def main(config: WeighConfig) -> None:
     origin = {"weighed_from": {"path": str(path), "factor": chosen.factor, "kl_to_base": chosen.kl}}
     save_state(
         out_dir,
-        scaled(our_tensors(adapter, model.config), chosen.factor),
+        scaled(our_tensors(adapter, model.config, weights_of(model)), chosen.factor),
         model.config,
         adapter.config,
         read_style(path),

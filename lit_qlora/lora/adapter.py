@@ -28,6 +28,7 @@ from lit_qlora.lora.layer import add_lora, lora_state, saved_state
 from lit_qlora.lora.peft_config import PeftConfig
 from lit_qlora.lora.peft_experts import named
 from lit_qlora.lora.peft_layout import check_copies, from_peft, to_ours, to_peft
+from lit_qlora.lora.peft_routers import Read
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.scoring import Scoring
@@ -200,7 +201,7 @@ def load_adapter(model: GPT, folder: Path | str) -> None:
 
 def fill_adapter(model: GPT, adapter: Adapter) -> None:
     """load_adapter for an adapter that is already read."""
-    state, tensors = lora_state(model), our_tensors(adapter, model.config)
+    state, tensors = lora_state(model), our_tensors(adapter, model.config, weights_of(model))
     # PEFT can adapt some layers of a kind and leave others; with DoRA the lengths of their rows are those of the base.
     absent = [name for name in state if name not in tensors]
     complaints = [f"{name} is missing" for name in absent if adapter.manifest or not name.endswith(".magnitude")]
@@ -270,15 +271,30 @@ def start_adapters(model: GPT, config: LoRAConfig, checkpoint_dir: Path) -> None
         initialize(model, config.init, config.loftq_steps or 1, open_weights(checkpoint_dir).read)
 
 
-def our_tensors(adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
+def our_tensors(adapter: Adapter, model: ModelConfig, read: Read | None = None) -> dict[str, Tensor]:
     """The adapter's tensors under our names, which are those of lora_state.
+
+    Args:
+        read: of the base, which tells what routers have learnt that PEFT trained as a whole.
 
     Raises:
         CheckpointError: for a tensor that belongs to no layer of this model, or one that is missing.
     """
     stacked = adapter.manifest is not None
-    location, version = str(adapter.path), adapter.peft_version
-    return from_peft(adapter.peft_tensors, adapter.config, model, stacked=stacked, location=location, version=version)
+    facts: Any = {"location": str(adapter.path), "version": adapter.peft_version, "read": read}
+    return from_peft(adapter.peft_tensors, adapter.config, model, stacked=stacked, **facts)
+
+
+def weights_of(model: GPT) -> Read:
+    """The weights of the base inside `model`, by their names without adapters; none that is quantised."""
+
+    def read(name: str) -> Tensor:
+        path, _, field = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor: Tensor = getattr(getattr(module, "base", module), field).detach()
+        return tensor
+
+    return read
 
 
 def check_base(adapter: Adapter, checkpoint_dir: Path) -> None:

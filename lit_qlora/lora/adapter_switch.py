@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.errors import UsageError
-from lit_qlora.lora.adapter import Adapter, our_tensors
+from lit_qlora.lora.adapter import Adapter, our_tensors, weights_of
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import Router
 from lit_qlora.quantize import frozen_weight
@@ -170,7 +170,7 @@ class AdapterSwitch:
                 f"{adapter.path} has a context of its own (rope_scaling {wanted.rope_scaling}), so it cannot share "
                 "a base with others that have not.\nServe it alone, or merge it (scripts/merge_lora.py)."
             )
-        tensors = our_tensors(adapter, self.model.config)
+        tensors = our_tensors(adapter, self.model.config, weights_of(self.model))
         layers = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
         device, dtype = self.model.embed.weight.device, self.model.embed.weight.dtype
         self._add_rows(name, adapter.config, tensors)

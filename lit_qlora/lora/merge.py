@@ -21,6 +21,7 @@ from lit_qlora.files.reading import read_json
 from lit_qlora.lora.adapter import Adapter, attach_adapter, check_base, our_tensors
 from lit_qlora.lora.initialization import rest_of
 from lit_qlora.lora.layer import LoRALinear, add_lora, lengths, lora_state
+from lit_qlora.lora.peft_routers import is_of_block
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.rope_scaling import scale, scaled
@@ -139,9 +140,12 @@ class Merge:
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
             if weight >= 0 or not _was_merged(adapter, checkpoint_dir):
                 check_base(adapter, checkpoint_dir)
+            elif any(map(is_of_block, adapter.peft_tensors)):
+                raise CheckpointError(f"{adapter.path} has routers as a whole: what they were before is not in it.")
         own = self.adapters[0].config
         self.config = scaled(ModelConfig.load(checkpoint_dir), *own.rope)
-        states = [our_tensors(adapter, self.config) for adapter in self.adapters]
+        self.source = checkpoint.open_weights(checkpoint_dir)
+        states = [our_tensors(adapter, self.config, self.source.read) for adapter in self.adapters]
         for adapter, state in zip(self.adapters, states, strict=True):
             if not any(bool(t.any()) for name, t in state.items() if name.endswith(".lora_b")):
                 raise CheckpointError(
@@ -154,7 +158,6 @@ class Merge:
                 )
         self.trained = _trained_storage(self.adapters, base)
         self.state, self.scales = _added(self.adapters, self.weights, states)
-        self.source = checkpoint.open_weights(checkpoint_dir)
         self.specs = dict(self.source.specs)
         # A change of a tied head must not change the embedding: the merged model gets a head of its own.
         self.untied = self.config.tied_head and ("head.lora_a" in self.state or self._is_requantized("head.weight"))

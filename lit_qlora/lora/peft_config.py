@@ -41,8 +41,8 @@ class PeftConfig:
     """Tokens with trained embeddings."""
     head_rows: bool = False
     """True if the head's rows of these tokens were trained too."""
-    embeddings: bool = False
-    """True if all embeddings were trained."""
+    whole: bool = False
+    """True if modules were trained as a whole: all embeddings, or routers."""
     parameters: tuple[str, ...] = ()
     """Ends of the names of parameters that are adapted by themselves, see lit_qlora.lora.peft_experts."""
     version: str = ""
@@ -72,7 +72,7 @@ class PeftConfig:
                 dora=bool(content.get("use_dora")),
                 tokens=_tokens(content.get("trainable_token_indices"), location),
                 head_rows=_modules(content.get("trainable_token_indices")) > 1,
-                embeddings=bool({*(content.get("modules_to_save") or ())} - {"classifier", "score"}),
+                whole=bool({*(content.get("modules_to_save") or ())} - {"classifier", "score"}),
                 parameters=tuple(map(str, content.get("target_parameters") or ())),
                 version=str(content.get("peft_version") or ""),
             )

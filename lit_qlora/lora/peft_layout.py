@@ -34,6 +34,7 @@ from lit_qlora.lora.peft_experts import (
     peft_names,
     stack_singles,
 )
+from lit_qlora.lora.peft_routers import Read, as_adapters, is_of_block, number_of_experts
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import TARGETS, LoRAConfig, first_match
@@ -51,6 +52,7 @@ def to_ours(
 
     Our settings have one rank, the highest, which from_peft fills up with zeros; the ratio of two scales goes into B.
     An adapter of the embedding becomes the embedding that it makes of the base, as if all of it had been trained.
+    Routers that were trained as a whole get an adapter of full rank, which from_peft makes of them.
 
     Raises:
         CheckpointError: if a rank contradicts the configuration, or a layer has no counterpart in any family.
@@ -64,7 +66,7 @@ def to_ours(
     for key, said, found in (
         ("use_dora", config.dora, any(name.endswith("lora_magnitude_vector") for name in tensors)),
         ("trainable_token_indices", bool(config.tokens), any(name.endswith(_TOKENS) for name in others)),
-        ("modules_to_save", config.embeddings, any(name.endswith(".weight") for name in others)),
+        ("modules_to_save", config.whole, any(name.endswith(".weight") for name in others)),
     ):
         if said != found:
             raise CheckpointError(f"{location}: {key} is {'on' if said else 'off'}, but its tensors say otherwise.")
@@ -78,15 +80,20 @@ def to_ours(
             raise CheckpointError(f"{location}: {name} has rank {len(tensor)}, but adapter_config.json says {own}.")
         if ".lora_B." in name and config.scale(module) != scale:
             scaled[name] = tensor.float() * (config.scale(module) / scale)
+    words, experts = _words(modules, location), number_of_experts(tensors, location)
+    if experts and "router" in words:
+        raise CheckpointError(f"{location} has some routers in modules_to_save and adapters of others: merge it.")
     lora = LoRAConfig(
         r=rank,
         alpha=scale * rank,
         dropout=config.dropout,
-        targets=_words(modules, location),
+        targets=(*words, "router") if experts else words,
+        rank_pattern={"router": experts} if experts else {},
+        alpha_pattern={"router": experts} if experts else {},
         dora=config.dora,
         train_tokens=config.tokens,
         train_head_rows=config.head_rows,
-        train_embeddings=config.embeddings,
+        train_embeddings=any(name.endswith(".weight") and not is_of_block(name) for name in others),
         tied=any("gate_up_proj" in module and (is_stacked(module) or is_single(module)) for module in modules),
     )
     return scaled, lora, copies
@@ -97,7 +104,7 @@ def _without_copies(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[
     copies = {
         name: _their_name(name)
         for name in tensors
-        if name.endswith(_BASE) or (name.endswith(".weight") and ".lora_" not in name and not config.embeddings)
+        if name.endswith(_BASE) or (name.endswith(".weight") and ".lora_" not in name and not config.whole)
     }
     trained = {name: tensor for name, tensor in tensors.items() if name not in copies}
     return trained, {theirs: tensors[name] for name, theirs in copies.items()}
@@ -112,8 +119,8 @@ def _with_whole_embedding(
         return tensors, config
     path = found.removesuffix(_EMBEDDING_A)
     weight = copies.get(_their_name(f"{path}.weight"))
-    if weight is None or config.dora or config.embeddings or config.tokens:
-        lacks = "without a copy of the base's" if weight is None else "together with DoRA or other training of it"
+    if weight is None or config.dora or config.whole or config.tokens:
+        lacks = "without a copy of the base's" if weight is None else "with DoRA, trained tokens or modules_to_save"
         raise CheckpointError(
             f"{location} has an adapter of the embedding {lacks}, which is not understood here.\n"
             "Merge it with PEFT, and convert the model that comes out."
@@ -121,7 +128,7 @@ def _with_whole_embedding(
     a, b = tensors[found], tensors[f"{path}.lora_embedding_B"]
     rows = weight.float() + config.scale(_module_of(f"{path}.lora_")) * (b.float() @ a.float()).T
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.lora_embedding_")}
-    return rest | {f"{path}.weight": rows}, replace(config, embeddings=True)
+    return rest | {f"{path}.weight": rows}, replace(config, whole=True)
 
 
 def check_copies(copies: Mapping[str, Tensor], base: Weights, model: ModelConfig, location: str) -> None:
@@ -352,6 +359,7 @@ def from_peft(
     stacked: bool,
     location: str,
     version: str = "",
+    read: Read | None = None,
 ) -> dict[str, Tensor]:
     """Convert PEFT's tensors to ours; the inverse of to_peft.
 
@@ -360,6 +368,7 @@ def from_peft(
         stacked: the rank of a layer that holds several of ours is divided among them, as to_peft does; otherwise
             PEFT trained it as one, and each of ours gets the whole of A and its own rows of B.
         version: of the PEFT that wrote the adapter, "" if it is not known.
+        read: of the base, see as_adapters.
 
     Raises:
         CheckpointError: for a tensor without a layer in this model, or a missing tensor.
@@ -367,7 +376,7 @@ def from_peft(
     skeleton = GPT.skeleton(model)
     add_lora(skeleton, replace(config, rope_scaling="none", rope_factor=1.0))  # `model` is perhaps scaled already
     shapes = {name: tensor.shape for name, tensor in lora_state(skeleton).items()}
-    tensors = _as_in_wrapper(tensors, model, location)
+    tensors = as_adapters(_as_in_wrapper(tensors, model, location), _PREFIX, model, read, location)
     if any(map(is_single, map(_module_of, tensors))):
         tensors, version = stack_singles(tensors, model.n_expert), LINEAR
     left = dict(tensors)
@@ -451,8 +460,8 @@ def _take_embedding(left: dict[str, Tensor], config: LoRAConfig, model: ModelCon
         others = [other for other in left if other.endswith(".weight") and ".lora_" not in other]
         holds = f"holds {others[0].removeprefix(_PREFIX)}, and " if others else ""
         raise CheckpointError(
-            f"{location}: modules_to_save {holds}is understood for the embeddings ({name}) alone.\n"
-            "Routers and other layers can learn as adapters: target_modules, target_parameters."
+            f"{location}: modules_to_save {holds}is understood for the embeddings ({name}) and routers alone.\n"
+            "Other layers can learn as adapters: target_modules, target_parameters."
         )
     if config.train_embeddings:
         check_vocabulary(len(rows), model, location)

@@ -6,19 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.convert.families import FAMILIES, their_module
 from lit_qlora.errors import CheckpointError
 from lit_qlora.lora.adapter import our_tensors, read_adapter, save_state
+from lit_qlora.lora.layer import lora_state
+from lit_qlora.lora.merge import merge_checkpoint
 from lit_qlora.lora.peft_experts import Stacks
 from lit_qlora.lora.peft_layout import check_layers
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
 from lit_qlora.settings import LoRAConfig
 from tests.conftest import tiny_config
-from tests.lora.test_adapter import ours_in_peft, theirs_in_ours
-from tests.reference import CASES
+from tests.lora.test_adapter import TOKENS, ours_in_peft, theirs_in_ours
+from tests.reference import CASES, hugging_face_model
 
 peft = pytest.importorskip("peft")
 SLOW = pytest.mark.slow
@@ -262,13 +266,70 @@ def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> N
         our_tensors(read_adapter(folder), tiny_config(family="qwen3_moe", **SMALL | {"n_expert": 3}))
 
 
-def test_routers_that_were_trained_as_a_whole_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ROUTED)
+def test_routers_that_peft_trained_as_a_whole_compute_the_same_here_and_again_in_peft(
+    case: str, tmp_path: Path
+) -> None:
+    family = CASES[case][0]
+    path = "blocks.1.beside.mlp.router" if family == "gemma4_text" else "blocks.1.mlp.router"
+    router, _ = their_module(path, FAMILIES[family])
+    name = router.partition("layers.1.")[2]
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=OUTPUT, modules_to_save=[name])
+    theirs, ours = theirs_in_ours(case, config, tmp_path)
+    read = read_adapter(tmp_path / "adapter")
+    assert read.config.rank(path) == ours.config.n_expert
+    save_state(
+        tmp_path / "again", lora_state(ours), ours.config, read.config, None, {"base": {"name": "", "sha256": ""}}
+    )
+    again = peft.PeftModel.from_pretrained(hugging_face_model(tmp_path / "base", case), tmp_path / "again").eval()
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+        torch.testing.assert_close(again(TOKENS).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    merge_checkpoint(read, tmp_path / "base", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged").get_parameter(f"{path}.weight")
+    torch.testing.assert_close(merged, theirs.base_model.model.get_submodule(router).weight, rtol=0, atol=1e-7)
+
+
+def with_whole(folder: Path, model: ModelConfig, name: str, weight: Tensor) -> Path:
+    """An adapter of PEFT that has this tensor of block 0 as a whole."""
+    tensors = written(folder, model, modules_to_save=["gate"])[0]
+    write(
+        folder,
+        tensors | {f"base_model.model.model.layers.0.{name}": weight},
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    return folder
+
+
+def test_what_a_routers_adapter_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny_config(family="qwen3_moe", **SMALL)
-    tensors, folder = written(tmp_path / "a", model, modules_to_save=["gate"])
-    whole = {"base_model.model.model.layers.0.mlp.gate.weight": torch.ones(4, model.n_embd)}
-    write(folder, tensors | whole, json.loads((folder / "adapter_config.json").read_text()))
-    with pytest.raises(CheckpointError, match=r"modules_to_save holds .*layers.0.mlp.gate.*\n.*target_parameters"):
-        our_tensors(read_adapter(folder), model)
+    base = GPT(model).state_dict().__getitem__
+    for name, shape, message in (
+        (
+            "mlp.shared.weight",
+            (4, model.n_embd),
+            "modules_to_save holds .*layers.0.mlp.shared.weight, and is understood",
+        ),
+        ("mlp.gate.weight", (5, model.n_embd), r"gate.weight has shape \(5, \d+\), expected \(4, "),
+        (
+            "mlp.gate.weight",
+            (4,),
+            "modules_to_save holds .*gate.weight, and is understood for the embeddings and routers",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            our_tensors(read_adapter(with_whole(tmp_path / "a", model, name, torch.ones(shape))), model, base)
+    model = tiny_config(family="gpt_oss", ffn="swiglu_clamped", router_bias=True, **SMALL)
+    folder = with_whole(tmp_path / "b", model, "mlp.router.weight", torch.ones(4, model.n_embd))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    bias = {"base_model.model.model.layers.0.mlp.router.bias": torch.zeros(4)}
+    write(folder, tensors | bias, json.loads((folder / "adapter_config.json").read_text()))
+    base = GPT(model).state_dict().__getitem__
+    assert our_tensors(read_adapter(folder), model, base)["blocks.0.mlp.router.lora_b"].equal(torch.eye(4))
+    bias = {name: tensor + 1 for name, tensor in bias.items()}
+    write(folder, tensors | bias, json.loads((folder / "adapter_config.json").read_text()))
+    with pytest.raises(CheckpointError, match=r"has another model.layers.0.mlp.router.bias than .*its weight alone"):
+        our_tensors(read_adapter(folder), model, base)
 
 
 def test_what_no_stack_can_hold_is_refused_before_it_is_trained() -> None:

@@ -216,6 +216,8 @@ class Group(StackedLinear):
         """Y = [X | Z] [W | B]^T + bias, (T, N), in `out` if there is one."""
         if self.fp8 is not None:
             return self.fp8.product(x, matrix, self.b, self.bias)
+        if self._has_zeros and self.bias is None:
+            return large_rank.product(x, matrix, self.k, self.stack, out)
         if self.bias is None:
             return torch.mm(x, matrix.T, out=out)
         return torch.addmm(self.bias, x, matrix.T, out=out)
@@ -225,7 +227,10 @@ class Group(StackedLinear):
         if self.fp8 is not None:
             assert workspace is not None
             return self.fp8.product_back(dy, workspace, self.b)
-        return torch.mm(dy, self.matrix(workspace) if matrix is None else matrix)
+        matrix = self.matrix(workspace) if matrix is None else matrix
+        if self._has_zeros and self.b is not None:
+            return large_rank.product_back(dy, matrix, self.b, self.k, self.stack)
+        return torch.mm(dy, matrix)
 
     def d_z(self, dy: Tensor) -> Tensor:
         """DZ = dY B alone, (T, R), where no gradient of X is wanted."""
@@ -240,6 +245,11 @@ class Group(StackedLinear):
     def by_cublas(self) -> bool:
         """True if cuBLAS computes LoRA's products: their kernels take no larger ranks, and 16 outputs at a time."""
         return self.stack.r > MOST_RANK or any(rows % LEAST_STRIPE for rows in self.stack.rows)
+
+    @property
+    def _has_zeros(self) -> bool:
+        """True if the zeros in [W | B] of several large adapters are worth products without them."""
+        return self.stack.r > MOST_RANK and self.rank > self.stack.r
 
     def project(
         self,
@@ -306,7 +316,8 @@ class Group(StackedLinear):
     ) -> Tensor:
         """The gradient of x from [dX | dZ], where X is norm(x); see kernels.norm.norm_backward."""
         if self.by_cublas:
-            return norm_backward(self.d_input(d_out, dropout), x, norm, statistics, residual=residual)
+            d_normed = d_out if self.a is None else large_rank.rank_update_(d_out, self.a, self.k, dropout)
+            return norm_backward(d_normed, x, norm, statistics, residual=residual)
         return norm_backward(d_out, x, norm, statistics, z, self.a, residual, dropout)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.torch_activation import activate, activate_backward
 from lit_qlora.kernels.activation import Activation
-from lit_qlora.kernels.dropout import Dropout, drop
+from lit_qlora.kernels.dropout import NONE, Dropout, drop
 from lit_qlora.kernels.lora_products import Pending, copy_rows
 from lit_qlora.kernels.norm import Norm, apply_norm
 from lit_qlora.kernels.stack import Stack
@@ -25,6 +25,27 @@ def project(
     return z
 
 
+def product(x: Tensor, matrix: Tensor, k: int, stack: Stack, out: Tensor | None) -> Tensor:
+    """Y = [X | Z] [W | B]^T, (T, N), in `out` if there is one, with few of the zeros beside B of several layers.
+
+    The rows of all layers up to the first with an adapter are a product of their own, without the Z of the others.
+    """
+    out = x.new_empty(len(x), stack.n) if out is None else out
+    (rows, columns, _), *_ = stack.slices
+    first = slice(0, rows.stop)
+    torch.mm(x[:, : k + columns.stop], matrix[first, : k + columns.stop].T, out=out[:, first])
+    torch.mm(x, matrix[rows.stop :].T, out=out[:, rows.stop :])
+    return out
+
+
+def product_back(dy: Tensor, matrix: Tensor, b: Tensor, k: int, stack: Stack) -> Tensor:
+    """[dX | dZ] = dY [W | B], (T, K + R), without the zeros beside B of several layers."""
+    out = dy.new_empty(len(dy), k + stack.rank)
+    torch.mm(dy, matrix[:, :k], out=out[:, :k])
+    times_b(dy, b, stack, out[:, k:])
+    return out
+
+
 def times_b(dy: Tensor, b: Tensor, stack: Stack, out: Tensor) -> Tensor:
     """DZ = dY B in `out`, (T, R); each layer of the stack with its own rows of the stacked B."""
     for rows, columns, rows_b in stack.slices:
@@ -34,9 +55,18 @@ def times_b(dy: Tensor, b: Tensor, stack: Stack, out: Tensor) -> Tensor:
 
 def rank_update(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:
     """As lora_products.rank_update."""
-    if not dropout.p:
-        return torch.addmm(d_out[:, :k], d_out[:, k:], a)
-    return d_out[:, :k] + drop(torch.mm(d_out[:, k:], a), dropout)
+    out = d_out.new_empty(len(d_out), k)
+    copy_rows(d_out[:, :k], out)
+    return _add_update(out, d_out[:, k:], a, dropout)
+
+
+def rank_update_(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:
+    """The same in place: a view of the first K columns, which needs no copy of them."""
+    return _add_update(d_out[:, :k], d_out[:, k:], a, dropout)
+
+
+def _add_update(dx: Tensor, dz: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
+    return dx.add_(drop(torch.mm(dz, a), dropout)) if dropout.p else dx.addmm_(dz, a)
 
 
 def grad_a(x: Tensor, dz: Tensor, gradient: Tensor, scale: float, norm: Norm | None, dropout: Dropout) -> None:
@@ -69,14 +99,12 @@ def through_mlp(
     dropout: Dropout,
 ) -> None:
     """As kernels.mlp.mlp_backward."""
-    if a is not None and grad_of_a is not None:
-        k = a.size(1)
-        h = branches.new_empty(len(branches), k)
-        activate(branches, h, activation)
-        grad_a(h, dh[:, k:], grad_of_a, scale, None, dropout)
-        del h
-        dh = rank_update(dh, a, k, dropout)
-    activate_backward(branches, dh, activation, stack, pending)
+    if a is None or grad_of_a is None:
+        activate_backward(branches, dh, activation, stack, pending)
+    else:
+        dz, dh = dh[:, a.size(1) :], rank_update_(dh, a, a.size(1), dropout)
+        activate_backward(branches, dh, activation, stack, pending, dropout)
+        grad_a(dh, dz, grad_of_a, scale, None, NONE)  # elements of h, which lies there now, are dropped already
     if z is not None and grad_of_b is not None:
         grad_b(branches, z, grad_of_b, stack)
 

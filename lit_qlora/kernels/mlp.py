@@ -40,6 +40,7 @@ def mlp_backward(
     scale: float,
     pending: Pending,
     dropout: Dropout = NONE,
+    writes_h: bool = False,
 ) -> None:
     """Turn the branches into their gradients, in place, and add to the gradients of the adapters.
 
@@ -51,6 +52,7 @@ def mlp_backward(
         stack: of the branches.
         scale: alpha / r, for grad_a.
         dropout: of the input of down's adapter.
+        writes_h: write h, with elements dropped, over the first F columns of `dh`, for sums that are done elsewhere.
     """
     rows, width = branches.size(0), branches.size(1) // activation.branches
     rank = 0 if a is None else a.size(0)
@@ -69,8 +71,8 @@ def mlp_backward(
         0 if z is None else z.size(1), parts_a, parts_b, rows, width, each, adapted,
         dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), FIRST=slot_first, UP=slot_up,
-        FUNCTION=activation.function, GATED=activation.gated, DROP=dropout.p > 0, BT=bt, BN=bn, STAGES=in_flight,
-        num_warps=4,
+        FUNCTION=activation.function, GATED=activation.gated, DROP=dropout.p > 0, WRITES_H=writes_h, BT=bt, BN=bn,
+        STAGES=in_flight, num_warps=4,
     )  # fmt: skip
     if grad_a is not None:
         pending.add(parts_a, grad_a, scale)
@@ -97,8 +99,8 @@ if triton is not None:
     def _backward(
         X, ldx, DH, ldh, A, Z, ldz, PARTS_A, PARTS_B, T, F, each, adapted, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, FIRST: tl.constexpr, UP: tl.constexpr,
-        FUNCTION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-        STAGES: tl.constexpr,
+        FUNCTION: tl.constexpr, GATED: tl.constexpr, DROP: tl.constexpr, WRITES_H: tl.constexpr,
+        BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         split = tl.program_id(1)
@@ -115,7 +117,8 @@ if triton is not None:
             t = (t0 + tl.arange(0, BT)).to(tl.int64)
             in_t = t < end
             inside = in_t[:, None] & in_n[None, :]
-            dh = tl.load(DH + t[:, None] * ldh + n[None, :], inside, 0.0).to(tl.float32)
+            at_h = DH + t[:, None] * ldh + n[None, :]
+            dh = tl.load(at_h, inside, 0.0).to(tl.float32)
             if DROP:
                 kept = factor(t[:, None] * F + n[None, :], SEED, offset, threshold, scale)
             if R > 0:
@@ -134,9 +137,11 @@ if triton is not None:
                 h *= up
             d_first = (dh * slope).to(X.dtype.element_ty)
             tl.store(at, d_first, inside)
+            if DROP:
+                h *= kept
+            if WRITES_H:
+                tl.store(at_h, h.to(DH.dtype.element_ty), inside)
             if R > 0:
-                if DROP:
-                    h *= kept
                 sum_a = tl.dot(tl.trans(dz), h.to(X.dtype.element_ty), sum_a)
             if r > 0:
                 own = in_t[:, None] & (j < r)[None, :]

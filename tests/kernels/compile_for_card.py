@@ -154,7 +154,7 @@ def mlp(width: int, rank: int, dropout: Dropout, dtype: torch.dtype) -> None:
         branches, h = empty(T, stack.n, dtype=dtype), empty(T, width + rank, dtype=dtype)
         mlp_forward(branches, h, activation)
         if rank > MOST_RANK:
-            mlp_backward(branches, h, activation, None, None, None, None, stack, 1.0, pending)
+            mlp_backward(branches, h, activation, None, None, None, None, stack, 1.0, pending, dropout, writes_h=True)
             continue
         a, z = empty(rank, width, dtype=dtype), empty(T, stack.rank, dtype=dtype)
         project(branches, a, h, activation, dropout=dropout)

@@ -177,9 +177,11 @@ def test_backward_of_the_mlp(rank: int, kind: str, slots: tuple[int, ...], dropo
     grads_a = torch.zeros(rank, width, device=DEVICE) if rank else None
     grads_b = torch.zeros(stack.adapted_rows, r, device=DEVICE) if z is not None else None
     pending = Pending()
-    mlp_backward(branches, dh, activation, a, grads_a, z, grads_b, stack, 2.0, pending, dropout)
+    mlp_backward(branches, dh, activation, a, grads_a, z, grads_b, stack, 2.0, pending, dropout, writes_h=rank == 0)
     pending.flush()
     assert_near(branches, expected)
+    if rank == 0:
+        assert_near(dh, (h * kept).detach())
     if grads_a is not None:
         assert_near(grads_a, 2 * dh[:, width:].T @ (h * kept).detach())
     if grads_b is not None and z is not None:

@@ -1,0 +1,75 @@
+"""LoRA's products by cuBLAS are the formulas, however they are divided."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_qlora.fused import large_rank
+from lit_qlora.fused.kernel_block import ACTIVATIONS
+from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.dequantize import write_b
+from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
+from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.lora_products import Pending
+from lit_qlora.kernels.stack import Stack
+
+pytestmark = [
+    pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="in float32; tests/gpu is for the GPU"),
+]
+K, ROWS = 24, 5
+STACKS = [Stack((16, 8, 8), (0, 1, 2), 3), Stack((8, 16, 8), (-1, 0, 1), 3), Stack((16, 8, 16), (0, -1, 1), 3)]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def matrix_of(stack: Stack) -> tuple[Tensor, Tensor]:
+    """[W | B] and the stacked B."""
+    matrix, b = torch.randn(stack.n, K + stack.rank), torch.randn(stack.adapted_rows, stack.r)
+    write_b(b, matrix, stack)
+    return matrix, b
+
+
+@pytest.mark.parametrize("stack", STACKS, ids=str)
+def test_products_without_zeros_are_those_with_them(stack: Stack) -> None:
+    matrix, b = matrix_of(stack)
+    x, dy = torch.randn(ROWS, K + stack.rank), torch.randn(ROWS, stack.n)
+    torch.testing.assert_close(large_rank.product(x, matrix, K, stack, None), x @ matrix.T)
+    torch.testing.assert_close(large_rank.product_back(dy, matrix, b, K, stack), dy @ matrix)
+
+
+def test_an_update_in_place_is_that_of_a_copy() -> None:
+    d_out, a = torch.randn(ROWS, K + 3), torch.randn(3, K)
+    for dropout in (NONE, Dropout(0.3, torch.tensor([5]))):
+        kept = factor_reference(ROWS, K, dropout)
+        apart = large_rank.rank_update(d_out, a, K, dropout)
+        torch.testing.assert_close(apart, d_out[:, :K] + d_out[:, K:] @ a * kept)
+        in_place = d_out.clone()
+        assert torch.equal(large_rank.rank_update_(in_place, a, K, dropout), apart)
+        assert torch.equal(in_place, torch.cat((apart, d_out[:, K:]), 1))
+
+
+@pytest.mark.parametrize("dropout", [NONE, Dropout(0.3, torch.tensor([5]))], ids=["", "dropout"])
+@pytest.mark.parametrize("activation", [ACTIVATIONS["swiglu"], ACTIVATIONS["gelu"], nn.Tanh()], ids=str)
+def test_gradients_through_an_mlp(activation: Activation | nn.Module, dropout: Dropout) -> None:
+    gated = isinstance(activation, Activation) and activation.gated
+    stack = Stack((K, K), (0, 1), 3) if gated else Stack((K,), (0,), 3)
+    branches, dh, a = torch.randn(ROWS, stack.n), torch.randn(ROWS, K + 3), torch.randn(3, K)
+    z, grad_a, grad_b = torch.randn(ROWS, stack.rank), torch.zeros(3, K), torch.zeros(stack.adapted_rows, 3)
+    leaf = branches.clone().requires_grad_()
+    gate, up = leaf[:, :K], leaf[:, K:] if gated else 1.0
+    function = nn.Tanh() if isinstance(activation, nn.Module) else nn.SiLU() if gated else nn.GELU()
+    h, kept = function(gate) * up, factor_reference(ROWS, K, dropout)
+    d_h = dh[:, :K] + dh[:, K:] @ a * kept
+    (d_branches,) = torch.autograd.grad(h, leaf, d_h)
+    wanted_a = 2 * dh[:, K:].T @ (h * kept).detach()
+    large_rank.through_mlp(
+        branches, dh, activation, a, grad_a, z, grad_b, stack, 2.0, Pending(), dropout
+    )  # fmt: skip
+    torch.testing.assert_close(branches, d_branches, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_a, wanted_a, rtol=1e-4, atol=1e-5)
+    parts = zip(d_branches.split(K, 1), z.split(3, 1), strict=True)
+    torch.testing.assert_close(grad_b, torch.cat([d.T @ own for d, own in parts]), rtol=1e-4, atol=1e-5)

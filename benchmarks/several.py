@@ -31,10 +31,8 @@ from typing import Any
 from results import RESULTS, ROOT, append_row, current_commit
 
 LENGTH = 2048
-TIMED, WARM_UP = 6, 3
+WARM_UP = 3
 """Steps."""
-PATIENCE = 90
-"""Seconds after which a process that waits for another gives up."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,8 @@ class Case:
         parts: micro-batches of a process in a step.
         buffers: blocks of a sharded base that are in memory at a time.
         least: processes that it needs at least.
+        timed: steps that are timed.
+        patience: seconds after which a process that waits for another gives up.
     """
 
     shape: str
@@ -60,6 +60,8 @@ class Case:
     recompute: str = "none"
     length: int = LENGTH
     least: int = 1
+    timed: int = 6
+    patience: int = 90
     seconds: int = 150
 
     def describe(self, processes: int, gib: float | None) -> str:
@@ -82,7 +84,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         Case("llama-3-8b", "ddp"),
         Case("llama-3-8b", "sharded"),
     ),
-    "equal": (Case("tinyllama-1b", "ddp", length=512), Case("tinyllama-1b", "sharded", length=512)),
+    "equal": (Case("tinyllama-1b", "ddp", length=512, timed=17), Case("tinyllama-1b", "sharded", length=512, timed=17)),
     "fits": (
         Case("llama-2-70b", "sharded", rows=1, optimizer="adamw8bit", recompute="offload", least=2, seconds=200),
         Case("llama-2-70b", "sharded", rows=1, r=8, optimizer="adamw8bit", recompute="offload", least=2, seconds=200),
@@ -122,7 +124,7 @@ def work(case: Case, gib: float | None, die: bool) -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     kind = "nccl" if alone else "gloo"
     own = {"device_id": device} if alone else {}
-    distributed.init_process_group(kind, timeout=timedelta(seconds=PATIENCE), **own)
+    distributed.init_process_group(kind, timeout=timedelta(seconds=case.patience), **own)
     config = model_config(case.shape)
     storage = Storage(torch.bfloat16 if cuda else torch.float32, case.quantize, case.quantize_head)  # type: ignore[arg-type]
     begin = time.monotonic()
@@ -165,6 +167,7 @@ def planned(case: Case, config: Any, storage: Any, sharded: int) -> float:
     from lit_qlora.device import pick_device
     from lit_qlora.run.plan import GIB, MicroBatches, Planner, Room
     from lit_qlora.settings import LoRAConfig, OptimizerConfig, TrainConfig
+    from lit_qlora.sharded import LEAST_BUFFERS
     from lit_qlora.train.optim import measure_state_bytes
 
     train = TrainConfig(recompute=case.recompute, keep_dequantized=0, cuda_graphs="never")  # type: ignore[arg-type]
@@ -173,7 +176,9 @@ def planned(case: Case, config: Any, storage: Any, sharded: int) -> float:
     lora = LoRAConfig(r=case.r, alpha=2.0 * case.r, targets=("all",), dropout=0.0)
     planner = Planner(config, lora, storage, train, state, sharded=sharded)
     plan = planner.plan(MicroBatches(case.rows * case.length, case.rows), Room(1e12, 1e12))
-    return round(plan.total / GIB, 2)
+    more = plan.buffers - LEAST_BUFFERS  # with all this room
+    cached = plan.cached * (case.buffers - LEAST_BUFFERS) / more if more else 0
+    return round((plan.total - plan.cached + cached) / GIB, 2)
 
 
 class Job:
@@ -240,7 +245,7 @@ class Job:
 
         case = self.case
         _, first = self.seconds(0, WARM_UP)
-        each, losses = self.seconds(WARM_UP, TIMED)
+        each, losses = self.seconds(WARM_UP, case.timed)
         tokens = case.rows * case.parts * case.length * self.world_size
         facts = {
             "tokens_per_second": round(tokens / each),
@@ -250,7 +255,7 @@ class Job:
         }
         if self.world_size > 1:
             self.sums = False
-            facts["step_without_sums"] = round(self.seconds(0, TIMED)[0], 4)
+            facts["step_without_sums"] = round(self.seconds(0, case.timed)[0], 4)
             self.sums = True
         base = self.model.gathers
         if base is None:
@@ -268,7 +273,7 @@ class Job:
         facts["gathers_alone"] = round((time.monotonic() - begin) / len(base.slabs), 5)
         base.need = lambda block: None
         self.seconds(0, 1)
-        facts["step_without_gathers"] = round(self.seconds(0, TIMED)[0], 4)
+        facts["step_without_gathers"] = round(self.seconds(0, case.timed)[0], 4)
         return facts
 
     def until_killed(self, victim: int) -> None:
@@ -285,7 +290,7 @@ class Job:
                 need(block)
 
             self.model.gathers.need = last
-        self.seconds(WARM_UP, TIMED)
+        self.seconds(WARM_UP, self.case.timed)
 
 
 # ------------------------------------------------------------------------------------------------ all of them
@@ -357,9 +362,9 @@ def run(case: Case, processes: int, gib: float | None, results: Path, commit: st
 
 def killed(processes: int) -> None:
     """Kill a process in the middle, once in a bare loop and once in a run, which half as many processes resume."""
-    case = Case("tiny", "sharded", length=32)
+    case = Case("tiny", "sharded", length=32, patience=20)
     children = start(case, processes, None, die=True)
-    found = finish(children, PATIENCE + 60)
+    found = finish(children, case.patience + 60)
     print(f"killed, bare loop: statuses {[status for status, _ in found]}")
     print("  first process: " + "\n    ".join(found[0][1].strip().splitlines()[-3:]), flush=True)
     out = ROOT / "out" / "several"

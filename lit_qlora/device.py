@@ -4,10 +4,13 @@ import os
 import re
 import resource
 import sys
+import weakref
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from lit_qlora.errors import UsageError
 from lit_qlora.settings import Precision
@@ -83,6 +86,32 @@ def let_segments_grow() -> None:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable, which a user may have set
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def pinned_memory(numbers: int, dtype: torch.dtype) -> Tensor | None:
+    """Return pinned memory of the host, to the byte; None if it has no more.
+
+    Torch's own is rounded up to powers of two.
+    """
+    buffer = torch.empty(numbers, dtype=dtype).zero_()  # by all threads; one alone takes long to get new pages
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)):
+        return None
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return buffer
+
+
+def seen_by_gpu(pinned: Tensor) -> Tensor:
+    """Return pinned memory as a tensor of the current GPU, which reads it over its bus; nothing is copied.
+
+    Args:
+        pinned: contiguous, of numbers of two or four bytes.
+    """
+    kind = {2: "<i2", 4: "<i4"}[pinned.itemsize]  # the interface has no bfloat16
+    described = {"shape": tuple(pinned.shape), "typestr": kind, "data": (pinned.data_ptr(), False), "version": 3}
+    view = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device="cuda").view(pinned.dtype)
+    assert view.data_ptr() == pinned.data_ptr()
+    return view
 
 
 def precede_other_streams() -> None:

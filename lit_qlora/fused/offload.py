@@ -1,12 +1,12 @@
 """Asynchronous copies: batches to the device, and activations to pinned host memory and back."""
 
-import weakref
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lit_qlora.device import pinned_memory
 from lit_qlora.errors import ResourceError
 
 MOST_LEAVING = 4  # tensors, about those of a block, that may be on their way at the same time
@@ -99,19 +99,16 @@ class Offload:
 
 
 def pin(numbers: int, dtype: torch.dtype) -> Tensor:
-    """Pinned memory of the host, to the byte; torch's own is rounded up to powers of two.
+    """Pinned memory of the host, see pinned_memory.
 
     Raises:
         ResourceError: if the host has no more of it.
     """
-    buffer = torch.empty(numbers, dtype=dtype).zero_()  # by all threads; one alone takes long to get new pages
-    runtime = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)):
+    if (buffer := pinned_memory(numbers, dtype)) is None:
         raise ResourceError(
-            f"train.recompute: the host has no {buffer.nbytes / 2**30:.2f} GiB of pinned memory left.\n"
+            f"train.recompute: the host has no {numbers * dtype.itemsize / 2**30:.2f} GiB of pinned memory left.\n"
             "Take --train.recompute full, or fewer tokens at a time."
         )
-    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
     return buffer
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_qlora.sharded import HostEmbedding
 from tests.conftest import ROOT
 from tests.gpu.test_resume_gpu import run
 from tests.run.forked import ending
@@ -32,6 +33,20 @@ def test_one_process_that_gathers_from_itself_learns_the_same(tmp_path: Path, sc
     run(tmp_path / "whole", *flags)
     run(tmp_path / "shared", *flags, "--strategy=sharded")
     assert ending(tmp_path / "shared") == ending(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_reads_an_embedding_of_the_host_without_waiting(dtype: torch.dtype) -> None:
+    weight, tokens = torch.randn(300, 64, device="cuda", dtype=dtype), torch.randint(0, 300, (2, 5), device="cuda")
+    embedding = HostEmbedding(weight)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = embedding(tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, weight[tokens])
+    assert torch.cuda.memory_allocated() - before < weight.nbytes  # not copied
 
 
 @TWO

@@ -19,6 +19,7 @@ from lit_qlora.settings import (
     SCHEMES,
     TARGETS,
     DataConfig,
+    DistillConfig,
     EvalConfig,
     FinetuneConfig,
     GenerationConfig,
@@ -267,9 +268,25 @@ def test_a_setting_that_needs_a_whole_base_is_refused_where_none_is(settings: di
     FinetuneConfig(strategy="ddp", **settings)
 
 
-def test_preferences_need_whole_bases() -> None:
+def test_preferences_need_whole_bases_and_rows() -> None:
     with pytest.raises(UsageError, match=r"strategy sharded is for finetune/lora.py"):
         PreferenceRunConfig(strategy="sharded")
+    with pytest.raises(UsageError, match=r"sequence_parallel is for finetune/lora.py"):
+        PreferenceRunConfig(sequence_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"head": "regress"}, "head regress"),
+        ({"distill": DistillConfig(teacher=Path("base"))}, "distill.teacher"),
+        ({"train": TrainConfig(neftune=5.0)}, "train.neftune"),
+    ],
+)
+def test_a_setting_that_needs_whole_rows_is_refused_where_none_are(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=rf"sequence_parallel 2: {named} does not work with it: "):
+        FinetuneConfig(sequence_parallel=2, **settings)
+    FinetuneConfig(**settings)
 
 
 def test_a_seed_of_minus_one_is_another_one_each_time() -> None:

@@ -22,12 +22,12 @@ from lit_qlora.evaluate.validation_inputs import Ask, Probes, Question, stop_ids
 from lit_qlora.generation import generate
 from lit_qlora.generation.sequences import evaluating
 from lit_qlora.lora.layer import without_adapters
-from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
+from lit_qlora.model.gpt import GPT, IGNORE, LOGITS_AT_ONCE
 from lit_qlora.model.lesson import divergence, mix
 from lit_qlora.report import Record, tell
 from lit_qlora.settings import DistillConfig, GenerationConfig
 from lit_qlora.signals import StopRequest
-from lit_qlora.train.loop import agree, pinned, sum_over_ranks
+from lit_qlora.train.loop import agree, pinned, share_of_steps, sum_over_ranks
 
 Measure = Callable[[int], Record]
 """Returns metrics for the record of the validation after so many steps."""
@@ -153,7 +153,7 @@ def score_rows(
     Returns:
         (S, 3 or 4) float64 on the host, the same in every process; None if a signal to any of them cut it short.
     """
-    if model.gathers is not None and fabric.world_size > 1:
+    if fabric.world_size > 1 and (model.gathers is not None or model.rows is not None):
         scores = _scores_in_step(fabric, model, batches, show, temperature, stop)
     else:
         scores = stop.unless_stopped(partial(_own_scores, fabric, model, batches, show, temperature), None)
@@ -167,7 +167,7 @@ def _own_scores(
     fabric: Fabric, model: GPT, batches: Sequence[SampleBatch], show: Callable[[str], object], temperature: float
 ) -> Tensor:
     """Score the rows of this process, and leave those of the others 0."""
-    mine, scores = _own_rows(fabric, batches)
+    mine, scores = _own_rows(fabric, model, batches)
     with evaluating(model), fabric.autocast():
         for batch, start in mine:
             show(f"losses, {start:,} of {len(scores):,} samples")
@@ -185,34 +185,40 @@ def _scores_in_step(
     stop: StopRequest,
 ) -> Tensor | None:
     """As _own_scores, in processes that all make the same passes; a signal to one of them ends all between two."""
-    assert model.gathers is not None
-    mine, scores = _own_rows(fabric, batches)
+    mine, scores = _own_rows(fabric, model, batches)
     with evaluating(model), fabric.autocast():
-        for i in range(-(-len(batches) // fabric.world_size)):
+        for i in range(-(-len(batches) // share_of_steps(fabric, model)[1])):
             if agree(fabric, stop.signal)[0]:
                 return None
-            model.gathers.begin()
+            if model.gathers is not None:
+                model.gathers.begin()
             if i < len(mine):
                 batch, start = mine[i]
                 show(f"losses, {start:,} of {len(scores):,} samples")
                 _add_scores(fabric, model, batch, start, scores, temperature)
-            model.gathers.complete(backward=False)
+            if model.gathers is not None:
+                model.gathers.complete(backward=False)
     return scores
 
 
-def _own_rows(fabric: Fabric, batches: Sequence[SampleBatch]) -> tuple[list[tuple[SampleBatch, int]], Tensor]:
+def _own_rows(
+    fabric: Fabric, model: GPT, batches: Sequence[SampleBatch]
+) -> tuple[list[tuple[SampleBatch, int]], Tensor]:
     """The batches of this process, each with the number of its first row, and room for the scores of all rows."""
     starts = list(accumulate((len(batch.tokens) for batch in batches), initial=0))
     columns = 4 if any(isinstance(batch, TaughtBatch) for batch in batches) else 3
     scores = torch.zeros(starts[-1], columns, dtype=torch.float64, device=fabric.device)
-    return list(zip(batches, starts, strict=False))[fabric.global_rank :: fabric.world_size], scores
+    number, shares = share_of_steps(fabric, model)
+    return list(zip(batches, starts, strict=False))[number::shares], scores
 
 
 def _add_scores(fabric: Fabric, model: GPT, batch: SampleBatch, start: int, scores: Tensor, temperature: float) -> None:
-    """Add the scores of a batch, whose first row is number `start`."""
+    """Add the scores of a batch, or of the part of its rows that this process has; its first row is number `start`."""
     at_once = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * model.config.vocab_size))
     here = pinned(batch, fabric.device)
     tokens, labels = (t.to(fabric.device, non_blocking=True) for t in (here.tokens, here.labels))
+    if model.rows is not None:
+        labels = model.rows.part(labels, IGNORE)
     rows, columns = (labels >= 0).nonzero(as_tuple=True)
     hidden, wanted = model.hidden(tokens)[rows, columns], labels[rows, columns]
     told = [part[batch.labels >= 0].split(at_once) for part in batch[5:]]  # what a teacher holds likely
@@ -268,12 +274,14 @@ class Dispensable:
 
 @contextmanager
 def undisturbed(model: GPT) -> Iterator[None]:
-    """Evaluate the model inside, and restore its mode and all random state afterwards."""
-    state = random.getstate()
+    """Evaluate the model inside, on whole rows, and restore its mode and all random state afterwards."""
+    state, rows = random.getstate(), model.rows
+    model.rows = None  # other processes do not take part
     try:
         with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
+        model.rows = rows
         random.setstate(state)
 
 

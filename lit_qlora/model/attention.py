@@ -12,6 +12,9 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.norm import make_norm
 from lit_qlora.model.rope import rope_table, rotate
 
+Lookup = Callable[..., Tensor]
+"""As the function `attend`."""
+
 
 class Place(NamedTuple):
     """RoPE, query scale and mask: the positions of the tokens as the attention of a block needs them."""
@@ -26,8 +29,8 @@ class Place(NamedTuple):
     """(B, T), the document of each token for a block with a state, padding -1; None where all are of one."""
     kept: list[tuple[Tensor, Tensor]]
     """Keys and values of the last block of this kind that has its own, for those that have none."""
-    attend: Callable[..., Tensor]
-    """As the function `attend`, or a faster one."""
+    attend: Lookup
+    """The function `attend`, or what does the same faster, or over several processes."""
     delta_rule: Callable[..., Tensor] | None = None
     """What computes a gated delta net's rule for these documents faster; see lit_qlora.fused.delta_rule."""
 
@@ -189,6 +192,10 @@ class Places:
             )
             for windowed, rotates in set(self.kinds)
         }
+
+    def change(self, change: Callable[[Place], Place]) -> None:
+        """Replace each Place."""
+        self.places = {kind: change(place) for kind, place in self.places.items()}
 
     def of(self, block: int) -> Place:
         """The positions as block number `block` needs them."""

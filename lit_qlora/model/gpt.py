@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -99,6 +100,36 @@ class Gathers(Protocol):
         ...
 
 
+class Rows(Protocol):
+    """The part of each row that this process computes, where several share them; see lit_qlora.sharded.rows.
+
+    All processes of a row make the same passes.
+    """
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that share a row."""
+        ...
+
+    @property
+    def groups(self) -> int:
+        """Groups of so many processes; each takes other rows."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """The number of the group of this process."""
+        ...
+
+    def part(self, row: Tensor, fill: float = 0) -> Tensor:
+        """Cut (B, T), a column for each token, to this process's (B, t), perhaps with padding that has `fill`."""
+        ...
+
+    def place(self, place: Place, length: int) -> Place:
+        """The positions of this part, from those of whole rows of so many tokens."""
+        ...
+
+
 class GPT(nn.Module):
     """Tokens in, next-token logits out. See ModelConfig for the shape letters.
 
@@ -106,6 +137,8 @@ class GPT(nn.Module):
         recompute: recompute each block in the backward pass instead of saving its activations.
         fast: what computes loss instead, see lit_qlora.fused.
         gathers: what brings the weights of blocks, where no process holds them all.
+        rows: the part of each row that this process computes; None for all of it. `loss` is then of the labels there,
+            and `hidden` returns the part; their arguments stay whole rows.
         dropout: see set_dropout.
         hits: () int64 on the model's device; loss adds the number of labelled tokens whose likeliest token is the
             label. None counts nothing.
@@ -119,6 +152,7 @@ class GPT(nn.Module):
         self.dropout = 0.0
         self.fast: FastPath | None = None
         self.gathers: Gathers | None = None
+        self.rows: Rows | None = None
         self.hits: Tensor | None = None
         self.score: nn.Linear | None = None
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
@@ -191,6 +225,9 @@ class GPT(nn.Module):
             return self.fast.loss(tokens, labels, weights, positions, segments, lesson=lesson)
         tokens, labels, weights, positions, segments = self._here(tokens, labels, weights, positions, segments)
         hidden = self.hidden(tokens, positions=positions, segments=segments)
+        if self.rows is not None:
+            labels = self.rows.part(labels, IGNORE)
+            weights = None if weights is None else self.rows.part(weights)
         if lesson is not None:
             lesson = lesson.to(hidden.device)
             at_once = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
@@ -215,6 +252,7 @@ class GPT(nn.Module):
         Returns:
             (B, T) float32, 0 where a label is IGNORE.
         """
+        assert self.rows is None
         if self.fast is not None:
             return self.fast.token_losses(tokens, labels, positions, segments, seen_until)
         tokens, labels, positions, segments, seen_until = self._here(tokens, labels, positions, segments, seen_until)
@@ -239,6 +277,7 @@ class GPT(nn.Module):
             (N, C) float32.
         """
         assert self.score is not None
+        assert self.rows is None
         if self.fast is not None:
             states = self.fast.states(tokens, labels, positions, segments, seen_until)
             return self.score(self.norm(states).to(self.score.weight.dtype))
@@ -296,16 +335,20 @@ class GPT(nn.Module):
         """
         B, T = tokens.shape
         assert seen_until is None or not self.config.state_layers
+        assert cache is None or self.rows is None
         if cache:
             positions = cache.positions(T)
         elif positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
+        places = Places(self.config, positions, cache, segments, seen_until)
+        if self.rows is not None:
+            tokens, positions = self.rows.part(tokens), self.rows.part(positions)
+            places.change(partial(self.rows.place, length=T))
         x = self.embed_norm(times(self.embed(tokens), self.config.embedding_multiplier))
         if self.positions is not None:
             x = x + self.positions(positions)
         own = None if self.per_layer is None else self.per_layer(tokens, x).unbind(2)
         x = drop(x, self.dropout if self.training else 0.0)
-        places = Places(self.config, positions, cache, segments, seen_until)
         if self.gathers is not None:
             self.gathers.begin()
         for i in range(len(self.blocks)):

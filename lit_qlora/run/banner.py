@@ -25,9 +25,10 @@ from lit_qlora.report import tell
 from lit_qlora.run import fits
 from lit_qlora.run.distillation import Teacher, describe
 from lit_qlora.run.plan import GIB, MicroBatches, Plan, Planner, Room
-from lit_qlora.settings import FinetuneConfig, check, why_not_sharded
+from lit_qlora.settings import FinetuneConfig, PreferenceRunConfig, check, why_not_in_parts, why_not_sharded
+from lit_qlora.sharded import why_whole
 from lit_qlora.train.optim import measure_state_bytes
-from lit_qlora.train.parallel import Devices, processes_here, world_size
+from lit_qlora.train.parallel import Devices, processes_here, row_groups, world_size
 
 FEW = 50  # steps; a run of fewer learns little
 FIRST_STEPS = 8  # over which a usual micro-batch is averaged
@@ -43,7 +44,12 @@ def plan_run(config: FinetuneConfig, data: RunData, teacher: Teacher | None = No
             parameters than expected, or the optimizer or FP8 cannot be used.
         ResourceError: if GPU or host have too little memory, unless config.force.
     """
-    model, processes = ModelConfig.load(config.checkpoint_dir), world_size(config.devices, config.num_nodes)
+    model, parts = ModelConfig.load(config.checkpoint_dir), config.sequence_parallel
+    groups = row_groups(config.devices, config.num_nodes, parts)
+    reason = why_whole(model, parts) if parts > 1 else ""
+    check(
+        not reason, f"sequence_parallel {parts} does not suit {model.name}: {reason}.\nTake another, or leave it out."
+    )
     check(
         read_head(config.checkpoint_dir) is None,
         f"checkpoint_dir {config.checkpoint_dir} has a head that reads labels, which this training would leave out.\n"
@@ -53,13 +59,13 @@ def plan_run(config: FinetuneConfig, data: RunData, teacher: Teacher | None = No
     check_weights(weights.specs, model, str(weights.location))
     caveat = check_layers(model, config.lora)
     check(
-        config.train.batch_size >= processes,
-        f"train.batch_size {config.train.batch_size} leaves some of {processes} devices without a sample.\n"
+        config.train.batch_size >= groups,
+        f"train.batch_size {config.train.batch_size} leaves some of {groups * parts} devices without a sample.\n"
         "Take more samples per step, or fewer devices.",
     )
     graphs = data.val is None and data.scoring is None and config.teacher_dir is None  # only plain losses have any
-    usual = usual_tokens(data, processes) if graphs else None
-    plan = _plan(config, longest_batch(data.train, data.batching, processes), usual, _outputs(data))
+    usual = usual_tokens(data, groups) if graphs and parts == 1 else None
+    plan = _plan(config, longest_batch(data.train, data.batching, groups), usual, _outputs(data))
     plan = replace(plan, caveat=caveat)
     check_trainable(config.expect_trainable, model.name, plan.trainable)
     check(
@@ -103,9 +109,9 @@ def check_trainable(expected: Mapping[str, int], base: str, trainable: int) -> N
     )
 
 
-def longest_batch(samples: Content, batching: Batching, processes: int) -> AnyBatch:
-    """Return the largest micro-batch of a device."""
-    return longest_step(samples, batching, processes).batches[0]
+def longest_batch(samples: Content, batching: Batching, groups: int) -> AnyBatch:
+    """Return the largest micro-batch of a device, or of devices that share its rows."""
+    return longest_step(samples, batching, groups).batches[0]
 
 
 def usual_tokens(data: RunData, processes: int) -> float:
@@ -117,7 +123,8 @@ def usual_tokens(data: RunData, processes: int) -> float:
 def savings(config: FinetuneConfig, data: RunData) -> str:
     """List changes that need less memory, and how much each saves."""
     processes, train = world_size(config.devices, config.num_nodes), config.train
-    batch = longest_batch(data.train, data.batching, processes)
+    model, groups = ModelConfig.load(config.checkpoint_dir), processes // config.sequence_parallel
+    batch = longest_batch(data.train, data.batching, groups)
     if train.keep_dequantized == "auto":  # cached weights would fill the memory that another change saves
         train = replace(train, keep_dequantized=0)
         config = replace(config, train=train)
@@ -128,7 +135,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
     others = {
         f"--train.micro_batch_size {train.micro_batch_size // 2}": (
             replace(config, train=replace(train, micro_batch_size=half)),
-            longest_batch(data.train, replace(data.batching, micro_batch_size=half), processes),
+            longest_batch(data.train, replace(data.batching, micro_batch_size=half), groups),
         ),
         "--train.recompute offload": (replace(config, train=replace(train, recompute="offload")), batch),
         "--train.recompute full": (replace(config, train=replace(train, recompute="full")), batch),
@@ -140,8 +147,13 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
         "--train.keep_dequantized 0": (replace(config, train=replace(train, keep_dequantized=0)), batch),
         "--quantize bnb.nf4-dq": (replace(config, quantize="bnb.nf4-dq", quantize_layers={}), batch),
     }
-    if processes > 1 and not why_not_sharded(config):
+    alone = not isinstance(config, PreferenceRunConfig)  # samples, not comparisons
+    if alone and processes > 1 and not why_not_sharded(config):
         others["--strategy sharded"] = (replace(config, strategy="sharded"), batch)
+    parts = 2 * config.sequence_parallel
+    if alone and groups % 2 == 0 and not (why_not_in_parts(config) or why_whole(model, parts)):
+        fewer = longest_batch(data.train, data.batching, groups // 2)
+        others[f"--sequence_parallel {parts}"] = (replace(config, sequence_parallel=parts), fewer)
     if plan.slow_because:  # there, these mean full
         del others["--train.recompute offload"], others["--train.recompute full-offload"]
     saved = {
@@ -155,12 +167,15 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
 def most_rows(config: FinetuneConfig, data: RunData) -> int:
     """Rows of the largest micro-batch that fits the GPU if all are as long as the longest; 0 without a GPU."""
     room, tokens = _room(config.devices), longest_batch(data.train, data.batching, 1).tokens
-    return fits.most_rows(_planner(config, _outputs(data)), tokens.size(1), room) if room.gpu else 0
+    own = -(-tokens.size(1) // config.sequence_parallel)
+    return fits.most_rows(_planner(config, _outputs(data)), own, room) if room.gpu else 0
 
 
 def _plan(config: FinetuneConfig, longest: AnyBatch, usual: float | None = None, outputs: int = 0) -> Plan:
     lesson = config.distill.top_k if config.teacher_dir else 0
-    batches = MicroBatches(longest.tokens.numel(), len(longest.tokens), usual, config.data.packing, lesson)
+    rows, length = longest.tokens.shape
+    own = -(-length // config.sequence_parallel)
+    batches = MicroBatches(rows * own, rows, usual, config.data.packing, lesson)
     return _planner(config, outputs).plan(batches, _room(config.devices))
 
 
@@ -179,6 +194,7 @@ def _planner(config: FinetuneConfig, outputs: int = 0) -> Planner:
         fast_dtype(config.precision),
         outputs,
         world_size(config.devices, config.num_nodes) if config.strategy == "sharded" else 0,
+        config.sequence_parallel,
     )
 
 
@@ -208,6 +224,7 @@ def tell_plan(
     base = kind if storage == "none" else f"{storage} + {kind}"
     words = ",".join(config.lora.targets)
     rows = f" in rows of at most {data.batching.row_length:,} tokens" if data.batching.row_length else ""
+    rows += f", each row over {plan.parts} devices" if plan.parts > 1 else ""
     held = min(train.batch_size, epoch_length(len(data.train), data.batching))
     steps = f"steps {start + 1:,} to {total:,}" if start else f"{total:,} steps"
     enough = count_steps(len(data.train), data.batching, train.epochs)

@@ -76,8 +76,11 @@ def tell_time(config: FinetuneConfig, data: RunData, plan: Plan, total: int, sta
     device = pick_device()
     if rows := most_rows(config, data):
         tell(f"  rows    the largest micro-batch that fits: --train.micro_batch_size {rows}")
-    if plan.processes > 1:
-        tell("  time    not measured: a sharded base needs all its processes")
+    if plan.processes > 1 or plan.parts > 1:
+        what = (
+            "rows over several devices need all of them" if plan.parts > 1 else "a sharded base needs all its processes"
+        )
+        tell(f"  time    not measured: {what}")
         return
     if device.type == "cpu" and plan.frozen > MOST_ON_CPU:
         tell("  time    not measured: this needs a GPU or a small model")

@@ -103,6 +103,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.report import tell
     from lit_qlora.run import distillation, dry_run, folder, learning, preferences, resume, saver, summary
     from lit_qlora.run.banner import plan_run, savings, tell_plan
+    from lit_qlora.sharded import RowParts
     from lit_qlora.train import parallel
 
     out_dir = config.out_dir or folder.default_out_dir(config)
@@ -160,6 +161,8 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
                 model = load_shares(config, storage, fabric.device, plan.buffers)
             else:
                 model = load(config, storage, fabric.device)
+        if config.sequence_parallel > 1:
+            model.rows = RowParts(config.sequence_parallel)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         if data.scoring:

@@ -39,7 +39,7 @@ from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, Pref
 from lit_qlora.signals import caught
 from lit_qlora.train.distillation import Distillation
 from lit_qlora.train.guards import Guard
-from lit_qlora.train.loop import BadStepError, Learner, Paused, Stopped, agree, follow, train
+from lit_qlora.train.loop import BadStepError, Learner, Paused, Stopped, agree, follow, share_of_steps, train
 from lit_qlora.train.objective import CrossEntropy, Objective
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
 from lit_qlora.train.preferences import Preferences
@@ -215,14 +215,14 @@ def learn(
             on_gpu = fabric.device.type == "cuda"
             records = train(
                 learner,
-                steps(data.train, data.batching, total, fabric.global_rank, fabric.world_size, start),
+                steps(data.train, data.batching, total, *share_of_steps(fabric, model), start),
                 total,
                 config.train,
                 guard,
                 seed=config.seed,
                 start=start,
                 seconds=log.seconds,
-                longest=longest_step(data.train, data.batching, fabric.world_size) if on_gpu else None,
+                longest=longest_step(data.train, data.batching, share_of_steps(fabric, model)[1]) if on_gpu else None,
                 stop=stop if fabric.world_size == 1 else None,  # other processes would wait for the missing part
             )
             follow(

@@ -72,6 +72,8 @@ class Plan:
     """Processes over which the blocks' weights are sharded; 0 if each holds all of them."""
     buffers: int = LEAST_BUFFERS
     """Blocks of a sharded base that are in memory at a time."""
+    parts: int = 1
+    """Devices that share each row."""
     caveat: str = ""
     """What PEFT would not read of the adapter; '' if it reads all."""
 
@@ -135,6 +137,7 @@ class Planner:
         fast_dtype: dtype of weights on the fast path; by default that of `storage`.
         outputs: of a head that learns labels; 0 for none.
         sharded: processes over which the blocks' weights are sharded; 0 if each holds all of them.
+        parts: devices that share each row; the tokens of micro-batches are those of one.
 
     Raises:
         UsageError: if the LoRA settings do not fit the model.
@@ -150,6 +153,7 @@ class Planner:
         fast_dtype: torch.dtype | None = None,
         outputs: int = 0,
         sharded: int = 0,
+        parts: int = 1,
     ) -> None:
         self.lora, self.storage, self.train, self.sharded = lora, storage, train, sharded
         self.dtype = fast_dtype or storage.dtype
@@ -177,6 +181,7 @@ class Planner:
             slow_because="",
             fp8=train.fp8,
             processes=sharded,
+            parts=parts,
             ahead=not sharded,
             host=on_host,
         )
@@ -209,7 +214,7 @@ class Planner:
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
         activations = _activations(gpt, self.lora, size, batches.tokens, full)
         seen = batches.tokens * _routed(model) if self.router_losses else 0.0
-        seen += _of_lesson(model, batches)
+        seen += _of_lesson(model, batches) + _exchanged(model, batches.tokens, self.bare.parts, size)
         plan = replace(self.bare, slow_because=reason, activations=activations + seen)
         if reason or room.gpu is None:
             return plan
@@ -224,6 +229,8 @@ class Planner:
             return "train.fast is false"
         if room.gpu is None:
             return "the fast one needs a CUDA device"
+        if self.bare.parts > 1:
+            return "rows lie over several devices"
         from lit_qlora.fused.support import HALF  # imports Triton
 
         if self.dtype not in HALF:
@@ -448,6 +455,20 @@ def _of_lesson(model: ModelConfig, batches: MicroBatches) -> float:
         return 0.0
     at_once = min(batches.tokens, max(256, LOGITS_AT_ONCE // model.vocab_size))
     return 4.0 * batches.tokens * (2 * batches.lesson + 1) + 16.0 * at_once * model.vocab_size
+
+
+def _exchanged(config: ModelConfig, tokens: int, parts: int, itemsize: int) -> float:
+    """Bytes of what goes to and from the other devices of a row, at most, in the backward pass of attention.
+
+    There are queries, keys, values, outputs and their gradients of all tokens, and the gradients as they travel.
+    """
+    if parts == 1:
+        return 0.0
+    most = 0.0
+    for windowed in {config.windowed(i) for i in range(config.n_layer)}:
+        keys = math.lcm(config.kv_heads_of(windowed), parts)
+        most = max(most, (6.0 * config.n_head + 8 * keys) * config.head_size_of(windowed))
+    return most * tokens * itemsize
 
 
 def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompute: bool) -> float:

@@ -17,7 +17,14 @@ from lit_qlora.settings.optimizer import CLASS_PATH, OPTIMIZERS, OptimizerConfig
 from lit_qlora.settings.preference import PUBLISHED, PreferenceConfig, PreferenceLoss, PreferenceRunConfig
 from lit_qlora.settings.prepare import PrepareConfig
 from lit_qlora.settings.quantization import Budget, Quantization, check_budget
-from lit_qlora.settings.run import DEMO_CHECKPOINT, FinetuneConfig, Precision, Strategy, why_not_sharded
+from lit_qlora.settings.run import (
+    DEMO_CHECKPOINT,
+    FinetuneConfig,
+    Precision,
+    Strategy,
+    why_not_in_parts,
+    why_not_sharded,
+)
 from lit_qlora.settings.schemes import SCHEMES, Scheme
 from lit_qlora.settings.sweep import AnySweep, PreferenceSweepConfig, SweepConfig, SweepPart, is_of_preferences
 from lit_qlora.settings.train import Recompute, Schedule, TrainConfig
@@ -66,5 +73,6 @@ __all__ = [
     "first_match",
     "is_of_preferences",
     "is_pattern",
+    "why_not_in_parts",
     "why_not_sharded",
 ]

@@ -204,6 +204,10 @@ class PreferenceRunConfig(FinetuneConfig):
             self.strategy != "sharded",
             "strategy sharded is for finetune/lora.py: a comparison takes passes that others lack. Leave it out.",
         )
+        check(
+            self.sequence_parallel == 1,
+            "sequence_parallel is for finetune/lora.py: a comparison needs its answers in one process. Leave it out.",
+        )
         if self.preference.loss == "reward":
             concerns = "concerns what a model writes, and the loss reward trains a head. Leave it out."
             for name in ("generate", "prompts", "tasks"):

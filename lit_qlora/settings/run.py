@@ -68,6 +68,9 @@ class FinetuneConfig(Settings):
     strategy: Strategy = "auto"
     """How several devices train together. ddp: each holds the whole base; 'auto' takes it. sharded: each holds an equal
     share of every block's weights, and they gather a block ahead of its use; see docs/gpus.md."""
+    sequence_parallel: Count = 1
+    """Number of devices that share each row: each computes a part of its tokens, and in attention a part of the heads.
+    So rows may be about as many times as long. It divides the number of all devices; see docs/gpus.md."""
     seed: SeedOrAny = 1337
     """Seed of everything random. -1 draws one, which OUT/config.yaml then holds and a resumed run keeps."""
     head: Literal["none", "classify", "regress"] = "none"
@@ -133,6 +136,8 @@ class FinetuneConfig(Settings):
         )
         reason = why_not_sharded(self) if self.strategy == "sharded" else ""
         check(not reason, f"strategy sharded: {reason}.\nLeave one of them out.")
+        reason = why_not_in_parts(self) if self.sequence_parallel > 1 else ""
+        check(not reason, f"sequence_parallel {self.sequence_parallel}: {reason}.\nLeave one of them out.")
         for name in {name for values in self.published.values() for name in values}:
             check(name in PUBLISHED, f"published: {name} is not one of {', '.join(PUBLISHED)}.")
         check(self.price_per_hour is None or self.dry_run, "price_per_hour has no effect without --dry_run.")
@@ -215,4 +220,22 @@ def why_not_sharded(config: FinetuneConfig) -> str:
             "a block's weights are gone before its backward pass",
         ),
     }
+    return _first(refused)
+
+
+def why_not_in_parts(config: FinetuneConfig) -> str:
+    """The first setting that needs whole rows in one process, and the reason; '' if there is none."""
+    refused = {
+        f"head {config.head}": (
+            config.head != "none",
+            "one process alone would have the token that labels are read off",
+        ),
+        "distill.teacher": (config.distill.teacher is not None, "what the teacher holds likely is of whole rows"),
+        "train.neftune": (config.train.neftune > 0, "the noise depends on the length of a whole row"),
+    }
+    return _first(refused)
+
+
+def _first(refused: dict[str, tuple[bool, str]]) -> str:
+    """The first setting that is on, and the reason against it; '' if none is."""
     return next((f"{name} does not work with it: {reason}" for name, (on, reason) in refused.items() if on), "")

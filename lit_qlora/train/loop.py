@@ -327,7 +327,8 @@ class Gradients:
                     counts = self._count_choices(step, batches, seed)
                 return self._take(step, batches, counts, stop)
             except torch.OutOfMemoryError:
-                if not self._can_need_less(batches):
+                # Processes that share a row wait for this one in the middle of it, so nothing can be repeated.
+                if self.model.module.rows is not None or not self._can_need_less(batches):
                     raise
             # The exception held tensors; only here it is gone.
             self.model.zero_grad()
@@ -337,6 +338,12 @@ class Gradients:
 
     def _can_need_less(self, batches: list[AnyBatch]) -> bool:
         return _widest(batches) > 1 or bool(self.model.can_release)
+
+    def _masks(self, batches: list[AnyBatch], step: Step) -> Iterator[Tensor]:
+        """For the positions that this process computes, which are not padding, (B T,) each."""
+        rows = self.model.module.rows
+        for batch, mask in zip(batches, masks(batches, step), strict=True):
+            yield mask if rows is None else rows.part(mask.view_as(batch.tokens)).flatten()
 
     def _need_less(self, batches: list[AnyBatch]) -> None:
         """Take less memory from now on."""
@@ -349,7 +356,7 @@ class Gradients:
         self, step: Step, batches: list[AnyBatch], counts: Tensor | None, stop: StopRequest | None
     ) -> Tensor | None:
         loss = self._start()
-        for batch, mask in zip(batches, masks(batches, step), strict=True):
+        for batch, mask in zip(batches, self._masks(batches, step), strict=True):
             if stop and stop.signal:
                 return None
             loss += self._pass(batch, mask, step, counts)
@@ -379,7 +386,7 @@ class Gradients:
         if len(batches) == self.fabric.world_size == 1:
             return None
         counts = torch.zeros(self.losses.config.n_expert, device=self.fabric.device)
-        self._look(list(zip(batches, masks(batches, step), strict=True)), counts)
+        self._look(list(zip(batches, self._masks(batches, step), strict=True)), counts)
         torch.manual_seed(seed)  # so that dropout repeats
         self.hits.zero_()
         return sum_over_ranks(self.fabric, counts)
@@ -414,7 +421,7 @@ class InStep(Gradients):
         def add(batch: AnyBatch, mask: Tensor) -> None:
             loss.add_(self._pass(batch, mask, step, counts))
 
-        mine = list(zip(batches, masks(batches, step), strict=True))
+        mine = list(zip(batches, self._masks(batches, step), strict=True))
         return loss if self._together(mine, add, stop=stop) else None
 
     def _look(self, batches: list[tuple[AnyBatch, Tensor]], counts: Tensor) -> None:
@@ -430,7 +437,8 @@ class InStep(Gradients):
         """Make a pass for each micro-batch of the process with most; False if a signal ended it.
 
         Raises:
-            torch.OutOfMemoryError: in all processes, if the memory of one ran out.
+            torch.OutOfMemoryError: in all processes, if the memory of one ran out. Where rows lie over several, in that
+            one alone.
         """
         gathers, self._failed = self.model.module.gathers, False
         (passes,) = agree(self.fabric, len(mine))
@@ -442,6 +450,8 @@ class InStep(Gradients):
                 if i < len(mine) and not self._failed:
                     do(*mine[i])
             except torch.OutOfMemoryError:
+                if self.model.module.rows is not None:
+                    raise
                 self._failed = True
             gathers.complete(backward)
         if any(agree(self.fabric, int(self._failed))):
@@ -501,6 +511,15 @@ def pinned(batch: BatchKind, device: torch.device) -> BatchKind:
     kind: Any = type(batch)
     pinned_batch: BatchKind = kind(*(None if t is None else t.pin_memory() for t in batch))
     return pinned_batch
+
+
+def share_of_steps(fabric: Fabric, model: GPT) -> tuple[int, int]:
+    """The number of this process's share of the rows of each step, and the number of shares.
+
+    Processes that share each row have the same.
+    """
+    rows = model.rows
+    return (fabric.global_rank, fabric.world_size) if rows is None else (rows.group, rows.groups)
 
 
 def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:

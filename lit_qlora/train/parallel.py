@@ -65,6 +65,21 @@ def world_size(devices: Devices, num_nodes: int) -> int:
     return processes_here(devices) * num_nodes
 
 
+def row_groups(devices: Devices, num_nodes: int, sequence_parallel: int) -> int:
+    """Count the groups of processes that share a row, which each take other rows.
+
+    Raises:
+        UsageError: if sequence_parallel does not divide the number of processes.
+    """
+    processes = world_size(devices, num_nodes)
+    check(
+        processes % sequence_parallel == 0,
+        f"sequence_parallel {sequence_parallel} does not divide {processes} devices into equal groups.\n"
+        "Give --devices a multiple of it.",
+    )
+    return processes // sequence_parallel
+
+
 def is_first() -> bool:
     """Tell whether this process is torchrun's first, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0

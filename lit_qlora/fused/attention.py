@@ -10,7 +10,8 @@ backward pass of any attention computes the probabilities from that sum, and the
 the sum and the output of the whole softmax it gives the exact gradients of queries, keys and values.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,7 @@ from lit_qlora.kernels import attention as kernels
 from lit_qlora.kernels.attention import Scores
 from lit_qlora.kernels.launch import INTERPRETED
 from lit_qlora.model.attention import attend
+from lit_qlora.sharded import RowParts
 
 _aten = torch.ops.aten
 MOST_FLASH = 256
@@ -95,13 +97,14 @@ class Layout:
     """The documents among the T tokens of a micro-batch.
 
     Attributes:
-        rows, length: T = rows * length, the shape of the batch.
+        rows, length: T = rows * length, the shape of the batch. Where processes share rows it is that of whole ones.
         longest: tokens of the longest document.
         ends: (documents + 1,) int32, the first token of each document and the end of the last; None if each row is one.
         masks: by window, the tokens that each token attends to where documents share their beginnings
             (lit_qlora.model.attention.tree_mask); for passes that no backward pass follows.
         tree: the keys of each run where documents share their beginnings, in passes that learn; `longest` and `ends`
             are then of the runs.
+        parts: the part of each row that this process computes; None for all of it.
     """
 
     rows: int
@@ -110,6 +113,12 @@ class Layout:
     ends: Tensor | None = None
     masks: dict[int | None, Tensor] | None = None
     tree: Tree | None = None
+    parts: RowParts | None = None
+
+    @property
+    def own_length(self) -> int:
+        """Tokens of a row that this process computes."""
+        return self.length if self.parts is None else self.length // self.parts.processes
 
     @property
     def most_keys(self) -> int:
@@ -135,6 +144,13 @@ class Layout:
         ends = F.pad(starts, (0, 1), value=rows * length).int()
         tree = None if shared is None else Tree.of(shared, ends.long(), device)
         return Layout(rows, length, int(ends.diff().max()), to_device(ends, device), tree=tree)
+
+    @staticmethod
+    def of_parts(rows: int, length: int, segments: Tensor | None, device: torch.device, parts: RowParts) -> "Layout":
+        """As `of`, for rows that lie over several processes, and are padded to equal parts."""
+        whole = parts.length(length) * parts.processes
+        segments = None if segments is None else F.pad(segments, (0, whole - length), value=-1)
+        return replace(Layout.of(rows, whole, segments, device), parts=parts)
 
     def numbers(self) -> Tensor | None:
         """The number of the document of each token, (rows, length); None if each row is one."""
@@ -163,6 +179,12 @@ class Heads:
     cap: float | None = None
     sinks: Tensor | None = None
 
+    def shared(self, parts: RowParts) -> "Heads":
+        """The heads of this process, where others compute the rest; those of keys may be copies."""
+        query, key = (self.query // parts.processes, self.key * parts.copies(self.key) // parts.processes)
+        sinks = None if self.sinks is None else self.sinks.chunk(parts.processes)[parts.number]
+        return replace(self, query=query, key=key, sinks=sinks)
+
     @property
     def scores(self) -> Scores:
         """As kernels.attention takes them."""
@@ -182,6 +204,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> 
     Args:
         q: (T, H, D); k, v: (T, K, D); any stride between tokens, heads dense.
     """
+    if layout.parts is None:
+        return _attention(q, k, v, heads, layout)
+    own, (q, k, v) = heads.shared(layout.parts), _to_heads(layout, q, k, v)
+    out, saved = _attention(q, k, v, own, replace(layout, parts=None))
+    (out,) = _to_tokens(layout, out.view(-1, own.query, own.size))
+    return out.flatten(1), saved
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
+    """As attention, in one process."""
     tokens = q.size(0)
     if layout.masks is not None:
         q, k, v = (_by_row(x, layout) for x in (q, k, v))
@@ -216,11 +248,45 @@ def attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
+    if layout.parts is not None:
+        return _backward_in_parts(d_out, q, k, v, out, saved, heads, layout)
     if layout.tree is not None:
         tree = layout.tree
         dq, dk, dv = _backward(d_out, q, tree.gathered(k), tree.gathered(v), out, saved, heads, layout)
         return dq, tree.summed(dk), tree.summed(dv)
     return _backward(d_out, q, k, v, out, saved, heads, layout)
+
+
+def _backward_in_parts(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As attention_backward, where other processes have parts of the rows."""
+    assert layout.parts is not None
+    whole, own = replace(layout, parts=None), heads.shared(layout.parts)
+
+    def gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Sequence[Tensor]:
+        d_out, out = (x.flatten(1).contiguous() for x in (d_out, out))
+        return _backward(d_out, q, k, v, out, saved, own, whole)
+
+    d_out, out = (x.view(-1, heads.query, heads.size) for x in (d_out, out))
+    dq, dk, dv = _to_tokens(layout, *gradients(*_to_heads(layout, d_out, q, k, v, out)))
+    copies = layout.parts.copies(heads.key)
+    dk, dv = (x.unflatten(1, (-1, copies)).sum(dim=2) for x in (dk, dv)) if copies > 1 else (dk, dv)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _to_heads(layout: Layout, *parts: Tensor) -> Sequence[Tensor]:
+    """See RowParts.to_heads: (own T, heads, D) each -> (T, heads / N, D)."""
+    assert layout.parts is not None
+    by_row = (x.unflatten(0, (layout.rows, -1)) for x in parts)
+    return [x.flatten(0, 1) for x in layout.parts.to_heads(*by_row)]
+
+
+def _to_tokens(layout: Layout, *parts: Tensor) -> Sequence[Tensor]:
+    """See RowParts.to_tokens: (T, heads, D) each -> (own T, N heads, D)."""
+    assert layout.parts is not None
+    by_row = (x.unflatten(0, (layout.rows, -1)) for x in parts)
+    return [x.flatten(0, 1) for x in layout.parts.to_tokens(*by_row)]
 
 
 def _backward(

@@ -29,12 +29,13 @@ from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, tree_mask
 from lit_qlora.model.config import ModelConfig
-from lit_qlora.model.gpt import GPT, times
+from lit_qlora.model.gpt import GPT, IGNORE, times
 from lit_qlora.model.lesson import Lesson
 from lit_qlora.model.mlp import Seen
 from lit_qlora.model.rope import rope_table
 from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
+from lit_qlora.sharded import RowParts
 
 
 def kind_of(block: Any, config: ModelConfig) -> type[Block]:
@@ -246,17 +247,33 @@ class Fused:
         lesson: Lesson | None,
     ) -> Tensor:
         learns, seed = self._state()
+        layout = None
+        if self.model.rows is not None:
+            tokens, labels, weights, positions, layout = self._cut(tokens, labels, weights, positions, segments)
         if not learns:
             labelled = Labelled.of(labels, weights, lesson=lesson).to(self.device)
-            return self._evaluated(self.inputs(tokens, labelled, seed, positions, segments, saves=False))
+            return self._evaluated(self.inputs(tokens, labelled, seed, positions, segments, saves=False, layout=layout))
         self._attach_gradients()
         work: Work | None = None
-        if self.graphs is not None and self._watched is None and lesson is None:
+        if self.graphs is not None and self._watched is None and lesson is None and layout is None:
             work = self.graphs.work(tokens, labels, weights, seed, positions, segments)
         if work is None:
             labelled = Labelled.of(labels, weights, lesson=lesson).to(self.device)
-            work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments))
+            work = Eager(self, self.inputs(tokens, labelled, seed, positions, segments, layout=layout))
         return self._learned(work)
+
+    def _cut(
+        self, tokens: Tensor, labels: Tensor, weights: Tensor | None, positions: Tensor | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Layout]:
+        """Tokens, labels, weights and positions that this process computes, and the layout of whole rows."""
+        rows = self.model.rows
+        assert isinstance(rows, RowParts)
+        assert self.ropes is not None, "the angles would depend on what is elsewhere"
+        if positions is None:
+            positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        layout = Layout.of_parts(len(tokens), tokens.size(1), segments, self.device, rows)
+        weights = None if weights is None else rows.part(weights)
+        return rows.part(tokens), rows.part(labels, IGNORE), weights, rows.part(positions), layout
 
     def token_losses(
         self,
@@ -460,7 +477,7 @@ class Fused:
             self.copies[0].refresh()
         if self.head.rows is not None:
             self.head.rows.refresh()
-        rows = self.model.embed(tokens.view(run.layout.rows, run.layout.length))  # with noise, if there is any
+        rows = self.model.embed(tokens.view(run.layout.rows, -1))  # with noise, if there is any
         x = apply_norm(self.embed_norm, times(rows.flatten(0, 1), self.config.embedding_multiplier))
         del rows
         if self.model.positions is not None:

@@ -102,14 +102,14 @@ class TorchBlock(Block):
         """(T, E) -> (T, E)."""
         for stack in self.stacks:
             stack.begin(run)
-        shape = (run.layout.rows, run.layout.length)
+        shape = (run.layout.rows, run.layout.own_length)
         out: Tensor = self.module(normed.unflatten(0, shape), self._place(run), None)
         return out.flatten(0, 1)
 
     def _place(self, run: Pass) -> Place:
         """The tokens' positions as the module needs them."""
         layout = run.layout
-        shape = (layout.rows, 1, layout.length, -1)
+        shape = (layout.rows, 1, layout.own_length, -1)
         cos, sin = (table[run.positions].view(shape) for table in run.ropes[self.windowed])
         scale = None if run.query_scale is None else run.query_scale.view(shape)
         mask, lookup = (

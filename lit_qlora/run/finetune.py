@@ -144,6 +144,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     )
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
+    plan = learning.agree_on(plan)
     with (
         nullcontext() if fabric.local_rank == 0 else parallel.ends_with_parent(),
         folder.claim(config, fabric, checkpoint, plan),

@@ -77,6 +77,15 @@ def eval_every(config: EvalConfig, data: RunData, total: int) -> int:
     return max(1, round(every or total / 10))
 
 
+def agree_on(plan: Plan) -> Plan:
+    """Take the plan of the process with least room: recomputed blocks are exchanged again, in all that share a row."""
+    if plan.parts == 1:
+        return plan
+    plans: list[Plan | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(plans, plan)
+    return min(filter(None, plans), key=lambda one: (one.activations, one.host))
+
+
 def take_path(model: GPT, plan: Plan) -> None:
     """Put the model on the path of the plan; call it before the optimizer is made.
 

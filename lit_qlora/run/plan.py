@@ -229,9 +229,10 @@ class Planner:
             return "train.fast is false"
         if room.gpu is None:
             return "the fast one needs a CUDA device"
-        if self.bare.parts > 1:
-            return "rows lie over several devices"
-        from lit_qlora.fused.support import HALF  # imports Triton
+        from lit_qlora.fused.support import GROWING, HALF  # imports Triton
+
+        if self.bare.parts > 1 and self.gpt.config.rope_scaling in GROWING:
+            return "RoPE depends on the length of a row, and several devices share it"
 
         if self.dtype not in HALF:
             return "the fast one needs bf16-true, 16-true or 16-mixed"
@@ -285,7 +286,8 @@ class Planner:
         weights = plan.weights + self._decoded_scales
         learning = plan.learning + 2 * self._copied + self._beside
         free = 0.97 * room.gpu - weights - learning - seen
-        graph_tokens = 0 if self.router_losses or self.sharded else _graph_tokens(model, train, batches)
+        eager = self.router_losses or self.sharded or plan.parts > 1
+        graph_tokens = 0 if eager else _graph_tokens(model, train, batches)
         tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
         host = math.inf if room.host is None else HOST_SHARE * room.host - plan.host
         sizes, policies = _fastest(self._sizes, train.recompute, tokens, free, host)

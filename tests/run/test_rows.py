@@ -18,18 +18,21 @@ from lit_qlora.settings import DataConfig, FinetuneConfig, TrainConfig
 from lit_qlora.sharded import RowParts
 from tests.conftest import tiny_config
 from tests.run.forked import Child, Start, at_save, ending, signals
-from tests.run.test_ddp import EQUAL, mixture, relative_difference, start_ranks
+from tests.run.test_ddp import EQUAL, WITH_TRITON, mixture, relative_difference, start_ranks, take_the_fast_path
 
 __all__ = ["mixture", "start_ranks"]
 StartRanks = Callable[..., list[Child]]
 PACKED = ["--data.packing=true", "--data.max_length=32", "--data.pack_length=64"]
 
 
-def learn_the_same(start: Start, start_ranks: StartRanks, tmp_path: Path, *flags: str, ranks: int, parts: int) -> str:
+def learn_the_same(
+    start: Start, start_ranks: StartRanks, tmp_path: Path, *flags: str, ranks: int, parts: int, fast: bool = False
+) -> str:
     """Let one process learn, and several of which `parts` share each row; what these printed."""
-    assert start(tmp_path / "one", *flags).wait() == 0
+    before = take_the_fast_path if fast else None
+    assert start(tmp_path / "one", *flags, before=before).wait() == 0
     shared = [*flags, f"--sequence_parallel={parts}"]
-    children = start_ranks(tmp_path / "out", *shared, ranks=ranks)
+    children = start_ranks(tmp_path / "out", *shared, ranks=ranks, before=lambda rank: before)
     assert [child.wait() for child in children] == [0] * ranks, children[0].said.read_text()
     metrics, tensors = relative_difference(tmp_path / "out", tmp_path / "one")
     assert metrics < 1e-5
@@ -54,6 +57,16 @@ def test_groups_of_them_take_different_rows(
     flags = [*EQUAL, *packed, "--train.batch_size=5", "--train.micro_batch_size=1", f"--strategy={strategy}"]
     flags += ["--quantize=bnb.nf4-dq", "--lora.targets=[all,head]", "--eval.generate=3"]
     learn_the_same(start, start_ranks, tmp_path, *flags, ranks=4, parts=2)
+
+
+@WITH_TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], PACKED, ["--strategy=sharded"]])
+def test_they_do_on_the_fast_path(start: Start, start_ranks: StartRanks, tmp_path: Path, flags: list[str]) -> None:
+    flags = [*EQUAL, *flags, "--quantize=bnb.nf4-dq", "--train.max_steps=1", "--lora.targets=[all]"]
+    said = learn_the_same(start, start_ranks, tmp_path, *flags, ranks=2, parts=2, fast=True)
+    assert "path    fast" in said
+    assert "plain after all" not in said
 
 
 @pytest.mark.slow

@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from lit_qlora.fused import Fused, fuse
+from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.gpt import GPT, IGNORE
-from lit_qlora.settings import LoRAConfig
+from lit_qlora.settings import LoRAConfig, Recompute
 from lit_qlora.sharded import RowParts
 from tests.conftest import tiny_model
-from tests.train.test_parallel import together
+from tests.train.test_parallel import loopback, together
+
+__all__ = ["loopback"]
+needs_triton = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 
 LATENT = {"kv_latent_size": 64, "latent_rope_size": 8, "latent_value_size": 8, "n_kv_head": 4, "n_layer": 1}
 CASES: dict[str, dict[str, Any]] = {
@@ -38,7 +43,7 @@ def model_of(changes: dict[str, Any]) -> GPT:
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(parameter, std=0.1)
-    return model.double().train()
+    return model.train()
 
 
 def batch(packed: bool) -> list[Tensor | None]:
@@ -63,19 +68,33 @@ def batch(packed: bool) -> list[Tensor | None]:
 
 def learn(model: GPT, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and the gradients of the adapters."""
-    model.zero_grad()
+    model.zero_grad(set_to_none=model.fast is None)
     loss = model.loss(*inputs)
     loss.backward()
     grads = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
-    return loss.detach(), {name: grads[name] for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {name: grads[name].clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def errors(rows: RowParts, changes: dict[str, Any], packed: bool, recompute: bool) -> tuple[float, float]:
-    """Those of loss and gradients, the largest, beside the largest gradient."""
-    model, inputs = model_of(changes), batch(packed)
+    """Of loss and gradients, the largest, beside the largest gradient."""
+    model = model_of(changes).double()
     model.recompute = recompute
+    return compared(model, batch(packed), rows)
+
+
+def errors_of_fast_path(rows: RowParts, changes: dict[str, Any], packed: bool, policy: Recompute) -> float:
+    """As errors, of gradients in float32, beside the plain path."""
+    model = model_of(changes)
+    fused = fuse(model, ahead=False)
+    fused.carries = False
+    fused.set_recompute([policy] * len(model.blocks))
+    model.fast = None
+    return compared(model, batch(packed), rows, fused)[1]
+
+
+def compared(model: GPT, inputs: list[Tensor | None], rows: RowParts, fast: Fused | None = None) -> tuple[float, float]:
     loss, whole = learn(model, *inputs)
-    model.rows = rows
+    model.rows, model.fast = rows, fast
     part, mine = learn(model, *inputs)
     for tensor in (part, *mine.values()):
         distributed.all_reduce(tensor)
@@ -85,6 +104,23 @@ def errors(rows: RowParts, changes: dict[str, Any], packed: bool, recompute: boo
     return float((part - loss).abs() / loss), apart / largest
 
 
+FAST: list[tuple[dict[str, Any], bool, Recompute]] = [
+    ({}, False, "none"),
+    ({}, True, "mlp"),
+    ({"n_kv_head": 1}, True, "attn"),
+    ({"n_head": 12, "n_kv_head": 3}, True, "none"),
+    ({"sliding_window": 5, "attention_sinks": True}, True, "full"),
+    ({"attention_softcap": 5.0}, True, "none"),
+    ({"attention_gate": True}, True, "full"),
+    ({"qk_norm": "head"}, True, "none"),
+    ({"qk_norm": "full"}, True, "full"),
+    ({**LATENT, "n_layer": 2}, True, "none"),
+    ({**LATENT, "n_layer": 2}, True, "full"),
+    ({"qk_norm": "head", "n_expert": 4, "n_expert_per_token": 2, "expert_size": 64}, True, "full"),
+]
+"""Changes of a model, whether rows are packed, and how blocks recompute."""
+
+
 def facts_of(fabric: Any) -> dict[str, Any]:
     """What tests look at, from one start of the processes."""
     rows, facts = RowParts(fabric.world_size), {}
@@ -92,7 +128,9 @@ def facts_of(fabric: Any) -> dict[str, Any]:
     facts["errors"] = {name: errors(rows, changes, True, False) for name, changes in cases.items()}
     facts["errors"]["a row a document"] = errors(rows, {}, False, False)
     facts["errors"]["recomputed"] = errors(rows, {}, True, True)
-    model, (tokens, labels, *_) = model_of({"n_layer": 1}), batch(False)
+    if AVAILABLE and fabric.world_size == 2:
+        facts["fast"] = errors_of_fast_path(rows, {"n_layer": 1}, True, "full")
+    model, (tokens, labels, *_) = model_of({"n_layer": 1}).double(), batch(False)
     model.rows, before = rows, rows.sent
     learn(model, tokens, labels)
     facts["sent"] = rows.sent - before
@@ -116,6 +154,24 @@ def test_losses_and_gradients_are_those_of_whole_rows(facts: list[dict[str, Any]
     for name, (loss, gradient) in facts[0]["errors"].items():
         assert loss < 1e-6, name  # the sum of the losses is in float32
         assert gradient < 1e-12, name
+
+
+@needs_triton
+def test_gradients_of_the_fast_path_are_those_of_whole_rows_on_the_plain_one(facts: list[dict[str, Any]]) -> None:
+    if len(facts) == 2:
+        assert facts[0]["fast"] < 1e-5
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_they_are_with_any_attention_and_policy(tmp_path: Path, ranks: int, loopback: None) -> None:
+    def work(fabric: Any) -> list[float]:
+        rows = RowParts(fabric.world_size)
+        return [errors_of_fast_path(rows, *case) for case in FAST]
+
+    for found in together(tmp_path, work, ranks):
+        assert max(found) < 1e-5
 
 
 def test_a_part_is_as_many_columns_and_the_last_is_filled_up(facts: list[dict[str, Any]]) -> None:

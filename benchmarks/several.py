@@ -8,6 +8,7 @@ long it takes without sums of their gradients. A case that does not fit, or take
 python benchmarks/several.py --processes 1 2                       # the first three groups of cases, on two GPUs
 python benchmarks/several.py --cases speed --processes 1 2 4
 python benchmarks/several.py --cases fits --processes 2 --gib 24
+python benchmarks/several.py --cases rows --processes 1 2          # each row over the processes
 python benchmarks/several.py --cases killed --processes 2
 """
 
@@ -44,6 +45,7 @@ class Case:
         parts: micro-batches of a process in a step.
         buffers: blocks of a sharded base that are in memory at a time.
         least: processes that it needs at least.
+        shares_rows: the processes share each row, instead of each taking rows of its own.
         timed: steps that are timed.
         patience: seconds after which a process that waits for another gives up.
     """
@@ -63,6 +65,8 @@ class Case:
     timed: int = 6
     patience: int = 90
     seconds: int = 150
+    shares_rows: bool = False
+    warm_up: int = WARM_UP
 
     def describe(self, processes: int, gib: float | None) -> str:
         """The flags of its row."""
@@ -70,12 +74,14 @@ class Case:
         more += f" {self.optimizer}" if self.optimizer != "adamw" else ""
         more += f" of {gib:g} GiB" if gib else ""
         more += f" {self.buffers} buffers" if self.buffers > 2 else ""
+        more += f", each row over {processes}" if self.shares_rows else ""
         return (
             f"{self.strategy} x {processes}, {self.quantize} r{self.r} all recompute {self.recompute}, "
             f"{self.parts} micro-batches a step{more}"
         )
 
 
+LONG = Case("llama-3-8b", "ddp", 1, 1, recompute="full", length=2**16, shares_rows=True, timed=2, warm_up=1)
 GROUPS: dict[str, tuple[Case, ...]] = {
     "speed": (
         Case("llama-2-7b", "ddp"),
@@ -89,9 +95,18 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         Case("llama-2-70b", "sharded", rows=1, optimizer="adamw8bit", recompute="offload", least=2, seconds=200),
         Case("llama-2-70b", "sharded", rows=1, r=8, optimizer="adamw8bit", recompute="offload", least=2, seconds=200),
     ),
+    "rows": (
+        replace(LONG, length=2**15, timed=3),
+        LONG,
+        replace(LONG, strategy="sharded", least=2, seconds=220),
+    ),
     "mixture": (Case("qwen3-30b-a3b-6-blocks", "ddp"), Case("qwen3-30b-a3b-6-blocks", "sharded")),
     "killed": (),
-    "tiny": (Case("tiny", "ddp", length=32), Case("tiny", "sharded", length=32, least=2)),
+    "tiny": (
+        Case("tiny", "ddp", length=32),
+        Case("tiny", "sharded", length=32, least=2),
+        Case("tiny", "ddp", length=32, shares_rows=True),
+    ),
 }  # fmt: skip
 """Groups by name; "fits" has 24 GiB for each process, unless --gib says otherwise."""
 FIRST = ("speed", "equal", "fits")
@@ -111,6 +126,7 @@ def work(case: Case, gib: float | None, die: bool) -> None:
     from lit_qlora.lora.layer import add_lora
     from lit_qlora.quantize import Storage
     from lit_qlora.settings import LoRAConfig, OptimizerConfig, TrainConfig
+    from lit_qlora.sharded import RowParts
     from lit_qlora.train.optim import make_optimizer
 
     let_segments_grow()
@@ -126,12 +142,15 @@ def work(case: Case, gib: float | None, die: bool) -> None:
     own = {"device_id": device} if alone else {}
     distributed.init_process_group(kind, timeout=timedelta(seconds=case.patience), **own)
     config = model_config(case.shape)
+    config = replace(config, block_size=max(config.block_size, case.length))
     storage = Storage(torch.bfloat16 if cuda else torch.float32, case.quantize, case.quantize_head)  # type: ignore[arg-type]
     begin = time.monotonic()
     shared = case.strategy == "sharded"
     on_host = shared and not config.tied_head
     model = random_model(config, storage, device, shared, on_host, case.buffers).requires_grad_(False)
     loaded = time.monotonic() - begin
+    if case.shares_rows and processes > 1:
+        model.rows = RowParts(processes)
     torch.manual_seed(1)
     add_lora(model, LoRAConfig(r=case.r, alpha=2.0 * case.r, targets=("all",), dropout=0.0))
     model.train()
@@ -152,7 +171,7 @@ def work(case: Case, gib: float | None, die: bool) -> None:
         job.until_killed(processes - 1)
     facts = job.measure() | {"loaded": round(loaded, 1)}
     if cuda:
-        facts["planned_gib"] = planned(case, config, storage, processes if shared else 0)
+        facts["planned_gib"] = planned(case, config, storage, processes)
         free, total = torch.cuda.mem_get_info(device)
         outside = total - free - torch.cuda.memory_reserved(device)
         facts["outside_of_torch_gib"] = round(outside / 2**30, 2)  # of CUDA, kernels and NCCL
@@ -162,7 +181,7 @@ def work(case: Case, gib: float | None, die: bool) -> None:
     distributed.destroy_process_group()
 
 
-def planned(case: Case, config: Any, storage: Any, sharded: int) -> float:
+def planned(case: Case, config: Any, storage: Any, processes: int) -> float:
     """GiB that a run would plan for this."""
     from lit_qlora.device import pick_device
     from lit_qlora.run.plan import GIB, MicroBatches, Planner, Room
@@ -174,8 +193,9 @@ def planned(case: Case, config: Any, storage: Any, sharded: int) -> float:
     optimizer = OptimizerConfig(name=case.optimizer)  # type: ignore[arg-type]
     state = measure_state_bytes(optimizer, train, pick_device())
     lora = LoRAConfig(r=case.r, alpha=2.0 * case.r, targets=("all",), dropout=0.0)
-    planner = Planner(config, lora, storage, train, state, sharded=sharded)
-    plan = planner.plan(MicroBatches(case.rows * case.length, case.rows), Room(1e12, 1e12))
+    sharded, parts = processes if case.strategy == "sharded" else 0, processes if case.shares_rows else 1
+    planner = Planner(config, lora, storage, train, state, sharded=sharded, parts=parts)
+    plan = planner.plan(MicroBatches(case.rows * case.length // parts, case.rows), Room(1e12, 1e12))
     more = plan.buffers - LEAST_BUFFERS  # with all this room
     cached = plan.cached * (case.buffers - LEAST_BUFFERS) / more if more else 0
     return round((plan.total - plan.cached + cached) / GIB, 2)
@@ -189,15 +209,16 @@ class Job:
         self.global_rank, self.world_size = rank, processes
         self.learners = [p for group in optimizer.param_groups for p in group["params"]]
         self.sums = True
+        self.shares = 1 if case.shares_rows else processes  # of the rows of a step
 
     def batches(self, step: int) -> Iterator[Any]:
         """The micro-batches of this process: its rows of a global batch, which depends on the step alone."""
         import torch
 
-        case, rows = self.case, self.case.rows * self.case.parts * self.world_size
+        case, rows = self.case, self.case.rows * self.case.parts * self.shares
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, self.model.config.vocab_size, (rows, case.length + 1), generator=generator)
-        yield from tokens[self.global_rank :: self.world_size].split(case.rows)
+        yield from tokens[self.global_rank % self.shares :: self.shares].split(case.rows)
 
     def step(self, number: int) -> Any:
         """Take one; the sum of the losses of all processes, and of their tokens."""
@@ -207,7 +228,7 @@ class Job:
         from lit_qlora.train.parallel import sum_gradients
 
         case = self.case
-        labelled = case.rows * case.parts * self.world_size * case.length
+        labelled = case.rows * case.parts * self.shares * case.length
         total = torch.zeros((), device=self.device)
         for tokens in self.batches(number):
             if self.model.gathers is not None:
@@ -244,9 +265,9 @@ class Job:
         from lit_qlora.device import peak_gib
 
         case = self.case
-        _, first = self.seconds(0, WARM_UP)
-        each, losses = self.seconds(WARM_UP, case.timed)
-        tokens = case.rows * case.parts * case.length * self.world_size
+        _, first = self.seconds(0, case.warm_up)
+        each, losses = self.seconds(case.warm_up, case.timed)
+        tokens = case.rows * case.parts * case.length * self.shares
         facts = {
             "tokens_per_second": round(tokens / each),
             "step": round(each, 4),
@@ -257,6 +278,8 @@ class Job:
             self.sums = False
             facts["step_without_sums"] = round(self.seconds(0, case.timed)[0], 4)
             self.sums = True
+        if self.model.rows is not None:
+            facts |= self.exchanges()
         base = self.model.gathers
         if base is None:
             return facts
@@ -275,6 +298,16 @@ class Job:
         self.seconds(0, 1)
         facts["step_without_gathers"] = round(self.seconds(0, case.timed)[0], 4)
         return facts
+
+    def exchanges(self) -> dict[str, Any]:
+        """Bytes that a process sends a micro-batch to share rows, and the time of a step without sending."""
+        rows, sent = self.model.rows, self.model.rows.sent
+        self.step(0)
+        exchange, rows.exchange = rows.exchange, lambda x: x.contiguous()  # as large, and nonsense
+        each = self.seconds(0, self.case.timed)[0]
+        rows.exchange = exchange
+        sent = (rows.sent - sent) // self.case.parts
+        return {"exchanged_per_micro_batch": sent, "step_without_exchanges": round(each, 4)}
 
     def until_killed(self, victim: int) -> None:
         """Take steps; the process `victim` kills itself in the middle of one."""

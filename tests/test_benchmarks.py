@@ -368,7 +368,9 @@ def test_requests_are_scored_alike_and_what_that_took_is_said(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_several_processes_are_timed_with_copies_of_a_base_and_with_shares(tmp_path: Path) -> None:
+def test_several_processes_are_timed_with_copies_and_shares_of_a_base_and_parts_of_rows(
+    tmp_path: Path,
+) -> None:
     flags = f"--cases tiny --processes 1 2 --results {tmp_path / 'rows.csv'}"
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/several.py"), *shlex.split(flags)],
@@ -379,6 +381,8 @@ def test_several_processes_are_timed_with_copies_of_a_base_and_with_shares(tmp_p
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout
     rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
-    assert [row["flags"].split(",")[0] for row in rows] == ["ddp x 1", "ddp x 2", "sharded x 2"]
+    kinds = ["ddp x 1", "ddp x 2", "sharded x 2", "ddp x 1", "ddp x 2"]
+    assert [row["flags"].split(",")[0] for row in rows] == kinds
     losses = re.findall(r"losses (\[.*?\])", done.stdout)
     assert losses[1] == losses[2]
+    assert json.loads(losses[3]) == pytest.approx(json.loads(losses[4]), abs=1e-5)

@@ -47,8 +47,9 @@ def current_commit() -> str:
 
 def look_at_card() -> dict[str, str]:
     """Name, clock in MHz, power in W and temperature of the first GPU, as nvidia-smi reads them; nothing without it."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     names = ("name", "clocks.sm", "power.draw", "temperature.gpu")
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "-i", first, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
         values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
         return dict(zip(names, values, strict=True))

@@ -35,6 +35,7 @@ def test_one_process_that_gathers_from_itself_learns_the_same(tmp_path: Path, sc
     assert ending(tmp_path / "shared") == ending(tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_gpu_reads_an_embedding_of_the_host_without_waiting(dtype: torch.dtype) -> None:
     weight, tokens = torch.randn(300, 64, device="cuda", dtype=dtype), torch.randint(0, 300, (2, 5), device="cuda")

@@ -443,7 +443,7 @@ def torchrun(processes: int, command: list[str]) -> subprocess.Popen[str]:
 def wait_for(out: Path, agent: subprocess.Popen[str]) -> Path | None:
     """The first checkpoint of a run."""
     for _ in range(2400):
-        if found := sorted(out.glob("step-*")):
+        if found := sorted(out.glob("step-??????")):
             return found[0]
         if agent.poll() is not None:
             return None

@@ -11,7 +11,7 @@ from lit_qlora import cli
 from lit_qlora.inference import adapter_folder, base_of
 from lit_qlora.settings import check
 
-NOT_KEPT = ("format", "files", "lora", "init", "loftq_steps")
+NOT_KEPT = ("format", "files", "state", "lora", "init", "loftq_steps")
 """Entries of the larger adapter's manifest that are not true of the smaller adapter."""
 
 

@@ -16,7 +16,7 @@ from lit_qlora.settings.limits import Count, NotNegative
 if TYPE_CHECKING:
     from lit_qlora.evaluate.weigh import Strength
 
-NOT_KEPT = ("format", "files", "lora", "init", "loftq_steps")
+NOT_KEPT = ("format", "files", "state", "lora", "init", "loftq_steps")
 """Entries of the adapter's manifest that are not true of the new one."""
 
 

@@ -39,6 +39,8 @@ from lit_qlora.settings import LoRAConfig, Quantization
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_WEIGHTS_2023 = "adapter_model.bin"
+STATE = "state"
+"""Key of the manifest for the hash of the state that a run saved beside the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,7 @@ def _recorded_settings(manifest: Mapping[str, Any], path: Path) -> LoRAConfig:
     Raises:
         CheckpointError: if a fact is missing or has another type.
     """
-    kinds = {"precision": str, "init": str, "loftq_steps": int, "new_tokens": dict}
+    kinds = {"precision": str, "init": str, "loftq_steps": int, "new_tokens": dict, STATE: str}
     base = manifest.get("base")
     known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "sha256"))
     if not known or not all(isinstance(manifest.get(key, kind()), kind) for key, kind in kinds.items()):

@@ -10,7 +10,7 @@ from typing import Any
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.manifest import MANIFEST, read_manifest
-from lit_qlora.lora.adapter import PEFT_CONFIG, read_adapter
+from lit_qlora.lora.adapter import PEFT_CONFIG, STATE, read_adapter
 from lit_qlora.lora.card import CARD
 from lit_qlora.model.config import FILE_NAME as OURS
 from lit_qlora.model.config import missing_checkpoint
@@ -33,6 +33,7 @@ def stage_adapter(folder: Path, staged: Path) -> None:
     if manifest := read_manifest(folder):
         kept = {name: known for name, known in manifest["files"].items() if (staged / name).is_file()}
         content = without_paths({**manifest, "files": kept})
+        content.pop(STATE, None)
         (staged / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 

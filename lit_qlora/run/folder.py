@@ -15,6 +15,7 @@ from lit_qlora.errors import ResourceError, UsageError, UserError
 from lit_qlora.evaluate.sample_losses import SampleLosses
 from lit_qlora.files.atomic import is_left_over, not_a_link, write_text
 from lit_qlora.report import RunLog, tell
+from lit_qlora.run import states
 from lit_qlora.run.plan import Plan
 from lit_qlora.run.resume import LOG, SAMPLES, SUMMARY, Checkpoint, before, read_log, write_log
 from lit_qlora.run.trackers import Trackers
@@ -112,15 +113,20 @@ def check_disk(out_dir: Path, keep_last: int, trainable: int) -> None:
 
 
 def _clean(out_dir: Path) -> None:
-    """Remove temporary files of killed programs."""
+    """Remove temporary files of killed programs, and states whose adapters they did not save."""
     for left in out_dir.glob("*.tmp-*"):
         if is_left_over(left):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    states.remove_alone(out_dir)
 
 
 def _set_aside(folder: Path) -> None:
-    aside = next(p for n in range(1, 10_000) if not (p := folder.with_name(f"aside-{folder.name}.{n}")).exists())
+    """Rename a checkpoint, and its state; a kill in between leaves a state that is found by its hash."""
+    names = (folder.with_name(f"aside-{folder.name}.{number}") for number in range(1, 10_000))
+    aside = next(path for path in names if not path.exists() and not states.beside(path).exists())
     folder.rename(aside)
+    if states.beside(folder).is_dir():
+        states.beside(folder).rename(states.beside(aside))
 
 
 def _lock(out_dir: Path) -> Any:

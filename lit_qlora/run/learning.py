@@ -171,7 +171,7 @@ def learn(
     learner = make_learner(fabric, model, config.optimizer, config.train, scaled, objective)
     start, last = 0, None
     if checkpoint:
-        restore(fabric, model, learner.optimizer, checkpoint.path)
+        restore(fabric, model, learner.optimizer, checkpoint.state)
         repage(learner.optimizer)
         start = checkpoint.step
         if checkpoint.path.parent.samefile(config.out_dir):

@@ -55,7 +55,7 @@ def modules_of(model: GPT, optimizer: OptimizerConfig, folder: Path) -> list[Mod
     """Measure each adapted layer of a model that was trained; none if there are more than MOST.
 
     Args:
-        folder: the final run checkpoint, which has the optimizer's state.
+        folder: with the optimizer's state at the end of the run.
     """
     learners = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     moments = second_moments(in_groups(learners, optimizer), folder)

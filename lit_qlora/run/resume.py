@@ -15,14 +15,14 @@ from lit_qlora.checkpoint.checkpoint import content_hash
 from lit_qlora.checkpoint.identity import PARTS, differing_parts
 from lit_qlora.errors import CheckpointError, DataError, UsageError
 from lit_qlora.files.atomic import write_text
-from lit_qlora.files.manifest import read_manifest
+from lit_qlora.files.manifest import MANIFEST
 from lit_qlora.report import Record, read_records, tell
+from lit_qlora.run import states
+from lit_qlora.run.states import FINAL
 from lit_qlora.settings import FinetuneConfig, PreferenceRunConfig
-from lit_qlora.train.training_state import COUNTERS, read_counters
 
 LOG = "log.jsonl"
 SEED = "LIT_QLORA_SEED"
-FINAL = "final"
 SUMMARY = "summary.json"
 SAMPLES = "samples.jsonl"
 HARMLESS = (
@@ -45,6 +45,9 @@ class Checkpoint:
     """A whole checkpoint of a run."""
 
     path: Path
+    """Of the adapter."""
+    state: Path
+    """Folder of the state, which is the adapter's in runs of earlier versions."""
     counters: Mapping[str, Any]
 
     @property
@@ -72,7 +75,7 @@ def find(
     if config.resume == "never":
         return None
     automatic = config.resume == "auto"
-    folder = config.out_dir if automatic else Path(config.resume).resolve()  # OUT/best is a link
+    folder = _named(config)
     if automatic and not (folder / LOG).exists():
         return None
     over = (_run_of(folder) / SUMMARY).exists()
@@ -108,7 +111,7 @@ def settle_seed(config: FinetuneConfig) -> int:
         raise UsageError("seed -1 is drawn by one program, and here several are started. Give --seed a number.")
     assert config.out_dir is not None
     automatic = config.resume == "auto"
-    folder = config.out_dir if automatic else Path(config.resume).resolve()
+    folder = _named(config)
     over = automatic and (folder / SUMMARY).exists() and not config.extend
     checkpoint = None if config.resume == "never" or over or not folder.exists() else newest(folder)
     if checkpoint:
@@ -116,6 +119,14 @@ def settle_seed(config: FinetuneConfig) -> int:
     if config.devices == 1:
         return secrets.randbits(32)
     return int(os.environ.setdefault(SEED, str(secrets.randbits(32))))  # Fabric's other processes inherit it
+
+
+def _named(config: FinetuneConfig) -> Path:
+    """Return the run or the checkpoint that `config` resumes; the state of a checkpoint stands for it."""
+    assert config.out_dir is not None
+    if config.resume == "auto":
+        return config.out_dir
+    return states.adapter_of(Path(config.resume).resolve())  # OUT/best is a link
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -130,9 +141,8 @@ def newest(folder: Path) -> Checkpoint | None:
     damages = []
     for path in found:
         try:
-            if read_manifest(path) is None:
-                raise CheckpointError(f"{path} is incomplete: it has no manifest.json.")
-            return Checkpoint(path, _complete(read_counters(path), path))
+            state, counters = states.read(path)
+            return Checkpoint(path, state, _complete(counters, path))
         except CheckpointError as error:
             damages.append(str(error))
             if len(damages) < len(found):
@@ -160,7 +170,7 @@ def _complete(counters: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _run_of(folder: Path) -> Path:
     """Return the run of a checkpoint; a folder with a log is a run itself, whatever its name."""
-    is_checkpoint = folder.name == FINAL or folder.name.startswith("step-") or (folder / COUNTERS).exists()
+    is_checkpoint = folder.name == FINAL or folder.name.startswith("step-") or (folder / MANIFEST).exists()
     return folder.parent if is_checkpoint and not (folder / LOG).exists() else folder
 
 
@@ -171,7 +181,7 @@ def checkpoints(out_dir: Path) -> list[Path]:
     if not final.is_dir():
         return [path for _, path in steps]
     try:
-        end = int(read_counters(final)["step"])
+        end = states.step_of(final)
     except (CheckpointError, ValueError, KeyError):
         end = steps[0][0] if steps else 0  # damaged; reading it says so
     newer = [path for step, path in steps if step > end]

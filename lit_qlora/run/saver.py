@@ -15,15 +15,17 @@ from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.checkpoint.score import facts_of
 from lit_qlora.data import RunData
 from lit_qlora.files.atomic import publish, remove_directory, temporary_directory, write_link
-from lit_qlora.lora.adapter import save_adapter
+from lit_qlora.lora.adapter import STATE, save_adapter
 from lit_qlora.prompts import tokenizer
 from lit_qlora.prompts.added_tokens import read_new_tokens
 from lit_qlora.prompts.style import Style
 from lit_qlora.report import RunLog
-from lit_qlora.run.resume import FINAL, numbered, plain
+from lit_qlora.run import states
+from lit_qlora.run.resume import numbered, plain
+from lit_qlora.run.states import FINAL
 from lit_qlora.settings import FinetuneConfig, LoRAConfig, TrainConfig
 from lit_qlora.train.loop import Learner
-from lit_qlora.train.training_state import read_counters, state_files
+from lit_qlora.train.training_state import state_files
 
 BEST = "best"
 
@@ -62,11 +64,12 @@ class Contents:
         return cls(config.lora, data.style, facts, {**facts, "config": plain(config), "total": total}, files)
 
     def write(self, folder: Path, learner: Learner, step: int, seconds: float) -> None:
-        """Write the checkpoint after `step` steps, which took so many seconds."""
+        """Write the checkpoint after `step` steps, which took so many seconds: the state, then the adapter."""
         counters = {**self.counters, "step": step, "seconds": seconds}
-        also = state_files(learner.fabric, learner.module, learner.optimizer, counters)
-        also |= {file.name: partial(shutil.copyfile, file) for file in self.tokenizer}
-        save_adapter(folder, learner.module, self.lora, self.style, {**self.facts, "step": step}, also)
+        state = states.save(folder, state_files(learner.fabric, learner.module, learner.optimizer, counters))
+        facts = {**self.facts, "step": step, STATE: state}
+        also = {file.name: partial(shutil.copyfile, file) for file in self.tokenizer}
+        save_adapter(folder, learner.module, self.lora, self.style, facts, also)
 
 
 class Saver:
@@ -139,15 +142,15 @@ class Saver:
         return None
 
     def _keep_earlier_final(self) -> None:
-        """Copy OUT/final to a checkpoint of its step, before an extended run replaces it.
+        """Copy OUT/final to an adapter of its step, to which its state moves when an extended run replaces it.
 
         It may be the best checkpoint, and it is the only one until the new one is there.
         """
         final = self.out_dir / FINAL
         if not final.exists():
             return
-        folder = self.out_dir / step_name(read_counters(final)["step"])
-        if not folder.exists():
+        folder = self.out_dir / step_name(states.step_of(final))
+        if not folder.exists() or states.find(folder) is None:
             with temporary_directory(folder) as temporary:
                 for file in final.iterdir():
                     shutil.copyfile(file, temporary / file.name)
@@ -160,6 +163,7 @@ class Saver:
         for _, old in numbered(self.out_dir)[: -self.config.keep_last]:
             if old.name != best:
                 remove_directory(old)
+        states.remove_alone(self.out_dir)
 
 
 def step_name(step: int) -> str:

@@ -24,12 +24,13 @@ from lit_qlora.lora.elsewhere import read_caveats
 from lit_qlora.lora.layer import count_trainable
 from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, before_and_after, duration, metrics, short, smaller_is_better, tell
-from lit_qlora.run import modules
+from lit_qlora.run import modules, states
 from lit_qlora.run.figures import plot_losses
 from lit_qlora.run.lessons import reviewed, section
 from lit_qlora.run.reports import Answer, Frame, Outcome, one_line, unframed, write_page, write_report
-from lit_qlora.run.resume import FINAL, SAMPLES, SUMMARY, read_log
+from lit_qlora.run.resume import SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
+from lit_qlora.run.states import FINAL
 from lit_qlora.settings import FinetuneConfig, LoRAConfig, PreferenceRunConfig
 
 SHOWN = 3  # best and worst answers
@@ -168,6 +169,7 @@ def _outcome(
 ) -> Outcome:
     """Collect what the reports show."""
     assert config.out_dir is not None
+    final = config.out_dir / FINAL
     last = records[-1]["step"] if records else 0
     said = [record for record in read_log(config.out_dir / SAMPLES, last) if "answer" in record]
     best, worst = best_and_worst_answers(said, data, scores)
@@ -179,13 +181,13 @@ def _outcome(
         limit=data.audit.max_length,
         data=[data.audit.describe(), *data.audit.sources, *data.audit.warnings, *data.audit.notes()],
         config=cli.to_yaml(config),
-        hashes=hashes(config.checkpoint_dir, data.files, config.out_dir / FINAL),
+        hashes=hashes(config.checkpoint_dir, data.files, final),
         following=following,
         best=best,
         worst=worst,
         frames=frames(data) if best or worst else (),
         modules=modules.section(
-            modules.modules_of(model, config.optimizer, config.out_dir / FINAL) if _has_own_base(config) else []
+            modules.modules_of(model, config.optimizer, states.find(final) or final) if _has_own_base(config) else []
         ),
         lessons=section(reviewed(config, data)) if config.eval.train_samples else "",
         said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],

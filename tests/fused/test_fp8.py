@@ -271,7 +271,7 @@ def test_a_gpu_without_fp8_is_refused(
 def test_a_run_does_not_go_on_in_another_precision(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = FinetuneConfig(checkpoint_dir=tiny_checkpoint)
     counters = {"base": {"sha256": content_hash(tiny_checkpoint)}, "config": plain(config), "data": {}}
-    checkpoint = Checkpoint(tmp_path / "step-1", counters)
+    checkpoint = Checkpoint(tmp_path / "step-1", tmp_path / "step-1.state", counters)
     check_same_run(config, {}, "", checkpoint)
     with pytest.raises(UsageError, match=r"train\.fp8  False -> True"):
         check_same_run(replace(config, train=TrainConfig(fp8=True)), {}, "", checkpoint)

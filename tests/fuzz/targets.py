@@ -24,8 +24,9 @@ from lit_qlora.data.load import load
 from lit_qlora.data.prompt_files import read_prompts
 from lit_qlora.data.scoring import read_scored
 from lit_qlora.errors import UserError
+from lit_qlora.files.hashing import hash_file
 from lit_qlora.files.manifest import MANIFEST
-from lit_qlora.lora.adapter import attach_adapter, check_base, read_adapter, save_adapter
+from lit_qlora.lora.adapter import STATE, attach_adapter, check_base, read_adapter, save_adapter
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.merge import Merge, merge_checkpoint
 from lit_qlora.lora.score import fill_score
@@ -37,7 +38,7 @@ from lit_qlora.prompts.style import STYLES, read_style
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.quantize import Storage
 from lit_qlora.report import RunLog, metrics
-from lit_qlora.run import resume
+from lit_qlora.run import resume, states
 from lit_qlora.run.figures import losses_figure, rewards_figure
 from lit_qlora.run.preferences import falling
 from lit_qlora.run.summary import summarize, table
@@ -169,8 +170,7 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         log.write(json.dumps({"step": 2, "val_loss": 1.5, "val_ppl": 4.5}) + "\n")
     foreign = root / "foreign"
     shutil.copytree(adapter, foreign)
-    for name in (MANIFEST, "state.json", "train_state.safetensors"):
-        (foreign / name).unlink()
+    (foreign / MANIFEST).unlink()
     pickled = root / "pickled"
     shutil.copytree(theirs, pickled)
     weights = next(pickled.glob("*.safetensors"))
@@ -199,6 +199,11 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         Storage.of_training(found.manifest or {})
         attach_adapter(load_model(base), found, base)
 
+    def use_manifest(folder: Path) -> None:
+        use_adapter(folder)
+        states.find(folder)
+        states.step_of(folder)
+
     def use_head(folder: Path) -> None:
         if found := score.read(folder):
             fill_score(plain_model, found[0], str(folder))
@@ -209,12 +214,11 @@ def make_targets(root: Path) -> Mapping[str, Target]:
 
     def use_state(folder: Path) -> None:
         config = FinetuneConfig(checkpoint_dir=base, out_dir=folder)
-        without_digest(folder / "final", "state.json")
-        without_digest(folder / "final", "train_state.safetensors")
+        without_digests(folder / "final")
         if found := resume.newest(folder):
             resume.check_same_run(config, {"a": "b"}, "x", found)
             model, optimizer = learner(base)
-            restore(Fabric(accelerator="cpu", devices=1), model, optimizer, found.path)
+            restore(Fabric(accelerator="cpu", devices=1), model, optimizer, found.state)
 
     def use_log(folder: Path) -> None:
         log = RunLog(folder / "log.jsonl", 4, io.StringIO())
@@ -277,12 +281,12 @@ def make_targets(root: Path) -> Mapping[str, Target]:
         "head": Target(headed, score.FACTS, use_head, as_json),
         "head_weights": Target(headed, score.WEIGHTS, use_head, tensors),
         "weights": Target(base, "lit_model.safetensors", lambda f: load_model(f), tensors),
-        "manifest": Target(adapter, MANIFEST, use_adapter, as_json),
+        "manifest": Target(adapter, MANIFEST, use_manifest, as_json),
         "adapter_config": Target(foreign, "adapter_config.json", use_adapter, as_json),
         "prompt_style": Target(foreign, "prompt_style.json", use_adapter, as_json),
         "adapter_weights": Target(foreign, "adapter_model.safetensors", use_adapter, tensors),
-        "state": Target(root / "run", "final/state.json", use_state, as_json),
-        "state_tensors": Target(root / "run", "final/train_state.safetensors", use_state, tensors),
+        "state": Target(root / "run", "final.state/state.json", use_state, as_json),
+        "state_tensors": Target(root / "run", "final.state/train_state.safetensors", use_state, tensors),
         "log": Target(root / "run", "log.jsonl", use_log, as_lines),
         "merged": Target(foreign, "adapter_model.safetensors", merge, tensors),
         "exported_template": Target(exportable, "tokenizer_config.json", use_exports, as_json),
@@ -417,16 +421,17 @@ def write_adapter(run: Path, base: Path) -> Path:
     }
     storage = {"quantize": "none", "quantize_head": False, "quantize_layers": {"mlp.down": "none", "(key|up)": "none"}}
     facts = {"base": base_facts(base), **storage, "precision": "32-true"}
-    state = state_files(Fabric(accelerator="cpu", devices=1), model, optimizer, counters)
-    save_adapter(run / "final", model, LoRAConfig(r=4), STYLES["qa"], facts, state)
+    state = states.save(run / "final", state_files(Fabric(accelerator="cpu", devices=1), model, optimizer, counters))
+    save_adapter(run / "final", model, LoRAConfig(r=4), STYLES["qa"], {**facts, "step": 3, STATE: state})
     return run / "final"
 
 
-def without_digest(folder: Path, name: str) -> None:
-    """Let the manifest not know a file, as whoever forges one would."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest["files"].pop(name, None):
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+def without_digests(adapter: Path) -> None:
+    """Let the manifest of a state not know its files, and its adapter that manifest, as whoever forges one would."""
+    path = states.beside(adapter) / MANIFEST
+    path.write_text('{"files": {}}')
+    facts = json.loads((adapter / MANIFEST).read_text())
+    (adapter / MANIFEST).write_text(json.dumps({**facts, STATE: hash_file(path)}))
 
 
 LABELS = [{"text": f"{i} plus 2", "label": label, "id": i} for i, label in enumerate(("low", "high", 3, True))]

@@ -132,7 +132,7 @@ def test_a_run_of_the_other_command_is_no_run_to_resume(tiny_checkpoint: Path, p
     config = PreferenceRunConfig(checkpoint_dir=tiny_checkpoint, out_dir=tmp_path)
     of_lora = {"base": base_facts(tiny_checkpoint), "config": plain(FinetuneConfig(checkpoint_dir=tiny_checkpoint))}
     with pytest.raises(UsageError, match="the other command"):
-        check_same_run(config, {}, "", Checkpoint(tmp_path / "step-000001", of_lora))
+        check_same_run(config, {}, "", Checkpoint(tmp_path / "step-000001", tmp_path / "step-000001.state", of_lora))
     assert str(default_out_dir(config)).startswith("out/preference/")
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from lit_qlora.evaluate.measures import Losses
+from lit_qlora.files.hashing import hash_file
 from lit_qlora.files.manifest import read_manifest
 from lit_qlora.run import folder, learning, saver
 from lit_qlora.run.resume import checkpoints, newest, read_log, write_log
+from lit_qlora.run.states import beside
 from lit_qlora.settings import OPTIMIZERS, SCHEMES
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.run.forked import STEPS, Start, at_save, ending, signals
@@ -30,6 +32,19 @@ def stopped(start: Start, out: Path, *flags: str, step: int = 5, save: int = 1) 
     """A run of other settings that was killed when it had saved its checkpoint of `step`."""
     child = start(out, *flags, f"--train.save_every={save}", before=at_save(step, signals(signal.SIGKILL)))
     assert child.wait() == -signal.SIGKILL
+
+
+def as_earlier_versions(out: Path) -> None:
+    """Put the state of each checkpoint of a run into the folder of its adapter."""
+    for state in out.glob("*.state"):
+        adapter = state.with_suffix("")
+        facts, own = (json.loads((folder / "manifest.json").read_text()) for folder in (adapter, state))
+        (state / "manifest.json").unlink()
+        shutil.copytree(state, adapter, dirs_exist_ok=True)
+        shutil.rmtree(state)
+        del facts["state"]
+        facts["files"] |= own["files"]
+        (adapter / "manifest.json").write_text(json.dumps(facts))
 
 
 # kill -9
@@ -104,8 +119,7 @@ def test_f02_f03_kill_9_at_each_touch_of_a_file_costs_nothing(
     while True:
         shutil.rmtree(out, ignore_errors=True)
         killed = start(out, before=killer(event)).wait() == -signal.SIGKILL
-        kept = [path for path in out.glob("step-*") if path.name[5:].isdecimal() and read_manifest(path)]
-        assert kept or (out / "final").exists()
+        assert newest(out)
         if not killed:
             break
         assert start(out).wait() == 0, (event, start(out).said.read_text())
@@ -238,10 +252,10 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(
     assert start(tmp_path / "new", f"--resume={tmp_path / 'out/step-000003'}").wait() == 0
     assert ending(tmp_path / "new") == whole
     before = sorted(path.name for path in (tmp_path / "out").glob("step-*"))
-    assert before[-1] == "step-000005"
+    assert before[-2:] == ["step-000005", "step-000005.state"]
     assert start(tmp_path / "out", f"--resume={tmp_path / 'out/step-000003'}", "--train.keep_last=9").wait() == 0
     assert ending(tmp_path / "out") == whole
-    assert (tmp_path / "out/aside-step-000005.1").is_dir()
+    assert newest(tmp_path / "out/aside-step-000005.1").state.name == "aside-step-000005.1.state"
 
 
 def test_a_checkpoint_is_found_by_any_name_that_it_has(
@@ -250,10 +264,10 @@ def test_a_checkpoint_is_found_by_any_name_that_it_has(
     out = tmp_path / "out"
     assert start(out, "--train.keep_last=5", before=scripted(9, 8, 8.5)).wait() == 0
     assert (out / "best").readlink() == Path("step-000003")
-    (out / "step-000004").rename(out / "mine")
+    (out / "step-000004").rename(out / "mine")  # without its state
     assert newest(out / "mine").step == 4
     monkeypatch.chdir(out / "step-000005")
-    for number, place in enumerate([f"{out}/best", f"{out}/mine/", "."]):
+    for number, place in enumerate([f"{out}/best", f"{out}/mine/", ".", f"{out}/step-000003.state"]):
         assert start(tmp_path / f"new{number}", f"--resume={place}").wait() == 0
         assert ending(tmp_path / f"new{number}")[1] == whole[1]
 
@@ -307,14 +321,15 @@ def test_a_run_can_be_lengthened_also_when_it_is_over(start: Start, tmp_path: Pa
     assert newest(out).step == 14
 
 
+@pytest.mark.parametrize(("replaced", "step"), [("final", 11), ("final.state", STEPS)])
 def test_a_lengthened_run_that_is_killed_while_it_replaces_its_only_checkpoint_loses_nothing(
-    start: Start, tmp_path: Path
+    start: Start, tmp_path: Path, replaced: str, step: int
 ) -> None:
     def killer() -> None:
         remove = shutil.rmtree
 
         def hooked(path: Path, **how: bool) -> None:
-            if path.name.startswith("final.tmp-"):  # the old one, whose name the new one has
+            if path.name.startswith(f"{replaced}.tmp-"):  # the old one, whose name the new one has
                 os.kill(os.getpid(), signal.SIGKILL)
             remove(path, **how)
 
@@ -323,9 +338,24 @@ def test_a_lengthened_run_that_is_killed_while_it_replaces_its_only_checkpoint_l
     out, flags = tmp_path / "out", ["--train.save_every=0", "--eval.best=none"]
     assert start(out, *flags).wait() == 0
     assert start(out, *flags, "--extend", "--train.max_steps=11", before=killer).wait() == -signal.SIGKILL
-    assert newest(out).step == 11
+    assert newest(out).step == step
     assert start(out, *flags, "--extend", "--train.max_steps=11").wait() == 0
     assert newest(out).step == 11
+
+
+def test_a_run_of_an_earlier_version_goes_on_to_the_same_end_and_can_be_lengthened(
+    start: Start, tmp_path: Path, killed: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    out = tmp_path / "out"
+    leave(killed, out)
+    as_earlier_versions(out)
+    assert (newest(out).step, newest(out).state) == (5, out / "step-000005")
+    assert start(out).wait() == 0
+    assert ending(out) == whole
+    as_earlier_versions(out)
+    assert start(out, "--extend", "--train.max_steps=9", "--train.keep_last=9").wait() == 0
+    assert [newest(out / name).state.name for name in ("final", f"step-{STEPS:06d}")] == ["final.state", "step-000008"]
+    assert (newest(out).step, newest(out / "step-000008").step) == (9, STEPS)
 
 
 def test_a_disk_that_is_full_when_a_lengthened_run_ends_costs_no_checkpoint(start: Start, tmp_path: Path) -> None:
@@ -471,7 +501,7 @@ def test_f40_other_versions_are_named_and_the_run_goes_on(start: Start, tmp_path
 
 
 def flip_a_bit(folder: Path) -> str:
-    path = folder / "train_state.safetensors"
+    path = beside(folder) / "train_state.safetensors"
     content = bytearray(path.read_bytes())
     content[-9] ^= 4
     path.write_bytes(content)
@@ -485,8 +515,19 @@ def truncate(folder: Path) -> str:
 
 
 def remove(folder: Path) -> str:
-    (folder / "state.json").unlink()
+    (beside(folder) / "state.json").unlink()
     return "state.json is absent"
+
+
+def no_state(folder: Path) -> str:
+    shutil.rmtree(beside(folder))
+    return "an adapter alone: the state to resume from, step-000005.state, is not beside it"
+
+
+def state_of_another(folder: Path) -> str:
+    no_state(folder)
+    shutil.copytree(beside(folder.with_name("step-000004")), beside(folder))
+    return "an adapter alone: the state to resume from, step-000005.state, is another's"
 
 
 def empty_manifest(folder: Path) -> str:
@@ -505,16 +546,26 @@ def wrong_manifest(folder: Path) -> str:
 
 
 def wrong_state(folder: Path) -> str:
-    """With its manifest mended, as no accident would do."""
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"step": "five"}))
+    """With the manifests mended, as no accident would do."""
+    state = json.loads((beside(folder) / "state.json").read_text())
+    (beside(folder) / "state.json").write_text(json.dumps(state | {"step": "five"}))
+    (beside(folder) / "manifest.json").write_text('{"files": {}}')
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["files"]["state.json"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"state": hash_file(beside(folder) / "manifest.json")}))
     return "state.json is damaged: step is 'five'"
 
 
-DAMAGES = [flip_a_bit, truncate, remove, empty_manifest, no_manifest, wrong_manifest, wrong_state]
+DAMAGES = [
+    flip_a_bit,
+    truncate,
+    remove,
+    no_state,
+    state_of_another,
+    empty_manifest,
+    no_manifest,
+    wrong_manifest,
+    wrong_state,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -86,7 +86,7 @@ def test_the_trial_that_goes_on_ends_as_if_there_were_no_other_and_no_pause(
     assert [(row["status"], row["runs"][0]["step"]) for row in rows] == [("done", 4), ("paused", 2)]
     (best,) = (trial for trial in trials if is_over(trial))
     assert ending(best.folder) == separately(best)
-    pause = {"step-000002"}
+    pause = {"step-000002", "step-000002.state"}
     assert names_in(best.folder) - pause == names_in(best.folder.with_name(f"{best.name}-alone")) - pause
     assert loads == [1, 1, 1]
     sweep(config)  # nothing is left to do

@@ -66,10 +66,11 @@ class Contents:
     def write(self, folder: Path, learner: Learner, step: int, seconds: float) -> None:
         """Write the checkpoint after `step` steps, which took so many seconds: the state, then the adapter."""
         counters = {**self.counters, "step": step, "seconds": seconds}
-        state = states.save(folder, state_files(learner.fabric, learner.module, learner.optimizer, counters))
-        facts = {**self.facts, "step": step, STATE: state}
         also = {file.name: partial(shutil.copyfile, file) for file in self.tokenizer}
-        save_adapter(folder, learner.module, self.lora, self.style, facts, also)
+        files = state_files(learner.fabric, learner.module, learner.optimizer, counters)
+        with states.saved(folder, files) as state:
+            facts = {**self.facts, "step": step, STATE: state}
+            save_adapter(folder, learner.module, self.lora, self.style, facts, also)
 
 
 class Saver:

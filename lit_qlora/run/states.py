@@ -6,7 +6,8 @@ between leaves a state that no adapter names, and never an adapter without its s
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def adapter_of(folder: Path) -> Path:
     return folder.with_suffix("") if is_state else folder
 
 
-def save(adapter: Path, files: Writers) -> str:
-    """Save the state of an adapter that is saved next, atomically, and return the hash for its manifest.
+@contextmanager
+def saved(adapter: Path, files: Writers) -> Iterator[str]:
+    """Save the state of an adapter atomically, yield the hash for its manifest, and remove it if no adapter is saved.
 
     Raises:
         ResourceError: if it cannot be written.
@@ -45,7 +47,13 @@ def save(adapter: Path, files: Writers) -> str:
         state.unlink()
     _move_to_owner(state)
     save_directory(state, files, {})
-    return hash_file(state / MANIFEST)
+    try:
+        yield hash_file(state / MANIFEST)
+    except BaseException:
+        if find(adapter) != state.resolve():
+            with suppress(OSError):
+                remove_directory(state)
+        raise
 
 
 def find(adapter: Path) -> Path | None:

@@ -81,7 +81,7 @@ class FinetuneConfig(Settings):
     """Use only operations that give the same bits each time, even where these are slower on a GPU."""
     resume: str = "auto"
     """Run checkpoint to resume from. 'auto' takes the newest whole one in out_dir if its run is unfinished; 'never'
-    starts anew. A path names a run folder or a run checkpoint."""
+    starts anew. A path names a run folder or a run checkpoint, beside which its state lies."""
     extend: bool = False
     """Resume with another train.epochs or train.max_steps, even a finished run. The schedule is then computed for the
     new length."""

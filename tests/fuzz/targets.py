@@ -421,8 +421,9 @@ def write_adapter(run: Path, base: Path) -> Path:
     }
     storage = {"quantize": "none", "quantize_head": False, "quantize_layers": {"mlp.down": "none", "(key|up)": "none"}}
     facts = {"base": base_facts(base), **storage, "precision": "32-true"}
-    state = states.save(run / "final", state_files(Fabric(accelerator="cpu", devices=1), model, optimizer, counters))
-    save_adapter(run / "final", model, LoRAConfig(r=4), STYLES["qa"], {**facts, "step": 3, STATE: state})
+    files = state_files(Fabric(accelerator="cpu", devices=1), model, optimizer, counters)
+    with states.saved(run / "final", files) as state:
+        save_adapter(run / "final", model, LoRAConfig(r=4), STYLES["qa"], {**facts, "step": 3, STATE: state})
     return run / "final"
 
 

@@ -35,15 +35,20 @@ def test_a_run_leaves_what_is_promised(finetune: Finetune, out: Path, scheme: st
         "best",
         "config.yaml",
         "final",
+        "final.state",
         "log.jsonl",
         "loss.png",
         "report.html",
         "report.md",
         "step-000001",  # the best until the next validation
+        "step-000001.state",
         "summary.json",
         "validation_losses.json",
     ]
     assert (out / "best").readlink() == Path("final")
+    assert {path.name for path in (out / "final").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json", "prompt_style.json")
+    }
     train, val = log_of(out)
     assert [list(record) for record in train] == [STEP_KEYS] * 2
     assert [list(record) for record in val] == [["step", "val_loss", "val_ppl", "val_accuracy"]] * 3
@@ -111,7 +116,8 @@ def test_save_every_and_keep_last_decide_what_is_kept(
 ) -> None:
     flags = [f"--train.save_every={every}", f"--train.keep_last={keep}", "--eval.best=none"]
     assert finetune("--train.max_steps=5", *flags) == 0
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["final", *left]
+    kept = sorted(f"{name}{suffix}" for name in ["final", *left] for suffix in ("", ".state"))
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == kept
     for name, step in [("final", 5), *((name, int(name[-6:])) for name in left)]:
         manifest = read_adapter(out / name).manifest
         assert manifest is not None
@@ -244,24 +250,30 @@ def test_a_base_with_a_number_that_is_not_finite_is_refused(
 # A disk that fails.
 
 
+@pytest.mark.parametrize("folder", ["step-000002.state", "step-000002"])
 @pytest.mark.parametrize("failing", ["rename", "fsync"])
 def test_a_disk_that_fills_up_during_a_save_costs_only_that_save(
-    finetune: Finetune, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str
+    finetune: Finetune,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failing: str,
+    folder: str,
 ) -> None:
     real = getattr(os, failing)
 
     def fail(what: object, *rest: object, **options: object) -> object:
         place = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
-        if "step-000002" in place:
+        if f"{folder}.tmp-" in place:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(what, *rest, **options)
 
     monkeypatch.setattr(os, failing, fail)
     assert finetune("--train.max_steps=3", "--train.save_every=1") == 6
     message = capsys.readouterr().err
-    assert "step-000002" in message
+    assert f"Cannot write {out}/{folder}" in message
     assert "No space left on device" in message
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["best", "step-000001"]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["best", "step-000001", "step-000001.state"]
     manifest = read_adapter(out / "step-000001").manifest
     assert manifest is not None
     assert manifest["step"] == 1
@@ -346,7 +358,7 @@ def test_a_path_that_is_not_utf_8_ends_as_any_other(
     path = shutil.copy(examples_file, tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
     assert finetune(f"--data.path={path}") == 0
     assert "report.md" in {file.name for file in out.iterdir()}
-    assert os.fsdecode(b"caf\xe9") in read_counters(out / "final")["config"]["data"]["path"][0]
+    assert os.fsdecode(b"caf\xe9") in read_counters(out / "final.state")["config"]["data"]["path"][0]
 
 
 def test_what_goes_wrong_with_a_report_is_a_note(

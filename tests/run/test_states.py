@@ -8,14 +8,14 @@ import pytest
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.hashing import hash_file
 from lit_qlora.files.manifest import read_manifest, save_directory
-from lit_qlora.run.states import adapter_of, beside, find, read, remove_alone, save, step_of
+from lit_qlora.run.states import adapter_of, beside, find, read, remove_alone, saved, step_of
 
 
 def save_pair(adapter: Path, step: int) -> Path:
     """Save a checkpoint after so many steps; returns the adapter."""
     counters = f'{{"format": 1, "step": {step}, "of": "{adapter.name}"}}'
-    digest = save(adapter, {"state.json": lambda path: path.write_text(counters)})
-    save_directory(adapter, {}, {"step": step, "state": digest})
+    with saved(adapter, {"state.json": lambda path: path.write_text(counters)}) as state:
+        save_directory(adapter, {}, {"step": step, "state": state})
     return adapter
 
 
@@ -72,11 +72,22 @@ def test_only_a_state_that_no_adapter_names_is_removed(tmp_path: Path) -> None:
     (tmp_path / "step-000006/manifest.json").write_text('{"state": ["not", "a", "hash"]}')
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/manifest.json").write_text("")
-    save(tmp_path / "mine", {})  # no name of ours
+    with saved(tmp_path / "mine", {}):  # no name of ours
+        pass
     (tmp_path / "step-000001.state").mkdir()  # nothing of ours
     kept = ["aside-step-000005.1", "damaged", "mine.state", "step-000001.state"]
     remove_alone(tmp_path)
     assert names(tmp_path) == [*kept, "step-000005.state", "step-000006", "step-000006.state"]
+
+
+def test_the_state_of_an_adapter_that_cannot_be_saved_is_removed_and_the_one_before_stays(tmp_path: Path) -> None:
+    final = save_pair(tmp_path / "final", 8)
+    copy = shutil.copytree(final, tmp_path / "step-000008")
+    for adapter in (tmp_path / "step-000011", final):
+        with pytest.raises(OSError, match="full"), saved(adapter, {}):
+            raise OSError("full")
+    assert names(tmp_path) == ["final", "step-000008", "step-000008.state"]
+    assert read(final) == read(copy)
 
 
 def test_a_state_in_the_folder_of_its_adapter_is_read_as_earlier_versions_wrote_it(tmp_path: Path) -> None:

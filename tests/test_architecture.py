@@ -52,6 +52,7 @@ HOMES = {
     "wandb": {"run.trackers"},
     "mlflow": {"run.trackers"},
     "trackio": {"run.trackers"},
+    "optuna": {"sweep.study"},
     "safetensors": {"checkpoint.safetensors_io"},
     "huggingface_hub": {"convert.hub"},
     "tqdm": {"checkpoint.shards"},

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lit_qlora.errors import UserError
 from lit_qlora.files.reading import read_yaml_text
@@ -42,6 +42,12 @@ class SweepPart(Settings):
     """Number of random draws. A larger number keeps the earlier ones."""
     draw_seed: Seed = 0
     """Seed of the random draws."""
+    search: Literal["random", "optuna"] = "random"
+    """How the draws are chosen: each by itself, or each by Optuna's TPE sampler from what the draws before came to.
+    Optuna's first ten are random."""
+    draws_at_once: Annotated[int, at_least(1)] = 1
+    """Number of draws that Optuna chooses at once, e.g. that of the GPUs: trials of one choice can run beside each
+    other, and do not learn of each other."""
     data_halvings: CountOrZero = 0
     """Train on all samples, on a half of them, on a half of that and so on, so many times: would more data help? The
     parts are nested. With two halvings or more, sweep.html fits a power law and says what twice the data would give."""
@@ -79,6 +85,17 @@ class SweepPart(Settings):
         check(len(set(self.seeds)) == len(self.seeds), f"sweep.seeds must be different, got {list(self.seeds)}.")
         check(not self.rungs or self.halving is not None, "sweep.rungs has no effect without sweep.halving.")
         check(list(self.rungs) == sorted(set(self.rungs)), f"sweep.rungs must rise, got {list(self.rungs)}.")
+        check(self.search == "random" or bool(self.draws), "sweep.search has no effect without sweep.draws.")
+        check(
+            self.search == "optuna" or self.draws_at_once == 1,
+            "sweep.draws_at_once has no effect without sweep.search optuna.",
+        )
+        beside = [name for name in ("grid", "variants", "halving", "data_halvings") if getattr(self, name)]
+        check(
+            self.search == "random" or not beside,
+            f"sweep.{(beside or [''])[0]} has no part in a search by Optuna, which learns from whole runs of "
+            "sweep.random. Name settings there, with lists of their values, or leave out sweep.search.",
+        )
         places: list[Collection[str]] = [self.grid, self.random, *self.named_variants.values()]
         halved = any("data.max_samples" in place for place in places)
         check(not (self.data_halvings and halved), "sweep.data_halvings chooses data.max_samples. Leave one out.")

@@ -13,17 +13,18 @@ import torch
 
 from lit_qlora.data import read_data
 from lit_qlora.data.prepared import choose_data
-from lit_qlora.errors import ResourceError, UserError
+from lit_qlora.errors import ResourceError, UsageError, UserError
 from lit_qlora.files.atomic import writing
-from lit_qlora.report import tell
+from lit_qlora.report import metrics, tell
 from lit_qlora.run.finetune import MakeAsk, finetune
 from lit_qlora.settings import AnySweep, PreferenceRunConfig, SweepPart, check
 from lit_qlora.sweep.base import SharedBase, free_memory
 from lit_qlora.sweep.more_data import forecast
 from lit_qlora.sweep.pages import write_results
 from lit_qlora.sweep.results import read_results
-from lit_qlora.sweep.state import is_over, metric_of, read_state, value_at, write_state
-from lit_qlora.sweep.trials import Trial, describe, plan_trials, write_names
+from lit_qlora.sweep.state import is_over, metric_of, read_state, records_of, value_at, write_state
+from lit_qlora.sweep.study import choose_draws, read_draws, write_draws
+from lit_qlora.sweep.trials import Changes, Trial, describe, plan_trials, write_names
 from lit_qlora.train.loop import Paused, Stopped
 
 POLL = 0.5
@@ -45,14 +46,13 @@ def sweep(config: AnySweep, make_ask: MakeAsk | None = None) -> Path:
     out_dir = config.out_dir or default_out_dir(config.checkpoint_dir)
     config = with_halves(config)
     if config.dry_run:
-        for trial in plan_trials(config, out_dir):
+        for trial in plan_trials(with_first_draws(config), out_dir):
             tell(f"\n{trial.name}   {describe(trial.changes)}")
             finetune(trial.config, make_ask)
         return out_dir
-    trials, base = prepare(config, out_dir), SharedBase()
     metric = metric_of(config)
-    for share, some in rungs(config.sweep, trials, metric):
-        run_until(share, some, base, make_ask)
+    run_all = search if config.sweep.search == "optuna" else run_rungs
+    trials = run_all(config, out_dir, SharedBase(), make_ask)
     results = read_results(trials, metric)
     write_results(results, out_dir)
     found = forecast(results)
@@ -105,6 +105,98 @@ def prepare(config: AnySweep, out_dir: Path) -> list[Trial]:
         if (state := read_state(trial)).error:
             write_state(trial, replace(state, error="", status=0))
     return trials
+
+
+def run_rungs(config: AnySweep, out_dir: Path, base: SharedBase, make_ask: MakeAsk | None) -> list[Trial]:
+    """Run the trials whose settings stand from the start, as far as halving lets them."""
+    trials = prepare(config, out_dir)
+    for share, some in rungs(config.sweep, trials, metric_of(config)):
+        run_until(share, some, base, make_ask)
+    return trials
+
+
+def search(config: AnySweep, out_dir: Path, base: SharedBase, make_ask: MakeAsk | None) -> list[Trial]:
+    """Run the draws that Optuna chooses, one choice after the other.
+
+    Raises:
+        UsageError: if no trial could have the settings of the first draw, or the runs have no such metric.
+    """
+    told: list[tuple[Changes, float]] = []
+    trials: dict[str, Trial] = {}
+    while len(told) < config.sweep.draws:
+        drawn = draws_from(len(told), config, out_dir, told)
+        tell(f"\nsearch  {len(told) + len(drawn)} of {config.sweep.draws} draws are chosen")
+        own = trials_of(drawn, 1 + len(told), config, out_dir)
+        config = replace(config, sweep=replace(config.sweep, retry_failed=False))
+        run_until(1.0, list(own.values()), base, make_ask)
+        trials = own | trials
+        told += [(changes, value_of(changes, list(trials.values()), metric_of(config))) for changes in drawn]
+    return list(trials.values())
+
+
+def draws_from(number: int, config: AnySweep, out_dir: Path, told: Sequence[tuple[Changes, float]]) -> list[Changes]:
+    """Return the draws that were chosen after the first `number` ones, or else choose and note some."""
+    part = config.sweep
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with locked(out_dir / ".lock", wait=True):
+            draws = read_draws(out_dir, part)
+            if len(draws) <= number:
+                begin = number - number % part.draws_at_once  # fewer draws may have cut the last choice short
+                draws = draws + choose_draws(part, told[:begin], part.draws_at_once)[number - begin :]
+                write_draws(out_dir, part, draws[: part.draws])
+    return draws[number : part.draws]
+
+
+def trials_of(draws: Sequence[Changes], first: int, config: AnySweep, out_dir: Path) -> dict[str, Trial]:
+    """Plan the trials of draws; the variant of each is its number. One that no trial can have is left out, and said.
+
+    Raises:
+        UsageError: if it is the first of all draws.
+    """
+    trials: dict[str, Trial] = {}
+    for number, changes in enumerate(draws, start=first):
+        try:
+            own = prepare(with_draws(config, {str(number): dict(changes)}), out_dir)
+        except UsageError as error:
+            if number == 1:
+                raise
+            tell(f"failed  draw {number}: {error}")
+        else:
+            trials = {trial.name: trial for trial in own} | trials
+    return trials
+
+
+def with_first_draws(config: AnySweep) -> AnySweep:
+    """Turn a search into its first draws, which need no results; any other sweep stays as it is."""
+    part = config.sweep
+    if part.search == "random":
+        return config
+    draws = choose_draws(part, [], part.draws_at_once)[: part.draws]
+    return with_draws(config, {str(number): dict(changes) for number, changes in enumerate(draws, start=1)})
+
+
+def with_draws(config: AnySweep, draws: dict[str, dict[str, Any]]) -> AnySweep:
+    """Turn a search into a sweep over these draws as its variants."""
+    part = replace(config.sweep, random={}, draws=0, search="random", draws_at_once=1, variants=draws)
+    return replace(config, sweep=part)
+
+
+def value_of(changes: Changes, trials: Sequence[Trial], metric: str) -> float:
+    """Read the metric that a draw came to, the smaller the better: the mean over seeds, infinite if one failed.
+
+    Raises:
+        UsageError: if a whole run does not have the metric.
+    """
+    own = [trial for trial in trials if {**trial.changes, **changes} == trial.changes]
+    for trial in own:
+        found = metrics(records_of(trial))
+        check(
+            not is_over(trial) or metric in found,
+            f"The runs have no metric {metric} to search by, only {', '.join(found) or 'none'}. "
+            "Name one in sweep.metric, or let eval.every validate.",
+        )
+    return sum(value_at(trial, 1.0, metric) for trial in own) / len(own) if own else math.inf
 
 
 def rungs(part: SweepPart, trials: Sequence[Trial], metric: str) -> Iterator[tuple[float, list[Trial]]]:

@@ -109,12 +109,7 @@ def draw_one(name: str, space: Any, generator: random.Random) -> Any:
     """
     if isinstance(space, list | tuple) and space:
         return generator.choice(space)
-    kind, low, high = range_of(space)
-    check(
-        kind in ("uniform", "log", "integer") and low < high and (kind != "log" or low > 0),
-        f"sweep.random.{name} must be a list of values, or one of {{uniform: [LOW, HIGH]}}, {{log: [LOW, HIGH]}}, "
-        f"{{integer: [LOW, HIGH]}} with LOW < HIGH, got {space!r}.",
-    )
+    kind, low, high = range_of(name, space)
     if kind == "integer":
         return generator.randint(math.ceil(low), math.floor(high))
     if kind == "log":
@@ -122,13 +117,23 @@ def draw_one(name: str, space: Any, generator: random.Random) -> Any:
     return rounded(generator.uniform(low, high))
 
 
-def range_of(space: Any) -> tuple[str, float, float]:
-    """Return kind and ends of a range such as {log: [1e-5, 1e-3]}; the kind of anything else is ''."""
+def range_of(name: str, space: Any) -> tuple[str, float, float]:
+    """Return kind and ends of a range such as {log: [1e-5, 1e-3]}.
+
+    Raises:
+        UsageError: if `space` is none.
+    """
     if isinstance(space, Mapping) and len(space) == 1:
         ((kind, ends),) = space.items()
         if isinstance(ends, list | tuple) and len(ends) == 2 and all(type(end) in (int, float) for end in ends):
-            return str(kind), float(ends[0]), float(ends[1])
-    return "", 0.0, 0.0
+            low, high = ends
+            known = kind in ("uniform", "log") or (kind == "integer" and math.ceil(low) <= math.floor(high))
+            if known and -math.inf < low < high < math.inf and (kind != "log" or low > 0):
+                return kind, low, high
+    raise UsageError(
+        f"sweep.random.{name} must be a list of values, or one of {{uniform: [LOW, HIGH]}}, {{log: [LOW, HIGH]}}, "
+        f"{{integer: [LOW, HIGH]}} with LOW < HIGH, got {space!r}."
+    )
 
 
 def rounded(value: float) -> float:

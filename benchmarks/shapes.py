@@ -94,6 +94,33 @@ SHAPES: dict[str, dict[str, Any]] = {
 says so, some of the blocks stand for all."""
 
 
+DELTA_NETS = {
+    "head_dim": 256,
+    "linear_num_value_heads": 32,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 262_144,
+}
+GEMMA_4 = {
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_global_key_value_heads": 4,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 262_144,
+}
+
+
+def language_models() -> dict[str, dict[str, Any]]:
+    """config.json of the language models of published wrappers, beside published_shapes: sizes of their model cards."""
+    from lit_qlora.convert.published_shapes import config_json
+
+    return {
+        "Qwen/Qwen3.5-4B": config_json("qwen3_5_text", 32, 2560, 16, 4, 9216, 248_320, **DELTA_NETS),
+        "google/gemma-4-31B": config_json("gemma4_text", 60, 5376, 32, 16, 21_504, 262_144, **GEMMA_4),
+    }
+
+
 def published_config(shape: str) -> dict[str, Any]:
     """The config.json of a published model: "Qwen/Qwen3-8B", or "Qwen/Qwen3-8B@12" for as much as its first 12 blocks.
 
@@ -103,7 +130,7 @@ def published_config(shape: str) -> dict[str, Any]:
     from lit_qlora.convert import published_shapes
 
     name, _, blocks = shape.partition("@")
-    content = published_shapes.SHAPES[name]
+    content = (published_shapes.SHAPES | language_models())[name]
     return content | {"num_hidden_layers": int(blocks)} if blocks else content
 
 

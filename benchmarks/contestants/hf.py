@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from contestants.task import Loss, Micro
+from contestants.task import Loss, Micro, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,6 +12,13 @@ HF_NAMES = {
     "query,value": ["q_proj", "v_proj"],
     "query,key,value,projection": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
+
+OF_DELTA_NETS = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+
+
+def target_modules(task: Task) -> list[str]:
+    """PEFT's names of the layers that get adapters, the same as ours."""
+    return HF_NAMES[task.targets] + OF_DELTA_NETS * (task.targets == "all" and "Qwen3.5" in task.shape)
 
 
 def make_loss(model: Any, lengths: bool) -> Loss:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from contestants.hf import HF_NAMES, make_loss
+from contestants.hf import make_loss, target_modules
 from contestants.task import Built, Task
 
 
@@ -35,7 +35,7 @@ def build(task: Task, liger: bool = False) -> Built:
         model.gradient_checkpointing_enable(again)
         model.enable_input_require_grads()
     adapters = LoraConfig(
-        r=task.r, lora_alpha=16, lora_dropout=task.dropout, target_modules=HF_NAMES[task.targets], task_type="CAUSAL_LM"
+        r=task.r, lora_alpha=16, lora_dropout=task.dropout, target_modules=target_modules(task), task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, adapters)
     return Built(model.train(), make_loss(model, lengths=False))

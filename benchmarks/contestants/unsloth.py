@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from contestants.hf import HF_NAMES, make_loss
+from contestants.hf import make_loss, target_modules
 from contestants.task import Built, Task
 
 
@@ -24,7 +24,7 @@ def build(task: Task, varlen: bool = False) -> Built:
     model = unsloth.FastLanguageModel.get_peft_model(
         model,
         r=task.r,
-        target_modules=HF_NAMES[task.targets],
+        target_modules=target_modules(task),
         lora_alpha=16,
         lora_dropout=task.dropout,
         bias="none",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_qlora import cli
 from lit_qlora.errors import UsageError, did_you_mean
-from lit_qlora.settings import LoRAConfig, OptimizerConfig, Scheme
+from lit_qlora.settings import LoRAConfig, OptimizerConfig, Scheme, check
 from lit_qlora.settings.checks import Settings
 from lit_qlora.settings.limits import Count, Positive
 
@@ -74,10 +74,25 @@ class FitsConfig(Settings):
     """Quantise the output head too."""
     devices: Count = 1
     """GPUs of one host that share the base (--strategy sharded), and the host's memory."""
+    sequence_parallel: Count = 1
+    """GPUs of the host that share each row. Without --devices each of them holds the whole base."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, alpha=32.0, targets=("all",)))
     json: bool = False
     """Print a JSON list instead of a table."""
+
+    @property
+    def on_host(self) -> float:
+        """Free bytes of the host for each GPU."""
+        return self.host * GIB / max(self.devices, self.sequence_parallel)
+
+    def __post_init__(self) -> None:
+        """Check combinations of settings."""
+        super().__post_init__()
+        check(
+            self.devices == 1 or self.devices % self.sequence_parallel == 0,
+            f"sequence_parallel {self.sequence_parallel} does not divide {self.devices} devices into equal groups.",
+        )
 
 
 def main(config: FitsConfig) -> None:
@@ -97,13 +112,20 @@ def find_fits(config: FitsConfig) -> "Iterator[Fit]":
     """Yield what fits, model by model, from the smallest GPU on."""
     from lit_qlora.run.fits import find_fit
     from lit_qlora.settings import TrainConfig
+    from lit_qlora.sharded import why_whole
 
     state = state_bytes(config.optimizer)
     for model in models(config):
+        if config.sequence_parallel > 1 and (reason := why_whole(model, config.sequence_parallel)):
+            check(
+                config.model is None,
+                f"sequence_parallel {config.sequence_parallel} does not suit {model.name}: {reason}.",
+            )
+            continue
         planner = None
         for gpu in gpus(config):
             planner = planner or planner_of(config, gpu, model, TrainConfig(), state)
-            yield find_fit(planner, gpu, config.length, config.host * GIB / config.devices)
+            yield find_fit(planner, gpu, config.length, config.on_host)
 
 
 def planner_of(config: FitsConfig, gpu: "Gpu", model: "ModelConfig", train: "TrainConfig", state: float) -> "Planner":
@@ -111,9 +133,8 @@ def planner_of(config: FitsConfig, gpu: "Gpu", model: "ModelConfig", train: "Tra
     from lit_qlora.run.fits import planner_for
 
     sharded = config.devices if config.devices > 1 else 0
-    return planner_for(
-        gpu.card, model, config.lora, config.quantize, train, state, quantize_head=config.quantize_head, sharded=sharded
-    )
+    kind = {"quantize_head": config.quantize_head, "sharded": sharded, "parts": config.sequence_parallel}
+    return planner_for(gpu.card, model, config.lora, config.quantize, train, state, **kind)
 
 
 def state_bytes(config: OptimizerConfig) -> float:
@@ -221,8 +242,9 @@ def needs(config: FitsConfig) -> list[str]:
     planners = (
         planner_of(config, gpu, model, train, state) for train in (TrainConfig(), TrainConfig(recompute="none"))
     )
-    least, whole = (least_gb(planner, config.length, config.host * GIB / config.devices) for planner in planners)
-    need = "need a GPU" if config.devices == 1 else f"need {config.devices} GPUs"
+    least, whole = (least_gb(planner, config.length, config.on_host) for planner in planners)
+    count = max(config.devices, config.sequence_parallel)
+    need = "need a GPU" if count == 1 else f"need {count} GPUs"
     return [
         f"{model.name}: rows of {config.length:,} tokens {need} of {least} GB, or {whole} GB without recomputation",
         "",

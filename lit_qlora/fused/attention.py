@@ -262,20 +262,20 @@ def _backward_in_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As attention_backward, where other processes have parts of the rows."""
     assert layout.parts is not None
-    whole, own = replace(layout, parts=None), heads.shared(layout.parts)
+    own = heads.shared(layout.parts)
 
-    def gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Sequence[Tensor]:
-        d_out, out = (x.flatten(1).contiguous() for x in (d_out, out))
-        return _backward(d_out, q, k, v, out, saved, own, whole)
+    def gradients() -> Sequence[Tensor]:
+        qh, kh, vh = _to_heads(layout, q, k, v)
+        d_y, y = (_to_heads(layout, x.view(-1, heads.query, heads.size))[0].flatten(1) for x in (d_out, out))
+        return _backward(d_y.contiguous(), qh, kh, vh, y.contiguous(), saved, own, replace(layout, parts=None))
 
-    d_out, out = (x.view(-1, heads.query, heads.size) for x in (d_out, out))
-    dq, dk, dv = _to_tokens(layout, *gradients(*_to_heads(layout, d_out, q, k, v, out)))
+    dq, dk, dv = _to_tokens(layout, *gradients())
     copies = layout.parts.copies(heads.key)
     dk, dv = (x.unflatten(1, (-1, copies)).sum(dim=2) for x in (dk, dv)) if copies > 1 else (dk, dv)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _to_heads(layout: Layout, *parts: Tensor) -> Sequence[Tensor]:
+def _to_heads(layout: Layout, *parts: Tensor) -> list[Tensor]:
     """See RowParts.to_heads: (own T, heads, D) each -> (T, heads / N, D)."""
     assert layout.parts is not None
     by_row = (x.unflatten(0, (layout.rows, -1)) for x in parts)

@@ -81,6 +81,8 @@ class FastSizes:
     """Products with frozen weights are in FP8."""
     ahead: bool = True
     """The weights of experts are dequantised ahead, into buffers of their own; see lit_qlora.fused.ahead."""
+    parts: int = 1
+    """Devices that share each row."""
 
     def saved(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block saves for its backward pass."""
@@ -156,7 +158,8 @@ class FastSizes:
         elements = 5 * c.n_embd + (self._qkv if again else 0) + self._shaped
         elements += {"offload": 3 * c.n_embd, "full-offload": 2 * (c.n_embd + self._raw)}.get(policy, 0)
         mlp = at_once * (2.0 * branches + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
-        return tokens * 2.0 * elements + (mlp if at_once == tokens else max(mlp, tokens * 2.0 * self._of_attention))
+        alone = at_once == tokens and self.parts == 1
+        return tokens * 2.0 * elements + (mlp if alone else max(mlp, tokens * 2.0 * self._of_attention))
 
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of the workspaces, for weights that are dequantised or in FP8."""
@@ -222,9 +225,14 @@ class FastSizes:
     def _of_attention(self) -> int:
         """Features of attention's own backward pass, beside those of _block.
 
-        These are the gradients of queries, keys and values, first of each head, and those of queries in float32.
+        These are the gradients of queries, keys and values, first of each head, and those of queries in float32. Where
+        devices share rows, there are queries, keys, values, outputs and their gradients of all tokens too.
         """
-        return 2 * self._qkv + 4 * self._attended
+        c, alone = self.model, 2 * self._qkv + 4 * self._attended
+        if self.parts == 1:
+            return alone
+        copies = math.lcm(c.n_kv_head, self.parts) // c.n_kv_head
+        return alone + 3 * self._queries + 2 * copies * self._keys
 
     @cached_property
     def _by_torch(self) -> bool:

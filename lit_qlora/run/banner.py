@@ -167,8 +167,7 @@ def savings(config: FinetuneConfig, data: RunData) -> str:
 def most_rows(config: FinetuneConfig, data: RunData) -> int:
     """Rows of the largest micro-batch that fits the GPU if all are as long as the longest; 0 without a GPU."""
     room, tokens = _room(config.devices), longest_batch(data.train, data.batching, 1).tokens
-    own = -(-tokens.size(1) // config.sequence_parallel)
-    return fits.most_rows(_planner(config, _outputs(data)), own, room) if room.gpu else 0
+    return fits.most_rows(_planner(config, _outputs(data)), tokens.size(1), room) if room.gpu else 0
 
 
 def _plan(config: FinetuneConfig, longest: AnyBatch, usual: float | None = None, outputs: int = 0) -> Plan:

@@ -116,20 +116,22 @@ def planner_for(
     *,
     quantize_head: bool = False,
     sharded: int = 0,
+    parts: int = 1,
 ) -> Planner:
     """A planner of runs in the precision that a run takes by itself on this card.
 
     Args:
-        state_bytes, sharded: see Planner.
+        state_bytes, sharded, parts: see Planner.
     """
     precision = best_precision(card.capability)
     storage = Storage(weights_dtype(precision), quantize, quantize_head)
-    return Planner(model, lora, storage, train, state_bytes, fast_dtype(precision), sharded=sharded)
+    return Planner(model, lora, storage, train, state_bytes, fast_dtype(precision), sharded=sharded, parts=parts)
 
 
 def plan_rows(planner: Planner, rows: int, length: int, room: Room) -> Plan:
-    """The plan of a run whose micro-batches all have so many rows of `length` tokens."""
-    return planner.plan(MicroBatches(rows * length, rows, rows * length), room)
+    """The plan of a run whose micro-batches all have so many rows of `length` tokens, which devices may share."""
+    tokens = rows * math.ceil(length / planner.bare.parts)
+    return planner.plan(MicroBatches(tokens, rows, tokens), room)
 
 
 def most_rows(planner: Planner, length: int, room: Room) -> int:
@@ -201,7 +203,7 @@ def _speed(planner: Planner, room: Room, rows: int, length: int) -> float | None
     found = []
     for some in (2**power for power in range(max(1, rows.bit_length()))):
         plan = plan_rows(planner, some, length, room)
-        if not plan.slow_because and not planner.sharded:
+        if not plan.slow_because and not planner.sharded and plan.parts == 1:
             found.append(tokens_per_second(planner.gpt.config, plan.recompute, some, length))
     speeds = [speed for speed in found if speed is not None]
     return float(f"{max(speeds):.2g}") if speeds else None

@@ -213,8 +213,9 @@ class Planner:
         _check_cached(train, storage, reason)
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
         activations = _activations(gpt, self.lora, size, batches.tokens, full)
+        activations += _exchanged(model, batches.tokens, self.bare.parts, size)
         seen = batches.tokens * _routed(model) if self.router_losses else 0.0
-        seen += _of_lesson(model, batches) + _exchanged(model, batches.tokens, self.bare.parts, size)
+        seen += _of_lesson(model, batches)
         plan = replace(self.bare, slow_because=reason, activations=activations + seen)
         if reason or room.gpu is None:
             return plan
@@ -277,7 +278,8 @@ class Planner:
         adapted = max(adapters_met(block, gpt.config) for block in gpt.blocks)
         rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=self.lora.r)
         written, ahead = not storage.plain or self.sharded > 0, not self.sharded
-        return FastSizes(gpt.config, rank, adapted, written, storage.quantizes("head"), self.train.fp8, ahead)
+        head, parts = storage.quantizes("head"), self.bare.parts
+        return FastSizes(gpt.config, rank, adapted, written, head, self.train.fp8, ahead, parts)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
         """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""

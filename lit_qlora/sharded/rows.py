@@ -108,9 +108,10 @@ class RowParts:
         Heads that N does not divide are repeated. They may differ in number, not in size.
         """
         n = self.processes
-        by_process = [x.repeat_interleave(self.copies(x.size(2)), dim=2).unflatten(2, (n, -1)) for x in parts]
+        whole_heads = (self._repeated(x).unflatten(2, (n, -1)) for x in parts)
+        by_process = [x.permute(2, 0, 1, 3, 4) for x in whole_heads]
         sizes = [x.size(3) for x in by_process]
-        got = _Exchange.apply(torch.cat(by_process, dim=3).permute(2, 0, 1, 3, 4), self)
+        got = _Exchange.apply(torch.cat(by_process, dim=3), self)
         whole: Sequence[Tensor] = got.transpose(0, 1).flatten(1, 2).split(sizes, dim=2)
         return whole
 
@@ -119,6 +120,10 @@ class RowParts:
         sizes = [x.size(2) for x in parts]
         got = _Exchange.apply(torch.cat(parts, dim=2).unflatten(1, (self.processes, -1)).transpose(0, 1), self)
         return [x.flatten(2, 3) for x in got.permute(1, 2, 0, 3, 4).split(sizes, dim=3)]
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        copies = self.copies(x.size(2))
+        return x if copies == 1 else x.repeat_interleave(copies, dim=2)
 
     def copies(self, heads: int) -> int:
         """Copies of each of so many heads that travel."""

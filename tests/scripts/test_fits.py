@@ -12,7 +12,7 @@ import torch
 from lit_qlora.errors import UsageError
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.config import ModelConfig
-from lit_qlora.run.fits import GIB, STEP, find_fit, gpu_called, least_gb, plan_rows, planner_for
+from lit_qlora.run.fits import GIB, STEP, find_fit, gpu_called, least_gb, longest_row, plan_rows, planner_for
 from lit_qlora.run.plan import Planner
 from lit_qlora.run.speed import tokens_per_second
 from lit_qlora.settings import LoRAConfig, OptimizerConfig, TrainConfig
@@ -50,6 +50,22 @@ def test_a_row_more_or_a_longer_one_would_not_fit() -> None:
     assert 1 < fit.rows < 64
     assert [holds(rows, 4096) for rows in (fit.rows, fit.rows + 1)] == [True, False]
     assert [holds(1, length) for length in (fit.longest, fit.longest + STEP)] == [True, False]
+
+
+def test_four_gpus_that_share_a_row_hold_nearly_four_times_its_tokens() -> None:
+    card, room = gpu_called("2").card, gpu_called("2").room(HOST)
+    one, four = (
+        longest_row(planner_for(card, SMALL, LoRAConfig(), "bnb.nf4-dq", TrainConfig(), parts=parts), room)
+        for parts in (1, 4)
+    )
+    assert 3 * one < four < 4 * (one + STEP)
+
+
+def test_rows_of_a_model_whose_heads_gpus_cannot_divide_are_refused(fits: ModuleType) -> None:
+    with pytest.raises(UsageError, match="sequence_parallel 3 does not suit Qwen/Qwen3-8B: so many devices cannot"):
+        list(fits.find_fits(fits.FitsConfig(model="Qwen/Qwen3-8B", gpu="24", sequence_parallel=3)))
+    with pytest.raises(UsageError, match="sequence_parallel 3 does not divide 4 devices"):
+        fits.FitsConfig(devices=4, sequence_parallel=3)
 
 
 def test_the_smallest_gpu_of_a_model_holds_it_and_a_smaller_one_does_not() -> None:

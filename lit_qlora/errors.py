@@ -176,6 +176,9 @@ OTHER_NAMES = {
     **{f"--adam_{name}": "--optimizer.betas" for name in ("beta1", "beta2")},
     "--adam_epsilon": "--optimizer.eps",
     "--full_determinism": "--deterministic",
+    **dict.fromkeys(
+        ("--context_parallel_size", "--sequence_parallel_size", "--sequence_parallel_degree"), "--sequence_parallel"
+    ),
     "--dtype": "--precision",
     # Values of such flags.
     **dict.fromkeys(("q_proj", "wq"), "query"),

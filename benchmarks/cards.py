@@ -22,6 +22,7 @@ from results import RESULTS, append_row, current_commit
 from shapes import SHAPES
 
 if TYPE_CHECKING:
+    from lit_qlora.data import Batch
     from lit_qlora.run.plan import Plan, Planner, Room
     from lit_qlora.settings import FinetuneConfig
     from lit_qlora.train.loop import Learner
@@ -105,23 +106,34 @@ def try_case(arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         facts["loading_gib"] = torch.cuda.max_memory_allocated() / GIB
         torch.cuda.reset_peak_memory_stats()
-    facts |= measure(learner, plan, arguments)
+    batch = random_batch(learner.module.config.vocab_size, arguments.rows, arguments.length)
+    facts |= measure(learner, plan, batch, arguments)
     if device.type == "cuda":
         facts |= {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
         facts |= {"reserved_gib": torch.cuda.max_memory_reserved() / GIB}
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
 
 
-def measure(learner: "Learner", plan: "Plan", arguments: argparse.Namespace) -> dict[str, Any]:
-    """Take steps, and tell their speed, and if memory ran out on the way so that less was kept or done at a time."""
+def random_batch(vocab_size: int, rows: int, length: int) -> "Batch":
+    """A micro-batch of so many rows of `length` tokens, all of them labelled."""
     import torch
 
-    from lit_qlora.data import Batch, Step
+    from lit_qlora.data import Batch
 
-    rows, length = arguments.rows, arguments.length
-    ids = torch.randint(0, learner.module.config.vocab_size, (rows, length + 1))
-    batch, count = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), rows * length
-    step = Step(batches=[batch], weight=count, labelled=count, tokens=count, samples=rows, epoch=0.0)
+    ids = torch.randint(0, vocab_size, (rows, length + 1))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+def measure(learner: "Learner", plan: "Plan", batch: "Batch", arguments: argparse.Namespace) -> dict[str, Any]:
+    """Take steps, and tell their speed, and if memory ran out on the way so that less was kept or done at a time.
+
+    Args:
+        arguments: `steps`, how many are timed at most, and `seconds`, after which two are enough.
+    """
+    from lit_qlora.data import Step
+
+    count = batch.tokens.numel()
+    step = Step(batches=[batch], weight=count, labelled=count, tokens=count, samples=len(batch.tokens), epoch=0.0)
     learner.model.train()
     warm_ups = WARM_UPS_OF_GRAPHS if plan.graphs else WARM_UPS
     times: list[float] = []

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -330,6 +331,34 @@ def test_a_case_is_planned_for_the_smaller_card_and_trained(cards: ModuleType, m
     assert facts["room_gib"] == pytest.approx(0.97 * 24 - 0.6)
     assert (facts["fewer_rows"], facts["released"], facts["steps"]) == (None, False, 3)
     assert facts["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+@needs_triton
+def test_predictions_stand_beside_what_was_measured(program: Any) -> None:
+    predictions = program("predictions")
+    small = [replace(setting, rows=1, length=24, r=4) for setting in predictions.SETTINGS]
+    flags = {"shapes": ["tiny"], "settings": small, "steps": 1, "seconds": 0, "minutes": 9}
+    found = list(predictions.cases(argparse.Namespace(**flags)))
+    assert {facts["outcome"] for facts in found} == {"done"}, found
+    assert all(facts["planned_gib"] > 0 and facts["tokens_per_second"] > 0 for facts in found)
+    assert len({facts["setting"] for facts in found}) == len(small)
+    assert len({facts["planned_gib"] for facts in found}) > 1
+    late = list(predictions.cases(argparse.Namespace(**flags | {"minutes": 0})))
+    assert {facts["outcome"] for facts in late} == {"no time"}
+    assert set(predictions.as_row(found[0], "x")) <= set(program("results").COLUMNS)
+
+
+def test_a_prediction_counts_if_it_is_as_near_as_it_should_be(program: Any) -> None:
+    facts = {"shape": "a", "setting": "b", "rows": 1, "length": 9, "outcome": "done", "planned_gib": 10.0}
+    near = facts | {"peak_gib": 9.6, "predicted_tokens_per_second": 109, "tokens_per_second": 100}
+    far = facts | {"peak_gib": 9.4, "predicted_tokens_per_second": None, "tokens_per_second": 100}
+    failed = facts | {"outcome": "out of memory"}
+    *_, memory, speed = program("predictions").table([near, far, failed]).splitlines()
+    assert (memory, speed) == (
+        "memory: 1 of 2 within 5% of what was measured",
+        "time: 1 of 1 within 10% of what was measured",
+    )
 
 
 def test_a_case_that_fails_or_takes_too_long_ends_no_other(

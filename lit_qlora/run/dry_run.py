@@ -23,6 +23,7 @@ from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.lora.score import add_score
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.gpt import GPT
 from lit_qlora.model.scoring import Scoring
 from lit_qlora.quantize import Storage
 from lit_qlora.report import duration, tell
@@ -136,9 +137,13 @@ def measure_pace(config: FinetuneConfig, data: RunData, plan: Plan, device: torc
 
 def random_learner(config: FinetuneConfig, plan: Plan, device: torch.device, scoring: Scoring | None = None) -> Learner:
     """Make what a run trains, with random weights."""
-    fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
     storage = Storage(weights_dtype(config.precision), *config.quantization)
-    model = random_model(ModelConfig.load(config.checkpoint_dir), storage, device)
+    return learner_on(random_model(ModelConfig.load(config.checkpoint_dir), storage, device), config, plan, scoring)
+
+
+def learner_on(model: GPT, config: FinetuneConfig, plan: Plan, scoring: Scoring | None = None) -> Learner:
+    """Make what a run trains, on this base."""
+    fabric = Fabric(devices=1, precision=fabric_precision(config.precision))
     add_lora(model, config.lora)
     if scoring:
         add_score(model, scoring.outputs)

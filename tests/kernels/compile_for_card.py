@@ -233,6 +233,7 @@ def mixture(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
     if rank <= MOST_RANK:
         experts_mlp.mlp_backward(branches, inner, choices, "silu", down, gate_up, dropout)
     experts_mlp.mlp_backward(branches, inner, choices, "clamped", h=inner)
+    experts_mlp.mlp_backward(branches, inner, choices, "silu")
 
 
 def generation(dtype: torch.dtype, of: Variants) -> None:

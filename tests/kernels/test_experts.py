@@ -288,3 +288,13 @@ def test_back_through_the_activation(function: str, rank: int, slots: tuple[int,
     for actual, expected in zip(*both, strict=True):
         if expected.numel():
             assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("function", ["silu", "clamped"])
+def test_back_through_the_activation_without_adapters(function: str) -> None:
+    rows, width = TOKENS * K, 300
+    choices, branches, dh = choices_of(uneven=True), 4 * rand(rows, 2 * width), rand(rows, width)
+    whole, expected = branches.clone(), exact(branches)
+    parts = mlp_backward(whole, dh, choices, function)
+    assert_near(parts.sum(0), mlp_backward_reference(expected, exact(dh), choices, function).sum(0))
+    assert_near(whole, expected)

@@ -415,3 +415,43 @@ def test_several_processes_are_timed_with_copies_and_shares_of_a_base_and_parts_
     losses = re.findall(r"losses (\[.*?\])", done.stdout)
     assert losses[1] == losses[2]
     assert json.loads(losses[3]) == pytest.approx(json.loads(losses[4]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_storages_of_a_model_that_was_trained_here_are_compared_at_equal_bytes(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))))
+    tokenizer = ROOT / "checkpoints/lit-qlora/tiny-world/tokenizer.model"
+    flags = [
+        "--shape",
+        "tiny",
+        "--seconds",
+        "2",
+        "--rows",
+        "4",
+        "--length",
+        "32",
+        "--calibration",
+        "256",
+        "--test",
+        "512",
+    ]
+    command = [
+        sys.executable,
+        "benchmarks/budget.py",
+        "--text",
+        text,
+        "--tokenizer",
+        tokenizer,
+        *flags,
+        "--out",
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    storages = {one["name"]: one for one in json.loads((tmp_path / "budget.json").read_text())["storages"]}
+    assert len(storages) == 15
+    uniform, budget = storages["nf4, head too"], storages["budget of 5 bits"]
+    assert uniform["bits"] == 4.5
+    assert budget["bits"] <= 5
+    assert budget["best_kl"] == budget["kl"]
+    assert storages["int8, head too"]["kl"] < uniform["kl"]

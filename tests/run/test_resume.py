@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,42 +92,120 @@ def test_f01_kill_9_at_any_moment_costs_nothing(start: Start, tmp_path: Path, ki
     assert not list(tmp_path.glob("killed*/*.tmp-*"))
 
 
+TOUCHES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink"}
+
+
+def at_touch(number: int, out: Path, begin: Callable[[Callable[[], None]], None]) -> Callable[[], None]:
+    """For `before`: kill -9 at the touch of this number of a file in OUT.
+
+    Args:
+        begin: has what it is given called when the count is to begin.
+    """
+
+    def patch() -> None:
+        left, counts = [number], [False]
+
+        def hook(name: str, arguments: tuple[object, ...]) -> None:
+            if counts[0] and name in TOUCHES and str(out) in str(arguments[0]):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        begin(lambda: counts.__setitem__(0, True))
+        sys.addaudithook(hook)
+
+    return patch
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_f02_f03_kill_9_at_each_touch_of_a_file_costs_nothing(
     start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
 ) -> None:
     """Saving, replacing OUT/best and removing old checkpoints: every audited operation of the fourth save on."""
-    import sys
-
-    touches = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink"}
-
-    def killer(event: int) -> Callable[[], None]:
-        def patch() -> None:
-            seen = [0, False]
-
-            def hook(name: str, arguments: tuple[object, ...]) -> None:
-                if seen[1] and name in touches and str(tmp_path / "out") in str(arguments[0]):
-                    seen[0] += 1
-                    if seen[0] == event:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            at_save(5, lambda: seen.__setitem__(1, True))()
-            sys.addaudithook(hook)
-
-        return patch
-
     event, out = 1, tmp_path / "out"
     while True:
         shutil.rmtree(out, ignore_errors=True)
-        killed = start(out, before=killer(event)).wait() == -signal.SIGKILL
+        killer = at_touch(event, out, lambda count: at_save(5, count)())
+        killed = start(out, before=killer).wait() == -signal.SIGKILL
         assert newest(out)
         if not killed:
             break
         assert start(out).wait() == 0, (event, start(out).said.read_text())
         assert ending(out) == whole, event
+        assert pairs(out) == {"step-000006", "step-000007", "final"}, event
         event += 1
     assert event > 60
+
+
+def pairs(out: Path) -> set[str]:
+    """Names of the adapters in a run that have their state beside them; there is no state besides."""
+    adapters = {path.parent for path in out.glob("*/adapter_config.json") if not path.parent.is_symlink()}
+    assert {newest(adapter).state for adapter in adapters} == set(out.glob("*.state"))
+    return {adapter.name for adapter in adapters}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kept", [1, 9])
+def test_kill_9_at_each_touch_while_a_lengthened_run_replaces_its_end_costs_nothing(
+    start: Start, tmp_path: Path, kept: int
+) -> None:
+    def begin(count: Callable[[], None]) -> None:
+        keep = saver.Saver._keep_earlier_final
+        saver.Saver._keep_earlier_final = lambda self: (count(), keep(self))
+
+    longer = ["--extend", "--train.max_steps=10", f"--train.keep_last={kept}"]
+    assert start(tmp_path / "whole").wait() == 0
+    event, out = 1, tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", tmp_path / "end", symlinks=True)
+    assert start(tmp_path / "end", *longer).wait() == 0
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", out, symlinks=True)
+        start(out, *longer, before=at_touch(event, out, begin)).wait()
+        if (out / "summary.json").exists():
+            break
+        assert newest(out).step in (9, 10), event  # the validation after nine steps has saved the best
+        assert newest(out / "final").step in (STEPS, 10), event
+        assert start(out, *longer).wait() == 0, (event, start(out).said.read_text())
+        assert ending(out) == ending(tmp_path / "end"), event
+        assert pairs(out) == pairs(tmp_path / "end"), event
+        event += 1
+    assert event > 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kill_9_at_each_touch_while_later_checkpoints_are_set_aside_loses_none(
+    start: Start, tmp_path: Path, whole: tuple[list[dict], bytes]
+) -> None:
+    def begin(count: Callable[[], None]) -> None:
+        clean = folder._clean
+        folder._clean = lambda out_dir: (clean(out_dir), count())
+
+    assert start(tmp_path / "whole", "--train.keep_last=9").wait() == 0
+    before, event, out = contents(tmp_path / "whole"), 1, tmp_path / "out"
+    flags = [f"--resume={out / 'step-000005'}", "--train.keep_last=9"]
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", out, symlinks=True)
+        assert start(out, *flags, before=at_touch(event, out, begin)).wait() == -signal.SIGKILL
+        assert contents(out) >= before, event
+        if contents(out) > before:
+            break
+        assert start(out, *flags).wait() == 0, (event, start(out).said.read_text())
+        assert ending(out) == whole, event
+        assert contents(out) > before, event
+        event += 1
+    assert event > 10
+
+
+def contents(out: Path) -> Counter[tuple[str, str]]:
+    """Hashes of adapter and state of each whole checkpoint of a run, wherever they lie in it."""
+    adapters = [path.parent for path in out.glob("*/adapter_config.json") if ".tmp-" not in str(path)]
+    found = [newest(adapter) for adapter in adapters if not adapter.is_symlink()]
+    return Counter((hash_file(c.path / "manifest.json"), hash_file(c.state / "manifest.json")) for c in found)
 
 
 # The same run

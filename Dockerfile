@@ -17,7 +17,6 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 FROM base AS cpu
 ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
-# hadolint ignore=DL3006
 FROM ${VARIANT} AS final
 WORKDIR /source
 COPY constraints.txt pyproject.toml README.md LICENSE ./

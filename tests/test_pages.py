@@ -75,10 +75,39 @@ def test_each_target_of_make_that_a_page_names_is_there() -> None:
     assert named <= targets
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_link_of_a_page_leads_to_a_file(page: Any) -> None:
-    links = re.findall(r"\]\(([^)#:\s]+)\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """The anchors that a site and GitHub give the headings of a page, but for repeated ones."""
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text())
+    words = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in re.findall(r"(?m)^#+ (.*)", text))
+    return {re.sub(r"[\s-]+", "-", heading) for heading in words}
+
+
+def lost(page: Path) -> list[str]:
+    """The links of a page that lead to no file, to no heading, or out of the folder of a page of the site."""
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        inside = page.parent.name != "docs" or target.parent == page.parent
+        if not re.match(r"https?://|mailto:", link) and not (
+            inside and target.exists() and (not anchor or anchor in anchors(target))
+        ):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES, *ROOT.glob("*.md")}), ids=lambda page: page.name)
+def test_a_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
+    assert lost(page) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "docs/page.md"
+    page.parent.mkdir()
+    page.write_text(
+        "# A `b`: c\n[a](#a-b-c) [b](#none) [c](page.md#a-b-c) [d](no.md) [e](../docs) [f](https://x.y#z)\n"
+    )
+    assert lost(page) == ["#none", "no.md", "../docs"]
 
 
 def test_the_site_has_every_page() -> None:

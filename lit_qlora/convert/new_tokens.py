@@ -95,7 +95,7 @@ def add_tokens(
     with atomic.writing(out_dir), atomic.temporary_directory(out_dir) as folder:
         for file in (*tokenizers.FILES, "config.json", SOURCE, STYLE_FILE):
             if (checkpoint_dir / file).is_file():
-                shutil.copy(checkpoint_dir / file, folder / file)
+                shutil.copyfile(checkpoint_dir / file, folder / file)
         kept = [path for path in [checkpoint_dir / checkpoint.KEPT] if path.is_file()]
         checkpoint.save_weights(folder, grown, specs, tensors(), also=kept)
         _write_names(folder, ids, control)

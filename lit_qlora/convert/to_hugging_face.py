@@ -84,12 +84,12 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, limit: int = shards.SHARD_BYT
         shards.write(folder, THEIR_WEIGHTS[0], specs, tensors(), limit)
         travelled = checkpoint_dir / "config.json"
         if travelled.is_file() and read_json(travelled) == theirs:
-            shutil.copy(travelled, folder)
+            shutil.copyfile(travelled, folder / travelled.name)
         else:
             (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
         for name in tokenizer.FILES:
             if (checkpoint_dir / name).is_file():
-                shutil.copy(checkpoint_dir / name, folder / name)
+                shutil.copyfile(checkpoint_dir / name, folder / name)
         name_tokenizer(folder, ending, config.family)
         _write_ending(folder, ending)
         (folder / "README.md").write_text(model_card(checkpoint_dir, config, bool(head)), errors="backslashreplace")

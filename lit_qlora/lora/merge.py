@@ -240,7 +240,7 @@ class Merge:
             for file in (*tokenizer.FILES, "config.json", SOURCE, STYLE_FILE):
                 for directory in (self.checkpoint_dir, self.adapters[0].path):  # the adapter's prompt style wins
                     if (directory / file).is_file():
-                        shutil.copy(directory / file, folder / file)
+                        shutil.copyfile(directory / file, folder / file)
             weights = ((name, self.read(name)) for name in self.specs)
             kept = [path for path in [self.checkpoint_dir / checkpoint.KEPT] if path.is_file()]
             digest = checkpoint.save_weights(folder, self.config, self.specs, weights, also=kept)

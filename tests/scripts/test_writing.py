@@ -151,6 +151,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) ->
     assert COMMANDS["export"].run(folder, ("--checkpoint_dir={}/base", "--out_dir={}/theirs")) == 0
     (folder / "faq.csv").write_text("q,a\n" + "".join(f"what is {i}?,{i}\n" for i in range(30)))
     (folder / "data.jsonl").write_text('{"instruction": "What is 1 plus 1?", "input": "", "output": "2"}\n' * 3)
+    for file in folder.rglob("*.*"):
+        file.chmod(0o444)
     return folder
 
 
@@ -222,6 +224,8 @@ def test_no_command_opens_a_final_name_to_write_it(command: Command, workshop: P
     final = {str(folder / command.out), *(str(folder / command.out / name) for name in command.state(folder))}
     assert not final & seen
     assert litter(folder) == []
+    made = [path for path in map(Path, final) if path.is_file() and not (workshop / path.relative_to(folder)).exists()]
+    assert [path.name for path in made if not path.stat().st_mode & 0o200] == []  # though all that it read is read-only
 
 
 def test_a_run_opens_no_final_name_to_write_it_but_those_of_its_logs(

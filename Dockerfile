@@ -1,6 +1,7 @@
 # lit_qlora with everything that its commands need. For a GPU, and for a CPU:
 #   docker build -t lit-qlora . && docker run --rm --gpus all -v "$PWD:/work" lit-qlora demo
 #   docker build -t lit-qlora:cpu --build-arg VARIANT=cpu . && docker run --rm -v "$PWD:/work" lit-qlora:cpu demo
+# It runs as user 1000; whose folder belongs to another adds --user "$(id -u):$(id -g)".
 # The wheels of torch bring the CUDA runtime, so the host needs NVIDIA's driver and container toolkit alone.
 ARG VARIANT=cuda
 

@@ -43,7 +43,8 @@ def learn_the_same(
 def test_processes_that_share_each_row_learn_what_one_does(
     start: Start, start_ranks: StartRanks, tmp_path: Path
 ) -> None:
-    said = learn_the_same(start, start_ranks, tmp_path, *EQUAL, "--quantize=bnb.nf4", ranks=2, parts=2)
+    flags = [*EQUAL, "--quantize=bnb.nf4", "--train.max_steps=2"]
+    said = learn_the_same(start, start_ranks, tmp_path, *flags, ranks=2, parts=2)
     assert "each row over 2 devices" in said
 
 

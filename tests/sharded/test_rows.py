@@ -126,8 +126,9 @@ def facts_of(fabric: Any) -> dict[str, Any]:
     rows, facts = RowParts(fabric.world_size), {}
     cases = CASES if fabric.world_size == 2 else {name: CASES[name] for name in OF_FOUR}
     facts["errors"] = {name: errors(rows, changes, True, False) for name, changes in cases.items()}
-    facts["errors"]["a row a document"] = errors(rows, {}, False, False)
-    facts["errors"]["recomputed"] = errors(rows, {}, True, True)
+    if fabric.world_size == 2:
+        facts["errors"]["a row a document"] = errors(rows, {}, False, False)
+        facts["errors"]["recomputed"] = errors(rows, {"n_layer": 1}, True, True)
     if AVAILABLE and fabric.world_size == 2:
         facts["fast"] = errors_of_fast_path(rows, {"n_layer": 1}, True, "full")
     model, (tokens, labels, *_) = model_of({"n_layer": 1}).double(), batch(False)

@@ -66,6 +66,8 @@ PARTLY = {
     "per_layer_size": "per-layer embeddings",
     "experts_beside": "experts beside an MLP",
     "chunked_window": "attention in chunks",
+    "unrotated_scale_beta": "queries scaled in unrotated blocks alone",
+    "router_before": "experts that read weighted tokens: the kernels weigh what an expert makes inside",
 }
 """Field that the kernels of training do not compute, and some models of a family have -> its feature."""
 
@@ -102,7 +104,7 @@ if __name__ == "__main__":
     )
     for name, family in sorted(FAMILIES.items()):
         short = "".join(f" [{limit}]" for limit in limits(name))
-        print(f"{name:18}{features(family)}{short}")
+        print(f"{name:20}{features(family)}{short}")
     print("\nThe language model inside, whichever of these it is, with the encoders kept for the export:\n")
     for name, wrapper in sorted(WRAPPERS.items()):
-        print(f"{name:18}{', '.join(wrapper.kept)} kept")
+        print(f"{name:20}{', '.join(wrapper.kept)} kept")

@@ -31,6 +31,12 @@ _DEEPSEEK = (
     + _SPACES
 )
 
+_SEED = _WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + _SPACES
+_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", _DIGIT)
+_PUNCTUATION = r"[\p{P}$+<=>^`|~]+"
+_BEHIND = "bytes: "
+"""Before a pattern: it cuts what was turned into bytes already."""
+
 
 def _cased(ending: str, digits: str) -> str:
     """Words that end where a capital letter begins another."""
@@ -47,6 +53,9 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_cased(_ENDINGS + "?", _DIGITS),), False): "gpt-4o",
     ((_cased("", _DIGIT),), True): "tekken",
     ((_DIGITS, "[一-龥\u3040-ゟ\u30a0-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
+    (_CODER, False): "deepseek-coder",
+    ((_SEED,), False): "seed-coder",
+    ((_PUNCTUATION, _GPT2, _BEHIND + r"\p{N}+", _BEHIND + "[0-9][0-9][0-9]"), False): "falcon",
     ((_DIGIT, _GPT2), False): "starcoder",
     ((_GPT2,), False): "gpt-2",
 }
@@ -194,7 +203,10 @@ def _cuts(step: dict[str, Any]) -> tuple[str, ...]:
     """The patterns by which a byte-level pre-tokenizer cuts a text, in their order; () for one of another kind."""
     steps = step.get("pretokenizers", [step])
     cuts = tuple(_cut(part) for part in steps)
-    return tuple(filter(None, cuts)) if steps[-1].get("type") == "ByteLevel" and None not in cuts else ()
+    end = next((i for i, part in enumerate(steps, 1) if part.get("type") == "ByteLevel"), 0)
+    if not end or None in cuts:
+        return ()
+    return (*filter(None, cuts[:end]), *(f"{_BEHIND}{pattern}" for pattern in cuts[end:]))
 
 
 def _cut(step: dict[str, Any]) -> str | None:
@@ -203,7 +215,9 @@ def _cut(step: dict[str, Any]) -> str | None:
     if kind == "ByteLevel":
         return None if step.get("add_prefix_space") else _GPT2 if step.get("use_regex", True) else ""
     if kind == "Digits":
-        return _DIGIT if step.get("individual_digits") else None
+        return _DIGIT if step.get("individual_digits") else r"\p{N}+"
+    if kind == "Punctuation":
+        return _PUNCTUATION if step.get("behavior") == "Contiguous" else None
     ways = (step.get("behavior"), bool(step.get("invert")))
     pattern = step.get("pattern", {}).get("Regex")
     if kind != "Split" or pattern is None or ways not in (("Isolated", False), ("Removed", True)):

@@ -264,6 +264,8 @@ DEEPSEEK_WORDS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^CRLF\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[CRLF]*"""
     r"|\s*[CRLF]+|\s+(?!\S)|\s+"
 ).replace("CRLF", "\r\n")
+SEED = ENDINGS + r"|[^CRLF\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}CRLF]+|\s*[CRLF]+|\s+(?!\S)|\s+"
+SEED = SEED.replace("CRLF", "\r\n")
 DIGITS = {"type": "Digits", "individual_digits": True}
 HAN = "[一-龥\u3040-ゟ\u30a0-ヿ]+"
 CHAINS: dict[str, tuple[list[dict[str, Any]], bool, str | None]] = {
@@ -283,8 +285,9 @@ CHAINS: dict[str, tuple[list[dict[str, Any]], bool, str | None]] = {
     "DeepSeek-Coder": (
         [cut("[\r\n]"), cut(r"\s?\p{L}+"), cut(r"\s?\p{P}+"), cut("[一-龥ࠀ-一가-퟿]+"), DIGITS, bytes_step()],
         False,
-        None,
+        "deepseek-coder",
     ),
+    "Seed-Coder": ([cut(SEED), bytes_step()], False, "seed-coder"),
     "SmolLM2": ([DIGITS, bytes_step(use_regex=True)], False, "starcoder"),
     "GPT-2": ([bytes_step(use_regex=True)], False, "gpt-2"),
     "Falcon": (
@@ -295,7 +298,7 @@ CHAINS: dict[str, tuple[list[dict[str, Any]], bool, str | None]] = {
             cut("[0-9][0-9][0-9]"),
         ],
         False,
-        None,
+        "falcon",
     ),
     "Command A": ([cut(r"\d{1,3}(?=(?:\d{3})*\b)"), cut(O200K), bytes_step()], False, None),
 }

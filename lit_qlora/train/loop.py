@@ -328,7 +328,7 @@ class Gradients:
                 return self._take(step, batches, counts, stop)
             except torch.OutOfMemoryError:
                 # Processes that share a row wait for this one in the middle of it, so nothing can be repeated.
-                if self.model.module.rows is not None or not self._can_need_less(batches):
+                if self.model.rows is not None or not self._can_need_less(batches):
                     raise
             # The exception held tensors; only here it is gone.
             self.model.zero_grad()
@@ -341,7 +341,7 @@ class Gradients:
 
     def _masks(self, batches: list[AnyBatch], step: Step) -> Iterator[Tensor]:
         """For the positions that this process computes, which are not padding, (B T,) each."""
-        rows = self.model.module.rows
+        rows = self.model.rows
         for batch, mask in zip(batches, masks(batches, step), strict=True):
             yield mask if rows is None else rows.part(mask.view_as(batch.tokens)).flatten()
 
@@ -450,7 +450,7 @@ class InStep(Gradients):
                 if i < len(mine) and not self._failed:
                     do(*mine[i])
             except torch.OutOfMemoryError:
-                if self.model.module.rows is not None:
+                if self.model.rows is not None:
                     raise
                 self._failed = True
             gathers.complete(backward)

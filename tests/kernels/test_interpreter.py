@@ -6,7 +6,10 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
+    pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="work is spared for Triton 3.9 alone"),
+]
 
 
 @triton.jit

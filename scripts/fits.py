@@ -7,7 +7,9 @@ python scripts/fits.py --model Qwen/Qwen3-30B-A3B --lora.r 8 --optimizer.name ad
 python scripts/fits.py --model meta-llama/Llama-3.1-70B --devices 2      # two GPUs share the base
 """
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +99,8 @@ class FitsConfig(Settings):
 
 def main(config: FitsConfig) -> None:
     """Plan each run, and print a table."""
-    fits = list(find_fits(config))
+    with uncollected():
+        fits = list(find_fits(config))
     if config.json:
         import json
 
@@ -106,6 +109,21 @@ def main(config: FitsConfig) -> None:
         print(overview(fits))
     else:
         print(listing(fits, config))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let Python look for no cycles of garbage inside.
+
+    Planning makes 150,000 modules that are in use. To look through them again and again takes two fifths of the time.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def find_fits(config: FitsConfig) -> "Iterator[Fit]":

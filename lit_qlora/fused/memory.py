@@ -1,6 +1,7 @@
 """Memory of the fast path's activations, and the choice of the blocks that save it by recomputing."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,9 +114,9 @@ class FastSizes:
                 elements += self._qkv if sends_qkv(i, policy) and not self._by_torch else 0
         return 2.0 * tokens * elements
 
-    def peak(self, policies: Sequence[Recompute], tokens: int) -> float:
-        """Bytes that a micro-batch needs at its peak."""
-        return max(self._moments(policies, tokens)) + self._workspaces(policies)
+    def peak(self, policies: Sequence[Recompute], tokens: int, first: int = 0) -> float:
+        """Bytes that a micro-batch needs at its peak, without the backward passes of the blocks below the first."""
+        return max(self._moments(policies, tokens)[first:]) + self._workspaces(policies)
 
     def carries(self, policies: Sequence[Recompute], tokens: int, cached: int = 0) -> list[bool]:
         """The blocks whose weights can be carried over from a backward pass to the next forward pass.
@@ -331,6 +332,26 @@ class FastSizes:
         return (3 if "glu" in c.ffn else 2) * c.n_expert * c.expert_size * c.n_embd
 
 
+def _mix(policy: Recompute, rest: Recompute, others: int, blocks: int) -> list[Recompute]:
+    """Give the last blocks the policy that saves more: their backward pass comes first."""
+    return [policy] * others + [rest] * (blocks - others)
+
+
+def _fewest(sizes: FastSizes, policy: Recompute, rest: Recompute, blocks: int, tokens: int, free: float) -> int:
+    """Count the fewest blocks that must have `policy`, for the backward passes of the rest and the head to fit.
+
+    From one block on, they fit the better the more have it. The moments of these blocks themselves only grow, so where
+    the fewest do not fit, no mix of the two does.
+    """
+
+    def holds(others: int) -> bool:
+        return sizes.peak(_mix(policy, rest, others, blocks), tokens, first=others) <= free
+
+    if holds(0):
+        return 0
+    return bisect_left(range(1, blocks), True, key=holds) + 1
+
+
 def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: float = math.inf) -> list[Recompute]:
     """The fastest mix of policies that fits into `free` bytes; where none fits, it is the one that needs least.
 
@@ -345,13 +366,12 @@ def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: f
 
     pairs: list[tuple[Recompute, Recompute]] = [*((policy, "none") for policy in COST), ("full-offload", "full")]
     best: tuple[float, list[Recompute]] | None = None
-    for policy, rest in pairs:  # the last blocks save more: their backward pass comes first
-        for others in range(blocks + 1):
-            cost = others * COST[policy] + (blocks - others) * COST[rest]
-            mix: list[Recompute] = [policy] * others + [rest] * (blocks - others)
-            if (best is None or cost < best[0]) and fits(mix):
-                best = cost, mix
-                break
+    for policy, rest in pairs:
+        others = _fewest(sizes, policy, rest, blocks, tokens, free)
+        cost = others * COST[policy] + (blocks - others) * COST[rest]
+        mix = _mix(policy, rest, others, blocks)
+        if (best is None or cost < best[0]) and fits(mix):  # more of them would take more of the host, and more time
+            best = cost, mix
     if best:
         return best[1]
     least = min(COST, key=lambda policy: sizes.peak([policy] * blocks, tokens))

@@ -100,7 +100,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
         UsageError: for a setting that does not fit this model, such as a target word that matches no layer.
     """
     blocks = len(getattr(model, "blocks", ()))
-    linears = {path: module for path, module in model.named_modules() if is_linear(module)}
+    modules = dict(model.named_modules())
+    linears = {path: module for path, module in modules.items() if is_linear(module)}
     found = {path: words_of(path).intersection(config.targets) for path in linears}
     missing = sorted(set(config.targets).difference(*found.values()))
     if missing:
@@ -121,7 +122,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> None:
                 f"lora.init {config.init}: {path} is {layer.out_features} x {layer.in_features}, "
                 f"so it has no {config.rank(path)} directions."
             )
-        model.set_submodule(path, layer)
+        parent, _, name = path.rpartition(".")
+        setattr(modules[parent], name, layer)
     if config.tied:
         _tie(model)
     train_embeddings(model, config)

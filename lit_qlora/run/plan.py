@@ -1,7 +1,7 @@
 """The plan of a run: its memory and its path, worked out before weights are loaded."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -11,7 +11,7 @@ import torch
 from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_met, choose
 from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
-from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable
+from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.lora.score import add_score
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import CHUNK
@@ -168,12 +168,13 @@ class Planner:
             add_score(gpt, outputs)
         add_noise(gpt, train.neftune)
         gpt.set_dropout(train.hidden_dropout)
-        self.gpt, trainable = gpt, count_trainable(gpt)
+        learnt = {name: p.numel() for name, p in gpt.named_parameters() if p.requires_grad}
+        self.gpt, trainable = gpt, sum(learnt.values())
         origin = 0 if lora.init == "default" else 4 * _low_rank(gpt)
         self.bare = Plan(
             frozen=frozen,
             trainable=trainable,
-            experts=sum(p.numel() for name, p in gpt.named_parameters() if p.requires_grad and ".experts." in name),
+            experts=sum(count for name, count in learnt.items() if ".experts." in name),
             weights=stored,
             learning=origin + (8 + state_bytes) * trainable,
             activations=0.0,
@@ -212,7 +213,7 @@ class Planner:
         )
         _check_cached(train, storage, reason)
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
-        activations = _activations(gpt, self.lora, size, batches.tokens, full)
+        activations = _activations(gpt, self.lora, self._adapted, size, batches.tokens, full)
         activations += _exchanged(model, batches.tokens, self.bare.parts, size)
         seen = batches.tokens * _routed(model) if self.router_losses else 0.0
         seen += _of_lesson(model, batches)
@@ -262,6 +263,10 @@ class Planner:
         return max(slab.size for slab in slabs_of(GPT.skeleton(self.gpt.config), self.storage, self.sharded))
 
     @cached_property
+    def _adapted(self) -> list[tuple[float, float]]:
+        return _adapted_features(self.gpt, self.lora.dora)
+
+    @cached_property
     def _beside(self) -> int:
         from lit_qlora.fused.support import copied_bytes
 
@@ -304,12 +309,12 @@ class Planner:
             buffers = max(buffers, min(model.n_layer, buffers + int(spare // self._slab)))
         if sizes.quantized and not train.fp8 and not self.sharded:
             often = round(batches.usual or tokens)
-            carrying = [
-                0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
-                for cached in range(model.n_layer + 1)
-            ]
-            holes = HOLES * activations
-            cached_blocks, carries = _share(spare, sizes.dequantized, holes, carrying, train.keep_dequantized)
+
+            def carrying(cached: int) -> int:
+                return 0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
+
+            each, holes, wanted = sizes.dequantized, HOLES * activations, train.keep_dequantized
+            cached_blocks, carries = _share(spare, each, holes, model.n_layer, carrying, wanted)
         return replace(
             plan,
             weights=weights,
@@ -370,12 +375,11 @@ def sharded_bytes(gpt: GPT, storage: Storage, processes: int) -> float:
 def stored_bytes(gpt: GPT, storage: Storage, but: Collection[str] = ()) -> float:
     """Count the bytes of the base's weights, but for those of these names."""
     bits = 0.0
+    weights = {f"{path}.weight" for path, module in gpt.named_modules() if isinstance(module, torch.nn.Linear)}
     for path, parameter in gpt.named_parameters():
         if path in but:
             continue
-        layer = path.removesuffix(".weight")
-        linear = layer != path and isinstance(gpt.get_submodule(layer), torch.nn.Linear)
-        scheme = storage.scheme(layer) if linear else "none"
+        scheme = storage.scheme(path.removesuffix(".weight")) if path in weights else "none"
         bits += parameter.numel() * bits_per_weight(scheme, storage.dtype)
     if gpt.config.tied_head and storage.quantizes("head"):
         # The embedding is looked up as it is.
@@ -384,7 +388,12 @@ def stored_bytes(gpt: GPT, storage: Storage, but: Collection[str] = ()) -> float
 
 
 def _share(
-    spare: float, each: float, holes: float, carrying: list[int], wanted: int | Literal["auto"]
+    spare: float,
+    each: float,
+    holes: float,
+    blocks: int,
+    carrying: Callable[[int], int],
+    wanted: int | Literal["auto"],
 ) -> tuple[int, bool]:
     """Choose how many blocks have cached weights, and whether other blocks carry theirs over.
 
@@ -394,16 +403,16 @@ def _share(
         spare: bytes left.
         each: bytes of a block.
         holes: bytes lost to fragmentation if weights are carried over.
-        carrying: how many blocks carry weights over in a usual micro-batch if 0, 1, ... or all are cached.
+        carrying: tells how many of the blocks carry weights over in a usual micro-batch if so many are cached.
         wanted: train.keep_dequantized; 0 forbids both.
     """
 
     def cached(spare: float) -> int:
-        return min(len(carrying) - 1, max(0, int(spare / each)) if wanted == "auto" else wanted)
+        return min(blocks, max(0, int(spare / each)) if wanted == "auto" else wanted)
 
     alone, beside = cached(spare), cached(spare - holes)
     fits = wanted != 0 and beside * each + holes <= spare
-    return (beside, True) if fits and 2 * beside + carrying[beside] > 2 * alone else (alone, False)
+    return (beside, True) if fits and 2 * beside + carrying(beside) > 2 * alone else (alone, False)
 
 
 def _check_cached(train: TrainConfig, storage: Storage, slow_because: str) -> None:
@@ -475,22 +484,20 @@ def _exchanged(config: ModelConfig, tokens: int, parts: int, itemsize: int) -> f
     return most * tokens * itemsize
 
 
-def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompute: bool) -> float:
+def _activations(
+    gpt: GPT, lora: LoRAConfig, adapted: Sequence[tuple[float, float]], itemsize: int, tokens: int, recompute: bool
+) -> float:
     """Estimate the bytes that the plain path saves for backward.
 
     It saves inputs of norms and adapted layers (with dropout's mask), attention and MLP products. Frozen layers save
     nothing, quantised or not, because their weights need no gradient.
+
+    Args:
+        adapted: features of each block, see _adapted_features.
     """
     config = gpt.config
     block = 2.0 * config.n_embd + 3 * config.per_layer_size
     dropped = 2 * config.n_embd * (itemsize + 1) if gpt.dropout else 0  # what a block adds, and masks
-    inputs, outputs = [0.0] * config.n_layer, [0.0] * config.n_layer
-    for i, layers in enumerate(gpt.blocks):
-        for path, module in layers.named_modules():
-            if isinstance(module, LoRALinear):
-                share = config.n_expert_per_token / config.n_expert if ".experts." in path else 1
-                inputs[i] += module.in_features * share
-                outputs[i] += module.out_features * share if lora.dora else 0  # DoRA scales the outputs
     each = [
         tokens
         * (
@@ -499,13 +506,26 @@ def _activations(gpt: GPT, lora: LoRAConfig, itemsize: int, tokens: int, recompu
             + (taken if lora.dropout else 0)
             + dropped
         )
-        for i, (taken, scaled) in enumerate(zip(inputs, outputs, strict=True))
+        for i, (taken, scaled) in enumerate(adapted)
     ]
     kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)
     logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
     largest = max(config.ffn_size, config.shared_kv_ffn_size, config.n_head * config.head_size) * config.n_embd
     widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
     return kept + logits + max(widest, tokens * _within_chunks(config))
+
+
+def _adapted_features(gpt: GPT, dora: bool) -> list[tuple[float, float]]:
+    """Count the features of each block that a token gives to adapted layers, and the features that DoRA scales."""
+    config = gpt.config
+    inputs, outputs = [0.0] * config.n_layer, [0.0] * config.n_layer
+    for i, layers in enumerate(gpt.blocks):
+        for path, module in layers.named_modules():
+            if isinstance(module, LoRALinear):
+                share = config.n_expert_per_token / config.n_expert if ".experts." in path else 1
+                inputs[i] += module.in_features * share
+                outputs[i] += module.out_features * share if dora else 0
+    return list(zip(inputs, outputs, strict=True))
 
 
 def _routed(config: ModelConfig) -> float:

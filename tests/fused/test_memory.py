@@ -1,5 +1,6 @@
 """Bytes that the fast path saves of a micro-batch, and the blocks that recompute so that it fits."""
 
+import math
 from typing import Any
 
 import pytest
@@ -122,3 +123,24 @@ def test_inputs_that_the_host_has_no_room_for_stay_on_the_device() -> None:
     host = one.on_host(["full-offload"] * (BLOCKS - 2), tokens)
     free = one.peak([*["full-offload"] * (BLOCKS - 2), "full", "full"], tokens)
     assert choose(one, BLOCKS, tokens, free, host) == [*["full-offload"] * (BLOCKS - 2), "full", "full"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"vocab_size": 100_000}, {"n_expert": 8, "n_expert_per_token": 2, "expert_size": 64}]
+)
+@pytest.mark.parametrize("tokens", [64, 2048, 20_000])
+def test_the_mix_is_that_of_a_search_through_all_mixes(changes: dict[str, Any], tokens: int) -> None:
+    one, found = sizes(**changes), set()
+    pairs: list[tuple[Recompute, Recompute]] = [*((policy, "none") for policy in COST), ("full-offload", "full")]
+    mixes = [[policy] * n + [rest] * (BLOCKS - n) for policy, rest in pairs for n in range(BLOCKS + 1)]
+    facts = [(mix, one.peak(mix, tokens), one.on_host(mix, tokens)) for mix in mixes]
+    least, most = min(peak for _, peak, _ in facts), max(peak for _, peak, _ in facts)
+    for number in range(41):
+        free = least + (most - least) * number / 40
+        for host in (math.inf, one.on_host(["offload"] * 3, tokens)):
+            fitting = [mix for mix, peak, sent in facts if peak <= free and sent <= host]
+            if fitting:
+                cheapest = min(fitting, key=lambda mix: round(sum(COST[policy] for policy in mix), 9))
+                assert choose(one, BLOCKS, tokens, free, host) == cheapest
+                found.add(tuple(cheapest))
+    assert len(found) > 8

@@ -173,6 +173,7 @@ def test_after_memory_has_run_out_beside_carried_weights_none_are_carried_over(
 ) -> None:
     monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
     fused, whole = fuse(adapted_model(scheme="bnb.nf4")), Head.losses
+    fused.model.__dict__["module"] = fused.model  # as Fabric's wrapper has it
     add_gradients = Gradients(
         cast(Any, SimpleNamespace(device=torch.device("cpu"), backward=Tensor.backward)),
         cast(Any, fused.model),
@@ -257,6 +258,7 @@ def test_they_are_released_before_rows_are_split_where_memory_runs_out(monkeypat
     monkeypatch.setattr("lit_qlora.fused.mlp.mlp_backward", full)
     model.zero_grad()
     fabric: Any = SimpleNamespace(device=torch.device("cpu"), backward=Tensor.backward)
+    model.__dict__["module"] = model  # as Fabric's wrapper has it
     add_gradients = Gradients(fabric, cast(Any, model), torch.zeros(()))
     step = Step([Batch(*batch())], weight=7.0, labelled=1, tokens=1, samples=1, epoch=0.0)
     again = add_gradients(step, seed=11)

@@ -152,6 +152,7 @@ def _part(rank: int, length: int | None) -> Step:
 
 def test_processes_share_the_choices_of_a_step_and_so_add_up_to_its_gradient() -> None:
     model = tiny_model(**EXPERTS)
+    model.__dict__["module"] = model  # as Fabric's wrapper has it
     torch.manual_seed(0)
     add_lora(model, LoRAConfig(dropout=0.0, targets=("query",)))
     losses = RouterLosses(model.train(), 0.3, 0.2)

@@ -112,6 +112,25 @@ def _paths(model: GPT) -> dict[nn.Module, str]:
     return {module: path for path, module in model.named_modules()}
 
 
+def whole_bytes(model: GPT, storage: Storage, rank: int) -> list[int]:
+    """Count the bytes of each block's stacks that `storage` leaves in 16 bit, with the adapters' B beside them.
+
+    Those of experts have no B beside them. A cached block has no copy of these.
+    """
+    if not storage.layers:
+        return [0] * len(model.blocks)
+    paths, found = _paths(model), [0] * len(model.blocks)
+    dense = [(layers, rank) for layers in stacks_of(model) if layers[0] is not model.head]
+    of_experts = [(layers, 0) for block in model.blocks for layers in stacks_of_experts(block.mlp)]
+    for layers, beside in (*dense, *of_experts):
+        if layers and not storage.quantizes(paths[layers[0]]):
+            width = base_of(layers[0]).in_features + len(layers) * beside
+            found[int(paths[layers[0]].split(".")[1])] += (
+                2 * width * sum(base_of(layer).out_features for layer in layers)
+            )
+    return found
+
+
 def copied_bytes(model: GPT) -> int:
     """Bytes that learning takes more on the fast path, for padded adapters and trained rows of the head."""
     of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))

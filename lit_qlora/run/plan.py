@@ -1,9 +1,11 @@
 """The plan of a run: its memory and its path, worked out before weights are loaded."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -267,6 +269,12 @@ class Planner:
         return _adapted_features(self.gpt, self.lora.dora)
 
     @cached_property
+    def _whole(self) -> list[int]:
+        from lit_qlora.fused.support import whole_bytes
+
+        return whole_bytes(self.gpt, self.storage, self._sizes.rank)
+
+    @cached_property
     def _beside(self) -> int:
         from lit_qlora.fused.support import copied_bytes
 
@@ -303,7 +311,7 @@ class Planner:
         graphs = sizes.graphs(policies, graph_tokens) if captures else 0.0
         if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
             graphs = 0.0
-        cached_blocks, carries, buffers = 0, False, plan.buffers
+        cached_blocks, carries, buffers, held = 0, False, plan.buffers, [0.0]
         spare = free - SPARE * room.gpu - activations - graphs
         if self.sharded:
             buffers = max(buffers, min(model.n_layer, buffers + int(spare // self._slab)))
@@ -313,8 +321,11 @@ class Planner:
             def carrying(cached: int) -> int:
                 return 0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
 
-            each, holes, wanted = sizes.dequantized, HOLES * activations, train.keep_dequantized
-            cached_blocks, carries = _share(spare, each, holes, model.n_layer, carrying, wanted)
+            holes, wanted = HOLES * activations, train.keep_dequantized
+            held = list(
+                accumulate((max(0.0, sizes.dequantized - whole) for whole in reversed(self._whole)), initial=0.0)
+            )
+            cached_blocks, carries = _share(spare, held, holes, carrying, wanted)
         return replace(
             plan,
             weights=weights,
@@ -324,7 +335,7 @@ class Planner:
             graph_tokens=graph_tokens,
             graphs=graphs,
             cached_blocks=cached_blocks,
-            cached=cached_blocks * sizes.dequantized + (buffers - plan.buffers) * self._slab,
+            cached=held[cached_blocks] + (buffers - plan.buffers) * self._slab,
             buffers=buffers,
             ahead=sizes.ahead,
             carries=carries,
@@ -388,12 +399,7 @@ def stored_bytes(gpt: GPT, storage: Storage, but: Collection[str] = ()) -> float
 
 
 def _share(
-    spare: float,
-    each: float,
-    holes: float,
-    blocks: int,
-    carrying: Callable[[int], int],
-    wanted: int | Literal["auto"],
+    spare: float, held: Sequence[float], holes: float, carrying: Callable[[int], int], wanted: int | Literal["auto"]
 ) -> tuple[int, bool]:
     """Choose how many blocks have cached weights, and whether other blocks carry theirs over.
 
@@ -401,17 +407,17 @@ def _share(
 
     Args:
         spare: bytes left.
-        each: bytes of a block.
+        held: bytes of the cached weights of 0, 1, ... or all blocks.
         holes: bytes lost to fragmentation if weights are carried over.
         carrying: tells how many of the blocks carry weights over in a usual micro-batch if so many are cached.
         wanted: train.keep_dequantized; 0 forbids both.
     """
 
     def cached(spare: float) -> int:
-        return min(blocks, max(0, int(spare / each)) if wanted == "auto" else wanted)
+        return max(0, bisect_right(held, spare) - 1) if wanted == "auto" else min(len(held) - 1, wanted)
 
     alone, beside = cached(spare), cached(spare - holes)
-    fits = wanted != 0 and beside * each + holes <= spare
+    fits = wanted != 0 and held[beside] + holes <= spare
     return (beside, True) if fits and 2 * beside + carrying(beside) > 2 * alone else (alone, False)
 
 

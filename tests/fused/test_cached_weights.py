@@ -23,7 +23,7 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import Storage
 from lit_qlora.run.learning import take_path
 from lit_qlora.run.plan import HOLES, MicroBatches, Plan, Room, make_plan
-from lit_qlora.settings import LoRAConfig, TrainConfig
+from lit_qlora.settings import LoRAConfig, Scheme, TrainConfig
 from lit_qlora.train.loop import Gradients
 from tests.conftest import tiny_config, tiny_model
 from tests.fused.test_fused import adapted_model, batch, gradients
@@ -380,16 +380,19 @@ def test_weights_are_carried_over_where_that_saves_more() -> None:
     assert not planned(0, tokens=many, fp8=True).carries
 
 
-def test_what_a_block_takes_is_what_its_weights_are() -> None:
-    model = adapted_model(scheme="bnb.nf4")
-    fused = fuse(model, cached_blocks=1)
-    held = sum(group.dense.numel() for group in fused.blocks[-1].groups)
+@pytest.mark.parametrize("layers", [{}, {r"blocks.1.mlp.*": "none", r"blocks.0.attn.projection": "none"}], ids=str)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_what_blocks_take_is_what_their_quantised_weights_are(layers: dict[str, Scheme], blocks: int) -> None:
+    model = adapted_model(scheme="bnb.nf4", layers=layers)
+    fused = fuse(model, cached_blocks=blocks)
+    groups = [group for block in fused.blocks[-blocks:] for group in block.groups if group.weight is not None]
+    held = sum(group.dense.numel() for group in groups)
     plan = make_plan(
         model.config,
         LoRAConfig(r=4, targets="all"),
-        Storage(torch.bfloat16, "bnb.nf4"),
+        Storage(torch.bfloat16, "bnb.nf4", layers=tuple(layers.items())),
         MicroBatches(64),
-        TrainConfig(keep_dequantized=1),
+        TrainConfig(keep_dequantized=blocks),
         Room(2**30),
     )
     assert plan.cached == 2 * held

@@ -167,6 +167,16 @@ def test_measured_peaks_are_near_their_floors_and_what_the_plan_said(program: An
 
 
 @needs_triton
+def test_the_measured_peaks_of_long_rows_are_what_the_plan_says(program: Any) -> None:
+    results = program("results")
+    rows = [row for row in results.read_rows(results.TABLE) if row["flags"].endswith("recompute full-offload")]
+    assert rows
+    for row in rows:
+        peak, plan, _ = program("floors").sizes(row)
+        assert peak == pytest.approx(plan, rel=0.05)
+
+
+@needs_triton
 def test_a_session_measures_each_step_that_readme_shows_with_flags_that_its_programs_know(
     program: Any, tables: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

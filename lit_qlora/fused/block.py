@@ -110,6 +110,8 @@ class Block(KernelBlock):
         del out, x
         if policy not in FULL and not self.parallel:
             saved.middle = run.save(middle, policy)
+        if policy == "full-offload":
+            run.offload.wait_for_copies(1)  # those of the blocks before, which would lie beside a slice of the MLP
         handed = [normed]
         del normed
         if policy == "none":
@@ -188,7 +190,7 @@ class Block(KernelBlock):
         saved.raw_2 = saved.middle = saved.out = None
         ahead = (saved.attended, saved.x if saved.qkv is None else None, saved.raw_1)
         if isinstance(saved.mlp, list):
-            return sliced.backward(self.mlp, d_y, stream, saved.mlp, d_out, back, ahead)
+            return sliced.backward(self.mlp, d_y, stream, saved.mlp, d_out, back, ahead, keeps=self.parallel)
         return self.mlp.backward(d_y, stream, saved.mlp, d_out, back, ahead)
 
     def _d_raw_1(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:

@@ -88,8 +88,10 @@ class FastSizes:
     def saved(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block saves for its backward pass."""
         c = self.model
-        attended, z = self._attended, self.rank * self.adapted
+        attended, z, log_sums = self._attended, self.rank * self.adapted, 4 * c.n_head
         middle, raw = self._middle, self._raw
+        if policy in FULL and not (c.n_expert or self._by_torch):
+            z, log_sums = min(z, self.rank), 0  # that of the MLP's last layer alone
         elements = {
             "none": c.n_embd + middle + 2 * raw + self._qkv + attended + self._branches + z,
             "mlp": c.n_embd + middle + 2 * raw + self._qkv + attended + z,
@@ -99,7 +101,7 @@ class FastSizes:
             "full-offload": z,
         }[policy]
         elements += c.n_embd if c.shared_expert_gate else 0  # what that expert gives
-        return tokens * (2.0 * elements + 4 * c.n_head + 8 + CHOICE * c.n_expert_per_token)
+        return tokens * (2.0 * elements + log_sums + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes in pinned memory of the host."""
@@ -156,11 +158,37 @@ class FastSizes:
         branches = self._branches * (2 if again else 1)
         branches += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
         sums = (c.n_expert_per_token * at_once / CHUNK + c.n_expert) * self.rank * max(2 * c.n_embd, 3 * c.expert_size)
-        elements = 5 * c.n_embd + (self._qkv if again else 0) + self._shaped
-        elements += {"offload": 3 * c.n_embd, "full-offload": 2 * (c.n_embd + self._raw)}.get(policy, 0)
         mlp = at_once * (2.0 * branches + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
-        alone = at_once == tokens and self.parts == 1
-        return tokens * 2.0 * elements + (mlp if alone else max(mlp, tokens * 2.0 * self._of_attention))
+        if at_once == tokens and self.parts == 1:
+            return tokens * 2.0 * self._around(policy) + mlp
+        if self._by_torch:
+            return tokens * 2.0 * self._around(policy) + max(mlp, tokens * 2.0 * self._of_attention)
+        around_mlp, around_attention = self._around_parts(policy)
+        return max(tokens * 2.0 * around_mlp + mlp, tokens * 2.0 * (around_attention + self._of_attention))
+
+    def _around(self, policy: Recompute) -> int:
+        """Features of whole rows in the backward pass of one block, at most, where the MLP takes them at once."""
+        c, again = self.model, policy != "none"
+        more = {"offload": 3 * c.n_embd, "full-offload": 2 * (c.n_embd + self._raw)}.get(policy, 0)
+        return 5 * c.n_embd + (self._qkv if again else 0) + self._shaped + more
+
+    def _around_parts(self, policy: Recompute) -> tuple[int, int]:
+        """Features of whole rows beside a slice of the MLP, and beside attention's own backward pass.
+
+        Both are beside what the policy saves on the device. There is what was fetched or recomputed, and the gradients
+        of the block's output and of the stream in the middle. The second takes the memory of the first where it can.
+        """
+        c, attended, qkv = self.model, self._attended, self._qkv
+        width, gradients = c.n_embd, c.n_embd * (2 if c.parallel_residual else 1)
+        recomputed, fetched = policy in FULL, policy in ON_HOST
+        mlp = gradients + 2 * self._raw
+        attention = gradients + attended + self._shaped + (qkv if policy not in ("none", "mlp") else 0)
+        if recomputed or fetched:
+            mlp += attended + (qkv + self._middle if recomputed else max(width, qkv))
+            attention += attended
+        if fetched:
+            mlp, attention = mlp + width, attention + width
+        return mlp, attention
 
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of the workspaces, for weights that are dequantised or in FP8."""
@@ -224,12 +252,15 @@ class FastSizes:
 
     @cached_property
     def _of_attention(self) -> int:
-        """Features of attention's own backward pass, beside those of _block.
+        """Features of attention's own backward pass, beside those around it.
 
-        These are the gradients of queries, keys and values, first of each head, and those of queries in float32. Where
-        devices share rows, there are queries, keys, values, outputs and their gradients of all tokens too.
+        These are the gradients of queries, keys and values, and those of queries in float32. Those of keys and values
+        come first for each head of queries. cuDNN needs less. Where devices share rows, there are queries, keys,
+        values, outputs and their gradients of all tokens too.
         """
-        c, alone = self.model, 2 * self._qkv + 4 * self._attended
+        c = self.model
+        grouped = 2 * self._queries if self._keys < self._queries else 0
+        alone = 2 * self._qkv + 4 * self._attended if self._by_torch else self._qkv + 2 * self._queries + grouped
         if self.parts == 1:
             return alone
         copies = math.lcm(c.n_kv_head, self.parts) // c.n_kv_head

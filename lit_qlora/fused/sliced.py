@@ -43,12 +43,17 @@ def backward(
     d_out: Tensor,
     back: Backward,
     ahead: Sequence[Tensor | OnHost | None],
+    keeps: bool,
 ) -> Tensor:
-    """As mlp.backward, from what each slice saved."""
+    """As mlp.backward, from what each slice saved.
+
+    Args:
+        keeps: d_out is still needed; otherwise the result takes its memory.
+    """
     if len(saved) == 1:
         return mlp.backward(d_y, stream, saved[0], d_out, back, ahead)
     gradient, parts = d_y.pop(), list(_slices(len(d_out)))
-    out = torch.empty_like(d_out)
+    out = torch.empty_like(d_out) if keeps else d_out
     for i, (part, one) in enumerate(zip(parts, saved, strict=True)):
         of_slice = replace(back, forward=_seeded(back.forward, i))
         inputs = ([gradient[part]], [tensor[part] for tensor in stream], one, d_out[part])

@@ -299,7 +299,7 @@ class Planner:
         assert room.gpu is not None
         model, train = self.gpt.config, self.train
         weights = plan.weights + self._decoded_scales
-        learning = plan.learning + 2 * self._copied + self._beside
+        learning = plan.learning + 2 * self._copied + self._beside + _rotations(model, batches.tokens)
         free = 0.97 * room.gpu - weights - learning - seen
         eager = self.router_losses or self.sharded or plan.parts > 1
         graph_tokens = 0 if eager else _graph_tokens(model, train, batches)
@@ -441,6 +441,14 @@ def _graph_tokens(model: ModelConfig, train: TrainConfig, batches: MicroBatches)
     counts = (batches.usual, batches.tokens)
     common, longest = (rows * row_width(model, math.ceil(count / rows), batches.packed) for count in counts)
     return min(most, longest) if common <= most else 0
+
+
+def _rotations(model: ModelConfig, tokens: int) -> float:
+    """Bytes of the tables of RoPE on the fast path: cosines and sines in float32, with and without a window."""
+    from lit_qlora.fused.support import GROWING
+
+    rows = tokens if model.rope_scaling in GROWING else model.block_size
+    return 8.0 * rows * (max(model.rotated, model.full_head_size) + model.rotated) / 2
 
 
 def _largest_part(gpt: GPT) -> int:

@@ -1,13 +1,17 @@
 """The MLP of a long row, a slice of tokens at a time."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lit_qlora.fused import fuse, sliced
+from lit_qlora.fused.memory import SLICE
 from lit_qlora.fused.mlp import DenseMlp
+from lit_qlora.fused.passes import Backward
 from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.settings import Recompute
 from tests.fused.test_fused import adapted_model, assert_equal, batch, gradients
 
@@ -46,6 +50,19 @@ def test_a_step_in_slices_is_the_step_at_once(
     asked = request.getfixturevalue("short_slices")
     assert_equal(gradients(fused.model, *batch()), at_once)
     assert set(asked) == {24}
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_gradient_that_is_needed_no_more_gives_its_memory_to_the_next(keeps: bool) -> None:
+    many = 2 * SLICE
+    d_out = torch.ones(many, 1)
+    run: Any = SimpleNamespace(seed=None)
+    back = Backward(run, Pending(), (None, None, None))
+    mlp: Any = SimpleNamespace(backward=lambda d_y, stream, saved, d_out, *_: 3 * d_y.pop() + d_out)
+    found = sliced.backward(mlp, [d_out], [], [None, None], d_out, back, (), keeps)
+    assert torch.equal(found, torch.full((many, 1), 4.0))
+    assert (found is d_out) == (not keeps)
+    assert torch.equal(d_out, torch.ones(many, 1)) == keeps
 
 
 def test_each_slice_drops_elements_of_its_own_and_the_same_in_both_passes(

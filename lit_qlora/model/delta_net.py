@@ -127,12 +127,14 @@ def delta_rule(
     k = k * between[..., -1, :, None]
     stays = (total[..., -1].exp() * first[..., -1])[..., None, None]
     state = q.new_zeros(*q.shape[:2], q.size(-1), v.size(-1)) if state is None else state
-    out = []
-    for i in range(q.size(2)):
-        written = new[:, :, i] - old[:, :, i] @ state
-        out.append(q[:, :, i] @ state + inside[:, :, i] @ written)
-        state = stays[:, :, i] * state + k[:, :, i].mT @ written
-    return torch.stack(out, dim=2).flatten(2, 3)[:, :, :length].transpose(1, 2), state
+    states, writes = [], []
+    # Unbound, since the gradient of an indexed chunk would be as large as that of all of them.
+    for share, own, known, keys in zip(*(t.unbind(2) for t in (stays, new, old, k.mT)), strict=True):
+        states.append(state)
+        writes.append(own - known @ state)
+        state = share * state + keys @ writes[-1]
+    out = q @ torch.stack(states, dim=2) + inside @ torch.stack(writes, dim=2)
+    return out.flatten(2, 3)[:, :, :length].transpose(1, 2), state
 
 
 def in_chunks(x: Tensor, chunk: int) -> Tensor:

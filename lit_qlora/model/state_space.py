@@ -120,8 +120,9 @@ def state_rule(
     written = (k * between[..., -1, :, None]).mT @ v
     stays = (total[..., -1].exp() * first[..., -1])[..., None, None]
     state = torch.zeros_like(written[:, :, 0]) if state is None else state
-    out = []
-    for i in range(q.size(2)):
-        out.append(inside[:, :, i] + q[:, :, i] @ state)
-        state = stays[:, :, i] * state + written[:, :, i]
-    return torch.stack(out, dim=2).flatten(2, 3)[:, :, :length].transpose(1, 2), state
+    states = []
+    for share, added in zip(stays.unbind(2), written.unbind(2), strict=True):  # see delta_net.delta_rule
+        states.append(state)
+        state = share * state + added
+    out = inside + q @ torch.stack(states, dim=2)
+    return out.flatten(2, 3)[:, :, :length].transpose(1, 2), state

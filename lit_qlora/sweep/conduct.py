@@ -24,7 +24,7 @@ from lit_qlora.sweep.pages import write_results
 from lit_qlora.sweep.results import read_results
 from lit_qlora.sweep.state import is_over, metric_of, read_state, records_of, value_at, write_state
 from lit_qlora.sweep.study import choose_draws, read_draws, write_draws
-from lit_qlora.sweep.trials import Changes, Trial, describe, plan_trials, write_names
+from lit_qlora.sweep.trials import Changes, Trial, config_of, describe, plan_trials, write_names
 from lit_qlora.train.loop import Paused, Stopped
 
 POLL = 0.5
@@ -119,7 +119,7 @@ def search(config: AnySweep, out_dir: Path, base: SharedBase, make_ask: MakeAsk 
     """Run the draws that Optuna chooses, one choice after the other.
 
     Raises:
-        UsageError: if no trial could have the settings of the first draw, or the runs have no such metric.
+        UsageError: see draws_from and value_of.
     """
     told: list[tuple[Changes, float]] = []
     trials: dict[str, Trial] = {}
@@ -135,7 +135,11 @@ def search(config: AnySweep, out_dir: Path, base: SharedBase, make_ask: MakeAsk 
 
 
 def draws_from(number: int, config: AnySweep, out_dir: Path, told: Sequence[tuple[Changes, float]]) -> list[Changes]:
-    """Return the draws that were chosen after the first `number` ones, or else choose and note some."""
+    """Return the draws that were chosen after the first `number` ones, or else choose and note some.
+
+    Raises:
+        UsageError: if no trial could have the settings of the first draw of all.
+    """
     part = config.sweep
     with writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -144,6 +148,7 @@ def draws_from(number: int, config: AnySweep, out_dir: Path, told: Sequence[tupl
             if len(draws) <= number:
                 begin = number - number % part.draws_at_once  # fewer draws may have cut the last choice short
                 draws = draws + choose_draws(part, told[:begin], part.draws_at_once)[number - begin :]
+                config_of(config.run, draws[0], out_dir)  # or a wrong name would be in a study that is kept
                 write_draws(out_dir, part, draws[: part.draws])
     return draws[number : part.draws]
 
@@ -152,7 +157,7 @@ def trials_of(draws: Sequence[Changes], first: int, config: AnySweep, out_dir: P
     """Plan the trials of draws; the variant of each is its number. One that no trial can have is left out, and said.
 
     Raises:
-        UsageError: if it is the first of all draws.
+        UsageError: if it is the first of all draws, where the fault is not its own.
     """
     trials: dict[str, Trial] = {}
     for number, changes in enumerate(draws, start=first):

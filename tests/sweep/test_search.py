@@ -126,6 +126,15 @@ def test_a_search_that_could_learn_nothing_ends(
         sweep(configure(*SEARCH, *more))
 
 
+def test_a_wrong_name_leaves_no_study(configure: Configure, asked: list[Told], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conduct, "choose_draws", lambda *given: [{"lora.rr": 2}])
+    config = configure("--sweep.random={lora.rr: [2]}", "--sweep.draws=1", "--sweep.search=optuna")
+    with pytest.raises(UsageError, match=r"Did you mean --lora.r\?"):
+        sweep(config)
+    assert config.out_dir is not None
+    assert not (config.out_dir / "study.json").exists()
+
+
 def test_the_missing_extra_is_named(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UsageError, match=r'optuna is not installed. pip install "lit_qlora\[optuna\]"'):

@@ -148,9 +148,10 @@ def newest(folder: Path) -> Checkpoint | None:
             if len(damages) < len(found):
                 tell(f"  note    {error} The one before it is used.", sys.stderr)
     if damages:
-        raise CheckpointError(
-            "No checkpoint of this run is whole:\n  " + "\n  ".join(damages) + "\nTo start anew: --resume never."
-        )
+        alone = [path for path in found if (path / MANIFEST).is_file() and states.find(path) is None]
+        hint = f" --lora.start {alone[0]} begins a new run from an adapter." if alone else ""
+        listed = "\n  ".join(damages)
+        raise CheckpointError(f"No checkpoint of this run is whole:\n  {listed}\nTo start anew: --resume never.{hint}")
     return None
 
 

@@ -8,6 +8,7 @@ import pytest
 from lit_qlora.errors import CheckpointError
 from lit_qlora.files.hashing import hash_file
 from lit_qlora.files.manifest import read_manifest, save_directory
+from lit_qlora.run.resume import newest
 from lit_qlora.run.states import adapter_of, beside, find, read, remove_alone, saved, step_of
 
 
@@ -112,6 +113,13 @@ def test_an_adapter_without_its_state_or_with_a_damaged_one_is_named(tmp_path: P
         read(adapter)
     assert read_manifest(adapter)
     assert hash_file(beside(adapter) / "manifest.json") == read_manifest(other)["state"]
+
+
+def test_a_run_whose_states_are_gone_says_how_to_begin_another_from_its_adapter(tmp_path: Path) -> None:
+    for step in (4, 5):
+        shutil.rmtree(beside(save_pair(tmp_path / f"step-{step:06d}", step)))
+    with pytest.raises(CheckpointError, match=r"step-000004\.state, is not(.|\n)*--lora\.start \S+step-000005 begins"):
+        newest(tmp_path)
 
 
 def test_a_link_in_the_place_of_a_state_is_replaced_and_not_followed(tmp_path: Path) -> None:

@@ -57,8 +57,9 @@ def sends_qkv(block: int, policy: Recompute) -> bool:
 
 
 def head_tokens(vocab: int) -> int:
-    """Tokens whose logits exist at the same time."""
-    return max(256, LOGITS_AT_ONCE // vocab // 128 * 128)
+    """Tokens whose logits exist at the same time; large vocabularies may have twice as many, for 1,024 tokens."""
+    at_once = max(LOGITS_AT_ONCE // vocab, min(1024, 2 * LOGITS_AT_ONCE // vocab))
+    return max(256, at_once // 128 * 128)
 
 
 def slice_tokens(tokens: int) -> int:

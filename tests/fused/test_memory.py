@@ -27,7 +27,8 @@ def test_the_peak_is_in_the_backward_pass_of_the_last_block_where_all_do_the_sam
 
 
 def test_fewer_logits_exist_where_the_vocabulary_is_large() -> None:
-    assert [head_tokens(vocab) for vocab in (32_000, 128_256, 1_000_000)] == [2048, 512, 256]
+    vocabularies = (32_000, 100_352, 128_256, 151_936, 262_144, 1_000_000)
+    assert [head_tokens(vocab) for vocab in vocabularies] == [2048, 1024, 1024, 768, 512, 256]
 
 
 @pytest.mark.parametrize(("vocab", "bytes_"), [(16, 8 * 512 * 256), (1_000_000, 4 * 512 * 256 + 2 * 256 * 1_000_000)])

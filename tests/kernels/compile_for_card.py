@@ -230,7 +230,7 @@ def mixture(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
         for transposed in (False, True):
             experts_products.product(source, w, choices, LowRank(z, b, dropout), None, gathered, transposed)
     down, gate_up = (z, grad_a, 1.0), (empty(T * k, 2 * rank, dtype=dtype), grad_b, (0, 1))
-    if rank <= MOST_RANK:
+    if rank <= experts_lora.MOST_RANK:
         experts_mlp.mlp_backward(branches, inner, choices, "silu", down, gate_up, dropout)
     experts_mlp.mlp_backward(branches, inner, choices, "clamped", h=inner)
     experts_mlp.mlp_backward(branches, inner, choices, "silu")

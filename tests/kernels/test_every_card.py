@@ -14,7 +14,7 @@ from lit_qlora.kernels import launch
 from tests.conftest import ROOT
 from tests.kernels.compile_for_card import SHARED
 
-QUICK = [(75, 64), (89, 16)]
+QUICK = [(75, 32), (89, 16)]
 """Cards and ranks."""
 pytestmark = pytest.mark.skipif(not launch.AVAILABLE, reason="needs Triton")
 

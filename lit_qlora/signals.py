@@ -191,6 +191,12 @@ def held() -> Iterator[StopRequest]:
         yield request
 
 
+def taken() -> int:
+    """Return the number of the signal that this program is to end by, or 0; any thread may ask."""
+    request = _taker()
+    return request.signal if request else 0
+
+
 def _taker() -> StopRequest | None:
     """Return the request that takes this process's signals, if one does."""
     owners = (getattr(signal.getsignal(number), "__self__", None) for number in SIGNALS)

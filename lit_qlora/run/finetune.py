@@ -104,7 +104,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
     from lit_qlora.run import distillation, dry_run, folder, learning, preferences, resume, saver, summary
     from lit_qlora.run.banner import plan_run, savings, tell_plan
     from lit_qlora.sharded import RowParts
-    from lit_qlora.train import parallel
+    from lit_qlora.train import parallel, watch
 
     out_dir = config.out_dir or folder.default_out_dir(config)
     devices, num_nodes = parallel.processes(config.devices, config.num_nodes)
@@ -149,6 +149,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         nullcontext() if fabric.local_rank == 0 else parallel.ends_with_parent(),
         folder.claim(config, fabric, checkpoint, plan),
         folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
+        watch.watched(fabric, resume.advice(out_dir)) as watching,
     ):
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start, teacher)
@@ -162,6 +163,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
                 model = load_shares(config, storage, fabric.device, plan.buffers)
             else:
                 model = load(config, storage, fabric.device)
+        watching.gathers = model.gathers
         if config.sequence_parallel > 1:
             model.rows = RowParts(config.sequence_parallel)
         add_lora(model, config.lora)

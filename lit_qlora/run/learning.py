@@ -34,6 +34,7 @@ from lit_qlora.run.plan import Plan, check_fp8
 from lit_qlora.run.preferences import falling
 from lit_qlora.run.reports import Frame, one_line, unframed
 from lit_qlora.run.resume import SAMPLES, Checkpoint, checkpoints, read_log, write_log
+from lit_qlora.run.resume import advice as resume_advice
 from lit_qlora.run.saver import Contents, Saver
 from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, PreferenceRunConfig, TrainConfig
 from lit_qlora.signals import caught
@@ -290,8 +291,7 @@ def explained(out_dir: Path, tokenizer: Tokenizer, advice: Callable[[], str]) ->
         if not _is_about_another_process(error):
             raise
         raise ResourceError(
-            "Another process of this run has ended, so this one ends too.\n"
-            f"{out_dir} holds the checkpoints; the same command resumes from the newest."
+            f"Another process of this run has ended, so this one ends too.\n{resume_advice(out_dir)}"
         ) from None
 
 

@@ -189,6 +189,11 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return [*newer, final, *(path for step, path in steps if step <= end)]
 
 
+def advice(out_dir: Path) -> str:
+    """The way on for a run that another process has ended."""
+    return f"{out_dir} holds the checkpoints; the same command resumes from the newest."
+
+
 def before(out_dir: Path, checkpoint: Checkpoint) -> list[Path]:
     """List the checkpoints in `out_dir` newer than `checkpoint`; all of them if it is another run's."""
     return list(takewhile(lambda path: not path.samefile(checkpoint.path), checkpoints(out_dir)))

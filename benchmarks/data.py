@@ -63,6 +63,11 @@ def main(config: Config) -> None:
         for batch_size, devices in product((32, 128), (1, 2, 4)):
             batching = Batching(batch_size=batch_size, micro_batch_size=4, seed=0, row_length=config.pack_length)
             print(f"steps of {batch_size} on {devices}: {fullness(encoded.samples, batching, devices):.2%} full")
+        for packed, devices in product((config.pack_length, None), (2, 4, 8)):
+            batching = Batching(batch_size=128, micro_batch_size=4, seed=0, row_length=packed)
+            tokens, squares = evenness(encoded.samples, batching, devices)
+            kind = "packed" if packed else "a sample a row"
+            print(f"steps of 128 on {devices}, {kind}: even to {tokens:.2%} in positions, {squares:.2%} in attention")
         print(f"most memory ever held: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
@@ -77,6 +82,37 @@ def fullness(samples, batching, devices):
         read += step[0].tokens - step[0].samples
         slots += devices * max(sum(batch.tokens.numel() for batch in rank.batches) for rank in step)
     return read / slots
+
+
+def evenness(samples, batching, devices):
+    """Work of all processes, as a fraction of what they would do if each did as much as a step's busiest.
+
+    Counted twice: positions that are computed, padding too; and the squares of the lengths that attention reads.
+    """
+    from lit_qlora.data import steps
+
+    total = max(1, len(samples) // batching.batch_size)
+    ranks = (steps(samples, batching, total, rank, devices) for rank in range(devices))
+    done, most = [0, 0], [0, 0]
+    for step in zip(*ranks, strict=True):
+        for i, work in enumerate((positions, attention)):
+            of_ranks = [sum(work(batch) for batch in rank.batches) for rank in step]
+            done[i] += sum(of_ranks)
+            most[i] += devices * max(of_ranks)
+    return [part / whole for part, whole in zip(done, most, strict=True)]
+
+
+def positions(batch):
+    """Positions of a micro-batch."""
+    return batch.tokens.numel()
+
+
+def attention(batch):
+    """Sum of the squares of the lengths of a micro-batch's rows, or of its documents."""
+    rows, width = batch.tokens.shape
+    if batch.segments is None:
+        return rows * width**2
+    return sum(int((row[row >= 0].bincount() ** 2).sum()) for row in batch.segments)
 
 
 def timed(what, function):

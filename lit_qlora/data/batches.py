@@ -284,7 +284,7 @@ def steps(
             long = taken.lengths.tolist()
         rows = [[taken[i] for i in row] for row in rows_of(ids, long, batching, world_size)]
         micro = micro_batches(rows, batching.micro_batch_size, world_size)
-        mine = micro[rank::world_size]
+        mine = dealt(micro, rank, world_size)
         yield Step(
             batches=[lay(group, batching) for group in mine],
             weight=step_weight(taken, ids, batching) or 1.0,  # no label may be left
@@ -346,6 +346,11 @@ def micro_batches(rows: Sequence[T], most: int, world_size: int) -> list[Sequenc
     size, larger = divmod(len(rows), count)
     starts = [i * size + min(i, larger) for i in range(min(count, len(rows)) + 1)]
     return [rows[start:end] for start, end in pairwise(starts)]
+
+
+def dealt(parts: Sequence[T], rank: int, world_size: int) -> list[T]:
+    """The parts of a step that a rank gets. The longest come first, so they are dealt back and forth."""
+    return [part for i, part in enumerate(parts) if i % (2 * world_size) in (rank, 2 * world_size - 1 - rank)]
 
 
 def longest_step(samples: Content, batching: Batching, world_size: int = 1) -> Step:

@@ -143,6 +143,13 @@ def test_ranks_share_the_micro_batches_of_a_step_without_overlap(world_size: int
         assert sum(sum(step.filled) for step in together) == together[0].tokens - together[0].samples
 
 
+def test_no_rank_always_gets_the_longest_samples_of_a_round() -> None:
+    ranks = [next(steps(samples(8), batching(8, 1), 1, rank, 2)) for rank in range(2)]
+    (most, *_, least), (second, *_, last) = ([batch.tokens.size(1) for batch in step.batches] for step in ranks)
+    assert most >= second
+    assert last >= least
+
+
 @pytest.mark.parametrize(
     ("batch_size", "most", "world_size", "rows"),
     [

@@ -112,6 +112,7 @@ ELSEWHERE = {
     "lit_qlora/serve/app.py": "reads the page of this package",
     "lit_qlora/sweep/study.py": "turns values of settings back that it told Optuna",
     "lit_qlora/sweep/trials.py": "makes plain values of its own settings",
+    "lit_qlora/train/watch.py": "reads the kernel's own files",
     "lit_qlora/prompts/calls.py": "finds values in what a model said, with check_depth",
     "lit_qlora/prompts/style.py": "makes plain values of its own settings",
     "eval/lm_eval_harness.py": "makes plain values of its own results",

@@ -41,7 +41,7 @@ def planner(gpu: str = "24") -> Planner:
 
 
 def test_a_row_more_or_a_longer_one_would_not_fit() -> None:
-    plans, gpu = planner(), gpu_called("2")
+    plans, gpu = planner(), gpu_called("3")
     fit, room = find_fit(plans, gpu, 4096, HOST), gpu.room(HOST)
 
     def holds(rows: int, length: int) -> bool:
@@ -53,7 +53,7 @@ def test_a_row_more_or_a_longer_one_would_not_fit() -> None:
 
 
 def test_four_gpus_that_share_a_row_hold_nearly_four_times_its_tokens() -> None:
-    card, room = gpu_called("2").card, gpu_called("2").room(HOST)
+    card, room = gpu_called("6").card, gpu_called("6").room(HOST)
     one, four = (
         longest_row(planner_for(card, SMALL, LoRAConfig(), "bnb.nf4-dq", TrainConfig(), parts=parts), room)
         for parts in (1, 4)

@@ -19,6 +19,8 @@ from lit_qlora.settings import SweepPart, check
 from lit_qlora.sweep.trials import Changes, key_of, range_of, rounded
 
 STUDY = "study.json"
+ASKS = 20
+"""Times that Optuna is asked for a draw that it has not chosen before; one of few values may be the last."""
 
 
 def choose_draws(part: SweepPart, told: Sequence[tuple[Changes, float]], count: int) -> list[Changes]:
@@ -46,8 +48,17 @@ def choose_draws(part: SweepPart, told: Sequence[tuple[Changes, float]], count: 
                 state=states.FAIL if failed else states.COMPLETE,
             )
         )
-    chosen = [study.ask(spaces).params for _ in range(count)]
-    return [{name: decoded(part.random[name], params[name]) for name in spaces} for params in chosen]
+    chosen: list[Changes] = []
+    taken = [changes for changes, _ in told]
+    for _ in range(count):
+        for _ in range(ASKS):
+            params = study.ask(spaces).params
+            draw = {name: decoded(part.random[name], params[name]) for name in spaces}
+            if draw not in taken:
+                break
+        taken.append(draw)
+        chosen.append(draw)
+    return chosen
 
 
 def import_optuna() -> ModuleType:

@@ -152,6 +152,20 @@ def by_optuna(part: SweepPart, count: int, told: Told | None = None) -> Told:
     return told
 
 
+def test_a_draw_is_repeated_only_once_all_have_been(configure: Configure) -> None:
+    pytest.importorskip("optuna", reason="the extra optuna is not installed")
+    part = configure(
+        "--sweep.random={lora.r: [2, 3], lora.alpha: [8, 16]}", "--sweep.draws=4", "--sweep.search=optuna"
+    ).sweep
+    told: Told = []
+    for number in range(4):
+        (draw,) = choose_draws(part, told, 1)
+        told.append((draw, math.inf if number == 1 else 1.0))
+    assert len({tuple(draw.values()) for draw, _ in told}) == 4
+    assert len({tuple(draw.values()) for draw in choose_draws(part, [], 4)}) == 4
+    assert len(choose_draws(part, told, 1)) == 1
+
+
 def test_optuna_chooses_the_same_after_a_stop_and_comes_nearer(configure: Configure) -> None:
     pytest.importorskip("optuna", reason="the extra optuna is not installed")
     space = {

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lit_qlora.data import Batching, Sample, Samples, collate, count_steps, longest_step, steps, validation_batches
-from lit_qlora.data.batches import PAD, cut_length, epoch_order, mean_tokens, order, steps_of_an_epoch
+from lit_qlora.data.batches import PAD, cut_length, dealt, epoch_order, mean_tokens, order, steps_of_an_epoch
 from lit_qlora.model.gpt import IGNORE
 from tests.conftest import tiny_model
 
@@ -144,10 +144,9 @@ def test_ranks_share_the_micro_batches_of_a_step_without_overlap(world_size: int
 
 
 def test_no_rank_always_gets_the_longest_samples_of_a_round() -> None:
-    ranks = [next(steps(samples(8), batching(8, 1), 1, rank, 2)) for rank in range(2)]
-    (most, *_, least), (second, *_, last) = ([batch.tokens.size(1) for batch in step.batches] for step in ranks)
-    assert most >= second
-    assert last >= least
+    assert [dealt(range(8), rank, 2) for rank in range(2)] == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert [dealt(range(5), rank, 3) for rank in range(3)] == [[0], [1, 4], [2, 3]]
+    assert dealt(range(3), 0, 1) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

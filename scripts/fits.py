@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 CHECKPOINTS = Path("checkpoints")
+LENGTH = 2048
+"""Tokens of a row by default."""
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """GB of usual GPUs."""
 TABLE = (
@@ -68,8 +70,9 @@ class FitsConfig(Settings):
     """A well-known model, ORG/NAME, or a folder with a checkpoint or its config.json. By default well-known models."""
     host: Positive = 64.0
     """Free memory of the host in GiB, where activations may go."""
-    length: Count = 2048
-    """Tokens of a row."""
+    length: Count | None = None
+    """Tokens of a row. By default 2,048. In a table, models with a shorter context have rows of that length, and are
+    named below it."""
     quantize: Scheme = "bnb.nf4-dq"
     """Storage of the frozen base weights."""
     quantize_head: bool = False
@@ -82,6 +85,11 @@ class FitsConfig(Settings):
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, alpha=32.0, targets=("all",)))
     json: bool = False
     """Print a JSON list instead of a table."""
+
+    @property
+    def wanted(self) -> int:
+        """Tokens of a row, for models that can read so many."""
+        return self.length or LENGTH
 
     @property
     def on_host(self) -> float:
@@ -106,7 +114,7 @@ def main(config: FitsConfig) -> None:
 
         print(json.dumps([asdict(fit) for fit in fits], indent=1))
     elif config.gpu is None and config.model is None:
-        print(overview(fits))
+        print(overview(fits, config.wanted))
     else:
         print(listing(fits, config))
 
@@ -143,7 +151,13 @@ def find_fits(config: FitsConfig) -> "Iterator[Fit]":
         planner = None
         for gpu in gpus(config):
             planner = planner or planner_of(config, gpu, model, TrainConfig(), state)
-            yield find_fit(planner, gpu, config.length, config.on_host)
+            context = planner.gpt.config.block_size
+            check(
+                config.model is None or config.length is None or config.length <= context,
+                f"length {config.wanted:,}: {model.name} reads {context:,} tokens. Take a smaller --length, or "
+                "lengthen its context (--lora.rope_scaling).",
+            )
+            yield find_fit(planner, gpu, config.wanted, config.on_host)
 
 
 def planner_of(config: FitsConfig, gpu: "Gpu", model: "ModelConfig", train: "TrainConfig", state: float) -> "Planner":
@@ -209,13 +223,23 @@ def read_folder(folder: Path) -> "ModelConfig | None":
     return read_config(read_json(path), str(folder)) if path.is_file() else None
 
 
-def overview(fits: "list[Fit]") -> str:
+def overview(fits: "list[Fit]", length: int) -> str:
     """A table of models and GPUs in Markdown: rows at a time, longest row."""
     names = list(dict.fromkeys(fit.gpu for fit in fits))
     cells: dict[str, list[str]] = {}
     for fit in fits:
         cells.setdefault(fit.model, []).append(cell(fit))
-    return as_markdown(["model", *names], [[model, *row] for model, row in cells.items()])
+    table = as_markdown(["model", *names], [[model, *row] for model, row in cells.items()])
+    return "\n".join([table, *shortened(fits, length)])
+
+
+def shortened(fits: "list[Fit]", length: int) -> list[str]:
+    """Name the models whose context is shorter than the wanted rows, which are cut to it; nothing if there are none."""
+    short = {fit.model: fit.context for fit in fits if fit.context < length}
+    if not short:
+        return []
+    named = ", ".join(f"{model} ({context:,})" for model, context in short.items())
+    return ["", f"Rows are as long as the context of models that cannot read {length:,} tokens: {named}"]
 
 
 def cell(fit: "Fit") -> str:
@@ -246,7 +270,7 @@ def listing(fits: "list[Fit]", config: FitsConfig) -> str:
         speed = f"{fit.tokens_per_second:,.0f}" if fit.tokens_per_second else "-"
         longest = f"{fit.longest:,}" if fit.longest else "does not fit"
         rows.append([getattr(fit, by), fit.rows or "-", *told, longest, *([speed] if timed else [])])
-    return "\n".join([*needs(config), as_markdown(head, rows)])
+    return "\n".join([*needs(config), as_markdown(head, rows), *shortened(fits, config.wanted)])
 
 
 def needs(config: FitsConfig) -> list[str]:
@@ -257,14 +281,15 @@ def needs(config: FitsConfig) -> list[str]:
     from lit_qlora.settings import TrainConfig
 
     (model,), gpu, state = models(config), gpus(config)[0], state_bytes(config.optimizer)
-    planners = (
+    planners = [
         planner_of(config, gpu, model, train, state) for train in (TrainConfig(), TrainConfig(recompute="none"))
-    )
-    least, whole = (least_gb(planner, config.length, config.on_host) for planner in planners)
+    ]
+    length = min(config.wanted, planners[0].gpt.config.block_size)
+    least, whole = (least_gb(planner, length, config.on_host) for planner in planners)
     count = max(config.devices, config.sequence_parallel)
     need = "need a GPU" if count == 1 else f"need {count} GPUs"
     return [
-        f"{model.name}: rows of {config.length:,} tokens {need} of {least} GB, or {whole} GB without recomputation",
+        f"{model.name}: rows of {length:,} tokens {need} of {least} GB, or {whole} GB without recomputation",
         "",
     ]
 

@@ -167,6 +167,8 @@ class Fit:
     """Tokens of the longest row that fits alone; 0 if the model does not fit."""
     length: int
     """Tokens of the row that the following is about: the wanted length, or the longest row if that is less."""
+    context: int
+    """Tokens that the model can read; no row is longer, whatever length is wanted."""
     recompute: str
     """How blocks recompute, such as "none" or "offload 12, none 20"."""
     planned_gib: float
@@ -190,6 +192,7 @@ def find_fit(planner: Planner, gpu: Gpu, length: int, host: float | None) -> Fit
         rows=rows,
         longest=longest,
         length=shown,
+        context=planner.gpt.config.block_size,
         recompute=describe(plan),
         planned_gib=round((plan.total - plan.cached) / GIB, 2),
         room_gib=round(gpu.free / GIB, 2),

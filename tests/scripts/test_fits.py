@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -94,9 +95,23 @@ def test_a_model_is_a_checkpoint_or_well_known(fits: ModuleType, capsys: pytest.
     fits.main(fits.FitsConfig(gpu="8", model=str(ROOT / "checkpoints/lit-qlora/tiny-world"), json=True))
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["rows"], row["recompute"], row["gpu"]) == (64, "none", "8 GB")
-    assert row["longest"] == row["length"] == 256
+    assert row["longest"] == row["length"] == row["context"] == 256
     with pytest.raises(UsageError, match=r"Did you mean Qwen/Qwen3-8B\?"):
         fits.main(fits.FitsConfig(model="Qwen/Qwen3-8"))
+
+
+def test_rows_beyond_the_context_of_a_model_are_refused_and_in_a_table_named(
+    fits: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = str(ROOT / "checkpoints/lit-qlora/tiny-world")
+    with pytest.raises(UsageError, match=r"length 257: \S+ reads 256 tokens\. Take a smaller --length"):
+        fits.main(fits.FitsConfig(model=tiny, gpu="8", length=257))
+    fits.main(fits.FitsConfig(model=tiny, gpu="8", length=512, lora=LoRAConfig(rope_scaling="yarn", rope_factor=2.0)))
+    assert "cannot read" not in capsys.readouterr().out
+    monkeypatch.setattr(fits, "models", lambda config: iter([SMALL, ModelConfig.load(Path(tiny))]))
+    fits.main(fits.FitsConfig(gpu="8", length=300))
+    assert capsys.readouterr().out.endswith("cannot read 300 tokens: lit-qlora/tiny-world (256)\n")
+    assert fits.overview(list(fits.find_fits(fits.FitsConfig(gpu="8"))), 2048).endswith("lit-qlora/tiny-world (256)")
 
 
 def test_an_optimizer_with_8_bit_state_is_planned_with_its_bytes(fits: ModuleType) -> None:
@@ -132,7 +147,7 @@ def test_all_of_a_mixture_of_30b_trains_in_40_gb_with_its_experts(fits: ModuleTy
 
 @pytest.mark.slow
 def test_the_pages_have_the_table_that_the_command_prints(fits: ModuleType) -> None:
-    table = fits.overview(list(fits.find_fits(fits.FitsConfig())))
+    table = fits.overview(list(fits.find_fits(fits.FitsConfig())), 2048)
     assert table in (ROOT / "docs/fits.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in readme if " · " in line]

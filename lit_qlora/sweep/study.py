@@ -84,7 +84,7 @@ def distribution(optuna: ModuleType, name: str, space: Any) -> Any:
         return optuna.distributions.CategoricalDistribution(tuple(dict.fromkeys(map(key_of, space))))
     kind, low, high = range_of(name, space)
     if kind == "integer":
-        return optuna.distributions.IntDistribution(math.ceil(low), math.floor(high))
+        return optuna.distributions.IntDistribution(int(low), int(high))
     return optuna.distributions.FloatDistribution(low, high, log=kind == "log")
 
 

@@ -111,7 +111,7 @@ def draw_one(name: str, space: Any, generator: random.Random) -> Any:
         return generator.choice(space)
     kind, low, high = range_of(name, space)
     if kind == "integer":
-        return generator.randint(math.ceil(low), math.floor(high))
+        return generator.randint(int(low), int(high))
     if kind == "log":
         return rounded(math.exp(generator.uniform(math.log(low), math.log(high))))
     return rounded(generator.uniform(low, high))
@@ -127,8 +127,10 @@ def range_of(name: str, space: Any) -> tuple[str, float, float]:
         ((kind, ends),) = space.items()
         if isinstance(ends, list | tuple) and len(ends) == 2 and all(type(end) in (int, float) for end in ends):
             low, high = ends
-            known = kind in ("uniform", "log") or (kind == "integer" and math.ceil(low) <= math.floor(high))
+            known = kind in ("uniform", "log", "integer")
             if known and -math.inf < low < high < math.inf and (kind != "log" or low > 0):
+                whole = kind != "integer" or (low == int(low) and high == int(high))
+                check(whole, f"sweep.random.{name}: the ends of {{integer: [LOW, HIGH]}} must be whole, got {space!r}.")
                 return kind, low, high
     raise UsageError(
         f"sweep.random.{name} must be a list of values, or one of {{uniform: [LOW, HIGH]}}, {{log: [LOW, HIGH]}}, "

@@ -64,7 +64,7 @@ def test_a_larger_number_of_draws_keeps_the_earlier_ones(configure: Configure) -
         ("--sweep.variants=[{lora.r: 1}, {lora.alpha: 3}]@--sweep.grid={lora.r: [2]}", "lora.r is named twice"),
         ("--sweep.random={lora.r: {log: [0, 3]}}@--sweep.draws=1", "must be a list of values"),
         ("--sweep.random={lora.r: [1]}", "Give both"),
-        ("--sweep.random={lora.r: {integer: [1.2, 1.8]}}@--sweep.draws=1", "must be a list of values"),
+        ("--sweep.random={lora.r: {integer: [2.5, 8]}}@--sweep.draws=1", "lora.r: the ends of .* must be whole, got"),
         ("--sweep.grid={lora.r: [1]}@--sweep.search=optuna", "no effect without sweep.draws"),
         ("--sweep.random={lora.r: [1]}@--sweep.draws=1@--sweep.draws_at_once=2", "no effect without sweep.search"),
         (

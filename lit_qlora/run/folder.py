@@ -122,11 +122,11 @@ def _clean(out_dir: Path) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Rename a checkpoint, and its state; a kill in between leaves a state that is found by its hash."""
-    names = (folder.with_name(f"aside-{folder.name}.{number}") for number in range(1, 10_000))
-    aside = next(path for path in names if not path.exists() and not states.beside(path).exists())
+    aside = states.free_name(folder)
     folder.rename(aside)
     if states.beside(folder).is_dir():
         states.beside(folder).rename(states.beside(aside))
+    tell(f"{folder} is newer than what the run resumes from, and is now {aside}. It may go if nobody wants it.")
 
 
 def _lock(out_dir: Path) -> Any:

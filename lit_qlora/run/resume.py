@@ -201,7 +201,8 @@ def before(out_dir: Path, checkpoint: Checkpoint) -> list[Path]:
 
 def numbered(out_dir: Path) -> list[tuple[int, Path]]:
     """List the checkpoints named after their steps, with these steps, oldest first."""
-    return sorted((int(path.name[5:]), path) for path in out_dir.glob("step-*") if path.name[5:].isdigit())
+    found = [path for path in out_dir.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted((int(path.name[5:]), path) for path in found)
 
 
 def check_same_run(config: FinetuneConfig, files: Mapping[str, str], style: str, checkpoint: Checkpoint) -> None:

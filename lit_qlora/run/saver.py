@@ -107,8 +107,7 @@ class Saver:
         """Save the state after `step` steps, as OUT/final if the run is over."""
         folder = self.out_dir / (FINAL if over else step_name(step))
         if (step, folder) != self.last and self.fabric.is_global_zero:
-            if folder.is_symlink():  # else the folder that it points to would be replaced
-                folder.unlink()
+            states.make_way(folder)
             if over:
                 self._keep_earlier_final()
             self.log.flush()  # a checkpoint must not be newer than the log

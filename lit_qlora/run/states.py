@@ -6,6 +6,7 @@ between leaves a state that no adapter names, and never an adapter without its s
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from lit_qlora.files.hashing import hash_file
 from lit_qlora.files.manifest import MANIFEST, read_manifest, save_directory
 from lit_qlora.files.reading import read_json
 from lit_qlora.lora.adapter import PEFT_CONFIG, STATE
+from lit_qlora.report import tell
 from lit_qlora.train.training_state import COUNTERS, Writers, read_counters
 
 FINAL = "final"
@@ -30,9 +32,22 @@ def beside(adapter: Path) -> Path:
 
 
 def adapter_of(folder: Path) -> Path:
-    """Return the folder of the adapter that a state lies beside; any other folder as it is."""
+    """Return the folder of the adapter that a state lies beside, also a renamed one; any other folder as it is.
+
+    Raises:
+        CheckpointError: if there is no such adapter.
+    """
     is_state = folder.suffix == SUFFIX and (folder / COUNTERS).is_file() and not (folder / PEFT_CONFIG).is_file()
-    return folder.with_suffix("") if is_state else folder
+    if not is_state:
+        return folder
+    if (adapter := folder.with_suffix("")).is_dir():
+        return adapter
+    if owner := _owner(folder):
+        return owner
+    raise CheckpointError(
+        f"{folder} is the state of the adapter {adapter.name}, which is not beside it.\nA run resumes from both: copy "
+        f"{adapter.name} there too."
+    )
 
 
 @contextmanager
@@ -43,8 +58,7 @@ def saved(adapter: Path, files: Writers) -> Iterator[str]:
         ResourceError: if it cannot be written.
     """
     state = beside(adapter)
-    if state.is_symlink():  # else the folder that it points to would be replaced
-        state.unlink()
+    make_way(state)
     _move_to_owner(state)
     save_directory(state, files, {})
     try:
@@ -54,6 +68,25 @@ def saved(adapter: Path, files: Writers) -> Iterator[str]:
             with suppress(OSError):
                 remove_directory(state)
         raise
+
+
+def make_way(folder: Path) -> None:
+    """Give another name to a file that lies where a folder of a run is to be saved, and remove a link.
+
+    The folder that a link points to would be replaced; a file would end the run.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_file():
+        aside = free_name(folder)
+        folder.rename(aside)
+        tell(f"  note    {folder} was a file, and is now {aside}: the run saves a folder of this name", sys.stderr)
+
+
+def free_name(path: Path) -> Path:
+    """A name beside `path` for what is set aside; nothing has it, nor would its state's folder be another's."""
+    names = (path.with_name(f"aside-{path.name}.{number}") for number in range(1, 10_000))
+    return next(name for name in names if not name.exists() and not beside(name).exists())
 
 
 def find(adapter: Path) -> Path | None:
@@ -108,16 +141,18 @@ def remove_alone(out_dir: Path) -> None:
 
 def _move_to_owner(state: Path) -> None:
     """Give a state that another adapter names the name that belongs to that one."""
-    digest = _hash(state)
-    if digest is None:
-        return
-    named = _named(state.parent)
-    owner = next((adapter for adapter in named if named[adapter] == digest and beside(adapter) != state), None)
-    if owner:
+    if owner := _owner(state):
         if beside(owner).exists():
             remove_directory(beside(owner))  # it is not its own
         state.rename(beside(owner))
         flush(state.parent)
+
+
+def _owner(state: Path) -> Path | None:
+    """Find the adapter of another name that names this state."""
+    digest = _hash(state)
+    named = {} if digest is None else _named(state.parent)
+    return next((adapter for adapter in named if named[adapter] == digest and beside(adapter) != state), None)
 
 
 def _named(folder: Path) -> dict[Path, str | None]:

@@ -57,6 +57,15 @@ def test_no_link_in_a_folder_of_a_stranger_has_the_run_write_elsewhere(
     assert files_of(mine) == {"letter.txt": b"precious\n"}
 
 
+def test_a_file_where_a_run_saves_a_folder_is_set_aside(finetune: Finetune, out: Path) -> None:
+    out.mkdir()
+    for name in ("final", "step-000001.state"):
+        (out / name).write_text("precious\n")
+    assert finetune("--train.save_every=1") == 0
+    assert [(out / f"aside-{name}.1").read_text() for name in ("final", "step-000001.state")] == ["precious\n"] * 2
+    assert read_adapter(out / "final").manifest
+
+
 def test_a_folder_may_be_a_link(finetune: Finetune, out: Path) -> None:
     link = out.with_name("link")
     link.symlink_to("out")

@@ -336,6 +336,7 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(
     assert start(tmp_path / "out", f"--resume={tmp_path / 'out/step-000003'}", "--train.keep_last=9").wait() == 0
     assert ending(tmp_path / "out") == whole
     assert newest(tmp_path / "out/aside-step-000005.1").state.name == "aside-step-000005.1.state"
+    assert "is newer than what the run resumes from, and is now" in (tmp_path / "out.txt").read_text()
 
 
 def test_a_checkpoint_is_found_by_any_name_that_it_has(

@@ -129,3 +129,23 @@ def test_a_link_in_the_place_of_a_state_is_replaced_and_not_followed(tmp_path: P
     save_pair(tmp_path / "final", 1)
     assert names(tmp_path / "mine") == []
     assert read(tmp_path / "final")[0] == tmp_path / "final.state"
+
+
+def test_a_file_in_the_place_of_a_state_gets_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        (tmp_path / "final.state").write_text("precious")
+        save_pair(tmp_path / "final", number)
+        aside = tmp_path / f"aside-final.state.{number}"
+        assert aside.read_text() == "precious"
+        assert f"final.state was a file, and is now {aside}" in capsys.readouterr().err
+        assert read(tmp_path / "final")[1]["step"] == number
+        shutil.rmtree(tmp_path / "final.state")
+
+
+def test_a_state_alone_names_its_adapter_and_finds_a_renamed_one(tmp_path: Path) -> None:
+    state = beside(save_pair(tmp_path / "foo", 4))
+    (tmp_path / "foo").rename(tmp_path / "mine")
+    assert adapter_of(state) == tmp_path / "mine"
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"foo\.state is the state of the adapter foo, which is not beside it"):
+        adapter_of(state)

@@ -60,9 +60,38 @@ def make_optimizer(
         group = {"params": [], "factor": factor, **({} if decays or not train.weight_decay else {"weight_decay": 0.0})}
         groups.setdefault((factor, decays), group)["params"].append(parameter)
     takes_any = flatten and _takes_any_tensor(kind, arguments, [parameter for _, parameter in learners])
+    kind = _without_waiting(kind)
     if flatten and takes_any and (flat := flatten(lambda parameter: keys[id(parameter)])):
         return flattened(kind, list(groups.values()), flat, lr=train.learning_rate, **arguments)
     return kind(list(groups.values()), lr=train.learning_rate, **arguments)
+
+
+def _without_waiting(kind: Any) -> Any:
+    """The class, but of bitsandbytes' a subclass whose steps do not wait for the device after each parameter.
+
+    bitsandbytes 0.50 waits for the sake of paged state, also where none is paged. Then the device idles until the host
+    has launched the next update, hundreds of times a step.
+    """
+    if kind.step.__qualname__ != "Optimizer8bit.step":
+        return kind
+
+    class Unwaiting(kind):
+        """See above."""
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            """See Optimizer."""
+            if self.is_paged or closure or not self.initialized:
+                return super().step(closure)
+            for i, group in enumerate(self.param_groups):
+                for j, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None:
+                        if not self.state[parameter]:
+                            self.init_state(group, parameter, i, j)
+                        self.update_step(group, parameter, i, j)
+            return None
+
+    return Unwaiting
 
 
 def _group_of(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> tuple[float, bool]:

@@ -280,6 +280,26 @@ def test_weights_decay_and_vectors_do_not(name: str) -> None:
     assert (one_step("x.lora_a", config, (16,), decay=0.5, gradient=0.0) == 0).all()
 
 
+@pytest.mark.parametrize("name", ["adamw8bit", "lion8bit", "bitsandbytes.optim.AdamW32bit"])
+def test_steps_of_bitsandbytes_wait_for_the_device_only_with_paged_state(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[Tensor] = []
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", waits.append)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 8192)) for _ in range(2))
+    idle = nn.Parameter(torch.ones(4))
+    optimizer: Any = make_optimizer([("x", ours), ("y", idle)], OptimizerConfig(name=name), TrainConfig())
+    paged: Any = make_optimizer([("x", theirs), ("y", idle)], OptimizerConfig(name=name), TrainConfig())
+    for step in range(4):
+        paged.is_paged = step > 0  # with state that is there; a CPU makes no paged one
+        for each, parameter in ((optimizer, ours), (paged, theirs)):
+            waits.clear()
+            parameter.grad = torch.sin(torch.arange(8192.0) + step)
+            each.step()
+            assert bool(waits) == (step == 0 or each is paged)  # the first step makes state
+    assert torch.equal(ours, theirs)
+
+
 def test_decay_in_adam_is_part_of_the_gradient() -> None:
     """With a gradient of -0.5 a decay of 0.5 on ones leaves nothing to do."""
     parameter = nn.Parameter(torch.ones(4, 4))

@@ -358,6 +358,8 @@ def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
 
 
 def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
+    if torch.are_deterministic_algorithms_enabled():
+        return False  # torch does not ask cuDNN for its deterministic backward pass, and flash attention has one
     fits = heads.size % 8 == 0 and heads.size <= 128 and layout.length % CUDNN_MULTIPLE == 0
     fits = fits and layout.ends is None and _window(heads, layout) is None
     return fits and heads.sinks is None and _has_cudnn()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lit_qlora.fused.attention import Layout, _with_sinks, has_flash
+from lit_qlora.fused import attention
+from lit_qlora.fused.attention import Heads, Layout, _with_sinks, has_flash
 from lit_qlora.kernels.attention import Scores, attend, attend_backward
 from lit_qlora.kernels.launch import AVAILABLE
 from tests.kernels.test_attention import DEVICE, meaning
@@ -28,6 +29,15 @@ def test_flash_attention_is_taken_where_it_runs(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert has_flash.__wrapped__(size, CUDA) == runs
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_whose_gradients_differ_each_time_computes_no_deterministic_run(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert attention._takes_cudnn(Heads(32, 8, 128), Layout(2, 2048, 2048)) != deterministic
 
 
 def test_a_cpu_has_no_flash_attention() -> None:

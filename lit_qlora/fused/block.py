@@ -78,6 +78,7 @@ class Block(KernelBlock):
         recompute: see the module.
         sends_qkv: see memory.sends_qkv.
         fetches_below: the block below offloads.
+        goes_back: it has a backward pass, because it or a block below it learns.
     """
 
     def __init__(
@@ -92,14 +93,16 @@ class Block(KernelBlock):
         self.groups: tuple[Layers, ...] = tuple(self.mlp.groups)
         self.recompute: Recompute = "none"
         self.sends_qkv = self.fetches_below = False
+        self.goes_back = True
 
     def forward(self, stream: list[Tensor], run: Pass) -> SavedBlock | None:
-        """Replace the (T, E) pair in `stream`; the saved activations.
+        """Replace the (T, E) pair in `stream`; the saved activations, None where no backward pass will follow.
 
         The first block, and one behind a block with a scale, finds x alone. The pair is taken out of the list, so that
         its memory is free as soon as it is not needed.
         """
-        policy: Recompute = self.recompute if run.saves else "full"
+        saves = run.saves and self.goes_back
+        policy: Recompute = self.recompute if saves else "full"
         saved, x, raw_1 = self._attend(stream, run, policy)
         out = apply_norm(self.post_1, raw_1)
         if policy not in FULL and self.post_1.statistics:
@@ -119,7 +122,7 @@ class Block(KernelBlock):
         else:
             raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, run)
         y = apply_norm(self.post_2, raw_2)
-        if run.saves and self.post_2.statistics:
+        if saves and self.post_2.statistics:
             saved.raw_2 = run.save(raw_2, policy)
         if beside is not None:
             y.add_(beside)
@@ -127,7 +130,7 @@ class Block(KernelBlock):
         if policy not in ON_HOST:
             run.offload.wait_for_copies()  # the copies of the blocks before, which have arrived by now
         stream += together
-        return saved if run.saves else None
+        return saved if saves else None
 
     def backward(
         self, d_out: Tensor, saved: SavedBlock, run: Pass, pending: Pending, wants_dx: bool, carries: bool = False
@@ -144,6 +147,9 @@ class Block(KernelBlock):
         if self.recompute in FULL:
             self._recompute(saved, back)
         d_middle = self._mlp_backward(d_out, saved, back)
+        if not (wants_dx or self._attention_learns):
+            pending.flush()
+            return None
         d_attended = d_out if self.parallel else d_middle
         return self._attend_backward(d_attended, d_middle if wants_dx else None, saved, back)
 
@@ -169,6 +175,10 @@ class Block(KernelBlock):
             d_out: gradient of the norm behind attention, or of attention without one.
             d_stream: what does not come through attention; None where no gradient of the input is wanted.
         """
+
+    @property
+    def _attention_learns(self) -> bool:
+        return any(group.rank for group in self.groups[: -len(self.mlp.groups)])
 
     def _recompute(self, saved: SavedBlock, back: Backward) -> None:
         """The attention's half of the block again, from its input."""

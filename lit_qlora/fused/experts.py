@@ -115,7 +115,7 @@ class ExpertGroup(StackedExperts):
     def read(self, step: int) -> None:
         """Say that the last product with W of this pass is launched; blocks follow in steps of 1, or of -1 backward."""
         if self.ahead is not None and self.dense is None:
-            self.ahead.prepare(self.turn + step)
+            self.ahead.read(self.turn, step)
 
     def cache(self) -> None:
         """See Layers."""
@@ -398,14 +398,19 @@ class ExpertMlp:
         return self.shared.backward(d_y, handed, saved.shared, d_middle, back, ahead)
 
 
-def dequantize_ahead(mlps: Sequence[Mlp]) -> list[Ahead]:
-    """Let the weights of experts, in the order of their blocks, be dequantised ahead where they are not cached."""
+def dequantize_ahead(mlps: Sequence[Mlp], lowest: int) -> list[Ahead]:
+    """Let the weights of experts, in the order of their blocks, be dequantised ahead where they are not cached.
+
+    Args:
+        lowest: the first block with a backward pass.
+    """
     made = []
     for kind in range(len(KINDS)):
-        groups = [mlp.experts.weights[kind] for mlp in mlps if isinstance(mlp, ExpertMlp)]
-        waiting = [group for group in groups if group.dense is None]
+        groups = {i: mlp.experts.weights[kind] for i, mlp in enumerate(mlps) if isinstance(mlp, ExpertMlp)}
+        waiting = {i: group for i, group in groups.items() if group.dense is None}
         if waiting:
-            made.append(Ahead(waiting, waiting[0].dtype, waiting[0].device))
-            for turn, group in enumerate(waiting):
+            first = next(iter(waiting.values()))
+            made.append(Ahead([*waiting.values()], first.dtype, first.device, sum(i < lowest for i in waiting)))
+            for turn, group in enumerate(waiting.values()):
                 group.ahead, group.turn = made[-1], turn
     return made

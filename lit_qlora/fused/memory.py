@@ -10,10 +10,11 @@ from torch import nn
 
 from lit_qlora.fused.qkv_transforms import in_one_kernel, norms_heads
 from lit_qlora.kernels.experts import CHUNK
+from lit_qlora.lora.embeddings import TrainedEmbedding
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import CHUNK as DELTA_CHUNK
-from lit_qlora.model.gpt import LOGITS_AT_ONCE
+from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.settings import Recompute
 
 COST: dict[Recompute, float] = {
@@ -46,6 +47,12 @@ def adapters_met(block: nn.Module, config: ModelConfig) -> float:
     share = config.n_expert_per_token / config.n_expert if config.n_expert else 0.0
     layers = [path for path, module in block.named_modules() if isinstance(module, LoRALinear)]
     return sum(share if ".experts." in path else 1.0 for path in layers)
+
+
+def lowest_learning(model: GPT) -> int:
+    """The number of the first block with a backward pass: nothing below it learns."""
+    adapted = (i for i, block in enumerate(model.blocks) if any(isinstance(m, LoRALinear) for m in block.modules()))
+    return 0 if isinstance(model.embed, TrainedEmbedding) else next(adapted, len(model.blocks))
 
 
 def sends_qkv(block: int, policy: Recompute) -> bool:
@@ -85,6 +92,8 @@ class FastSizes:
     """The weights of experts are dequantised ahead, into buffers of their own; see lit_qlora.fused.ahead."""
     parts: int = 1
     """Devices that share each row."""
+    lowest: int = 0
+    """The number of the first block that learns; those below it save nothing."""
 
     def saved(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block saves for its backward pass."""
@@ -109,7 +118,7 @@ class FastSizes:
         c = self.model
         inputs = c.n_embd + self._raw
         elements = 0
-        for i, policy in enumerate(policies):
+        for i, policy in list(enumerate(policies))[self.lowest :]:
             if policy in ON_HOST:
                 elements += inputs
             if policy == "offload":
@@ -134,7 +143,7 @@ class FastSizes:
         most = self.peak(policies, tokens) - self._workspaces(policies)
         carries, taken = [False] * len(policies), 0.0
         for i in reversed(range(len(policies) - cached)):
-            carries[i] = moments[i] + taken + self.carried <= most
+            carries[i] = i >= self.lowest and moments[i] + taken + self.carried <= most
             taken += carries[i] * self.carried
         return carries
 
@@ -145,8 +154,8 @@ class FastSizes:
         """
         each = {policy: (self.saved(policy, tokens), self._block(policy, tokens)) for policy in set(policies)}
         kept, moments = 0.0, []
-        for policy in policies:
-            kept += each[policy][0]
+        for i, policy in enumerate(policies):
+            kept += each[policy][0] if i >= self.lowest else 0.0
             moments.append(kept + each[policy][1])
         c = self.model
         slices = min(tokens, head_tokens(c.vocab_size)) * 2.0 * c.vocab_size + tokens * 4.0 * c.n_embd
@@ -400,8 +409,8 @@ def choose(sizes: FastSizes, blocks: int, tokens: int, free: float, free_host: f
     best: tuple[float, list[Recompute]] | None = None
     for policy, rest in pairs:
         others = _fewest(sizes, policy, rest, blocks, tokens, free)
-        cost = others * COST[policy] + (blocks - others) * COST[rest]
         mix = _mix(policy, rest, others, blocks)
+        cost = sum(COST[one] for one in mix[sizes.lowest :])
         if (best is None or cost < best[0]) and fits(mix):  # more of them would take more of the host, and more time
             best = cost, mix
     if best:

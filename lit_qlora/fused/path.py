@@ -16,7 +16,7 @@ from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, Layers
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.kernel_block import norm_of, takes_torch
-from lit_qlora.fused.memory import COPY_BY_BLOCK, FULL, ON_HOST, FastSizes, adapters_met, sends_qkv
+from lit_qlora.fused.memory import COPY_BY_BLOCK, FULL, ON_HOST, FastSizes, adapters_met, lowest_learning, sends_qkv
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
@@ -51,6 +51,7 @@ class Fused:
         graphs: CUDA graphs of micro-batches of few tokens, if there are any.
         carries: dequantised weights may be carried over from a backward pass to the next forward pass.
         cached_blocks: blocks whose quantised weights are also kept dequantised for the whole run; the last ones.
+        lowest: the number of the first block with a backward pass; nothing below it learns.
     """
 
     graphs: Graphs | None = None
@@ -70,6 +71,9 @@ class Fused:
         self.head = Head(head_norm, head, config.logit_softcap, head_rows)
         self.embed_norm = norm_of(model.embed_norm, like)
         self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
+        self.lowest = lowest_learning(model)
+        for block in self.blocks[: self.lowest]:
+            block.goes_back = False
         self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
         self.workspaces: Workspaces = (None, None, None)
         every = torch.arange(config.block_size, device=self.device)[None]
@@ -82,7 +86,7 @@ class Fused:
         for block in self.blocks[len(self.blocks) - self.cached_blocks :]:
             for group in block.groups:
                 group.cache()
-        self.ahead = dequantize_ahead([block.mlp for block in self.blocks]) if ahead else []
+        self.ahead = dequantize_ahead([block.mlp for block in self.blocks], self.lowest) if ahead else []
         self.set_recompute(["none"] * len(self.blocks))
         if (gathers := model.gathers) is not None:  # a copy would keep the bytes of whatever was gathered last
             stored = (tensor for block in self.blocks for group in block.groups for tensor in group.stored)
@@ -93,7 +97,9 @@ class Fused:
         rank = max(group.stack.r for group in self.groups)
         quantized = any(group.quantized for block in self.blocks for group in block.groups)
         head = self.head.group.weight is not None
-        return FastSizes(self.config, rank, adapted, quantized, head, self.fp8, self._dequantizes_ahead)
+        return FastSizes(
+            self.config, rank, adapted, quantized, head, self.fp8, self._dequantizes_ahead, lowest=self.lowest
+        )
 
     def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
         """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""
@@ -175,7 +181,7 @@ class Fused:
             block.recompute = policy
             block.sends_qkv = sends_qkv(block.number, policy)
         for below, block in pairwise(self.blocks):
-            block.fetches_below = below.recompute in ON_HOST
+            block.fetches_below = below.goes_back and below.recompute in ON_HOST
 
         def space(groups: Sequence[Layers]) -> Tensor | None:
             most = max((group.workspace_size for group in groups), default=0)
@@ -218,6 +224,8 @@ class Fused:
         tell(f"  memory  cached weights are released: {freed} are free again, which costs speed alone")
         for group in self.groups:
             group.release()
+        for ahead in self.ahead:
+            ahead.wait()
         self.ahead, self.sizes = [], replace(self.sizes, ahead=False)
         self.cached_blocks = 0
         self.carries = self._carried = False
@@ -532,14 +540,16 @@ class Fused:
             carried = self.sizes.carries(self.recompute, len(run.positions), self.cached_blocks)
             self._carried |= any(carried)
         learns = self.rows is not None
-        for i in reversed(range(len(self.blocks))):
+        for i in reversed(range(self.lowest, len(self.blocks))):
             one = saved.blocks.pop()
             assert one is not None
             assert d is not None
             if self.model.gathers is not None:
                 self.model.gathers.need(i)
             self._copy_block(i, beside=False)
-            d = self.blocks[i].backward(d, one, run, self.pending, wants_dx=i > 0 or learns, carries=carried[i])
+            d = self.blocks[i].backward(
+                d, one, run, self.pending, wants_dx=i > self.lowest or learns, carries=carried[i]
+            )
         self.pending.flush()
         if self.rows is not None and d is not None:
             self.rows.add_gradient(saved.tokens, d)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_met, choose
+from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_met, choose, lowest_learning
 from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora
@@ -292,7 +292,8 @@ class Planner:
         rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=self.lora.r)
         written, ahead = not storage.plain or self.sharded > 0, not self.sharded
         head, parts = storage.quantizes("head"), self.bare.parts
-        return FastSizes(gpt.config, rank, adapted, written, head, self.train.fp8, ahead, parts)
+        fp8, lowest = self.train.fp8, lowest_learning(gpt)
+        return FastSizes(gpt.config, rank, adapted, written, head, fp8, ahead, parts, lowest)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
         """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""

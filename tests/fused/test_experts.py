@@ -298,9 +298,10 @@ def test_giving_back_changes_no_bit_and_frees_what_is_ahead() -> None:
 
 
 @pytest.mark.slow
-def test_graphs_of_experts_give_what_passes_without_a_graph_give(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_graphs_of_experts_give_what_passes_without_a_graph_give(lowest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_qlora.fused.graphs.SIGHTINGS", 1)
-    model = model_of(scheme="bnb.nf4", expert_size=64)
+    model = model_of(scheme="bnb.nf4", expert_size=64, n_layer=3, lora={"last_layers": 3 - lowest})
     arguments = [part.cpu() for part in batch(1, 32)]
     expected = with_idle(model, *arguments)
     _, recording = with_graphs(model)

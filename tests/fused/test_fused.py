@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lit_qlora.evaluate.score import Scorer
 from lit_qlora.fused import Fused, fuse, reader, why_not
+from lit_qlora.fused.block import FusedBlock
+from lit_qlora.fused.head import Labelled
+from lit_qlora.fused.memory import lowest_learning
 from lit_qlora.fused.support import copied_bytes
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.dropout import Dropout, factor_reference
@@ -147,6 +150,40 @@ def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     assert why_not(model) == ""
     fuse(model)
     assert_equal(gradients(model, *batch()), expected)
+
+
+LOWEST: dict[str, tuple[dict[str, Any], str, int, list[str]]] = {
+    "all": ({}, "none", 0, ["_mlp_backward", "_attend_backward"] * 3),
+    "the last block": ({"lora": {"last_layers": 1}}, "none", 2, ["_mlp_backward", "_attend_backward"]),
+    "MLPs": ({"targets": ("mlp",)}, "none", 0, ["_mlp_backward", "_attend_backward"] * 2 + ["_mlp_backward"]),
+    "MLPs, again": ({"targets": ("mlp",)}, "attn", 0, ["_mlp_backward", "_attend_backward"] * 2 + ["_mlp_backward"]),
+    "the head": ({"targets": ("head",)}, "none", 3, []),
+    "embeddings and the last block": (
+        {"lora": {"last_layers": 1, "train_tokens": (3, 7, 159)}}, "none", 0, ["_mlp_backward", "_attend_backward"] * 3
+    ),
+}  # fmt: skip
+"""What learns, how blocks recompute, the first block that learns, and the parts with a backward pass."""
+
+
+@pytest.mark.parametrize("case", LOWEST)
+def test_nothing_is_saved_or_computed_below_the_first_part_that_learns(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, policy, lowest, expected = LOWEST[case]
+    model = adapted_model(n_layer=3, **changes)
+    assert lowest_learning(model) == lowest
+    exact = gradients(model, *batch())
+    done: list[str] = []
+    for name in ("_mlp_backward", "_attend_backward"):
+        run = getattr(FusedBlock, name)
+        monkeypatch.setattr(FusedBlock, name, lambda *a, name=name, run=run: done.append(name) or run(*a))
+    fused = fuse(model)
+    fused.set_recompute([policy] * 3)  # type: ignore[list-item]
+    assert_equal(gradients(model, *batch()), exact)
+    assert done == expected
+    tokens, labels = batch()
+    inputs = fused.inputs(tokens, Labelled.of(labels, None), None)
+    assert [one is not None for one in fused.forward(inputs)[1].blocks] == [i >= lowest for i in range(3)]
 
 
 def test_the_planner_knows_the_bytes_of_padding() -> None:

@@ -1,6 +1,7 @@
 """Bytes that the fast path saves of a micro-batch, and the blocks that recompute so that it fits."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,16 @@ def test_what_goes_to_the_host_needs_memory_there() -> None:
     assert "offload" not in choose(one, BLOCKS, 512, free, all_ / 100)
     assert choose(one, BLOCKS, 512, 0, 0) == ["full"] * BLOCKS
     assert choose(one, BLOCKS, 512, 0) == ["offload"] * BLOCKS
+
+
+def test_blocks_below_the_first_that_learns_need_no_memory() -> None:
+    one = replace(sizes(vocab_size=16), lowest=BLOCKS - 2)
+    assert one.peak(["none"] * BLOCKS, 512) == sizes(vocab_size=16).peak(["none"] * 2, 512)
+    assert one.on_host(["offload"] * BLOCKS, 512) == sizes().on_host(["offload"] * 2, 512)
+    assert not any(one.carries(["none"] * BLOCKS, 512)[: BLOCKS - 2])
+    assert choose(one, BLOCKS, 512, one.peak(["none"] * BLOCKS, 512)) == ["none"] * BLOCKS
+    least: list[Recompute] = [*["attn"] * (BLOCKS - 1), "none"]  # one block of the two that count
+    assert choose(one, BLOCKS, 512, one.peak(least, 512), 0) == least
 
 
 def test_the_fastest_mix_that_fits_is_chosen() -> None:

@@ -179,6 +179,7 @@ OTHER_NAMES = {
     **dict.fromkeys(
         ("--context_parallel_size", "--sequence_parallel_size", "--sequence_parallel_degree"), "--sequence_parallel"
     ),
+    "--ddp_timeout": "--collective_timeout",
     "--dtype": "--precision",
     # Values of such flags.
     **dict.fromkeys(("q_proj", "wq"), "query"),

@@ -71,13 +71,6 @@ class Gathers(Protocol):
     All processes make the same passes; see lit_qlora.sharded.
     """
 
-    gathers: int
-    """Gathers that were begun so far."""
-
-    def unfinished(self) -> int | None:
-        """The number of the first gather that has begun and not come about; None without one."""
-        ...
-
     def holds(self, tensor: Tensor) -> bool:
         """True if a tensor is a view of the memory that the weights are gathered into."""
         ...

@@ -149,7 +149,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         nullcontext() if fabric.local_rank == 0 else parallel.ends_with_parent(),
         folder.claim(config, fabric, checkpoint, plan),
         folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
-        watch.watched(fabric, resume.advice(out_dir)) as watching,
+        watch.watched(fabric, resume.advice(out_dir), config.collective_timeout) as watching,
     ):
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start, teacher)
@@ -163,9 +163,9 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
                 model = load_shares(config, storage, fabric.device, plan.buffers)
             else:
                 model = load(config, storage, fabric.device)
-        watching.gathers = model.gathers
         if config.sequence_parallel > 1:
             model.rows = RowParts(config.sequence_parallel)
+            watching.follow(model.rows.members)
         add_lora(model, config.lora)
         start_adapters(model, config.lora, config.checkpoint_dir)
         if data.scoring:

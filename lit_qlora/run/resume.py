@@ -30,7 +30,7 @@ HARMLESS = (
     *("quantize_cache", "data.cache_dir"),
     *("out_dir", "resume", "extend", "resume_changed_data", "skip_disk_check", "force", "dry_run", "price_per_hour"),
     *("quiet", "expect_trainable", "published", "allow_code"),
-    *("devices", "num_nodes", "strategy", "sequence_parallel", "deterministic"),
+    *("devices", "num_nodes", "strategy", "sequence_parallel", "collective_timeout", "deterministic"),
     *("train.micro_batch_size", "train.recompute", "train.fast", "train.cuda_graphs", "train.keep_dequantized"),
     *("train.save_every", "train.save_minutes", "train.keep_last", "eval", "guard", "log"),
 )

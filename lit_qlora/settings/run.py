@@ -10,7 +10,7 @@ from lit_qlora.settings.data import DataConfig
 from lit_qlora.settings.distill import BASE, DistillConfig
 from lit_qlora.settings.eval import EvalConfig
 from lit_qlora.settings.guard import GuardConfig
-from lit_qlora.settings.limits import Count, Pattern, Positive, SeedOrAny
+from lit_qlora.settings.limits import Count, NotNegative, Pattern, Positive, SeedOrAny
 from lit_qlora.settings.log import LogConfig
 from lit_qlora.settings.lora import LoRAConfig
 from lit_qlora.settings.optimizer import OptimizerConfig
@@ -71,6 +71,9 @@ class FinetuneConfig(Settings):
     sequence_parallel: Count = 1
     """Number of devices that share each row: each computes a part of its tokens, and in attention a part of the heads.
     So rows may be about as many times as long. It divides the number of all devices; see docs/gpus.md."""
+    collective_timeout: NotNegative = 600.0
+    """Seconds that a process may stay at one line of its program while others wait for it in a collective; then all end
+    with a message. A process that validates, saves or compiles moves on, so it may take longer. 0: without an end."""
     seed: SeedOrAny = 1337
     """Seed of everything random. -1 draws one, which OUT/config.yaml then holds and a resumed run keeps."""
     head: Literal["none", "classify", "regress"] = "none"

@@ -20,7 +20,7 @@ Value = Scalar | tuple[Scalar, ...] | dict[str, Scalar]
 """A value of any setting; jsonargparse would read a text again, as YAML, if it were Any."""
 OF_PREFERENCES = re.compile(r"^preference:|preference\.\w", re.MULTILINE)
 """The settings of finetune/preference.py in a --config file."""
-OF_ALL = ("resume", "extend", "devices", "num_nodes", "strategy", "sequence_parallel")
+OF_ALL = ("resume", "extend", "devices", "num_nodes", "strategy", "sequence_parallel", "collective_timeout")
 """Settings of a run that a sweep decides by itself."""
 
 

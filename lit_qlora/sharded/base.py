@@ -13,7 +13,6 @@ gathers so far, tells whether all kept to it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -55,7 +54,6 @@ class ShardedBase:
         self.gathers = self.sent = self.order = 0
         self._inside: list[int | None] = [None] * len(self.buffers)  # the block that a buffer holds, or will
         self._work: dict[int, Any] = {}
-        self._begun: list[tuple[int, Any]] = []  # gathers by number, from the first one that may be unfinished on
         self._at, self._back, self._leads = -1, False, False
 
     def memory(self, block: int) -> Tensor:
@@ -126,10 +124,6 @@ class ShardedBase:
         """True in all processes if they have not all made the same gathers."""
         return self._most(self.order) != -self._most(-self.order)
 
-    def unfinished(self) -> int | None:
-        """The number of the first gather that has begun and not come about, None without one; for another thread."""
-        return next((number for number, work in self._begun if not work.is_completed()), None)
-
     def _most(self, number: int) -> int:
         """The largest of the numbers of all processes."""
         found = torch.tensor(number, device=self.device)
@@ -152,8 +146,6 @@ class ShardedBase:
         self._inside[place] = block
         self._work[block] = _gather(self.memory(block), self.shares[block], async_op=True)
         self.gathers += 1
-        left = dropwhile(lambda begun: begun[1].is_completed(), self._begun)
-        self._begun = [*left, (self.gathers, self._work[block])]
         self.sent += (self.processes - 1) * self.slabs[block].share
         self.order = (self.order * _FACTOR + block + 1) % _MODULUS
 

@@ -39,6 +39,7 @@ class RowParts:
 
     Attributes:
         number: of the part, from 0 to N - 1.
+        members: the processes that share a row with this one.
         groups: of N processes; each takes other rows.
         group: number of the group of this process.
         sent: bytes that this process sent to others.
@@ -51,7 +52,7 @@ class RowParts:
         self.group, self.number = divmod(rank, processes)
         # Each process has to take part in making each group.
         members = [range(first, first + processes) for first in range(0, world, processes)]
-        self._members = [distributed.new_group(list(ranks)) for ranks in members][self.group]
+        self.members = [distributed.new_group(list(ranks)) for ranks in members][self.group]
         self.sent = 0
 
     def length(self, tokens: int) -> int:
@@ -133,7 +134,7 @@ class RowParts:
         """(N, ...): give each process of the row its part of the first dimension; take this process's of all."""
         x = x.contiguous()
         got = torch.empty_like(x)
-        distributed.all_to_all_single(got, x, group=self._members)
+        distributed.all_to_all_single(got, x, group=self.members)
         self.sent += x.nbytes // self.processes * (self.processes - 1)
         return got
 

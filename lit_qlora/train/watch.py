@@ -1,13 +1,15 @@
 """Processes of a run watch each other, so that none waits for ever.
 
 A collective waits until all processes take part. Gloo notices that one of them died, but NCCL does not. Neither
-notices that one makes fewer gathers than the others. Up to the timeout of their group, half an hour, nothing is said.
+notices that one never comes, or makes other collectives. Up to the timeout of their group nothing is said.
 
-So each process tells the others by the group's store, every few seconds, that it lives. A process ends with a message
-once another one on its machine is gone, or was silent for 100 seconds. It also ends once a gather of its own did not
-come about for 120. A slow process lives, and nobody begins a gather before all have begun the same pass. So
-validations, checkpoints and answers of the first process may take their time. Only the work between two gathers of a
-pass may not.
+So each process tells the others by the group's store, every few seconds, that it lives, how many collectives it has
+begun, and which line it is at. A process ends with a message once another one on its machine is gone, or was silent for
+100 seconds. It also ends once another one has begun fewer collectives and stayed at one line for as long as
+collective_timeout says: in a debugger, or at data that do not come.
+
+A slow process lives and moves from line to line. So validations, checkpoints, answers and compilers may take as long as
+they like. The group's own timeout would end them, so it is a day here.
 
 A graceful stop waits for the end of a step, which does not come where another process is gone. torchrun, which sends
 SIGTERM then, kills after 30 seconds; so a process that is to stop takes a shorter silence for an end.
@@ -15,20 +17,29 @@ SIGTERM then, kills after 30 seconds; so a process that is to stop takes a short
 Time is counted in looks. So a machine that slept, or a process that was stopped and continued, raises no alarm.
 """
 
+import json
+import math
 import os
 import secrets
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from threading import Event, Thread
+from traceback import walk_stack
+from types import FrameType
+from typing import NamedTuple
 
 from lightning.fabric import Fabric
+from torch import distributed
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lit_qlora import signals
 from lit_qlora.errors import ResourceError
-from lit_qlora.model.gpt import Gathers
 
 EVERY = 5.0
 """Seconds between two looks."""
@@ -38,46 +49,73 @@ HURRIED = 4
 """The same in a process that is to stop."""
 GONE = 2
 """Looks after the first one at which a process on this machine was gone; one that is done says so meanwhile."""
-STUCK = 24
-"""Looks after which a gather is taken for one that never comes about. Kernels of a first pass compile meanwhile."""
+ALL = 3
+"""Times collective_timeout, after which all processes are taken for stuck if none of them has moved. They may wait for
+a GPU meanwhile."""
 DONE = "done"
 """Said by a process that needs the others no more."""
+DAY = timedelta(days=1)
+PACKAGE = Path(__file__).parents[1]
 _REASON = "reason"
 _HOME = "home-"
 
 
+class Told(NamedTuple):
+    """A report of a process on itself."""
+
+    beats: int
+    """Times that it told something."""
+    begun: dict[str, int]
+    """Name of each group of processes that it belongs to -> collectives of the group that it has begun."""
+    stack: int
+    """Another number once its thread is at another line."""
+    line: str
+    """Where it is."""
+
+
 class Watch:
-    """The look of a process at the others.
+    """The look of a process at the others. Make it in the thread that computes.
 
     Args:
         store: which all processes share.
         home: of this process, see home_of; "" for none.
+        timeout: collective_timeout.
 
     Attributes:
-        gathers: of the base, once it is there and if it is sharded.
+        groups: of processes, whose collectives count.
         reason: for all processes to end; "" for none.
     """
 
-    def __init__(self, store: Store, rank: int, processes: int, home: str = "") -> None:
+    def __init__(self, store: Store, rank: int, processes: int, home: str = "", timeout: float = 0.0) -> None:
         self.store, self.rank, self.home = store, rank, home
-        self.gathers: Gathers | None = None
-        self._beats, self.reason = 0, ""
+        self.groups: list[ProcessGroup] = []
+        self.reason = ""
+        self.looks = math.ceil(timeout / EVERY)
+        self.own = Told(0, {}, 0, "")
+        self.where = partial(where, threading.get_ident())
         self._heard = {other: "" for other in range(processes) if other != rank}
         self._homes = dict.fromkeys(self._heard, "")
-        self._unchanged = {other: _Unchanged() for other in range(processes)}
+        self._unchanged = {other: _Unchanged() for other in self._heard}
         self._gone = {other: _Unchanged() for other in self._heard}
+        self._missing = {other: _Unchanged() for other in self._heard}
+        self._all = _Unchanged()
 
     def exchange(self) -> None:
-        """Tell the others that this process lives, and why it ends, and hear the same of them."""
-        self._beats += 1
+        """Tell the others of this process, and why it ends, and hear the same of them."""
+        self.own = self._now()
         self.store.set(f"{_HOME}{self.rank}", self.home)
-        self.store.set(str(self.rank), f"{self._beats} {self._begun}")
+        self.store.set(str(self.rank), json.dumps(self.own))
         if self.reason:
             self.store.set(_REASON, self.reason)
         for other in self._heard:
             self._heard[other] = self._said(str(other))
             self._homes[other] = self._homes[other] or self._said(f"{_HOME}{other}")
         self.reason = self.reason or self._said(_REASON)
+
+    def follow(self, group: ProcessGroup) -> None:
+        """Count the collectives of a group of processes, and let them take as long as their processes move."""
+        _set_pg_timeout(DAY, group)
+        self.groups.append(group)
 
     def leave(self) -> None:
         """Tell the others that this process needs them no more."""
@@ -91,6 +129,10 @@ class Watch:
         """
         self.reason = self.reason or self._end() or self._silence(HURRIED if stops else SILENT) or self._standstill()
         return self.reason
+
+    def _now(self) -> Told:
+        begun = {str(group.group_name): _begun(group) for group in self.groups}
+        return Told(self.own.beats + 1, begun, *self.where())
 
     def _end(self) -> str:
         for other, said in self._heard.items():
@@ -106,22 +148,30 @@ class Watch:
         return ""
 
     def _standstill(self) -> str:
-        waits = None if self.gathers is None else self.gathers.unfinished()
-        if self._unchanged[self.rank].looks(waits) < STUCK or waits is None:
-            return ""
-        begun = {other: said.split()[-1] for other, said in self._heard.items() if said not in ("", DONE)}
-        others = ", ".join(f"process {other} has begun {count}" for other, count in begun.items())
-        return (
-            f"Process {self.rank} has waited for {_seconds(STUCK)} s for gather {waits} of the base's weights, "
-            f"which the others do not take part in: {others}."
-        )
-
-    @property
-    def _begun(self) -> int:
-        return 0 if self.gathers is None else self.gathers.gathers
+        """Why this process waits in vain for another one, or all do for each other."""
+        told = {other: Told(*json.loads(said)) for other, said in self._heard.items() if said not in ("", DONE)}
+        for other, one in told.items():
+            missing = any(one.begun.get(group, count) < count for group, count in self.own.begun.items())
+            still = self._missing[other].looks((one.begun, one.stack) if missing else None)
+            if missing and 0 < self.looks <= still:
+                return (
+                    f"Process {other} has not moved for {_seconds(self.looks)} s (collective_timeout), and others wait "
+                    f"for it. It is in {one.line}; process {self.rank} is in {self.own.line}."
+                )
+        told[self.rank] = self.own
+        still = self._all.looks([(one.begun, one.stack) for one in told.values()])
+        if len(told) > len(self._heard) and 0 < ALL * self.looks <= still:
+            lines = "; ".join(f"process {other} is in {one.line}" for other, one in sorted(told.items()))
+            return f"No process has moved for {_seconds(still)} s, {ALL} times collective_timeout: {lines}."
+        return ""
 
     def _said(self, key: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else ""
+
+
+def _begun(group: ProcessGroup) -> int:
+    """Collectives that this process has begun in a group; torch counts them."""
+    return group._get_sequence_number_for_group()  # type: ignore[attr-defined] # its types lack it
 
 
 class _Unchanged:
@@ -151,8 +201,8 @@ def home_of(pid: int) -> str:
 
 def is_gone(home: str, own: str) -> bool:
     """Tell whether the process with this home has ended, as far as the one with home `own` can see."""
-    *where, pid, start = home.split() or ("", "")
-    if not home or where != own.split()[:-2]:
+    *machine, pid, start = home.split() or ("", "")
+    if not home or machine != own.split()[:-2]:
         return False
     try:
         state, started = _state(int(pid))
@@ -167,18 +217,40 @@ def _state(pid: int) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
+def where(thread: int) -> tuple[int, str]:
+    """A number for all lines that a thread is at, and the innermost of them in words; one of this package if it can be.
+
+    The number is of torch's own threads, too, which compute gradients. Python does not know them.
+    """
+    others = {one.ident for one in threading.enumerate()} - {thread}
+    now = {ident: frame for ident, frame in sys._current_frames().items() if ident not in others}
+    lines = [(frame.f_code.co_filename, line) for first in now.values() for frame, line in walk_stack(first)]
+    frames = [frame for frame, _ in walk_stack(now[thread])]
+    own = next((frame for frame in frames if Path(frame.f_code.co_filename).is_relative_to(PACKAGE)), frames[0])
+    return hash(tuple(lines)), _described(own) + (f", in {_described(frames[0])}" if own is not frames[0] else "")
+
+
+def _described(frame: FrameType) -> str:
+    path = Path(frame.f_code.co_filename)
+    shown = path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE) else path.name
+    return f"{frame.f_code.co_name} ({shown}:{frame.f_lineno})"
+
+
 @contextmanager
-def watched(fabric: Fabric, advice: str) -> Iterator[Watch]:
+def watched(fabric: Fabric, advice: str, timeout: float) -> Iterator[Watch]:
     """Let the processes of a run watch each other inside; all end at once where one of them would wait for ever.
 
     Args:
         advice: ends the message.
+        timeout: collective_timeout.
     """
     if fabric.world_size == 1:
         yield Watch(HashStore(), 0, 1)
         return
-    watch = Watch(_store(fabric), fabric.global_rank, fabric.world_size, home_of(os.getpid()))
-    done = Event()
+    watch = Watch(_store(fabric), fabric.global_rank, fabric.world_size, home_of(os.getpid()), timeout)
+    assert distributed.group.WORLD is not None
+    watch.follow(distributed.group.WORLD)
+    done = threading.Event()
     watch.exchange()
 
     def exchange() -> None:
@@ -194,7 +266,7 @@ def watched(fabric: Fabric, advice: str) -> Iterator[Watch]:
                 os._exit(ResourceError.status)
 
     # The store may block for minutes where a machine is gone.
-    threads = [Thread(target=work, daemon=True, name=work.__name__) for work in (exchange, look)]
+    threads = [threading.Thread(target=work, daemon=True, name=work.__name__) for work in (exchange, look)]
     for thread in threads:
         thread.start()
     try:

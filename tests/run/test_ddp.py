@@ -3,20 +3,20 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lit_qlora.data import Batch
+from lit_qlora.data import Batch, Step
 from lit_qlora.evaluate import measures
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.adapter import read_adapter
-from lit_qlora.run import plan
+from lit_qlora.run import learning, plan
 from lit_qlora.run.resume import newest
-from lit_qlora.train import loop
+from lit_qlora.train import loop, watch
 from tests.conftest import tiny_model, write_checkpoint, write_tokenizer
 from tests.run.forked import STEPS, Child, Start, at_save, ending, signals
 
@@ -269,3 +269,31 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_without_a_hang(
     assert statuses[1 - dead] == 6
     assert "error: Another process of this run has ended" in children[0].said.read_text()
     assert newest(tmp_path / "out").step == 3
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_to_a_step_ends_the_run_and_is_named(
+    start_ranks: Callable[..., list[Child]], tmp_path: Path
+) -> None:
+    def before(rank: int) -> Callable[[], object]:
+        def patch() -> None:
+            watch.EVERY = 0.1
+            steps = learning.steps
+
+            def stuck(*given: Any) -> Iterator[Step]:
+                for number, step in enumerate(steps(*given)):
+                    if rank and number == 2:
+                        os.read(os.pipe()[0], 1)
+                    yield step
+
+            learning.steps = stuck
+
+        return patch
+
+    children = start_ranks(tmp_path / "out", *EQUAL, "--collective_timeout=3", before=before)
+    assert [child.wait() for child in children] == [6, 6]
+    for child in children:
+        said = child.said.read_text()
+        assert "error: Process 1 has not moved for 3 s (collective_timeout), and others wait for it." in said
+        assert ", in stuck (test_ddp.py:" in said
+        assert "; process 0 is in " in said

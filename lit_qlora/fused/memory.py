@@ -94,6 +94,9 @@ class FastSizes:
     """Devices that share each row."""
     lowest: int = 0
     """The number of the first block that learns; those below it save nothing."""
+    carried: tuple[float, ...] = ()
+    """Bytes of each block's quantised weights in 16 bit with the adapters' B beside them, but for those of experts,
+    which are not carried over."""
 
     def saved(self, policy: Recompute, tokens: int) -> float:
         """Bytes on the device that one block saves for its backward pass."""
@@ -142,9 +145,9 @@ class FastSizes:
         *moments, _ = self._moments(policies, tokens)
         most = self.peak(policies, tokens) - self._workspaces(policies)
         carries, taken = [False] * len(policies), 0.0
-        for i in reversed(range(len(policies) - cached)):
-            carries[i] = i >= self.lowest and moments[i] + taken + self.carried <= most
-            taken += carries[i] * self.carried
+        for i in reversed(range(min(len(policies) - cached, len(self.carried)))):
+            carries[i] = i >= self.lowest and 0 < self.carried[i] <= most - moments[i] - taken
+            taken += carries[i] * self.carried[i]
         return carries
 
     def _moments(self, policies: Sequence[Recompute], tokens: int) -> list[float]:
@@ -213,23 +216,6 @@ class FastSizes:
         dense = 2.0 * max(widest, head) * c.n_embd
         space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
         return space + 2.0 * kept * c.n_embd
-
-    @cached_property
-    def carried(self) -> float:
-        """Bytes of a block's weights in 16 bit with the adapters' B beside them, if all layers are adapted.
-
-        Experts, which are not carried over, are left out.
-        """
-        c, r = self.model, self.rank
-        gated, branches = 2 if "glu" in c.ffn else 1, self._dense_branches
-        of_attention = sum(n * (k + layers * r) for n, k, layers in self._stacks_of_attention)
-        of_mlp = branches * (c.n_embd + gated * r) + c.n_embd * (branches // gated + r)
-        return 2.0 * (of_attention + of_mlp)
-
-    @cached_property
-    def dequantized(self) -> float:
-        """The same with experts."""
-        return self.carried + 2.0 * self._of_experts
 
     def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.

@@ -97,9 +97,12 @@ class Fused:
         rank = max(group.stack.r for group in self.groups)
         quantized = any(group.quantized for block in self.blocks for group in block.groups)
         head = self.head.group.weight is not None
-        return FastSizes(
-            self.config, rank, adapted, quantized, head, self.fp8, self._dequantizes_ahead, lowest=self.lowest
+        carried = tuple(
+            2.0 * sum(g.n * g.width for g in block.groups if isinstance(g, Group) and g.quantized)
+            for block in self.blocks
         )
+        ahead, lowest = self._dequantizes_ahead, self.lowest
+        return FastSizes(self.config, rank, adapted, quantized, head, self.fp8, ahead, lowest=lowest, carried=carried)
 
     def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
         """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""

@@ -65,11 +65,15 @@ def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
 def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
     """Yield the layers that every token goes through in a model of the fast path, one list for each shared input."""
     for block in model.blocks:
-        yield from mixing_layers(mixer_of(block))
-        mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
-        if mlp is not None:
-            yield from mlp_layers(mlp)
+        yield from _stacks_of_block(block)
     yield [model.head]
+
+
+def _stacks_of_block(block: Any) -> Iterator[list[nn.Module]]:
+    yield from mixing_layers(mixer_of(block))
+    mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
+    if mlp is not None:
+        yield from mlp_layers(mlp)
 
 
 def _of_experts(model: GPT) -> Iterator[nn.Module]:
@@ -112,23 +116,29 @@ def _paths(model: GPT) -> dict[nn.Module, str]:
     return {module: path for path, module in model.named_modules()}
 
 
-def whole_bytes(model: GPT, storage: Storage, rank: int) -> list[int]:
-    """Count the bytes of each block's stacks that `storage` leaves in 16 bit, with the adapters' B beside them.
+def dequantized_bytes(model: GPT, storage: Storage) -> list[tuple[int, int]]:
+    """Count the bytes of each block's quantised weights in 16 bit: with the adapters' B beside them, and of experts.
 
-    Those of experts have no B beside them. A cached block has no copy of these.
+    Those of experts have no B beside them.
     """
-    if not storage.layers:
-        return [0] * len(model.blocks)
-    paths, found = _paths(model), [0] * len(model.blocks)
-    dense = [(layers, rank) for layers in stacks_of(model) if layers[0] is not model.head]
-    of_experts = [(layers, 0) for block in model.blocks for layers in stacks_of_experts(block.mlp)]
-    for layers, beside in (*dense, *of_experts):
-        if layers and not storage.quantizes(paths[layers[0]]):
-            width = base_of(layers[0]).in_features + len(layers) * beside
-            found[int(paths[layers[0]].split(".")[1])] += (
-                2 * width * sum(base_of(layer).out_features for layer in layers)
-            )
+    paths, found = _paths(model) if storage.layers else {}, []
+
+    def of(stacks: Sequence[Sequence[nn.Module]], beside: bool) -> int:
+        quantized = (s for s in stacks if s and storage.quantizes(paths.get(s[0], "")))
+        return sum(2 * _columns(s, beside) * sum(base_of(layer).out_features for layer in s) for s in quantized)
+
+    for block in model.blocks:
+        gate = block.mlp.shared_gate if isinstance(block.mlp, MoE) else None
+        gates: list[list[nn.Module]] = [] if gate is None else [[gate]]
+        dense = [*_stacks_of_block(block), *gates]
+        found.append((of(dense, beside=True), of(stacks_of_experts(block.mlp), beside=False)))
     return found
+
+
+def _columns(layers: Sequence[nn.Module], beside: bool) -> int:
+    """Columns of a stack's [W | B], or of W alone."""
+    ranks = [layer.lora_a.size(0) for layer in layers if isinstance(layer, LoRALinear)] if beside else []
+    return int(base_of(layers[0]).in_features) + len(ranks) * max(ranks, default=0)
 
 
 def copied_bytes(model: GPT) -> int:

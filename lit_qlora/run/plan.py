@@ -269,10 +269,10 @@ class Planner:
         return _adapted_features(self.gpt, self.lora.dora)
 
     @cached_property
-    def _whole(self) -> list[int]:
-        from lit_qlora.fused.support import whole_bytes
+    def _dequantized(self) -> list[tuple[int, int]]:
+        from lit_qlora.fused.support import dequantized_bytes
 
-        return whole_bytes(self.gpt, self.storage, self._sizes.rank)
+        return dequantized_bytes(self.gpt, self.storage)
 
     @cached_property
     def _beside(self) -> int:
@@ -293,7 +293,8 @@ class Planner:
         written, ahead = not storage.plain or self.sharded > 0, not self.sharded
         head, parts = storage.quantizes("head"), self.bare.parts
         fp8, lowest = self.train.fp8, lowest_learning(gpt)
-        return FastSizes(gpt.config, rank, adapted, written, head, fp8, ahead, parts, lowest)
+        carried = tuple(dense for dense, _ in self._dequantized)
+        return FastSizes(gpt.config, rank, adapted, written, head, fp8, ahead, parts, lowest, carried)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
         """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""
@@ -323,9 +324,7 @@ class Planner:
                 return 0 if graphs and often <= graph_tokens else sum(sizes.carries(policies, often, cached))
 
             holes, wanted = HOLES * activations, train.keep_dequantized
-            held = list(
-                accumulate((max(0.0, sizes.dequantized - whole) for whole in reversed(self._whole)), initial=0.0)
-            )
+            held = list(accumulate(map(sum, reversed(self._dequantized)), initial=0.0))
             cached_blocks, carries = _share(spare, held, holes, carrying, wanted)
         return replace(
             plan,

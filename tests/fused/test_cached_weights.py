@@ -22,11 +22,11 @@ from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import Storage
 from lit_qlora.run.learning import take_path
-from lit_qlora.run.plan import HOLES, MicroBatches, Plan, Room, make_plan
+from lit_qlora.run.plan import HOLES, MicroBatches, Plan, Planner, Room, make_plan
 from lit_qlora.settings import LoRAConfig, Scheme, TrainConfig
 from lit_qlora.train.loop import Gradients
 from tests.conftest import tiny_config, tiny_model
-from tests.fused.test_fused import adapted_model, batch, gradients
+from tests.fused.test_fused import LATENT, adapted_model, batch, gradients
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
@@ -411,3 +411,38 @@ def test_they_are_refused_where_nothing_is_dequantised(changes: dict[str, Any], 
     assert planned("auto", **changes).cached_blocks == 0
     with pytest.raises(UsageError, match=reason):
         planned(1, **changes)
+
+
+EXPERTS: dict[str, Any] = {
+    "n_expert": 4,
+    "n_expert_per_token": 2,
+    "expert_size": 64,
+    "shared_expert_size": 64,
+    "shared_expert_gate": True,
+}
+MIXED: dict[str, Scheme] = {r"blocks.1.mlp.*": "none", r"blocks.0.attn.projection": "bnb.int8"}
+
+
+@pytest.mark.parametrize("targets", [("query", "mlp"), pytest.param(("all",), marks=SLOW)], ids=str)
+def test_a_plan_of_a_mixed_base_counts_the_weights_that_are_carried_over(
+    targets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FastSizes, "carries", lambda *_: [True, True])
+    fused = fuse(adapted_model(scheme="bnb.nf4", layers=MIXED, targets=targets))
+    fused.set_recompute(["full", "none"])  # which reads each weight of the first block too
+    gradients(fused.model, *batch())
+    held = [
+        sum(group.carried.nbytes // 2 for group in block.groups if group.carried is not None) for block in fused.blocks
+    ]
+    storage = Storage(torch.bfloat16, "bnb.nf4", layers=tuple(MIXED.items()))
+    planner = Planner(fused.config, LoRAConfig(r=4, targets=targets), storage, TrainConfig())
+    assert 0 < held[1] < held[0] / 2
+    assert list(planner._sizes.carried) == list(fused.sizes.carried) == held
+
+
+@pytest.mark.parametrize("changes", [LATENT, EXPERTS], ids=["latent attention", "a shared expert with a gate"])
+def test_a_plan_counts_carried_weights_of_other_blocks_too(changes: dict[str, Any]) -> None:
+    fused = fuse(adapted_model(scheme="bnb.nf4", **changes))
+    storage = Storage(torch.bfloat16, "bnb.nf4")
+    planner = Planner(fused.config, LoRAConfig(r=4, targets="all"), storage, TrainConfig())
+    assert 0 < sum(planner._sizes.carried) == sum(fused.sizes.carried)

@@ -13,11 +13,13 @@ from tests.conftest import tiny_config
 
 BLOCKS = 8
 WIDE: dict[str, Any] = {"n_embd": 256, "n_head": 4, "n_kv_head": 4, "head_size": 64, "ffn_size": 704}
+CARRIED = (1.7e6, 1.2e6, 1.7e6, 0.0, 1.7e6, 1.7e6, 1.7e6, 1.7e6)
+"""Bytes of weights: a block has some in 16 bit, another all."""
 
 
 def sizes(**changes: Any) -> FastSizes:
     config: ModelConfig = tiny_config(n_layer=BLOCKS, **{**WIDE, **changes})
-    return FastSizes(config, rank=4, adapted=7, quantized=True)
+    return FastSizes(config, rank=4, adapted=7, quantized=True, carried=CARRIED)
 
 
 def test_the_peak_is_in_the_backward_pass_of_the_last_block_where_all_do_the_same() -> None:
@@ -58,7 +60,7 @@ def test_carried_weights_never_raise_the_peak(tokens: int, others: Recompute, sa
     policies: list[Recompute] = [*[others] * (BLOCKS - save_all), *["none"] * save_all]  # type: ignore[list-item]
     stay, most = one.carries(policies, tokens), one.peak(policies, tokens)
     for i in range(BLOCKS):  # a block's activations lie beside the weights of those that follow and its own
-        held = sum(stay[i:]) * one.dequantized
+        held = sum(size for size, carries in zip(CARRIED[i:], stay[i:], strict=True) if carries)
         assert one.peak(policies[: i + 1], tokens) + held <= most or not held
 
 
@@ -67,7 +69,8 @@ def test_more_tokens_make_room_for_more_weights() -> None:
     counts = [sum(one.carries(["none"] * BLOCKS, tokens)) for tokens in (16, 256, 512, 2048)]
     assert counts == sorted(counts)
     assert counts[0] == 0
-    assert counts[-1] == BLOCKS - 1  # all but the last, whose activations are there
+    assert counts[-1] == BLOCKS - 2  # all but the last, whose activations are there, and the one without weights
+    assert not one.carries(["none"] * BLOCKS, 2048)[3]
     assert not any(one.carries(["offload"] * BLOCKS, 2048))
 
 

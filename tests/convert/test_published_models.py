@@ -259,16 +259,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         14_315_784_192,
     ),
-}
-"""Name -> config.json and parameters.
-
-The hub counts so: Llama-3.1-8B, SmolLM2-135M, SmolLM3-3B, gemma-3-1b, Phi-4-mini, gpt-oss-120b, OLMoE-1B-7B and
-Granite-4.0-micro. Programs that had loaded the model, or tables, say so in public: DeepSeek-V2-Lite, DeepSeek-V3,
-GLM-4-9B, Seed-OSS-36B, ERNIE-4.5-0.3B, GPT-J-6B, GPT-Neo-1.3B, StarCoderBase, Granite-3.0-1B-A400M, Apertus-8B and
-Qwen1.5-MoE-A2.7B; GGUF's own count says so of Granite-4.0-h-micro. Of EXAONE-4.0-1.2B and Hunyuan-0.5B none was
-found; the others were not looked up again.
-"""
-COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
     "ERNIE-4.5-21B-A3B": (
         config_json(
             *("ernie4_5_moe", 28, 2560, 20, 4, 12_288, 103_424),
@@ -314,7 +304,6 @@ COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         6_939_037_248,
     ),
-    "InternLM3-8B": (config_json("internlm3", 48, 4096, 32, 2, 10_240, 128_512), 8_804_241_408),
     "VaultGemma-1B": (
         config_json("vaultgemma", 26, 1152, 4, 4, 6912, 256_000, head_dim=256),
         1_038_741_120,
@@ -325,10 +314,87 @@ COMPUTED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         41_873_153_344,
     ),
+    "Mellum2-12B-A2.5B": (
+        config_json(
+            *("mellum", 28, 2304, 32, 4, 7168, 98_304),
+            head_dim=128,
+            num_local_experts=64,
+            num_experts_per_tok=8,
+            moe_intermediate_size=896,
+        ),
+        12_149_923_072,
+    ),
+    "Youtu-LLM-2B": (config_json("youtu", 32, 2048, 16, 16, 6144, 128_256, tie_word_embeddings=True), 1_961_560_064),
+    "IQuest-Coder-V1-40B": (config_json("iquestcoder", 80, 5120, 40, 8, 27_648, 76_800, head_dim=128), 39_794_283_520),
+    "Jais-2-8B": (config_json("jais2", 32, 3328, 26, 26, 26_624, 150_272, head_dim=128), 8_090_401_280),
+    "Granite-3.1-2B": (
+        config_json("granite", 40, 2048, 32, 8, 8192, 49_155, tie_word_embeddings=True),
+        2_533_531_648,
+    ),
+    "GLM-4-9B-chat": (config_json("glm", 40, 4096, 32, 2, 13_696, 151_552, head_dim=128), 9_399_951_360),
+    "AFM-4.5B": (config_json("arcee", 36, 2560, 20, 4, 18_432, 128_004, head_dim=128), 4_619_184_640),
+    "Ministral-3-8B": (config_json("ministral3", 34, 4096, 32, 8, 14_336, 131_072, head_dim=128), 8_489_553_920),
+    "Bamba-9B": (
+        config_json(
+            *("bamba", 32, 4096, 32, 8, 14_336, 128_256),
+            attn_layer_indices=[9, 18, 27],
+            mamba_n_heads=128,
+            mamba_d_head=64,
+            mamba_d_state=128,
+        ),
+        9_780_235_392,
+    ),
+    "Granite-4.0-h-small": (
+        config_json(
+            *("granitemoehybrid", 40, 4096, 32, 8, 768, 100_352),
+            num_local_experts=72,
+            num_experts_per_tok=10,
+            shared_intermediate_size=1536,
+            layer_types=["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+            mamba_d_state=128,
+            tie_word_embeddings=True,
+        ),
+        32_207_337_984,
+    ),
+    "Trinity-Nano": (
+        config_json(
+            *("afmoe", 56, 1024, 8, 2, 3072, 200_192),
+            moe_intermediate_size=256,
+            num_dense_layers=2,
+            num_experts=128,
+            num_experts_per_tok=8,
+            num_shared_experts=1,
+            sliding_window=2048,
+        ),
+        6_120_003_328,
+    ),
+    "North-Mini-Code": (
+        config_json(
+            *("cohere2_moe", 49, 2048, 32, 4, 768, 262_144),
+            prefix_dense_intermediate_size=3072,
+            num_experts=128,
+            num_experts_per_tok=8,
+            first_k_dense_replace=1,
+            expert_selection_fn="sigmoid",
+            norm_topk_prob=False,
+            rms_norm_eps=1e-6,
+        ),
+        30_484_303_872,
+    ),
+    "Flex-reddit-2x7B": (
+        config_json("flex_olmo", 32, 4096, 32, 32, 11_008, 100_352, num_experts=2, num_experts_per_tok=2),
+        11_627_401_216,
+    ),
 }
-"""Name -> published sizes, and the parameters and biases of routers in transformers' module of these sizes.
+"""Name -> config.json and parameters.
 
-No public count of them is known here. transformers has no InternLM3: its number is worked out by hand.
+Where others have the counts from: the hub's own of the files, or a program's that had read their headers, which is so
+of nearly all; a program that had loaded the model, or a table (DeepSeek-V3, GLM-4-9B, ERNIE-4.5-0.3B, GPT-J-6B,
+GPT-Neo-1.3B, StarCoderBase, Granite-3.0-1B-A400M, nanochat-d20 and the Pythias); a GGUF file's own (Ministral-3-8B).
+Those of falcon, stablelm-2-12b and command-r were not looked up again.
+
+Sizes are of their config.json, whose keys others quote, or what transformers has as defaults for just this model
+(GLM-4-9B-chat, Ministral-3-8B; Flex-reddit-2x7B but for the number of experts, which is in its name).
 """
 GEMMA4 = {"head_dim": 256, "global_head_dim": 512, "final_logit_softcapping": 30.0}
 WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -442,22 +508,84 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
         5_123_178_051,
         168_544_256 + 307_183_904 + 18_880_512,  # images; sound; keys and values that no layer reads
     ),
+    "Hy3-preview": (
+        config_json(
+            *("hy_v3", 80, 4096, 64, 8, 13_312, 120_832),
+            head_dim=128,
+            num_experts=192,
+            num_experts_per_tok=8,
+            num_shared_experts=1,
+            moe_intermediate_size=1536,
+        ),
+        298_786_155_776,
+        3_752_612_288,  # a layer that predicts a further token
+    ),
+    "GLM-4.7-Flash": (
+        config_json(
+            *("glm4_moe_lite", 47, 2048, 20, 20, 10_240, 154_880),
+            kv_lora_rank=512,
+            n_shared_experts=1,
+            q_lora_rank=768,
+            qk_nope_head_dim=192,
+            qk_rope_head_dim=64,
+            v_head_dim=256,
+            n_routed_experts=64,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1536,
+        ),
+        31_221_488_576,
+        1_278_094_656,  # the same, with an embedding and a head of its own
+    ),
+    "K-EXAONE-236B-A23B": (
+        config_json(
+            *("exaone_moe", 48, 6144, 64, 8, 18_432, 153_600),
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            num_shared_experts=1,
+            moe_intermediate_size=2048,
+            sliding_window=128,
+            sliding_window_pattern="LLLG",
+            layer_types=[*["sliding_attention"] * 3, "full_attention"] * 12,
+        ),
+        237_099_669_632,
+        528_513_280,  # a layer without experts that predicts a further token
+    ),
+    "Qwen3.5-35B-A3B": (
+        config_json(
+            *("qwen3_5_moe_text", 40, 2048, 16, 2, 512, 248_320),
+            head_dim=256,
+            num_experts=256,
+            num_experts_per_tok=8,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+        ),
+        35_951_822_704,
+        446_571_248 + 844_640_768,  # images; a layer that predicts a further token
+    ),
+    "gemma-4-31B": (
+        config_json(
+            *("gemma4_text", 60, 5376, 32, 16, 21_504, 262_144),
+            num_global_key_value_heads=4,
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=None,
+            **GEMMA4,
+        ),
+        31_273_088_876,
+        569_548_080 + 2 * 1152 + 6_193_152,  # images, their standardisation, and the way into the model
+    ),
 }
 """Name -> config.json, all parameters as the hub counts them, and those outside our language model.
 
 The latter are counted in transformers' modules, encoders and what joins them to the language model, or worked out.
 """
-LARGE = {"DeepSeek-V3", "gpt-oss-120b", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B"}
-LARGE |= {
-    "Granite-4.0-h-tiny",
-    "Qwen1.5-MoE-A2.7B",
-    "Phi-3.5-MoE",
-    "dots.llm1",
-    "Hunyuan-A13B",
-    "Llama-4-Scout",
-    "Llama-4-Maverick",
+LARGE = {
+    *("DeepSeek-V3", "gpt-oss-120b", "OLMoE-1B-7B", "ERNIE-4.5-21B-A3B", "Qwen1.5-MoE-A2.7B", "Phi-3.5-MoE"),
+    *("dots.llm1", "Hunyuan-A13B", "Granite-4.0-h-tiny", "Granite-4.0-h-small", "Mellum2-12B-A2.5B"),
+    *("Trinity-Nano", "North-Mini-Code", "K-EXAONE-236B-A23B", "Hy3-preview", "GLM-4.7-Flash", "Solar-Open-100B"),
+    *("Llama-4-Scout", "Llama-4-Maverick", "Qwen3-Next-80B-A3B", "Qwen3.5-35B-A3B", "GLM-4.5-Air", "MiniMax-M2"),
+    "LFM2-8B-A1B",
 }
-LARGE |= {"Qwen3-Next-80B-A3B", "GLM-4.5-Air", "MiniMax-M2", "LFM2-8B-A1B"}
 """Tens of thousands of experts take some seconds even without their weights."""
 
 
@@ -472,19 +600,12 @@ def test_a_published_model_has_the_parameters_that_others_count(name: str) -> No
     assert count_parameters(read_config(config, name)) == parameters
 
 
-@pytest.mark.parametrize("name", some_slow(COMPUTED))
-def test_published_sizes_give_the_parameters_of_a_reference(name: str) -> None:
-    config, parameters = COMPUTED[name]
-    assert count_parameters(read_config(config, name)) == parameters
-
-
 @pytest.mark.parametrize("name", some_slow(WRAPPED))
 def test_the_language_model_inside_has_what_the_rest_leaves(name: str) -> None:
     config, parameters, rest = WRAPPED[name]
     assert count_parameters(read_config(config, name)) == parameters - rest
 
 
-DEEP = {"kv_lora_rank": 512, "n_shared_experts": 1, "norm_topk_prob": True}
 TOLD: dict[str, tuple[dict[str, Any], str]] = {
     "Solar-Open-100B": (
         config_json(
@@ -497,54 +618,16 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "102.6",
     ),
-    "Hy3-preview": (
-        config_json(
-            *("hy_v3", 80, 4096, 64, 8, 13_312, 120_832),
-            head_dim=128,
-            num_experts=192,
-            num_experts_per_tok=8,
-            num_shared_experts=1,
-            moe_intermediate_size=1536,
-        ),
-        "295",
-    ),
-    "Mellum2-12B-A2.5B": (
-        config_json(
-            *("mellum", 28, 2304, 32, 4, 7168, 98_304),
-            head_dim=128,
-            num_local_experts=64,
-            num_experts_per_tok=8,
-            moe_intermediate_size=896,
-        ),
-        "12",
-    ),
-    "GLM-4.7-Flash": (
-        config_json(
-            *("glm4_moe_lite", 47, 2048, 20, 20, 10_240, 154_880),
-            **DEEP,
-            q_lora_rank=768,
-            qk_nope_head_dim=192,
-            qk_rope_head_dim=64,
-            v_head_dim=256,
-            n_routed_experts=64,
-            num_experts_per_tok=4,
-            moe_intermediate_size=1536,
-        ),
-        "30",
-    ),
-    "Youtu-LLM-2B": (config_json("youtu", 32, 2048, 16, 16, 6144, 128_256, tie_word_embeddings=True), "1.96"),
     "MiniCPM3-4B": (config_json("minicpm3", 62, 2560, 40, 40, 6400, 73_448, tie_word_embeddings=True), "4"),
     "cwm": (config_json("cwm", 64, 6144, 48, 8, 21_504, 128_256, head_dim=128), "32"),
-    "IQuest-Coder-V1-40B": (config_json("iquestcoder", 80, 5120, 40, 8, 27_648, 76_800, head_dim=128), "40"),
-    "Jais-2-8B": (config_json("jais2", 32, 3328, 26, 26, 26_624, 150_272, head_dim=128), "8"),
-    "helium-1-preview": (config_json("helium", 24, 2560, 20, 20, 7040, 48_000, head_dim=128), "2"),
+    "helium-1-preview": (config_json("helium", 24, 2560, 20, 20, 7040, 48_000, head_dim=128), "2.17"),
+    "InternLM3-8B": (config_json("internlm3", 48, 4096, 32, 2, 10_240, 128_512), "8"),
 }
 """Name -> config.json, and the billions of parameters that its makers tell, on a card or in its name, rounded or cut.
 
-Sizes are of Hy3's card, else those that transformers 5.23 has where nothing is said, which are a model's of the family.
-A whole number of billions shows only gross errors.
+Of helium-1 the file has 4.35 GB in 16 bit. Sizes are those that transformers 5.23 has where nothing is said, which are
+a model's of the family, and InternLM3's of its config.json. A whole number of billions shows only gross errors.
 """
-LARGE |= {"Solar-Open-100B", "Hy3-preview", "Mellum2-12B-A2.5B", "GLM-4.7-Flash"}
 
 
 @pytest.mark.parametrize("name", some_slow(TOLD))
@@ -613,29 +696,19 @@ def test_a_published_shape_has_the_parameters_of_its_model(name: str) -> None:
     assert count_parameters(read_shape(name)) == COUNTS[name]
 
 
-def test_gemma_4_31b_has_the_billions_on_its_model_card() -> None:
-    config = config_json(
-        "gemma4_text",
-        60,
-        5376,
-        32,
-        16,
-        21_504,
-        262_144,
-        num_global_key_value_heads=4,
-        attention_k_eq_v=True,
-        hidden_size_per_layer_input=None,
-        **GEMMA4,
-    )
-    assert round(count_parameters(read_config(config, "gemma-4-31B")) / 1e9, 1) == 30.7
+def test_nemotron_4_340b_has_the_billions_of_its_report() -> None:
+    config = config_json("nemotron", 96, 18_432, 96, 8, 73_728, 256_000, head_dim=192)
+    embeddings = 2 * 256_000 * 18_432
+    rest = count_parameters(read_config(config, "Nemotron-4-340B")) - embeddings
+    assert (round(embeddings / 1e9, 1), round(rest / 1e9, 1)) == (9.4, 331.6)
 
 
 def test_many_families_are_among_them() -> None:
-    tables: tuple[dict[str, Any], ...] = (PUBLISHED, COMPUTED, WRAPPED, TOLD)
+    tables: tuple[dict[str, Any], ...] = (PUBLISHED, WRAPPED, TOLD)
     counted = [*SHAPES.values(), *(row[0] for table in tables for row in table.values())]
     assert set(FAMILIES) - {text_part(config)["model_type"] for config in counted} == {
-        *("cohere2", "glm", "granite", "ministral", "ministral3"),
-        # Of these no count is known here.
-        *("flex_olmo", "exaone_moe", "granitemoeshared", "cohere2_moe", "mistral4", "arcee", "hyperclovax"),
-        *("granite_swa", "afmoe", "bamba", "nemotron", "qwen3_5_moe_text", "gemma4_unified_text"),
+        *("cohere2", "ministral"),
+        "nemotron",  # above
+        # Of these no count is known here, or no sizes that were not chosen to fit it.
+        *("granitemoeshared", "mistral4", "hyperclovax", "granite_swa", "gemma4_unified_text"),
     }

@@ -235,7 +235,8 @@ def main() -> None:
 
     folder = arguments.out / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(arguments.tokenizer, folder / "tokenizer.model")
+    if arguments.tokenizer.resolve() != (folder / "tokenizer.model").resolve():
+        shutil.copy(arguments.tokenizer, folder / "tokenizer.model")
     ids = ids_of(arguments)
     kept = arguments.calibration + arguments.test
     if len(ids) < 4 * kept:

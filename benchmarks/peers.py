@@ -264,17 +264,22 @@ def main() -> None:
         model_config(task.shape)  # a name that is not known ends the program here
     wanted = list(zip(tasks, peers, strict=True))
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        list(pool.map(make, {task.dir: task for task in tasks}.values()))
+        folders = {task.dir: task for task in tasks}
+        made = dict(zip(folders, pool.map(make, folders.values()), strict=True))
+        wanted = [(task, peers) for task, peers in wanted if made[task.dir]]
         start = starter(wanted, arguments, pool)
         measured = sum([show(task, peers, start, arguments) for task, peers in wanted])
     if not measured:
         raise SystemExit("No peer could run.")
 
 
-def make(task: Task) -> None:
-    """Write the checkpoint of a task in a process of its own."""
+def make(task: Task) -> bool:
+    """Write the checkpoint of a task in a process of its own, and tell whether that could be done."""
     program = str(Path(__file__).with_name("contestant.py"))
-    subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=True)
+    done = subprocess.run([sys.executable, program, json.dumps(asdict(replace(task, name="make")))], check=False)
+    if done.returncode:
+        print(f"{task.shape}: missing. No checkpoint of it could be written, see above.", flush=True)
+    return done.returncode == 0
 
 
 def starter(wanted: list[tuple[Task, list[str]]], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> Start:

@@ -266,6 +266,9 @@ def test_peers_take_turns_and_one_that_is_absent_is_said_to_be(workload: str, tm
     pytest.importorskip("peft")
     flags = f"--shape tiny --bf16 --workload {workload} --rows 1 --length 24 --r 4 --steps 1 --rounds 2"
     places = ["--work_dir", str(tmp_path), "--results", str(tmp_path / "rows.csv"), "--peers", "unsloth", "peft"]
+    if workload == "packed":  # of which no checkpoint can be written
+        (tmp_path / "llama-100m-hf.part").write_text("")
+        places += ["--also", '{"shape": "llama-100m"}']
     (tmp_path / "unsloth.py").write_text("raise ModuleNotFoundError(\"No module named 'unsloth'\")")
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/peers.py"), *flags.split(), *places],
@@ -275,6 +278,7 @@ def test_peers_take_turns_and_one_that_is_absent_is_said_to_be(workload: str, tm
     )
     assert done.returncode == 0, done.stderr
     assert "unsloth: missing. ModuleNotFoundError: No module named 'unsloth'\n" in done.stdout
+    assert ("llama-100m: missing. No checkpoint" in done.stdout) == (workload == "packed")
     assert "ours / peft:" in done.stdout
     ours, theirs = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
     assert "ours" in ours["flags"]

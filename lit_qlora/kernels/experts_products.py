@@ -21,6 +21,8 @@ if triton is not None:
     from lit_qlora.kernels.dropout import factor
 
 BK = 64  # of the summed dimension, at a time
+GROUP = 8  # tiles of rows whose programs run side by side over the same columns, where an expert is large
+LARGE = 2**26  # bytes of an expert's matrix, about the L2 cache of an H200
 MOST_RANK = 64  # columns of Z at a time
 
 
@@ -104,15 +106,24 @@ def gate_up(
     b_gate, b_up = (x.new_empty(0, 0, 0) if low is None else low.b for low in low_rank)
     bn, warps, most = BLOCKS_GATE_UP
     in_flight = stages((choices.tile + 2 * bn) * BK * x.element_size(), most, shared_memory(x))
-    _gate_up[(choices.most_tiles * cdiv(width, bn),)](
+    group = group_of(weight)
+    _gate_up[(cdiv(choices.most_tiles, group) * group * cdiv(width, bn),)](
         x, x.stride(0), choices.token, choices.weight, tiled(weight.view(2 * experts, width, k), 2, bn, BK),
         z_gate, z_gate.stride(0), b_gate, *b_gate.stride(), z_up, z_up.stride(0), b_up, *b_up.stride(),
         x if bias is None else bias, branches, h, choices.ends, choices.tiles, choices.most_tiles, width, k,
         R=rank, RB=min(power_of_2(rank), MOST_RANK), GATE=gate is not None, UP=up is not None,
         HAS_BIAS=bias is not None, FUNCTION=function, EVEN=k % BK == 0, BRANCHES=wants_branches, WANTS_H=wants_h,
-        BM=choices.tile, BN=bn, BK=BK, num_warps=warps, num_stages=in_flight,
+        BM=choices.tile, BN=bn, BK=BK, GROUP=group, num_warps=warps, num_stages=in_flight,
     )  # fmt: skip
     return branches, h
+
+
+def group_of(weight: Tensor) -> int:
+    """How many tiles take a column of (n_expert, N, K) before they go on to the next.
+
+    An expert of Mixtral has more weights than the cache holds. Tile by tile each would be read from memory again.
+    """
+    return GROUP if weight[0].nbytes > LARGE else 1
 
 
 def product_reference(
@@ -165,14 +176,15 @@ def product(
     # TMA reads whole rows; those behind the end of an expert are read and not stored.
     by_block = not gathered and not (x.stride(0) * x.element_size()) % 16
     flat = weight.view(-1, weight.size(2))
-    _product[(choices.most_tiles * cdiv(n, bn),)](
+    group = group_of(weight)
+    _product[(cdiv(choices.most_tiles, group) * group * cdiv(n, bn),)](
         tiled(x, choices.tile, BK) if by_block else x, x, x.stride(0), choices.token,
         tiled(flat, BK, bn) if transposed else tiled(flat, bn, BK), z, z.stride(0), b, *b.stride(),
         x if bias is None else bias, choices.weight, out, choices.ends, choices.tiles, choices.most_tiles, n, k,
         dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         BY_BLOCK=by_block, GATHERED=gathered, TRANSPOSED=transposed, R=rank, RB=min(power_of_2(rank), MOST_RANK),
         HAS_BIAS=bias is not None, DROP=dropout.p > 0, EVEN=k % BK == 0,
-        BM=choices.tile, BN=bn, BK=BK, num_warps=warps, num_stages=in_flight,
+        BM=choices.tile, BN=bn, BK=BK, GROUP=group, num_warps=warps, num_stages=in_flight,
     )  # fmt: skip
     return out
 
@@ -185,6 +197,12 @@ BLOCKS_DROPOUT = (128, 8, 4)
 """With dropout, whose sum takes registers besides: of 256 columns ptxas finds no allocation for a B200."""
 
 if triton is not None:
+
+    @triton.jit
+    def _tile_and_column(columns, BN: tl.constexpr, GROUP: tl.constexpr):
+        """The tile of rows of this program, and its first column: all tiles of a group before the next column."""
+        inside = tl.program_id(0) % (GROUP * columns)
+        return tl.program_id(0) // (GROUP * columns) * GROUP + inside % GROUP, inside // GROUP * BN
 
     @triton.jit
     def _update(
@@ -252,10 +270,9 @@ if triton is not None:
         BIAS, BRANCHES_TO, H, ENDS, TILES, most_tiles, F, K,
         R: tl.constexpr, RB: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, HAS_BIAS: tl.constexpr,
         FUNCTION: tl.constexpr, EVEN: tl.constexpr, BRANCHES: tl.constexpr, WANTS_H: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        columns = tl.cdiv(F, BN)
-        tile, n0 = tl.program_id(0) // columns, tl.program_id(0) % columns * BN
+        tile, n0 = _tile_and_column(tl.cdiv(F, BN), BN, GROUP)
         if tile < tl.load(TILES + 2 * most_tiles):
             e, row0 = tl.load(TILES + tile), tl.load(TILES + most_tiles + tile)
             end = tl.load(ENDS + e + 1)
@@ -314,10 +331,9 @@ if triton is not None:
         SEED, offset, threshold, scale,
         BY_BLOCK: tl.constexpr, GATHERED: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
         HAS_BIAS: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        columns = tl.cdiv(N, BN)
-        tile, n0 = tl.program_id(0) // columns, tl.program_id(0) % columns * BN
+        tile, n0 = _tile_and_column(tl.cdiv(N, BN), BN, GROUP)
         if tile < tl.load(TILES + 2 * most_tiles):
             e, row0 = tl.load(TILES + tile), tl.load(TILES + most_tiles + tile)
             end = tl.load(ENDS + e + 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_qlora.kernels import experts_products
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.experts import (
     Choices,
@@ -222,6 +223,16 @@ def test_a_product_meets_the_weights_of_each_choices_expert(
     bias = rand(EXPERTS, 272)
     actual = product(x, weight, choices, None, bias, gathered, transposed)
     assert_near(actual, product_reference(exact(x), exact(weight), choices, None, exact(bias), gathered, transposed))
+
+
+@pytest.mark.parametrize("group", [2, 8])
+def test_the_order_of_tiles_changes_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices, x, weight = choices_of(), rand(TOKENS, 64), rand(EXPERTS, 528, 64)
+    plain = product(x, weight, choices, gathered=True), *gate_up(x, weight, choices, "silu")
+    monkeypatch.setattr(experts_products, "GROUP", group)
+    monkeypatch.setattr(experts_products, "LARGE", 0)
+    grouped = product(x, weight, choices, gathered=True), *gate_up(x, weight, choices, "silu")
+    assert all(torch.equal(a, b) for a, b in zip(plain, grouped, strict=True))
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])

@@ -1,5 +1,6 @@
 """The device, the dtypes of weights and arithmetic on it, and its memory."""
 
+import mmap
 import os
 import re
 import resource
@@ -93,12 +94,25 @@ def pinned_memory(numbers: int, dtype: torch.dtype) -> Tensor | None:
 
     Torch's own is rounded up to powers of two.
     """
-    buffer = torch.empty(numbers, dtype=dtype).zero_()  # by all threads; one alone takes long to get new pages
+    try:
+        buffer = _in_huge_pages(numbers, dtype).zero_()  # by all threads; one alone takes long to get new pages
+    except OSError:
+        return None
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)):
         return None
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
     return buffer
+
+
+def _in_huge_pages(numbers: int, dtype: torch.dtype) -> Tensor:
+    """Return new memory of the host, where Linux can in pages of 2 MiB: faster to get and to pin than 512 small ones."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(numbers, dtype=dtype)
+    memory = mmap.mmap(-1, numbers * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def seen_by_gpu(pinned: Tensor) -> Tensor:

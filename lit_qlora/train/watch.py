@@ -3,10 +3,10 @@
 A collective waits until all processes take part. Gloo notices that one of them died, but NCCL does not. Neither
 notices that one never comes, or makes other collectives. Up to the timeout of their group nothing is said.
 
-So each process tells the others by the group's store, every few seconds, that it lives, how many collectives it has
-begun, and which line it is at. A process ends with a message once another one on its machine is gone, or was silent for
-100 seconds. It also ends once another one has begun fewer collectives and stayed at one line for as long as
-collective_timeout says: in a debugger, or at data that do not come.
+So each process tells the others every few seconds, by the group's store, that it lives. It also tells how many
+collectives it has begun, and which line it is at. A process ends with a message once another one on its machine is
+gone, or was silent for 100 seconds. It also ends once another one has begun fewer collectives and stayed at one line
+for as long as collective_timeout says: in a debugger, or at data that do not come.
 
 A slow process lives and moves from line to line. So validations, checkpoints, answers and compilers may take as long as
 they like. The group's own timeout would end them, so it is a day here.

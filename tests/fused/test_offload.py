@@ -1,6 +1,8 @@
 """Activations in the host's memory. Here streams and events do nothing; copies beside kernels need a GPU."""
 
 import contextlib
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,11 +116,25 @@ def test_pinned_memory_is_as_large_as_asked_for_and_given_back(monkeypatch: pyte
     assert not registered
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
+def test_pinned_memory_is_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 times fewer pages to get and to pin."""
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    buffer = pin(2**22, torch.bfloat16)
+    of_mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    spans = [(*(int(end, 16) for end in text.split(" ")[0].split("-")), text) for text in of_mappings if text]
+    (flags,) = (text.split("VmFlags:")[1].split() for low, high, text in spans if low <= buffer.data_ptr() < high)
+    assert "hg" in flags
+
+
 def test_a_host_without_pinned_memory_gets_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)  # cudaErrorMemoryAllocation
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     with pytest.raises(ResourceError, match=r"no 0\.50 GiB of pinned memory left\.\nTake"):
         pin(2**28, torch.bfloat16)
+    with pytest.raises(ResourceError, match="of pinned memory left"):  # nor so many addresses
+        pin(2**50, torch.bfloat16)
 
 
 def offloading() -> Fused:

@@ -168,7 +168,7 @@ def compare(arguments: argparse.Namespace, table: "Table", ids: "np.ndarray") ->
 
     config = ModelConfig.load(arguments.out / "model")
     rows = rows_of(ids.tolist(), arguments.length)
-    effects = Effects(load_model(arguments.out / "model", torch.bfloat16, pick_device()), rows)
+    effects = Effects(load_model(arguments.out / "model", torch.float32, pick_device()), rows)
     before = loss_of(effects, Quantization("none"))
     found: dict[str, Any] = {"tokens": rows.numel(), "loss": before, "storages": []}
     for name, storage in storages(table, config).items():
@@ -190,7 +190,7 @@ def loss_of(effects: Any, storage: "Quantization") -> float:
     from lit_qlora.evaluate.quantization import quantized
     from lit_qlora.quantize import Storage
 
-    of, model = Storage(torch.bfloat16, *storage), effects.model
+    of, model = Storage(torch.float32, *storage), effects.model
     linears = [path for path, module in model.named_modules() if type(module) is torch.nn.Linear]
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), quantized(model, {path: of.scheme(path) for path in linears if of.quantizes(path)}):

@@ -45,7 +45,8 @@ class PlanQuantizationConfig(Settings):
     length: Count = 512
     """Tokens that the model reads at a time; at most its block_size."""
     precision: Precision = "auto"
-    """Dtype of the weights. 'auto' is bf16-true on a GPU that has it, 32-true elsewhere."""
+    """Dtype of weights that stay as they are, and of the measurement. 'auto' is bf16-true on a GPU that has it, and
+    measures in float32 where that fits: in 16 bits rounding hides the effects of 8 bits."""
     again: bool = False
     """Measure although there is a table of these weights, e.g. on another text."""
 
@@ -76,7 +77,8 @@ def main(config: PlanQuantizationConfig) -> None:
         return
     if table is None:
         check_place(config.checkpoint_dir)
-    effects = Effects(load_model(config.checkpoint_dir, dtype, device), rows)
+    measured_in = dtype if config.precision != "auto" else dtype_of_measurement(model, dtype, device)
+    effects = Effects(load_model(config.checkpoint_dir, measured_in, device), rows)
     table = table or measure(config, effects, rows)
     if config.budget is None:
         return
@@ -96,6 +98,22 @@ def read_rows(config: PlanQuantizationConfig, most: int) -> "Tensor":
 
     ids = read_text(config.text, Tokenizer(config.checkpoint_dir), config.tokens, "text")
     return rows_of(ids, min(config.length, most))
+
+
+def dtype_of_measurement(model: "ModelConfig", dtype: "torch.dtype", device: "torch.device") -> "torch.dtype":
+    """Float32, with products in TF32, if the weights take at most 0.8 of the free memory; else `dtype`.
+
+    A change of any layer, however small, is rounded anew in all layers above it. In bfloat16 that alone is a KL of some
+    1e-5, which adds up over all groups.
+    """
+    import torch
+
+    from lit_qlora.checkpoint.quantization_table import other_bytes
+
+    if device.type != "cuda" or other_bytes(model, (), torch.float32) > 0.8 * torch.cuda.mem_get_info(device)[0]:
+        return dtype
+    torch.set_float32_matmul_precision("high")
+    return torch.float32
 
 
 def check_place(folder: Path) -> None:
@@ -122,12 +140,12 @@ def measure(config: PlanQuantizationConfig, effects: "Effects", rows: "Tensor") 
     from lit_qlora.report import tell
 
     count, groups = len(groups_of(effects.model)), []
-    tell(f"{count} groups of layers, {rows.numel():,} tokens")
+    dtype = str(effects.model.embed.weight.dtype).removeprefix("torch.")
+    tell(f"{count} groups of layers, {rows.numel():,} tokens, in {dtype}")
     for group in effects.groups():
         groups.append(group)
         words = "  ".join(f"{scheme} {kl:.3g}" for scheme, kl in group.kl.items())
         tell(f"  {len(groups)}/{count}  {' '.join(group.layers)}  KL: {words}")
-    dtype = str(effects.model.embed.weight.dtype).removeprefix("torch.")
     table = Table(content_hash(config.checkpoint_dir), text_of(rows), rows.numel(), dtype, tuple(groups))
     write_table(config.checkpoint_dir, table)
     print(f"{config.checkpoint_dir / FILE} holds the effects on {rows.numel():,} tokens.")

@@ -1,6 +1,7 @@
 """A table of effects advises the storage with the least effect within a budget, on the base that it was measured on."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.evaluate.quantization import Effects, groups_of, quantized, rows_of
 from lit_qlora.quantize import QuantizedLinear, Storage, storage_bytes
 from lit_qlora.settings import Budget, FinetuneConfig, Quantization
-from tests.conftest import run_here, tiny_model, write_checkpoint
+from tests.conftest import ROOT, run_here, tiny_model, write_checkpoint
 
 ROWS = rows_of(list(range(3, 99)), 32)
 CUSTOM = Quantization("bnb.nf4", False, (("head", "bnb.int8"), (r"blocks\.0\..*", "bnb.int8"), ("mlp.down", "none")))
@@ -92,6 +93,18 @@ def test_effects_that_could_not_be_kept_are_not_measured(tiny_checkpoint: Path, 
     assert done.returncode == 6
     assert "quantization.json cannot be written" in done.stderr
     assert "groups of layers" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("free", "measured_in"), [(10**9, torch.float32), (10**5, torch.bfloat16)])
+def test_a_gpu_measures_in_float32_where_that_fits(
+    free: int, measured_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = runpy.run_path(str(ROOT / "scripts/plan_quantization.py"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    config = tiny_model().config
+    assert script["dtype_of_measurement"](config, torch.bfloat16, torch.device("cuda")) == measured_in
+    assert script["dtype_of_measurement"](config, torch.float16, torch.device("cpu")) == torch.float16
 
 
 def test_a_table_says_if_it_is_of_another_text(base: Path) -> None:

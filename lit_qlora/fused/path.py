@@ -79,6 +79,7 @@ class Fused:
         every = torch.arange(config.block_size, device=self.device)[None]
         self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self._routers = [block.mlp.experts.routing.router for block in self.blocks if isinstance(block.mlp, ExpertMlp)]
         self._lay_out_adapters()
         self._dequantizes_ahead = ahead
         self.sizes, self.cached_blocks = self._sizes(), min(cached_blocks, len(self.blocks))
@@ -359,8 +360,7 @@ class Fused:
     @property
     def _watched(self) -> Seen | None:
         """The list for what routers compute, which they share; None where nobody looks."""
-        lists = [block.mlp.experts.routing.router.seen for block in self.blocks if isinstance(block.mlp, ExpertMlp)]
-        return lists[0] if lists else None
+        return self._routers[0].seen if self._routers else None
 
     def inputs(
         self,
@@ -571,7 +571,8 @@ class Fused:
     @property
     def counts(self) -> list[Tensor]:
         """See Capturable."""
-        return [*self._gradients, *([] if self.model.hits is None else [self.model.hits])]
+        taken = [router.taken for router in self._routers]
+        return [*self._gradients, *(count for count in (self.model.hits, *taken) if count is not None)]
 
     @property
     def _gradients(self) -> list[Tensor]:

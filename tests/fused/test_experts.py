@@ -312,6 +312,18 @@ def test_graphs_of_experts_give_what_passes_without_a_graph_give(lowest: int, mo
     assert recording.replayed > 0
 
 
+def test_a_capture_counts_no_choice_of_an_expert_and_a_replay_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_qlora.fused.graphs.SIGHTINGS", 1)
+    model = model_of(n_layer=1, targets=("query",))
+    _, recording = with_graphs(model)
+    router = model.blocks[0].mlp.router
+    router.taken = torch.zeros(4, dtype=torch.int64)
+    for _ in range(3):
+        gradients(model, *(part.cpu() for part in batch(1, 32)))
+    assert recording.replayed == 4
+    assert router.taken.sum() == 3 * 32 * 2
+
+
 @pytest.mark.slow
 def test_two_tensors_of_all_adapters_learn_what_the_adapters_do() -> None:
     ends = []

@@ -173,8 +173,8 @@ def of_tokens(parts: Tensor, choices: Choices) -> Tensor:
     """The sum over S of parts (S, C), each token's own: (T, k) float32."""
     out = torch.empty_like(choices.weights)
     count = out.numel()
-    _of_tokens[(cdiv(count, 512),)](
-        parts, choices.position, out, count, SPLITS=parts.size(0), BLOCK=512, num_warps=4
+    _of_tokens[(cdiv(count, 64),)](
+        parts, choices.position, out, count, SPLITS=parts.size(0), AT_ONCE=16, BLOCK=64, num_warps=4
     )  # fmt: skip
     return out
 
@@ -324,14 +324,18 @@ if triton is not None:
             tl.store(WEIGHT + row, tl.load(WEIGHTS + t * K + i, t < T, 0.0), t < T)
 
     @triton.jit(do_not_specialize=["count"])
-    def _of_tokens(PARTS, POSITION, OUT, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    def _of_tokens(
+        PARTS, POSITION, OUT, count, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = i < count
         row = tl.load(POSITION + i, inside, 0)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for split in range(SPLITS):  # a loop: wide experts have hundreds, and code for each takes a minute to compile
-            total += tl.load(PARTS + split * count + row, inside, 0.0)
-        tl.store(OUT + i, total, inside)
+        total = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+        for first in range(0, SPLITS, AT_ONCE):  # wide experts have hundreds
+            split = first + tl.arange(0, AT_ONCE)
+            own = (split < SPLITS)[:, None] & inside[None, :]
+            total += tl.load(PARTS + split[:, None] * count + row[None, :], own, 0.0)
+        tl.store(OUT + i, tl.sum(total, axis=0), inside)
 
     @triton.jit
     def _combine(Y, POSITION, MORE, ldm, OUT, N, K: tl.constexpr, HAS_MORE: tl.constexpr, BLOCK: tl.constexpr):

@@ -50,8 +50,11 @@ def project(x: Tensor, a: Tensor, choices: Choices, gathered: bool = False, drop
     _, parts, rank, k = a.shape
     z = torch.empty(choices.rows, parts * rank, dtype=x.dtype, device=x.device)
     block = min(power_of_2(rank), MOST_RANK)
-    sub, bm = (cdiv(choices.tile, BLOCKS_PROJECT[0]), min(choices.tile, BLOCKS_PROJECT[0]))
-    _project[(choices.most_tiles * sub, parts * cdiv(rank, block))](
+    columns, bm = parts * cdiv(rank, block), min(choices.tile, BLOCKS_PROJECT[0])
+    while bm > LEAST_ROWS and choices.most_tiles * cdiv(choices.tile, bm) * columns < FILLING:
+        bm //= 2
+    sub = cdiv(choices.tile, bm)
+    _project[(choices.most_tiles * sub, columns)](
         x, x.stride(0), choices.token, a, *a.stride(), z, choices.ends, choices.tiles, choices.most_tiles, k,
         dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         GATHERED=gathered, DROP=dropout.p > 0, PARTS=parts, R=rank, RB=block, SUB=sub, EVEN=k % BLOCKS_PROJECT[1] == 0,
@@ -149,6 +152,9 @@ def fold(sums: list[tuple[Tensor, Tensor]], choices: Choices) -> None:
 
 BLOCKS_PROJECT = (128, 64)
 """Rows of a program and columns of X at a time, for Z: the fastest on an H200."""
+LEAST_ROWS = 32
+FILLING = 256
+"""Programs that fill a GPU: where experts are few and wide, each takes fewer rows, but LEAST_ROWS."""
 BLOCKS_GRADIENT = (64, 128)
 """Rows at a time and columns of a program, for gradients, on the same."""
 
@@ -163,8 +169,8 @@ if triton is not None:
         tile, part, j0 = tl.program_id(0) // SUB, tl.program_id(1) % PARTS, tl.program_id(1) // PARTS * RB
         if tile < tl.load(TILES + 2 * most_tiles):
             e = tl.load(TILES + tile)
-            row = tl.load(TILES + most_tiles + tile) + tl.program_id(0) % SUB * BM + tl.arange(0, BM)
-            end = tl.load(ENDS + e + 1)
+            first = tl.load(TILES + most_tiles + tile) + tl.program_id(0) % SUB * BM
+            row, end = first + tl.arange(0, BM), tl.load(ENDS + e + 1)
             safe = tl.minimum(row, end - 1)
             source = safe
             if GATHERED:
@@ -174,7 +180,7 @@ if triton is not None:
             x_at = X + source.to(tl.int64)[:, None] * ldx + part * K + k[None, :]
             a_at = A + e.to(tl.int64) * sa_e + part * sa_s + j[:, None] * sa_r + k[None, :] * sa_k
             acc = tl.zeros((BM, RB), tl.float32)
-            for k0 in range(0, K, BK):
+            for k0 in range(0, tl.where(first < end, K, 0), BK):  # the last tile may have no rows for this program
                 if EVEN:
                     x = tl.load(x_at + k0)
                     a = tl.load(a_at + k0 * sa_k, in_j[:, None], 0.0)

@@ -147,8 +147,9 @@ def test_a_token_gets_the_sum_of_its_choices() -> None:
     choices, y, more = choices_of(), rand(TOKENS * K, 200), rand(TOKENS, 230)[:, :200]
     for beside in (None, more):
         assert_near(combine(y, choices, beside), combine_reference(exact(y), choices, exact(beside)))
-    parts = torch.randn(3, TOKENS * K, device=DEVICE)
-    torch.testing.assert_close(of_tokens(parts, choices), parts.sum(0)[choices.position.long()])
+    for splits in (3, 40):
+        parts = torch.randn(splits, TOKENS * K, device=DEVICE)
+        torch.testing.assert_close(of_tokens(parts, choices), parts.sum(0)[choices.position.long()])
 
 
 @pytest.mark.parametrize("width", [64, 80])  # blocks of 64: 80 rows of 64 have scales for half a block of 256 more
@@ -261,6 +262,14 @@ def test_what_adapters_make_of_each_choice_and_what_they_learn(
         own = expected.mT if turned else expected
         gradient_reference(exact(x), exact(z), own, choices, 0.5, gathered, dropout)
         assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_programs_may_share_a_tile_in_what_adapters_make(uneven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices, x, a = choices_of(uneven=uneven), rand(TOKENS, 64), rand(EXPERTS, 1, 4, 64)
+    monkeypatch.setattr("lit_qlora.kernels.experts_lora.LEAST_ROWS", 16)  # of tiles with 32 here
+    z = project(x, a, choices, gathered=True)
+    assert_near(z, project_reference(exact(x), exact(a), choices, gathered=True))
 
 
 def test_two_parts_of_a_row_meet_two_parts_of_a() -> None:

@@ -55,6 +55,11 @@ def lowest_learning(model: GPT) -> int:
     return 0 if isinstance(model.embed, TrainedEmbedding) else next(adapted, len(model.blocks))
 
 
+def rope_rows(model: ModelConfig, length: int) -> int:
+    """Positions in tables of RoPE that need `length`: some more, so that they need not grow with each longer row."""
+    return max(length, min(-(-length // 1024) * 1024, model.block_size))
+
+
 def sends_qkv(block: int, policy: Recompute) -> bool:
     """Tell whether a block that offloads also offloads its qkv, instead of recomputing it.
 

@@ -16,7 +16,16 @@ from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, Layers
 from lit_qlora.fused.head import Head, Labelled
 from lit_qlora.fused.kernel_block import norm_of, takes_torch
-from lit_qlora.fused.memory import COPY_BY_BLOCK, FULL, ON_HOST, FastSizes, adapters_met, lowest_learning, sends_qkv
+from lit_qlora.fused.memory import (
+    COPY_BY_BLOCK,
+    FULL,
+    ON_HOST,
+    FastSizes,
+    adapters_met,
+    lowest_learning,
+    rope_rows,
+    sends_qkv,
+)
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
 from lit_qlora.fused.passes import Pass, Ropes, Workspaces
@@ -32,7 +41,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, IGNORE, times
 from lit_qlora.model.lesson import Lesson
 from lit_qlora.model.mlp import Seen
-from lit_qlora.model.rope import rope_table
+from lit_qlora.model.rope import rope_table, rotates_locally
 from lit_qlora.report import tell
 from lit_qlora.settings import Recompute
 from lit_qlora.sharded import RowParts
@@ -55,6 +64,7 @@ class Fused:
     """
 
     graphs: Graphs | None = None
+    ropes: Ropes | None = None
     carries = True
     _carried = False
 
@@ -76,8 +86,7 @@ class Fused:
             block.goes_back = False
         self.fp8, self.offload, self.pending = fp8, Offload(), Pending()
         self.workspaces: Workspaces = (None, None, None)
-        every = torch.arange(config.block_size, device=self.device)[None]
-        self.ropes = None if config.rope_scaling in GROWING else self._ropes(every, None)
+        self.ropes = None if config.rope_scaling in GROWING else self._tables(1)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._routers = [block.mlp.experts.routing.router for block in self.blocks if isinstance(block.mlp, ExpertMlp)]
         self._lay_out_adapters()
@@ -105,11 +114,22 @@ class Fused:
         ahead, lowest = self._dequantizes_ahead, self.lowest
         return FastSizes(self.config, rank, adapted, quantized, head, self.fp8, ahead, lowest=lowest, carried=carried)
 
+    def _tables(self, count: int) -> Ropes:
+        """The tables of `count` positions or more; longer ones take the place of those that are too short."""
+        if self.ropes is None or len(self.ropes[0][0]) < count:
+            rows = torch.arange(rope_rows(self.config, count), device=self.device)
+            self.ropes = self._ropes(rows[None], None)
+        return self.ropes
+
     def _ropes(self, positions: Tensor, segments: Tensor | None) -> Ropes:
         """The tables of blocks without a sliding window and with one, a row for each of `positions` (B, T)."""
-        both = [rope_table(self.config, positions, local, segments) for local in (False, True)]
-        (cos, sin), (local_cos, local_sin) = ([to_device(x.flatten(0, 2), self.device) for x in pair] for pair in both)
-        return (cos, sin), (local_cos, local_sin)
+
+        def table(local: bool) -> tuple[Tensor, Tensor]:
+            cos, sin = rope_table(self.config, positions, local, segments)
+            return to_device(cos.flatten(0, 2), self.device), to_device(sin.flatten(0, 2), self.device)
+
+        whole = table(local=False)
+        return whole, table(local=True) if rotates_locally(self.config) else whole
 
     def _lay_out_adapters(self) -> None:
         """Move the adapters into one float32 tensor, stacked by group, and make buffers for their 16-bit copies."""
@@ -400,6 +420,7 @@ class Fused:
     ) -> tuple[Tensor | None, Pass]:
         """Rows of the table of learned positions if there is one, and the state that the blocks share; see inputs."""
         rows, length = tokens.shape
+        count = self._positions(layout.length if layout else length, positions)
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(rows, length)
         layout = layout or Layout.of(rows, length, segments, self.device)
@@ -413,7 +434,7 @@ class Fused:
             positions=to_device(
                 table_rows if self.ropes else torch.arange(len(table_rows), dtype=torch.int32), self.device
             ),
-            ropes=self.ropes or self._ropes(positions, segments),
+            ropes=self._tables(count) if self.ropes else self._ropes(positions, segments),
             query_scale=None if scale is None else to_device(scale, self.device),
             workspaces=self.workspaces,
             offload=self.offload,
@@ -423,6 +444,16 @@ class Fused:
             seen=None if self._watched is None else [],
         )
         return None if self.model.positions is None else to_device(table_rows, self.device), run
+
+    def _positions(self, length: int, positions: Tensor | None) -> int:
+        """The positions that tables need for rows of `length` tokens; a graph of them has other rows later.
+
+        Where `positions` lie on a GPU, which is not asked, they may be any.
+        """
+        most = self.config.block_size
+        if positions is None:
+            return min(length, most)
+        return most if positions.is_cuda else max(min(length, most), int(positions.max()) + 1)
 
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """For positions (B, T) the rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""

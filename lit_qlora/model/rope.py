@@ -31,6 +31,11 @@ def rope_table(
     return config.rope_attention_factor * angle.cos(), config.rope_attention_factor * angle.sin()
 
 
+def rotates_locally(config: ModelConfig) -> bool:
+    """Tell whether the table of blocks with a sliding window differs from that of the others."""
+    return config.rope_local_theta is not None or config.full_head_size > 0
+
+
 def document_length(positions: Tensor, segments: Tensor | None) -> Tensor:
     """The number of tokens that the document of each token has so far: (B, 1), or with segments (B, T).
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_met, choose, lowest_learning
+from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_met, choose, lowest_learning, rope_rows
 from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora
@@ -18,6 +18,7 @@ from lit_qlora.lora.score import add_score
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
+from lit_qlora.model.rope import rotates_locally
 from lit_qlora.quantize import Storage, bits_per_weight
 from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig, check
 from lit_qlora.sharded import LEAST_BUFFERS, lies_on_host, slabs_of
@@ -301,7 +302,7 @@ class Planner:
         assert room.gpu is not None
         model, train = self.gpt.config, self.train
         weights = plan.weights + self._decoded_scales
-        learning = plan.learning + 2 * self._copied + self._beside + _rotations(model, batches.tokens)
+        learning = plan.learning + 2 * self._copied + self._beside + _rotations(model, batches, train, plan.parts)
         free = 0.97 * room.gpu - weights - learning - seen
         eager = self.router_losses or self.sharded or plan.parts > 1
         graph_tokens = 0 if eager else _graph_tokens(model, train, batches)
@@ -443,12 +444,16 @@ def _graph_tokens(model: ModelConfig, train: TrainConfig, batches: MicroBatches)
     return min(most, longest) if common <= most else 0
 
 
-def _rotations(model: ModelConfig, tokens: int) -> float:
+def _rotations(model: ModelConfig, batches: MicroBatches, train: TrainConfig, parts: int) -> float:
     """Bytes of the tables of RoPE on the fast path: cosines and sines in float32, with and without a window."""
     from lit_qlora.fused.support import GROWING
 
-    rows = tokens if model.rope_scaling in GROWING else model.block_size
-    return 8.0 * rows * (max(model.rotated, model.full_head_size) + model.rotated) / 2
+    rows = batches.tokens
+    if model.rope_scaling not in GROWING:
+        longest = parts * batches.tokens // (batches.rows or train.micro_batch_size)
+        rows = rope_rows(model, min(longest, model.block_size))
+    local = model.rotated if rotates_locally(model) else 0
+    return 8.0 * rows * (max(model.rotated, model.full_head_size) + local) / 2
 
 
 def _largest_part(gpt: GPT) -> int:

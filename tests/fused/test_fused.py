@@ -20,8 +20,10 @@ from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora, count_trainable, lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
+from lit_qlora.model.rope import rope_table
 from lit_qlora.quantize import quantize_linears
-from lit_qlora.settings import LoRAConfig, Scheme, Target
+from lit_qlora.run.plan import MicroBatches, _rotations
+from lit_qlora.settings import LoRAConfig, Scheme, Target, TrainConfig
 from tests.conftest import tiny_model
 
 pytestmark = [
@@ -184,6 +186,37 @@ def test_nothing_is_saved_or_computed_below_the_first_part_that_learns(
     tokens, labels = batch()
     inputs = fused.inputs(tokens, Labelled.of(labels, None), None)
     assert [one is not None for one in fused.forward(inputs)[1].blocks] == [i >= lowest for i in range(3)]
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "one table": {},
+    "one of its own in windows": {"sliding_window": 5, "full_attention_layers": (1,), "rope_local_theta": 100.0},
+    "longer heads without a window": {"sliding_window": 5, "full_attention_layers": (1,), "full_head_size": 32},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_block_size": 16},
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_tables_of_rope_are_as_long_as_rows_need(case: str) -> None:
+    model = adapted_model(**{**ROPES[case], "block_size": 2500})
+    fused, config = fuse(model), model.config
+    whole = [rope_table(config, torch.arange(2500)[None], local) for local in (False, True)]
+
+    def rows(length: int, positions: Tensor | None = None) -> int:
+        tables = fused.inputs(
+            torch.zeros(1, length), Labelled.of(torch.zeros(1, length), None), None, positions
+        ).run.ropes
+        count = len(tables[0][0])
+        for ours, theirs in zip(tables, whole, strict=True):
+            assert all(torch.equal(one, other[0, 0, :count]) for one, other in zip(ours, theirs, strict=True))
+        planned = _rotations(config, MicroBatches(length, 1), TrainConfig(), parts=1)
+        held = {table.data_ptr(): table.nbytes for pair in tables for table in pair}
+        assert positions is not None or planned == sum(held.values())
+        return count
+
+    assert [rows(12), rows(1024), rows(1025)] == [1024, 1024, 2048]
+    assert rows(3, torch.tensor([[0, 1, 2]])) == 2048  # what is there stays
+    assert rows(3, torch.tensor([[7, 2301, 0]])) == 2500
 
 
 def test_the_planner_knows_the_bytes_of_padding() -> None:

@@ -59,7 +59,7 @@ def test_four_gpus_that_share_a_row_hold_nearly_four_times_its_tokens() -> None:
         longest_row(planner_for(card, SMALL, LoRAConfig(), "bnb.nf4-dq", TrainConfig(), parts=parts), room)
         for parts in (1, 4)
     )
-    assert 3 * one < four < 4 * (one + STEP)
+    assert 2.9 * one < four < 4 * (one + STEP)  # each has angles for the whole row
 
 
 def test_rows_of_a_model_whose_heads_gpus_cannot_divide_are_refused(fits: ModuleType) -> None:

@@ -284,7 +284,7 @@ class Group(StackedLinear):
             return
         gradient, dz = self.grad_a if into is None else into, d_out[:, -self.rank :]
         if self.by_cublas:
-            large_rank.grad_a(x, dz, gradient, self.scale, norm, dropout)
+            large_rank.grad_a(x, dz, gradient, self.scale, dropout, norm, statistics)
         else:
             lora_products.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), statistics, dropout)
 

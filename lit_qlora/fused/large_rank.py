@@ -69,10 +69,24 @@ def _add_update(dx: Tensor, dz: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
     return dx.add_(drop(torch.mm(dz, a), dropout)) if dropout.p else dx.addmm_(dz, a)
 
 
-def grad_a(x: Tensor, dz: Tensor, gradient: Tensor, scale: float, norm: Norm | None, dropout: Dropout) -> None:
+def grad_a(
+    x: Tensor,
+    dz: Tensor,
+    gradient: Tensor,
+    scale: float,
+    dropout: Dropout = NONE,
+    norm: Norm | None = None,
+    statistics: Tensor | None = None,
+) -> None:
     """As lora_products.grad_a, at once."""
-    x = x if norm is None else apply_norm(norm, x)
-    gradient.add_(in_float32(dz.T, drop(x, dropout)), alpha=scale)
+    if norm is None or norm.kind != "rms":
+        x = x if norm is None else apply_norm(norm, x)
+        gradient.add_(in_float32(dz.T, drop(x, dropout)), alpha=scale)
+        return
+    assert statistics is not None
+    assert norm.weight is not None
+    rows = (dz * statistics[0][:, None]).to(dz.dtype)
+    gradient.addcmul_(in_float32(rows.T, drop(x, dropout)), norm.weight.float(), value=scale)
 
 
 def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack) -> None:
@@ -104,7 +118,7 @@ def through_mlp(
     else:
         dz, dh = dh[:, a.size(1) :], rank_update_(dh, a, a.size(1), dropout)
         activate_backward(branches, dh, activation, stack, pending, dropout)
-        grad_a(dh, dz, grad_of_a, scale, None, NONE)  # elements of h, which lies there now, are dropped already
+        grad_a(dh, dz, grad_of_a, scale)  # elements of h, which lies there now, are dropped already
     if z is not None and grad_of_b is not None:
         grad_b(branches, z, grad_of_b, stack)
 

@@ -57,7 +57,7 @@ def mlp_backward(
     rows, width = branches.size(0), branches.size(1) // activation.branches
     rank = 0 if a is None else a.size(0)
     r = 0 if z is None else stack.r
-    splits = min(4, cdiv(rows, 64))
+    splits = min(SPLITS, cdiv(rows, 64))
     each = cdiv(cdiv(rows, splits), 64) * 64
     splits = cdiv(rows, each)
     device = branches.device
@@ -82,6 +82,8 @@ def mlp_backward(
 
 BLOCKS = {16: (16, 128, 2), 32: (32, 64, 2), 64: (32, 64, 3)}
 """Rows, columns and iterations in flight for each padded rank: the fastest of 15 choices on an H100, no dropout."""
+SPLITS = 4
+"""Parts of the rows, at most, that are summed apart."""
 
 if triton is not None:
 

@@ -11,6 +11,7 @@ from lit_qlora.kernels.dequantize import write_b
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.lora_products import Pending
+from lit_qlora.kernels.norm import Norm, add_norm, norm_reference
 from lit_qlora.kernels.stack import Stack
 
 pytestmark = [
@@ -50,6 +51,18 @@ def test_an_update_in_place_is_that_of_a_copy() -> None:
         in_place = d_out.clone()
         assert torch.equal(large_rank.rank_update_(in_place, a, K, dropout), apart)
         assert torch.equal(in_place, torch.cat((apart, d_out[:, K:]), 1))
+
+
+@pytest.mark.parametrize("dropout", [NONE, Dropout(0.3, torch.tensor([5]))], ids=["", "dropout"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "none"])
+def test_the_gradient_of_a_is_that_of_the_normed_input(kind: str, dropout: Dropout) -> None:
+    norm = Norm(kind, 1e-5, None if kind == "none" else 1 + 0.1 * torch.randn(K))
+    x, dz, gradient = 3 * torch.randn(ROWS, K), torch.randn(ROWS, 3), torch.ones(3, K)
+    statistics = add_norm(x, None, norm, torch.empty_like(x))[1]
+    large_rank.grad_a(x, dz, gradient, 2.0, dropout, norm, statistics)
+    x, dz = x.double(), dz.double()
+    wanted = 1 + 2 * dz.T @ (norm_reference(x, norm).double() * factor_reference(ROWS, K, dropout))
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [NONE, Dropout(0.3, torch.tensor([5]))], ids=["", "dropout"])

@@ -24,7 +24,7 @@ class GgufConfig:
 
 def main(config: GgufConfig) -> None:
     """Convert, and print a summary."""
-    from lit_qlora.convert.gguf_vocabulary import LOOSE, split_of
+    from lit_qlora.convert.gguf_vocabulary import differences
     from lit_qlora.convert.to_gguf import MODELFILE, export_gguf, rope_difference
 
     model = export_gguf(config.checkpoint_dir, config.out_file, config.dtype)
@@ -33,8 +33,8 @@ def main(config: GgufConfig) -> None:
         print("llama.cpp computes GELU by its approximation with tanh: log-probabilities differ by some 0.001.")
     if difference := rope_difference(model):
         print(f"llama.cpp rounds the ends of YaRN's ramp, this model does not: a frequency is off by {difference:.0%}.")
-    if split_of(config.checkpoint_dir) in LOOSE:
-        print("llama.cpp cuts words with combining marks (e + \u0301, Hindi, Thai) otherwise than this tokenizer.")
+    for texts in differences(config.checkpoint_dir):
+        print(f"llama.cpp makes other tokens than this tokenizer of {texts}.")
     beside = config.out_file.with_suffix(MODELFILE)
     print(
         f"exported {model.name} as {config.dtype}, {size / 1e9:.2f} GB: {config.out_file}\n"

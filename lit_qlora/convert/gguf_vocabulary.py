@@ -32,7 +32,29 @@ _DEEPSEEK = (
 )
 
 _SEED = _WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + _SPACES
-_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", _DIGIT)
+CASED = (
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
+    "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
+    "\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-"
+    "\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec"
+    "\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-"
+    "\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3"
+    "\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17"
+    "\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-"
+    "\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+"""Letters of scripts with capitals, as a class of a pattern: those that DeepSeek V2 and DeepSeek LLM take for words."""
+_IDEOGRAPHS = "[一-龥\u0800-一가-\ud7ff]+"
+_DEEPSEEK_V2 = (
+    r"[\r\n]",
+    rf"\s?[{CASED}]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    _IDEOGRAPHS,
+    _DIGIT,
+)
+_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, _DIGIT)
 _PUNCTUATION = r"[\p{P}$+<=>^`|~]+"
 _BEHIND = "bytes: "
 """Before a pattern: it cuts what was turned into bytes already."""
@@ -54,6 +76,7 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_cased("", _DIGIT),), True): "tekken",
     ((_DIGITS, "[一-龥\u3040-ゟ\u30a0-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
     (_CODER, False): "deepseek-coder",
+    (_DEEPSEEK_V2, False): "deepseek-llm",
     ((_SEED,), False): "seed-coder",
     ((_PUNCTUATION, _GPT2, _BEHIND + r"\p{N}+", _BEHIND + "[0-9][0-9][0-9]"), False): "falcon",
     ((_DIGIT, _GPT2), False): "starcoder",
@@ -63,8 +86,23 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
 
 The patterns follow each other. With ignore_merges a word that is a token stays whole.
 """
-LOOSE = ("gpt-4o", "tekken")
-"""Names of those that cut combining marks from their word there: accents of their own, vowels of Indian scripts."""
+_MARKS = "words with combining marks (e + \u0301, Hindi, Thai)"
+LOOSE = {
+    "NFC": "texts with decomposed accents (e + \u0301)",
+    "gpt-4o": _MARKS,
+    "tekken": _MARKS,
+    "deepseek-llm": "an ideographic space behind two other spaces",
+}
+"""llama.cpp's name of a cut, or a change before it that llama.cpp does not make -> the texts whose tokens differ.
+
+They are rare. NFC makes one character of e and \u0301.
+"""
+APART = {
+    r"\d{1,3}(?=(?:\d{3})*\b)": "tiny_aya, parts two spaces before a digit, and groups the digits of 1920x otherwise",
+    r"\A\p{Nd}{3}|\G\p{Nd}{3}": "afmoe, parts two spaces before a digit",
+}
+"""A pattern that tells a tokenizer (Command A's, Trinity's) -> llama.cpp's cut for it, and what that does otherwise."""
+INSTEAD = "scripts/convert_lit_checkpoint.py writes the model for transformers and vLLM."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +165,9 @@ def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
     if beside:
         pieces = read_pieces(beside)
         if any(kind == NORMAL and score != int(score) for _, score, kind in pieces):
-            raise CheckpointError(f"{directory}: llama.cpp has no Unigram tokenizer for this model, only BPE.")
+            raise CheckpointError(
+                f"{directory}: its tokenizer is a Unigram one; llama.cpp has BPE alone for such a model.\n{INSTEAD}"
+            )
         rows |= dict(enumerate(pieces))
     else:
         rows, merges, split = _read_bpe(read_spec(path), directory)
@@ -157,11 +197,12 @@ def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
     )
 
 
-def split_of(directory: Path) -> str:
-    """See Vocabulary.split."""
+def differences(directory: Path) -> list[str]:
+    """The texts of which llama.cpp makes other tokens than the tokenizer of a checkpoint that can be exported."""
     if _sentencepiece(directory):
-        return "default"
-    return _read_bpe(read_spec(next(directory / name for name in MODELS if (directory / name).is_file())), directory)[2]
+        return []
+    spec = read_spec(next(directory / name for name in MODELS if (directory / name).is_file()))
+    return [LOOSE[name] for name in (*_changes(spec), _read_bpe(spec, directory)[2]) if name in LOOSE]
 
 
 def _sentencepiece(directory: Path) -> Path | None:
@@ -175,7 +216,9 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
     """Rows, merges and the name of the split, of a tokenizer.json."""
     model = spec["model"]
     if model["type"] != "BPE":
-        raise CheckpointError(f"{directory}: llama.cpp has no {model['type']} tokenizer for this model, only BPE.")
+        raise CheckpointError(
+            f"{directory}: its tokenizer is a {model['type']} one; llama.cpp has BPE alone for such a model.\n{INSTEAD}"
+        )
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         made: dict[str, int] = {}
@@ -188,15 +231,26 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
             kind = BYTE if is_byte else UNKNOWN if piece == unknown else NORMAL
             rows[i] = (piece, -float(made.get(piece, len(pairs))), kind)
         return rows, [], "default"
-    split = SPLITS.get((_cuts(spec.get("pre_tokenizer") or {}), bool(model.get("ignore_merges"))))
+    cuts = _cuts(spec.get("pre_tokenizer") or {})
+    split = SPLITS.get((cuts, bool(model.get("ignore_merges"))))
     if split is None:
+        why = next(
+            (f"llama.cpp's cut for it, {APART[cut]}" for cut in cuts if cut in APART), "llama.cpp has none like it"
+        )
+        raise CheckpointError(f"{directory}: no GGUF for the way its tokenizer cuts texts: {why}.\n{INSTEAD}")
+    if other := ", ".join(change for change in _changes(spec) if change not in LOOSE):
         raise CheckpointError(
-            f"{directory}: tokenizer.json cuts texts in a way that has no name in llama.cpp here. "
-            f"Known: {', '.join(SPLITS.values())}."
+            f"{directory}: its tokenizer changes texts ({other}) before it cuts them; llama.cpp does not.\n{INSTEAD}"
         )
     # GGUF puts a space between the two parts, so one inside a part is written as the character 256 further on.
     merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
     return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, split
+
+
+def _changes(spec: dict[str, Any]) -> list[str]:
+    """The kinds of steps that change a text before a tokenizer.json cuts it."""
+    step = spec.get("normalizer") or {"type": "Sequence"}
+    return [part["type"] for part in step.get("normalizers", [] if step["type"] == "Sequence" else [step])]
 
 
 def _cuts(step: dict[str, Any]) -> tuple[str, ...]:

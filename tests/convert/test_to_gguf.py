@@ -1,6 +1,7 @@
 """A GGUF file, read back, holds the model tensor by tensor, in the order that llama.cpp computes with."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -17,7 +18,18 @@ from lit_qlora.convert.ending import read_ending
 from lit_qlora.convert.families import FAMILIES
 from lit_qlora.convert.from_hugging_face import convert_hf_checkpoint
 from lit_qlora.convert.gguf_architectures import ARCHITECTURES, OTHERWISE, check_supported, graph_of
-from lit_qlora.convert.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
+from lit_qlora.convert.gguf_vocabulary import (
+    BYTE,
+    CASED,
+    CONTROL,
+    LOOSE,
+    SPLITS,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    differences,
+    read_vocabulary,
+)
 from lit_qlora.convert.to_gguf import Kind, export_gguf, plan_tensors, read_context, rope_difference
 from lit_qlora.errors import CheckpointError, UsageError
 from lit_qlora.model.config import ModelConfig
@@ -557,8 +569,34 @@ def test_how_a_text_is_cut_has_a_name(tmp_path: Path) -> None:
     for other in (last, {**last, "use_regex": True, "add_prefix_space": True}, {**digits, "individual_digits": False}):
         spec["pre_tokenizer"] = other
         write_json(tmp_path / "tokenizer.json", spec)
-        with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
+        with pytest.raises(CheckpointError, match=r"cuts texts: llama.cpp has none like it.\nscripts/convert_lit_chec"):
             vocabulary_of(tmp_path, 600)
+
+
+def test_texts_of_which_llama_cpp_makes_other_tokens_are_named(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert differences(tmp_path) == []
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    write_json(tmp_path / "tokenizer.json", spec)
+    assert differences(tmp_path) == ["texts with decomposed accents (e + \u0301)"]
+    steps, _, name = CHAINS["DeepSeek V2"]
+    spec |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    write_json(tmp_path / "tokenizer.json", spec)
+    assert differences(tmp_path) == [LOOSE["NFC"], LOOSE[str(name)]]
+
+
+def test_a_tokenizer_that_changes_texts_first_is_refused(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    write_json(tmp_path / "tokenizer.json", spec)
+    with pytest.raises(CheckpointError, match=r"changes texts \(Lowercase\) before .*\nscripts/convert_lit_checkpoint"):
+        vocabulary_of(tmp_path, 600)
+
+
+def test_the_letters_of_deepseek_v2_are_those_of_its_file() -> None:
+    assert hashlib.sha256(CASED.encode()).hexdigest()[:16] == "1cb93cd26ae20214"
 
 
 @pytest.mark.slow
@@ -567,7 +605,7 @@ def test_how_a_published_tokenizer_cuts_a_text_has_a_name_or_is_refused(model: s
     steps, ignore_merges, name = CHAINS[model]
     of_chain(tmp_path, steps, ignore_merges)
     if name is None:
-        with pytest.raises(CheckpointError, match="cuts texts in a way that has no name"):
+        with pytest.raises(CheckpointError, match=r"cuts texts: llama.cpp's cut for it, (tiny_aya|afmoe), parts two"):
             vocabulary_of(tmp_path, 1200)
     else:
         assert vocabulary_of(tmp_path, 1200).split == name

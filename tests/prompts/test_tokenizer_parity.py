@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lit_qlora.convert.gguf_vocabulary import CASED as CASED_LETTERS
 from lit_qlora.prompts.tokenizer import Tokenizer
 from tests.prompts.test_tokenizer import CORPUS, NASTY, byte_level, metaspace, prepend, write_json
 
@@ -267,6 +268,12 @@ DEEPSEEK_WORDS = (
 SEED = ENDINGS + r"|[^CRLF\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}CRLF]+|\s*[CRLF]+|\s+(?!\S)|\s+"
 SEED = SEED.replace("CRLF", "\r\n")
 DIGITS = {"type": "Digits", "individual_digits": True}
+IDEOGRAPHS = "[一-龥ࠀ-一가-퟿]+"
+ASIAN = (
+    r"(?:[\u4E00-\u9FFF\u3040-\u309F\u30A0-\u30FF\u3400-\u4DBF\uf900-\uFAFF\uFF65-\uFF9F\u2F00-\u2FDF]+"
+    r"|[\u0E00-\u0E7F]+|[\u0E80-\u0EFF]+|[\u1780-\u17FF]+|[\u1000-\u109F\uAA60-\uAA7F\uA9E0-\uA9FF]+"
+    r"|[\uAC00-\uD7AF\u1100-\u11FF]+)"
+)
 HAN = "[一-龥\u3040-ゟ\u30a0-ヿ]+"
 CHAINS: dict[str, tuple[list[dict[str, Any]], bool, str | None]] = {
     "Llama 3": ([cut(CL100K), bytes_step()], True, "llama-bpe"),
@@ -283,12 +290,21 @@ CHAINS: dict[str, tuple[list[dict[str, Any]], bool, str | None]] = {
         "deepseek-v3",
     ),
     "DeepSeek-Coder": (
-        [cut("[\r\n]"), cut(r"\s?\p{L}+"), cut(r"\s?\p{P}+"), cut("[一-龥ࠀ-一가-퟿]+"), DIGITS, bytes_step()],
+        [cut("[\r\n]"), cut(r"\s?\p{L}+"), cut(r"\s?\p{P}+"), cut(IDEOGRAPHS), DIGITS, bytes_step()],
         False,
         "deepseek-coder",
     ),
-    "Seed-Coder": ([cut(SEED), bytes_step()], False, "seed-coder"),
-    "SmolLM2": ([DIGITS, bytes_step(use_regex=True)], False, "starcoder"),
+    "DeepSeek V2": (
+        [
+            *(cut("[\r\n]"), cut(rf"\s?[{CASED_LETTERS}]+")),
+            cut("\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"),
+            *(cut(r"\s+$"), cut(IDEOGRAPHS), DIGITS, bytes_step()),
+        ],
+        False,
+        "deepseek-llm",
+    ),
+    "Seed-Coder, Seed-OSS": ([cut(SEED), bytes_step()], False, "seed-coder"),
+    "SmolLM2, Command R": ([DIGITS, bytes_step(use_regex=True)], False, "starcoder"),
     "GPT-2": ([bytes_step(use_regex=True)], False, "gpt-2"),
     "Falcon": (
         [
@@ -301,6 +317,17 @@ CHAINS: dict[str, tuple[list[dict[str, Any]], bool, str | None]] = {
         "falcon",
     ),
     "Command A": ([cut(r"\d{1,3}(?=(?:\d{3})*\b)"), cut(O200K), bytes_step()], False, None),
+    "Trinity": (
+        [
+            {"type": "Digits", "individual_digits": False},
+            cut(r"\p{Nd}{1,510}(?=(?>\p{Nd}{510})*(?:\P{Nd}|$))|\G\p{Nd}{510}"),
+            *(cut(r"\A\p{Nd}{1,2}(?=\p{Nd}{3}+\z)"), cut(r"\A\p{Nd}{3}|\G\p{Nd}{3}")),
+            cut(ASIAN),
+            *(cut(DEEPSEEK_WORDS), bytes_step()),
+        ],
+        False,
+        None,
+    ),
 }
 """Model -> the steps that its published tokenizer.json takes before it merges, ignore_merges, and llama.cpp's name.
 

@@ -106,7 +106,7 @@ def pinned_memory(numbers: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _in_huge_pages(numbers: int, dtype: torch.dtype) -> Tensor:
-    """Return new memory of the host, where Linux can in pages of 2 MiB: faster to get and to pin than 512 small ones."""
+    """Return new host memory, in pages of 2 MiB where Linux has them: faster to get and to pin than 512 small ones."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(numbers, dtype=dtype)
     memory = mmap.mmap(-1, numbers * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

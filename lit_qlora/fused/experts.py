@@ -11,6 +11,8 @@ Per choice (a token and one of its experts), rows sorted by expert, w its weight
     dw = <dH, f(G, U)>;  dG, dU overwrite G and U, and in the same read dA' and dB
     dZ = [dG | dU] B;  dX = [dG | dU] W + D(dZ s A)     summed over each token's choices, and what came through scores
 
+Experts that read weighted tokens have H = f(w G, w U): their gate and up are linear, so nothing else changes.
+
 The host asks nothing of the device. Weights are dequantised once in each pass.
 """
 
@@ -196,7 +198,7 @@ class Experts:
         # Dropout has other numbers than in the blocks, in the head and in shared experts.
         config = base_of(moe.router).config
         self.routing = Routing(moe.router, 4 * (config.n_layer + 1 + number) + 1)
-        self.function = FUNCTIONS[config.ffn]
+        self.function, self.before = FUNCTIONS[config.ffn], config.router_before
         self.gate_up, self.down = (
             ExpertGroup([[getattr(expert, name) for name in names] for expert in experts], dtype) for names in KINDS
         )
@@ -261,7 +263,7 @@ class Experts:
             low_rank = [None if b is None else LowRank(each[slot], b) for slot, b in pairs]
         matrix = group.matrix(run.workspaces[0])
         gate, up = low_rank
-        made = gate_up(x, matrix, choices, self.function, (gate, up), group.bias, branches, h)
+        made = gate_up(x, matrix, choices, self.function, (gate, up), group.bias, branches, h, self.before)
         return z, *made, matrix
 
     def _down_low_rank(self, z: Tensor | None) -> LowRank | None:
@@ -288,9 +290,11 @@ class Experts:
         own = None if saved.z is None else (saved.z, group.gradients[1], (gate, up))
         of_down = None if dz_down is None else (dz_down, down.gradients[0].mT, down.scale)
         if max(group.stack.r, down.stack.r) <= MOST_RANK:
-            return mlp_backward(branches, dh, choices, self.function, of_down, own, dropout, folds=folds)
+            return mlp_backward(
+                branches, dh, choices, self.function, of_down, own, dropout, folds=folds, before=self.before
+            )
         # More columns than one program can hold: h is written, over dh, and the sums are thin products.
-        parts = mlp_backward(branches, dh, choices, self.function, dropout=dropout, h=dh)
+        parts = mlp_backward(branches, dh, choices, self.function, dropout=dropout, h=dh, before=self.before)
         if dz_down is not None:
             add_gradient(dh, dz_down, down.gradients[0], choices, down.scale, folds=folds)
         if saved.z is not None:

@@ -25,12 +25,12 @@ LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
 UNHANDLED = (
     *("shared_kv_layers", "per_layer_size", "experts_beside"),
-    *("chunked_window", "unrotated_scale_beta", "router_before"),
+    *("chunked_window", "unrotated_scale_beta"),
 )
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 UNDECODED = (
     *("kv_latent_size", "delta_layers", "conv_layers", "attention_gate"),
-    *("shared_expert_gate", "embedding_norm", "value_norm"),
+    *("shared_expert_gate", "embedding_norm", "value_norm", "router_before"),
     *("key_is_value", "block_scale", "full_head_size", "full_kv_heads"),
 )
 """The same of the kernels of decoding alone."""
@@ -159,6 +159,8 @@ def unhandled(config: ModelConfig, decodes: bool = False) -> str:
             return f"{name} {value!r}"
     if (config.value_norm or config.key_is_value) and not (config.value_norm and norms_heads(config)):
         return "values that are normed or keys, without norms of heads"
+    if config.router_before and config.mlp_bias:
+        return "biases of experts that read weighted tokens"
     dense = not config.n_expert or bool(config.dense_layers) or config.shared_expert_size > 0
     by_torch = config.ffn == "xielu" and not decodes
     handled = (not dense or config.ffn in ACTIVATIONS or by_torch) and (not config.n_expert or config.ffn in FUNCTIONS)

@@ -62,3 +62,17 @@ if triton is not None:
             value, slope = activate(gate, FUNCTION)
             h, slope, by_up = value * up, slope * up, value
         return h, slope, by_up
+
+    @triton.jit
+    def combine_weighted(gate, up, weight, FUNCTION: tl.constexpr, BEFORE: tl.constexpr):
+        """The value of combine_branches with a weight, and its derivatives by gate, by up and by the weight.
+
+        The weight multiplies gate and up if BEFORE, and else what is made of them.
+        """
+        if BEFORE:
+            h, by_gate, by_up = combine_branches(weight * gate, weight * up, FUNCTION)
+            by_weight = by_gate * gate + by_up * up
+        else:
+            by_weight, by_gate, by_up = combine_branches(gate, up, FUNCTION)
+            h = weight * by_weight
+        return h, weight * by_gate, weight * by_up, by_weight

@@ -1,8 +1,9 @@
 """The backward pass of the activation of experts, between down and gate and up, in one read of both.
 
-h = weight * function(gate, up). From dH come d_gate and d_up, written over gate and up, and the gradient of
-the weight, a sum over columns. The sums over an expert's rows for down's A and for gate's and up's B need the same
-numbers, so they are computed here too. A program takes a stripe of columns and a chunk of an expert's rows.
+h = weight * function(gate, up), or function(weight * gate, weight * up) with `before`. From dH come d_gate and d_up,
+written over gate and up, and the gradient of the weight, a sum over columns. The sums over an expert's rows for down's
+A and for gate's and up's B need the same numbers, so they are computed here too. A program takes a stripe of columns
+and a chunk of an expert's rows.
 """
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.experts import Choices
 from lit_qlora.kernels.experts_lora import Folds
-from lit_qlora.kernels.experts_products import activate_reference
+from lit_qlora.kernels.experts_products import weigh_reference
 from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tl, triton
 
 if triton is not None:
-    from lit_qlora.kernels.activation import combine_branches
+    from lit_qlora.kernels.activation import combine_weighted
     from lit_qlora.kernels.dropout import factor
 
 
@@ -28,16 +29,15 @@ def mlp_backward_reference(
     gate_up: tuple[Tensor, Tensor, tuple[int, int]] | None = None,
     dropout: Dropout = NONE,
     h: Tensor | None = None,
+    before: bool = False,
 ) -> Tensor:
     """Compute mlp_backward by autograd; the parts of the gradient of the weight are one."""
     with torch.enable_grad():
-        leaf = branches.detach().clone().requires_grad_()
-        value = activate_reference(leaf, function)
-        (d_branches,) = torch.autograd.grad(value, leaf, dh * choices.weight[:, None].to(dh.dtype))
-    value, width = value.detach(), dh.size(1)
-    d_weight = (dh * value).sum(dim=1)[None]
+        leaf, weight = branches.detach().clone().requires_grad_(), choices.weight[:, None].to(dh.dtype).requires_grad_()
+        value = weigh_reference(leaf, weight, function, before)
+        d_branches, d_weight = torch.autograd.grad(value, (leaf, weight), dh)
+    weighted, width = value.detach(), dh.size(1)
     branches.copy_(d_branches)
-    weighted = value * choices.weight[:, None].to(dh.dtype)
     if dropout.p:
         weighted *= factor_reference(len(dh), width, dropout, dh.device).to(dh.dtype)
     if h is not None:
@@ -54,7 +54,7 @@ def mlp_backward_reference(
                     first = 0 if _is_tied(z, slots, r) else slot * r
                     own = z[rows, first : first + r]
                     gradient[e, slot * width : (slot + 1) * width] += (half.T @ own).to(gradient.dtype)
-    return d_weight
+    return d_weight.T
 
 
 def mlp_backward(
@@ -67,6 +67,7 @@ def mlp_backward(
     dropout: Dropout = NONE,
     h: Tensor | None = None,
     folds: Folds | None = None,
+    before: bool = False,
 ) -> Tensor:
     """Turn gate and up into their gradients, in place; add to those of the adapters.
 
@@ -78,12 +79,13 @@ def mlp_backward(
         dropout: of the input of down's adapter, elements of (C, F).
         h: where h, with elements dropped, is written for sums that are done elsewhere; None if nobody wants it.
         folds: adds up the sums of chunks later; None for at once.
+        before: see the module.
 
     Returns:
         Parts (S, C) of the gradient of the weights of the choices; float32.
     """
     if down is None and gate_up is None and h is None:
-        return _without_adapters(branches, dh, choices, function)
+        return _without_adapters(branches, dh, choices, function, before)
     width, device = dh.size(1), dh.device
     dz, grad_a, alpha = down or (branches, None, 1.0)
     z, grad_b, slots = gate_up or (branches, None, (-1, -1))
@@ -106,7 +108,7 @@ def mlp_backward(
         d_weight, dh if h is None else h, choices.ends, choices.chunks, choices.most_chunks, choices.chunk,
         width, choices.rows, alpha, dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), r=r, rP=power_of_2(r), GATE=slots[0], UP=slots[1],
-        TIED=int(_is_tied(z, slots, r)), FUNCTION=function, DROP=dropout.p > 0,
+        TIED=int(_is_tied(z, slots, r)), FUNCTION=function, BEFORE=before, DROP=dropout.p > 0,
         WANTS_H=h is not None, BT=bt, BN=bn, STAGES=in_flight, num_warps=4,
     )  # fmt: skip
     later = folds or Folds(choices)
@@ -117,14 +119,15 @@ def mlp_backward(
     return d_weight
 
 
-def _without_adapters(branches: Tensor, dh: Tensor, choices: Choices, function: str) -> Tensor:
+def _without_adapters(branches: Tensor, dh: Tensor, choices: Choices, function: str, before: bool) -> Tensor:
     """As mlp_backward where no adapter wants a sum over rows: a program takes whole rows, of any experts."""
     rows, width = dh.shape
     d_weight = torch.empty(1, rows, dtype=torch.float32, device=dh.device)
     bt, bn, warps = BLOCKS_WITHOUT
     _backward_alone[(cdiv(rows, bt),)](
-        branches, dh, choices.weight, d_weight, width, rows, FUNCTION=function, BT=bt, BN=bn, num_warps=warps
-    )
+        branches, dh, choices.weight, d_weight, width, rows,
+        FUNCTION=function, BEFORE=before, BT=bt, BN=bn, num_warps=warps,
+    )  # fmt: skip
     return d_weight
 
 
@@ -141,7 +144,10 @@ BLOCKS_WITHOUT = (1, 1024, 4)
 if triton is not None:
 
     @triton.jit(do_not_specialize=["rows"])
-    def _backward_alone(X, DH, WEIGHT, DW, F, rows, FUNCTION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
+    def _backward_alone(
+        X, DH, WEIGHT, DW, F, rows,
+        FUNCTION: tl.constexpr, BEFORE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         far, in_t = t.to(tl.int64), t < rows
         w = tl.load(WEIGHT + t, in_t, 0.0)
@@ -153,9 +159,8 @@ if triton is not None:
             dh = tl.load(DH + far[:, None] * F + n[None, :], inside, 0.0).to(tl.float32)
             at = X + far[:, None] * (2 * F) + n[None, :]
             gate, up = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + F, inside, 0.0).to(tl.float32)
-            h, by_gate, by_up = combine_branches(gate, up, FUNCTION)
-            total += tl.sum(dh * h, axis=1)
-            dh *= w[:, None]
+            _, by_gate, by_up, by_weight = combine_weighted(gate, up, w[:, None], FUNCTION, BEFORE)
+            total += tl.sum(dh * by_weight, axis=1)
             tl.store(at, (dh * by_gate).to(dtype), inside)
             tl.store(at + F, (dh * by_up).to(dtype), inside)
         tl.store(DW + t, total, in_t)
@@ -165,8 +170,8 @@ if triton is not None:
         X, DH, WEIGHT, DZ, ldd, Z, ldz, GA, sa, GB, sb, PARTS_A, PARTS_B, size_b, DW, H, ENDS, CHUNKS, most_chunks,
         chunk, F, rows, alpha, SEED, offset, threshold, scale,
         R: tl.constexpr, RP: tl.constexpr, r: tl.constexpr, rP: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
-        TIED: tl.constexpr, FUNCTION: tl.constexpr, DROP: tl.constexpr, WANTS_H: tl.constexpr, BT: tl.constexpr,
-        BN: tl.constexpr, STAGES: tl.constexpr,
+        TIED: tl.constexpr, FUNCTION: tl.constexpr, BEFORE: tl.constexpr, DROP: tl.constexpr, WANTS_H: tl.constexpr,
+        BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         stripe, c = tl.program_id(0), tl.program_id(1)
         if c < tl.load(CHUNKS + 2 * most_chunks):
@@ -186,17 +191,14 @@ if triton is not None:
                 dh = tl.load(DH + far[:, None] * F + n[None, :], inside, 0.0).to(tl.float32)
                 at = X + far[:, None] * (2 * F) + n[None, :]
                 gate, up = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + F, inside, 0.0).to(tl.float32)
-                h, by_gate, by_up = combine_branches(gate, up, FUNCTION)
-                tl.store(DW + stripe * rows + t, tl.sum(dh * h, axis=1), in_t)
                 w = tl.load(WEIGHT + t, in_t, 0.0)
-                dh *= w[:, None]
+                h, by_gate, by_up, by_weight = combine_weighted(gate, up, w[:, None], FUNCTION, BEFORE)
+                tl.store(DW + stripe * rows + t, tl.sum(dh * by_weight, axis=1), in_t)
                 d_gate, d_up = (dh * by_gate).to(dtype), (dh * by_up).to(dtype)
                 tl.store(at, d_gate, inside)
                 tl.store(at + F, d_up, inside)
-                if R > 0 or WANTS_H:
-                    h *= w[:, None]
-                    if DROP:
-                        h *= factor(far[:, None] * F + n[None, :], SEED, offset, threshold, scale)
+                if DROP and (R > 0 or WANTS_H):
+                    h *= factor(far[:, None] * F + n[None, :], SEED, offset, threshold, scale)
                 if WANTS_H:
                     tl.store(H + far[:, None] * F + n[None, :], h.to(dtype), inside)
                 if R > 0:

@@ -3,7 +3,8 @@
 A program computes a tile of rows of one expert. The low-rank part is one more product of a few columns at its end. So
 one dequantised weight serves the forward and the backward pass, and weights in 16 bit need no copy. The weight of a
 choice goes into h, the activation's output: down is linear, so the sum over a token's choices becomes a plain one.
-Nobody saves the output of down.
+Nobody saves the output of down. Where the weight multiplies what an expert reads, `before`, it goes into gate and up,
+which are linear too: their products are those of the token as it is.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from lit_qlora.kernels.experts import Choices
 from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, shared_memory, stages, tiled, tl, triton
 
 if triton is not None:
-    from lit_qlora.kernels.activation import combine_branches
+    from lit_qlora.kernels.activation import combine_weighted
     from lit_qlora.kernels.dropout import factor
 
 BK = 64  # of the summed dimension, at a time
@@ -52,6 +53,13 @@ def activate_reference(branches: Tensor, function: str) -> Tensor:
     return F.gelu(gate, approximate="tanh" if function == "gelu_tanh" else "none") * up
 
 
+def weigh_reference(branches: Tensor, weight: Tensor, function: str, before: bool) -> Tensor:
+    """Gate and up side by side, (C, 2 F), and the weights (C, 1), as kernels.activation.combine_weighted does it."""
+    return (
+        activate_reference(weight * branches, function) if before else weight * activate_reference(branches, function)
+    )
+
+
 def gate_up_reference(
     x: Tensor,
     weight: Tensor,
@@ -61,6 +69,7 @@ def gate_up_reference(
     bias: Tensor | None = None,
     wants_branches: bool = True,
     wants_h: bool = True,
+    before: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute gate_up in plain torch."""
     width = weight.size(1) // 2
@@ -71,7 +80,7 @@ def gate_up_reference(
             if low is not None:
                 half += low.z[rows] @ low.b[e]
         branches[rows] = y if bias is None else y + bias[e]
-    h = activate_reference(branches, function) * choices.weight[:, None].to(x.dtype)
+    h = weigh_reference(branches, choices.weight[:, None].to(x.dtype), function, before)
     return branches if wants_branches else branches[:0], h if wants_h else h[:0]
 
 
@@ -84,6 +93,7 @@ def gate_up(
     bias: Tensor | None = None,
     wants_branches: bool = True,
     wants_h: bool = True,
+    before: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gate and up of each choice, (C, 2 F), and h = weight * function(gate, up), (C, F).
 
@@ -94,6 +104,7 @@ def gate_up(
         low_rank: of gate and of up, without dropout; both of one rank.
         bias: (n_expert, 2 F).
         wants_branches, wants_h: what is not wanted is an empty tensor.
+        before: h = function(weight * gate, weight * up).
     """
     experts, both, k = weight.shape
     width, rows = both // 2, choices.rows
@@ -113,7 +124,7 @@ def gate_up(
         x if bias is None else bias, branches, h, choices.ends, choices.tiles, choices.most_tiles, width, k,
         R=rank, RB=min(power_of_2(rank), MOST_RANK), GATE=gate is not None, UP=up is not None,
         HAS_BIAS=bias is not None, FUNCTION=function, EVEN=k % BK == 0, BRANCHES=wants_branches, WANTS_H=wants_h,
-        BM=choices.tile, BN=bn, BK=BK, GROUP=group, num_warps=warps, num_stages=in_flight,
+        BEFORE=before, BM=choices.tile, BN=bn, BK=BK, GROUP=group, num_warps=warps, num_stages=in_flight,
     )  # fmt: skip
     return branches, h
 
@@ -229,7 +240,7 @@ if triton is not None:
         BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K,
         R: tl.constexpr, RB: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, HAS_BIAS: tl.constexpr,
         FUNCTION: tl.constexpr, EVEN: tl.constexpr, BRANCHES: tl.constexpr, WANTS_H: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        BEFORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
         row = row0 + tl.arange(0, BM)
         safe = tl.minimum(row, end - 1)
@@ -260,8 +271,8 @@ if triton is not None:
             tl.store(to, gate, own)
             tl.store(to + F, up, own)
         if WANTS_H:
-            h, _, _ = combine_branches(gate.to(tl.float32), up.to(tl.float32), FUNCTION)
-            h *= tl.load(WEIGHT + safe)[:, None]
+            weight = tl.load(WEIGHT + safe)[:, None]
+            h, _, _, _ = combine_weighted(gate.to(tl.float32), up.to(tl.float32), weight, FUNCTION, BEFORE)
             tl.store(H + row.to(tl.int64)[:, None] * F + n[None, :], h.to(H.dtype.element_ty), own)
 
     @triton.jit(do_not_specialize=["most_tiles"])
@@ -270,7 +281,7 @@ if triton is not None:
         BIAS, BRANCHES_TO, H, ENDS, TILES, most_tiles, F, K,
         R: tl.constexpr, RB: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, HAS_BIAS: tl.constexpr,
         FUNCTION: tl.constexpr, EVEN: tl.constexpr, BRANCHES: tl.constexpr, WANTS_H: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+        BEFORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
         tile, n0 = _tile_and_column(tl.cdiv(F, BN), BN, GROUP)
         if tile < tl.load(TILES + 2 * most_tiles):
@@ -280,13 +291,13 @@ if triton is not None:
                 _gate_up_tile(
                     X, ldx, TOKEN, WEIGHT, W, Z_GATE, ldz_gate, B_GATE, bg_e, bg_r, bg_n, Z_UP, ldz_up, B_UP, bu_e,
                     bu_r, bu_n, BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K, R, RB, GATE, UP, HAS_BIAS, FUNCTION,
-                    EVEN, BRANCHES, WANTS_H, BM // 2, BN, BK,
+                    EVEN, BRANCHES, WANTS_H, BEFORE, BM // 2, BN, BK,
                 )  # fmt: skip
             else:
                 _gate_up_tile(
                     X, ldx, TOKEN, WEIGHT, W, Z_GATE, ldz_gate, B_GATE, bg_e, bg_r, bg_n, Z_UP, ldz_up, B_UP, bu_e,
                     bu_r, bu_n, BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K, R, RB, GATE, UP, HAS_BIAS, FUNCTION,
-                    EVEN, BRANCHES, WANTS_H, BM, BN, BK,
+                    EVEN, BRANCHES, WANTS_H, BEFORE, BM, BN, BK,
                 )  # fmt: skip
 
     @triton.jit

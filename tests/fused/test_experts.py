@@ -80,6 +80,17 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "rank 80": {"r": 80, "shared_expert_size": 48},
     "one expert, all experts": {"n_expert_per_token": 4},
+    "Llama 4": {
+        "router": "sigmoid",
+        "router_before": True,
+        "router_normalized": False,
+        "n_expert_per_token": 1,
+        "shared_expert_size": 64,
+        "expert_size": 64,
+        "scheme": "bnb.nf4-dq",
+        "targets": ("all", "router"),
+        "n_layer": 1,
+    },
     "post norms": {"norm_position": "both", "parallel_residual": False},
     "parallel": {"parallel_residual": True, "shared_norm": True, "norm": "layer"},
 }
@@ -108,6 +119,10 @@ def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     assert why_not(model) == ""
     fuse(model)
     assert_same(with_idle(model, *batch()), expected)
+
+
+def test_biases_of_experts_that_read_weighted_tokens_take_the_plain_path() -> None:
+    assert why_not(model_of(router_before=True, mlp_bias=True)) == "biases of experts that read weighted tokens"
 
 
 def test_experts_of_different_storage_take_the_plain_path() -> None:
@@ -217,10 +232,10 @@ class Masked(nn.Module):
         return x * self.factor
 
 
-@pytest.mark.parametrize("r", [4, 80])
-def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(r: int) -> None:
+@pytest.mark.parametrize(("r", "before"), [(4, False), (80, False), (4, True)])
+def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(r: int, before: bool) -> None:
     p = 0.3
-    model = model_of(n_layer=1, targets=("mlp", "router"), r=r, dropout=p)
+    model = model_of(n_layer=1, targets=("mlp", "router"), r=r, dropout=p, router_before=before)
     torch.manual_seed(5)
     seed = torch.tensor([int(torch.randint(1, 2**31 - 1, ()))])
     moe, inputs = model.blocks[0].mlp, []
@@ -444,6 +459,8 @@ IN_FLOAT64: dict[str, dict[str, Any]] = {
     "tied": {"lora": {"tied": True}},
     "tied, rank 80": {"lora": {"tied": True}, "r": 80},
     "one expert of four": {"n_expert_per_token": 1, "router": "sigmoid"},
+    "weighted inputs": {"router_before": True},
+    "weighted inputs, rank 80": {"router_before": True, "router": "sigmoid", "r": 80},
 }
 
 

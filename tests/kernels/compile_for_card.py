@@ -68,6 +68,8 @@ class Variants:
     """Queries that share a key, keys and the size of their heads, in generation; 71 are falcon-7b's."""
     products_in_16_bit: bool = True
     """In generation; float32 takes more."""
+    weights_before: tuple[bool, ...] = (False, True)
+    """Experts whose weight multiplies what they make, or what they read."""
 
 
 FEW = Variants(
@@ -77,6 +79,7 @@ FEW = Variants(
     head_sizes=(128, 256),
     caches=((2, 4, 256), (71, 1, 64)),
     products_in_16_bit=False,
+    weights_before=(False,),
 )
 """As few as take the most; tests/kernels/test_every_card.py holds them against all."""
 
@@ -222,7 +225,9 @@ def mixture(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
     a, b = empty(count, 1, rank, width, dtype=dtype), empty(count, width, rank, dtype=dtype).mT
     grad_a, grad_b = empty(count, rank, width), empty(count, 2 * width, rank)
     low, w = LowRank(z, b), empty(count, width, width, dtype=dtype)
-    experts_products.gate_up(x, empty(count, 2 * width, width, dtype=dtype), choices, "silu", (low, low))
+    for before in of.weights_before:
+        w_both = empty(count, 2 * width, width, dtype=dtype)
+        experts_products.gate_up(x, w_both, choices, "silu", (low, low), before=before)
     for gathered in (False, True):
         source = x if gathered else inner
         experts_lora.project(source, a, choices, gathered, dropout)
@@ -230,10 +235,11 @@ def mixture(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
         for transposed in (False, True):
             experts_products.product(source, w, choices, LowRank(z, b, dropout), None, gathered, transposed)
     down, gate_up = (z, grad_a, 1.0), (empty(T * k, 2 * rank, dtype=dtype), grad_b, (0, 1))
-    if rank <= experts_lora.MOST_RANK:
-        experts_mlp.mlp_backward(branches, inner, choices, "silu", down, gate_up, dropout)
-    experts_mlp.mlp_backward(branches, inner, choices, "clamped", h=inner)
-    experts_mlp.mlp_backward(branches, inner, choices, "silu")
+    for before in of.weights_before:
+        if rank <= experts_lora.MOST_RANK:
+            experts_mlp.mlp_backward(branches, inner, choices, "silu", down, gate_up, dropout, before=before)
+        experts_mlp.mlp_backward(branches, inner, choices, "clamped", h=inner, before=before)
+        experts_mlp.mlp_backward(branches, inner, choices, "silu", before=before)
 
 
 def generation(dtype: torch.dtype, of: Variants) -> None:

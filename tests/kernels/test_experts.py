@@ -1,5 +1,6 @@
 """The kernels of mixtures of experts compute what their references compute, however unevenly tokens choose."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -174,14 +175,15 @@ def test_dequantised_matrices_are_those_of_their_layers_to_the_last_bit(scheme: 
         assert torch.equal(function(weight, torch.empty_like(expected)), expected)
 
 
+@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_gate_and_up_with_their_activation(function: str, uneven: bool) -> None:
+def test_gate_and_up_with_their_activation(function: str, uneven: bool, before: bool) -> None:
     choices, x, weight = choices_of(uneven=uneven), rand(TOKENS, 80), rand(EXPERTS, 2 * 48, 80) / 8
     bias = rand(EXPERTS, 2 * 48)
     for branches, h in zip(
-        gate_up(x, weight, choices, function, bias=bias),
-        gate_up_reference(exact(x), exact(weight), choices, function, bias=exact(bias)),
+        gate_up(x, weight, choices, function, bias=bias, before=before),
+        gate_up_reference(exact(x), exact(weight), choices, function, bias=exact(bias), before=before),
         strict=True,
     ):
         assert_near(branches, h)
@@ -279,18 +281,28 @@ def test_two_parts_of_a_row_meet_two_parts_of_a() -> None:
     assert_near(project(x[:, 48:], b[:, 1:].mT, choices), exact(actual[:, 4:]))
 
 
+def test_a_weight_before_gate_and_up_is_one_of_what_the_expert_reads() -> None:
+    choices, x, weight = choices_of(k=1), rand(TOKENS, 64), rand(EXPERTS, 2 * 48, 64) / 8
+    h = gate_up(x, weight, choices, "silu", before=True)[1]
+    weighted = x * choices.weights
+    ones = replace(choices, weight=torch.ones_like(choices.weight))
+    assert_near(h, gate_up_reference(exact(weighted), exact(weight), ones, "silu")[1])
+
+
 BACK = [
-    *((function, 4, (0, 1)) for function in FUNCTIONS),
+    *((function, 4, (0, 1), before) for function in FUNCTIONS for before in (False, True)),
     *(
-        ("silu", rank, slots)
+        ("silu", rank, slots, False)
         for rank, slots in ((16, (0, -1)), (0, (-1, 0)), (4, (-1, -1)), (0, (-1, -1)), (20, (0, 1)))
     ),
 ]
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
-@pytest.mark.parametrize(("function", "rank", "slots"), BACK)
-def test_back_through_the_activation(function: str, rank: int, slots: tuple[int, int], dropout: Dropout) -> None:
+@pytest.mark.parametrize(("function", "rank", "slots", "before"), BACK)
+def test_back_through_the_activation(
+    function: str, rank: int, slots: tuple[int, int], before: bool, dropout: Dropout
+) -> None:
     rows, width, r, count = TOKENS * K, 48, 8, 1 + max(slots)
     choices, branches, dh = choices_of(uneven=rank == 4), 4 * rand(rows, 2 * width), rand(rows, width)
     dz, z = rand(rows, max(rank, 1)), rand(rows, 2 * r)
@@ -301,7 +313,7 @@ def test_back_through_the_activation(function: str, rank: int, slots: tuple[int,
         tensors = [branches, dh, dz, z, torch.empty_like(dh)]
         own, d, dz_, z_, h = [exact(x) if dtype == torch.float64 else x.clone() for x in tensors]
         down, gate_up_ = (dz_, grad_a, 0.5) if rank else None, (z_, grad_b, slots) if count else None
-        d_weight = function_(own, d, choices, function, down, gate_up_, dropout, h)
+        d_weight = function_(own, d, choices, function, down, gate_up_, dropout, h, before=before)
         return [own, d_weight.sum(0), h, grad_a, grad_b]
 
     both = run(mlp_backward, torch.float32), run(mlp_backward_reference, torch.float64)
@@ -310,11 +322,12 @@ def test_back_through_the_activation(function: str, rank: int, slots: tuple[int,
             assert_near(actual, expected)
 
 
+@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("function", ["silu", "clamped"])
-def test_back_through_the_activation_without_adapters(function: str) -> None:
+def test_back_through_the_activation_without_adapters(function: str, before: bool) -> None:
     rows, width = TOKENS * K, 300
     choices, branches, dh = choices_of(uneven=True), 4 * rand(rows, 2 * width), rand(rows, width)
     whole, expected = branches.clone(), exact(branches)
-    parts = mlp_backward(whole, dh, choices, function)
-    assert_near(parts.sum(0), mlp_backward_reference(expected, exact(dh), choices, function).sum(0))
+    parts = mlp_backward(whole, dh, choices, function, before=before)
+    assert_near(parts.sum(0), mlp_backward_reference(expected, exact(dh), choices, function, before=before).sum(0))
     assert_near(whole, expected)

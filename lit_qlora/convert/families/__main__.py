@@ -67,7 +67,6 @@ PARTLY = {
     "experts_beside": "experts beside an MLP",
     "chunked_window": "attention in chunks",
     "unrotated_scale_beta": "queries scaled in unrotated blocks alone",
-    "router_before": "experts that read weighted tokens: the kernels weigh what an expert makes inside",
 }
 """Field that the kernels of training do not compute, and some models of a family have -> its feature."""
 

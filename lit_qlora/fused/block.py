@@ -180,6 +180,9 @@ class Block(KernelBlock):
     def _attention_learns(self) -> bool:
         return any(group.rank for group in self.groups[: -len(self.mlp.groups)])
 
+    def _query_scale(self, run: Pass) -> Tensor | None:
+        return run.query_scale if self.scaled else None
+
     def _recompute(self, saved: SavedBlock, back: Backward) -> None:
         """The attention's half of the block again, from its input."""
         raw_1 = self._attend_again(saved, back)
@@ -230,7 +233,7 @@ class FusedBlock(Block):
         self.qkv, self.projection = (Group(layers, dtype, fp8) for layers in attention_layers(block.attn))
         self.groups = (self.qkv, self.projection, *self.groups)
         self.heads = heads_of(block.attn, config, self.windowed)
-        self.shaping = Shaping(block.attn, config, self.heads)
+        self.shaping = Shaping(block.attn, config, self.heads, self.scaled, like)
         gate = block.attn.query_gate
         self.gates = None if gate is None else slice(self.qkv.n - gate.out_features, self.qkv.n)
 
@@ -384,12 +387,13 @@ class FusedBlock(Block):
 
     def _kernel_shaping(self, run: Pass) -> tuple[HeadNorm | None, Rotation | None, Tensor | None]:
         rotation = Rotation(run.positions, *run.ropes[self.windowed], self.interleaved) if self.rotates else None
-        return self.shaping.head_norm, rotation, None if run.query_scale is None else run.query_scale.flatten()
+        scale = self._query_scale(run)
+        return self.shaping.head_norm, rotation, None if scale is None else scale.flatten()
 
     def _shaped_by_torch(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """The stacked queries, keys and values as attention takes them, and as they were rotated."""
         shaping = self.shaping
-        rotated = shaping.before(qkv, run.query_scale) if shaping.before else qkv.clone()
+        rotated = shaping.before(qkv, self._query_scale(run)) if shaping.before else qkv.clone()
         self._rotate(rotated, run)
         return shaping.after(rotated, None) if shaping.after else rotated, rotated
 
@@ -400,7 +404,7 @@ class FusedBlock(Block):
             parts = self.heads.split(pull_back(self.shaping.after, rotated, None, torch.cat(parts, dim=1).flatten(1)))
         del shaped, rotated
         d_qkv = self._unrotated(parts, run)
-        return pull_back(self.shaping.before, qkv, run.query_scale, d_qkv) if self.shaping.before else d_qkv
+        return pull_back(self.shaping.before, qkv, self._query_scale(run), d_qkv) if self.shaping.before else d_qkv
 
     def _unrotated(self, parts: tuple[Tensor, Tensor, Tensor], run: Pass) -> Tensor:
         """The stacked gradient before the rotation from those of queries, keys and values behind it."""

@@ -37,6 +37,7 @@ class KernelBlock:
         post_1, post_2: the norms behind attention and MLP, times ModelConfig.residual_multiplier.
         windowed: it has a sliding window, and the rope of such blocks.
         window: tokens of that window; None without one.
+        rotates, scaled: it rotates queries and keys, and multiplies queries by a factor of their position.
         scale: (1,), the factor of what leaves it; None for none.
     """
 
@@ -46,6 +47,7 @@ class KernelBlock:
         self.norm_2 = self.norm_1 if config.shared_norm else norm_of(block.norm_2, like)
         self.post_1, self.post_2 = (norm_of(norm, like, share) for norm in (block.post_norm_1, block.post_norm_2))
         self.windowed, self.rotates = config.windowed(number), config.rotates(number)
+        self.scaled = config.scales_queries(number)
         self.interleaved = config.rope_interleaved
         self.window = config.sliding_window if self.windowed else None
         self.scale = None if block.scale is None else block.scale.detach()

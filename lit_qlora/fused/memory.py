@@ -248,7 +248,7 @@ class FastSizes:
         elif in_one_kernel(c):
             shaped = (2 if c.attention_gate else 1) * self._queries + (2 if c.value_norm else 1) * self._keys
         else:
-            shaped = 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv or c.query_scale_beta else 0
+            shaped = 2 * self._qkv if c.qk_norm != "none" or c.clip_qkv else 0
         return max(shaped, self._within_chunks)
 
     @cached_property

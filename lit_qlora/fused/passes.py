@@ -24,7 +24,7 @@ class Pass:
 
     Attributes:
         positions: (T,) int32, rows of the rope tables.
-        query_scale: (T, 1, 1) float32 or None.
+        query_scale: (T, 1, 1) float32, for blocks with `scaled`; None where there are none.
         seed: of the dropout, see kernels.dropout; None for none.
         saves: there will be a backward pass.
         carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carries.

@@ -457,7 +457,7 @@ class Fused:
 
     def of_positions(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """For positions (B, T) the rows of the tables, (T,) int32, and the queries' factors, (T, 1, 1) or None."""
-        scale = query_scale(self.config, positions)
+        scale = query_scale(self.config, positions, rotates=False)  # no model scales rotated blocks alone
         return positions.flatten().int(), None if scale is None else scale.flatten()[:, None, None]
 
     def flatten(self, group_of: Callable[[nn.Parameter], Any]) -> Sequence[nn.Parameter]:

@@ -22,23 +22,28 @@ Shape = Callable[[Tensor, Tensor | None], Tensor]
 class Shaping:
     """The shaping of one block, before and after the rotation; both map (T, (H + 2 K) D) to the same.
 
+    Args:
+        scaled: the block multiplies its queries by a factor of their position.
+        like: a tensor on the device.
+
     Attributes:
         before, after: None where they would do nothing; the second argument is the scale of the queries, (T, 1, 1).
         has_kernel: kernels.qk_norm_rope computes all of it, with the rotation.
         head_norm: the norms of that kernel; None for none.
     """
 
-    def __init__(self, attn: Any, config: ModelConfig, heads: Heads) -> None:
+    def __init__(self, attn: Any, config: ModelConfig, heads: Heads, scaled: bool, like: Tensor) -> None:
         self.heads, self.clip = heads, config.clip_qkv
         self.query_norm, self.key_norm = (_of_each_head(norm) for norm in (attn.query_norm, attn.key_norm))
         self.full = config.qk_norm == "full"
-        normed, late = config.qk_norm != "none", norms_follow_rotation(config)
-        early = (normed and not late) or config.clip_qkv is not None or config.query_scale_beta != 0
+        normed, late = not isinstance(attn.query_norm, nn.Identity), norms_follow_rotation(config)
+        early = (normed and not late) or config.clip_qkv is not None or scaled
         self.before: Shape | None = self._before if early else None
-        self.after: Shape | None = self._after if late else None
+        self.after: Shape | None = self._after if normed and late else None
         self.normed_before = normed and not late
-        self.has_kernel = in_one_kernel(config)
-        self.head_norm = _head_norm(attn, config, late) if self.has_kernel and normed else None
+        self.has_kernel = norms_heads(config) if normed else scaled and config.clip_qkv is None
+        ones = torch.ones(heads.size, device=like.device)
+        self.head_norm = _head_norm(attn, config, late, ones) if self.has_kernel and normed else None
 
     @property
     def does_nothing(self) -> bool:
@@ -66,26 +71,38 @@ class Shaping:
 
 
 def norms_follow_rotation(config: ModelConfig) -> bool:
-    """Tell whether queries and keys are normed after they are rotated."""
-    return config.qk_norm_after_rope and config.qk_norm not in ("none", "full")
+    """Tell whether queries and keys are normed after they are rotated, which matters to norms with a weight."""
+    same = _has_no_weight(config) and config.rope_attention_factor == 1  # a rotation leaves the size as it is
+    return config.qk_norm_after_rope and config.qk_norm not in ("none", "full") and not same
 
 
 def norms_heads(config: ModelConfig) -> bool:
-    """Tell whether kernels.qk_norm_rope norms queries and keys."""
-    return config.clip_qkv is None and config.qk_norm == "head" and config.norm in ("rms", "rms_plus_one")
+    """Tell whether kernels.qk_norm_rope norms queries and keys, in blocks that do so."""
+    by_rms = config.norm in ("rms", "rms_plus_one") and config.qk_norm == "head"
+    return config.clip_qkv is None and (by_rms or _has_no_weight(config))
 
 
 def in_one_kernel(config: ModelConfig) -> bool:
     """Tell whether kernels.qk_norm_rope computes the operations on queries and keys; rotation alone does not count."""
-    scaled = config.qk_norm == "none" and config.query_scale_beta != 0
+    scaled = config.qk_norm == "none" and (config.query_scale_beta != 0 or config.unrotated_scale_beta != 0)
     return norms_heads(config) or (config.clip_qkv is None and scaled)
 
 
-def _head_norm(attn: Any, config: ModelConfig, late: bool) -> HeadNorm:
-    norms = [attn.query_norm, attn.key_norm]
-    weights = [1 + norm.weight.float() if isinstance(norm, RMSPlusOne) else norm.weight.float() for norm in norms]
+def _has_no_weight(config: ModelConfig) -> bool:
+    """Tell whether queries and keys have RMS norms of heads without a weight."""
+    return config.qk_norm == "rotated" or (config.qk_norm == "head" and config.norm == "rms_no_weight")
+
+
+def _head_norm(attn: Any, config: ModelConfig, late: bool, ones: Tensor) -> HeadNorm:
+    weights = [_factors(norm, ones) for norm in (attn.query_norm, attn.key_norm)]
     of_keys = attn.value is None
-    return HeadNorm(torch.stack(weights).detach(), norms[0].eps, late, config.value_norm, of_keys)
+    return HeadNorm(torch.stack(weights).detach(), attn.query_norm.eps, late, config.value_norm, of_keys)
+
+
+def _factors(norm: Any, ones: Tensor) -> Tensor:
+    """What an RMS norm of a head multiplies with, (D,) float32; `ones` if it has no weight."""
+    weight = ones if norm.weight is None else norm.weight.float()
+    return 1 + weight if isinstance(norm, RMSPlusOne) else weight
 
 
 def pull_back(shape: Shape, qkv: Tensor, scale: Tensor | None, d_out: Tensor) -> Tensor:

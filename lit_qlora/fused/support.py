@@ -23,10 +23,7 @@ from lit_qlora.quantize import QuantizedLinear, Storage, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
-UNHANDLED = (
-    *("shared_kv_layers", "per_layer_size", "experts_beside"),
-    *("chunked_window", "unrotated_scale_beta"),
-)
+UNHANDLED = ("shared_kv_layers", "per_layer_size", "experts_beside", "chunked_window")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 UNDECODED = (
     *("kv_latent_size", "delta_layers", "conv_layers", "attention_gate"),

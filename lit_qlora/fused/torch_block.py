@@ -111,7 +111,8 @@ class TorchBlock(Block):
         layout = run.layout
         shape = (layout.rows, 1, layout.own_length, -1)
         cos, sin = (table[run.positions].view(shape) for table in run.ropes[self.windowed])
-        scale = None if run.query_scale is None else run.query_scale.view(shape)
+        scale = self._query_scale(run)
+        scale = None if scale is None else scale.view(shape)
         mask, lookup = (
             (None, fast_attend(layout, self.window)) if layout.masks is None else (layout.masks[self.window], attend)
         )

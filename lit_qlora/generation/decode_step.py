@@ -43,7 +43,7 @@ class FastBlock(KernelBlock):
     ) -> None:
         super().__init__(block, config, number, like)
         self.heads = heads_of(block.attn, config, self.windowed)
-        self.shaping = Shaping(block.attn, config, self.heads)
+        self.shaping = Shaping(block.attn, config, self.heads, self.scaled, like)
         self.qkv, self.projection = (Product(each, like.dtype, adapters) for each in attention_layers(block.attn))
         kind = ExpertMlp if isinstance(block.mlp, MoE) else DenseMlp
         self.mlp = kind(block.mlp, config, like.dtype, adapters)
@@ -59,7 +59,7 @@ class FastBlock(KernelBlock):
         x, _ = add_norm(x, y, self.norm_1, normed)
         qkv = self.qkv(normed)
         if self.shaping.before:
-            qkv = self.shaping.before(qkv, scale)
+            qkv = self.shaping.before(qkv, scale if self.scaled else None)
         rope = ropes[self.windowed] if self.rotates else None
         queries = kernels.store(qkv, lengths, rope, keys, values, heads.query, self.interleaved)
         attended = kernels.attend(
@@ -104,7 +104,7 @@ class FastStep:
             windowed: _rope(config, positions, windowed)
             for windowed in {block.windowed for block in self.blocks if block.rotates}
         }
-        scale = query_scale(config, positions)
+        scale = query_scale(config, positions, rotates=False)
         scale = None if scale is None else scale[:, 0]  # (B, 1, 1)
         y: Tensor | None = None
         for block in self.blocks:

@@ -336,6 +336,10 @@ class ModelConfig:
         """True if `block` rotates its queries and keys."""
         return self.positions == "rope" and block not in self.no_rope_layers
 
+    def scales_queries(self, block: int) -> bool:
+        """True if `block` multiplies its queries by a factor of their position."""
+        return self.query_scale_beta != 0 or (self.unrotated_scale_beta != 0 and not self.rotates(block))
+
     def has_experts(self, block: int) -> bool:
         """True if `block` has a mixture of experts instead of a plain MLP."""
         return self.n_expert > 0 and block not in self.dense_layers

@@ -142,6 +142,14 @@ CASES: dict[str, dict[str, Any]] = {
     "sinks": {"attention_sinks": True, "n_kv_head": 4},
     "capped scores and sinks": {"attention_softcap": 2.0, "attention_sinks": True},
     "llama3 rope": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_block_size": 16},
+    "norms and scales of some blocks alone": {
+        "qk_norm": "rotated",
+        "qk_norm_after_rope": True,
+        "no_rope_layers": (0,),
+        "unrotated_scale_beta": 0.5,
+        "unrotated_scale_size": 4,
+        "rope_interleaved": True,
+    },
 }
 
 

@@ -66,7 +66,6 @@ PARTLY = {
     "per_layer_size": "per-layer embeddings",
     "experts_beside": "experts beside an MLP",
     "chunked_window": "attention in chunks",
-    "unrotated_scale_beta": "queries scaled in unrotated blocks alone",
 }
 """Field that the kernels of training do not compute, and some models of a family have -> its feature."""
 

@@ -56,24 +56,26 @@ class Tree:
     others: tuple[Tensor, ...]
 
     @staticmethod
-    def of(positions: Tensor, bounds: Tensor, device: torch.device) -> "Tree":
+    def of(positions: Tensor, bounds: Tensor, device: torch.device, chunk: int | None = None) -> "Tree":
         """The tree of tokens at `positions` (B, T), on the host, in runs with these `bounds` (runs + 1,).
 
-        A run whose first position is p follows on the last tokens before it with the positions 0 to p - 1.
+        A run whose first position is p follows on the last tokens before it with the positions 0 to p - 1. Where
+        windows are chunks of so many tokens, a run lies in one, and attends to what lies there too.
         """
         firsts = positions.flatten()[bounds[:-1]].tolist()
         path, parts, own, others, turns = bounds.new_zeros(0), [], [], [], []
         end, seen = 0, bounds.new_zeros(positions.numel())
         for (first, last), position in zip(pairwise(bounds.tolist()), firsts, strict=True):
-            beginning, new = path[:position], torch.arange(first, last)
-            assert len(beginning) == position
-            path = torch.cat((beginning, new))
-            parts.append(path)
-            others.append(torch.arange(end, end + position))
+            path, new = path[:position], torch.arange(first, last)
+            assert len(path) == position
+            beginning = path if chunk is None else path[position // chunk * chunk :]
+            path = torch.cat((path, new))
+            parts.append(torch.cat((beginning, new)))
+            others.append(torch.arange(end, end + len(beginning)))
             turns.append(seen[beginning])
             seen[beginning] += 1
-            own.append(torch.arange(end + position, end + len(path)))
-            end += len(path)
+            own.append(torch.arange(end + len(beginning), end + len(parts[-1])))
+            end += len(parts[-1])
         ends = F.pad(torch.tensor([len(part) for part in parts]).cumsum(0), (1, 0)).int()
         every, turn = torch.cat(others), torch.cat(turns)
         tensors = (torch.cat(parts), ends, torch.cat(own), *(every[turn == i] for i in range(int(seen.max()))))
@@ -105,6 +107,8 @@ class Layout:
         tree: the keys of each run where documents share their beginnings, in passes that learn; `longest` and `ends`
             are then of the runs.
         parts: the part of each row that this process computes; None for all of it.
+        chunks: the layout for blocks whose windows are chunks, where documents end with their chunks; None where that
+            makes no difference.
     """
 
     rows: int
@@ -114,6 +118,7 @@ class Layout:
     masks: dict[int | None, Tensor] | None = None
     tree: Tree | None = None
     parts: RowParts | None = None
+    chunks: "Layout | None" = None
 
     @property
     def own_length(self) -> int:
@@ -127,7 +132,12 @@ class Layout:
 
     @staticmethod
     def of(
-        rows: int, length: int, segments: Tensor | None, device: torch.device, shared: Tensor | None = None
+        rows: int,
+        length: int,
+        segments: Tensor | None,
+        device: torch.device,
+        shared: Tensor | None = None,
+        chunk: int | None = None,
     ) -> "Layout":
         """The layout of rows whose documents are numbered by `segments` (B, T), or are the rows if it is None.
 
@@ -135,22 +145,52 @@ class Layout:
 
         Args:
             shared: (B, T), positions of documents that share their beginnings, on the host; see Tree.
+            chunk: tokens of a window that is a chunk; None where windows slide.
         """
+        whole = Layout._of(rows, length, segments, device, shared)
+        if chunk is None or whole.most_keys <= chunk:
+            return whole
+        segments = torch.zeros(rows, length, dtype=torch.int64) if segments is None else segments.long()
+        positions = _positions(segments) if shared is None else shared
+        numbers = segments * length + positions // chunk
+        return replace(whole, chunks=Layout._of(rows, length, numbers, device, shared, chunk))
+
+    @staticmethod
+    def _of(
+        rows: int,
+        length: int,
+        segments: Tensor | None,
+        device: torch.device,
+        shared: Tensor | None,
+        chunk: int | None = None,
+    ) -> "Layout":
+        """As `of`; with `chunk` the segments are chunks of documents."""
         if segments is None:
             return Layout(rows, length, length)
         first = torch.ones_like(segments, dtype=torch.bool)  # a row begins a document, padding included
         first[:, 1:] = segments[:, 1:] != segments[:, :-1]
         starts = first.flatten().nonzero()[:, 0]
         ends = F.pad(starts, (0, 1), value=rows * length).int()
-        tree = None if shared is None else Tree.of(shared, ends.long(), device)
+        tree = None if shared is None else Tree.of(shared, ends.long(), device, chunk)
         return Layout(rows, length, int(ends.diff().max()), to_device(ends, device), tree=tree)
 
     @staticmethod
-    def of_parts(rows: int, length: int, segments: Tensor | None, device: torch.device, parts: RowParts) -> "Layout":
+    def of_parts(
+        rows: int,
+        length: int,
+        segments: Tensor | None,
+        device: torch.device,
+        parts: RowParts,
+        chunk: int | None = None,
+    ) -> "Layout":
         """As `of`, for rows that lie over several processes, and are padded to equal parts."""
         whole = parts.length(length) * parts.processes
         segments = None if segments is None else F.pad(segments, (0, whole - length), value=-1)
-        return replace(Layout.of(rows, whole, segments, device), parts=parts)
+        return replace(Layout.of(rows, whole, segments, device, chunk=chunk), parts=parts)
+
+    def of_window(self, window: int | None) -> "Layout":
+        """The layout for blocks with this window."""
+        return self if window is None or self.chunks is None else replace(self.chunks, parts=self.parts)
 
     def numbers(self) -> Tensor | None:
         """The number of the document of each token, (rows, length); None if each row is one."""
@@ -158,6 +198,13 @@ class Layout:
             return None
         tokens = torch.arange(self.rows * self.length, dtype=torch.int32, device=self.ends.device)
         return torch.searchsorted(self.ends[1:], tokens, right=True).view(self.rows, self.length)
+
+
+def _positions(segments: Tensor) -> Tensor:
+    """The position of each token (B, T) in its document, given its number."""
+    column = torch.arange(segments.size(1), device=segments.device).expand_as(segments)
+    begins = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+    return column - torch.where(begins, column, 0).cummax(dim=1).values
 
 
 @dataclass(frozen=True)
@@ -204,6 +251,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> 
     Args:
         q: (T, H, D); k, v: (T, K, D); any stride between tokens, heads dense.
     """
+    layout = layout.of_window(heads.window)
     if layout.parts is None:
         return _attention(q, k, v, heads, layout)
     own, (q, k, v) = heads.shared(layout.parts), _to_heads(layout, q, k, v)
@@ -248,6 +296,7 @@ def attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries (T, H, D), keys and values (T, K, D); heads dense, any stride between tokens."""
+    layout = layout.of_window(heads.window)
     if layout.parts is not None:
         return _backward_in_parts(d_out, q, k, v, out, saved, heads, layout)
     if layout.tree is not None:

@@ -73,7 +73,9 @@ def most_tokens(model: ModelConfig) -> int:
     if model.n_expert:
         size, launches = model.n_expert_per_token * model.expert_size + model.shared_expert_size, 2
     rows = 2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * size
-    return min(MOST_TOKENS, launches * MOST_WORK // (model.n_embd * (rows + model.vocab_size // model.n_layer)))
+    most = min(MOST_TOKENS, launches * MOST_WORK // (model.n_embd * (rows + model.vocab_size // model.n_layer)))
+    chunk = model.sliding_window if model.chunked_window else None
+    return most if chunk is None else min(most, chunk)  # longer documents would have a second layout
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from lit_qlora.fused.uneven import PaddedB, differ
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.lora.layer import LoRALinear
-from lit_qlora.model.attention import query_scale, tree_mask
+from lit_qlora.model.attention import query_scale, tree_mask, window_of
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, IGNORE, times
 from lit_qlora.model.lesson import Lesson
@@ -71,6 +71,7 @@ class Fused:
     def __init__(self, model: GPT, fp8: bool = False, cached_blocks: int = 0, ahead: bool = True) -> None:
         config = model.config
         self.model, self.config = model, config
+        self.chunk = config.sliding_window if config.chunked_window else None
         self.dtype, self.device = model.embed.weight.dtype, model.embed.weight.device
         like = model.embed.weight.detach()[0]
         self.blocks: list[Block] = [
@@ -303,7 +304,7 @@ class Fused:
         assert self.ropes is not None, "the angles would depend on what is elsewhere"
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        layout = Layout.of_parts(len(tokens), tokens.size(1), segments, self.device, rows)
+        layout = Layout.of_parts(len(tokens), tokens.size(1), segments, self.device, rows, self.chunk)
         weights = None if weights is None else rows.part(weights)
         return rows.part(tokens), rows.part(labels, IGNORE), weights, rows.part(positions), layout
 
@@ -321,7 +322,7 @@ class Fused:
         with torch.autocast(self.device.type, enabled=False):
             learns, seed = self._state()
             shared = positions if seen_until is not None else None
-            layout = Layout.of(len(tokens), tokens.size(1), segments, self.device, shared)
+            layout = Layout.of(len(tokens), tokens.size(1), segments, self.device, shared, self.chunk)
             labelled = Labelled.of(labels, None).to(self.device)
             inputs = self.inputs(tokens, labelled, seed, positions, saves=learns, layout=layout)
             inputs = replace(inputs, by_token=True)
@@ -342,7 +343,7 @@ class Fused:
         with torch.autocast(self.device.type, enabled=False):
             learns, seed = self._state()
             shared = positions if seen_until is not None else None
-            layout = Layout.of(len(tokens), tokens.size(1), segments, self.device, shared)
+            layout = Layout.of(len(tokens), tokens.size(1), segments, self.device, shared, self.chunk)
             picked = (labels.flatten() >= 0).nonzero()[:, 0]
             labelled = Labelled(picked, labels.flatten()[picked], None).to(self.device)
             inputs = self.inputs(tokens, labelled, seed, positions, saves=learns, layout=layout)
@@ -423,11 +424,13 @@ class Fused:
         count = self._positions(layout.length if layout else length, positions)
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(rows, length)
-        layout = layout or Layout.of(rows, length, segments, self.device)
+        layout = layout or Layout.of(rows, length, segments, self.device, chunk=self.chunk)
         if seen_until is not None:
             on_device = (to_device(positions, self.device), to_device(seen_until, self.device))
-            windows = {block.window for block in self.blocks}
-            layout = replace(layout, masks={window: tree_mask(window, *on_device) for window in windows})
+            seen = window_of(self.config, on_device[0], length)
+            windows = {block.window: seen if block.windowed else None for block in self.blocks}
+            masks = {window: tree_mask(seen, *on_device) for window, seen in windows.items()}
+            layout = replace(layout, masks=masks, chunks=None)
         table_rows, scale = self.of_positions(positions)
         run = Pass(
             layout=layout,

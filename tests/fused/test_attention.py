@@ -1,5 +1,7 @@
 """Attention asks what the GPU has, and plain torch computes what its fast implementations do not."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -62,6 +64,30 @@ def test_sum_and_output_of_the_whole_softmax_give_the_gradients_with_sinks(cap: 
     back = attend_backward(d_out.float().to(DEVICE), *own, out, log_sum.T.contiguous(), scores, *layout)
     for ours, theirs in zip((out, *back), (exact, *gradients), strict=True):
         torch.testing.assert_close(ours.cpu().double(), theirs.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_documents_end_with_their_chunks_where_windows_are_chunks() -> None:
+    cpu = torch.device("cpu")
+    segments = torch.tensor([[0] * 5 + [1] * 3, [0] * 7 + [-1]])
+    layout = Layout.of(2, 8, segments, cpu, chunk=3)
+    assert layout.of_window(None) == layout
+    chunked = layout.of_window(3)
+    assert (layout.ends.tolist(), chunked.ends.tolist()) == ([0, 5, 8, 15, 16], [0, 3, 5, 8, 11, 14, 15, 16])
+    assert (layout.longest, chunked.longest) == (7, 3)
+    assert Layout.of(2, 8, None, cpu, chunk=3).of_window(3).ends.tolist() == [0, 3, 6, 8, 11, 14, 16]
+    assert Layout.of(2, 8, None, cpu, chunk=8).of_window(8).ends is None
+    assert Layout.of(2, 8, segments, cpu).of_window(3).longest == 7
+
+
+def test_tokens_behind_a_shared_beginning_see_what_lies_in_their_chunk() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 4, 4, 5, 6]])  # a second document follows on the first four tokens
+    segments = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
+    layout = Layout.of(1, 8, segments, torch.device("cpu"), positions, chunk=3).of_window(3)
+    assert layout.ends.tolist() == [0, 3, 5, 7, 8]
+    tree = layout.tree
+    runs = [tree.keys[first:end].tolist() for first, end in pairwise(tree.ends.tolist())]
+    assert runs == [[0, 1, 2], [3, 4], [3, 5, 6], [7]]
+    assert (tree.longest, tree.keys[tree.own].tolist()) == (3, list(range(8)))
 
 
 def test_gradients_of_shared_beginnings_are_sums_whose_parts_have_no_token_twice() -> None:

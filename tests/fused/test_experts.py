@@ -43,6 +43,23 @@ pytestmark = [
 ]
 EXPERTS = {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 48, "router_normalized": True}
 SIGMOID = {"router": "sigmoid", "router_correction": True, "router_scale": 2.5}
+LLAMA4 = {
+    "router": "sigmoid",
+    "router_before": True,
+    "router_normalized": False,
+    "n_expert_per_token": 1,
+    "shared_expert_size": 64,
+    "expert_size": 64,
+    "no_rope_layers": (1,),
+    "full_attention_layers": (1,),
+    "sliding_window": 5,
+    "chunked_window": True,
+    "unrotated_scale_beta": 0.5,
+    "unrotated_scale_size": 4,
+    "qk_norm": "rotated",
+    "qk_norm_after_rope": True,
+    "rope_interleaved": True,
+}
 CASES: dict[str, dict[str, Any]] = {
     "softmax over the chosen": {"router_scale": 1.5, "targets": ("all", "router")},
     "softmax over all": {"router_normalized": False, "scheme": "bnb.nf4", "expert_size": 64},
@@ -80,17 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "rank 80": {"r": 80, "shared_expert_size": 48},
     "one expert, all experts": {"n_expert_per_token": 4},
-    "Llama 4": {
-        "router": "sigmoid",
-        "router_before": True,
-        "router_normalized": False,
-        "n_expert_per_token": 1,
-        "shared_expert_size": 64,
-        "expert_size": 64,
-        "scheme": "bnb.nf4-dq",
-        "targets": ("all", "router"),
-        "n_layer": 1,
-    },
+    "Llama 4": LLAMA4 | {"scheme": "bnb.nf4-dq", "targets": ("all", "router")},
     "post norms": {"norm_position": "both", "parallel_residual": False},
     "parallel": {"parallel_residual": True, "shared_norm": True, "norm": "layer"},
 }
@@ -112,7 +119,7 @@ def assert_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict
     assert not any(one[1][name].any() for name, gradient in other[1].items() if not gradient.any())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c == "Llama 4" else c for c in CASES])
 def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     model = model_of(**CASES[case])
     expected = with_idle(model, *batch())
@@ -199,9 +206,10 @@ def test_the_layers_keep_views_of_the_stacked_weights(scheme: Any, name: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [pytest.param("mlp", marks=pytest.mark.slow), "attn", "full"])
-def test_recomputing_changes_no_bit(policy: Any) -> None:
-    model = model_of(scheme="bnb.nf4", expert_size=64, dropout=0.3, shared_expert_size=64, **SIGMOID)
+@pytest.mark.parametrize("policy", ["mlp", "attn", "full"])
+@pytest.mark.parametrize("changes", [SIGMOID, LLAMA4], ids=["sigmoid", "Llama 4"])
+def test_recomputing_changes_no_bit(changes: dict[str, Any], policy: Any) -> None:
+    model = model_of(**{"scheme": "bnb.nf4", "expert_size": 64, "dropout": 0.3, "shared_expert_size": 64} | changes)
     fused = fuse(model)
     results = []
     for policies in (["none", "none"], [policy, policy]):

@@ -22,8 +22,7 @@ pytestmark = [
     # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
-PLAIN_CASES = {"gemma4_moe": "experts_beside", "gemma4-E": "shared_kv_layers", "llama4": "chunked_window"}
-PLAIN_CASES["llama4-all-experts"] = "chunked_window"
+PLAIN_CASES = {"gemma4_moe": "experts_beside", "gemma4-E": "shared_kv_layers"}
 """The cases that take the plain path, and the field of ModelConfig that is to blame."""
 FAST = [case for case in CASES if case not in PLAIN_CASES]
 REPRESENTATIVE = [
@@ -52,6 +51,7 @@ REPRESENTATIVE = [
         "smollm3-window",
         "falcon-40b",
         "phi3-longrope",
+        "llama4",
     ),
 ]
 """Between them they have all that the fast path handles; `make test-all` goes through every case."""

@@ -142,14 +142,6 @@ CASES: dict[str, dict[str, Any]] = {
     "sinks": {"attention_sinks": True, "n_kv_head": 4},
     "capped scores and sinks": {"attention_softcap": 2.0, "attention_sinks": True},
     "llama3 rope": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_block_size": 16},
-    "norms and scales of some blocks alone": {
-        "qk_norm": "rotated",
-        "qk_norm_after_rope": True,
-        "no_rope_layers": (0,),
-        "unrotated_scale_beta": 0.5,
-        "unrotated_scale_size": 4,
-        "rope_interleaved": True,
-    },
 }
 
 
@@ -487,8 +479,13 @@ READ = {
 }
 
 
+CHUNKS = {"sliding_window": 4, "chunked_window": True, "full_attention_layers": (1,)}
+
+
 @pytest.mark.parametrize("scheme", ["none", "bnb.nf4"])
-@pytest.mark.parametrize("changes", READ.values(), ids=READ)
+@pytest.mark.parametrize(
+    "changes", [*READ.values(), pytest.param(CHUNKS, marks=pytest.mark.slow)], ids=[*READ, "chunks"]
+)
 def test_what_it_reads_without_learning_is_scored_as_by_the_plain_model(
     changes: dict[str, Any], scheme: Scheme
 ) -> None:
@@ -542,11 +539,14 @@ def weighed(model: GPT, arguments: tuple[Tensor, ...]) -> tuple[Tensor, dict[str
     "case",
     [
         "windows",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "nf4", "rank 80", "sinks", "latent")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("plain", "nf4", "rank 80", "sinks", "latent", "chunks")
+        ),
     ],
 )
 def test_losses_of_tokens_behind_shared_beginnings_are_those_of_the_plain_path(case: str) -> None:
-    model = adapted_model(**{**CASES, "windows": {"sliding_window": 4}, "latent": LATENT}[case])
+    model = adapted_model(**{**CASES, "windows": {"sliding_window": 4}, "latent": LATENT, "chunks": CHUNKS}[case])
     expected = weighed(model, forest())
     fuse(model)
     assert_equal(weighed(model, forest()), expected)

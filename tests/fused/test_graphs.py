@@ -5,6 +5,7 @@ tests/gpu.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,12 @@ CASES: dict[str, dict[str, Any]] = {
     "tokens and rows of the head": {"lora": {"train_tokens": tuple(range(80)), "train_head_rows": True}},
     "ranks that differ": {"lora": {"rank_pattern": {"key": 2}}},
 }
+
+
+def test_rows_of_more_than_a_chunk_have_no_graph() -> None:
+    config = tiny_config(sliding_window=32, chunked_window=True)
+    assert most_tokens(config) == 32
+    assert most_tokens(replace(config, chunked_window=False)) > 32
 
 
 @pytest.mark.parametrize(

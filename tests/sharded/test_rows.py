@@ -110,6 +110,7 @@ FAST: list[tuple[dict[str, Any], bool, Recompute]] = [
     ({"n_kv_head": 1}, True, "attn"),
     ({"n_head": 12, "n_kv_head": 3}, True, "none"),
     ({"sliding_window": 5, "attention_sinks": True}, True, "full"),
+    ({"sliding_window": 5, "chunked_window": True}, True, "none"),
     ({"attention_softcap": 5.0}, True, "none"),
     ({"attention_gate": True}, True, "full"),
     ({"qk_norm": "head"}, True, "none"),

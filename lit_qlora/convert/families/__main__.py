@@ -65,7 +65,6 @@ PARTLY = {
     "shared_kv_layers": "shared keys and values",
     "per_layer_size": "per-layer embeddings",
     "experts_beside": "experts beside an MLP",
-    "chunked_window": "attention in chunks",
 }
 """Field that the kernels of training do not compute, and some models of a family have -> its feature."""
 

@@ -27,7 +27,7 @@ UNHANDLED = ("shared_kv_layers", "per_layer_size", "experts_beside")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 UNDECODED = (
     *("kv_latent_size", "delta_layers", "conv_layers", "attention_gate"),
-    *("shared_expert_gate", "embedding_norm", "value_norm", "router_before", "chunked_window"),
+    *("shared_expert_gate", "embedding_norm", "value_norm"),
     *("key_is_value", "block_scale", "full_head_size", "full_kv_heads"),
 )
 """The same of the kernels of decoding alone."""

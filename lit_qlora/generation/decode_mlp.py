@@ -48,7 +48,7 @@ class ExpertMlp:
     """The experts that each token chooses, and one that all go to where there is one."""
 
     def __init__(self, moe: MoE, config: ModelConfig, dtype: torch.dtype, adapters: RowAdapters | None) -> None:
-        self.router, self.combine = moe.router, GATES[config.ffn]
+        self.router, self.combine, self.before = moe.router, GATES[config.ffn], moe.before
         self.gate_up, self.down = (ChosenExperts(layers, dtype) for layers in _layers_of(moe))
         self.shared = None if moe.shared is None else DenseMlp(moe.shared, config, dtype, adapters)
         self.products = self.shared.products if self.shared else []
@@ -66,14 +66,18 @@ class ExpertMlp:
 
     def _by_own(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
         """The weighted sum over each token's experts, (B, E) float32."""
-        h = self.combine(*self.gate_up(x, chosen).chunk(2, dim=1)).contiguous()
-        return self.down(h, chosen, shares).unflatten(0, chosen.shape).sum(dim=1)
+        into, out = (shares, torch.ones_like(shares)) if self.before else (None, shares)
+        h = self.combine(*self.gate_up(x, chosen, into).chunk(2, dim=1)).to(x.dtype).contiguous()
+        return self.down(h, chosen, out).unflatten(0, chosen.shape).sum(dim=1)
 
     def _by_all(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
         """The same, where every expert computes every token."""
-        y = self.down.of_all(self.combine(*self.gate_up.of_all(x).chunk(2, dim=-1)))
-        every = shares.new_zeros(len(x), len(y)).scatter_(1, chosen, shares).T[..., None]
-        return torch.where(every == 0, 0, every * y).sum(dim=0)  # 16 bits may overflow where nobody has chosen
+        every = shares.new_zeros(len(x), self.gate_up.shape[0]).scatter_(1, chosen, shares).T[..., None]
+        branches = self.gate_up.of_all(x)
+        branches = every * branches if self.before else branches
+        y = self.down.of_all(self.combine(*branches.chunk(2, dim=-1)).to(x.dtype))
+        y = y.float() if self.before else every * y
+        return torch.where(every == 0, 0, y).sum(dim=0)  # 16 bits may overflow where nobody has chosen
 
 
 class ChosenExperts(StackedExperts):

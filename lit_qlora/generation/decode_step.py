@@ -42,7 +42,7 @@ class FastBlock(KernelBlock):
         self, block: Any, config: ModelConfig, number: int, like: Tensor, adapters: RowAdapters | None
     ) -> None:
         super().__init__(block, config, number, like)
-        self.heads = heads_of(block.attn, config, self.windowed)
+        self.heads, self.chunked = heads_of(block.attn, config, self.windowed), config.chunked_window
         self.shaping = Shaping(block.attn, config, self.heads, self.scaled, like)
         self.qkv, self.projection = (Product(each, like.dtype, adapters) for each in attention_layers(block.attn))
         kind = ExpertMlp if isinstance(block.mlp, MoE) else DenseMlp
@@ -63,7 +63,7 @@ class FastBlock(KernelBlock):
         rope = ropes[self.windowed] if self.rotates else None
         queries = kernels.store(qkv, lengths, rope, keys, values, heads.query, self.interleaved)
         attended = kernels.attend(
-            queries, keys, values, lengths, cache.limit, heads.scale, heads.window, heads.cap, heads.sinks
+            queries, keys, values, lengths, cache.limit, heads.scale, heads.window, heads.cap, heads.sinks, self.chunked
         )
         out = apply_norm(self.post_1, self.projection(attended))
         x, _ = add_norm(x, None if self.parallel else out, self.norm_2, normed)

@@ -58,12 +58,14 @@ def attend_reference(
     window: int | None,
     cap: float | None = None,
     sinks: Tensor | None = None,
+    chunked: bool = False,
 ) -> Tensor:
     """Compute attend in plain torch, in float32."""
     column = torch.arange(keys.size(2), device=keys.device)
     seen = column <= lengths[:, None]
     if window is not None:
-        seen &= column > lengths[:, None] - window
+        newest = lengths[:, None]
+        seen &= column >= (newest // window * window if chunked else newest - window + 1)
     k, v = (t.float().repeat_interleave(queries.size(1) // keys.size(1), dim=1) for t in (keys, values))
     scores = (k @ queries.float()[..., None])[..., 0] * scale
     if cap is not None:
@@ -85,6 +87,7 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
     sinks: Tensor | None = None,
+    chunked: bool = False,
 ) -> Tensor:
     """Attention of one token of each text to the tokens before it and to itself.
 
@@ -97,6 +100,7 @@ def attend(
         window: number of tokens that a token sees, itself included; None for all before it.
         cap: scores x become cap * tanh(x / cap).
         sinks: (H,), contiguous, one more score in each head's softmax, without a value.
+        chunked: every `window` tokens a chunk begins, and a token sees its own chunk alone.
 
     Returns:
         (B, H * D).
@@ -115,8 +119,8 @@ def attend(
     _attend[(rows * groups, parts)](
         queries, keys, values, keys.stride(0), keys.stride(1), keys.stride(2), lengths, found, statistics, groups,
         size**-0.5 if scale is None else scale, window or 0, cap or 0.0,
-        CAPPED=cap is not None, EACH=each, BT=at_once, G=shared, GP=padded[0], D=size, DP=padded[1], num_warps=4,
-        num_stages=stages(column * at_once, 3, room),
+        CAPPED=cap is not None, CHUNKED=chunked and window is not None, EACH=each, BT=at_once, G=shared, GP=padded[0],
+        D=size, DP=padded[1], num_warps=4, num_stages=stages(column * at_once, 3, room),
     )  # fmt: skip
     _join[(rows, heads)](
         found, statistics, lengths, lengths if sinks is None else sinks, out, parts,
@@ -160,8 +164,8 @@ if triton is not None:
     @triton.jit
     def _attend(
         Q, KEYS, VALUES, step_row, step_head, step_column, LENGTHS, FOUND, STATISTICS, groups, scale, window, cap,
-        CAPPED: tl.constexpr, EACH: tl.constexpr, BT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-        D: tl.constexpr, DP: tl.constexpr,
+        CAPPED: tl.constexpr, CHUNKED: tl.constexpr, EACH: tl.constexpr, BT: tl.constexpr, G: tl.constexpr,
+        GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ):  # fmt: skip
         t = (tl.program_id(0) // groups).to(tl.int64)
         group = tl.program_id(0) % groups
@@ -181,7 +185,9 @@ if triton is not None:
             for c0 in range(begin, min(begin + EACH, newest + 1), BT):
                 c = c0 + tl.arange(0, BT)
                 seen = c <= newest
-                if window > 0:
+                if CHUNKED:
+                    seen = seen & (c >= newest // window * window)
+                elif window > 0:
                     seen = seen & (c > newest - window)
                 at = base + c.to(tl.int64)[:, None] * step_column + d[None, :]
                 k = tl.load(KEYS + at, seen[:, None] & in_d, 0.0)

@@ -114,6 +114,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
     | {"ffn": "swiglu_clamped", "attention_sinks": True, "sliding_window": 4},
     "deepseek": {"router": "sigmoid", "router_correction": True, "router_normalized": True, "router_scale": 2.5}
     | {"router_groups": 2, "router_groups_kept": 1, "shared_expert_size": 64},
+    "llama4": {"router": "sigmoid", "router_before": True, "n_layer": 2, "shared_expert_size": 64}
+    | {"sliding_window": 5, "chunked_window": True, "full_attention_layers": (1,), "no_rope_layers": (1,)}
+    | {"qk_norm": "rotated", "qk_norm_after_rope": True, "rope_interleaved": True}
+    | {"unrotated_scale_beta": 0.5, "unrotated_scale_size": 4},
 }
 
 
@@ -126,6 +130,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
         pytest.param("mixtral", "bnb.int8", (), marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "bnb.nf4-dq", ("all",), marks=pytest.mark.slow),
         ("deepseek", "bnb.int8", ()),
+        pytest.param("llama4", "none", ("mlp",), marks=pytest.mark.slow),
+        pytest.param("llama4", "bnb.nf4-dq", ("all",), marks=pytest.mark.slow),
     ],
 )
 def test_each_token_goes_through_its_own_experts(name: str, scheme: Scheme, adapted: tuple[Any, ...]) -> None:
@@ -140,9 +146,18 @@ def test_each_token_goes_through_its_own_experts(name: str, scheme: Scheme, adap
     agree(model.eval())
 
 
-@pytest.mark.parametrize(("scheme", "biased"), [("bnb.nf4-dq", True), ("none", False)])
-def test_many_tokens_go_through_all_experts_whose_weights_are_dequantised_once(scheme: Scheme, biased: bool) -> None:
-    model = tiny_model(n_layer=1, vocab_size=96, **EXPERTS, router_normalized=True, mlp_bias=biased).to(DEVICE)
+@pytest.mark.parametrize(
+    ("scheme", "changes"),
+    [
+        ("bnb.nf4-dq", {"router_normalized": True, "mlp_bias": True}),
+        ("none", {"router_normalized": True}),
+        ("none", {"router": "sigmoid", "router_before": True}),
+    ],
+)
+def test_many_tokens_go_through_all_experts_whose_weights_are_dequantised_once(
+    scheme: Scheme, changes: dict[str, Any]
+) -> None:
+    model = tiny_model(n_layer=1, vocab_size=96, **EXPERTS, **changes).to(DEVICE)
     quantize_linears(model, scheme)
     add_lora(model, LoRAConfig(r=4, alpha=8, targets=("mlp",)))
     for module in model.modules():

@@ -70,6 +70,8 @@ class Variants:
     """In generation; float32 takes more."""
     weights_before: tuple[bool, ...] = (False, True)
     """Experts whose weight multiplies what they make, or what they read."""
+    chunked: tuple[bool, ...] = (False, True)
+    """Windows of attention in generation that slide, or are chunks."""
 
 
 FEW = Variants(
@@ -80,6 +82,7 @@ FEW = Variants(
     caches=((2, 4, 256), (71, 1, 64)),
     products_in_16_bit=False,
     weights_before=(False,),
+    chunked=(False,),
 )
 """As few as take the most; tests/kernels/test_every_card.py holds them against all."""
 
@@ -250,7 +253,8 @@ def generation(dtype: torch.dtype, of: Variants) -> None:
         qkv = empty(rows, (shared + 2) * groups * size, dtype=dtype)
         queries = store(qkv, lengths, (angles, angles), cache, cache, shared * groups)
         for cap, sinks in ((None, None), (50.0, empty(shared * groups, dtype=dtype))):
-            attend(queries, cache, cache, lengths, 1024, cap=cap, sinks=sinks)
+            for chunked in of.chunked:
+                attend(queries, cache, cache, lengths, 1024, None, 64, cap, sinks, chunked)
 
 
 def products(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:

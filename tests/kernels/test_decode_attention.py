@@ -36,10 +36,16 @@ def test_queries_and_keys_are_rotated_and_stored_behind_the_text(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize(("window", "chunked"), [(None, False), (5, False), (70, False), (21, True)])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(2, 2, 16), (6, 2, 24), (4, 1, 32)])
 def test_a_token_takes_what_attention_gives_it(
-    heads: int, groups: int, size: int, window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    groups: int,
+    size: int,
+    window: int | None,
+    chunked: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decode_attention, "MOST_PARTS", 3)  # so that a part has several pieces
     torch.manual_seed(0)
@@ -49,8 +55,10 @@ def test_a_token_takes_what_attention_gives_it(
     keys, values = whole
     for row, length in enumerate(lengths.tolist()):
         whole[:, row, :, length + 1 :] = torch.nan  # what is not there yet is not looked at
-    out = attend(queries, keys, values, lengths, 301, 0.3, window)
-    expected = attend_reference(queries, keys.nan_to_num(), values.nan_to_num(), lengths, 0.3, window)
+    out = attend(queries, keys, values, lengths, 301, 0.3, window, chunked=chunked)
+    expected = attend_reference(queries, keys.nan_to_num(), values.nan_to_num(), lengths, 0.3, window, chunked=chunked)
+    if chunked:  # 63 = 3 x 21 begins a chunk
+        assert torch.allclose(out[1].float(), values[1, :, 63].float().repeat_interleave(heads // groups, 0).flatten())
     assert torch.allclose(
         out.float(),
         expected,

@@ -100,7 +100,7 @@ def _head_norm(attn: Any, config: ModelConfig, late: bool, ones: Tensor) -> Head
 
 
 def _factors(norm: Any, ones: Tensor) -> Tensor:
-    """What an RMS norm of a head multiplies with, (D,) float32; `ones` if it has no weight."""
+    """Return the factors of an RMS norm of heads, (D,) float32; `ones` if it has no weight."""
     weight = ones if norm.weight is None else norm.weight.float()
     return 1 + weight if isinstance(norm, RMSPlusOne) else weight
 

@@ -26,9 +26,12 @@ LAYERS = [name for names in KINDS for name in names]
 UNHANDLED = ("shared_kv_layers", "per_layer_size", "experts_beside")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
 UNDECODED = (
-    *("kv_latent_size", "delta_layers", "conv_layers", "attention_gate"),
-    *("shared_expert_gate", "embedding_norm", "value_norm"),
-    *("key_is_value", "block_scale", "full_head_size", "full_kv_heads"),
+    "kv_latent_size",
+    "delta_layers",
+    "conv_layers",
+    "attention_gate",
+    "shared_expert_gate",
+    "embedding_norm",
 )
 """The same of the kernels of decoding alone."""
 HALF = (torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, heads_of, norm_of
-from lit_qlora.fused.qkv_transforms import Shaping, norms_follow_rotation
+from lit_qlora.fused.qkv_transforms import Shaping, norms_follow_rotation, norms_heads
 from lit_qlora.fused.stacked import why_not_stacked
 from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
 from lit_qlora.generation.decode_mlp import DenseMlp, ExpertMlp, make_room, why_not_chosen
@@ -23,6 +23,7 @@ from lit_qlora.kernels import decode_attention as kernels
 from lit_qlora.kernels import small_batch_linear
 from lit_qlora.kernels.launch import INTERPRETED, why_no_kernels
 from lit_qlora.kernels.norm import add_norm, apply_norm
+from lit_qlora.kernels.qk_norm_rope import Rotation, norm_rotate
 from lit_qlora.lora.adapter_switch import SwitchedLinear
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, softcap
@@ -31,8 +32,10 @@ from lit_qlora.model.gpt import GPT, times
 from lit_qlora.model.mlp import MoE
 from lit_qlora.model.rope import rope_table
 
-Ropes = dict[bool, tuple[Tensor, Tensor]]
-"""Cosines and sines of the next token of each text, (B, R / 2); the key says whether a block has a sliding window."""
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the next token of each text, (B, R / 2)."""
+Ropes = dict[bool, Rope]
+"""The key says whether a block has a sliding window."""
 
 
 class FastBlock(KernelBlock):
@@ -51,16 +54,14 @@ class FastBlock(KernelBlock):
 
     def __call__(
         self, x: Tensor, y: Tensor | None, cache: SlotCache, ropes: Ropes, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, E) pair whose sum is the stream -> the same behind this block."""
         keys, values = (memory[: cache.rows] for memory in cache.blocks[self.number])
         lengths, heads = cache.lengths[: cache.rows], self.heads
         normed = torch.empty_like(x)
         x, _ = add_norm(x, y, self.norm_1, normed)
-        qkv = self.qkv(normed)
-        if self.shaping.before:
-            qkv = self.shaping.before(qkv, scale if self.scaled else None)
         rope = ropes[self.windowed] if self.rotates else None
+        qkv, rope = self._shaped(self.qkv(normed), rope, scale if self.scaled else None)
         queries = kernels.store(qkv, lengths, rope, keys, values, heads.query, self.interleaved)
         attended = kernels.attend(
             queries, keys, values, lengths, cache.limit, heads.scale, heads.window, heads.cap, heads.sinks, self.chunked
@@ -68,7 +69,22 @@ class FastBlock(KernelBlock):
         out = apply_norm(self.post_1, self.projection(attended))
         x, _ = add_norm(x, None if self.parallel else out, self.norm_2, normed)
         y = apply_norm(self.post_2, self.mlp(normed))
-        return x, y.add_(out) if self.parallel else y
+        if self.parallel:
+            y.add_(out)
+        return (x, y) if self.scale is None else (y.add_(x).mul_(self.scale), None)
+
+    def _shaped(self, qkv: Tensor, rope: Rope | None, scale: Tensor | None) -> tuple[Tensor, Rope | None]:
+        """Queries, keys and values, (B, (H + 2 K) D), and the rotation that is left to do."""
+        shaping, heads = self.shaping, self.heads
+        if shaping.does_nothing or not shaping.has_kernel:
+            return (shaping.before(qkv, scale) if shaping.before else qkv), rope
+        rotation = None
+        if rope is not None and shaping.after:
+            rows = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
+            rotation, rope = Rotation(rows, *rope, self.interleaved), None
+        factors = None if scale is None else scale.flatten()
+        parts = norm_rotate(qkv, shaping.head_norm, rotation, factors, (heads.query, heads.key, heads.size))
+        return torch.cat(parts, dim=1).flatten(1), rope
 
 
 class FastStep:
@@ -132,7 +148,7 @@ def why_not(model: GPT, by_row: bool = False) -> str:
         return f"weights are {str(weight.dtype).removeprefix('torch.')}"
     if reason := unhandled(model.config, decodes=True) or unhandled_embeddings(model):
         return reason
-    if norms_follow_rotation(model.config):
+    if norms_follow_rotation(model.config) and not norms_heads(model.config):
         return "norms behind the rotation"
     mixtures = (block.mlp for block in model.blocks if isinstance(block.mlp, MoE))
     reasons = (

@@ -32,10 +32,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite_swa": {"attention_sinks": True, "sliding_window": 4, "qkv_bias": True},
     "olmo2": {"norm_position": "after", "qk_norm": "full"},
     "gpt2": {"norm": "layer", "ffn": "gelu_tanh", "positions": "learned", "mlp_bias": True, "projection_bias": True},
+    "gemma4": {
+        "qk_norm": "head",
+        "value_norm": True,
+        "key_is_value": True,
+        "block_scale": True,
+        "norm_position": "both",
+    }
+    | {"sliding_window": 4, "full_attention_layers": (1,), "full_head_size": 32, "full_kv_heads": 1},
+    "hunyuan": {"qk_norm": "head", "qk_norm_after_rope": True, "rope_fraction": 0.5},
     "granite": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "rope_interleaved": True},
 }
 UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
-    "late norms": ({"qk_norm": "head", "qk_norm_after_rope": True}, "norms behind the rotation"),
+    "late norms": ({"qk_norm": "each_head", "qk_norm_after_rope": True}, "norms behind the rotation"),
 }
 
 

@@ -14,32 +14,43 @@ import torch
 from torch import Tensor
 
 from lit_qlora.fused.attention import Layout
+from lit_qlora.kernels.launch import power_of_2
 
 HOPPER = 9
 """Major compute capability."""
 WRONG_FROM, RIGHT_FROM = (3, 4, 0), (3, 7, 1)
 """Versions of Triton."""
+WRONG_TILE = 64
+"""Features of a key that the backward pass takes at a time where Triton compiles it wrongly."""
 
 
 @cache
-def has_kernels(device: torch.device) -> bool:
-    """Tell whether the kernels are installed, and run on a device."""
-    return device.type == "cuda" and not why_no_kernels(torch.cuda.get_device_capability(device))
+def has_kernels(device: torch.device, key_size: int) -> bool:
+    """Tell whether the kernels are installed, and run on a device for keys of a size."""
+    return device.type == "cuda" and not why_no_kernels(torch.cuda.get_device_capability(device), key_size)
 
 
-def why_no_kernels(capability: tuple[int, int]) -> str:
-    """Why the kernels do not run on GPUs of a compute capability, or ''.
+def why_no_kernels(capability: tuple[int, int], key_size: int) -> str:
+    """Why the kernels do not run on GPUs of a compute capability for keys of a size, or ''.
 
-    Triton 3.4 to 3.7.0 compiles one of their backward passes wrongly for a Hopper, where they refuse to run without
-    tilelang. Source: flash-linear-attention's issue 640.
+    Triton 3.4 to 3.7.0 compiles their gradient of keys wrongly for a Hopper, in tiles of 64 features. A Hopper has
+    tiles of 128 for larger keys, as published models have them. Source: flash-linear-attention's issue 640.
     """
     if find_spec("fla") is None:
         return 'pip install "lit_qlora[delta]"'
-    triton = version("triton")
-    found = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
-    if capability[0] == HOPPER and WRONG_FROM <= found < RIGHT_FROM and find_spec("tilelang") is None:
-        return f"fla-core's kernels are wrong on a Hopper with Triton {triton}: pip install tilelang"
+    if power_of_2(key_size) == WRONG_TILE and are_refused(capability):
+        return f"fla-core's kernels are wrong for keys of {key_size} on a Hopper with Triton {version('triton')}"
     return ""
+
+
+@cache
+def are_refused(capability: tuple[int, int]) -> bool:
+    """Tell whether fla-core 0.6 refuses keys of every size on GPUs of a compute capability, since some are wrong.
+
+    With tilelang it has another backward pass.
+    """
+    triton = tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:3])
+    return capability[0] == HOPPER and WRONG_FROM <= triton < RIGHT_FROM and find_spec("tilelang") is None
 
 
 def by_kernels(layout: Layout, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -53,6 +64,8 @@ def by_kernels(layout: Layout, dtype: torch.dtype) -> Callable[..., Tensor]:
         with warnings.catch_warnings(action="ignore"):  # about libraries that it does without
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+        if q.is_cuda and are_refused(torch.cuda.get_device_capability(q.device)):
+            lift_refusal()
         ends = None if layout.ends is None else layout.ends.long()
         inputs = [x.to(dtype) for x in (q, k, v)] + [kept, beta]
         if ends is not None:  # rows are joined: the kernels take documents that lie end to end
@@ -62,3 +75,13 @@ def by_kernels(layout: Layout, dtype: torch.dtype) -> Callable[..., Tensor]:
         return y.view(layout.rows, layout.length, *y.shape[2:])
 
     return rule
+
+
+def lift_refusal() -> None:
+    """Let fla-core 0.6 differentiate on a Hopper with a Triton that it refuses, in this process.
+
+    Its only question there is this constant. The keys that it is right to refuse never come here: why_no_kernels.
+    """
+    from fla.ops.common import chunk_o
+
+    chunk_o.TRITON_ABOVE_3_7_1 = True

@@ -43,7 +43,7 @@ class TorchBlock(Block):
         self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
     ) -> None:
         super().__init__(block, config, dtype, number, like, fp8)
-        self.dtype = dtype
+        self.dtype, self.key_size = dtype, config.delta_key_size
         first = MOST_STACKS * (config.n_layer + 1 + number)  # behind the numbers of all other layers
         self.stacks = [
             TorchStack(layers, Group(layers, dtype, fp8), first + i)
@@ -117,7 +117,7 @@ class TorchBlock(Block):
             (None, fast_attend(layout, self.window)) if layout.masks is None else (layout.masks[self.window], attend)
         )
         documents = layout.numbers() if self.numbers_documents else None
-        fast = self.numbers_documents and has_kernels(run.positions.device)
+        fast = self.numbers_documents and has_kernels(run.positions.device, self.key_size)
         rule = by_kernels(layout, self.dtype) if fast else None
         return Place((cos, sin) if self.rotates else None, scale, mask, documents, [], lookup, rule)
 

@@ -226,7 +226,7 @@ class Planner:
         slow_attention = _lacks_flash(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
         corrects = bool(model.delta_layers) and not model.state_space
-        plan = replace(plan, delta_rule=_delta_rule(room.card) if corrects else "")
+        plan = replace(plan, delta_rule=_delta_rule(room.card, model.delta_key_size) if corrects else "")
         return self._on_fast_path(plan, batches, room, seen)
 
     def _slow_because(self, room: Room) -> str:
@@ -352,11 +352,11 @@ def _lacks_flash(head_size: int, card: Card | None) -> bool:
     return torch.cuda.is_available() and not has_flash(head_size, torch.device("cuda"))
 
 
-def _delta_rule(card: Card | None) -> str:
+def _delta_rule(card: Card | None, key_size: int) -> str:
     from lit_qlora.fused.delta_rule import why_no_kernels
 
     here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    reason = why_no_kernels(card.capability if card else here)
+    reason = why_no_kernels(card.capability if card else here, key_size)
     return f"in plain torch ({reason})" if reason else "by fla-core"
 
 

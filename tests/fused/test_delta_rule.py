@@ -37,21 +37,30 @@ def test_a_library_of_kernels_gets_documents_end_to_end(packed: bool, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("triton", "capability", "installed", "reason"),
+    ("triton", "capability", "size", "installed", "reason"),
     [
-        ("3.6.0", (9, 0), ("fla",), "wrong on a Hopper with Triton 3.6.0: pip install tilelang"),
-        ("3.7.0+git1", (9, 0), ("fla",), "wrong on a Hopper"),
-        ("3.6.0", (9, 0), ("fla", "tilelang"), ""),
-        ("3.7.1", (9, 0), ("fla",), ""),
-        ("3.6.0", (8, 0), ("fla",), ""),
-        ("3.8.0", (9, 0), (), 'pip install "lit_qlora[delta]"'),
+        ("3.6.0", (9, 0), 64, ("fla",), "wrong for keys of 64 on a Hopper with Triton 3.6.0"),
+        ("3.7.0+git1", (9, 0), 40, ("fla",), "wrong for keys of 40"),
+        ("3.6.0", (9, 0), 128, ("fla",), ""),
+        ("3.6.0", (9, 0), 32, ("fla",), ""),
+        ("3.6.0", (9, 0), 64, ("fla", "tilelang"), ""),
+        ("3.7.1", (9, 0), 64, ("fla",), ""),
+        ("3.6.0", (8, 0), 64, ("fla",), ""),
+        ("3.8.0", (9, 0), 128, (), 'pip install "lit_qlora[delta]"'),
     ],
 )
 def test_a_library_that_would_be_wrong_is_not_used(
-    triton: str, capability: tuple[int, int], installed: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+    triton: str,
+    capability: tuple[int, int],
+    size: int,
+    installed: tuple[str, ...],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels_of, "version", lambda name: triton)
     monkeypatch.setattr(kernels_of, "find_spec", lambda name: name if name in installed else None)
-    found = why_no_kernels(capability)
+    kernels_of.are_refused.cache_clear()
+    found = why_no_kernels(capability, size)
+    kernels_of.are_refused.cache_clear()
     assert reason in found
     assert bool(reason) == bool(found)

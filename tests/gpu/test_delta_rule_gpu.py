@@ -16,16 +16,18 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("packed", [False, True])
-def test_they_are_as_near_to_float64_as_bfloat16_allows(packed: bool) -> None:
+def test_they_are_as_near_to_float64_as_bfloat16_allows(packed: bool, size: int) -> None:
+    """Keys of 128 fail on a Hopper with Triton 3.4 to 3.7.0 where lift_refusal is left out: fla-core refuses them."""
     pytest.importorskip("fla")
     cuda = torch.device("cuda")
-    if reason := why_no_kernels(torch.cuda.get_device_capability()):
+    if reason := why_no_kernels(torch.cuda.get_device_capability(), size):
         pytest.skip(reason)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 200, 4, 64, device=cuda, dtype=torch.float64) for _ in range(3))
+    q, k, v = (torch.randn(2, 200, 4, size, device=cuda, dtype=torch.float64) for _ in range(3))
     parts = [
-        F.normalize(q, dim=-1) / 8,
+        F.normalize(q, dim=-1) / size**0.5,
         F.normalize(k, dim=-1),
         v,
         -torch.rand(2, 200, 4, device=cuda, dtype=torch.float64),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lit_qlora.data import Batch
     from lit_qlora.model.config import ModelConfig
     from lit_qlora.model.gpt import GPT
-    from lit_qlora.run.plan import Plan
+    from lit_qlora.run.plan import Planner
     from lit_qlora.settings import FinetuneConfig, Recompute, Scheme
 
 MODELS = ("tinyllama-1b", "llama-2-7b", "llama-3-8b", "Qwen/Qwen3-14B@12", "qwen3-30b-a3b-6-blocks")
@@ -81,18 +81,24 @@ def config_of(setting: Setting, folder: Path) -> "FinetuneConfig":
     )
 
 
-def plan_of(setting: Setting, model: "ModelConfig", config: "FinetuneConfig") -> "Plan":
-    """The plan of the run on the GPU that is here."""
+def planner_of(setting: Setting, model: "ModelConfig", config: "FinetuneConfig") -> "Planner":
+    """The planner of the run."""
     import torch
 
-    from lit_qlora.device import gpu_bytes, host_bytes
     from lit_qlora.quantize import Storage
-    from lit_qlora.run.plan import MicroBatches, Room, make_plan
+    from lit_qlora.run.plan import Planner
 
-    tokens = setting.rows * setting.length
-    batches = MicroBatches(tokens, setting.rows, packed=setting.packed)
-    storage = Storage(torch.bfloat16, setting.quantize)
-    return make_plan(model, config.lora, storage, batches, config.train, Room(gpu_bytes(), host_bytes()))
+    return Planner(model, config.lora, Storage(torch.bfloat16, setting.quantize), config.train)
+
+
+def gpu_here() -> str:
+    """The name of the GPU that is here among those whose speed can be predicted, or ''."""
+    import torch
+
+    from lit_qlora.run.speed import BANDWIDTH
+
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((name for name in BANDWIDTH if set(name.split()) <= set(here.split())), "")
 
 
 def batch_of(setting: Setting, vocab_size: int) -> tuple["Batch", float]:
@@ -110,18 +116,17 @@ def compare(base: "GPT", setting: Setting, arguments: argparse.Namespace, folder
     """Predict a setting, train with it, and return both."""
     import torch
 
-    from lit_qlora.device import peak_gib, pick_device
+    from lit_qlora.device import gpu_bytes, host_bytes, peak_gib, pick_device
     from lit_qlora.run.dry_run import learner_on
-    from lit_qlora.run.plan import GIB
-    from lit_qlora.run.speed import tokens_per_second
+    from lit_qlora.run.plan import GIB, MicroBatches, Room
+    from lit_qlora.run.speed import StepTime
     from lit_qlora.sweep.base import around
 
-    config = config_of(setting, folder)
-    plan = plan_of(setting, base.config, config)
+    config, tokens = config_of(setting, folder), setting.rows * setting.length
+    planner = planner_of(setting, base.config, config)
+    plan = planner.plan(MicroBatches(tokens, setting.rows, packed=setting.packed), Room(gpu_bytes(), host_bytes()))
     batch, attended = batch_of(setting, base.config.vocab_size)
-    speed = tokens_per_second(
-        base.config, plan.recompute, max(1, round(batch.tokens.numel() / attended)), round(attended)
-    )
+    speed = StepTime(planner).tokens_per_second(plan, tokens, attended, gpu_here())
     learner = learner_on(around(base), config, plan)
     on_gpu = pick_device().type == "cuda"
     if on_gpu:
@@ -129,8 +134,7 @@ def compare(base: "GPT", setting: Setting, arguments: argparse.Namespace, folder
     facts: dict[str, Any] = {"described": describe(plan), "planned_gib": round(plan.total / GIB, 3)}
     facts |= measure(learner, plan, batch, arguments)
     facts |= {"peak_gib": round(peak_gib(pick_device()), 3)} if on_gpu else {}
-    predicted = None if speed is None or plan.slow_because else round(speed)
-    return facts | {"predicted_tokens_per_second": predicted}
+    return facts | {"predicted_tokens_per_second": None if speed is None else round(speed)}
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

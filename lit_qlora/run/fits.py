@@ -11,7 +11,7 @@ from lit_qlora.kernels.launch import Card
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.quantize import Storage
 from lit_qlora.run.plan import GIB, MicroBatches, Plan, Planner, Room
-from lit_qlora.run.speed import MEASURED_ON, tokens_per_second
+from lit_qlora.run.speed import BANDWIDTH, StepTime
 from lit_qlora.settings import LoRAConfig, Scheme, TrainConfig
 
 CONTEXT = 0.6 * GIB
@@ -197,17 +197,16 @@ def find_fit(planner: Planner, gpu: Gpu, length: int, host: float | None) -> Fit
         planned_gib=round((plan.total - plan.cached) / GIB, 2),
         room_gib=round(gpu.free / GIB, 2),
         slow_because=plan.slow_because,
-        tokens_per_second=_speed(planner, room, rows, shown) if longest and gpu.name in MEASURED_ON else None,
+        tokens_per_second=_speed(planner, gpu.name, room, rows, shown) if longest and gpu.name in BANDWIDTH else None,
     )
 
 
-def _speed(planner: Planner, room: Room, rows: int, length: int) -> float | None:
+def _speed(planner: Planner, gpu: str, room: Room, rows: int, length: int) -> float | None:
     """The estimate of the fastest of some micro-batches, with two digits; None for several GPUs, not measured."""
-    found = []
+    time, found = StepTime(planner), []
     for some in (2**power for power in range(max(1, rows.bit_length()))):
         plan = plan_rows(planner, some, length, room)
-        if not plan.slow_because and not planner.sharded and plan.parts == 1:
-            found.append(tokens_per_second(planner.gpt.config, plan.recompute, some, length))
+        found.append(time.tokens_per_second(plan, some * length, length, gpu))
     speeds = [speed for speed in found if speed is not None]
     return float(f"{max(speeds):.2g}") if speeds else None
 

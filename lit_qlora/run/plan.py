@@ -287,7 +287,8 @@ class Planner:
         return _largest_part(self.gpt) if self.bare.trainable >= COPY_BY_BLOCK else self.bare.trainable
 
     @cached_property
-    def _sizes(self) -> FastSizes:
+    def sizes(self) -> FastSizes:
+        """What the activations of the fast path take."""
         gpt, storage = self.gpt, self.storage
         adapted = max(adapters_met(block, gpt.config) for block in gpt.blocks)
         rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=self.lora.r)
@@ -308,7 +309,7 @@ class Planner:
         graph_tokens = 0 if eager else _graph_tokens(model, train, batches)
         tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
         host = math.inf if room.host is None else HOST_SHARE * room.host - plan.host
-        sizes, policies = _fastest(self._sizes, train.recompute, tokens, free, host)
+        sizes, policies = _fastest(self.sizes, train.recompute, tokens, free, host)
         activations = sizes.peak(policies, tokens)
         captures = graph_tokens and not set(ON_HOST) & set(policies)
         graphs = sizes.graphs(policies, graph_tokens) if captures else 0.0

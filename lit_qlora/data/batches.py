@@ -403,10 +403,15 @@ def validation_batches(samples: Samples, micro_batch_size: int) -> list[SampleBa
     return [collate(ordered[i : i + micro_batch_size]) for i in range(0, len(ordered), micro_batch_size)]
 
 
+def pair_rows(comparisons: Comparisons, batching: Batching) -> list[list[int]]:
+    """Return the numbers of the comparisons in the order of validation_pairs, row by row."""
+    return rows_of(range(len(comparisons)), comparisons.lengths.tolist(), batching)
+
+
 def validation_pairs(comparisons: Comparisons, batching: Batching) -> list[PairBatch]:
     """All comparisons once, in rows like the training rows."""
     if not len(comparisons):
         return []
-    rows = rows_of(range(len(comparisons)), comparisons.lengths.tolist(), batching)
+    rows = pair_rows(comparisons, batching)
     micro = micro_batches(rows, batching.micro_batch_size, 1)
     return [lay([[comparisons[i] for i in row] for row in group], batching) for group in micro]  # type: ignore[misc]

@@ -78,6 +78,19 @@ class Comparisons(Sequence[Comparison]):
         """The same comparisons with the log-probabilities of all answers before training."""
         return Comparisons(self.samples, self.bounds, self.sides, self.margins, self.layout, reference)
 
+    def take(self, numbers: Sequence[int]) -> "Comparisons":
+        """The comparisons of these numbers."""
+        answers = [i for n in numbers for i in range(int(self.bounds[n]), int(self.bounds[n + 1]))]
+        ends = np.cumsum(np.diff(self.bounds)[list(numbers)])
+        return Comparisons(
+            self.samples.take(answers),
+            np.concatenate([np.zeros(1, np.int64), ends]).astype(np.int64),
+            self.sides[answers],
+            self.margins[list(numbers)],
+            self.layout,
+            self.reference[answers],
+        )
+
     @cached_property
     def shared(self) -> Counts:
         """(C,) tokens that the answers of each comparison share."""

@@ -5,16 +5,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_qlora.data.samples import Sample, Samples
+from lit_qlora.data.samples import Sample
 from lit_qlora.errors import DataError
 from lit_qlora.files.reading import read_text
 
 HASH = re.compile(r"[0-9a-f]{16}")
 
 
-def hash_of(sample: Sample) -> str:
-    """Hash the ids of a sample; another prompt style or limit of length gives another hash."""
-    return hashlib.blake2b(sample.tokens.tobytes(), digest_size=8).hexdigest()
+def hash_of(*samples: Sample) -> str:
+    """Hash the ids of a sample, or of all answers of a comparison.
+
+    Another prompt style or limit of length gives another hash.
+    """
+    return hashlib.blake2b(b"".join(sample.tokens.tobytes() for sample in samples), digest_size=8).hexdigest()
 
 
 def read_hashes(path: Path) -> set[str]:
@@ -36,8 +39,11 @@ def read_hashes(path: Path) -> set[str]:
     return hashes
 
 
-def leave_out(path: Path, sources: Sequence[Samples], chosen: Sequence[Sequence[int]]) -> list[list[int]]:
+def leave_out(path: Path, sources: Sequence[Sequence[str]], chosen: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return the chosen samples of each source, without those in the file.
+
+    Args:
+        sources: the hashes of all samples of each source.
 
     Raises:
         DataError: if a hash in the file is that of no sample, so that it would have no effect, or nothing is left.
@@ -45,8 +51,7 @@ def leave_out(path: Path, sources: Sequence[Samples], chosen: Sequence[Sequence[
     hashes = read_hashes(path)
     found: set[str] = set()
     kept: list[list[int]] = []
-    for samples, some in zip(sources, chosen, strict=True):
-        own = [hash_of(samples[number]) for number in range(len(samples))]
+    for own, some in zip(sources, chosen, strict=True):
         found |= hashes.intersection(own)
         kept.append([number for number in some if own[number] not in hashes])
     if lost := len(hashes - found):

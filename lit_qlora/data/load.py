@@ -21,7 +21,7 @@ from lit_qlora.data.cache import Encoded
 from lit_qlora.data.comparisons import Comparisons
 from lit_qlora.data.encode import Encoder, Encoding
 from lit_qlora.data.examples import read_examples
-from lit_qlora.data.exclude import leave_out
+from lit_qlora.data.exclude import hash_of, leave_out
 from lit_qlora.data.judged import encode_judged, read_judged
 from lit_qlora.data.judged import singly as unpaired
 from lit_qlora.data.samples import Samples
@@ -179,7 +179,7 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
         style = STYLES["text"]
     chosen, held_out = split(encoded, val, data, seed)
     if data.exclude:
-        chosen = leave_out(data.exclude, [source.samples for source in encoded], chosen)
+        chosen = leave_out(data.exclude, [list(map(hash_of, source.samples)) for source in encoded], chosen)
     parts = [source.samples.take(some) for source, some in zip(encoded, chosen, strict=True)]
     kept = [source.samples.take(some) for source, some in zip(encoded, held_out, strict=True)]
     for part, source in zip(parts, sources, strict=True):
@@ -198,9 +198,14 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
         audit=audit(train, encoded, val, chosen, held_out, data, max_length, [source.times for source in sources]),
         files={
             **{source.facts.source: source.facts.sha256 for source in [*encoded, *([val] if val else [])]},
-            **({str(data.exclude): sha256(data.exclude)} if data.exclude else {}),
+            **excluded(data),
         },
     )
+
+
+def excluded(data: DataConfig) -> dict[str, str]:
+    """The file of data.exclude and its sha256; nothing without one."""
+    return {str(data.exclude): sha256(data.exclude)} if data.exclude else {}
 
 
 def choose_style(data: DataConfig, checkpoint_dir: Path) -> Style:

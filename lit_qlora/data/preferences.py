@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -9,7 +10,17 @@ from lit_qlora.data.audit import MOST, audit
 from lit_qlora.data.batches import order, validation_batches
 from lit_qlora.data.cache import Encoded
 from lit_qlora.data.comparisons import CHOSEN, ELSEWHERE, REJECTED, Comparisons, Layout, shared_tokens
-from lit_qlora.data.load import RunData, batching_of, choose_style, encode_source, length_limit, model_of, split
+from lit_qlora.data.exclude import hash_of, leave_out
+from lit_qlora.data.load import (
+    RunData,
+    batching_of,
+    choose_style,
+    encode_source,
+    excluded,
+    length_limit,
+    model_of,
+    split,
+)
 from lit_qlora.data.samples import Counts, Sample, Samples
 from lit_qlora.data.sources import find_sources
 from lit_qlora.errors import DataError
@@ -40,6 +51,8 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
     ]
     encoded, val = everything[: len(sources)], everything[len(sources)] if val_source else None
     chosen, held_out = split([_heads(one) for one in encoded], val and _heads(val), data, seed)
+    if data.exclude:
+        chosen = leave_out(data.exclude, [_hashes(one) for one in encoded], chosen)
     # The kernel of capped scores has as many keys as queries.
     share = how.share_prompts and model.shares_beginnings and model.attention_softcap is None
     layout = Layout(share, how.ld_alpha, how.sft_prompts)
@@ -61,8 +74,7 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
         train, compared = elsewhere(train, seed, most), elsewhere(compared, seed, most)
     if how.loss == "reward":
         train, compared = to_their_ends(train), to_their_ends(compared)
-    some = range(len(compared))[: config.eval.max_samples]
-    compared = compared if len(some) == len(compared) else part(compared, some)
+    compared = compared.take(range(len(compared))[: config.eval.max_samples])
     firsts = compared.samples.take(compared.bounds[:-1].tolist())
     shares = tuple((len(some), source.times) for some, source in zip(chosen, sources, strict=True))
     batching = batching_of(config, seed, most, shares if any(times != 1 for _, times in shares) else (), tokenizer)
@@ -78,7 +90,7 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
         max_length=most,
         tokenizer=tokenizer,
         audit=replace(found, train=len(train), val=len(compared), red=[], further=further),
-        files={one.facts.source: one.facts.sha256 for one in everything},
+        files={one.facts.source: one.facts.sha256 for one in everything} | excluded(data),
         val=compared,
         scoring=Scoring("regress") if how.loss == "reward" else None,
     )
@@ -95,6 +107,11 @@ def _heads(encoded: Encoded) -> Encoded:
     alone = np.zeros(len(heads), np.bool_)
     samples = encoded.samples.take(heads.tolist())
     return replace(encoded, samples=samples, joined=alone, digests=encoded.digests[heads])
+
+
+def _hashes(encoded: Encoded) -> list[str]:
+    """The hash of each record."""
+    return [hash_of(*encoded.samples[start:end]) for start, end in pairwise(_bounds(encoded).tolist())]
 
 
 def _answers(encoded: Encoded, records: Sequence[int]) -> list[int]:
@@ -122,14 +139,6 @@ def _joined(parts: Sequence[Comparisons]) -> Comparisons:
         np.concatenate([part.margins for part in parts]),
         parts[0].layout,
     )
-
-
-def part(comparisons: Comparisons, some: Sequence[int]) -> Comparisons:
-    """The first of the comparisons."""
-    bounds = comparisons.bounds[: len(some) + 1]
-    end = int(bounds[-1])
-    samples = comparisons.samples.take(range(end))
-    return Comparisons(samples, bounds, comparisons.sides[:end], comparisons.margins[: len(some)], comparisons.layout)
 
 
 def elsewhere(singles: Comparisons, seed: int, most: int) -> Comparisons:

@@ -1,6 +1,6 @@
 """Validation of a head: its loss, and how well it tells classes or numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -21,6 +21,9 @@ from lit_qlora.train.scoring import label_losses, labels_of
 class LabelScores:
     """Loss, accuracy and F1 of classes, or mean squared and absolute error of numbers; processes divide the work.
 
+    Args:
+        write: takes, in the first process, the step of each validation and the loss of each text, (S, 1) float64.
+
     Attributes:
         outputs: (S, C) of the last call, in the order of the batches; None before it.
         scores: None, since no row is an answer of a model.
@@ -35,9 +38,10 @@ class LabelScores:
         batches: Sequence[SampleBatch],
         scoring: Scoring,
         stop: StopRequest | None = None,
+        write: Callable[[int, Tensor], object] | None = None,
     ) -> None:
         self.fabric, self.model, self.batches, self.scoring = fabric, model, batches, scoring
-        self.stop = stop or StopRequest()
+        self.stop, self.write = stop or StopRequest(), write
         self.outputs: Tensor | None = None
 
     def __call__(self, step: int) -> Record:
@@ -48,7 +52,10 @@ class LabelScores:
         self.outputs = sum_over_ranks(self.fabric, own).cpu()
         labels = torch.cat([labels_of(batch) for batch in self.batches if isinstance(batch, Batch)])
         values = torch.tensor(self.scoring.values)
-        loss = float(label_losses(self.outputs, labels, values).double().mean())
+        losses = label_losses(self.outputs, labels, values).double()
+        if self.write and self.fabric.is_global_zero:
+            self.write(step, losses[:, None])
+        loss = float(losses.mean())
         if self.scoring.classes:
             metrics = class_metrics(self.outputs, labels)
         else:

@@ -1,13 +1,14 @@
 """The validation of a run on comparisons, and the log-probabilities of their answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from lit_qlora.data.comparisons import PairBatch
+from lit_qlora.data.comparisons import CHOSEN, PairBatch
 from lit_qlora.evaluate.measures import Show
 from lit_qlora.generation.sequences import evaluating
 from lit_qlora.model.gpt import GPT
@@ -20,8 +21,12 @@ from lit_qlora.train.preferences import Preferences, answers_of, on, token_losse
 class PairLosses:
     """Loss, accuracy and rewards of comparisons; processes divide the work.
 
+    Args:
+        write: takes, in the first process, the step of each validation and the loss of each comparison, (C, 1) float64
+            in the order of the batches. Not called for a loss of single answers, which depends on all the others.
+
     Attributes:
-        scores: None, since no row has a loss of its own.
+        scores: None, since no row is an answer of a model.
     """
 
     scores: Tensor | None = None
@@ -34,9 +39,11 @@ class PairLosses:
         objective: Preferences,
         stop: StopRequest | None = None,
         show: Show = lambda step, what: None,
+        write: Callable[[int, Tensor], object] | None = None,
     ) -> None:
         self.fabric, self.model, self.batches, self.stop = fabric, model, batches, stop or StopRequest()
         self.show = show
+        self.write = write if objective.config.published.paired else None
         self.objective = Preferences(objective.config, fabric.device)
         self.comparisons = sum(int(((batch.sides != 0).sum(dim=1) > 0).sum()) for batch in batches)
 
@@ -46,25 +53,35 @@ class PairLosses:
         found = self.stop.unless_stopped(partial(self._sums), None)
         if agree(self.fabric, self.stop.signal)[0] or found is None:
             return {}
-        loss, *sums = sum_over_ranks(self.fabric, found).tolist()
+        of_all, of_each = found
+        loss, *sums = sum_over_ranks(self.fabric, of_all).tolist()
+        if self.write:
+            of_each = sum_over_ranks(self.fabric, of_each).cpu()
+            if self.fabric.is_global_zero:
+                self.write(step, of_each)
         metrics = self.objective.measure(sums)
         told = {f"val_{name}": value for name, value in metrics.items() if not name.startswith("length_")}
         return {"val_loss": loss, **told}
 
     @torch.no_grad()
-    def _sums(self) -> Tensor:
-        """The loss, and the sums of the objective, of this process's rows."""
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """The loss and the sums of the objective of this process's rows, and the loss of each of its comparisons."""
         objective, device = self.objective, self.fabric.device
         mine = self.batches[self.fabric.global_rank :: self.fabric.world_size]
+        starts = list(accumulate((int((batch.sides == CHOSEN).sum()) for batch in self.batches), initial=0))
+        each = torch.zeros(starts[-1], 1, dtype=torch.float64, device=device)
         weight, labelled = self._whole()
         total = torch.zeros((), device=device)
         objective.sums.zero_()
         with evaluating(self.model), self.fabric.autocast():
             objective.prepare(self.model, mine, partial(sum_over_ranks, self.fabric))
-            for batch in mine:
-                losses = objective.values(self.model, pinned(batch, device))
-                total += objective.of_losses(on(batch, device), losses, weight, labelled)
-        return torch.cat((total[None], objective.sums))
+            for batch, start in zip(mine, starts[self.fabric.global_rank :: self.fabric.world_size], strict=False):
+                losses, here = objective.values(self.model, pinned(batch, device)), on(batch, device)
+                total += objective.of_losses(here, losses, weight, labelled)
+                if self.write:
+                    found = objective.of_each(here, losses, weight, labelled)
+                    each[start : start + len(found), 0] = found.double()
+        return torch.cat((total[None], objective.sums)), each
 
     def _whole(self) -> tuple[float, int]:
         """Comparisons of all rows, and labelled tokens of their chosen answers."""

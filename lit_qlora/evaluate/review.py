@@ -32,14 +32,22 @@ class Reviewed:
     """See data.exclude.hash_of."""
     prompt: str
     answer: str
+    """The answer; of a comparison the chosen one, of a text its label."""
     before: float
-    """Nats per labelled token with the base alone."""
+    """Nats per labelled token with the base alone, or the loss of a comparison or a label before training."""
     after: float
     early: float | None = None
     """At the first validation behind the start, if the run measured it."""
     said_before: bool = False
     """The base's likeliest answer is this one, word for word."""
     said_after: bool = False
+    rejected: tuple[str, ...] = ()
+    """Of a comparison the other answers."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The question: a prompt, or a choice among some answers to it."""
+        return plain(self.prompt), *(sorted(map(plain, (self.answer, *self.rejected))) if self.rejected else ())
 
     @property
     def by_heart(self) -> bool:
@@ -67,7 +75,7 @@ class Review:
     repeated: list[list[int]]
     """Groups with the same prompt and the same answer, but for spaces and case."""
     contradicting: list[list[int]]
-    """Groups with the same prompt and different answers."""
+    """Groups with the same prompt and different answers, or where another of the same answers is chosen."""
     alike: list[tuple[int, int, float]]
     """Pairs of nearly the same prompt, with their similarity."""
     at_once: list[int]
@@ -88,8 +96,12 @@ class Review:
         return dict(sorted(found.items()))
 
 
-def review(samples: Sequence[Reviewed]) -> Review:
-    """Look for samples that deserve a look."""
+def review(samples: Sequence[Reviewed], known: float = KNOWN) -> Review:
+    """Look for samples that deserve a look.
+
+    Args:
+        known: loss up to which a sample was known before training; 0 where losses are not nats per token.
+    """
     middle = median(sample.after for sample in samples)
     unlearnt = [n for n, s in enumerate(samples) if s.after > middle and s.after >= UNMOVED * s.before]
     repeated, contradicting = [], []
@@ -101,12 +113,12 @@ def review(samples: Sequence[Reviewed]) -> Review:
         if len(answers) > 1:
             contradicting.append([same[0] for same in answers.values()])
     return Review(
-        known=[n for n, s in enumerate(samples) if s.before <= KNOWN],
+        known=[n for n, s in enumerate(samples) if s.before <= known],
         unlearnt=sorted(unlearnt, key=lambda number: -samples[number].after),
         repeated=repeated,
         contradicting=contradicting,
         alike=list(near_duplicates([plain(sample.prompt) for sample in samples])),
-        at_once=[n for n, s in enumerate(samples) if s.early is not None and _learnt(s) and _fell_at_once(s)],
+        at_once=[n for n, s in enumerate(samples) if s.early is not None and _learnt(s, known) and _fell_at_once(s)],
         forgotten=sorted(
             (n for n, s in enumerate(samples) if s.early is not None and s.after > max(middle, s.early / UNMOVED)),
             key=lambda number: (samples[number].early or 0.0) - samples[number].after,
@@ -117,8 +129,8 @@ def review(samples: Sequence[Reviewed]) -> Review:
     )
 
 
-def _learnt(sample: Reviewed) -> bool:
-    return sample.before > KNOWN and sample.after < (1 - AT_ONCE / 2) * sample.before
+def _learnt(sample: Reviewed, known: float) -> bool:
+    return sample.before > known and sample.after < (1 - AT_ONCE / 2) * sample.before
 
 
 def _fell_at_once(sample: Reviewed) -> bool:
@@ -129,7 +141,7 @@ def groups(samples: Sequence[Reviewed]) -> Iterator[list[int]]:
     """Yield the numbers of samples with the same prompt."""
     found = defaultdict(list)
     for number, sample in enumerate(samples):
-        found[plain(sample.prompt)].append(number)
+        found[sample.asked].append(number)
     yield from (group for group in found.values() if len(group) > 1)
 
 

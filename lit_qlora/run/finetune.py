@@ -67,10 +67,8 @@ def finetune(
 
 def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, pause: float | None) -> Path:
     # Errors come before weights are loaded, and errors in the data even before Lightning is imported.
-    from lit_qlora.data import read_data
-    from lit_qlora.data.preferences import read_preferences
+    from lit_qlora.data.of_run import read_of_run
     from lit_qlora.data.prepared import choose_data
-    from lit_qlora.data.scoring import read_scored
     from lit_qlora.device import fabric_precision, let_segments_grow, pick_device, resolve_precision, weights_dtype
 
     let_segments_grow()
@@ -86,10 +84,7 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         from lit_qlora.lora.adapter import settle
 
         config = replace(config, lora=settle(config.lora, config.checkpoint_dir))
-    if isinstance(config, PreferenceRunConfig):
-        data = read_preferences(config, config.preference)
-    else:
-        data = read_data(config) if config.head == "none" else read_scored(config)
+    data = read_of_run(config)
 
     from lightning.fabric import Fabric
 

@@ -14,13 +14,10 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_qlora.data import RunData, count_steps, longest_step, steps
-from lit_qlora.data.batches import steps_of_an_epoch, validation_pairs
+from lit_qlora.data.batches import steps_of_an_epoch
 from lit_qlora.device import precede_other_streams, scales_loss
 from lit_qlora.errors import NumericalError, ResourceError
-from lit_qlora.evaluate import sample_losses
-from lit_qlora.evaluate.labels import LabelScores
-from lit_qlora.evaluate.measures import Dispensable, Losses, Measure, more_measures, tasks_measure
-from lit_qlora.evaluate.preferences import PairLosses
+from lit_qlora.evaluate.measures import Dispensable, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.validation import Validator
 from lit_qlora.evaluate.validation_inputs import Probes, frames
 from lit_qlora.files.atomic import write_text
@@ -29,7 +26,9 @@ from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.tokenizer import Tokenizer
 from lit_qlora.report import Record, RunLog, tell
 from lit_qlora.run.banner import savings
-from lit_qlora.run.lessons import seen_measure
+from lit_qlora.run.lessons import FILE_NAME as LESSONS
+from lit_qlora.run.lessons import seen_measure, watch_list
+from lit_qlora.run.losses import losses_of
 from lit_qlora.run.plan import Plan, check_fp8
 from lit_qlora.run.preferences import falling
 from lit_qlora.run.reports import Frame, one_line, unframed
@@ -183,25 +182,13 @@ def learn(
             guard.recall(record["loss"], record.get("skipped", False))
     with caught() as stop, explained(config.out_dir, data.tokenizer, partial(savings, config, data)):
         saver = Saver(config.out_dir, config.train, learner, Contents.of(config, data, learner, total), log, last)
-        write_losses = partial(sample_losses.keep, config.out_dir, data.val_batches)
-        losses: Losses | PairLosses | LabelScores = Losses(
-            fabric, model, data.val_batches, stop, write_losses, log.validating, config.distill
-        )
-        if isinstance(objective, Preferences):
-            assert data.val is not None
-            losses = PairLosses(
-                fabric, model, validation_pairs(data.val, data.batching), objective, stop, log.validating
-            )
-        of_labels = (
-            LabelScores(fabric, model, data.val_batches, data.scoring, stop)
-            if data.scoring and data.val is None
-            else None
-        )
-        measures: list[Measure] = [of_labels or losses] if data.val_batches else []
+        measured = partial(losses_of, fabric, model, config, data, objective=objective, stop=stop, show=log.validating)
+        losses = measured(data.val_batches if data.val is None else data.val)
+        measures: list[Measure] = [losses] if data.val_batches else []
         write = partial(keep_answers, config.out_dir, log, frames(data) if probes.questions else [])
         measures += more_measures(fabric, model, data, probes, config.eval.answers, write, stop, log.validating)
         if config.eval.train_samples:
-            measures.append(seen_measure(fabric, model, config, data, stop, log.validating))
+            measures.append(seen_measure(measured(watch_list(config, data), name=LESSONS)))
         if probes.ask:
             tasks = tasks_measure(probes.ask, model, config.eval.tasks_every, total, log.records, log.validating)
             measures.append(Dispensable(fabric, model, "eval.tasks", tasks, stop))

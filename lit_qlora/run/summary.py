@@ -26,7 +26,7 @@ from lit_qlora.model.gpt import GPT
 from lit_qlora.report import Record, RunLog, before_and_after, duration, metrics, short, smaller_is_better, tell
 from lit_qlora.run import modules, states
 from lit_qlora.run.figures import plot_losses
-from lit_qlora.run.lessons import reviewed, section
+from lit_qlora.run.lessons import reviewed, section, unit_of
 from lit_qlora.run.reports import Answer, Frame, Outcome, one_line, unframed, write_page, write_report
 from lit_qlora.run.resume import SAMPLES, SUMMARY, read_log
 from lit_qlora.run.saver import BEST, versions
@@ -189,7 +189,7 @@ def _outcome(
         modules=modules.section(
             modules.modules_of(model, config.optimizer, states.find(final) or final) if _has_own_base(config) else []
         ),
-        lessons=section(reviewed(config, data)) if config.eval.train_samples else "",
+        lessons=section(reviewed(config, data), unit=unit_of(config)) if config.eval.train_samples else "",
         said=[record for record in said if "wanted" not in record and record["step"] in (said[0]["step"], last)],
     )
 

@@ -30,8 +30,8 @@ class EvalConfig(Settings):
     max_samples: Count | None = None
     """Validate on the first N validation samples only. By default on all."""
     train_samples: CountOrZero = 0
-    """Measure N training samples too, evenly among all, as seen_loss. OUT/training_losses.json keeps each one's loss,
-    and report.html says what the data taught."""
+    """Measure N training samples, or comparisons, too, evenly among all, as seen_loss. OUT/training_losses.json keeps
+    each one's loss, and report.html says what the data taught."""
     best: str = "val_loss"
     """Metric that chooses the best run checkpoint, OUT/best, and may end the run early; 'none' keeps no best."""
     patience: CountOrZero = 0

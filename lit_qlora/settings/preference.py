@@ -154,6 +154,12 @@ class PreferenceConfig(Settings):
         )
 
 
+NO_OWN_LOSS = (
+    "By the loss kto an answer has none of its own: it depends on how far the model has moved on all other answers. "
+    "Leave it out, or take a loss of pairs, such as dpo."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreferenceTrainConfig(TrainConfig):
     """Length, learning rate and execution of training on preferences."""
@@ -188,9 +194,12 @@ class PreferenceRunConfig(FinetuneConfig):
         check(self.head == "none", "head is for finetune/lora.py; --preference.loss reward trains one on pairs.")
         super().__post_init__()
         data, train = self.data, self.train
-        check(self.eval.train_samples == 0, "eval.train_samples is for finetune/lora.py. Leave it out.")
+        check(
+            self.eval.train_samples == 0 or self.preference.published.paired,
+            f"eval.train_samples keeps the loss of single samples. {NO_OWN_LOSS}",
+        )
         check(self.distill.teacher is None, "distill.teacher is for finetune/lora.py. Leave it out.")
-        for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout", "exclude"):
+        for name in ("columns", "template", "answer_template", "only_last_answer", "token_dropout"):
             default = DataConfig.__dataclass_fields__[name].default
             check(getattr(data, name) == default, f"data.{name} is for finetune/lora.py. Leave it out.")
         check(data.mask_prompt, "data.mask_prompt false is for finetune/lora.py; see preference.sft_prompts.")

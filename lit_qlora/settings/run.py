@@ -22,7 +22,8 @@ Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "3
 Strategy = Literal["auto", "ddp", "sharded"]
 DEMO_CHECKPOINT = find("checkpoints/lit-qlora/tiny-world")
 READ_BY_HEADS = (
-    *("path", "val_path", "val_fraction", "validation_strategy", "columns", "max_length", "overlong", "max_samples"),
+    *("path", "val_path", "val_fraction", "validation_strategy", "columns", "max_length", "overlong"),
+    *("max_samples", "exclude"),
     *("packing", "pack_length", "pad_to_multiple_of", "shuffle", "drop_last", "group_by_length"),
     *("seed", "split_seed", "cache_dir", "on_error", "allow", "length_quantile", "token_dropout"),
 )
@@ -178,7 +179,7 @@ class FinetuneConfig(Settings):
             self.data.cache_dir in ("auto", "none"),
             "data.cache_dir: texts with labels are read anew by each run, without a cache. Leave it out.",
         )
-        for name in ("generate", "prompts", "tasks", "kl_text", "train_samples"):
+        for name in ("generate", "prompts", "tasks", "kl_text"):
             check(not getattr(self.eval, name), f"eval.{name} {concerns}")
         learns = "head" in self.lora.targets or self.lora.train_embeddings or bool(self.lora.train_tokens)
         check(not learns, f"lora.targets head, lora.train_tokens and lora.train_embeddings: each {concerns}")

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from lit_qlora.data import read_data
-from lit_qlora.data.prepared import choose_data
+from lit_qlora.data.of_run import read_of_run
 from lit_qlora.errors import ResourceError, UsageError, UserError
 from lit_qlora.files.atomic import writing
 from lit_qlora.report import metrics, tell
 from lit_qlora.run.finetune import MakeAsk, finetune
 from lit_qlora.settings import AnySweep, PreferenceRunConfig, SweepPart, check
+from lit_qlora.settings.preference import NO_OWN_LOSS
 from lit_qlora.sweep.base import SharedBase, free_memory
 from lit_qlora.sweep.more_data import forecast
 from lit_qlora.sweep.pages import write_results
@@ -74,10 +74,10 @@ def with_halves(config: AnySweep) -> AnySweep:
         return config
     run = config.run
     check(
-        not isinstance(run, PreferenceRunConfig) and run.head == "none",
-        "sweep.data_halvings compares losses of tokens, sample by sample. Leave it out where something else is learnt.",
+        not isinstance(run, PreferenceRunConfig) or run.preference.published.paired,
+        f"sweep.data_halvings compares losses sample by sample. {NO_OWN_LOSS}",
     )
-    count = len(read_data(replace(run, data=choose_data(run.data, run.checkpoint_dir))).train)
+    count = len(read_of_run(run).train)
     sizes = [count >> power for power in range(halvings, -1, -1)]
     check(sizes[0] > 0, f"sweep.data_halvings {halvings}: there are {count:,} training samples. Take fewer.")
     grid: dict[str, Any] = {**config.sweep.grid, "data.max_samples": tuple(sizes)}

@@ -82,6 +82,23 @@ class Preferences:
             loss = loss + sft_weight * (of_prompts - chosen) / max(1, labelled)
         return loss
 
+    def of_each(self, batch: PairBatch, losses: Tensor, weight: float, labelled: int) -> Tensor:
+        """The loss (C,) of each comparison of rows, row by row; their mean over all rows is the loss.
+
+        The loss of chosen answers, if it is part, is a mean over tokens; a comparison has what its tokens add to it.
+
+        Args:
+            losses, weight, labelled: see of_losses.
+        """
+        log_probs, unweighed = answers_of(batch, losses)
+        of_pairs = FORMULAS[self.config.loss](pairs_of(batch, log_probs), self.config) * batch.shares
+        each = torch.zeros_like(log_probs).scatter_add(1, batch.chosen, of_pairs)
+        if sft_weight := self.config.or_published("sft_weight"):
+            numbers = torch.arange(batch.sides.size(1), device=losses.device)
+            of_prompts = (losses * (batch.owners < 0))[..., None] * (batch.segments[..., None] == numbers)
+            each = each + sft_weight * (of_prompts.sum(dim=1) - unweighed) * weight / max(1, labelled)
+        return each[batch.sides == CHOSEN]
+
     def measure(self, sums: Sequence[float]) -> dict[str, float]:
         """Rewards and log-probabilities on average, lengths, and how often the chosen answer has the larger reward."""
         s = dict(zip(SUMS, sums, strict=True))

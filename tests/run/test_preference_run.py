@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from lit_qlora.checkpoint.identity import base_facts
 from lit_qlora.data import reference
+from lit_qlora.data.comparisons import Comparisons
+from lit_qlora.data.exclude import hash_of, read_hashes
+from lit_qlora.data.of_run import read_of_run
 from lit_qlora.errors import UsageError
+from lit_qlora.evaluate.sample_losses import FILE_NAME, SampleLosses
 from lit_qlora.run.finetune import finetune
 from lit_qlora.run.folder import default_out_dir
+from lit_qlora.run.lessons import FILE_NAME as LESSONS
 from lit_qlora.run.preferences import falling, off_the_fast_path
 from lit_qlora.run.resume import Checkpoint, check_same_run, plain
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, PreferenceConfig, PreferenceRunConfig
@@ -39,6 +45,7 @@ def run(
     loss: str = "dpo",
     packing: bool = True,
     val_fraction: float = 0.05,
+    train_samples: int = 0,
     **changes: Any,
 ) -> Path:
     config = PreferenceRunConfig(
@@ -54,7 +61,7 @@ def run(
         train=PreferenceTrainConfig(
             batch_size=8, micro_batch_size=2, max_steps=4, save_every=2, learning_rate=0.01, keep_last=9
         ),
-        eval=PreferenceEvalConfig(every=2),
+        eval=PreferenceEvalConfig(every=2, train_samples=train_samples),
         lora=LoRAConfig(targets="all", dropout=0.2),
         preference=PreferenceConfig(loss=loss),  # type: ignore[arg-type]
         quiet=True,
@@ -68,7 +75,9 @@ def adapter(out: Path) -> bytes:
 
 
 def test_a_run_prefers_what_is_chosen_and_says_so(tiny_checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
-    out = run(tiny_checkpoint, pairs, tmp_path / "out")
+    swapped = {"prompt": "What is 3 plus 4?", "chosen": "It is 7.", "rejected": "7"}
+    pairs.write_text(pairs.read_text() + json.dumps(swapped) + "\n")
+    out = run(tiny_checkpoint, pairs, tmp_path / "out", val_fraction=0.1, train_samples=99)
     train, val = log_of(out)
     assert {"reward_margin", "reward_accuracy", "logp_chosen", "length_rejected"} <= set(train[0])
     assert "accuracy" not in train[0]
@@ -76,7 +85,26 @@ def test_a_run_prefers_what_is_chosen_and_says_so(tiny_checkpoint: Path, pairs: 
     assert val[-1]["val_loss"] < 0.5
     assert val[-1]["val_reward_accuracy"] == 1.0
     assert val[-1]["kl_to_base"] > val[0]["kl_to_base"] == 0
+    for name, file in (("val_loss", FILE_NAME), ("seen_loss", LESSONS)):
+        kept = SampleLosses.read(out, file)
+        assert kept
+        assert fmean(kept.losses[4]) == pytest.approx(val[-1][name], rel=1e-4)
     page = (out / "report.html").read_text()
+    assert "37 training samples. Losses are the loss dpo of a comparison" in page
+    assert "Same prompt, several answers: 1<" in page
+    assert "7 | not: It is 7." in page
+    review = run_here("scripts/review_data.py", "--run", out)
+    assert "contradict 1 prompts with several answers" in review.stdout, review.stderr
+    assert "by heart" not in review.stdout
+    (wrong,) = read_hashes(out / "exclude.txt")
+    config = PreferenceRunConfig(
+        checkpoint_dir=tiny_checkpoint,
+        data=DataConfig(path=str(pairs), prompt="qa", val_fraction=0.1, exclude=out / "exclude.txt", cache_dir="none"),
+    )
+    data = read_of_run(config).train
+    assert isinstance(data, Comparisons)
+    assert len(data) == 36
+    assert wrong not in [hash_of(*one.answers) for one in data]
     assert "Rewards of chosen and rejected answers" in page
     assert "loss of a comparison" in page
     assert "dpo, beta 0.1 · " in page

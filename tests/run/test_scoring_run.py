@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 from lit_qlora.convert.to_gguf import export_gguf
 from lit_qlora.convert.to_hugging_face import export_hf
 from lit_qlora.errors import UsageError
+from lit_qlora.evaluate.sample_losses import FILE_NAME, SampleLosses
 from lit_qlora.inference import load_for_inference
 from lit_qlora.lora.adapter import read_adapter
 from lit_qlora.run.finetune import finetune
+from lit_qlora.run.lessons import FILE_NAME as LESSONS
 from lit_qlora.settings import DataConfig, EvalConfig, FinetuneConfig, LoRAConfig, TrainConfig
 from tests.conftest import run_here
 from tests.run.conftest import log_of
@@ -75,9 +78,20 @@ def theirs(folder: Path, adapter: Path | None = None, outputs: int = 2) -> Tenso
 def test_a_head_learns_classes_and_a_run_leaves_what_tells_them(
     texts: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_qlora.run.summary.write_pages", lambda *given: None)  # a third of the time
-    out = finetune(config(tiny_checkpoint, texts, tmp_path / "out"))
+    lessons = []
+    keep = lambda outcome, folder: lessons.append(outcome.lessons)  # noqa: E731 - pages take a third of the time
+    monkeypatch.setattr("lit_qlora.run.summary.write_pages", keep)
+    texts.write_text(texts.read_text() + '{"text": "Q: 3 plus 3", "label": "says"}\n')
+    changes = EvalConfig(every=4, best="val_f1", train_samples=99)
+    out = finetune(config(tiny_checkpoint, texts, tmp_path / "out", eval=changes))
     train, val = log_of(out)
+    for name, file in (("val_loss", FILE_NAME), ("seen_loss", LESSONS)):
+        kept = SampleLosses.read(out, file)
+        assert kept
+        assert fmean(kept.losses[8]) == pytest.approx(val[-1][name], rel=1e-4)
+    assert "Losses are nats a text" in lessons[0]
+    review = run_here("scripts/review_data.py", "--run", out)
+    assert f"{len(kept.samples)} training samples, mean loss" in review.stdout, review.stderr
     assert "accuracy" in train[0]
     assert {"val_loss", "val_accuracy", "val_f1"} < set(val[0])
     assert val[-1]["val_loss"] < val[0]["val_loss"]

@@ -1,9 +1,14 @@
 """Runs on nested parts of the data tell what twice the data would give, and how sure that is."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from lit_qlora import cli
 from lit_qlora.errors import UsageError
+from lit_qlora.settings import AnySweep, PreferenceSweepConfig, SweepConfig
 from lit_qlora.sweep.conduct import sweep, with_halves
 from lit_qlora.sweep.more_data import Forecast, fit
 from tests.sweep.conftest import Configure
@@ -57,3 +62,44 @@ def test_the_page_of_a_sweep_over_halves_answers(configure: Configure) -> None:
     assert "## Would more data help?" in (out / "sweep.md").read_text()
     assert "twice the 32 samples" in (out / "sweep.html").read_text()
     assert (out / "more_data.png").stat().st_size > 0
+
+
+def written(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"--data.path={path}"
+
+
+def test_comparisons_and_texts_with_labels_are_halved_too(
+    configure: Configure, flags: list[str], tmp_path: Path
+) -> None:
+    texts = written(tmp_path / "a.jsonl", [{"text": f"{n}", "label": "ab"[n % 2]} for n in range(20)])
+    own = [flag for flag in flags if not flag.startswith(("--data.prompt", "--data.cache_dir"))]
+    of_labels = cli.parse(SweepConfig, [*own, texts, "--head=classify", "--sweep.data_halvings=2"])
+    assert with_halves(of_labels).sweep.grid["data.max_samples"] == (4, 8, 16)
+    pairs = written(tmp_path / "b.jsonl", [{"prompt": f"{n}?", "chosen": "1", "rejected": "2"} for n in range(20)])
+    of_pairs = cli.parse(PreferenceSweepConfig, [*flags, pairs, "--sweep.data_halvings=2"])
+    assert with_halves(of_pairs).sweep.grid["data.max_samples"] == (4, 8, 16)
+    single = cli.parse(PreferenceSweepConfig, [*flags, pairs, "--sweep.data_halvings=2", "--preference.loss=kto"])
+    with pytest.raises(UsageError, match="By the loss kto an answer has none of its own"):
+        with_halves(single)
+    with pytest.raises(UsageError, match=r"eval\.train_samples .* By the loss kto an answer has none of its own"):
+        cli.parse(PreferenceSweepConfig, [*flags, "--preference.loss=kto", "--eval.train_samples=3"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learns", ["pairs", "labels"])
+def test_the_page_of_a_sweep_over_halves_answers_for_them_too(
+    learns: str, flags: list[str], tmp_path: Path, no_pages: None
+) -> None:
+    if learns == "pairs":
+        rows = [{"prompt": f"{n}?", "chosen": f"{n}", "rejected": f"It is {n}."} for n in range(40)]
+        settings: AnySweep = cli.parse(
+            PreferenceSweepConfig, [*flags, written(tmp_path / "a.jsonl", rows), "--sweep.data_halvings=2"]
+        )
+    else:
+        rows = [{"text": f"{'QA'[n % 2]}: {n}", "label": "ab"[n % 2]} for n in range(40)]
+        own = [flag for flag in flags if not flag.startswith(("--data.prompt", "--data.cache_dir"))]
+        own += [written(tmp_path / "a.jsonl", rows), "--head=classify", "--sweep.data_halvings=2"]
+        settings = cli.parse(SweepConfig, own)
+    out = sweep(settings)
+    assert "twice the 32 samples" in (out / "sweep.md").read_text()

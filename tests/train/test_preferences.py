@@ -114,6 +114,33 @@ def test_sharing_packing_and_micro_batches_change_neither_loss_nor_gradient(name
         assert_same(learn(model, how, other), expected)
 
 
+@pytest.mark.parametrize(
+    ("loss", "more"), [("dpo", {}), ("orpo", {}), ("cpo", {"sft_weight": 0.5, "sft_prompts": True}), ("reward", {})]
+)
+def test_the_loss_is_the_mean_of_those_of_single_comparisons(loss: Any, more: dict[str, Any]) -> None:
+    how, data = PreferenceConfig(loss=loss, **more), comparisons(prompts="sft_prompts" in more)
+    model = adapted_model()
+    if loss == "reward":
+        add_score(model, 1)
+        data = to_their_ends(data)
+    objective, batching = Preferences(how, CPU), Batching(batch_size=5, micro_batch_size=2, seed=0, row_length=64)
+    labelled = int(data.labelled.sum())
+
+    def each(some: Comparisons) -> list[float]:
+        found = list[float]()
+        for batch in validation_pairs(some, batching):
+            losses = objective.values(model, batch).detach()
+            one = objective.of_each(batch, losses, len(data), labelled)
+            assert float(one.sum()) / len(data) == pytest.approx(
+                float(objective.of_losses(batch, losses, len(data), labelled)), rel=1e-5
+            )
+            found += one.tolist()
+        return found
+
+    alone = [each(data.take([number]))[0] for number in range(len(data))]
+    assert sorted(each(data)) == pytest.approx(sorted(alone), rel=1e-4)
+
+
 @pytest.mark.skipif(not AVAILABLE or torch.cuda.is_available(), reason="in float32, so for Triton's interpreter")
 def test_the_fast_path_has_the_loss_and_the_gradients_of_the_plain_one() -> None:
     model, step = adapted_model(n_embd=64, vocab_size=320), one_step(comparisons(), micro=2, packed=True)

@@ -19,6 +19,15 @@ def test_named_samples_are_left_out(tmp_path: Path) -> None:
     assert leave_out(path, [HASHES], [[0, 1, 2]]) == [[0, 2]]  # 3 is a validation sample
 
 
+def test_the_first_of_equal_samples_stays_unless_it_is_named_for_something_else(tmp_path: Path) -> None:
+    path, own = tmp_path / "exclude.txt", [[HASHES[1], HASHES[2], HASHES[1]], [HASHES[1], HASHES[0]]]
+    path.write_text(f"{HASHES[1]}  repeats {HASHES[1]}: a -> b\n{HASHES[0]}  repeats {HASHES[2]}: a -> b\n")
+    assert leave_out(path, own, [[0, 1, 2], [0, 1]]) == [[0, 1], []]
+    assert leave_out(path, own, [[1, 2], [0, 1]]) == [[1, 2], []]  # the first in training
+    path.write_text(path.read_text() + f"{HASHES[1]}  not learnt: a -> b\n")
+    assert leave_out(path, own, [[0, 1, 2], [0, 1]]) == [[1], []]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -24,7 +24,7 @@ from lit_qlora.sweep.pages import write_results
 from lit_qlora.sweep.results import read_results
 from lit_qlora.sweep.state import is_over, metric_of, read_state, records_of, value_at, write_state
 from lit_qlora.sweep.study import choose_draws, read_draws, write_draws
-from lit_qlora.sweep.trials import Changes, Trial, config_of, describe, plan_trials, write_names
+from lit_qlora.sweep.trials import Changes, Trial, config_of, describe, key_of, plan_trials, write_names
 from lit_qlora.train.loop import Paused, Stopped
 
 POLL = 0.5
@@ -193,7 +193,8 @@ def value_of(changes: Changes, trials: Sequence[Trial], metric: str) -> float:
     Raises:
         UsageError: if a whole run does not have the metric.
     """
-    own = [trial for trial in trials if {**trial.changes, **changes} == trial.changes]
+    # By their texts: the lists of a draw are tuples in a trial.
+    own = [trial for trial in trials if key_of({**trial.changes, **changes}) == key_of(trial.changes)]
     for trial in own:
         found = metrics(records_of(trial))
         check(

@@ -66,6 +66,22 @@ def test_each_choice_is_told_what_the_draws_before_came_to(configure: Configure,
     assert asked[-1] == [({"lora.r": r, "lora.alpha": 8}, value) for r, value in ((1, 3), (2, math.inf), (3, 5))]
 
 
+def test_a_draw_with_a_list_of_values_is_told_as_any_other(
+    configure: Configure, asked: list[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = {"lora.r": 3, "lora.targets": ["query", "value"]}
+    told_before: list[Told] = []
+
+    def choose(part: SweepPart, told: Told, count: int) -> list[Changes]:
+        told_before.append(list(told))
+        return [{**draw, "lora.r": 3 + len(told)}]
+
+    monkeypatch.setattr(conduct, "choose_draws", choose)
+    space = "--sweep.random={lora.r: {integer: [1, 9]}, lora.targets: [all, [query, value]]}"
+    sweep(configure(space, "--sweep.search=optuna", "--sweep.draws=2", "--sweep.seeds=[1]"))
+    assert told_before == [[], [(draw, 3 + 1)]]
+
+
 def test_draws_of_one_choice_do_not_learn_of_each_other(configure: Configure, asked: list[Told]) -> None:
     out = sweep(configure(*SEARCH, "--sweep.draws=5", "--sweep.draws_at_once=2"))
     assert [len(told) for told in asked] == [0, 2, 4]

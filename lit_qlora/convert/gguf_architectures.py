@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from lit_qlora.commands import spell
 from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
 
@@ -466,7 +467,12 @@ OTHERWISE = {
     "nanochat": _UNKNOWN,
     "phimoe": "llama.cpp weighs the chosen experts otherwise",
 }
-"""Our family -> why there is no row for it, though llama.cpp has a graph."""
+"""Our family -> why there is no row for it."""
+
+
+def write_otherwise() -> str:
+    """What to do about a model that has no GGUF."""
+    return f"{spell('scripts/convert_lit_checkpoint.py')} writes it for transformers and vLLM."
 
 
 def graph_of(config: ModelConfig) -> Architecture | None:
@@ -482,9 +488,9 @@ def check_supported(config: ModelConfig) -> Architecture:
     """
     found = graph_of(config)
     if found is None:
-        why = f": {OTHERWISE[config.family]}" if config.family in OTHERWISE else ""
+        why = OTHERWISE.get(config.family, "no row describes it")
         raise CheckpointError(
-            f"GGUF is written for the families {', '.join(ARCHITECTURES)}; {config.name} is a {config.family}{why}."
+            f"{config.name} cannot be written as GGUF: it is a {config.family}, and {why}.\n{write_otherwise()}"
         )
     meant = found.meant(config)
     if config.rope_scaling in ("yarn", "longrope"):
@@ -518,7 +524,10 @@ def check_supported(config: ModelConfig) -> Architecture:
     caps = ("attention_softcap", "logit_softcap") if "attention_softcap" in found.reads else ()
     other += [f"no {name}" for name in caps if getattr(config, name) is None]
     if other:
-        raise CheckpointError(f"{config.name} cannot be written as GGUF: it has {', '.join(other)}.")
+        raise CheckpointError(
+            f"{config.name} cannot be written as GGUF: it has {', '.join(other)}, which llama.cpp computes otherwise.\n"
+            f"{write_otherwise()}"
+        )
     return found
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_qlora.convert.ending import Ending
+from lit_qlora.convert.gguf_architectures import write_otherwise
 from lit_qlora.errors import CheckpointError
 from lit_qlora.prompts.backends import read_pieces, read_spec
 from lit_qlora.prompts.chat_template import find_chat_template
@@ -102,7 +103,6 @@ APART = {
     r"\A\p{Nd}{3}|\G\p{Nd}{3}": "afmoe, parts two spaces before a digit",
 }
 """A pattern that tells a tokenizer (Command A's, Trinity's) -> llama.cpp's cut for it, and what that does otherwise."""
-INSTEAD = "scripts/convert_lit_checkpoint.py writes the model for transformers and vLLM."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +165,7 @@ def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
     if beside:
         pieces = read_pieces(beside)
         if any(kind == NORMAL and score != int(score) for _, score, kind in pieces):
-            raise CheckpointError(
-                f"{directory}: its tokenizer is a Unigram one; llama.cpp has BPE alone for such a model.\n{INSTEAD}"
-            )
+            raise _refused(directory, "its tokenizer is a Unigram one; llama.cpp has BPE alone for such a model")
         rows |= dict(enumerate(pieces))
     else:
         rows, merges, split = _read_bpe(read_spec(path), directory)
@@ -205,6 +203,11 @@ def differences(directory: Path) -> list[str]:
     return [LOOSE[name] for name in (*_changes(spec), _read_bpe(spec, directory)[2]) if name in LOOSE]
 
 
+def _refused(directory: Path, why: str) -> CheckpointError:
+    """The error of a tokenizer that llama.cpp does not have."""
+    return CheckpointError(f"{directory}: {why}.\n{write_otherwise()}")
+
+
 def _sentencepiece(directory: Path) -> Path | None:
     """The SentencePiece file of a checkpoint, which has the scores that a tokenizer.json lacks; None without one."""
     return next(
@@ -216,9 +219,8 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
     """Rows, merges and the name of the split, of a tokenizer.json."""
     model = spec["model"]
     if model["type"] != "BPE":
-        raise CheckpointError(
-            f"{directory}: its tokenizer is a {model['type']} one; llama.cpp has BPE alone for such a model.\n{INSTEAD}"
-        )
+        kind = model["type"]
+        raise _refused(directory, f"its tokenizer is a {kind} one; llama.cpp has BPE alone for such a model")
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     if model.get("byte_fallback"):
         made: dict[str, int] = {}
@@ -237,11 +239,9 @@ def _read_bpe(spec: dict[str, Any], directory: Path) -> tuple[dict[int, tuple[st
         why = next(
             (f"llama.cpp's cut for it, {APART[cut]}" for cut in cuts if cut in APART), "llama.cpp has none like it"
         )
-        raise CheckpointError(f"{directory}: no GGUF for the way its tokenizer cuts texts: {why}.\n{INSTEAD}")
+        raise _refused(directory, f"no GGUF for the way its tokenizer cuts texts: {why}")
     if other := ", ".join(change for change in _changes(spec) if change not in LOOSE):
-        raise CheckpointError(
-            f"{directory}: its tokenizer changes texts ({other}) before it cuts them; llama.cpp does not.\n{INSTEAD}"
-        )
+        raise _refused(directory, f"its tokenizer changes texts ({other}) before it cuts them; llama.cpp does not")
     # GGUF puts a space between the two parts, so one inside a part is written as the character 256 further on.
     merges = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
     return {i: (piece, 0.0, NORMAL) for piece, i in model["vocab"].items()}, merges, split

@@ -400,18 +400,27 @@ def test_how_far_rounding_yarns_ramp_moves_a_frequency_is_known() -> None:
 def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(case: str, tmp_path: Path) -> None:
     hugging_face_model(tmp_path, case)
     config = convert_hf_checkpoint(tmp_path, tmp_path)
-    with pytest.raises(CheckpointError, match=r"cannot be written as GGUF: it has \w+"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"cannot be written as GGUF: it has \w+(.|\n)*convert_lit_checkpoint.py writes it for transf",
+    ):
         check_supported(config)
 
 
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [("gptj", ": llama.cpp has no graph"), ("phimoe", ": .* weighs"), ("flex_olmo", ": .* no names")],
+    [
+        ("gptj", "llama.cpp has no graph"),
+        ("phimoe", "llama.cpp weighs"),
+        ("flex_olmo", "the gguf package has no names"),
+    ],
 )
 def test_other_families_are_refused_by_name(case: str, reason: str, tmp_path: Path) -> None:
     hugging_face_model(tmp_path, case)
     convert_hf_checkpoint(tmp_path, tmp_path, name="some/model")
-    with pytest.raises(CheckpointError, match=f"families llama, mistral, .*; some/model is a {CASES[case][0]}{reason}"):
+    with pytest.raises(
+        CheckpointError, match=f"some/model .*: it is a {CASES[case][0]}, and {reason}(.|\n)*writes it for transformers"
+    ):
         export_gguf(tmp_path, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 
@@ -569,7 +578,7 @@ def test_how_a_text_is_cut_has_a_name(tmp_path: Path) -> None:
     for other in (last, {**last, "use_regex": True, "add_prefix_space": True}, {**digits, "individual_digits": False}):
         spec["pre_tokenizer"] = other
         write_json(tmp_path / "tokenizer.json", spec)
-        with pytest.raises(CheckpointError, match=r"cuts texts: llama.cpp has none like it.\nscripts/convert_lit_chec"):
+        with pytest.raises(CheckpointError, match=r"cuts texts: llama.cpp has none like it.\n.*convert_lit_checkpoint"):
             vocabulary_of(tmp_path, 600)
 
 
@@ -591,7 +600,7 @@ def test_a_tokenizer_that_changes_texts_first_is_refused(tmp_path: Path) -> None
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     write_json(tmp_path / "tokenizer.json", spec)
-    with pytest.raises(CheckpointError, match=r"changes texts \(Lowercase\) before .*\nscripts/convert_lit_checkpoint"):
+    with pytest.raises(CheckpointError, match=r"changes texts \(Lowercase\) before .*\n.*convert_lit_checkpoint"):
         vocabulary_of(tmp_path, 600)
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from lit_qlora.checkpoint.safetensors_io import name_some
 from lit_qlora.checkpoint.shards import Weights
 from lit_qlora.convert.families import mxfp4
-from lit_qlora.convert.families.read import Family, read_fields
+from lit_qlora.convert.families.read import Family, read_fields, take_another
 from lit_qlora.convert.families.rules import DROP, Either, Fused, Packed, Rule, Transposed, When, join, parts_of, split
 from lit_qlora.convert.families.table import FAMILIES, VERIFIED_WITH
 from lit_qlora.convert.families.unpacking import is_beside, read_unpacked, why_unreadable
 from lit_qlora.convert.families.wrappers import WRAPPERS, text_part, wrapped
-from lit_qlora.errors import CheckpointError
+from lit_qlora.errors import CheckpointError, did_you_mean
 from lit_qlora.model.config import ModelConfig
 
 __all__ = [
@@ -65,14 +65,18 @@ IMPOSSIBLE = {
 """model_type -> why no row can describe it."""
 
 
+TEXT_ALONE = "Take the language model that it was made of, if that is published alone."
+
+
 def find_family(name: str) -> Family:
     """The row of this model_type. Raises CheckpointError for one that has none."""
     if name in IMPOSSIBLE:
-        raise CheckpointError(f"model_type {name!r} is not supported: {IMPOSSIBLE[name]}.")
+        raise CheckpointError(f"model_type {name!r} is not supported: {IMPOSSIBLE[name]}.\n{take_another()}")
     if name not in FAMILIES:
+        known = sorted({*FAMILIES, *WRAPPERS})
         raise CheckpointError(
-            f"model_type {name!r} is not supported. Known: {', '.join(sorted({*FAMILIES, *WRAPPERS}))}.\n"
-            "A new family is one row in lit_qlora/convert/families/."
+            f"model_type {name!r} is not supported.{did_you_mean(name, known)} Known: {', '.join(known)}.\n"
+            f"{take_another()} A new family is one row in lit_qlora/convert/families/."
         )
     return FAMILIES[name]
 
@@ -103,9 +107,13 @@ def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
     if outer not in WRAPPERS:
         return config
     if not WRAPPERS[outer].shapes_logits and (config.logit_multiplier != 1 or config.logit_softcap):
-        raise CheckpointError(f"{name}: transformers leaves out the scale or cap of {kind}'s logits in {outer}.")
+        raise CheckpointError(
+            f"{name}: transformers leaves out the scale or cap of {kind}'s logits in {outer}.\n{TEXT_ALONE}"
+        )
     if not WRAPPERS[outer].windows and config.sliding_window:
-        raise CheckpointError(f"{name}: transformers has no sliding window in {outer}, and config.json asks for one.")
+        raise CheckpointError(
+            f"{name}: transformers has no sliding window in {outer}, and config.json asks for one.\n{TEXT_ALONE}"
+        )
     return replace(config, wrapper=outer)
 
 
@@ -156,7 +164,9 @@ def check_kept(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     """Return a tensor that is kept. Raises CheckpointError for a constant that is not ours."""
     constant = family_of(config).constants.get(template(name)[0])
     if constant is not None and not torch.allclose(tensor.float(), torch.tensor(constant), rtol=2**-7, atol=0):
-        raise CheckpointError(f"{config.name}: {name} is {tensor.tolist()}; only {constant} is supported.")
+        raise CheckpointError(
+            f"{config.name}: {name} is {tensor.tolist()}; only {constant} is supported.\n{take_another()}"
+        )
     return tensor
 
 
@@ -177,6 +187,7 @@ def check_rules(names: Iterable[str], config: ModelConfig) -> None:
         raise CheckpointError(
             f"{config.name}: {len(unknown)} tensors have no rule in FAMILIES[{config.family!r}]:\n  "
             + name_some(unknown, most=len(unknown))
+            + "\nEither config.json is of another model than the files, or they are of a newer kind of this family."
         )
 
 

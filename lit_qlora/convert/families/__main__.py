@@ -85,7 +85,7 @@ def limits(name: str) -> list[str]:
         found.append("no draft models, and no shared beginnings: a block has a state")
     found += [f"plain path with {words}" for ours, words in PARTLY.items() if ours in used]
     if name == "afmoe":
-        found.append("no PEFT: it takes the gate of attention for an expert's")
+        found.append("no PEFT: it takes the gate of attention for an expert's; merge the adapter instead")
     if name == "mistral4":
         found.append("inside mistral3 alone, as in transformers")
     return found
@@ -96,8 +96,8 @@ if __name__ == "__main__":
     print(
         f"Each family computes what transformers {' and '.join(VERIFIED_WITH)} computes: see tests/model/test_gpt.py.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
-        "In brackets: the proofs that it takes no part in, with the reason. [plain path with]: kernels of training "
-        "lack it.\n"
+        "In brackets: what it takes no part in, with the reason. [plain path with]: kernels of training lack it, so\n"
+        "it trains slower. [no GGUF]: scripts/convert_lit_checkpoint.py writes the model for transformers and vLLM.\n"
     )
     for name, family in sorted(FAMILIES.items()):
         short = "".join(f" [{limit}]" for limit in limits(name))

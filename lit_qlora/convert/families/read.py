@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_qlora.commands import spell
 from lit_qlora.convert.families.rules import Rule
 from lit_qlora.errors import CheckpointError
 from lit_qlora.model.config import ModelConfig
@@ -43,7 +44,10 @@ def read_fields(theirs: Theirs, kind: str, family: Family, name: str) -> ModelCo
     theirs = dict(family.defaults) | dict(theirs)
     for key, allowed in family.refuse.items():
         if theirs.get(key) not in (None, allowed):
-            raise CheckpointError(f"{name}: config.json has {key} {theirs[key]!r}, which is not supported for {kind}.")
+            raise CheckpointError(
+                f"{name}: config.json has {key} {theirs[key]!r}, which is not supported for {kind}, only {allowed!r}.\n"
+                f"{take_another()}"
+            )
     try:
         theirs, scaling = read_rope(theirs, family) if "rope_theta" in family.fields else (theirs, {})
         read = {ours: theirs.get(at) if isinstance(at, str) else at(theirs) for ours, at in family.fields.items()}
@@ -52,11 +56,28 @@ def read_fields(theirs: Theirs, kind: str, family: Family, name: str) -> ModelCo
         values.setdefault("head_size", values["n_embd"] // values["n_head"])
         return ModelConfig(name=name, family=kind, **values)
     except UnsupportedError as error:
-        raise CheckpointError(f"{name}: config.json has {error}, which is not supported for {kind}.") from None
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{name}: config.json is incomplete: {error}.") from None
+        raise CheckpointError(
+            f"{name}: config.json has {error}, which is not supported for {kind}.\n{take_another()}"
+        ) from None
+    except CheckpointError as error:  # settings that contradict each other
+        raise CheckpointError(f"{error}\n{FROM_THE_HUB}") from None
+    except KeyError as error:
+        key = str(error.args[0])
+        raise CheckpointError(
+            f"{name}: config.json is incomplete: {spelling(family, key, key)!r}.\n{FROM_THE_HUB}"
+        ) from None
+    except TypeError as error:
+        raise CheckpointError(f"{name}: config.json is incomplete: {error}.\n{FROM_THE_HUB}") from None
     except (ArithmeticError, AttributeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{name}: config.json makes no sense: {error}.") from None
+        raise CheckpointError(f"{name}: config.json makes no sense: {error}.\n{FROM_THE_HUB}") from None
+
+
+FROM_THE_HUB = "If it was edited, take the one that the model was published with."
+
+
+def take_another() -> str:
+    """What to do about a model that cannot be read."""
+    return f"Take another model: {spell('scripts/download.py')} --list names those that are known to work."
 
 
 class UnsupportedError(Exception):

@@ -42,6 +42,7 @@ HOMES = {
         "run.folder",
         "run.learning",
         "run.preferences",
+        "train.launcher",
         "train.watch",
     }
     | {"train.loop", "train.parallel", "train.training_state"},

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -137,15 +137,13 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         strategy=parallel.strategy(config.strategy, config.devices, config.num_nodes),
         precision=fabric_precision(precision),
     )
-    fabric.launch()
-    fabric.seed_everything(config.seed, verbose=False)
-    plan = learning.agree_on(plan)
     with (
-        nullcontext() if fabric.local_rank == 0 else parallel.ends_with_parent(),
-        folder.claim(config, fabric, checkpoint, plan),
+        parallel.launched(fabric),
+        folder.claim(config, fabric, checkpoint, plan := learning.agree_on(plan)),
         folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
         watch.watched(fabric, resume.advice(out_dir), config.collective_timeout) as watching,
     ):
+        fabric.seed_everything(config.seed, verbose=False)
         if fabric.is_global_zero:
             tell_plan(config, data, total, plan, start, teacher)
             if checkpoint:

@@ -39,6 +39,7 @@ from lit_qlora.settings import EvalConfig, FinetuneConfig, OptimizerConfig, Pref
 from lit_qlora.signals import caught
 from lit_qlora.train.distillation import Distillation
 from lit_qlora.train.guards import Guard
+from lit_qlora.train.launcher import LostProcessError, is_about_another_process
 from lit_qlora.train.loop import BadStepError, Learner, Paused, Stopped, agree, follow, share_of_steps, train
 from lit_qlora.train.objective import CrossEntropy, Objective
 from lit_qlora.train.optim import check_schedule, make_optimizer, repage
@@ -275,14 +276,6 @@ def explained(out_dir: Path, tokenizer: Tokenizer, advice: Callable[[], str]) ->
         reason = str(error).partition("\n")[0]
         raise ResourceError(f"Out of memory. {reason}\n{advice()}") from None
     except RuntimeError as error:
-        if not _is_about_another_process(error):
+        if not is_about_another_process(error):
             raise
-        raise ResourceError(
-            f"Another process of this run has ended, so this one ends too.\n{resume_advice(out_dir)}"
-        ) from None
-
-
-def _is_about_another_process(error: RuntimeError) -> bool:
-    """Tell whether the error means that another process is gone; gloo has no exception of its own."""
-    distributed = getattr(torch.distributed, "DistError", ())
-    return isinstance(error, distributed) or "gloo" in str(error)
+        raise LostProcessError(resume_advice(out_dir)) from None

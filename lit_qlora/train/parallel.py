@@ -18,13 +18,25 @@ from torch import Tensor, distributed, nn
 
 from lit_qlora.errors import ResourceError
 from lit_qlora.settings import Strategy, check
+from lit_qlora.train.launcher import Children, Launcher
 
 AT_ONCE = 2**23
 """Elements sent at once: enough to fill a link, and a copy of them is small."""
 
 
 class DataParallel(DDPStrategy):
-    """Processes started as Lightning's DDP does, with the module as it is; see sum_gradients."""
+    """Processes started as Lightning's DDP does, with the module as it is; see sum_gradients.
+
+    Attributes:
+        children: the processes that this one started.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.children = Children()
+
+    def _configure_launcher(self) -> None:
+        self._launcher = Launcher(self.children, self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Send the first process's adapter to all; its initialisation may round differently on other machines."""
@@ -92,6 +104,15 @@ def strategy(wanted: Strategy, devices: Devices, num_nodes: int) -> DataParallel
     """
     here = devices if devices != "auto" else torch.cuda.device_count()
     return DataParallel() if wanted != "auto" or here > 1 or num_nodes > 1 else "auto"
+
+
+@contextmanager
+def launched(fabric: Fabric) -> Iterator[None]:
+    """Start the processes of this machine, unless that is done, and let them end together."""
+    children = getattr(fabric.strategy, "children", Children())
+    with children.led() if fabric.local_rank == 0 else ends_with_parent():
+        fabric.launch()
+        yield
 
 
 @contextmanager

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +28,12 @@ ENDS_WELL = "import sys; print('a warning', file=sys.stderr)"
 
 
 @pytest.fixture
-def children(monkeypatch: pytest.MonkeyPatch) -> Children:
+def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[Children]:
     """They may fail without ending the tests."""
     monkeypatch.setattr(launcher, "GRACE", 600.0)
-    return Children()
+    found = Children()
+    yield found
+    found.over.set()
 
 
 def start(children: Children, *programs: str) -> Children:
@@ -94,20 +98,27 @@ def test_processes_that_ended_because_of_one_are_not_taken_for_it(children: Chil
 
 
 def test_processes_that_end_well_change_nothing_and_what_they_say_is_not_shown(
-    children: Children, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, children: Children, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(launcher, "GRACE", 0.0)
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
     with start(children, ENDS_WELL).led():
         assert ended(children) == [0]
+        for thread in threading.enumerate():
+            if thread.name == "process 1":
+                thread.join()
     assert children.failure() is None
+    assert exits == []
     assert capfd.readouterr() == ("", "")
     assert children.every[0].messages() == "a warning"
 
 
 def test_of_many_messages_the_last_whole_lines_are_shown(children: Children) -> None:
-    start(children, "import sys\nfor i in range(9999): print(f'line {i}', file=sys.stderr)")
+    start(children, "import sys\nfor i in range(9999): print(f'no. {i}', file=sys.stderr)")
     ended(children)
     lines = children.every[0].messages().splitlines()
-    assert lines == [f"line {i}" for i in range(9999 - len(lines), 9999)]
+    assert lines == [f"no. {i}" for i in range(9999 - len(lines), 9999)]
     assert 100 < len(lines) < 1000
 
 

@@ -161,6 +161,11 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             print(f"{setting}: {error}", file=sys.stderr)
             continue
+        with torch.no_grad():
+            loss = model.loss(*batch)
+        if not loss.isfinite():  # which would be as fast
+            print(f"{setting}: the loss is no finite number", file=sys.stderr)
+            continue
         count = arguments.rows * arguments.length
         row = {
             "date": time.strftime("%Y-%m-%d"),

@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,6 +285,20 @@ def test_peers_take_turns_and_one_that_is_absent_is_said_to_be(workload: str, tm
     assert "ours" in ours["flags"]
     assert "peft" in theirs["flags"]
     assert all(int(row["tokens_per_second"]) > 0 for row in (ours, theirs))
+
+
+def test_a_contestant_whose_loss_is_no_number_has_no_speed(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contestant, work = program("contestant"), program("contestants.task")
+    model = torch.nn.Linear(1, 1)
+    ones = SimpleNamespace(build=lambda task: work.Built(model, lambda micro: model(torch.ones(1)).sum() * math.nan))
+    monkeypatch.setitem(sys.modules, "contestants.ones", ones)
+    monkeypatch.setitem(contestant.CONTESTANTS, "ones", ("ones", {}, "pytest"))
+    monkeypatch.setattr(sys, "stdin", ['{"steps": 1, "seconds": 0, "recompute": "none"}'])
+    sizes = {"rows": 1, "length": 8, "r": 4, "targets": "all", "quantize": False, "dropout": 0.0}
+    contestant.compete(work.Task(name="ones", shape="tiny", dir=str(tmp_path), workload="fixed", **sizes))
+    assert "the loss of ones is no finite number" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -25,14 +25,7 @@ LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
 UNHANDLED = ("shared_kv_layers", "per_layer_size", "experts_beside")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
-UNDECODED = (
-    "kv_latent_size",
-    "delta_layers",
-    "conv_layers",
-    "attention_gate",
-    "shared_expert_gate",
-    "embedding_norm",
-)
+UNDECODED = ("kv_latent_size", "delta_layers", "conv_layers", "attention_gate")
 """The same of the kernels of decoding alone."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""

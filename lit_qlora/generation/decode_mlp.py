@@ -51,7 +51,8 @@ class ExpertMlp:
         self.router, self.combine, self.before = moe.router, GATES[config.ffn], moe.before
         self.gate_up, self.down = (ChosenExperts(layers, dtype) for layers in _layers_of(moe))
         self.shared = None if moe.shared is None else DenseMlp(moe.shared, config, dtype, adapters)
-        self.products = self.shared.products if self.shared else []
+        self.gate = None if moe.shared_gate is None else Product([moe.shared_gate], dtype, adapters)
+        self.products = [*(self.shared.products if self.shared else ()), *([self.gate] if self.gate else ())]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, E) -> (B, E)."""
@@ -61,7 +62,7 @@ class ExpertMlp:
         else:
             out = self._by_own(x, shares, chosen)
         if self.shared is not None:
-            out += self.shared(x)
+            out += self.shared(x) if self.gate is None else torch.sigmoid(self.gate(x)) * self.shared(x)
         return out.to(x.dtype)
 
     def _by_own(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class FastStep:
         config, weight = model.config, model.embed.weight.detach()
         self.model, self.config, self.cache, self.embed = model, config, cache, weight
         self.blocks = [FastBlock(block, config, i, weight[0], adapters) for i, block in enumerate(model.blocks)]
+        self.embed_norm = norm_of(model.embed_norm, weight[0])
         self.norm = norm_of(model.norm, weight[0], config.logit_multiplier)
         self.head = Product([model.head], weight.dtype, adapters)
         make_room((block.mlp for block in self.blocks), cache.rows)
@@ -113,7 +114,7 @@ class FastStep:
         """(B,) int64 -> (B, V), in the dtype of the weights; the cache is extended."""
         config, cache = self.config, self.cache
         positions = cache.lengths[: cache.rows, None]
-        x = times(F.embedding(tokens, self.embed), config.embedding_multiplier)
+        x = apply_norm(self.embed_norm, times(F.embedding(tokens, self.embed), config.embedding_multiplier))
         if self.model.positions is not None:
             x = x + F.embedding(positions[:, 0], self.model.positions.weight)
         ropes = {
@@ -150,9 +151,10 @@ def why_not(model: GPT, by_row: bool = False) -> str:
         return reason
     if norms_follow_rotation(model.config) and not norms_heads(model.config):
         return "norms behind the rotation"
-    mixtures = (block.mlp for block in model.blocks if isinstance(block.mlp, MoE))
+    mixtures = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
+    gates: list[list[nn.Module]] = [[moe.shared_gate] for moe in mixtures if moe.shared_gate is not None]
     reasons = (
-        *(_undecodable(layers, weight.dtype, by_row) for layers in stacks_of(model)),
+        *(_undecodable(layers, weight.dtype, by_row) for layers in (*stacks_of(model), *gates)),
         *(why_not_chosen(moe, weight.dtype, by_row) for moe in mixtures),
     )
     return next(filter(None, reasons), "")

@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_position": "both",
     }
     | {"sliding_window": 4, "full_attention_layers": (1,), "full_head_size": 32, "full_kv_heads": 1},
+    "nanochat": {"embedding_norm": True, "norm": "rms_no_weight", "qk_norm": "head", "qk_norm_after_rope": True}
+    | {"ffn": "relu2"},
     "hunyuan": {"qk_norm": "head", "qk_norm_after_rope": True, "rope_fraction": 0.5},
     "granite": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "rope_interleaved": True},
 }
@@ -123,6 +125,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     | {"ffn": "swiglu_clamped", "attention_sinks": True, "sliding_window": 4},
     "deepseek": {"router": "sigmoid", "router_correction": True, "router_normalized": True, "router_scale": 2.5}
     | {"router_groups": 2, "router_groups_kept": 1, "shared_expert_size": 64},
+    "qwen2_moe": {"shared_expert_size": 64, "shared_expert_gate": True, "qkv_bias": True},
     "llama4": {"router": "sigmoid", "router_before": True, "n_layer": 2, "shared_expert_size": 64}
     | {"sliding_window": 5, "chunked_window": True, "full_attention_layers": (1,), "no_rope_layers": (1,)}
     | {"qk_norm": "rotated", "qk_norm_after_rope": True, "rope_interleaved": True}
@@ -139,6 +142,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
         pytest.param("mixtral", "bnb.int8", (), marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "bnb.nf4-dq", ("all",), marks=pytest.mark.slow),
         ("deepseek", "bnb.int8", ()),
+        pytest.param("qwen2_moe", "none", ("all",), marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "bnb.nf4-dq", ("mlp",), marks=pytest.mark.slow),
         pytest.param("llama4", "none", ("mlp",), marks=pytest.mark.slow),
         pytest.param("llama4", "bnb.nf4-dq", ("all",), marks=pytest.mark.slow),
     ],

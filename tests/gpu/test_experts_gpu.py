@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16, rank 128": {**ALL, "scheme": "none", "r": 128},
     "gpt-oss's": {**ALL, **CLAMPED},
     "sigmoid, shared, dense block": {**ALL, **SIGMOID, "dense_layers": (0,)},
+    "weighted inputs": {**ALL, "router_before": True, "scheme": "bnb.nf4-dq"},
     "geglu, mlp only": {**ALL, "ffn": "geglu_tanh", "targets": ("mlp",)},
 }
 

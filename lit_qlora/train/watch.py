@@ -170,8 +170,11 @@ class Watch:
 
 
 def _begun(group: ProcessGroup) -> int:
-    """Collectives that this process has begun in a group; torch counts them."""
-    return group._get_sequence_number_for_group()  # type: ignore[attr-defined] # its types lack it
+    """Collectives that this process has begun in a group. torch counts those of gloo and NCCL; of others it is 0."""
+    try:
+        return group._get_sequence_number_for_group()  # type: ignore[attr-defined] # its types lack it
+    except RuntimeError:
+        return 0
 
 
 class _Unchanged:

@@ -2,7 +2,7 @@
 
 cuDNN for rows of one length, if that is worth a plan of its own; flash attention for other rows and for packed
 documents (variable lengths); plain torch on a CPU and on GPUs that have neither. All take strided views without a
-copy. Capped scores have a kernel of their own.
+copy. Capped scores, and heads of more features than flash attention takes, have kernels of their own.
 
 A sink is one more score in the softmax of a head, without a value (Xiao et al. 2024, "Efficient streaming language
 models with attention sinks"). It only scales the output, by the share of the softmax's sum that is not the sink's. The
@@ -23,7 +23,7 @@ from torch import Tensor
 from lit_qlora.fused.offload import to_device
 from lit_qlora.kernels import attention as kernels
 from lit_qlora.kernels.attention import Scores
-from lit_qlora.kernels.launch import INTERPRETED
+from lit_qlora.kernels.launch import INTERPRETED, shared_memory
 from lit_qlora.model.attention import attend
 from lit_qlora.sharded import RowParts
 
@@ -270,8 +270,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) ->
         return out.transpose(1, 2).reshape(tokens, -1), None
     if layout.tree is not None:
         k, v = layout.tree.gathered(k), layout.tree.gathered(v)
-    if heads.cap is not None and (q.is_cuda or INTERPRETED):
-        assert layout.tree is None
+    if _takes_kernel(q, heads, layout):
         out, log_sum = kernels.attend(q, k, v, heads.scores, _ends(layout, q.device), layout.longest)
         out, log_sum = _with_sinks(out, log_sum.T, heads.sinks)
         return out.flatten(1), log_sum.T.contiguous()
@@ -342,7 +341,7 @@ def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Any, heads: Heads, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As attention_backward, for keys and values that are gathered where documents share their beginnings."""
-    if heads.cap is not None and (q.is_cuda or INTERPRETED):
+    if _takes_kernel(q, heads, layout):
         d_out, out, ends = d_out.reshape(q.shape).contiguous(), out.view(q.shape), _ends(layout, q.device)
         return kernels.attend_backward(d_out, q, k, v, out, saved, heads.scores, ends, layout.longest)
     if not has_flash(heads.size, q.device):
@@ -406,6 +405,16 @@ def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
     return {"scale": heads.scale, **sides}
 
 
+def _takes_kernel(q: Tensor, heads: Heads, layout: Layout) -> bool:
+    """Tell whether the project's own kernels run: for capped scores, and for heads too large for flash attention."""
+    if not (q.is_cuda or INTERPRETED):
+        return False
+    if heads.cap is not None:
+        assert layout.tree is None
+        return True
+    return layout.tree is None and has_kernel(heads.size, shared_memory(q), q.element_size())
+
+
 def _takes_cudnn(heads: Heads, layout: Layout) -> bool:
     if torch.are_deterministic_algorithms_enabled():
         return False  # torch does not ask cuDNN for its deterministic backward pass, and flash attention has one
@@ -429,6 +438,16 @@ def flash_on(capability: tuple[int, int], size: int) -> bool:
     if size % 8 or size > MOST_FLASH or capability < (8, 0):
         return False
     return not (192 < size <= 224 and capability in ((8, 6), (8, 9), (12, 0), (12, 1)))
+
+
+def has_kernel(size: int, room: int, element: int = 2) -> bool:
+    """Tell whether the project's own kernels run because heads of `size` features are too large for flash attention.
+
+    Args:
+        room: bytes of shared memory that a program may take.
+        element: bytes of a feature.
+    """
+    return size > MOST_FLASH and kernels.takes(size, element, room)
 
 
 @cache

@@ -223,7 +223,7 @@ class Planner:
         plan = replace(self.bare, slow_because=reason, activations=activations + seen)
         if reason or room.gpu is None:
             return plan
-        slow_attention = _lacks_flash(model.head_size, room.card)
+        slow_attention = _lacks_kernels(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
         corrects = bool(model.delta_layers) and not model.state_space
         plan = replace(plan, delta_rule=_delta_rule(room.card, model.delta_key_size) if corrects else "")
@@ -345,12 +345,16 @@ class Planner:
         )
 
 
-def _lacks_flash(head_size: int, card: Card | None) -> bool:
-    from lit_qlora.fused.attention import flash_on, has_flash
+def _lacks_kernels(head_size: int, card: Card | None) -> bool:
+    from lit_qlora.fused.attention import flash_on, has_flash, has_kernel
+    from lit_qlora.kernels.launch import shared_memory
 
     if card:
-        return not flash_on(card.capability, head_size)
-    return torch.cuda.is_available() and not has_flash(head_size, torch.device("cuda"))
+        return not (flash_on(card.capability, head_size) or has_kernel(head_size, card.shared_memory))
+    if not torch.cuda.is_available():
+        return False
+    gpu = torch.empty(0, device="cuda")
+    return not (has_flash(head_size, gpu.device) or has_kernel(head_size, shared_memory(gpu)))
 
 
 def _delta_rule(card: Card | None, key_size: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_qlora.fused import attention
-from lit_qlora.fused.attention import Heads, Layout, _with_sinks, has_flash
+from lit_qlora.fused.attention import Heads, Layout, _with_sinks, has_flash, has_kernel
 from lit_qlora.kernels.attention import Scores, attend, attend_backward
 from lit_qlora.kernels.launch import AVAILABLE
 from tests.kernels.test_attention import DEVICE, meaning
@@ -88,6 +88,29 @@ def test_tokens_behind_a_shared_beginning_see_what_lies_in_their_chunk() -> None
     runs = [tree.keys[first:end].tolist() for first, end in pairwise(tree.ends.tolist())]
     assert runs == [[0, 1, 2], [3, 4], [3, 5, 6], [7]]
     assert (tree.longest, tree.keys[tree.own].tolist()) == (3, list(range(8)))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
+def test_heads_too_large_for_flash_attention_have_a_kernel() -> None:
+    heads, layout = Heads(2, 1, 272, window=9), Layout(2, 15, 15)
+    torch.manual_seed(0)
+    *parts, d_out = (torch.randn(30, count, 272, device=DEVICE).half() for count in (2, 1, 1, 2))
+    q, k, v = (part.float().requires_grad_() for part in parts)
+    expected = attention._plain(q, k, v, heads, layout)
+    gradients = torch.autograd.grad(expected, (q, k, v), d_out.flatten(1).float())
+    out, saved = attention.attention(*parts, heads, layout)
+    assert saved is not None  # plain attention saves nothing and is computed again
+    back = attention.attention_backward(d_out.flatten(1), *parts, out, saved, heads, layout)
+    for ours, theirs in zip((out, *back), (expected, *gradients), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "kib", "runs"),
+    [(512, 227, True), (272, 227, True), (528, 227, False), (300, 227, False), (256, 227, False), (512, 163, False)],
+)
+def test_the_kernel_is_taken_for_heads_beyond_flash_attention(size: int, kib: int, runs: bool) -> None:
+    assert has_kernel(size, kib * 2**10) == runs
 
 
 def test_gradients_of_shared_beginnings_are_sums_whose_parts_have_no_token_twice() -> None:

@@ -62,8 +62,8 @@ class Variants:
     schemes: tuple[str, ...] = ("nf4-dq", "nf4", "int8", "none")
     windows: tuple[int | None, ...] = (None, 4096)
     norms_of_heads: tuple[str, ...] = ("none", "plain", "late", "values", "values_of_keys")
-    head_sizes: tuple[int, ...] = (64, 128, 256)
-    """Of attention with capped scores."""
+    head_sizes: tuple[int, ...] = (64, 128, 256, 272, 512)
+    """Of attention by the project's own kernels, as far as they take them on the card."""
     caches: tuple[tuple[int, int, int], ...] = ((1, 8, 64), (8, 4, 128), (2, 4, 256), (71, 1, 64))
     """Queries that share a key, keys and the size of their heads, in generation; 71 are falcon-7b's."""
     products_in_16_bit: bool = True
@@ -78,7 +78,7 @@ FEW = Variants(
     schemes=("nf4-dq", "int8", "none"),
     windows=(None,),
     norms_of_heads=("none", "plain"),
-    head_sizes=(128, 256),
+    head_sizes=(128, 256, 512),
     caches=((2, 4, 256), (71, 1, 64)),
     products_in_16_bit=False,
     weights_before=(False,),
@@ -201,10 +201,12 @@ def training(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
 
 
 def attention_of(dtype: torch.dtype, of: Variants) -> None:
-    """Attention with capped scores."""
+    """Attention by the project's own kernels."""
     ends = empty(3, dtype=torch.int32)
     for size in of.head_sizes:
         q, k, v = (empty(T, heads, size, dtype=dtype) for heads in (16, 8, 8))
+        if size > attention.LARGE and not attention.takes(size, 2, launch.WITHOUT_CARD):
+            continue
         for scores in (attention.Scores(0.1, 50.0, window=window) for window in of.windows):
             out, log_sum = attention.attend(q, k, v, scores, ends, 1024)
             attention.attend_backward(out, q, k, v, out, log_sum, scores, ends, 1024)

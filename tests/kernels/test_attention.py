@@ -1,4 +1,4 @@
-"""Attention with capped scores is that of float64, forward and backward, for documents end to end and windows."""
+"""Capped scores and heads of 512 give the attention of float64, for documents end to end and windows."""
 
 from itertools import pairwise
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.attention import Scores, attend, attend_backward
+from lit_qlora.kernels import launch
+from lit_qlora.kernels.attention import LARGE, Scores, attend, attend_backward
 from lit_qlora.kernels.launch import AVAILABLE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
@@ -18,6 +19,9 @@ CASES = {  # ends of documents, query heads, key heads, features, cap, window
     "packed, in a window": ([0, 66, 81], 2, 1, 16, 5.0, 67),
     "large heads": ([0, 37], 1, 1, 160, 5.0, 20),
     "no cap": ([0, 20, 30], 2, 1, 16, None, None),
+    "heads of 512": ([0, 10, 80], 2, 1, 512, None, None),
+    "heads of 512, in a window": ([0, 70], 1, 1, 512, 5.0, 9),
+    "heads of 272, packed": ([0, 3, 40, 40, 60], 2, 1, 272, None, None),
 }
 
 
@@ -40,8 +44,10 @@ def meaning(q: Tensor, k: Tensor, v: Tensor, ends: list[int], scores: Scores, si
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_those_of_float64(case: str) -> None:
+def test_output_and_gradients_are_those_of_float64(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends, heads, keys, size, cap, window = CASES[case]
+    if size > LARGE:
+        monkeypatch.setattr(launch, "WITHOUT_CARD", 2**20)  # the blocks of 16 bit, in float32
     scores = Scores(1.5 * size**-0.5, cap, window)
     torch.manual_seed(0)
     stacked = 2 * torch.randn(ends[-1], heads + 2 * keys, size, dtype=torch.float64)
@@ -54,4 +60,4 @@ def test_output_and_gradients_are_those_of_float64(case: str) -> None:
     out, log_sum = attend(*own, scores, documents, longest)
     back = attend_backward(d_out.float().to(DEVICE), *own, out, log_sum, scores, documents, longest)
     for ours, theirs in zip((out, *back), (exact, *gradients), strict=True):
-        torch.testing.assert_close(ours.cpu().double(), theirs.detach(), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(ours.cpu().double(), theirs.detach(), rtol=1e-4, atol=5e-5)

@@ -471,7 +471,7 @@ OTHERWISE = {
 
 
 def write_otherwise() -> str:
-    """What to do about a model that has no GGUF."""
+    """Advice about a model that has no GGUF."""
     return f"{spell('scripts/convert_lit_checkpoint.py')} writes it for transformers and vLLM."
 
 

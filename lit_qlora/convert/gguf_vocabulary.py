@@ -196,7 +196,7 @@ def read_vocabulary(directory: Path, ending: Ending, size: int) -> Vocabulary:
 
 
 def differences(directory: Path) -> list[str]:
-    """The texts of which llama.cpp makes other tokens than the tokenizer of a checkpoint that can be exported."""
+    """Texts that llama.cpp cuts into other tokens than the tokenizer of a checkpoint that can be exported."""
     if _sentencepiece(directory):
         return []
     spec = read_spec(next(directory / name for name in MODELS if (directory / name).is_file()))

@@ -3,7 +3,7 @@
 A block's experts are most of its weights, and reading their 4 bits takes as long as a third of their products. One
 buffer holds the weights of one kind (gate and up, or down) of one block. When the product that reads them is launched,
 a second stream waits for it. That stream then fills the buffer for the next block. The last block's weights are carried
-over from its forward to its backward pass, and the first block's to the next forward pass if that block learns.
+over from its forward to its backward pass. Those of the first block go on to the next forward pass, if it learns.
 """
 
 from collections.abc import Sequence

@@ -116,7 +116,7 @@ class Fused:
         return FastSizes(self.config, rank, adapted, quantized, head, self.fp8, ahead, lowest=lowest, carried=carried)
 
     def _tables(self, count: int) -> Ropes:
-        """The tables of `count` positions or more; longer ones take the place of those that are too short."""
+        """The tables of `count` positions or more; longer ones take the place of shorter ones."""
         if self.ropes is None or len(self.ropes[0][0]) < count:
             rows = torch.arange(rope_rows(self.config, count), device=self.device)
             self.ropes = self._ropes(rows[None], None)

@@ -130,7 +130,7 @@ def gate_up(
 
 
 def group_of(weight: Tensor) -> int:
-    """How many tiles take a column of (n_expert, N, K) before they go on to the next.
+    """Tiles that take a column of (n_expert, N, K) before they go on to the next.
 
     An expert of Mixtral has more weights than the cache holds. Tile by tile each would be read from memory again.
     """

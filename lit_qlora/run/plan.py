@@ -288,7 +288,7 @@ class Planner:
 
     @cached_property
     def sizes(self) -> FastSizes:
-        """What the activations of the fast path take."""
+        """Memory of the fast path's activations."""
         gpt, storage = self.gpt, self.storage
         adapted = max(adapters_met(block, gpt.config) for block in gpt.blocks)
         rank = max((m.lora_a.size(0) for m in gpt.modules() if isinstance(m, LoRALinear)), default=self.lora.r)

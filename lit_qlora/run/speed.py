@@ -69,7 +69,7 @@ class Stack:
 
 @dataclass
 class Pass:
-    """What a pass over the model asks for: operations, bytes of the GPU's memory, bytes of the host's, launches."""
+    """Needs of a pass over the model: operations, bytes of the GPU's memory, bytes of the host's, launches."""
 
     products: float = 0.0
     of_experts: float = 0.0

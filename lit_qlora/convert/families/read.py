@@ -76,7 +76,7 @@ FROM_THE_HUB = "If it was edited, take the one that the model was published with
 
 
 def take_another() -> str:
-    """What to do about a model that cannot be read."""
+    """Advice about a model that cannot be read."""
     return f"Take another model: {spell('scripts/download.py')} --list names those that are known to work."
 
 

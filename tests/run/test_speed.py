@@ -20,8 +20,8 @@ DOCUMENT = 171.0
 """Tokens of the document that a token of a packed row is in, on average; see contestants.task.example_lengths."""
 FITTED = ("llama-2-7b", "tinyllama", "qwen3-30b-a3b")
 """Rates were fitted to rows of these shapes."""
-WITHOUT = "Qwen3.5"
-"""Nothing is said of gated delta nets."""
+WITHOUT = ("Qwen3.5", "gemma-4")
+"""Nothing is said of gated delta nets, and of heads of 512."""
 UNLIKE = {"plain", "fp8", "pairs", "short", "0.05"}
 """Words of rows that measured something else: the plain path, FP8, other rows, dropout."""
 FIRST, LAST_OF_H100 = "2026-11-30", ("7b74b11", "34f08ee")
@@ -68,7 +68,7 @@ def newest(*programs: str) -> list[dict[str, str]]:
     for row in load_script("benchmarks/results.py").read_rows(ROOT / "benchmarks/results.csv"):
         flags = row["flags"].partition(", beside")[0]
         ours = row["program"] in programs and (row["program"] != "peers.py" or " ours " in flags)
-        if ours and not UNLIKE & set(flags.split()) and WITHOUT not in row["shape"]:
+        if ours and not UNLIKE & set(flags.split()) and not row["shape"].partition("/")[2].startswith(WITHOUT):
             found[row["gpu"], row["shape"], row["micro_batch"], row["tokens"], flags] = row
     return list(found.values())
 
@@ -87,7 +87,7 @@ def test_steps_of_dense_models_take_as_long_as_they_took() -> None:
     ratios = {(row["shape"], row["flags"].split(" as ")[0]): ratio(row) for row in rows}
     assert len(ratios) == 12
     missed = ratios.pop(("tinyllama-1b", "bnb.nf4-dq r16 all recompute full"))
-    assert missed == pytest.approx(0.78, abs=0.02), "its launches took a third longer than those of other cases"
+    assert missed == pytest.approx(0.76, abs=0.02), "its launches took a third longer than those of other cases"
     assert all(one == pytest.approx(1, abs=0.07) for one in ratios.values()), ratios
 
 
@@ -97,17 +97,16 @@ def test_steps_of_shapes_that_no_rate_was_fitted_to_take_as_long_as_they_took() 
     ratios = {tuple(row[name] for name in ("shape", "micro_batch", "tokens", "flags")): ratio(row) for row in rows}
     assert len(ratios) > 30
     assert len({row["shape"] for row in rows}) >= 12
-    far = {key: one for key, one in ratios.items() if abs(one - 1) > 0.1}
-    assert len(far) <= 0.05 * len(ratios), far
-    assert all(one == pytest.approx(1, abs=0.15) for one in far.values()), far
+    far = {key: one for key, one in ratios.items() if abs(one - 1) > 0.06}
+    assert [key[:3] for key in far] == [("meta-llama/Llama-3.1-8B", "1", "83200")], far
 
 
 @pytest.mark.slow
 def test_so_do_those_of_experts_and_short_rows() -> None:
     rows = [row for row in newest("step.py", "peers.py", "predictions.py") if is_fitted(row) and is_newest(row)]
     ratios = {tuple(row[name] for name in ("shape", "micro_batch", "tokens", "flags")): ratio(row) for row in rows}
-    far = {key: one for key, one in ratios.items() if abs(one - 1) > 0.125}
-    assert len(far) <= 0.05 * len(ratios), far
+    far = {key: one for key, one in ratios.items() if abs(one - 1) > 0.1}
+    assert [key[:3] for key in far] == [("tinyllama-1b", "1", "4096")], far
 
 
 def test_a_step_asks_for_the_operations_of_its_weights_and_of_attention() -> None:
@@ -164,6 +163,7 @@ def test_nothing_is_said_of_what_was_not_measured(changes: dict[str, Any]) -> No
     assert time.tokens_per_second(plan_as(time), 4096, 2048, "T4") is None
 
 
-def test_nothing_is_said_of_layers_that_were_not_measured() -> None:
-    time = step_time("Qwen/Qwen3.5-4B@4", "bnb.nf4-dq")
+@pytest.mark.parametrize("shape", ["Qwen/Qwen3.5-4B@4", "google/gemma-4-31B@6"])
+def test_nothing_is_said_of_layers_and_heads_that_were_not_measured(shape: str) -> None:
+    time = step_time(shape, "bnb.nf4-dq")
     assert time.tokens_per_second(plan_as(time), 4096, 2048, "H200") is None

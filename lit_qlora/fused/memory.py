@@ -222,6 +222,12 @@ class FastSizes:
         space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
         return space + 2.0 * kept * c.n_embd
 
+    def spared(self, policies: Sequence[Recompute]) -> float:
+        """Bytes of workspaces that nothing needs where the weights of all blocks are cached: all but the head's."""
+        if self.fp8 or not self.quantized:
+            return 0.0
+        return self._workspaces(policies) - 2.0 * self.quantized_head * self.model.vocab_size * self.model.n_embd
+
     def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.
 

@@ -328,6 +328,8 @@ class Planner:
             holes, wanted = HOLES * activations, train.keep_dequantized
             held = list(accumulate(map(sum, reversed(self._dequantized)), initial=0.0))
             cached_blocks, carries = _share(spare, held, holes, carrying, wanted)
+        if cached_blocks == model.n_layer:
+            activations -= sizes.spared(policies)
         return replace(
             plan,
             weights=weights,

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from lit_qlora.fused.group import Group
 from lit_qlora.fused.head import Head
 from lit_qlora.fused.memory import FastSizes
 from lit_qlora.kernels.dequantize import dequantize
-from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.launch import AVAILABLE, Card
 from lit_qlora.kernels.mlp import mlp_backward
 from lit_qlora.lora.layer import add_lora
 from lit_qlora.model.gpt import GPT
@@ -147,6 +148,29 @@ def test_weights_are_carried_over_in_memory_that_activations_have_freed() -> Non
     for block, stays in zip(fused.blocks, stay, strict=True):
         assert [group.carried is not None for group in block.groups[1:]] == [stays] * 3
         assert [group.dense is not None for group in block.groups] == [block is fused.blocks[-1]] * 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 64}])
+def test_where_all_blocks_are_cached_no_workspace_is_made_and_none_is_planned(changes: dict[str, Any]) -> None:
+    model = adapted_model(scheme="bnb.nf4", **changes)
+    some, whole = fuse(model, cached_blocks=1), fuse(model, cached_blocks=2)
+    assert some.workspaces[0] is not None
+    assert bool(some.ahead) == bool(changes)
+    assert (whole.workspaces, whole.ahead) == ((None, None, None), [])
+    storage, train = Storage(torch.bfloat16, "bnb.nf4"), TrainConfig(recompute="none", keep_dequantized=1)
+    both = replace(train, keep_dequantized=2)
+    card = Card((9, 0), 227 * 2**10)
+    lora = LoRAConfig(r=4, targets=("all",))
+    plans = [
+        make_plan(model.config, lora, storage, MicroBatches(24), each, Room(2.0**40, card=card))
+        for each in (train, both)
+    ]
+    spared = whole.sizes.spared(["none"] * 2)
+    assert plans[0].activations - plans[1].activations == spared > 0
+    kept = replace(whole.sizes, quantized_head=True)
+    assert (
+        kept._workspaces(["none"] * 2) - kept.spared(["none"] * 2) == 2 * model.config.vocab_size * model.config.n_embd
+    )
 
 
 def test_an_interrupted_pass_leaves_no_weight_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +311,8 @@ def test_a_plan_counts_the_cached_blocks() -> None:
     none, some, all_ = planned(0), planned(2), planned("auto")
     assert (none.cached_blocks, some.cached_blocks, all_.cached_blocks) == (0, 2, 4)
     assert none.cached == 0
-    assert all_.total == none.total + all_.cached == none.total + 2 * some.cached
+    assert all_.cached == 2 * some.cached == 2 * (some.total - none.total)
+    assert some.total < all_.total < none.total + all_.cached  # without a workspace
     assert planned(9).cached_blocks == 4
 
 
@@ -437,7 +462,7 @@ def test_a_plan_of_a_mixed_base_counts_the_weights_that_are_carried_over(
     storage = Storage(torch.bfloat16, "bnb.nf4", layers=tuple(MIXED.items()))
     planner = Planner(fused.config, LoRAConfig(r=4, targets=targets), storage, TrainConfig())
     assert 0 < held[1] < held[0] / 2
-    assert list(planner._sizes.carried) == list(fused.sizes.carried) == held
+    assert list(planner.sizes.carried) == list(fused.sizes.carried) == held
 
 
 @pytest.mark.parametrize("changes", [LATENT, EXPERTS], ids=["latent attention", "a shared expert with a gate"])
@@ -445,4 +470,4 @@ def test_a_plan_counts_carried_weights_of_other_blocks_too(changes: dict[str, An
     fused = fuse(adapted_model(scheme="bnb.nf4", **changes))
     storage = Storage(torch.bfloat16, "bnb.nf4")
     planner = Planner(fused.config, LoRAConfig(r=4, targets="all"), storage, TrainConfig())
-    assert 0 < sum(planner._sizes.carried) == sum(fused.sizes.carried)
+    assert 0 < sum(planner.sizes.carried) == sum(fused.sizes.carried)

@@ -42,6 +42,18 @@ CHOICE = 24
 """Bytes that a choice of an expert takes: weight, expert, token and where it lies, some of them twice."""
 
 
+def within_chunks(config: ModelConfig) -> int:
+    """Numbers a token that exist in the backward pass of the rule of a gated delta net, with what it computes again.
+
+    They are matrices of chunks, states of chunks, and inputs with their gradients, counted as they live in plain torch:
+    5 % fewer or as many for keys and values of 32 to 256 features. The kernels of fla-core need less.
+    """
+    c = config
+    features, state = c.delta_key_size + c.delta_value_size, c.delta_key_size * c.delta_value_size
+    each = 5 * DELTA_CHUNK + 9 * features + 3 * state // DELTA_CHUNK
+    return c.delta_value_heads * each if c.delta_layers else 0
+
+
 def adapters_met(block: nn.Module, config: ModelConfig) -> float:
     """Adapters of a block that a token goes through."""
     share = config.n_expert_per_token / config.n_expert if config.n_expert else 0.0
@@ -103,16 +115,21 @@ class FastSizes:
     """Bytes of each block's quantised weights in 16 bit with the adapters' B beside them, but for those of experts,
     which are not carried over."""
 
-    def saved(self, policy: Recompute, tokens: int) -> float:
-        """Bytes on the device that one block saves for its backward pass."""
+    def saved(self, policy: Recompute, tokens: int, holds_state: bool = True) -> float:
+        """Bytes on the device that one block saves for its backward pass.
+
+        Args:
+            holds_state: it has a gated delta net or a short convolution, if the model has any.
+        """
         c = self.model
         attended, z, log_sums = self._attended, self.rank * self.adapted, 4 * c.n_head
         middle, raw = self._middle, self._raw
+        qkv = self._qkv if holds_state else self._qkv_of_attention
         if policy in FULL and not (c.n_expert or self._by_torch):
             z, log_sums = min(z, self.rank), 0  # that of the MLP's last layer alone
         elements = {
-            "none": c.n_embd + middle + 2 * raw + self._qkv + attended + self._branches + z,
-            "mlp": c.n_embd + middle + 2 * raw + self._qkv + attended + z,
+            "none": c.n_embd + middle + 2 * raw + qkv + attended + self._branches + z,
+            "mlp": c.n_embd + middle + 2 * raw + qkv + attended + z,
             "attn": c.n_embd + middle + 2 * raw + attended + z,
             "offload": z,
             "full": c.n_embd + raw + z,
@@ -160,12 +177,14 @@ class FastSizes:
 
         The last block's backward pass comes first, and frees what it saved before the one below begins.
         """
-        each = {policy: (self.saved(policy, tokens), self._block(policy, tokens)) for policy in set(policies)}
-        kept, moments = 0.0, []
-        for i, policy in enumerate(policies):
-            kept += each[policy][0] if i >= self.lowest else 0.0
-            moments.append(kept + each[policy][1])
-        c = self.model
+        c, kept, moments = self.model, 0.0, []
+        states = [c.is_delta(i) or c.is_conv(i) for i in range(len(policies))]
+        kinds = set(zip(policies, states, strict=True))
+        saved = {kind: self.saved(kind[0], tokens, kind[1]) for kind in kinds}
+        beside = {policy: self._block(policy, tokens) for policy in set(policies)}
+        for i, kind in enumerate(zip(policies, states, strict=True)):
+            kept += saved[kind] if i >= self.lowest else 0.0
+            moments.append(kept + beside[kind[0]])
         slices = min(tokens, head_tokens(c.vocab_size)) * 2.0 * c.vocab_size + tokens * 4.0 * c.n_embd
         return [*moments, kept + max(slices, tokens * 8.0 * c.n_embd)]
 
@@ -280,14 +299,18 @@ class FastSizes:
 
     @cached_property
     def _qkv(self) -> int:
+        """The features of _qkv_of_attention, or of a state if the model has any."""
+        return max(self._qkv_of_attention, self._of_state)
+
+    @cached_property
+    def _qkv_of_attention(self) -> int:
         """Features of queries, keys and values together; of all that autograd saves, where torch computes attention."""
         c = self.model
         if self._by_torch:
             (into, _, _), *_ = self._stacks_of_attention
             lookup = 4 * self._queries + c.n_head * c.value_size  # values are padded to the size of keys
-            attention = 2 * c.n_embd + into + c.q_latent_size + c.kv_latent_size + lookup
-            return max(attention, self._of_state)
-        return max((2 if c.attention_gate else 1) * self._queries + 2 * self._keys, self._of_state)
+            return 2 * c.n_embd + into + c.q_latent_size + c.kv_latent_size + lookup
+        return (2 if c.attention_gate else 1) * self._queries + 2 * self._keys
 
     @cached_property
     def _of_state(self) -> int:
@@ -301,9 +324,7 @@ class FastSizes:
     @cached_property
     def _within_chunks(self) -> int:
         """Features of what a gated delta net computes again in its backward pass, in float32."""
-        c = self.model
-        each = 10 * DELTA_CHUNK + 6 * (c.delta_key_size + c.delta_value_size)
-        return 2 * c.delta_value_heads * each if c.delta_layers else 0
+        return 2 * within_chunks(self.model)
 
     @cached_property
     def _attended(self) -> int:

@@ -10,13 +10,21 @@ from typing import Literal
 
 import torch
 
-from lit_qlora.fused.memory import COPY_BY_BLOCK, ON_HOST, FastSizes, adapters_met, choose, lowest_learning, rope_rows
+from lit_qlora.fused.memory import (
+    COPY_BY_BLOCK,
+    ON_HOST,
+    FastSizes,
+    adapters_met,
+    choose,
+    lowest_learning,
+    rope_rows,
+    within_chunks,
+)
 from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
 from lit_qlora.lora.layer import LoRALinear, add_lora
 from lit_qlora.lora.score import add_score
 from lit_qlora.model.config import ModelConfig
-from lit_qlora.model.delta_net import CHUNK
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.model.rope import rotates_locally
 from lit_qlora.quantize import Storage, bits_per_weight
@@ -538,7 +546,7 @@ def _activations(
     logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
     largest = max(config.ffn_size, config.shared_kv_ffn_size, config.n_head * config.head_size) * config.n_embd
     widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
-    return kept + logits + max(widest, tokens * _within_chunks(config))
+    return kept + logits + max(widest, 4.0 * tokens * within_chunks(config))
 
 
 def _adapted_features(gpt: GPT, dora: bool) -> list[tuple[float, float]]:
@@ -579,9 +587,3 @@ def _mixed(config: ModelConfig, block: int, itemsize: int) -> float:
     heads, keys = config.delta_value_heads, 2 * config.delta_key_heads * config.delta_key_size
     values = heads * config.delta_value_size
     return float((keys + 3 * values) * itemsize + 4 * (keys + 2 * heads * config.delta_key_size + 4 * values))
-
-
-def _within_chunks(config: ModelConfig) -> float:
-    """Estimate the bytes a token of what a gated delta net computes again in its backward pass, in float32."""
-    features = config.delta_key_size + config.delta_value_size
-    return 4.0 * config.delta_value_heads * (10 * CHUNK + 6 * features) if config.delta_layers else 0.0

@@ -1,13 +1,19 @@
 """Bytes that the fast path saves of a micro-batch, and the blocks that recompute so that it fits."""
 
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lit_qlora.fused.memory import COST, SLICE, FastSizes, choose, head_tokens, slice_tokens
+from lit_qlora.fused.memory import COST, SLICE, FastSizes, choose, head_tokens, slice_tokens, within_chunks
 from lit_qlora.model.config import ModelConfig
+from lit_qlora.model.delta_net import delta_rule
 from lit_qlora.settings import Recompute
 from tests.conftest import tiny_config
 
@@ -159,3 +165,47 @@ def test_the_mix_is_that_of_a_search_through_all_mixes(changes: dict[str, Any], 
                 assert choose(one, BLOCKS, tokens, free, host) == cheapest
                 found.add(tuple(cheapest))
     assert len(found) > 8
+
+
+def test_blocks_without_a_state_save_no_state_in_a_model_that_has_some() -> None:
+    delta = {"delta_key_heads": 2, "delta_value_heads": 4, "delta_key_size": 32, "delta_value_size": 32}
+    mixed, plain = sizes(delta_layers=(0, 1, 2, 4, 5, 6), **delta), sizes()
+    assert mixed.saved("none", 512, holds_state=False) == plain.saved("none", 512)
+    every = sizes(delta_layers=tuple(range(BLOCKS)), **delta)
+    spared = 2 * (every.saved("none", 512) - plain.saved("none", 512))
+    assert every.peak(["none"] * BLOCKS, 512) - mixed.peak(["none"] * BLOCKS, 512) == spared > 0
+
+
+@pytest.mark.parametrize(("keys", "values"), [(128, 128), (32, 64)])
+def test_the_backward_pass_of_the_delta_rule_holds_what_is_counted(keys: int, values: int) -> None:
+    count, heads, live = 1024, 2, Live()
+    inputs = [torch.randn(1, count, heads, n, requires_grad=True) for n in (keys, keys, values)]
+    inputs += [(-torch.rand(1, count, heads)).requires_grad_(), torch.rand(1, count, heads, requires_grad=True)]
+    with live:
+        delta_rule(*inputs, None)[0].sum().backward()
+    shape = {"delta_key_heads": heads, "delta_value_heads": heads, "delta_key_size": keys, "delta_value_size": values}
+    config = tiny_config(delta_layers=(0,), **shape)
+    assert live.peak / (4 * count) == pytest.approx(within_chunks(config), rel=0.12)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on, at their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for storage in (one.untyped_storage() for one in tree_leaves(made) if isinstance(one, Tensor)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._free, storage.nbytes(), storage._cdata)
+        return made
+
+    def _free(self, count: int, key: int) -> None:
+        self.bytes -= count
+        self.known.discard(key)

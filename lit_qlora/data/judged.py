@@ -175,6 +175,8 @@ def read_judged(source: Source, data: DataConfig) -> JudgedReading:
     """
     rest = iter(read_records(source))
     first = list(islice(_to_the_end(rest), LOOKED_AT))
+    if not first:
+        raise DataError(f"{source} holds no judged answers.")
     name, form = _pick(source.format if data.format == "auto" else data.format, first)
     judged: list[Judged] = []
     unread, complaints, unreadable = Unread(form), list[str](), False
@@ -220,7 +222,7 @@ def _pick(name: str, records: Sequence[tuple[str, Any]]) -> tuple[str, JudgedFor
     if broken is not None and not dicts:
         raise broken
     raise DataError(
-        f"{records[0][0] if records else 'the source'}: no format of judged answers has the columns "
+        f"{records[0][0]}: no format of judged answers has the columns "
         f"{names_of(dicts[0]) if dicts else 'nothing'}.\n"
         "Needed are prompt, chosen and rejected, or prompt, completion and label. finetune/lora.py learns from answers "
         "that nobody judged."

@@ -140,6 +140,12 @@ def test_a_record_that_cannot_be_compared_is_refused_with_the_reason(
     assert message in str(refused.value)
 
 
+def test_a_file_without_records_is_refused_by_its_path(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        read(tmp_path / "a.jsonl", tiny_checkpoint, [])
+    assert str(refused.value) == f"{tmp_path}/a.jsonl holds no judged answers."
+
+
 def test_the_audit_knows_pairs(tiny_checkpoint: Path, tmp_path: Path) -> None:
     records = [
         *({"prompt": f"{n}?", "chosen": "a long answer", "rejected": "no"} for n in range(8)),

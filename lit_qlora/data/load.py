@@ -180,6 +180,7 @@ def load(data: DataConfig, checkpoint_dir: Path, tokenizer: Tokenizer, max_lengt
     chosen, held_out = split(encoded, val, data, seed)
     if data.exclude:
         chosen = leave_out(data.exclude, [list(map(hash_of, source.samples)) for source in encoded], chosen)
+    chosen = limited(chosen, data, seed)
     parts = [source.samples.take(some) for source, some in zip(encoded, chosen, strict=True)]
     kept = [source.samples.take(some) for source, some in zip(encoded, held_out, strict=True)]
     for part, source in zip(parts, sources, strict=True):
@@ -309,14 +310,26 @@ def split(
     shuffled = order(len(owners), seed, SPLIT)
     held = _held_out(shuffled, held_out, train)
     kept = sorted(i for i in shuffled if i not in held)
-    if data.max_samples is not None and data.max_samples < len(kept):
-        kept = sorted(kept[i] for i in order(len(kept), seed, CHOICE)[: data.max_samples])
 
     def by_source(some: Sequence[int]) -> list[list[int]]:
         at = np.asarray(some, np.int64)
         return [numbers[at][owners[at] == number].tolist() for number in range(len(train))]
 
     return by_source(kept), by_source(sorted(held))
+
+
+def limited(chosen: list[list[int]], data: DataConfig, seed: int) -> list[list[int]]:
+    """Take data.max_samples of the chosen samples of all sources; fewer ones are among more.
+
+    Args:
+        seed: see split.
+    """
+    total = sum(map(len, chosen))
+    if data.max_samples is None or data.max_samples >= total:
+        return chosen
+    seed = seed if data.split_seed is None else data.split_seed
+    taken, places = set(order(total, seed, CHOICE)[: data.max_samples]), iter(range(total))
+    return [[number for number in part if next(places) in taken] for part in chosen]
 
 
 def _held_out(shuffled: Sequence[int], count: int, train: Sequence[Encoded]) -> set[int]:

@@ -18,6 +18,7 @@ from lit_qlora.data.load import (
     encode_source,
     excluded,
     length_limit,
+    limited,
     model_of,
     split,
 )
@@ -53,6 +54,7 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
     chosen, held_out = split([_heads(one) for one in encoded], val and _heads(val), data, seed)
     if data.exclude:
         chosen = leave_out(data.exclude, [_hashes(one) for one in encoded], chosen)
+    chosen = limited(chosen, data, seed)
     # The kernel of capped scores has as many keys as queries.
     share = how.share_prompts and model.shares_beginnings and model.attention_softcap is None
     layout = Layout(share, how.ld_alpha, how.sft_prompts)

@@ -21,7 +21,7 @@ from lit_qlora.data.encode import CONTROL, Counts, EncodedSample
 from lit_qlora.data.examples import LOOKED_AT, refusal
 from lit_qlora.data.exclude import hash_of, leave_out
 from lit_qlora.data.labels import class_of, number_of, scoring_of
-from lit_qlora.data.load import RunData, batching_of, excluded, length_limit, model_of, split
+from lit_qlora.data.load import RunData, batching_of, excluded, length_limit, limited, model_of, split
 from lit_qlora.data.messages import names_of, text_of
 from lit_qlora.data.samples import Sample, Samples
 from lit_qlora.data.sources import Source, find_sources, fingerprint, read_records
@@ -88,6 +88,7 @@ def read_scored(config: FinetuneConfig) -> RunData:
     chosen, held_out = split(train, val, data, seed)
     if data.exclude:
         chosen = leave_out(data.exclude, [list(map(hash_of, one.samples)) for one in train], chosen)
+    chosen = limited(chosen, data, seed)
     samples = Samples.joined([one.samples.take(some) for one, some in zip(train, chosen, strict=True)])
     kept = Samples.joined([one.samples.take(some) for one, some in zip(train, held_out, strict=True)])
     kept = (val.samples if val else kept).take(range(len(val.samples if val else kept))[: config.eval.max_samples])

@@ -71,7 +71,7 @@ class DataConfig(PromptKnobs):
     """'stop' ends the run at a record that cannot be read or has no answer; 'skip' leaves such records out and counts
     them."""
     max_samples: Count | None = None
-    """Train on N samples only, chosen at random. By default on all."""
+    """Train on N samples only, chosen at random among those that data.exclude leaves. By default on all."""
     validation_strategy: Literal["auto", "automatic", "custom"] = "auto"
     """Source of validation samples: a validation file ('custom'), a share of the training data ('automatic'), or a file
     if there is one ('auto')."""

@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from lit_qlora import cli
+from lit_qlora.data.comparisons import Comparisons
+from lit_qlora.data.exclude import hash_of
+from lit_qlora.data.of_run import read_of_run
 from lit_qlora.errors import UsageError
-from lit_qlora.settings import AnySweep, PreferenceSweepConfig, SweepConfig
+from lit_qlora.settings import AnySweep, FinetuneConfig, PreferenceRunConfig, PreferenceSweepConfig, SweepConfig
 from lit_qlora.sweep.conduct import sweep, with_halves
 from lit_qlora.sweep.more_data import Forecast, fit
 from tests.sweep.conftest import Configure
 
 SIZES = [100, 200, 400, 800]
 LABELLED = [3, 5] * 100
+MOST, LEAST = "--data.max_samples=8", "--data.max_samples=4"
 
 
 def losses(a: float, b: float, noise: float) -> Forecast:
@@ -54,6 +58,34 @@ def test_halves_are_nested_parts_of_the_training_samples(configure: Configure) -
         with_halves(configure("--sweep.data_halvings=9"))
     with pytest.raises(UsageError, match=r"sweep\.data_halvings chooses data\.max_samples"):
         configure("--sweep.data_halvings=1", "--sweep.grid={data.max_samples: [3]}")
+
+
+@pytest.mark.parametrize("learns", ["to write", "labels", "pairs"])
+def test_samples_that_are_left_out_are_none_of_a_part(learns: str, flags: list[str], tmp_path: Path) -> None:
+    own = [flag for flag in flags if not flag.startswith(("--data.prompt", "--data.cache_dir"))]
+    kind, given = {
+        "to write": (FinetuneConfig, flags),
+        "labels": (FinetuneConfig, [*own, "--head=classify"]),
+        "pairs": (PreferenceRunConfig, flags),
+    }[learns]
+    rows = {
+        "to write": [{"instruction": f"{n}?", "output": f"{n}"} for n in range(20)],
+        "labels": [{"text": f"{n}", "label": "ab"[n % 2]} for n in range(20)],
+        "pairs": [{"prompt": f"{n}?", "chosen": "1", "rejected": "2"} for n in range(20)],
+    }[learns]
+    given = [*given, written(tmp_path / "a.jsonl", rows)]
+
+    def trained(*changes: str) -> list[str]:
+        train = read_of_run(cli.parse(kind, [*given, *changes])).train
+        each = [train[n].answers if isinstance(train, Comparisons) else [train[n]] for n in range(len(train))]
+        return [hash_of(*samples) for samples in each]
+
+    every = trained()
+    path = tmp_path / "exclude.txt"
+    path.write_text("\n".join(every[:6]))
+    left, some, fewer = (trained(f"--data.exclude={path}", *more) for more in ([], [MOST], [LEAST]))
+    assert (len(left), len(some), len(fewer)) == (len(every) - 6, 8, 4)
+    assert set(fewer) < set(some) < set(left)
 
 
 @pytest.mark.slow

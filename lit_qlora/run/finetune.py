@@ -138,10 +138,10 @@ def _finetune(config: FinetuneConfig, make_ask: MakeAsk | None, load: Load, paus
         precision=fabric_precision(precision),
     )
     with (
-        parallel.launched(fabric),
+        parallel.launched(fabric) as children,
         folder.claim(config, fabric, checkpoint, plan := learning.agree_on(plan)),
         folder.open_log(config.log, resume.flat(resume.plain(config)), out_dir, total, fabric) as log,
-        watch.watched(fabric, resume.advice(out_dir), config.collective_timeout) as watching,
+        watch.watched(fabric, resume.advice(out_dir), config.collective_timeout, children.end) as watching,
     ):
         fabric.seed_everything(config.seed, verbose=False)
         if fabric.is_global_zero:

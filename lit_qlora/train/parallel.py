@@ -107,12 +107,16 @@ def strategy(wanted: Strategy, devices: Devices, num_nodes: int) -> DataParallel
 
 
 @contextmanager
-def launched(fabric: Fabric) -> Iterator[None]:
-    """Start the processes of this machine, unless that is done, and let them end together."""
+def launched(fabric: Fabric) -> Iterator[Children]:
+    """Start the processes of this machine, unless that is done, and let them end together.
+
+    Yields:
+        Those that this one started.
+    """
     children = getattr(fabric.strategy, "children", Children())
     with children.led() if fabric.local_rank == 0 else ends_with_parent():
         fabric.launch()
-        yield
+        yield children
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -240,12 +240,13 @@ def _described(frame: FrameType) -> str:
 
 
 @contextmanager
-def watched(fabric: Fabric, advice: str, timeout: float) -> Iterator[Watch]:
+def watched(fabric: Fabric, advice: str, timeout: float, end: Callable[[], None] | None = None) -> Iterator[Watch]:
     """Let the processes of a run watch each other inside; all end at once where one of them would wait for ever.
 
     Args:
         advice: ends the message.
         timeout: collective_timeout.
+        end: ends the processes that this one started; one that is stopped does not end by itself.
     """
     if fabric.world_size == 1:
         yield Watch(HashStore(), 0, 1)
@@ -266,6 +267,8 @@ def watched(fabric: Fabric, advice: str, timeout: float) -> Iterator[Watch]:
             if reason := watch.look(stops=signals.taken() > 0):
                 os.write(2, f"\nerror: {reason}\nSo this process ends too. {advice}\n".encode())
                 done.wait(3.5 * EVERY)  # in which it is told, heard and looked at
+                if end:
+                    end()
                 os._exit(ResourceError.status)
 
     # The store may block for minutes where a machine is gone.

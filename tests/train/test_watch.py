@@ -254,6 +254,22 @@ def test_a_process_that_never_joins_a_sum_of_gradients_ends_the_run_and_is_named
         assert text.endswith("So this process ends too. Resume.\n")
 
 
+def test_a_process_that_ends_the_run_ends_first_those_that_it_started(tmp_path: Path) -> None:
+    """One that is stopped would stay."""
+    if not (first := os.fork()):
+        try:
+            watch.EVERY, watch.SILENT = 0.1, 2
+            watch._store = lambda fabric: distributed.HashStore()
+            store = distributed.FileStore(str(tmp_path / "store"), 1)
+            distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            with watch.watched(Member(0, 2), "Resume.", 0.0, (tmp_path / "ended").touch):  # type: ignore[arg-type]
+                signal.pause()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == ResourceError.status
+    assert (tmp_path / "ended").exists()
+
+
 def passes(base: ShardedBase, *blocks: int) -> None:
     base.begin()
     for block in blocks:

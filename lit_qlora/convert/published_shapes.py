@@ -43,7 +43,8 @@ def _gemma2(*sizes: int, head: int) -> dict[str, Any]:
 
 
 def _gemma3(*sizes: int, head: int) -> dict[str, Any]:
-    return config_json("gemma3_text", *(*sizes, 262_208), head_dim=head, max_position_embeddings=131_072)
+    more = {"head_dim": head, "sliding_window": 1024, "max_position_embeddings": 131_072}
+    return config_json("gemma3_text", *(*sizes, 262_208), **more)
 
 
 QWEN3_30B = {

@@ -5,13 +5,12 @@ stacks of the fast path too, and its lookup of values is fused.attention's. With
 graph of the module is saved. Else the backward pass makes it from the block's input.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_qlora.fused.attention import Heads, Layout, attention, attention_backward
 from lit_qlora.fused.block import Block, SavedBlock
@@ -19,15 +18,11 @@ from lit_qlora.fused.delta_rule import by_kernels, has_kernels
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.kernel_block import mixer_of, mixing_layers
 from lit_qlora.fused.passes import Backward, Pass
-from lit_qlora.kernels.dropout import NONE
-from lit_qlora.kernels.lora_products import Pending
+from lit_qlora.fused.torch_stack import MOST_STACKS, TorchStack, with_layers
 from lit_qlora.kernels.norm import add_norm, apply_norm, norm_backward
 from lit_qlora.model.attention import Place, attend
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.settings import Recompute
-
-MOST_STACKS = 8
-"""Of a block; each has a number of its own for dropout."""
 
 
 class TorchBlock(Block):
@@ -122,74 +117,6 @@ class TorchBlock(Block):
         return Place((cos, sin) if self.rotates else None, scale, mask, documents, [], lookup, rule)
 
 
-class TorchStack:
-    """Linear layers with one input, which a module calls one by one: the first call computes the product of all.
-
-    Attributes:
-        parts: of each layer what takes its place in the module.
-        workspace: for dequantised weights; None where they are carried over.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module], group: Group, number: int) -> None:
-        self.group, self.number = group, number
-        self.parts = {layer: Part(self, i) for i, layer in enumerate(layers)}
-        self.workspace: Tensor | None = None
-        self.dropout = NONE
-        self.waiting: dict[int, Tensor] = {}
-
-    def begin(self, run: Pass) -> None:
-        """Begin a forward pass."""
-        self.workspace, self.dropout = run.workspaces[0], self.group.dropout(run.seed, self.number)
-        self.waiting.clear()  # of a pass that failed
-
-    def product(self, x: Tensor, part: int) -> Tensor:
-        """The output (..., N) of a layer for the stack's input x (..., K)."""
-        if not self.waiting:
-            y = _Product.apply(x.flatten(0, -2).contiguous(), self)
-            self.waiting = dict(enumerate(y.view(*x.shape[:-1], -1).split(self.group.stack.rows, dim=-1)))
-        return self.waiting.pop(part)
-
-
-class Part(nn.Module):
-    """A layer of a stack, in its place in a module."""
-
-    def __init__(self, stack: TorchStack, number: int) -> None:
-        super().__init__()
-        self.stack, self.number = stack, number
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
-        return self.stack.product(x, self.number)
-
-
-class _Product(torch.autograd.Function):
-    """The product of a stack; its backward pass adds the gradients of the adapters to those of the group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: TorchStack) -> Tensor:
-        """(T, K) -> (T, N)."""
-        group, dropout = stack.group, stack.dropout
-        both, z = x, None
-        if group.a is not None:
-            both = group.empty_input(len(x))
-            z = group.project(x, both, dropout, copy=True)
-        ctx.stack, ctx.dropout = stack, dropout
-        ctx.save_for_backward(x, z)
-        return group.product(both, group.matrix(stack.workspace))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient of x."""
-        group, dropout, pending = ctx.stack.group, ctx.dropout, Pending()
-        x, z = ctx.saved_tensors
-        dy = gradients[0].contiguous()
-        group.add_grad_b(dy, z, pending)
-        both = group.product_back(dy, ctx.stack.workspace)
-        group.add_grad_a(x, both, pending, dropout)
-        pending.flush()
-        return group.d_input(both, dropout), None
-
-
 class _Attend(torch.autograd.Function):
     """fused.attention of queries (T, H, D), keys and values (T, K, D); returns (T, H D)."""
 
@@ -227,14 +154,3 @@ def fast_attend(layout: Layout, window: int | None) -> Callable[..., Tensor]:
         return rows[..., :narrow].transpose(1, 2)
 
     return lookup
-
-
-def with_layers(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Return a copy of a module that shares everything with it but the layers that are replaced."""
-    if module in replaced:
-        return replaced[module]
-    made = copy(module)
-    made._modules = {
-        name: None if child is None else with_layers(child, replaced) for name, child in module._modules.items()
-    }
-    return made

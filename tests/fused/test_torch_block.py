@@ -9,7 +9,8 @@ from torch import Tensor
 from lit_qlora.fused import fuse
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.memory import FastSizes
-from lit_qlora.fused.torch_block import MOST_STACKS, TorchBlock
+from lit_qlora.fused.torch_block import TorchBlock
+from lit_qlora.fused.torch_stack import MOST_STACKS
 from lit_qlora.generation.decode_step import why_not as why_not_decoded
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.launch import AVAILABLE

@@ -6,7 +6,8 @@ import re
 import resource
 import sys
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
@@ -137,6 +138,25 @@ def precede_other_streams() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)
     torch.cuda.empty_cache()  # this stream cannot use memory that the allocator holds for another one
+
+
+@contextmanager
+def on_default_stream() -> Iterator[None]:
+    """Launch on the GPU's default stream, behind what this thread launched before and ahead of what it launches after.
+
+    bitsandbytes 0.50 quantises, and updates parameters, on the default stream, whichever is current. No other stream
+    of torch's waits for that one.
+    """
+    if not torch.cuda.is_initialized() or (current := torch.cuda.current_stream()) == torch.cuda.default_stream():
+        yield
+        return
+    default = torch.cuda.default_stream()
+    default.wait_stream(current)
+    try:
+        with torch.cuda.stream(default):
+            yield
+    finally:
+        current.wait_stream(default)
 
 
 def host_bytes(files: Path = Path("/")) -> int | None:

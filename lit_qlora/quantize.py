@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_qlora.device import on_default_stream
 from lit_qlora.errors import UsageError
 from lit_qlora.kernels import launch, small_batch_linear
 from lit_qlora.kernels.experts_dequantize import Matrices
@@ -379,12 +380,13 @@ def _quant_type(scheme: Scheme) -> str:
 
 
 def _four_bit(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    packed, state = bitsandbytes().functional.quantize_4bit(
-        weight.contiguous(),
-        blocksize=BLOCK,
-        compress_statistics=scheme.endswith("-dq"),
-        quant_type=_quant_type(scheme),
-    )
+    with on_default_stream():
+        packed, state = bitsandbytes().functional.quantize_4bit(
+            weight.contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=scheme.endswith("-dq"),
+            quant_type=_quant_type(scheme),
+        )
     parts = {"packed": packed, "absmax": state.absmax, "code": state.code}
     if state.nested:
         parts |= {

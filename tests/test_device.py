@@ -1,12 +1,19 @@
 """What is asked of the device, and of which."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
-from lit_qlora.device import gpu_bytes, host_bytes, let_segments_grow
+from lit_qlora.device import gpu_bytes, host_bytes, let_segments_grow, on_default_stream
+from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.settings import OptimizerConfig, TrainConfig
+from lit_qlora.train.optim import make_optimizer
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
@@ -72,3 +79,65 @@ def test_a_users_own_setting_of_the_allocator_stays(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     let_segments_grow()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+
+
+class Stream:
+    """Notes what waits for what."""
+
+    done: ClassVar[list[str]] = []
+    current: ClassVar[list["Stream"]] = []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other: "Stream") -> None:
+        """Note it."""
+        self.done.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def made_current(self) -> Iterator[None]:
+        """Let it be the current one."""
+        self.current.append(self)
+        yield
+        self.current.pop()
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> type[Stream]:
+    """A GPU whose current stream is not the default one."""
+    default = Stream("default")
+    monkeypatch.setattr(Stream, "current", [Stream("own")])
+    monkeypatch.setattr(Stream, "done", [])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream.current[-1])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: default)
+    monkeypatch.setattr(torch.cuda, "stream", Stream.made_current)
+    return Stream
+
+
+def test_on_the_default_stream_work_is_in_the_order_of_the_current_one(streams: type[Stream]) -> None:
+    with on_default_stream():
+        assert streams.current[-1].name == "default"
+        streams.done.append("works")
+        with on_default_stream():  # which is the current one now
+            streams.done.append("works on")
+    assert streams.done == ["default waits for own", "works", "works on", "own waits for default"]
+
+
+def quantize() -> None:
+    QuantizedLinear(torch.ones(64, 64), None, "bnb.nf4-dq")
+
+
+def update() -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    optimizer = make_optimizer([("a", parameter)], OptimizerConfig(name="adamw8bit"), TrainConfig())
+    optimizer.step()
+
+
+@pytest.mark.parametrize("use", [quantize, update])
+def test_bitsandbytes_which_knows_no_other_stream_is_called_on_the_default_one(
+    streams: type[Stream], use: Callable[[], None]
+) -> None:
+    use()
+    assert streams.done == ["default waits for own", "own waits for default"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_qlora.device import on_default_stream
 from lit_qlora.errors import UsageError
 from lit_qlora.quantize import bitsandbytes
 from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, TrainConfig, first_match
@@ -60,38 +61,40 @@ def make_optimizer(
         group = {"params": [], "factor": factor, **({} if decays or not train.weight_decay else {"weight_decay": 0.0})}
         groups.setdefault((factor, decays), group)["params"].append(parameter)
     takes_any = flatten and _takes_any_tensor(kind, arguments, [parameter for _, parameter in learners])
-    kind = _without_waiting(kind)
+    kind = _in_order(kind)
     if flatten and takes_any and (flat := flatten(lambda parameter: keys[id(parameter)])):
         return flattened(kind, list(groups.values()), flat, lr=train.learning_rate, **arguments)
     return kind(list(groups.values()), lr=train.learning_rate, **arguments)
 
 
-def _without_waiting(kind: Any) -> Any:
-    """The class, but of bitsandbytes' a subclass whose steps do not wait for the device after each parameter.
+def _in_order(kind: Any) -> Any:
+    """The class, but of bitsandbytes' a subclass whose steps are in the order of the current stream and wait for none.
 
-    bitsandbytes 0.50 waits for the sake of paged state, also where none is paged. Then the device idles until the host
-    has launched the next update, hundreds of times a step.
+    bitsandbytes 0.50 waits for the device after each parameter for the sake of paged state, also where none is paged.
+    Then the device idles until the host has launched the next update, hundreds of times a step.
     """
-    if kind.step.__qualname__ != "Optimizer8bit.step":
+    if not kind.__module__.startswith("bitsandbytes"):
         return kind
+    waits = kind.step.__qualname__ == "Optimizer8bit.step"
 
-    class Unwaiting(kind):
+    class InOrder(kind):
         """See above."""
 
         @torch.no_grad()
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
             """See Optimizer."""
-            if self.is_paged or closure or not self.initialized:
-                return super().step(closure)
-            for i, group in enumerate(self.param_groups):
-                for j, parameter in enumerate(group["params"]):
-                    if parameter.grad is not None:
-                        if not self.state[parameter]:
-                            self.init_state(group, parameter, i, j)
-                        self.update_step(group, parameter, i, j)
+            with on_default_stream():
+                if not waits or self.is_paged or closure or not self.initialized:
+                    return super().step(closure)
+                for i, group in enumerate(self.param_groups):
+                    for j, parameter in enumerate(group["params"]):
+                        if parameter.grad is not None:
+                            if not self.state[parameter]:
+                                self.init_state(group, parameter, i, j)
+                            self.update_step(group, parameter, i, j)
             return None
 
-    return Unwaiting
+    return InOrder
 
 
 def _group_of(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> tuple[float, bool]:

@@ -1,4 +1,4 @@
-"""Memory of the GPU as torch's allocator takes it."""
+"""Memory of the GPU as torch's allocator takes it, and the order of its streams."""
 
 import os
 import subprocess
@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from lit_qlora.quantize import QuantizedLinear
+from lit_qlora.settings import OPTIMIZERS, OptimizerConfig, Scheme, TrainConfig
+from lit_qlora.train.optim import make_optimizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,3 +35,39 @@ def test_segments_grow_unless_the_user_has_settings_of_the_allocator(users: dict
     command = [sys.executable, "-c", PROGRAM]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert said.strip() == f"[{grow}]"
+
+
+@pytest.mark.parametrize("scheme", ["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.int8"])
+def test_a_weight_that_another_stream_still_writes_is_quantised_when_it_is_written(scheme: Scheme) -> None:
+    weight = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    expected = QuantizedLinear(weight, None, scheme)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
+        torch.cuda._sleep(100_000_000)  # 50 ms, for which the host does not wait
+        late = torch.zeros_like(weight).copy_(weight)
+        layer = QuantizedLinear(late, None, scheme)
+        late.zero_()  # which must not come first
+    torch.cuda.synchronize()
+    for name, tensor in expected.named_buffers():
+        assert torch.equal(layer.get_buffer(name), tensor), name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_on_another_stream_read_gradients_when_they_are_there(name: str) -> None:
+    def learn() -> torch.Tensor:
+        parameter = nn.Parameter(torch.linspace(-1, 1, 2**20, device="cuda").view(1024, 1024))
+        optimizer = make_optimizer([("a", parameter)], OptimizerConfig(name=name), TrainConfig(learning_rate=0.1))
+        for step in range(4):
+            parameter.grad = torch.zeros_like(parameter)
+            torch.cuda._sleep(20_000_000)
+            parameter.grad.copy_((parameter.detach() + step).sin())
+            optimizer.step()
+            parameter.grad.zero_()
+        return parameter.detach().clone()
+
+    expected = learn()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
+        found = learn()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)

@@ -109,6 +109,14 @@ GEMMA_4 = {
     "final_logit_softcapping": 30.0,
     "max_position_embeddings": 262_144,
 }
+GEMMA_4_EXPERTS = {
+    "num_global_key_value_heads": 2,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+    "sliding_window": 1024,
+}
 
 
 def language_models() -> dict[str, dict[str, Any]]:
@@ -117,6 +125,9 @@ def language_models() -> dict[str, dict[str, Any]]:
 
     return {
         "Qwen/Qwen3.5-4B": config_json("qwen3_5_text", 32, 2560, 16, 4, 9216, 248_320, **DELTA_NETS),
+        "google/gemma-4-26B-A4B": config_json(
+            *("gemma4_text", 30, 2816, 16, 8, 2112, 262_144), **GEMMA_4 | GEMMA_4_EXPERTS
+        ),
         "google/gemma-4-31B": config_json("gemma4_text", 60, 5376, 32, 16, 21_504, 262_144, **GEMMA_4),
     }
 

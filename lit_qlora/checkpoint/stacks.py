@@ -11,7 +11,7 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.mlp import KINDS
 from lit_qlora.quantize import QuantizedLinear
 
-_LAYER = re.compile(r"(blocks\.\d+)\.mlp\.experts\.(\d+)\.(\w+)")
+_LAYER = re.compile(r"(blocks\.\d+(?:\.beside)?)\.mlp\.experts\.(\d+)\.(\w+)")
 _PARTS = ("packed", "absmax", "absmax_scale")
 """Buffers of a quantised layer that are stacked; the others are tables, or single numbers."""
 

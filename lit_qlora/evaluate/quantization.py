@@ -73,7 +73,7 @@ def groups_of(model: GPT) -> list[list[str]]:
     every = Storage(quantize="bnb.nf4", quantize_head=not model.config.tied_head)
     linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     paths = {module: path for path, module in linears.items() if every.quantizes(path)}
-    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))
+    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block))
     stacks: list[list[nn.Module]] = [*stacks_of(model), *of_experts]
     known = {layer for layers in stacks for layer in layers}
     stacks += [[layer] for layer in paths if layer not in known]

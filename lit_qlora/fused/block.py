@@ -26,6 +26,7 @@ from torch import Tensor
 from lit_qlora.fused import sliced
 from lit_qlora.fused.attention import attention, attention_backward
 from lit_qlora.fused.experts import ExpertMlp
+from lit_qlora.fused.experts_beside import MlpBeside
 from lit_qlora.fused.group import Group, Layers
 from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, heads_of
 from lit_qlora.fused.memory import FULL, ON_HOST
@@ -36,7 +37,7 @@ from lit_qlora.fused.qkv_transforms import Shaping, pull_back
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.gate import gate_backward, gate_forward
 from lit_qlora.kernels.lora_products import Pending
-from lit_qlora.kernels.norm import Norm, add_norm, apply_norm, norm_backward
+from lit_qlora.kernels.norm import apply_norm, post_norm_backward
 from lit_qlora.kernels.qk_norm_rope import HeadNorm, Rotation, norm_rotate, norm_rotate_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
 from lit_qlora.model.config import ModelConfig
@@ -86,7 +87,9 @@ class Block(KernelBlock):
     ) -> None:
         super().__init__(block, config, number, like)
         self.mlp: Mlp
-        if config.has_experts(number):
+        if block.beside is not None:
+            self.mlp = MlpBeside(block, self.norm_2, config, dtype, number, like)
+        elif config.has_experts(number):
             self.mlp = ExpertMlp(block.mlp, self.norm_2, config, dtype, number)
         else:
             self.mlp = DenseMlp(block.mlp, self.norm_2, config, dtype, number, fp8)
@@ -118,9 +121,9 @@ class Block(KernelBlock):
         handed = [normed]
         del normed
         if policy == "none":
-            raw_2, saved.mlp = self.mlp.forward(handed, statistics_2, run, saves=True)
+            raw_2, saved.mlp = self.mlp.forward(handed, statistics_2, middle, run, saves=True)
         else:
-            raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, run)
+            raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, middle, run)
         y = apply_norm(self.post_2, raw_2)
         if saves and self.post_2.statistics:
             saved.raw_2 = run.save(raw_2, policy)
@@ -198,7 +201,7 @@ class Block(KernelBlock):
         else:
             saved.x = get(saved.x)
             stream = [saved.x] if saved.out is None else [saved.x, saved.out]
-        d_y = [self._post_backward(self.post_2, raw_2, d_out)]
+        d_y = [post_norm_backward(self.post_2, raw_2, d_out)]
         del raw_2
         saved.raw_2 = saved.middle = saved.out = None
         ahead = (saved.attended, saved.x if saved.qkv is None else None, saved.raw_1)
@@ -209,14 +212,7 @@ class Block(KernelBlock):
     def _d_raw_1(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of attention's output before a norm behind it."""
         raw_1, saved.raw_1 = saved.raw_1, None
-        return self._post_backward(self.post_1, None if raw_1 is None else back.forward.offload.get(raw_1), d_out)
-
-    @staticmethod
-    def _post_backward(norm: Norm, raw: Tensor | None, d_out: Tensor) -> Tensor:
-        if norm.changes_nothing:
-            return d_out
-        raw = d_out if raw is None else raw  # not read by a norm that only multiplies
-        return norm_backward(d_out, raw, norm, add_norm(raw, None, norm, torch.empty_like(raw))[1])
+        return post_norm_backward(self.post_1, None if raw_1 is None else back.forward.offload.get(raw_1), d_out)
 
 
 class FusedBlock(Block):

@@ -206,13 +206,16 @@ class Experts:
         adapter = self.routing.adapter
         self.groups: tuple[Layers, ...] = self.weights if adapter is None else (*self.weights, adapter)
 
-    def forward(self, x: Tensor, more: Tensor | None, run: Pass, saves: bool) -> tuple[Tensor, SavedExperts]:
+    def forward(
+        self, x: Tensor, more: Tensor | None, run: Pass, saves: bool, routed: Tensor | None = None
+    ) -> tuple[Tensor, SavedExperts]:
         """The sum (T, E) over each token's experts, and of `more`; with `saves` all that the backward pass reads.
 
         Args:
             x: (T, E), rows contiguous.
+            routed: what the router reads, if it is not x.
         """
-        choices, down = self.routing.choices(x, run), self.down
+        choices, down = self.routing.choices(x if routed is None else routed, run), self.down
         z, branches, h = self._gate_up(x, choices, run, branches=saves)[:3]
         self.gate_up.read(1)
         z_down = None
@@ -225,12 +228,19 @@ class Experts:
         return combine(y, choices, more), saved
 
     def backward(
-        self, d_y: Tensor, x: Tensor, saved: SavedExperts, back: Backward, ahead: Sequence[Tensor | OnHost | None] = ()
-    ) -> Tensor:
-        """The gradient of x (T, E) from that of the sum; those of the adapters are added in place.
+        self,
+        d_y: Tensor,
+        x: Tensor,
+        saved: SavedExperts,
+        back: Backward,
+        ahead: Sequence[Tensor | OnHost | None] = (),
+        routed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of x (T, E) and of `routed`, from that of the sum; those of the adapters are added in place.
 
         Args:
             ahead: see Mlp.backward.
+            routed: see forward.
         """
         run, choices, matrix = back.forward, saved.choices, None
         folds = Folds(choices)
@@ -248,7 +258,8 @@ class Experts:
         dx = self._gate_up_backward(x, branches, choices, run, matrix, folds)
         del branches
         folds.flush()
-        return combine(dx, choices, self.routing.backward(x, choices, d_weights, run))
+        d_routed = self.routing.backward(x if routed is None else routed, choices, d_weights, run)
+        return (combine(dx, choices, d_routed), None) if routed is None else (combine(dx, choices), d_routed)
 
     def _gate_up(
         self, x: Tensor, choices: Choices, run: Pass, branches: bool = True, h: bool = True
@@ -359,12 +370,12 @@ class ExpertMlp:
         return *add_norm(x, y, self.norm_2, normed), normed
 
     def forward(
-        self, normed: list[Tensor], statistics: Tensor, run: Pass, saves: bool
+        self, normed: list[Tensor], statistics: Tensor, stream: Tensor, run: Pass, saves: bool
     ) -> tuple[Tensor, SavedExpertMlp]:
         """See Mlp."""
         more, shared, gate, x = None, None, None, normed[0][:, : self.width]
         if self.shared is not None:
-            more, shared = self.shared.forward(normed, statistics, run, saves)
+            more, shared = self.shared.forward(normed, statistics, stream, run, saves)
             if self.gate is not None:
                 more, gate = self.gate.forward(x, more, run)
         normed.clear()
@@ -386,7 +397,7 @@ class ExpertMlp:
         middle, statistics, normed = self.norm(x, y)
         del x, y
         own = ahead if self.shared is None else ()
-        dn = self.experts.backward(d_y[0], normed[:, : self.width], saved.experts, back, own)
+        dn, _ = self.experts.backward(d_y[0], normed[:, : self.width], saved.experts, back, own)
         if self.gate is not None and saved.gate is not None:
             d_y[0], through_gate = self.gate.backward(normed[:, : self.width], d_y[0], saved.gate, back)
             dn.add_(through_gate)
@@ -410,7 +421,7 @@ def dequantize_ahead(mlps: Sequence[Mlp], lowest: int) -> list[Ahead]:
     """
     made = []
     for kind in range(len(KINDS)):
-        groups = {i: mlp.experts.weights[kind] for i, mlp in enumerate(mlps) if isinstance(mlp, ExpertMlp)}
+        groups = {i: mlp.experts.weights[kind] for i, mlp in enumerate(mlps) if mlp.experts is not None}
         waiting = {i: group for i, group in groups.items() if group.dense is None}
         if waiting:
             first = next(iter(waiting.values()))

@@ -71,7 +71,8 @@ def most_tokens(model: ModelConfig) -> int:
     attended, cached = model.n_head * model.head_size, model.n_kv_head * model.head_size
     size, launches = model.ffn_size, 1
     if model.n_expert:
-        size, launches = model.n_expert_per_token * model.expert_size + model.shared_expert_size, 2
+        beside = model.ffn_size if model.experts_beside else model.shared_expert_size
+        size, launches = model.n_expert_per_token * model.expert_size + beside, 2
     rows = 2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * size
     most = min(MOST_TOKENS, launches * MOST_WORK // (model.n_embd * (rows + model.vocab_size // model.n_layer)))
     chunk = model.sliding_window if model.chunked_window else None

@@ -13,7 +13,7 @@ from lit_qlora.model.attention import Attention
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.delta_net import DeltaNet
 from lit_qlora.model.latent_attention import LatentAttention, Narrowed
-from lit_qlora.model.mlp import GatedMLP
+from lit_qlora.model.mlp import GatedMLP, MoE
 from lit_qlora.model.norm import LayerPlusOne, RMSPlusOne
 from lit_qlora.model.short_conv import ShortConv
 from lit_qlora.model.state_space import StateSpace
@@ -100,6 +100,17 @@ def attention_layers(attn: Any) -> list[list[nn.Module]]:
     if isinstance(attn.query, Narrowed):
         return [[attn.query.down, attn.latent], [attn.query.up], *later]
     return [[attn.query, attn.latent], *later]
+
+
+def mixture_of(block: Any) -> MoE | None:
+    """Return the mixture of experts of a block of the plain model, if it has one."""
+    found = block.mlp if block.beside is None else block.beside.mlp
+    return found if isinstance(found, MoE) else None
+
+
+def dense_mlp_of(block: Any) -> Any:
+    """Return what every token goes through, of a block of the plain model: its MLP or a shared expert, or None."""
+    return block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
 
 
 def mlp_layers(mlp: Any) -> tuple[list[nn.Module], list[nn.Module]]:

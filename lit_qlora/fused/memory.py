@@ -136,6 +136,7 @@ class FastSizes:
             "full-offload": z,
         }[policy]
         elements += c.n_embd if c.shared_expert_gate else 0  # what that expert gives
+        elements += 2 * c.n_embd if c.experts_beside else 0  # what the norms behind both read
         return tokens * (2.0 * elements + log_sums + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
@@ -207,6 +208,7 @@ class FastSizes:
         """Features of whole rows in the backward pass of one block, at most, where the MLP takes them at once."""
         c, again = self.model, policy != "none"
         more = {"offload": 3 * c.n_embd, "full-offload": 2 * (c.n_embd + self._raw)}.get(policy, 0)
+        more += c.n_embd if c.experts_beside else 0  # the gradient of what experts give, before the norm behind them
         return 5 * c.n_embd + (self._qkv if again else 0) + self._shaped + more
 
     def _around_parts(self, policy: Recompute) -> tuple[int, int]:
@@ -374,15 +376,20 @@ class FastSizes:
         In a model with experts a block without any counts as one with.
         """
         c = self.model
-        size = c.n_expert_per_token * c.expert_size + c.shared_expert_size if c.n_expert else c.ffn_size
+        size = c.n_expert_per_token * c.expert_size + self._beside_experts if c.n_expert else c.ffn_size
         return size * (2 if "glu" in c.ffn else 1)
 
     @cached_property
     def _dense_branches(self) -> int:
         """The same of an MLP that every token goes through."""
         c = self.model
-        size = max(c.shared_expert_size, c.ffn_size if c.dense_layers else 0) if c.n_expert else c.ffn_size
+        size = max(self._beside_experts, c.ffn_size if c.dense_layers else 0) if c.n_expert else c.ffn_size
         return size * (2 if "glu" in c.ffn else 1)
+
+    @cached_property
+    def _beside_experts(self) -> int:
+        """Features inside of what every token goes through in a block with experts."""
+        return self.model.ffn_size if self.model.experts_beside else self.model.shared_expert_size
 
     @cached_property
     def _of_experts(self) -> int:

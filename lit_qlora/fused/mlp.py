@@ -28,15 +28,22 @@ class Mlp(Protocol):
         """Its layers; each has an index in the stack of all adapters."""
         ...
 
+    @property
+    def experts(self) -> Any:
+        """Its Experts; None without any."""
+        ...
+
     def norm(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The stream x + y (T, E), the statistics of its rows, and the MLP's input."""
         ...
 
-    def forward(self, normed: list[Tensor], statistics: Tensor, run: Pass, saves: bool) -> tuple[Tensor, Any]:
+    def forward(
+        self, normed: list[Tensor], statistics: Tensor, stream: Tensor, run: Pass, saves: bool
+    ) -> tuple[Tensor, Any]:
         """The MLP's output (T, E), before a norm behind it, and what its backward pass reads.
 
         Args:
-            normed, statistics: from `norm`.
+            normed, statistics, stream: from `norm`.
             saves: save the large activations too; without it the backward pass recomputes them.
         """
         ...
@@ -75,6 +82,8 @@ class SavedMlp:
 class DenseMlp:
     """down(activation(gate(norm(x))) * up(norm(x))), or without a gate."""
 
+    experts = None
+
     def __init__(self, mlp: Any, norm: Norm, config: ModelConfig, dtype: torch.dtype, number: int, fp8: bool) -> None:
         self.activation: Activation | nn.Module = ACTIVATIONS.get(config.ffn) or mlp.activation
         self.norm_2, self.number = norm, number
@@ -86,7 +95,9 @@ class DenseMlp:
         """See Mlp; the input has room for Z behind it."""
         return self.gate_up.normed(self.norm_2, x, y)
 
-    def forward(self, normed: list[Tensor], statistics: Tensor, run: Pass, saves: bool) -> tuple[Tensor, SavedMlp]:
+    def forward(
+        self, normed: list[Tensor], statistics: Tensor, stream: Tensor, run: Pass, saves: bool
+    ) -> tuple[Tensor, SavedMlp]:
         """See Mlp."""
         space = run.workspaces[0]
         z_gate_up, gate_up = self._gate_up(normed, run, space)[:2]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import Block, FusedBlock, SavedBlock
-from lit_qlora.fused.experts import ExpertMlp, dequantize_ahead
+from lit_qlora.fused.experts import dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, Layers
 from lit_qlora.fused.head import Head, Labelled
@@ -89,7 +89,8 @@ class Fused:
         self.workspaces: Workspaces = (None, None, None)
         self.ropes = None if config.rope_scaling in GROWING else self._tables(1)
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
-        self._routers = [block.mlp.experts.routing.router for block in self.blocks if isinstance(block.mlp, ExpertMlp)]
+        experts = (block.mlp.experts for block in self.blocks)
+        self._routers = [each.routing.router for each in experts if each is not None]
         self._lay_out_adapters()
         self._dequantizes_ahead = ahead
         self.sizes, self.cached_blocks = self._sizes(), min(cached_blocks, len(self.blocks))

@@ -1,5 +1,7 @@
 """The router of a block on the fast path: which experts a token takes, and the gradient through its scores."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from lit_qlora.fused.stacked import base_of
 from lit_qlora.fused.uneven import PaddedB
 from lit_qlora.kernels.dropout import NONE, Dropout, drop
 from lit_qlora.kernels.experts import Choices, choose, choose_backward, counts_of, sort
+from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.lora.layer import LoRALinear, LoRARouter
 from lit_qlora.model.mlp import Router
@@ -75,6 +78,8 @@ class Routing:
 
     Attributes:
         adapter: None where the router does not learn.
+        norm: of what it reads; None where it reads that as it is.
+        factors: (n_expert,) float32, what the weights of each expert are multiplied by; None for 1.
     """
 
     def __init__(self, layer: Router | LoRARouter, number: int) -> None:
@@ -89,9 +94,16 @@ class Routing:
         self.weight = router.weight.detach()
         self.weight_back = self.weight.T  # views are made once
         self.bias = None if router.bias is None else router.bias.detach()
+        self.norm: Norm | None = None
+        self.factors: Tensor | None = None
+        if router.scale is not None and router.expert_scale is not None:
+            weight = router.scale.detach().float() * config.n_embd**-0.5
+            self.norm = Norm("rms", config.norm_eps, weight)
+            self.factors = router.expert_scale.detach().float()
 
     def scores(self, x: Tensor, run: Pass) -> Tensor:
         """(T, n_expert) float32 of x (T, E): products of 16-bit numbers are exact in it."""
+        x = self._read(x)[0]
         same = x.dtype == self.weight.dtype
         scores = in_float32(x, self.weight_back) if same else x.float() @ self.weight.float().T
         if self.bias is not None:
@@ -104,6 +116,7 @@ class Routing:
         if self.has_kernel:
             found = counts_of(len(x), self.experts, x.device)
             weights, chosen = choose(scores, self.k, self.scale, found)
+            weights = weights if self.factors is None else weights * self.factors[chosen.long()]
         else:
             shares = self.router.shares(scores)
             best = self.router.choose(shares)
@@ -121,11 +134,23 @@ class Routing:
         if more is not None:
             d_scores += more
         dx = d_scores.to(x.dtype) @ self.weight.to(x.dtype)
-        return dx if self.adapter is None else dx + self.adapter.backward(x, d_scores, run).to(x.dtype)
+        read, statistics = self._read(x)
+        dx = dx if self.adapter is None else dx + self.adapter.backward(read, d_scores, run).to(x.dtype)
+        return dx if self.norm is None or statistics is None else norm_backward(dx, x, self.norm, statistics)
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens (T, E) as the weight meets them, in float32 if they are normed, with statistics of the rows."""
+        if self.norm is None or self.factors is None:
+            return x, None
+        out = torch.empty_like(x, dtype=self.factors.dtype)
+        return out, add_norm(x, None, self.norm, out)[1]
 
     def _d_scores(self, x: Tensor, choices: Choices, d_weights: Tensor, dtype: torch.dtype, run: Pass) -> Tensor:
         """The gradient of the scores (T, n_expert), in `dtype` if a kernel computes it and else in float32."""
         if self.has_kernel:
+            if self.factors is not None:  # the softmax's own weights again
+                d_weights = d_weights * self.factors[choices.chosen.long()]
+                choices = replace(choices, weights=choose(self.scores(x, run), self.k, self.scale)[0])
             return choose_backward(choices, d_weights, self.scale, dtype)
         with torch.enable_grad():
             leaf = self.scores(x, run).requires_grad_()

@@ -16,7 +16,7 @@ SEEDS = 4096
 """The seeds of dropout that a slice has; a pass numbers fewer inputs."""
 
 
-def forward(mlp: Mlp, normed: list[Tensor], statistics: Tensor, run: Pass) -> tuple[Tensor, list[Any]]:
+def forward(mlp: Mlp, normed: list[Tensor], statistics: Tensor, stream: Tensor, run: Pass) -> tuple[Tensor, list[Any]]:
     """As mlp.forward, which recomputes the large activations in its backward pass; what each slice saves."""
     whole = normed.pop()
     out: Tensor | None = None
@@ -25,9 +25,9 @@ def forward(mlp: Mlp, normed: list[Tensor], statistics: Tensor, run: Pass) -> tu
         if part == slice(0, len(whole)):
             normed.append(whole)
             del whole
-            out, only = mlp.forward(normed, statistics, run, saves=False)
+            out, only = mlp.forward(normed, statistics, stream, run, saves=False)
             return out, [only]
-        y, one = mlp.forward([whole[part]], statistics[:, part], _seeded(run, i), saves=False)
+        y, one = mlp.forward([whole[part]], statistics[:, part], stream[part], _seeded(run, i), saves=False)
         out = y.new_empty(len(whole), y.size(1)) if out is None else out
         out[part] = y
         saved.append(one)

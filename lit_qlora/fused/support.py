@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from lit_qlora.fused.experts import FUNCTIONS
-from lit_qlora.fused.kernel_block import ACTIVATIONS, mixer_of, mixing_layers, mlp_layers, takes_torch
+from lit_qlora.fused.kernel_block import (
+    ACTIVATIONS,
+    dense_mlp_of,
+    mixer_of,
+    mixing_layers,
+    mixture_of,
+    mlp_layers,
+    takes_torch,
+)
 from lit_qlora.fused.qkv_transforms import norms_heads
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.fused.uneven import padding
@@ -18,14 +26,14 @@ from lit_qlora.lora.embeddings import TrainedHead
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
-from lit_qlora.model.mlp import KINDS, MoE
+from lit_qlora.model.mlp import KINDS
 from lit_qlora.quantize import QuantizedLinear, Storage, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
-UNHANDLED = ("shared_kv_layers", "per_layer_size", "experts_beside")
+UNHANDLED = ("shared_kv_layers", "per_layer_size")
 """Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
-UNDECODED = ("kv_latent_size", "delta_layers", "conv_layers", "attention_gate")
+UNDECODED = ("kv_latent_size", "delta_layers", "conv_layers", "attention_gate", "experts_beside")
 """The same of the kernels of decoding alone."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""
@@ -48,7 +56,7 @@ def why_not(model: GPT, dtype: torch.dtype | None = None) -> str:
         return reason
     loose = set(_of_any_size(model))
     stacks = (*stacks_of(model), *([layer] for layer in _of_experts(model)), *([layer] for layer in loose))
-    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))
+    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block))
     if any(len({getattr(base_of(layer), "scheme", "none") for layer in layers}) > 1 for layers in of_experts):
         return "experts of different storage"
     reasons = ((_no_product if layers[0] in loose else _untrainable)(layers, model) for layers in stacks)
@@ -64,23 +72,21 @@ def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
 
 def _stacks_of_block(block: Any) -> Iterator[list[nn.Module]]:
     yield from mixing_layers(mixer_of(block))
-    mlp: Any = block.mlp.shared if isinstance(block.mlp, MoE) else block.mlp
-    if mlp is not None:
+    if (mlp := dense_mlp_of(block)) is not None:
         yield from mlp_layers(mlp)
 
 
 def _of_experts(model: GPT) -> Iterator[nn.Module]:
     """The layers of one expert of each block that has some: the others are like it."""
-    for block in model.blocks:
-        if isinstance(block.mlp, MoE):
-            yield from (getattr(block.mlp.experts[0], name) for name in LAYERS)
+    for mixture in filter(None, map(mixture_of, model.blocks)):
+        yield from (getattr(mixture.experts[0], name) for name in LAYERS)
 
 
 def _of_any_size(model: GPT) -> Iterator[nn.Module]:
     """The layers outside of kernels that take 16 outputs at a time: of TorchBlocks, and gates of shared experts."""
     for block in model.blocks:
-        if isinstance(block.mlp, MoE) and block.mlp.shared_gate is not None:
-            yield block.mlp.shared_gate
+        if (mixture := mixture_of(block)) is not None and mixture.shared_gate is not None:
+            yield mixture.shared_gate
         if takes_torch(block, model.config):
             yield from (layer for layers in mixing_layers(mixer_of(block)) for layer in layers)
 
@@ -98,7 +104,7 @@ def decoded_scales(model: GPT, storage: Storage) -> int:
 def mixed_stack(model: GPT, storage: Storage) -> str:
     """Why layers that read the same input would not be one product in this storage, or ''."""
     paths = _paths(model) if storage.layers else {}
-    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))
+    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block))
     for layers in (*stacks_of(model), *of_experts) if paths else ():
         if len(schemes := {storage.scheme(paths[layer]) for layer in layers}) > 1:
             return f"{paths[layers[0]]} is stacked with layers in other storage: {', '.join(sorted(schemes))}"
@@ -121,10 +127,10 @@ def dequantized_bytes(model: GPT, storage: Storage) -> list[tuple[int, int]]:
         return sum(2 * _columns(s, beside) * sum(base_of(layer).out_features for layer in s) for s in quantized)
 
     for block in model.blocks:
-        gate = block.mlp.shared_gate if isinstance(block.mlp, MoE) else None
+        gate = getattr(mixture_of(block), "shared_gate", None)
         gates: list[list[nn.Module]] = [] if gate is None else [[gate]]
         dense = [*_stacks_of_block(block), *gates]
-        found.append((of(dense, beside=True), of(stacks_of_experts(block.mlp), beside=False)))
+        found.append((of(dense, beside=True), of(stacks_of_experts(block), beside=False)))
     return found
 
 
@@ -136,7 +142,7 @@ def _columns(layers: Sequence[nn.Module], beside: bool) -> int:
 
 def copied_bytes(model: GPT) -> int:
     """Bytes that learning takes more on the fast path, for padded adapters and trained rows of the head."""
-    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block.mlp))
+    of_experts = (layers for block in model.blocks for layers in stacks_of_experts(block))
     stacks = [
         [layer for layer in layers if isinstance(layer, LoRALinear)] for layers in (*stacks_of(model), *of_experts)
     ]
@@ -154,7 +160,7 @@ def unhandled(config: ModelConfig, decodes: bool = False) -> str:
         return "values that are normed or keys, without norms of heads"
     if config.router_before and config.mlp_bias:
         return "biases of experts that read weighted tokens"
-    dense = not config.n_expert or bool(config.dense_layers) or config.shared_expert_size > 0
+    dense = not config.n_expert or bool(config.dense_layers) or config.experts_beside or config.shared_expert_size > 0
     by_torch = config.ffn == "xielu" and not decodes
     handled = (not dense or config.ffn in ACTIVATIONS or by_torch) and (not config.n_expert or config.ffn in FUNCTIONS)
     return "" if handled else f"ffn {config.ffn!r}"
@@ -175,9 +181,10 @@ def unhandled_variant(model: GPT) -> str:
     return "embeddings that learn before a norm" if model.config.embedding_norm and unhandled_embeddings(model) else ""
 
 
-def stacks_of_experts(mlp: Any) -> list[list[nn.Module]]:
-    """The layers of all experts with inputs of one kind; none without experts."""
-    experts = mlp.experts if isinstance(mlp, MoE) else ()
+def stacks_of_experts(block: Any) -> list[list[nn.Module]]:
+    """The layers of all experts of a block with inputs of one kind; none without experts."""
+    mixture = mixture_of(block)
+    experts = () if mixture is None else mixture.experts
     return [[getattr(expert, name) for expert in experts for name in names] for names in KINDS]
 
 

@@ -141,6 +141,18 @@ def norm_backward(
     return dx
 
 
+def post_norm_backward(norm: Norm, x: Tensor | None, d_out: Tensor) -> Tensor:
+    """The gradient of x (T, E) from that of norm(x), without saved statistics.
+
+    Args:
+        x: None where the norm only multiplies.
+    """
+    if norm.changes_nothing:
+        return d_out
+    x = d_out if x is None else x
+    return norm_backward(d_out, x, norm, add_norm(x, None, norm, torch.empty_like(x))[1])
+
+
 if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)

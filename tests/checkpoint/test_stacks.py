@@ -12,6 +12,7 @@ from lit_qlora.checkpoint import quantized_cache
 from lit_qlora.checkpoint.checkpoint import load_model
 from lit_qlora.checkpoint.stacks import Stacks
 from lit_qlora.fused import fuse
+from lit_qlora.fused.kernel_block import mixture_of
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.model.gpt import GPT
 from lit_qlora.model.mlp import KINDS
@@ -29,7 +30,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parts_of(model: GPT) -> list[list[Tensor]]:
     """What is to lie end to end: of each kind of layer of each block's experts each buffer, or the weights."""
-    experts: list[Any] = [block.mlp.experts for block in model.blocks]
+    experts: list[Any] = [mixture_of(block).experts for block in model.blocks]
     kinds = [[getattr(expert, name) for expert in of for name in kind] for of in experts for kind in KINDS]
     names = ("packed", "absmax", "absmax_scale") if isinstance(kinds[0][0], QuantizedLinear) else ("weight",)
     return [[getattr(x, name).data for x in layers] for layers in kinds for name in names if hasattr(layers[0], name)]
@@ -50,6 +51,11 @@ def test_experts_lie_end_to_end_and_are_what_each_is_by_itself(scheme: Scheme, m
             alone = QuantizedLinear(plain.get_submodule(path).weight.data, None, scheme)
             assert torch.equal(layer.packed, alone.packed)
             assert torch.equal(layer.absmax, alone.absmax)
+
+
+def test_experts_beside_an_mlp_lie_end_to_end_too(tmp_path: Path) -> None:
+    model = load_model(write_checkpoint(tmp_path, tiny_model(**EXPERTS, experts_beside=True, router_norm=True)))
+    assert all(len({part.untyped_storage().data_ptr() for part in parts}) == 1 for parts in parts_of(model))
 
 
 @pytest.mark.skipif(not AVAILABLE or torch.cuda.is_available(), reason="the fast path on a CPU")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_qlora.fused import Fused, fuse, why_not
 from lit_qlora.fused.experts import ExpertGroup
 from lit_qlora.fused.passes import Backward
-from lit_qlora.kernels.dropout import Dropout, factor_reference
+from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.experts import (
     Choices,
     choose_backward_reference,
@@ -26,6 +26,7 @@ from lit_qlora.kernels.experts_lora import gradient_reference, project_reference
 from lit_qlora.kernels.experts_mlp import mlp_backward_reference
 from lit_qlora.kernels.experts_products import gate_up_reference, product_reference
 from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.norm import norm_backward_reference, norm_reference
 from lit_qlora.lora.layer import lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear
@@ -60,6 +61,7 @@ LLAMA4 = {
     "qk_norm_after_rope": True,
     "rope_interleaved": True,
 }
+BESIDE = {"experts_beside": True, "router_norm": True, "norm_position": "both"}
 CASES: dict[str, dict[str, Any]] = {
     "softmax over the chosen": {"router_scale": 1.5, "targets": ("all", "router")},
     "softmax over all": {"router_normalized": False, "scheme": "bnb.nf4", "expert_size": 64},
@@ -98,6 +100,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rank 80": {"r": 80, "shared_expert_size": 48},
     "one expert, all experts": {"n_expert_per_token": 4},
     "Llama 4": LLAMA4 | {"scheme": "bnb.nf4-dq", "targets": ("all", "router")},
+    "beside an MLP": BESIDE | {"scheme": "bnb.nf4", "expert_size": 64, "targets": ("all", "router")},
     "post norms": {"norm_position": "both", "parallel_residual": False},
     "parallel": {"parallel_residual": True, "shared_norm": True, "norm": "layer"},
 }
@@ -207,9 +210,10 @@ def test_the_layers_keep_views_of_the_stacked_weights(scheme: Any, name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mlp", "attn", "full"])
-@pytest.mark.parametrize("changes", [SIGMOID, LLAMA4], ids=["sigmoid", "Llama 4"])
+@pytest.mark.parametrize("changes", [SIGMOID, LLAMA4, BESIDE], ids=["sigmoid", "Llama 4", "beside"])
 def test_recomputing_changes_no_bit(changes: dict[str, Any], policy: Any) -> None:
-    model = model_of(**{"scheme": "bnb.nf4", "expert_size": 64, "dropout": 0.3, "shared_expert_size": 64} | changes)
+    shared = {} if "experts_beside" in changes else {"shared_expert_size": 64}
+    model = model_of(**{"scheme": "bnb.nf4", "expert_size": 64, "dropout": 0.3} | shared | changes)
     fused = fuse(model)
     results = []
     for policies in (["none", "none"], [policy, policy]):
@@ -447,18 +451,20 @@ def at_once(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 REFERENCES = {
     "add_gradient": at_once(gradient_reference),
-    "choose": lambda scores, k, scale, counts: choose_reference(scores, k, scale),
+    "add_norm": lambda x, y, norm, out: (x, out.copy_(norm_reference(x, norm))),
+    "choose": lambda scores, k, scale, counts=None: choose_reference(scores, k, scale),
     "choose_backward": lambda choices, d_weights, scale, _: choose_backward_reference(choices, d_weights, scale),
-    "combine": combine_reference,
+    "combine": lambda y, choices, more=None: combine_reference(y, choices, more),
     "gate_up": gate_up_reference,
     "mlp_backward": lambda *given, folds=None, **named: mlp_backward_reference(*given, **named),
+    "norm_backward": lambda d, x, norm, _: norm_backward_reference(d, x, norm, None, None, NONE),
     "of_tokens": lambda parts, choices: parts.sum(0)[choices.position.long()],
     "product": product_reference,
     "project": project_reference,
     "sort": sort_slowly,
 }
 """What the kernels mean, under the names that lit_qlora.fused.experts calls them by, or in OF_ROUTING its router."""
-OF_ROUTING = ("choose", "choose_backward", "sort")
+OF_ROUTING = ("add_norm", "choose", "choose_backward", "norm_backward", "sort")
 IN_FLOAT64: dict[str, dict[str, Any]] = {
     "shared scale": {"router_scale": 2.5},
     "gpt-oss": CASES["gpt-oss"] | {"scheme": "none"},
@@ -467,6 +473,8 @@ IN_FLOAT64: dict[str, dict[str, Any]] = {
     "tied": {"lora": {"tied": True}},
     "tied, rank 80": {"lora": {"tied": True}, "r": 80},
     "one expert of four": {"n_expert_per_token": 1, "router": "sigmoid"},
+    "router that norms the stream": {"router_norm": True, "router_scale": 2.5},
+    "router that norms the stream, softmax over all": {"router_norm": True, "router_normalized": False},
     "weighted inputs": {"router_before": True},
     "weighted inputs, rank 80": {"router_before": True, "router": "sigmoid", "r": 80},
 }
@@ -491,8 +499,9 @@ def test_the_algorithm_is_exact_in_float64(case: str, saves: bool, monkeypatch: 
     model = model_of(n_layer=1, targets=("mlp", "router"), **IN_FLOAT64[case]).double()
     moe = model.blocks[0].mlp
     x, d_y = torch.randn(2, 20, 64, dtype=torch.float64).unbind()
-    leaf = x.clone().requires_grad_()
-    y = moe(leaf[None])[0]
+    stream = torch.randn(20, 64, dtype=torch.float64)
+    leaf, routed = x.clone().requires_grad_(), stream.clone().requires_grad_() if model.config.router_norm else None
+    y = moe(leaf[None], None if routed is None else routed[None])[0]
     y.backward(d_y)
     learners = {name: p for name, p in moe.named_parameters() if p.requires_grad}
     expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learners.items()}
@@ -501,11 +510,13 @@ def test_the_algorithm_is_exact_in_float64(case: str, saves: bool, monkeypatch: 
     run = fused._pass(torch.zeros(1, 20, dtype=torch.int64), None, None)[1]
     fused.copies[0].refresh()
     fused.gradient.zero_()
-    out, saved = experts.forward(x, None, run, saves)
-    dx = experts.backward(d_y, x, saved, Backward(run, fused.pending, run.workspaces))
+    read = None if routed is None else stream
+    out, saved = experts.forward(x, None, run, saves, read)
+    dx, d_routed = experts.backward(d_y, x, saved, Backward(run, fused.pending, run.workspaces), routed=read)
+    streams = [] if routed is None else [(d_routed, routed.grad)]
     found = {
         name: gradient for name, p in learners.items() for q, gradient in (*fused.every_a, *fused.every_b) if q is p
     }
-    for actual, wanted in [(out, y), (dx, leaf.grad), *((found[name], expected[name]) for name in expected)]:
+    for actual, wanted in [(out, y), (dx, leaf.grad), *streams, *((found[name], expected[name]) for name in expected)]:
         # The weight of one chosen expert is 1, so routers have no gradient.
         assert float((actual - wanted).detach().norm()) <= 1e-12 * max(1e-3, float(wanted.detach().norm()))

@@ -22,7 +22,7 @@ pytestmark = [
     # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
-PLAIN_CASES = {"gemma4_moe": "experts_beside", "gemma4-E": "shared_kv_layers"}
+PLAIN_CASES = {"gemma4-E": "shared_kv_layers"}
 """The cases that take the plain path, and the field of ModelConfig that is to blame."""
 FAST = [case for case in CASES if case not in PLAIN_CASES]
 REPRESENTATIVE = [

@@ -167,6 +167,13 @@ def test_the_mix_is_that_of_a_search_through_all_mixes(changes: dict[str, Any], 
     assert len(found) > 8
 
 
+def test_experts_beside_an_mlp_save_what_each_gives_whatever_is_recomputed() -> None:
+    experts = {"n_expert": 8, "n_expert_per_token": 2, "expert_size": 64}
+    beside, shared = sizes(**experts, experts_beside=True), sizes(**experts, shared_expert_size=WIDE["ffn_size"])
+    for policy in COST:
+        assert beside.saved(policy, 512) - shared.saved(policy, 512) == 512 * 2 * 2 * WIDE["n_embd"]
+
+
 def test_blocks_without_a_state_save_no_state_in_a_model_that_has_some() -> None:
     delta = {"delta_key_heads": 2, "delta_value_heads": 4, "delta_key_size": 32, "delta_value_size": 32}
     mixed, plain = sizes(delta_layers=(0, 1, 2, 4, 5, 6), **delta), sizes()

@@ -13,6 +13,7 @@ from lit_qlora.fused.passes import Backward
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.settings import Recompute
+from tests.fused.test_experts import BESIDE, EXPERTS
 from tests.fused.test_fused import adapted_model, assert_equal, batch, gradients
 
 pytestmark = pytest.mark.skipif(not AVAILABLE or torch.cuda.is_available(), reason="in float32, so for the interpreter")
@@ -38,6 +39,7 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         pytest.param("full", {"norm_position": "both"}, marks=SLOW),
         pytest.param("full", {"parallel_residual": True}, marks=SLOW),
         pytest.param("full", {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, marks=SLOW),
+        pytest.param("full", EXPERTS | BESIDE, marks=SLOW),
     ],
     ids=str,
 )
@@ -71,7 +73,7 @@ def test_each_slice_drops_elements_of_its_own_and_the_same_in_both_passes(
     fused = fuse(adapted_model(dropout=0.5, targets=("mlp",)))
     fused.set_recompute(["full"] * len(fused.blocks))
     seeds: dict[str, list[int]] = {"forward": [], "backward": []}
-    for name, of_pass in (("forward", lambda *given: given[2]), ("backward", lambda *given: given[4].forward)):
+    for name, of_pass in (("forward", lambda *given: given[3]), ("backward", lambda *given: given[4].forward)):
         inner = getattr(DenseMlp, name)
 
         def watched(

@@ -20,6 +20,7 @@ ALL = {"n_expert": 4, "n_expert_per_token": 4}
 """Every expert is chosen: nearly tied ones change places in either path, which would outweigh all rounding."""
 SIGMOID = {"router": "sigmoid", "router_correction": True, "router_scale": 2.5, "shared_expert_size": 192}
 CLAMPED = {"ffn": "swiglu_clamped", "mlp_bias": True, "router": "softmax_chosen", "router_bias": True}
+BESIDE = {"experts_beside": True, "router_norm": True, "norm_position": "both", "ffn": "geglu_tanh"}
 MODELS: dict[str, dict[str, Any]] = {
     "nf4": {**ALL},
     "nf4-dq, bf16 attention heads": {**ALL, "scheme": "bnb.nf4-dq", "n_embd": 512, "n_head": 8, "n_kv_head": 4},
@@ -28,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt-oss's": {**ALL, **CLAMPED},
     "sigmoid, shared, dense block": {**ALL, **SIGMOID, "dense_layers": (0,)},
     "weighted inputs": {**ALL, "router_before": True, "scheme": "bnb.nf4-dq"},
+    "beside an MLP": {**ALL, **BESIDE, "scheme": "bnb.nf4-dq"},
     "geglu, mlp only": {**ALL, "ffn": "geglu_tanh", "targets": ("mlp",)},
 }
 
@@ -126,7 +128,7 @@ def test_graphs_give_the_bits_of_passes_without_a_graph() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-@pytest.mark.parametrize("router", [{}, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("router", [{}, SIGMOID, BESIDE], ids=["softmax", "sigmoid", "beside"])
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_step_on_batches_of_the_host_waits_for_nothing(policy: Any, router: dict[str, Any]) -> None:
     from lit_qlora.fused import fuse

@@ -2,17 +2,15 @@
 
 import json
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 
 from lit_qlora.convert.families import read_config
-from lit_qlora.fused.kernel_block import mixer_of, mixing_layers, mlp_layers
+from lit_qlora.fused.kernel_block import dense_mlp_of, mixer_of, mixing_layers, mlp_layers
 from lit_qlora.fused.support import stacks_of_experts
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT
-from lit_qlora.model.mlp import MoE
 from lit_qlora.quantize import SCHEMES, QuantizedLinear, Storage, part_specs
 from lit_qlora.sharded import Slab
 from tests.conftest import tiny_config
@@ -81,10 +79,9 @@ def test_the_stacks_of_every_family_lie_end_to_end() -> None:
         model = GPT.skeleton(read_config(json.loads(theirs.to_json_string(use_diff=False)), case))
         for i, block in enumerate(model.blocks):
             names = {layer: path for path, layer in block.named_modules()}
-            mlp: Any = block.mlp
-            dense = getattr(mlp, "shared", None) if isinstance(mlp, MoE) else mlp
+            dense = dense_mlp_of(block)
             stacks = [*mixing_layers(mixer_of(block)), *(mlp_layers(dense) if dense is not None else ())]
-            stacks += stacks_of_experts(mlp)
+            stacks += stacks_of_experts(block)
             slab = Slab.of(block, i, Storage(torch.bfloat16), 2)
             for layers in stacks:
                 paths = [names[layer] for layer in layers]

@@ -64,7 +64,6 @@ FEATURES = {
 PARTLY = {
     "shared_kv_layers": "shared keys and values",
     "per_layer_size": "per-layer embeddings",
-    "experts_beside": "experts beside an MLP",
 }
 """Field that the kernels of training do not compute, and some models of a family have -> its feature."""
 

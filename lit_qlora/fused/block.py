@@ -14,10 +14,11 @@ the activations that are saved in between:
 The MLP of a long row recomputes a slice of tokens at a time, see sliced.
 
 Norms behind attention and MLP, where a family has them, read the products before them, which are saved too (`raw`).
+Blocks that read the keys and values of an earlier one, which are always saved, add their gradients to that block's.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, heads_of
 from lit_qlora.fused.memory import FULL, ON_HOST
 from lit_qlora.fused.mlp import DenseMlp, Mlp
 from lit_qlora.fused.offload import OnHost
-from lit_qlora.fused.passes import Backward, Pass
+from lit_qlora.fused.passes import Backward, Lent, Pass
+from lit_qlora.fused.per_layer import OwnInput
 from lit_qlora.fused.qkv_transforms import Shaping, pull_back
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.gate import gate_backward, gate_forward
@@ -93,7 +95,9 @@ class Block(KernelBlock):
             self.mlp = ExpertMlp(block.mlp, self.norm_2, config, dtype, number)
         else:
             self.mlp = DenseMlp(block.mlp, self.norm_2, config, dtype, number, fp8)
-        self.groups: tuple[Layers, ...] = tuple(self.mlp.groups)
+        self.own = None if block.per_layer is None else OwnInput(block.per_layer, config, dtype, number, fp8)
+        self.groups: tuple[Layers, ...] = (*self.mlp.groups, *(self.own.groups if self.own else ()))
+        self._behind_attention = len(self.groups)
         self.recompute: Recompute = "none"
         self.sends_qkv = self.fetches_below = False
         self.goes_back = True
@@ -129,7 +133,11 @@ class Block(KernelBlock):
             saved.raw_2 = run.save(raw_2, policy)
         if beside is not None:
             y.add_(beside)
-        together = [middle, y] if self.scale is None else [y.add_(middle).mul_(self.scale)]
+        together = [middle, y] if self.own is None and self.scale is None else [y.add_(middle)]
+        if self.own is not None:
+            together = [self.own.forward(together[0], run)]
+        if self.scale is not None:
+            together[0].mul_(self.scale)
         if policy not in ON_HOST:
             run.offload.wait_for_copies()  # the copies of the blocks before, which have arrived by now
         stream += together
@@ -149,6 +157,8 @@ class Block(KernelBlock):
         run.offload.fetch(saved.qkv)  # the largest, which all products of the MLP are to hide
         if self.recompute in FULL:
             self._recompute(saved, back)
+        if self.own is not None:
+            d_out = self.own.backward(self._behind_mlp(saved, back), d_out, back)
         d_middle = self._mlp_backward(d_out, saved, back)
         if not (wants_dx or self._attention_learns):
             pending.flush()
@@ -181,7 +191,7 @@ class Block(KernelBlock):
 
     @property
     def _attention_learns(self) -> bool:
-        return any(group.rank for group in self.groups[: -len(self.mlp.groups)])
+        return any(group.rank for group in self.groups[: -self._behind_attention])
 
     def _query_scale(self, run: Pass) -> Tensor | None:
         return run.query_scale if self.scaled else None
@@ -191,6 +201,17 @@ class Block(KernelBlock):
         raw_1 = self._attend_again(saved, back)
         saved.raw_1 = raw_1 if self.post_1.statistics else None
         saved.out = None if self.parallel else apply_norm(self.post_1, raw_1)
+
+    def _behind_mlp(self, saved: SavedBlock, back: Backward) -> Tensor:
+        """The stream behind the MLP again, from what its backward pass reads, which is on the device then."""
+        get = back.forward.offload.get
+        if saved.middle is None:
+            assert saved.out is not None
+            saved.x = get(saved.x)
+            saved.middle, saved.out = saved.x + saved.out, None
+        assert saved.raw_2 is not None
+        saved.middle, saved.raw_2 = get(saved.middle), get(saved.raw_2)
+        return apply_norm(self.post_2, saved.raw_2).add_(saved.middle)
 
     def _mlp_backward(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of the stream between attention and MLP."""
@@ -220,6 +241,8 @@ class FusedBlock(Block):
 
     Attributes:
         gates: columns of the product with the stacked weights that gate the attention's output; None without a gate.
+        reuses, lends: it reads the keys and values of an earlier block of its kind, or later ones read its own.
+        own_heads: the heads in its own product; `heads` are those of its attention.
     """
 
     def __init__(
@@ -229,7 +252,9 @@ class FusedBlock(Block):
         self.qkv, self.projection = (Group(layers, dtype, fp8) for layers in attention_layers(block.attn))
         self.groups = (self.qkv, self.projection, *self.groups)
         self.heads = heads_of(block.attn, config, self.windowed)
-        self.shaping = Shaping(block.attn, config, self.heads, self.scaled, like)
+        self.reuses, self.lends, self.kind = config.reuses(number), config.lends(number), (self.windowed, self.rotates)
+        self.own_heads = replace(self.heads, key=0) if self.reuses else self.heads
+        self.shaping = Shaping(block.attn, config, self.own_heads, self.scaled, like)
         gate = block.attn.query_gate
         self.gates = None if gate is None else slice(self.qkv.n - gate.out_features, self.qkv.n)
 
@@ -245,7 +270,11 @@ class FusedBlock(Block):
         del normed
         if policy in ("none", "mlp") or (policy == "offload" and self.sends_qkv):
             saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, run.save(qkv, policy)
-        attended, extra = attention(*self._shaped(qkv, run), self.heads, run.layout)
+        q, k, v = self._shaped(qkv, run)
+        if self.lends:
+            run.shared.lent[self.kind] = Lent(k, v)
+        attended, extra = attention(q, k, v, self.heads, run.layout)
+        del q, k, v
         if policy not in FULL:
             saved.attended, saved.attention = run.save(attended, policy), extra
         raw_1, z_projection = self._project(attended, qkv, run, run.workspaces[0])[:2]
@@ -358,16 +387,23 @@ class FusedBlock(Block):
 
     def _rotate(self, qkv: Tensor, run: Pass) -> None:
         if self.rotates:
-            heads, (cos, sin) = self.heads, run.ropes[self.windowed]
+            heads, (cos, sin) = self.own_heads, run.ropes[self.windowed]
             rotate_(qkv, run.positions, cos, sin, heads.query + heads.key, heads.size, self.interleaved)
 
     def _shaped(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them, from the result of _qkv."""
+        q, k, v = self._shaped_own(qkv, run)
+        if self.reuses:
+            lent = run.shared.lent[self.kind]
+            return q, lent.k, lent.v
+        return q, k, v
+
+    def _shaped_own(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.own_heads
         if self.shaping.does_nothing:
-            return self.heads.split(qkv)
+            return heads.split(qkv)
         if not self.shaping.has_kernel:
-            return self.heads.split(self._shaped_by_torch(qkv, run)[0])
-        heads = self.heads
+            return heads.split(self._shaped_by_torch(qkv, run)[0])
         return norm_rotate(qkv, *self._kernel_shaping(run), (heads.query, heads.key, heads.size))
 
     def _d_qkv(
@@ -377,9 +413,20 @@ class FusedBlock(Block):
         if not (self.shaping.does_nothing or self.shaping.has_kernel):
             return self._d_qkv_by_torch(d_out, qkv, attended, extra, run)
         parts = attention_backward(d_out, *self._shaped(qkv, run), attended, extra, self.heads, run.layout)
+        if self.reuses or self.lends:
+            parts = self._of_own(parts, run.shared.lent[self.kind])
         if self.shaping.has_kernel:
             return norm_rotate_backward(*parts, qkv, *self._kernel_shaping(run), out)
         return self._unrotated(parts, run)
+
+    def _of_own(self, parts: tuple[Tensor, Tensor, Tensor], lent: Lent) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the block's own queries, keys and values, from those of its attention's."""
+        d_q, d_k, d_v = parts
+        if self.reuses:
+            lent.add(d_k, d_v)
+            return d_q, d_q[:, :0], d_q[:, :0]
+        d_k, d_v = lent.total(d_k, d_v)
+        return d_q, d_k, d_v
 
     def _kernel_shaping(self, run: Pass) -> tuple[HeadNorm | None, Rotation | None, Tensor | None]:
         rotation = Rotation(run.positions, *run.ropes[self.windowed], self.interleaved) if self.rotates else None

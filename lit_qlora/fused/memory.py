@@ -64,7 +64,9 @@ def adapters_met(block: nn.Module, config: ModelConfig) -> float:
 def lowest_learning(model: GPT) -> int:
     """The number of the first block with a backward pass: nothing below it learns."""
     adapted = (i for i, block in enumerate(model.blocks) if any(isinstance(m, LoRALinear) for m in block.modules()))
-    return 0 if isinstance(model.embed, TrainedEmbedding) else next(adapted, len(model.blocks))
+    narrow = None if model.per_layer is None else model.per_layer.narrow
+    before = isinstance(model.embed, TrainedEmbedding) or isinstance(narrow, LoRALinear)
+    return 0 if before else next(adapted, len(model.blocks))
 
 
 def rope_rows(model: ModelConfig, length: int) -> int:
@@ -115,20 +117,22 @@ class FastSizes:
     """Bytes of each block's quantised weights in 16 bit with the adapters' B beside them, but for those of experts,
     which are not carried over."""
 
-    def saved(self, policy: Recompute, tokens: int, holds_state: bool = True) -> float:
+    def saved(self, policy: Recompute, tokens: int, holds_state: bool = True, reuses: bool = False) -> float:
         """Bytes on the device that one block saves for its backward pass.
 
         Args:
             holds_state: it has a gated delta net or a short convolution, if the model has any.
+            reuses: it uses the keys and values of another one.
         """
         c = self.model
         attended, z, log_sums = self._attended, self.rank * self.adapted, 4 * c.n_head
         middle, raw = self._middle, self._raw
         qkv = self._qkv if holds_state else self._qkv_of_attention
+        qkv -= 2 * self._keys if reuses else 0
         if policy in FULL and not (c.n_expert or self._by_torch):
             z, log_sums = min(z, self.rank), 0  # that of the MLP's last layer alone
         elements = {
-            "none": c.n_embd + middle + 2 * raw + qkv + attended + self._branches + z,
+            "none": c.n_embd + middle + 2 * raw + qkv + attended + self._branches_of(reuses) + z,
             "mlp": c.n_embd + middle + 2 * raw + qkv + attended + z,
             "attn": c.n_embd + middle + 2 * raw + attended + z,
             "offload": z,
@@ -178,16 +182,17 @@ class FastSizes:
 
         The last block's backward pass comes first, and frees what it saved before the one below begins.
         """
-        c, kept, moments = self.model, 0.0, []
-        states = [c.is_delta(i) or c.is_conv(i) for i in range(len(policies))]
-        kinds = set(zip(policies, states, strict=True))
-        saved = {kind: self.saved(kind[0], tokens, kind[1]) for kind in kinds}
+        c, shared, moments = self.model, tokens * self._shared, []
+        kept, blocks = shared, range(len(policies))
+        kinds = [(policies[i], tokens, c.is_delta(i) or c.is_conv(i), c.reuses(i)) for i in blocks]
+        saved = {kind: self.saved(*kind) for kind in set(kinds)}
         beside = {policy: self._block(policy, tokens) for policy in set(policies)}
-        for i, kind in enumerate(zip(policies, states, strict=True)):
+        for i, kind in enumerate(kinds):
             kept += saved[kind] if i >= self.lowest else 0.0
             moments.append(kept + beside[kind[0]])
         slices = min(tokens, head_tokens(c.vocab_size)) * 2.0 * c.vocab_size + tokens * 4.0 * c.n_embd
-        return [*moments, kept + max(slices, tokens * 8.0 * c.n_embd)]
+        embedding = shared + slice_tokens(tokens) * 10.0 * c.n_layer * c.per_layer_size  # before the first block
+        return [*moments, max(kept + max(slices, tokens * 8.0 * c.n_embd), embedding)]
 
     def _block(self, policy: Recompute, tokens: int) -> float:
         """Bytes that exist in the backward pass of one block, beside saved activations."""
@@ -202,6 +207,7 @@ class FastSizes:
         if self._by_torch:
             return tokens * 2.0 * self._around(policy) + max(mlp, tokens * 2.0 * self._of_attention)
         around_mlp, around_attention = self._around_parts(policy)
+        mlp = max(mlp, tokens * 2.0 * 5 * c.n_embd if c.per_layer_size else 0)  # what torch computes before it
         return max(tokens * 2.0 * around_mlp + mlp, tokens * 2.0 * (around_attention + self._of_attention))
 
     def _around(self, policy: Recompute) -> int:
@@ -232,7 +238,8 @@ class FastSizes:
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of the workspaces, for weights that are dequantised or in FP8."""
         c = self.model
-        widest = max(self._dense_branches, self._widest_of_attention) if self.quantized else 0
+        own = c.n_layer * c.per_layer_size
+        widest = max(self._dense_branches, self._widest_of_attention, own) if self.quantized else 0
         head = c.vocab_size if self.quantized_head else 0
         experts = 2.0 * self._of_experts if self.quantized else 0.0
         if self.fp8:
@@ -255,6 +262,14 @@ class FastSizes:
         It comes in addition to the memory of passes without a graph, with which it shares the workspaces.
         """
         return max(self._moments(policies, tokens))
+
+    @cached_property
+    def _shared(self) -> float:
+        """Bytes a token that several blocks read: their own embeddings, and lent keys and values with gradients."""
+        c = self.model
+        lent = sum(c.kv_heads_of(c.windowed(i)) * c.head_size_of(c.windowed(i)) for i in range(c.n_layer) if c.lends(i))
+        own = c.n_layer * c.per_layer_size + c.n_embd if c.per_layer_size else 0
+        return 2.0 * own + (2 + 4) * 2 * lent
 
     @cached_property
     def _middle(self) -> int:
@@ -371,20 +386,26 @@ class FastSizes:
 
     @cached_property
     def _branches(self) -> int:
-        """Features of gate and up together, or of up alone, that are computed for a token.
+        """Features of gate and up together, or of up alone, that are computed for a token, in the blocks with the most.
 
         In a model with experts a block without any counts as one with.
         """
+        return max(self._branches_of(reuses) for reuses in {False, self.model.shared_kv_layers > 0})
+
+    def _branches_of(self, reuses: bool) -> int:
+        """The same of blocks that use the keys and values of another one, or of those that do not."""
         c = self.model
-        size = c.n_expert_per_token * c.expert_size + self._beside_experts if c.n_expert else c.ffn_size
+        size = (c.shared_kv_ffn_size if reuses else 0) or c.ffn_size
+        size = c.n_expert_per_token * c.expert_size + self._beside_experts if c.n_expert else size
         return size * (2 if "glu" in c.ffn else 1)
 
     @cached_property
     def _dense_branches(self) -> int:
         """The same of an MLP that every token goes through."""
         c = self.model
-        size = max(self._beside_experts, c.ffn_size if c.dense_layers else 0) if c.n_expert else c.ffn_size
-        return size * (2 if "glu" in c.ffn else 1)
+        if not c.n_expert:
+            return self._branches
+        return max(self._beside_experts, c.ffn_size if c.dense_layers else 0) * (2 if "glu" in c.ffn else 1)
 
     @cached_property
     def _beside_experts(self) -> int:

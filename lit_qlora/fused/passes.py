@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lit_qlora.fused.attention import Layout
@@ -16,6 +17,45 @@ Ropes = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Workspaces = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Scratch buffers for dequantised weights: one for any layer, one that keeps qkv and one that keeps the projection
 during a block's backward pass. None where no weight needs one."""
+
+
+class Lent:
+    """Keys and values of a block that later blocks read too, (T, K, D) each, and the sums of their gradients."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k.clone(), v.clone()  # not views, which would hold the block's queries
+        self.gradients: list[Tensor] = []
+
+    def add(self, d_k: Tensor, d_v: Tensor) -> None:
+        """Add the gradients of a block that has read them, in float32."""
+        if not self.gradients:
+            self.gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (self.k, self.v)]
+        for total, more in zip(self.gradients, (d_k, d_v), strict=True):
+            total.add_(more)
+
+    def total(self, d_k: Tensor, d_v: Tensor) -> tuple[Tensor, ...]:
+        """Those of all blocks, given those of the block itself."""
+        own = (d_k, d_v)
+        if not self.gradients:
+            return own
+        return tuple(total.add_(more).to(more.dtype) for total, more in zip(self.gradients, own, strict=True))
+
+
+@dataclass
+class Shared:
+    """Tensors of a pass that several blocks read.
+
+    Attributes:
+        own: (T, n_layer, per_layer_size), an embedding of each token for each block, or of blocks whose backward pass
+            is done the gradient; None without any.
+        embedded: (T, E), what they were made of; None where nothing learns from their gradient.
+        lent: keys and values that a block has lent to later ones, for blocks with and without a window, and those that
+            rotate and do not.
+    """
+
+    own: Tensor | None = None
+    embedded: Tensor | None = None
+    lent: dict[tuple[bool, bool], Lent] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,10 +83,16 @@ class Pass:
     carries: bool
     seen: Seen | None = None
     d_scores: list[Tensor | None] = field(default_factory=list)
+    shared: Shared = field(default_factory=Shared)
 
     def save(self, tensor: Tensor, policy: Recompute) -> Tensor | OnHost:
         """The tensor, or where a block offloads its copy on the host."""
         return self.offload.put(tensor) if policy in ON_HOST else tensor
+
+    def own_of(self, block: int) -> Tensor:
+        """The embedding of each token for a block, (T, per_layer_size)."""
+        assert self.shared.own is not None
+        return self.shared.own[:, block]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from lit_qlora.fused.memory import (
 )
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
-from lit_qlora.fused.passes import Pass, Ropes, Workspaces
+from lit_qlora.fused.passes import Pass, Ropes, Shared, Workspaces
+from lit_qlora.fused.per_layer import OwnEmbeddings
 from lit_qlora.fused.support import GROWING
 from lit_qlora.fused.torch_block import TorchBlock
 from lit_qlora.fused.trained_rows import rows_of
@@ -81,7 +82,9 @@ class Fused:
         head_norm, head = norm_of(model.norm, like, config.logit_multiplier), Group([model.head], self.dtype)
         self.head = Head(head_norm, head, config.logit_softcap, head_rows)
         self.embed_norm = norm_of(model.embed_norm, like)
-        self.groups = [*(group for block in self.blocks for group in block.groups), self.head.group]
+        self.own = None if model.per_layer is None else OwnEmbeddings(model.per_layer, config, self.dtype)
+        self.outside: tuple[Layers, ...] = (*([self.own.group] if self.own else []), self.head.group)
+        self.groups = [*(group for block in self.blocks for group in block.groups), *self.outside]
         self.lowest = lowest_learning(model)
         for block in self.blocks[: self.lowest]:
             block.goes_back = False
@@ -181,7 +184,7 @@ class Fused:
             size_a: elements of all A, which lie before all B.
         """
         self.copies_by_block = self.master.numel() >= COPY_BY_BLOCK
-        parts = [*(block.groups for block in self.blocks), (self.head.group,)]
+        parts = [*(block.groups for block in self.blocks), self.outside]
         parts = parts if self.copies_by_block else [tuple(self.groups)]
         sizes = [(sum(group.size_a for group in part), sum(group.size_b for group in part)) for part in parts]
         low = torch.empty(max(a + b for a, b in sizes), dtype=self.dtype, device=self.device)
@@ -193,7 +196,7 @@ class Fused:
         ]
 
     def _copy_block(self, part: int, beside: bool = True) -> None:
-        """Copy the adapters of a block, or of the head (-1), unless all were copied at once."""
+        """Copy the adapters of a block, or of all outside of blocks (-1), unless all were copied at once."""
         if self.copies_by_block:
             self.copies[part].refresh(beside)
 
@@ -529,6 +532,11 @@ class Fused:
         if self.model.positions is not None:
             assert table_rows is not None
             x = x + F.embedding(table_rows, self.model.positions.weight.detach())
+        run.shared = Shared()
+        if self.own is not None:
+            self._copy_block(-1)
+            learns = run.saves and (self.own.group.rank > 0 or self.rows is not None)
+            run.shared = Shared(self.own.forward(tokens, x, run), x if learns else None)
         if run.saves:
             self.offload.reset()
         stream = [x]
@@ -589,6 +597,12 @@ class Fused:
                 d, one, run, self.pending, wants_dx=i > self.lowest or learns, carries=carried[i]
             )
         self.pending.flush()
+        shared, run.shared = run.shared, Shared()  # a graph would keep their memory
+        if self.own is not None and shared.embedded is not None:
+            assert shared.own is not None
+            self._copy_block(-1, beside=False)
+            more = self.own.backward(saved.tokens, shared.embedded, shared.own, run)
+            d = None if d is None else d.add_(more)
         if self.rows is not None and d is not None:
             self.rows.add_gradient(saved.tokens, d)
         for padded in self.padded:

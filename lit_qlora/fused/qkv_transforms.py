@@ -94,9 +94,10 @@ def _has_no_weight(config: ModelConfig) -> bool:
 
 
 def _head_norm(attn: Any, config: ModelConfig, late: bool, ones: Tensor) -> HeadNorm:
-    weights = [_factors(norm, ones) for norm in (attn.query_norm, attn.key_norm)]
-    of_keys = attn.value is None
-    return HeadNorm(torch.stack(weights).detach(), attn.query_norm.eps, late, config.value_norm, of_keys)
+    norms = [norm for norm in (attn.query_norm, attn.key_norm) if norm is not None]  # or its queries alone are its own
+    weights = torch.stack([_factors(norm, ones) for norm in norms]).detach()
+    values, of_keys = config.value_norm and attn.key is not None, attn.key is not None and attn.value is None
+    return HeadNorm(weights, attn.query_norm.eps, late, values, of_keys)
 
 
 def _factors(norm: Any, ones: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ def forward(mlp: Mlp, normed: list[Tensor], statistics: Tensor, stream: Tensor, 
     whole = normed.pop()
     out: Tensor | None = None
     saved = []
-    for i, part in enumerate(_slices(len(whole))):
+    for i, part in enumerate(slices(len(whole))):
         if part == slice(0, len(whole)):
             normed.append(whole)
             del whole
             out, only = mlp.forward(normed, statistics, stream, run, saves=False)
             return out, [only]
-        y, one = mlp.forward([whole[part]], statistics[:, part], stream[part], _seeded(run, i), saves=False)
+        y, one = mlp.forward([whole[part]], statistics[:, part], stream[part], seeded(run, i), saves=False)
         out = y.new_empty(len(whole), y.size(1)) if out is None else out
         out[part] = y
         saved.append(one)
@@ -52,10 +52,10 @@ def backward(
     """
     if len(saved) == 1:
         return mlp.backward(d_y, stream, saved[0], d_out, back, ahead)
-    gradient, parts = d_y.pop(), list(_slices(len(d_out)))
+    gradient, parts = d_y.pop(), list(slices(len(d_out)))
     out = torch.empty_like(d_out) if keeps else d_out
     for i, (part, one) in enumerate(zip(parts, saved, strict=True)):
-        of_slice = replace(back, forward=_seeded(back.forward, i))
+        of_slice = replace(back, forward=seeded(back.forward, i))
         inputs = ([gradient[part]], [tensor[part] for tensor in stream], one, d_out[part])
         out[part] = mlp.backward(*inputs, of_slice, ahead if i == len(parts) - 1 else ())
         back.pending.flush()  # two slices may not add to the same gradient in one launch
@@ -63,11 +63,12 @@ def backward(
     return out
 
 
-def _slices(tokens: int) -> Iterator[slice]:
+def slices(tokens: int) -> Iterator[slice]:
+    """Yield the slices of so many tokens."""
     each = slice_tokens(tokens)
     return (slice(first, min(first + each, tokens)) for first in range(0, tokens, each))
 
 
-def _seeded(run: Pass, number: int) -> Pass:
+def seeded(run: Pass, number: int) -> Pass:
     """The pass with other elements to drop in each slice, whose rows are numbered from 0."""
     return run if run.seed is None else replace(run, seed=(run.seed + SEEDS * number) % 2**31)

@@ -31,10 +31,11 @@ from lit_qlora.quantize import QuantizedLinear, Storage, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
-UNHANDLED = ("shared_kv_layers", "per_layer_size")
-"""Fields of ModelConfig that the kernels do not compute with, unless they have their default values."""
-UNDECODED = ("kv_latent_size", "delta_layers", "conv_layers", "attention_gate", "experts_beside")
-"""The same of the kernels of decoding alone."""
+UNDECODED = (
+    "kv_latent_size", "delta_layers", "conv_layers", "attention_gate", "experts_beside", "shared_kv_layers",
+    "per_layer_size",
+)  # fmt: skip
+"""Fields of ModelConfig that the kernels of decoding do not compute with, unless they have their default values."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""
 GROWING = ("dynamic", "longrope")
@@ -67,6 +68,8 @@ def stacks_of(model: GPT) -> Iterator[list[nn.Module]]:
     """Yield the layers that every token goes through in a model of the fast path, one list for each shared input."""
     for block in model.blocks:
         yield from _stacks_of_block(block)
+    if model.per_layer is not None:
+        yield [model.per_layer.narrow]
     yield [model.head]
 
 
@@ -74,6 +77,13 @@ def _stacks_of_block(block: Any) -> Iterator[list[nn.Module]]:
     yield from mixing_layers(mixer_of(block))
     if (mlp := dense_mlp_of(block)) is not None:
         yield from mlp_layers(mlp)
+    if block.per_layer is not None:
+        yield from ([layer] for layer in _of_own_input(block))
+
+
+def _of_own_input(block: Any) -> tuple[nn.Module, nn.Module]:
+    """The layers that add a block's embeddings to its stream."""
+    return block.per_layer.gate, block.per_layer.widen
 
 
 def _of_experts(model: GPT) -> Iterator[nn.Module]:
@@ -83,8 +93,12 @@ def _of_experts(model: GPT) -> Iterator[nn.Module]:
 
 
 def _of_any_size(model: GPT) -> Iterator[nn.Module]:
-    """The layers outside of kernels that take 16 outputs at a time: of TorchBlocks, and gates of shared experts."""
+    """The layers outside of kernels that take 16 outputs at a time: those between which torch computes, and gates."""
+    if model.per_layer is not None:
+        yield model.per_layer.narrow
     for block in model.blocks:
+        if block.per_layer is not None:
+            yield from _of_own_input(block)
         if (mixture := mixture_of(block)) is not None and mixture.shared_gate is not None:
             yield mixture.shared_gate
         if takes_torch(block, model.config):
@@ -153,11 +167,15 @@ def copied_bytes(model: GPT) -> int:
 
 def unhandled(config: ModelConfig, decodes: bool = False) -> str:
     """The part of a model that the kernels of training, or with `decodes` those of decoding, do not compute, or ''."""
-    for name in (*UNHANDLED, *(UNDECODED if decodes else ())):
+    for name in UNDECODED if decodes else ():
         if value := getattr(config, name):
             return f"{name} {value!r}"
     if (config.value_norm or config.key_is_value) and not (config.value_norm and norms_heads(config)):
         return "values that are normed or keys, without norms of heads"
+    if config.shared_kv_layers and not norms_heads(config):
+        return "keys and values of other blocks, without norms of heads"
+    if config.per_layer_size and (config.norm_position == "before" or config.parallel_residual):
+        return "embeddings for each block, without a norm behind its MLP"
     if config.router_before and config.mlp_bias:
         return "biases of experts that read weighted tokens"
     dense = not config.n_expert or bool(config.dense_layers) or config.experts_beside or config.shared_expert_size > 0

@@ -22,7 +22,7 @@ class HeadNorm:
     """RMS norms over each head of queries and keys.
 
     Attributes:
-        weights: (2, D) float32, of queries and of keys.
+        weights: (2, D) float32, of queries and of keys; (1, D) without keys.
         late: the norm follows the rotation.
         values: values are normed too, without a weight.
         values_of_keys: with `values`: they are the keys as they were projected, and the stack has none of its own.

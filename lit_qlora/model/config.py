@@ -310,6 +310,13 @@ class ModelConfig:
         """True if `block` uses the keys and values of another one."""
         return self.n_layer - self.shared_kv_layers <= block < self.n_layer
 
+    def lends(self, block: int) -> bool:
+        """True if later blocks use the keys and values of `block`, the last one of its kind that has its own."""
+        if not self.shared_kv_layers or self.reuses(block) or block in self.state_layers:
+            return False
+        behind = (i for i in range(block + 1, self.n_layer) if not self.reuses(i) and i not in self.state_layers)
+        return (self.windowed(block), self.rotates(block)) not in {(self.windowed(i), self.rotates(i)) for i in behind}
+
     @property
     def value_size(self) -> int:
         """Features of a head's value; those of its key are head_size."""

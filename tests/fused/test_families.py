@@ -1,17 +1,16 @@
-"""Every family takes the fast path and has the gradients of the plain path, or says why it does not."""
+"""Every family takes the fast path and has the gradients of the plain path."""
 
 import pytest
 import torch
 
-from lit_qlora.convert.families import FAMILIES
-from lit_qlora.convert.families.__main__ import limits
 from lit_qlora.fused import fuse, why_not
+from lit_qlora.fused.support import unhandled
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.model.gpt import IGNORE
 from lit_qlora.settings import LoRAConfig
 from tests.fused.test_fused import DEVICE, assert_equal, gradients
-from tests.model.test_switches import model_of
+from tests.model.test_switches import config_of, model_of
 from tests.reference import CASES
 
 pytestmark = [
@@ -22,9 +21,6 @@ pytestmark = [
     # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
-PLAIN_CASES = {"gemma4-E": "shared_kv_layers"}
-"""The cases that take the plain path, and the field of ModelConfig that is to blame."""
-FAST = [case for case in CASES if case not in PLAIN_CASES]
 REPRESENTATIVE = [
     *(
         "gemma2",
@@ -57,14 +53,8 @@ REPRESENTATIVE = [
 """Between them they have all that the fast path handles; `make test-all` goes through every case."""
 
 
-@pytest.mark.parametrize("case", PLAIN_CASES)
-def test_the_others_name_what_it_lacks(case: str) -> None:
-    assert why_not(model_of(case)).startswith(f"{PLAIN_CASES[case]} ")
-
-
-def test_the_table_of_families_names_them_too() -> None:
-    partly = {name for name in FAMILIES if any(limit.startswith("plain path with ") for limit in limits(name))}
-    assert partly >= {CASES[case][0] for case in PLAIN_CASES}
+def test_the_kernels_compute_every_case() -> None:
+    assert {case: reason for case in CASES if (reason := unhandled(config_of(case)))} == {}
 
 
 QUICK = [(case, "none") for case in REPRESENTATIVE] + [
@@ -80,7 +70,7 @@ QUICK = [(case, "none") for case in REPRESENTATIVE] + [
     ("case", "policy"),
     [
         pytest.param(case, policy, marks=[] if (case, policy) in QUICK else pytest.mark.slow)
-        for case in FAST
+        for case in CASES
         for policy in ("none", "attn", "full")
     ],
 )

@@ -183,6 +183,23 @@ def test_blocks_without_a_state_save_no_state_in_a_model_that_has_some() -> None
     assert every.peak(["none"] * BLOCKS, 512) - mixed.peak(["none"] * BLOCKS, 512) == spared > 0
 
 
+def test_blocks_that_use_the_keys_of_another_one_save_none_and_mlps_as_wide_as_theirs() -> None:
+    wide = {"shared_kv_layers": 3, "shared_kv_ffn_size": 1408}
+    one, tokens = sizes(**wide), 512
+    more = one.saved("none", tokens, reuses=True) - one.saved("none", tokens)
+    assert more == tokens * 2 * (2 * 704 - 2 * 256)
+    every = sizes(ffn_size=1408)  # as wide in all blocks, with keys of their own
+    spared = tokens * 2 * (5 * 2 * 704 + 3 * 2 * 256) - tokens * (2 + 4) * 2 * 256  # less what is lent
+    assert every.peak(["none"] * BLOCKS, tokens) - one.peak(["none"] * BLOCKS, tokens) == spared
+
+
+@pytest.mark.parametrize("policy", COST)
+def test_what_several_blocks_read_is_there_in_each_of_their_backward_passes(policy: Recompute) -> None:
+    own = {"per_layer_size": 16, "per_layer_vocab": 320}
+    plain, beside = (sizes(norm_position="both", **more).peak([policy] * BLOCKS, 512) for more in ({}, own))
+    assert beside - plain == 512 * 2 * (BLOCKS * 16 + 256)
+
+
 @pytest.mark.parametrize(("keys", "values"), [(128, 128), (32, 64)])
 def test_the_backward_pass_of_the_delta_rule_holds_what_is_counted(keys: int, values: int) -> None:
     count, heads, live = 1024, 2, Live()

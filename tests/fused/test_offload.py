@@ -35,7 +35,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Stream", "Event", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "empty_like", lambda like, device="": empty_like(like))
+    monkeypatch.setattr(torch, "empty_like", lambda like, device="", **layout: empty_like(like, **layout))
     monkeypatch.setattr("lit_qlora.fused.offload.pin", lambda numbers, dtype: torch.empty(numbers, dtype=dtype))
 
 

@@ -11,9 +11,9 @@ from lit_qlora.fused import fuse, why_not
 from lit_qlora.lora.layer import add_lora, lora_state
 from lit_qlora.model.gpt import IGNORE
 from lit_qlora.settings import LoRAConfig
-from tests.fused.test_families import FAST
 from tests.gpu.test_fused_gpu import errors, gradients, in_float64
 from tests.model.test_switches import model_of
+from tests.reference import CASES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", FAST)
+@pytest.mark.parametrize("case", CASES)
 def test_errors_are_about_those_of_the_plain_path(case: str) -> None:
     """Tiny models: a choice of experts that one rounding turns over can decide about a tensor, so medians count."""
     model_of.cache_clear()  # adapters are added in place

@@ -21,6 +21,10 @@ __all__ = ["loopback"]
 HERE = torch.device("cpu")
 SOME, ALL = ("query", "value"), ("all",)
 TORCH = {"n_layer": 3, "kv_latent_size": 64, "latent_rope_size": 8, "latent_value_size": 16, "n_kv_head": 4}
+OWN = {
+    "n_layer": 3, "shared_kv_layers": 1, "qk_norm": "head", "norm_position": "both", "per_layer_size": 64,
+    "per_layer_vocab": 320,
+}  # fmt: skip
 MIXTURE = {"family": "qwen3_moe", "qk_norm": "head", "n_expert": 4, "n_expert_per_token": 2, "expert_size": 64}
 CASES = [("plain", "bnb.nf4-dq", SOME, {"n_layer": 5})]
 MORE = [
@@ -31,6 +35,7 @@ MORE = [
     ("full", "none", ALL, {"n_layer": 3, **MIXTURE}),
     ("none", "bnb.nf4-dq", ALL, {"n_layer": 3, **MIXTURE}),
     ("full", "bnb.nf4-dq", ALL, TORCH),
+    ("full", "bnb.nf4-dq", ALL, OWN),
 ]
 """Path (of the fast one its policy), scheme, targets and changes of the model."""
 

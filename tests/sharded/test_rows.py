@@ -104,6 +104,9 @@ def compared(model: GPT, inputs: list[Tensor | None], rows: RowParts, fast: Fuse
     return float((part - loss).abs() / loss), apart / largest
 
 
+OWN_EMBEDDINGS = {
+    "shared_kv_layers": 1, "qk_norm": "head", "norm_position": "both", "per_layer_size": 16, "per_layer_vocab": 320
+}  # fmt: skip
 FAST: list[tuple[dict[str, Any], bool, Recompute]] = [
     ({}, False, "none"),
     ({}, True, "mlp"),
@@ -114,6 +117,7 @@ FAST: list[tuple[dict[str, Any], bool, Recompute]] = [
     ({"attention_softcap": 5.0}, True, "none"),
     ({"attention_gate": True}, True, "full"),
     ({"qk_norm": "head"}, True, "none"),
+    (OWN_EMBEDDINGS, True, "full"),
     ({"qk_norm": "full"}, True, "full"),
     ({**LATENT, "n_layer": 2}, True, "none"),
     ({**LATENT, "n_layer": 2}, True, "full"),

@@ -61,13 +61,6 @@ FEATURES = {
 """Field that a row reads or fixes -> the feature of its family, in words."""
 
 
-PARTLY = {
-    "shared_kv_layers": "shared keys and values",
-    "per_layer_size": "per-layer embeddings",
-}
-"""Field that the kernels of training do not compute, and some models of a family have -> its feature."""
-
-
 def features(family: Family) -> str:
     """Name the features that a family can use beyond Llama's."""
     own = {**{ours: reader for ours, reader in family.fields.items() if ours not in COMMON}, **family.fixed}
@@ -82,7 +75,6 @@ def limits(name: str) -> list[str]:
     used = {**family.fields, **family.fixed}
     if {"delta_layers", "conv_layers"} & set(used):
         found.append("no draft models, and no shared beginnings: a block has a state")
-    found += [f"plain path with {words}" for ours, words in PARTLY.items() if ours in used]
     if name == "afmoe":
         found.append("no PEFT: it takes the gate of attention for an expert's; merge the adapter instead")
     if name == "mistral4":
@@ -95,8 +87,8 @@ if __name__ == "__main__":
     print(
         f"Each family computes what transformers {' and '.join(VERIFIED_WITH)} computes: see tests/model/test_gpt.py.\n"
         "All have tied or separate heads and RoPE: plain, linear, dynamic, llama3, yarn, longrope. What they add:\n"
-        "In brackets: what it takes no part in, with the reason. [plain path with]: kernels of training lack it, so\n"
-        "it trains slower. [no GGUF]: scripts/convert_lit_checkpoint.py writes the model for transformers and vLLM.\n"
+        "All train on the fast path. In brackets: what a family takes no part in, with the reason.\n"
+        "[no GGUF]: scripts/convert_lit_checkpoint.py writes the model for transformers and vLLM.\n"
     )
     for name, family in sorted(FAMILIES.items()):
         short = "".join(f" [{limit}]" for limit in limits(name))

@@ -25,12 +25,19 @@ from lit_qlora.data.load import (
 from lit_qlora.data.samples import Counts, Sample, Samples
 from lit_qlora.data.sources import find_sources
 from lit_qlora.errors import DataError
+from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.scoring import Scoring
 from lit_qlora.prompts.tokenizer import Tokenizer
-from lit_qlora.settings import DataConfig, FinetuneConfig, PreferenceConfig
+from lit_qlora.settings import DataConfig, FinetuneConfig, PreferenceConfig, TrainConfig
 
 DRIFT = -3  # epoch of the order that pairs prompts with the answers to others; see load.SPLIT
 BIASED = 0.7  # share of pairs with a longer chosen answer, or a shorter one, from which on a note says so
+
+
+def can_share(model: ModelConfig, train: TrainConfig) -> bool:
+    """Tell whether answers to one prompt can share its tokens."""
+    # The kernel of capped scores and of dropout has as many keys as queries.
+    return model.shares_beginnings and model.attention_softcap is None and not train.hidden_dropout
 
 
 def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
@@ -55,9 +62,7 @@ def read_preferences(config: FinetuneConfig, how: PreferenceConfig) -> RunData:
     if data.exclude:
         chosen = leave_out(data.exclude, [_hashes(one) for one in encoded], chosen)
     chosen = limited(chosen, data, seed)
-    # The kernel of capped scores has as many keys as queries.
-    share = how.share_prompts and model.shares_beginnings and model.attention_softcap is None
-    layout = Layout(share, how.ld_alpha, how.sft_prompts)
+    layout = Layout(how.share_prompts and can_share(model, config.train), how.ld_alpha, how.sft_prompts)
     train = _joined([_take(one, some, layout) for one, some in zip(encoded, chosen, strict=True)])
     kept = [_take(one, some, layout) for one, some in zip(encoded, held_out, strict=True)]
     compared = _joined([_take(val, range(len(_bounds(val)) - 1), layout)] if val else kept)

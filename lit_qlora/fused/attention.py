@@ -2,7 +2,7 @@
 
 cuDNN for rows of one length, if that is worth a plan of its own; flash attention for other rows and for packed
 documents (variable lengths); plain torch on a CPU and on GPUs that have neither. All take strided views without a
-copy. Capped scores, and heads of more features than flash attention takes, have kernels of their own.
+copy. Capped scores, dropout, and heads of more features than flash attention takes, have kernels of their own.
 
 A sink is one more score in the softmax of a head, without a value (Xiao et al. 2024, "Efficient streaming language
 models with attention sinks"). It only scales the output, by the share of the softmax's sum that is not the sink's. The
@@ -23,6 +23,7 @@ from torch import Tensor
 from lit_qlora.fused.offload import to_device
 from lit_qlora.kernels import attention as kernels
 from lit_qlora.kernels.attention import Scores
+from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import INTERPRETED, shared_memory
 from lit_qlora.model.attention import attend
 from lit_qlora.sharded import RowParts
@@ -216,6 +217,7 @@ class Heads:
         window: tokens that a token attends to, itself included; None for all before it.
         cap: scores x become cap * tanh(x / cap).
         sinks: (H,), frozen.
+        dropout: of the weights of attention, in this pass.
     """
 
     query: int
@@ -225,6 +227,7 @@ class Heads:
     window: int | None = None
     cap: float | None = None
     sinks: Tensor | None = None
+    dropout: Dropout = NONE
 
     def shared(self, parts: RowParts) -> "Heads":
         """The heads of this process, where others compute the rest; those of keys may be copies."""
@@ -235,7 +238,8 @@ class Heads:
     @property
     def scores(self) -> Scores:
         """As kernels.attention takes them."""
-        return Scores(self.size**-0.5 if self.scale is None else self.scale, self.cap, self.window)
+        scale = self.size**-0.5 if self.scale is None else self.scale
+        return Scores(scale, self.cap, self.window, self.dropout)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, at least (H + 2 K) D) -> views (T, H, D), (T, K, D), (T, K, D)."""
@@ -406,10 +410,10 @@ def _options(heads: Heads, layout: Layout) -> dict[str, Any]:
 
 
 def _takes_kernel(q: Tensor, heads: Heads, layout: Layout) -> bool:
-    """Tell whether the project's own kernels run: for capped scores, and for heads too large for flash attention."""
+    """Tell whether the project's own kernels run: see the module."""
     if not (q.is_cuda or INTERPRETED):
         return False
-    if heads.cap is not None:
+    if heads.cap is not None or heads.dropout.p:
         assert layout.tree is None
         return True
     return layout.tree is None and has_kernel(heads.size, shared_memory(q), q.element_size())

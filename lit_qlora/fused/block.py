@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.fused import sliced
-from lit_qlora.fused.attention import attention, attention_backward
+from lit_qlora.fused.attention import Heads, attention, attention_backward
 from lit_qlora.fused.experts import ExpertMlp
 from lit_qlora.fused.experts_beside import MlpBeside
 from lit_qlora.fused.group import Group, Layers
@@ -36,7 +36,7 @@ from lit_qlora.fused.offload import OnHost
 from lit_qlora.fused.passes import Backward, Lent, Pass
 from lit_qlora.fused.per_layer import OwnInput
 from lit_qlora.fused.qkv_transforms import Shaping, pull_back
-from lit_qlora.kernels.dropout import Dropout
+from lit_qlora.kernels.dropout import Dropout, drop
 from lit_qlora.kernels.gate import gate_backward, gate_forward
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import apply_norm, post_norm_backward
@@ -111,7 +111,7 @@ class Block(KernelBlock):
         saves = run.saves and self.goes_back
         policy: Recompute = self.recompute if saves else "full"
         saved, x, raw_1 = self._attend(stream, run, policy)
-        out = apply_norm(self.post_1, raw_1)
+        out = drop(apply_norm(self.post_1, raw_1), self._drops(1, run))
         if policy not in FULL and self.post_1.statistics:
             saved.raw_1 = run.save(raw_1, policy)
         del raw_1
@@ -128,7 +128,7 @@ class Block(KernelBlock):
             raw_2, saved.mlp = self.mlp.forward(handed, statistics_2, middle, run, saves=True)
         else:
             raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, middle, run)
-        y = apply_norm(self.post_2, raw_2)
+        y = drop(apply_norm(self.post_2, raw_2), self._drops(2, run))
         if saves and self.post_2.statistics:
             saved.raw_2 = run.save(raw_2, policy)
         if beside is not None:
@@ -193,6 +193,10 @@ class Block(KernelBlock):
     def _attention_learns(self) -> bool:
         return any(group.rank for group in self.groups[: -self._behind_attention])
 
+    def _drops(self, which: int, run: Pass) -> Dropout:
+        """The dropout of attention's weights (0), of its output (1) and of the MLP's (2)."""
+        return run.dropout(1 + 3 * self.number + which)
+
     def _query_scale(self, run: Pass) -> Tensor | None:
         return run.query_scale if self.scaled else None
 
@@ -200,7 +204,8 @@ class Block(KernelBlock):
         """The attention's half of the block again, from its input."""
         raw_1 = self._attend_again(saved, back)
         saved.raw_1 = raw_1 if self.post_1.statistics else None
-        saved.out = None if self.parallel else apply_norm(self.post_1, raw_1)
+        again = None if self.parallel else apply_norm(self.post_1, raw_1)
+        saved.out = None if again is None else drop(again, self._drops(1, back.forward))
 
     def _behind_mlp(self, saved: SavedBlock, back: Backward) -> Tensor:
         """The stream behind the MLP again, from what its backward pass reads, which is on the device then."""
@@ -211,7 +216,7 @@ class Block(KernelBlock):
             saved.middle, saved.out = saved.x + saved.out, None
         assert saved.raw_2 is not None
         saved.middle, saved.raw_2 = get(saved.middle), get(saved.raw_2)
-        return apply_norm(self.post_2, saved.raw_2).add_(saved.middle)
+        return drop(apply_norm(self.post_2, saved.raw_2), self._drops(2, back.forward)).add_(saved.middle)
 
     def _mlp_backward(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of the stream between attention and MLP."""
@@ -222,7 +227,7 @@ class Block(KernelBlock):
         else:
             saved.x = get(saved.x)
             stream = [saved.x] if saved.out is None else [saved.x, saved.out]
-        d_y = [post_norm_backward(self.post_2, raw_2, d_out)]
+        d_y = [post_norm_backward(self.post_2, raw_2, drop(d_out, self._drops(2, back.forward)))]
         del raw_2
         saved.raw_2 = saved.middle = saved.out = None
         ahead = (saved.attended, saved.x if saved.qkv is None else None, saved.raw_1)
@@ -232,8 +237,9 @@ class Block(KernelBlock):
 
     def _d_raw_1(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of attention's output before a norm behind it."""
-        raw_1, saved.raw_1 = saved.raw_1, None
-        return post_norm_backward(self.post_1, None if raw_1 is None else back.forward.offload.get(raw_1), d_out)
+        raw, saved.raw_1 = saved.raw_1, None
+        raw_1 = None if raw is None else back.forward.offload.get(raw)
+        return post_norm_backward(self.post_1, raw_1, drop(d_out, self._drops(1, back.forward)))
 
 
 class FusedBlock(Block):
@@ -273,7 +279,7 @@ class FusedBlock(Block):
         q, k, v = self._shaped(qkv, run)
         if self.lends:
             run.shared.lent[self.kind] = Lent(k, v)
-        attended, extra = attention(q, k, v, self.heads, run.layout)
+        attended, extra = attention(q, k, v, self._heads(run), run.layout)
         del q, k, v
         if policy not in FULL:
             saved.attended, saved.attention = run.save(attended, policy), extra
@@ -287,7 +293,7 @@ class FusedBlock(Block):
         run, (_, space_qkv, space_projection) = back.forward, back.workspaces
         self._recompute_qkv(saved, back, space_qkv)
         assert isinstance(saved.qkv, Tensor)
-        saved.attended, saved.attention = attention(*self._shaped(saved.qkv, run), self.heads, run.layout)
+        saved.attended, saved.attention = attention(*self._shaped(saved.qkv, run), self._heads(run), run.layout)
         raw_1, saved.z_projection, saved.matrix_projection = self._project(
             saved.attended, saved.qkv, run, space_projection
         )
@@ -412,7 +418,7 @@ class FusedBlock(Block):
         """The gradient of the product with the stacked weights, in `out` if it has columns for gates already."""
         if not (self.shaping.does_nothing or self.shaping.has_kernel):
             return self._d_qkv_by_torch(d_out, qkv, attended, extra, run)
-        parts = attention_backward(d_out, *self._shaped(qkv, run), attended, extra, self.heads, run.layout)
+        parts = attention_backward(d_out, *self._shaped(qkv, run), attended, extra, self._heads(run), run.layout)
         if self.reuses or self.lends:
             parts = self._of_own(parts, run.shared.lent[self.kind])
         if self.shaping.has_kernel:
@@ -442,7 +448,7 @@ class FusedBlock(Block):
 
     def _d_qkv_by_torch(self, d_out: Tensor, qkv: Tensor, attended: Tensor, extra: Any, run: Pass) -> Tensor:
         shaped, rotated = self._shaped_by_torch(qkv, run)
-        parts = attention_backward(d_out, *self.heads.split(shaped), attended, extra, self.heads, run.layout)
+        parts = attention_backward(d_out, *self.heads.split(shaped), attended, extra, self._heads(run), run.layout)
         if self.shaping.after:
             parts = self.heads.split(pull_back(self.shaping.after, rotated, None, torch.cat(parts, dim=1).flatten(1)))
         del shaped, rotated
@@ -468,6 +474,11 @@ class FusedBlock(Block):
             attended = both
         matrix = group.matrix(space)
         return group.product(attended, matrix), z, matrix
+
+    def _heads(self, run: Pass) -> Heads:
+        """The sizes of attention, and what of its weights this pass drops."""
+        dropout = self._drops(0, run)
+        return replace(self.heads, dropout=dropout) if dropout.p else self.heads
 
     def _dropout(self, group: Group, which: int, run: Pass) -> Dropout:
         return group.dropout(run.seed, 4 * self.number + which)

@@ -116,6 +116,8 @@ class FastSizes:
     carried: tuple[float, ...] = ()
     """Bytes of each block's quantised weights in 16 bit with the adapters' B beside them, but for those of experts,
     which are not carried over."""
+    drops: bool = False
+    """The model itself drops elements in training."""
 
     def saved(self, policy: Recompute, tokens: int, holds_state: bool = True, reuses: bool = False) -> float:
         """Bytes on the device that one block saves for its backward pass.
@@ -214,6 +216,7 @@ class FastSizes:
         """Features of whole rows in the backward pass of one block, at most, where the MLP takes them at once."""
         c, again = self.model, policy != "none"
         more = {"offload": 3 * c.n_embd, "full-offload": 2 * (c.n_embd + self._raw)}.get(policy, 0)
+        more += c.n_embd if self.drops else 0  # a gradient with elements dropped
         more += c.n_embd if c.experts_beside else 0  # the gradient of what experts give, before the norm behind them
         return 5 * c.n_embd + (self._qkv if again else 0) + self._shaped + more
 

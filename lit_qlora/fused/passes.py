@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.memory import ON_HOST
 from lit_qlora.fused.offload import Offload, OnHost
+from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.model.mlp import Seen
 from lit_qlora.settings import Recompute
@@ -66,6 +67,7 @@ class Pass:
         positions: (T,) int32, rows of the rope tables.
         query_scale: (T, 1, 1) float32, for blocks with `scaled`; None where there are none.
         seed: of the dropout, see kernels.dropout; None for none.
+        p: GPT.dropout.
         saves: there will be a backward pass.
         carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carries.
         seen: to which the forward pass adds what routers computed, block by block; None where nobody looks.
@@ -84,6 +86,11 @@ class Pass:
     seen: Seen | None = None
     d_scores: list[Tensor | None] = field(default_factory=list)
     shared: Shared = field(default_factory=Shared)
+    p: float = 0.0
+
+    def dropout(self, place: int) -> Dropout:
+        """The dropout at one of the numbered places where the model itself drops; inputs of adapters are no such."""
+        return NONE if self.seed is None or not self.p else Dropout(self.p, self.seed, -1 - place)
 
     def save(self, tensor: Tensor, policy: Recompute) -> Tensor | OnHost:
         """The tensor, or where a block offloads its copy on the host."""

@@ -34,6 +34,7 @@ from lit_qlora.fused.support import GROWING
 from lit_qlora.fused.torch_block import TorchBlock
 from lit_qlora.fused.trained_rows import rows_of
 from lit_qlora.fused.uneven import PaddedB, differ
+from lit_qlora.kernels.dropout import drop
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
 from lit_qlora.lora.layer import LoRALinear
@@ -117,7 +118,8 @@ class Fused:
             for block in self.blocks
         )
         ahead, lowest = self._dequantizes_ahead, self.lowest
-        return FastSizes(self.config, rank, adapted, quantized, head, self.fp8, ahead, lowest=lowest, carried=carried)
+        known = (rank, adapted, quantized, head, self.fp8, ahead)
+        return FastSizes(self.config, *known, lowest=lowest, carried=carried, drops=self.model.dropout > 0)
 
     def _tables(self, count: int) -> Ropes:
         """The tables of `count` positions or more; longer ones take the place of shorter ones."""
@@ -379,7 +381,7 @@ class Fused:
         """Tell if a backward pass will follow, and draw the seed of the dropout if there is any."""
         learns = torch.is_grad_enabled() and bool(self.every_a)
         # Dropout's seed comes from torch's generator on the host, so that a restored one repeats it.
-        drops = self.model.training and any(group.p for group in self.groups)
+        drops = self.model.training and (self.model.dropout or any(group.p for group in self.groups))
         return learns, int(torch.randint(1, 2**31 - 1, ())) if drops else None
 
     @property
@@ -449,6 +451,7 @@ class Fused:
             saves=saves,
             carries=carries,
             seen=None if self._watched is None else [],
+            p=self.model.dropout,
         )
         return None if self.model.positions is None else to_device(table_rows, self.device), run
 
@@ -537,6 +540,7 @@ class Fused:
             self._copy_block(-1)
             learns = run.saves and (self.own.group.rank > 0 or self.rows is not None)
             run.shared = Shared(self.own.forward(tokens, x, run), x if learns else None)
+        x = drop(x, run.dropout(0))
         if run.saves:
             self.offload.reset()
         stream = [x]
@@ -597,6 +601,7 @@ class Fused:
                 d, one, run, self.pending, wants_dx=i > self.lowest or learns, carries=carried[i]
             )
         self.pending.flush()
+        d = None if d is None else drop(d, run.dropout(0))
         shared, run.shared = run.shared, Shared()  # a graph would keep their memory
         if self.own is not None and shared.embedded is not None:
             assert shared.own is not None

@@ -20,6 +20,7 @@ from lit_qlora.fused.qkv_transforms import norms_heads
 from lit_qlora.fused.stacked import base_of, why_not_stacked
 from lit_qlora.fused.uneven import padding
 from lit_qlora.kernels import launch
+from lit_qlora.kernels.attention import LARGE
 from lit_qlora.kernels.lora_products import LEAST_STRIPE
 from lit_qlora.kernels.stack import BLOCK
 from lit_qlora.lora.embeddings import TrainedHead
@@ -191,8 +192,8 @@ def unhandled_embeddings(model: GPT) -> str:
 
 def unhandled_variant(model: GPT) -> str:
     """The part of the adapters and embeddings that the fast path does not compute, or ''."""
-    if model.dropout:
-        return "train.hidden_dropout"
+    if model.dropout and max(map(model.config.head_size_of, (True, False))) > LARGE:
+        return f"train.hidden_dropout with heads of more than {LARGE} features"
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if reason := next((adapter.beyond_low_rank for adapter in adapters if adapter.beyond_low_rank), ""):
         return reason

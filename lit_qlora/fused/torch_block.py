@@ -19,6 +19,7 @@ from lit_qlora.fused.group import Group
 from lit_qlora.fused.kernel_block import mixer_of, mixing_layers
 from lit_qlora.fused.passes import Backward, Pass
 from lit_qlora.fused.torch_stack import MOST_STACKS, TorchStack, with_layers
+from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.norm import add_norm, apply_norm, norm_backward
 from lit_qlora.model.attention import Place, attend
 from lit_qlora.model.config import ModelConfig
@@ -46,7 +47,9 @@ class TorchBlock(Block):
         ]
         self.groups = (*(stack.group for stack in self.stacks), *self.groups)
         replaced = {layer: part for stack in self.stacks for layer, part in stack.parts.items()}
-        self.module, self.numbers_documents = with_layers(mixer_of(block), replaced), block.attn is None
+        self.module = with_layers(mixer_of(block), replaced)
+        self.module.training = False  # fast_attend drops for it
+        self.numbers_documents = block.attn is None
 
     def _attend(self, stream: list[Tensor], run: Pass, policy: Recompute) -> tuple[SavedBlock, Tensor, Tensor]:
         """See Block."""
@@ -109,7 +112,9 @@ class TorchBlock(Block):
         scale = self._query_scale(run)
         scale = None if scale is None else scale.view(shape)
         mask, lookup = (
-            (None, fast_attend(layout, self.window)) if layout.masks is None else (layout.masks[self.window], attend)
+            (None, fast_attend(layout, self.window, self._drops(0, run)))
+            if layout.masks is None
+            else (layout.masks[self.window], attend)
         )
         documents = layout.numbers() if self.numbers_documents else None
         fast = self.numbers_documents and has_kernels(run.positions.device, self.key_size)
@@ -136,8 +141,12 @@ class _Attend(torch.autograd.Function):
         return *parts, None, None
 
 
-def fast_attend(layout: Layout, window: int | None) -> Callable[..., Tensor]:
-    """Make a function that computes what model.attention.attend does for documents, which take the place of a mask."""
+def fast_attend(layout: Layout, window: int | None, drops: Dropout = NONE) -> Callable[..., Tensor]:
+    """Make a function that computes what model.attention.attend does for documents, which take the place of a mask.
+
+    Args:
+        drops: the dropout of its weights.
+    """
 
     def lookup(
         q: Tensor, k: Tensor, v: Tensor, mask: None, scale: float | None, cap: float | None = None,
@@ -145,10 +154,11 @@ def fast_attend(layout: Layout, window: int | None) -> Callable[..., Tensor]:
     ) -> Tensor:  # fmt: skip
         assert mask is None
         assert not dropout
-        heads = Heads(q.size(1), k.size(1), q.size(3), scale, window, cap, None if sinks is None else sinks.detach())
+        sinks = None if sinks is None else sinks.detach()
+        heads = Heads(q.size(1), k.size(1), q.size(3), scale, window, cap, sinks, drops)
         narrow = v.size(3)
         v = F.pad(v, (0, heads.size - narrow))  # the kernels know one size of heads
-        by_token = (x.transpose(1, 2).reshape(-1, x.size(1), x.size(3)) for x in (q, k, v))
+        by_token = (x.transpose(1, 2).contiguous().view(-1, x.size(1), x.size(3)) for x in (q, k, v))
         out = _Attend.apply(*by_token, heads, layout)
         rows: Tensor = out.view(len(q), -1, heads.query, heads.size)
         return rows[..., :narrow].transpose(1, 2)

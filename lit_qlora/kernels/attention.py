@@ -1,8 +1,9 @@
 """Causal attention with capped scores or large heads, forward and backward, without a matrix of all scores.
 
 Scores s become cap tanh(s / cap) (Gemma Team 2024, "Gemma 2"). Softmax runs over blocks of keys as they are read (Dao
-et al. 2022, "FlashAttention"); the backward pass computes the scores again. Documents lie end to end; a token attends
-to its own document, within a window if there is one. One program makes each sum, so results repeat bit for bit.
+et al. 2022, "FlashAttention"); the backward pass computes the scores again, and with dropout the factors of the
+weights. Documents lie end to end; a token attends to its own document, within a window if there is one. One program
+makes each sum, so results repeat bit for bit.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, shared_memory, stages, tiled, tl, triton
+
+if triton is not None:
+    from lit_qlora.kernels.dropout import pair_factor, row_hashes
 
 LOG2_E = 1.4426950408889634
 TURING = 64 * 2**10
@@ -28,11 +33,13 @@ class Scores:
         scale: factor of their products.
         cap: None for no cap.
         window: tokens that a token attends to, itself included; None for all before it.
+        dropout: of their softmax: row h T + t is query t of head h, a column is a key of its document.
     """
 
     scale: float
     cap: float | None = None
     window: int | None = None
+    dropout: Dropout = NONE
 
 
 def takes(size: int, element: int, room: int) -> bool:
@@ -194,11 +201,11 @@ def _tiled(x: Tensor, tokens: int) -> Any:
     return tiled(flat, tokens, power_of_2(x.size(2)))
 
 
-def _of_scores(scores: Scores) -> tuple[float, float, int]:
-    """The factor of a product for tanh or for a softmax of powers of two; the score where tanh is 1; the window."""
-    if scores.cap is None:
-        return scores.scale * LOG2_E, 1.0, scores.window or 0
-    return scores.scale / scores.cap, scores.cap * LOG2_E, scores.window or 0
+def _of_scores(scores: Scores) -> tuple[Any, ...]:
+    """The factor of a product for tanh, or a softmax in powers of two; the score where tanh is 1; window; dropout."""
+    capped = (scores.scale * LOG2_E, 1.0) if scores.cap is None else (scores.scale / scores.cap, scores.cap * LOG2_E)
+    drop = scores.dropout
+    return *capped, scores.window or 0, drop.seed, drop.offset, drop.threshold, drop.scale
 
 
 def _settings(q: Tensor, scores: Scores, blocks: Blocks) -> dict[str, int]:
@@ -208,6 +215,7 @@ def _settings(q: Tensor, scores: Scores, blocks: Blocks) -> dict[str, int]:
         "DP": power_of_2(size),
         "CAPPED": scores.cap is not None,
         "WINDOWED": scores.window is not None,
+        "DROP": scores.dropout.p > 0,
         "OWN": blocks.own,
         "OTHER": blocks.other,
         "STAGES": blocks.stages,
@@ -284,9 +292,10 @@ if triton is not None:
 
     @triton.jit
     def _read_keys(
-        acc, total, top, q, m, K, V, step_k, step_v, group, first, length, factor, cap, window, begin, end,
+        acc, total, top, q, m, drawn, K, V, step_k, step_v, group, first, length, factor, cap, window, threshold, grown,
+        begin, end,
         MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
-        OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
+        DROP: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
     ):  # fmt: skip
         """Go on with the softmax of queries m over the keys from `begin` to `end`."""
         for n0 in tl.range(begin, end, OTHER, num_stages=STAGES):
@@ -303,9 +312,19 @@ if triton is not None:
             p = tl.exp2(s - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(p, 1)
+            if DROP:
+                p *= pair_factor(drawn, n, threshold, grown)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
             top = higher
         return acc, total, top
+
+    @triton.jit
+    def _drawn(h, t, T, SEED, offset, DROP: tl.constexpr):
+        """The hashes for pair_factor of queries t of head h, if there is dropout."""
+        if DROP:
+            return row_hashes(h * T + t, SEED, offset)
+        else:  # noqa: RET505 - Triton compiles what stands behind a return
+            return t
 
     @triton.jit
     def _first_key(m0, window, OTHER: tl.constexpr, WINDOWED: tl.constexpr):
@@ -317,9 +336,10 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _forward(
-        Q, K, V, step_q, step_k, step_v, OUT, LOG_SUM, ENDS, T, shared, factor, cap, window, heads,
-        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr,
-        OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
+        Q, K, V, step_q, step_k, step_v, OUT, LOG_SUM, ENDS, T, shared, factor, cap, window, SEED, offset, threshold,
+        grown, heads,
+        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, DROP: tl.constexpr,
+        OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
     ):  # fmt: skip
         h = tl.program_id(2)
         first = tl.load(ENDS + tl.program_id(1))
@@ -331,15 +351,17 @@ if triton is not None:
             top = tl.full((OWN,), -float("inf"), tl.float32)
             total = tl.zeros((OWN,), tl.float32)
             acc = tl.zeros((OWN, DP), tl.float32)
+            drawn = _drawn(h, first + m, T, SEED, offset, DROP)
             begin = _first_key(m0, window, OTHER, WINDOWED)
             acc, total, top = _read_keys(
-                acc, total, top, q, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window, begin, m0,
-                WINDOWED, D, DP, CAPPED, WINDOWED, OTHER, STAGES, TILED, APART,
+                acc, total, top, q, m, drawn, K, V, step_k, step_v, h // shared, first, length, factor, cap, window,
+                threshold, grown, begin, m0, WINDOWED, D, DP, CAPPED, WINDOWED, DROP, OTHER, STAGES, TILED, APART,
             )  # fmt: skip
             begin = tl.maximum(begin, m0)
             acc, total, top = _read_keys(
-                acc, total, top, q, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window, begin,
-                tl.minimum(m0 + OWN, length), True, D, DP, CAPPED, WINDOWED, OTHER, STAGES, TILED, APART,
+                acc, total, top, q, m, drawn, K, V, step_k, step_v, h // shared, first, length, factor, cap, window,
+                threshold, grown, begin, tl.minimum(m0 + OWN, length), True, D, DP, CAPPED, WINDOWED, DROP, OTHER,
+                STAGES, TILED, APART,
             )  # fmt: skip
             total = tl.where(m < length, total, 1.0)
             _store_rows(OUT, heads * D, h, first, m, length, acc / total[:, None], D, DP)
@@ -356,9 +378,10 @@ if triton is not None:
 
     @triton.jit
     def _add_to_queries(
-        dq, q, d_out, log_sum, inner, m, K, V, step_k, step_v, group, first, length, factor, cap, window, begin, end,
+        dq, q, d_out, log_sum, inner, m, drawn, K, V, step_k, step_v, group, first, length, factor, cap, window,
+        threshold, grown, begin, end,
         MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
-        OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
+        DROP: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
     ):  # fmt: skip
         """Add to the gradient of queries m from the keys from `begin` to `end`."""
         for n0 in tl.range(begin, end, OTHER, num_stages=STAGES):
@@ -369,16 +392,19 @@ if triton is not None:
             p = tl.exp2(s - log_sum[:, None])
             if MASKED:
                 p = tl.where(_sees(m, n, length, window, WINDOWED), p, 0.0)
-            ds = p * (_products(d_out, tl.trans(v), length, q.shape[0], OTHER, APART) - inner[:, None]) * slope
+            dp = _products(d_out, tl.trans(v), length, q.shape[0], OTHER, APART)
+            if DROP:
+                dp *= pair_factor(drawn, n, threshold, grown)
+            ds = p * (dp - inner[:, None]) * slope
             dq = tl.dot(ds.to(k.dtype), k, dq)
         return dq
 
     @triton.jit(do_not_specialize=VARYING)
     def _backward_q(
-        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, factor, cap, window, heads, keys, scale,
-        DQ,
-        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr,
-        OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
+        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, factor, cap, window, SEED, offset,
+        threshold, grown, heads, keys, scale, DQ,
+        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, DROP: tl.constexpr,
+        OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
     ):  # fmt: skip
         h = tl.program_id(2)
         first = tl.load(ENDS + tl.program_id(1))
@@ -392,23 +418,27 @@ if triton is not None:
             log_sum, inner = tl.load(LOG_SUM + at, m < length, 0.0), tl.load(INNER + at, m < length, 0.0)
             log_sum *= 1.4426950408889634
             dq = tl.zeros((OWN, DP), tl.float32)
+            drawn = _drawn(h, first + m, T, SEED, offset, DROP)
             begin = _first_key(m0, window, OTHER, WINDOWED)
             dq = _add_to_queries(
-                dq, q, d_out, log_sum, inner, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window,
-                begin, m0, WINDOWED, D, DP, CAPPED, WINDOWED, OTHER, STAGES, TILED, APART,
+                dq, q, d_out, log_sum, inner, m, drawn, K, V, step_k, step_v, h // shared, first, length, factor, cap,
+                window, threshold, grown, begin, m0, WINDOWED, D, DP, CAPPED, WINDOWED, DROP, OTHER, STAGES, TILED,
+                APART,
             )  # fmt: skip
             begin = tl.maximum(begin, m0)
             dq = _add_to_queries(
-                dq, q, d_out, log_sum, inner, m, K, V, step_k, step_v, h // shared, first, length, factor, cap, window,
-                begin, tl.minimum(m0 + OWN, length), True, D, DP, CAPPED, WINDOWED, OTHER, STAGES, TILED, APART,
+                dq, q, d_out, log_sum, inner, m, drawn, K, V, step_k, step_v, h // shared, first, length, factor, cap,
+                window, threshold, grown, begin, tl.minimum(m0 + OWN, length), True, D, DP, CAPPED, WINDOWED, DROP,
+                OTHER, STAGES, TILED, APART,
             )  # fmt: skip
             _store_rows(DQ, heads * D, h, first, m, length, dq * scale, D, DP)
 
     @triton.jit
     def _add_to_keys(
-        dk, dv, k, v, n, Q, DO, step_q, step_o, LOG_SUM, INNER, T, h, first, length, factor, cap, window, begin, end,
+        dk, dv, k, v, n, Q, DO, step_q, step_o, LOG_SUM, INNER, T, h, first, length, factor, cap, window, SEED, offset,
+        threshold, grown, begin, end,
         MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
-        OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
+        DROP: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
         OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
     ):  # fmt: skip
         """Add to the gradients of keys and values n from the queries from `begin` to `end` of head h."""
@@ -423,19 +453,27 @@ if triton is not None:
             p = tl.exp2(s - (1.4426950408889634 * log_sum)[None, :])
             if MASKED:
                 p = tl.where(tl.trans(_sees(m, n, length, window, WINDOWED)), p, 0.0)
+            weights = p
+            if DROP:
+                drawn = _drawn(h, first + m, T, SEED, offset, DROP)
+                kept = tl.trans(pair_factor(drawn, n, threshold, grown))
+                weights *= kept
             if OF_VALUES:
-                dv = tl.dot(p.to(q.dtype), d_out, dv)
+                dv = tl.dot(weights.to(q.dtype), d_out, dv)
             if OF_KEYS:
-                ds = p * (_products(v, tl.trans(d_out), length, k.shape[0], OTHER, APART) - inner[None, :]) * slope
+                dp = _products(v, tl.trans(d_out), length, k.shape[0], OTHER, APART)
+                if DROP:
+                    dp *= kept
+                ds = p * (dp - inner[None, :]) * slope
                 dk = tl.dot(ds.to(q.dtype), q, dk)
         return dk, dv
 
     @triton.jit(do_not_specialize=VARYING)
     def _backward_kv(
-        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, factor, cap, window, heads, keys, scale,
-        DK, DV,
-        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, OWN: tl.constexpr,
-        OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
+        Q, K, V, step_q, step_k, step_v, DO, LOG_SUM, INNER, ENDS, T, shared, factor, cap, window, SEED, offset,
+        threshold, grown, heads, keys, scale, DK, DV,
+        D: tl.constexpr, DP: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, DROP: tl.constexpr,
+        OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr, APART: tl.constexpr,
         OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr,
     ):  # fmt: skip
         g = tl.program_id(2)
@@ -454,13 +492,13 @@ if triton is not None:
             for h in range(g * shared, (g + 1) * shared):
                 dk, dv = _add_to_keys(
                     dk, dv, k, v, n, Q, DO, step_q, heads * D, LOG_SUM, INNER, T, h, first, length, factor, cap, window,
-                    n0, tl.minimum(n0 + OWN, end), True, D, DP, CAPPED, WINDOWED, OTHER, STAGES, TILED, APART,
-                    OF_KEYS, OF_VALUES,
+                    SEED, offset, threshold, grown, n0, tl.minimum(n0 + OWN, end), True, D, DP, CAPPED, WINDOWED, DROP,
+                    OTHER, STAGES, TILED, APART, OF_KEYS, OF_VALUES,
                 )  # fmt: skip
                 dk, dv = _add_to_keys(
                     dk, dv, k, v, n, Q, DO, step_q, heads * D, LOG_SUM, INNER, T, h, first, length, factor, cap, window,
-                    n0 + OWN, end, WINDOWED, D, DP, CAPPED, WINDOWED, OTHER, STAGES, TILED, APART,
-                    OF_KEYS, OF_VALUES,
+                    SEED, offset, threshold, grown, n0 + OWN, end, WINDOWED, D, DP, CAPPED, WINDOWED, DROP, OTHER,
+                    STAGES, TILED, APART, OF_KEYS, OF_VALUES,
                 )  # fmt: skip
             if OF_KEYS:
                 _store_rows(DK, keys * D, g, first, n, length, dk * scale, D, DP)

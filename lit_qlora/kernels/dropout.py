@@ -1,6 +1,7 @@
 """Dropout without stored masks: a hash of its index and a seed says if an element is kept, computed where needed.
 
-The hash is the finaliser of MurmurHash3 (Appleby, public domain), 32 bit.
+The hash is the finaliser of MurmurHash3 (Appleby, public domain), 32 bit. A matrix with more elements than that counts,
+as the weights of attention are, has a hash of the row's number that the column's is mixed with.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from lit_qlora.kernels.launch import VARYING, cdiv, tl, triton
 
 @dataclass(frozen=True)
 class Dropout:
-    """The elements of an adapter's input that this forward pass drops, and so its backward pass.
+    """The elements of a tensor that this forward pass drops, and so its backward pass.
 
     Attributes:
         seed: (1,) int64 on the device, below 2^31, so that a CUDA graph draws anew when it changes; None drops nothing.
-        offset: an integer added to the seed, another one for each input.
+        offset: an integer added to the seed, another one for each tensor.
     """
 
     p: float = 0.0
@@ -40,13 +41,26 @@ NONE = Dropout()
 
 def factor_reference(rows: int, columns: int, dropout: Dropout, device: torch.device | str = "cpu") -> Tensor:
     """The factor of each element, (rows, columns) float32: 0 or 1 / (1 - p)."""
-    mask = 2**32 - 1
     h = torch.arange(rows * columns, device=device, dtype=torch.int64).view(rows, columns)
     seed = 0 if dropout.seed is None else (dropout.seed + dropout.offset) % 2**31
-    h = (h * 0x9E3779B1 + seed) & mask
+    return torch.where(_hash_reference(h, seed) >= dropout.threshold, dropout.scale, 0.0).float()
+
+
+def pair_factor_reference(rows: Tensor, columns: Tensor, dropout: Dropout) -> Tensor:
+    """The factor of each pair of a row and a column of a large matrix, given their numbers (R,) and (C,): (R, C)."""
+    assert dropout.seed is not None
+    hashes = _hash_reference(rows.long(), (dropout.seed + dropout.offset) % 2**31)
+    h = _hash_reference(columns.long()[None], hashes[:, None])
+    return torch.where(h >= dropout.threshold, dropout.scale, 0.0).float()
+
+
+def _hash_reference(x: Tensor, seed: Tensor | int) -> Tensor:
+    """The hash of int64 numbers, below 2^32."""
+    mask = 2**32 - 1
+    h = (x * 0x9E3779B1 + seed) & mask
     for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         h = ((h ^ (h >> shift)) * multiplier) & mask
-    return torch.where(h >= dropout.threshold, dropout.scale, 0.0).float()
+    return h
 
 
 def drop(x: Tensor, dropout: Dropout) -> Tensor:
@@ -66,12 +80,25 @@ if triton is not None:
     @triton.jit
     def factor(at, SEED, offset, threshold, scale):
         """The factors of the elements at these indices (row * columns + column), float32."""
+        return tl.where(row_hashes(at, SEED, offset) >= threshold.to(tl.uint32), scale, 0.0)
+
+    @triton.jit
+    def row_hashes(row, SEED, offset):
+        """The hashes of these rows of a large matrix, for pair_factor."""
         seed = (tl.load(SEED) + offset) & 0x7FFFFFFF
-        h = at.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
+        return _mixed(row.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32))
+
+    @triton.jit
+    def pair_factor(hashes, column, threshold, scale):
+        """The factors (M, N) of these columns (N,) in rows with these hashes (M,), float32."""
+        h = _mixed((column.to(tl.uint32) * 0x9E3779B1)[None, :] + hashes[:, None])
+        return tl.where(h >= threshold.to(tl.uint32), scale, 0.0)
+
+    @triton.jit
+    def _mixed(h):
         h = (h ^ (h >> 16)) * 0x85EBCA6B
         h = (h ^ (h >> 13)) * 0xC2B2AE35
-        h = h ^ (h >> 16)
-        return tl.where(h >= threshold.to(tl.uint32), scale, 0.0)
+        return h ^ (h >> 16)
 
     @triton.jit(do_not_specialize=VARYING)
     def _drop(X, ld, OUT, K, SEED, offset, threshold, scale, BLOCK: tl.constexpr):

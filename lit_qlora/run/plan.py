@@ -231,7 +231,7 @@ class Planner:
         plan = replace(self.bare, slow_because=reason, activations=activations + seen)
         if reason or room.gpu is None:
             return plan
-        slow_attention = _lacks_kernels(model.head_size, room.card)
+        slow_attention = not gpt.dropout and _lacks_kernels(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
         corrects = bool(model.delta_layers) and not model.state_space
         plan = replace(plan, delta_rule=_delta_rule(room.card, model.delta_key_size) if corrects else "")
@@ -304,7 +304,7 @@ class Planner:
         head, parts = storage.quantizes("head"), self.bare.parts
         fp8, lowest = self.train.fp8, lowest_learning(gpt)
         carried = tuple(dense for dense, _ in self._dequantized)
-        return FastSizes(gpt.config, rank, adapted, written, head, fp8, ahead, parts, lowest, carried)
+        return FastSizes(gpt.config, rank, adapted, written, head, fp8, ahead, parts, lowest, carried, gpt.dropout > 0)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
         """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""

@@ -109,8 +109,8 @@ class PreferenceConfig(Settings):
     undesirable_weight: NotNegative = 1.0
     """Loss kto: weight of bad answers."""
     share_prompts: bool = True
-    """Read a prompt once for all its answers. It changes memory and speed, not the result. Where a model cannot, each
-    answer has a prompt of its own."""
+    """Read a prompt once for all its answers. It changes memory and speed, not the result. Where a model cannot, or
+    with train.hidden_dropout, each answer has a prompt of its own."""
 
     @property
     def published(self) -> PublishedLoss:

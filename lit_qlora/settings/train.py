@@ -54,7 +54,8 @@ class TrainConfig(Settings):
     (NEFTune, Jain et al. 2023)."""
     hidden_dropout: ShareBelowOne = 0.0
     """Probability of zeroing, in training, an element of the embeddings, of the weights of attention, or of what
-    attention and MLP of each block add. The adapters' own dropout is lora.dropout. It takes the plain path."""
+    attention and MLP of each block add. The adapters' own dropout is lora.dropout. Models with heads of more than 256
+    features (Gemma 4) take the plain path with it."""
     router_balance_loss: NotNegative = 0.0
     """Add N times the load-balancing loss of a mixture's routers, e.g. 0.01, in training (Fedus et al. 2021, with the
     experts of all blocks counted together, as transformers does). It is exact over a step, so a step of several

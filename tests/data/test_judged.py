@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from lit_qlora.data.comparisons import CHOSEN, ELSEWHERE, REJECTED, Comparisons
-from lit_qlora.data.preferences import read_preferences
+from lit_qlora.data.preferences import can_share, read_preferences
 from lit_qlora.errors import DataError, UserError
 from lit_qlora.prompts.tokenizer import Tokenizer
-from lit_qlora.settings import DataConfig, PreferenceConfig, PreferenceRunConfig
+from lit_qlora.settings import DataConfig, PreferenceConfig, PreferenceRunConfig, TrainConfig
+from tests.conftest import tiny_config
 
 ASKED, GOOD, BAD = "What is 1 plus 2?", "3", "It is 4."
 
@@ -172,3 +173,18 @@ def test_answers_to_different_prompts_stop_the_run(tiny_checkpoint: Path, tmp_pa
     with pytest.raises(DataError, match=r"answers to different prompts.*prompts_differ"):
         read(tmp_path / "a.jsonl", tiny_checkpoint, [record])
     assert len(read(tmp_path / "a.jsonl", tiny_checkpoint, [record], allow="prompts_differ").train) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "shares"),
+    [
+        ({}, {}, True),
+        ({"attention_softcap": 5.0}, {}, False),
+        ({"rope_scaling": "dynamic"}, {}, False),
+        ({}, {"hidden_dropout": 0.1}, False),
+    ],
+)
+def test_answers_share_a_prompt_where_attention_can_read_it_once(
+    changes: dict[str, Any], train: dict[str, Any], shares: bool
+) -> None:
+    assert can_share(tiny_config(**changes), TrainConfig(**train)) == shares

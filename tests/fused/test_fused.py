@@ -451,12 +451,6 @@ def test_variants_that_the_fast_path_does_not_compute_take_the_plain_one(setting
     assert why_not(adapted_model(lora=settings)) == reason
 
 
-def test_dropout_inside_the_model_takes_the_plain_path() -> None:
-    model = adapted_model()
-    model.set_dropout(0.1)
-    assert why_not(model) == "train.hidden_dropout"
-
-
 def test_noise_on_the_embeddings_is_that_of_the_plain_path() -> None:
     model = adapted_model(embedding_multiplier=2.0)
     quiet = gradients(model, *batch())[0]

@@ -207,7 +207,10 @@ def attention_of(dtype: torch.dtype, of: Variants) -> None:
         q, k, v = (empty(T, heads, size, dtype=dtype) for heads in (16, 8, 8))
         if size > attention.LARGE and not attention.takes(size, 2, launch.WITHOUT_CARD):
             continue
-        for scores in (attention.Scores(0.1, 50.0, window=window) for window in of.windows):
+        variants = [attention.Scores(0.1, 50.0, window=window) for window in of.windows]
+        if size <= attention.LARGE:
+            variants.append(attention.Scores(0.1, None, 4096, Dropout(0.1, integers(1), 7)))
+        for scores in variants:
             out, log_sum = attention.attend(q, k, v, scores, ends, 1024)
             attention.attend_backward(out, q, k, v, out, log_sum, scores, ends, 1024)
 

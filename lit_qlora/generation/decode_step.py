@@ -6,6 +6,7 @@ instead of seventy, all of fixed shapes, as a CUDA graph needs.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,23 +47,29 @@ class FastBlock(KernelBlock):
     ) -> None:
         super().__init__(block, config, number, like)
         self.heads, self.chunked = heads_of(block.attn, config, self.windowed), config.chunked_window
-        self.shaping = Shaping(block.attn, config, self.heads, self.scaled, like)
+        self.reuses, self.lender = config.reuses(number), config.lender(number)
+        self.own_heads = replace(self.heads, key=0) if self.reuses else self.heads
+        self.shaping = Shaping(block.attn, config, self.own_heads, self.scaled, like)
         self.qkv, self.projection = (Product(each, like.dtype, adapters) for each in attention_layers(block.attn))
         kind = ExpertMlp if isinstance(block.mlp, MoE) else DenseMlp
         self.mlp = kind(block.mlp, config, like.dtype, adapters)
-        self.products = [self.qkv, self.projection, *self.mlp.products]
+        self.own = None if block.per_layer is None else OwnInput(block.per_layer, like, adapters)
+        self.products = [self.qkv, self.projection, *self.mlp.products, *(self.own.products if self.own else ())]
 
     def __call__(
-        self, x: Tensor, y: Tensor | None, cache: SlotCache, ropes: Ropes, scale: Tensor | None
+        self, x: Tensor, y: Tensor | None, cache: SlotCache, ropes: Ropes, scale: Tensor | None, own: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, E) pair whose sum is the stream -> the same behind this block."""
-        keys, values = (memory[: cache.rows] for memory in cache.blocks[self.number])
+        """(B, E) pair whose sum is the stream -> the same behind this block; `own` is (B, per_layer_size)."""
+        keys, values = (memory[: cache.rows] for memory in cache.blocks[self.lender])
         lengths, heads = cache.lengths[: cache.rows], self.heads
         normed = torch.empty_like(x)
         x, _ = add_norm(x, y, self.norm_1, normed)
         rope = ropes[self.windowed] if self.rotates else None
         qkv, rope = self._shaped(self.qkv(normed), rope, scale if self.scaled else None)
-        queries = kernels.store(qkv, lengths, rope, keys, values, heads.query, self.interleaved)
+        if self.reuses:
+            queries = qkv.unflatten(1, (heads.query, heads.size))
+        else:
+            queries = kernels.store(qkv, lengths, rope, keys, values, heads.query, self.interleaved)
         attended = kernels.attend(
             queries, keys, values, lengths, cache.limit, heads.scale, heads.window, heads.cap, heads.sinks, self.chunked
         )
@@ -71,20 +78,35 @@ class FastBlock(KernelBlock):
         y = apply_norm(self.post_2, self.mlp(normed))
         if self.parallel:
             y.add_(out)
+        if self.own is not None and own is not None:
+            x, y = self.own(y.add_(x), own)
         return (x, y) if self.scale is None else (y.add_(x).mul_(self.scale), None)
 
     def _shaped(self, qkv: Tensor, rope: Rope | None, scale: Tensor | None) -> tuple[Tensor, Rope | None]:
-        """Queries, keys and values, (B, (H + 2 K) D), and the rotation that is left to do."""
-        shaping, heads = self.shaping, self.heads
+        """The block's own queries, keys and values, (B, (H + 2 K) D), and the rotation that is left to do."""
+        shaping, heads = self.shaping, self.own_heads
         if shaping.does_nothing or not shaping.has_kernel:
             return (shaping.before(qkv, scale) if shaping.before else qkv), rope
         rotation = None
-        if rope is not None and shaping.after:
+        if rope is not None and (shaping.after or self.reuses):
             rows = torch.arange(len(qkv), dtype=torch.int32, device=qkv.device)
             rotation, rope = Rotation(rows, *rope, self.interleaved), None
         factors = None if scale is None else scale.flatten()
         parts = norm_rotate(qkv, shaping.head_norm, rotation, factors, (heads.query, heads.key, heads.size))
         return torch.cat(parts, dim=1).flatten(1), rope
+
+
+class OwnInput:
+    """What adds a block's embedding of a token to the stream; see lit_qlora.model.per_layer."""
+
+    def __init__(self, part: Any, like: Tensor, adapters: RowAdapters | None) -> None:
+        self.combine, self.norm = part.combine, norm_of(part.norm, like)
+        self.products = [Product([layer], like.dtype, adapters) for layer in (part.gate, part.widen)]
+
+    def __call__(self, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream (B, E) -> itself, and what is to be added to it."""
+        gate, widen = self.products
+        return x, apply_norm(self.norm, widen(self.combine(gate(x), own)))
 
 
 class FastStep:
@@ -105,9 +127,11 @@ class FastStep:
         self.embed_norm = norm_of(model.embed_norm, weight[0])
         self.norm = norm_of(model.norm, weight[0], config.logit_multiplier)
         self.head = Product([model.head], weight.dtype, adapters)
+        self.narrow = None if model.per_layer is None else Product([model.per_layer.narrow], weight.dtype, adapters)
         make_room((block.mlp for block in self.blocks), cache.rows)
         products = (product for block in self.blocks for product in block.products)
-        cache_weights((*products, self.head), cache.rows, spare_bytes(weight.device) if spare is None else spare)
+        outside = (self.head,) if self.narrow is None else (self.narrow, self.head)
+        cache_weights((*products, *outside), cache.rows, spare_bytes(weight.device) if spare is None else spare)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -123,9 +147,12 @@ class FastStep:
         }
         scale = query_scale(config, positions, rotates=False)
         scale = None if scale is None else scale[:, 0]  # (B, 1, 1)
+        own: Sequence[Tensor | None] = [None] * len(self.blocks)
+        if self.model.per_layer is not None and self.narrow is not None:
+            own = self.model.per_layer.joined(tokens, self.narrow(x)).unbind(1)
         y: Tensor | None = None
-        for block in self.blocks:
-            x, y = block(x, y, cache, ropes, scale)
+        for block, part in zip(self.blocks, own, strict=True):
+            x, y = block(x, y, cache, ropes, scale, part)
         cache.advance(1)
         normed = torch.empty_like(x)
         add_norm(x, y, self.norm, normed)

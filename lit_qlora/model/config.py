@@ -310,12 +310,17 @@ class ModelConfig:
         """True if `block` uses the keys and values of another one."""
         return self.n_layer - self.shared_kv_layers <= block < self.n_layer
 
+    def lender(self, block: int) -> int:
+        """The block whose keys and values `block` uses: its own, or those of the last one of its kind that has some."""
+        if not self.reuses(block):
+            return block
+        own = (i for i in range(self.n_layer - self.shared_kv_layers) if i not in self.state_layers)
+        kind = (self.windowed(block), self.rotates(block))
+        return max(i for i in own if (self.windowed(i), self.rotates(i)) == kind)
+
     def lends(self, block: int) -> bool:
-        """True if later blocks use the keys and values of `block`, the last one of its kind that has its own."""
-        if not self.shared_kv_layers or self.reuses(block) or block in self.state_layers:
-            return False
-        behind = (i for i in range(block + 1, self.n_layer) if not self.reuses(i) and i not in self.state_layers)
-        return (self.windowed(block), self.rotates(block)) not in {(self.windowed(i), self.rotates(i)) for i in behind}
+        """True if later blocks use the keys and values of `block`."""
+        return any(self.lender(i) == block for i in range(block + 1, self.n_layer))
 
     @property
     def value_size(self) -> int:

@@ -19,9 +19,13 @@ class PerLayerEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Tokens (B, T) and their embeddings (B, T, E) -> (B, T, n_layer, per_layer_size)."""
+        return self.joined(tokens, self.narrow(x))
+
+    def joined(self, tokens: Tensor, narrow: Tensor) -> Tensor:
+        """The same from (B, T, n_layer * per_layer_size), what `narrow` gives."""
         size = self.config.per_layer_size
         own = (self.embed(tokens) * size**0.5).unflatten(-1, (-1, size))
-        made = self.norm((self.narrow(x) * self.config.n_embd**-0.5).unflatten(-1, (-1, size)))
+        made = self.norm((narrow * self.config.n_embd**-0.5).unflatten(-1, (-1, size)))
         out: Tensor = (made + own) * 2**-0.5
         return out
 

@@ -14,7 +14,6 @@ from lit_qlora.fused.memory import FastSizes, lowest_learning
 from lit_qlora.fused.micro_batch import Inputs
 from lit_qlora.fused.passes import Shared
 from lit_qlora.fused.torch_stack import MOST_STACKS
-from lit_qlora.generation.decode_step import why_not as why_not_decoded
 from lit_qlora.kernels.dropout import Dropout
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.lora.layer import LoRALinear
@@ -218,8 +217,3 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_models_without_the_norms_that_the_kernels_need_are_refused(case: str) -> None:
     changes, reason = REFUSED[case]
     assert why_not(model_of(**changes)).startswith(reason)
-
-
-def test_decoding_takes_the_plain_path() -> None:
-    assert why_not_decoded(model_of()) == "shared_kv_layers 2"
-    assert why_not_decoded(model_of(shared_kv_layers=0)) == "per_layer_size 64"

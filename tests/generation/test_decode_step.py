@@ -40,6 +40,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_position": "both",
     }
     | {"sliding_window": 4, "full_attention_layers": (1,), "full_head_size": 32, "full_kv_heads": 1},
+    "gemma4-E": {"qk_norm": "head", "value_norm": True, "block_scale": True, "norm_position": "both", "n_layer": 4}
+    | {"sliding_window": 4, "full_attention_layers": (1, 3), "full_head_size": 32, "shared_kv_layers": 2}
+    | {"shared_kv_ffn_size": 192, "per_layer_size": 24, "per_layer_vocab": 96, "ffn": "geglu_tanh"},
     "nanochat": {"embedding_norm": True, "norm": "rms_no_weight", "qk_norm": "head", "qk_norm_after_rope": True}
     | {"ffn": "relu2"},
     "hunyuan": {"qk_norm": "head", "qk_norm_after_rope": True, "rope_fraction": 0.5},
@@ -111,6 +114,17 @@ def test_adapters_that_are_not_merged_count(scheme: Scheme, targets: Any) -> Non
     model = tiny_model(n_layer=1, vocab_size=96).to(DEVICE)
     quantize_linears(model, scheme)
     add_lora(model, LoRAConfig(r=4, alpha=8, targets=targets, dropout=0.1))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            nn.init.normal_(module.lora_b, std=0.3)
+    agree(model.eval())
+
+
+@pytest.mark.slow
+def test_adapters_of_embeddings_for_each_block_count() -> None:
+    model = tiny_model(vocab_size=96, **MODELS["gemma4-E"] | {"per_layer_size": 64}).to(DEVICE)
+    quantize_linears(model, "bnb.nf4")
+    add_lora(model, LoRAConfig(r=4, alpha=8, targets=("per_layer",)))
     for module in model.modules():
         if isinstance(module, LoRALinear):
             nn.init.normal_(module.lora_b, std=0.3)

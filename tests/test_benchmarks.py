@@ -194,8 +194,9 @@ def test_the_plan_of_gated_delta_nets_holds_what_they_took_with_and_without_thei
     model.save(tmp_path)
     planner = predictions.planner_of(setting, model, predictions.config_of(setting, tmp_path))
     plan = planner.plan(MicroBatches(2 * 2048, 2), gpu_called("H200").room(2.0**37))
-    assert plan.total / 1e9 == pytest.approx(9.31, rel=0.07)  # without, LOG.md
-    assert plan.total / 1e9 > 9.31 > 7.86  # with
+    spared = 6 * 2 * 2 * 2048 * (78_848 - 36_096) / 1e9  # by kernels of six blocks since it was measured, LOG.md
+    assert 9.31 - spared < plan.total / 1e9 < 1.1 * (9.31 - spared)  # in plain torch
+    assert plan.total / 1e9 > 7.86 - spared  # by fla-core
 
 
 @needs_triton

@@ -193,13 +193,6 @@ class Layout:
         """The layout for blocks with this window."""
         return self if window is None or self.chunks is None else replace(self.chunks, parts=self.parts)
 
-    def numbers(self) -> Tensor | None:
-        """The number of the document of each token, (rows, length); None if each row is one."""
-        if self.ends is None:
-            return None
-        tokens = torch.arange(self.rows * self.length, dtype=torch.int32, device=self.ends.device)
-        return torch.searchsorted(self.ends[1:], tokens, right=True).view(self.rows, self.length)
-
 
 def _positions(segments: Tensor) -> Tensor:
     """The position of each token (B, T) in its document, given its number."""

@@ -5,16 +5,17 @@ They keep the states of chunks in registers, and need no matrices of whole chunk
 
 import re
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.documents import Documents
 from lit_qlora.kernels.launch import power_of_2
+from lit_qlora.model import delta_net as model
 
 HOPPER = 9
 """Major compute capability."""
@@ -53,28 +54,44 @@ def are_refused(capability: tuple[int, int]) -> bool:
     return capability[0] == HOPPER and WRONG_FROM <= triton < RIGHT_FROM and find_spec("tilelang") is None
 
 
-def by_kernels(layout: Layout, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Make a function of the inputs of model.delta_net.delta_rule, for the documents of a layout: to (B, T, H, Dv).
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor, documents: Documents, fast: bool) -> Tensor:
+    """The rule of model.delta_net, by the kernels if `fast`, else in plain torch, which computes it in float32.
 
     Args:
-        dtype: of queries, keys and values on the way in; sums and states are float32.
+        q, k: (T, K, D), of length one; each is that of H / K heads of values.
+        v: (T, H, Dv).
+        kept, beta: (T, H) float32, see model.delta_net.delta_rule.
+
+    Returns:
+        (T, H Dv), in the dtype of v.
     """
+    q, k, v, kept, beta = (x.unflatten(0, (documents.rows, documents.length)) for x in (q, k, v, kept, beta))
+    if fast:
+        return by_kernels(q, k, v, kept, beta, documents).flatten(0, 1).flatten(1)
+    # The matrices of the chunks are larger than all that they are made of.
+    y: Tensor = checkpoint(_by_torch, q, k, v, kept, beta, documents, use_reentrant=False, preserve_rng_state=False)
+    return y.flatten(0, 1).flatten(1)
 
-    def rule(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor) -> Tensor:
-        with warnings.catch_warnings(action="ignore"):  # about libraries that it does without
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        if q.is_cuda and are_refused(torch.cuda.get_device_capability(q.device)):
-            lift_refusal()
-        ends = None if layout.ends is None else layout.ends.long()
-        inputs = [x.to(dtype) for x in (q, k, v)] + [kept, beta]
-        if ends is not None:  # rows are joined: the kernels take documents that lie end to end
-            inputs = [x.flatten(0, 1)[None] for x in inputs]
-        q, k, v, kept, beta = (x.contiguous() for x in inputs)
-        y: Tensor = chunk_gated_delta_rule(q, k, v, g=kept, beta=beta, scale=1.0, cu_seqlens=ends)[0]
-        return y.view(layout.rows, layout.length, *y.shape[2:])
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor, documents: Documents) -> Tensor:
+    q, k = (x.float().repeat_interleave(v.size(2) // x.size(2), dim=2) for x in (q, k))
+    return model.delta_rule(q, k, v.float(), kept, beta, documents.numbers)[0].to(v.dtype)
 
-    return rule
+
+def by_kernels(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor, documents: Documents) -> Tensor:
+    """The rule of (B, T, ...) by the kernels; see delta_rule."""
+    with warnings.catch_warnings(action="ignore"):  # about libraries that it does without
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    if q.is_cuda and are_refused(torch.cuda.get_device_capability(q.device)):
+        lift_refusal()
+    shape = v.shape
+    if documents.ends is not None:  # rows are joined: the kernels take documents that lie end to end
+        q, k, v, kept, beta = (x.flatten(0, 1)[None] for x in (q, k, v, kept, beta))
+    y: Tensor = chunk_gated_delta_rule(
+        q, k, v, g=kept, beta=beta, scale=1.0, cu_seqlens=documents.ends, chunk_indices=documents.chunks
+    )[0]
+    return y.view(shape)
 
 
 def lift_refusal() -> None:

@@ -334,17 +334,22 @@ class FastSizes:
 
     @cached_property
     def _of_state(self) -> int:
-        """Features that autograd saves of a gated delta net, some in float32, or of a short convolution."""
+        """Features that autograd saves of a gated delta net or state space, or of a short convolution.
+
+        These are inputs and outputs of its products, queries, keys and values behind the convolution, and what the rule
+        reads and gives. The kernels of fla-core save a row of a chunk's matrix for each head, too.
+        """
         c = self.model
         keys, values = 2 * c.delta_key_heads * c.delta_key_size, c.delta_value_heads * c.delta_value_size
-        in_float32 = keys + 2 * c.delta_value_heads * c.delta_key_size + 4 * values
-        delta = 2 * c.n_embd + keys + 3 * values + 2 * in_float32 if c.delta_layers else 0
-        return max(delta, 8 * c.n_embd if c.conv_layers else 0)
+        delta = 2 * c.n_embd + 2 * keys + 5 * values + (DELTA_CHUNK + 8) * c.delta_value_heads if c.delta_layers else 0
+        return max(delta, 6 * c.n_embd if c.conv_layers else 0)
 
     @cached_property
     def _within_chunks(self) -> int:
-        """Features of what a gated delta net computes again in its backward pass, in float32."""
-        return 2 * within_chunks(self.model)
+        """Features of a gated delta net's backward pass: gradients, and what its rule computes again in float32."""
+        c = self.model
+        keys, values = 2 * c.delta_key_heads * c.delta_key_size, c.delta_value_heads * c.delta_value_size
+        return keys + 3 * values + 2 * within_chunks(c) if c.delta_layers else 0
 
     @cached_property
     def _attended(self) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_qlora.fused.attention import Layout
+from lit_qlora.fused.documents import Documents
 from lit_qlora.fused.memory import ON_HOST
 from lit_qlora.fused.offload import Offload, OnHost
 from lit_qlora.kernels.dropout import NONE, Dropout
@@ -71,6 +72,7 @@ class Pass:
         saves: there will be a backward pass.
         carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carries.
         seen: to which the forward pass adds what routers computed, block by block; None where nobody looks.
+        documents: for blocks with a state or a short convolution; None without any. Each forward pass makes them anew.
         d_scores: gradients of the seen scores that come from elsewhere; the backward pass takes them from the end.
     """
 
@@ -84,6 +86,7 @@ class Pass:
     saves: bool
     carries: bool
     seen: Seen | None = None
+    documents: Documents | None = None
     d_scores: list[Tensor | None] = field(default_factory=list)
     shared: Shared = field(default_factory=Shared)
     p: float = 0.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import Block, FusedBlock, SavedBlock
+from lit_qlora.fused.documents import Documents
 from lit_qlora.fused.experts import dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
 from lit_qlora.fused.group import Copies, Group, Layers
@@ -543,6 +544,7 @@ class Fused:
         x = drop(x, run.dropout(0))
         if run.saves:
             self.offload.reset()
+        run.documents = Documents.of(run.layout, self.device) if self.config.state_layers else None
         stream = [x]
         del x
         saved: list[SavedBlock | None] = []

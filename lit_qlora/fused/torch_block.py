@@ -1,8 +1,9 @@
-"""A block whose attention, or what takes its place, is the plain model's module, differentiated by autograd.
+"""A block whose attention, or what takes its place, is differentiated by autograd.
 
-Norms, MLP and experts, which take most of the time, run on kernels as in other blocks. The module's linear layers are
-stacks of the fast path too, and its lookup of values is fused.attention's. With `recompute` none and mlp autograd's
-graph of the module is saved. Else the backward pass makes it from the block's input.
+Delta nets, state spaces and short convolutions are fused.mixers; other attention is the plain model's module. Norms,
+MLP and experts, which take most of the time, run on kernels as in other blocks. The module's linear layers are stacks
+of the fast path too, and its lookup of values is fused.attention's. With `recompute` none and mlp autograd's graph of
+the module is saved. Else the backward pass makes it from the block's input.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from lit_qlora.fused.attention import Heads, Layout, attention, attention_backward
 from lit_qlora.fused.block import Block, SavedBlock
-from lit_qlora.fused.delta_rule import by_kernels, has_kernels
 from lit_qlora.fused.group import Group
 from lit_qlora.fused.kernel_block import mixer_of, mixing_layers
+from lit_qlora.fused.mixers import mixer_of_kernels
 from lit_qlora.fused.passes import Backward, Pass
 from lit_qlora.fused.torch_stack import MOST_STACKS, TorchStack, with_layers
 from lit_qlora.kernels.dropout import NONE, Dropout
@@ -32,14 +33,13 @@ class TorchBlock(Block):
     Attributes:
         stacks: the linear layers of the module; those with the same input are one stack.
         module: the plain model's attention, or what takes its place, with these stacks.
-        numbers_documents: it reads Place.documents.
+        mix: computes (T, E) -> (T, E) by the module, or in its place.
     """
 
     def __init__(
         self, block: Any, config: ModelConfig, dtype: torch.dtype, number: int, like: Tensor, fp8: bool
     ) -> None:
         super().__init__(block, config, dtype, number, like, fp8)
-        self.dtype, self.key_size = dtype, config.delta_key_size
         first = MOST_STACKS * (config.n_layer + 1 + number)  # behind the numbers of all other layers
         self.stacks = [
             TorchStack(layers, Group(layers, dtype, fp8), first + i)
@@ -49,7 +49,7 @@ class TorchBlock(Block):
         replaced = {layer: part for stack in self.stacks for layer, part in stack.parts.items()}
         self.module = with_layers(mixer_of(block), replaced)
         self.module.training = False  # fast_attend drops for it
-        self.numbers_documents = block.attn is None
+        self.mix = mixer_of_kernels(mixer_of(block), [stack.whole for stack in self.stacks]) or self._by_module
 
     def _attend(self, stream: list[Tensor], run: Pass, policy: Recompute) -> tuple[SavedBlock, Tensor, Tensor]:
         """See Block."""
@@ -100,6 +100,10 @@ class TorchBlock(Block):
         """(T, E) -> (T, E)."""
         for stack in self.stacks:
             stack.begin(run)
+        return self.mix(normed, run)
+
+    def _by_module(self, normed: Tensor, run: Pass) -> Tensor:
+        """(T, E) -> (T, E)."""
         shape = (run.layout.rows, run.layout.own_length)
         out: Tensor = self.module(normed.unflatten(0, shape), self._place(run), None)
         return out.flatten(0, 1)
@@ -116,10 +120,7 @@ class TorchBlock(Block):
             if layout.masks is None
             else (layout.masks[self.window], attend)
         )
-        documents = layout.numbers() if self.numbers_documents else None
-        fast = self.numbers_documents and has_kernels(run.positions.device, self.key_size)
-        rule = by_kernels(layout, self.dtype) if fast else None
-        return Place((cos, sin) if self.rotates else None, scale, mask, documents, [], lookup, rule)
+        return Place((cos, sin) if self.rotates else None, scale, mask, None, [], lookup)
 
 
 class _Attend(torch.autograd.Function):

@@ -36,10 +36,15 @@ class TorchStack:
         self.workspace, self.dropout = run.workspaces[0], self.group.dropout(run.seed, self.number)
         self.waiting.clear()  # of a pass that failed
 
+    def whole(self, x: Tensor) -> Tensor:
+        """The outputs (T, N) of all layers, for their input x (T, K)."""
+        y: Tensor = _Product.apply(x, self)
+        return y
+
     def product(self, x: Tensor, part: int) -> Tensor:
         """The output (..., N) of a layer for the stack's input x (..., K)."""
         if not self.waiting:
-            y = _Product.apply(x.flatten(0, -2).contiguous(), self)
+            y = self.whole(x.flatten(0, -2).contiguous())
             self.waiting = dict(enumerate(y.view(*x.shape[:-1], -1).split(self.group.stack.rows, dim=-1)))
         return self.waiting.pop(part)
 

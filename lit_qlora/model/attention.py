@@ -31,8 +31,6 @@ class Place(NamedTuple):
     """Keys and values of the last block of this kind that has its own, for those that have none."""
     attend: Lookup
     """The function `attend`, or what does the same faster, or over several processes."""
-    delta_rule: Callable[..., Tensor] | None = None
-    """What computes a gated delta net's rule for these documents faster; see lit_qlora.fused.delta_rule."""
 
 
 class Attention(nn.Module):

@@ -53,8 +53,6 @@ class DeltaNet(nn.Module):
                 rule = delta_step if x.size(1) == 1 else delta_rule
                 y, state = rule(*inputs, documents, cache.state)
                 cache.state.copy_(state)
-            elif place.delta_rule is not None:
-                y = place.delta_rule(*inputs)
             else:
                 # The matrices of the chunks are larger than all that they are made of.
                 y, _ = checkpoint(delta_rule, *inputs, documents, use_reentrant=False, preserve_rng_state=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_qlora.fused import delta_rule as kernels_of
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.delta_rule import by_kernels, why_no_kernels
+from lit_qlora.fused.documents import Documents
 from lit_qlora.model.delta_net import delta_rule
 from tests.model.test_delta_net import inputs
 
@@ -21,18 +22,21 @@ def test_a_library_of_kernels_gets_documents_end_to_end(packed: bool, monkeypatc
     segments = torch.tensor([[0] * 9 + [1] * 23, [0] * 7 + [1] * 25]) if packed else None
 
     def chunk_gated_delta_rule(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, None]:
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+        scale: float, cu_seqlens: Tensor | None, chunk_indices: Tensor | None,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         assert scale == 1.0
         bounds = [0, q.size(1)] if cu_seqlens is None else cu_seqlens.tolist()
-        pieces = [delta_rule(*(x[:, a:b] for x in (q, k, v, g, beta)), None)[0] for a, b in pairwise(bounds)]
+        pieces = [delta_rule(*(x[:, a:b] for x in (q, k, v, g, beta)), None)[0] for a, b in pairwise(bounds) if a < b]
         return torch.cat(pieces, dim=1), None
 
     kernels = ModuleType("kernels")
     kernels.chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[attr-defined]
     for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, kernels)
-    found = by_kernels(Layout.of(2, 32, segments, torch.device("cpu")), torch.float32)(*parts)
+    cpu = torch.device("cpu")
+    q, k, v, kept, beta = parts
+    found = by_kernels(q, k, v, kept, beta, Documents.of(Layout.of(2, 32, segments, cpu), cpu))
     torch.testing.assert_close(found, delta_rule(*parts, segments)[0], rtol=1e-5, atol=1e-5)
 
 

@@ -31,14 +31,18 @@ from lit_qlora.kernels import (
     launch,
 )
 from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.causal_conv import HeadConv, convolve, convolve_backward
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.decode_attention import attend, store
+from lit_qlora.kernels.delta_gates import gates_backward, gates_forward
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import Dropout, drop
 from lit_qlora.kernels.experts_dequantize import Matrices
 from lit_qlora.kernels.experts_products import LowRank
 from lit_qlora.kernels.fp8 import FP8, quantize_rows, quantize_weights
 from lit_qlora.kernels.gate import gate_backward, gate_forward
+from lit_qlora.kernels.gated_conv import GatedConv, gated_conv, gated_conv_backward
+from lit_qlora.kernels.gated_norm import GatedNorm, gated_norm, gated_norm_backward
 from lit_qlora.kernels.lora_products import MOST_RANK, Pending, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
@@ -70,6 +74,10 @@ class Variants:
     """In generation; float32 takes more."""
     weights_before: tuple[bool, ...] = (False, True)
     """Experts whose weight multiplies what they make, or what they read."""
+    convolutions: tuple[tuple[int, bool], ...] = ((128, True), (64, True), (128, False))
+    """Features of a head before a delta net or state space, and whether it is normed."""
+    gated_norms: tuple[tuple[int, bool], ...] = ((8, False), (32, False), (1, True))
+    """Groups of a row, and whether the gate is before the norm."""
     chunked: tuple[bool, ...] = (False, True)
     """Windows of attention in generation that slide, or are chunks."""
 
@@ -82,6 +90,8 @@ FEW = Variants(
     caches=((2, 4, 256), (71, 1, 64)),
     products_in_16_bit=False,
     weights_before=(False,),
+    convolutions=((128, True),),
+    gated_norms=((32, False), (1, True)),
     chunked=(False,),
 )
 """As few as take the most; tests/kernels/test_every_card.py holds them against all."""
@@ -213,6 +223,26 @@ def attention_of(dtype: torch.dtype, of: Variants) -> None:
         for scores in variants:
             out, log_sum = attention.attend(q, k, v, scores, ends, 1024)
             attention.attend_backward(out, q, k, v, out, log_sum, scores, ends, 1024)
+
+
+def states(width: int, dtype: torch.dtype, of: Variants) -> None:
+    """Launch the kernels of delta nets, state spaces and short convolutions."""
+    firsts, gates = empty(T, dtype=torch.int32), empty(T, width * 2, dtype=dtype)
+    stack = empty(T, width * 3, dtype=dtype)
+    for size, norms in of.convolutions:
+        taps = empty(4, width * 2, dtype=dtype)
+        conv = HeadConv(taps, None if norms else taps[0], width // 2, width, size, 0.1, 1e-6 if norms else None)
+        parts = convolve(stack, firsts, conv)
+        convolve_backward(*parts, stack, firsts, conv, stack)
+    kept, beta = gates_forward(gates[:, :64], empty(32), empty(32))
+    gates_backward(kept, beta, gates[:, :64], empty(32), empty(32))
+    x = empty(T, width, dtype=dtype)
+    for groups, before in of.gated_norms:
+        weight = empty(width if before else width // groups, dtype=dtype)
+        norm = GatedNorm(weight, 1e-6, groups, before)
+        gated_norm_backward(gated_norm(x, gates[:, width:], norm), x, gates[:, width:], norm, gates[:, width:])
+    both = GatedConv(empty(3, width, dtype=dtype), empty(width, dtype=dtype))
+    gated_conv_backward(gated_conv(stack, firsts, both), stack, firsts, both)
 
 
 def mixture(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
@@ -369,6 +399,7 @@ def main() -> None:
             for rank in flags.rank:
                 training(width, rank, low, of)
                 mixture(width, rank, low, of)
+            states(width, low, of)
             for dtype in (low, F32):  # weights are float32 where --precision says so
                 generation(dtype, of)
                 if dtype == F32 or of.products_in_16_bit:

@@ -81,6 +81,7 @@ class Block(KernelBlock):
         recompute: see the module.
         sends_qkv: see memory.sends_qkv.
         fetches_below: the block below offloads.
+        is_last: no block is above it, whose backward pass would hide copies of what it reads first.
         goes_back: it has a backward pass, because it or a block below it learns.
     """
 
@@ -99,7 +100,7 @@ class Block(KernelBlock):
         self.groups: tuple[Layers, ...] = (*self.mlp.groups, *(self.own.groups if self.own else ()))
         self._behind_attention = len(self.groups)
         self.recompute: Recompute = "none"
-        self.sends_qkv = self.fetches_below = False
+        self.sends_qkv = self.fetches_below = self.is_last = False
         self.goes_back = True
 
     def forward(self, stream: list[Tensor], run: Pass) -> SavedBlock | None:
@@ -119,7 +120,7 @@ class Block(KernelBlock):
         beside = out if self.parallel else None
         del out, x
         if policy not in FULL and not self.parallel:
-            saved.middle = run.save(middle, policy)
+            saved.middle = self._save_first(middle, run, policy)
         if policy == "full-offload":
             run.offload.wait_for_copies(1)  # those of the blocks before, which would lie beside a slice of the MLP
         handed = [normed]
@@ -130,7 +131,7 @@ class Block(KernelBlock):
             raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, middle, run)
         y = drop(apply_norm(self.post_2, raw_2), self._drops(2, run))
         if saves and self.post_2.statistics:
-            saved.raw_2 = run.save(raw_2, policy)
+            saved.raw_2 = self._save_first(raw_2, run, policy)
         if beside is not None:
             y.add_(beside)
         together = [middle, y] if self.own is None and self.scale is None else [y.add_(middle)]
@@ -154,7 +155,9 @@ class Block(KernelBlock):
         back = Backward(run, pending, NO_WORKSPACES if carries else run.workspaces)
         if self.scale is not None:
             d_out = d_out.mul_(self.scale)
-        run.offload.fetch(saved.qkv)  # the largest, which all products of the MLP are to hide
+        run.offload.wait_for_copies()  # those of the last block, which have arrived by now
+        for tensor in (saved.raw_2, saved.middle, saved.qkv):  # the last is the largest, and read last
+            run.offload.fetch(tensor)
         if self.recompute in FULL:
             self._recompute(saved, back)
         if self.own is not None:
@@ -189,6 +192,14 @@ class Block(KernelBlock):
             d_stream: what does not come through attention; None where no gradient of the input is wanted.
         """
 
+    def _save_input(self, x: Tensor, run: Pass, policy: Recompute) -> Tensor | OnHost:
+        first = policy in FULL or self.parallel
+        return self._save_first(x, run, policy) if first else run.save(x, policy)
+
+    def _save_first(self, tensor: Tensor, run: Pass, policy: Recompute) -> Tensor | OnHost:
+        """Save what the backward pass reads first; in the last block, where it would be waited for, on the device."""
+        return run.offload.hold(tensor) if self.is_last and policy in ON_HOST else run.save(tensor, policy)
+
     @property
     def _attention_learns(self) -> bool:
         return any(group.rank for group in self.groups[: -self._behind_attention])
@@ -222,8 +233,9 @@ class Block(KernelBlock):
         """The gradient of the stream between attention and MLP."""
         get = back.forward.offload.get
         raw_2 = None if saved.raw_2 is None else get(saved.raw_2)
+        stream: list[Tensor | OnHost]
         if saved.middle is not None:
-            stream = [get(saved.middle)]
+            stream = [saved.middle]
         else:
             saved.x = get(saved.x)
             stream = [saved.x] if saved.out is None else [saved.x, saved.out]
@@ -271,11 +283,11 @@ class FusedBlock(Block):
         x, statistics_1, normed = self.qkv.normed(self.norm_1, x, y)
         del y
         below = run.offload.latest if self.fetches_below else None
-        saved = SavedBlock(run.save(x, policy), below)
+        saved = SavedBlock(self._save_input(x, run, policy), below)
         z_qkv, qkv = self._qkv(normed, run, run.workspaces[0])[:2]  # without the matrix, which may be carried over
         del normed
         if policy in ("none", "mlp") or (policy == "offload" and self.sends_qkv):
-            saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, run.save(qkv, policy)
+            saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, self._save_first(qkv, run, policy)
         q, k, v = self._shaped(qkv, run)
         if self.lends:
             run.shared.lent[self.kind] = Lent(k, v)
@@ -308,6 +320,7 @@ class FusedBlock(Block):
         self, d_out: Tensor, d_stream: Tensor | None, saved: SavedBlock, back: Backward
     ) -> Tensor | None:
         """See Block."""
+        back.forward.offload.fetch(saved.x)  # the MLP's large tensors are freed
         if self.gates is not None:
             self._fetch_qkv(saved, back)
             if back.workspaces[0] is not None:
@@ -354,8 +367,7 @@ class FusedBlock(Block):
         off = back.forward.offload
         if saved.qkv is None:
             self._recompute_qkv(saved, back, back.workspaces[0])
-        elif isinstance(saved.qkv, OnHost):
-            off.fetch(saved.x)
+        else:
             saved.qkv = off.get(saved.qkv)
 
     def _qkv_backward(
@@ -364,16 +376,18 @@ class FusedBlock(Block):
         """The gradient of the block's input, which `d_middle` is part of; None where that is None."""
         run, pending, group, d_qkv = back.forward, back.pending, self.qkv, gradient.pop()
         run.offload.fetch(saved.below)  # the large buffers are free now
-        x, statistics, dropout = run.offload.get(saved.x), saved.statistics_1, self._dropout(group, 0, run)
+        statistics, dropout = saved.statistics_1, self._dropout(group, 0, run)
         assert statistics is not None
         group.add_grad_b(d_qkv, saved.z_qkv, pending)
         if d_middle is None:
             if group.rank:
+                x = run.offload.get(saved.x)
                 group.add_grad_a(x, group.d_z(d_qkv), pending, dropout, self.norm_1, statistics)
             pending.flush()
             return None
         dn = group.product_back(d_qkv, back.workspaces[0], saved.matrix_qkv)
         del d_qkv
+        x = run.offload.get(saved.x)  # not before: the product hides its copy
         group.add_grad_a(x, dn, pending, dropout, self.norm_1, statistics)
         pending.flush()
         return group.d_stream(dn, x, self.norm_1, statistics, saved.z_qkv, d_middle, dropout)

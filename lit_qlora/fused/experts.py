@@ -385,14 +385,15 @@ class ExpertMlp:
     def backward(
         self,
         d_y: list[Tensor],
-        stream: list[Tensor],
+        stream: list[Tensor | OnHost],
         saved: SavedExpertMlp,
         d_out: Tensor,
         back: Backward,
         ahead: Sequence[Tensor | OnHost | None],
     ) -> Tensor:
         """See Mlp."""
-        x, y = stream[0], stream[1] if len(stream) > 1 else None
+        get = back.forward.offload.get
+        x, y = get(stream[0]), get(stream[1]) if len(stream) > 1 else None
         stream.clear()
         middle, statistics, normed = self.norm(x, y)
         del x, y
@@ -408,7 +409,7 @@ class ExpertMlp:
         if self.shared is None or saved.shared is None:
             d_y.clear()
             return d_middle
-        handed = [middle]
+        handed: list[Tensor | OnHost] = [middle]
         del middle
         return self.shared.backward(d_y, handed, saved.shared, d_middle, back, ahead)
 

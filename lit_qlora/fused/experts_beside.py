@@ -63,14 +63,15 @@ class MlpBeside:
     def backward(
         self,
         d_y: list[Tensor],
-        stream: list[Tensor],
+        stream: list[Tensor | OnHost],
         saved: SavedBeside,
         d_out: Tensor,
         back: Backward,
         ahead: Sequence[Tensor | OnHost | None],
     ) -> Tensor:
         """See Mlp."""
-        x, y = stream[0], stream[1] if len(stream) > 1 else None
+        get = back.forward.offload.get
+        x, y = get(stream[0]), get(stream[1]) if len(stream) > 1 else None
         stream.clear()
         normed = torch.empty_like(x)
         middle, statistics = add_norm(x, y, self.own_norm, normed)
@@ -82,6 +83,6 @@ class MlpBeside:
         d_middle = norm_backward(dn, middle, self.own_norm, statistics, residual=d_routed.add_(d_out))
         del dn, d_routed
         d_y[0] = post_norm_backward(self.post_dense, saved.plain, d_y[0])
-        handed = [middle]
+        handed: list[Tensor | OnHost] = [middle]
         del middle
         return self.dense.backward(d_y, handed, saved.dense, d_middle, back, ahead)

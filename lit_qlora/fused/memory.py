@@ -146,15 +146,15 @@ class FastSizes:
         return tokens * (2.0 * elements + log_sums + 8 + CHOICE * c.n_expert_per_token)
 
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
-        """Bytes in pinned memory of the host."""
-        c = self.model
-        inputs = c.n_embd + self._raw
+        """Bytes in pinned memory of the host; what the last block's backward pass reads first stays on the device."""
+        c, last = self.model, len(policies) - 1
         elements = 0
         for i, policy in list(enumerate(policies))[self.lowest :]:
-            if policy in ON_HOST:
-                elements += inputs
             if policy == "offload":
-                elements += self._middle + self._raw + self._attended
+                elements += self._attended + self._raw
+                elements += c.n_embd if i < last or not c.parallel_residual else 0
+            if policy in ON_HOST and i < last:
+                elements += self._raw + (self._middle if policy == "offload" else c.n_embd)
                 elements += self._qkv if sends_qkv(i, policy) and not self._by_torch else 0
         return 2.0 * tokens * elements
 

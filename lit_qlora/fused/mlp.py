@@ -51,7 +51,7 @@ class Mlp(Protocol):
     def backward(
         self,
         d_y: list[Tensor],
-        stream: list[Tensor],
+        stream: list[Tensor | OnHost],
         saved: Any,
         d_out: Tensor,
         back: Backward,
@@ -61,7 +61,7 @@ class Mlp(Protocol):
 
         Args:
             d_y: gradient of the output.
-            stream: the stream, or the pair that it is the sum of.
+            stream: the stream, or the pair that it is the sum of; it may be on its way from the host.
             saved: from `forward`.
             d_out: added to the result: the stream's own gradient, which does not come through the MLP.
             ahead: what is read next; the last product is to hide its copies from the host.
@@ -112,7 +112,7 @@ class DenseMlp:
     def backward(
         self,
         d_y: list[Tensor],
-        stream: list[Tensor],
+        stream: list[Tensor | OnHost],
         saved: SavedMlp,
         d_out: Tensor,
         back: Backward,
@@ -122,8 +122,10 @@ class DenseMlp:
         run, pending, space = back.forward, back.pending, back.workspaces[0]
         group, matrix = self.gate_up, None
         dh = self._down_backward(d_y.pop(), saved.z_down, back)
+        here = [run.offload.get(one) for one in stream]  # not before: the product hides copies
+        stream.clear()
         if saved.gate_up is None:
-            matrix = self._recompute(stream, saved, back)
+            matrix = self._recompute(here, saved, back)
         products, saved.gate_up = saved.gate_up, None
         assert products is not None
         assert saved.statistics is not None
@@ -133,7 +135,7 @@ class DenseMlp:
             run.offload.fetch(tensor)
         dn = group.product_back(products, space, matrix)
         del products
-        middle, dropout = stream.pop(), self._dropout(group, 2, run)
+        middle, dropout = here.pop(), self._dropout(group, 2, run)
         group.add_grad_a(middle, dn, pending, dropout, self.norm_2, saved.statistics)
         return group.d_stream(dn, middle, self.norm_2, saved.statistics, saved.z_gate_up, d_out, dropout)
 

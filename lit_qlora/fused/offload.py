@@ -30,22 +30,22 @@ class Offload:
     def __init__(self) -> None:
         self.pinned: list[Tensor] = []
         self.on_host: list[Tensor] = []
-        self.count = self.passes = 0
+        self.count = self.passes = self.held = 0
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self.stream: torch.cuda.Stream | None = None
 
     def reset(self) -> None:
         """Begin a forward pass: forget the tensors of the last one, if no backward pass has fetched them."""
-        self.count, self.passes = 0, self.passes + 1
+        self.count, self.passes, self.held = 0, self.passes + 1, 0
         self.wait_for_copies()
         for _, arrived in self.coming.values():
             torch.cuda.current_stream().wait_event(arrived)
         self.coming.clear()
 
     def wait_for_copies(self, most: int = 0) -> None:
-        """Wait until no more than `most` tensors are leaving."""
-        while len(self.leaving) > most:
+        """Wait until no more than `most` tensors are leaving or held, or none is leaving."""
+        while len(self.leaving) > max(0, most - self.held):
             torch.cuda.current_stream().wait_event(self.leaving[0][1])
             self.leaving.popleft()
 
@@ -53,6 +53,12 @@ class Offload:
     def latest(self) -> OnHost:
         """The tensor that left last."""
         return OnHost(self.count - 1)
+
+    def hold(self, x: Tensor) -> Tensor:
+        """Leave `x` where it is until the backward pass, as one of those that may be leaving."""
+        self.wait_for_copies(MOST_LEAVING - 1)
+        self.held += 1
+        return x
 
     def put(self, x: Tensor) -> OnHost:
         """Start copying `x` to the host."""

@@ -212,6 +212,7 @@ class Fused:
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
             block.sends_qkv = sends_qkv(block.number, policy)
+        self.blocks[-1].is_last = True
         for below, block in pairwise(self.blocks):
             block.fetches_below = below.goes_back and below.recompute in ON_HOST
 

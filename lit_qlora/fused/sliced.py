@@ -38,7 +38,7 @@ def forward(mlp: Mlp, normed: list[Tensor], statistics: Tensor, stream: Tensor, 
 def backward(
     mlp: Mlp,
     d_y: list[Tensor],
-    stream: list[Tensor],
+    stream: list[Tensor | OnHost],
     saved: list[Any],
     d_out: Tensor,
     back: Backward,
@@ -53,13 +53,14 @@ def backward(
     if len(saved) == 1:
         return mlp.backward(d_y, stream, saved[0], d_out, back, ahead)
     gradient, parts = d_y.pop(), list(slices(len(d_out)))
+    whole = [back.forward.offload.get(one) for one in stream]
     out = torch.empty_like(d_out) if keeps else d_out
     for i, (part, one) in enumerate(zip(parts, saved, strict=True)):
         of_slice = replace(back, forward=seeded(back.forward, i))
-        inputs = ([gradient[part]], [tensor[part] for tensor in stream], one, d_out[part])
-        out[part] = mlp.backward(*inputs, of_slice, ahead if i == len(parts) - 1 else ())
+        inputs: list[Tensor | OnHost] = [tensor[part] for tensor in whole]
+        read_next = ahead if i == 0 else ()
+        out[part] = mlp.backward([gradient[part]], inputs, one, d_out[part], of_slice, read_next)
         back.pending.flush()  # two slices may not add to the same gradient in one launch
-    stream.clear()
     return out
 
 

@@ -59,7 +59,7 @@ class TorchBlock(Block):
         x, statistics = add_norm(x, y, self.norm_1, normed)
         del y
         below = run.offload.latest if self.fetches_below else None
-        saved = SavedBlock(run.save(x, policy), below, statistics)
+        saved = SavedBlock(self._save_input(x, run, policy), below, statistics)
         if policy in ("none", "mlp"):
             saved.attention = self._graph(normed, run)
             return saved, x, saved.attention[1].detach()

@@ -83,8 +83,8 @@ def test_more_tokens_make_room_for_more_weights() -> None:
 def test_what_goes_to_the_host_needs_memory_there() -> None:
     one = sizes()
     all_ = one.on_host(["offload"] * BLOCKS, 512)
-    assert all_ == BLOCKS * 3 * 2 * 512 * 256 + BLOCKS // 2 * 2 * 512 * 768  # qkv of every other block
-    assert one.on_host(["full-offload"] * BLOCKS, 512) == BLOCKS * 2 * 512 * 256
+    assert all_ == (BLOCKS * 3 - 1) * 2 * 512 * 256 + (BLOCKS // 2 - 1) * 2 * 512 * 768  # qkv of every other block
+    assert one.on_host(["full-offload"] * BLOCKS, 512) == (BLOCKS - 1) * 2 * 512 * 256
     assert one.on_host(["none", "full", "attn", "mlp"] * 2, 512) == 0
     free = one.peak(["offload"] * BLOCKS, 512)
     assert "offload" in choose(one, BLOCKS, 512, free, all_)
@@ -141,9 +141,10 @@ def test_with_inputs_on_the_host_the_memory_of_a_token_does_not_grow_with_the_bl
 
 def test_inputs_that_the_host_has_no_room_for_stay_on_the_device() -> None:
     one, tokens = sizes(), 4 * SLICE
-    host = one.on_host(["full-offload"] * (BLOCKS - 2), tokens)
-    free = one.peak([*["full-offload"] * (BLOCKS - 2), "full", "full"], tokens)
-    assert choose(one, BLOCKS, tokens, free, host) == [*["full-offload"] * (BLOCKS - 2), "full", "full"]
+    mix: list[Recompute] = [*["full-offload"] * (BLOCKS - 2), "full", "full"]
+    host, free = one.on_host(mix, tokens), one.peak(mix, tokens)
+    assert host == (BLOCKS - 2) * 2 * tokens * 256
+    assert choose(one, BLOCKS, tokens, free, host) == mix
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.block import FusedBlock
 from lit_qlora.fused.head import Head
 from lit_qlora.fused.memory import ON_HOST
+from lit_qlora.fused.mlp import DenseMlp
 from lit_qlora.fused.offload import MOST_LEAVING, Offload, OnHost, pin
 from lit_qlora.kernels.launch import AVAILABLE
 from tests.fused.test_fused import adapted_model, batch, gradients
@@ -43,7 +44,8 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "policies",
     [
-        ["offload", "full-offload", "offload", "none"],
+        ["full-offload", "offload", "none", "offload"],
+        pytest.param(["offload", "full-offload", "offload", "none"], marks=pytest.mark.slow),
         pytest.param(["offload", "offload", "none", "none"], marks=pytest.mark.slow),
         pytest.param(["offload"] * 4, marks=pytest.mark.slow),
         pytest.param(["none", "offload", "full", "offload"], marks=pytest.mark.slow),
@@ -59,12 +61,16 @@ def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory
     fused = fuse(adapted_model(n_layer=4))
     expected = gradients(fused.model, *batch())
     fused.set_recompute(policies)
-    off, head, backward = fused.offload, Head.losses, FusedBlock.backward
+    off, head, backward, of_mlp = fused.offload, Head.losses, FusedBlock.backward, DenseMlp.backward
     held: list[tuple[str, int, int]] = []
 
     def watched_head(self: Head, *arguments: Any) -> Any:
         held.append(("head", len(off.leaving), len(off.coming)))
         return head(self, *arguments)
+
+    def watched_mlp(self: DenseMlp, *arguments: Any) -> Tensor:
+        assert not off.leaving
+        return of_mlp(self, *arguments)
 
     def watched_backward(self: FusedBlock, *arguments: Any, **settings: Any) -> Tensor | None:
         found = backward(self, *arguments, **settings)
@@ -72,6 +78,7 @@ def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory
         return found
 
     monkeypatch.setattr(Head, "losses", watched_head)
+    monkeypatch.setattr(DenseMlp, "backward", watched_mlp)
     monkeypatch.setattr(FusedBlock, "backward", watched_backward)
     for tokens in (batch(), batch()):
         loss, found = gradients(fused.model, *tokens)
@@ -79,8 +86,9 @@ def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory
         assert all(torch.equal(found[name], expected[1][name]) for name in expected[1])
     # Only where a block is followed by one that offloads is something on its way.
     below = [policies[i - 1] if i else "" for i in reversed(range(4))]
-    leaving_last = {"offload": MOST_LEAVING, "full-offload": 1}.get(policies[-1], 0)
+    leaving_last, held_last = {"offload": (MOST_LEAVING - 2, 2), "full-offload": (0, 1)}.get(policies[-1], (0, 0))
     assert held[0] == ("head", leaving_last, 0)
+    assert off.held == held_last
     assert [(leaving, coming) for _, leaving, coming in held[1:5]] == [(0, int(one in ON_HOST)) for one in below]
 
 
@@ -98,7 +106,7 @@ def test_pinned_memory_is_used_again_for_shorter_rows() -> None:
         assert all(torch.equal(found[1][name], each[name]) for name in each)
         addresses.append([buffer.data_ptr() for buffer in fused.offload.pinned])
     assert addresses[0] == addresses[1] == addresses[2]
-    assert len(addresses[0]) == 7  # input, attended and middle of two blocks, and one's qkv
+    assert len(addresses[0]) == 5  # input and attended of two blocks, and one's middle
 
 
 def test_pinned_memory_is_as_large_as_asked_for_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def factor_reference(rows: int, columns: int, dropout: Dropout, device: torch.de
 
 
 def pair_factor_reference(rows: Tensor, columns: Tensor, dropout: Dropout) -> Tensor:
-    """The factor of each pair of a row and a column of a large matrix, given their numbers (R,) and (C,): (R, C)."""
+    """The factors (R, C) of a large matrix's elements in the rows (R,) and columns (C,) of these numbers."""
     assert dropout.seed is not None
     hashes = _hash_reference(rows.long(), (dropout.seed + dropout.offset) % 2**31)
     h = _hash_reference(columns.long()[None], hashes[:, None])

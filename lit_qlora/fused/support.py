@@ -32,7 +32,7 @@ from lit_qlora.quantize import QuantizedLinear, Storage, ragged
 
 LAYERS = [name for names in KINDS for name in names]
 """Of an expert."""
-UNDECODED = ("kv_latent_size", "delta_layers", "conv_layers", "attention_gate", "experts_beside")
+UNDECODED = ("kv_latent_size", "delta_layers", "conv_layers", "attention_gate")
 """Fields of ModelConfig that the kernels of decoding do not compute with, unless they have their default values."""
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights with which the fast path computes on a GPU."""

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_qlora.fused.kernel_block import ACTIVATIONS, mlp_layers
+from lit_qlora.fused.kernel_block import ACTIVATIONS, mlp_layers, norm_of
 from lit_qlora.fused.stacked import StackedExperts, base_of, why_not_stacked
 from lit_qlora.generation.product import Product, RowAdapters, updates_of
 from lit_qlora.kernels.chosen_experts import product
 from lit_qlora.kernels.experts_dequantize import Matrices
 from lit_qlora.kernels.mlp import mlp_forward
+from lit_qlora.kernels.norm import apply_norm
 from lit_qlora.kernels.stack import FourBit, Stack
 from lit_qlora.lora.adapter_switch import SwitchedLinear
 from lit_qlora.model.config import ModelConfig
@@ -31,12 +32,14 @@ weight in a register takes its multiprocessors 0.37 ps, dequantising it in memor
 class DenseMlp:
     """down(activation(gate(x)) * up(x)), or without a gate."""
 
+    mixture = None
+
     def __init__(self, mlp: Any, config: ModelConfig, dtype: torch.dtype, adapters: RowAdapters | None) -> None:
         self.activation = ACTIVATIONS[config.ffn]
         self.products = [Product(layers, dtype, adapters) for layers in mlp_layers(mlp)]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, E) -> (B, E)."""
+    def __call__(self, x: Tensor, stream: Tensor) -> Tensor:
+        """(B, E), the norm of the stream (B, E) -> (B, E)."""
         gate_up, down = self.products
         branches = gate_up(x)
         h = branches.new_empty(len(x), branches.size(1) // self.activation.branches)
@@ -45,7 +48,11 @@ class DenseMlp:
 
 
 class ExpertMlp:
-    """The experts that each token chooses, and one that all go to where there is one."""
+    """The experts that each token chooses, and one that all go to where there is one.
+
+    Attributes:
+        mixture: itself; of other MLPs the experts in it, or None.
+    """
 
     def __init__(self, moe: MoE, config: ModelConfig, dtype: torch.dtype, adapters: RowAdapters | None) -> None:
         self.router, self.combine, self.before = moe.router, GATES[config.ffn], moe.before
@@ -53,16 +60,21 @@ class ExpertMlp:
         self.shared = None if moe.shared is None else DenseMlp(moe.shared, config, dtype, adapters)
         self.gate = None if moe.shared_gate is None else Product([moe.shared_gate], dtype, adapters)
         self.products = [*(self.shared.products if self.shared else ()), *([self.gate] if self.gate else ())]
+        self.mixture = self
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, E) -> (B, E)."""
-        shares, chosen = self.router(x)
+    def __call__(self, x: Tensor, stream: Tensor) -> Tensor:
+        """See DenseMlp."""
+        return self.mixed(x, x)
+
+    def mixed(self, x: Tensor, routed: Tensor) -> Tensor:
+        """(B, E), and what the router reads -> (B, E)."""
+        shares, chosen = self.router(routed)
         if chosen.numel() > MOST_CHOICES * self.gate_up.shape[0]:
             out = self._by_all(x, shares, chosen)
         else:
             out = self._by_own(x, shares, chosen)
         if self.shared is not None:
-            out += self.shared(x) if self.gate is None else torch.sigmoid(self.gate(x)) * self.shared(x)
+            out += self.shared(x, x) if self.gate is None else torch.sigmoid(self.gate(x)) * self.shared(x, x)
         return out.to(x.dtype)
 
     def _by_own(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
@@ -79,6 +91,35 @@ class ExpertMlp:
         y = self.down.of_all(self.combine(*branches.chunk(2, dim=-1)).to(x.dtype))
         y = y.float() if self.before else every * y
         return torch.where(every == 0, 0, y).sum(dim=0)  # 16 bits may overflow where nobody has chosen
+
+
+class MlpBeside:
+    """See fused.experts_beside."""
+
+    def __init__(self, block: Any, config: ModelConfig, like: Tensor, adapters: RowAdapters | None) -> None:
+        beside = block.beside
+        self.own_norm, self.post_experts, self.post_dense = (
+            norm_of(module, like) for module in (beside.norm, beside.mlp_post_norm, beside.plain_post_norm)
+        )
+        self.dense = DenseMlp(block.mlp, config, like.dtype, adapters)
+        self.mixture = ExpertMlp(beside.mlp, config, like.dtype, adapters)
+        self.products = [*self.dense.products, *self.mixture.products]
+
+    def __call__(self, x: Tensor, stream: Tensor) -> Tensor:
+        """See DenseMlp."""
+        mixed = self.mixture.mixed(apply_norm(self.own_norm, stream), stream)
+        return apply_norm(self.post_dense, self.dense(x, stream)).add_(apply_norm(self.post_experts, mixed))
+
+
+Mlp = DenseMlp | ExpertMlp | MlpBeside
+
+
+def make_mlp(block: Any, config: ModelConfig, like: Tensor, adapters: RowAdapters | None) -> Mlp:
+    """The MLP of a block of the plain model, on the device and in the dtype of `like`."""
+    if block.beside is not None:
+        return MlpBeside(block, config, like, adapters)
+    kind = ExpertMlp if isinstance(block.mlp, MoE) else DenseMlp
+    return kind(block.mlp, config, like.dtype, adapters)
 
 
 class ChosenExperts(StackedExperts):
@@ -135,9 +176,9 @@ class ChosenExperts(StackedExperts):
         return out
 
 
-def make_room(mlps: Iterable[DenseMlp | ExpertMlp], rows: int) -> None:
+def make_room(mlps: Iterable[Mlp], rows: int) -> None:
     """Give experts a workspace that all blocks share, if so many tokens need one."""
-    mixtures = [mlp for mlp in mlps if isinstance(mlp, ExpertMlp)]
+    mixtures = [mlp.mixture for mlp in mlps if mlp.mixture is not None]
     groups = [group for mlp in mixtures for group in (mlp.gate_up, mlp.down) if group.dense is None]
     if groups and rows * base_of(mixtures[0].router).config.n_expert_per_token > MOST_CHOICES * groups[0].shape[0]:
         most = max(groups, key=lambda group: group.elements)

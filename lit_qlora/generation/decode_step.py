@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, heads_of, norm_of
+from lit_qlora.fused.kernel_block import KernelBlock, attention_layers, heads_of, mixture_of, norm_of
 from lit_qlora.fused.qkv_transforms import Shaping, norms_follow_rotation, norms_heads
 from lit_qlora.fused.stacked import why_not_stacked
 from lit_qlora.fused.support import stacks_of, unhandled, unhandled_embeddings
-from lit_qlora.generation.decode_mlp import DenseMlp, ExpertMlp, make_room, why_not_chosen
+from lit_qlora.generation.decode_mlp import make_mlp, make_room, why_not_chosen
 from lit_qlora.generation.product import Product, RowAdapters, cache_weights, spare_bytes, updates_of
 from lit_qlora.generation.slot_cache import SlotCache
 from lit_qlora.kernels import decode_attention as kernels
@@ -30,7 +30,6 @@ from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, softcap
 from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, times
-from lit_qlora.model.mlp import MoE
 from lit_qlora.model.rope import rope_table
 
 Rope = tuple[Tensor, Tensor]
@@ -51,8 +50,7 @@ class FastBlock(KernelBlock):
         self.own_heads = replace(self.heads, key=0) if self.reuses else self.heads
         self.shaping = Shaping(block.attn, config, self.own_heads, self.scaled, like)
         self.qkv, self.projection = (Product(each, like.dtype, adapters) for each in attention_layers(block.attn))
-        kind = ExpertMlp if isinstance(block.mlp, MoE) else DenseMlp
-        self.mlp = kind(block.mlp, config, like.dtype, adapters)
+        self.mlp = make_mlp(block, config, like, adapters)
         self.own = None if block.per_layer is None else OwnInput(block.per_layer, like, adapters)
         self.products = [self.qkv, self.projection, *self.mlp.products, *(self.own.products if self.own else ())]
 
@@ -75,7 +73,7 @@ class FastBlock(KernelBlock):
         )
         out = apply_norm(self.post_1, self.projection(attended))
         x, _ = add_norm(x, None if self.parallel else out, self.norm_2, normed)
-        y = apply_norm(self.post_2, self.mlp(normed))
+        y = apply_norm(self.post_2, self.mlp(normed, x))
         if self.parallel:
             y.add_(out)
         if self.own is not None and own is not None:
@@ -178,7 +176,7 @@ def why_not(model: GPT, by_row: bool = False) -> str:
         return reason
     if norms_follow_rotation(model.config) and not norms_heads(model.config):
         return "norms behind the rotation"
-    mixtures = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
+    mixtures = list(filter(None, map(mixture_of, model.blocks)))
     gates: list[list[nn.Module]] = [[moe.shared_gate] for moe in mixtures if moe.shared_gate is not None]
     reasons = (
         *(_undecodable(layers, weight.dtype, by_row) for layers in (*stacks_of(model), *gates)),

@@ -140,6 +140,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek": {"router": "sigmoid", "router_correction": True, "router_normalized": True, "router_scale": 2.5}
     | {"router_groups": 2, "router_groups_kept": 1, "shared_expert_size": 64},
     "qwen2_moe": {"shared_expert_size": 64, "shared_expert_gate": True, "qkv_bias": True},
+    "gemma4_moe": {"experts_beside": True, "router_norm": True, "router_normalized": True, "norm_position": "both"},
     "llama4": {"router": "sigmoid", "router_before": True, "n_layer": 2, "shared_expert_size": 64}
     | {"sliding_window": 5, "chunked_window": True, "full_attention_layers": (1,), "no_rope_layers": (1,)}
     | {"qk_norm": "rotated", "qk_norm_after_rope": True, "rope_interleaved": True}
@@ -158,6 +159,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
         ("deepseek", "bnb.int8", ()),
         pytest.param("qwen2_moe", "none", ("all",), marks=pytest.mark.slow),
         pytest.param("qwen2_moe", "bnb.nf4-dq", ("mlp",), marks=pytest.mark.slow),
+        ("gemma4_moe", "none", ()),
+        pytest.param("gemma4_moe", "bnb.nf4-dq", ("all",), marks=pytest.mark.slow),
         pytest.param("llama4", "none", ("mlp",), marks=pytest.mark.slow),
         pytest.param("llama4", "bnb.nf4-dq", ("all",), marks=pytest.mark.slow),
     ],

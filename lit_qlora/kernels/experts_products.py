@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.experts import Choices
-from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, shared_memory, stages, tiled, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, fitting, power_of_2, shared_memory, stages, tiled, tl, triton
 
 if triton is not None:
     from lit_qlora.kernels.activation import combine_weighted
@@ -117,12 +117,13 @@ def gate_up(
     b_gate, b_up = (x.new_empty(0, 0, 0) if low is None else low.b for low in low_rank)
     bn, warps, most = BLOCKS_GATE_UP
     in_flight = stages((choices.tile + 2 * bn) * BK * x.element_size(), most, shared_memory(x))
+    piece = fitting(MOST_RANK, 2 * (choices.tile + 2 * bn) * x.element_size(), shared_memory(x))
     group = group_of(weight)
     _gate_up[(cdiv(choices.most_tiles, group) * group * cdiv(width, bn),)](
         x, x.stride(0), choices.token, choices.weight, tiled(weight.view(2 * experts, width, k), 2, bn, BK),
         z_gate, z_gate.stride(0), b_gate, *b_gate.stride(), z_up, z_up.stride(0), b_up, *b_up.stride(),
         x if bias is None else bias, branches, h, choices.ends, choices.tiles, choices.most_tiles, width, k,
-        R=rank, RB=min(power_of_2(rank), MOST_RANK), GATE=gate is not None, UP=up is not None,
+        R=rank, RB=min(power_of_2(rank), piece), GATE=gate is not None, UP=up is not None,
         HAS_BIAS=bias is not None, FUNCTION=function, EVEN=k % BK == 0, BRANCHES=wants_branches, WANTS_H=wants_h,
         BEFORE=before, BM=choices.tile, BN=bn, BK=BK, GROUP=group, num_warps=warps, num_stages=in_flight,
     )  # fmt: skip
@@ -235,6 +236,28 @@ if triton is not None:
         return update
 
     @triton.jit
+    def _update_both(
+        both, Z_GATE, ldz_gate, B_GATE, bg_r, bg_n, Z_UP, ldz_up, B_UP, bu_r, bu_n, row, n, of_gate, in_n,
+        R: tl.constexpr, RB: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
+    ):  # fmt: skip
+        """The sum of [gate | up] and [Z of gate | Z of up] times B of both, with zeros where they do not meet.
+
+        One product into the same sums: with two into halves of them, ptxas had too few registers to let the loop's run.
+        """
+        i = tl.arange(0, 2 * RB)
+        first = i < RB
+        for j0 in tl.static_range(0, R, RB):
+            j = j0 + i % RB
+            some = (j < R) & tl.where(first, GATE, UP)
+            z_at = Z_GATE + row[:, None] * ldz_gate + j[None, :]
+            z_at = tl.where(first[None, :], z_at, Z_UP + row[:, None] * ldz_up + j[None, :])
+            b_at = B_GATE + j[:, None] * bg_r + n[None, :] * bg_n
+            b_at = tl.where(first[:, None], b_at, B_UP + j[:, None] * bu_r + n[None, :] * bu_n)
+            meet = some[:, None] & in_n[None, :] & (first[:, None] == of_gate[None, :])
+            both = tl.dot(tl.load(z_at, some[None, :], 0.0), tl.load(b_at, meet, 0.0), both)
+        return both
+
+    @triton.jit
     def _gate_up_tile(
         X, ldx, TOKEN, WEIGHT, W, Z_GATE, ldz_gate, B_GATE, bg_e, bg_r, bg_n, Z_UP, ldz_up, B_UP, bu_e, bu_r, bu_n,
         BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K,
@@ -247,24 +270,24 @@ if triton is not None:
         k = tl.arange(0, BK)
         x_at = X + tl.load(TOKEN + safe).to(tl.int64)[:, None] * ldx + k[None, :]
         both = tl.zeros((BM, 2 * BN), tl.float32)
+        tl.assume(K > 0)  # or ptxas lets each instruction of the matrix units wait for the last, as zeros skip the loop
         for k0 in range(0, K, BK):  # a block of gate and the one of up beside it, in one product
             x = tl.load(x_at + k0) if EVEN else tl.load(x_at + k0, (k0 + k < K)[None, :], 0.0)
             both = tl.dot(x, W.load([2 * e, n0, k0]).reshape(2 * BN, BK).T, both)
-        gate, up = both.reshape(BM, 2, BN).permute(0, 2, 1).split()
+        far, c = e.to(tl.int64), tl.arange(0, 2 * BN)
+        n = n0 + c % BN
+        if GATE or UP:
+            b_gate, b_up = B_GATE + far * bg_e, B_UP + far * bu_e
+            both = _update_both(
+                both, Z_GATE, ldz_gate, b_gate, bg_r, bg_n, Z_UP, ldz_up, b_up, bu_r, bu_n, safe, n, c < BN, n < F,
+                R, RB, GATE, UP,
+            )  # fmt: skip
+        if HAS_BIAS:
+            both += tl.load(BIAS + e * 2 * F + c // BN * F + n, n < F, 0.0).to(tl.float32)[None, :]
+        # The backward pass will read them rounded, so h is made of the rounded ones.
+        gate, up = both.to(X.dtype.element_ty).reshape(BM, 2, BN).permute(0, 2, 1).split()
         n = n0 + tl.arange(0, BN)
         in_n = n < F
-        far = e.to(tl.int64)
-        if GATE:
-            b = B_GATE + far * bg_e
-            gate = _update(gate, Z_GATE, ldz_gate, safe, b, bg_r, bg_n, n, in_n, None, 0, 0, 1.0, F, R, RB, False)
-        if UP:
-            b = B_UP + far * bu_e
-            up = _update(up, Z_UP, ldz_up, safe, b, bu_r, bu_n, n, in_n, None, 0, 0, 1.0, F, R, RB, False)
-        if HAS_BIAS:
-            gate += tl.load(BIAS + e * 2 * F + n, in_n, 0.0).to(tl.float32)[None, :]
-            up += tl.load(BIAS + e * 2 * F + F + n, in_n, 0.0).to(tl.float32)[None, :]
-        # The backward pass will read them rounded, so h is made of the rounded ones.
-        gate, up = gate.to(X.dtype.element_ty), up.to(X.dtype.element_ty)
         own = (row < end)[:, None] & in_n[None, :]
         if BRANCHES:
             to = BRANCHES_TO + row.to(tl.int64)[:, None] * (2 * F) + n[None, :]
@@ -316,6 +339,7 @@ if triton is not None:
             source = tl.load(TOKEN + safe)
         x_at = X + source.to(tl.int64)[:, None] * ldx + k[None, :]
         acc = tl.zeros((BM, BN), tl.float32)
+        tl.assume(K > 0)  # see _gate_up_tile
         for k0 in range(0, K, BK):
             if BY_BLOCK:
                 x = XB.load([row0, k0])

@@ -3,16 +3,18 @@
     python -m tests.kernels.compile_for_card 86 --width 4096 --rank 16 --rank 64
 
 This is a program of its own because tests on a CPU run kernels in the interpreter. Compilation ends where Triton has
-laid out shared memory, which takes a third of the time; --machine-code goes on to the end. --few leaves out launches
-that take no more than others.
+laid out shared memory, which takes a third of the time; --machine-code goes on to the end, and names kernels again,
+with ", serialized", whose matrix units wait for each instruction. --few leaves out launches that take no more than
+others.
 """
 
 import argparse
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -335,6 +337,7 @@ class Compiled(Exception):  # noqa: N818 - it is no error
 @contextmanager
 def compiling(arch: int, machine_code: bool) -> Iterator[dict[str, tuple[int, str]]]:
     """Compile kernels instead of launching them; yields the most bytes of each, and its settings then."""
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import compiler
     from triton.runtime import driver
@@ -344,6 +347,7 @@ def compiling(arch: int, machine_code: bool) -> Iterator[dict[str, tuple[int, st
     card = {"get_current_target": lambda: target, "get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
     driver.set_active(SimpleNamespace(**card))  # type: ignore[arg-type]
     launch.WITHOUT_CARD = SHARED[arch] * 2**10
+    knobs.nvidia.dump_ptxas_log = machine_code
     most: dict[str, tuple[int, str]] = {}
     done: set[object] = set()
     run, add_stages, passes = JITFunction.run, compiler.CUDABackend.add_stages, compiler.nvidia.passes.ttgpuir
@@ -354,11 +358,14 @@ def compiling(arch: int, machine_code: bool) -> Iterator[dict[str, tuple[int, st
         if (key := (self.fn, str(values), str(settings))) in done:
             return
         done.add(key)
+        said, name = io.StringIO(), f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
         try:
-            size = run(self, *args, grid=grid, warmup=True, **settings).metadata.shared
+            with redirect_stdout(said):
+                size = run(self, *args, grid=grid, warmup=True, **settings).metadata.shared
         except Compiled as end:
             (size,) = end.args
-        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        if "are serialized" in said.getvalue():  # ptxas' C7510 to C7520
+            most[f"{name}, serialized"] = size, str(settings)
         most[name] = max(most.get(name, (-1, "")), (size, str(settings)))
 
     def stages_up_to_shared_memory(self: Any, stages: dict[str, Any], *more: Any) -> None:

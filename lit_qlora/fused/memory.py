@@ -241,9 +241,7 @@ class FastSizes:
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of the workspaces, for weights that are dequantised or in FP8."""
         c = self.model
-        own = c.n_layer * c.per_layer_size
-        widest = max(self._dense_branches, self._widest_of_attention, own) if self.quantized else 0
-        head = c.vocab_size if self.quantized_head else 0
+        widest, head = max(self._dense_branches, self._widest_of_attention) if self.quantized else 0, self._outside
         experts = 2.0 * self._of_experts if self.quantized else 0.0
         if self.fp8:
             return float(max(max(self._branches, self._widest_of_attention), 2 * head) * c.n_embd)
@@ -254,10 +252,10 @@ class FastSizes:
         return space + 2.0 * kept * c.n_embd
 
     def spared(self, policies: Sequence[Recompute]) -> float:
-        """Bytes of workspaces that nothing needs where the weights of all blocks are cached: all but the head's."""
+        """Bytes of workspaces that nothing needs where the weights of all blocks are cached: all but those outside."""
         if self.fp8 or not self.quantized:
             return 0.0
-        return self._workspaces(policies) - 2.0 * self.quantized_head * self.model.vocab_size * self.model.n_embd
+        return self._workspaces(policies) - 2.0 * self._outside * self.model.n_embd
 
     def graphs(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes of the pool that CUDA graphs share, whose largest micro-batch has so many tokens.
@@ -265,6 +263,13 @@ class FastSizes:
         It comes in addition to the memory of passes without a graph, with which it shares the workspaces.
         """
         return max(self._moments(policies, tokens))
+
+    @cached_property
+    def _outside(self) -> int:
+        """Features of the widest product outside of blocks whose weight is quantised: the head's, or of embeddings."""
+        c = self.model
+        own = c.n_layer * c.per_layer_size if self.quantized else 0
+        return max(own, c.vocab_size if self.quantized_head else 0)
 
     @cached_property
     def _shared(self) -> float:

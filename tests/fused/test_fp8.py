@@ -26,6 +26,7 @@ from lit_qlora.run.resume import Checkpoint, check_same_run, plain
 from lit_qlora.settings import DataConfig, FinetuneConfig, LoRAConfig, Scheme, TrainConfig
 from tests.conftest import tiny_config
 from tests.fused.test_fused import CASES, DEVICE, POLICIES, adapted_model, assert_equal, batch, gradients
+from tests.fused.test_per_layer import LENT, OWN
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
@@ -122,10 +123,11 @@ def test_weights_in_fp8_take_no_more_room_than_those_in_16_bit(kind: str) -> Non
 
 SHORT = [("bnb.nf4", "attn")]
 QUICK = ["nf4", "query and value", "biases", "last block"]
+PER_LAYER = {"embeddings for each block": {"n_layer": 3, "scheme": "bnb.nf4", **OWN, **LENT}}
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES | PER_LAYER]
 )
 def test_with_operands_that_are_not_rounded_it_is_the_plain_path(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the eight bits themselves: which product has which operands, scales, adapters and biases."""
@@ -138,7 +140,7 @@ def test_with_operands_that_are_not_rounded_it_is_the_plain_path(case: str, monk
         monkeypatch.setattr(module, "FP8", torch.float32)
         monkeypatch.setattr(module, "scaled_product", product)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    model = adapted_model(**CASES[case])
+    model = adapted_model(**(CASES | PER_LAYER)[case])
     expected = gradients(model, *batch())
     assert why_not(model) == ""
     fuse(model, fp8=True)

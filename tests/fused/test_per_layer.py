@@ -217,3 +217,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_models_without_the_norms_that_the_kernels_need_are_refused(case: str) -> None:
     changes, reason = REFUSED[case]
     assert why_not(model_of(**changes)).startswith(reason)
+
+
+@pytest.mark.parametrize(("cached", "fp8"), [(0, False), (4, False), (0, True)])
+def test_the_planner_knows_the_workspace_of_the_product_that_makes_all_embeddings(cached: int, fp8: bool) -> None:
+    model = model_of(scheme="bnb.nf4", targets=("query",), n_layer=4, per_layer_size=128, shared_kv_ffn_size=0)
+    fused = fuse(model.to(torch.bfloat16), fp8=fp8, cached_blocks=cached)
+    space, policies = fused.workspaces[0], fused.recompute
+    assert space is not None
+    planned = fused.sizes._workspaces(policies) - (fused.sizes.spared(policies) if cached else 0)
+    assert space.nbytes == planned == 2 * 4 * 128 * 64  # wider than qkv, and than gate and up

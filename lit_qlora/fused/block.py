@@ -79,7 +79,7 @@ class Block(KernelBlock):
     Attributes:
         groups: the weights.
         recompute: see the module.
-        sends_qkv: see memory.sends_qkv.
+        sends_qkv: see FastSizes.sends_qkv.
         fetches_below: the block below offloads.
         is_last: no block is above it, whose backward pass would hide copies of what it reads first.
         goes_back: it has a backward pass, because it or a block below it learns.
@@ -120,18 +120,20 @@ class Block(KernelBlock):
         beside = out if self.parallel else None
         del out, x
         if policy not in FULL and not self.parallel:
-            saved.middle = self._save_first(middle, run, policy)
+            saved.middle = self._save(middle, run, policy, first=True)
         if policy == "full-offload":
             run.offload.wait_for_copies(1)  # those of the blocks before, which would lie beside a slice of the MLP
         handed = [normed]
         del normed
-        if policy == "none":
+        keeps = self._keeps_mlp(run, policy)
+        if keeps:
+            run.offload.wait_for_copies(3)  # all but qkv's, beside the two that are held
             raw_2, saved.mlp = self.mlp.forward(handed, statistics_2, middle, run, saves=True)
         else:
             raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, middle, run)
         y = drop(apply_norm(self.post_2, raw_2), self._drops(2, run))
         if saves and self.post_2.statistics:
-            saved.raw_2 = self._save_first(raw_2, run, policy)
+            saved.raw_2 = self._save(raw_2, run, policy, first=True)
         if beside is not None:
             y.add_(beside)
         together = [middle, y] if self.own is None and self.scale is None else [y.add_(middle)]
@@ -139,7 +141,7 @@ class Block(KernelBlock):
             together = [self.own.forward(together[0], run)]
         if self.scale is not None:
             together[0].mul_(self.scale)
-        if policy not in ON_HOST:
+        if policy not in ON_HOST or keeps:
             run.offload.wait_for_copies()  # the copies of the blocks before, which have arrived by now
         stream += together
         return saved if saves else None
@@ -193,12 +195,16 @@ class Block(KernelBlock):
         """
 
     def _save_input(self, x: Tensor, run: Pass, policy: Recompute) -> Tensor | OnHost:
-        first = policy in FULL or self.parallel
-        return self._save_first(x, run, policy) if first else run.save(x, policy)
+        return self._save(x, run, policy, first=policy in FULL or self.parallel)
 
-    def _save_first(self, tensor: Tensor, run: Pass, policy: Recompute) -> Tensor | OnHost:
-        """Save what the backward pass reads first; in the last block, where it would be waited for, on the device."""
-        return run.offload.hold(tensor) if self.is_last and policy in ON_HOST else run.save(tensor, policy)
+    def _save(self, tensor: Tensor, run: Pass, policy: Recompute, first: bool) -> Tensor | OnHost:
+        """Save; what the backward pass reads first would be waited for in the last block, and stays there."""
+        holds = first and self.is_last and policy in ON_HOST
+        return run.offload.hold(tensor) if holds else run.save(tensor, policy)
+
+    def _keeps_mlp(self, run: Pass, policy: Recompute) -> bool:
+        """Tell whether gate and up are saved, instead of recomputed."""
+        return policy == "none" or (policy == "offload" and self.is_last and run.keeps_mlp)
 
     @property
     def _attention_learns(self) -> bool:
@@ -283,18 +289,19 @@ class FusedBlock(Block):
         x, statistics_1, normed = self.qkv.normed(self.norm_1, x, y)
         del y
         below = run.offload.latest if self.fetches_below else None
+        keeps = self._keeps_mlp(run, policy)  # then attention's output is read first
         saved = SavedBlock(self._save_input(x, run, policy), below)
         z_qkv, qkv = self._qkv(normed, run, run.workspaces[0])[:2]  # without the matrix, which may be carried over
         del normed
         if policy in ("none", "mlp") or (policy == "offload" and self.sends_qkv):
-            saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, self._save_first(qkv, run, policy)
+            saved.statistics_1, saved.z_qkv, saved.qkv = statistics_1, z_qkv, self._save(qkv, run, policy, not keeps)
         q, k, v = self._shaped(qkv, run)
         if self.lends:
             run.shared.lent[self.kind] = Lent(k, v)
         attended, extra = attention(q, k, v, self._heads(run), run.layout)
         del q, k, v
         if policy not in FULL:
-            saved.attended, saved.attention = run.save(attended, policy), extra
+            saved.attended, saved.attention = self._save(attended, run, policy, keeps), extra
         raw_1, z_projection = self._project(attended, qkv, run, run.workspaces[0])[:2]
         if policy not in FULL:
             saved.z_projection = z_projection

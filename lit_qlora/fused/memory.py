@@ -36,8 +36,9 @@ products of so many fill any GPU."""
 COPY_BY_BLOCK = 2**26
 """From this many adapter parameters on, the 16-bit copies are made block by block, twice a micro-batch, not at once.
 For Llama-65B at r 64 this saves 1.6 GB and costs, by their bytes, 3 of 550 ms."""
-
-
+FOR_A_BYTE = 1e4
+"""Operations of a forward pass that hide the copy of a byte to the host: 550 TFLOP/s beside 55 GB/s, as on H100 and
+H200."""
 CHOICE = 24
 """Bytes that a choice of an expert takes: weight, expert, token and where it lies, some of them twice."""
 
@@ -52,16 +53,6 @@ def within_chunks(config: ModelConfig) -> int:
     features, state = c.delta_key_size + c.delta_value_size, c.delta_key_size * c.delta_value_size
     each = 5 * DELTA_CHUNK + 9 * features + 3 * state // DELTA_CHUNK
     return c.delta_value_heads * each if c.delta_layers else 0
-
-
-def by_kernels_within_chunks(config: ModelConfig) -> int:
-    """Numbers a token and head in 16 bit that exist in the backward pass of fla-core's rule of a gated delta net.
-
-    They are states of chunks with their gradients, two copies of values, and gradients of what the kernels read.
-    """
-    c = config
-    state = c.delta_key_size * c.delta_value_size
-    return 2 * state // DELTA_CHUNK + 5 * (c.delta_key_size + c.delta_value_size)
 
 
 def adapters_met(block: nn.Module, config: ModelConfig) -> float:
@@ -82,14 +73,6 @@ def lowest_learning(model: GPT) -> int:
 def rope_rows(model: ModelConfig, length: int) -> int:
     """Positions in tables of RoPE that need `length`: some more, so that they need not grow with each longer row."""
     return max(length, min(-(-length // 1024) * 1024, model.block_size))
-
-
-def sends_qkv(block: int, policy: Recompute) -> bool:
-    """Tell whether a block that offloads also offloads its qkv, instead of recomputing it.
-
-    Every other block does: on an H100 the copies of all would take longer than the forward pass that hides them.
-    """
-    return policy == "offload" and block % 2 == 1
 
 
 def head_tokens(vocab: int) -> int:
@@ -128,8 +111,6 @@ class FastSizes:
     which are not carried over."""
     drops: bool = False
     """The model itself drops elements in training."""
-    delta_kernels: bool = False
-    """The rule of gated delta nets is computed by fla-core."""
 
     def saved(self, policy: Recompute, tokens: int, holds_state: bool = True, reuses: bool = False) -> float:
         """Bytes on the device that one block saves for its backward pass.
@@ -141,9 +122,8 @@ class FastSizes:
         c = self.model
         attended, z, log_sums = self._attended, self.rank * self.adapted, 4 * c.n_head
         middle, raw = self._middle, self._raw
-        qkv = self._qkv_of_attention - (2 * self._keys if reuses else 0)
-        if holds_state and self._of_state:
-            qkv, attended = self._of_state, 0
+        qkv = self._qkv if holds_state else self._qkv_of_attention
+        qkv -= 2 * self._keys if reuses else 0
         if policy in FULL and not (c.n_expert or self._by_torch):
             z, log_sums = min(z, self.rank), 0  # that of the MLP's last layer alone
         elements = {
@@ -161,15 +141,47 @@ class FastSizes:
     def on_host(self, policies: Sequence[Recompute], tokens: int) -> float:
         """Bytes in pinned memory of the host; what the last block's backward pass reads first stays on the device."""
         c, last = self.model, len(policies) - 1
-        elements = 0
+        qkv, elements = 0 if self._by_torch else self._qkv_of_attention, 0
         for i, policy in list(enumerate(policies))[self.lowest :]:
             if policy == "offload":
-                elements += self._attended + self._raw
+                elements += self._raw + (self._attended if i < last else max(self._attended, qkv))  # see keeps_mlp
                 elements += c.n_embd if i < last or not c.parallel_residual else 0
             if policy in ON_HOST and i < last:
                 elements += self._raw + (self._middle if policy == "offload" else c.n_embd)
-                elements += self._qkv if sends_qkv(i, policy) and not self._by_torch else 0
+                elements += qkv if policy == "offload" and self.sends_qkv(i) else 0
         return 2.0 * tokens * elements
+
+    def sends_qkv(self, block: int) -> bool:
+        """Tell whether a block that offloads also offloads its qkv, instead of recomputing it.
+
+        As many do as the products of a forward pass hide, evenly spread. The last one is one of them: its qkv stays on
+        the device, or leaves while the head is computed.
+        """
+        above = self.model.n_layer - 1 - block
+        return not above or math.floor(self._sent_share * above) > math.floor(self._sent_share * (above - 1))
+
+    def keeps_mlp(self, tokens: int) -> bool:
+        """Tell whether the last block, if it offloads, keeps gate and up, instead of recomputing them.
+
+        Until its backward pass comes the head is computed. Beside gate and up and two tensors as wide as the stream, it
+        may take what a backward pass has beside them: the gradient of down's input, qkv, and one more such tensor.
+        """
+        c = self.model
+        others = c.n_expert or c.delta_layers or c.conv_layers or self._by_torch
+        if others or c.parallel_residual or self._raw or slice_tokens(tokens) < tokens:
+            return False
+        head = min(tokens, head_tokens(c.vocab_size)) * c.vocab_size + tokens * 2 * c.n_embd
+        inner = self._branches // (2 if "glu" in c.ffn else 1)
+        return head <= tokens * (inner + self._qkv_of_attention + c.n_embd)
+
+    @cached_property
+    def _sent_share(self) -> float:
+        """The share of blocks whose qkv the products of a forward pass hide, beside what all blocks send."""
+        c = self.model
+        qkv = self._qkv_of_attention
+        operations = 2 * c.n_embd * (qkv + self._queries + self._branches * (1.5 if "glu" in c.ffn else 2))
+        sent = 2 * (c.n_embd + self._middle + self._queries + 2 * self._raw)
+        return min(1.0, max(0.0, operations / FOR_A_BYTE - sent) / (2 * qkv))
 
     def peak(self, policies: Sequence[Recompute], tokens: int, first: int = 0) -> float:
         """Bytes that a micro-batch needs at its peak, without the backward passes of the blocks below the first."""
@@ -364,11 +376,10 @@ class FastSizes:
 
     @cached_property
     def _within_chunks(self) -> int:
-        """Features of a gated delta net's backward pass: gradients, and what its rule computes again."""
+        """Features of a gated delta net's backward pass: gradients, and what its rule computes again in float32."""
         c = self.model
         keys, values = 2 * c.delta_key_heads * c.delta_key_size, c.delta_value_heads * c.delta_value_size
-        inside = c.delta_value_heads * by_kernels_within_chunks(c) if self.delta_kernels else 2 * within_chunks(c)
-        return keys + 3 * values + inside if c.delta_layers else 0
+        return keys + 3 * values + 2 * within_chunks(c) if c.delta_layers else 0
 
     @cached_property
     def _attended(self) -> int:

@@ -71,6 +71,7 @@ class Pass:
         p: GPT.dropout.
         saves: there will be a backward pass.
         carries: weights may be carried over from the backward pass to the next forward pass; see FastSizes.carries.
+        keeps_mlp: see FastSizes.keeps_mlp.
         seen: to which the forward pass adds what routers computed, block by block; None where nobody looks.
         documents: for blocks with a state or a short convolution; None without any. Each forward pass makes them anew.
         d_scores: gradients of the seen scores that come from elsewhere; the backward pass takes them from the end.
@@ -90,6 +91,7 @@ class Pass:
     d_scores: list[Tensor | None] = field(default_factory=list)
     shared: Shared = field(default_factory=Shared)
     p: float = 0.0
+    keeps_mlp: bool = False
 
     def dropout(self, place: int) -> Dropout:
         """The dropout at one of the numbered places where the model itself drops; inputs of adapters are no such."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import Block, FusedBlock, SavedBlock
-from lit_qlora.fused.delta_rule import has_kernels
 from lit_qlora.fused.documents import Documents
 from lit_qlora.fused.experts import dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
@@ -26,7 +25,6 @@ from lit_qlora.fused.memory import (
     adapters_met,
     lowest_learning,
     rope_rows,
-    sends_qkv,
 )
 from lit_qlora.fused.micro_batch import Eager, Inputs, Loss, SavedPass, Work
 from lit_qlora.fused.offload import Offload, to_device
@@ -121,10 +119,7 @@ class Fused:
         )
         ahead, lowest = self._dequantizes_ahead, self.lowest
         known = (rank, adapted, quantized, head, self.fp8, ahead)
-        delta = bool(self.config.delta_layers) and not self.config.state_space
-        kernels = delta and has_kernels(self.device, self.config.delta_key_size)
-        drops = self.model.dropout > 0
-        return FastSizes(self.config, *known, lowest=lowest, carried=carried, drops=drops, delta_kernels=kernels)
+        return FastSizes(self.config, *known, lowest=lowest, carried=carried, drops=self.model.dropout > 0)
 
     def _tables(self, count: int) -> Ropes:
         """The tables of `count` positions or more; longer ones take the place of shorter ones."""
@@ -215,7 +210,7 @@ class Fused:
             group.carried = None
         for block, policy in zip(self.blocks, policies, strict=True):
             block.recompute = policy
-            block.sends_qkv = sends_qkv(block.number, policy)
+            block.sends_qkv = self.sizes.sends_qkv(block.number)
         self.blocks[-1].is_last = True
         for below, block in pairwise(self.blocks):
             block.fetches_below = below.goes_back and below.recompute in ON_HOST
@@ -418,6 +413,7 @@ class Fused:
         table_rows, run = self._pass(
             tokens, positions, segments, seed=seed, saves=saves, carries=carries, layout=layout
         )
+        run.keeps_mlp = labelled.lesson is None and self.sizes.keeps_mlp(tokens.numel())
         return Inputs(to_device(tokens.flatten(), self.device), table_rows, labelled, run)
 
     def _pass(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lit_qlora.fused.attention import MOST_FLASH
-from lit_qlora.fused.memory import FULL, head_tokens, sends_qkv
+from lit_qlora.fused.memory import FULL, head_tokens
 from lit_qlora.kernels.lora_products import MOST_RANK
 from lit_qlora.quantize import bits_per_weight
 from lit_qlora.run.plan import Plan, Planner
@@ -150,7 +150,7 @@ class StepTime:
 
     def _add_again(self, work: Pass, i: int, policy: Recompute, tokens: int, attended: float) -> None:
         """Add what the backward pass of a block computes again."""
-        kinds = set(AGAIN[policy]) - ({"qkv"} if sends_qkv(i, policy) else set())
+        kinds = set(AGAIN[policy]) - ({"qkv"} if policy == "offload" and self.sizes.sends_qkv(i) else set())
         again = {key: stack for key, stack in self.stacks[i].items() if key[0] in kinds}
         for (_, of_experts), stack in again.items():
             _multiply(work, stack, of_experts, tokens)

@@ -73,9 +73,10 @@ class TrainConfig(Settings):
     """Number of run checkpoints that are kept. The best and the final one are kept besides."""
     recompute: Literal["auto"] | Recompute = "auto"
     """The part of a block that is recomputed in the backward pass instead of saved. In order of memory, most first:
-    none, mlp, attn, offload, full, full-offload. 'offload' is attn with the remaining activations in host memory, for
-    every other block including queries, keys and values. 'full-offload' is full with the input of each block in host
-    memory, for the longest rows. 'auto' is the fastest mix that fits. On the plain path all but none act as full."""
+    none, mlp, attn, offload, full, full-offload. 'offload' is attn with the remaining activations in host memory, and
+    queries, keys and values of as many blocks as there is time for. 'full-offload' is full with the input of each block
+    in host memory, for the longest rows. 'auto' is the fastest mix that fits. On the plain path all but none act as
+    full."""
     fast: bool = True
     """Use the fast path where GPU, precision and model allow it; else the run says why not. It computes the same."""
     fp8: bool = False

@@ -3,6 +3,7 @@
 import math
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_more_tokens_make_room_for_more_weights() -> None:
 def test_what_goes_to_the_host_needs_memory_there() -> None:
     one = sizes()
     all_ = one.on_host(["offload"] * BLOCKS, 512)
-    assert all_ == (BLOCKS * 3 - 1) * 2 * 512 * 256 + (BLOCKS // 2 - 1) * 2 * 512 * 768  # qkv of every other block
+    assert all_ == (BLOCKS * 3 - 2) * 2 * 512 * 256 + 2 * 512 * 768  # qkv of the last block
     assert one.on_host(["full-offload"] * BLOCKS, 512) == (BLOCKS - 1) * 2 * 512 * 256
     assert one.on_host(["none", "full", "attn", "mlp"] * 2, 512) == 0
     free = one.peak(["offload"] * BLOCKS, 512)
@@ -91,6 +92,37 @@ def test_what_goes_to_the_host_needs_memory_there() -> None:
     assert "offload" not in choose(one, BLOCKS, 512, free, all_ / 100)
     assert choose(one, BLOCKS, 512, 0, 0) == ["full"] * BLOCKS
     assert choose(one, BLOCKS, 512, 0) == ["offload"] * BLOCKS
+
+
+def test_as_many_blocks_send_qkv_as_products_hide() -> None:
+    def of(width: int, heads: int, keys: int, ffn: int) -> list[bool]:
+        shape = {"n_embd": width, "n_head": heads, "n_kv_head": keys, "head_size": 128, "ffn_size": ffn}
+        one = FastSizes(tiny_config(n_layer=32, **shape), rank=16, adapted=7, quantized=True)
+        found = [one.sends_qkv(i) for i in range(32)]
+        others = width * (3 * 32 - 2)  # input, attended and middle, of the last block the input alone
+        assert one.on_host(["offload"] * 32, 512) == 2 * 512 * (others + (heads + 2 * keys) * 128 * sum(found))
+        return found
+
+    llama_2_7b = of(4096, 32, 32, 11_008)
+    assert sum(llama_2_7b) == 21  # 405 million operations a token hide 40 KiB, three tensors of 8 KiB and 0.65 of 24
+    assert all(one or other for one, other in pairwise(llama_2_7b))
+    assert all(of(4096, 32, 8, 14_336))  # fewer keys
+    assert of(2048, 16, 16, 5632) == [False] * 31 + [True]
+
+
+def test_the_last_block_keeps_gate_and_up_where_the_head_leaves_room() -> None:
+    def of(vocab: int, tokens: int, **changes: Any) -> bool:
+        shape = {"n_embd": 4096, "n_head": 32, "n_kv_head": 32, "head_size": 128, "ffn_size": 11_008}
+        one = FastSizes(tiny_config(vocab_size=vocab, **shape | changes), rank=16, adapted=7, quantized=True)
+        return one.keeps_mlp(tokens)
+
+    assert of(32_000, 4096)
+    assert not of(32_000, 1024)  # fewer tokens than the head has logits of at once
+    assert not of(128_256, 4096)
+    assert of(128_256, 8192)
+    assert not of(32_000, SLICE + 1)  # whose slices do not lie side by side
+    assert not of(32_000, 4096, parallel_residual=True)
+    assert not of(32_000, 4096, norm_position="both")
 
 
 def test_blocks_below_the_first_that_learns_need_no_memory() -> None:

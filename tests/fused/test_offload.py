@@ -14,7 +14,7 @@ from lit_qlora.errors import ResourceError
 from lit_qlora.fused import Fused, fuse
 from lit_qlora.fused.block import FusedBlock
 from lit_qlora.fused.head import Head
-from lit_qlora.fused.memory import ON_HOST
+from lit_qlora.fused.memory import ON_HOST, FastSizes
 from lit_qlora.fused.mlp import DenseMlp
 from lit_qlora.fused.offload import MOST_LEAVING, Offload, OnHost, pin
 from lit_qlora.kernels.launch import AVAILABLE
@@ -42,24 +42,27 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @ON_CPU
 @pytest.mark.parametrize(
-    "policies",
+    ("policies", "keeps"),
     [
-        ["full-offload", "offload", "none", "offload"],
-        pytest.param(["offload", "full-offload", "offload", "none"], marks=pytest.mark.slow),
-        pytest.param(["offload", "offload", "none", "none"], marks=pytest.mark.slow),
-        pytest.param(["offload"] * 4, marks=pytest.mark.slow),
-        pytest.param(["none", "offload", "full", "offload"], marks=pytest.mark.slow),
-        pytest.param(["full-offload"] * 4, marks=pytest.mark.slow),
-        pytest.param(["full-offload", "full-offload", "full", "none"], marks=pytest.mark.slow),
+        (["full-offload", "offload", "none", "offload"], True),
+        pytest.param(["offload"] * 4, True, marks=pytest.mark.slow),
+        pytest.param(["offload", "full-offload", "offload", "none"], False, marks=pytest.mark.slow),
+        pytest.param(["offload", "offload", "none", "none"], False, marks=pytest.mark.slow),
+        pytest.param(["offload"] * 4, False, marks=pytest.mark.slow),
+        pytest.param(["none", "offload", "full", "offload"], False, marks=pytest.mark.slow),
+        pytest.param(["full-offload"] * 4, False, marks=pytest.mark.slow),
+        pytest.param(["full-offload", "full-offload", "full", "none"], False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("streams")
 def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory_is_needed(
-    policies: Any, monkeypatch: pytest.MonkeyPatch
+    policies: Any, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = fuse(adapted_model(n_layer=4))
     expected = gradients(fused.model, *batch())
+    monkeypatch.setattr(FastSizes, "sends_qkv", lambda self, block: block % 2 == 1)
+    monkeypatch.setattr(FastSizes, "keeps_mlp", lambda self, tokens: keeps)
     fused.set_recompute(policies)
     off, head, backward, of_mlp = fused.offload, Head.losses, FusedBlock.backward, DenseMlp.backward
     held: list[tuple[str, int, int]] = []
@@ -86,7 +89,8 @@ def test_tensors_come_back_as_they_were_and_none_is_on_its_way_where_most_memory
         assert all(torch.equal(found[name], expected[1][name]) for name in expected[1])
     # Only where a block is followed by one that offloads is something on its way.
     below = [policies[i - 1] if i else "" for i in reversed(range(4))]
-    leaving_last, held_last = {"offload": (MOST_LEAVING - 2, 2), "full-offload": (0, 1)}.get(policies[-1], (0, 0))
+    leaving = 0 if keeps else MOST_LEAVING - 2
+    leaving_last, held_last = {"offload": (leaving, 2), "full-offload": (0, 1)}.get(policies[-1], (0, 0))
     assert held[0] == ("head", leaving_last, 0)
     assert off.held == held_last
     assert [(leaving, coming) for _, leaving, coming in held[1:5]] == [(0, int(one in ON_HOST)) for one in below]

@@ -5,6 +5,7 @@ They keep the states of chunks in registers, and need no matrices of whole chunk
 
 import re
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -80,18 +81,25 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor, docum
 
 def by_kernels(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor, documents: Documents) -> Tensor:
     """The rule of (B, T, ...) by the kernels; see delta_rule."""
-    with warnings.catch_warnings(action="ignore"):  # about libraries that it does without
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    if q.is_cuda and are_refused(torch.cuda.get_device_capability(q.device)):
-        lift_refusal()
     shape = v.shape
     if documents.ends is not None:  # rows are joined: the kernels take documents that lie end to end
         q, k, v, kept, beta = (x.flatten(0, 1)[None] for x in (q, k, v, kept, beta))
-    y: Tensor = chunk_gated_delta_rule(
+    y: Tensor = library_on(q.device)(
         q, k, v, g=kept, beta=beta, scale=1.0, cu_seqlens=documents.ends, chunk_indices=documents.chunks
     )[0]
     return y.view(shape)
+
+
+@cache
+def library_on(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function of fla-core, which refuses nothing on this device."""
+    with warnings.catch_warnings(action="ignore"):  # about libraries that it does without
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    if device.type == "cuda" and are_refused(torch.cuda.get_device_capability(device)):
+        lift_refusal()
+    rule: Callable[..., tuple[Tensor, Tensor | None]] = chunk_gated_delta_rule
+    return rule
 
 
 def lift_refusal() -> None:

@@ -55,6 +55,16 @@ def within_chunks(config: ModelConfig) -> int:
     return c.delta_value_heads * each if c.delta_layers else 0
 
 
+def by_kernels_within_chunks(config: ModelConfig) -> int:
+    """Numbers a token and head in 16 bit that exist in the backward pass of fla-core's rule of a gated delta net.
+
+    They are states of chunks with their gradients, two copies of values, and gradients of what the kernels read.
+    """
+    c = config
+    state = c.delta_key_size * c.delta_value_size
+    return 2 * state // DELTA_CHUNK + 5 * (c.delta_key_size + c.delta_value_size)
+
+
 def adapters_met(block: nn.Module, config: ModelConfig) -> float:
     """Adapters of a block that a token goes through."""
     share = config.n_expert_per_token / config.n_expert if config.n_expert else 0.0
@@ -111,6 +121,8 @@ class FastSizes:
     which are not carried over."""
     drops: bool = False
     """The model itself drops elements in training."""
+    delta_kernels: bool = False
+    """The rule of gated delta nets is computed by fla-core."""
 
     def saved(self, policy: Recompute, tokens: int, holds_state: bool = True, reuses: bool = False) -> float:
         """Bytes on the device that one block saves for its backward pass.
@@ -122,8 +134,9 @@ class FastSizes:
         c = self.model
         attended, z, log_sums = self._attended, self.rank * self.adapted, 4 * c.n_head
         middle, raw = self._middle, self._raw
-        qkv = self._qkv if holds_state else self._qkv_of_attention
-        qkv -= 2 * self._keys if reuses else 0
+        qkv = self._qkv_of_attention - (2 * self._keys if reuses else 0)
+        if holds_state and self._of_state:
+            qkv, attended = self._of_state, 0
         if policy in FULL and not (c.n_expert or self._by_torch):
             z, log_sums = min(z, self.rank), 0  # that of the MLP's last layer alone
         elements = {
@@ -376,10 +389,11 @@ class FastSizes:
 
     @cached_property
     def _within_chunks(self) -> int:
-        """Features of a gated delta net's backward pass: gradients, and what its rule computes again in float32."""
+        """Features of a gated delta net's backward pass: gradients, and what its rule computes again."""
         c = self.model
         keys, values = 2 * c.delta_key_heads * c.delta_key_size, c.delta_value_heads * c.delta_value_size
-        return keys + 3 * values + 2 * within_chunks(c) if c.delta_layers else 0
+        inside = c.delta_value_heads * by_kernels_within_chunks(c) if self.delta_kernels else 2 * within_chunks(c)
+        return keys + 3 * values + inside if c.delta_layers else 0
 
     @cached_property
     def _attended(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.block import Block, FusedBlock, SavedBlock
+from lit_qlora.fused.delta_rule import has_kernels
 from lit_qlora.fused.documents import Documents
 from lit_qlora.fused.experts import dequantize_ahead
 from lit_qlora.fused.graphs import Graphs
@@ -119,7 +120,10 @@ class Fused:
         )
         ahead, lowest = self._dequantizes_ahead, self.lowest
         known = (rank, adapted, quantized, head, self.fp8, ahead)
-        return FastSizes(self.config, *known, lowest=lowest, carried=carried, drops=self.model.dropout > 0)
+        delta = bool(self.config.delta_layers) and not self.config.state_space
+        kernels = delta and has_kernels(self.device, self.config.delta_key_size)
+        drops = self.model.dropout > 0
+        return FastSizes(self.config, *known, lowest=lowest, carried=carried, drops=drops, delta_kernels=kernels)
 
     def _tables(self, count: int) -> Ropes:
         """The tables of `count` positions or more; longer ones take the place of shorter ones."""

@@ -136,8 +136,9 @@ def _is_tied(z: Tensor, slots: tuple[int, int], r: int) -> bool:
     return min(slots) >= 0 and z.size(1) == r
 
 
-BLOCKS = {16: (32, 32, 3), 32: (32, 32, 3), 64: (32, 32, 2)}
-"""Rows, columns and iterations in flight for each padded rank: the fastest of 20 choices on an H200 for 16."""
+BLOCKS = {16: (32, 64, 3), 32: (32, 64, 3), 64: (16, 64, 3)}
+"""Rows, columns and iterations in flight for each padded rank: of 10 choices for 16 the fastest on an H200 for experts
+as wide as Mixtral's; the others have as few registers."""
 BLOCKS_WITHOUT = (1, 1024, 4)
 """Rows, columns at a time and warps without adapters: the fastest of 8 choices on an H200 for three widths."""
 
@@ -181,9 +182,10 @@ if triton is not None:
             n, i, j = stripe * BN + tl.arange(0, BN), tl.arange(0, RP), tl.arange(0, rP)
             in_n = n < F
             dtype: tl.constexpr = X.dtype.element_ty
-            sum_a = tl.zeros((RP, BN), tl.float32)
-            sum_gate = tl.zeros((rP, BN), tl.float32)
-            sum_up = tl.zeros((rP, BN), tl.float32)
+            # Columns first: a Hopper's matrix units take 64 rows at least, and ranks are often less.
+            sum_a = tl.zeros((BN, RP), tl.float32)
+            sum_gate = tl.zeros((BN, rP), tl.float32)
+            sum_up = tl.zeros((BN, rP), tl.float32)
             for t0 in tl.range(first, end, BT, num_stages=STAGES):
                 t = t0 + tl.arange(0, BT)
                 far, in_t = t.to(tl.int64), t < end
@@ -191,7 +193,8 @@ if triton is not None:
                 dh = tl.load(DH + far[:, None] * F + n[None, :], inside, 0.0).to(tl.float32)
                 at = X + far[:, None] * (2 * F) + n[None, :]
                 gate, up = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + F, inside, 0.0).to(tl.float32)
-                w = tl.load(WEIGHT + t, in_t, 0.0)
+                # The sum over one element keeps Triton from computing all this again in the layout that products read.
+                w = tl.sum(tl.load(WEIGHT + t, in_t, 0.0)[:, None], axis=1)
                 h, by_gate, by_up, by_weight = combine_weighted(gate, up, w[:, None], FUNCTION, BEFORE)
                 tl.store(DW + stripe * rows + t, tl.sum(dh * by_weight, axis=1), in_t)
                 d_gate, d_up = (dh * by_gate).to(dtype), (dh * by_up).to(dtype)
@@ -203,26 +206,26 @@ if triton is not None:
                     tl.store(H + far[:, None] * F + n[None, :], h.to(dtype), inside)
                 if R > 0:
                     dz = tl.load(DZ + far[:, None] * ldd + i[None, :], in_t[:, None] & (i < R)[None, :], 0.0)
-                    sum_a = tl.dot(tl.trans(dz), h.to(dtype), sum_a)
+                    sum_a = tl.dot(tl.trans(h.to(dtype)), dz, sum_a)
                 own = in_t[:, None] & (j < r)[None, :]
                 if GATE >= 0:
                     z = tl.load(Z + far[:, None] * ldz + GATE * r + j[None, :], own, 0.0)
-                    sum_gate = tl.dot(tl.trans(z), d_gate, sum_gate)
+                    sum_gate = tl.dot(tl.trans(d_gate), z, sum_gate)
                 if UP >= 0:
                     z = tl.load(Z + far[:, None] * ldz + (UP - TIED) * r + j[None, :], own, 0.0)
-                    sum_up = tl.dot(tl.trans(z), d_up, sum_up)
+                    sum_up = tl.dot(tl.trans(d_up), z, sum_up)
             whole = last - tl.load(ENDS + e) <= chunk
             if R > 0:
-                to, mine = i[:, None] * F + n[None, :], (i < R)[:, None] & in_n[None, :]
+                to, mine = i[None, :] * F + n[:, None], (i < R)[None, :] & in_n[:, None]
                 _leave(
                     GA + e.to(tl.int64) * sa + to, PARTS_A + c.to(tl.int64) * (R * F) + to, alpha * sum_a, whole, mine
                 )
-            mine = (j < r)[:, None] & in_n[None, :]
+            mine = (j < r)[None, :] & in_n[:, None]
             if GATE >= 0:
-                to = (GATE * F + n)[None, :] * r + j[:, None]
+                to = (GATE * F + n)[:, None] * r + j[None, :]
                 _leave(GB + e.to(tl.int64) * sb + to, PARTS_B + c.to(tl.int64) * size_b + to, sum_gate, whole, mine)
             if UP >= 0:
-                to = (UP * F + n)[None, :] * r + j[:, None]
+                to = (UP * F + n)[:, None] * r + j[None, :]
                 _leave(GB + e.to(tl.int64) * sb + to, PARTS_B + c.to(tl.int64) * size_b + to, sum_up, whole, mine)
 
     @triton.jit

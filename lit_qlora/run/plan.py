@@ -34,6 +34,7 @@ from lit_qlora.sharded import LEAST_BUFFERS, lies_on_host, slabs_of
 GIB = 2**30
 SPARE = 0.05  # share of the GPU's memory that cached weights leave free
 HOLES = 0.15  # share of activation memory lost to fragmentation when weights take its place; 0.14 on an H100
+BY_KERNELS = "by fla-core"
 HOST_SHARE = 0.8  # share of the host's free memory that may hold activations
 
 
@@ -317,7 +318,8 @@ class Planner:
         graph_tokens = 0 if eager else _graph_tokens(model, train, batches)
         tokens = max(batches.tokens, graph_tokens)  # padded, even where nothing is captured
         host = math.inf if room.host is None else HOST_SHARE * room.host - plan.host
-        sizes, policies = _fastest(self.sizes, train.recompute, tokens, free, host)
+        sizes = replace(self.sizes, delta_kernels=plan.delta_rule == BY_KERNELS)
+        sizes, policies = _fastest(sizes, train.recompute, tokens, free, host)
         activations = sizes.peak(policies, tokens)
         captures = graph_tokens and not set(ON_HOST) & set(policies)
         graphs = sizes.graphs(policies, graph_tokens) if captures else 0.0
@@ -372,7 +374,7 @@ def _delta_rule(card: Card | None, key_size: int) -> str:
 
     here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     reason = why_no_kernels(card.capability if card else here, key_size)
-    return f"in plain torch ({reason})" if reason else "by fla-core"
+    return f"in plain torch ({reason})" if reason else BY_KERNELS
 
 
 def _fastest(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_qlora.fused import delta_rule as kernels_of
 from lit_qlora.fused.attention import Layout
-from lit_qlora.fused.delta_rule import by_kernels, why_no_kernels
+from lit_qlora.fused.delta_rule import by_kernels, library_on, why_no_kernels
 from lit_qlora.fused.documents import Documents
 from lit_qlora.model.delta_net import delta_rule
 from tests.model.test_delta_net import inputs
@@ -36,7 +36,9 @@ def test_a_library_of_kernels_gets_documents_end_to_end(packed: bool, monkeypatc
         monkeypatch.setitem(sys.modules, name, kernels)
     cpu = torch.device("cpu")
     q, k, v, kept, beta = parts
+    library_on.cache_clear()
     found = by_kernels(q, k, v, kept, beta, Documents.of(Layout.of(2, 32, segments, cpu), cpu))
+    library_on.cache_clear()
     torch.testing.assert_close(found, delta_rule(*parts, segments)[0], rtol=1e-5, atol=1e-5)
 
 

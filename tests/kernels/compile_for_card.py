@@ -92,8 +92,8 @@ FEW = Variants(
     caches=((2, 4, 256), (71, 1, 64)),
     products_in_16_bit=False,
     weights_before=(False,),
-    convolutions=((128, True),),
-    gated_norms=((32, False), (1, True)),
+    convolutions=((128, True), (64, True)),
+    gated_norms=((8, False), (1, True)),
     chunked=(False,),
 )
 """As few as take the most; tests/kernels/test_every_card.py holds them against all."""

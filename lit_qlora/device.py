@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -16,6 +16,11 @@ from torch import Tensor
 
 from lit_qlora.errors import UsageError
 from lit_qlora.settings import Precision
+
+LEAST_LARGE = 2**20
+"""Bytes from which on torch's allocator takes memory from pages of 20 MiB, not from small ones."""
+MOST_TWICE = 2**28
+"""Bytes of memory that has been exchanged and not yet given back."""
 
 
 def pick_device() -> torch.device:
@@ -138,6 +143,38 @@ def precede_other_streams() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)
     torch.cuda.empty_cache()  # this stream cannot use memory that the allocator holds for another one
+
+
+def lay_end_to_end(tensors: Iterable[Tensor]) -> None:
+    """Move what tensors of a GPU hold together, and give the memory between back to the device.
+
+    Weights are loaded, quantised and stacked one by one, and what was freed on the way lies between them: too small for
+    activations, and mostly on pages of 20 MiB that hold weights too, so that the allocator cannot give it back. A 7B in
+    4 bits had 1.3 of 5.5 GiB there. Memory is exchanged below the tensors, so those that share it still do.
+    """
+    storages = {storage.data_ptr(): storage for t in tensors if t.is_cuda and (storage := t.untyped_storage()).nbytes()}
+    large = [storages[place] for place in sorted(storages) if storages[place].nbytes() > LEAST_LARGE]
+    if not large:
+        return
+    buffer = torch.empty(max(storage.nbytes() for storage in large), dtype=torch.uint8, device=large[0].device)
+    stream, moved = torch.cuda.Stream(), 0  # the allocator holds memory of its own for each stream
+    for storage in large:
+        held = buffer[: storage.nbytes()]
+        held.copy_(as_bytes(storage))
+        storage.resize_(0)
+        with torch.cuda.stream(stream):
+            storage.resize_(len(held))
+        as_bytes(storage).copy_(held)
+        if (moved := moved + len(held)) > MOST_TWICE:
+            torch.cuda.empty_cache()
+            moved = 0
+    del buffer
+    torch.cuda.empty_cache()
+
+
+def as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    """A storage as a tensor of uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 @contextmanager

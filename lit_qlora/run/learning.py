@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_qlora.data import RunData, count_steps, longest_step, steps
 from lit_qlora.data.batches import steps_of_an_epoch
-from lit_qlora.device import precede_other_streams, scales_loss
+from lit_qlora.device import lay_end_to_end, precede_other_streams, scales_loss
 from lit_qlora.errors import NumericalError, ResourceError
 from lit_qlora.evaluate.measures import Dispensable, Measure, more_measures, tasks_measure
 from lit_qlora.evaluate.validation import Validator
@@ -95,7 +95,13 @@ def take_path(model: GPT, plan: Plan) -> None:
     """
     if plan.slow_because:
         model.recompute = plan.recompute[0] == "full"
-        return
+    else:
+        _take_fast_path(model, plan)
+    if model.gathers is None:
+        lay_end_to_end(t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
+
+
+def _take_fast_path(model: GPT, plan: Plan) -> None:
     from lit_qlora.fused import fuse, why_not
 
     if reason := why_not(model, plan.dtype):  # known only for the loaded model

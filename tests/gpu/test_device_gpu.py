@@ -71,3 +71,30 @@ def test_updates_on_another_stream_read_gradients_when_they_are_there(name: str)
         found = learn()
     torch.cuda.synchronize()
     assert torch.equal(found, expected)
+
+
+HOLES = """
+import torch
+from lit_qlora.device import lay_end_to_end, let_segments_grow
+let_segments_grow()
+MIB = 2**20
+kept = [torch.full((250 * MIB,), 250, dtype=torch.uint8, device="cuda")]  # an embedding, not a small tensor
+between = []
+for i in range(64):
+    between.append(torch.empty(30 * MIB, dtype=torch.uint8, device="cuda"))
+    kept.append(torch.full((3 * MIB,), i, dtype=torch.uint8, device="cuda"))
+view = kept[5][MIB:]
+between.clear()
+torch.cuda.empty_cache()
+before = torch.cuda.memory_reserved()
+lay_end_to_end([*kept, view])
+print(before > 64 * 19 * MIB, torch.cuda.memory_reserved() < (250 + 64 * 3 + 2 * 20) * MIB)
+print(all(bool((tensor == value).all()) for tensor, value in zip(kept, [250, *range(64)])))
+kept[5].zero_()
+print(not view.any())
+"""
+
+
+def test_weights_laid_end_to_end_keep_their_values_and_views_and_leave_no_holes() -> None:
+    said = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["True"] * 4

@@ -150,7 +150,7 @@ def lay_end_to_end(tensors: Iterable[Tensor]) -> None:
 
     Weights are loaded, quantised and stacked one by one, and what was freed on the way lies between them: too small for
     activations, and mostly on pages of 20 MiB that hold weights too, so that the allocator cannot give it back. A 7B in
-    4 bits had 1.3 of 5.5 GiB there. Memory is exchanged below the tensors, so those that share it still do.
+    4 bits had 1.3 of 5.5 GiB there. Memory is exchanged below the tensors, so views stay views.
     """
     storages = {storage.data_ptr(): storage for t in tensors if t.is_cuda and (storage := t.untyped_storage()).nbytes()}
     large = [storages[place] for place in sorted(storages) if storages[place].nbytes() > LEAST_LARGE]

@@ -445,7 +445,7 @@ class FastSizes:
         return max(self._branches_of(reuses) for reuses in {False, self.model.shared_kv_layers > 0})
 
     def _branches_of(self, reuses: bool) -> int:
-        """The same of blocks that use the keys and values of another one, or of those that do not."""
+        """The same of blocks that use the keys and values of another one (`reuses`), or of the others."""
         c = self.model
         size = (c.shared_kv_ffn_size if reuses else 0) or c.ffn_size
         size = c.n_expert_per_token * c.expert_size + self._beside_experts if c.n_expert else size

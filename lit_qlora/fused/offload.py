@@ -55,7 +55,7 @@ class Offload:
         return OnHost(self.count - 1)
 
     def hold(self, x: Tensor) -> Tensor:
-        """Leave `x` where it is until the backward pass, as one of those that may be leaving."""
+        """Leave `x` where it is until the backward pass, as one of the tensors that may be leaving."""
         self.wait_for_copies(MOST_LEAVING - 1)
         self.held += 1
         return x

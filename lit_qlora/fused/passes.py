@@ -51,8 +51,7 @@ class Shared:
         own: (T, n_layer, per_layer_size), an embedding of each token for each block, or of blocks whose backward pass
             is done the gradient; None without any.
         embedded: (T, E), what they were made of; None where nothing learns from their gradient.
-        lent: keys and values that a block has lent to later ones, for blocks with and without a window, and those that
-            rotate and do not.
+        lent: keys and values that a block has lent to later ones, for blocks with and without a window and rotation.
     """
 
     own: Tensor | None = None

@@ -48,7 +48,7 @@ class OwnEmbeddings:
 
 
 class OwnInput:
-    """What adds the embeddings of a block to its stream, behind its MLP."""
+    """The addition of a block's own embeddings to its stream, behind its MLP."""
 
     def __init__(self, part: Any, config: ModelConfig, dtype: torch.dtype, number: int, fp8: bool) -> None:
         self.number, layers = number, (part.gate, part.widen)

@@ -95,7 +95,7 @@ class FastBlock(KernelBlock):
 
 
 class OwnInput:
-    """What adds a block's embedding of a token to the stream; see lit_qlora.model.per_layer."""
+    """The addition of a block's embedding of a token to the stream; see lit_qlora.model.per_layer."""
 
     def __init__(self, part: Any, like: Tensor, adapters: RowAdapters | None) -> None:
         self.combine, self.norm = part.combine, norm_of(part.norm, like)

@@ -1,7 +1,7 @@
 """Dropout without stored masks: a hash of its index and a seed says if an element is kept, computed where needed.
 
-The hash is the finaliser of MurmurHash3 (Appleby, public domain), 32 bit. A matrix with more elements than that counts,
-as the weights of attention are, has a hash of the row's number that the column's is mixed with.
+The hash is the finaliser of MurmurHash3 (Appleby, public domain), 32 bit. The weights of attention have more elements
+than that counts. There a hash of the row's number is mixed with the column's.
 """
 
 from dataclasses import dataclass

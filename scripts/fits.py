@@ -35,6 +35,7 @@ SIZES = (8, 12, 16, 24, 40, 48, 80)
 TABLE = (
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "meta-llama/Llama-3.2-3B",
+    "google/gemma-4-E2B-it",
     "Qwen/Qwen3-4B",
     "meta-llama/Llama-2-7b-hf",
     "mistralai/Mistral-7B-v0.1",

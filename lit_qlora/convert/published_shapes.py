@@ -47,6 +47,15 @@ def _gemma3(*sizes: int, head: int) -> dict[str, Any]:
     return config_json("gemma3_text", *(*sizes, 262_208), **more)
 
 
+GEMMA_4_E2B = {
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_kv_shared_layers": 20,
+    "use_double_wide_mlp": True,
+    "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+    "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 131_072,
+}
 QWEN3_30B = {
     "head_dim": 128,
     "num_experts": 128,
@@ -97,6 +106,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "google/gemma-3-4b-pt": _gemma3(34, 2560, 8, 4, 10_240, head=256),
     "google/gemma-3-12b-pt": _gemma3(48, 3840, 16, 8, 15_360, head=256),
     "google/gemma-3-27b-pt": _gemma3(62, 5376, 32, 16, 21_504, head=128),
+    "google/gemma-4-E2B-it": config_json("gemma4_text", 35, 1536, 8, 1, 6144, 262_144, **GEMMA_4_E2B),
     "microsoft/Phi-3-mini-4k-instruct": config_json(
         "phi3", 32, 3072, 32, 32, 8192, 32_064, max_position_embeddings=4096, sliding_window=2047
     ),

@@ -492,19 +492,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], int, int]] = {
         460_730_096 + 424_699_392,  # images; a layer that predicts a further token
     ),
     "gemma-4-E2B": (
-        config_json(
-            "gemma4_text",
-            35,
-            1536,
-            8,
-            1,
-            6144,
-            262_144,
-            num_kv_shared_layers=20,
-            use_double_wide_mlp=True,
-            layer_types=[*["sliding_attention"] * 4, "full_attention"] * 7,
-            **GEMMA4,
-        ),
+        SHAPES["google/gemma-4-E2B-it"],
         5_123_178_051,
         168_544_256 + 307_183_904 + 18_880_512,  # images; sound; keys and values that no layer reads
     ),
@@ -673,6 +661,7 @@ COUNTS = {
     "google/gemma-3-4b-pt": 4_300_079_472 - 419_816_304,
     "google/gemma-3-12b-pt": 12_187_325_040 - 421_290_864,
     "google/gemma-3-27b-pt": 27_432_406_640 - 423_060_336,
+    "google/gemma-4-E2B-it": 5_123_178_051 - (168_544_256 + 307_183_904 + 18_880_512),  # see gemma-4-E2B above
     "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
     "microsoft/phi-4": 14_659_507_200,
     "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,

@@ -102,6 +102,10 @@ class Block(KernelBlock):
         self.recompute: Recompute = "none"
         self.sends_qkv = self.fetches_below = self.is_last = False
         self.goes_back = True
+        self.keeps_raw_1 = self.post_1.statistics > 0
+        self.keeps_raw_2 = self.post_2.statistics > 0 or (
+            isinstance(self.mlp, DenseMlp) and self.mlp.down.gains is not None
+        )
 
     def forward(self, stream: list[Tensor], run: Pass) -> SavedBlock | None:
         """Replace the (T, E) pair in `stream`; the saved activations, None where no backward pass will follow.
@@ -113,7 +117,7 @@ class Block(KernelBlock):
         policy: Recompute = self.recompute if saves else "full"
         saved, x, raw_1 = self._attend(stream, run, policy)
         out = drop(apply_norm(self.post_1, raw_1), self._drops(1, run))
-        if policy not in FULL and self.post_1.statistics:
+        if policy not in FULL and self.keeps_raw_1:
             saved.raw_1 = run.save(raw_1, policy)
         del raw_1
         middle, statistics_2, normed = self.mlp.norm(x, None if self.parallel else out)
@@ -132,8 +136,10 @@ class Block(KernelBlock):
         else:
             raw_2, saved.mlp = sliced.forward(self.mlp, handed, statistics_2, middle, run)
         y = drop(apply_norm(self.post_2, raw_2), self._drops(2, run))
-        if saves and self.post_2.statistics:
+        if saves and self.keeps_raw_2:
             saved.raw_2 = self._save(raw_2, run, policy, first=True)
+            if y is raw_2 and not (beside is None and self.own is None and self.scale is None):
+                y = y.clone()  # it changes in place
         if beside is not None:
             y.add_(beside)
         together = [middle, y] if self.own is None and self.scale is None else [y.add_(middle)]
@@ -220,7 +226,7 @@ class Block(KernelBlock):
     def _recompute(self, saved: SavedBlock, back: Backward) -> None:
         """The attention's half of the block again, from its input."""
         raw_1 = self._attend_again(saved, back)
-        saved.raw_1 = raw_1 if self.post_1.statistics else None
+        saved.raw_1 = raw_1 if self.keeps_raw_1 else None
         again = None if self.parallel else apply_norm(self.post_1, raw_1)
         saved.out = None if again is None else drop(again, self._drops(1, back.forward))
 
@@ -246,6 +252,8 @@ class Block(KernelBlock):
             saved.x = get(saved.x)
             stream = [saved.x] if saved.out is None else [saved.x, saved.out]
         d_y = [post_norm_backward(self.post_2, raw_2, drop(d_out, self._drops(2, back.forward)))]
+        if isinstance(self.mlp, DenseMlp):
+            self.mlp.down.add_grad_lengths(d_y[0], raw_2)
         del raw_2
         saved.raw_2 = saved.middle = saved.out = None
         ahead = (saved.attended, saved.x if saved.qkv is None else None, saved.raw_1)
@@ -253,11 +261,11 @@ class Block(KernelBlock):
             return sliced.backward(self.mlp, d_y, stream, saved.mlp, d_out, back, ahead, keeps=self.parallel)
         return self.mlp.backward(d_y, stream, saved.mlp, d_out, back, ahead)
 
-    def _d_raw_1(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
-        """The gradient of attention's output before a norm behind it."""
+    def _d_raw_1(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> tuple[Tensor, Tensor | None]:
+        """The gradient of attention's output before a norm behind it, and that output if it is kept."""
         raw, saved.raw_1 = saved.raw_1, None
         raw_1 = None if raw is None else back.forward.offload.get(raw)
-        return post_norm_backward(self.post_1, raw_1, drop(d_out, self._drops(1, back.forward)))
+        return post_norm_backward(self.post_1, raw_1, drop(d_out, self._drops(1, back.forward))), raw_1
 
 
 class FusedBlock(Block):
@@ -278,7 +286,9 @@ class FusedBlock(Block):
         self.heads = heads_of(block.attn, config, self.windowed)
         self.reuses, self.lends, self.kind = config.reuses(number), config.lends(number), (self.windowed, self.rotates)
         self.own_heads = replace(self.heads, key=0) if self.reuses else self.heads
-        self.shaping = Shaping(block.attn, config, self.own_heads, self.scaled, like)
+        keeps = self.qkv.gains is not None
+        self.shaping = Shaping(block.attn, config, self.own_heads, self.scaled, like, keeps)
+        self.keeps_raw_1 |= self.projection.gains is not None
         gate = block.attn.query_gate
         self.gates = None if gate is None else slice(self.qkv.n - gate.out_features, self.qkv.n)
 
@@ -340,7 +350,9 @@ class FusedBlock(Block):
     def _projection_backward(self, d_out: Tensor, saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of the attention's output."""
         group, get = self.projection, back.forward.offload.get
-        d_y = self._d_raw_1(d_out, saved, back)
+        d_y, raw = self._d_raw_1(d_out, saved, back)
+        group.add_grad_lengths(d_y, raw)
+        del raw
         group.add_grad_b(d_y, saved.z_projection, back.pending)
         da = group.product_back(d_y, back.workspaces[0], saved.matrix_projection)
         del d_y
@@ -366,6 +378,7 @@ class FusedBlock(Block):
             d_qkv = torch.empty_like(qkv)
             gate_backward(d_attended[0], saved.attended, qkv[:, self.gates], d_qkv[:, self.gates])
         d_qkv = self._d_qkv(d_attended.pop(), qkv, saved.attended, saved.attention, back.forward, d_qkv)
+        self.qkv.add_grad_lengths(d_qkv, qkv)
         saved.qkv = saved.attended = None
         return d_qkv
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_qlora.fused import large_rank
+from lit_qlora.fused.dora import Gains
 from lit_qlora.fused.fp8 import Fp8
 from lit_qlora.fused.stacked import StackedLinear
 from lit_qlora.fused.uneven import PaddedB
@@ -92,6 +93,7 @@ class Group(StackedLinear):
         grad_a, grad_b: their float32 gradients, of A itself.
         dense: [W | B] that is not quantised, or is a cached weight; W alone where nothing is stacked or adapted.
         fp8: the weights in FP8, where their products are.
+        gains: the factors of DoRA; None without. What is cached lacks them, and nothing is carried over.
         carried: [W | B] carried over until the next call of `matrix`, which writes the B of then into it.
     """
 
@@ -109,6 +111,8 @@ class Group(StackedLinear):
         self.padded: list[PaddedB] = []
         self.p = self.adapters[0].dropout.p if self.adapters else 0.0
         self.scale = self.adapters[0].scale if self.adapters else 1.0
+        dora = any(adapter.magnitude is not None for adapter in self.adapters)
+        self.gains = Gains(self.adapters, self.stack, self.device) if dora else None
         self.dense = None if self.weight is not None else self._beside_b()
         self.fp8: Fp8 | None = None
         if fp8:
@@ -152,14 +156,38 @@ class Group(StackedLinear):
         """Elements that `matrix` needs of a workspace."""
         if self.fp8 is not None:
             return cdiv(self.fp8.workspace_bytes, self.dtype.itemsize)
-        return self.n * self.width if self.dense is None else 0
+        return self.n * self.width if self.dense is None or self.gains is not None else 0
 
     def matrix(self, workspace: Tensor | None) -> Tensor:
-        """[W | B], (N, K + R), as product takes it.
+        """[W | B], (N, K + R), as product takes it, its rows times DoRA's factors.
 
-        A quantised one, or one in FP8, is written into `workspace`, which must not be in use. Without a workspace a
-        quantised one is carried over: the next call returns it.
+        A quantised one, or one in FP8 or with DoRA, is written into `workspace`, which must not be in use. Without a
+        workspace a quantised one is carried over: the next call returns it.
         """
+        if self.gains is not None:
+            assert self.a is not None
+            assert self.b is not None
+            assert workspace is not None
+            plain = self._unscaled(workspace)
+            self.gains.refresh(plain[:, : self.k], self.a, self.b)
+            return torch.mul(plain, self.gains.factors, out=workspace[: plain.numel()].view(plain.shape))
+        return self._unscaled(workspace)
+
+    @property
+    def gains_of_layers(self) -> list[Tensor | None]:
+        """DoRA's factors of the rows of each layer with an adapter, (rows, 1); None without DoRA."""
+        if self.gains is None:
+            return [None] * len(self.adapted)
+        return [self.gains.factors[rows] for rows, *_ in self.stack.slices]
+
+    def measure(self) -> None:
+        """Compute what DoRA reads of the weights alone."""
+        if self.gains is not None:
+            space = torch.empty(self.workspace_size, dtype=self.dtype, device=self.device)
+            self.gains.measure(self._unscaled(space)[:, : self.k])
+
+    def _unscaled(self, workspace: Tensor | None) -> Tensor:
+        """The matrix without DoRA's factors."""
         if self.fp8 is not None:
             assert workspace is not None
             return self.fp8.matrix(workspace)
@@ -180,7 +208,7 @@ class Group(StackedLinear):
     def cache(self) -> None:
         """Cache [W | B] of a quantised weight, instead of writing it into a workspace each time."""
         if self.dense is None:
-            self.dense = self.matrix(torch.empty(self.workspace_size, dtype=self.dtype, device=self.device))
+            self.dense = self._unscaled(torch.empty(self.workspace_size, dtype=self.dtype, device=self.device))
 
     @property
     def extra_bytes(self) -> int:
@@ -198,6 +226,8 @@ class Group(StackedLinear):
         """Write a changed B beside a weight that is in memory."""
         if self.dense is not None and self.fp8 is None:
             self._write_b(self.dense)
+        if self.gains is not None:
+            self.gains.stale = True
 
     def _write_b(self, out: Tensor) -> None:
         if self.rank:
@@ -228,13 +258,14 @@ class Group(StackedLinear):
             assert workspace is not None
             return self.fp8.product_back(dy, workspace, self.b)
         matrix = self.matrix(workspace) if matrix is None else matrix
-        if self._has_zeros and self.b is not None:
+        if self._has_zeros and self.b is not None and self.gains is None:
             return large_rank.product_back(dy, matrix, self.b, self.k, self.stack)
         return torch.mm(dy, matrix)
 
     def d_z(self, dy: Tensor) -> Tensor:
         """DZ = dY B alone, (T, R), where no gradient of X is wanted."""
         assert self.b is not None
+        dy = dy if self.gains is None else (dy * self.gains.factors.T).to(dy.dtype)
         return large_rank.times_b(dy, self.b, self.stack, dy.new_empty(len(dy), self.rank))
 
     def dropout(self, seed: Tensor | None, number: int) -> Dropout:
@@ -297,6 +328,12 @@ class Group(StackedLinear):
             large_rank.grad_b(dy, z, gradient, self.stack)
         else:
             lora_products.grad_b(dy, z, gradient, self.stack, self.table, pending)
+
+    def add_grad_lengths(self, dy: Tensor, y: Tensor | None) -> None:
+        """Add to the gradients of the lengths that DoRA learns, given dY and Y. Nothing without DoRA."""
+        if self.gains is not None:
+            assert y is not None
+            self.gains.add_gradient(dy, y, self.bias)
 
     def d_input(self, d_out: Tensor, dropout: Dropout) -> Tensor:
         """The gradient of the group's input, (T, K), from [dX | dZ]."""

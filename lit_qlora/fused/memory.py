@@ -123,6 +123,8 @@ class FastSizes:
     """The model itself drops elements in training."""
     delta_kernels: bool = False
     """The rule of gated delta nets is computed by fla-core."""
+    dora: bool = False
+    """Adapters learn the lengths of the rows too: weights are scaled in a workspace, and products are kept for that."""
 
     def saved(self, policy: Recompute, tokens: int, holds_state: bool = True, reuses: bool = False) -> float:
         """Bytes on the device that one block saves for its backward pass.
@@ -238,7 +240,7 @@ class FastSizes:
         """Bytes that exist in the backward pass of one block, beside saved activations."""
         c, again = self.model, policy != "none"
         at_once = slice_tokens(tokens) if again else tokens
-        branches = self._branches * (2 if again else 1)
+        branches = self._branches * (1 + again + 2 * self.dora)  # DoRA: a copy, and its product with the gradient
         branches += c.n_expert_per_token * c.n_embd  # each choice's part of an output or an input's gradient
         sums = (c.n_expert_per_token * at_once / CHUNK + c.n_expert) * self.rank * max(2 * c.n_embd, 3 * c.expert_size)
         mlp = at_once * (2.0 * branches + (self._branches if self.fp8 else 0)) + (4.0 * sums if c.n_expert else 0)
@@ -279,11 +281,12 @@ class FastSizes:
     def _workspaces(self, policies: Sequence[Recompute]) -> float:
         """Bytes of the workspaces, for weights that are dequantised or in FP8."""
         c = self.model
-        widest, head = max(self._dense_branches, self._widest_of_attention) if self.quantized else 0, self._outside
+        written = self.quantized or self.dora
+        widest, head = max(self._dense_branches, self._widest_of_attention) if written else 0, self._outside
         experts = 2.0 * self._of_experts if self.quantized else 0.0
         if self.fp8:
             return float(max(max(self._branches, self._widest_of_attention), 2 * head) * c.n_embd)
-        keeps = self.quantized and set(FULL) & set(policies) and not self._by_torch
+        keeps = written and set(FULL) & set(policies) and not self._by_torch
         kept = self._qkv + self._attended if keeps else 0
         dense = 2.0 * max(widest, head) * c.n_embd
         space = dense + experts if self.ahead else max(dense, experts * 2 / 3)  # gate and up, then down where they lay
@@ -291,7 +294,7 @@ class FastSizes:
 
     def spared(self, policies: Sequence[Recompute]) -> float:
         """Bytes of workspaces that nothing needs where the weights of all blocks are cached: all but those outside."""
-        if self.fp8 or not self.quantized:
+        if self.fp8 or self.dora or not self.quantized:
             return 0.0
         return self._workspaces(policies) - 2.0 * self._outside * self.model.n_embd
 
@@ -324,8 +327,8 @@ class FastSizes:
 
     @cached_property
     def _raw(self) -> int:
-        """Features that a norm behind attention or MLP reads."""
-        return 0 if self.model.norm_position == "before" else self.model.n_embd
+        """Features that a norm behind attention or MLP reads, or the gradient of DoRA's lengths."""
+        return 0 if self.model.norm_position == "before" and not self.dora else self.model.n_embd
 
     @cached_property
     def _shaped(self) -> int:

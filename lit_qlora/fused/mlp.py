@@ -129,8 +129,11 @@ class DenseMlp:
         products, saved.gate_up = saved.gate_up, None
         assert products is not None
         assert saved.statistics is not None
+        before = None if group.gains is None else products.clone()
         self._activation_backward(products, dh, saved.z_gate_up, back)
         del dh
+        group.add_grad_lengths(products, before)
+        del before
         for tensor in ahead:
             run.offload.fetch(tensor)
         dn = group.product_back(products, space, matrix)

@@ -97,6 +97,9 @@ class Fused:
         experts = (block.mlp.experts for block in self.blocks)
         self._routers = [each.routing.router for each in experts if each is not None]
         self._lay_out_adapters()
+        for group in self.groups:
+            if isinstance(group, Group):
+                group.measure()
         self._dequantizes_ahead = ahead
         self.sizes, self.cached_blocks = self._sizes(), min(cached_blocks, len(self.blocks))
         # The last ones: their weights could not be carried over; see FastSizes.carries.
@@ -115,15 +118,15 @@ class Fused:
         quantized = any(group.quantized for block in self.blocks for group in block.groups)
         head = self.head.group.weight is not None
         carried = tuple(
-            2.0 * sum(g.n * g.width for g in block.groups if isinstance(g, Group) and g.quantized)
+            2.0 * sum(g.n * g.width for g in block.groups if isinstance(g, Group) and g.quantized and self.carries)
             for block in self.blocks
         )
         ahead, lowest = self._dequantizes_ahead, self.lowest
         known = (rank, adapted, quantized, head, self.fp8, ahead)
         delta = bool(self.config.delta_layers) and not self.config.state_space
         kernels = delta and has_kernels(self.device, self.config.delta_key_size)
-        drops = self.model.dropout > 0
-        return FastSizes(self.config, *known, lowest=lowest, carried=carried, drops=drops, delta_kernels=kernels)
+        kinds = {"drops": self.model.dropout > 0, "dora": bool(self.every_length), "delta_kernels": kernels}
+        return FastSizes(self.config, *known, lowest=lowest, carried=carried, **kinds)
 
     def _tables(self, count: int) -> Ropes:
         """The tables of `count` positions or more; longer ones take the place of shorter ones."""
@@ -160,6 +163,9 @@ class Fused:
             self._lay_out_group(group, a, b)
             first_a, first_b = at_a.stop, at_b.stop
         self.padded = [padded for group in adapted for padded in group.padded]
+        dora = [group.gains for group in adapted if isinstance(group, Group) and group.gains is not None]
+        self.every_length = [pair for gains in dora for pair in gains.lengths]
+        self.carries = not dora
         self._lay_out_copies(size_a)
 
     def _lay_out_group(self, group: Layers, a: Tensor, b: Tensor) -> None:
@@ -167,7 +173,8 @@ class Fused:
         slots = [slot for slot in group.stack.slots if slot >= 0]
         shared, row_b, even = set(), 0, not differ(group.adapters)
         self.has_gaps |= not even or len(group.adapters) < len(group.adapted)
-        for layer, slot in zip(group.adapted, slots, strict=True):
+        gains = group.gains_of_layers if isinstance(group, Group) else [None] * len(slots)
+        for layer, slot, own in zip(group.adapted, slots, gains, strict=True):
             of_b = slice(row_b, row_b + int(layer.out_features))  # type: ignore[arg-type]
             row_b = of_b.stop
             if not isinstance(layer, LoRALinear):
@@ -180,7 +187,7 @@ class Fused:
                 self.every_b.append(_moved(layer.lora_b, b[of_b], group.grad_b[of_b]))
             else:
                 factor = layer.scale / group.scale
-                group.padded.append(PaddedB.of(layer, factor, b[of_b, :r], group.grad_b[of_b, :r]))
+                group.padded.append(PaddedB.of(layer, factor, b[of_b, :r], group.grad_b[of_b, :r], own))
                 self.every_b.append((layer.lora_b, group.padded[-1].gradient))
 
     def _lay_out_copies(self, size_a: int) -> None:
@@ -501,7 +508,7 @@ class Fused:
             whole.grad = gradient
         if first.grad is home:
             return
-        for parameter, gradient in (*self.every_a, *self.every_b, *self._every_row):
+        for parameter, gradient in (*self.every_a, *self.every_b, *self.every_length, *self._every_row):
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
@@ -639,7 +646,8 @@ class Fused:
     def _gradients(self) -> list[Tensor]:
         """All tensors of gradients."""
         rows = [gradient for _, gradient in self._every_row]
-        return [self.gradient, *rows, *(padded.gradient for padded in self.padded)]
+        lengths = [gradient for _, gradient in self.every_length]
+        return [self.gradient, *rows, *lengths, *(padded.gradient for padded in self.padded)]
 
     @property
     def _every_row(self) -> list[tuple[nn.Parameter, Tensor]]:

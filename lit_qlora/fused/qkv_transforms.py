@@ -25,6 +25,7 @@ class Shaping:
     Args:
         scaled: the block multiplies its queries by a factor of their position.
         like: a tensor on the device.
+        keeps: the product is read once more, so nothing may be done in place.
 
     Attributes:
         before, after: None where they would do nothing; the second argument is the scale of the queries, (T, 1, 1).
@@ -32,8 +33,10 @@ class Shaping:
         head_norm: the norms of that kernel; None for none.
     """
 
-    def __init__(self, attn: Any, config: ModelConfig, heads: Heads, scaled: bool, like: Tensor) -> None:
-        self.heads, self.clip = heads, config.clip_qkv
+    def __init__(
+        self, attn: Any, config: ModelConfig, heads: Heads, scaled: bool, like: Tensor, keeps: bool = False
+    ) -> None:
+        self.heads, self.clip, self.keeps = heads, config.clip_qkv, keeps
         self.query_norm, self.key_norm = (_of_each_head(norm) for norm in (attn.query_norm, attn.key_norm))
         self.full = config.qk_norm == "full"
         normed, late = not isinstance(attn.query_norm, nn.Identity), norms_follow_rotation(config)
@@ -41,14 +44,14 @@ class Shaping:
         self.before: Shape | None = self._before if early else None
         self.after: Shape | None = self._after if normed and late else None
         self.normed_before = normed and not late
-        self.has_kernel = norms_heads(config) if normed else scaled and config.clip_qkv is None
+        self.has_kernel = norms_heads(config) if normed else (scaled or keeps) and config.clip_qkv is None
         ones = torch.ones(heads.size, device=like.device)
         self.head_norm = _head_norm(attn, config, late, ones) if self.has_kernel and normed else None
 
     @property
     def does_nothing(self) -> bool:
         """True if queries and keys are only rotated, which is done in place."""
-        return self.before is None and self.after is None
+        return self.before is None and self.after is None and not self.keeps
 
     def _before(self, qkv: Tensor, scale: Tensor | None) -> Tensor:
         if self.clip is not None:

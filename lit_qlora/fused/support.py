@@ -191,9 +191,11 @@ def unhandled_variant(model: GPT) -> str:
     """The part of the adapters and embeddings that the fast path does not compute, or ''."""
     if model.dropout and max(map(model.config.head_size_of, (True, False))) > LARGE:
         return f"train.hidden_dropout with heads of more than {LARGE} features"
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    if reason := next((adapter.beyond_low_rank for adapter in adapters if adapter.beyond_low_rank), ""):
-        return reason
+    if any(module.magnitude is not None for module in model.modules() if isinstance(module, LoRALinear)):
+        if model.config.n_expert:
+            return "DoRA in a model with experts"
+        if isinstance(model.head, LoRALinear):
+            return "DoRA in the head"
     return "embeddings that learn before a norm" if model.config.embedding_norm and unhandled_embeddings(model) else ""
 
 

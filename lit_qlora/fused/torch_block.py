@@ -78,7 +78,7 @@ class TorchBlock(Block):
         """See Block."""
         if saved.attention is None:
             self._attend_again(saved, back)
-        d_raw = self._d_raw_1(d_out, saved, back)
+        d_raw, _ = self._d_raw_1(d_out, saved, back)
         (normed, raw), saved.attention = saved.attention, None
         for stack in self.stacks:
             stack.workspace = back.workspaces[0]

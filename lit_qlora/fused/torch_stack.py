@@ -73,15 +73,17 @@ class _Product(torch.autograd.Function):
             both = group.empty_input(len(x))
             z = group.project(x, both, dropout, copy=True)
         ctx.stack, ctx.dropout = stack, dropout
-        ctx.save_for_backward(x, z)
-        return group.product(both, group.matrix(stack.workspace))
+        y = group.product(both, group.matrix(stack.workspace))
+        ctx.save_for_backward(x, z, None if group.gains is None else y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """The gradient of x."""
         group, dropout, pending = ctx.stack.group, ctx.dropout, Pending()
-        x, z = ctx.saved_tensors
+        x, z, y = ctx.saved_tensors
         dy = gradients[0].contiguous()
+        group.add_grad_lengths(dy, y)
         group.add_grad_b(dy, z, pending)
         both = group.product_back(dy, ctx.stack.workspace)
         group.add_grad_a(x, both, pending, dropout)

@@ -2,7 +2,8 @@
 
 A layer's A gets rows of zeros, and its B columns of zeros. In the stack B is multiplied by its scale over that of the
 stack. Zeros stay zeros: dZ is zero where columns of B are, and Z is where rows of A are. Rows of A lie end to end, so A
-is a view of the stack. Columns of B do not, so B stays where it was and is copied to the stack and back.
+is a view of the stack. Columns of B do not, so B stays where it was and is copied to the stack and back. So it is with
+DoRA, where the gradient of a row of B is a factor of what the stack's is.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ class PaddedB:
         b: (out, r), which learns; gradient: its own.
         in_stack, gradient_in_stack: its columns in the stack, (out, r) views.
         factor: its scale over that of the stack.
+        gains: (out, 1) factors of its gradient; None for 1.
     """
 
     b: nn.Parameter
@@ -29,11 +31,14 @@ class PaddedB:
     in_stack: Tensor
     gradient_in_stack: Tensor
     factor: float
+    gains: Tensor | None = None
 
     @staticmethod
-    def of(layer: LoRALinear, factor: float, in_stack: Tensor, gradient_in_stack: Tensor) -> "PaddedB":
+    def of(
+        layer: LoRALinear, factor: float, in_stack: Tensor, gradient_in_stack: Tensor, gains: Tensor | None = None
+    ) -> "PaddedB":
         """The B of a layer, with a gradient of zeros."""
-        return PaddedB(layer.lora_b, torch.zeros_like(layer.lora_b.data), in_stack, gradient_in_stack, factor)
+        return PaddedB(layer.lora_b, torch.zeros_like(layer.lora_b.data), in_stack, gradient_in_stack, factor, gains)
 
     def copy(self) -> None:
         """Copy it to the stack."""
@@ -41,13 +46,17 @@ class PaddedB:
 
     def collect(self) -> None:
         """Add the gradient in the stack to its own."""
-        self.gradient.add_(self.gradient_in_stack, alpha=self.factor)
+        if self.gains is None:
+            self.gradient.add_(self.gradient_in_stack, alpha=self.factor)
+        else:
+            self.gradient.addcmul_(self.gradient_in_stack, self.gains, value=self.factor)
         self.gradient_in_stack.zero_()
 
 
 def differ(adapters: Sequence[LoRALinear]) -> bool:
-    """Tell whether ranks or scales differ."""
-    return len({(adapter.lora_a.size(0), adapter.scale) for adapter in adapters}) > 1
+    """Tell whether ranks or scales differ, or rows of B have factors of their own."""
+    scaled = any(adapter.magnitude is not None for adapter in adapters)
+    return scaled or len({(adapter.lora_a.size(0), adapter.scale) for adapter in adapters}) > 1
 
 
 def padding(adapters: Sequence[LoRALinear]) -> int:

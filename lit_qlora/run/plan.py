@@ -218,6 +218,7 @@ class Planner:
             "train.fp8: the products of experts, which are most of this model's, are not in FP8. "
             "Leave out --train.fp8.",
         )
+        check(not (train.fp8 and self.lora.dora), "train.fp8: DoRA scales weights in 16 bit. Leave one of them out.")
         check(
             bool(model.n_expert) or not self.router_losses,
             f"train.{' and train.'.join(self.router_losses)}: this model has no experts, so it has no routers. "
@@ -304,8 +305,10 @@ class Planner:
         written, ahead = not storage.plain or self.sharded > 0, not self.sharded
         head, parts = storage.quantizes("head"), self.bare.parts
         fp8, lowest = self.train.fp8, lowest_learning(gpt)
-        carried = tuple(dense for dense, _ in self._dequantized)
-        return FastSizes(gpt.config, rank, adapted, written, head, fp8, ahead, parts, lowest, carried, gpt.dropout > 0)
+        dora = self.lora.dora
+        carried = () if dora else tuple(dense for dense, _ in self._dequantized)
+        known = (rank, adapted, written, head, fp8, ahead, parts, lowest, carried)
+        return FastSizes(gpt.config, *known, drops=gpt.dropout > 0, dora=dora)
 
     def _on_fast_path(self, plan: Plan, batches: MicroBatches, room: Room, seen: float) -> Plan:
         """Turn the plan of the plain path into one of the fast path; `seen`: bytes of routers' losses and a lesson."""

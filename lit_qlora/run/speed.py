@@ -102,11 +102,11 @@ class StepTime:
             gpu: a name of BANDWIDTH.
 
         Returns:
-            None where nothing like it was measured: on the plain path, on other GPUs or several, in FP8, with dropout
-            in the model, and for models with other layers, or heads that flash attention does not take.
+            None where nothing like it was measured: on the plain path, on other GPUs or several, in FP8, with DoRA or
+            dropout in the model, and for models with other layers, or heads that flash attention does not take.
         """
         unlike = plan.slow_because or plan.fp8 or plan.processes or plan.parts > 1 or self.widest_head > MOST_FLASH
-        unlike = bool(unlike or self.planner.gpt.dropout)
+        unlike = bool(unlike or self.planner.gpt.dropout or self.planner.lora.dora)
         if unlike or gpu not in BANDWIDTH or any(getattr(self.model, name) for name in OTHER_KINDS):
             return None
         replayed = plan.graphs > 0 and tokens <= plan.graph_tokens

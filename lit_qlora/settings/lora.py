@@ -54,7 +54,8 @@ class LoRAConfig(Settings):
     tied: bool = False
     """Let gate and up of each expert share one A, as PEFT's adapters of stacked experts do (target_parameters)."""
     dora: bool = False
-    """Train the norm of each weight row apart from its direction (DoRA, Liu et al. 2024). It takes the plain path."""
+    """Train the norm of each weight row apart from its direction (DoRA, Liu et al. 2024). With experts, or an adapter
+    on the head, it takes the plain path."""
     init: Literal["default", "pissa", "olora", "loftq"] = "default"
     """Initial A and B. 'default' changes nothing. 'pissa' takes the largest singular directions of the weight (Meng et
     al. 2024), 'olora' its QR decomposition (Bueyuekakyuez 2024); both are subtracted from the base. 'loftq' makes up

@@ -443,12 +443,13 @@ def test_what_it_cannot_take_is_named(changes: dict[str, Any], reason: str) -> N
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"dora": True}, "DoRA"),
+        ({"targets": ("query", "head")}, "DoRA in the head"),
+        ({"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, "DoRA in a model with experts"),
     ],
     ids=str,
 )
 def test_variants_that_the_fast_path_does_not_compute_take_the_plain_one(settings: dict[str, Any], reason: str) -> None:
-    assert why_not(adapted_model(lora=settings)) == reason
+    assert why_not(adapted_model(lora={"dora": True}, **settings)) == reason
 
 
 def test_noise_on_the_embeddings_is_that_of_the_plain_path() -> None:

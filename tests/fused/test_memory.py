@@ -200,6 +200,14 @@ def test_the_mix_is_that_of_a_search_through_all_mixes(changes: dict[str, Any], 
     assert len(found) > 8
 
 
+def test_dora_keeps_the_outputs_of_attention_and_mlp_and_a_copy_of_gate_and_up() -> None:
+    plain, dora = sizes(), replace(sizes(), dora=True)
+    for policy, kept in (("none", 2), ("attn", 2), ("full", 1)):
+        assert dora.saved(policy, 512) - plain.saved(policy, 512) == kept * 512 * 2 * WIDE["n_embd"]  # type: ignore[arg-type]
+        more = dora.peak([policy], 512) - plain.peak([policy], 512)  # type: ignore[list-item]
+        assert more == pytest.approx(kept * 512 * 2 * WIDE["n_embd"] + 512 * 2 * 2 * 2 * WIDE["ffn_size"])
+
+
 def test_experts_beside_an_mlp_save_what_each_gives_whatever_is_recomputed() -> None:
     experts = {"n_expert": 8, "n_expert_per_token": 2, "expert_size": 64}
     beside, shared = sizes(**experts, experts_beside=True), sizes(**experts, shared_expert_size=WIDE["ffn_size"])

@@ -221,6 +221,8 @@ if triton is not None:
                 h, _ = activate(x.to(tl.float32), FUNCTION)
                 if GATED:
                     h *= tl.load(X + t[:, None] * ldx + (K + k)[None, :], inside, 0.0).to(tl.float32)
+                # A sum over one element, or Triton computes h a second time, in the layout that the product wants.
+                h = tl.sum(h.reshape(BM, 1, BK), 1)
                 x = h.to(OUT.dtype.element_ty)
                 tl.store(OUT + t[:, None] * ldo + k[None, :], x, inside)
             if DROP:

@@ -16,8 +16,8 @@ except ImportError:  # no Triton on this platform: there is no fast path
     triton = None
     tl = None
 
-__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "Card", "cdiv", "fitting", "power_of_2", "shared_memory", "stages"]
-__all__ += ["tiled", "tl", "triton", "why_no_kernels"]
+__all__ = ["AVAILABLE", "INTERPRETED", "VARYING", "Card", "cdiv", "fitting", "is_hopper", "power_of_2", "stages"]
+__all__ += ["shared_memory", "tiled", "tl", "triton", "why_no_kernels"]
 
 AVAILABLE = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +29,8 @@ HOPPER = 227 * 2**10
 """Bytes of shared memory that a program may take on a Hopper, for which the sizes were chosen."""
 WITHOUT_CARD = HOPPER
 """Without a card, kernels have the sizes for this one."""
+CAPABILITY_WITHOUT_CARD = (9, 0)
+"""Its compute capability."""
 LEAST = 64 * 2**10
 """Enough for every kernel, as tests/kernels/test_every_card.py shows."""
 LEAST_CAPABILITY = (7, 5)
@@ -88,6 +90,16 @@ def shared_memory(x: Tensor) -> int:
 def _of_card(index: int) -> int:
     properties: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack the field
     return int(properties.shared_memory_per_block_optin)
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Tell whether x is on a Hopper; without a card, whether kernels are made for one."""
+    return (_capability(x.device.index) if x.is_cuda else CAPABILITY_WITHOUT_CARD)[0] == 9
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def fitting(block: int, size: int, room: int) -> int:

@@ -346,7 +346,7 @@ def compiling(arch: int, machine_code: bool) -> Iterator[dict[str, tuple[int, st
     target = GPUTarget("cuda", arch, 32)
     card = {"get_current_target": lambda: target, "get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
     driver.set_active(SimpleNamespace(**card))  # type: ignore[arg-type]
-    launch.WITHOUT_CARD = SHARED[arch] * 2**10
+    launch.WITHOUT_CARD, launch.CAPABILITY_WITHOUT_CARD = SHARED[arch] * 2**10, (arch // 10, arch % 10)
     knobs.nvidia.dump_ptxas_log = machine_code
     most: dict[str, tuple[int, str]] = {}
     done: set[object] = set()

@@ -1,14 +1,18 @@
 """Norm, low-rank products, activations, RoPE and cross-entropy compute what their references compute."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_qlora.fused.mlp import ACTIVATIONS
+from lit_qlora.kernels import mlp
+from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
-from lit_qlora.kernels.launch import AVAILABLE
+from lit_qlora.kernels.launch import AVAILABLE, tiled
 from lit_qlora.kernels.lora_products import Pending, copy_rows, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward, norm_backward_reference, norm_reference
@@ -164,7 +168,7 @@ def test_gradient_of_b(stack: Stack) -> None:
 @pytest.mark.parametrize("rank", [0, 5, 20, 40])
 def test_backward_of_the_mlp(rank: int, kind: str, slots: tuple[int, ...], dropout: Dropout) -> None:
     activation = ACTIVATIONS[kind]
-    rows, width, r = 70, 128, 3
+    rows, width, r = 70, 128, 4 if rank == 20 else 3  # rows of 16 bytes are read by tiles
     stack = Stack((width,) * len(slots), slots, r if max(slots) >= 0 else 0)
     branches, dh = rand(rows, activation.branches * width), rand(rows, width + rank)
     a = rand(rank, width) if rank else None
@@ -188,6 +192,37 @@ def test_backward_of_the_mlp(rank: int, kind: str, slots: tuple[int, ...], dropo
         parts = expected.split(width, 1)
         wanted = [parts[p].T @ z[:, s * r : (s + 1) * r] for p, s in enumerate(slots) if s >= 0]
         assert_near(grads_b, torch.cat(wanted))
+
+
+@pytest.mark.parametrize(("rank", "width", "by_tiles"), [(16, 192, True), (6, 192, False), (16, 96, False)])
+def test_only_hopper_reads_an_mlp_by_tiles_and_no_odd_one(
+    rank: int, width: int, by_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Tensor] = []
+
+    def counted(x: Tensor, *block: int) -> Any:
+        made.append(x)
+        return tiled(x, *block)
+
+    monkeypatch.setattr(mlp, "tiled", counted)
+    monkeypatch.setattr(mlp, "is_hopper", lambda _: True)
+    stack, a, z = Stack((width, width), (0, 1), rank), rand(rank, width), rand(40, 2 * rank)
+    fresh, dh = rand(40, 2 * width), rand(40, width + rank)
+
+    def run() -> list[Tensor]:
+        branches, pending = fresh.clone(), Pending()
+        grad_a, grad_b = torch.zeros(rank, width, device=DEVICE), torch.zeros(2 * width, rank, device=DEVICE)
+        mlp_backward(branches, dh, Activation("silu", True), a, grad_a, z, grad_b, stack, 2.0, pending)
+        pending.flush()
+        return [branches, grad_a, grad_b]
+
+    found = run()
+    assert bool(made) == by_tiles
+    made.clear()
+    monkeypatch.setattr(mlp, "is_hopper", lambda _: False)
+    for actual, expected in zip(found, run(), strict=True):
+        assert_near(actual, expected)
+    assert made == []
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)

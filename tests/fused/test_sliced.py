@@ -40,6 +40,7 @@ def short_slices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         pytest.param("full", {"parallel_residual": True}, marks=SLOW),
         pytest.param("full", {"n_expert": 4, "n_expert_per_token": 2, "expert_size": 32}, marks=SLOW),
         pytest.param("full", EXPERTS | BESIDE, marks=SLOW),
+        pytest.param("attn", {"lora": {"dora": True}, "mlp_bias": True}, marks=SLOW),
     ],
     ids=str,
 )

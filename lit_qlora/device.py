@@ -168,7 +168,7 @@ def lay_end_to_end(tensors: Iterable[Tensor]) -> None:
         if (moved := moved + len(held)) > MOST_TWICE:
             torch.cuda.empty_cache()
             moved = 0
-    del buffer
+    del buffer, held
     torch.cuda.empty_cache()
 
 

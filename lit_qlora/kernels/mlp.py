@@ -197,7 +197,7 @@ if triton is not None:
 
     @triton.jit
     def _columns(Z, t0, t, in_t, ld, first, j, r: tl.constexpr, TILED: tl.constexpr):
-        """Columns first + j of rows t of Z. From r on they are zero, or a tile has others, of which nothing is kept."""
+        """Columns first + j of rows t of Z. From r on they are zero, or others in a tile; nothing of these is kept."""
         at, own = t[:, None] * ld + first + j[None, :], in_t[:, None] & (j < r)[None, :]
         return Z.load([t0, first]) if TILED else tl.load(Z + at, own, 0.0)
 

@@ -6,10 +6,11 @@ import re
 import resource
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,23 +154,31 @@ def lay_end_to_end(tensors: Iterable[Tensor]) -> None:
     4 bits had 1.3 of 5.5 GiB there. Memory is exchanged below the tensors, so views stay views.
     """
     storages = {storage.data_ptr(): storage for t in tensors if t.is_cuda and (storage := t.untyped_storage()).nbytes()}
-    large = [storages[place] for place in sorted(storages) if storages[place].nbytes() > LEAST_LARGE]
+    large, moved = [storages[place] for place in sorted(storages) if storages[place].nbytes() > LEAST_LARGE], 0
     if not large:
         return
-    buffer = torch.empty(max(storage.nbytes() for storage in large), dtype=torch.uint8, device=large[0].device)
-    stream, moved = torch.cuda.Stream(), 0  # the allocator holds memory of its own for each stream
+    stream = torch.cuda.Stream()  # the allocator holds memory of its own for each stream
     for storage in large:
-        held = buffer[: storage.nbytes()]
-        held.copy_(as_bytes(storage))
-        storage.resize_(0)
-        with torch.cuda.stream(stream):
-            storage.resize_(len(held))
-        as_bytes(storage).copy_(held)
-        if (moved := moved + len(held)) > MOST_TWICE:
+        move(storage, lambda: torch.cuda.stream(stream))
+        if (moved := moved + storage.nbytes()) > MOST_TWICE:
             torch.cuda.empty_cache()
             moved = 0
-    del buffer, held
     torch.cuda.empty_cache()
+
+
+def move(storage: torch.UntypedStorage, elsewhere: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Give a storage other memory, below its tensors: what is got `elsewhere`, or if none is left there, here."""
+    try:
+        values = as_bytes(storage).clone()
+    except torch.OutOfMemoryError:
+        return
+    storage.resize_(0)
+    try:
+        with elsewhere():
+            storage.resize_(len(values))
+    except torch.OutOfMemoryError:
+        storage.resize_(len(values))
+    as_bytes(storage).copy_(values)
 
 
 def as_bytes(storage: torch.UntypedStorage) -> Tensor:

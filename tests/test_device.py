@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from lit_qlora.device import gpu_bytes, host_bytes, let_segments_grow, on_default_stream
+from lit_qlora.device import gpu_bytes, host_bytes, let_segments_grow, move, on_default_stream
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import OptimizerConfig, TrainConfig
 from lit_qlora.train.optim import make_optimizer
@@ -141,3 +141,20 @@ def test_bitsandbytes_which_knows_no_other_stream_is_called_on_the_default_one(
 ) -> None:
     use()
     assert streams.done == ["default waits for own", "own waits for default"]
+
+
+@contextmanager
+def full() -> Iterator[None]:
+    """A place without memory."""
+    raise torch.OutOfMemoryError
+    yield
+
+
+@pytest.mark.parametrize("elsewhere", [nullcontext, full])
+def test_memory_is_exchanged_below_tensors_and_their_views(elsewhere: Callable[[], Any]) -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    parameter, view = nn.Parameter(weight), weight[1:].T
+    move(weight.untyped_storage(), elsewhere)
+    assert torch.equal(weight, torch.arange(12.0).view(3, 4))
+    weight[1, 2] = -1
+    assert parameter[1, 2] == view[2, 0] == -1

@@ -14,7 +14,8 @@ if triton is not None:
     from lit_qlora.kernels.activation import activate
 
 TILE = 2048
-"""Elements of a program; with four warps they are 16 a thread."""
+"""Elements of a program; with four warps they are 16 a thread. The backward pass has twice as many, since the last rows
+of a tile are computed twice."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def convolve(x: Tensor, firsts: Tensor, conv: HeadConv) -> tuple[Tensor, Tensor,
         firsts: (T,) int32, the first token of each token's document.
     """
     q, k, v = (x.new_empty(len(x), width) for width in (conv.keys, conv.keys, conv.values))
-    tile, settings = _settings(conv)
+    settings = _settings(conv)
+    tile = settings["BT"] = max(1, TILE // settings["DP"])
     _convolve[(cdiv(len(x), tile), _blocks(conv))](
         x, x.stride(0), conv.taps, conv.taps if conv.bias is None else conv.bias, firsts, q, k, v, len(x),
         conv.keys, conv.values, conv.scale, conv.eps or 0.0, **settings, num_warps=4,
@@ -64,8 +66,9 @@ def convolve_backward(
         dq, dk, dv: of what `convolve` returned, contiguous.
         d_x: (T, at least C), rows contiguous.
     """
-    tile, settings = _settings(conv)
-    _backward[(cdiv(len(x), tile), _blocks(conv))](
+    settings = _settings(conv)
+    settings["BT"] = max(16, 2 * TILE // settings["DP"])
+    _backward[(cdiv(len(x), settings["BT"] - len(conv.taps) + 1), _blocks(conv))](
         x, x.stride(0), conv.taps, conv.taps if conv.bias is None else conv.bias, firsts, dq, dk, dv, d_x,
         d_x.stride(0), len(x), conv.keys, conv.values, conv.scale, conv.eps or 0.0, **settings, num_warps=4,
     )  # fmt: skip
@@ -76,16 +79,13 @@ def _blocks(conv: HeadConv) -> int:
     return 2 * (conv.keys // conv.size) + cdiv(conv.values, conv.size)
 
 
-def _settings(conv: HeadConv) -> tuple[int, dict[str, int]]:
-    padded = power_of_2(conv.size)
-    tile = max(1, TILE // padded)
-    return tile, {
+def _settings(conv: HeadConv) -> dict[str, int]:
+    return {
         "D": conv.size,
-        "DP": padded,
+        "DP": power_of_2(conv.size),
         "W": len(conv.taps),
         "NORM": conv.eps is not None,
         "HAS_BIAS": conv.bias is not None,
-        "BT": tile,
     }
 
 
@@ -139,7 +139,8 @@ if triton is not None:
         D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
         BT: tl.constexpr,
     ):  # fmt: skip
-        t, block = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1)
+        row, block = tl.arange(0, BT), tl.program_id(1)
+        t = tl.program_id(0).to(tl.int64) * (BT - W + 1) + row  # gradients of the last W - 1 are for the next program
         d, features = tl.arange(0, DP), 2 * keys + values
         c = block * D + d
         inside = (d < D) & (c < features)
@@ -149,22 +150,23 @@ if triton is not None:
         if block * D >= 2 * keys:
             gradient = DV
         start = tl.minimum(block * D // keys, 2) * keys
-        total = tl.zeros((BT, DP), tl.float32)
-        for i in tl.static_range(W):  # token t is read by itself and by the W - 1 tokens behind it
-            u = t + i
-            first = tl.load(FIRSTS + u, u < T, NOWHERE)
-            own = (u < T)[:, None] & inside[None, :]
-            x = _sum_of_taps(X, ld, TAPS, BIAS, u, first, c, inside, features, W, HAS_BIAS)
-            x, slope = activate(x, "silu")
-            g = tl.load(gradient + u[:, None] * width + (c - start)[None, :], own, 0.0).to(tl.float32)
-            if NORM:
-                x = tl.where(inside[None, :], x, 0.0)
-                rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) + eps)
-                shift = tl.sum(x * g, 1) * rstd * rstd
-                factor = rstd * tl.where(block * D < keys, scale, 1.0)
-                normed = (g - x * shift[:, None]) * factor[:, None]
-                g = tl.where(block * D < 2 * keys, normed, g)
-            tap = tl.load(TAPS + (W - 1 - i) * features + c, inside, 0.0).to(tl.float32)
-            total += tl.where((first <= t)[:, None], tap[None, :] * slope * g, 0.0)
+        first = tl.load(FIRSTS + t, t < T, NOWHERE)
         own = (t < T)[:, None] & inside[None, :]
-        tl.store(DX + t[:, None] * ldd + c[None, :], total.to(DX.dtype.element_ty), own)
+        x = _sum_of_taps(X, ld, TAPS, BIAS, t, first, c, inside, features, W, HAS_BIAS)
+        x, slope = activate(x, "silu")
+        g = tl.load(gradient + t[:, None] * width + (c - start)[None, :], own, 0.0).to(tl.float32)
+        if NORM:
+            x = tl.where(inside[None, :], x, 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) + eps)
+            shift = tl.sum(x * g, 1) * rstd * rstd
+            factor = rstd * tl.where(block * D < keys, scale, 1.0)
+            normed = (g - x * shift[:, None]) * factor[:, None]
+            g = tl.where(block * D < 2 * keys, normed, g)
+        g *= slope
+        total = g * tl.load(TAPS + (W - 1) * features + c, inside, 0.0).to(tl.float32)[None, :]
+        low = g.to(X.dtype.element_ty)
+        for i in tl.static_range(1, W):  # token t is read by those behind it, whose rows a product with ones moves up
+            moved = (row[None, :] == row[:, None] + i) & (first[None, :] <= t[:, None])
+            tap = tl.load(TAPS + (W - 1 - i) * features + c, inside, 0.0).to(tl.float32)
+            total += tap[None, :] * tl.dot(moved.to(low.dtype), low, input_precision="ieee")
+        tl.store(DX + t[:, None] * ldd + c[None, :], total.to(DX.dtype.element_ty), own & (row <= BT - W)[:, None])

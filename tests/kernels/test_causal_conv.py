@@ -11,9 +11,9 @@ from lit_qlora.kernels.launch import AVAILABLE
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIRSTS = [0, 0, 0, 0, 0, 5, 6, 6, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 19]
-"""The first token of each token's document; documents shorter than the convolution, and more tokens than a tile."""
+"""The first token of each token's document, some shorter than the convolution."""
 SHAPES = {  # features of keys, of values and of a head; norm, bias
-    "delta net": (64, 128, 32, True, False),
+    "delta net, more tokens than a program takes": (256, 512, 256, True, False),
     "values of other heads, not a power of 2": (24, 44, 12, True, False),
     "state space": (32, 80, 32, False, True),
 }

@@ -66,13 +66,13 @@ def row_width(model: ModelConfig, length: int, packed: bool) -> int:
 def most_tokens(model: ModelConfig) -> int:
     """Tokens of the largest micro-batch whose kernels end before the host has launched the next.
 
-    A block with experts has twice the launches.
+    A block with experts has twice the launches, and one with a delta net three times as many.
     """
     attended, cached = model.n_head * model.head_size, model.n_kv_head * model.head_size
-    size, launches = model.ffn_size, 1
+    size, launches = model.ffn_size, 3 if model.delta_layers else 1
     if model.n_expert:
         beside = model.ffn_size if model.experts_beside else model.shared_expert_size
-        size, launches = model.n_expert_per_token * model.expert_size + beside, 2
+        size, launches = model.n_expert_per_token * model.expert_size + beside, launches + 1
     rows = 2 * (attended + cached) + (3 if "glu" in model.ffn else 2) * size
     most = min(MOST_TOKENS, launches * MOST_WORK // (model.n_embd * (rows + model.vocab_size // model.n_layer)))
     chunk = model.sliding_window if model.chunked_window else None

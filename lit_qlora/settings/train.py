@@ -89,8 +89,8 @@ class TrainConfig(Settings):
     both. Results are bit-identical, and the memory is released when it runs out."""
     cuda_graphs: Literal["auto", "never"] = "auto"
     """'auto' launches small micro-batches as CUDA graphs if their lengths are common and memory is left: up to 1,280
-    tokens of a 7B, 4,096 of a 1B. A sample of 135 tokens then takes a third of the time. Rows are padded to one of a
-    few lengths. 'never' launches kernel by kernel."""
+    tokens of a 7B, 4,096 of a 1B or of Qwen3.5-4B. A sample of 135 tokens then takes a third of the time. Rows are
+    padded to one of a few lengths. 'never' launches kernel by kernel."""
 
     def __post_init__(self) -> None:
         """Check that no setting would be without effect."""

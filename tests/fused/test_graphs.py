@@ -433,6 +433,12 @@ def test_smaller_models_have_graphs_of_more_tokens() -> None:
     assert most_tokens(tiny_config()) == MOST_TOKENS
 
 
+def test_models_whose_blocks_have_more_launches_have_graphs_of_more_tokens() -> None:
+    delta = {"delta_layers": (0,), "delta_key_heads": 1, "delta_value_heads": 1}
+    delta |= {"delta_key_size": 128, "delta_value_size": 128}
+    assert most_tokens(tiny_config(**LLAMA_2_7B, **delta)) == 3 * most_tokens(tiny_config(**LLAMA_2_7B))
+
+
 def test_graphs_are_forgotten_when_workspaces_change() -> None:
     fused, recording = with_graphs(adapted_model(scheme="bnb.nf4"))
     works(fused, *batch(1, 12))

@@ -17,8 +17,14 @@ LENGTHS = (20, 61, 32, 90, 128, 97, 250, 256)
 """Flash attention adds up the gradient of queries in any order where a text has more than one stripe of 128 keys, and
 cuDNN takes multiples of 256; what is padded to 288 could differ in a bit without graphs too."""
 KINDS = ["nf4", "nf4, query and value", "bf16", "rank 128", "adapted head", "nf4-dq", "biases, all heads"]
-KNOWN = MODELS | {"learned positions": {"positions": "learned"}}
+DELTA = {"delta_key_heads": 2, "delta_value_heads": 4, "delta_key_size": 32, "delta_value_size": 32}
+KNOWN = MODELS | {
+    "learned positions": {"positions": "learned"},
+    "a short convolution": {"conv_layers": (0,)},
+    "a delta net": {"delta_layers": (0,), **DELTA},
+}
 KINDS += ["layer norms, parallel, GELU", "norms around and on queries, GeGLU", "windows"]
+STATES = ["a short convolution", "a delta net"]
 
 
 def fused_model(kind: str, graphs: bool, dropout: float = 0.1, policy: Any = "none") -> tuple[GPT, Any]:
@@ -87,7 +93,7 @@ def train(model: GPT, count: int, each: int = 4, packed: bool = False) -> tuple[
     return torch.stack(losses).tolist(), {name: p.detach().clone() for name, p in learners.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + STATES)
 def test_training_with_graphs_is_training_without_to_the_last_bit(kind: str) -> None:
     count = 16 * 8
     model, fused = fused_model(kind, graphs=True)
@@ -115,7 +121,7 @@ def test_reading_tokens_with_a_label_alone_in_a_graph_changes_no_bit(
     assert [name for name in adapter if not torch.equal(adapter[name], eager[name])] == []
 
 
-@pytest.mark.parametrize("kind", ["nf4", "windows", "layer norms, parallel, GELU", "learned positions"])
+@pytest.mark.parametrize("kind", ["nf4", "windows", "layer norms, parallel, GELU", "learned positions", *STATES])
 def test_training_on_packed_rows_with_graphs_is_training_without_to_the_last_bit(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

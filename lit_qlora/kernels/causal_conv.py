@@ -68,7 +68,7 @@ def convolve_backward(
     """
     settings = _settings(conv)
     settings["BT"] = max(16, 2 * TILE // settings["DP"])
-    _backward[(cdiv(len(x), settings["BT"] - len(conv.taps) + 1), _blocks(conv))](
+    _convolve_backward[(cdiv(len(x), settings["BT"] - len(conv.taps) + 1), _blocks(conv))](
         x, x.stride(0), conv.taps, conv.taps if conv.bias is None else conv.bias, firsts, dq, dk, dv, d_x,
         d_x.stride(0), len(x), conv.keys, conv.values, conv.scale, conv.eps or 0.0, **settings, num_warps=4,
     )  # fmt: skip
@@ -134,7 +134,7 @@ if triton is not None:
         tl.store(out + t[:, None] * width + (c - start)[None, :], x.to(Q.dtype.element_ty), own)
 
     @triton.jit(do_not_specialize=VARYING)
-    def _backward(
+    def _convolve_backward(
         X, ld, TAPS, BIAS, FIRSTS, DQ, DK, DV, DX, ldd, T, keys, values, scale, eps,
         D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
         BT: tl.constexpr,

@@ -20,7 +20,7 @@ def gates_forward(x: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     """
     heads = len(rate)
     kept, beta = (torch.empty(len(x), heads, device=x.device, dtype=torch.float32) for _ in range(2))
-    _forward[(cdiv(kept.numel(), BLOCK),)](
+    _gates[(cdiv(kept.numel(), BLOCK),)](
         x, x.stride(0), rate, bias, kept, beta, len(x), heads, BLOCK=BLOCK, num_warps=4
     )
     return kept, beta
@@ -29,7 +29,7 @@ def gates_forward(x: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 def gates_backward(d_kept: Tensor, d_beta: Tensor, x: Tensor, rate: Tensor, bias: Tensor) -> Tensor:
     """The gradient of x, (T, 2 H); those of what gates_forward returned are contiguous."""
     d_x, heads = torch.empty(x.shape, device=x.device, dtype=x.dtype), len(rate)
-    _backward[(cdiv(d_kept.numel(), BLOCK),)](
+    _gates_backward[(cdiv(d_kept.numel(), BLOCK),)](
         x, x.stride(0), rate, bias, d_kept, d_beta, d_x, len(x), heads, BLOCK=BLOCK, num_warps=4
     )
     return d_x
@@ -38,7 +38,7 @@ def gates_backward(d_kept: Tensor, d_beta: Tensor, x: Tensor, rate: Tensor, bias
 if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
-    def _forward(X, ld, RATE, BIAS, KEPT, BETA, T, heads, BLOCK: tl.constexpr):
+    def _gates(X, ld, RATE, BIAS, KEPT, BETA, T, heads, BLOCK: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside, t, h = at < T.to(tl.int64) * heads, at // heads, at % heads
         a = tl.load(X + t * ld + h, inside, 0.0).to(tl.float32)
@@ -48,7 +48,7 @@ if triton is not None:
         tl.store(BETA + at, tl.sigmoid(a), inside)
 
     @triton.jit(do_not_specialize=VARYING)
-    def _backward(X, ld, RATE, BIAS, D_KEPT, D_BETA, DX, T, heads, BLOCK: tl.constexpr):
+    def _gates_backward(X, ld, RATE, BIAS, D_KEPT, D_BETA, DX, T, heads, BLOCK: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside, t, h = at < T.to(tl.int64) * heads, at // heads, at % heads
         share = tl.sigmoid(tl.load(X + t * ld + h, inside, 0.0).to(tl.float32))

@@ -27,7 +27,7 @@ def gated_conv(x: Tensor, firsts: Tensor, conv: GatedConv) -> Tensor:
     """
     size, width = conv.taps.shape
     out = x.new_empty(len(x), width)
-    _forward[(cdiv(len(x), BT), cdiv(width, BE))](
+    _gated_conv[(cdiv(len(x), BT), cdiv(width, BE))](
         x, conv.taps, conv.taps if conv.bias is None else conv.bias, firsts, out, len(x), width,
         W=size, HAS_BIAS=conv.bias is not None, BT=BT, BE=BE, num_warps=4,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def gated_conv(x: Tensor, firsts: Tensor, conv: GatedConv) -> Tensor:
 def gated_conv_backward(d_out: Tensor, x: Tensor, firsts: Tensor, conv: GatedConv) -> Tensor:
     """The gradient of x; d_out is contiguous."""
     d_x, (size, width) = x.new_empty(x.shape), conv.taps.shape
-    _backward[(cdiv(len(x), BT), cdiv(width, BE))](
+    _gated_conv_backward[(cdiv(len(x), BT), cdiv(width, BE))](
         d_out, x, conv.taps, conv.taps if conv.bias is None else conv.bias, firsts, d_x, len(x), width,
         W=size, HAS_BIAS=conv.bias is not None, BT=BT, BE=BE, num_warps=4,
     )  # fmt: skip
@@ -60,7 +60,7 @@ if triton is not None:
         return total
 
     @triton.jit(do_not_specialize=VARYING)
-    def _forward(
+    def _gated_conv(
         X, TAPS, BIAS, FIRSTS, OUT, T, E,
         W: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
     ):  # fmt: skip
@@ -72,7 +72,7 @@ if triton is not None:
         tl.store(OUT + t[:, None] * E + c[None, :], (leaves * total).to(OUT.dtype.element_ty), own)
 
     @triton.jit(do_not_specialize=VARYING)
-    def _backward(
+    def _gated_conv_backward(
         DOUT, X, TAPS, BIAS, FIRSTS, DX, T, E,
         W: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
     ):  # fmt: skip

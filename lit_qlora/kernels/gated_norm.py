@@ -40,7 +40,7 @@ def gated_norm(x: Tensor, gates: Tensor, norm: GatedNorm) -> Tensor:
     """
     out, rows = x.new_empty(x.shape), x.size(0) * norm.groups
     tile, settings = _settings(x, norm)
-    _forward[(cdiv(rows, tile),)](
+    _gated_norm[(cdiv(rows, tile),)](
         x, gates, gates.stride(0), norm.weight, out, len(x), norm.groups, norm.eps, **settings, num_warps=4
     )
     return out
@@ -53,7 +53,7 @@ def gated_norm_backward(d_out: Tensor, x: Tensor, gates: Tensor, norm: GatedNorm
     """
     d_x, rows = x.new_empty(x.shape), x.size(0) * norm.groups
     tile, settings = _settings(x, norm)
-    _backward[(cdiv(rows, tile),)](
+    _gated_norm_backward[(cdiv(rows, tile),)](
         d_out, x, gates, gates.stride(0), norm.weight, d_x, d_gates, d_gates.stride(0), len(x), norm.groups, norm.eps,
         **settings, num_warps=4,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def _settings(x: Tensor, norm: GatedNorm) -> tuple[int, dict[str, int]]:
 if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
-    def _forward(
+    def _gated_norm(
         X, Z, ld, WEIGHT, OUT, T, groups, eps,
         D: tl.constexpr, DP: tl.constexpr, SHARED: tl.constexpr, BEFORE: tl.constexpr, BR: tl.constexpr,
     ):  # fmt: skip
@@ -91,7 +91,7 @@ if triton is not None:
         tl.store(OUT + at, (x * rstd[:, None] * weight * share).to(OUT.dtype.element_ty), inside)
 
     @triton.jit(do_not_specialize=VARYING)
-    def _backward(
+    def _gated_norm_backward(
         DOUT, X, Z, ld, WEIGHT, DX, DZ, ldd, T, groups, eps,
         D: tl.constexpr, DP: tl.constexpr, SHARED: tl.constexpr, BEFORE: tl.constexpr, BR: tl.constexpr,
     ):  # fmt: skip

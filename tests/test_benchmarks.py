@@ -194,8 +194,7 @@ def test_the_plan_of_gated_delta_nets_holds_what_they_took_with_and_without_thei
     model.save(tmp_path)
     planner = predictions.planner_of(setting, model, predictions.config_of(setting, tmp_path))
     batches, room = MicroBatches(2 * 2048, 2), gpu_called("H200").room(2.0**37)
-    spared = 6 * 2 * 2 * 2048 * (78_848 - 36_096) / 1e9  # by kernels of six blocks since it was measured, LOG.md
-    assert 9.31 - spared < planner.plan(batches, room).total / 1e9 < 1.1 * (9.31 - spared)
+    assert 7.12 < planner.plan(batches, room).total / 1e9 < 1.1 * 7.12  # in plain torch, LOG.md
     monkeypatch.setattr("lit_qlora.run.plan._delta_rule", lambda *_: BY_KERNELS)
     assert 5.91 < planner.plan(batches, room).total / 1e9 < 1.1 * 5.91  # LOG.md
 

@@ -201,6 +201,7 @@ def combine(y: Tensor, choices: Choices, more: Tensor | None = None) -> Tensor:
 
 
 if triton is not None:
+    LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
     @triton.jit(do_not_specialize=VARYING)
     def _choose(
@@ -212,6 +213,8 @@ if triton is not None:
         in_t = t < T
         in_e = (e < E)[None, :]
         scores = tl.load(S + t[:, None] * E + e[None, :], in_t[:, None] & in_e, 0.0)
+        broken = tl.max((scores != scores).to(tl.int32), axis=1) > 0
+        scores = tl.where(scores == scores, scores, LOWEST)  # NaN is chosen last, but is one of the experts
         scores = tl.where(in_e, scores, float("-inf"))
         best = tl.full((BT, KP), float("-inf"), tl.float32)
         chosen = tl.zeros((BT, KP), tl.int32)
@@ -229,7 +232,7 @@ if triton is not None:
         share = scale * share / tl.sum(share, axis=1)[:, None]
         inside = in_t[:, None] & (j < K)[None, :]
         at = t[:, None] * K + j[None, :]
-        tl.store(WEIGHTS + at, share, inside)
+        tl.store(WEIGHTS + at, tl.where(broken[:, None], float("nan"), share), inside)
         tl.store(CHOSEN + at, chosen, inside)
 
     @triton.jit(do_not_specialize=VARYING)

@@ -93,6 +93,23 @@ def test_the_best_experts_are_chosen_and_share_by_softmax(experts: int, k: int) 
     torch.testing.assert_close(weights, expected)
 
 
+@pytest.mark.parametrize("broken", [slice(1, 3), slice(None)])
+def test_a_token_whose_scores_are_no_numbers_has_experts_and_weights_that_are_none(broken: slice) -> None:
+    """So that its loss is no number, and no row of another token is read or left out."""
+    scores = torch.randn(3, 5, device=DEVICE)
+    expected = choose(scores, 4)
+    scores[1, broken] = float("nan")
+    weights, chosen = choose(scores, 4)
+    assert sorted(set(chosen[1].tolist())) == sorted(chosen[1].tolist())
+    assert int(chosen.min()) >= 0
+    assert int(chosen.max()) < 5
+    assert weights[1].isnan().all()
+    for others in (0, 2):
+        assert torch.equal(weights[others], expected[0][others])
+        assert torch.equal(chosen[others], expected[1][others])
+    assert sort(weights, chosen, 5).position.flatten().sort().values.tolist() == list(range(12))
+
+
 def test_the_gradient_of_the_choice_is_that_of_autograd() -> None:
     scores = torch.randn(70, 8, device=DEVICE, requires_grad=True)
     weights, chosen = choose_reference(scores, 3, 2.5)

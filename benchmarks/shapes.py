@@ -107,6 +107,7 @@ GEMMA_4 = {
     "attention_k_eq_v": True,
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 30.0,
+    "sliding_window": 1024,
     "max_position_embeddings": 262_144,
 }
 GEMMA_4_EXPERTS = {
@@ -115,7 +116,6 @@ GEMMA_4_EXPERTS = {
     "num_experts": 128,
     "top_k_experts": 8,
     "moe_intermediate_size": 704,
-    "sliding_window": 1024,
 }
 
 

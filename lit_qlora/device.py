@@ -172,6 +172,8 @@ def move(storage: torch.UntypedStorage, elsewhere: Callable[[], AbstractContextM
         values = as_bytes(storage).clone()
     except torch.OutOfMemoryError:
         return
+    if values.is_cuda:  # growing segments are unmapped behind their own stream alone, and this may be another one
+        torch.cuda.synchronize()
     storage.resize_(0)
     try:
         with elsewhere():

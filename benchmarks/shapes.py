@@ -100,35 +100,16 @@ DELTA_NETS = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 262_144,
 }
-GEMMA_4 = {
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "num_global_key_value_heads": 4,
-    "attention_k_eq_v": True,
-    "hidden_size_per_layer_input": 0,
-    "final_logit_softcapping": 30.0,
-    "sliding_window": 1024,
-    "max_position_embeddings": 262_144,
-}
-GEMMA_4_EXPERTS = {
-    "num_global_key_value_heads": 2,
-    "enable_moe_block": True,
-    "num_experts": 128,
-    "top_k_experts": 8,
-    "moe_intermediate_size": 704,
-}
 
 
 def language_models() -> dict[str, dict[str, Any]]:
     """config.json of the language models of published wrappers, beside published_shapes: sizes of their model cards."""
-    from lit_qlora.convert.published_shapes import config_json
+    from lit_qlora.convert import published_shapes as published
 
     return {
-        "Qwen/Qwen3.5-4B": config_json("qwen3_5_text", 32, 2560, 16, 4, 9216, 248_320, **DELTA_NETS),
-        "google/gemma-4-26B-A4B": config_json(
-            *("gemma4_text", 30, 2816, 16, 8, 2112, 262_144), **GEMMA_4 | GEMMA_4_EXPERTS
-        ),
-        "google/gemma-4-31B": config_json("gemma4_text", 60, 5376, 32, 16, 21_504, 262_144, **GEMMA_4),
+        "Qwen/Qwen3.5-4B": published.config_json("qwen3_5_text", 32, 2560, 16, 4, 9216, 248_320, **DELTA_NETS),
+        "google/gemma-4-26B-A4B": published.SHAPES["google/gemma-4-26B-A4B-it"],
+        "google/gemma-4-31B": published.SHAPES["google/gemma-4-31B-it"],
     }
 
 

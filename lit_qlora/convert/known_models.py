@@ -418,7 +418,7 @@ MODELS: dict[str, dict[str, float]] = {
         "Qwen/Qwen3.6-35B-A3B": 34.7,
         "google/gemma-4-E2B-it": 4.6,
         "google/gemma-4-E4B-it": 7.5,
-        "google/gemma-4-12B-it": 12,
+        "google/gemma-4-12B-it": 11.9,
         "google/gemma-4-26B-A4B-it": 25.2,
         "google/gemma-4-31B-it": 30.7,
         "Qwen/Qwen2-VL-2B-Instruct": 1.5,

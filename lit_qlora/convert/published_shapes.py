@@ -47,14 +47,28 @@ def _gemma3(*sizes: int, head: int) -> dict[str, Any]:
     return config_json("gemma3_text", *(*sizes, 262_208), **more)
 
 
-GEMMA_4_E2B = {
-    "head_dim": 256,
-    "global_head_dim": 512,
+def _gemma4(*sizes: int, kind: str = "gemma4_text", **more: Any) -> dict[str, Any]:
+    more = {"head_dim": 256, "global_head_dim": 512, "final_logit_softcapping": 30.0} | more
+    return config_json(kind, *(*sizes, 262_144), **more)
+
+
+def _large_gemma4(*sizes: int, **more: Any) -> dict[str, Any]:
+    more = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 1024} | more
+    return _gemma4(*sizes, max_position_embeddings=262_144, **more)
+
+
+GEMMA_4_E2B: dict[str, Any] = {
     "num_kv_shared_layers": 20,
     "use_double_wide_mlp": True,
     "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
-    "final_logit_softcapping": 30.0,
     "max_position_embeddings": 131_072,
+}
+GEMMA_4_26B: dict[str, Any] = {
+    "num_global_key_value_heads": 2,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
 }
 QWEN3_30B = {
     "head_dim": 128,
@@ -106,7 +120,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "google/gemma-3-4b-pt": _gemma3(34, 2560, 8, 4, 10_240, head=256),
     "google/gemma-3-12b-pt": _gemma3(48, 3840, 16, 8, 15_360, head=256),
     "google/gemma-3-27b-pt": _gemma3(62, 5376, 32, 16, 21_504, head=128),
-    "google/gemma-4-E2B-it": config_json("gemma4_text", 35, 1536, 8, 1, 6144, 262_144, **GEMMA_4_E2B),
+    "google/gemma-4-E2B-it": _gemma4(35, 1536, 8, 1, 6144, **GEMMA_4_E2B),
+    "google/gemma-4-E4B-it": _gemma4(42, 2560, 8, 2, 10_240, num_kv_shared_layers=18, max_position_embeddings=131_072),
+    "google/gemma-4-12B-it": _large_gemma4(
+        48, 3840, 16, 8, 15_360, kind="gemma4_unified_text", num_global_key_value_heads=1
+    ),
+    "google/gemma-4-26B-A4B-it": _large_gemma4(30, 2816, 16, 8, 2112, **GEMMA_4_26B),
+    "google/gemma-4-31B-it": _large_gemma4(60, 5376, 32, 16, 21_504, num_global_key_value_heads=4),
     "microsoft/Phi-3-mini-4k-instruct": config_json(
         "phi3", 32, 3072, 32, 32, 8192, 32_064, max_position_embeddings=4096, sliding_window=2047
     ),

@@ -8,6 +8,7 @@ python benchmarks/peers.py --peers unsloth                              # 2 x 20
 python benchmarks/peers.py --workload short --r 8 --targets query,value --steps 2
 python benchmarks/peers.py --workload packed --rows 1 --length 8192 --r 8 --targets query,value
 python benchmarks/peers.py --workload pairs --shape meta-llama/Llama-3.1-8B@8 --rows 4 --length 512 --peers trl-unsloth
+python benchmarks/peers.py --peers unsloth ours-quantized --dequantized 32    # as a run does where there is memory
 python benchmarks/peers.py --peers unsloth --shape Qwen/Qwen3-8B@12 --also '{"shape": "microsoft/phi-4@8"}' '{"r": 8}'
 """
 
@@ -40,6 +41,7 @@ PEERS: dict[str, tuple[str, bool, str]] = {
     "peft-liger-checkpointing": ("peft-liger", True, "offload"),
     "litgpt": ("litgpt", False, "none"),
     "litgpt-checkpointing": ("litgpt", True, "offload"),
+    "ours-quantized": ("ours", False, "none"),
     "trl-unsloth": ("trl-unsloth", False, "none"),
     "trl-unsloth-checkpointing": ("trl-unsloth", True, "offload"),
     "trl-unsloth-precomputed": ("trl-unsloth-precomputed", False, "none"),
@@ -47,7 +49,10 @@ PEERS: dict[str, tuple[str, bool, str]] = {
 }
 """What --peers names: the contestant, whether it computes activations again, our setting to hold it against.
 
-Those of TRL are for the workload "pairs", and are the only ones for it."""
+Those of TRL are for the workload "pairs", and are the only ones for it. "ours-quantized" is ours without the weights
+that --dequantized keeps in 16 bit."""
+
+OTHERS = [name for name in PEERS if not name.startswith("ours")]
 
 
 class MissingError(Exception):
@@ -147,7 +152,7 @@ def compare(task: Task, peers: list[str], start: Start, arguments: argparse.Name
             turns = {"ours": Turns([]), peer: Turns([])}
             for _ in range(arguments.rounds):
                 turns["ours"].rounds.append(ours.round(arguments.steps, arguments.seconds, setting))
-                turns[peer].rounds.append(other.round(arguments.steps, arguments.seconds, ""))
+                turns[peer].rounds.append(other.round(arguments.steps, arguments.seconds, setting))
             other.end()
         except MissingError as error:
             if ours.process.poll() is not None:
@@ -175,7 +180,7 @@ def compare(task: Task, peers: list[str], start: Start, arguments: argparse.Name
 def as_peer(task: Task, peer: str) -> Task:
     """The task as one of PEERS does it."""
     name, checkpointing, _ = PEERS[peer]
-    return replace(task, name=name, checkpointing=checkpointing)
+    return replace(task, name=name, checkpointing=checkpointing, dequantized=0)
 
 
 def row(task: Task, facts: dict[str, Any], turns: Turns, who: str, commit: str) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def row(task: Task, facts: dict[str, Any], turns: Turns, who: str, commit: str) 
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="whom ours is held against")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=OTHERS, help="whom ours is held against")
     parser.add_argument(
         "--workload", choices=["fixed", "short", "packed", "pairs"], default="fixed", help="see contestants.task.Task"
     )

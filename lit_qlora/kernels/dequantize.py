@@ -70,8 +70,9 @@ def dequantize(
     n, k = stack.n, out.size(1) - stack.rank
     beside = out if b is None else b
     first_part, layers = 0, len(stack.rows)
-    b_programs = cdiv(n, ROWS) if stack.rank else 0
-    rank = {"R": stack.rank, "r": max(stack.r, 1), "RP": power_of_2(stack.rank), "LAYERS": layers, "ROWS": ROWS}
+    columns = min(COLUMNS, power_of_2(stack.rank))
+    b_programs = cdiv(n, ROWS) * cdiv(stack.rank, columns)
+    rank = {"R": stack.rank, "r": max(stack.r, 1), "COLUMNS": columns, "LAYERS": layers, "ROWS": ROWS}
     if b_only or not isinstance(weight, FourBit):
         if isinstance(weight, Unquantized) and not b_only:
             out[:, :k].copy_(weight.values)
@@ -110,7 +111,7 @@ def dequantize(
 
 
 GROUPS = 64  # blocks of 64 weights a program
-ROWS = 128  # rows of B a program
+ROWS, COLUMNS = 32, 64  # of B a program; larger ones take registers from the programs that dequantise
 
 if triton is not None:
 
@@ -138,7 +139,7 @@ if triton is not None:
     @triton.jit
     def _four_bit(
         PACKED, ABSMAX, CODE, CODE2, OUTER, OFFSET, B, TABLE, OUT, ld, N, K, blocks, programs,
-        NESTED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, r: tl.constexpr, RP: tl.constexpr,
+        NESTED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, r: tl.constexpr, COLUMNS: tl.constexpr,
         LAYERS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         pid = tl.program_id(0)
@@ -156,9 +157,10 @@ if triton is not None:
             to = (row.to(tl.int64) * ld + column)[:, None] + tl.arange(0, 64)[None, :]
             tl.store(OUT + to, w, inside[:, None])
         else:
-            n = (pid - programs) * ROWS + tl.arange(0, ROWS)
+            across: tl.constexpr = (R + COLUMNS - 1) // COLUMNS
+            n = (pid - programs) // across * ROWS + tl.arange(0, ROWS)
             in_n = n < N
-            j = tl.arange(0, RP)
+            j = (pid - programs) % across * COLUMNS + tl.arange(0, COLUMNS)
             layer = layer_of(n, TABLE, LAYERS)
             slot = tl.load(TABLE + 3 * layer + 1, in_n, -1)
             row_b = n - tl.load(TABLE + 3 * layer, in_n, 0) + tl.load(TABLE + 3 * layer + 2, in_n, 0)

@@ -18,7 +18,6 @@ from lit_qlora.fused.memory import (
     choose,
     lowest_learning,
     rope_rows,
-    within_chunks,
 )
 from lit_qlora.kernels.launch import Card, why_no_kernels
 from lit_qlora.lora.embeddings import add_noise
@@ -28,6 +27,8 @@ from lit_qlora.model.config import ModelConfig
 from lit_qlora.model.gpt import GPT, LOGITS_AT_ONCE
 from lit_qlora.model.rope import rotates_locally
 from lit_qlora.quantize import Storage, bits_per_weight
+from lit_qlora.run import plain_memory
+from lit_qlora.run.plain_memory import Adapted, Rows, adapted_sizes
 from lit_qlora.settings import LoRAConfig, Recompute, TrainConfig, check
 from lit_qlora.sharded import LEAST_BUFFERS, lies_on_host, slabs_of
 
@@ -226,7 +227,9 @@ class Planner:
         )
         _check_cached(train, storage, reason)
         full, size = self.bare.recompute[0] == "full", storage.dtype.itemsize
-        activations = _activations(gpt, self.lora, self._adapted, size, batches.tokens, full)
+        length = self.bare.parts * batches.tokens // (batches.rows or train.micro_batch_size)
+        rows = Rows(batches.tokens, length, batches.packed)
+        activations = plain_memory.activations(gpt, self.lora, self._adapted, size, rows, full)
         activations += _exchanged(model, batches.tokens, self.bare.parts, size)
         seen = batches.tokens * _routed(model) if self.router_losses else 0.0
         seen += _of_lesson(model, batches)
@@ -276,8 +279,8 @@ class Planner:
         return max(slab.size for slab in slabs_of(GPT.skeleton(self.gpt.config), self.storage, self.sharded))
 
     @cached_property
-    def _adapted(self) -> list[tuple[float, float]]:
-        return _adapted_features(self.gpt, self.lora.dora)
+    def _adapted(self) -> list[Adapted]:
+        return adapted_sizes(self.gpt, self.lora.dora)
 
     @cached_property
     def _dequantized(self) -> list[tuple[int, int]]:
@@ -523,72 +526,6 @@ def _exchanged(config: ModelConfig, tokens: int, parts: int, itemsize: int) -> f
     return most * tokens * itemsize
 
 
-def _activations(
-    gpt: GPT, lora: LoRAConfig, adapted: Sequence[tuple[float, float]], itemsize: int, tokens: int, recompute: bool
-) -> float:
-    """Estimate the bytes that the plain path saves for backward.
-
-    It saves inputs of norms and adapted layers (with dropout's mask), attention and MLP products. Frozen layers save
-    nothing, quantised or not, because their weights need no gradient.
-
-    Args:
-        adapted: features of each block, see _adapted_features.
-    """
-    config = gpt.config
-    block = 2.0 * config.n_embd + 3 * config.per_layer_size
-    dropped = 2 * config.n_embd * (itemsize + 1) if gpt.dropout else 0  # what a block adds, and masks
-    each = [
-        tokens
-        * (
-            (block + _fed(config, i) + taken + scaled) * itemsize
-            + _mixed(config, i, itemsize)
-            + (taken if lora.dropout else 0)
-            + dropped
-        )
-        for i, (taken, scaled) in enumerate(adapted)
-    ]
-    kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)
-    logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
-    largest = max(config.ffn_size, config.shared_kv_ffn_size, config.n_head * config.head_size) * config.n_embd
-    widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
-    return kept + logits + max(widest, 4.0 * tokens * within_chunks(config))
-
-
-def _adapted_features(gpt: GPT, dora: bool) -> list[tuple[float, float]]:
-    """Count the features of each block that a token gives to adapted layers, and the features that DoRA scales."""
-    config = gpt.config
-    inputs, outputs = [0.0] * config.n_layer, [0.0] * config.n_layer
-    for i, layers in enumerate(gpt.blocks):
-        for path, module in layers.named_modules():
-            if isinstance(module, LoRALinear):
-                share = config.n_expert_per_token / config.n_expert if ".experts." in path else 1
-                inputs[i] += module.in_features * share
-                outputs[i] += module.out_features * share if dora else 0
-    return list(zip(inputs, outputs, strict=True))
-
-
 def _routed(config: ModelConfig) -> float:
     """Bytes a token that the losses of routers save: scores, and what a softmax and a log-sum-exp read, in float32."""
     return 3.0 * 4 * config.n_expert * sum(config.has_experts(i) for i in range(config.n_layer))
-
-
-def _fed(config: ModelConfig, block: int) -> float:
-    """Estimate the elements that an MLP or a mixture of experts saves for a token."""
-    products = 3 if "glu" in config.ffn else 1
-    if config.n_expert:  # assumes that tokens spread evenly over experts, and that all blocks have experts
-        beside = config.ffn_size if config.experts_beside else config.shared_expert_size
-        return products * (config.n_expert_per_token * config.expert_size + beside)
-    return products * ((config.shared_kv_ffn_size if config.reuses(block) else 0) or config.ffn_size)
-
-
-def _mixed(config: ModelConfig, block: int, itemsize: int) -> float:
-    """Estimate the bytes that attention, or a gated delta net, saves for a token."""
-    if config.is_conv(block):
-        return 7.0 * config.n_embd * itemsize
-    if not config.is_delta(block):
-        windowed, gated = config.windowed(block), config.n_head if config.attention_gate else 0
-        keys = 0 if config.reuses(block) else config.kv_heads_of(windowed)
-        return 2.0 * (config.n_head + keys + gated) * config.head_size_of(windowed) * itemsize
-    heads, keys = config.delta_value_heads, 2 * config.delta_key_heads * config.delta_key_size
-    values = heads * config.delta_value_size
-    return float((keys + 3 * values) * itemsize + 4 * (keys + 2 * heads * config.delta_key_size + 4 * values))

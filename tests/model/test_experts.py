@@ -131,7 +131,7 @@ def test_a_plan_counts_all_experts_and_the_activations_of_the_chosen() -> None:
     )
     assert eight.frozen - four.frozen == 2 * 4 * (3 * 32 * 64 + 64)
     assert eight.trainable == 2 * four.trainable
-    assert eight.activations == four.activations
+    assert eight.activations - four.activations == 64 * 2 * 4 * 4  # shares in float32
 
 
 def test_merging_onto_the_quantised_base_keeps_routers_as_they_are(tmp_path: Path) -> None:

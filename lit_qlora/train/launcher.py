@@ -84,6 +84,7 @@ class Child:
         status, said = self.process.wait(), self.messages()
         how = f"was ended by {Signals(-status).name}" if status < 0 else f"ended with status {status}"
         how += ", as by Linux where memory runs out" if status == -SIGKILL else ""
+        how += ", before the others were done" if status == 0 else ""
         message = f"Process {self.rank} of this run {how}, so all of it ends."
         message += f" Its last messages:\n{said}" if said else ""
         return FailedProcessError(message, status if status > 0 else ResourceError.status)
@@ -129,6 +130,10 @@ class Children:
         errors = [child.error() for child in self.every if child.process.poll()]
         return min(errors, key=lambda error: LOST in str(error), default=None)
 
+    def early(self) -> FailedProcessError | None:
+        """The error of a process that ended well, but is missed."""
+        return next((child.error() for child in self.every if child.process.poll() == 0), None)
+
     def end(self) -> None:
         """End them at once: they may wait for this process, or tell what it tells."""
         for child in self.every:
@@ -140,7 +145,8 @@ class Children:
         try:
             yield
         except BaseException as error:
-            failure = self.failure(LEAVING) if self.every and is_about_another_process(error) else None
+            misses = self.every and is_about_another_process(error)
+            failure = self.failure(LEAVING) or self.early() if misses else None
             self.over.set()
             self.end()
             if failure:

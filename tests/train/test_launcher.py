@@ -82,6 +82,20 @@ def test_a_first_process_that_lost_another_one_tells_the_error_of_that(children:
     assert found.value.status == 3
 
 
+def test_a_first_process_that_lost_one_that_ended_well_names_it(
+    monkeypatch: pytest.MonkeyPatch, children: Children
+) -> None:
+    monkeypatch.setattr(launcher, "LEAVING", 0.0)
+    start(children, WAITS, ENDS_WELL).every[1].process.wait()
+    with pytest.raises(FailedProcessError) as found, children.led():
+        raise LostProcessError("Resume.")
+    assert str(found.value) == (
+        "Process 2 of this run ended with status 0, before the others were done, so all of it ends. "
+        "Its last messages:\na warning"
+    )
+    assert found.value.status == ResourceError.status
+
+
 def test_the_error_of_the_first_process_is_told_alone_and_the_others_are_ended_before(children: Children) -> None:
     start(children, WAITS, FAILS).every[1].process.wait()
     with pytest.raises(DataError, match="of its own"), children.led():

@@ -191,11 +191,15 @@ def unhandled_variant(model: GPT) -> str:
     """The part of the adapters and embeddings that the fast path does not compute, or ''."""
     if model.dropout and max(map(model.config.head_size_of, (True, False))) > LARGE:
         return f"train.hidden_dropout with heads of more than {LARGE} features"
-    if any(module.magnitude is not None for module in model.modules() if isinstance(module, LoRALinear)):
+    lengths = [module.magnitude for module in model.modules() if isinstance(module, LoRALinear)]
+    if learnt := [length.detach() for length in lengths if length is not None]:
         if model.config.n_expert:
             return "DoRA in a model with experts"
         if isinstance(model.head, LoRALinear):
             return "DoRA in the head"
+        least = torch.finfo(model.embed.weight.dtype).tiny
+        if not learnt[0].is_meta and min(float(length.abs().min()) for length in learnt) <= least:
+            return "DoRA on weights with a row of zeros"  # the gradient of m is that of its row's output, divided by m
     return "embeddings that learn before a norm" if model.config.embedding_norm and unhandled_embeddings(model) else ""
 
 

@@ -124,6 +124,23 @@ def test_the_lengths_of_rows_are_those_of_the_sum_in_float64(monkeypatch: pytest
     torch.testing.assert_close(gains.factors[:, 0], layer.magnitude.detach() / exact, rtol=1e-13, atol=0)
 
 
+def test_a_row_of_zeros_learns_on_the_plain_path_alone() -> None:
+    model = model_of(n_layer=1)
+    layer = model.blocks[0].attn.query
+    with torch.no_grad():
+        layer.base.weight[5] = 0
+        layer.lora_b.zero_()
+        layer.magnitude.copy_(layer.row_norms())
+    assert why_not(model) == "DoRA on weights with a row of zeros"
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        loss, found = gradients(model, *batch())
+        assert loss.isfinite()
+        optimizer.step()
+    assert found["blocks.0.attn.query.magnitude"][5] != 0
+    assert layer.magnitude[5] > 1e-3
+
+
 def test_weights_in_fp8_are_refused() -> None:
     lora, train = LoRAConfig(dora=True), TrainConfig(fp8=True)
     with pytest.raises(UsageError, match=r"train\.fp8: DoRA"):

@@ -206,6 +206,11 @@ class Experts:
         adapter = self.routing.adapter
         self.groups: tuple[Layers, ...] = self.weights if adapter is None else (*self.weights, adapter)
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether the backward pass reads x even if gate and up are saved: for adapters, or to compute scores again."""
+        return bool(self.gate_up.rank) or self.routing.reads_input
+
     def forward(
         self, x: Tensor, more: Tensor | None, run: Pass, saves: bool, routed: Tensor | None = None
     ) -> tuple[Tensor, SavedExperts]:
@@ -339,11 +344,16 @@ class Experts:
 
 @dataclass
 class SavedExpertMlp:
-    """Activations of the experts, of the shared one and of its gate."""
+    """Activations of the experts, of the shared one and of its gate.
+
+    Attributes:
+        statistics: of the stream, see Mlp.norm; None where the backward pass reads the experts' input, and norms again.
+    """
 
     experts: SavedExperts
     shared: SavedMlp | None
     gate: SavedGate | None
+    statistics: Tensor | None = None
 
 
 class ExpertMlp:
@@ -380,7 +390,8 @@ class ExpertMlp:
                 more, gate = self.gate.forward(x, more, run)
         normed.clear()
         out, experts = self.experts.forward(x, more, run, saves)
-        return out, SavedExpertMlp(experts, shared, gate)
+        reads = self.shared is not None or not saves or self.experts.reads_input
+        return out, SavedExpertMlp(experts, shared, gate, None if reads else statistics)
 
     def backward(
         self,
@@ -395,7 +406,10 @@ class ExpertMlp:
         get = back.forward.offload.get
         x, y = get(stream[0]), get(stream[1]) if len(stream) > 1 else None
         stream.clear()
-        middle, statistics, normed = self.norm(x, y)
+        if saved.statistics is None or y is not None:
+            middle, statistics, normed = self.norm(x, y)
+        else:
+            middle, statistics, normed = x, saved.statistics, x  # nobody reads more of the last than its shape
         del x, y
         own = ahead if self.shared is None else ()
         dn, _ = self.experts.backward(d_y[0], normed[:, : self.width], saved.experts, back, own)

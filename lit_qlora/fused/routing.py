@@ -101,6 +101,11 @@ class Routing:
             self.norm = Norm("rms", config.norm_eps, weight)
             self.factors = router.expert_scale.detach().float()
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether the backward pass reads more than the choices."""
+        return self.adapter is not None or self.norm is not None or not self.has_kernel
+
     def scores(self, x: Tensor, run: Pass) -> Tensor:
         """(T, n_expert) float32 of x (T, E): products of 16-bit numbers are exact in it."""
         x = self._read(x)[0]

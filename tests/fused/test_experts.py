@@ -26,7 +26,7 @@ from lit_qlora.kernels.experts_lora import gradient_reference, project_reference
 from lit_qlora.kernels.experts_mlp import mlp_backward_reference
 from lit_qlora.kernels.experts_products import gate_up_reference, product_reference
 from lit_qlora.kernels.launch import AVAILABLE
-from lit_qlora.kernels.norm import norm_backward_reference, norm_reference
+from lit_qlora.kernels.norm import add_norm, norm_backward_reference, norm_reference
 from lit_qlora.lora.layer import lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
 from lit_qlora.quantize import QuantizedLinear
@@ -189,6 +189,15 @@ def test_experts_may_have_adapters_of_other_ranks_and_scales_or_none() -> None:
     fused = fuse(model)
     assert_same(with_idle(model, *batch()), expected)
     assert not fused.flatten(lambda _: None)
+
+
+def test_frozen_experts_are_not_given_their_input_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(targets=("query", "key", "value", "projection"), scheme="bnb.nf4", expert_size=64)
+    expected, normed = with_idle(model, *batch()), []
+    fuse(model)
+    monkeypatch.setattr("lit_qlora.fused.experts.add_norm", lambda *of: normed.append(of) or add_norm(*of))
+    assert_same(with_idle(model, *batch()), expected)
+    assert len(normed) == len(model.blocks)
 
 
 def layer_of(scheme: Any) -> nn.Module:

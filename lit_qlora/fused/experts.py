@@ -208,7 +208,7 @@ class Experts:
 
     @property
     def reads_input(self) -> bool:
-        """Whether the backward pass reads x even if gate and up are saved: for adapters, or to compute scores again."""
+        """True if the backward pass reads x even where gate and up are saved: for adapters, or to compute scores."""
         return bool(self.gate_up.rank) or self.routing.reads_input
 
     def forward(

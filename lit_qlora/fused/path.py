@@ -38,6 +38,7 @@ from lit_qlora.fused.uneven import PaddedB, differ
 from lit_qlora.kernels.dropout import drop
 from lit_qlora.kernels.lora_products import Pending
 from lit_qlora.kernels.norm import add_norm, apply_norm
+from lit_qlora.kernels.scale import scale_
 from lit_qlora.lora.layer import LoRALinear
 from lit_qlora.model.attention import query_scale, tree_mask, window_of
 from lit_qlora.model.config import ModelConfig
@@ -634,7 +635,7 @@ class Fused:
             return d.index_copy_(0, saved.picked, d_loss.to(self.dtype))
         d_out, saved.d_out = saved.d_out, None
         assert d_out is not None
-        return d_out.mul_(d_loss)
+        return scale_(d_out, d_loss)
 
     @property
     def counts(self) -> list[Tensor]:

@@ -103,7 +103,7 @@ class Routing:
 
     @property
     def reads_input(self) -> bool:
-        """Whether the backward pass reads more than the choices."""
+        """True if the backward pass reads more than the choices."""
         return self.adapter is not None or self.norm is not None or not self.has_kernel
 
     def scores(self, x: Tensor, run: Pass) -> Tensor:

@@ -50,6 +50,7 @@ from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.qk_norm_rope import HeadNorm, Rotation, norm_rotate, norm_rotate_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
+from lit_qlora.kernels.scale import scale_
 from lit_qlora.kernels.small_batch_linear import product
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 
@@ -207,6 +208,7 @@ def training(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
         norm_rotate_backward(*heads, qkv, norm, rotation, None)
     gate_forward(heads[0].flatten(1), qkv[:, :width], empty(T, width + rank, dtype=dtype))
     gate_backward(heads[0].flatten(1), heads[0].flatten(1), qkv[:, :width], qkv[:, :width])
+    scale_(heads[0].flatten(1), empty(T, 1))
     attention_of(dtype, of)
     for cap in (None, 30.0):
         cross_entropy_(empty(512, 32000, dtype=dtype), integers(512), empty(512), empty(512), cap, integers(1))

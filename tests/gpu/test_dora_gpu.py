@@ -1,7 +1,5 @@
 """DoRA on a GPU in bf16: about as near to float64 as the plain path, the same bits whatever is recomputed."""
 
-import copy
-import statistics
 from typing import Any
 
 import pytest
@@ -16,10 +14,8 @@ from tests.conftest import tiny_model
 from tests.gpu.test_fused_gpu import (
     LAYOUTS,
     SHAPE,
+    assert_as_near_as_plain,
     assert_recomputing_changes_no_bit,
-    errors,
-    gradients,
-    in_float64,
 )
 
 pytestmark = [
@@ -49,24 +45,7 @@ def model_of(scheme: Any = "bnb.nf4", r: int = 16, dropout: float = 0.0, **chang
 @pytest.mark.parametrize("layout", ["cudnn", "packed"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_errors_are_about_those_of_the_plain_path(kind: str, layout: str) -> None:
-    from lit_qlora.fused import fuse, why_not
-
-    model = model_of(**MODELS[kind])
-    assert why_not(model) == ""
-    exact_model, plain_model = in_float64(model), copy.deepcopy(model)
-    fuse(model)
-    ratios: list[float] = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        arguments = LAYOUTS[layout]()
-        exact_loss, exact = gradients(exact_model, *arguments)
-        plain = gradients(plain_model, *arguments)[1]
-        loss, fast = gradients(model, *arguments)
-        ours, theirs = errors(fast, exact), errors(plain, exact)
-        assert max(ours) < 2 * max(theirs)
-        assert abs(loss - exact_loss) < 2e-3 * exact_loss
-        ratios += [one / other for one, other in zip(ours, theirs, strict=True)]
-    assert statistics.geometric_mean(ratios) < 1.2, statistics.geometric_mean(ratios)
+    assert_as_near_as_plain(model_of(**MODELS[kind]), layout, most=1.2)
 
 
 @pytest.mark.parametrize("policy", ["attn", "offload", "full", "full-offload"])

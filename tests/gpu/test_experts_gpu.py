@@ -1,7 +1,6 @@
 """Experts on a GPU in bf16: as near to float64 as the plain path, the same bits however weights come, no wait."""
 
 import copy
-import statistics
 from typing import Any
 
 import pytest
@@ -9,7 +8,15 @@ import torch
 
 from lit_qlora.lora.layer import lora_state
 from lit_qlora.model.gpt import GPT, IGNORE
-from tests.gpu.test_fused_gpu import LAYOUTS, adapted, assert_recomputing_changes_no_bit, errors, gradients, in_float64
+from tests.gpu.test_fused_gpu import (
+    LAYOUTS,
+    adapted,
+    assert_as_near_as_plain,
+    assert_recomputing_changes_no_bit,
+    errors,
+    gradients,
+    in_float64,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,24 +48,7 @@ def model_of(**changes: Any) -> GPT:
 @pytest.mark.parametrize("layout", ["cudnn", "packed"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_errors_are_no_larger_than_those_of_the_plain_path(kind: str, layout: str) -> None:
-    from lit_qlora.fused import fuse, why_not
-
-    model = model_of(**MODELS[kind])
-    assert why_not(model) == ""
-    exact_model, plain_model = in_float64(model), copy.deepcopy(model)
-    fuse(model)
-    ratios: list[float] = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        arguments = LAYOUTS[layout]()
-        exact_loss, exact = gradients(exact_model, *arguments)
-        plain = gradients(plain_model, *arguments)[1]
-        loss, fast = gradients(model, *arguments)
-        ours, theirs = errors(fast, exact), errors(plain, exact)
-        assert max(ours) < 2 * max(theirs)
-        assert abs(loss - exact_loss) < 2e-3 * exact_loss
-        ratios += [one / other for one, other in zip(ours, theirs, strict=True)]
-    assert statistics.geometric_mean(ratios) < 1, statistics.geometric_mean(ratios)
+    assert_as_near_as_plain(model_of(**MODELS[kind]), layout)
 
 
 def test_a_choice_of_experts_is_as_near_to_float64_as_on_the_plain_path() -> None:

@@ -38,7 +38,7 @@ from lit_qlora.quantize import QuantizedLinear
 
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs Triton"),
-    # Triton's interpreter computes exp(-x) for a sigmoid whose x is very negative, and then 1 / inf.
+    # Triton's interpreter computes the power for a sigmoid whose x is very negative, and then 1 / inf.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -225,6 +225,14 @@ def test_only_hopper_reads_an_mlp_by_tiles_and_no_odd_one(
     assert made == []
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # 1 / (1 + infinity) is meant
+def test_silu_is_exact_for_gates_of_any_size() -> None:
+    gate = torch.cat([torch.linspace(-300, 300, 601), torch.linspace(-1e-30, 1e-30, 7)]).to(DEVICE)
+    out = torch.empty(1, len(gate), device=DEVICE)
+    mlp_forward(torch.cat([gate, torch.ones_like(gate)])[None], out, Activation("silu", True))
+    torch.testing.assert_close(out[0].double(), F.silu(gate.double()), rtol=1e-5, atol=1e-30)
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_the_activation_alone(kind: str) -> None:
     activation = ACTIVATIONS[kind]

@@ -10,7 +10,7 @@ from lit_qlora.fused.passes import Pass
 from lit_qlora.fused.stacked import base_of
 from lit_qlora.fused.uneven import PaddedB
 from lit_qlora.kernels.dropout import NONE, Dropout, drop
-from lit_qlora.kernels.experts import Choices, choose, choose_backward, counts_of, sort
+from lit_qlora.kernels.experts import Choices, Counts, choose, choose_backward, sort
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.lora.layer import LoRALinear, LoRARouter
@@ -119,7 +119,7 @@ class Routing:
         """The choices of tokens x (T, E), which the router counts if it is to; whoever looks sees them."""
         scores, found = self.scores(x, run), None
         if self.has_kernel:
-            found = counts_of(len(x), self.experts, x.device)
+            found = Counts.room(len(x), self.k, self.experts, x.device)
             weights, chosen = choose(scores, self.k, self.scale, found)
             weights = weights if self.factors is None else weights * self.factors[chosen.long()]
         else:

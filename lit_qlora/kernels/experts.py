@@ -17,7 +17,9 @@ from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tl, triton
 
 TILE = 128  # rows that a product takes at a time; where an expert has few left, half of them
 CHUNK = 512  # rows of one program that sums over rows, at least
-TOKENS = 32  # that a program of the sort takes
+TOKENS = 32  # of a group, whose choices a program counts
+MOST_WARPS = 16  # of a program that chooses or counts, for 128 experts and more: a GPU has no more groups than room
+PLACED = 256  # choices that a program places
 
 
 @dataclass(frozen=True)
@@ -70,28 +72,47 @@ def choose_reference(scores: Tensor, k: int, scale: float) -> tuple[Tensor, Tens
     return scale * best.softmax(dim=-1), chosen.int()
 
 
-def counts_of(tokens: int, experts: int, device: torch.device) -> Tensor:
-    """Room for the number of choices of each expert among each TOKENS tokens, int32."""
-    return torch.empty(cdiv(tokens, TOKENS), experts, dtype=torch.int32, device=device)
+@dataclass(frozen=True)
+class Counts:
+    """Choices as they are counted for `sort`, in groups of TOKENS tokens; all int32.
+
+    Attributes:
+        each: (groups, n_expert), how many choose an expert.
+        before: (T, k), how many of its group choose a choice's expert before it.
+    """
+
+    each: Tensor
+    before: Tensor
+
+    @staticmethod
+    def room(tokens: int, k: int, experts: int, device: torch.device) -> "Counts":
+        """Room for those of so many tokens that choose `k` of so many experts."""
+        shapes = ((cdiv(tokens, TOKENS), experts), (tokens, k))
+        return Counts(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
 
 
-def choose(scores: Tensor, k: int, scale: float = 1.0, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def choose(scores: Tensor, k: int, scale: float = 1.0, counts: Counts | None = None) -> tuple[Tensor, Tensor]:
     """The k experts with the best scores, and the softmax of theirs times `scale`: weights and experts, both (T, k).
 
     The softmax over all experts, divided by the sum over the chosen ones, is the same function.
 
     Args:
         scores: (T, n_expert) float32, contiguous.
-        counts: from counts_of, filled for `sort`.
+        counts: filled for `sort`.
     """
     tokens, experts = scores.shape
     weights = torch.empty(tokens, k, dtype=torch.float32, device=scores.device)
     chosen = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
+    each, before = (chosen, chosen) if counts is None else (counts.each, counts.before)
     _choose[(cdiv(tokens, TOKENS),)](
-        scores, weights, chosen, chosen if counts is None else counts, tokens, scale, COUNTS=counts is not None,
-        E=experts, EP=power_of_2(experts), K=k, KP=power_of_2(k, 2), BT=TOKENS, num_warps=4,
+        scores, weights, chosen, each, before, tokens, scale, COUNTS=counts is not None,
+        E=experts, EP=power_of_2(experts), K=k, KP=power_of_2(k, 2), BT=TOKENS, num_warps=_warps(experts),
     )  # fmt: skip
     return weights, chosen
+
+
+def _warps(experts: int) -> int:
+    return min(MOST_WARPS, max(4, power_of_2(experts) // 8))
 
 
 def choose_backward_reference(choices: Choices, d_weights: Tensor, scale: float) -> Tensor:
@@ -128,7 +149,7 @@ def sort(
     tile: int = TILE,
     chunk: int = CHUNK,
     taken: Tensor | None = None,
-    counts: Tensor | None = None,
+    counts: Counts | None = None,
 ) -> Choices:
     """Sort choices by expert, stably, by counting.
 
@@ -137,10 +158,15 @@ def sort(
         experts: how many there are to choose from.
         tile, chunk: see Choices; a chunk becomes longer where experts have many rows on average.
         taken: (n_expert,) int64, to which the number of choices of each expert is added.
-        counts: from counts_of, if `choose` has filled it.
+        counts: if `choose` has filled them; used up.
     """
     (tokens, k), device = chosen.shape, chosen.device
-    rows, groups = tokens * k, cdiv(tokens, TOKENS)
+    rows, sizes = tokens * k, {"E": experts, "EP": power_of_2(experts)}
+    if counts is None:
+        counts = Counts.room(tokens, k, experts, device)
+        _count[(cdiv(tokens, TOKENS),)](
+            chosen, counts.each, counts.before, tokens, **sizes, K=k, BT=TOKENS, num_warps=_warps(experts)
+        )
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -149,22 +175,18 @@ def sort(
     chunk = max(chunk, cdiv(3 * rows, 2 * experts * 256) * 256)
     most_tiles, most_chunks = (rows // each + min(experts, rows) for each in (tile, chunk))
     choices = Choices(
-        chosen, weights, ints(tokens, k), ints(rows), torch.empty(rows, dtype=torch.float32, device=device),
+        chosen, weights, counts.before, ints(rows), torch.empty(rows, dtype=torch.float32, device=device),
         ints(experts + 1), ints(2 * most_tiles + 1), ints(2 * most_chunks + 1 + experts),
         tile, chunk, most_tiles, most_chunks,
     )  # fmt: skip
-    sizes = {"E": experts, "EP": power_of_2(experts)}
-    if counts is None:
-        counts = counts_of(tokens, experts, device)
-        _count[(groups,)](chosen, counts, tokens, **sizes, K=k, BT=TOKENS, num_warps=4)
     _offsets[(1,)](
-        counts, choices.ends, choices.tiles, most_tiles, choices.chunks, most_chunks, chunk, groups,
+        counts.each, choices.ends, choices.tiles, most_tiles, choices.chunks, most_chunks, chunk, len(counts.each),
         choices.ends if taken is None else taken, TAKEN=taken is not None,
         **sizes, BG=max(16, 8192 // power_of_2(experts)), TILE=tile, num_warps=8,
     )  # fmt: skip
-    _place[(groups,)](
-        weights, chosen, counts, choices.position, choices.token, choices.weight, tokens,
-        **sizes, K=k, BT=TOKENS, num_warps=4,
+    _place[(cdiv(rows, PLACED),)](
+        weights, chosen, counts.each, choices.position, choices.token, choices.weight, rows,
+        E=experts, K=k, BT=TOKENS, BLOCK=PLACED, num_warps=4,
     )  # fmt: skip
     return choices
 
@@ -203,32 +225,47 @@ def combine(y: Tensor, choices: Choices, more: Tensor | None = None) -> Tensor:
 if triton is not None:
     LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
+    @triton.jit
+    def _leave_counts(EACH, BEFORE, found, which, t, e, E: tl.constexpr, K: tl.constexpr):
+        """Write the counts of a group.
+
+        Args:
+            found, which: (BT, EP), 1 where a token has chosen an expert, and the number of that choice among its own.
+        """
+        tl.store(EACH + tl.program_id(0) * E + e, tl.sum(found, axis=0), e < E)
+        tl.store(BEFORE + t[:, None] * K + which, tl.cumsum(found, axis=0) - found, found > 0)
+
     @triton.jit(do_not_specialize=VARYING)
     def _choose(
-        S, WEIGHTS, CHOSEN, COUNT_TO, T, scale, COUNTS: tl.constexpr,
+        S, WEIGHTS, CHOSEN, EACH, BEFORE, T, scale, COUNTS: tl.constexpr,
         E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         e, j = tl.arange(0, EP), tl.arange(0, KP)
         in_t = t < T
         in_e = (e < E)[None, :]
-        scores = tl.load(S + t[:, None] * E + e[None, :], in_t[:, None] & in_e, 0.0)
+        scores = tl.load(S + t[:, None] * E + e[None, :], in_t[:, None] & in_e, 0.0).to(tl.float32)
         broken = tl.max((scores != scores).to(tl.int32), axis=1) > 0
-        scores = tl.where(scores == scores, scores, LOWEST)  # NaN is chosen last, but is one of the experts
+        # NaN is chosen last, but is one of the experts; so is minus infinity, which marks those that are taken.
+        scores = tl.where(scores > LOWEST, scores, LOWEST)
         scores = tl.where(in_e, scores, float("-inf"))
         best = tl.full((BT, KP), float("-inf"), tl.float32)
         chosen = tl.zeros((BT, KP), tl.int32)
         found = tl.zeros((BT, EP), tl.int32)
+        which = tl.zeros((BT, EP), tl.int32)
         for i in tl.static_range(K):
-            top, which = tl.max(scores, axis=1), tl.argmax(scores, axis=1)
+            top, expert = tl.max(scores, axis=1, return_indices=True)
             best = tl.where((j == i)[None, :], top[:, None], best)
-            chosen = tl.where((j == i)[None, :], which[:, None], chosen)
-            own = e[None, :] == which[:, None]
+            chosen = tl.where((j == i)[None, :], expert[:, None], chosen)
+            own = e[None, :] == expert[:, None]
             scores = tl.where(own, float("-inf"), scores)
-            found += (own & in_t[:, None]).to(tl.int32)
+            found = tl.where(own & in_t[:, None], 1, found)
+            which = tl.where(own, i, which)
         if COUNTS:
-            tl.store(COUNT_TO + tl.program_id(0) * E + e, tl.sum(found, axis=0), e < E)
-        share = tl.exp(best - tl.max(best, axis=1)[:, None])
+            _leave_counts(EACH, BEFORE, found, which, t, e, E, K)
+        most = tl.max(best, axis=1)
+        broken = broken | (most == LOWEST)
+        share = tl.exp(best - most[:, None])
         share = scale * share / tl.sum(share, axis=1)[:, None]
         inside = in_t[:, None] & (j < K)[None, :]
         at = t[:, None] * K + j[None, :]
@@ -255,20 +292,18 @@ if triton is not None:
             out += tl.where(e[None, :] == chosen[:, None], one[:, None], 0.0)
         tl.store(DS + t[:, None] * E + e[None, :], out.to(DS.dtype.element_ty), in_t[:, None] & (e < E)[None, :])
 
-    @triton.jit
-    def _takes(CHOSEN, t, e, T, K: tl.constexpr, BT: tl.constexpr, EP: tl.constexpr):
-        """1 for each of these experts that each of these tokens has chosen, else 0, (BT, EP)."""
-        found = tl.zeros((BT, EP), tl.int32)
-        for i in tl.static_range(K):
-            found += (e[None, :] == tl.load(CHOSEN + t * K + i, t < T, -1)[:, None]).to(tl.int32)
-        return found
-
     @triton.jit(do_not_specialize=VARYING)
-    def _count(CHOSEN, COUNTS, T, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-        group = tl.program_id(0)
-        e = tl.arange(0, EP)
-        found = _takes(CHOSEN, group * BT + tl.arange(0, BT), e, T, K, BT, EP)
-        tl.store(COUNTS + group * E + e, tl.sum(found, axis=0), e < E)
+    def _count(
+        CHOSEN, EACH, BEFORE, T, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr
+    ):  # fmt: skip
+        t, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, EP)
+        found = tl.zeros((BT, EP), tl.int32)
+        which = tl.zeros((BT, EP), tl.int32)
+        for i in tl.static_range(K):
+            own = e[None, :] == tl.load(CHOSEN + t * K + i, t < T, -1)[:, None]
+            found = tl.where(own, 1, found)
+            which = tl.where(own, i, which)
+        _leave_counts(EACH, BEFORE, found, which, t, e, E, K)
 
     @triton.jit
     def _tabulate(TABLE, most, first, total, each, e, E: tl.constexpr):
@@ -310,21 +345,19 @@ if triton is not None:
         first_chunk = _tabulate(CHUNKS, most_chunks, first, total, chunk, e, E)
         tl.store(CHUNKS + 2 * most_chunks + 1 + e, first_chunk, e < E)
 
-    @triton.jit(do_not_specialize=VARYING)
+    @triton.jit(do_not_specialize=["rows"])
     def _place(
-        WEIGHTS, CHOSEN, BEGIN, POSITION, TOKEN, WEIGHT, T,
-        E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+        WEIGHTS, CHOSEN, BEGIN, POSITION, TOKEN, WEIGHT, rows,
+        E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        group = tl.program_id(0)
-        t, e = group * BT + tl.arange(0, BT), tl.arange(0, EP)
-        found = _takes(CHOSEN, t, e, T, K, BT, EP)
-        rank = tl.cumsum(found, axis=0) - found + tl.load(BEGIN + group * E + e, e < E, 0)[None, :]
-        for i in tl.static_range(K):
-            own = e[None, :] == tl.load(CHOSEN + t * K + i, t < T, -1)[:, None]
-            row = tl.sum(tl.where(own, rank, 0), axis=1)
-            tl.store(POSITION + t * K + i, row, t < T)
-            tl.store(TOKEN + row, t, t < T)
-            tl.store(WEIGHT + row, tl.load(WEIGHTS + t * K + i, t < T, 0.0), t < T)
+        """Each choice behind those of its group's first row; POSITION holds how many of its group are before it."""
+        choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside, token = choice < rows, choice // K
+        begin = tl.load(BEGIN + token // BT * E + tl.load(CHOSEN + choice, inside, 0), inside, 0)
+        row = begin + tl.load(POSITION + choice, inside, 0)
+        tl.store(POSITION + choice, row, inside)
+        tl.store(TOKEN + row, token, inside)
+        tl.store(WEIGHT + row, tl.load(WEIGHTS + choice, inside, 0.0), inside)
 
     @triton.jit(do_not_specialize=["count"])
     def _of_tokens(

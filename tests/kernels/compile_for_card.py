@@ -252,7 +252,7 @@ def states(width: int, dtype: torch.dtype, of: Variants) -> None:
 def mixture(width: int, rank: int, dtype: torch.dtype, of: Variants) -> None:
     """Launch the kernels of a mixture of experts, of this width inside as well."""
     count, k, dropout = 8, 2, Dropout(0.05, integers(1), 3)
-    weights, chosen = experts.choose(empty(T, count), k, counts=integers(T, count))
+    weights, chosen = experts.choose(empty(T, count), k, counts=experts.Counts.room(T, k, count, torch.device("meta")))
     choices = experts.sort(weights, chosen, count)
     experts.choose_backward(choices, empty(T, k), 1.0, dtype)
     experts.of_tokens(empty(3, T * k), choices)

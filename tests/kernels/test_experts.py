@@ -5,19 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_qlora.kernels import experts_products
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.experts import (
     Choices,
+    Counts,
     choose,
     choose_backward,
     choose_backward_reference,
     choose_reference,
     combine,
     combine_reference,
-    counts_of,
     of_tokens,
     sort,
     sort_reference,
@@ -93,12 +94,12 @@ def test_the_best_experts_are_chosen_and_share_by_softmax(experts: int, k: int) 
     torch.testing.assert_close(weights, expected)
 
 
-@pytest.mark.parametrize("broken", [slice(1, 3), slice(None)])
-def test_a_token_whose_scores_are_no_numbers_has_experts_and_weights_that_are_none(broken: slice) -> None:
+@pytest.mark.parametrize(("value", "broken"), [("nan", slice(1, 3)), ("nan", slice(None)), ("-inf", slice(None))])
+def test_a_token_whose_scores_are_no_numbers_has_experts_and_weights_that_are_none(value: str, broken: slice) -> None:
     """So that its loss is no number, and no row of another token is read or left out."""
     scores = torch.randn(3, 5, device=DEVICE)
     expected = choose(scores, 4)
-    scores[1, broken] = float("nan")
+    scores[1, broken] = float(value)
     weights, chosen = choose(scores, 4)
     assert sorted(set(chosen[1].tolist())) == sorted(chosen[1].tolist())
     assert int(chosen.min()) >= 0
@@ -108,6 +109,13 @@ def test_a_token_whose_scores_are_no_numbers_has_experts_and_weights_that_are_no
         assert torch.equal(weights[others], expected[0][others])
         assert torch.equal(chosen[others], expected[1][others])
     assert sort(weights, chosen, 5).position.flatten().sort().values.tolist() == list(range(12))
+
+
+def test_scores_of_minus_infinity_are_chosen_last_and_count_nothing() -> None:
+    scores = torch.tensor([[float("-inf"), 1.0, float("-inf"), float("-inf"), 2.0]], device=DEVICE)
+    weights, chosen = choose(scores, 4)
+    assert chosen.tolist() == [[4, 1, 0, 2]]
+    torch.testing.assert_close(weights, F.pad(torch.tensor([[2.0, 1.0]], device=DEVICE).softmax(dim=1), (0, 2)))
 
 
 def test_the_gradient_of_the_choice_is_that_of_autograd() -> None:
@@ -133,7 +141,7 @@ def test_choices_are_sorted_by_expert_and_then_by_token(tokens: int, uneven: boo
 
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_choices_that_were_counted_as_they_were_made_are_sorted_alike(tokens: int) -> None:
-    counts = counts_of(tokens, EXPERTS, DEVICE)
+    counts = Counts.room(tokens, K, EXPERTS, DEVICE)
     weights, chosen = choose(torch.randn(tokens, EXPERTS, device=DEVICE), K, counts=counts)
     one, other = sort(weights, chosen, EXPERTS), sort(weights, chosen, EXPERTS, counts=counts)
     for name in ("position", "token", "weight", "ends"):

@@ -145,7 +145,11 @@ def test_all_of_a_mixture_of_30b_trains_in_40_gb_with_its_experts(fits: ModuleTy
 @pytest.mark.slow
 def test_the_pages_have_the_table_that_the_command_prints(fits: ModuleType) -> None:
     table = fits.overview(list(fits.find_fits(fits.FitsConfig())), 2048)
-    assert table in (ROOT / "docs/fits.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/fits.md").read_text(encoding="utf-8")
+    assert table in page
+    config = fits.FitsConfig(model="Qwen/Qwen3-8B")
+    *told, _24, _40, _48, _80 = fits.listing(list(fits.find_fits(config)), config).splitlines()
+    assert "\n".join(told) in page
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in readme if " · " in line]
     assert rows

@@ -1,7 +1,8 @@
 """Cross-entropy and its gradient from logits, in place: the logits of a slice become d loss / d logits.
 
 Two reads and one write of (T, V); nothing of that size is kept. The softmax is float32, with the maximum and the sum
-found in one pass. Milakov & Gimelshein 2018. The same pass tells if the label is the likeliest token.
+found in one pass. Milakov & Gimelshein 2018. Exponentials have the base 2, which GPUs compute; what concerns one label
+is done for it alone, not compared with each logit, where the instructions would take longer than the bytes.
 """
 
 import torch
@@ -42,7 +43,8 @@ def cross_entropy_(
         cap: logits x count as cap * tanh(x / cap).
         hits: () int64, the number of rows whose argmax is the label is added to it.
     """
-    (rows, vocab), (group, width, warps) = logits.shape, BLOCKS
+    (rows, vocab), (width, warps) = logits.shape, BLOCKS
+    group = 8 if vocab > 16 * width else 4
     _cross_entropy[(rows,)](
         logits, logits.stride(0), labels, weights, loss, loss if hits is None else hits, vocab, cap or 0.0,
         CAPPED=cap is not None, COUNT=hits is not None, GROUP=group, WIDTH=min(width, power_of_2(vocab)),
@@ -50,13 +52,14 @@ def cross_entropy_(
     )  # fmt: skip
 
 
-BLOCKS = (4, 4096, 16)
-"""Logits at a time for each running maximum, such maxima, and warps: with hits the fastest of 10 choices on an H200.
+BLOCKS = (4096, 16)
+"""Running maxima and warps: of 15 choices the fastest on an H200 for 128,256 and 151,936 logits, near it for 32,000.
 
-A new maximum costs an exponential, and the units for these limit the kernel; so several logits share one.
+A new maximum costs an exponential, so several logits of a time share one: 8 where there are many, else 4.
 """
 
 if triton is not None:
+    LOG2_E = tl.constexpr(1.4426950408889634)
 
     @triton.jit
     def _soft(x, cap, CAPPED: tl.constexpr):
@@ -79,31 +82,37 @@ if triton is not None:
         known = label >= 0
         weight = tl.where(known, tl.load(WEIGHTS + t), 0.0)
         label = tl.maximum(label, 0)
-        right, _right_slope = _soft(tl.load(row + label + tl.arange(0, 1)).to(tl.float32), cap, CAPPED)
+        right, right_slope = _soft(tl.load(row + label + tl.arange(0, 1)).to(tl.float32), cap, CAPPED)
         block: tl.constexpr = GROUP * WIDTH
         c = tl.arange(0, GROUP)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        beaten = tl.zeros((WIDTH,), tl.int32)
         largest = tl.full((WIDTH,), -float("inf"), tl.float32)
+        scaled = tl.full((WIDTH,), -float("inf"), tl.float32)  # its logarithm's base is 2, as that of all sums here
         total = tl.zeros((WIDTH,), tl.float32)
         for v0 in range(0, V, block):
-            x, _ = _soft(tl.load(row + v0 + c, v0 + c < V, 0.0).to(tl.float32), cap, CAPPED)
-            x = tl.where(v0 + c < V, x, -float("inf"))
-            if COUNT:  # of equal logits the first is the likeliest, as in torch.argmax
-                beats = (v0 + c != label) & ((x > right) | ((x == right) & (v0 + c < label)))
-                beaten |= tl.max(beats.to(tl.int32), axis=0)
-            new = tl.maximum(largest, tl.max(x, axis=0))
-            new = tl.where(new == -float("inf"), 0.0, new)  # a column that has seen no logit yet
-            total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), axis=0)
-            largest = new
-        most = tl.max(largest, 0)
-        log_sum = most + tl.log(tl.sum(total * tl.exp(largest - most), 0))
-        if COUNT:
-            tl.atomic_add(HITS, 1, known & (tl.max(beaten, 0) == 0), sem="relaxed")
-        tl.store(LOSS + t + tl.arange(0, 1), (log_sum - right) * weight)
+            x, _ = _soft(tl.load(row + v0 + c, v0 + c < V, -float("inf")).to(tl.float32), cap, CAPPED)
+            if CAPPED:
+                x = tl.where(v0 + c < V, x, -float("inf"))
+            largest = tl.maximum(largest, tl.max(x, axis=0))
+            largest = tl.where(largest == -float("inf"), 0.0, largest)  # a column that has seen no logit yet
+            old, scaled = scaled, largest * LOG2_E
+            total = total * tl.exp2(old - scaled) + tl.sum(tl.exp2(x * LOG2_E - scaled[None, :]), axis=0)
+        peak = tl.max(scaled, 0)
+        rest = tl.log2(tl.sum(total * tl.exp2(scaled - peak), 0))
+        log_sum = peak + rest
+        leads = tl.sum((right == tl.max(tl.where(total > 0, largest, -float("inf")), 0)).to(tl.int32), 0) > 0
+        tl.store(LOSS + t + tl.arange(0, 1), (rest - (right * LOG2_E - peak)) / LOG2_E * weight)
         tl.debug_barrier()  # every thread has read the label's logit before it becomes a gradient
+        before = tl.zeros((WIDTH,), tl.int32)
         blocks = tl.cdiv(V, block)
         for i in range(blocks):  # from the end, which was read last and may still be in the cache
             v = (blocks - 1 - i) * block + c
             x, slope = _soft(tl.load(row + v, v < V, 0.0).to(tl.float32), cap, CAPPED)
-            g = (tl.exp(x - log_sum) - tl.where(v == label, 1.0, 0.0)) * weight * slope
-            tl.store(row + v, g.to(LOGITS.dtype.element_ty), v < V)
+            if COUNT:  # noqa: SIM102 - the outer one decides what is compiled
+                if leads:  # of equal logits the first is the likeliest, as in torch.argmax
+                    before |= tl.max(((x == right) & (v < label)).to(tl.int32), axis=0)
+            tl.store(row + v, (tl.exp2(x * LOG2_E - log_sum) * weight * slope).to(LOGITS.dtype.element_ty), v < V)
+        if COUNT:
+            tl.atomic_add(HITS, 1, known & leads & (tl.max(before, 0) == 0), sem="relaxed")
+        tl.debug_barrier()  # the label's gradient is written once more, so that no other element is compared with it
+        g = (tl.exp2(right * LOG2_E - log_sum) - 1.0) * weight * right_slope
+        tl.store(row + label + tl.arange(0, 1), g.to(LOGITS.dtype.element_ty))

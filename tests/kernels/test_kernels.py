@@ -287,7 +287,7 @@ def test_cross_entropy(vocab: int, cap: float | None) -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 2.5])
-@pytest.mark.parametrize("vocab", [17, 5000])
+@pytest.mark.parametrize("vocab", [17, 5000, 70_000])  # a part of a block, and three blocks
 def test_a_hit_is_a_label_that_torch_s_argmax_is(vocab: int, cap: float | None) -> None:
     logits = rand(8, vocab)
     logits[:4, [3, vocab - 1]] = 9.0  # equal ones: the first counts

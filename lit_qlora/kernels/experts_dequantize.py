@@ -14,7 +14,8 @@ from torch import Tensor
 from lit_qlora.kernels.launch import cdiv, tl, triton
 from lit_qlora.kernels.stack import BLOCK, PER_STEP, EightBit, FourBit
 
-GROUPS = 64  # blocks of 64 weights a program
+GROUPS = 128
+"""Blocks of 64 weights a program. 256 must be a multiple, so that those of a whole program share an outer scale."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def dequantize(weight: Matrices, out: Tensor) -> Tensor:
     nested: Any = stored.nested or (stored.code,) * 3
     _four_bit[(cdiv(blocks, GROUPS),)](
         stored.words, stored.absmax, stored.code, *nested, out, blocks, each, cdiv(each, 256),
-        NESTED=stored.nested is not None, G=GROUPS, num_warps=4,
+        NESTED=stored.nested is not None, WHOLE=each % GROUPS == 0, G=GROUPS, num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds after the product and after the sum
     )  # fmt: skip
     return out
@@ -76,35 +77,30 @@ if triton is not None:
 
     @triton.jit
     def _four_bit(
-        PACKED, ABSMAX, CODE, CODE2, OUTER, OFFSET, OUT, blocks, each, outer_each,
-        NESTED: tl.constexpr, G: tl.constexpr,
+        WORDS, ABSMAX, CODE, CODE2, OUTER, OFFSET, OUT, blocks, each, outer_each,
+        NESTED: tl.constexpr, WHOLE: tl.constexpr, G: tl.constexpr,
     ):  # fmt: skip
-        """A thread takes words of eight weights and finds their scale itself, so that threads exchange nothing."""
-        word = tl.program_id(0).to(tl.int64) * (8 * G) + tl.arange(0, 8 * G)
-        block = (word // 8).to(tl.int32)
-        inside = block < blocks
+        """A program takes G blocks, which are all of one matrix if WHOLE.
+
+        Values are gathered from shared memory. From global memory, each look-up has two instructions for its address.
+        """
+        first = tl.program_id(0).to(tl.int64) * G
+        block = first + tl.arange(0, G)
+        inside = None if WHOLE else block < blocks
+        rows = None if WHOLE else (block < blocks)[:, None]
+        scale = tl.load(ABSMAX + block, inside)
         if NESTED:
-            matrix = block // each
-            scale = tl.load(CODE2 + tl.load(ABSMAX + block, inside, 0).to(tl.int32))
-            scale = scale * tl.load(OUTER + matrix * outer_each + (block - matrix * each) // 256, inside, 0.0)
-            scale = scale + tl.load(OFFSET + matrix, inside, 0.0)
-        else:
-            scale = tl.load(ABSMAX + block, inside, 0.0)
-        eight = tl.load(PACKED + word, inside, 0)
-        dtype: tl.constexpr = OUT.dtype.element_ty
-        # In each byte the high nibble comes first, and the lowest byte is the first.
-        v0 = (tl.load(CODE + ((eight >> 4) & 15)) * scale).to(dtype)
-        v1 = (tl.load(CODE + (eight & 15)) * scale).to(dtype)
-        v2 = (tl.load(CODE + ((eight >> 12) & 15)) * scale).to(dtype)
-        v3 = (tl.load(CODE + ((eight >> 8) & 15)) * scale).to(dtype)
-        v4 = (tl.load(CODE + ((eight >> 20) & 15)) * scale).to(dtype)
-        v5 = (tl.load(CODE + ((eight >> 16) & 15)) * scale).to(dtype)
-        v6 = (tl.load(CODE + ((eight >> 28) & 15)) * scale).to(dtype)
-        v7 = (tl.load(CODE + ((eight >> 24) & 15)) * scale).to(dtype)
-        even = tl.interleave(tl.interleave(v0, v4), tl.interleave(v2, v6))
-        odd = tl.interleave(tl.interleave(v1, v5), tl.interleave(v3, v7))
-        to = tl.program_id(0).to(tl.int64) * (64 * G) + tl.arange(0, 64 * G)
-        tl.store(OUT + to, tl.interleave(even, odd), to // 64 < blocks)
+            one = (first if WHOLE else tl.minimum(block, blocks - 1)).to(tl.int32)
+            matrix = one // each
+            outer = tl.load(OUTER + matrix * outer_each + (one - matrix * each) // 256)
+            scale = tl.load(CODE2 + scale.to(tl.int32)) * outer + tl.load(OFFSET + matrix)
+        i = tl.arange(0, 8)
+        word = tl.load(WORDS + block[:, None] * 8 + i[None, :], rows)
+        shift = (i ^ 1) * 4  # in each byte the high nibble comes first, and the lowest byte is the first
+        which = (word[:, :, None] >> shift[None, None, :]) & 15
+        value = tl.gather(tl.load(CODE + tl.arange(0, 16)), which.reshape(64 * G), 0).reshape(G, 64) * scale[:, None]
+        to = OUT + block[:, None] * 64 + tl.arange(0, 64)[None, :]
+        tl.store(to, value.to(OUT.dtype.element_ty), rows)
 
     @triton.jit
     def _eight_bit(PACKED, ABSMAX, OUT, K, PER_STEP: tl.constexpr, BLOCK: tl.constexpr):

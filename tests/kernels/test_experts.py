@@ -178,7 +178,7 @@ def test_a_token_gets_the_sum_of_its_choices() -> None:
         torch.testing.assert_close(of_tokens(parts, choices), parts.sum(0)[choices.position.long()])
 
 
-@pytest.mark.parametrize("width", [64, 80])  # blocks of 64: 80 rows of 64 have scales for half a block of 256 more
+@pytest.mark.parametrize("width", [64, 80, 128])  # blocks of 64: 80 rows have scales for half a block of 256 more
 @pytest.mark.parametrize("scheme", ["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.int8"])
 def test_dequantised_matrices_are_those_of_their_layers_to_the_last_bit(scheme: Any, width: int) -> None:
     layers = [QuantizedLinear(rand(width, 192), None, scheme) for _ in range(3)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.experts import Choices
-from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tl, triton
+from lit_qlora.kernels.launch import VARYING, cdiv, fitting, power_of_2, shared_memory, tl, triton
 
 if triton is not None:
     from lit_qlora.kernels.dropout import factor
@@ -53,12 +53,14 @@ def project(x: Tensor, a: Tensor, choices: Choices, gathered: bool = False, drop
     columns, bm = parts * cdiv(rank, block), min(choices.tile, BLOCKS_PROJECT[0])
     while bm > LEAST_ROWS and choices.most_tiles * cdiv(choices.tile, bm) * columns < FILLING:
         bm //= 2
-    sub = cdiv(choices.tile, bm)
+    sub, bk = cdiv(choices.tile, bm), BLOCKS_PROJECT[1]
+    if k >= LONG:
+        bk = fitting(WIDE, 2 * (bm + block) * x.element_size(), shared_memory(x))
     _project[(choices.most_tiles * sub, columns)](
         x, x.stride(0), choices.token, a, *a.stride(), z, choices.ends, choices.tiles, choices.most_tiles, k,
         dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
-        GATHERED=gathered, DROP=dropout.p > 0, PARTS=parts, R=rank, RB=block, SUB=sub, EVEN=k % BLOCKS_PROJECT[1] == 0,
-        BM=bm, BK=BLOCKS_PROJECT[1], num_warps=4, num_stages=3,
+        GATHERED=gathered, DROP=dropout.p > 0, PARTS=parts, R=rank, RB=block, SUB=sub, EVEN=k % bk == 0,
+        BM=bm, BK=bk, num_warps=4, num_stages=3,
     )  # fmt: skip
     return z
 
@@ -152,6 +154,8 @@ def fold(sums: list[tuple[Tensor, Tensor]], choices: Choices) -> None:
 
 BLOCKS_PROJECT = (128, 64)
 """Rows of a program and columns of X at a time, for Z: the fastest on an H200."""
+LONG, WIDE = 8192, 256
+"""From so many columns on, a program takes more at a time: few programs have too few bytes on their way otherwise."""
 LEAST_ROWS = 32
 FILLING = 256
 """Programs that fill a GPU: where experts are few and wide, each takes fewer rows, but LEAST_ROWS."""

@@ -299,6 +299,16 @@ def test_programs_may_share_a_tile_in_what_adapters_make(uneven: bool, monkeypat
     assert_near(z, project_reference(exact(x), exact(a), choices, gathered=True))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_programs_take_more_columns_of_long_rows_at_a_time(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices, x, a = choices_of(), rand(TOKENS * K, parts * 320), rand(EXPERTS, parts, 4, 320)
+    monkeypatch.setattr("lit_qlora.kernels.experts_lora.LONG", 320)
+    asked: list[int] = []
+    monkeypatch.setattr("lit_qlora.kernels.experts_lora.fitting", lambda block, *_: asked.append(block) or block)
+    assert_near(project(x, a, choices), project_reference(exact(x), exact(a), choices))
+    assert asked == [256]
+
+
 def test_two_parts_of_a_row_meet_two_parts_of_a() -> None:
     choices, x, b = choices_of(), rand(TOKENS * K, 96), rand(EXPERTS, 2, 48, 4)
     actual = project(x, b.mT, choices)

@@ -253,6 +253,19 @@ def test_a_product_meets_the_weights_of_each_choices_expert(
     assert_near(actual, product_reference(exact(x), exact(weight), choices, None, exact(bias), gathered, transposed))
 
 
+@pytest.mark.parametrize("uneven", [False, True])
+def test_rows_may_be_gathered_before_a_product(uneven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices, x, weight = choices_of(uneven=uneven), rand(TOKENS, 64), rand(EXPERTS, 2 * 48, 64)
+    gathered = x.index_select(0, choices.token)
+    monkeypatch.setattr(experts_products, "is_hopper", lambda _: True)
+    ways = []
+    for columns in (experts_products.MANY_COLUMNS, 96):
+        monkeypatch.setattr(experts_products, "MANY_COLUMNS", columns)
+        assert torch.equal(experts_products.gather(x, choices, 96)[0], x if columns > 96 else gathered)
+        ways.append([product(x, weight, choices, gathered=True), *gate_up(x, weight, choices, "silu")])
+    assert all(torch.equal(*pair) for pair in zip(*ways, strict=True))
+
+
 @pytest.mark.parametrize("group", [2, 8])
 def test_the_order_of_tiles_changes_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choices, x, weight = choices_of(), rand(TOKENS, 64), rand(EXPERTS, 528, 64)

@@ -6,7 +6,7 @@ double quantisation the scale is itself an 8-bit code times a float32 for each 2
 matrix. Dettmers et al. 2023, sec. 3. One pass reads half a byte and writes two bytes a weight.
 """
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
@@ -68,49 +68,34 @@ def dequantize(
         `out`.
     """
     n, k = stack.n, out.size(1) - stack.rank
-    beside = out if b is None else b
-    first_part, layers = 0, len(stack.rows)
+    of_b = (out if b is None else b, table, out, out.stride(0), n, k)
     columns = min(COLUMNS, power_of_2(stack.rank))
     b_programs = cdiv(n, ROWS) * cdiv(stack.rank, columns)
-    rank = {"R": stack.rank, "r": max(stack.r, 1), "COLUMNS": columns, "LAYERS": layers, "ROWS": ROWS}
-    if b_only or not isinstance(weight, FourBit):
-        if isinstance(weight, Unquantized) and not b_only:
-            out[:, :k].copy_(weight.values)
-        if isinstance(weight, EightBit) and not b_only:
-            _eight_bit[(n, cdiv(k, 1024))](
-                weight.packed, weight.absmax, out, out.stride(0), k, PER_STEP=PER_STEP, BLOCK=1024
-            )
-        if b_programs:
-            _four_bit[(b_programs,)](
-                *(out,) * 6, beside, table, out, out.stride(0), n, k, 0, first_part, NESTED=False, G=GROUPS, **rank
-            )
+    rank = {"R": stack.rank, "r": max(stack.r, 1), "COLUMNS": columns, "LAYERS": len(stack.rows), "ROWS": ROWS}
+    if isinstance(weight, FourBit) and not b_only:
+        in_row, nested = k // BLOCK, weight.nested or (weight.code,) * 3
+        group = math.gcd(in_row, TILE)  # a power of two of which a row is a multiple
+        programs = cdiv(n, TILE // group) * (in_row // group)
+        _four_bit[(b_programs + programs,)](
+            weight.words, weight.absmax, weight.code, *nested, *of_b, b_programs,
+            NESTED=weight.nested is not None, TILE=TILE, G=group, IN_ROW=in_row, **rank, num_warps=WARPS,
+            enable_fp_fusion=False,  # bitsandbytes rounds after the product and after the sum
+        )  # fmt: skip
         return out
-    blocks = n * k // BLOCK
-    nested: Any = weight.nested or (weight.code,) * 3
-    programs = cdiv(blocks, GROUPS)
-    _four_bit[(programs + b_programs,)](
-        weight.packed,
-        weight.absmax,
-        weight.code,
-        *nested,
-        beside,
-        table,
-        out,
-        out.stride(0),
-        n,
-        k,
-        blocks,
-        programs,
-        NESTED=weight.nested is not None,
-        G=GROUPS,
-        **rank,
-        num_warps=4,
-        enable_fp_fusion=False,  # bitsandbytes rounds after the product and after the sum
-    )
+    if isinstance(weight, Unquantized) and not b_only:
+        out[:, :k].copy_(weight.values)
+    if isinstance(weight, EightBit) and not b_only:
+        _eight_bit[(n, cdiv(k, 1024))](
+            weight.packed, weight.absmax, out, out.stride(0), k, PER_STEP=PER_STEP, BLOCK=1024
+        )
+    if b_programs:
+        _b[(b_programs,)](*of_b, **rank)
     return out
 
 
-GROUPS = 64  # blocks of 64 weights a program
+TILE, WARPS = 64, 2
+"""Blocks of 64 weights a program, and warps: 64 weights a thread, for which it finds one scale. Of five choices on an
+H200 none was faster for three matrices."""
 ROWS, COLUMNS = 32, 64  # of B a program; larger ones take registers from the programs that dequantise
 
 if triton is not None:
@@ -138,37 +123,63 @@ if triton is not None:
 
     @triton.jit
     def _four_bit(
-        PACKED, ABSMAX, CODE, CODE2, OUTER, OFFSET, B, TABLE, OUT, ld, N, K, blocks, programs,
-        NESTED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, r: tl.constexpr, COLUMNS: tl.constexpr,
-        LAYERS: tl.constexpr, ROWS: tl.constexpr,
+        WORDS, ABSMAX, CODE, CODE2, OUTER, OFFSET, B, TABLE, OUT, ld, N, K, b_programs,
+        NESTED: tl.constexpr, TILE: tl.constexpr, G: tl.constexpr, IN_ROW: tl.constexpr, R: tl.constexpr,
+        r: tl.constexpr, COLUMNS: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
+        """A program takes G of the IN_ROW blocks of each of TILE / G rows; the first programs write B."""
         pid = tl.program_id(0)
-        if pid < programs:
-            block = pid * G + tl.arange(0, G)
-            inside = block < blocks
-            row = block // (K // 64)
-            column = (block - row * (K // 64)) * 64
-            scale = block_scale(block, row, inside, ABSMAX, CODE2, OUTER, OFFSET, TABLE, NESTED, LAYERS)
-            at = block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :]
-            two = tl.load(PACKED + at, inside[:, None], 0).to(tl.int32)
-            high = tl.load(CODE + (two >> 4)) * scale[:, None]
-            low = tl.load(CODE + (two & 15)) * scale[:, None]
-            w = tl.interleave(high.to(OUT.dtype.element_ty), low.to(OUT.dtype.element_ty))
-            to = (row.to(tl.int64) * ld + column)[:, None] + tl.arange(0, 64)[None, :]
-            tl.store(OUT + to, w, inside[:, None])
+        if pid < b_programs:
+            _write_b(pid, B, TABLE, OUT, ld, N, K, R, r, COLUMNS, LAYERS, ROWS)
         else:
-            across: tl.constexpr = (R + COLUMNS - 1) // COLUMNS
-            n = (pid - programs) // across * ROWS + tl.arange(0, ROWS)
-            in_n = n < N
-            j = (pid - programs) % across * COLUMNS + tl.arange(0, COLUMNS)
-            layer = layer_of(n, TABLE, LAYERS)
-            slot = tl.load(TABLE + 3 * layer + 1, in_n, -1)
-            row_b = n - tl.load(TABLE + 3 * layer, in_n, 0) + tl.load(TABLE + 3 * layer + 2, in_n, 0)
-            column_b = j[None, :] - slot[:, None] * r
-            own = (column_b >= 0) & (column_b < r) & (slot >= 0)[:, None] & in_n[:, None]
-            b = tl.load(B + row_b.to(tl.int64)[:, None] * r + column_b, own, 0.0)
-            to_b = n.to(tl.int64)[:, None] * ld + K + j[None, :]
-            tl.store(OUT + to_b, b.to(OUT.dtype.element_ty), in_n[:, None] & (j < R)[None, :])
+            across: tl.constexpr = IN_ROW // G
+            i = tl.arange(0, TILE)
+            row = (pid - b_programs) // across * (TILE // G) + i // G
+            column = (pid - b_programs) % across * G + i % G
+            inside = row < N
+            block = row * IN_ROW + column
+            scale = block_scale(block, row, inside, ABSMAX, CODE2, OUTER, OFFSET, TABLE, NESTED, LAYERS)
+            words = tl.load(WORDS + block.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :], inside[:, None], 0)
+            w = look_up(words, tl.load(CODE + tl.arange(0, 16)), TILE) * scale[:, None]
+            to = (row.to(tl.int64) * ld + column * 64)[:, None] + tl.arange(0, 64)[None, :]
+            tl.store(OUT + to, w.to(OUT.dtype.element_ty), inside[:, None])
+
+    @triton.jit
+    def look_up(words, code, blocks: tl.constexpr):
+        """The codes' values, (blocks, 64), of eight 4-bit weights in each of the words, (blocks, 8).
+
+        Gathered from shared memory: an address in global memory takes two more instructions for each weight. In each
+        byte the high nibble comes first, and the lowest byte is the first.
+        """
+        shift = 4 * (tl.arange(0, 8) ^ 1)
+        nibbles = (words[:, :, None] >> shift[None, None, :]) & 15
+        return tl.gather(code, nibbles.reshape(blocks * 64), 0).reshape(blocks, 64)
+
+    @triton.jit
+    def _b(
+        B, TABLE, OUT, ld, N, K,
+        R: tl.constexpr, r: tl.constexpr, COLUMNS: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        _write_b(tl.program_id(0), B, TABLE, OUT, ld, N, K, R, r, COLUMNS, LAYERS, ROWS)
+
+    @triton.jit
+    def _write_b(
+        pid, B, TABLE, OUT, ld, N, K,
+        R: tl.constexpr, r: tl.constexpr, COLUMNS: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Each adapter's B in its own rows and columns behind the weights, zero elsewhere."""
+        across: tl.constexpr = (R + COLUMNS - 1) // COLUMNS
+        n = pid // across * ROWS + tl.arange(0, ROWS)
+        in_n = n < N
+        j = pid % across * COLUMNS + tl.arange(0, COLUMNS)
+        layer = layer_of(n, TABLE, LAYERS)
+        slot = tl.load(TABLE + 3 * layer + 1, in_n, -1)
+        row_b = n - tl.load(TABLE + 3 * layer, in_n, 0) + tl.load(TABLE + 3 * layer + 2, in_n, 0)
+        column_b = j[None, :] - slot[:, None] * r
+        own = (column_b >= 0) & (column_b < r) & (slot >= 0)[:, None] & in_n[:, None]
+        b = tl.load(B + row_b.to(tl.int64)[:, None] * r + column_b, own, 0.0)
+        to_b = n.to(tl.int64)[:, None] * ld + K + j[None, :]
+        tl.store(OUT + to_b, b.to(OUT.dtype.element_ty), in_n[:, None] & (j < R)[None, :])
 
     @triton.jit
     def _eight_bit(PACKED, ABSMAX, OUT, ld, K, PER_STEP: tl.constexpr, BLOCK: tl.constexpr):

@@ -74,16 +74,14 @@ def dequantize(weight: Matrices, out: Tensor) -> Tensor:
 
 
 if triton is not None:
+    from lit_qlora.kernels.dequantize import look_up
 
     @triton.jit
     def _four_bit(
         WORDS, ABSMAX, CODE, CODE2, OUTER, OFFSET, OUT, blocks, each, outer_each,
         NESTED: tl.constexpr, WHOLE: tl.constexpr, G: tl.constexpr,
     ):  # fmt: skip
-        """A program takes G blocks, which are all of one matrix if WHOLE.
-
-        Values are gathered from shared memory. From global memory, each look-up has two instructions for its address.
-        """
+        """A program takes G blocks, which are all of one matrix if WHOLE."""
         first = tl.program_id(0).to(tl.int64) * G
         block = first + tl.arange(0, G)
         inside = None if WHOLE else block < blocks
@@ -94,11 +92,8 @@ if triton is not None:
             matrix = one // each
             outer = tl.load(OUTER + matrix * outer_each + (one - matrix * each) // 256)
             scale = tl.load(CODE2 + scale.to(tl.int32)) * outer + tl.load(OFFSET + matrix)
-        i = tl.arange(0, 8)
-        word = tl.load(WORDS + block[:, None] * 8 + i[None, :], rows)
-        shift = (i ^ 1) * 4  # in each byte the high nibble comes first, and the lowest byte is the first
-        which = (word[:, :, None] >> shift[None, None, :]) & 15
-        value = tl.gather(tl.load(CODE + tl.arange(0, 16)), which.reshape(64 * G), 0).reshape(G, 64) * scale[:, None]
+        words = tl.load(WORDS + block[:, None] * 8 + tl.arange(0, 8)[None, :], rows)
+        value = look_up(words, tl.load(CODE + tl.arange(0, 16)), G) * scale[:, None]
         to = OUT + block[:, None] * 64 + tl.arange(0, 64)[None, :]
         tl.store(to, value.to(OUT.dtype.element_ty), rows)
 

@@ -1,6 +1,7 @@
 """A stack of layers as training uses it: products forward and backward, and the gradients of the adapters."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from lit_qlora.fused import large_rank
 from lit_qlora.fused.dora import Gains
 from lit_qlora.fused.fp8 import Fp8
+from lit_qlora.fused.large_rank import Sum
 from lit_qlora.fused.stacked import StackedLinear
 from lit_qlora.fused.uneven import PaddedB
 from lit_qlora.kernels import lora_products
@@ -277,6 +279,21 @@ class Group(StackedLinear):
         """True if cuBLAS computes LoRA's products: their kernels take no larger ranks, and 16 outputs at a time."""
         return self.stack.r > MOST_RANK or any(rows % LEAST_STRIPE for rows in self.stack.rows)
 
+    @cached_property
+    def sum_a(self) -> Sum:
+        """The gradient of A as cuBLAS adds to it."""
+        return Sum(self.grad_a)
+
+    @cached_property
+    def sum_b(self) -> Sum:
+        """The gradient of B as cuBLAS adds to it."""
+        return Sum(self.grad_b)
+
+    @property
+    def sums(self) -> tuple[Sum, ...]:
+        """Its gradients, if their first products may be written over whatever is there."""
+        return (self.sum_a, self.sum_b) if self.rank and self.by_cublas and not self.padded else ()
+
     @property
     def _has_zeros(self) -> bool:
         """True if the zeros in [W | B] of several large adapters are worth products without them."""
@@ -313,21 +330,22 @@ class Group(StackedLinear):
         """
         if self.a is None:
             return
-        gradient, dz = self.grad_a if into is None else into, d_out[:, -self.rank :]
+        gradient, dz = self.sum_a if into is None else Sum(into), d_out[:, -self.rank :]
         if self.by_cublas:
             large_rank.grad_a(x, dz, gradient, self.scale, dropout, norm, statistics)
         else:
-            lora_products.grad_a(x, dz, gradient, self.scale, pending, norm or Norm("none"), statistics, dropout)
+            total, norm = gradient.total, norm or Norm("none")
+            lora_products.grad_a(x, dz, total, self.scale, pending, norm, statistics, dropout)
 
     def add_grad_b(self, dy: Tensor, z: Tensor | None, pending: Pending, into: Tensor | None = None) -> None:
         """Add to the gradient of B, or `into` another, given dY and Z. Nothing without an adapter."""
         if z is None:
             return
-        gradient = self.grad_b if into is None else into
+        gradient = self.sum_b if into is None else Sum(into)
         if self.by_cublas:
             large_rank.grad_b(dy, z, gradient, self.stack)
         else:
-            lora_products.grad_b(dy, z, gradient, self.stack, self.table, pending)
+            lora_products.grad_b(dy, z, gradient.total, self.stack, self.table, pending)
 
     def add_grad_lengths(self, dy: Tensor, y: Tensor | None) -> None:
         """Add to the gradients of the lengths that DoRA learns, given dY and Y. Nothing without DoRA."""

@@ -1,5 +1,7 @@
 """LoRA's products by cuBLAS, for ranks above those of kernels.lora_products: more memory traffic, the same result."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,26 @@ from lit_qlora.kernels.dropout import NONE, Dropout, drop
 from lit_qlora.kernels.lora_products import Pending, copy_rows
 from lit_qlora.kernels.norm import Norm, apply_norm
 from lit_qlora.kernels.stack import Stack
+
+
+@dataclass
+class Sum:
+    """A gradient, in float32, that products are added to.
+
+    Attributes:
+        total: (M, N).
+        fresh: nothing was added yet, so whatever is there does not count: the first product is written over it. Large
+            gradients would otherwise be set to zero, read and written once more.
+    """
+
+    total: Tensor
+    fresh: bool = False
+
+    def settle(self) -> None:
+        """Make `total` zero if nothing was added."""
+        if self.fresh:
+            self.total.zero_()
+        self.fresh = False
 
 
 def project(
@@ -72,31 +94,43 @@ def _add_update(dx: Tensor, dz: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
 def grad_a(
     x: Tensor,
     dz: Tensor,
-    gradient: Tensor,
+    gradient: Sum,
     scale: float,
     dropout: Dropout = NONE,
     norm: Norm | None = None,
     statistics: Tensor | None = None,
 ) -> None:
     """As lora_products.grad_a, at once."""
+    total, fresh, gradient.fresh = gradient.total, gradient.fresh, False
     if norm is None or norm.kind != "rms":
         x = x if norm is None else apply_norm(norm, x)
-        gradient.add_(in_float32(dz.T, drop(x, dropout)), alpha=scale)
+        _add_product(total, dz.T, drop(x, dropout), fresh, scale)
         return
     assert statistics is not None
     assert norm.weight is not None
-    rows = (dz * statistics[0][:, None]).to(dz.dtype)
-    gradient.addcmul_(in_float32(rows.T, drop(x, dropout)), norm.weight.float(), value=scale)
+    rows, weight = (dz * statistics[0][:, None]).to(dz.dtype), norm.weight.float()
+    if fresh:
+        _add_product(total, rows.T, drop(x, dropout), fresh, scale)
+        total.mul_(weight)
+    else:
+        total.addcmul_(in_float32(rows.T, drop(x, dropout)), weight, value=scale)
 
 
-def grad_b(dy: Tensor, z: Tensor, gradient: Tensor, stack: Stack) -> None:
+def grad_b(dy: Tensor, z: Tensor, gradient: Sum, stack: Stack) -> None:
     """As lora_products.grad_b, at once."""
-    first = 0
-    for part, slot in zip(dy.split(stack.rows, dim=1), stack.slots, strict=True):
-        if slot >= 0:
-            own = z[:, slot * stack.r : (slot + 1) * stack.r]
-            gradient[first : first + part.size(1)].add_(in_float32(part.T, own))
-            first += part.size(1)
+    fresh, gradient.fresh = gradient.fresh, False
+    for rows, columns, rows_b in stack.slices:
+        _add_product(gradient.total[rows_b], dy[:, rows].T, z[:, columns], fresh)
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor, fresh: bool, scale: float = 1.0) -> None:
+    """Add scale * x y to `total`, float32, or write it there if that is `fresh`."""
+    if not fresh:
+        total.add_(in_float32(x, y), alpha=scale)
+    elif x.is_cuda and x.dtype != torch.float32:
+        torch.addmm(total, x, y, out_dtype=torch.float32, beta=0, alpha=scale, out=total)
+    else:
+        total.addmm_(x, y, beta=0, alpha=scale)
 
 
 def through_mlp(
@@ -104,9 +138,9 @@ def through_mlp(
     dh: Tensor,
     activation: Activation | nn.Module,
     a: Tensor | None,
-    grad_of_a: Tensor | None,
+    grad_of_a: Sum | None,
     z: Tensor | None,
-    grad_of_b: Tensor | None,
+    grad_of_b: Sum | None,
     stack: Stack,
     scale: float,
     pending: Pending,

@@ -164,9 +164,10 @@ class DenseMlp:
         down, gate_up = self.down, self.gate_up
         by_torch = down.by_cublas or gate_up.by_cublas or isinstance(self.activation, nn.Module)
         backward: Any = through_mlp if by_torch else mlp_backward
+        of_a: Any = (down.sum_a if by_torch else down.grad_a) if down.rank else None
+        of_b: Any = (gate_up.sum_b if by_torch else gate_up.grad_b) if gate_up.rank else None
         backward(
-            products, dh, self.activation, down.a, down.grad_a if down.rank else None, z,
-            gate_up.grad_b if gate_up.rank else None, gate_up.stack, down.scale, back.pending,
+            products, dh, self.activation, down.a, of_a, z, of_b, gate_up.stack, down.scale, back.pending,
             self._dropout(down, 3, back.forward),
         )  # fmt: skip
 

@@ -164,6 +164,11 @@ class Fused:
             self._lay_out_group(group, a, b)
             first_a, first_b = at_a.stop, at_b.stop
         self.padded = [padded for group in adapted for padded in group.padded]
+        in_blocks = [group for block in self.blocks for group in block.groups if isinstance(group, Group)]
+        self.sums = [one for group in in_blocks for one in group.sums]
+        written = {one.total.data_ptr() for one in self.sums}
+        both = [tensor for group in adapted for tensor in (group.grad_a, group.grad_b)]
+        self._added = [tensor for tensor in both if tensor.data_ptr() not in written] if written else [self.gradient]
         dora = [group.gains for group in adapted if isinstance(group, Group) and group.gains is not None]
         self.every_length = [pair for gains in dora for pair in gains.lengths]
         self.carries = not dora
@@ -241,6 +246,7 @@ class Fused:
 
     def replay(self, graph: Callable[[], None], backward: bool) -> None:
         """Launch a captured pass; buffers get its first weights before it, and note its last weights after it."""
+        self._settle()
         for ahead in self.ahead:
             ahead.expect(backward)
         graph()
@@ -503,16 +509,26 @@ class Fused:
         first, home = self.every_a[0]
         if first.grad is home and all(whole.grad is not None for whole, _ in self.flat):
             return
-        for tensor in self._gradients:
+        every = (*self.every_a, *self.every_b, *self.every_length, *self._every_row)
+        for one in self.sums:
+            one.fresh = True
+        for tensor in (*self._added, *self._gradients[1:]):
             tensor.zero_()
         for whole, gradient in self.flat:
             whole.grad = gradient
         if first.grad is home:
             return
-        for parameter, gradient in (*self.every_a, *self.every_b, *self.every_length, *self._every_row):
+        if any(parameter.grad is not None for parameter, _ in every):
+            self._settle()
+        for parameter, gradient in every:
             if parameter.grad is not None:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
+
+    def _settle(self) -> None:
+        """Make gradients zero that are zero: none were added since the optimizer has set them to None."""
+        for one in self.sums:
+            one.settle()
 
     @torch.no_grad()
     def forward(self, inputs: Inputs) -> tuple[Tensor, SavedPass]:
@@ -616,6 +632,7 @@ class Fused:
                 d, one, run, self.pending, wants_dx=i > self.lowest or learns, carries=carried[i]
             )
         self.pending.flush()
+        self._settle()
         d = None if d is None else drop(d, run.dropout(0))
         shared, run.shared = run.shared, Shared()  # a graph would keep their memory
         if self.own is not None and shared.embedded is not None:
@@ -640,6 +657,7 @@ class Fused:
     @property
     def counts(self) -> list[Tensor]:
         """See Capturable."""
+        self._settle()
         taken = [router.taken for router in self._routers]
         return [*self._gradients, *(count for count in (self.model.hits, *taken) if count is not None)]
 

@@ -1,5 +1,6 @@
 """The fast path is the plain path: the same loss and gradients for every layout, adapter and recompute setting."""
 
+import math
 import random
 import weakref
 from typing import Any
@@ -331,9 +332,10 @@ def test_the_last_stream_is_gone_when_there_are_logits(monkeypatch: pytest.Monke
     assert alive == [[False, False]]
 
 
-def test_a_batch_without_labels_has_no_loss_and_no_gradient() -> None:
-    model = adapted_model()
-    fuse(model)
+@pytest.mark.parametrize("r", [4, 80])
+def test_a_batch_without_labels_has_no_loss_and_no_gradient(r: int) -> None:
+    model = adapted_model(r=r)
+    fuse(model).gradient.fill_(math.nan)
     tokens, labels = batch()
     loss, gradient = gradients(model, tokens.cpu(), torch.full_like(labels, IGNORE).cpu())
     assert loss == 0
@@ -375,11 +377,17 @@ def test_dropout_is_that_of_the_plain_path_with_the_same_elements_dropped(norm: 
     assert_equal(gradients(model, tokens, tokens), expected)
 
 
-def test_gradients_add_up_over_micro_batches_and_start_at_zero_after_a_step() -> None:
-    model = adapted_model()
+SLOWLY_ADDED = [
+    pytest.param(case, marks=pytest.mark.slow) for case in ("head of rank 80", "ranks and scales that differ")
+]
+
+
+@pytest.mark.parametrize("case", ["plain", "rank 80", *SLOWLY_ADDED])
+def test_gradients_add_up_over_micro_batches_and_start_at_zero_after_a_step(case: str) -> None:
+    model = adapted_model(**CASES[case], n_layer=1)
     expected = gradients(model, *batch())[1]
     model.zero_grad()
-    fuse(model)
+    fused = fuse(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     for _ in range(2):
         for _ in range(2):
@@ -389,10 +397,12 @@ def test_gradients_add_up_over_micro_batches_and_start_at_zero_after_a_step() ->
                 torch.testing.assert_close(parameter.grad, 2 * expected[name], rtol=1e-3, atol=1e-4)
         optimizer.step()
         optimizer.zero_grad()
+        fused.gradient.fill_(math.nan)  # which nobody reads
 
 
-def test_gradients_that_are_there_already_are_added_to() -> None:
-    model = adapted_model()
+@pytest.mark.parametrize("r", [4, pytest.param(80, marks=pytest.mark.slow)])
+def test_gradients_that_are_there_already_are_added_to(r: int) -> None:
+    model = adapted_model(r=r)
     expected = gradients(model, *batch())[1]
     fuse(model)
     (model.loss(*batch()) / 7).backward()

@@ -116,6 +116,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tokens that learn": {"lora": {"train_tokens": (3, 7)}, "tied_head": True},
     "tokens and rows of the head": {"lora": {"train_tokens": tuple(range(80)), "train_head_rows": True}},
     "ranks that differ": {"lora": {"rank_pattern": {"key": 2}}},
+    "rank 80": {"r": 80},
 }
 
 

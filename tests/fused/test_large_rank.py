@@ -59,10 +59,27 @@ def test_the_gradient_of_a_is_that_of_the_normed_input(kind: str, dropout: Dropo
     norm = Norm(kind, 1e-5, None if kind == "none" else 1 + 0.1 * torch.randn(K))
     x, dz, gradient = 3 * torch.randn(ROWS, K), torch.randn(ROWS, 3), torch.ones(3, K)
     statistics = add_norm(x, None, norm, torch.empty_like(x))[1]
-    large_rank.grad_a(x, dz, gradient, 2.0, dropout, norm, statistics)
+    large_rank.grad_a(x, dz, large_rank.Sum(gradient), 2.0, dropout, norm, statistics)
     x, dz = x.double(), dz.double()
     wanted = 1 + 2 * dz.T @ (norm_reference(x, norm).double() * factor_reference(ROWS, K, dropout))
     torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rms", "none"])
+def test_the_first_products_are_written_over_what_is_there(kind: str) -> None:
+    norm, stack = Norm(kind, 1e-5, None if kind == "none" else 1 + 0.1 * torch.randn(K)), STACKS[1]
+    x, dz, dy, z = (torch.randn(ROWS, n) for n in (K, 3, stack.n, stack.rank))
+    statistics = add_norm(x, None, norm, torch.empty_like(x))[1]
+    added, written = (
+        [large_rank.Sum(torch.full((m, n), value), fresh) for m, n in ((3, K), (stack.adapted_rows, 3))]
+        for value, fresh in ((0.0, False), (float("nan"), True))
+    )
+    for _ in range(2):
+        for of_a, of_b in (added, written):
+            large_rank.grad_a(x, dz, of_a, 2.0, NONE, norm, statistics)
+            large_rank.grad_b(dy, z, of_b, stack)
+        for one, other in zip(added, written, strict=True):
+            torch.testing.assert_close(other.total, one.total)
 
 
 @pytest.mark.parametrize("dropout", [NONE, Dropout(0.3, torch.tensor([5]))], ids=["", "dropout"])
@@ -80,8 +97,8 @@ def test_gradients_through_an_mlp(activation: Activation | nn.Module, dropout: D
     (d_branches,) = torch.autograd.grad(h, leaf, d_h)
     wanted_a = 2 * dh[:, K:].T @ (h * kept).detach()
     large_rank.through_mlp(
-        branches, dh, activation, a, grad_a, z, grad_b, stack, 2.0, Pending(), dropout
-    )  # fmt: skip
+        branches, dh, activation, a, large_rank.Sum(grad_a), z, large_rank.Sum(grad_b), stack, 2.0, Pending(), dropout
+    )
     torch.testing.assert_close(branches, d_branches, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad_a, wanted_a, rtol=1e-4, atol=1e-5)
     parts = zip(d_branches.split(K, 1), z.split(3, 1), strict=True)

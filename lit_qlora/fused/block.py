@@ -354,7 +354,7 @@ class FusedBlock(Block):
         group.add_grad_lengths(d_y, raw)
         del raw
         group.add_grad_b(d_y, saved.z_projection, back.pending)
-        da = group.product_back(d_y, back.workspaces[0], saved.matrix_projection)
+        da, dz = group.back(d_y, back.workspaces[0], saved.matrix_projection)
         del d_y
         assert saved.attended is not None
         saved.attended, dropout = get(saved.attended), self._dropout(group, 1, back.forward)
@@ -363,9 +363,9 @@ class FusedBlock(Block):
             assert isinstance(saved.qkv, Tensor)
             read = torch.empty_like(read)
             gate_forward(saved.attended, saved.qkv[:, self.gates], read)
-        group.add_grad_a(read, da, back.pending, dropout)
+        group.add_grad_a(read, dz, back.pending, dropout)
         del read
-        return group.d_input(da, dropout)
+        return group.d_input(da, dz, dropout)
 
     def _attention_backward(self, d_attended: list[Tensor], saved: SavedBlock, back: Backward) -> Tensor:
         """The gradient of what the product with the stacked weights gave, as wide."""

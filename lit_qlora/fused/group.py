@@ -264,6 +264,18 @@ class Group(StackedLinear):
             return large_rank.product_back(dy, matrix, self.b, self.k, self.stack)
         return torch.mm(dy, matrix)
 
+    def back(self, dy: Tensor, workspace: Tensor | None, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[dX | dZ] and dZ, for d_input.
+
+        With large adapters it is dX alone, (T, K), which d_input need not copy.
+        """
+        apart = self.stack.r > MOST_RANK and self.b is not None and self.fp8 is None and self.gains is None
+        if not apart:
+            d_out = self.product_back(dy, workspace, matrix)
+            return d_out, d_out[:, self.k :]
+        matrix = self.matrix(workspace) if matrix is None else matrix
+        return torch.mm(dy, matrix[:, : self.k]), self.d_z(dy)
+
     def d_z(self, dy: Tensor) -> Tensor:
         """DZ = dY B alone, (T, R), where no gradient of X is wanted."""
         assert self.b is not None
@@ -353,10 +365,12 @@ class Group(StackedLinear):
             assert y is not None
             self.gains.add_gradient(dy, y, self.bias)
 
-    def d_input(self, d_out: Tensor, dropout: Dropout) -> Tensor:
-        """The gradient of the group's input, (T, K), from [dX | dZ]."""
+    def d_input(self, d_out: Tensor, dz: Tensor, dropout: Dropout) -> Tensor:
+        """The gradient of the group's input, (T, K), from what `back` gives, which is used up."""
         if self.a is None:
             return d_out
+        if d_out.size(1) == self.k:
+            return large_rank.add_update(d_out, dz, self.a, dropout)
         return (large_rank if self.by_cublas else lora_products).rank_update(d_out, self.a, self.k, dropout)
 
     def d_stream(

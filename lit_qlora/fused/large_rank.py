@@ -79,15 +79,16 @@ def rank_update(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:
     """As lora_products.rank_update."""
     out = d_out.new_empty(len(d_out), k)
     copy_rows(d_out[:, :k], out)
-    return _add_update(out, d_out[:, k:], a, dropout)
+    return add_update(out, d_out[:, k:], a, dropout)
 
 
 def rank_update_(d_out: Tensor, a: Tensor, k: int, dropout: Dropout) -> Tensor:
     """The same in place: a view of the first K columns, which needs no copy of them."""
-    return _add_update(d_out[:, :k], d_out[:, k:], a, dropout)
+    return add_update(d_out[:, :k], d_out[:, k:], a, dropout)
 
 
-def _add_update(dx: Tensor, dz: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
+def add_update(dx: Tensor, dz: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
+    """The sum dX + dropout'(dZ A) in place of dX, (T, K)."""
     return dx.add_(drop(torch.mm(dz, a), dropout)) if dropout.p else dx.addmm_(dz, a)
 
 
@@ -108,12 +109,13 @@ def grad_a(
         return
     assert statistics is not None
     assert norm.weight is not None
-    rows, weight = (dz * statistics[0][:, None]).to(dz.dtype), norm.weight.float()
+    factors = norm.weight.float() * scale
+    rows = torch.mul(dz, statistics[0][:, None], out=torch.empty_like(dz, memory_format=torch.contiguous_format))
     if fresh:
-        _add_product(total, rows.T, drop(x, dropout), fresh, scale)
-        total.mul_(weight)
+        _add_product(total, rows.T, drop(x, dropout), fresh)
+        total.mul_(factors)
     else:
-        total.addcmul_(in_float32(rows.T, drop(x, dropout)), weight, value=scale)
+        total.addcmul_(in_float32(rows.T, drop(x, dropout)), factors)
 
 
 def grad_b(dy: Tensor, z: Tensor, gradient: Sum, stack: Stack) -> None:

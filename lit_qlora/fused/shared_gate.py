@@ -50,9 +50,9 @@ class SharedGate:
         d_share = (d_out * saved.given).sum(1, keepdim=True)
         d_score = d_share * share * (1 - share)
         group.add_grad_b(d_score, saved.z, back.pending)
-        both = group.product_back(d_score, back.workspaces[0])
-        group.add_grad_a(x, both, back.pending, dropout)
-        return d_out * share, group.d_input(both, dropout)
+        d_x, dz = group.back(d_score, back.workspaces[0])
+        group.add_grad_a(x, dz, back.pending, dropout)
+        return d_out * share, group.d_input(d_x, dz, dropout)
 
     def _dropout(self, run: Pass) -> Dropout:
         return self.group.dropout(run.seed, self.number)

@@ -85,10 +85,10 @@ class _Product(torch.autograd.Function):
         dy = gradients[0].contiguous()
         group.add_grad_lengths(dy, y)
         group.add_grad_b(dy, z, pending)
-        both = group.product_back(dy, ctx.stack.workspace)
-        group.add_grad_a(x, both, pending, dropout)
+        d_out, dz = group.back(dy, ctx.stack.workspace)
+        group.add_grad_a(x, dz, pending, dropout)
         pending.flush()
-        return group.d_input(both, dropout), None
+        return group.d_input(d_out, dz, dropout), None
 
 
 def with_layers(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -420,7 +420,7 @@ class FusedBlock(Block):
         group = self.qkv
         z = group.project(normed, normed, self._dropout(group, 0, run))
         matrix = group.matrix(space)
-        qkv = group.product(normed, matrix)
+        qkv = group.product(normed, matrix, z)
         if self.shaping.does_nothing:
             self._rotate(qkv, run)
         return z, qkv, matrix

@@ -95,6 +95,7 @@ class Group(StackedLinear):
         grad_a, grad_b: their float32 gradients, of A itself.
         dense: [W | B] that is not quantised, or is a cached weight; W alone where nothing is stacked or adapted.
         fp8: the weights in FP8, where their products are.
+        beside: where B lies beside W; large adapters share columns there, see large_rank.product.
         gains: the factors of DoRA; None without. What is cached lacks them, and nothing is carried over.
         carried: [W | B] carried over until the next call of `matrix`, which writes the B of then into it.
     """
@@ -108,6 +109,9 @@ class Group(StackedLinear):
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype, fp8: bool = False) -> None:
         ranks = [layer.lora_a.size(0) if isinstance(layer, LoRALinear) else 0 for layer in layers]
         super().__init__(layers, ranks, dtype)
+        self.shares_columns = self.stack.r > MOST_RANK and self.rank > self.stack.r and not fp8
+        self.beside = large_rank.beside(self.stack) if self.shares_columns else self.stack
+        self.table_beside = self.beside.table(self.device)
         self.adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
         self.adapted: list[nn.Module] = [*self.adapters]
         self.padded: list[PaddedB] = []
@@ -151,7 +155,7 @@ class Group(StackedLinear):
     @property
     def width(self) -> int:
         """Columns of [W | B] and of [X | Z]."""
-        return self.k + self.rank
+        return self.k + self.beside.rank
 
     @property
     def workspace_size(self) -> int:
@@ -203,7 +207,7 @@ class Group(StackedLinear):
             torch.empty(self.workspace_size, dtype=self.dtype, device=self.device) if workspace is None else workspace
         )
         out = space[: self.n * self.width].view(self.n, self.width)
-        dequantize(self.weight, self.b, out, self.stack, self.table)
+        dequantize(self.weight, self.b, out, self.beside, self.table_beside)
         self.carried = out if workspace is None else None
         return out
 
@@ -233,7 +237,7 @@ class Group(StackedLinear):
 
     def _write_b(self, out: Tensor) -> None:
         if self.rank:
-            dequantize(None, self.b, out, self.stack, self.table, b_only=True)
+            dequantize(None, self.b, out, self.beside, self.table_beside, b_only=True)
 
     def empty_input(self, tokens: int) -> Tensor:
         """Room for [X | Z], (T, K + R)."""
@@ -244,12 +248,17 @@ class Group(StackedLinear):
         normed = self.empty_input(x.size(0))
         return *add_norm(x, y, norm, normed), normed
 
-    def product(self, x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-        """Y = [X | Z] [W | B]^T + bias, (T, N), in `out` if there is one."""
+    def product(self, x: Tensor, matrix: Tensor, z: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Y = [X | Z] [W | B]^T + bias, (T, N), in `out` if there is one.
+
+        Args:
+            z: Z, which does not lie behind X where adapters share columns.
+        """
         if self.fp8 is not None:
             return self.fp8.product(x, matrix, self.b, self.bias)
-        if self._has_zeros and self.bias is None:
-            return large_rank.product(x, matrix, self.k, self.stack, out)
+        if self.shares_columns:
+            assert z is not None
+            return large_rank.product(x, z, matrix, self.bias, self.k, self.stack, out)
         if self.bias is None:
             return torch.mm(x, matrix.T, out=out)
         return torch.addmm(self.bias, x, matrix.T, out=out)
@@ -260,8 +269,8 @@ class Group(StackedLinear):
             assert workspace is not None
             return self.fp8.product_back(dy, workspace, self.b)
         matrix = self.matrix(workspace) if matrix is None else matrix
-        if self._has_zeros and self.b is not None and self.gains is None:
-            return large_rank.product_back(dy, matrix, self.b, self.k, self.stack)
+        if self.shares_columns:
+            return large_rank.product_back(dy, matrix, self.k, self.stack)
         return torch.mm(dy, matrix)
 
     def back(self, dy: Tensor, workspace: Tensor | None, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -306,11 +315,6 @@ class Group(StackedLinear):
         """Its gradients, if their first products may be written over whatever is there."""
         return (self.sum_a, self.sum_b) if self.rank and self.by_cublas and not self.padded else ()
 
-    @property
-    def _has_zeros(self) -> bool:
-        """True if the zeros in [W | B] of several large adapters are worth products without them."""
-        return self.stack.r > MOST_RANK and self.rank > self.stack.r
-
     def project(
         self,
         x: Tensor,
@@ -323,7 +327,7 @@ class Group(StackedLinear):
         if self.a is None:
             return None
         if self.by_cublas or isinstance(activation, nn.Module):
-            return large_rank.project(x, self.a, out, activation, copy, dropout)
+            return large_rank.project(x, self.a, out, activation, copy, dropout, not self.shares_columns)
         return lora_products.project(x, self.a, out, activation, copy, dropout)
 
     def add_grad_a(

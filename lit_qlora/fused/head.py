@@ -122,7 +122,7 @@ class Head:
         pending = Pending()
         for first in range(0, count, step):
             here = slice(first, min(first + step, count))
-            logits = group.product(both[here], matrix, space[: here.stop - first])
+            logits = group.product(both[here], matrix, out=space[: here.stop - first])
             if rows and not rows.whole:
                 rows.write_logits(both[here], logits)
             if labelled.lesson is None:

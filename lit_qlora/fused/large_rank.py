@@ -1,6 +1,6 @@
 """LoRA's products by cuBLAS, for ranks above those of kernels.lora_products: more memory traffic, the same result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,37 +34,62 @@ class Sum:
 
 
 def project(
-    x: Tensor, a: Tensor, out: Tensor, activation: Activation | nn.Module | None, copy: bool, dropout: Dropout
+    x: Tensor,
+    a: Tensor,
+    out: Tensor,
+    activation: Activation | nn.Module | None,
+    copy: bool,
+    dropout: Dropout,
+    writes_z: bool = True,
 ) -> Tensor:
-    """As lora_products.project."""
+    """As lora_products.project; without `writes_z` Z is not written behind X."""
     k = a.size(1)
     if activation:
         activate(x, out, activation)
     elif copy:
         copy_rows(x, out[:, :k])
     z = torch.mm(drop(out[:, :k], dropout), a.T)
-    out[:, k:] = z
+    if writes_z:
+        out[:, k:] = z
     return z
 
 
-def product(x: Tensor, matrix: Tensor, k: int, stack: Stack, out: Tensor | None) -> Tensor:
-    """Y = [X | Z] [W | B]^T, (T, N), in `out` if there is one, with few of the zeros beside B of several layers.
+def product(
+    x: Tensor, z: Tensor, matrix: Tensor, bias: Tensor | None, k: int, stack: Stack, out: Tensor | None
+) -> Tensor:
+    """Y = [X | Z] [W | B]^T + bias, (T, N), in `out` if there is one, with few of the zeros beside B of several layers.
 
-    The rows of all layers up to the first with an adapter are a product of their own, without the Z of the others.
+    The layers up to the first with an adapter are a product of their own. Its Z lies where that of the others comes
+    then, see `beside`.
+
+    Args:
+        x: (T, K + columns of `beside`), X with room behind it.
     """
     out = x.new_empty(len(x), stack.n) if out is None else out
     (rows, columns, _), *_ = stack.slices
-    first = slice(0, rows.stop)
-    torch.mm(x[:, : k + columns.stop], matrix[first, : k + columns.stop].T, out=out[:, first])
-    torch.mm(x, matrix[rows.stop :].T, out=out[:, rows.stop :])
+    first, rest = slice(0, rows.stop), slice(rows.stop, stack.n)
+    for part, own in ((first, z[:, columns]), (rest, z[:, columns.stop :])):
+        width = k + own.size(1)
+        x[:, k:width] = own
+        inputs, weights = x[:, :width], matrix[part, :width].T
+        if bias is None:
+            torch.mm(inputs, weights, out=out[:, part])
+        else:
+            torch.addmm(bias[part], inputs, weights, out=out[:, part])
     return out
 
 
-def product_back(dy: Tensor, matrix: Tensor, b: Tensor, k: int, stack: Stack) -> Tensor:
+def beside(stack: Stack) -> Stack:
+    """The stack with the columns that `product` reads: the first layer with an adapter shares them with the others."""
+    return replace(stack, slots=tuple(slot if slot < 1 else slot - 1 for slot in stack.slots))
+
+
+def product_back(dy: Tensor, matrix: Tensor, k: int, stack: Stack) -> Tensor:
     """[dX | dZ] = dY [W | B], (T, K + R), without the zeros beside B of several layers."""
     out = dy.new_empty(len(dy), k + stack.rank)
     torch.mm(dy, matrix[:, :k], out=out[:, :k])
-    times_b(dy, b, stack, out[:, k:])
+    for (rows, columns, _), (_, place, _) in zip(stack.slices, beside(stack).slices, strict=True):
+        torch.mm(dy[:, rows], matrix[rows, k:][:, place], out=out[:, k:][:, columns])
     return out
 
 

@@ -176,7 +176,7 @@ class DenseMlp:
         group, normed = self.gate_up, handed.pop()
         z = group.project(normed, normed, self._dropout(group, 2, run))
         matrix = group.matrix(space)
-        return z, group.product(normed, matrix), matrix
+        return z, group.product(normed, matrix, z), matrix
 
     def _dropout(self, group: Group, which: int, run: Pass) -> Dropout:
         return group.dropout(run.seed, 4 * self.number + which)

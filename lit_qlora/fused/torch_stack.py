@@ -73,7 +73,7 @@ class _Product(torch.autograd.Function):
             both = group.empty_input(len(x))
             z = group.project(x, both, dropout, copy=True)
         ctx.stack, ctx.dropout = stack, dropout
-        y = group.product(both, group.matrix(stack.workspace))
+        y = group.product(both, group.matrix(stack.workspace), z)
         ctx.save_for_backward(x, z, None if group.gains is None else y)
         return y
 

@@ -97,7 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
     "projection": {"targets": ("projection",), "scheme": "bnb.fp4"},
     "rank 20": {"r": 20},
     "rank 80": {"r": 80, "scheme": "bnb.nf4"},
-    "rank 80, query and value": {"r": 80, "targets": ("query", "value")},
+    "rank 80, query and value": {"r": 80, "targets": ("query", "value"), "qkv_bias": True},
     "adapted head": {"targets": ("all", "head")},
     "adapted and quantised head": {"targets": ("head", "query"), "scheme": "bnb.nf4", "quantize_head": True},
     "quantised head": {"scheme": "bnb.int8", "quantize_head": True},

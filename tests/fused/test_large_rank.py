@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_qlora.fused import large_rank
 from lit_qlora.fused.kernel_block import ACTIVATIONS
@@ -27,19 +27,20 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def matrix_of(stack: Stack) -> tuple[Tensor, Tensor]:
-    """[W | B] and the stacked B."""
-    matrix, b = torch.randn(stack.n, K + stack.rank), torch.randn(stack.adapted_rows, stack.r)
-    write_b(b, matrix, stack)
-    return matrix, b
-
-
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("stack", STACKS, ids=str)
-def test_products_without_zeros_are_those_with_them(stack: Stack) -> None:
-    matrix, b = matrix_of(stack)
-    x, dy = torch.randn(ROWS, K + stack.rank), torch.randn(ROWS, stack.n)
-    torch.testing.assert_close(large_rank.product(x, matrix, K, stack, None), x @ matrix.T)
-    torch.testing.assert_close(large_rank.product_back(dy, matrix, b, K, stack), dy @ matrix)
+def test_products_with_shared_columns_are_those_with_zeros(stack: Stack, has_bias: bool) -> None:
+    own = large_rank.beside(stack)
+    w, b, bias = torch.randn(stack.n, K), torch.randn(stack.adapted_rows, stack.r), torch.randn(stack.n)
+    x, z, dy = torch.randn(ROWS, K), torch.randn(ROWS, stack.rank), torch.randn(ROWS, stack.n)
+    matrix, with_zeros = (torch.cat((w, w.new_empty(stack.n, one.rank)), 1) for one in (own, stack))
+    write_b(b, matrix, own)
+    write_b(b, with_zeros, stack)
+    room = torch.cat((x, x.new_empty(ROWS, own.rank)), 1)
+    y = large_rank.product(room, z, matrix, bias if has_bias else None, K, stack, None)
+    torch.testing.assert_close(y, torch.cat((x, z), 1) @ with_zeros.T + (bias if has_bias else 0))
+    torch.testing.assert_close(large_rank.product_back(dy, matrix, K, stack), dy @ with_zeros)
+    assert matrix.size(1) < with_zeros.size(1)
 
 
 def test_an_update_in_place_is_that_of_a_copy() -> None:

@@ -20,6 +20,7 @@ STACKS = [
     (Stack(rows=(128, 128), slots=(0, 1), r=16), 192),
     (Stack(rows=(3, 2), slots=(0, 1), r=4), 8192),
     (Stack(rows=(40, 24, 30), slots=(1, -1, 0), r=70), 64),
+    (Stack(rows=(40, 24), slots=(0, 0), r=20), 64),
 ]
 
 

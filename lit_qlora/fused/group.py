@@ -18,7 +18,7 @@ from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
-from lit_qlora.kernels.lora_products import LEAST_STRIPE, MOST_RANK, Pending
+from lit_qlora.kernels.lora_products import LEAST_STRIPE, MOST_RANK, Pending, copy_scaled
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 from lit_qlora.lora.layer import LoRALinear
@@ -421,7 +421,7 @@ class Copies:
     def refresh(self, beside: bool = True) -> None:
         """Copy A times alpha / r and B, and with `beside` also the B beside weights that are in memory."""
         for a, scale, low_a in self.scaled:
-            torch.mul(a, scale, out=low_a)
+            copy_scaled(a, scale, low_a)
         for padded in self.padded:
             padded.copy()
         b, low_b = self.both_b

@@ -13,7 +13,7 @@ from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE, tiled
-from lit_qlora.kernels.lora_products import Pending, copy_rows, grad_a, grad_b, project, rank_update
+from lit_qlora.kernels.lora_products import Pending, copy_rows, copy_scaled, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward, norm_backward_reference, norm_reference
 from lit_qlora.kernels.rope import rotate_, rotate_backward, rotate_reference
@@ -106,6 +106,13 @@ def test_projection(rows: int, k: int, rank: int, kind: str, dropout: Dropout) -
     expected_z = (expected * factor_reference(rows, k, dropout, DEVICE)) @ a.T
     assert_near(z, expected_z)
     assert_near(out[:, k:], expected_z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # the interpreter cuts bfloat16 off
+def test_a_scaled_copy_is_rounded_once(dtype: torch.dtype) -> None:
+    x, out = rand(3, 1000), torch.zeros(3001, device=DEVICE, dtype=dtype)
+    copy_scaled(x, 1 / 3, out[:3000].view(3, 1000))
+    assert torch.equal(out, torch.cat(((x.flatten() * (1 / 3)).to(dtype), out.new_zeros(1))))
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])

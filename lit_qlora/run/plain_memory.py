@@ -79,7 +79,7 @@ def activations(
     config, tokens = gpt.config, rows.tokens
     each = saved(gpt, lora, adapted, itemsize, rows)
     kept = config.n_layer * tokens * config.n_embd * itemsize + max(each) if recompute else sum(each)
-    logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (2 * 4 + itemsize)
+    logits = min(tokens * config.vocab_size, LOGITS_AT_ONCE) * (3 * 4 + itemsize)  # log-softmax and two gradients
     largest = max(config.ffn_size, config.shared_kv_ffn_size, config.n_head * config.head_size) * config.n_embd
     widest = largest * (itemsize + (12 if lora.dora else 0))  # W, B A and their sum in float32
     scores = 2 * 4.0 * max(_scored(config, i, rows) for i in range(config.n_layer))  # two gradients

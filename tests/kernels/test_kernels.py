@@ -276,7 +276,7 @@ def test_rotation_and_its_way_back(rotated: int, interleaved: bool) -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 2.5])
-@pytest.mark.parametrize("vocab", [17, 5000])
+@pytest.mark.parametrize("vocab", [17, 5000, 70_000])
 def test_cross_entropy(vocab: int, cap: float | None) -> None:
     logits, weights = 3 * rand(9, vocab), rand(9).abs()
     labels = torch.randint(0, vocab, (9,), device=DEVICE)

@@ -24,7 +24,7 @@ from lit_qlora.kernels.experts import (
     sort_reference,
 )
 from lit_qlora.kernels.experts_dequantize import Matrices, dequantize, dequantize_reference
-from lit_qlora.kernels.experts_lora import add_gradient, gradient_reference, project, project_reference
+from lit_qlora.kernels.experts_lora import Folds, add_gradient, gradient_reference, project, project_reference
 from lit_qlora.kernels.experts_mlp import mlp_backward, mlp_backward_reference
 from lit_qlora.kernels.experts_products import (
     LowRank,
@@ -302,6 +302,20 @@ def test_what_adapters_make_of_each_choice_and_what_they_learn(
         own = expected.mT if turned else expected
         gradient_reference(exact(x), exact(z), own, choices, 0.5, gathered, dropout)
         assert_near(actual, expected)
+
+
+def test_sums_of_the_chunks_of_an_expert_with_many_rows_are_added_up() -> None:
+    choices = choices_of(300, uneven=True)
+    assert max(choices.ends.diff().tolist()) > choices.chunk
+    x, q, folds = rand(300, 96), rand(300 * K, 16), Folds(choices)
+    actual = [torch.ones(EXPERTS, 96, 16, device=DEVICE) for _ in range(3)]
+    expected = torch.ones(EXPERTS, 96, 16, device=DEVICE, dtype=torch.float64)
+    for gradient in actual:
+        add_gradient(x, q, gradient, choices, 0.5, gathered=True, folds=folds)
+    folds.flush()
+    gradient_reference(exact(x), exact(q), expected, choices, 0.5, gathered=True)
+    for gradient in actual:
+        assert_near(gradient, expected)
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lit_qlora.fused.torch_activation import activate, activate_backward
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout, drop
-from lit_qlora.kernels.lora_products import Pending, copy_rows
+from lit_qlora.kernels.lora_products import Pending, copy_rows, scale_rows
 from lit_qlora.kernels.norm import Norm, apply_norm
 from lit_qlora.kernels.stack import Stack
 
@@ -21,10 +21,13 @@ class Sum:
         total: (M, N).
         fresh: nothing was added yet, so whatever is there does not count: the first product is written over it. Large
             gradients would otherwise be set to zero, read and written once more.
+        factors: of the columns, (N,) float32, where X is behind an RMS norm: its weight times the scale of the adapter.
+            They are computed once.
     """
 
     total: Tensor
     fresh: bool = False
+    factors: Tensor | None = None
 
     def settle(self) -> None:
         """Make `total` zero if nothing was added."""
@@ -134,13 +137,14 @@ def grad_a(
         return
     assert statistics is not None
     assert norm.weight is not None
-    factors = norm.weight.float() * scale
-    rows = torch.mul(dz, statistics[0][:, None], out=torch.empty_like(dz, memory_format=torch.contiguous_format))
+    if gradient.factors is None:
+        gradient.factors = norm.weight.float() * scale
+    rows = scale_rows(dz, statistics[0])
     if fresh:
         _add_product(total, rows.T, drop(x, dropout), fresh)
-        total.mul_(factors)
+        total.mul_(gradient.factors)
     else:
-        total.addcmul_(in_float32(rows.T, drop(x, dropout)), factors)
+        total.addcmul_(in_float32(rows.T, drop(x, dropout)), gradient.factors)
 
 
 def grad_b(dy: Tensor, z: Tensor, gradient: Sum, stack: Stack) -> None:

@@ -93,6 +93,13 @@ def copy_scaled(x: Tensor, scale: float, out: Tensor) -> None:
     _copy_scaled[(cdiv(x.numel(), 2048),)](x, out, x.numel(), scale, BLOCK=2048, num_warps=4)
 
 
+def scale_rows(x: Tensor, factors: Tensor) -> Tensor:
+    """A copy of x (T, R), rows contiguous, times a float32 factor of each row (T,), in the dtype of x."""
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    _scale_rows[(cdiv(x.numel(), 1024),)](x, x.stride(0), factors, out, x.numel(), R=x.size(1), BLOCK=1024, num_warps=4)
+    return out
+
+
 def rank_update(d_out: Tensor, a: Tensor | None, k: int, dropout: Dropout = NONE) -> Tensor:
     """The sum dX + dropout'(dZ A) for d_out = [dX | dZ], (T, K + R); returns (T, K)."""
     if a is None:
@@ -245,6 +252,13 @@ if triton is not None:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(X + i, i < n, 0.0) * scale
         tl.store(OUT + i, x.to(OUT.dtype.element_ty), i < n)
+
+    @triton.jit(do_not_specialize=["n"])
+    def _scale_rows(X, ld, FACTORS, OUT, n, R: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside, t = i < n, i // R
+        x = tl.load(X + t * ld + (i - t * R), inside, 0.0).to(tl.float32) * tl.load(FACTORS + t, inside, 0.0)
+        tl.store(OUT + i, x.to(OUT.dtype.element_ty), inside)
 
     @triton.jit
     def _finish(PARTS, OUT, ld, Z, n, SPLITS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):

@@ -45,7 +45,16 @@ from lit_qlora.kernels.fp8 import FP8, quantize_rows, quantize_weights
 from lit_qlora.kernels.gate import gate_backward, gate_forward
 from lit_qlora.kernels.gated_conv import GatedConv, gated_conv, gated_conv_backward
 from lit_qlora.kernels.gated_norm import GatedNorm, gated_norm, gated_norm_backward
-from lit_qlora.kernels.lora_products import MOST_RANK, Pending, copy_scaled, grad_a, grad_b, project, rank_update
+from lit_qlora.kernels.lora_products import (
+    MOST_RANK,
+    Pending,
+    copy_scaled,
+    grad_a,
+    grad_b,
+    project,
+    rank_update,
+    scale_rows,
+)
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
 from lit_qlora.kernels.qk_norm_rope import HeadNorm, Rotation, norm_rotate, norm_rotate_backward
@@ -145,6 +154,7 @@ def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype, o
         both, z = empty(T, width + stack.rank, dtype=dtype), empty(T, stack.rank, dtype=dtype)
         a, b = empty(stack.rank, width, dtype=dtype), empty(stack.adapted_rows, rank, dtype=dtype)
         copy_scaled(empty(*a.shape), 2.0, a)
+        scale_rows(z, empty(T))
         for scheme in of.schemes:
             weight = weight_of(scheme, stack.n, width, dtype)
             quantized = None if isinstance(weight, Tensor) else weight

@@ -13,7 +13,16 @@ from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.cross_entropy import cross_entropy_, cross_entropy_reference
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.launch import AVAILABLE, tiled
-from lit_qlora.kernels.lora_products import Pending, copy_rows, copy_scaled, grad_a, grad_b, project, rank_update
+from lit_qlora.kernels.lora_products import (
+    Pending,
+    copy_rows,
+    copy_scaled,
+    grad_a,
+    grad_b,
+    project,
+    rank_update,
+    scale_rows,
+)
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward, norm_backward_reference, norm_reference
 from lit_qlora.kernels.rope import rotate_, rotate_backward, rotate_reference
@@ -113,6 +122,12 @@ def test_a_scaled_copy_is_rounded_once(dtype: torch.dtype) -> None:
     x, out = rand(3, 1000), torch.zeros(3001, device=DEVICE, dtype=dtype)
     copy_scaled(x, 1 / 3, out[:3000].view(3, 1000))
     assert torch.equal(out, torch.cat(((x.flatten() * (1 / 3)).to(dtype), out.new_zeros(1))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_times_their_factors_are_rounded_once(dtype: torch.dtype) -> None:
+    x, factors = rand(37, 200).to(dtype), rand(37)
+    assert torch.equal(scale_rows(x[:, 3:100], factors), (x[:, 3:100].float() * factors[:, None]).to(dtype))
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])

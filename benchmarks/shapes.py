@@ -188,7 +188,7 @@ def make_hf_checkpoint(shape: str, folder: Path) -> None:
 
     if folder.is_dir():
         return
-    part = folder.with_suffix(".part")  # a folder that has its own name is complete
+    part = folder.with_name(f"{folder.name}.part")  # a folder that has its own name is complete
     part.mkdir(parents=True, exist_ok=True)
     config = model_config(shape)
     ours = {name: p.to(torch.bfloat16) for name, p in GPT.skeleton(config).named_parameters()}

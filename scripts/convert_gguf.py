@@ -25,7 +25,7 @@ class GgufConfig:
 def main(config: GgufConfig) -> None:
     """Convert, and print a summary."""
     from lit_qlora.convert.gguf_vocabulary import differences
-    from lit_qlora.convert.to_gguf import MODELFILE, export_gguf, rope_difference
+    from lit_qlora.convert.to_gguf import export_gguf, modelfile_of, rope_difference
 
     model = export_gguf(config.checkpoint_dir, config.out_file, config.dtype)
     size = config.out_file.stat().st_size
@@ -35,10 +35,10 @@ def main(config: GgufConfig) -> None:
         print(f"llama.cpp rounds the ends of YaRN's ramp, this model does not: a frequency is off by {difference:.0%}.")
     for texts in differences(config.checkpoint_dir):
         print(f"llama.cpp makes other tokens than this tokenizer of {texts}.")
-    beside = config.out_file.with_suffix(MODELFILE)
+    beside = modelfile_of(config.out_file)
     print(
         f"exported {model.name} as {config.dtype}, {size / 1e9:.2f} GB: {config.out_file}\n"
-        f"for Ollama: ollama create {config.out_file.stem} -f {beside}"
+        f"for Ollama: ollama create {beside.name.removesuffix('.Modelfile')} -f {beside}"
     )
 
 

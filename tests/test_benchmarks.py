@@ -333,6 +333,13 @@ def test_a_contestant_whose_loss_is_no_number_has_no_speed(
     assert "the loss of ones is no finite number" in capsys.readouterr().out
 
 
+def test_a_folder_in_the_making_is_named_after_the_whole_name(program: Any, tmp_path: Path) -> None:
+    (tmp_path / "Llama-3.1-8B").with_suffix(".part").mkdir()  # that of Llama-3.2-1B, written by another process
+    program("shapes").make_hf_checkpoint("tiny", tmp_path / "Llama-3.1-8B")
+    assert {path.name for path in tmp_path.iterdir()} == {"Llama-3.1-8B", "Llama-3.part"}
+    assert not list((tmp_path / "Llama-3.part").iterdir())
+
+
 @pytest.mark.slow
 def test_a_peer_sees_no_other_document_of_a_packed_row(program: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")

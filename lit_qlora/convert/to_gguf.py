@@ -39,8 +39,6 @@ from lit_qlora.model.rope import scaled_frequency
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-MODELFILE = ".Modelfile"
-"""Ending of the name of the file for Ollama."""
 PARTS = re.compile(r"\.(experts|shared|router|shared_gate|sinks|delta)\b|^blocks\.\d+\.scale$")
 KEYS_VALUES = re.compile(r"\.attn\.(key|value)\.")
 NAMES_OF_PARTS = {
@@ -96,7 +94,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, kind: Kind = "q8_0") -> Mo
         from gguf import GGUFWriter
     except ImportError:
         raise UsageError('GGUF files need the gguf package: pip install "lit_qlora[gguf]"') from None
-    beside = out_file.with_suffix(MODELFILE)
+    beside = modelfile_of(out_file)
     _check_new(out_file)
     config = ModelConfig.load(checkpoint_dir)
     if score.read(checkpoint_dir):
@@ -149,6 +147,11 @@ def _write_values(writer: Any, checkpoint_dir: Path) -> None:
         writer.write_kv_data_to_file()
     except UnicodeEncodeError as error:  # a name from a path, or a chat template
         raise CheckpointError(f"{checkpoint_dir}: a GGUF file cannot hold a text of it: {reason(error)}.") from None
+
+
+def modelfile_of(out_file: Path) -> Path:
+    """The file for Ollama beside a GGUF file: of model-1.5B.gguf, and of model-1.5B, it is model-1.5B.Modelfile."""
+    return out_file.with_name(f"{out_file.name.removesuffix('.gguf')}.Modelfile")
 
 
 def _check_new(path: Path) -> None:

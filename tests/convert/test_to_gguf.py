@@ -697,11 +697,11 @@ def test_a_model_without_the_package_says_what_to_install(checkpoint: Path, monk
 
 def test_the_command_exports_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script("scripts/convert_gguf.py")
-    demo, out = ROOT / "checkpoints/lit-qlora/tiny-world", tmp_path / "demo.gguf"
+    demo, out = ROOT / "checkpoints/lit-qlora/tiny-world", tmp_path / "demo-1.5B"
     script.main(script.GgufConfig(checkpoint_dir=demo, out_file=out))
     assert capsys.readouterr().out.splitlines() == [
         f"exported lit-qlora/tiny-world as q8_0, 0.00 GB: {out}",
-        f"for Ollama: ollama create demo -f {out.with_suffix('.Modelfile')}",
+        f"for Ollama: ollama create demo-1.5B -f {out}.Modelfile",
     ]
     settings, tensors, _ = read(out)
     assert len(tensors) == len(list(GPT(ModelConfig.load(demo)).parameters()))

@@ -93,20 +93,21 @@ if triton is not None:
             if CAPPED:
                 x = tl.where(v0 + c < V, x, -float("inf"))
             largest = tl.maximum(largest, tl.max(x, axis=0))
-            largest = tl.where(largest == -float("inf"), 0.0, largest)  # a column that has seen no logit yet
             old, scaled = scaled, largest * LOG2_E
-            total = total * tl.exp2(old - scaled) + tl.sum(tl.exp2(x * LOG2_E - scaled[None, :]), axis=0)
+            shift = tl.where(scaled == -float("inf"), 0.0, scaled)  # a column that has seen no logit yet
+            total = total * tl.exp2(old - shift) + tl.sum(tl.exp2(x * LOG2_E - shift[None, :]), axis=0)
         peak = tl.max(scaled, 0)
         rest = tl.log2(tl.sum(total * tl.exp2(scaled - peak), 0))
         log_sum = peak + rest
-        leads = tl.sum((right == tl.max(tl.where(total > 0, largest, -float("inf")), 0)).to(tl.int32), 0) > 0
-        tl.store(LOSS + t + tl.arange(0, 1), (rest - (right * LOG2_E - peak)) / LOG2_E * weight)
+        leads = tl.sum((right == tl.max(largest, 0)).to(tl.int32), 0) > 0
+        bits = tl.where(known, rest - (right * LOG2_E - peak), 0.0)  # infinite, times 0, would be NaN
+        tl.store(LOSS + t + tl.arange(0, 1), bits / LOG2_E * weight)
         tl.debug_barrier()  # every thread has read the label's logit before it becomes a gradient
         before = tl.zeros((WIDTH,), tl.int32)
         blocks = tl.cdiv(V, block)
         for i in range(blocks):  # from the end, which was read last and may still be in the cache
             v = (blocks - 1 - i) * block + c
-            x, slope = _soft(tl.load(row + v, v < V, 0.0).to(tl.float32), cap, CAPPED)
+            x, slope = _soft(tl.load(row + v, v < V, -float("inf")).to(tl.float32), cap, CAPPED)
             if COUNT:  # noqa: SIM102 - the outer one decides what is compiled
                 if leads:  # of equal logits the first is the likeliest, as in torch.argmax
                     before |= tl.max(((x == right) & (v < label)).to(tl.int32), axis=0)

@@ -1,5 +1,6 @@
 """Norm, low-rank products, activations, RoPE and cross-entropy compute what their references compute."""
 
+import math
 from typing import Any
 
 import pytest
@@ -306,6 +307,21 @@ def test_cross_entropy(vocab: int, cap: float | None) -> None:
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(logits, expected)
     assert loss[2] == 0
+
+
+@pytest.mark.parametrize("vocab", [17, 70_000])
+def test_cross_entropy_of_logits_far_below_zero_and_none(vocab: int) -> None:
+    logits = rand(3, vocab) - 1000
+    logits[:, : vocab // 2] = -math.inf  # as the bias of a token that must not be said
+    labels = torch.tensor([vocab - 1, vocab - 2, -100], device=DEVICE)
+    loss, hits, ones = torch.empty(3, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE), rand(3).abs()
+    expected = F.cross_entropy(logits, labels, reduction="none") * ones
+    gradient = (logits.softmax(-1) - F.one_hot(labels.clamp(min=0), vocab)) * ((labels >= 0) * ones)[:, None]
+    right = int((logits.argmax(-1) == labels).sum())
+    cross_entropy_(logits, labels, ones, loss, None, hits)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, gradient, rtol=1e-3, atol=1e-5)
+    assert int(hits) == right
 
 
 @pytest.mark.parametrize("cap", [None, 2.5])

@@ -243,6 +243,10 @@ class ModelConfig:
                 f"{self.name}: {self.n_expert} experts cannot stand in {groups} groups of which "
                 f"{self.router_groups_kept} are kept."
             )
+        if self.experts_beside and (self.parallel_residual or self.shared_expert_size):
+            raise CheckpointError(
+                f"{self.name}: experts_beside is for blocks without parallel_residual, and without shared_expert_size."
+            )
         if self.shared_norm and not self.parallel_residual:
             raise CheckpointError(f"{self.name}: shared_norm needs parallel_residual.")
         if self.kv_latent_size and not (0 < self.latent_rope_size < self.head_size and self.latent_value_size > 0):

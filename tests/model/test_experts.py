@@ -151,6 +151,8 @@ def test_merging_onto_the_quantised_base_keeps_routers_as_they_are(tmp_path: Pat
         ({"n_expert_per_token": 5}, "n_expert_per_token must be from 1 to it"),
         ({"expert_size": 0}, "expert_size positive"),
         ({"router_groups": 3}, "cannot stand in 3 groups"),
+        ({"experts_beside": True, "shared_expert_size": 8}, "without shared_expert_size"),
+        ({"experts_beside": True, "parallel_residual": True}, "without parallel_residual"),
         ({"router_groups": 2, "router_groups_kept": 3}, "of which 3 are kept"),
         ({"dense_layers": (2,)}, "names blocks \\[2\\], the model has 2"),
     ],

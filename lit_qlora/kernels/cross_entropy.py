@@ -97,6 +97,7 @@ if triton is not None:
             shift = tl.where(scaled == -float("inf"), 0.0, scaled)  # a column that has seen no logit yet
             total = total * tl.exp2(old - shift) + tl.sum(tl.exp2(x * LOG2_E - shift[None, :]), axis=0)
         peak = tl.max(scaled, 0)
+        peak = tl.where(peak == -float("inf"), 0.0, peak)  # no logit is a number that counts: the sum says so
         rest = tl.log2(tl.sum(total * tl.exp2(scaled - peak), 0))
         log_sum = peak + rest
         leads = tl.sum((right == tl.max(largest, 0)).to(tl.int32), 0) > 0

@@ -2,7 +2,8 @@
 
 A line of standard input is a JSON object {"steps": 8, "seconds": 3, "recompute": "none"}. The answer is a line that
 begins with "RESULT". Output of libraries may stand between answers. All contestants do the same work: the same random
-tokens, adapters in float32 or the library's dtype, fused AdamW, one micro-batch after the other, no clipping.
+tokens, adapters in float32 or the library's dtype, fused AdamW, one micro-batch after the other, no clipping. The peak
+is that of allocated memory in the timed steps, and what CUDA graphs hold beside it.
 
 python benchmarks/contestant.py '{"name": "peft", "dir": "/tmp/lit_qlora_bench/llama-2-7b-hf", ...}'  (see Task)
 """
@@ -54,9 +55,9 @@ def compete(task: Task) -> None:
     model, loss = built.model, built.loss
     import torch
 
-    from lit_qlora.device import peak_gib, pick_device
+    from lit_qlora.device import held_by_graphs, peak_gib, pick_device
 
-    adapters = [p for p in model.parameters() if p.requires_grad]
+    device, adapters = pick_device(), [p for p in model.parameters() if p.requires_grad]
     optimizer = built.optimizer or torch.optim.AdamW(adapters, lr=1e-4, fused=True)
     data: list[list[Micro]] = []
 
@@ -86,9 +87,9 @@ def compete(task: Task) -> None:
         wanted = json.loads(line)
         data = data or make_steps(task, wanted["steps"])
         if built.set_recompute and wanted["recompute"] != recompute:
-            recompute = wanted["recompute"]
+            recompute, first = wanted["recompute"], True  # graphs of other passes are of no use
             built.set_recompute(recompute)
-        # Warms the card, and in the first round what is compiled or captured on first use.
+        # Warms the card, and at first what is compiled or captured on first use.
         untimed = data if task.workload == "short" else data[:2]
         for micros in untimed * WARM_UP if first else data[:2]:
             step(micros)
@@ -109,7 +110,7 @@ def compete(task: Task) -> None:
             milliseconds=1e3 * spent,
             tokens=times * sum(micro.ids.numel() for micros in data for micro in micros),
             examples=times * sum(len(micro.documents or micro.ids) for micros in data for micro in micros),
-            peak_gib=torch.cuda.max_memory_reserved() / 2**30 if built.replays() else peak_gib(pick_device()),
+            peak_gib=peak_gib(device) + held_by_graphs(device) / 2**30,
         )
         torch.cuda.empty_cache()  # for the other, whose turn it is; does nothing without a GPU
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -238,7 +238,9 @@ def main() -> None:
     parser.add_argument("--dequantized", type=int, default=0, help="blocks whose weights ours keeps in 16 bit as well")
     parser.add_argument("--bf16", action="store_true", help="leave the base in 16 bit")
     parser.add_argument("--ours", default="", help="our recompute; by default what suits the peer's checkpointing")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each; after many starts the first is often slow"
+    )
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a turn")
     parser.add_argument("--seconds", type=float, default=3.0, help="least time of a turn; the steps are done again")
     parser.add_argument("--patience", type=float, default=240, help="seconds until a silent contestant is given up")
@@ -288,7 +290,7 @@ def make(task: Task) -> bool:
 
 
 def starter(wanted: list[tuple[Task, list[str]]], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> Start:
-    """A function that returns a task's contestant; of several tasks, each was started before the first turn."""
+    """A function that returns a task's next contestant; those of several tasks were started before the first turn."""
 
     def start(task: Task, log: str) -> Contestant:
         return Contestant(task, arguments.work_dir / log, arguments.patience)
@@ -296,9 +298,12 @@ def starter(wanted: list[tuple[Task, list[str]]], arguments: argparse.Namespace,
     if len(wanted) == 1:
         return lambda task: start(task, f"{task.name}{'-checkpointing' * task.checkpointing}.log")
     every = [one for task, peers in wanted for one in (task, *(as_peer(task, peer) for peer in peers))]
-    started = {task: pool.submit(start, task, f"{i}-{task.name}.log") for i, task in enumerate(every)}
-    wait(started.values())  # nothing else runs beside a turn
-    return lambda task: started[task].result()
+    started = [(task, pool.submit(start, task, f"{i}-{task.name}.log")) for i, task in enumerate(every)]
+    wait([contestant for _, contestant in started])  # nothing else runs beside a turn
+    ready: dict[Task, list[Future[Contestant]]] = {}
+    for task, contestant in started:  # equal tasks have a process each, since each is ended
+        ready.setdefault(task, []).append(contestant)
+    return lambda task: ready[task].pop(0).result()
 
 
 def show(task: Task, peers: list[str], start: Start, arguments: argparse.Namespace) -> int:

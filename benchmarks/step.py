@@ -20,7 +20,7 @@ from results import RESULTS, append_row, current_commit
 from shapes import random_model
 from torch import Tensor
 
-from lit_qlora.device import let_segments_grow, precede_other_streams
+from lit_qlora.device import held_by_graphs, let_segments_grow, pick_device, precede_other_streams
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.fused.graphs import row_width
 from lit_qlora.lora.layer import add_lora
@@ -33,13 +33,12 @@ LONG = 3000.0  # milliseconds of a step whose launches are not worth another one
 
 
 def measure(
-    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...], steps: tuple[int, int], graphs: bool
+    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...], steps: tuple[int, int]
 ) -> dict[str, float]:
     """Milliseconds of the median, fastest and slowest step, and the peak in bytes; no step waits for the device.
 
     Args:
         steps: that warm up, and that are timed.
-        graphs: replays do not count as allocations, so the peak is the reserved memory.
     """
     warm_up, timed = steps
     for _ in range(warm_up):
@@ -53,7 +52,7 @@ def measure(
         event.record()
     torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
-    peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() + held_by_graphs(pick_device())
     return {
         "median": statistics.median(times),
         "fastest": times[0],
@@ -157,7 +156,7 @@ def main() -> None:
             fused.set_recompute([setting] * len(fused.blocks))
         torch.cuda.empty_cache()
         try:
-            figures = measure(model, optimizer, batch, (arguments.warm_up, arguments.steps), arguments.graphs)
+            figures = measure(model, optimizer, batch, (arguments.warm_up, arguments.steps))
         except torch.OutOfMemoryError as error:
             print(f"{setting}: {error}", file=sys.stderr)
             continue

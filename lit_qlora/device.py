@@ -20,6 +20,8 @@ from lit_qlora.settings import Precision
 
 LEAST_LARGE = 2**20
 """Bytes from which on torch's allocator takes memory from pages of 20 MiB, not from small ones."""
+COMMON_POOL = (0, 0)
+"""The pool of torch's allocator that is no graph's."""
 MOST_TWICE = 2**28
 """Bytes of memory that has been exchanged and not yet given back."""
 
@@ -84,6 +86,20 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+
+
+def held_by_graphs(device: torch.device) -> int:
+    """Return the bytes that pools of CUDA graphs hold and torch does not count as allocated; 0 on a CPU.
+
+    Replays allocate nothing: their tensors lie in this memory, which nothing else gets. So where a peak of allocated
+    memory was counted from the last capture on, this belongs to it.
+    """
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == index]
+    pools = [one for one in segments if tuple(one["segment_pool_id"]) != COMMON_POOL]
+    return sum(one["total_size"] - one["allocated_size"] for one in pools)
 
 
 def let_segments_grow() -> None:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -317,6 +318,58 @@ def test_peers_take_turns_and_one_that_is_absent_is_said_to_be(workload: str, tm
     assert "ours" in ours["flags"]
     assert "peft" in theirs["flags"]
     assert all(int(row["tokens_per_second"]) > 0 for row in (ours, theirs))
+
+
+def test_contestants_of_equal_tasks_are_processes_of_their_own(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, work = program("peers"), program("contestants.task")
+    made: list[Any] = []
+
+    class Process:
+        def __init__(self, task: Any, log: Path, patience: float) -> None:
+            self.turns, self.ended = 0, False
+            self.facts = dict.fromkeys(("gpu", "torch", "version", "ready", "trainable"), 0)
+            made.append(self)
+
+        def round(self, *wanted: Any) -> dict[str, float]:
+            assert not self.ended
+            self.turns += 1
+            return {"tokens": 8, "examples": 1, "milliseconds": 1.0, "peak_gib": 1.0}
+
+        def end(self) -> None:
+            assert not self.ended
+            self.ended = True
+
+    monkeypatch.setattr(peers, "Contestant", Process)
+    sizes = {"rows": 1, "length": 8, "r": 4, "targets": "all", "quantize": True, "dropout": 0.0}
+    task = work.Task(name="ours", shape="tiny", dir="", workload="fixed", **sizes)
+    asked = argparse.Namespace(work_dir=tmp_path, patience=1.0, ours="", rounds=2, steps=1, seconds=0.0)
+    asked.no_graphs, asked.commit = False, ""
+    wanted = [(task, ["ours-quantized", "unsloth"]), (task, ["unsloth"])]
+    with ThreadPoolExecutor(2) as pool:
+        start = peers.starter(wanted, asked, pool)
+        rows = [row for task, names in wanted for row in peers.compare(task, names, start, asked)]
+    assert len(rows) == 2 * 3
+    assert sorted(one.turns for one in made) == [2, 2, 2, 2, 4]
+    assert all(one.ended for one in made)
+
+
+def test_a_contestants_peak_has_what_graphs_hold(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contestant, work = program("contestant"), program("contestants.task")
+    model = torch.nn.Linear(1, 1)
+    ones = SimpleNamespace(build=lambda task: work.Built(model, lambda micro: model(torch.ones(1)).sum()))
+    monkeypatch.setitem(sys.modules, "contestants.ones", ones)
+    monkeypatch.setitem(contestant.CONTESTANTS, "ones", ("ones", {}, "pytest"))
+    monkeypatch.setattr(sys, "stdin", ['{"steps": 1, "seconds": 0, "recompute": "none"}'])
+    monkeypatch.setattr("lit_qlora.device.peak_gib", lambda device: 5.75)
+    monkeypatch.setattr("lit_qlora.device.held_by_graphs", lambda device: 2**30 + 2**29)
+    sizes = {"rows": 1, "length": 8, "r": 4, "targets": "all", "quantize": False, "dropout": 0.0}
+    contestant.compete(work.Task(name="ones", shape="tiny", dir=str(tmp_path), workload="fixed", **sizes))
+    answer = capsys.readouterr().out.strip().splitlines()[-1]
+    assert json.loads(answer.removeprefix("RESULT "))["peak_gib"] == 7.25
 
 
 def test_a_contestant_whose_loss_is_no_number_has_no_speed(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_qlora.device import gpu_bytes, host_bytes, let_segments_grow, move, on_default_stream
+from lit_qlora.device import gpu_bytes, held_by_graphs, host_bytes, let_segments_grow, move, on_default_stream
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import OptimizerConfig, TrainConfig
 from lit_qlora.train.optim import make_optimizer
@@ -35,6 +35,20 @@ def test_the_memory_of_a_process_is_what_it_has_and_what_is_free_on_its_own_gpu(
 def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_bytes() is None
+
+
+def test_graphs_hold_what_their_pools_have_and_torch_does_not_count_as_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def segment(total: int, allocated: int, pool: tuple[int, int], device: int = 1) -> dict[str, Any]:
+        return {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": allocated}
+
+    segments = [segment(620, 577, (0, 0)), segment(162, 3, (0, 1)), segment(20, 0, (1, 0)), segment(9, 0, (0, 1), 0)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert held_by_graphs(torch.device("cuda")) == held_by_graphs(torch.device("cuda:1")) == 159 + 20
+    assert held_by_graphs(torch.device("cuda:0")) == 9
+    assert held_by_graphs(torch.device("cpu")) == 0
 
 
 def test_of_the_hosts_memory_a_container_may_have_less(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def build(task: Task) -> Built:
     optimizer = make_optimizer(
         model.named_parameters(), OptimizerConfig(), TrainConfig(learning_rate=1e-4), flatten=fused.flatten
     )
-    return Built(model.train(), loss, set_recompute, lambda: bool(fused.graphs and fused.graphs.captured), optimizer)
+    return Built(model.train(), loss, set_recompute, optimizer)
 
 
 def _graph_tokens(task: Task, config: "ModelConfig") -> int:

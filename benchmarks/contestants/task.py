@@ -66,8 +66,6 @@ class Built:
     loss: Loss
     set_recompute: Callable[[str], None] | None = None
     """Chooses what blocks compute again; for ours alone."""
-    replays: Callable[[], bool] = lambda: False
-    """Tells whether CUDA graphs were captured, whose memory the allocator does not count."""
     optimizer: "Optimizer | None" = None
     """Updates the adapters, if it is not torch's fused AdamW over each of them."""
 

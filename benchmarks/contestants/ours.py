@@ -69,7 +69,9 @@ def build(task: Task) -> Built:
     add_lora(model, LoRAConfig(r=task.r, alpha=16, targets=targets, dropout=task.dropout))  # type: ignore[arg-type]
     if reason := why_not(model):
         raise RuntimeError(f"the fast path is not taken: {reason}")
-    fused = fuse(model, _graph_tokens(task, model.config) if task.graphs else 0, cached_blocks=task.dequantized)
+    graph_tokens = _graph_tokens(task, model.config) if task.graphs else 0
+    kept, whole = task.dequantized, task.dequantized >= model.config.n_layer
+    fused = fuse(model, graph_tokens, cached_blocks=kept, copies_at_once=whole)  # as a run does that has the memory
     if fused.ahead:
         precede_other_streams()
 

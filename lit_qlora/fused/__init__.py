@@ -16,7 +16,14 @@ from lit_qlora.model.gpt import GPT
 __all__ = ["Fused", "fuse", "reader", "why_not"]
 
 
-def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, cached_blocks: int = 0, ahead: bool = True) -> Fused:
+def fuse(
+    model: GPT,
+    graph_tokens: int = 0,
+    fp8: bool = False,
+    cached_blocks: int = 0,
+    ahead: bool = True,
+    copies_at_once: bool = False,
+) -> Fused:
     """Let the fast path take over model.loss; call it after the adapters are added and before the optimizer is made.
 
     why_not(model) must be ''.
@@ -26,8 +33,9 @@ def fuse(model: GPT, graph_tokens: int = 0, fp8: bool = False, cached_blocks: in
         fp8: multiply with the frozen weights of the blocks in FP8; see lit_qlora.fused.fp8. The head stays in 16 bit.
         cached_blocks: blocks whose quantised weights are also kept dequantised for the whole run.
         ahead: dequantise the weights of experts ahead, on a second stream; see lit_qlora.fused.ahead.
+        copies_at_once: copy even large adapters to 16 bit at once, not block by block; see memory.COPY_BY_BLOCK.
     """
-    fused = Fused(model, fp8, cached_blocks, ahead)
+    fused = Fused(model, fp8, cached_blocks, ahead, copies_at_once)
     model.fast = fused
     # Noise is scaled by the length of a row, which must not be padded.
     if graph_tokens and fused.device.type == "cuda" and not model.embed._forward_hooks:

@@ -35,7 +35,8 @@ SLICE = 2**14
 products of so many fill any GPU."""
 COPY_BY_BLOCK = 2**26
 """From this many adapter parameters on, the 16-bit copies are made block by block, twice a micro-batch, not at once.
-For Llama-65B at r 64 this saves 1.6 GB and costs, by their bytes, 3 of 550 ms."""
+For Llama-65B at r 64 this saves 1.6 GB and costs, by their bytes, 3 of 550 ms. Where a plan keeps the weights of all
+blocks in 16 bit and has memory left they are made at once all the same."""
 FOR_A_BYTE = 1e4
 """Operations of a forward pass that hide the copy of a byte to the host: 550 TFLOP/s beside 55 GB/s, as on H100 and
 H200."""

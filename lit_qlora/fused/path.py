@@ -64,6 +64,7 @@ class Fused:
         graphs: CUDA graphs of micro-batches of few tokens, if there are any.
         carries: dequantised weights may be carried over from a backward pass to the next forward pass.
         cached_blocks: blocks whose quantised weights are also kept dequantised for the whole run; the last ones.
+        copies_by_block: the adapters are copied to 16 bit block by block, in each pass.
         lowest: the number of the first block with a backward pass; nothing below it learns.
     """
 
@@ -72,7 +73,14 @@ class Fused:
     carries = True
     _carried = False
 
-    def __init__(self, model: GPT, fp8: bool = False, cached_blocks: int = 0, ahead: bool = True) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        fp8: bool = False,
+        cached_blocks: int = 0,
+        ahead: bool = True,
+        copies_at_once: bool = False,
+    ) -> None:
         config = model.config
         self.model, self.config = model, config
         self.chunk = config.sliding_window if config.chunked_window else None
@@ -98,6 +106,7 @@ class Fused:
         experts = (block.mlp.experts for block in self.blocks)
         self._routers = [each.routing.router for each in experts if each is not None]
         self._lay_out_adapters()
+        self._lay_out_copies(by_block=self._is_large and not copies_at_once)
         for group in self.groups:
             if isinstance(group, Group):
                 group.measure()
@@ -172,7 +181,6 @@ class Fused:
         dora = [group.gains for group in adapted if isinstance(group, Group) and group.gains is not None]
         self.every_length = [pair for gains in dora for pair in gains.lengths]
         self.carries = not dora
-        self._lay_out_copies(size_a)
 
     def _lay_out_group(self, group: Layers, a: Tensor, b: Tensor) -> None:
         """Move the adapters of a group into its stacked A and B, where smaller ones are padded."""
@@ -196,19 +204,20 @@ class Fused:
                 group.padded.append(PaddedB.of(layer, factor, b[of_b, :r], group.grad_b[of_b, :r], own))
                 self.every_b.append((layer.lora_b, group.padded[-1].gradient))
 
-    def _lay_out_copies(self, size_a: int) -> None:
-        """Make the buffers for the 16-bit copies: of all adapters, or if these are large of a block at a time.
+    @property
+    def _is_large(self) -> bool:
+        """True if 16-bit copies of all adapters take much memory."""
+        return self.master.numel() >= COPY_BY_BLOCK
 
-        Args:
-            size_a: elements of all A, which lie before all B.
-        """
-        self.copies_by_block = self.master.numel() >= COPY_BY_BLOCK
+    def _lay_out_copies(self, by_block: bool) -> None:
+        """Make the buffers for the 16-bit copies: of all adapters, or of those of a block at a time."""
+        self.copies_by_block = by_block
         parts = [*(block.groups for block in self.blocks), self.outside]
-        parts = parts if self.copies_by_block else [tuple(self.groups)]
+        parts = parts if by_block else [tuple(self.groups)]
         sizes = [(sum(group.size_a for group in part), sum(group.size_b for group in part)) for part in parts]
         low = torch.empty(max(a + b for a, b in sizes), dtype=self.dtype, device=self.device)
-        all_a = self.master[:size_a].split([a for a, _ in sizes])
-        all_b = self.master[size_a:].split([b for _, b in sizes])
+        all_a = self.master[: self.size_a].split([a for a, _ in sizes])
+        all_b = self.master[self.size_a :].split([b for _, b in sizes])
         self.copies = [
             Copies(part, a, b, low[: len(a)], low[len(a) : len(a) + len(b)])
             for part, a, b in zip(parts, all_a, all_b, strict=True)
@@ -279,6 +288,8 @@ class Fused:
         self.ahead, self.sizes = [], replace(self.sizes, ahead=False)
         self.cached_blocks = 0
         self.carries = self._carried = False
+        if self._is_large and not self.copies_by_block:
+            self._lay_out_copies(by_block=True)  # which takes less memory, too
         self.set_recompute(self.recompute)  # which makes workspaces, and forgets graphs that read the freed weights
 
     def loss(
@@ -542,7 +553,7 @@ class Fused:
             assert isinstance(states, Tensor)
             return states, SavedPass(inputs.tokens, None, saved, [], self.offload.passes, picked)
         group = self.head.group
-        self._copy_block(-1)
+        self._copy_block(-1, beside=self.own is None)  # else they were copied before the blocks, too
         dropout = group.dropout(run.seed, 4 * len(self.blocks))
         hits = None if inputs.by_token else self.model.hits
         losses, d_out, gradients = self.head.losses(

@@ -112,7 +112,7 @@ def _take_fast_path(model: GPT, plan: Plan) -> None:
     for parameter in model.parameters():
         if plan.dtype and not parameter.requires_grad:
             parameter.data = parameter.data.to(plan.dtype)
-    fused = fuse(model, plan.graph_tokens, plan.fp8, plan.cached_blocks, plan.ahead)
+    fused = fuse(model, plan.graph_tokens, plan.fp8, plan.cached_blocks, plan.ahead, plan.copies_at_once)
     if fused.ahead and fused.device.type == "cuda":
         precede_other_streams()
     fused.set_recompute(plan.recompute)

@@ -67,6 +67,8 @@ class Plan:
     """Blocks whose quantised weights are also cached in 16 bit."""
     cached: float = 0.0
     """Bytes of these cached weights, and of a sharded base's buffers beyond the first two."""
+    copies_at_once: bool = False
+    """Whether even large adapters are copied to 16 bit at once: if all blocks are cached and memory is left."""
     ahead: bool = True
     """Whether the weights of experts are dequantised ahead; see lit_qlora.fused.ahead."""
     carries: bool = False
@@ -296,7 +298,7 @@ class Planner:
 
     @cached_property
     def _copied(self) -> int:
-        """Trainable parameters that are copied to 16 bit at the same time."""
+        """Trainable parameters that are copied to 16 bit at the same time, where no more memory is taken for it."""
         return _largest_part(self.gpt) if self.bare.trainable >= COPY_BY_BLOCK else self.bare.trainable
 
     @cached_property
@@ -332,7 +334,8 @@ class Planner:
         if activations + graphs > free:  # graphs take only memory that is left, but before cached weights
             graphs = 0.0
         cached_blocks, carries, buffers, held = 0, False, plan.buffers, [0.0]
-        spare = free - SPARE * room.gpu - activations - graphs
+        usable = free - SPARE * room.gpu - graphs
+        spare = usable - activations
         if self.sharded:
             buffers = max(buffers, min(model.n_layer, buffers + int(spare // self._slab)))
         if sizes.quantized and not train.fp8 and not self.sharded:
@@ -344,8 +347,10 @@ class Planner:
             holes, wanted = HOLES * activations, train.keep_dequantized
             held = list(accumulate(map(sum, reversed(self._dequantized)), initial=0.0))
             cached_blocks, carries = _share(spare, held, holes, carrying, wanted)
-        if cached_blocks == model.n_layer:
-            activations -= sizes.spared(policies)
+        whole, more = cached_blocks == model.n_layer, 2 * (self.bare.trainable - self._copied)
+        activations -= sizes.spared(policies) if whole else 0.0
+        copies_at_once = whole and activations + held[cached_blocks] + more <= usable  # given up before cached weights
+        learning += more if copies_at_once else 0
         return replace(
             plan,
             weights=weights,
@@ -356,6 +361,7 @@ class Planner:
             graphs=graphs,
             cached_blocks=cached_blocks,
             cached=held[cached_blocks] + (buffers - plan.buffers) * self._slab,
+            copies_at_once=copies_at_once,
             buffers=buffers,
             ahead=sizes.ahead,
             carries=carries,

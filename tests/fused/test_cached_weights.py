@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="in float32, so for the interpreter"),
 ]
 SLOW = pytest.mark.slow
+USABLE = 0.97 - 0.05  # share of a GPU's memory that a plan fills with what it could do without
 CASES: dict[str, dict[str, Any]] = {
     "nf4": {"scheme": "bnb.nf4", "dropout": 0.2},
     "int8, some layers": {"scheme": "bnb.int8", "targets": ("query", "projection")},
@@ -41,14 +42,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def two_steps(model: GPT) -> list[Tensor]:
+def two_steps(model: GPT, *arguments: Tensor) -> list[Tensor]:
     """Losses and gradients of two steps, between which the adapter changes."""
     learners = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learners, lr=0.1)
     found: list[Tensor] = []
     torch.manual_seed(0)
     for _ in range(2):
-        loss, grads = gradients(model, *batch())
+        loss, grads = gradients(model, *(arguments or batch()))
         found += [loss, *grads.values()]
         optimizer.step()
     return found
@@ -103,6 +104,32 @@ def test_copies_of_adapters_made_block_by_block_give_the_same_bits(
         fused.set_recompute([policy] * 2)
         assert fused.copies_by_block == (most == 1)
         ends.append(two_steps(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("released", [False, pytest.param(True, marks=SLOW)])
+def test_large_adapters_copied_at_once_beside_kept_weights_give_the_same_bits(
+    released: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_qlora.fused.path.COPY_BY_BLOCK", 1)
+    refresh, refreshed, ends = Group.refresh, Counter[Group](), []
+
+    def counted(group: Group) -> None:
+        refreshed[group] += 1
+        refresh(group)
+
+    monkeypatch.setattr(Group, "refresh", counted)
+    for at_once in (False, True):
+        model = adapted_model(scheme="bnb.nf4", targets=("query", "projection", "head"), ffn_size=64)
+        fused = fuse(model, cached_blocks=2, copies_at_once=at_once)
+        assert fused.copies_by_block is not at_once
+        if released and at_once:
+            gradients(model, *batch(1, 5))
+            fused.release()
+            assert fused.copies_by_block  # which takes less memory
+            refreshed.clear()
+        ends.append(two_steps(model, *batch(1, 5)))
+        assert {refreshed[group] for group in fused.groups} == {2}  # B beside a weight, once in a micro-batch
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
@@ -296,11 +323,18 @@ def test_they_are_released_before_rows_are_split_where_memory_runs_out(monkeypat
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def planned(blocks: Any, room: float | None = 2**30, quantize: Any = "bnb.nf4", tokens: int = 8, **train: Any) -> Plan:
+def planned(
+    blocks: Any,
+    room: float | None = 2**30,
+    quantize: Any = "bnb.nf4",
+    tokens: int = 8,
+    lora: LoRAConfig | None = None,
+    **train: Any,
+) -> Plan:
     settings = TrainConfig(keep_dequantized=blocks, **train)
     return make_plan(
         tiny_config(n_layer=4),
-        LoRAConfig(),
+        lora or LoRAConfig(),
         Storage(torch.bfloat16, quantize),
         MicroBatches(tokens),
         settings,
@@ -341,9 +375,29 @@ def test_a_plan_counts_copies_made_block_by_block_once(blocks: dict[str, Any], m
     assert learning(2**26) - learning(1) == 2 * (sum(parts) - max(parts))
 
 
+def test_copies_of_large_adapters_are_made_at_once_where_kept_weights_leave_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("run.plan", "fused.path"):
+        monkeypatch.setattr(f"lit_qlora.{module}.COPY_BY_BLOCK", 1)
+    lora = LoRAConfig(r=64, targets=("all",))
+    three, most = planned(3, lora=lora), planned("auto", lora=lora)
+    assert (three.cached_blocks, three.copies_at_once) == (3, False)
+    assert (most.cached_blocks, most.copies_at_once) == (4, True)
+    more, spared = most.learning - three.learning, three.activations - most.activations
+    assert more == 2 * most.trainable * 3 / 4 > spared > 0  # of the other blocks
+    assert planned("auto", room=most.total / USABLE + 1, lora=lora) == most
+    fewer = planned("auto", room=most.total / USABLE - 1, lora=lora)  # copies are given up before a block
+    assert (fewer.cached_blocks, fewer.copies_at_once, fewer.total) == (4, False, most.total - more)
+    for plan in (fewer, most):
+        model = adapted_model(scheme="bnb.nf4", n_layer=4)
+        take_path(model, plan)
+        assert cast(Fused, model.fast).copies_by_block is not plan.copies_at_once
+
+
 def test_only_memory_that_is_left_is_taken_for_them() -> None:
     one, most = planned(1), planned("auto")
-    assert planned("auto", room=(most.total - one.cached / 2) / (0.97 - 0.05)).cached_blocks == 3
+    assert planned("auto", room=(most.total - one.cached / 2) / USABLE).cached_blocks == 3
     assert planned("auto", room=planned(0).total / 0.97).cached_blocks == 0
 
 
@@ -378,10 +432,10 @@ def test_no_weights_are_carried_over_where_graphs_are_usual_or_no_cache_is_wante
         return make_plan(model, LoRAConfig(), storage, MicroBatches(128, usual=usual), TrainConfig(**train), Room(room))
 
     alone = planned(0, tokens=128)
-    room = (alone.total + HOLES * alone.activations + 1.1 * planned(1).cached) / (0.97 - 0.05)
+    room = (alone.total + HOLES * alone.activations + 1.1 * planned(1).cached) / USABLE
     assert plan(room, cuda_graphs="never").carries
     graphs = plan(2 * room, keep_dequantized=0).graphs
-    padded = plan(room + graphs / (0.97 - 0.05))
+    padded = plan(room + graphs / USABLE)
     assert padded.graphs == graphs > 0
     assert not padded.carries
     assert plan(room).carries  # where graphs have no room
@@ -393,7 +447,7 @@ def test_weights_are_carried_over_where_that_saves_more() -> None:
     many = 128  # tokens, whose activations make room for weights
 
     def with_spare(spare: float) -> Plan:
-        return planned("auto", (planned(0, tokens=many).total + spare) / (0.97 - 0.05), tokens=many)
+        return planned("auto", (planned(0, tokens=many).total + spare) / USABLE, tokens=many)
 
     one = planned(1).cached
     holes = HOLES * planned(0, tokens=many).activations

@@ -1,5 +1,6 @@
 """Embeddings for each block, and blocks that read the keys of earlier ones: loss and gradients of the plain path."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lit_qlora.fused import Fused, fuse, why_not
 from lit_qlora.fused.graphs import Graphs
+from lit_qlora.fused.group import Group
 from lit_qlora.fused.head import Labelled
 from lit_qlora.fused.memory import FastSizes, lowest_learning
 from lit_qlora.fused.micro_batch import Inputs
@@ -61,6 +63,23 @@ def test_loss_and_gradients_are_those_of_the_plain_path(case: str) -> None:
     assert why_not(model) == ""
     fuse(model)
     assert_equal(gradients(model, *batch(1, 6)), expected)
+
+
+def test_b_is_written_beside_the_heads_weights_once_where_adapters_are_copied_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lit_qlora.fused.path.COPY_BY_BLOCK", 1)
+    model = model_of(n_layer=1, shared_kv_layers=0, targets=("per_layer", "head"))
+    expected, refreshed = gradients(model, *batch(1, 6)), Counter[Group]()
+    fused, refresh = fuse(model), Group.refresh
+
+    def counted(group: Group) -> None:
+        refreshed[group] += 1
+        refresh(group)
+
+    monkeypatch.setattr(Group, "refresh", counted)
+    assert_equal(gradients(model, *batch(1, 6)), expected)
+    assert {refreshed[group] for group in fused.groups} == {1}
 
 
 @SLOW

@@ -61,6 +61,7 @@ HOMES = {
     "tqdm": {"checkpoint.shards"},
     "gguf": {"convert.to_gguf"},
     "fla": {"fused.delta_rule"},
+    "flash_attn": {"fused.flash_4"},
     "fastapi": {"serve.app", "serve.guard"},
     "starlette": {"serve.app"},  # what FastAPI is built on
     "uvicorn": {"serve.listen"},

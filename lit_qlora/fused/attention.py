@@ -1,8 +1,9 @@
 """Causal attention, forward and backward, by the fastest implementation for its shape.
 
-cuDNN for rows of one length, if that is worth a plan of its own; flash attention for other rows and for packed
-documents (variable lengths); plain torch on a CPU and on GPUs that have neither. All take strided views without a
-copy. Capped scores, dropout, and heads of more features than flash attention takes, have kernels of their own.
+FlashAttention 4 takes rows and packed documents (variable lengths) where it is installed. Without it cuDNN takes rows
+of one length, if that is worth a plan of its own, and torch's flash attention the others and documents. Plain torch is
+for a CPU and for GPUs that have none of them. All take strided views without a copy. Capped scores, dropout, and heads
+of more features than flash attention takes, have kernels of their own.
 
 A sink is one more score in the softmax of a head, without a value (Xiao et al. 2024, "Efficient streaming language
 models with attention sinks"). It only scales the output, by the share of the softmax's sum that is not the sink's. The
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.fused import flash_4
 from lit_qlora.fused.offload import to_device
 from lit_qlora.kernels import attention as kernels
 from lit_qlora.kernels.attention import Scores
@@ -273,19 +275,24 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) ->
         return out.flatten(1), log_sum.T.contiguous()
     if not has_flash(heads.size, q.device):
         return _plain(q, k, v, heads, layout), None
-    if _takes_cudnn(heads, layout):
+    by_flash_4 = _takes_flash_4(q, heads, layout)
+    if not by_flash_4 and _takes_cudnn(heads, layout):
         rows = [_by_row(x, layout) for x in (q, k, v)]
         out = _aten._scaled_dot_product_cudnn_attention(*rows, None, True, 0.0, True, False, scale=heads.scale)
         return out[0].transpose(1, 2).reshape(tokens, -1), (out[1], out[6], out[7])
     if layout.ends is None:
         q, k, v = (x.unflatten(0, (layout.rows, layout.length)) for x in (q, k, v))
-    out, log_sum, seed, unused, _ = _aten._flash_attention_forward(
-        q, k, v, *_bounds(layout), 0.0, True, False, **_options(heads, layout)
-    )
+    state: tuple[Tensor, ...] = ()
+    if by_flash_4:
+        out, log_sum = flash_4.forward(q, k, v, _bounds(layout), heads.scale, _window(heads, layout))
+    else:
+        out, log_sum, *state, _ = _aten._flash_attention_forward(
+            q, k, v, *_bounds(layout), 0.0, True, False, **_options(heads, layout)
+        )
     if heads.sinks is not None:  # log_sum is (H, T), or (B, H, S) for rows of one length
         out, by_token = _with_sinks(out, log_sum.mT, heads.sinks)
         log_sum = by_token.mT.contiguous()
-    return out.reshape(tokens, -1), (log_sum, seed, unused)
+    return out.reshape(tokens, -1), (log_sum, *state)
 
 
 def attention_backward(
@@ -348,7 +355,8 @@ def _backward(
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
     tokens = q.size(0)
     d_out, out = (x.view(tokens, heads.query, heads.size) for x in (d_out, out))
-    if _takes_cudnn(heads, layout):
+    by_flash_4 = _takes_flash_4(q, heads, layout)
+    if not by_flash_4 and _takes_cudnn(heads, layout):
         log_sum, seed, offset = saved
         rows = [_by_row(x, layout) for x in (d_out, q, k, v, out)]
         gradients = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -356,12 +364,14 @@ def _backward(
         )
         dq, dk, dv = (x.transpose(1, 2).reshape(tokens, -1, heads.size) for x in gradients)
         return dq, dk, dv
-    log_sum, seed, unused = saved
+    log_sum, *state = saved
     if layout.ends is None:
         d_out, q, k, v, out = (x.unflatten(0, (layout.rows, layout.length)) for x in (d_out, q, k, v, out))
-    gradients = _aten._flash_attention_backward(
-        d_out, q, k, v, out, log_sum, *_bounds(layout), 0.0, True, seed, unused, **_options(heads, layout)
-    )
+    everything, bounds = (d_out, q, k, v, out, log_sum), _bounds(layout)
+    if by_flash_4:
+        gradients = flash_4.backward(*everything, bounds, heads.scale, _window(heads, layout))
+    else:
+        gradients = _aten._flash_attention_backward(*everything, *bounds, 0.0, True, *state, **_options(heads, layout))
     dq, dk, dv = (x.view(-1, x.size(-2), heads.size) for x in gradients[:3])
     return dq, dk, dv
 
@@ -410,6 +420,12 @@ def _takes_kernel(q: Tensor, heads: Heads, layout: Layout) -> bool:
         assert layout.tree is None
         return True
     return layout.tree is None and has_kernel(heads.size, shared_memory(q), q.element_size())
+
+
+def _takes_flash_4(q: Tensor, heads: Heads, layout: Layout) -> bool:
+    packed, windowed = layout.ends is not None, _window(heads, layout) is not None
+    kind = flash_4.Kind(heads.query, heads.key, heads.size, q.dtype, packed, windowed)
+    return flash_4.takes(kind, q.device)
 
 
 def _takes_cudnn(heads: Heads, layout: Layout) -> bool:

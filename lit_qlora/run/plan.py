@@ -79,6 +79,8 @@ class Plan:
     """Dtype that the fast path gives to frozen weights in another one; None where it leaves them as they are."""
     plain_attention: bool = False
     """Whether the fast path computes attention in plain torch, because the GPU has no flash attention."""
+    flash_4: bool = False
+    """Whether the fast path computes attention by FlashAttention 4, if that works as it should there."""
     delta_rule: str = ""
     """How the fast path computes the rule of gated delta nets; '' where there are none."""
     fp8: bool = False
@@ -240,6 +242,7 @@ class Planner:
             return plan
         slow_attention = not gpt.dropout and _lacks_kernels(model.head_size, room.card)
         plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
+        plan = replace(plan, flash_4=_takes_flash_4(gpt, room.card))
         corrects = bool(model.delta_layers) and not model.state_space
         plan = replace(plan, delta_rule=_delta_rule(room.card, model.delta_key_size) if corrects else "")
         return self._on_fast_path(plan, batches, room, seen)
@@ -381,11 +384,24 @@ def _lacks_kernels(head_size: int, card: Card | None) -> bool:
     return not (has_flash(head_size, gpu.device) or has_kernel(head_size, shared_memory(gpu)))
 
 
+def _takes_flash_4(gpt: GPT, card: Card | None) -> bool:
+    """Tell whether FlashAttention 4 is installed, and takes the attention of a model in training."""
+    from lit_qlora.fused.flash_4 import why_not
+
+    model = gpt.config
+    if gpt.dropout or model.attention_softcap is not None or model.kv_latent_size:
+        return False
+    return not why_not(card.capability if card else _capability_here(), model.head_size)
+
+
+def _capability_here() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
 def _delta_rule(card: Card | None, key_size: int) -> str:
     from lit_qlora.fused.delta_rule import why_no_kernels
 
-    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    reason = why_no_kernels(card.capability if card else here, key_size)
+    reason = why_no_kernels(card.capability if card else _capability_here(), key_size)
     return f"in plain torch ({reason})" if reason else BY_KERNELS
 
 

@@ -87,7 +87,7 @@ def try_case(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train as a smaller GPU, in this process; the rows and tokens of `arguments` fit it."""
     import torch
 
-    from lit_qlora.device import let_segments_grow, pick_device
+    from lit_qlora.device import let_segments_grow, peak_gib, pick_device, reset_peak
     from lit_qlora.run.dry_run import random_learner
     from lit_qlora.run.fits import plan_rows
     from lit_qlora.run.plan import GIB
@@ -104,12 +104,12 @@ def try_case(arguments: argparse.Namespace) -> dict[str, Any]:
     facts: dict[str, Any] = {"setting": describe(plan), "planned_gib": plan.total / GIB, "room_gib": room.gpu / GIB}
     facts |= {"planned_host_gib": plan.host / GIB, "loading_s": time.monotonic() - begin}
     if device.type == "cuda":
-        facts["loading_gib"] = torch.cuda.max_memory_allocated() / GIB
-        torch.cuda.reset_peak_memory_stats()
+        facts["loading_gib"] = peak_gib(device)
+        reset_peak(device)
     batch = random_batch(learner.module.config.vocab_size, arguments.rows, arguments.length)
     facts |= measure(learner, plan, batch, arguments)
     if device.type == "cuda":
-        facts |= {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
+        facts |= {"peak_gib": peak_gib(device)}
         facts |= {"reserved_gib": torch.cuda.max_memory_reserved() / GIB}
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in facts.items()}
 

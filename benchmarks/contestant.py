@@ -55,7 +55,7 @@ def compete(task: Task) -> None:
     model, loss = built.model, built.loss
     import torch
 
-    from lit_qlora.device import held_by_graphs, peak_gib, pick_device
+    from lit_qlora.device import peak_gib, pick_device, reset_peak
 
     device, adapters = pick_device(), [p for p in model.parameters() if p.requires_grad]
     optimizer = built.optimizer or torch.optim.AdamW(adapters, lr=1e-4, fused=True)
@@ -95,7 +95,7 @@ def compete(task: Task) -> None:
             step(micros)
         first = False
         wait()
-        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+        reset_peak(device)
         begin = time.perf_counter()  # a round takes seconds, so events would say the same
         spent, times = 0.0, 0
         while not times or spent < wanted["seconds"]:
@@ -110,7 +110,7 @@ def compete(task: Task) -> None:
             milliseconds=1e3 * spent,
             tokens=times * sum(micro.ids.numel() for micros in data for micro in micros),
             examples=times * sum(len(micro.documents or micro.ids) for micros in data for micro in micros),
-            peak_gib=peak_gib(device) + held_by_graphs(device) / 2**30,
+            peak_gib=peak_gib(device),
         )
         torch.cuda.empty_cache()  # for the other, whose turn it is; does nothing without a GPU
 

@@ -114,9 +114,7 @@ def batch_of(setting: Setting, vocab_size: int) -> tuple["Batch", float]:
 
 def compare(base: "GPT", setting: Setting, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Predict a setting, train with it, and return both."""
-    import torch
-
-    from lit_qlora.device import gpu_bytes, host_bytes, peak_gib, pick_device
+    from lit_qlora.device import gpu_bytes, host_bytes, peak_gib, pick_device, reset_peak
     from lit_qlora.run.dry_run import learner_on
     from lit_qlora.run.plan import GIB, MicroBatches, Room
     from lit_qlora.run.speed import StepTime
@@ -129,8 +127,7 @@ def compare(base: "GPT", setting: Setting, arguments: argparse.Namespace, folder
     speed = StepTime(planner).tokens_per_second(plan, tokens, attended, gpu_here())
     learner = learner_on(around(base), config, plan)
     on_gpu = pick_device().type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(pick_device())
     facts: dict[str, Any] = {"described": describe(plan), "planned_gib": round(plan.total / GIB, 3)}
     facts |= measure(learner, plan, batch, arguments)
     facts |= {"peak_gib": round(peak_gib(pick_device()), 3)} if on_gpu else {}

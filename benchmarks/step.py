@@ -20,7 +20,7 @@ from results import RESULTS, append_row, current_commit
 from shapes import random_model
 from torch import Tensor
 
-from lit_qlora.device import held_by_graphs, let_segments_grow, pick_device, precede_other_streams
+from lit_qlora.device import let_segments_grow, peak_gib, pick_device, precede_other_streams, reset_peak
 from lit_qlora.fused import fuse, why_not
 from lit_qlora.fused.graphs import row_width
 from lit_qlora.lora.layer import add_lora
@@ -35,7 +35,7 @@ LONG = 3000.0  # milliseconds of a step whose launches are not worth another one
 def measure(
     model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor | None, ...], steps: tuple[int, int]
 ) -> dict[str, float]:
-    """Milliseconds of the median, fastest and slowest step, and the peak in bytes; no step waits for the device.
+    """Milliseconds of the median, fastest and slowest step, and the peak in GiB; no step waits for the device.
 
     Args:
         steps: that warm up, and that are timed.
@@ -44,7 +44,7 @@ def measure(
     for _ in range(warm_up):
         _step(model, optimizer, batch)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    reset_peak(pick_device())
     events = [torch.cuda.Event(enable_timing=True) for _ in range(timed + 1)]
     events[0].record()
     for event in events[1:]:
@@ -52,13 +52,12 @@ def measure(
         event.record()
     torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
-    peak = torch.cuda.max_memory_allocated() + held_by_graphs(pick_device())
     return {
         "median": statistics.median(times),
         "fastest": times[0],
         "slowest": times[-1],
         "host": _host_time(model, optimizer, batch) if statistics.median(times) < LONG else math.nan,
-        "peak": peak,
+        "peak_gib": peak_gib(pick_device()),
     }
 
 
@@ -179,7 +178,7 @@ def main() -> None:
             "tokens_per_second": round(1e3 * count / figures["median"]),
             "slowest": round(1e3 * count / figures["slowest"]),
             "fastest": round(1e3 * count / figures["fastest"]),
-            "peak_gib": round(figures["peak"] / 2**30, 2),
+            "peak_gib": round(figures["peak_gib"], 2),
         }
         append_row(arguments.results, row)
         print(

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -80,22 +81,60 @@ def fast_dtype(precision: Precision) -> torch.dtype | None:
     return torch.float16 if precision == "16-mixed" else None
 
 
+@dataclass
+class Peak:
+    """The largest memory use on the GPU, in bytes, as far as torch's peak of allocated memory lacks it.
+
+    Attributes:
+        before: the peak before the last capture of a CUDA graph.
+        held: what pools of graphs have held since then and torch does not count as allocated.
+    """
+
+    before: int = 0
+    held: int = 0
+
+    def of(self, device: torch.device) -> int:
+        """The peak with torch's."""
+        return max(self.before, torch.cuda.max_memory_allocated(device) + self.held)
+
+
+PEAK = Peak()
+"""That of this process, which computes on one GPU."""
+
+
 def peak_gib(device: torch.device) -> float:
-    """Return the largest memory use so far in GiB: allocated on a GPU, resident in the process on a CPU."""
+    """Return the largest memory use so far in GiB: allocated on a GPU or held by graphs there, resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return PEAK.of(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
-def held_by_graphs(device: torch.device) -> int:
-    """Return the bytes that pools of CUDA graphs hold and torch does not count as allocated; 0 on a CPU.
+def reset_peak(device: torch.device, before: int = 0) -> None:
+    """Count the peak of a GPU's memory anew, from `before` bytes on; nothing on a CPU, where it cannot be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        PEAK.before, PEAK.held = before, _held_by_graphs(device)
 
-    Replays allocate nothing: their tensors lie in this memory, which nothing else gets. So where a peak of allocated
-    memory was counted from the last capture on, this belongs to it.
+
+@contextmanager
+def counting_graphs(device: torch.device) -> Iterator[None]:
+    """Count in the peak what a graph that is captured inside holds from now on.
+
+    Until now the pools were smaller. And in the capture its tensors are counted as allocated, in memory of the pools.
     """
-    if device.type != "cuda":
-        return 0
+    before = PEAK.of(device)
+    try:
+        yield
+    finally:
+        reset_peak(device, before)
+
+
+def _held_by_graphs(device: torch.device) -> int:
+    """Return the bytes that pools of CUDA graphs hold and torch does not count as allocated.
+
+    Replays allocate nothing: their tensors lie in this memory, which nothing else gets.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == index]
     pools = [one for one in segments if tuple(one["segment_pool_id"]) != COMMON_POOL]

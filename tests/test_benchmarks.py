@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -355,21 +356,27 @@ def test_contestants_of_equal_tasks_are_processes_of_their_own(
     assert all(one.ended for one in made)
 
 
-def test_a_contestants_peak_has_what_graphs_hold(
+def test_a_contestants_peak_is_that_of_the_timed_steps(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    contestant, work = program("contestant"), program("contestants.task")
+    contestant, work, done = program("contestant"), program("contestants.task"), Counter[str]()
     model = torch.nn.Linear(1, 1)
-    ones = SimpleNamespace(build=lambda task: work.Built(model, lambda micro: model(torch.ones(1)).sum()))
+
+    def loss(micro: Any) -> torch.Tensor:
+        done["steps"] += 1
+        return model(torch.ones(1)).sum()
+
+    ones = SimpleNamespace(build=lambda task: work.Built(model, loss))
     monkeypatch.setitem(sys.modules, "contestants.ones", ones)
     monkeypatch.setitem(contestant.CONTESTANTS, "ones", ("ones", {}, "pytest"))
     monkeypatch.setattr(sys, "stdin", ['{"steps": 1, "seconds": 0, "recompute": "none"}'])
-    monkeypatch.setattr("lit_qlora.device.peak_gib", lambda device: 5.75)
-    monkeypatch.setattr("lit_qlora.device.held_by_graphs", lambda device: 2**30 + 2**29)
+    monkeypatch.setattr("lit_qlora.device.reset_peak", lambda device: done.update(warm_up=done["steps"]))
+    monkeypatch.setattr("lit_qlora.device.peak_gib", lambda device: 7.25)
     sizes = {"rows": 1, "length": 8, "r": 4, "targets": "all", "quantize": False, "dropout": 0.0}
     contestant.compete(work.Task(name="ones", shape="tiny", dir=str(tmp_path), workload="fixed", **sizes))
     answer = capsys.readouterr().out.strip().splitlines()[-1]
     assert json.loads(answer.removeprefix("RESULT "))["peak_gib"] == 7.25
+    assert done["warm_up"] == 2 + contestant.WARM_UP == done["steps"] - 2
 
 
 def test_a_contestant_whose_loss_is_no_number_has_no_speed(

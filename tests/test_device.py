@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from lit_qlora.device import gpu_bytes, held_by_graphs, host_bytes, let_segments_grow, move, on_default_stream
+from lit_qlora.device import (
+    Peak,
+    counting_graphs,
+    gpu_bytes,
+    host_bytes,
+    let_segments_grow,
+    move,
+    on_default_stream,
+    peak_gib,
+    reset_peak,
+)
 from lit_qlora.quantize import QuantizedLinear
 from lit_qlora.settings import OptimizerConfig, TrainConfig
 from lit_qlora.train.optim import make_optimizer
@@ -37,18 +47,57 @@ def test_without_a_gpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_bytes() is None
 
 
-def test_graphs_hold_what_their_pools_have_and_torch_does_not_count_as_allocated(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def segment(total: int, allocated: int, pool: tuple[int, int], device: int = 1) -> dict[str, Any]:
-        return {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": allocated}
+def segment(total: int, allocated: int, pool: tuple[int, int], device: int = 1) -> dict[str, Any]:
+    return {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": allocated}
 
-    segments = [segment(620, 577, (0, 0)), segment(162, 3, (0, 1)), segment(20, 0, (1, 0)), segment(9, 0, (0, 1), 0)]
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert held_by_graphs(torch.device("cuda")) == held_by_graphs(torch.device("cuda:1")) == 159 + 20
-    assert held_by_graphs(torch.device("cuda:0")) == 9
-    assert held_by_graphs(torch.device("cpu")) == 0
+
+class Allocator:
+    """Counts as torch does: what is allocated at most since the last reset, and the segments of its pools."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, allocated: int) -> None:
+        self.allocated = self.peak = allocated
+        self.segments = [segment(9000, 6000, (0, 0))]
+        monkeypatch.setattr("lit_qlora.device.PEAK", Peak())
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(self, "peak", self.allocated))
+        monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: self.segments)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+
+@pytest.mark.parametrize("device", [torch.device("cuda"), torch.device("cuda", 1)], ids=str)
+def test_the_peak_has_what_graphs_hold_from_their_capture_on(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch_has = Allocator(monkeypatch, allocated=5775)
+    torch_has.peak = 7223  # of passes without graphs
+    assert peak_gib(device) * 2**30 == 7223
+    with counting_graphs(device):
+        torch_has.allocated, torch_has.peak = 5807, 7300
+        of_another_gpu = segment(50, 0, (0, 1), device=0)
+        torch_has.segments += [segment(1582, 32, (0, 1)), segment(21, 0, (1, 0)), of_another_gpu]
+    assert peak_gib(device) * 2**30 == 5807 + 1571
+    with counting_graphs(device):
+        torch_has.peak = 7370  # in memory that the pools have already
+    assert peak_gib(device) * 2**30 == 5807 + 1571
+    torch_has.peak = 6500  # of a pass without a graph, beside them
+    assert peak_gib(device) * 2**30 == 6500 + 1571
+    reset_peak(device)
+    assert peak_gib(device) * 2**30 == 5807 + 1571
+
+
+def test_a_capture_that_fails_leaves_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_has, device = Allocator(monkeypatch, allocated=5), torch.device("cuda")
+    torch_has.peak = 8
+    with suppress(RuntimeError), counting_graphs(device):
+        torch_has.segments.append(segment(4, 0, (0, 1)))
+        raise RuntimeError
+    assert peak_gib(device) * 2**30 == 5 + 4
+
+
+def test_on_a_cpu_the_peak_is_that_of_the_process() -> None:
+    before = peak_gib(torch.device("cpu"))
+    reset_peak(torch.device("cpu"))
+    assert peak_gib(torch.device("cpu")) >= before > 0.01
 
 
 def test_of_the_hosts_memory_a_container_may_have_less(tmp_path: Path) -> None:

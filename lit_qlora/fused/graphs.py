@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.device import counting_graphs
 from lit_qlora.fused.ahead import Ahead
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.head import Labelled
@@ -338,6 +339,10 @@ class Recorder:
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture the kernels that `function` launches; a function that launches them again."""
+        with counting_graphs(torch.device("cuda", torch.cuda.current_device())):
+            return self._captured(function)
+
+    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         collects = gc.isenabled()
         gc.disable()  # a graph that is collected now would change the random generator of this one

@@ -5,6 +5,7 @@ import gc
 import torch
 from torch import nn
 
+from lit_qlora.device import pick_device, reset_peak
 from lit_qlora.model.gpt import GPT
 from lit_qlora.quantize import QuantizedLinear, Storage
 from lit_qlora.run.finetune import load_base
@@ -70,4 +71,4 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(pick_device())

@@ -5,7 +5,7 @@
 This is a program of its own because tests on a CPU run kernels in the interpreter. Compilation ends where Triton has
 laid out shared memory, which takes a third of the time; --machine-code goes on to the end, and names kernels again,
 with ", serialized", whose matrix units wait for each instruction. --few leaves out launches that take no more than
-others.
+others, --experts all kernels but those of mixtures.
 """
 
 import argparse
@@ -410,6 +410,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, action="append", required=True)
     parser.add_argument("--machine-code", action="store_true")
     parser.add_argument("--few", action="store_true")
+    parser.add_argument("--experts", action="store_true")
     flags = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
     of = FEW if flags.few else Variants()
@@ -417,8 +418,11 @@ def main() -> None:
     with compiling(flags.arch, flags.machine_code) as most:
         for width in flags.width:
             for rank in flags.rank:
-                training(width, rank, low, of)
                 mixture(width, rank, low, of)
+                if not flags.experts:
+                    training(width, rank, low, of)
+            if flags.experts:
+                continue
             states(width, low, of)
             for dtype in (low, F32):  # weights are float32 where --precision says so
                 generation(dtype, of)

@@ -72,5 +72,5 @@ def test_every_kernel_becomes_machine_code(arch: int) -> None:
 
 @pytest.mark.slow
 def test_products_of_experts_never_wait_for_an_instruction_of_the_matrix_units() -> None:
-    made = compiled(90, [4096], [16, 64], "--few", "--machine-code")
+    made = compiled(90, [4096], [16, 64], "--few", "--experts", "--machine-code")
     assert [name for name in made if name.startswith("experts_products") and "serialized" in name] == []

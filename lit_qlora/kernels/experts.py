@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_qlora.kernels.launch import VARYING, cdiv, power_of_2, tl, triton
 
-TILE = 128  # rows that a product takes at a time; where an expert has few left, half of them
+TILE = 128  # rows that a product takes at a time; where an expert has few left, half or a quarter of them
 CHUNK = 512  # rows of one program that sums over rows, at least
 TOKENS = 32  # of a group, whose choices a program counts
 MOST_WARPS = 16  # of a program that chooses or counts, for 128 experts and more: a GPU has no more groups than room

@@ -293,9 +293,13 @@ if triton is not None:
         BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K,
         BY_BLOCK: tl.constexpr, GATHERED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, GATE: tl.constexpr,
         UP: tl.constexpr, HAS_BIAS: tl.constexpr, FUNCTION: tl.constexpr, EVEN: tl.constexpr,
-        BRANCHES: tl.constexpr, WANTS_H: tl.constexpr, BEFORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        BK: tl.constexpr,
+        BRANCHES: tl.constexpr, WANTS_H: tl.constexpr, BEFORE: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr,
+        BN: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
+        """A tile of BM rows. FEW computes its transpose: a Hopper's matrix units take 64 rows or more, but 8 columns.
+
+        See PTX ISA, wgmma.mma_async.
+        """
         row = row0 + tl.arange(0, BM)
         safe = tl.minimum(row, end - 1)
         k = tl.arange(0, BK)
@@ -303,7 +307,7 @@ if triton is not None:
         if GATHERED:
             source = tl.load(TOKEN + safe)
         x_at = X + source.to(tl.int64)[:, None] * ldx + k[None, :]
-        both = tl.zeros((BM, 2 * BN), tl.float32)
+        both = tl.zeros((2 * BN, BM) if FEW else (BM, 2 * BN), tl.float32)
         tl.assume(K > 0)  # or ptxas lets each instruction of the matrix units wait for the last, as zeros skip the loop
         for k0 in range(0, K, BK):  # a block of gate and the one of up beside it, in one product
             if BY_BLOCK:
@@ -312,7 +316,10 @@ if triton is not None:
                 x = tl.load(x_at + k0)
             else:
                 x = tl.load(x_at + k0, (k0 + k < K)[None, :], 0.0)
-            both = tl.dot(x, W.load([2 * e, n0, k0]).reshape(2 * BN, BK).T, both)
+            w = W.load([2 * e, n0, k0]).reshape(2 * BN, BK)
+            both = tl.dot(w, x.T, both) if FEW else tl.dot(x, w.T, both)
+        if FEW:
+            both = both.T
         far, c = e.to(tl.int64), tl.arange(0, 2 * BN)
         n = n0 + c % BN
         if GATE or UP:
@@ -350,17 +357,23 @@ if triton is not None:
         if tile < tl.load(TILES + 2 * most_tiles):
             e, row0 = tl.load(TILES + tile), tl.load(TILES + most_tiles + tile)
             end = tl.load(ENDS + e + 1)
-            if end - row0 <= BM // 2:  # few rows are left: half the work
+            if end - row0 <= BM // 4:  # few rows are left: a quarter or half of the work, see _product
                 _gate_up_tile(
                     XB, X, ldx, TOKEN, WEIGHT, W, Z_GATE, ldz_gate, B_GATE, bg_e, bg_r, bg_n, Z_UP, ldz_up, B_UP, bu_e,
                     bu_r, bu_n, BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K, False, GATHERED, R, RB, GATE, UP,
-                    HAS_BIAS, FUNCTION, EVEN, BRANCHES, WANTS_H, BEFORE, BM // 2, BN, BK,
+                    HAS_BIAS, FUNCTION, EVEN, BRANCHES, WANTS_H, BEFORE, BM // 4, True, BN, BK,
+                )  # fmt: skip
+            elif end - row0 <= BM // 2:
+                _gate_up_tile(
+                    XB, X, ldx, TOKEN, WEIGHT, W, Z_GATE, ldz_gate, B_GATE, bg_e, bg_r, bg_n, Z_UP, ldz_up, B_UP, bu_e,
+                    bu_r, bu_n, BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K, False, GATHERED, R, RB, GATE, UP,
+                    HAS_BIAS, FUNCTION, EVEN, BRANCHES, WANTS_H, BEFORE, BM // 2, False, BN, BK,
                 )  # fmt: skip
             else:
                 _gate_up_tile(
                     XB, X, ldx, TOKEN, WEIGHT, W, Z_GATE, ldz_gate, B_GATE, bg_e, bg_r, bg_n, Z_UP, ldz_up, B_UP, bu_e,
                     bu_r, bu_n, BIAS, BRANCHES_TO, H, e, row0, end, n0, F, K, BY_BLOCK, GATHERED, R, RB, GATE, UP,
-                    HAS_BIAS, FUNCTION, EVEN, BRANCHES, WANTS_H, BEFORE, BM, BN, BK,
+                    HAS_BIAS, FUNCTION, EVEN, BRANCHES, WANTS_H, BEFORE, BM, False, BN, BK,
                 )  # fmt: skip
 
     @triton.jit
@@ -369,7 +382,7 @@ if triton is not None:
         SEED, offset, threshold, scale,
         BY_BLOCK: tl.constexpr, GATHERED: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
         HAS_BIAS: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        BM: tl.constexpr, FEW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
         row = row0 + tl.arange(0, BM)
         safe = tl.minimum(row, end - 1)
@@ -378,7 +391,7 @@ if triton is not None:
         if GATHERED:
             source = tl.load(TOKEN + safe)
         x_at = X + source.to(tl.int64)[:, None] * ldx + k[None, :]
-        acc = tl.zeros((BM, BN), tl.float32)
+        acc = tl.zeros((BN, BM) if FEW else (BM, BN), tl.float32)
         tl.assume(K > 0)  # see _gate_up_tile
         for k0 in range(0, K, BK):
             if BY_BLOCK:
@@ -389,7 +402,9 @@ if triton is not None:
                 x = tl.load(x_at + k0, (k0 + k < K)[None, :], 0.0)
             # Rows of a transposed W behind the expert's last meet zeros of X.
             w = W.load([e * K + k0, n0]) if TRANSPOSED else W.load([e * N + n0, k0]).T
-            acc = tl.dot(x, w, acc)
+            acc = tl.dot(w.T, x.T, acc) if FEW else tl.dot(x, w, acc)
+        if FEW:
+            acc = acc.T
         n = n0 + tl.arange(0, BN)
         in_n = n < N
         if R > 0:
@@ -412,15 +427,22 @@ if triton is not None:
         if tile < tl.load(TILES + 2 * most_tiles):
             e, row0 = tl.load(TILES + tile), tl.load(TILES + most_tiles + tile)
             end = tl.load(ENDS + e + 1)
-            if end - row0 <= BM // 2:  # few rows are left: half the work, and no block of X that reaches beyond them
+            # Where few rows are left: a quarter or half of the work, and no block of X that reaches beyond them.
+            if end - row0 <= BM // 4:
                 _product_tile(
                     XB, X, ldx, TOKEN, W, Z, ldz, B, sb_e, sb_r, sb_n, BIAS, WEIGHT, OUT, e, row0, end, n0, N, K,
                     SEED, offset, threshold, scale, False, GATHERED, TRANSPOSED, R, RB, HAS_BIAS, DROP, EVEN,
-                    BM // 2, BN, BK,
+                    BM // 4, True, BN, BK,
+                )  # fmt: skip
+            elif end - row0 <= BM // 2:
+                _product_tile(
+                    XB, X, ldx, TOKEN, W, Z, ldz, B, sb_e, sb_r, sb_n, BIAS, WEIGHT, OUT, e, row0, end, n0, N, K,
+                    SEED, offset, threshold, scale, False, GATHERED, TRANSPOSED, R, RB, HAS_BIAS, DROP, EVEN,
+                    BM // 2, False, BN, BK,
                 )  # fmt: skip
             else:
                 _product_tile(
                     XB, X, ldx, TOKEN, W, Z, ldz, B, sb_e, sb_r, sb_n, BIAS, WEIGHT, OUT, e, row0, end, n0, N, K,
                     SEED, offset, threshold, scale, BY_BLOCK, GATHERED, TRANSPOSED, R, RB, HAS_BIAS, DROP, EVEN,
-                    BM, BN, BK,
+                    BM, False, BN, BK,
                 )  # fmt: skip

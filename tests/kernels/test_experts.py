@@ -266,6 +266,44 @@ def test_rows_may_be_gathered_before_a_product(uneven: bool, monkeypatch: pytest
     assert all(torch.equal(*pair) for pair in zip(*ways, strict=True))
 
 
+AROUND = [0, 1, 31, 32, 33, 64, 65, 127, 128, 129]
+"""Rows of experts: none, a quarter, a half and all of a tile, which kernels compute in other ways, and one more."""
+
+
+def choices_around() -> Choices:
+    """One choice a token, so that experts have these numbers of rows."""
+    chosen = torch.arange(len(AROUND)).repeat_interleave(torch.tensor(AROUND))
+    chosen = chosen[torch.randperm(len(chosen))].to(DEVICE, torch.int32)
+    return sort(torch.rand(len(chosen), 1, device=DEVICE), chosen[:, None], len(AROUND), tile=128)
+
+
+@pytest.mark.parametrize(("k", "rank"), [(64, 4), (80, 0), (80, 80)])  # of 80, the second block is not whole
+def test_gate_and_up_of_an_expert_with_any_number_of_rows(k: int, rank: int) -> None:
+    choices, experts = choices_around(), len(AROUND)
+    x, weight, bias = rand(choices.rows, k), rand(experts, 2 * 48, k) / 8, rand(experts, 2 * 48)
+    low = tuple(LowRank(rand(choices.rows, rank), rand(experts, rank, 48) / 4) if rank else None for _ in range(2))
+    for actual, expected in zip(
+        gate_up(x, weight, choices, "silu", low, bias),
+        gate_up_reference(exact(x), exact(weight), choices, "silu", exact(low), exact(bias)),
+        strict=True,
+    ):
+        assert_near(actual, expected)
+
+
+@pytest.mark.parametrize(("k", "dropout"), [(64, NONE), (80, DROPOUTS[1])], ids=["", "dropout"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_product_of_an_expert_with_any_number_of_rows(
+    k: int, gathered: bool, transposed: bool, dropout: Dropout
+) -> None:
+    choices, experts = choices_around(), len(AROUND)
+    x, weight = rand(choices.rows, k), rand(experts, *((k, 96) if transposed else (96, k)))
+    low, bias = LowRank(rand(choices.rows, 4), rand(experts, 4, 96), dropout), rand(experts, 96)
+    actual = product(x, weight, choices, low, bias, gathered, transposed)
+    expected = product_reference(exact(x), exact(weight), choices, exact(low), exact(bias), gathered, transposed)
+    assert_near(actual, expected)
+
+
 @pytest.mark.parametrize("group", [2, 8])
 def test_the_order_of_tiles_changes_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choices, x, weight = choices_of(), rand(TOKENS, 64), rand(EXPERTS, 528, 64)

@@ -8,6 +8,9 @@ from torch import Tensor
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.decode_attention import attend, attend_reference
+from lit_qlora.kernels.experts import sort
+from lit_qlora.kernels.experts_products import LowRank, gate_up, gate_up_reference, product_reference
+from lit_qlora.kernels.experts_products import product as experts_product
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.lora_products import Pending, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
@@ -103,3 +106,17 @@ def test_products_of_a_few_rows(rows: int) -> None:
     z, b = half(rows, 8), half(40, 8)
     y = product(x, weight, stack, stack.table(DEVICE), None, z, b)
     assert error(y, x.double() @ weight.double().T + z.double() @ b.double().T) < 1
+
+
+def test_products_of_experts_with_few_and_many_rows() -> None:
+    rows = torch.tensor([20, 50, 130], device=DEVICE)
+    chosen = torch.arange(3, device=DEVICE).repeat_interleave(rows).int()[:, None]
+    choices = sort(torch.rand(200, 1, device=DEVICE), chosen, 3)
+    x, wide, down = half(200, 80), half(3, 2 * 48, 80), half(3, 80, 48)
+    low = LowRank(half(200, 8), half(3, 8, 48))
+    both = LowRank(low.z.double(), low.b.double())
+    exact, _ = gate_up_reference(x.double(), wide.double(), choices, "silu", (both, both))
+    assert error(gate_up(x, wide, choices, "silu", (low, low))[0], exact) < 1
+    for transposed, weight in ((False, wide[:, :48]), (True, down)):
+        exact = product_reference(x.double(), weight.double(), choices, both, transposed=transposed)
+        assert error(experts_product(x, weight.contiguous(), choices, low, transposed=transposed), exact) < 1

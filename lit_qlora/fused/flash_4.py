@@ -21,6 +21,7 @@ ARCHITECTURES = (9, 10)
 """Major compute capabilities: Hopper, and Blackwell in data centres."""
 MOST_SIZE = 128
 """Features of the largest heads."""
+INSTALL = 'pip install "lit_qlora[flash]"'
 TOLERATED = 2e-2
 """Of the norm of a result: what two ways to compute it in bfloat16 may differ by."""
 
@@ -51,7 +52,7 @@ def why_not(capability: tuple[int, int], size: int) -> str:
     """Why the kernels do not run on GPUs of a compute capability for heads of `size` features, or ''."""
     if capability[0] not in ARCHITECTURES or size % 8 or size > MOST_SIZE:
         return "not for this GPU or head size"
-    return "" if _installed() else 'pip install "lit_qlora[flash]"'
+    return "" if _installed() else INSTALL
 
 
 @cache

@@ -298,8 +298,7 @@ def _path(plan: Plan) -> str:
     counts = Counter(plan.recompute)
     again = ", ".join(f"{count} blocks {policy}" for policy, count in counts.items())
     taken = f"plain ({plan.slow_because})" if plan.slow_because else "fast"
-    taken += ", attention in plain torch" if plan.plain_attention else ""
-    taken += ", FlashAttention 4" if plan.flash_4 else ""
+    taken += f", attention {plan.attention}" if plan.attention else ""
     taken += f", delta rule {plan.delta_rule}" if plan.delta_rule else ""
     taken += ", frozen weights in FP8" if plan.fp8 else ""
     taken += f", CUDA graphs up to {plan.graph_tokens:,} tokens" if plan.graphs else ""

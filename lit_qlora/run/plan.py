@@ -77,10 +77,8 @@ class Plan:
     """Bytes of activations in the host's memory, and of a sharded base's embedding."""
     dtype: torch.dtype | None = None
     """Dtype that the fast path gives to frozen weights in another one; None where it leaves them as they are."""
-    plain_attention: bool = False
-    """Whether the fast path computes attention in plain torch, because the GPU has no flash attention."""
-    flash_4: bool = False
-    """Whether the fast path computes attention by FlashAttention 4, if that works as it should there."""
+    attention: str = ""
+    """How the fast path computes attention; '' for the usual way: by torch, or by kernels of the project's own."""
     delta_rule: str = ""
     """How the fast path computes the rule of gated delta nets; '' where there are none."""
     fp8: bool = False
@@ -240,9 +238,7 @@ class Planner:
         plan = replace(self.bare, slow_because=reason, activations=activations + seen)
         if reason or room.gpu is None:
             return plan
-        slow_attention = not gpt.dropout and _lacks_kernels(model.head_size, room.card)
-        plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, plain_attention=slow_attention)
-        plan = replace(plan, flash_4=_takes_flash_4(gpt, room.card))
+        plan = replace(plan, dtype=None if dtype == storage.dtype else dtype, attention=_attention(gpt, room.card))
         corrects = bool(model.delta_layers) and not model.state_space
         plan = replace(plan, delta_rule=_delta_rule(room.card, model.delta_key_size) if corrects else "")
         return self._on_fast_path(plan, batches, room, seen)
@@ -384,14 +380,18 @@ def _lacks_kernels(head_size: int, card: Card | None) -> bool:
     return not (has_flash(head_size, gpu.device) or has_kernel(head_size, shared_memory(gpu)))
 
 
-def _takes_flash_4(gpt: GPT, card: Card | None) -> bool:
-    """Tell whether FlashAttention 4 is installed, and takes the attention of a model in training."""
-    from lit_qlora.fused.flash_4 import why_not
+def _attention(gpt: GPT, card: Card | None) -> str:
+    from lit_qlora.fused.flash_4 import INSTALL, why_not
 
     model = gpt.config
+    if not gpt.dropout and _lacks_kernels(model.head_size, card):
+        return "in plain torch"
     if gpt.dropout or model.attention_softcap is not None or model.kv_latent_size:
-        return False
-    return not why_not(card.capability if card else _capability_here(), model.head_size)
+        return ""
+    reason = why_not(card.capability if card else _capability_here(), model.head_size)
+    if not reason:
+        return "by FlashAttention 4"
+    return f"by torch ({reason} is faster)" if reason == INSTALL else ""
 
 
 def _capability_here() -> tuple[int, int]:

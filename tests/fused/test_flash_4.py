@@ -1,6 +1,7 @@
 """FlashAttention 4 gets rows and documents as it takes them, and is left out where it does not do what it should."""
 
 import sys
+from inspect import signature
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -210,21 +211,34 @@ def test_a_cpu_has_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "capability", "taken"),
+    ("changes", "capability", "installed", "said"),
     [
-        ({}, (9, 0), True),
-        ({}, (8, 6), False),
-        ({"attention_softcap": 50.0}, (9, 0), False),
-        ({"head_size": 320}, (9, 0), False),
+        ({}, (9, 0), True, ", attention by FlashAttention 4"),
+        ({}, (9, 0), False, ', attention by torch (pip install "lit_qlora[flash]" is faster)'),
+        ({}, (8, 6), True, ""),
+        ({}, (7, 5), True, ", attention in plain torch"),
+        ({"attention_softcap": 50.0}, (9, 0), True, ""),
+        ({"head_size": 320}, (9, 0), True, ""),
     ],
 )
-def test_a_plan_says_whether_it_computes_attention(
-    changes: dict[str, Any], capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_says_how_attention_is_computed(
+    changes: dict[str, Any],
+    capability: tuple[int, int],
+    installed: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flash_4, "_installed", lambda: True)
+    monkeypatch.setattr(flash_4, "_installed", lambda: installed)
     batches, room = MicroBatches(tokens=128, rows=2), Room(2**34, None, Card(capability, 227 * 2**10))
-    storage, train = Storage(torch.bfloat16, "bnb.nf4"), TrainConfig(micro_batch_size=2)
+    storage, train = Storage(torch.float16, "bnb.nf4"), TrainConfig(micro_batch_size=2)
     plan = make_plan(tiny_config(**changes), LoRAConfig(), storage, batches, train, room)
     assert not plan.slow_because
-    assert plan.flash_4 == taken
-    assert ("FlashAttention 4" in _path(plan)) == taken
+    assert _path(plan).startswith(f"fast{said}")
+    assert ("attention" in _path(plan)) == bool(said)
+
+
+def test_the_library_takes_the_arguments_that_it_gets() -> None:
+    pytest.importorskip("flash_attn.cute.interface")
+    library, shared = flash_4._library(), set(flash_4._options((None, None, 0, 0), None, None))
+    for function, own in ((library.forward, {"return_lse"}), (library.backward, {"deterministic"})):
+        assert shared | own <= set(signature(function).parameters)

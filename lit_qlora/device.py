@@ -86,7 +86,7 @@ class Peak:
     """The largest memory use on the GPU, in bytes, as far as torch's peak of allocated memory lacks it.
 
     Attributes:
-        before: the peak before the last capture of a CUDA graph.
+        before: the peak before CUDA graphs were last captured or forgotten.
         held: what pools of graphs have held since then and torch does not count as allocated.
     """
 
@@ -127,6 +127,17 @@ def counting_graphs(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        reset_peak(device, before)
+
+
+def forget_graphs(device: torch.device) -> None:
+    """Give the memory of graphs that are gone back to a GPU, and count it in the peak no longer; the peak so far stays.
+
+    The allocator keeps the pool of such graphs until its cache is emptied.
+    """
+    if device.type == "cuda":
+        before = PEAK.of(device)
+        torch.cuda.empty_cache()
         reset_peak(device, before)
 
 

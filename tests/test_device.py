@@ -13,6 +13,7 @@ from torch import nn
 from lit_qlora.device import (
     Peak,
     counting_graphs,
+    forget_graphs,
     gpu_bytes,
     host_bytes,
     let_segments_grow,
@@ -92,6 +93,20 @@ def test_a_capture_that_fails_leaves_a_peak(monkeypatch: pytest.MonkeyPatch) -> 
         torch_has.segments.append(segment(4, 0, (0, 1)))
         raise RuntimeError
     assert peak_gib(device) * 2**30 == 5 + 4
+
+
+def test_the_peak_lacks_what_graphs_held_once_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_has, device = Allocator(monkeypatch, allocated=50), torch.device("cuda")
+    # The allocator keeps a pool whose graphs are gone until its cache is emptied.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: torch_has.segments.pop())
+    with counting_graphs(device):
+        torch_has.segments.append(segment(20, 1, (0, 1)))
+    forget_graphs(device)
+    assert peak_gib(device) * 2**30 == 50 + 19  # so far
+    torch_has.peak = 60  # of a pass in the memory that they held
+    assert peak_gib(device) * 2**30 == 50 + 19
+    torch_has.peak = 75
+    assert peak_gib(device) * 2**30 == 75
 
 
 def test_on_a_cpu_the_peak_is_that_of_the_process() -> None:

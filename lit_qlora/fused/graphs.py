@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_qlora.device import counting_graphs
+from lit_qlora.device import counting_graphs, forget_graphs
 from lit_qlora.fused.ahead import Ahead
 from lit_qlora.fused.attention import Layout
 from lit_qlora.fused.head import Labelled
@@ -194,6 +194,8 @@ class Graphs:
         off: why no shape is captured any more, or ''.
     """
 
+    record: Record | None = None
+
     def __init__(self, model: Capturable, most: int, record: Record | None = None) -> None:
         self.model, self.most = model, min(most, most_tokens(model.config))
         self.given = record
@@ -202,10 +204,13 @@ class Graphs:
 
     def clear(self) -> None:
         """Forget all graphs, and free their memory."""
+        some = self.record is not None
         self.seen: Counter[Shape] = Counter()
         self.captured: dict[Shape, Captured] = {}
         self.latest: weakref.ref[Replay] | None = None
-        self.record: Record | None = self.given
+        self.record = self.given
+        if some:
+            forget_graphs(self.model.device)
 
     def work(
         self,

@@ -440,11 +440,15 @@ def test_models_whose_blocks_have_more_launches_have_graphs_of_more_tokens() -> 
     assert most_tokens(tiny_config(**LLAMA_2_7B, **delta)) == 3 * most_tokens(tiny_config(**LLAMA_2_7B))
 
 
-def test_graphs_are_forgotten_when_workspaces_change() -> None:
+def test_graphs_are_forgotten_when_workspaces_change_and_so_is_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, recording = with_graphs(adapted_model(scheme="bnb.nf4"))
     works(fused, *batch(1, 12))
     assert recording.captured == 2
+    assert fused.graphs is not None
+    graphs, left = fused.graphs, list[int]()
+    monkeypatch.setattr("lit_qlora.fused.graphs.forget_graphs", lambda device: left.append(len(graphs.captured)))
     fused.set_recompute(["full"])
+    assert left == [0]
     assert isinstance(works(fused, *batch(1, 12), times=1), Eager)
 
 

@@ -423,8 +423,17 @@ def _takes_kernel(q: Tensor, heads: Heads, layout: Layout) -> bool:
 
 
 def _takes_flash_4(q: Tensor, heads: Heads, layout: Layout) -> bool:
-    packed, windowed = layout.ends is not None, _window(heads, layout) is not None
-    kind = flash_4.Kind(heads.query, heads.key, heads.size, q.dtype, packed, windowed)
+    kind = flash_4.Kind(
+        heads.query,
+        heads.key,
+        heads.size,
+        q.dtype,
+        packed=layout.ends is not None,
+        windowed=_window(heads, layout) is not None,
+        many=layout.ends is not None and len(layout.ends) - 1 > flash_4.MANY,
+        queries=flash_4.rounded(layout.longest),
+        keys=flash_4.rounded(layout.most_keys),
+    )
     return flash_4.takes(kind, q.device)
 
 

@@ -2,7 +2,7 @@
 
 They are written in Python for each architecture, and compiled on first use, which takes some two seconds for each kind
 of rows. The library is young. So a kind is tried on a few tokens before it is used: where it raises, or differs from
-torch's flash attention, that goes on.
+torch's flash attention, that goes on. Short documents, and very many, have kernels of their own, which are tried too.
 """
 
 import warnings
@@ -22,6 +22,11 @@ ARCHITECTURES = (9, 10)
 MOST_SIZE = 128
 """Features of the largest heads."""
 INSTALL = 'pip install "lit_qlora[flash]"'
+LENGTHS = (8, 256)
+"""Tokens of the documents that kernels are tried on: as many as the longest has, rounded up to a power of two, or if it
+has more than these. Longer documents have no other kernels than those of 256 tokens."""
+MANY = 256
+"""From more documents on the kernels search for that of a tile in a table. Source: interface.py of the library."""
 TOLERATED = 2e-2
 """Of the norm of a result: what two ways to compute it in bfloat16 may differ by."""
 
@@ -37,7 +42,9 @@ class Kind:
 
     Attributes:
         query, key: heads; size: features of each.
-        packed: rows have several documents, of any length; windowed: a token attends to some before it.
+        packed: rows have several documents, of any length; many: these are more than MANY.
+        windowed: a token attends to some before it.
+        queries, keys: tokens of the longest document, rounded up; see LENGTHS.
     """
 
     query: int
@@ -46,6 +53,21 @@ class Kind:
     dtype: torch.dtype
     packed: bool
     windowed: bool
+    many: bool = False
+    queries: int = LENGTHS[1]
+    keys: int = LENGTHS[1]
+
+    def __str__(self) -> str:
+        """For people."""
+        heads = f"{self.query} heads of {self.size} features with {self.key} of keys in {str(self.dtype)[6:]}"
+        what = ("many " * self.many + "documents") if self.packed else "rows"
+        return f"{heads}, {what} of up to {self.queries} tokens or more{', a window' * self.windowed}"
+
+
+def rounded(length: int) -> int:
+    """Tokens on which to try the kernels of documents of up to `length` tokens."""
+    least, most = LENGTHS
+    return min(max(least, 2 ** (length - 1).bit_length()), most)
 
 
 def why_not(capability: tuple[int, int], size: int) -> str:
@@ -66,21 +88,37 @@ def _installed() -> bool:
 
 @cache
 def takes(kind: Kind, device: torch.device) -> bool:
-    """Tell whether the kernels are installed, and give what torch's flash attention gives on this device."""
+    """Tell whether the kernels are installed, and give what torch's flash attention gives on this device.
+
+    Raises:
+        torch.OutOfMemoryError: if there is no memory to try them, which says nothing of them.
+    """
     if device.type != "cuda" or why_not(torch.cuda.get_device_capability(device), kind.size):
         return False
     try:
         _library()
         with warnings.catch_warnings(action="ignore"):  # whatever a young compiler warns of
             difference = _difference(kind, device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler may raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     else:
         if difference <= TOLERATED:
             return True
         reason = f"it differs by {difference:.3f} of the norm"
-    tell(f"  attention  FlashAttention 4 is not used for {kind}, torch's is: {reason}")
+    _tell(reason, kind)
     return False
+
+
+_told: set[str] = set()
+
+
+def _tell(reason: str, kind: Kind) -> None:
+    """Say once for each reason that the kernels are not used; most reasons are those of many kinds."""
+    if reason not in _told:
+        _told.add(reason)
+        tell(f"  attention  torch's, not FlashAttention 4, where that fails, as for {kind}: {reason}")
 
 
 def forward(
@@ -144,15 +182,21 @@ def _library() -> _Library:
 
 def _difference(kind: Kind, device: torch.device) -> float:
     """By how much outputs and gradients of a few tokens differ from torch's flash attention, of their norm."""
-    rows, length, window = 2, 256, 100 if kind.windowed else None
+    rows, window = 2, 3 * kind.keys // 8 if kind.windowed else None
     generator = torch.Generator(device).manual_seed(0)
-    shape = (rows * length,) if kind.packed else (rows, length)
-    q, k, v, d_out = (
-        torch.randn(*shape, heads, kind.size, dtype=kind.dtype, device=device, generator=generator)
-        for heads in (kind.query, kind.key, kind.key, kind.query)
-    )
-    ends = torch.tensor([0, 200, 200, length, rows * length], dtype=torch.int32, device=device) if kind.packed else None
-    bounds: Bounds = (ends, ends, length, length)
+
+    def random(heads: int, length: int) -> Tensor:
+        shape = (rows * length,) if kind.packed else (rows, length)
+        return torch.randn(*shape, heads, kind.size, dtype=kind.dtype, device=device, generator=generator)
+
+    def ends(length: int) -> Tensor | None:
+        empty = [rows * length] * (MANY * kind.many)
+        documents = [0, 3 * length // 4, 3 * length // 4, length, rows * length, *empty]
+        return torch.tensor(documents, dtype=torch.int32, device=device) if kind.packed else None
+
+    q, d_out = (random(kind.query, kind.queries) for _ in range(2))
+    k, v = (random(kind.key, kind.keys) for _ in range(2))
+    bounds: Bounds = (ends(kind.queries), ends(kind.keys), kind.queries, kind.keys)
     out, log_sum = forward(q, k, v, bounds, None, window)
     found = (out, log_sum, *backward(d_out, q, k, v, out, log_sum, bounds, None, window))
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

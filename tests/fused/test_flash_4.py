@@ -1,9 +1,11 @@
 """FlashAttention 4 gets rows and documents as it takes them, and is left out where it does not do what it should."""
 
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,16 +95,32 @@ class Library:
         return [[q[a], k[b], v[b], *(x[a] for x in more)] for a, b in zip(own, keys, strict=True) if a.start < a.stop]
 
 
+def install(functions: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a library with these functions be installed on this machine, which seems to be a Hopper."""
+    package = ModuleType("flash_attn.cute")
+    package.interface = SimpleNamespace(**functions)  # type: ignore[attr-defined]
+    for name, module in (("flash_attn", ModuleType("flash_attn")), ("flash_attn.cute", package)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(flash_4, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(flash_4, "_told", set())
+    known = (takes, flash_4._library)  # of which a test may replace one
+    for function in known:
+        function.cache_clear()
+    yield
+    for function in known:
+        function.cache_clear()
+
+
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     """The library, as if it were installed on this machine, and taken."""
-    interface, one = ModuleType("interface"), Library()
-    interface._flash_attn_fwd, interface._flash_attn_bwd = one.forward, one.backward  # type: ignore[attr-defined]
-    package = ModuleType("flash_attn.cute")
-    package.interface = interface  # type: ignore[attr-defined]
-    for name, module in (("flash_attn", ModuleType("flash_attn")), ("flash_attn.cute", package)):
-        monkeypatch.setitem(sys.modules, name, module)
-    flash_4._library.cache_clear()
+    one = Library()
+    install({"_flash_attn_fwd": one.forward, "_flash_attn_bwd": one.backward}, monkeypatch)
     monkeypatch.setattr(attention, "has_flash", lambda *_: True)
     monkeypatch.setattr(flash_4, "takes", lambda *_: True)
     return one
@@ -202,8 +220,141 @@ def test_a_library_that_fails_on_a_few_tokens_is_left_out_with_the_reason(
     monkeypatch.setattr(flash_4, "_library", lambda: None)
     monkeypatch.setattr(flash_4, "_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
-    assert takes.__wrapped__(KIND, torch.device("cuda")) == (said == "")
+    assert takes(KIND, torch.device("cuda")) == (said == "")
     assert said in capsys.readouterr().out
+
+
+def fails(*_: Any) -> None:
+    raise OSError("libcuda.so.1: cannot open\nshared object file")
+
+
+@pytest.mark.parametrize(
+    ("functions", "said"),
+    [
+        (None, "ModuleNotFoundError: "),
+        ({"_flash_attn_fwd": fails}, "AttributeError: "),
+        ({"_flash_attn_fwd": fails, "_flash_attn_bwd": fails}, "OSError: libcuda.so.1: cannot open\n"),
+        ({"_flash_attn_fwd": lambda q: q, "_flash_attn_bwd": fails}, "TypeError: "),
+    ],
+    ids=["none", "other names", "broken", "other arguments"],
+)
+def test_of_a_library_that_fails_for_all_kinds_one_line_is_said(
+    functions: dict[str, Any] | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(functions or {}, monkeypatch)
+    if functions is None:
+        monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    monkeypatch.setattr(flash_4, "_difference", lambda *_: flash_4._library().forward(None, None, None))
+    for kind in (KIND, replace(KIND, packed=True), replace(KIND, queries=8, keys=8)):
+        assert not takes(kind, torch.device("cuda"))
+    line = capsys.readouterr().out
+    assert said in line
+    assert line.count("\n") == 1
+
+
+def test_a_kind_that_there_is_no_memory_to_try_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the step is repeated with less memory, and not all steps are slower."""
+    tries = iter([torch.OutOfMemoryError, 0.0])
+
+    def difference(kind: Kind, device: torch.device) -> float:
+        result = next(tries)
+        if isinstance(result, float):
+            return result
+        raise result
+
+    install({"_flash_attn_fwd": fails, "_flash_attn_bwd": fails}, monkeypatch)
+    monkeypatch.setattr(flash_4, "_difference", difference)
+    with pytest.raises(torch.OutOfMemoryError):
+        takes(KIND, torch.device("cuda"))
+    assert takes(KIND, torch.device("cuda"))
+
+
+def kind_of(layout: Layout, monkeypatch: pytest.MonkeyPatch, window: int | None = None) -> Kind:
+    """The kind that is asked for."""
+    asked: list[Kind] = []
+    monkeypatch.setattr(flash_4, "takes", lambda kind, device: asked.append(kind))
+    attention._takes_flash_4(torch.empty(0, dtype=torch.bfloat16), Heads(4, 2, 64, window=window), layout)
+    return asked[0]
+
+
+def of_lengths(*lengths: int) -> Layout:
+    """One row with documents of these lengths."""
+    segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return Layout.of(1, len(segments), segments[None], CPU)
+
+
+@pytest.mark.parametrize(
+    ("length", "tried"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128), (128, 128), (129, 256), (5000, 256)]
+)
+def test_short_rows_and_documents_are_kinds_of_their_own(
+    length: int, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, packed = Layout.of(2, length, None, CPU), of_lengths(1, length)
+    assert kind_of(rows, monkeypatch) == replace(KIND, queries=tried, keys=tried)
+    assert kind_of(packed, monkeypatch) == replace(KIND, packed=True, queries=tried, keys=tried)
+    for window, windowed in ((length - 1, True), (length, False), (length + 1, False)):
+        assert kind_of(packed, monkeypatch, window).windowed == windowed
+
+
+def test_runs_of_fewer_queries_than_keys_and_many_documents_are_kinds_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = kind_of(sharing_a_beginning(), monkeypatch)
+    assert (tree.queries, tree.keys) == (16, 16)
+    deep = torch.tensor([[*range(6), *range(6, 12), *range(12, 18)]])
+    runs = Layout.of(1, 18, torch.tensor([[0] * 6 + [1] * 6 + [2] * 6]), CPU, shared=deep)
+    assert (kind_of(runs, monkeypatch).queries, kind_of(runs, monkeypatch).keys) == (8, 32)
+    assert [kind_of(of_lengths(*[2] * n), monkeypatch).many for n in (256, 257)] == [False, True]
+
+
+class Torchs:
+    """What torch.ops.aten has, by the same plain torch."""
+
+    def __init__(self, library: Library) -> None:
+        self.library, self.asked = library, list[tuple[Any, ...]]()
+
+    def options(self, *bounds: Any, **sides: int) -> dict[str, Any]:
+        """As flash_4 has them."""
+        window = sides["window_size_left"] + 1 if sides else None
+        self.asked.append((*bounds, window))
+        return flash_4._options(bounds, None, window)  # type: ignore[arg-type]
+
+    def _flash_attention_forward(self, *arguments: Any, **sides: int) -> tuple[Any, ...]:
+        q, k, v, *bounds = arguments[:7]
+        return *self.library.forward(q, k, v, return_lse=True, **self.options(*bounds, **sides))[:2], 0, 0, None
+
+    def _flash_attention_backward(self, *arguments: Any, **sides: int) -> tuple[Tensor, ...]:
+        d_out, q, k, v, out, log_sum, *bounds = arguments[:10]
+        options = self.options(*bounds, **sides)
+        return self.library.backward(q, k, v, out, d_out, log_sum, deterministic=False, **options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"windowed": True},
+        {"queries": 8, "keys": 8, "windowed": True},
+        {"packed": True, "many": True, "windowed": True, "queries": 64, "keys": 64},
+        {"packed": True, "queries": 8, "keys": 32},
+    ],
+    ids=str,
+)
+def test_a_kind_is_tried_on_documents_as_long_and_as_many(
+    changes: dict[str, Any], library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchs, kind = Torchs(library), replace(KIND, dtype=torch.float64, size=8, **changes)
+    monkeypatch.setattr(flash_4, "_aten", torchs)
+    assert flash_4._difference(kind, CPU) == 0
+    assert len(torchs.asked) == 2
+    for ends, of_keys, longest, most_keys, window in torchs.asked:
+        assert (longest, most_keys) == (kind.queries, kind.keys)
+        assert (window is not None and window < most_keys) == kind.windowed
+        for bounds, most in ((ends, longest), (of_keys, most_keys)):
+            assert (bounds is not None) == kind.packed
+            if bounds is not None:
+                assert sorted({0, most} & {*bounds.diff().tolist()}) == [0, most]
+                assert (len(bounds) - 1 > flash_4.MANY) == kind.many
 
 
 def test_a_cpu_has_none() -> None:

@@ -296,9 +296,14 @@ class Planner:
         return copied_bytes(self.gpt)
 
     @cached_property
-    def _copied(self) -> int:
-        """Trainable parameters that are copied to 16 bit at the same time, where no more memory is taken for it."""
-        return _largest_part(self.gpt) if self.bare.trainable >= COPY_BY_BLOCK else self.bare.trainable
+    def _copied(self) -> tuple[int, int]:
+        """Parameters of adapters that are copied to 16 bit at the same time, and how many more there are.
+
+        The others are copied at the same time too where memory is left for it.
+        """
+        parts = _adapters_of_parts(self.gpt)
+        copied = max(parts) if sum(parts) >= COPY_BY_BLOCK else sum(parts)
+        return copied, sum(parts) - copied
 
     @cached_property
     def sizes(self) -> FastSizes:
@@ -319,7 +324,8 @@ class Planner:
         assert room.gpu is not None
         model, train = self.gpt.config, self.train
         weights = plan.weights + self._decoded_scales
-        learning = plan.learning + 2 * self._copied + self._beside + _rotations(model, batches, train, plan.parts)
+        copied, others = self._copied
+        learning = plan.learning + 2 * copied + self._beside + _rotations(model, batches, train, plan.parts)
         free = 0.97 * room.gpu - weights - learning - seen
         eager = self.router_losses or self.sharded or plan.parts > 1
         graph_tokens = 0 if eager else _graph_tokens(model, train, batches)
@@ -346,7 +352,7 @@ class Planner:
             holes, wanted = HOLES * activations, train.keep_dequantized
             held = list(accumulate(map(sum, reversed(self._dequantized)), initial=0.0))
             cached_blocks, carries = _share(spare, held, holes, carrying, wanted)
-        whole, more = cached_blocks == model.n_layer, 2 * (self.bare.trainable - self._copied)
+        whole, more = cached_blocks == model.n_layer, 2 * others
         activations -= sizes.spared(policies) if whole else 0.0
         copies_at_once = whole and activations + held[cached_blocks] + more <= usable  # given up before cached weights
         learning += more if copies_at_once else 0
@@ -501,9 +507,13 @@ def _rotations(model: ModelConfig, batches: MicroBatches, train: TrainConfig, pa
     return 8.0 * rows * (max(model.rotated, model.full_head_size) + local) / 2
 
 
-def _largest_part(gpt: GPT) -> int:
-    """Count the trainable parameters of the block, or head, with the most."""
-    return max(sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (*gpt.blocks, gpt.head))
+def _adapters_of_parts(gpt: GPT) -> list[int]:
+    """Count the elements of A and B in each block, and in all that is outside of blocks."""
+    outside = torch.nn.ModuleList(part for part in (gpt.per_layer, gpt.head) if part is not None)
+    names = ("lora_a", "lora_b")
+    return [
+        sum(p.numel() for name, p in part.named_parameters() if name.endswith(names)) for part in (*gpt.blocks, outside)
+    ]
 
 
 def _low_rank(gpt: GPT) -> int:

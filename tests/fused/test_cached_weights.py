@@ -375,6 +375,21 @@ def test_a_plan_counts_copies_made_block_by_block_once(blocks: dict[str, Any], m
     assert learning(2**26) - learning(1) == 2 * (sum(parts) - max(parts))
 
 
+@pytest.mark.parametrize("keep", [0, "auto"])
+@pytest.mark.parametrize("large", ["none", "adapters with embeddings", "adapters"])
+def test_a_plan_counts_copies_of_adapters_and_not_of_embeddings_that_learn(
+    large: str, keep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those are read in float32."""
+    config, adapters = tiny_config(n_layer=4), planned(0).trainable
+    most = {"none": 2**26, "adapters with embeddings": adapters + 1, "adapters": adapters}[large]
+    for module in ("run.plan", "fused.path"):
+        monkeypatch.setattr(f"lit_qlora.{module}.COPY_BY_BLOCK", most)
+    alone, both = (planned(keep, lora=LoRAConfig(train_embeddings=learn)) for learn in (False, True))
+    assert both.trainable - adapters == config.vocab_size * config.n_embd
+    assert both.learning - alone.learning == 16 * config.vocab_size * config.n_embd  # gradient and moments too
+
+
 def test_copies_of_large_adapters_are_made_at_once_where_kept_weights_leave_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -23,9 +23,14 @@ def computed(qkv: Tensor, d_out: Tensor, heads: Heads, layout: Layout) -> tuple[
 
 
 def layout(kind: str, device: torch.device) -> Layout:
-    """Of 2 x 512 tokens."""
+    """Of 1,024 tokens."""
     if kind == "rows":
         return Layout.of(2, 512, None, device)
+    if kind == "short rows":
+        return Layout.of(16, 64, None, device)
+    if kind == "many short documents":
+        ends = torch.tensor([*range(0, 1024, 3), 1024], dtype=torch.int32, device=device)
+        return Layout(2, 512, 3, ends)
     if kind == "documents, some of them empty":
         ends = torch.tensor([0, 200, 201, 512, 640, 1024, 1024, 1024], dtype=torch.int32, device=device)
         return Layout(2, 512, 512, ends)
@@ -45,7 +50,9 @@ def layout(kind: str, device: torch.device) -> Layout:
     ],
 )
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("kind", ["rows", "documents, some of them empty", "a shared beginning"])
+@pytest.mark.parametrize(
+    "kind", ["rows", "short rows", "documents, some of them empty", "many short documents", "a shared beginning"]
+)
 def test_it_is_as_near_to_float64_as_torchs(
     kind: str, window: int | None, query: int, key: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

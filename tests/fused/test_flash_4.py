@@ -357,6 +357,30 @@ def test_a_kind_is_tried_on_documents_as_long_and_as_many(
                 assert (len(bounds) - 1 > flash_4.MANY) == kind.many
 
 
+@pytest.mark.parametrize("wrong", range(5), ids=["output", "sums", "queries", "keys", "values"])
+@pytest.mark.parametrize("value", [float("nan"), 1e4])
+def test_one_wrong_number_in_any_result_is_seen(
+    value: float, wrong: int, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        results = [one.clone() for one in forward(*arguments, **options)]
+        if wrong < 2:
+            results[wrong].view(-1)[0] = value
+        return tuple(results)
+
+    def broken_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        results = [one.clone() for one in backward(*arguments, **options)]
+        if wrong >= 2:
+            results[wrong - 2].view(-1)[0] = value
+        return tuple(results)
+
+    forward, backward = flash_4.forward, flash_4.backward
+    monkeypatch.setattr(flash_4, "_aten", Torchs(library))
+    monkeypatch.setattr(flash_4, "forward", broken)
+    monkeypatch.setattr(flash_4, "backward", broken_backward)
+    assert not flash_4._difference(replace(KIND, dtype=torch.float64, size=8), CPU) <= flash_4.TOLERATED
+
+
 def test_a_cpu_has_none() -> None:
     assert not takes(KIND, CPU)
 

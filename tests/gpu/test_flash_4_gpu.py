@@ -61,7 +61,7 @@ def test_it_is_as_near_to_float64_as_torchs(
     torch.manual_seed(0)
     sinks = torch.randn(query, device=CUDA) if window else None
     heads = Heads(query, key, size, None, window, sinks=sinks)
-    # Behind queries, keys and values there is something else, and behind the output Z of a rank that is odd.
+    # Behind queries, keys and values there is something else.
     qkv = torch.randn(1024, (query + 2 * key) * size + 24, device=CUDA, dtype=dtype)
     d_out = torch.randn(1024, query * size, device=CUDA, dtype=dtype)
     in_double = Heads(query, key, size, None, window, sinks=None if sinks is None else sinks.cpu().double())

@@ -244,22 +244,27 @@ class Heads:
         return q, k, v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout, room: Tensor | None = None
+) -> tuple[Tensor, Any]:
     """The attention's output (T, H D), and the other tensors that its backward pass reads.
 
     Args:
         q: (T, H, D); k, v: (T, K, D); any stride between tokens, heads dense.
+        room: (T, H D), rows contiguous, where FlashAttention 4 writes its output, if its kernels take rows that lie so.
     """
     layout = layout.of_window(heads.window)
     if layout.parts is None:
-        return _attention(q, k, v, heads, layout)
+        return _attention(q, k, v, heads, layout, room)
     own, (q, k, v) = heads.shared(layout.parts), _to_heads(layout, q, k, v)
     out, saved = _attention(q, k, v, own, replace(layout, parts=None))
     (out,) = _to_tokens(layout, out.view(-1, own.query, own.size))
     return out.flatten(1), saved
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> tuple[Tensor, Any]:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout, room: Tensor | None = None
+) -> tuple[Tensor, Any]:
     """As attention, in one process."""
     tokens = q.size(0)
     if layout.masks is not None:
@@ -284,7 +289,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) ->
         q, k, v = (x.unflatten(0, (layout.rows, layout.length)) for x in (q, k, v))
     state: tuple[Tensor, ...] = ()
     if by_flash_4:
-        out, log_sum = flash_4.forward(q, k, v, _bounds(layout), heads.scale, _window(heads, layout))
+        room = None if room is None else room.view(q.shape)
+        out, log_sum = flash_4.forward(q, k, v, _bounds(layout), heads.scale, _window(heads, layout), room)
     else:
         out, log_sum, *state, _ = _aten._flash_attention_forward(
             q, k, v, *_bounds(layout), 0.0, True, False, **_options(heads, layout)

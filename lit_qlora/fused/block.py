@@ -308,11 +308,12 @@ class FusedBlock(Block):
         q, k, v = self._shaped(qkv, run)
         if self.lends:
             run.shared.lent[self.kind] = Lent(k, v)
-        attended, extra = attention(q, k, v, self._heads(run), run.layout)
+        room = None if policy == "offload" else self._room(len(x))  # a copy to the host takes rows that touch
+        attended, extra = attention(q, k, v, self._heads(run), run.layout, self._columns(room))
         del q, k, v
         if policy not in FULL:
             saved.attended, saved.attention = self._save(attended, run, policy, keeps), extra
-        raw_1, z_projection = self._project(attended, qkv, run, run.workspaces[0])[:2]
+        raw_1, z_projection = self._project(attended, room, qkv, run, run.workspaces[0])[:2]
         if policy not in FULL:
             saved.z_projection = z_projection
         return saved, x, raw_1
@@ -322,9 +323,12 @@ class FusedBlock(Block):
         run, (_, space_qkv, space_projection) = back.forward, back.workspaces
         self._recompute_qkv(saved, back, space_qkv)
         assert isinstance(saved.qkv, Tensor)
-        saved.attended, saved.attention = attention(*self._shaped(saved.qkv, run), self._heads(run), run.layout)
+        room = self._room(len(saved.qkv))
+        saved.attended, saved.attention = attention(
+            *self._shaped(saved.qkv, run), self._heads(run), run.layout, self._columns(room)
+        )
         raw_1, saved.z_projection, saved.matrix_projection = self._project(
-            saved.attended, saved.qkv, run, space_projection
+            saved.attended, room, saved.qkv, run, space_projection
         )
         return raw_1
 
@@ -354,6 +358,7 @@ class FusedBlock(Block):
         group.add_grad_lengths(d_y, raw)
         del raw
         group.add_grad_b(d_y, saved.z_projection, back.pending)
+        saved.z_projection = None  # it may lie beside `attended`, whose memory is free early
         da, dz = group.back(d_y, back.workspaces[0], saved.matrix_projection)
         del d_y
         assert saved.attended is not None
@@ -495,16 +500,30 @@ class FusedBlock(Block):
             return torch.cat(parts, dim=1).flatten(1)
         return rotate_backward(*parts, run.positions, *run.ropes[self.windowed], self.interleaved)
 
+    def _room(self, tokens: int) -> Tensor | None:
+        """[X | Z] of the projection for attention to write X, (T, K + R); None where X is something else."""
+        direct = self.projection.a is not None and self.gates is None
+        return self.projection.empty_input(tokens) if direct else None
+
+    def _columns(self, room: Tensor | None) -> Tensor | None:
+        return None if room is None else room[:, : self.projection.k]
+
     def _project(
-        self, attended: Tensor, qkv: Tensor, run: Pass, space: Tensor | None
+        self, attended: Tensor, room: Tensor | None, qkv: Tensor, run: Pass, space: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The projection's output, Z, and [W | B] as group.matrix made it.
+
+        Where attention has written into `room`, Z is a view of it too, so that it is saved once.
+        """
         group, z = self.projection, None
         if group.a is not None or self.gates is not None:
-            both = group.empty_input(attended.size(0))
+            both = group.empty_input(attended.size(0)) if room is None else room
+            lies_there = attended.data_ptr() == both.data_ptr()
             if self.gates is not None:
                 gate_forward(attended, qkv[:, self.gates], both)
                 attended = both
-            z = group.project(attended, both, self._dropout(group, 1, run), copy=self.gates is None)
+            z = group.project(attended, both, self._dropout(group, 1, run), copy=self.gates is None and not lies_there)
+            z = both[:, group.k :] if lies_there else z
             attended = both
         matrix = group.matrix(space)
         return group.product(attended, matrix), z, matrix

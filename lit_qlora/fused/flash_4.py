@@ -27,6 +27,8 @@ LENGTHS = (8, 256)
 has more than these. Longer documents have no other kernels than those of 256 tokens."""
 MANY = 256
 """From more documents on the kernels search for that of a tile in a table. Source: interface.py of the library."""
+ALIGNED = 16
+"""Bytes of which the address of each row is a multiple, where the kernels write into rows that do not touch."""
 TOLERATED = 2e-2
 """Of the norm of a result: what two ways to compute it in bfloat16 may differ by."""
 
@@ -122,16 +124,30 @@ def _tell(reason: str, kind: Kind) -> None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Bounds,
+    scale: float | None,
+    window: int | None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output, as q, and the logarithms of the sums, (B, H, S), or (H, T) of packed rows, float32.
 
     Args:
         q: (B, S, H, D), or (T, H, D) of packed rows; k, v: the same with fewer heads.
         window: tokens that a token attends to, itself included; None for all before it.
+        room: as q, any stride between tokens. The output is written there, or where rows are not aligned into a tensor
+            of its own.
     """
-    out, log_sum, *_ = _library().forward(q, k, v, **_options(bounds, scale, window), return_lse=True)
+    out = None if room is None or not _aligned(room) else room
+    out, log_sum, *_ = _library().forward(q, k, v, **_options(bounds, scale, window), return_lse=True, out=out)
     return out, log_sum
+
+
+def _aligned(x: Tensor) -> bool:
+    """Tell whether each row of each head lies at a multiple of ALIGNED."""
+    return not any(count * x.element_size() % ALIGNED for count in (x.storage_offset(), *x.stride()[:-1]))
 
 
 def backward(
@@ -181,7 +197,10 @@ def _library() -> _Library:
 
 
 def _difference(kind: Kind, device: torch.device) -> float:
-    """By how much outputs and gradients of a few tokens differ from torch's flash attention, of their norm."""
+    """By how much outputs and gradients of a few tokens differ from torch's flash attention, of their norm.
+
+    The output is once a tensor of its own, and once the first columns of wider rows, whose last ones must stay.
+    """
     rows, window = 2, 3 * kind.keys // 8 if kind.windowed else None
     generator = torch.Generator(device).manual_seed(0)
 
@@ -197,12 +216,18 @@ def _difference(kind: Kind, device: torch.device) -> float:
     q, d_out = (random(kind.query, kind.queries) for _ in range(2))
     k, v = (random(kind.key, kind.keys) for _ in range(2))
     bounds: Bounds = (ends(kind.queries), ends(kind.keys), kind.queries, kind.keys)
-    out, log_sum = forward(q, k, v, bounds, None, window)
-    found = (out, log_sum, *backward(d_out, q, k, v, out, log_sum, bounds, None, window))
+    wide = q.new_ones(*q.shape[:-2], kind.query * kind.size + ALIGNED)
+    columns, behind = wide[..., :-ALIGNED].unflatten(-1, q.shape[-2:]), wide[..., -ALIGNED:]
+
+    def found(room: Tensor | None) -> tuple[Tensor, ...]:
+        out, log_sum = forward(q, k, v, bounds, None, window, room)
+        return out, log_sum, *backward(d_out, q, k, v, out, log_sum, bounds, None, window)
+
+    results = (*found(None), *found(columns), behind)
     sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     out, log_sum, *state, _ = _aten._flash_attention_forward(q, k, v, *bounds, 0.0, True, False, **sides)
     gradients = _aten._flash_attention_backward(d_out, q, k, v, out, log_sum, *bounds, 0.0, True, *state, **sides)
     expected = (out, log_sum, *gradients[:3])
-    pairs = zip(found, expected, strict=True)
+    pairs = zip(results, (*expected, *expected, torch.ones_like(behind)), strict=True)
     differences = [(a.float() - b.float()).norm() / b.float().norm() for a, b in pairs]
     return float(torch.stack(differences).max())  # NaN if one is, which Python's max may pass over

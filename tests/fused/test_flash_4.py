@@ -1,6 +1,7 @@
 """FlashAttention 4 gets rows and documents as it takes them, and is left out where it does not do what it should."""
 
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from inspect import signature
@@ -37,7 +38,13 @@ def scores_of(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
 class Library:
     """What flash_attn.cute.interface has, in plain torch: documents one by one, the backward pass from sums."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any) -> tuple[Any, ...]:
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[torch.UntypedStorage]] = []
+        """The memory that outputs were written into, and no tensor of its own."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, out: Tensor | None, **options: Any
+    ) -> tuple[Any, ...]:
         """See flash_4.forward."""
         assert return_lse
         outs, sums = [], []
@@ -46,7 +53,14 @@ class Library:
             outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), self.grouped(v_, q_)))
             sums.append(scores.logsumexp(-1))
         packed = options["cu_seqlens_q"] is not None
-        return torch.cat(outs).view_as(q), torch.cat(sums, 1) if packed else torch.stack(sums), None, None, None
+        attended = torch.cat(outs).view_as(q)
+        if out is not None:
+            assert (out.shape, out.dtype) == (q.shape, q.dtype)
+            assert not out.data_ptr() % 16
+            assert not any(stride * out.element_size() % 16 for stride in out.stride()[:-1])
+            self.given.append(weakref.ref(out.untyped_storage()))
+            attended = out.copy_(attended)
+        return attended, torch.cat(sums, 1) if packed else torch.stack(sums), None, None, None
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, log_sum: Tensor,
@@ -164,6 +178,33 @@ def test_it_gets_rows_and_documents_and_gives_the_same_attention(
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)  # sinks are added in float32
     found = attention.attention_backward(d_out, *parts, out, saved, heads, where)
     torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [one_row, documents, with_empty_documents, sharing_a_beginning])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_it_writes_into_the_first_columns_of_wider_rows(layout: Any, sinks: bool, library: Library) -> None:
+    torch.manual_seed(0)
+    qkv, d_out = torch.randn(48, (4 + 2 * 2) * 8), torch.randn(48, 4 * 8)
+    heads = Heads(4, 2, 8, sinks=torch.randn(4) if sinks else None)
+    parts, where, wide = heads.split(qkv), layout(), torch.ones(48, 4 * 8 + 4)
+    expected, saved = attention.attention(*parts, heads, where)
+    gradients = attention.attention_backward(d_out, *parts, expected, saved, heads, where)
+
+    out, saved = attention.attention(*parts, heads, where, wide[:, :32])
+    assert out.data_ptr() == wide.data_ptr()
+    assert len(library.given) == 1
+    found = attention.attention_backward(d_out, *parts, out, saved, heads, where)
+    assert all(torch.equal(one, other) for one, other in zip((out, *found), (expected, *gradients), strict=True))
+    assert torch.equal(wide[:, 32:], torch.ones(48, 4))
+
+
+@pytest.mark.parametrize(("width", "first"), [(35, 0), (36, 1)], ids=["rows", "first row"])
+def test_it_gives_a_tensor_of_its_own_where_rows_are_not_aligned(width: int, first: int, library: Library) -> None:
+    qkv, heads, wide = torch.randn(48, 64), Heads(4, 2, 8), torch.ones(48, width)
+    out, _ = attention.attention(*heads.split(qkv), heads, one_row(), wide[:, first : first + 32])
+    assert out.is_contiguous()
+    assert not library.given
+    assert torch.equal(wide, torch.ones(48, width))
 
 
 @pytest.mark.usefixtures("library")
@@ -321,7 +362,8 @@ class Torchs:
 
     def _flash_attention_forward(self, *arguments: Any, **sides: int) -> tuple[Any, ...]:
         q, k, v, *bounds = arguments[:7]
-        return *self.library.forward(q, k, v, return_lse=True, **self.options(*bounds, **sides))[:2], 0, 0, None
+        options = self.options(*bounds, **sides)
+        return *self.library.forward(q, k, v, return_lse=True, out=None, **options)[:2], 0, 0, None
 
     def _flash_attention_backward(self, *arguments: Any, **sides: int) -> tuple[Tensor, ...]:
         d_out, q, k, v, out, log_sum, *bounds = arguments[:10]
@@ -359,18 +401,19 @@ def test_a_kind_is_tried_on_documents_as_long_and_as_many(
 
 @pytest.mark.parametrize("wrong", range(5), ids=["output", "sums", "queries", "keys", "values"])
 @pytest.mark.parametrize("value", [float("nan"), 1e4])
+@pytest.mark.parametrize("dense", [True, False], ids=["a tensor of its own", "wider rows"])
 def test_one_wrong_number_in_any_result_is_seen(
-    value: float, wrong: int, library: Library, monkeypatch: pytest.MonkeyPatch
+    dense: bool, value: float, wrong: int, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-        results = [one.clone() for one in forward(*arguments, **options)]
-        if wrong < 2:
-            results[wrong].view(-1)[0] = value
+        results = forward(*arguments, **options)
+        if wrong < 2 and results[0].is_contiguous() == dense:
+            results[wrong][(0,) * results[wrong].dim()] = value
         return tuple(results)
 
     def broken_backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         results = [one.clone() for one in backward(*arguments, **options)]
-        if wrong >= 2:
+        if wrong >= 2 and arguments[4].is_contiguous() == dense:
             results[wrong - 2].view(-1)[0] = value
         return tuple(results)
 
@@ -379,6 +422,20 @@ def test_one_wrong_number_in_any_result_is_seen(
     monkeypatch.setattr(flash_4, "forward", broken)
     monkeypatch.setattr(flash_4, "backward", broken_backward)
     assert not flash_4._difference(replace(KIND, dtype=torch.float64, size=8), CPU) <= flash_4.TOLERATED
+
+
+def test_a_number_behind_its_columns_that_changes_is_seen(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> tuple[Tensor, ...]:
+        out, log_sum = forward(*arguments)
+        if not out.is_contiguous():
+            out.as_strided((1,), (1,), out.stride(-3) - 1).zero_()
+        return out, log_sum
+
+    forward = flash_4.forward
+    monkeypatch.setattr(flash_4, "_aten", Torchs(library))
+    monkeypatch.setattr(flash_4, "forward", broken)
+    kind = replace(KIND, dtype=torch.float64, size=8, queries=8, keys=8)
+    assert not flash_4._difference(kind, CPU) <= flash_4.TOLERATED
 
 
 def test_a_cpu_has_none() -> None:
@@ -415,5 +472,5 @@ def test_a_plan_says_how_attention_is_computed(
 def test_the_library_takes_the_arguments_that_it_gets() -> None:
     pytest.importorskip("flash_attn.cute.interface")
     library, shared = flash_4._library(), set(flash_4._options((None, None, 0, 0), None, None))
-    for function, own in ((library.forward, {"return_lse"}), (library.backward, {"deterministic"})):
+    for function, own in ((library.forward, {"return_lse", "out"}), (library.backward, {"deterministic"})):
         assert shared | own <= set(signature(function).parameters)

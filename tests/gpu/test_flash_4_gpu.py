@@ -7,6 +7,8 @@ from torch import Tensor
 from lit_qlora.fused import attention, flash_4
 from lit_qlora.fused.attention import Heads, Layout
 from lit_qlora.fused.flash_4 import why_not
+from lit_qlora.fused.large_rank import Sum, grad_a, grad_b
+from lit_qlora.kernels.stack import Stack
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -73,6 +75,49 @@ def test_it_is_as_near_to_float64_as_torchs(
     for one, other, right in zip(found, torchs, exact, strict=True):
         error, usual = ((x.double().cpu() - right).norm() / right.norm() for x in (one, other))
         assert error < 1.1 * usual + 1e-4
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    "kind", ["rows", "short rows", "documents, some of them empty", "many short documents", "a shared beginning"]
+)
+@pytest.mark.parametrize(("query", "key", "size"), [(8, 2, 128), (4, 4, 128), (8, 2, 64), (4, 2, 96)])
+def test_wider_rows_get_the_same_output_and_give_the_same_gradients(
+    query: int, key: int, size: int, kind: str, window: int | None
+) -> None:
+    if reason := why_not(torch.cuda.get_device_capability(), size):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    heads = Heads(query, key, size, None, window, sinks=torch.randn(query, device=CUDA) if window else None)
+    qkv = torch.randn(1024, (query + 2 * key) * size, device=CUDA, dtype=torch.bfloat16)
+    d_out = torch.randn(1024, query * size, device=CUDA, dtype=torch.bfloat16)
+    wide = torch.ones(1024, query * size + 16, device=CUDA, dtype=torch.bfloat16)
+    parts, where, results = heads.split(qkv), layout(kind, CUDA), list[tuple[Tensor, ...]]()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for room in (None, wide[:, :-16]):
+            out, saved = attention.attention(*parts, heads, where, room)
+            results.append((out, *attention.attention_backward(d_out, *parts, out, saved, heads, where)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert results[1][0].data_ptr() == wide.data_ptr()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert (wide[:, -16:] == 1).all()
+
+
+@pytest.mark.parametrize("rank", [64, 256])
+def test_large_adapters_have_the_same_gradients_from_wider_rows(rank: int) -> None:
+    """So that a block whose output of attention was on the host, where rows touch, has those of other blocks."""
+    torch.manual_seed(0)
+    wide = torch.randn(4096, 4096 + rank, device=CUDA, dtype=torch.bfloat16)
+    dz, dy = (torch.randn(4096, n, device=CUDA, dtype=torch.bfloat16) for n in (rank, 4096))
+    x, z, stack, results = wide[:, :4096], wide[:, 4096:], Stack((4096,), (0,), rank), list[tuple[Tensor, Tensor]]()
+    for rows, of_rows in ((x, z), (x.contiguous(), z.contiguous())):
+        of_a, of_b = (Sum(torch.zeros(shape, device=CUDA)) for shape in ((rank, 4096), (4096, rank)))
+        grad_a(rows, dz, of_a, 1.0)
+        grad_b(dy, of_rows, of_b, stack)
+        results.append((of_a.total, of_b.total))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 def test_an_output_with_rows_that_are_not_aligned_has_the_same_gradients() -> None:

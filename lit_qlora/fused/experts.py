@@ -136,9 +136,6 @@ class ExpertGroup(StackedExperts):
         if self.weight is not None:
             self.dense = None
 
-    def refresh(self) -> None:
-        """See Layers: nothing lies beside the weights."""
-
     def dropout(self, seed: Tensor | None, number: int) -> Dropout:
         """Of the adapters' input, elements of (C, K)."""
         return NONE if seed is None or not self.p else Dropout(self.p, seed, number)

@@ -15,6 +15,7 @@ from lit_qlora.fused.stacked import StackedLinear
 from lit_qlora.fused.uneven import PaddedB
 from lit_qlora.kernels import lora_products
 from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.beside import BesideWeights
 from lit_qlora.kernels.dequantize import dequantize
 from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
@@ -79,10 +80,6 @@ class Layers(Protocol):
         """Release what is cached or carried over."""
         ...
 
-    def refresh(self) -> None:
-        """Bring what lies beside weights in memory up to date."""
-        ...
-
 
 class Group(StackedLinear):
     """A stack of layers that train: [W | B] in memory or dequantised into a workspace, A and B in the products' dtype.
@@ -112,6 +109,7 @@ class Group(StackedLinear):
         self.shares_columns = self.stack.r > MOST_RANK and self.rank > self.stack.r and not fp8
         self.beside = large_rank.beside(self.stack) if self.shares_columns else self.stack
         self.table_beside = self.beside.table(self.device)
+        self.beside_carried = BesideWeights()
         self.adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
         self.adapted: list[nn.Module] = [*self.adapters]
         self.padded: list[PaddedB] = []
@@ -201,12 +199,14 @@ class Group(StackedLinear):
             return self.dense
         if self.carried is not None:
             out, self.carried = self.carried, None
-            self._write_b(out)
+            if self.b is not None:
+                self.beside_carried.write([(out, self.b, self.beside)])
             return out
         space = (
             torch.empty(self.workspace_size, dtype=self.dtype, device=self.device) if workspace is None else workspace
         )
         out = space[: self.n * self.width].view(self.n, self.width)
+        assert self.weight is not None
         dequantize(self.weight, self.b, out, self.beside, self.table_beside)
         self.carried = out if workspace is None else None
         return out
@@ -228,16 +228,12 @@ class Group(StackedLinear):
         if self.weight is not None:
             self.dense = None
 
-    def refresh(self) -> None:
-        """Write a changed B beside a weight that is in memory."""
-        if self.dense is not None and self.fp8 is None:
-            self._write_b(self.dense)
-        if self.gains is not None:
-            self.gains.stale = True
-
-    def _write_b(self, out: Tensor) -> None:
-        if self.rank:
-            dequantize(None, self.b, out, self.beside, self.table_beside, b_only=True)
+    @property
+    def in_memory(self) -> list[tuple[Tensor, Tensor, Stack]]:
+        """[W | B] that is in memory, its B and its stack, as BesideWeights takes them; or nothing."""
+        if self.dense is None or self.b is None or self.fp8 is not None:
+            return []
+        return [(self.dense, self.b, self.beside)]
 
     def empty_input(self, tokens: int) -> Tensor:
         """Room for [X | Z], (T, K + R)."""
@@ -405,7 +401,8 @@ class Copies:
     def __init__(
         self, groups: Sequence[Layers], master_a: Tensor, master_b: Tensor, low_a: Tensor, low_b: Tensor
     ) -> None:
-        self.groups, self.both_b = groups, (master_b, low_b)
+        self.groups, self.both_b = [group for group in groups if isinstance(group, Group)], (master_b, low_b)
+        self.beside = BesideWeights()
         self.padded = [padded for group in groups for padded in group.padded]
         adapted = [group for group in groups if group.rank]
         sizes_a, sizes_b = ([getattr(group, name) for group in adapted] for name in ("size_a", "size_b"))
@@ -426,5 +423,12 @@ class Copies:
             padded.copy()
         b, low_b = self.both_b
         low_b.copy_(b)
-        for group in self.groups if beside else ():
-            group.refresh()
+        if beside:
+            self.refresh_beside()
+
+    def refresh_beside(self) -> None:
+        """Write B beside weights that are in memory, in one launch, and have DoRA's factors computed anew."""
+        self.beside.write([matrix for group in self.groups for matrix in group.in_memory])
+        for group in self.groups:
+            if group.gains is not None:
+                group.gains.stale = True

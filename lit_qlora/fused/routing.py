@@ -49,9 +49,6 @@ class RouterAdapter:
     def release(self) -> None:
         """See Layers: nothing is cached."""
 
-    def refresh(self) -> None:
-        """See Layers: nothing lies beside weights."""
-
     def scores(self, x: Tensor, run: Pass) -> Tensor:
         """The update of the scores, (T, n_expert) float32, of x (T, E)."""
         return self._z(drop(x.float(), self._dropout(run))) @ self.layer.lora_b.detach().T

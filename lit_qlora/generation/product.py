@@ -125,6 +125,7 @@ class Product(StackedLinear):
         return self._dequantized(self.workspace[: self.n * self.k].view(self.n, self.k))
 
     def _dequantized(self, out: Tensor) -> Tensor:
+        assert self.weight is not None
         return dequantize(self.weight, None, out, self.stack_of_w, self.table)
 
     def _end_to_end(self) -> Tensor:

@@ -48,21 +48,14 @@ def write_b(b: Tensor | None, out: Tensor, stack: Stack) -> None:
 
 
 def dequantize(
-    weight: FourBit | EightBit | Unquantized | None,
-    b: Tensor | None,
-    out: Tensor,
-    stack: Stack,
-    table: Tensor,
-    b_only: bool = False,
+    weight: FourBit | EightBit | Unquantized, b: Tensor | None, out: Tensor, stack: Stack, table: Tensor
 ) -> Tensor:
     """Write [W | B] into `out`.
 
     Args:
-        weight: None only with `b_only`.
         b: stacked B, (adapted rows, r), in the dtype of `out`; None where no layer has an adapter.
         out: (N, K + R), rows contiguous.
         table: stack.table, on the device.
-        b_only: leave the first K columns as they are.
 
     Returns:
         `out`.
@@ -72,7 +65,7 @@ def dequantize(
     columns = min(COLUMNS, power_of_2(stack.rank))
     b_programs = cdiv(n, ROWS) * cdiv(stack.rank, columns)
     rank = {"R": stack.rank, "r": max(stack.r, 1), "COLUMNS": columns, "LAYERS": len(stack.rows), "ROWS": ROWS}
-    if isinstance(weight, FourBit) and not b_only:
+    if isinstance(weight, FourBit):
         in_row, nested = k // BLOCK, weight.nested or (weight.code,) * 3
         group = math.gcd(in_row, TILE)  # a power of two of which a row is a multiple
         programs = cdiv(n, TILE // group) * (in_row // group)
@@ -82,9 +75,9 @@ def dequantize(
             enable_fp_fusion=False,  # bitsandbytes rounds after the product and after the sum
         )  # fmt: skip
         return out
-    if isinstance(weight, Unquantized) and not b_only:
+    if isinstance(weight, Unquantized):
         out[:, :k].copy_(weight.values)
-    if isinstance(weight, EightBit) and not b_only:
+    if isinstance(weight, EightBit):
         _eight_bit[(n, cdiv(k, 1024))](
             weight.packed, weight.absmax, out, out.stride(0), k, PER_STEP=PER_STEP, BLOCK=1024
         )

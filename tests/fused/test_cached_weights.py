@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_qlora.data.batches import Batch, Step
 from lit_qlora.errors import UsageError
 from lit_qlora.fused import Fused, fuse
-from lit_qlora.fused.group import Group
+from lit_qlora.fused.group import Copies, Group
 from lit_qlora.fused.head import Head
 from lit_qlora.fused.memory import FastSizes
 from lit_qlora.kernels.dequantize import dequantize
@@ -112,13 +112,13 @@ def test_large_adapters_copied_at_once_beside_kept_weights_give_the_same_bits(
     released: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_qlora.fused.path.COPY_BY_BLOCK", 1)
-    refresh, refreshed, ends = Group.refresh, Counter[Group](), []
+    refresh, refreshed, ends = Copies.refresh_beside, Counter[Group](), []
 
-    def counted(group: Group) -> None:
-        refreshed[group] += 1
-        refresh(group)
+    def counted(copies: Copies) -> None:
+        refreshed.update(copies.groups)
+        refresh(copies)
 
-    monkeypatch.setattr(Group, "refresh", counted)
+    monkeypatch.setattr(Copies, "refresh_beside", counted)
     for at_once in (False, True):
         model = adapted_model(scheme="bnb.nf4", targets=("query", "projection", "head"), ffn_size=64)
         fused = fuse(model, cached_blocks=2, copies_at_once=at_once)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_qlora.fused import Fused, fuse, why_not
 from lit_qlora.fused.graphs import Graphs
-from lit_qlora.fused.group import Group
+from lit_qlora.fused.group import Copies, Group
 from lit_qlora.fused.head import Labelled
 from lit_qlora.fused.memory import FastSizes, lowest_learning
 from lit_qlora.fused.micro_batch import Inputs
@@ -71,13 +71,13 @@ def test_b_is_written_beside_the_heads_weights_once_where_adapters_are_copied_bl
     monkeypatch.setattr("lit_qlora.fused.path.COPY_BY_BLOCK", 1)
     model = model_of(n_layer=1, shared_kv_layers=0, targets=("per_layer", "head"))
     expected, refreshed = gradients(model, *batch(1, 6)), Counter[Group]()
-    fused, refresh = fuse(model), Group.refresh
+    fused, refresh = fuse(model), Copies.refresh_beside
 
-    def counted(group: Group) -> None:
-        refreshed[group] += 1
-        refresh(group)
+    def counted(copies: Copies) -> None:
+        refreshed.update(copies.groups)
+        refresh(copies)
 
-    monkeypatch.setattr(Group, "refresh", counted)
+    monkeypatch.setattr(Copies, "refresh_beside", counted)
     assert_equal(gradients(model, *batch(1, 6)), expected)
     assert {refreshed[group] for group in fused.groups} == {1}
 

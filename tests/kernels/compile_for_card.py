@@ -33,6 +33,7 @@ from lit_qlora.kernels import (
     launch,
 )
 from lit_qlora.kernels.activation import Activation
+from lit_qlora.kernels.beside import BesideWeights
 from lit_qlora.kernels.causal_conv import HeadConv, convolve, convolve_backward
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.decode_attention import attend, store
@@ -156,10 +157,11 @@ def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype, o
         copy_scaled(empty(*a.shape), 2.0, a)
         scale_rows(z, empty(T))
         for scheme in of.schemes:
-            weight = weight_of(scheme, stack.n, width, dtype)
-            quantized = None if isinstance(weight, Tensor) else weight
-            out = empty(stack.n, width + stack.rank, dtype=dtype)
-            dequantize(quantized, b, out, stack, table_of(stack), b_only=quantized is None)
+            weight, out = weight_of(scheme, stack.n, width, dtype), empty(stack.n, width + stack.rank, dtype=dtype)
+            if isinstance(weight, Tensor):
+                BesideWeights().write([(out, b, stack)])
+            else:
+                dequantize(weight, b, out, stack, table_of(stack))
         statistics = [add_norm(x, d_x, norm, both)[1] for norm in norms]
         drop(x, dropout)
         if rank > MOST_RANK:  # cuBLAS does the products

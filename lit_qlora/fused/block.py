@@ -413,9 +413,9 @@ class FusedBlock(Block):
         dn = group.product_back(d_qkv, back.workspaces[0], saved.matrix_qkv)
         del d_qkv
         x = run.offload.get(saved.x)  # not before: the product hides its copy
-        group.add_grad_a(x, dn, pending, dropout, self.norm_1, statistics)
+        d_x = group.d_stream(dn, x, self.norm_1, statistics, saved.z_qkv, d_middle, dropout, pending)
         pending.flush()
-        return group.d_stream(dn, x, self.norm_1, statistics, saved.z_qkv, d_middle, dropout)
+        return d_x
 
     def _qkv(self, normed: Tensor, run: Pass, space: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Z, qkv, and [W | B] as group.matrix made it.

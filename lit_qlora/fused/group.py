@@ -21,6 +21,7 @@ from lit_qlora.kernels.dropout import NONE, Dropout
 from lit_qlora.kernels.launch import cdiv
 from lit_qlora.kernels.lora_products import LEAST_STRIPE, MOST_RANK, Pending, copy_scaled
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.normed_input import normed_input_backward
 from lit_qlora.kernels.stack import EightBit, FourBit, Stack
 from lit_qlora.lora.layer import LoRALinear
 
@@ -382,12 +383,22 @@ class Group(StackedLinear):
         z: Tensor | None,
         residual: Tensor | None,
         dropout: Dropout,
+        pending: Pending,
+        into: Tensor | None = None,
     ) -> Tensor:
-        """The gradient of x from [dX | dZ], where X is norm(x); see kernels.norm.norm_backward."""
-        if self.by_cublas:
-            d_normed = d_out if self.a is None else large_rank.rank_update_(d_out, self.a, self.k, dropout)
-            return norm_backward(d_normed, x, norm, statistics, residual=residual)
-        return norm_backward(d_out, x, norm, statistics, z, self.a, residual, dropout)
+        """The gradient of x from [dX | dZ], where X is norm(x), plus `residual`; adds to that of A, or `into` another.
+
+        [dX | dZ] is used up.
+        """
+        if self.a is not None and norm.kind == "rms" and not self.by_cublas:
+            assert z is not None
+            of_a = self.grad_a if into is None else into
+            return normed_input_backward(
+                d_out, x, z, self.a, of_a, self.scale, pending, norm, statistics, residual, dropout
+            )
+        self.add_grad_a(x, d_out, pending, dropout, norm, statistics, into)
+        d_normed = d_out if self.a is None else large_rank.rank_update_(d_out, self.a, self.k, dropout)
+        return norm_backward(d_normed, x, norm, statistics, residual)
 
 
 class Copies:

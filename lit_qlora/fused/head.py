@@ -140,10 +140,9 @@ class Head:
         del space, logits
         if not learns:
             return loss, None, []
-        if group.rank:
-            group.add_grad_a(x, both, pending, dropout, self.norm, statistics, into=own_gradients[0][1])
-            pending.flush()
-        d_x = group.d_stream(both, x, self.norm, statistics, z, None, dropout)
+        of_a = own_gradients[0][1] if group.rank else None
+        d_x = group.d_stream(both, x, self.norm, statistics, z, None, dropout, pending, of_a)
+        pending.flush()
         del both, x
         if indices is not None:
             d_x = d_x.new_zeros(tokens, d_x.size(1)).index_copy_(0, indices, d_x)

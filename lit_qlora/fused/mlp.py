@@ -139,8 +139,7 @@ class DenseMlp:
         dn = group.product_back(products, space, matrix)
         del products
         middle, dropout = here.pop(), self._dropout(group, 2, run)
-        group.add_grad_a(middle, dn, pending, dropout, self.norm_2, saved.statistics)
-        return group.d_stream(dn, middle, self.norm_2, saved.statistics, saved.z_gate_up, d_out, dropout)
+        return group.d_stream(dn, middle, self.norm_2, saved.statistics, saved.z_gate_up, d_out, dropout, pending)
 
     def _down_backward(self, d_y: Tensor, z: Tensor | None, back: Backward) -> Tensor:
         """[dH | dZ] of down."""

@@ -53,16 +53,16 @@ def project(
         copy_rows(x, out[:, :k])
         x = out
     size, room = (64 + power_of_2(rank)) * x.element_size(), shared_memory(x)
-    block = fitting(64 if active else 128, size, room)
-    splits = min(16, max(2, cdiv(512 if active else 256, cdiv(rows, 64))))  # enough programs to fill a GPU
+    block, bm = fitting(128, size, room), 32 if active else 64
+    splits = min(16, max(2, cdiv(256, cdiv(rows, bm))))  # enough programs to fill a GPU
     each = cdiv(cdiv(k, splits), block) * block
     splits = cdiv(k, each)
     parts = torch.empty(splits, rows, rank, device=x.device, dtype=torch.float32)
-    _project[(cdiv(rows, 64), splits)](
+    _project[(cdiv(rows, bm), splits)](
         x, x.stride(0), out, out.stride(0), a, parts, rows, k, each,
         dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
         R=rank, RP=power_of_2(rank), FUNCTION=activation.function if activation else "",
-        GATED=activation is not None and activation.gated, DROP=dropout.p > 0, BM=64, BK=block,
+        GATED=activation is not None and activation.gated, DROP=dropout.p > 0, BM=bm, BK=block,
         num_warps=4, num_stages=stages(size * block, 3, min(room, PIPELINE)),
     )  # fmt: skip
     z = torch.empty(rows, rank, device=x.device, dtype=x.dtype)

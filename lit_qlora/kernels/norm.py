@@ -1,9 +1,8 @@
-"""Residual add and norm in one pass, and its backward with the adapters' part of the gradient joined in.
+"""Residual add and norm in one pass, and the way back.
 
 Forward: x' = x + y, out = norm(x'): reads two, writes two, and saves a statistic or two of each row. RMSNorm: Zhang &
-Sennrich 2019; LayerNorm: Ba et al. 2016. Backward: the gradient of the normed input arrives as [dN | dZ], base and
-adapters; dN + dZ A is formed in registers, so it is never written. Neither is the normed input, which follows from x
-and its statistics.
+Sennrich 2019; LayerNorm: Ba et al. 2016. Backward: the normed input is not saved, since it follows from x and its
+statistics.
 """
 
 from dataclasses import dataclass
@@ -11,11 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
-from lit_qlora.kernels.launch import PIPELINE, VARYING, cdiv, fitting, power_of_2, shared_memory, stages, tl, triton
-
-if triton is not None:
-    from lit_qlora.kernels.dropout import factor
+from lit_qlora.kernels.launch import VARYING, power_of_2, tl, triton
 
 
 @dataclass(frozen=True)
@@ -88,55 +83,32 @@ def apply_norm(norm: Norm, x: Tensor) -> Tensor:
     return out
 
 
-def norm_backward_reference(
-    d_out: Tensor, x: Tensor, norm: Norm, a: Tensor | None, residual: Tensor | None, dropout: Dropout
-) -> Tensor:
+def norm_backward_reference(d_out: Tensor, x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
     """Compute norm_backward by autograd."""
-    width = x.size(1)
-    d = d_out[:, :width].float()
-    if a is not None:
-        d = d + (d_out[:, width:].float() @ a.float()) * factor_reference(x.size(0), width, dropout, x.device)
     with torch.enable_grad():
         leaf = x.float().requires_grad_()
-        (dx,) = torch.autograd.grad(norm_reference(leaf, norm) + 0 * leaf, leaf, d)
+        (dx,) = torch.autograd.grad(norm_reference(leaf, norm) + 0 * leaf, leaf, d_out.float())
     return (dx if residual is None else dx + residual.float()).to(x.dtype)
 
 
-def norm_backward(
-    d_out: Tensor,
-    x: Tensor,
-    norm: Norm,
-    statistics: Tensor,
-    z: Tensor | None = None,
-    a: Tensor | None = None,
-    residual: Tensor | None = None,
-    dropout: Dropout = NONE,
-) -> Tensor:
+def norm_backward(d_out: Tensor, x: Tensor, norm: Norm, statistics: Tensor, residual: Tensor | None = None) -> Tensor:
     """The gradient of x.
 
     Args:
-        d_out: (T, E + R), gradients of the normed input through the base and of Z; R may be 0.
+        d_out: (T, E), the gradient of norm(x), rows contiguous.
+        x: (T, E), contiguous.
         statistics: of the rows, as add_norm returned them.
-        z: (T, R), Z itself: its product with dZ is the adapters' part of a sum over the normed input.
-        a: (R, E), stacked and scaled A.
         residual: (T, E), what is added to the result.
-        dropout: of the adapters' input.
 
     Returns:
         (T, E) in the dtype of x.
     """
     rows, width = x.shape
-    rank = 0 if a is None else a.size(0)
     dx = torch.empty_like(x)
-    padded = power_of_2(rank)
-    size, room = (3 * 16 + padded) * x.element_size(), shared_memory(x)
-    block = fitting(256 if padded <= 64 else 64, size, room)
-    _norm_backward[(cdiv(rows, 16),)](
-        d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, statistics, x if z is None else z,
-        x if a is None else a, x if residual is None else residual, dx, rows, width,
-        dropout.seed, dropout.offset, dropout.threshold, dropout.scale,
-        R=rank, RP=padded, KIND=norm.statistics, HAS_W=norm.weight is not None, HAS_RESIDUAL=residual is not None,
-        DROP=dropout.p > 0, BM=16, BK=block, STAGES=stages(size * block, 4, min(room, PIPELINE)), num_warps=4,
+    _norm_backward[(rows,)](
+        d_out, d_out.stride(0), x, x if norm.weight is None else norm.weight, statistics,
+        x if residual is None else residual, dx, rows, width, KIND=norm.statistics, HAS_W=norm.weight is not None,
+        HAS_RESIDUAL=residual is not None, BLOCK=power_of_2(width), num_warps=8,
     )  # fmt: skip
     return dx
 
@@ -184,71 +156,22 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=VARYING)
     def _norm_backward(
-        G, ld, X, W, STATISTICS, Z, A, RESIDUAL, DX, T, E, SEED, offset, threshold, scale,
-        R: tl.constexpr, RP: tl.constexpr, KIND: tl.constexpr, HAS_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-        DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+        G, ld, X, W, STATISTICS, RESIDUAL, DX, T, E,
+        KIND: tl.constexpr, HAS_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-        in_t = t < T
-        j = tl.arange(0, RP)
-        rstd = tl.full((BM,), 1.0, tl.float32)
-        mean = tl.zeros((BM,), tl.float32)
-        c = tl.zeros((BM,), tl.float32)
-        shift = tl.zeros((BM,), tl.float32)
-        own = in_t[:, None] & (j < R)[None, :]
-        if R > 0:
-            dz = tl.load(G + t[:, None] * ld + E + j[None, :], own, 0.0)
+        t = tl.program_id(0).to(tl.int64)
+        k = tl.arange(0, BLOCK)
+        inside = k < E
+        g = tl.load(G + t * ld + k, inside, 0.0).to(tl.float32)
+        if HAS_W:
+            g *= tl.load(W + k, inside, 0.0).to(tl.float32)
         if KIND > 0:
-            rstd = tl.load(STATISTICS + t, in_t, 1.0)
+            x = tl.load(X + t * E + k, inside, 0.0).to(tl.float32)
+            rstd = tl.load(STATISTICS + t)
             if KIND == 2:
-                mean = tl.load(STATISTICS + T + t, in_t, 0.0)
-            products = tl.zeros((BM, BK), tl.float32)
-            sums = tl.zeros((BM, BK), tl.float32)
-            for k0 in tl.range(0, E, BK, num_stages=STAGES):
-                k = k0 + tl.arange(0, BK)
-                inside = in_t[:, None] & (k < E)[None, :]
-                g = tl.load(G + t[:, None] * ld + k[None, :], inside, 0.0).to(tl.float32)
-                x = tl.load(X + t[:, None] * E + k[None, :], inside, 0.0).to(tl.float32)
-                if KIND == 2 and R > 0:
-                    a = tl.load(A + j[:, None] * E + k[None, :], (j < R)[:, None] & (k < E)[None, :], 0.0)
-                    update = tl.dot(dz, a)
-                    if DROP:
-                        update *= factor(t[:, None] * E + k[None, :], SEED, offset, threshold, scale)
-                    g += update
-                if HAS_W:
-                    g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]
-                if KIND == 2:
-                    x = x - mean[:, None]
-                    sums += g
-                products += g * x
-            c = tl.sum(products, 1)
-            if KIND == 2:
-                shift = tl.sum(sums, 1) * rstd / E
-            if KIND == 1 and R > 0:
-                # The sum over k of (dZ A)_k w_k x_k is dZ . Z / rstd, the dropped elements left out on both sides.
-                z = tl.load(Z + t[:, None] * R + j[None, :], own, 0.0).to(tl.float32)
-                c += tl.sum(dz.to(tl.float32) * z, 1) / rstd
-            c = c * rstd * rstd * rstd / E
-        for k0 in tl.range(0, E, BK, num_stages=STAGES):
-            k = k0 + tl.arange(0, BK)
-            inside = in_t[:, None] & (k < E)[None, :]
-            at = t[:, None] * E + k[None, :]
-            g = tl.load(G + t[:, None] * ld + k[None, :], inside, 0.0).to(tl.float32)
-            if R > 0:
-                a = tl.load(A + j[:, None] * E + k[None, :], (j < R)[:, None] & (k < E)[None, :], 0.0)
-                update = tl.dot(dz, a)
-                if DROP:
-                    update *= factor(at, SEED, offset, threshold, scale)
-                g += update
-            if HAS_W:
-                g = g * tl.load(W + k, k < E, 0.0).to(tl.float32)[None, :]
-            if KIND > 0:
-                x = tl.load(X + at, inside, 0.0).to(tl.float32)
-                if KIND == 2:
-                    x = x - mean[:, None]
-                g = g * rstd[:, None] - x * c[:, None]
-                if KIND == 2:
-                    g = g - shift[:, None]
-            if HAS_RESIDUAL:
-                g += tl.load(RESIDUAL + at, inside, 0.0).to(tl.float32)
-            tl.store(DX + at, g.to(DX.dtype.element_ty), inside)
+                x = tl.where(inside, x - tl.load(STATISTICS + T + t), 0.0)
+                g = tl.where(inside, g - tl.sum(g, 0) / E, 0.0)
+            g = g * rstd - x * (tl.sum(g * x, 0) * rstd * rstd * rstd / E)
+        if HAS_RESIDUAL:
+            g += tl.load(RESIDUAL + t * E + k, inside, 0.0).to(tl.float32)
+        tl.store(DX + t * E + k, g.to(DX.dtype.element_ty), inside)

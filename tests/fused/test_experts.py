@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_qlora.fused import Fused, fuse, why_not
 from lit_qlora.fused.experts import ExpertGroup
 from lit_qlora.fused.passes import Backward
-from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
+from lit_qlora.kernels.dropout import Dropout, factor_reference
 from lit_qlora.kernels.experts import (
     Choices,
     choose_backward_reference,
@@ -466,7 +466,7 @@ REFERENCES = {
     "combine": lambda y, choices, more=None: combine_reference(y, choices, more),
     "gate_up": gate_up_reference,
     "mlp_backward": lambda *given, folds=None, **named: mlp_backward_reference(*given, **named),
-    "norm_backward": lambda d, x, norm, _: norm_backward_reference(d, x, norm, None, None, NONE),
+    "norm_backward": lambda d, x, norm, _: norm_backward_reference(d, x, norm, None),
     "of_tokens": lambda parts, choices: parts.sum(0)[choices.position.long()],
     "product": product_reference,
     "project": project_reference,

@@ -11,7 +11,8 @@ from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.dropout import NONE, Dropout, factor_reference
 from lit_qlora.kernels.lora_products import Pending, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward
-from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.norm import Norm, add_norm
+from lit_qlora.kernels.normed_input import normed_input_backward
 from lit_qlora.kernels.stack import Stack
 
 pytestmark = [
@@ -123,15 +124,24 @@ def test_gradients(rows: int, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_norm_backward(rows: int, rank: int) -> None:
+def test_backward_of_the_norm_before_adapters(rows: int, rank: int) -> None:
     x, a, weight = rand(rows, K), rand(rank, K) / 16, rand(K)
     norm = Norm("rms", 1e-5, weight)
     d_out = rand(rows, K + rank)
     normed = torch.empty_like(x)
     _, numbers = add_norm(x, None, norm, normed)
     z = normed @ a.T
-    exact = x.double().requires_grad_()
+    exact, exact_a = x.double().requires_grad_(), a.double().requires_grad_()
     y = exact * torch.rsqrt(exact.pow(2).mean(1, keepdim=True) + 1e-5) * weight.double()
-    y.backward(d_out[:, :K].double() + d_out[:, K:].double() @ a.double())
+    torch.autograd.backward([y, y @ exact_a.T], [d_out[:, :K].double(), d_out[:, K:].double()])
     assert exact.grad is not None
-    assert_near(lambda: norm_backward(d_out, x, norm, numbers, z, a), exact.grad)
+    assert exact_a.grad is not None
+
+    def both() -> tuple[Tensor, Tensor]:
+        pending, of_a = Pending(), torch.zeros(rank, K, device="cuda")
+        d_x = normed_input_backward(d_out, x, z, a, of_a, 1.0, pending, norm, numbers)
+        pending.flush()
+        return d_x, of_a
+
+    assert_near(lambda: both()[0], exact.grad)
+    assert_near(lambda: both()[1], exact_a.grad)

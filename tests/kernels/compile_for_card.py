@@ -58,6 +58,7 @@ from lit_qlora.kernels.lora_products import (
 )
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.normed_input import normed_input_backward
 from lit_qlora.kernels.qk_norm_rope import HeadNorm, Rotation, norm_rotate, norm_rotate_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward
 from lit_qlora.kernels.scale import scale_
@@ -164,9 +165,9 @@ def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype, o
                 dequantize(weight, b, out, stack, table_of(stack))
         statistics = [add_norm(x, d_x, norm, both)[1] for norm in norms]
         drop(x, dropout)
+        for norm, own in zip(norms, statistics, strict=True):
+            norm_backward(d_x, x, norm, own, d_x)
         if rank > MOST_RANK:  # cuBLAS does the products
-            for norm, own in zip(norms, statistics, strict=True):
-                norm_backward(d_x, x, norm, own, residual=d_x)
             continue
         project(both, a, both, dropout=dropout)
         rank_update(both, a, width, dropout)
@@ -174,7 +175,8 @@ def linear_layers(width: int, rank: int, dropout: Dropout, dtype: torch.dtype, o
         grad_b(empty(T, stack.n, dtype=dtype), z, empty(*b.shape), stack, table_of(stack), pending)
         for norm, own in zip(norms, statistics, strict=True):
             grad_a(x, z, empty(*a.shape), 1.0, pending, norm, own, dropout)
-            norm_backward(both, x, norm, own, z, a, d_x, dropout)
+        of_rms = norms[0], statistics[0]
+        normed_input_backward(both, x, z, a, empty(*a.shape), 1.0, pending, *of_rms, d_x, dropout)
     pending.flush()
 
 

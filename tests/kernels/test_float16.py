@@ -14,7 +14,8 @@ from lit_qlora.kernels.experts_products import product as experts_product
 from lit_qlora.kernels.launch import AVAILABLE
 from lit_qlora.kernels.lora_products import Pending, grad_a, grad_b, project, rank_update
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
-from lit_qlora.kernels.norm import Norm, add_norm, norm_backward
+from lit_qlora.kernels.norm import Norm, add_norm
+from lit_qlora.kernels.normed_input import normed_input_backward
 from lit_qlora.kernels.small_batch_linear import product
 from lit_qlora.kernels.stack import Stack
 
@@ -50,7 +51,9 @@ def test_norms_of_rows_whose_squares_float16_cannot_hold() -> None:
     assert error(out, exact.detach()) < 1
     z = (exact.detach() @ a.double().T).half()
     d_exact = d_out[:, :96].double() + d_out[:, 96:].double() @ a.double()
-    gradient = norm_backward(d_out, x, norm, statistics, z, a)
+    gradient = normed_input_backward(
+        d_out, x, z, a, torch.zeros(8, 96, device=DEVICE), 1.0, Pending(), norm, statistics
+    )
     assert error(gradient, torch.autograd.grad(exact, leaf, d_exact)[0]) < 2
 
 

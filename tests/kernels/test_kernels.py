@@ -26,6 +26,7 @@ from lit_qlora.kernels.lora_products import (
 )
 from lit_qlora.kernels.mlp import mlp_backward, mlp_forward
 from lit_qlora.kernels.norm import Norm, add_norm, norm_backward, norm_backward_reference, norm_reference
+from lit_qlora.kernels.normed_input import normed_input_backward
 from lit_qlora.kernels.rope import rotate_, rotate_backward, rotate_reference
 from lit_qlora.kernels.stack import Stack
 from lit_qlora.model.mlp import ACTIVATIONS as ACTIVATE
@@ -80,23 +81,37 @@ def test_norm_of_the_sum(width: int, with_y: bool, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
-@pytest.mark.parametrize("rank", [0, 3, 16])
-def test_backward_of_the_norm(rank: int, dropout: Dropout, kind: str) -> None:
+@pytest.mark.parametrize("beside", [0, 3])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_backward_of_the_norm(beside: int, with_residual: bool, kind: str) -> None:
     width, rows = 96, 19
-    x, norm, residual, d_out = rand(rows, width), make_norm(kind, width), rand(rows, width), rand(rows, width + rank)
+    x, norm, d_out = rand(rows, width), make_norm(kind, width), rand(rows, width + beside)[:, :width]
+    residual = rand(rows, width) if with_residual else None
     _, statistics = add_norm(x, None, norm, torch.empty_like(x))
-    a = rand(rank, width) if rank else None
+    actual = norm_backward(d_out, x, norm, statistics, residual)
+    assert_near(actual, norm_backward_reference(d_out, x, norm, residual))
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
+@pytest.mark.parametrize("weight", [True, False], ids=["", "bare"])
+@pytest.mark.parametrize(("rows", "width", "rank"), [(19, 96, 3), (150, 200, 16), (1, 64, 48)])
+def test_backward_of_the_norm_before_adapters(rows: int, width: int, rank: int, weight: bool, dropout: Dropout) -> None:
+    norm = Norm("rms", 1e-5, rand(width) if weight else None)
+    x, residual, d_out, a = rand(rows, width), rand(rows, width), rand(rows, width + rank), rand(rank, width)
+    _, statistics = add_norm(x, None, norm, torch.empty_like(x))
     kept = factor_reference(rows, width, dropout, DEVICE)
-    z = (norm_reference(x, norm) * kept) @ a.T if a is not None else None
-    actual = norm_backward(d_out, x, norm, statistics, z, a, residual, dropout)
-    assert_near(actual, norm_backward_reference(d_out, x, norm, a, residual, dropout))
-    leaf = x.clone().requires_grad_()
-    normed = norm_reference(leaf, norm)
-    loss = (normed * d_out[:, :width]).sum() + (leaf * residual).sum()
-    if a is not None:
-        loss = loss + ((normed * kept) @ a.T * d_out[:, width:]).sum()
-    assert_near(actual, torch.autograd.grad(loss, leaf)[0])
+    leaves = [x.clone().requires_grad_(), a.clone().requires_grad_()]
+    normed = norm_reference(leaves[0], norm)
+    z = (normed * kept) @ leaves[1].T
+    loss = (normed * d_out[:, :width]).sum() + (z * d_out[:, width:]).sum() + (leaves[0] * residual).sum()
+    exact = torch.autograd.grad(loss, leaves)
+    of_a, pending, z = torch.ones_like(a), Pending(), z.detach()
+    d_x = normed_input_backward(d_out, x, z, a, of_a, 0.5, pending, norm, statistics, residual, dropout)
+    without = normed_input_backward(d_out, x, z, a, torch.ones_like(a), 0.5, Pending(), norm, statistics, None, dropout)
+    pending.flush()
+    assert_near(d_x, exact[0])
+    assert_near(without, d_x - residual)
+    assert_near(of_a, 1 + 0.5 * exact[1])
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])

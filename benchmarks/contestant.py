@@ -56,6 +56,7 @@ def compete(task: Task) -> None:
     import torch
 
     from lit_qlora.device import peak_gib, pick_device, reset_peak
+    from lit_qlora.fused import flash_4
 
     device, adapters = pick_device(), [p for p in model.parameters() if p.requires_grad]
     optimizer = built.optimizer or torch.optim.AdamW(adapters, lr=1e-4, fused=True)
@@ -81,6 +82,7 @@ def compete(task: Task) -> None:
         torch=torch.__version__.split("+")[0],
         version=library,
         trainable=sum(p.numel() for p in adapters),
+        flash_4=torch.cuda.is_available() and not flash_4.why_not(torch.cuda.get_device_capability(), 128),
     )
     recompute, first = "none", True
     for line in sys.stdin:

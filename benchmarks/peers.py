@@ -162,6 +162,7 @@ def compare(task: Task, peers: list[str], start: Start, arguments: argparse.Name
         ratios = [a / b for a, b in zip(turns["ours"].rates(), turns[peer].rates(), strict=True)]
         kept = f" dequantized {task.dequantized}" if task.dequantized else ""
         own = f"ours recompute {setting}{kept}{', no graphs' if arguments.no_graphs else ''}"
+        own += ", FlashAttention 4" if ours.facts["flash_4"] else ""
         version = f"{other.facts['version']}, ready in {other.facts['ready']} s"
         learns = (
             f"r {task.r} on {task.targets}, {ours.facts['trainable']:,} and {other.facts['trainable']:,} parameters"

@@ -330,7 +330,7 @@ def test_contestants_of_equal_tasks_are_processes_of_their_own(
     class Process:
         def __init__(self, task: Any, log: Path, patience: float) -> None:
             self.turns, self.ended = 0, False
-            self.facts = dict.fromkeys(("gpu", "torch", "version", "ready", "trainable"), 0)
+            self.facts = dict.fromkeys(("gpu", "torch", "version", "ready", "trainable"), 0) | {"flash_4": True}
             made.append(self)
 
         def round(self, *wanted: Any) -> dict[str, float]:
@@ -352,6 +352,7 @@ def test_contestants_of_equal_tasks_are_processes_of_their_own(
         start = peers.starter(wanted, asked, pool)
         rows = [row for task, names in wanted for row in peers.compare(task, names, start, asked)]
     assert len(rows) == 2 * 3
+    assert ["FlashAttention 4" in row["flags"] for row in rows] == [True, False] * 3  # it tells of ours
     assert sorted(one.turns for one in made) == [2, 2, 2, 2, 4]
     assert all(one.ended for one in made)
 

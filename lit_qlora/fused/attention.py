@@ -439,6 +439,7 @@ def _takes_flash_4(q: Tensor, heads: Heads, layout: Layout) -> bool:
         many=layout.ends is not None and len(layout.ends) - 1 > flash_4.MANY,
         queries=flash_4.rounded(layout.longest),
         keys=flash_4.rounded(layout.most_keys),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return flash_4.takes(kind, q.device)
 

@@ -47,6 +47,7 @@ class Kind:
         packed: rows have several documents, of any length; many: these are more than MANY.
         windowed: a token attends to some before it.
         queries, keys: tokens of the longest document, rounded up; see LENGTHS.
+        deterministic: the backward pass adds in one order on every run.
     """
 
     query: int
@@ -58,12 +59,14 @@ class Kind:
     many: bool = False
     queries: int = LENGTHS[1]
     keys: int = LENGTHS[1]
+    deterministic: bool = False
 
     def __str__(self) -> str:
         """For people."""
         heads = f"{self.query} heads of {self.size} features with {self.key} of keys in {str(self.dtype)[6:]}"
         what = ("many " * self.many + "documents") if self.packed else "rows"
-        return f"{heads}, {what} of up to {self.queries} tokens or more{', a window' * self.windowed}"
+        more = ", a window" * self.windowed + ", deterministic" * self.deterministic
+        return f"{heads}, {what} of up to {self.queries} tokens or more{more}"
 
 
 def rounded(length: int) -> int:

@@ -348,6 +348,13 @@ def test_runs_of_fewer_queries_than_keys_and_many_documents_are_kinds_of_their_o
     assert [kind_of(of_lengths(*[2] * n), monkeypatch).many for n in (256, 257)] == [False, True]
 
 
+def test_a_backward_pass_that_is_to_be_deterministic_is_a_kind_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = of_lengths(300)
+    before = kind_of(layout, monkeypatch)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert kind_of(layout, monkeypatch) == replace(before, deterministic=True) != before
+
+
 class Torchs:
     """What torch.ops.aten has, by the same plain torch."""
 

@@ -44,13 +44,14 @@ class BesideWeights:
         _write[(len(self.table),)](b, out, self.table, UNIT=self.unit, ROWS=self.rows, COLUMNS=self.columns)
 
     def _make_table(self, places: list[Place], device: torch.device) -> None:
+        self.places = []  # an interruption leaves no table that counts
         self.columns = power_of_2(max(stack.r for *_, stack in places))
         self.rows = max(1, TILE // self.columns)
         entries = [entry for place in places for entry in _entries(*place, self.rows)]
         self.unit = math.gcd(8, *(size for _, *sizes in entries for size in sizes))  # 8 of 16 bit are read at a time
         table = [(rows, *(size // self.unit for size in sizes)) for rows, *sizes in entries]
         self.table = torch.tensor(table, dtype=torch.int64, device=device)
-        self.places = places  # the last line: an interruption before it leaves no wrong table
+        self.places = places
 
 
 def _entries(first: int, stride: int, width: int, first_b: int, stack: Stack, most: int) -> Iterator[tuple[int, ...]]:

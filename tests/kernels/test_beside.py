@@ -97,16 +97,20 @@ def test_a_single_matrix_may_lie_elsewhere_each_time() -> None:
 
 
 def test_a_table_that_was_not_finished_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    writer, matrices = BesideWeights(), [matrix_of(Stack((9,), (0,), 4), 16, torch.float32)]
+    writer = BesideWeights()
+    first, second = ([matrix_of(Stack((9,), (0,), r), 16, torch.float32)] for r in (4, 40))
 
     def full(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError
 
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "tensor", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            writer.write(matrices)
-    assert_written(writer, matrices)
+    for before in ([], first):
+        writer.write(before)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "tensor", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                writer.write(second)
+        first[0][1].normal_()
+        assert_written(writer, first)
 
 
 def test_where_no_weight_is_in_memory_nothing_is_launched() -> None:

@@ -413,7 +413,7 @@ class FusedBlock(Block):
         dn = group.product_back(d_qkv, back.workspaces[0], saved.matrix_qkv)
         del d_qkv
         x = run.offload.get(saved.x)  # not before: the product hides its copy
-        d_x = group.d_stream(dn, x, self.norm_1, statistics, saved.z_qkv, d_middle, dropout, pending)
+        d_x = group.normed_backward(dn, x, self.norm_1, statistics, saved.z_qkv, d_middle, dropout, pending)
         pending.flush()
         return d_x
 

@@ -374,7 +374,7 @@ class Group(StackedLinear):
             return large_rank.add_update(d_out, dz, self.a, dropout)
         return (large_rank if self.by_cublas else lora_products).rank_update(d_out, self.a, self.k, dropout)
 
-    def d_stream(
+    def normed_backward(
         self,
         d_out: Tensor,
         x: Tensor,
@@ -413,7 +413,7 @@ class Copies:
         self, groups: Sequence[Layers], master_a: Tensor, master_b: Tensor, low_a: Tensor, low_b: Tensor
     ) -> None:
         self.groups, self.both_b = [group for group in groups if isinstance(group, Group)], (master_b, low_b)
-        self.beside = BesideWeights()
+        self.beside_weights = BesideWeights()
         self.padded = [padded for group in groups for padded in group.padded]
         adapted = [group for group in groups if group.rank]
         sizes_a, sizes_b = ([getattr(group, name) for group in adapted] for name in ("size_a", "size_b"))
@@ -439,7 +439,7 @@ class Copies:
 
     def refresh_beside(self) -> None:
         """Write B beside weights that are in memory, in one launch, and have DoRA's factors computed anew."""
-        self.beside.write([matrix for group in self.groups for matrix in group.in_memory])
+        self.beside_weights.write([matrix for group in self.groups for matrix in group.in_memory])
         for group in self.groups:
             if group.gains is not None:
                 group.gains.stale = True

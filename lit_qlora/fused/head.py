@@ -147,7 +147,7 @@ class Head:
         if not learns:
             return loss, None, []
         of_a = own_gradients[0][1] if group.rank else None
-        d_x = group.d_stream(both, x, self.norm, statistics, z, None, dropout, pending, of_a)
+        d_x = group.normed_backward(both, x, self.norm, statistics, z, None, dropout, pending, of_a)
         pending.flush()
         del both, x
         if indices is not None:

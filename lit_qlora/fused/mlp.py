@@ -138,8 +138,8 @@ class DenseMlp:
             run.offload.fetch(tensor)
         dn = group.product_back(products, space, matrix)
         del products
-        middle, dropout = here.pop(), self._dropout(group, 2, run)
-        return group.d_stream(dn, middle, self.norm_2, saved.statistics, saved.z_gate_up, d_out, dropout, pending)
+        middle, z, dropout = here.pop(), saved.z_gate_up, self._dropout(group, 2, run)
+        return group.normed_backward(dn, middle, self.norm_2, saved.statistics, z, d_out, dropout, pending)
 
     def _down_backward(self, d_y: Tensor, z: Tensor | None, back: Backward) -> Tensor:
         """[dH | dZ] of down."""

@@ -122,9 +122,9 @@ def test_the_table_that_a_graph_reads_is_that_of_all_passes(monkeypatch: pytest.
     monkeypatch.setattr("lit_qlora.fused.graphs.SIGHTINGS", 0)
     fused, recording = with_graphs(adapted_model(targets=("projection",), n_layer=1, ffn_size=64), most=32)
     fused.copies[0].refresh()
-    table = fused.copies[0].beside.table
+    table = fused.copies[0].beside_weights.table
     gradients(fused.model, *batch(1, 12))
     with torch.no_grad():
         fused.model.loss(*batch(1, 6))
     assert recording.replayed == 2
-    assert fused.copies[0].beside.table is table
+    assert fused.copies[0].beside_weights.table is table

@@ -139,12 +139,14 @@ def grad_a(
     assert norm.weight is not None
     if gradient.factors is None:
         gradient.factors = norm.weight.float() * scale
-    rows = scale_rows(dz, statistics[0])
+    # Times the factor of what is kept, x may be too much for float16.
+    rows = scale_rows(dz, statistics[0] * dropout.scale if dropout.p else statistics[0])
+    x = drop(x, dropout, scales=False)
     if fresh:
-        _add_product(total, rows.T, drop(x, dropout), fresh)
+        _add_product(total, rows.T, x, fresh)
         total.mul_(gradient.factors)
     else:
-        total.addcmul_(in_float32(rows.T, drop(x, dropout)), gradient.factors)
+        total.addcmul_(in_float32(rows.T, x), gradient.factors)
 
 
 def grad_b(dy: Tensor, z: Tensor, gradient: Sum, stack: Stack) -> None:

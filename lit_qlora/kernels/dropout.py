@@ -63,15 +63,16 @@ def _hash_reference(x: Tensor, seed: Tensor | int) -> Tensor:
     return h
 
 
-def drop(x: Tensor, dropout: Dropout) -> Tensor:
-    """X (T, K), rows contiguous, with elements dropped; x itself if none are."""
+def drop(x: Tensor, dropout: Dropout, scales: bool = True) -> Tensor:
+    """X (T, K), rows contiguous, with elements dropped; x itself if none are. Without `scales` the others stay."""
     if not dropout.p:
         return x
     rows, k = x.shape
     out = torch.empty(rows, k, device=x.device, dtype=x.dtype)
     _drop[(rows, cdiv(k, 1024))](
-        x, x.stride(0), out, k, dropout.seed, dropout.offset, dropout.threshold, dropout.scale, BLOCK=1024, num_warps=4
-    )
+        x, x.stride(0), out, k, dropout.seed, dropout.offset, dropout.threshold, dropout.scale if scales else 1.0,
+        BLOCK=1024, num_warps=4,
+    )  # fmt: skip
     return out
 
 

@@ -334,7 +334,8 @@ if triton is not None:
                     p = x.to(p.dtype)
                 if DROP:
                     at = t[:, None] * N + n[None, :]
-                    p = (p.to(tl.float32) * factor(at, SEED, offset, threshold, scale)).to(p.dtype)
+                    # Times the factor of what is kept, x may be too much for float16, so the sum is multiplied.
+                    p = tl.where(factor(at, SEED, offset, threshold, scale) > 0, p, 0.0).to(p.dtype)
                 q = tl.load(Q + t[:, None] * ldq + one * R + j[None, :], in_t[:, None] & (j < R)[None, :], 0.0)
                 if KIND == 1:
                     q = (q.to(tl.float32) * tl.load(STATISTICS + t, in_t, 0.0)[:, None]).to(Q.dtype.element_ty)
@@ -342,6 +343,8 @@ if triton is not None:
                     acc = tl.dot(tl.trans(p), q, acc)
                 else:
                     acc = tl.dot(tl.trans(q), p, acc)
+        if DROP:
+            acc = acc * scale
         base = PARTS + split.to(tl.int64) * rows_out * R
         mine = in_n & (slot >= 0)
         if TALL:

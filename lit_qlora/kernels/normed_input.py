@@ -121,7 +121,7 @@ if triton is not None:
             if DROP:
                 kept = factor(at, SEED, offset, threshold, scale)
                 update *= kept
-                read = (x.to(tl.float32) * kept).to(x.dtype)
+                read = tl.where(kept > 0, x, 0.0).to(x.dtype)  # times the factor it may be too much for float16
             scaled = (dz.to(tl.float32) * rstd[:, None]).to(dz.dtype)
             total = tl.dot(tl.trans(read), scaled, total)
             g = (tl.load(G + t[:, None] * ld + k[None, :], inside, 0.0).to(tl.float32) + update) * w[None, :]
@@ -130,4 +130,4 @@ if triton is not None:
                 g += tl.load(RESIDUAL + at, inside, 0.0).to(tl.float32)
             tl.store(DX + at, g.to(DX.dtype.element_ty), inside)
         to = PARTS + split.to(tl.int64) * R * E + k[:, None] + j[None, :] * E
-        tl.store(to, total * w[:, None], in_k[:, None] & (j < R)[None, :])
+        tl.store(to, total * (scale * w)[:, None], in_k[:, None] & (j < R)[None, :])

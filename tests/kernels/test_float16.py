@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_qlora.fused import large_rank
 from lit_qlora.kernels.activation import Activation
 from lit_qlora.kernels.cross_entropy import cross_entropy_
 from lit_qlora.kernels.decode_attention import attend, attend_reference
+from lit_qlora.kernels.dropout import Dropout, factor_reference
 from lit_qlora.kernels.experts import sort
 from lit_qlora.kernels.experts_products import LowRank, gate_up, gate_up_reference, product_reference
 from lit_qlora.kernels.experts_products import product as experts_product
@@ -55,6 +57,25 @@ def test_norms_of_rows_whose_squares_float16_cannot_hold() -> None:
         d_out, x, z, a, torch.zeros(8, 96, device=DEVICE), 1.0, Pending(), norm, statistics
     )
     assert error(gradient, torch.autograd.grad(exact, leaf, d_exact)[0]) < 2
+
+
+@pytest.mark.parametrize("by", ["both gradients at once", "its own kernel", "cuBLAS"])
+def test_the_gradient_of_a_from_kept_elements_that_float16_cannot_hold_scaled(by: str) -> None:
+    x, weight, a, dz = LARGE / 3 * half(70, 96).clamp(-3, 3), half(96), half(8, 96), half(70, 8)
+    norm, dropout = Norm("rms", 1e-5, weight), Dropout(0.5, torch.tensor([3], device=DEVICE), 4)
+    _, statistics = add_norm(x, None, norm, torch.empty_like(x))
+    normed = F.rms_norm(x.double(), (96,), weight.double(), 1e-5)
+    dropped = normed * factor_reference(70, 96, dropout, DEVICE)
+    gradient, pending = torch.zeros(8, 96, device=DEVICE), Pending()
+    if by == "cuBLAS":
+        large_rank.grad_a(x, dz, large_rank.Sum(gradient), 2.0, dropout, norm, statistics)
+    elif by == "its own kernel":
+        grad_a(x, dz, gradient, 2.0, pending, norm, statistics, dropout)
+    else:
+        d_out, z = torch.cat((half(70, 96), dz), dim=1), (dropped @ a.double().T).half()
+        normed_input_backward(d_out, x, z, a, gradient, 2.0, pending, norm, statistics, None, dropout)
+    pending.flush()
+    assert error(gradient, 2 * dz.double().T @ dropped) < 1
 
 
 def test_adapters_products_and_their_gradients() -> None:

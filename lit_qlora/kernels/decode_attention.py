@@ -1,8 +1,8 @@
 """A token's way through attention with a cache of fixed memory: rotate and store, then look at what is stored.
 
-The keys are split over programs, which would else be as few as there are heads; each leaves the maximum and the sum of
-its softmax and the values it found, and a second kernel joins them (Dao et al. 2023, "Flash-decoding"). How long each
-text is lies on the device, so that a CUDA graph can hold both.
+For few texts the keys of a head are split over programs, which would else be as few as there are heads; each leaves
+the maximum and the sum of its softmax and the values it found, and a second kernel joins them (Dao et al. 2023,
+"Flash-decoding"). How long each text is lies on the device, so that a CUDA graph can hold both.
 """
 
 import math
@@ -12,8 +12,12 @@ from torch import Tensor
 
 from lit_qlora.kernels.launch import fitting, power_of_2, shared_memory, stages, tl, triton
 
-KEYS_AT_ONCE = 64
-MOST_PARTS = 64  # programs that share the keys of a head
+KEYS_AT_ONCE = 32
+BUSY_PROGRAMS = 256
+"""Programs that keep a GPU busy, two for each multiprocessor of an H200. More would begin and end more often."""
+MOST_KEYS = 512
+"""Keys of a program, so that one long text among short ones does not wait for few programs."""
+MOST_PARTS = 64  # programs that share the keys of a head; it goes before MOST_KEYS
 
 
 def store(
@@ -107,7 +111,7 @@ def attend(
     """
     rows, heads, size = queries.shape
     groups = keys.size(1)
-    each = KEYS_AT_ONCE * triton.cdiv(triton.cdiv(limit, KEYS_AT_ONCE), MOST_PARTS)
+    each = _keys_of_a_program(limit, rows * groups)
     parts = triton.cdiv(limit, each)
     found = torch.empty(rows, heads, parts, size, device=queries.device, dtype=torch.float32)
     statistics = torch.empty(rows, heads, parts, 2, device=queries.device, dtype=torch.float32)
@@ -127,6 +131,12 @@ def attend(
         SINKS=sinks is not None, EACH=each, PP=power_of_2(parts, 1), D=size, DP=power_of_2(size), num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _keys_of_a_program(limit: int, heads: int) -> int:
+    """A multiple of KEYS_AT_ONCE, for so many columns and heads of keys of all texts."""
+    parts = min(MOST_PARTS, max(triton.cdiv(BUSY_PROGRAMS, heads), triton.cdiv(limit, MOST_KEYS)))
+    return KEYS_AT_ONCE * triton.cdiv(triton.cdiv(limit, KEYS_AT_ONCE), parts)
 
 
 if triton is not None:
@@ -182,13 +192,15 @@ if triton is not None:
             top = tl.full((GP,), -float("inf"), tl.float32)
             total = tl.zeros((GP,), tl.float32)
             sums = tl.zeros((GP, DP), tl.float32)
-            for c0 in range(begin, min(begin + EACH, newest + 1), BT):
+            oldest = 0
+            if CHUNKED:
+                oldest = newest // window * window
+            elif window > 0:
+                oldest = newest - window + 1
+            first = begin + tl.maximum(oldest - begin, 0) // BT * BT
+            for c0 in range(first, min(begin + EACH, newest + 1), BT):
                 c = c0 + tl.arange(0, BT)
-                seen = c <= newest
-                if CHUNKED:
-                    seen = seen & (c >= newest // window * window)
-                elif window > 0:
-                    seen = seen & (c > newest - window)
+                seen = (c >= oldest) & (c <= newest)
                 at = base + c.to(tl.int64)[:, None] * step_column + d[None, :]
                 k = tl.load(KEYS + at, seen[:, None] & in_d, 0.0)
                 v = tl.load(VALUES + at, seen[:, None] & in_d, 0.0)

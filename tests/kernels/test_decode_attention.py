@@ -36,6 +36,7 @@ def test_queries_and_keys_are_rotated_and_stored_behind_the_text(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most_parts", [1, 3, 64])
 @pytest.mark.parametrize(("window", "chunked"), [(None, False), (5, False), (70, False), (21, True)])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(2, 2, 16), (6, 2, 24), (4, 1, 32)])
 def test_a_token_takes_what_attention_gives_it(
@@ -44,10 +45,11 @@ def test_a_token_takes_what_attention_gives_it(
     size: int,
     window: int | None,
     chunked: bool,
+    most_parts: int,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decode_attention, "MOST_PARTS", 3)  # so that a part has several pieces
+    monkeypatch.setattr(decode_attention, "MOST_PARTS", most_parts)  # parts have all, several or one of the pieces
     torch.manual_seed(0)
     lengths = torch.tensor([0, 63, 64, 300], device=DEVICE)
     queries = torch.randn(4, heads, size, device=DEVICE, dtype=dtype)
@@ -65,6 +67,20 @@ def test_a_token_takes_what_attention_gives_it(
         rtol=1e-5 if dtype == torch.float32 else 2e-2,
         atol=1e-5 if dtype == torch.float32 else 2e-2,
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "heads", "each"),
+    [
+        (639, 1, 32),  # few heads: as many programs as keys allow
+        (640, 32, 96),
+        (512, 256, 512),  # many heads: a program for each
+        (8192, 512, 512),  # one of the texts may be long
+        (131072, 512, 2048),
+    ],
+)
+def test_keys_are_split_over_as_many_programs_as_keep_a_gpu_busy(limit: int, heads: int, each: int) -> None:
+    assert decode_attention._keys_of_a_program(limit, heads) == each
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

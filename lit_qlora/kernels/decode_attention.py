@@ -13,6 +13,8 @@ from torch import Tensor
 from lit_qlora.kernels.launch import fitting, power_of_2, shared_memory, stages, tl, triton
 
 KEYS_AT_ONCE = 32
+LEAST_BYTES = 32
+"""Of a row that tl.dot takes: 16 numbers of 16 bit, 8 of 32."""
 BUSY_PROGRAMS = 256
 """Programs that keep a GPU busy, two for each multiprocessor of an H200. More would begin and end more often."""
 MOST_KEYS = 512
@@ -119,7 +121,7 @@ def attend(
     shared = heads // groups
     padded, itemsize = (power_of_2(shared), power_of_2(size)), keys.element_size()
     room, column = shared_memory(keys) - math.prod(padded) * itemsize, 2 * padded[1] * itemsize
-    at_once = fitting(KEYS_AT_ONCE, column + padded[0] * itemsize, room)
+    at_once = fitting(KEYS_AT_ONCE, column + padded[0] * itemsize, room, LEAST_BYTES // itemsize)
     _attend[(rows * groups, parts)](
         queries, keys, values, keys.stride(0), keys.stride(1), keys.stride(2), lengths, found, statistics, groups,
         size**-0.5 if scale is None else scale, window or 0, cap or 0.0,

@@ -102,8 +102,8 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def fitting(block: int, size: int, room: int) -> int:
-    """The largest of block, block / 2, ... for which `room` holds twice what is loaded at a time.
+def fitting(block: int, size: int, room: int, least: int = 1) -> int:
+    """The largest of block, block / 2, ... for which `room` holds twice what is loaded at a time; not below `least`.
 
     One iteration of a loop is in use and the next on its way. On Turing Triton does not load ahead and has no matrix
     units. There the operands of a product lie in shared memory in float32 instead of 16 bit, which is twice as much.
@@ -112,7 +112,7 @@ def fitting(block: int, size: int, room: int) -> int:
         size: bytes loaded for each of the `block`.
         room: of shared memory, in bytes.
     """
-    while 2 * block * size > room:
+    while block > least and 2 * block * size > room:
         block //= 2
     return block
 

@@ -82,8 +82,8 @@ class Variants:
     norms_of_heads: tuple[str, ...] = ("none", "plain", "late", "values", "values_of_keys")
     head_sizes: tuple[int, ...] = (64, 128, 256, 272, 512)
     """Of attention by the project's own kernels, as far as they take them on the card."""
-    caches: tuple[tuple[int, int, int], ...] = ((1, 8, 64), (8, 4, 128), (2, 4, 256), (71, 1, 64))
-    """Queries that share a key, keys and the size of their heads, in generation; 71 are falcon-7b's."""
+    caches: tuple[tuple[int, int, int], ...] = ((1, 8, 64), (8, 4, 128), (2, 4, 256), (71, 1, 64), (8, 1, 512))
+    """Queries that share a key, keys and the size of their heads, in generation; 71 are falcon-7b's, 512 gemma-4's."""
     products_in_16_bit: bool = True
     """In generation; float32 takes more."""
     weights_before: tuple[bool, ...] = (False, True)
@@ -101,7 +101,7 @@ FEW = Variants(
     windows=(None,),
     norms_of_heads=("none", "plain"),
     head_sizes=(128, 256, 512),
-    caches=((2, 4, 256), (71, 1, 64)),
+    caches=((71, 1, 64), (8, 1, 512)),
     products_in_16_bit=False,
     weights_before=(False,),
     convolutions=((128, True), (64, True)),

@@ -43,3 +43,8 @@ def test_a_card_of_another_maker_has_a_reason(monkeypatch: pytest.MonkeyPatch) -
 def test_a_block_is_the_largest_half_that_fits_twice() -> None:
     assert [fitting(256, 100, room) for room in (51_200, 51_199, 6_400, 6_399)] == [256, 128, 32, 16]
     assert [stages(1000, 4, room) for room in (10_000, 3_999, 1_000, 10)] == [4, 3, 1, 1]
+
+
+@pytest.mark.parametrize("room", [3_200, 100, 0, -1])
+def test_no_block_is_smaller_than_an_instruction_takes(room: int) -> None:
+    assert fitting(256, 100, room, least=32) == 32

@@ -178,7 +178,8 @@ def make(rows: list[Row]) -> str:
         "on all linears, 2 x 2048 tokens where nothing else is said: the median, the slowest and the fastest.\n"
         "`--train.recompute` is the dial; `auto` takes the fastest mix that fits.",
         "Beside others on the same card, in turns (`benchmarks/peers.py`):",
-        "Answers of Llama-2-7B, one text after 512 tokens (`benchmarks/generate.py`):",
+        "Answers of Llama-2-7B after 512 tokens, one text where nothing else is said (`benchmarks/generate.py`);\n"
+        "newer ones of several texts are below:",
     )
     return "".join(f"{intro}\n\n" + "\n".join(lines) + "\n\n" for intro, (lines, _) in zip(intros, tables, strict=True))
 
